@@ -1,0 +1,32 @@
+"""Token shards: what stage 1 writes and every other stage reads.
+
+A folder holds ``manifest.json`` and shards. A shard is one-dimensional uint16 tokens in a ``.npy`` file or an
+Arrow IPC stream. The shards of a split, concatenated in the manifest's order, are one stream of tokens.
+"""
+
+from data_tools.shards.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Manifest,
+    ShardRecord,
+    SourceRecord,
+    TokenizerRecord,
+    load_manifest,
+)
+from data_tools.shards.reader import TokenStream, open_split, verify
+from data_tools.shards.writer import SHARD_FORMATS, ShardWriter
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "SHARD_FORMATS",
+    "Manifest",
+    "ShardRecord",
+    "ShardWriter",
+    "SourceRecord",
+    "TokenStream",
+    "TokenizerRecord",
+    "load_manifest",
+    "open_split",
+    "verify",
+]

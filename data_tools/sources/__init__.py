@@ -1,0 +1,5 @@
+"""Where documents come from. Each source yields the same documents in the same order every time."""
+
+from data_tools.sources.registry import SOURCE_KINDS, Source, SourceRequest, open_source
+
+__all__ = ["SOURCE_KINDS", "Source", "SourceRequest", "open_source"]

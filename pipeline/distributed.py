@@ -1,0 +1,125 @@
+"""Who this process is among the ranks, and the collectives of the trainer.
+
+The only file that reads environment variables: the launchers (torchrun, deepspeed) speak through them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config import RunConfig
+from pipeline.errors import ConfigError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run and the device of this one."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes logs and metadata."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The elementwise sum over all ranks, on every rank. ``values`` is left as it is."""
+        total = values.clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def gather(self, item: Any) -> list[Any]:
+        """One small Python object of each rank, in rank order, on every rank."""
+        items = [item] * self.size
+        if self.size > 1:
+            dist.all_gather_object(items, item)
+        return items
+
+    def broadcast(self, item: Any) -> Any:
+        """Rank 0's small Python object, on every rank."""
+        items = [item]
+        if self.size > 1:
+            dist.broadcast_object_list(items)
+        return items[0]
+
+
+@contextmanager
+def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]:
+    """Join the ranks that the launcher started; plain ``python`` is a world of one.
+
+    Args:
+        process_group: also where this process is alone (DDP, FSDP and DeepSpeed want one).
+
+    Raises:
+        ConfigError: a device that this machine lacks, or MPS with several processes.
+    """
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _LAUNCHER_VARIABLES)
+    device = _choose_device(run.device, local_rank)
+    if device.type == "mps" and size > 1:
+        raise ConfigError("run.device: mps runs in a single process; start with plain python, or use cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    world = World(rank, size, local_rank, device)
+    if size > 1 or process_group:
+        _start_process_group(world)
+    try:
+        yield world
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+_LAUNCHER_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def launched_rank() -> int:
+    """The rank that the launcher gave this process, before any world is joined."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _choose_device(wanted: str, local_rank: int) -> torch.device:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        wanted = next(kind for kind, there in available.items() if there)
+    if not available[wanted]:
+        there = ", ".join(kind for kind, is_there in available.items() if is_there)
+        raise ConfigError(f"run.device: {wanted} is not available on this machine; available: {there}, or auto")
+    if wanted != "cuda":
+        return torch.device(wanted)
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+            "start at most that many processes per node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _start_process_group(world: World) -> None:
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    device_id = world.device if world.device.type == "cuda" else None
+    if world.size > 1:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id)
+        return
+    # A world of one needs no port: the store lives in this process.
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
+    for name, value in _LAUNCHER_VARIABLES:
+        os.environ.setdefault(name, value)  # DeepSpeed insists on LOCAL_RANK
