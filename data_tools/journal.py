@@ -62,7 +62,7 @@ class Journal:
     def remove(self) -> None:
         """Delete the journal, durably."""
         with one_line_write_errors(self._path):
-            self._path.unlink()
+            self._path.unlink(missing_ok=True)
             fsync_folder(self._path.parent)
         self.close()
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from data_tools.errors import UserError
+from pipeline.environment import launched_rank
+from pipeline.errors import ConfigError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -29,6 +32,33 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """``--config`` and ``--set``, as every command with a run config has them."""
+    parser.add_argument(
+        "--config", nargs="+", required=True, metavar="FILE", help="JSON run configs, later ones over earlier ones"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="overrides over all files, as schedule.max_steps=100",
+    )
+
+
+def start_logging() -> None:
+    """Plain lines on standard output from rank 0; other ranks say only what is an error."""
+    rank = launched_rank()
+    prefix = f"[rank {rank}] " if rank else ""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    for package in ("pipeline", "data_tools", "launch"):
+        logger = logging.getLogger(package)
+        logger.addHandler(handler)
+        logger.setLevel(logging.ERROR if rank else logging.INFO)
+
+
 def run_command(command: Callable[[], None]) -> NoReturn:
     """Run a command to its exit status: 0 done, 2 a user's mistake, 130 interrupted.
 
@@ -38,7 +68,8 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     try:
         command()
     except UserError as error:
-        status = fail(str(error))
+        every_rank_meets_it = isinstance(error, ConfigError)
+        status = fail(str(error), quiet=every_rank_meets_it and launched_rank() > 0)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
             raise
@@ -50,7 +81,8 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     sys.exit(status)
 
 
-def fail(message: str, status: int = EXIT_USER_ERROR) -> int:
-    """Print the one line of an error and return its exit status."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+def fail(message: str, status: int = EXIT_USER_ERROR, *, quiet: bool = False) -> int:
+    """Print the one line of an error, unless ``quiet``, and return its exit status."""
+    if not quiet:
+        print(f"error: {message}", file=sys.stderr, flush=True)
     return status

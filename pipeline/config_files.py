@@ -54,6 +54,22 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         _merge(merged, _read_json_object(Path(file)), origins, str(file))
     for override in overrides:
         _merge(merged, _parse_override(override), origins, "--set")
+    return _validated(merged, origins)
+
+
+def config_from_json(content: dict[str, Any], origin: str) -> Config:
+    """A config that was resolved before, as a checkpoint keeps it.
+
+    Raises:
+        ConfigError: as ``load_config``; ``origin`` names where it stands.
+    """
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    _merge(merged, content, origins, origin)
+    return _validated(merged, origins)
+
+
+def _validated(merged: dict[str, Any], origins: dict[str, str]) -> Config:
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:

@@ -1,11 +1,7 @@
-"""Who this process is among the ranks, and the collectives of the trainer.
-
-The only file that reads environment variables: the launchers (torchrun, deepspeed) speak through them.
-"""
+"""Who this process is among the ranks, and the collectives of the trainer."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import RunConfig
+from pipeline.environment import launched_local_rank, launched_rank, launched_world_size, present_as_launched
 from pipeline.errors import ConfigError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -72,13 +69,14 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
     Raises:
         ConfigError: a device that this machine lacks, or MPS with several processes.
     """
-    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _LAUNCHER_VARIABLES)
+    rank, size, local_rank = launched_rank(), launched_world_size(), launched_local_rank()
     device = _choose_device(run.device, local_rank)
     if device.type == "mps" and size > 1:
         raise ConfigError("run.device: mps runs in a single process; start with plain python, or use cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     world = World(rank, size, local_rank, device)
+    present_as_launched(device.type)
     if size > 1 or process_group:
         _start_process_group(world)
     try:
@@ -86,14 +84,6 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-_LAUNCHER_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-
-
-def launched_rank() -> int:
-    """The rank that the launcher gave this process, before any world is joined."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def _choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -121,5 +111,3 @@ def _start_process_group(world: World) -> None:
         return
     # A world of one needs no port: the store lives in this process.
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
-    for name, value in _LAUNCHER_VARIABLES:
-        os.environ.setdefault(name, value)  # DeepSpeed insists on LOCAL_RANK

@@ -125,12 +125,18 @@ class GPT2(nn.Module):
         assert self.lm_head.weight is self.wte.weight, "lm_head.weight and wte.weight came apart"
 
 
-def build_model(config: ModelConfig, seed: int) -> GPT2:
-    """An initialised fp32 model on the CPU, the same on every rank and machine for one seed."""
+def allocate_model(config: ModelConfig, device: torch.device | str) -> GPT2:
+    """An fp32 model whose weights are memory as found: to be initialised or loaded into."""
     with torch.device("meta"):
         model = GPT2(config)
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     model.lm_head.weight = model.wte.weight  # to_empty gives each name a tensor of its own
+    return model
+
+
+def build_model(config: ModelConfig, seed: int) -> GPT2:
+    """An initialised fp32 model on the CPU, the same on every rank and machine for one seed."""
+    model = allocate_model(config, "cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             initialise(name, parameter, config, seed)

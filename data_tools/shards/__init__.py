@@ -7,19 +7,23 @@ Arrow IPC stream. The shards of a split, concatenated in the manifest's order, a
 from data_tools.shards.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    TRAIN_SPLIT,
+    VAL_SPLIT,
     Manifest,
     ShardRecord,
     SourceRecord,
     TokenizerRecord,
     load_manifest,
 )
-from data_tools.shards.reader import TokenStream, open_split, verify
+from data_tools.shards.reader import TokenStream, map_shard, open_split, verify
 from data_tools.shards.writer import SHARD_FORMATS, ShardWriter
 
 __all__ = [
     "FORMAT_VERSION",
     "MANIFEST_NAME",
     "SHARD_FORMATS",
+    "TRAIN_SPLIT",
+    "VAL_SPLIT",
     "Manifest",
     "ShardRecord",
     "ShardWriter",
@@ -27,6 +31,7 @@ __all__ = [
     "TokenStream",
     "TokenizerRecord",
     "load_manifest",
+    "map_shard",
     "open_split",
     "verify",
 ]

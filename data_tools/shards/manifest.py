@@ -118,7 +118,7 @@ def load_manifest(folder: Path | str) -> Manifest:
     # The version decides what the other keys mean, so it is judged before them.
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise DataError(
-            f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}; tokenize again"
+            f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}; delete the folder and tokenize again"
         )
     _expect_keys(value, [field.name for field in fields(Manifest)], place)
     if value["dtype"] != TOKEN_DTYPE_NAME:
@@ -144,7 +144,7 @@ def _read_json(path: Path) -> Any:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}; tokenize again") from error
+        raise DataError(f"{path} is not valid JSON: {error}; delete the folder and tokenize again") from error
 
 
 def _record_from_json(record_type: type[Record], value: Any, place: str) -> Record:

@@ -77,12 +77,13 @@ class TokenStream:
         Raises:
             DataError: a window leaves the stream, or a token is outside the vocabulary.
         """
+        if len(starts) == 0:
+            return np.empty((0, length), dtype=np.uint16)
+        self._check_range(int(starts.min()), int(starts.max()), length)
         windows = np.empty((len(starts), length), dtype=np.uint16)
-        if len(starts):
-            self._check_range(int(starts.min()), int(starts.max()), length)
         for window, start in zip(windows, starts.tolist(), strict=True):
             self._copy_into(window, start)
-        self._check_vocabulary(windows, int(starts[0]) if len(starts) else 0)
+        self._check_vocabulary(windows, int(starts.min()))
         return windows
 
     def _copy_into(self, window: TokenArray, start: int) -> None:
@@ -108,7 +109,7 @@ class TokenStream:
         if tokens.size and int(tokens.max()) >= vocab_size:
             raise DataError(
                 f"{self._folder}: split {self.split!r} holds token {int(tokens.max())} in a read from {start} on, "
-                f"the vocabulary ends at {vocab_size - 1}; the shard is damaged, tokenize again"
+                f"the vocabulary ends at {vocab_size - 1}; the shard is damaged, delete the folder and tokenize again"
             )
 
 
@@ -146,7 +147,7 @@ def verify(folder: Path | str) -> Manifest:
         segments = map_shard(folder, shard)
         if sha256_of_file(folder / shard.file) != shard.sha256:
             raise DataError(
-                f"{folder / shard.file}: its SHA-256 is not the one in {MANIFEST_NAME}; tokenize again"
+                f"{folder / shard.file}: its SHA-256 is not the one in {MANIFEST_NAME}; delete the folder and tokenize again"
             )
         _check_contents(folder / shard.file, segments, shard, manifest)
     return manifest
@@ -180,12 +181,18 @@ def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
     try:
         segments = map_file(path)
     except FileNotFoundError as error:
-        raise DataError(f"{path} is missing, though {MANIFEST_NAME} names it; tokenize again") from error
+        raise DataError(
+            f"{path} is missing, though {MANIFEST_NAME} names it; delete the folder and tokenize again"
+        ) from error
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is not a whole shard of uint16 tokens ({error}); tokenize again") from error
+        raise DataError(
+            f"{path} is not a whole shard of uint16 tokens ({error}); delete the folder and tokenize again"
+        ) from error
     tokens = sum(segment.size for segment in segments)
     if tokens != shard.tokens:
-        raise DataError(f"{path} holds {tokens} tokens, {MANIFEST_NAME} says {shard.tokens}; tokenize again")
+        raise DataError(
+            f"{path} holds {tokens} tokens, {MANIFEST_NAME} says {shard.tokens}; delete the folder and tokenize again"
+        )
     return segments
 
 

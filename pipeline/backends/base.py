@@ -50,6 +50,7 @@ class Backend(ABC):
 
     def __init__(self, model: GPT2, loss_scaler: LossScaler) -> None:
         self.model = model
+        self.parameter_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.loss_scaler = loss_scaler
         self.updates = 0  # applied optimizer steps: AdamW's own step count
 
@@ -87,6 +88,10 @@ class Backend(ABC):
     @abstractmethod
     def dtypes(self) -> dict[str, torch.dtype]:
         """The dtypes really in use: master weights, compute weights, gradient accumulation, moments."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The library, its variant and the optimizer, as logged at the start of a run."""
 
     def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """The summed loss of a batch without gradients. Every rank must call it equally often."""

@@ -19,6 +19,7 @@ from pipeline.precision import replicated_compute
 class DdpBackend(TorchBackend):
     """See :class:`pipeline.backends.base.Backend`."""
 
+    label = "DDP"
     replicated = True
 
     def __init__(self, model: GPT2, config: Config, world: World) -> None:

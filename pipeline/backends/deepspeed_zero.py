@@ -59,7 +59,6 @@ class DeepSpeedBackend(Backend):
 
     def _start_engine(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> Any:
         offloads = _offloads_optimizer(config.backend.deepspeed)
-        model.to("cpu" if self.stage == 3 or offloads else world.device)
         compute: nn.Module
         if self.stage == 0:
             compute = replicated_compute(model, config.run.precision, world.device)
@@ -139,6 +138,12 @@ class DeepSpeedBackend(Backend):
                 state["step"] = updates
         self.engine.global_steps = updates
         self.state.publish_masters()
+
+    def describe(self) -> str:
+        """See :meth:`Backend.describe`."""
+        optimizer = self.engine.basic_optimizer
+        fused = "fused " if optimizer.defaults.get("fused") else ""
+        return f"DeepSpeed {deepspeed.__version__} ZeRO-{self.stage} with {fused}{type(optimizer).__name__}"
 
     def _restore_masters(self, initial: dict[str, Tensor]) -> None:
         """DeepSpeed makes its masters from weights already rounded to bf16; give them the fp32 ones."""

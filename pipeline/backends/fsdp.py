@@ -18,6 +18,8 @@ from pipeline.precision import AutocastModel
 class FsdpBackend(TorchBackend):
     """See :class:`pipeline.backends.base.Backend`."""
 
+    label = "FSDP2"
+
     def __init__(self, model: GPT2, config: Config, world: World) -> None:
         self.policy = _mixed_precision(config.run.precision)
         self.root = _shard(model, config, world, self.policy)

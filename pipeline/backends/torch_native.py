@@ -18,6 +18,8 @@ from pipeline.optimizer import build_adamw, global_grad_norm, set_learning_rate,
 class TorchBackend(Backend):
     """The optimizer half of a backend whose parameters are the fp32 master weights."""
 
+    label: str
+
     def __init__(self, model: GPT2, config: Config, world: World) -> None:
         super().__init__(model, LossScaler.for_precision(config.run.precision))
         self.max_norm = config.optimizer.grad_clip
@@ -55,6 +57,10 @@ class TorchBackend(Backend):
             _local_elements(state["exp_avg"]),
             _local_elements(state["exp_avg_sq"]),
         )
+
+    def describe(self) -> str:
+        """See :meth:`Backend.describe`."""
+        return f"{self.label} with {'fused ' if self.optimizer.defaults['fused'] else ''}AdamW"
 
     def state_was_loaded(self, updates: int) -> None:
         """See :meth:`Backend.state_was_loaded`."""

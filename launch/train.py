@@ -1,0 +1,29 @@
+"""Stage 2: train a run. Plain python for one process; torchrun or deepspeed for more."""
+
+from __future__ import annotations
+
+from launch.cli import ArgumentParser, add_config_options, run_command, start_logging
+from pipeline.config_files import load_config
+from pipeline.training_run import train
+
+
+def main() -> None:
+    """Parse, load the config, train."""
+    parser = ArgumentParser(
+        description=__doc__,
+        example="torchrun --nproc_per_node=2 launch/train.py --config ds_configs/fsdp.json --set schedule.max_steps=100",
+    )
+    add_config_options(parser)
+    parser.add_argument(
+        "--resume", metavar="auto|none|PATH", help="the same as --set checkpoint.resume=... (default: auto)"
+    )
+    parser.add_argument("--local_rank", help="given by the deepspeed launcher; the environment says the same")
+    arguments = parser.parse_args()
+    resume = [] if arguments.resume is None else [f"checkpoint.resume={arguments.resume}"]
+    config = load_config(arguments.config, [*arguments.set, *resume])
+    start_logging()
+    train(config)
+
+
+if __name__ == "__main__":
+    run_command(main)

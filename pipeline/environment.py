@@ -1,0 +1,28 @@
+"""The only file that reads environment variables: the launchers (torchrun, deepspeed) speak through them."""
+
+from __future__ import annotations
+
+import os
+
+_RANK, _WORLD_SIZE, _LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+
+
+def launched_rank() -> int:
+    """This process among all of the run; 0 under plain python."""
+    return int(os.environ.get(_RANK, "0"))
+
+
+def launched_world_size() -> int:
+    """Processes of the run; 1 under plain python."""
+    return int(os.environ.get(_WORLD_SIZE, "1"))
+
+
+def launched_local_rank() -> int:
+    """This process among those of its node; 0 under plain python."""
+    return int(os.environ.get(_LOCAL_RANK, "0"))
+
+
+def present_as_launched(device_type: str) -> None:
+    """Give DeepSpeed the variables that it insists on where no launcher has set them."""
+    for name, value in ((_RANK, "0"), (_WORLD_SIZE, "1"), (_LOCAL_RANK, "0"), ("DS_ACCELERATOR", device_type)):
+        os.environ.setdefault(name, value)

@@ -1,0 +1,149 @@
+"""The registry of tasks, and the run of some of them over one checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from data_tools.shards import MANIFEST_NAME, open_split
+from data_tools.storage import sha256_of_file, write_json_durably
+from pipeline.checkpoint import CHECKPOINTS_FOLDER, load_weights, locate_checkpoint, read_state
+from pipeline.config import Config
+from pipeline.config_files import config_from_json
+from pipeline.distributed import World
+from pipeline.errors import ConfigError
+from pipeline.evaluation.validation import evaluate_validation
+from pipeline.metrics import TENSORBOARD_FOLDER
+from pipeline.model import GPT2, allocate_model
+
+log = logging.getLogger(__name__)
+
+EVALUATION_FOLDER = "evaluation"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model read from a checkpoint, ready to score, on every rank."""
+
+    model: GPT2
+    config: Config  # of the run that trained it
+    checkpoint: Path
+    step: int
+
+    @property
+    def run_folder(self) -> Path:
+        """Where results go: the run that holds the checkpoint, or the checkpoint itself when it was moved."""
+        parent = self.checkpoint.parent
+        return parent.parent if parent.name == CHECKPOINTS_FOLDER else self.checkpoint
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What a person may change about an evaluation. None: as the run was trained."""
+
+    data_path: str | None = None
+    batch_size: int | None = None
+    precision: str | None = None
+
+
+def load_model(path: Path, device: torch.device) -> LoadedModel:
+    """The fp32 model of a checkpoint folder, or of the newest good checkpoint of a run folder.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or its config is not one of this program.
+    """
+    folder = locate_checkpoint(path)
+    state, stored = read_state(folder)
+    config = config_from_json(stored, origin=str(folder / "state.json"))
+    model = allocate_model(config.model, device)
+    load_weights(folder, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    model.assert_tied()
+    return LoadedModel(model.eval(), config, folder, state.step)
+
+
+def _validation(loaded: LoadedModel, options: EvaluationOptions, world: World) -> dict[str, Any]:
+    config = loaded.config
+    path = Path(options.data_path or config.data.path)
+    stream = open_split(path, "val")
+    results = evaluate_validation(
+        loaded.model,
+        stream,
+        config.seq_len,
+        options.batch_size or config.batch.micro_batch_size,
+        options.precision or config.run.precision,
+        world,
+    )
+    return {"data": str(path), "data_sha256": sha256_of_file(path / MANIFEST_NAME), **results}
+
+
+#: Name on the command line -> the task. A task returns JSON values, the same on every rank.
+TASKS: dict[str, Callable[[LoadedModel, EvaluationOptions, World], dict[str, Any]]] = {"validation": _validation}
+
+
+def run_tasks(
+    checkpoint: Path, tasks: Sequence[str], options: EvaluationOptions, world: World
+) -> tuple[dict[str, dict[str, Any]], Path]:
+    """Score a checkpoint on some tasks; the main rank writes JSON and TensorBoard.
+
+    Returns:
+        The results by task, and the folder of the JSON files.
+
+    Raises:
+        ConfigError: a task that does not exist.
+        CheckpointError, DataError: what is to be scored, or scored on, cannot be used.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            raise ConfigError(f"--tasks {task}: no such task; there are: {', '.join(TASKS)}")
+    loaded = load_model(checkpoint, world.device)
+    results = {}
+    for task in tasks:
+        head = {"task": task, "checkpoint": str(loaded.checkpoint), "step": loaded.step}
+        results[task] = {**head, **TASKS[task](loaded, options, world)}
+    folder = loaded.run_folder / EVALUATION_FOLDER
+    if world.is_main:
+        _write_results(results, loaded, folder)
+    return results, folder
+
+
+def _write_results(results: dict[str, dict[str, Any]], loaded: LoadedModel, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with SummaryWriter(str(loaded.run_folder / TENSORBOARD_FOLDER)) as writer:
+        for task, result in results.items():
+            write_json_durably(folder / f"{task}.json", result)
+            for key, value in result.items():
+                if isinstance(value, float):
+                    writer.add_scalar(f"evaluation/{task}_{key}", value, loaded.step)
+
+
+def format_table(results: dict[str, dict[str, Any]]) -> str:
+    """Results as a table for a terminal: one line a number."""
+    lines = []
+    for task, result in results.items():
+        lines.append(f"{task}  (step {result['step']}, {result['checkpoint']})")
+        for key, value in result.items():
+            if isinstance(value, float):
+                lines.append(f"  {key:<18} {value:>14.4f}")
+            elif isinstance(value, int) and key != "step":
+                lines.append(f"  {key:<18} {value:>14,}")
+        lines.extend(_position_lines(result.get("loss_by_position", [])))
+    return "\n".join(lines)
+
+
+def _position_lines(losses: list[float | None]) -> list[str]:
+    """Loss by position, averaged over ranges that double: 0, 1, 2-3, 4-7, ..."""
+    lines, low = [], 0
+    while low < len(losses):
+        high = min(max(2 * low, 1), len(losses))
+        values = [loss for loss in losses[low:high] if loss is not None]
+        if values:
+            label = f"loss at {low}" if high - low == 1 else f"loss at {low}-{high - 1}"
+            lines.append(f"  {label:<18} {sum(values) / len(values):>14.4f}")
+        low = high
+    return lines

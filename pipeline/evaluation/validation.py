@@ -1,0 +1,103 @@
+"""The ``validation`` task: how well the model predicts a whole held-out split.
+
+Each target token is scored once, in windows of ``seq_len`` that do not overlap. Bits per byte
+leaves out ``<|endoftext|>`` targets, which stand for no bytes, and so compares across tokenizers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_tools.shards import TokenStream
+from pipeline.distributed import World
+from pipeline.loader import MicroBatch, validation_batches
+from pipeline.model import GPT2, IGNORE_INDEX
+from pipeline.precision import autocast
+
+PROTOCOL = "non-overlapping windows, each target scored once, mean over tokens"
+TOP_K = 5
+
+
+@dataclass
+class _Sums:
+    """Sums over targets, by position in the window, fp64 (T,)."""
+
+    loss: Tensor
+    targets: Tensor
+    top1: Tensor
+    top5: Tensor
+    end_of_text_loss: Tensor  # scalar
+
+    @classmethod
+    def zeros(cls, seq_len: int, device: torch.device) -> _Sums:
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
+        by_position = [torch.zeros(seq_len, dtype=dtype, device=device) for _ in range(4)]
+        return cls(*by_position, torch.zeros((), dtype=dtype, device=device))
+
+    def over_ranks(self, world: World) -> _Sums:
+        return _Sums(*(world.sum(part).cpu() for part in vars(self).values()))
+
+
+def evaluate_validation(
+    model: GPT2, stream: TokenStream, seq_len: int, batch_size: int, precision: str, world: World
+) -> dict[str, Any]:
+    """Loss, perplexity, bits per byte, top-1 and top-5 accuracy, and loss by position.
+
+    Batches are divided among the ranks; every rank returns the same result.
+
+    Args:
+        model: on ``world.device``, in evaluation mode.
+        batch_size: sequences per forward pass and rank. Does not change the result.
+    """
+    batches = validation_batches(stream, seq_len, batch_size, world.rank, world.size)
+    end_of_text = stream.manifest.tokenizer.end_of_text
+    sums = _score(model, batches, seq_len, precision, world, end_of_text).over_ranks(world)
+    return _results(sums, stream)
+
+
+@torch.no_grad()
+def _score(
+    model: GPT2, batches: Iterable[MicroBatch], seq_len: int, precision: str, world: World, end_of_text: int
+) -> _Sums:
+    sums = _Sums.zeros(seq_len, world.device)
+    for batch in batches:
+        tokens, targets = batch.to(world.device)
+        with autocast(precision, world.device):
+            logits = model(tokens).float()  # (B, T, V)
+        scored = targets != IGNORE_INDEX  # (B, T)
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        ).view_as(targets)
+        hits = logits.topk(TOP_K, dim=-1).indices == targets.unsqueeze(-1)  # (B, T, 5)
+        dtype = sums.loss.dtype
+        sums.loss += losses.to(dtype).sum(0)
+        sums.targets += scored.to(dtype).sum(0)
+        sums.top1 += hits[..., 0].to(dtype).sum(0)
+        sums.top5 += hits.any(-1).to(dtype).sum(0)
+        sums.end_of_text_loss += losses[targets == end_of_text].to(dtype).sum()
+    return sums
+
+
+def _results(sums: _Sums, stream: TokenStream) -> dict[str, Any]:
+    targets = sums.targets.sum().item()
+    loss = sums.loss.sum().item() / targets
+    text_nats = (sums.loss.sum() - sums.end_of_text_loss).item()
+    by_position = (sums.loss / sums.targets).tolist()
+    return {
+        "protocol": PROTOCOL,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": text_nats / math.log(2) / stream.utf8_bytes,
+        "top1_accuracy": sums.top1.sum().item() / targets,
+        "top5_accuracy": sums.top5.sum().item() / targets,
+        "target_tokens": int(targets),
+        "utf8_bytes": stream.utf8_bytes,
+        "documents": stream.documents,
+        "loss_by_position": [None if math.isnan(value) else value for value in by_position],
+    }

@@ -1,0 +1,82 @@
+"""What the device can do and what the process uses: matrix ceiling, memory, compiler."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+
+import torch
+
+log = logging.getLogger(__name__)
+
+_CEILING_SIZE = {"cuda": 8192, "mps": 2048, "cpu": 1024}
+_CEILING_SECONDS = 0.3
+
+
+def matmul_dtype(precision: str) -> torch.dtype:
+    """The dtype of the matrix products of a precision."""
+    return {"fp32": torch.float32, "amp_fp16": torch.float16}.get(precision, torch.bfloat16)
+
+
+def measure_matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of large square matrix products on one rank: what a model can at most reach here.
+
+    Measured and not looked up, so that it holds for any device, power limit and thread count.
+    """
+    n = _CEILING_SIZE[device.type]
+    a = torch.randn(n, n, device=device).to(dtype)
+    b = torch.randn(n, n, device=device).to(dtype)
+    best = 0.0
+    for _ in range(3):  # the first round warms up
+        repeats, start = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < _CEILING_SECONDS / 3:
+            torch.mm(a, b)
+            synchronize(device)
+            repeats += 1
+        best = max(best, repeats * 2 * n**3 / elapsed)
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has used: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def compiler_works(device: torch.device) -> bool:
+    """Whether ``torch.compile`` can build and run a trivial function here; the reason is logged if not."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:  # noqa: BLE001 - whatever the toolchain throws means the same
+        reason = " ".join(str(error).split())[:160]
+        log.warning("torch.compile does not work here, running without it: %s", reason)
+        return False
+    return True
+
+
+def flash_attention_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether scaled_dot_product_attention has a fused kernel for these heads on this device."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q = torch.zeros(1, 1, 16, head_dim, device=device, dtype=dtype)
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    try:
+        with sdpa_kernel(fused):
+            torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    except RuntimeError:
+        return False
+    return True

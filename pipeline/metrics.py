@@ -1,0 +1,122 @@
+"""Where numbers go: ``metrics.jsonl``, TensorBoard, and one readable line on the console."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from data_tools.storage import write_bytes_durably
+
+log = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+# Row key -> TensorBoard tag. Keys that stand here are drawn; the others stay in metrics.jsonl.
+TENSORBOARD_TAGS = {
+    "loss": "train/loss",
+    "val_loss": "validation/loss",
+    "val_perplexity": "validation/perplexity",
+    "lr": "optimizer/learning_rate",
+    "grad_norm": "optimizer/grad_norm",
+    "loss_scale": "optimizer/loss_scale",
+    "tokens_per_s": "throughput/tokens_per_s",
+    "mfu": "throughput/mfu",
+    "step_ms": "throughput/step_ms",
+    "peak_memory_gib": "memory/peak_gib",
+}
+
+
+class MetricsLog:
+    """Appends rows of a run. Only the main rank has one.
+
+    Rows of steps after ``resumed_step`` are dropped when it opens: they were written after the
+    checkpoint that the run continues from, and will be written again.
+    """
+
+    def __init__(self, run_folder: Path, *, resumed_step: int, tensorboard: bool) -> None:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        path = run_folder / METRICS_FILE
+        _keep_rows_until(path, resumed_step)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)
+        self._writer = None
+        if tensorboard:
+            folder = str(run_folder / TENSORBOARD_FOLDER)
+            self._writer = SummaryWriter(folder, purge_step=resumed_step + 1 if resumed_step else 0)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add one row; ``row["step"]`` is required."""
+        self._file.write(json.dumps(row) + "\n")
+        if self._writer:
+            for key, tag in TENSORBOARD_TAGS.items():
+                if row.get(key) is not None:
+                    self._writer.add_scalar(tag, row[key], row["step"])
+
+    def write_hyperparameters(self, config: dict[str, Any], results: dict[str, float]) -> None:
+        """The run's settings beside its results, for TensorBoard's HPARAMS page."""
+        if self._writer:
+            settings = {f"{section}.{key}": _plain(value) for section, keys in config.items() for key, value in keys.items()}
+            self._writer.add_hparams(settings, results, run_name=".")
+
+    def write_text(self, tag: str, text: str, step: int) -> None:
+        """A text for TensorBoard's TEXT page."""
+        if self._writer:
+            self._writer.add_text(tag, text, step)
+
+    def close(self) -> None:
+        """Flush and close all outputs."""
+        self._file.close()
+        if self._writer:
+            self._writer.close()
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float | str) else json.dumps(value)
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run; a last line that was cut by a crash is left out."""
+    path = run_folder / METRICS_FILE
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            log.warning("%s: dropping a line that was cut short", path)
+    return rows
+
+
+def _keep_rows_until(path: Path, step: int) -> None:
+    rows = read_metrics(path.parent)
+    kept = [row for row in rows if row["step"] <= step] if step else []
+    if rows != kept:
+        write_bytes_durably(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+
+def format_row(row: dict[str, Any], max_steps: int) -> str:
+    """A row as a person reads it: ``step 100/200 | loss 5.1234 | lr 6.00e-04 | ...``."""
+    width = len(str(max_steps))
+    parts = [f"step {row['step']:>{width}}/{max_steps}"]
+    for key, pattern in _CONSOLE_PATTERNS.items():
+        if row.get(key) is not None:
+            parts.append(pattern.format(row[key]))
+    return " | ".join(parts)
+
+
+_CONSOLE_PATTERNS = {
+    "loss": "loss {:.4f}",
+    "val_loss": "validation loss {:.4f}",
+    "val_perplexity": "perplexity {:.2f}",
+    "lr": "lr {:.2e}",
+    "grad_norm": "norm {:.3f}",
+    "tokens_per_s": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.1%}",
+    "step_ms": "{:,.0f} ms",
+    "peak_memory_gib": "{:.2f} GiB",
+}
