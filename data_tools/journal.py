@@ -85,11 +85,18 @@ class Journal:
         whole_lines = content[: content.rfind(b"\n") + 1]
         self._file.truncate(len(whole_lines))
         if not whole_lines:
-            self._write_line(identity)
-            fsync_folder(self._path.parent)
+            self._begin(identity)
             return identity, []
         first, *others = [self._parse(line) for line in whole_lines.splitlines()]
         return first, [ShardRecord.from_json(value, str(self._path)) for value in others]
+
+    def _begin(self, identity: dict[str, Any]) -> None:
+        try:
+            self._write_line(identity)
+            fsync_folder(self._path.parent)
+        except OSError:
+            self._path.unlink()
+            raise
 
     def _parse(self, line: bytes) -> dict[str, Any]:
         try:

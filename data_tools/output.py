@@ -62,7 +62,11 @@ class OutputFolder:
         self._folder = folder
         self._identity = identity
         self._created = _prepare_folder(folder)
-        self._journal = Journal(folder, identity)
+        try:
+            self._journal = Journal(folder, identity)
+        except DataError:
+            self._remove_if_created()
+            raise
         try:
             _check_same_request(folder, self._journal.identity, identity)
             self._splits = {
@@ -118,12 +122,15 @@ class OutputFolder:
         self._remove_leftovers()
         if not self._journal.shards:
             self._journal.remove()
-            if self._created and not any(self._folder.iterdir()):
-                self._folder.rmdir()
+            self._remove_if_created()
 
     def close(self) -> None:
         """Release the folder."""
         self._journal.close()
+
+    def _remove_if_created(self) -> None:
+        if self._created and not any(self._folder.iterdir()):
+            self._folder.rmdir()
 
     def _remove_leftovers(self) -> None:
         """Remove shards that are not whole, or were not recorded before a crash."""

@@ -47,6 +47,14 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, it is {value}")
+    return value
+
+
 def start_logging() -> None:
     """Plain lines on standard output from rank 0; other ranks say only what is an error."""
     rank = launched_rank()

@@ -16,6 +16,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
+Precision = Literal["fp32", "amp_bf16", "amp_fp16", "bf16"]
 Preset = Literal["gpt2-tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 # n_layer, n_head, n_embd, context_length. The four of OpenAI: Radford et al. 2019, table 2.
@@ -41,7 +42,7 @@ class RunConfig(Section):
     out_dir: str = Field("runs/gpt2", min_length=1, description="the run folder: metrics, checkpoints, results")
     seed: NonNegativeInt = Field(1337, description="initial weights, order of the data, dropout")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
-    precision: Literal["fp32", "amp_bf16", "amp_fp16", "bf16"] = Field(
+    precision: Precision = Field(
         "amp_bf16",
         description="amp_*: fp32 weights under autocast; bf16: bf16 compute weights, fp32 master weights",
     )
@@ -74,17 +75,21 @@ class ModelConfig(Section):
 
 
 class TokenizeConfig(Section):
-    """Stage 1 as ``launch/run.py`` starts it; the same options as ``launch/tokenize_corpus.py``."""
+    """Stage 1 as ``launch/run.py`` starts it, with the options of ``launch/tokenize_corpus.py``.
+
+    What is not given (null) is stage 1's own default.
+    """
 
     source: Literal["text", "jsonl", "parquet", "hf", "fineweb-edu", "python-stdlib"] = Field(
         "fineweb-edu", description="where documents come from"
     )
     input: list[str] = Field([], description="files, folders, or the name of a dataset")
-    format: Literal["npy", "arrow"] = Field("npy", description="of the shards")
-    val_fraction: Fraction = Field(0.01, description="of the documents, held out for validation")
-    shard_tokens: PositiveInt = Field(100_000_000, description="largest number of tokens in a shard")
-    workers: PositiveInt | None = Field(None, description="encoding processes (default: one per core)")
+    format: Literal["npy", "arrow"] | None = Field(None, description="of the shards")
+    val_fraction: Fraction | None = Field(None, description="of the documents, held out for validation")
+    shard_tokens: PositiveInt | None = Field(None, description="largest number of tokens in a shard")
+    workers: PositiveInt | None = Field(None, description="encoding processes")
     limit_documents: PositiveInt | None = Field(None, description="stop after so many documents")
+    limit_bytes: PositiveInt | None = Field(None, description="stop after so many bytes of UTF-8")
 
 
 class DataConfig(Section):

@@ -47,6 +47,8 @@ def train(config: Config, target_mask: TargetMask | None = None) -> None:
         trainer = Trainer(config, world, plan, backend, loader, validation, throughput, resume_from)
         _announce(config, world, plan, backend, stream, throughput, resume_from)
         trainer.fit()
+        world.barrier()
+        backend.close()
         log.info("done: %d steps, %s", trainer.state.step, config.run.out_dir)
 
 

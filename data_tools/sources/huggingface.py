@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import DataError
+from data_tools.sources.files import describe_files, list_files
 from data_tools.sources.jsonl import text_of_record
 
 # What Dataset.save_to_disk and DatasetDict.save_to_disk leave behind.
@@ -26,11 +27,13 @@ class HuggingFaceSource:
         self._text_field = text_field
 
     def options(self) -> dict[str, Any]:
+        is_local = os.path.isdir(self._dataset)
         return {
             "dataset": self._dataset,
             "config": self._config,
             "split": self._split,
             "text_field": self._text_field,
+            **(describe_files(list_files((self._dataset,), suffixes=()).files) if is_local else {}),
         }
 
     def documents(self) -> Iterator[str]:

@@ -6,6 +6,7 @@ import os
 import platform
 import sysconfig
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ _SKIPPED_FOLDERS = frozenset(
 class StandardLibrarySource:
     """The running Python's library sources, then the topics of its language reference.
 
-    A document is a ``.py`` file, in the order of sorted paths, or a topic. Files that are not UTF-8 are skipped.
+    A document is a ``.py`` file, in the order of sorted paths, or a topic. Files that are not UTF-8 are skipped,
+    and so is a document that came before, lest one half of a pair end up in training, the other in validation.
     """
 
     def __init__(self) -> None:
@@ -33,6 +35,13 @@ class StandardLibrarySource:
         return {"python": platform.python_version(), **describe_files(files)}
 
     def documents(self) -> Iterator[str]:
+        seen: set[str] = set()
+        for document in chain(self._sources(), _reference_topics()):
+            if document not in seen:
+                seen.add(document)
+                yield document
+
+    def _sources(self) -> Iterator[str]:
         for path in self._relative_paths():
             with one_line_read_errors(self._root / path):
                 content = (self._root / path).read_bytes()
@@ -40,7 +49,6 @@ class StandardLibrarySource:
                 yield content.decode("utf-8")
             except UnicodeDecodeError:
                 continue
-        yield from _reference_topics()
 
     def _relative_paths(self) -> list[Path]:
         paths: list[Path] = []

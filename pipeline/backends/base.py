@@ -98,6 +98,9 @@ class Backend(ABC):
         with torch.no_grad():
             return self.compute(tokens, targets)  # type: ignore[no-any-return]
 
+    def close(self) -> None:
+        """Let go of what outlives a run. Collectives are over; the last call."""
+
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
         """No dropout inside."""

@@ -145,6 +145,12 @@ class DeepSpeedBackend(Backend):
         fused = "fused " if optimizer.defaults.get("fused") else ""
         return f"DeepSpeed {deepspeed.__version__} ZeRO-{self.stage} with {fused}{type(optimizer).__name__}"
 
+    def close(self) -> None:
+        """See :meth:`Backend.close`."""
+        self.engine.destroy()
+        # DeepSpeed keeps process groups in globals; their threads must not meet the interpreter's end.
+        deepspeed.comm.destroy_process_group()
+
     def _restore_masters(self, initial: dict[str, Tensor]) -> None:
         """DeepSpeed makes its masters from weights already rounded to bf16; give them the fp32 ones."""
         for fragment in self.fragments():

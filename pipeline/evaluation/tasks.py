@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,19 @@ def _write_results(results: dict[str, dict[str, Any]], loaded: LoadedModel, fold
             for key, value in result.items():
                 if isinstance(value, float):
                     writer.add_scalar(f"evaluation/{task}_{key}", value, loaded.step)
+
+
+def find_results(run_folder: Path, tasks: Sequence[str], step: int) -> dict[str, dict[str, Any]] | None:
+    """Results that were written for this step before; None if any task lacks them."""
+    results = {}
+    for task in tasks:
+        path = run_folder / EVALUATION_FOLDER / f"{task}.json"
+        if not path.is_file():
+            return None
+        results[task] = json.loads(path.read_text(encoding="utf-8"))
+        if results[task].get("step") != step:
+            return None
+    return results
 
 
 def format_table(results: dict[str, dict[str, Any]]) -> str:

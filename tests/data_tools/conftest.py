@@ -32,7 +32,7 @@ def command_line(*arguments: object) -> list[str]:
 
 
 @pytest.fixture
-def run_command(tmp_path: Path) -> Command:
+def run_process(tmp_path: Path) -> Command:
     """Run stage 1 as a user does, in a fresh folder."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:

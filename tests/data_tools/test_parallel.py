@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -28,6 +29,11 @@ def die_at_three(number: int) -> int:
     return number
 
 
+def interrupt_itself(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGINT)
+    return number
+
+
 def fail_at_three(number: int) -> int:
     if number == 3:
         raise DataError("three is bad")
@@ -45,6 +51,7 @@ def test_an_endless_source_is_read_only_a_little_ahead(workers: int) -> None:
     results = ordered_map(slow_when_even, taken, workers)
     assert [next(results) for _ in range(5)] == [0, 1, 4, 9, 16]
     results.close()
+    assert not multiprocessing.active_children()
     assert next(taken) <= 5 + 4 * workers
 
 
@@ -57,6 +64,10 @@ def test_a_worker_that_dies_is_one_line() -> None:
 def test_an_error_of_the_function_comes_through(workers: int) -> None:
     with pytest.raises(DataError, match="three is bad"):
         list(ordered_map(fail_at_three, range(10), workers))
+
+
+def test_workers_leave_ctrl_c_to_their_parent() -> None:
+    assert list(ordered_map(interrupt_itself, range(6), 2)) == list(range(6))
 
 
 PARENT = """

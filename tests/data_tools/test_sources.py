@@ -69,7 +69,9 @@ def test_a_separator_divides_as_str_split_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str, read_bytes: int
 ) -> None:
     monkeypatch.setattr(text_module, "_READ_BYTES", read_bytes)
-    content = f"é{separator}{separator}b\n\n\nc<|endof|>{separator[:-1]}§漢x".join(["1", "2", "3"]) + separator
+    content = (
+        f"é{separator}{separator}b\n\n\nc<|endof|>{separator[:-1]}§漢x".join(["1", "2", "3"]) + separator
+    )
     (tmp_path / "a.txt").write_bytes(content.encode())
     assert documents("text", tmp_path / "a.txt", document_separator=separator) == content.split(separator)
 
@@ -170,7 +172,9 @@ def test_parquet_faults_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"body": ["a", None], "id": [1, 2]}), path)
     assert f"{path}: no column 'text'; the columns are body, id; choose" in refusal("parquet", path)
-    assert f"{path}: column 'id' holds int64, it must hold strings" in refusal("parquet", path, text_field="id")
+    assert f"{path}: column 'id' holds int64, it must hold strings" in refusal(
+        "parquet", path, text_field="id"
+    )
     assert f"{path}: row 1: column 'body' is null" in refusal("parquet", path, text_field="body")
     path.write_bytes(b"PAR1 no parquet at all")
     assert refusal("parquet", path).startswith(f"cannot read {path}: ")
@@ -252,6 +256,7 @@ def test_the_standard_library_is_millions_of_characters_of_distinct_text() -> No
     texts = documents("python-stdlib")
     assert texts == documents("python-stdlib")
     assert sum(map(len, texts)) > 5_000_000
+    assert len(set(texts)) == len(texts)
     with open(os.__file__, encoding="utf-8", newline="") as file:
         assert texts.count(file.read()) == 1
     topic = [text for text in texts if text.startswith('The "if" statement')]
@@ -268,9 +273,10 @@ def test_the_standard_library_holds_no_tests_and_no_packages() -> None:
 # What all have in common
 
 
-def test_options_change_when_a_file_grows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["text", "hf"])
+def test_options_change_when_a_file_grows(tmp_path: Path, source: str) -> None:
     (tmp_path / "a.txt").write_text("a")
-    request = SourceRequest(source="text", inputs=(str(tmp_path),))
+    request = SourceRequest(source=source, inputs=(str(tmp_path),))
     before = open_source(request).options()
     assert before == open_source(request).options() == json.loads(json.dumps(before))
     (tmp_path / "a.txt").write_text("ab")
@@ -299,7 +305,12 @@ def test_an_unknown_kind_names_those_that_exist() -> None:
         ("text", ["missing/*.txt"], {}, "--input missing/*.txt matches no file"),
         ("text", ["x" * 5000], {}, "does not exist"),
         ("text", ["."], {"document_separator": ""}, "--document-separator is empty"),
-        ("text", ["."], {"document_separator": "\udcff"}, "--document-separator '\\udcff' is not valid UTF-8"),
+        (
+            "text",
+            ["."],
+            {"document_separator": "\udcff"},
+            "--document-separator '\\udcff' is not valid UTF-8",
+        ),
         ("jsonl", ["."], {}, "--input . holds no file that ends in .jsonl, .jsonl.gz"),
         ("parquet", ["."], {}, "--input . holds no file that ends in .parquet"),
         ("text", ["a.txt", "*.txt"], {}, "--input names a.txt twice"),

@@ -16,10 +16,7 @@ def splits(count: int, val_fraction: float, seed: int = 0) -> list[str]:
 
 def test_the_draw_is_fixed_for_ever() -> None:
     validation = [index for index in range(1000) if draw_split(index, val_fraction=0.01, seed=0) == "val"]
-    assert validation == GOLDEN_VALIDATION
-
-
-GOLDEN_VALIDATION: list[int] = []
+    assert validation == [71, 146, 496, 508, 935]
 
 
 @pytest.mark.parametrize("val_fraction", [0.01, 0.1, 0.5])

@@ -1,0 +1,125 @@
+"""Real runs of ``launch/train.py`` in processes of their own, and their curves. Used by benchmarks and tests."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools.corpus import tokenize_corpus
+from data_tools.request import TokenizeRequest
+from pipeline.metrics import read_metrics
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIGS = REPOSITORY / "ds_configs"
+TRAIN = REPOSITORY / "launch" / "train.py"
+
+#: The six backends whose curves must agree, by the name of their config.
+BACKENDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
+
+#: A model that trains a step in a fraction of a second on one core, with clipping active.
+TINY_RUN: dict[str, dict[str, Any]] = {
+    "run": {"precision": "fp32", "device": "cpu"},
+    "model": {"preset": "gpt2-tiny", "n_layer": 2, "n_head": 3, "n_embd": 51, "context_length": 48},
+    "batch": {"tokens_per_step": 384, "micro_batch_size": 2},
+    "optimizer": {"learning_rate": 1e-3, "grad_clip": 0.5},
+    "schedule": {"warmup_steps": 5, "max_steps": 20},
+    "checkpoint": {"every_steps": 1000},
+    "evaluation": {"every_steps": 1000, "max_batches": 4},
+    "logging": {"every_steps": 1, "tensorboard": False},
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run logged, step by step."""
+
+    losses: list[float]
+    grad_norms: list[float]
+
+    def largest_loss_difference(self, other: Curve) -> float:
+        """The largest |difference| in loss over all steps, in nats."""
+        return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
+
+    def largest_grad_norm_difference(self, other: Curve) -> float:
+        """The largest difference in gradient norm over all steps, relative to ``other``."""
+        return max(abs(a - b) / b for a, b in zip(self.grad_norms, other.grad_norms, strict=True))
+
+
+def make_corpus(folder: Path, documents: int = 60) -> Path:
+    """Real text: the first sources of the embedded corpus as token shards."""
+    tokenize_corpus(
+        TokenizeRequest(
+            source="python-stdlib", out=folder, limit_documents=documents, val_fraction=0.05, workers=1
+        )
+    )
+    return folder
+
+
+def run_ranks(
+    processes: int, script: Path, arguments: Sequence[str], timeout_s: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """Run a script with one process, or under torchrun with more; one thread each."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [*launcher, str(script), *arguments],
+        cwd=REPOSITORY,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def _environment() -> dict[str, str]:
+    from os import environ  # the children inherit what the caller has, but for threads and warnings
+
+    return {**environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def overrides(sections: dict[str, dict[str, Any]]) -> list[str]:
+    """``{"run": {"seed": 1}}`` as ``["run.seed=1"]``."""
+    return [f"{section}.{key}={json.dumps(value)}" for section, keys in sections.items() for key, value in keys.items()]
+
+
+def train_run(
+    config: str, run_folder: Path, sections: dict[str, dict[str, Any]], processes: int = 1, script: Path = TRAIN
+) -> subprocess.CompletedProcess[str]:
+    """Train ``ds_configs/<config>.json`` with overrides, as a person would."""
+    sets = [*overrides(sections), f"run.out_dir={run_folder}"]
+    return run_ranks(processes, script, ["--config", str(CONFIGS / f"{config}.json"), "--set", *sets])
+
+
+def curve_of(
+    config: str, run_folder: Path, sections: dict[str, dict[str, Any]], processes: int = 1, script: Path = TRAIN
+) -> Curve:
+    """Train, and read the curve from ``metrics.jsonl``.
+
+    Raises:
+        RuntimeError: the run failed; with its output.
+    """
+    result = train_run(config, run_folder, sections, processes, script)
+    if result.returncode:
+        raise RuntimeError(f"{config} with {processes} processes failed:\n{result.stdout}\n{result.stderr}")
+    return read_curve(run_folder)
+
+
+def read_curve(run_folder: Path) -> Curve:
+    """The training rows of a run folder."""
+    rows = [row for row in read_metrics(run_folder) if "loss" in row]
+    return Curve([row["loss"] for row in rows], [row["grad_norm"] for row in rows])
+
+
+def merged(*layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Sections of later layers over those of earlier ones, key by key."""
+    result: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        for section, keys in layer.items():
+            result[section] = {**result.get(section, {}), **keys}
+    return result
