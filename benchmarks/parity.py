@@ -1,6 +1,6 @@
 """Does the backend matter? Curves of every backend at 1 and 2 processes against single-process DDP.
 
-    python -m benchmarks.parity            # 60 steps, fp32, amp_bf16 and bf16; what `make parity` runs
+python -m benchmarks.parity            # 60 steps, fp32, amp_bf16 and bf16; what `make parity` runs
 """
 
 from __future__ import annotations

@@ -53,9 +53,7 @@ class Curve:
 def make_corpus(folder: Path, documents: int = 60) -> Path:
     """Real text: the first sources of the embedded corpus as token shards."""
     tokenize_corpus(
-        TokenizeRequest(
-            source="python-stdlib", out=folder, limit_documents=documents, val_fraction=0.05, workers=1
-        )
+        TokenizeRequest(source="python-stdlib", out=folder, limit_documents=documents, val_fraction=0.05, workers=1)
     )
     return folder
 

@@ -58,9 +58,7 @@ def find_complete(request: TokenizeRequest) -> Manifest | None:
     return load_complete(request.out, request.identity(open_source(request)))
 
 
-def tokenize_corpus(
-    request: TokenizeRequest, on_progress: Callable[[Progress], None] | None = None
-) -> Manifest:
+def tokenize_corpus(request: TokenizeRequest, on_progress: Callable[[Progress], None] | None = None) -> Manifest:
     """Tokenize a source into a folder of shards, continuing what the same request left unfinished.
 
     Returns at once when the folder is complete already. A corpus of a single document has no validation split.
@@ -82,12 +80,8 @@ def tokenize_corpus(
     documents = _read_documents(source, request)
     # A corpus without a document must leave no trace, so one is read before the folder is touched.
     if (first := next(documents, None)) is None:
-        raise DataError(
-            f"--source {request.source} has no document with text in it; there is nothing to tokenize"
-        )
-    with open_output(
-        request.out, identity, format=request.format, shard_tokens=request.shard_tokens
-    ) as output:
+        raise DataError(f"--source {request.source} has no document with text in it; there is nothing to tokenize")
+    with open_output(request.out, identity, format=request.format, shard_tokens=request.shard_tokens) as output:
         _fill(output, chain([first], documents), request, on_progress or _ignore)
         return output.complete()
 

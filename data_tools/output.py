@@ -142,9 +142,7 @@ class OutputFolder:
 
 
 @contextmanager
-def open_output(
-    folder: Path, identity: dict[str, Any], *, format: str, shard_tokens: int
-) -> Iterator[OutputFolder]:
+def open_output(folder: Path, identity: dict[str, Any], *, format: str, shard_tokens: int) -> Iterator[OutputFolder]:
     """Begin an output folder, or take it up where the same request left it; an error in the block abandons it.
 
     Raises:

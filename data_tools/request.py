@@ -62,9 +62,7 @@ class TokenizeRequest(SourceRequest):
     def identity(self, source: Source) -> dict[str, Any]:
         """All that decides the bytes of the result, as JSON values in the manifest's layout."""
         limits = {"limit_documents": self.limit_documents, "limit_bytes": self.limit_bytes}
-        tokenizer = TokenizerRecord(
-            TOKENIZER_NAME, GPT2_VOCAB_SIZE, END_OF_TEXT, load_tokenizer().vocabulary_sha256()
-        )
+        tokenizer = TokenizerRecord(TOKENIZER_NAME, GPT2_VOCAB_SIZE, END_OF_TEXT, load_tokenizer().vocabulary_sha256())
         return {
             "format_version": FORMAT_VERSION,
             "tokenizer": asdict(tokenizer),

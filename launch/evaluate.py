@@ -8,7 +8,8 @@ from typing import get_args
 from launch.cli import ArgumentParser, positive_int, run_command, start_logging
 from pipeline.config import Precision, RunConfig
 from pipeline.distributed import join_world
-from pipeline.evaluation.tasks import TASKS, EvaluationOptions, format_table, run_tasks
+from pipeline.evaluation.results import format_table
+from pipeline.evaluation.tasks import TASKS, EvaluationOptions, run_tasks
 
 
 def main() -> None:
@@ -17,11 +18,17 @@ def main() -> None:
         description=__doc__, example="python launch/evaluate.py --checkpoint runs/ddp --tasks validation"
     )
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="DIR", help="a checkpoint, or a run folder (its newest good one)"
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a checkpoint, or a run folder (its newest good one)",
     )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"of {', '.join(TASKS)}")
     parser.add_argument("--data", metavar="DIR", help="token shards (default: those the run was trained on)")
-    parser.add_argument("--batch-size", type=positive_int, metavar="N", help="sequences per forward pass; no effect on results")
+    parser.add_argument(
+        "--batch-size", type=positive_int, metavar="N", help="sequences per forward pass; no effect on results"
+    )
     parser.add_argument("--precision", choices=get_args(Precision), help="(default: the run's)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     arguments = parser.parse_args()

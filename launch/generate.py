@@ -17,12 +17,33 @@ def main() -> None:
         description=__doc__, example='python launch/generate.py --checkpoint runs/ddp --prompt "The meaning of life is"'
     )
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="DIR", help="a checkpoint, or a run folder (its newest good one)"
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a checkpoint, or a run folder (its newest good one)",
     )
     parser.add_argument("--prompt", default=defaults.prompt, help="what the model continues (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=defaults.max_new_tokens, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=defaults.temperature, help="0: the likeliest token each time (default: %(default)s)")
-    parser.add_argument("--top-k", type=positive_int, default=defaults.top_k, metavar="K", help="draw from the K likeliest (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive_int,
+        default=defaults.max_new_tokens,
+        metavar="N",
+        help="(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=defaults.temperature,
+        help="0: the likeliest token each time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=positive_int,
+        default=defaults.top_k,
+        metavar="K",
+        help="draw from the K likeliest (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     arguments = parser.parse_args()

@@ -11,7 +11,7 @@ def main() -> None:
     """Parse, load the config, train."""
     parser = ArgumentParser(
         description=__doc__,
-        example="torchrun --nproc_per_node=2 launch/train.py --config ds_configs/fsdp.json --set schedule.max_steps=100",
+        example="torchrun --nproc_per_node=2 launch/train.py --config ds_configs/fsdp.json --set run.out_dir=runs/a",
     )
     add_config_options(parser)
     parser.add_argument(

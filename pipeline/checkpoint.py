@@ -265,7 +265,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = _read_json(folder / MANIFEST_FILE)
     if manifest.get("format_version") != FORMAT_VERSION:
         found = manifest.get("format_version")
-        raise CheckpointError(f"{folder / MANIFEST_FILE}: format version {found!r}, this program reads {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{folder / MANIFEST_FILE}: format version {found!r}, this program reads {FORMAT_VERSION}"
+        )
     try:
         for name, entry in manifest["files"].items():
             if Path(name).name != name:
@@ -395,7 +397,9 @@ def _fill(target: Tensor, start: int, pieces: list[_Piece], name: str) -> None:
             target[low - start : high - start].copy_(_read_elements(file, piece, low, high))
         missing -= high - low
     if missing:
-        raise CheckpointError(f"{pieces[0].file.parent if pieces else 'the checkpoint'}: {missing} elements of {name} are missing")
+        raise CheckpointError(
+            f"{pieces[0].file.parent if pieces else 'the checkpoint'}: {missing} elements of {name} are missing"
+        )
 
 
 def _read_elements(file: Any, piece: _Piece, low: int, high: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from pipeline.config import RunConfig
 from pipeline.environment import launched_local_rank, launched_rank, launched_world_size, present_as_launched
@@ -110,4 +111,4 @@ def _start_process_group(world: World) -> None:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id)
         return
     # A world of one needs no port: the store lives in this process.
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, device_id=device_id)

@@ -42,7 +42,7 @@ class MetricsLog:
         run_folder.mkdir(parents=True, exist_ok=True)
         path = run_folder / METRICS_FILE
         _keep_rows_until(path, resumed_step)
-        self._file = open(path, "a", encoding="utf-8", buffering=1)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
         self._writer = None
         if tensorboard:
             folder = str(run_folder / TENSORBOARD_FOLDER)
@@ -59,7 +59,9 @@ class MetricsLog:
     def write_hyperparameters(self, config: dict[str, Any], results: dict[str, float]) -> None:
         """The run's settings beside its results, for TensorBoard's HPARAMS page."""
         if self._writer:
-            settings = {f"{section}.{key}": _plain(value) for section, keys in config.items() for key, value in keys.items()}
+            settings = {
+                f"{section}.{key}": _plain(value) for section, keys in config.items() for key, value in keys.items()
+            }
             self._writer.add_hparams(settings, results, run_name=".")
 
     def write_text(self, tag: str, text: str, step: int) -> None:

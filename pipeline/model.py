@@ -70,7 +70,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._residual_branches, x, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(self._residual_branches, x, use_reentrant=False)
         return self._residual_branches(x)
 
     def _residual_branches(self, x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class GPT2(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
             x = block(x)
-        return self.ln_f(x)  # type: ignore[no-any-return]
+        return self.ln_f(x)
 
     def assert_tied(self) -> None:
         """The output layer and the embedding must be one tensor after wrapping, stepping and loading."""

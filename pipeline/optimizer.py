@@ -21,7 +21,8 @@ CLIP_EPS = 1e-6  # in the divisor, as torch and DeepSpeed have it
 
 def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: tensors of two dimensions or more decay, biases and LayerNorm weights do not."""
-    decayed, spared = [], []
+    decayed: list[Tensor] = []
+    spared: list[Tensor] = []
     for parameter in parameters:
         (decayed if parameter.dim() >= 2 else spared).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
@@ -73,5 +74,3 @@ def unscale_and_clip(gradients: list[Tensor], norm: Tensor, loss_scale: float, m
         factor = factor * torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     torch._foreach_mul_(local, factor.to(local[0].dtype))
-
-

@@ -41,7 +41,7 @@ class AutocastModel(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """See :meth:`pipeline.model.GPT2.forward`."""
         with autocast(self.precision, self.device):
-            return self.model(tokens, targets)  # type: ignore[no-any-return]
+            return self.model(tokens, targets)
 
 
 class Bf16ViewModel(nn.Module):
@@ -58,7 +58,7 @@ class Bf16ViewModel(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """See :meth:`pipeline.model.GPT2.forward`."""
         weights = {name: weight.to(torch.bfloat16) for name, weight in self.model.named_parameters()}
-        return functional_call(self.model, weights, (tokens, targets), tie_weights=True)  # type: ignore[no-any-return]
+        return functional_call(self.model, weights, (tokens, targets), tie_weights=True)
 
 
 def replicated_compute(model: GPT2, precision: str, device: torch.device) -> nn.Module:

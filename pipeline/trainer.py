@@ -102,9 +102,7 @@ class Trainer:
             tokens, targets = micro_batch.to(self.world.device)
             # Backends average gradients over ranks; the world size turns that into the sum.
             loss_weight = self.world.size / scored_targets
-            loss_sum += self.backend.accumulate(
-                tokens, targets, loss_weight, is_last=i == len(micro_batches) - 1
-            )
+            loss_sum += self.backend.accumulate(tokens, targets, loss_weight, is_last=i == len(micro_batches) - 1)
         learning_rate = lr_at(self.state.step, self.config.optimizer, self.config.schedule)
         result = self.backend.step(learning_rate)
         self.throughput.count_step()
@@ -175,11 +173,13 @@ class Trainer:
             return
         with self.throughput.paused(), self.backend.evaluation_mode():
             self.validation_loss = self._validation_loss(self.validation)
-            self._write({
-                "step": self.state.step,
-                "val_loss": self.validation_loss,
-                "val_perplexity": math.exp(min(self.validation_loss, 700.0)),  # exp(710) overflows
-            })
+            self._write(
+                {
+                    "step": self.state.step,
+                    "val_loss": self.validation_loss,
+                    "val_perplexity": math.exp(min(self.validation_loss, 700.0)),  # exp(710) overflows
+                }
+            )
 
     def _validation_loss(self, stream: TokenStream) -> float:
         batch, options = self.config.batch, self.config.evaluation
@@ -191,7 +191,7 @@ class Trainer:
             sums[0] += self.backend.evaluate(tokens, targets)
             sums[1] += micro_batch.scored_targets
         loss_sum, targets_sum = self.world.sum(sums).tolist()
-        return loss_sum / targets_sum
+        return float(loss_sum / targets_sum)
 
     def save(self) -> None:
         """Write a checkpoint. Collective."""
@@ -213,9 +213,7 @@ class Trainer:
     def _open_metrics(self) -> MetricsLog:
         self.run_folder.mkdir(parents=True, exist_ok=True)
         write_json_durably(self.run_folder / CONFIG_FILE, dump_config(self.config))
-        return MetricsLog(
-            self.run_folder, resumed_step=self.state.step, tensorboard=self.config.logging.tensorboard
-        )
+        return MetricsLog(self.run_folder, resumed_step=self.state.step, tensorboard=self.config.logging.tensorboard)
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.metrics:

@@ -132,7 +132,12 @@ def _announce(
     flash = flash_attention_runs(world.device, matmul_dtype(config.run.precision), head_dim)
     log.info("run       %s -> %s", config.run.name, config.run.out_dir)
     log.info("model     %s, %s parameters", config.model.preset, f"{parameter_count(config.model):,}")
-    log.info("data      %s: %s tokens, %s samples", config.data.path, f"{stream.tokens:,}", f"{stream.tokens // plan.seq_len:,}")
+    log.info(
+        "data      %s: %s tokens, %s samples",
+        config.data.path,
+        f"{stream.tokens:,}",
+        f"{stream.tokens // plan.seq_len:,}",
+    )
     log.info("batch     %s", plan)
     log.info("backend   %s on %s, world size %d", backend.describe(), world.device.type, world.size)
     log.info("precision %s: %s", config.run.precision, dtypes)

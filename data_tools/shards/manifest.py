@@ -128,9 +128,7 @@ def load_manifest(folder: Path | str) -> Manifest:
         tokenizer=_record_from_json(TokenizerRecord, value["tokenizer"], f"{place}: tokenizer"),
         source=_record_from_json(SourceRecord, value["source"], f"{place}: source"),
         settings=_expect_object(value["settings"], f"{place}: settings"),
-        shards=tuple(
-            ShardRecord.from_json(shard, f"{place}: shards[{index}]") for index, shard in enumerate(shards)
-        ),
+        shards=tuple(ShardRecord.from_json(shard, f"{place}: shards[{index}]") for index, shard in enumerate(shards)),
     )
 
 
@@ -138,9 +136,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(
-            f"{path.parent} has no {MANIFEST_NAME}; make one with launch/tokenize_corpus.py"
-        ) from error
+        raise DataError(f"{path.parent} has no {MANIFEST_NAME}; make one with launch/tokenize_corpus.py") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -129,9 +129,7 @@ def open_split(folder: Path | str, split: str) -> TokenStream:
     stream = TokenStream(folder, manifest, split)
     if stream.tokens == 0:
         others = [name for name in manifest.splits() if manifest.tokens_of(name)]
-        raise DataError(
-            f"{folder}: split {split!r} is empty; splits with tokens: {', '.join(others) or 'none'}"
-        )
+        raise DataError(f"{folder}: split {split!r} is empty; splits with tokens: {', '.join(others) or 'none'}")
     return stream
 
 
@@ -161,9 +159,7 @@ def _check_contents(path: Path, segments: list[TokenArray], shard: ShardRecord, 
             largest = max(largest, int(tokens.max()))
             documents += int(np.count_nonzero(tokens == manifest.tokenizer.end_of_text))
     if largest >= manifest.tokenizer.vocab_size:
-        raise DataError(
-            f"{path} holds token {largest}, the vocabulary ends at {manifest.tokenizer.vocab_size - 1}"
-        )
+        raise DataError(f"{path} holds token {largest}, the vocabulary ends at {manifest.tokenizer.vocab_size - 1}")
     if documents != shard.documents:
         raise DataError(f"{path} holds {documents} documents, {MANIFEST_NAME} says {shard.documents}")
 

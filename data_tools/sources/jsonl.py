@@ -9,9 +9,7 @@ from typing import Any
 from data_tools.errors import DataError
 from data_tools.sources.files import decode_utf8, list_files, open_decompressed
 
-_SUFFIXES = tuple(
-    name + compression for name in (".jsonl", ".ndjson", ".json") for compression in ("", ".gz", ".zst")
-)
+_SUFFIXES = tuple(name + compression for name in (".jsonl", ".ndjson", ".json") for compression in ("", ".gz", ".zst"))
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -60,9 +58,7 @@ def text_of_record(record: dict[str, Any], text_field: str, place: str) -> str:
     """
     if text_field not in record:
         names = ", ".join(map(str, record)) or "none"
-        raise DataError(
-            f"{place}: no field {text_field!r}; the fields are {names}; choose one with --text-field"
-        )
+        raise DataError(f"{place}: no field {text_field!r}; the fields are {names}; choose one with --text-field")
     text = record[text_field]
     if not isinstance(text, str):
         raise DataError(

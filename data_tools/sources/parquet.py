@@ -45,8 +45,7 @@ class ParquetSource:
 def _check_column(schema: pa.Schema, column: str, path: Path) -> None:
     if column not in schema.names:
         raise DataError(
-            f"{path}: no column {column!r}; the columns are {', '.join(schema.names)}; "
-            "choose one with --text-field"
+            f"{path}: no column {column!r}; the columns are {', '.join(schema.names)}; choose one with --text-field"
         )
     kind = schema.field(column).type
     if pa.types.is_dictionary(kind):

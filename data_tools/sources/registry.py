@@ -72,9 +72,7 @@ def _open_parquet(request: SourceRequest) -> Source:
 
 def _open_hf(request: SourceRequest) -> Source:
     if len(request.inputs) != 1:
-        raise DataError(
-            f"--source hf takes one --input, a dataset's name or folder, not {len(request.inputs)}"
-        )
+        raise DataError(f"--source hf takes one --input, a dataset's name or folder, not {len(request.inputs)}")
     return HuggingFaceSource(
         request.inputs[0],
         config=request.dataset_config,

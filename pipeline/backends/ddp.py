@@ -46,7 +46,7 @@ class DdpBackend(TorchBackend):
         with nullcontext() if is_last else self.ddp.no_sync():
             loss = self.ddp(tokens, targets)
             (loss * (loss_weight * self.loss_scaler.scale)).backward()
-        return loss.detach()  # type: ignore[no-any-return]
+        return loss.detach()
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """See :meth:`Backend.dtypes`."""

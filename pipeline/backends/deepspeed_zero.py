@@ -80,7 +80,7 @@ class DeepSpeedBackend(Backend):
     @property
     def compute(self) -> nn.Module:
         """The engine."""
-        return self.engine  # type: ignore[no-any-return]
+        return self.engine
 
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
         """See :meth:`Backend.accumulate`."""
@@ -91,7 +91,7 @@ class DeepSpeedBackend(Backend):
         self.engine.backward(loss * (loss_weight * scale), scale_wrt_gas=False)
         if not is_last:
             self.engine.step()  # counts the micro-step; updates nothing
-        return loss.detach()  # type: ignore[no-any-return]
+        return loss.detach()
 
     def _tell_loss_scale(self) -> None:
         if self.loss_scaler.dynamic and self.stage > 0:
@@ -207,9 +207,7 @@ def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> to
     """DeepSpeed's AdamW for offloaded state, built with the machine's C++ compiler at first use."""
     groups = parameter_groups(parameters, config.weight_decay)
     try:
-        return DeepSpeedCPUAdam(
-            groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, adamw_mode=True
-        )
+        return DeepSpeedCPUAdam(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, adamw_mode=True)
     except (RuntimeError, ImportError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         log.warning("DeepSpeed's CPUAdam cannot be built here (%s); offloading with torch's AdamW", reason)
@@ -355,4 +353,4 @@ def _adam_state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, A
         state["step"] = 0 if in_place else torch.zeros((), dtype=torch.float32, device=master.device)
         state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
         state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
-    return state  # type: ignore[no-any-return]
+    return state

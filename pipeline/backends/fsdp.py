@@ -36,7 +36,7 @@ class FsdpBackend(TorchBackend):
         self.root.set_requires_gradient_sync(is_last)
         loss = self.root(tokens, targets)
         (loss * (loss_weight * self.loss_scaler.scale)).backward()
-        return loss.detach()  # type: ignore[no-any-return]
+        return loss.detach()
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """See :meth:`Backend.dtypes`."""

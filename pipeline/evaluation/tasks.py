@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,12 @@ from pipeline.config import Config
 from pipeline.config_files import config_from_json
 from pipeline.distributed import World
 from pipeline.errors import ConfigError
+from pipeline.evaluation.results import EVALUATION_FOLDER, Results
 from pipeline.evaluation.validation import evaluate_validation
 from pipeline.metrics import TENSORBOARD_FOLDER
 from pipeline.model import GPT2, allocate_model
 
 log = logging.getLogger(__name__)
-
-EVALUATION_FOLDER = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,7 @@ def _validation(loaded: LoadedModel, options: EvaluationOptions, world: World) -
 TASKS: dict[str, Callable[[LoadedModel, EvaluationOptions, World], dict[str, Any]]] = {"validation": _validation}
 
 
-def run_tasks(
-    checkpoint: Path, tasks: Sequence[str], options: EvaluationOptions, world: World
-) -> tuple[dict[str, dict[str, Any]], Path]:
+def run_tasks(checkpoint: Path, tasks: Sequence[str], options: EvaluationOptions, world: World) -> tuple[Results, Path]:
     """Score a checkpoint on some tasks; the main rank writes JSON and TensorBoard.
 
     Returns:
@@ -103,7 +99,7 @@ def run_tasks(
         if task not in TASKS:
             raise ConfigError(f"--tasks {task}: no such task; there are: {', '.join(TASKS)}")
     loaded = load_model(checkpoint, world.device)
-    results = {}
+    results: Results = {}
     for task in tasks:
         head = {"task": task, "checkpoint": str(loaded.checkpoint), "step": loaded.step}
         results[task] = {**head, **TASKS[task](loaded, options, world)}
@@ -113,7 +109,7 @@ def run_tasks(
     return results, folder
 
 
-def _write_results(results: dict[str, dict[str, Any]], loaded: LoadedModel, folder: Path) -> None:
+def _write_results(results: Results, loaded: LoadedModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with SummaryWriter(str(loaded.run_folder / TENSORBOARD_FOLDER)) as writer:
         for task, result in results.items():
@@ -121,43 +117,3 @@ def _write_results(results: dict[str, dict[str, Any]], loaded: LoadedModel, fold
             for key, value in result.items():
                 if isinstance(value, float):
                     writer.add_scalar(f"evaluation/{task}_{key}", value, loaded.step)
-
-
-def find_results(run_folder: Path, tasks: Sequence[str], step: int) -> dict[str, dict[str, Any]] | None:
-    """Results that were written for this step before; None if any task lacks them."""
-    results = {}
-    for task in tasks:
-        path = run_folder / EVALUATION_FOLDER / f"{task}.json"
-        if not path.is_file():
-            return None
-        results[task] = json.loads(path.read_text(encoding="utf-8"))
-        if results[task].get("step") != step:
-            return None
-    return results
-
-
-def format_table(results: dict[str, dict[str, Any]]) -> str:
-    """Results as a table for a terminal: one line a number."""
-    lines = []
-    for task, result in results.items():
-        lines.append(f"{task}  (step {result['step']}, {result['checkpoint']})")
-        for key, value in result.items():
-            if isinstance(value, float):
-                lines.append(f"  {key:<18} {value:>14.4f}")
-            elif isinstance(value, int) and key != "step":
-                lines.append(f"  {key:<18} {value:>14,}")
-        lines.extend(_position_lines(result.get("loss_by_position", [])))
-    return "\n".join(lines)
-
-
-def _position_lines(losses: list[float | None]) -> list[str]:
-    """Loss by position, averaged over ranges that double: 0, 1, 2-3, 4-7, ..."""
-    lines, low = [], 0
-    while low < len(losses):
-        high = min(max(2 * low, 1), len(losses))
-        values = [loss for loss in losses[low:high] if loss is not None]
-        if values:
-            label = f"loss at {low}" if high - low == 1 else f"loss at {low}-{high - 1}"
-            lines.append(f"  {label:<18} {sum(values) / len(values):>14.4f}")
-        low = high
-    return lines

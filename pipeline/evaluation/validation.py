@@ -37,8 +37,8 @@ class _Sums:
     @classmethod
     def zeros(cls, seq_len: int, device: torch.device) -> _Sums:
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
-        by_position = [torch.zeros(seq_len, dtype=dtype, device=device) for _ in range(4)]
-        return cls(*by_position, torch.zeros((), dtype=dtype, device=device))
+        loss, targets, top1, top5 = torch.zeros(4, seq_len, dtype=dtype, device=device)
+        return cls(loss, targets, top1, top5, torch.zeros((), dtype=dtype, device=device))
 
     def over_ranks(self, world: World) -> _Sums:
         return _Sums(*(world.sum(part).cpu() for part in vars(self).values()))

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
-from conftest import (
+from tests.data_tools.conftest import (
     command_line,
     contents,
     documents_of,
@@ -141,9 +141,7 @@ def request_for(tmp_path: Path, name: str = "out", **options: Any) -> TokenizeRe
 
 
 @pytest.mark.usefixtures("small_batches")
-def test_the_bytes_do_not_depend_on_workers_or_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bytes_do_not_depend_on_workers_or_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenize_corpus(request_for(tmp_path, "one"))
     tokenize_corpus(request_for(tmp_path, "two", workers=2))
     monkeypatch.setattr(corpus_module, "_BATCH_CHARACTERS", 1)
@@ -155,22 +153,17 @@ def test_npy_and_arrow_hold_the_same(tmp_path: Path) -> None:
     npy = tokenize_corpus(request_for(tmp_path, "npy"))
     arrow = tokenize_corpus(request_for(tmp_path, "arrow", format="arrow"))
     for split in ("train", "val"):
-        np.testing.assert_array_equal(
-            tokens_of(tmp_path / "npy", split), tokens_of(tmp_path / "arrow", split)
-        )
+        np.testing.assert_array_equal(tokens_of(tmp_path / "npy", split), tokens_of(tmp_path / "arrow", split))
         files = [str(tmp_path / "arrow" / shard.file) for shard in arrow.shards_of(split)]
         opened = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
-        np.testing.assert_array_equal(
-            opened.with_format("numpy")["tokens"][:], tokens_of(tmp_path / "npy", split)
-        )
+        np.testing.assert_array_equal(opened.with_format("numpy")["tokens"][:], tokens_of(tmp_path / "npy", split))
     assert [shard.tokens for shard in npy.shards] == [shard.tokens for shard in arrow.shards]
 
 
 def test_every_document_is_whole_in_one_split(tmp_path: Path, reference: tiktoken.Encoding) -> None:
     manifest = tokenize_corpus(request_for(tmp_path))
     train, val = (
-        {tuple(part) for part in split_documents(tokens_of(tmp_path / "out", split))}
-        for split in ("train", "val")
+        {tuple(part) for part in split_documents(tokens_of(tmp_path / "out", split))} for split in ("train", "val")
     )
     everything = {tuple(sequential_tokens(reference, [document])) for document in DOCUMENTS}
     assert train | val == everything
@@ -326,9 +319,7 @@ def interrupt(request: TokenizeRequest, after_shards: int = 3) -> None:
 
 @pytest.mark.parametrize("after_shards", [1, 2, 4])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_interrupted_run_continues_to_the_same_bytes(
-    tmp_path: Path, after_shards: int, workers: int
-) -> None:
+def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, after_shards: int, workers: int) -> None:
     tokenize_corpus(request_for(tmp_path, "whole"))
     interrupt(request_for(tmp_path), after_shards)
     assert not list((tmp_path / "out").glob("*.partial"))
@@ -401,9 +392,7 @@ def raise_interruption(journal: object) -> None:
     raise Interruption
 
 
-def test_a_source_that_lost_documents_meanwhile_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_that_lost_documents_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(request_for(tmp_path), 4)
     size = (tmp_path / "corpus" / "all.jsonl").stat().st_size
     only = json.dumps({"text": "x" * (size - 13)}).encode() + b"\n"
@@ -487,9 +476,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
 
 def test_an_empty_corpus_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_bytes(json_lines(["", ""]))
-    request = TokenizeRequest(
-        source="jsonl", inputs=(str(tmp_path / "empty.jsonl"),), out=tmp_path / "a" / "out"
-    )
+    request = TokenizeRequest(source="jsonl", inputs=(str(tmp_path / "empty.jsonl"),), out=tmp_path / "a" / "out")
     with pytest.raises(DataError, match="no document with text in it"):
         tokenize_corpus(request)
     assert not (tmp_path / "a").exists()
@@ -506,13 +493,9 @@ def test_a_bad_document_before_the_first_shard_leaves_nothing(tmp_path: Path, wo
     assert not (tmp_path / "out").exists()
 
 
-def test_a_disk_full_before_the_first_record_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_full_before_the_first_record_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(journal: object, shard: object) -> None:
-        assert (tmp_path / "out" / "val_000000.npy").exists() or (
-            tmp_path / "out" / "train_000000.npy"
-        ).exists()
+        assert (tmp_path / "out" / "val_000000.npy").exists() or (tmp_path / "out" / "train_000000.npy").exists()
         raise DataError("cannot write journal.jsonl: No space left on device")
 
     monkeypatch.setattr(output_module.Journal, "append", refuse)
@@ -525,9 +508,7 @@ def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "bad.jsonl").write_bytes(json_lines(["a"]) + b"{\n")
     with pytest.raises(DataError):
-        tokenize_corpus(
-            TokenizeRequest(source="jsonl", inputs=(str(tmp_path / "bad.jsonl"),), out=tmp_path / "out")
-        )
+        tokenize_corpus(TokenizeRequest(source="jsonl", inputs=(str(tmp_path / "bad.jsonl"),), out=tmp_path / "out"))
     assert contents(tmp_path / "out") == {}
 
 
@@ -581,9 +562,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds worker processes in /proc")
-def test_a_worker_that_is_killed_is_one_line_and_the_run_continues(
-    tmp_path: Path, large_corpus: LargeCorpus
-) -> None:
+def test_a_worker_that_is_killed_is_one_line_and_the_run_continues(tmp_path: Path, large_corpus: LargeCorpus) -> None:
     out = tmp_path / "out"
     with large_corpus.start(out, workers=2) as process:
         wait_until(lambda: (out / "train_000001.npy").exists(), process)

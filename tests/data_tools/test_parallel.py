@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import environment
+from tests.data_tools.conftest import environment
 
 from data_tools.errors import DataError
 from data_tools.parallel import ordered_map
@@ -98,9 +98,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     script = f"{tmp_path}/parent.py"
     with open(script, "w") as file:
         file.write(PARENT)
-    with subprocess.Popen(
-        [sys.executable, script], env=environment(), stdout=subprocess.PIPE, text=True
-    ) as parent:
+    with subprocess.Popen([sys.executable, script], env=environment(), stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         worker = int(parent.stdout.readline())
         assert is_running(worker)

@@ -109,9 +109,7 @@ def test_reads_equal_slices_of_the_concatenation(tmp_path: Path, format: str) ->
     everything = np.concatenate(shards)
     stream = open_split(tmp_path / "data", "train")
     assert (stream.tokens, stream.documents, stream.utf8_bytes) == (everything.size, 5, 3 * everything.size)
-    starts = np.array(
-        [0, 1, 995, 999, 1000, 1003, 1004, 1053, 1054, BATCH_TOKENS + 1050, everything.size - 64]
-    )
+    starts = np.array([0, 1, 995, 999, 1000, 1003, 1004, 1053, 1054, BATCH_TOKENS + 1050, everything.size - 64])
     for start in starts.tolist():
         for length in (0, 1, 5, 64):
             np.testing.assert_array_equal(stream.read(start, length), everything[start : start + length])
@@ -293,9 +291,7 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, damage: Callable[[Path], 
 
 
 @pytest.mark.parametrize(("format", "damage", "message"), SHARD_DAMAGE, ids=lambda value: str(value)[:40])
-def test_a_damaged_shard_is_refused(
-    tmp_path: Path, format: str, damage: Callable[[Path], None], message: str
-) -> None:
+def test_a_damaged_shard_is_refused(tmp_path: Path, format: str, damage: Callable[[Path], None], message: str) -> None:
     folder = tmp_path / "data"
     write_folder(folder, [random_tokens(20), random_tokens(30)], format)
     damage(folder)
@@ -318,13 +314,11 @@ def test_an_empty_split_is_refused(tmp_path: Path) -> None:
 
 
 def test_opening_does_not_read_the_tokens(tmp_path: Path) -> None:
-    """A shard of ten billion tokens, nearly all of them a hole, opens at once, and a read touches only what it returns."""
+    """A shard of ten billion tokens, nearly all a hole, opens at once, and a read touches only what it returns."""
     folder = tmp_path / "data"
     write_folder(folder, [random_tokens(20)])
     tokens = 10**10
-    sparse = np.lib.format.open_memmap(
-        folder / "train_000000.npy", mode="w+", dtype=np.uint16, shape=(tokens,)
-    )
+    sparse = np.lib.format.open_memmap(folder / "train_000000.npy", mode="w+", dtype=np.uint16, shape=(tokens,))
     sparse[tokens - 3 :] = [5, 6, 7]
     del sparse
     edit_manifest(lambda manifest: manifest["shards"][0].update(tokens=tokens))(folder)

@@ -13,7 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import varied_documents
+from tests.data_tools.conftest import varied_documents
 
 from data_tools.errors import DataError
 from data_tools.sources import SOURCE_KINDS, SourceRequest, open_source
@@ -69,9 +69,7 @@ def test_a_separator_divides_as_str_split_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str, read_bytes: int
 ) -> None:
     monkeypatch.setattr(text_module, "_READ_BYTES", read_bytes)
-    content = (
-        f"é{separator}{separator}b\n\n\nc<|endof|>{separator[:-1]}§漢x".join(["1", "2", "3"]) + separator
-    )
+    content = f"é{separator}{separator}b\n\n\nc<|endof|>{separator[:-1]}§漢x".join(["1", "2", "3"]) + separator
     (tmp_path / "a.txt").write_bytes(content.encode())
     assert documents("text", tmp_path / "a.txt", document_separator=separator) == content.split(separator)
 
@@ -100,9 +98,7 @@ def test_invalid_utf8_is_named_with_its_offset(
         (".jsonl.zst", zstd),
     ],
 )
-def test_json_lines_plain_and_compressed(
-    tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
-) -> None:
+def test_json_lines_plain_and_compressed(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
     # Several gzip members or zstd frames one after the other are one stream.
     content = compress(json_lines(DOCUMENTS[:10])) + compress(json_lines(DOCUMENTS[10:]))
     (tmp_path / f"a{suffix}").write_bytes(content)
@@ -172,9 +168,7 @@ def test_parquet_faults_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"body": ["a", None], "id": [1, 2]}), path)
     assert f"{path}: no column 'text'; the columns are body, id; choose" in refusal("parquet", path)
-    assert f"{path}: column 'id' holds int64, it must hold strings" in refusal(
-        "parquet", path, text_field="id"
-    )
+    assert f"{path}: column 'id' holds int64, it must hold strings" in refusal("parquet", path, text_field="id")
     assert f"{path}: row 1: column 'body' is null" in refusal("parquet", path, text_field="body")
     path.write_bytes(b"PAR1 no parquet at all")
     assert refusal("parquet", path).startswith(f"cannot read {path}: ")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-from conftest import Command, contents, sequential_tokens, tokens_of
+from tests.data_tools.conftest import Command, contents, sequential_tokens, tokens_of
 
 from data_tools.shards import load_manifest
 from launch.cli import run_command
@@ -32,9 +32,7 @@ def test_it_says_what_it_wrote_and_where(tmp_path: Path, run_process: Command) -
     assert contents(tmp_path / "data") == before
 
 
-def test_a_single_document_warns_of_the_missing_validation_split(
-    tmp_path: Path, run_process: Command
-) -> None:
+def test_a_single_document_warns_of_the_missing_validation_split(tmp_path: Path, run_process: Command) -> None:
     (tmp_path / "corpus.txt").write_text("one")
     result = run_process("--source", "text", "--input", "corpus.txt", "--out", "data")
     assert result.returncode == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-from conftest import sequential_tokens, varied_documents
+from tests.data_tools.conftest import sequential_tokens, varied_documents
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from data_tools import tokenizer as module
@@ -65,7 +65,7 @@ def test_the_vocabulary_is_the_published_one(monkeypatch: pytest.MonkeyPatch) ->
     # Of https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken, as tiktoken checks it.
     published = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
     assert load_tokenizer().vocabulary_sha256() == published
-    assert GPT2_VOCAB_SIZE == load_tokenizer()._encoding.n_vocab
+    assert load_tokenizer()._encoding.n_vocab == GPT2_VOCAB_SIZE
 
 
 def test_the_vocabulary_is_the_one_that_tiktoken_loads(

@@ -1,0 +1,52 @@
+"""Where results of stage 3 lie, and how a person reads them. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EVALUATION_FOLDER = "evaluation"
+
+Results = dict[str, dict[str, Any]]  # task -> what it measured
+
+
+def find_results(run_folder: Path, tasks: Sequence[str], step: int) -> Results | None:
+    """Results that were written for this step before; None if any task lacks them."""
+    results = {}
+    for task in tasks:
+        path = run_folder / EVALUATION_FOLDER / f"{task}.json"
+        if not path.is_file():
+            return None
+        results[task] = json.loads(path.read_text(encoding="utf-8"))
+        if results[task].get("step") != step:
+            return None
+    return results
+
+
+def format_table(results: Results) -> str:
+    """Results as a table for a terminal: one line a number."""
+    lines = []
+    for task, result in results.items():
+        lines.append(f"{task}  (step {result['step']}, {result['checkpoint']})")
+        for key, value in result.items():
+            if isinstance(value, float):
+                lines.append(f"  {key:<18} {value:>14.4f}")
+            elif isinstance(value, int) and key != "step":
+                lines.append(f"  {key:<18} {value:>14,}")
+        lines.extend(_position_lines(result.get("loss_by_position", [])))
+    return "\n".join(lines)
+
+
+def _position_lines(losses: list[float | None]) -> list[str]:
+    """Loss by position, averaged over ranges that double: 0, 1, 2-3, 4-7, ..."""
+    lines, low = [], 0
+    while low < len(losses):
+        high = min(max(2 * low, 1), len(losses))
+        values = [loss for loss in losses[low:high] if loss is not None]
+        if values:
+            label = f"loss at {low}" if high - low == 1 else f"loss at {low}-{high - 1}"
+            lines.append(f"  {label:<18} {sum(values) / len(values):>14.4f}")
+        low = high
+    return lines

