@@ -5,7 +5,7 @@ A checkpoint is a folder ``checkpoints/step_00000100``:
 ``rank_00000_weights.safetensors``    pieces of the fp32 master weights, by canonical name
 ``rank_00000_moments.safetensors``    the same pieces of AdamW's two moments
 ``state.json``                        step, samples, loss scale, seed, resolved config, versions
-``manifest.json``                     format version, parameter shapes, size and SHA-256 of every file
+``manifest.json``                     format version, parameter shapes, size and SHA-256 of every file and itself
 
 Each rank writes the pieces that it holds and nothing is gathered; loading copies the overlap of
 stored pieces and local ones, so no rank ever holds the whole state. No pickle is written or read.
@@ -13,6 +13,7 @@ stored pieces and local ones, so no rank ever holds the whole state. No pickle i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -90,7 +91,7 @@ def save_checkpoint(
             write_json_durably(aside / STATE_FILE, {**asdict(state), "config": config, "versions": _versions()})
             files[STATE_FILE] = _size_and_hash(aside / STATE_FILE)
             manifest = {"format_version": FORMAT_VERSION, "parameters": shapes, "files": files}
-            write_json_durably(aside / MANIFEST_FILE, manifest)
+            write_json_durably(aside / MANIFEST_FILE, {**manifest, "sha256": _hash_of_json(manifest)})
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step
             publish(aside, folder)
             _delete_old(run_folder, keep_last)
@@ -107,8 +108,8 @@ def _failing_together(world: World, aside: Path) -> Iterator[None]:
     problem = None
     try:
         yield
-    except OSError as error:
-        problem = f"rank {world.rank}: {error.strerror or error}"
+    except (OSError, SafetensorError) as error:
+        problem = f"rank {world.rank}: {getattr(error, 'strerror', None) or error}"
     problems = [text for text in world.gather(problem) if text]
     if problems:
         if world.is_main:
@@ -182,6 +183,10 @@ def _fsync_file(path: Path) -> None:
 
 def _size_and_hash(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+
+
+def _hash_of_json(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:
@@ -260,7 +265,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, checked as far as other code relies on it.
 
     Raises:
-        CheckpointError: missing, not JSON, another version, or a file name that leaves the folder.
+        CheckpointError: missing, damaged, another version, or a file name that leaves the folder.
     """
     manifest = _read_json(folder / MANIFEST_FILE)
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -268,6 +273,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder / MANIFEST_FILE}: format version {found!r}, this program reads {FORMAT_VERSION}"
         )
+    if manifest.pop("sha256", None) != _hash_of_json(manifest):
+        raise CheckpointError(f"{folder / MANIFEST_FILE}: contents changed (its own SHA-256 differs)")
     try:
         for name, entry in manifest["files"].items():
             if Path(name).name != name:

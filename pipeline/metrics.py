@@ -96,9 +96,9 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 
 def _keep_rows_until(path: Path, step: int) -> None:
     rows = read_metrics(path.parent)
-    kept = [row for row in rows if row["step"] <= step] if step else []
-    if rows != kept:
-        write_bytes_durably(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    kept = "".join(json.dumps(row) + "\n" for row in rows if step and row["step"] <= step).encode()
+    if path.exists() and path.read_bytes() != kept:  # a torn last line, too, would swallow the next row
+        write_bytes_durably(path, kept)
 
 
 def format_row(row: dict[str, Any], max_steps: int) -> str:

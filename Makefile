@@ -1,0 +1,44 @@
+# Every target sets itself up: a virtual environment in .venv, nothing global. The second call is fast.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint parity accumulation clean
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: .venv/run ## fresh machine to a trained, evaluated, sampled small GPT-2
+	$(BIN)/python launch/run.py --config ds_configs/ddp.json ds_configs/quickstart.json
+
+test: .venv/dev ## the whole test suite, on the CPU
+	$(BIN)/python -m pytest
+
+lint: .venv/dev ## ruff and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+parity: .venv/dev ## the table backends x processes: largest differences in loss and gradient norm
+	$(BIN)/python -m benchmarks.parity
+
+accumulation: .venv/dev ## the table micro-batches x processes, with and without masked targets
+	$(BIN)/python -m benchmarks.accumulation
+
+clean: ## remove the environment and caches; data and runs stay
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.10; give another one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/run: setup.py constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/dev: setup.py constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	@touch $@ .venv/run
