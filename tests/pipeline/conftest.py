@@ -1,0 +1,93 @@
+"""Small models, small shards and a world of one, shared by the tests of stages 2 and 3."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_tools.shards import MANIFEST_NAME, Manifest, ShardWriter, SourceRecord, TokenizerRecord
+from data_tools.storage import write_json_durably
+from pipeline.config import Config, ModelConfig
+from pipeline.distributed import World, join_world
+from pipeline.model import GPT2, build_model
+
+#: No size divides another, and 89 words leave 39 padding rows of 128.
+TINY_MODEL: dict[str, Any] = {"n_layer": 2, "n_head": 3, "n_embd": 21, "context_length": 12, "vocab_size": 89}
+VOCAB_SIZE = TINY_MODEL["vocab_size"]
+END_OF_TEXT = VOCAB_SIZE - 1
+
+
+def tiny_model_config(**changes: Any) -> ModelConfig:
+    """``TINY_MODEL`` with changes."""
+    return ModelConfig.model_validate({**TINY_MODEL, **changes})
+
+
+def tiny_config(run_folder: Path | str = "unused", **sections: dict[str, Any]) -> Config:
+    """A whole run config around ``TINY_MODEL``, with sections over it."""
+    defaults: dict[str, dict[str, Any]] = {
+        "run": {"out_dir": str(run_folder), "device": "cpu", "precision": "fp32"},
+        "model": TINY_MODEL,
+        "batch": {"tokens_per_step": 48, "micro_batch_size": 2},
+        "optimizer": {"learning_rate": 1e-3},
+        "schedule": {"warmup_steps": 1, "max_steps": 10},
+    }
+    for name, section in sections.items():
+        defaults[name] = {**defaults.get(name, {}), **section}
+    return Config.model_validate(defaults)
+
+
+def restless_model(config: ModelConfig, seed: int = 1) -> GPT2:
+    """A model none of whose weights is 0 or 1: biases and LayerNorms count too."""
+    model = build_model(config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.empty_like(parameter).normal_(0.0, 0.2, generator=generator))
+    return model
+
+
+def random_tokens(*shape: int, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> torch.Tensor:
+    """Ids drawn evenly from the vocabulary, int64."""
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def write_shards(folder: Path, shards: dict[str, Sequence[np.ndarray]], utf8_bytes: int = 1000) -> Path:
+    """Token shards by split, under a vocabulary of ``VOCAB_SIZE``; each split has ``utf8_bytes`` in its first shard."""
+    folder.mkdir(parents=True)
+    records = []
+    for split, parts in shards.items():
+        for i, tokens in enumerate(parts):
+            writer = ShardWriter(folder, f"{split}_{i:05d}.npy", split)
+            documents = int((tokens == END_OF_TEXT).sum())
+            writer.append(tokens.astype(np.uint16), documents=documents, utf8_bytes=0 if i else utf8_bytes)
+            records.append(writer.close())
+    manifest = Manifest(
+        tokenizer=TokenizerRecord("test", VOCAB_SIZE, END_OF_TEXT, "0" * 64),
+        source=SourceRecord("test", {}),
+        settings={},
+        shards=tuple(records),
+    )
+    write_json_durably(folder / MANIFEST_NAME, manifest.to_json())
+    return folder
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """This process alone, with a gloo group of one; the environment is put back afterwards."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("DS_ACCELERATOR", "cpu")):
+        monkeypatch.setenv(name, value)
+    with join_world(tiny_config().run) as joined:
+        yield joined
+
+
+@pytest.fixture
+def warnings_of(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """What was logged as a warning so far, as one text."""
+    caplog.set_level(logging.WARNING)
+    return lambda: "\n".join(record.getMessage() for record in caplog.records)

@@ -1,0 +1,102 @@
+"""A run continues where it stopped, on any backend and world size."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.parity import LOSS_TOLERANCE
+from benchmarks.runs import TINY_RUN, Curve, curve_of, merged, read_curve, train_run
+from pipeline.checkpoint import list_checkpoints
+from pipeline.metrics import read_metrics
+
+STEPS, SAVED_AT = 12, 6
+
+
+def run_sections(corpus: Path, *layers: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+    base = {
+        "data": {"path": str(corpus)},
+        "schedule": {"max_steps": STEPS},
+        "checkpoint": {"every_steps": SAVED_AT, "keep_last": 5},
+        "evaluation": {"every_steps": 3},
+        "logging": {"tensorboard": True},
+    }
+    return merged(TINY_RUN, base, *layers)
+
+
+def forget_after(run_folder: Path, step: int) -> None:
+    """Leave the folder as a crash right before the last checkpoint would have left it."""
+    for folder in list_checkpoints(run_folder):
+        if int(folder.name.removeprefix("step_")) > step:
+            shutil.rmtree(folder)
+
+
+def weights_of(run_folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in list_checkpoints(run_folder)[-1].glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("backend", "processes", "precision"),
+    [("ddp", 1, "fp32"), ("fsdp", 2, "amp_bf16"), ("zero1", 2, "bf16"), ("zero2", 1, "amp_fp16"), ("zero3", 2, "fp32")],
+)
+def test_the_same_run_continues_bit_for_bit(
+    backend: str, processes: int, precision: str, corpus: Path, tmp_path: Path
+) -> None:
+    """Losses, weights and moments equal those of the run that was never interrupted; dropout is active."""
+    sections = run_sections(corpus, {"run": {"precision": precision}, "model": {"dropout": 0.1}})
+    whole = curve_of(backend, tmp_path, sections, processes)
+    weights = weights_of(tmp_path)
+    rows = [(row["step"], "loss" in row) for row in read_metrics(tmp_path)]
+
+    forget_after(tmp_path, SAVED_AT)
+    continued = curve_of(backend, tmp_path, sections, processes)
+
+    assert continued.losses == whole.losses
+    assert continued.grad_norms == whole.grad_norms
+    assert weights_of(tmp_path) == weights
+    assert [(row["step"], "loss" in row) for row in read_metrics(tmp_path)] == rows, "a gap or a duplicate"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("ddp", 1), ("zero3", 2)),
+        (("zero3", 2), ("fsdp", 1)),
+        (("fsdp", 2), ("zero1", 1)),
+        (("zero1", 1), ("zero2", 2)),
+        (("zero2", 2), ("zero0", 1)),
+        (("zero0", 2), ("ddp", 1)),
+    ],
+    ids=lambda side: f"{side[0]}x{side[1]}",
+)
+def test_another_backend_and_world_size_continue_the_curve(
+    before: tuple[str, int], after: tuple[str, int], corpus: Path, tmp_path: Path, whole: Curve
+) -> None:
+    first = run_sections(corpus, {"schedule": {"max_steps": STEPS}})
+    curve_of(before[0], tmp_path / "before", first, before[1])
+    saved = tmp_path / "before" / "checkpoints" / f"step_{SAVED_AT:08d}"
+
+    second = run_sections(corpus, {"checkpoint": {"resume": str(saved)}})
+    curve_of(after[0], tmp_path / "after", second, after[1])
+
+    continued = read_curve(tmp_path / "after").losses
+    assert len(continued) == STEPS - SAVED_AT
+    differences = [abs(a - b) for a, b in zip(continued, whole.losses[SAVED_AT:], strict=True)]
+    assert max(differences) <= LOSS_TOLERANCE["fp32"]
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve:
+    return curve_of("ddp", tmp_path_factory.mktemp("whole"), run_sections(corpus))
+
+
+def test_a_finished_run_is_left_alone(corpus: Path, tmp_path: Path) -> None:
+    sections = run_sections(corpus)
+    curve_of("ddp", tmp_path, sections)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    result = train_run("ddp", tmp_path, sections)
+    assert result.returncode == 0
+    assert "nothing to train" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
