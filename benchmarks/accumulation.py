@@ -1,6 +1,6 @@
 """Does the way a batch is cut matter? One batch in tokens, cut into micro-batches and ranks in six ways.
 
-    python -m benchmarks.accumulation      # what `make accumulation` runs
+python -m benchmarks.accumulation      # what `make accumulation` runs
 """
 
 from __future__ import annotations
@@ -77,16 +77,19 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["ddp", "fsdp", "zero1"])
     arguments = parser.parse_args()
     failures = 0
-    print("| targets | backend | micro-batch | processes | largest loss difference | largest norm difference | agrees |")
+    print(
+        "| targets | backend | micro-batch | processes | largest loss difference | largest norm difference | agrees |"
+    )
     print("|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         data = make_corpus(Path(scratch) / "data")
         for masked in (False, True):
             for row in compare(data, Path(scratch), masked=masked, steps=arguments.steps, backends=arguments.backends):
                 failures += not row.agrees
+                verdict = "yes" if row.agrees else "NO"
                 print(
                     f"| {row.targets} | {row.backend} | {row.micro_batch_size} | {row.processes} "
-                    f"| {row.loss_difference:.1e} | {row.grad_norm_difference:.1e} | {'yes' if row.agrees else 'NO'} |",
+                    f"| {row.loss_difference:.1e} | {row.grad_norm_difference:.1e} | {verdict} |",
                     flush=True,
                 )
     raise SystemExit(f"{failures} runs do not agree" if failures else 0)

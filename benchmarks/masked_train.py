@@ -20,7 +20,9 @@ def prompt_mask(starts: IndexArray, seq_len: int) -> npt.NDArray[np.bool_]:
 
 def main() -> None:
     """As ``launch/train.py``."""
-    parser = ArgumentParser(description=__doc__, example="python -m benchmarks.masked_train --config ds_configs/ddp.json")
+    parser = ArgumentParser(
+        description=__doc__, example="python -m benchmarks.masked_train --config ds_configs/ddp.json"
+    )
     add_config_options(parser)
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.set)

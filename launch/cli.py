@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import math
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -49,9 +50,23 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 def positive_int(text: str) -> int:
     """An argparse type: a whole number from 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, it is {text!r}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, it is {value}")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """An argparse type: a finite number from 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 0, it is {text!r}")
     return value
 
 
@@ -92,5 +107,5 @@ def run_command(command: Callable[[], None]) -> NoReturn:
 def fail(message: str, status: int = EXIT_USER_ERROR, *, quiet: bool = False) -> int:
     """Print the one line of an error, unless ``quiet``, and return its exit status."""
     if not quiet:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     return status

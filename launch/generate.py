@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.cli import ArgumentParser, positive_int, run_command, start_logging
+from launch.cli import ArgumentParser, non_negative_float, positive_int, run_command, start_logging
 from pipeline.config import RunConfig, SampleConfig
 from pipeline.continuation import continue_prompt
 from pipeline.distributed import join_world
@@ -33,7 +33,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=non_negative_float,
         default=defaults.temperature,
         help="0: the likeliest token each time (default: %(default)s)",
     )
@@ -50,8 +50,6 @@ def main() -> None:
     start_logging()
     if not arguments.prompt:
         parser.error("--prompt: an empty prompt has nothing to continue; give at least one character")
-    if arguments.temperature < 0:
-        parser.error(f"--temperature: must be 0 or more, it is {arguments.temperature}")
     sample = SampleConfig(
         prompt=arguments.prompt,
         max_new_tokens=arguments.max_new_tokens,

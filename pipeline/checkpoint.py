@@ -233,7 +233,7 @@ def locate_checkpoint(path: Path) -> Path:
     """
     if (path / MANIFEST_FILE).is_file():
         if problem := find_damage(path):
-            raise CheckpointError(problem)
+            raise CheckpointError(f"{problem}; give another checkpoint, or the run folder for its newest good one")
         return path
     folder = newest_good_checkpoint(path)
     if folder is None:

@@ -63,9 +63,13 @@ class ModelConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_from_preset(cls, given: dict[str, Any]) -> dict[str, Any]:
-        preset = given.get("preset", cls.model_fields["preset"].default)
-        return {**MODEL_PRESETS.get(preset, MODEL_PRESETS["gpt2"]), **given}
+    def _fill_from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given  # pydantic says what is wrong
+        default: Preset = cls.model_fields["preset"].default
+        preset = given.get("preset", default)
+        sizes = MODEL_PRESETS[preset] if isinstance(preset, str) and preset in MODEL_PRESETS else MODEL_PRESETS[default]
+        return {**sizes, **given}
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelConfig:

@@ -17,25 +17,17 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Config
+from pipeline.deepspeed_keys import find_mistakes
 from pipeline.errors import ConfigError
 
-# backend.deepspeed is DeepSpeed's own JSON. These keys of it are the run config's business.
-DEEPSPEED_KEYS_OWNED_BY_RUN = {
-    "train_batch_size": "batch.tokens_per_step",
-    "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
-    "gradient_accumulation_steps": "batch.tokens_per_step",
-    "managed_gradient_accumulation": "batch.tokens_per_step",
-    "gradient_clipping": "optimizer.grad_clip",
-    "optimizer": "optimizer.*",
-    "scheduler": "schedule.*",
-    "fp16": "run.precision",
-    "bf16": "run.precision",
-    "torch_autocast": "run.precision",
-    "data_types": "run.precision",
-    "communication_data_type": "run.precision",
-    "zero_force_ds_cpu_optimizer": "backend.deepspeed.zero_optimization.offload_optimizer",
-    "tensorboard": "logging.tensorboard",
+# What pydantic says in Python's words, in JSON's.
+_JSON_WORDS = {
+    "model_type": "Input should be an object with the keys of this section",
+    "dict_type": "Input should be an object",
+    "tuple_type": "Input should be a list",
+    "missing": "This item is missing",
 }
+_LONGEST_VALUE = 80  # characters of a wrong value that a message shows
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
@@ -74,7 +66,7 @@ def _validated(merged: dict[str, Any], origins: dict[str, str]) -> Config:
         config = Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_explain(error, origins)) from None
-    _refuse_owned_deepspeed_keys(config, origins)
+    _refuse_unusable_deepspeed_json(config, origins)
     return config
 
 
@@ -85,37 +77,50 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 def _read_json_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicate_keys)
+        content = _decode(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file{_nearest_file(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a config file: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read as a config file: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not valid UTF-8; a config file is JSON in UTF-8") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
-    except _DuplicateKey as error:
-        raise ConfigError(f"{path}: the key {error} stands twice in one object; keep one") from None
+    except _UnusableJson as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a JSON object of sections, found a {type(content).__name__}")
+        raise ConfigError(f"{path}: expected a JSON object of sections, found {_shown(content)}")
     return content
 
 
-class _DuplicateKey(Exception):
-    pass
+class _UnusableJson(Exception):
+    """JSON that no config can be. Its text says why."""
+
+
+def _decode(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_refuse_duplicate_keys)
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:  # brackets without end, a number of thousands of digits
+        raise _UnusableJson(f"no config is nested so deep or holds such a number: {error}") from None
 
 
 def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise _DuplicateKey(repr(key))
+            raise _UnusableJson(f"the key {key!r} stands twice in one object; keep one")
         content[key] = value
     return content
 
 
 def _nearest_file(path: Path) -> str:
-    candidates = [p.name for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
-    nearest = difflib.get_close_matches(path.name, candidates, n=1)
-    return f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
+    candidates = {p.stem: p for p in sorted(path.parent.glob("*.json"))} if path.parent.is_dir() else {}
+    nearest = difflib.get_close_matches(path.stem, candidates, n=1)
+    if nearest:
+        return f"; did you mean {candidates[nearest[0]]}?"
+    return f"; there are: {', '.join(map(str, candidates.values()))}" if candidates else ""
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -123,9 +128,11 @@ def _parse_override(override: str) -> dict[str, Any]:
     if not equals or not all(dotted.split(".")):
         raise ConfigError(f"--set {override}: expected section.key=value, as in --set schedule.max_steps=100")
     try:
-        value = json.loads(text)
+        value = _decode(text)
     except json.JSONDecodeError:
         value = text
+    except _UnusableJson as error:
+        raise ConfigError(f"--set {dotted}: {error}") from None
     for key in reversed(dotted.split(".")):
         value = {key: value}
     assert isinstance(value, dict)
@@ -154,10 +161,15 @@ def _explain(error: ValidationError, origins: dict[str, str]) -> str:
     where = _origin(path, origins)
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     if mistake["type"] == "extra_forbidden":
-        return f"{path}: no such key ({where}){_nearest_key(path)}{more}"
-    message = mistake["msg"].removeprefix("Value error, ")
-    found = "" if mistake["type"] == "value_error" else f", found {json.dumps(mistake['input'], default=str)}"
+        return f"{path or _shown('')}: no such key ({where}){_nearest_key(path, str(mistake['loc'][-1]))}{more}"
+    message = _JSON_WORDS.get(mistake["type"], mistake["msg"].removeprefix("Value error, "))
+    found = "" if mistake["type"] == "value_error" else f", found {_shown(mistake['input'])}"
     return f"{path}: {message}{found} ({where}){more}" if path else f"{message} ({where}){more}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def _known_names(origins: dict[str, str]) -> set[str]:
@@ -171,9 +183,10 @@ def _origin(path: str, origins: dict[str, str]) -> str:
     return f"set in {origins[path]}" if path else "from " + ", ".join(dict.fromkeys(origins.values()))
 
 
-def _nearest_key(path: str) -> str:
+def _nearest_key(path: str, last: str) -> str:
+    if "." in last:
+        return '; in a file a section is an object, as in {"schedule": {"max_steps": 100}}'
     known = [key for key, _ in valid_keys()]
-    last = path.rpartition(".")[2]
     same_name_elsewhere = [key for key in known if key.rpartition(".")[2] == last]
     siblings = [key for key in known if key.rpartition(".")[0] == path.rpartition(".")[0]]
     nearest = (
@@ -197,15 +210,17 @@ def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[
             yield from valid_keys(annotation, f"{prefix}{name}.")
 
 
-def _refuse_owned_deepspeed_keys(config: Config, origins: dict[str, str]) -> None:
-    for key in config.backend.deepspeed:
-        if key in DEEPSPEED_KEYS_OWNED_BY_RUN:
-            path = f"backend.deepspeed.{key}"
-            owner = DEEPSPEED_KEYS_OWNED_BY_RUN[key]
-            raise ConfigError(f"{path}: the run config owns this; set {owner} instead ({_origin(path, origins)})")
-    if config.backend.deepspeed and config.backend.name != "deepspeed":
-        where = _origin("backend.deepspeed", origins)
+def _refuse_unusable_deepspeed_json(config: Config, origins: dict[str, str]) -> None:
+    native, where = config.backend.deepspeed, _origin("backend.deepspeed", origins)
+    for key, mistake in find_mistakes(native):
+        path = f"backend.deepspeed.{key}"
+        raise ConfigError(f"{path}: {mistake} ({_origin(path, origins)})")
+    if native and config.backend.name != "deepspeed":
         raise ConfigError(
             f"backend.deepspeed is set but backend.name is {config.backend.name}; "
             f'set backend.name to "deepspeed" or drop backend.deepspeed ({where})'
         )
+    try:
+        json.dumps(native, allow_nan=False)
+    except ValueError:
+        raise ConfigError(f"backend.deepspeed: every number must be finite, found NaN or Infinity ({where})") from None

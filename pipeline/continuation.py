@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
+from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, load_tokenizer
 from pipeline.config import SampleConfig
+from pipeline.errors import CheckpointError
 from pipeline.evaluation.tasks import load_model
 from pipeline.generation import generate
 
@@ -16,9 +17,14 @@ def continue_prompt(checkpoint: Path, sample: SampleConfig, seed: int, device: t
     """The prompt and what the model writes after it, up to ``<|endoftext|>``.
 
     Raises:
-        CheckpointError: there is no good checkpoint at ``checkpoint``.
+        CheckpointError: there is no good checkpoint at ``checkpoint``, or its ids are not GPT-2's.
     """
     loaded = load_model(checkpoint, device)
+    if loaded.config.model.vocab_size != GPT2_VOCAB_SIZE:
+        raise CheckpointError(
+            f"{loaded.checkpoint}: model.vocab_size is {loaded.config.model.vocab_size}; "
+            f"text needs a model of GPT-2's vocabulary, {GPT2_VOCAB_SIZE}"
+        )
     tokenizer = load_tokenizer()
     prompt = tokenizer.encode(sample.prompt).tolist()
     tokens = generate(

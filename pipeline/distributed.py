@@ -93,7 +93,7 @@ def _choose_device(wanted: str, local_rank: int) -> torch.device:
         wanted = next(kind for kind, there in available.items() if there)
     if not available[wanted]:
         there = ", ".join(kind for kind, is_there in available.items() if is_there)
-        raise ConfigError(f"run.device: {wanted} is not available on this machine; available: {there}, or auto")
+        raise ConfigError(f"run.device (--device): this machine has no {wanted}; available: {there}, or auto")
     if wanted != "cuda":
         return torch.device(wanted)
     if local_rank >= torch.cuda.device_count():
@@ -105,7 +105,7 @@ def _choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def _start_process_group(world: World) -> None:
-    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
     device_id = world.device if world.device.type == "cuda" else None
     if world.size > 1:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id)

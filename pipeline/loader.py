@@ -16,7 +16,8 @@ from torch import Tensor
 
 from data_tools.shards import TokenStream
 from pipeline.batch_plan import BatchPlan
-from pipeline.errors import TrainingError
+from pipeline.config import ModelConfig
+from pipeline.errors import ConfigError, TrainingError
 from pipeline.model import IGNORE_INDEX
 from pipeline.sample_order import IndexArray, SampleOrder
 
@@ -55,6 +56,20 @@ def _copied_to(array: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return array.pin_memory().to(device, non_blocking=True)
     return array.to(device)
+
+
+def expect_same_vocabulary(stream: TokenStream, model: ModelConfig, path: str) -> None:
+    """Refuse tokens of another vocabulary than the model's.
+
+    Raises:
+        ConfigError: names both sizes.
+    """
+    tokenizer = stream.manifest.tokenizer
+    if tokenizer.vocab_size != model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size ({model.vocab_size}) is not the vocabulary of {path} "
+            f"({tokenizer.name}: {tokenizer.vocab_size}); it must be that"
+        )
 
 
 class TrainLoader:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pipeline.config import OptimizerConfig
+from pipeline.loss_scaling import LossScaler
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,20 @@ def global_grad_norm(gradients: list[Tensor]) -> Tensor:
     if sharded:
         dist.all_reduce(squares)
     return squares.sqrt()
+
+
+def clip_unless_overflowed(gradients: list[Tensor], loss_scaler: LossScaler, max_norm: float) -> tuple[Tensor, bool]:
+    """Unscale, then clip, in place; leave gradients that overflowed under a dynamic loss scale.
+
+    Returns:
+        The global norm of the unscaled gradients, and whether the step must be skipped. Only a dynamic
+        scale waits for the device to know.
+    """
+    norm = global_grad_norm(gradients) / loss_scaler.scale
+    overflowed = loss_scaler.dynamic and not torch.isfinite(norm).item()
+    if not overflowed:
+        unscale_and_clip(gradients, norm, loss_scaler.scale, max_norm)
+    return norm, overflowed
 
 
 def unscale_and_clip(gradients: list[Tensor], norm: Tensor, loss_scale: float, max_norm: float) -> None:

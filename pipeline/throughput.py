@@ -20,8 +20,11 @@ class ThroughputMeter:
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
         self.ceiling_flops = ceiling_flops
-        self._started = time.perf_counter()
-        self._steps = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the clock anew, right before the first step."""
+        self._started, self._steps = time.perf_counter(), 0
 
     def count_step(self) -> None:
         """One more optimizer step was queued."""

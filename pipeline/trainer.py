@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_tools.shards import TokenStream
 from data_tools.storage import write_json_durably
-from pipeline.backends import Backend, StepResult
+from pipeline.backends import Backend
 from pipeline.batch_plan import BatchPlan
 from pipeline.checkpoint import TrainingState, load_training_state, save_checkpoint
 from pipeline.config import Config
@@ -31,6 +31,15 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class TrainedStep:
+    """What one optimizer step leaves to be read later."""
+
+    loss_share: Tensor  # this rank's part of the mean loss; the sum over ranks is that of the global batch
+    grad_norm: Tensor | float  # global, unscaled, before clipping
+    learning_rate: float
 
 
 class Trainer:
@@ -76,24 +85,21 @@ class Trainer:
         schedule, due = self.config.schedule, self._is_due
         if self.state.step == 0:
             self.validate()
+        self.throughput.restart()
         while self.state.step < schedule.max_steps:
-            loss, result, learning_rate = self.train_step()
+            trained = self.train_step()
             step = self.state.step
-            if due(step, self.config.logging.every_steps) or step == 1 or due(step, self.config.checkpoint.every_steps):
-                self.log_step(loss, result, learning_rate)
+            saves = due(step, self.config.checkpoint.every_steps)
+            if saves or step == 1 or due(step, self.config.logging.every_steps):
+                self.log_step(trained)  # also before a save: what is not finite must not be saved
             if due(step, self.config.evaluation.every_steps):
                 self.validate()
-            if due(step, self.config.checkpoint.every_steps):
+            if saves:
                 self.save()
         self._close_metrics()
 
-    def train_step(self) -> tuple[Tensor, StepResult, float]:
-        """One optimizer step.
-
-        Returns:
-            This rank's part of the mean loss (a device scalar: the sum over ranks is the loss of the
-            global batch), the backend's result, and the learning rate used.
-        """
+    def train_step(self) -> TrainedStep:
+        """One optimizer step. Nothing in it waits for the device."""
         micro_batches = self.loader.micro_batches(self.state.samples)
         scored_targets = self._count_targets(micro_batches)
         loss_sum = torch.zeros((), device=self.world.device)
@@ -107,7 +113,7 @@ class Trainer:
         result = self.backend.step(learning_rate)
         self.throughput.count_step()
         self._advance()
-        return loss_sum / scored_targets, result, learning_rate
+        return TrainedStep(loss_sum / scored_targets, result.grad_norm, learning_rate)
 
     def _count_targets(self, micro_batches: list[MicroBatch]) -> int | Tensor:
         """Scored targets of the global batch, known before the first backward pass."""
@@ -134,20 +140,20 @@ class Trainer:
             loss_scale_good_steps=scaler.good_steps,
         )
 
-    def log_step(self, loss: Tensor, result: StepResult, learning_rate: float) -> None:
+    def log_step(self, trained: TrainedStep) -> None:
         """Read the late values of a step and write them down. Collective.
 
         Raises:
             TrainingError: the loss or the gradient norm is not finite.
         """
-        self.last_loss = self.world.sum(loss).item()
-        grad_norm = float(result.grad_norm)
+        self.last_loss = self.world.sum(trained.loss_share).item()
+        grad_norm = float(trained.grad_norm)
         synchronize(self.world.device)
-        self._stop_if_not_finite(self.last_loss, grad_norm, result)
+        self._stop_if_not_finite(self.last_loss, grad_norm)
         row = {
             "step": self.state.step,
             "loss": self.last_loss,
-            "lr": learning_rate,
+            "lr": trained.learning_rate,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens": self.state.tokens,
             **self.throughput.read(),
@@ -157,7 +163,7 @@ class Trainer:
             row |= {"loss_scale": self.backend.loss_scaler.scale, "skipped_steps": self.state.step - self.state.updates}
         self._write(row)
 
-    def _stop_if_not_finite(self, loss: float, grad_norm: float, result: StepResult) -> None:
+    def _stop_if_not_finite(self, loss: float, grad_norm: float) -> None:
         if math.isfinite(loss) and (math.isfinite(grad_norm) or self.backend.loss_scaler.dynamic):
             return
         last = self.state.samples - 1

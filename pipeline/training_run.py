@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
-from data_tools.shards import Manifest, TokenStream, open_split
+from data_tools.errors import UserError
+from data_tools.shards import TokenStream, open_split
 from pipeline.backends import Backend, create_backend
 from pipeline.batch_plan import BatchPlan, plan_batch
 from pipeline.checkpoint import list_checkpoints, locate_checkpoint, newest_good_checkpoint, read_state
@@ -13,7 +15,7 @@ from pipeline.config import Config
 from pipeline.distributed import World, join_world
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.hardware import compiler_works, flash_attention_runs, matmul_dtype, measure_matmul_ceiling
-from pipeline.loader import TargetMask, TrainLoader
+from pipeline.loader import TargetMask, TrainLoader, expect_same_vocabulary
 from pipeline.model import build_model, flops_per_token, parameter_count
 from pipeline.throughput import ThroughputMeter
 from pipeline.trainer import Trainer
@@ -31,11 +33,13 @@ def train(config: Config, target_mask: TargetMask | None = None) -> None:
         UserError: a config, data set or checkpoint that cannot be used; nothing has started then.
     """
     with join_world(config.run) as world:
+        if world.device.type == "mps" and config.backend.name != "ddp":
+            raise ConfigError(f"backend.name: {config.backend.name} does not run on mps; use ddp, or run.device cpu")
         plan = plan_batch(config, world.size)
         stream, validation = _open_data(config)
         loader = TrainLoader(stream, plan, config.run.seed, world.rank, target_mask)
-        resume_from = world.broadcast(_find_resume(config) if world.is_main else None)
-        if isinstance(resume_from, CheckpointError):
+        resume_from = world.broadcast(_prepare_start(config) if world.is_main else None)
+        if isinstance(resume_from, UserError):
             raise resume_from
         if resume_from and read_state(resume_from)[0].step >= config.schedule.max_steps:
             log.info("%s: already at step %d, nothing to train", resume_from, config.schedule.max_steps)
@@ -54,38 +58,45 @@ def train(config: Config, target_mask: TargetMask | None = None) -> None:
 
 def _open_data(config: Config) -> tuple[TokenStream, TokenStream | None]:
     stream = open_split(config.data.path, "train")
-    _expect_same_vocabulary(config, stream.manifest)
+    expect_same_vocabulary(stream, config.model, config.data.path)
     if stream.manifest.tokens_of("val"):
         return stream, open_split(config.data.path, "val")
     log.warning("%s has no validation split: no validation loss in this run", config.data.path)
     return stream, None
 
 
-def _expect_same_vocabulary(config: Config, manifest: Manifest) -> None:
-    if manifest.tokenizer.vocab_size != config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size ({config.model.vocab_size}) is not the vocabulary of {config.data.path} "
-            f"({manifest.tokenizer.name}: {manifest.tokenizer.vocab_size}); set it to that"
-        )
-
-
-def _find_resume(config: Config) -> Path | None | CheckpointError:
-    """The checkpoint to continue from, on the main rank. An error is returned: every rank raises it."""
-    run_folder, resume = Path(config.run.out_dir), config.checkpoint.resume
+def _prepare_start(config: Config) -> Path | None | UserError:
+    """What to continue from, with the run folder made, on the main rank. An error is returned: every rank raises it."""
     try:
-        if resume == "none":
-            if list_checkpoints(run_folder):
-                raise CheckpointError(
-                    f"{run_folder} already holds checkpoints of a run; give another run.out_dir, "
-                    "or continue it with --resume auto"
-                )
-            return None
-        folder = newest_good_checkpoint(run_folder) if resume == "auto" else locate_checkpoint(Path(resume))
-        if folder:
-            _expect_same_order(config, folder)
-        return folder
-    except CheckpointError as error:
+        resume_from = _find_resume(Path(config.run.out_dir), config.checkpoint.resume)
+        if resume_from:
+            _expect_same_order(config, resume_from)
+        _make_run_folder(Path(config.run.out_dir))
+        return resume_from
+    except UserError as error:
         return error
+
+
+def _find_resume(run_folder: Path, resume: str) -> Path | None:
+    if resume == "auto":
+        return newest_good_checkpoint(run_folder)
+    if resume != "none":
+        return locate_checkpoint(Path(resume))
+    if list_checkpoints(run_folder):
+        raise CheckpointError(
+            f"{run_folder} already holds checkpoints of a run; give another run.out_dir, "
+            "or continue it with --resume auto"
+        )
+    return None
+
+
+def _make_run_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.out_dir: cannot make {folder} ({error.strerror}); name a folder to write into") from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"run.out_dir: {folder} cannot be written; name a folder to write into")
 
 
 def _expect_same_order(config: Config, folder: Path) -> None:

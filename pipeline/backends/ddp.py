@@ -1,8 +1,11 @@
-"""DistributedDataParallel: whole fp32 weights on every rank, gradients all-reduced once a step."""
+"""DistributedDataParallel: whole fp32 weights on every rank, gradients all-reduced once a step.
+
+One process needs no wrapper, and has none: it is the plain model, on any device that torch knows.
+"""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn as nn
@@ -25,28 +28,33 @@ class DdpBackend(TorchBackend):
     def __init__(self, model: GPT2, config: Config, world: World) -> None:
         super().__init__(model.to(world.device), config, world)
         self.precision = config.run.precision
-        self.ddp = DistributedDataParallel(
-            replicated_compute(model, config.run.precision, world.device),
-            device_ids=[world.device] if world.device.type == "cuda" else None,
-            bucket_cap_mb=config.backend.ddp.bucket_cap_mb,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        self.module: nn.Module = replicated_compute(model, config.run.precision, world.device)
+        if world.size > 1:
+            self.module = DistributedDataParallel(
+                self.module,
+                device_ids=[world.device] if world.device.type == "cuda" else None,
+                bucket_cap_mb=config.backend.ddp.bucket_cap_mb,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
         if config.run.compile:
-            self.ddp.compile(dynamic=False)
+            self.module.compile(dynamic=False)
 
     @property
     def compute(self) -> nn.Module:
-        """The DDP wrapper."""
-        return self.ddp
+        """The DDP wrapper, or the model of a single process."""
+        return self.module
 
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
         """See :meth:`Backend.accumulate`."""
-        # DDP reads its flag in the forward pass, so forward and backward both stand inside no_sync.
-        with nullcontext() if is_last else self.ddp.no_sync():
-            loss = self.ddp(tokens, targets)
+        with nullcontext() if is_last else self._without_sync():
+            loss = self.module(tokens, targets)
             (loss * (loss_weight * self.loss_scaler.scale)).backward()
         return loss.detach()
+
+    def _without_sync(self) -> AbstractContextManager[None]:
+        """Around forward *and* backward: DDP reads its flag in the forward pass."""
+        return self.module.no_sync() if isinstance(self.module, DistributedDataParallel) else nullcontext()
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """See :meth:`Backend.dtypes`."""

@@ -6,6 +6,7 @@ how to tell the engine that they were overwritten. Tests hold them for every sta
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +15,10 @@ import deepspeed
 import torch
 import torch.nn as nn
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from packaging.version import Version
+from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.backends.base import Backend, Fragment, StepResult
@@ -24,7 +28,7 @@ from pipeline.distributed import World
 from pipeline.errors import ConfigError
 from pipeline.loss_scaling import LossScaler
 from pipeline.model import GPT2
-from pipeline.optimizer import build_adamw, global_grad_norm, parameter_groups, set_learning_rate, unscale_and_clip
+from pipeline.optimizer import build_adamw, clip_unless_overflowed, parameter_groups, set_learning_rate
 from pipeline.precision import AutocastModel, replicated_compute
 
 log = logging.getLogger(__name__)
@@ -70,11 +74,11 @@ class DeepSpeedBackend(Backend):
             optimizer = build_adamw(model.parameters(), config.optimizer, world.device)
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), dist_init_required=False)
         injected = engine_config(config, plan, cpu_adam=isinstance(optimizer, DeepSpeedCPUAdam))
+        _refuse_what_deepspeed_cannot_read(injected)
         try:
             engine, *_ = deepspeed.initialize(model=compute, optimizer=optimizer, config=injected)
-        except (ValueError, AssertionError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"backend.deepspeed: DeepSpeed refuses this config: {reason}") from error
+        except (ValueError, AssertionError, NotImplementedError, ZeRORuntimeException) as error:
+            raise _refused(error) from error
         return engine
 
     @property
@@ -108,12 +112,9 @@ class DeepSpeedBackend(Backend):
     def _replicated_step(self) -> StepResult:
         """Norm and clipping of stage 0 are ours: DeepSpeed reports no norm in fp32."""
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = global_grad_norm(gradients) / self.loss_scaler.scale
-        overflowed = self.loss_scaler.dynamic and not torch.isfinite(norm).item()
+        norm, overflowed = clip_unless_overflowed(gradients, self.loss_scaler, self.max_norm)
         if overflowed:
             self.engine.zero_grad()  # without gradients AdamW leaves a parameter and its moments alone
-        else:
-            unscale_and_clip(gradients, norm, self.loss_scaler.scale, self.max_norm)
         self.engine.step()
         return StepResult(norm, applied=not overflowed)
 
@@ -197,6 +198,23 @@ def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[st
     if _offloads_optimizer(native) and not cpu_adam:
         native["zero_force_ds_cpu_optimizer"] = False
     return native
+
+
+def _refuse_what_deepspeed_cannot_read(native: dict[str, Any]) -> None:
+    try:
+        DeepSpeedConfig(copy.deepcopy(native))
+    except Exception as error:  # noqa: BLE001 - its parser throws whatever a wrong type leads to
+        raise _refused(error) from error
+
+
+def _refused(error: Exception) -> ConfigError:
+    if isinstance(error, ValidationError):
+        mistake = error.errors()[0]
+        key = ".".join(map(str, mistake["loc"]))
+        reason = f"{error.title}: {key}: {mistake['msg']}, found {mistake['input']!r}"
+    else:
+        reason = " ".join(str(error).split())
+    return ConfigError(f"backend.deepspeed: DeepSpeed refuses this config: {reason}")
 
 
 def _offloads_optimizer(native: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.distributed import World
 from pipeline.loss_scaling import LossScaler
 from pipeline.model import GPT2
-from pipeline.optimizer import build_adamw, global_grad_norm, set_learning_rate, unscale_and_clip
+from pipeline.optimizer import build_adamw, clip_unless_overflowed, set_learning_rate
 
 
 class TorchBackend(Backend):
@@ -30,10 +30,8 @@ class TorchBackend(Backend):
         """See :meth:`Backend.step`."""
         set_learning_rate(self.optimizer.param_groups, learning_rate)
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        norm = global_grad_norm(gradients) / self.loss_scaler.scale
-        overflowed = self.loss_scaler.dynamic and not torch.isfinite(norm).item()
+        norm, overflowed = clip_unless_overflowed(gradients, self.loss_scaler, self.max_norm)
         if not overflowed:
-            unscale_and_clip(gradients, norm, self.loss_scaler.scale, self.max_norm)
             self.optimizer.step()
             self.updates += 1
         self.loss_scaler.update(overflowed=overflowed)

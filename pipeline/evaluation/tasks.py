@@ -20,6 +20,7 @@ from pipeline.distributed import World
 from pipeline.errors import ConfigError
 from pipeline.evaluation.results import EVALUATION_FOLDER, Results
 from pipeline.evaluation.validation import evaluate_validation
+from pipeline.loader import expect_same_vocabulary
 from pipeline.metrics import TENSORBOARD_FOLDER
 from pipeline.model import GPT2, allocate_model
 
@@ -70,6 +71,7 @@ def _validation(loaded: LoadedModel, options: EvaluationOptions, world: World) -
     config = loaded.config
     path = Path(options.data_path or config.data.path)
     stream = open_split(path, "val")
+    expect_same_vocabulary(stream, config.model, str(path))
     results = evaluate_validation(
         loaded.model,
         stream,

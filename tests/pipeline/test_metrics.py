@@ -1,0 +1,129 @@
+"""What a run logged can be read back, without gaps and without steps that are there twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.metrics import METRICS_FILE, TENSORBOARD_FOLDER, TENSORBOARD_TAGS, MetricsLog, format_row, read_metrics
+
+GROUPS = {"train", "validation", "optimizer", "throughput", "memory"}
+
+
+def row(step: int, **more: float) -> dict[str, Any]:
+    return {"step": step, "loss": 10.0 - step, "lr": step / 1000, **more}
+
+
+def log_steps(folder: Path, steps: range, *, resumed_step: int = 0, tensorboard: bool = False, **more: float) -> None:
+    metrics = MetricsLog(folder, resumed_step=resumed_step, tensorboard=tensorboard)
+    for step in steps:
+        metrics.write(row(step, **more))
+    metrics.close()
+
+
+def events(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder / TENSORBOARD_FOLDER), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+class TestRows:
+    def test_rows_come_back(self, tmp_path: Path) -> None:
+        log_steps(tmp_path / "new" / "run", range(1, 4), tokens_per_s=1.5)
+        assert read_metrics(tmp_path / "new" / "run") == [row(step, tokens_per_s=1.5) for step in (1, 2, 3)]
+
+    def test_a_row_is_on_the_disk_at_once(self, tmp_path: Path) -> None:
+        metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=False)
+        metrics.write(row(1))
+        assert read_metrics(tmp_path) == [row(1)]
+        metrics.close()
+
+    def test_resume_drops_later_rows(self, tmp_path: Path) -> None:
+        log_steps(tmp_path, range(1, 8), first=1.0)
+        log_steps(tmp_path, range(5, 10), resumed_step=4, second=1.0)
+        rows = read_metrics(tmp_path)
+        assert [r["step"] for r in rows] == list(range(1, 10))
+        assert [r["step"] for r in rows if "second" in r] == list(range(5, 10))
+
+    def test_a_run_from_scratch_drops_all_rows(self, tmp_path: Path) -> None:
+        log_steps(tmp_path, range(0, 8))
+        log_steps(tmp_path, range(0, 2))
+        assert [r["step"] for r in read_metrics(tmp_path)] == [0, 1]
+
+    @pytest.mark.parametrize("resumed_step", [3, 2])
+    def test_a_line_that_a_crash_cut_costs_no_other(self, tmp_path: Path, resumed_step: int) -> None:
+        log_steps(tmp_path, range(1, 5))
+        path = tmp_path / METRICS_FILE
+        path.write_bytes(path.read_bytes()[:-9])  # in the middle of step 4
+        assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
+        log_steps(tmp_path, range(resumed_step + 1, 6), resumed_step=resumed_step)
+        assert read_metrics(tmp_path) == [row(step) for step in range(1, 6)]
+
+    def test_a_run_that_never_logged_has_no_rows(self, tmp_path: Path) -> None:
+        assert read_metrics(tmp_path) == []
+
+
+class TestTensorBoard:
+    def test_tags_are_grouped(self, tmp_path: Path) -> None:
+        everything = dict.fromkeys(TENSORBOARD_TAGS, 1.0)
+        metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=True)
+        metrics.write({**everything, "step": 1})
+        metrics.close()
+        tags = events(tmp_path).Tags()["scalars"]
+        assert sorted(tags) == sorted(TENSORBOARD_TAGS.values())
+        assert {tag.split("/")[0] for tag in tags} == GROUPS
+
+    def test_values_are_those_of_the_rows(self, tmp_path: Path) -> None:
+        log_steps(tmp_path, range(1, 6), tensorboard=True)
+        scalars = events(tmp_path).Scalars("train/loss")
+        assert [(s.step, s.value) for s in scalars] == [(step, 10.0 - step) for step in range(1, 6)]
+
+    def test_what_a_row_lacks_is_not_drawn(self, tmp_path: Path) -> None:
+        metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=True)
+        metrics.write({"step": 1, "val_loss": 2.0, "loss": None})
+        metrics.close()
+        assert events(tmp_path).Tags()["scalars"] == ["validation/loss"]
+
+    @pytest.mark.parametrize(("resumed_step", "expected"), [(4, range(1, 8)), (0, range(5, 8))])
+    def test_no_step_is_there_twice(self, tmp_path: Path, resumed_step: int, expected: range) -> None:
+        """After a resume, and after a fresh start over an old run."""
+        log_steps(tmp_path, range(1, 7), tensorboard=True)
+        log_steps(tmp_path, range(5, 8), resumed_step=resumed_step, tensorboard=True)
+        assert [s.step for s in events(tmp_path).Scalars("train/loss")] == list(expected)
+
+    def test_hyperparameters_and_results(self, tmp_path: Path) -> None:
+        metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=True)
+        metrics.write(row(1))
+        config = {"run": {"name": "x", "compile": False}, "optimizer": {"betas": [0.9, 0.95]}, "data": {"seq_len": None}}
+        metrics.write_hyperparameters(config, {"final/loss": 3.25})
+        metrics.write_text("sample", "once upon a time", 1)
+        metrics.close()
+        accumulator = events(tmp_path)
+        settings = accumulator.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        for text in (b"run.name", b"optimizer.betas", b"[0.9, 0.95]", b"data.seq_len"):
+            assert text in settings
+        assert [s.value for s in accumulator.Scalars("final/loss")] == [3.25]
+        assert b"once upon a time" in accumulator.Tensors("sample/text_summary")[0].tensor_proto.string_val[0]
+
+    def test_without_tensorboard_there_are_no_event_files(self, tmp_path: Path) -> None:
+        metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=False)
+        metrics.write(row(1))
+        metrics.write_hyperparameters({"run": {"name": "x"}}, {"final/loss": 1.0})
+        metrics.write_text("sample", "text", 1)
+        metrics.close()
+        assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
+
+
+class TestConsole:
+    def test_a_training_row(self) -> None:
+        line = format_row(
+            {"step": 7, "loss": 5.12345, "lr": 6e-4, "grad_norm": 1.2345, "tokens_per_s": 12345.6, "mfu": 0.4567}, 200
+        )
+        assert line == "step   7/200 | loss 5.1235 | lr 6.00e-04 | norm 1.234 | 12,346 tokens/s | MFU 45.7%"
+
+    def test_a_validation_row(self) -> None:
+        line = format_row({"step": 200, "val_loss": 3.0, "val_perplexity": 20.0855}, 200)
+        assert line == "step 200/200 | validation loss 3.0000 | perplexity 20.09"
