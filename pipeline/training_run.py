@@ -94,7 +94,9 @@ def _make_run_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"run.out_dir: cannot make {folder} ({error.strerror}); name a folder to write into") from None
+        raise ConfigError(
+            f"run.out_dir: cannot make {folder} ({error.strerror}); name a folder to write into"
+        ) from None
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"run.out_dir: {folder} cannot be written; name a folder to write into")
 

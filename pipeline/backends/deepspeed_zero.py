@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -203,7 +204,7 @@ def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[st
 def _refuse_what_deepspeed_cannot_read(native: dict[str, Any]) -> None:
     try:
         DeepSpeedConfig(copy.deepcopy(native))
-    except Exception as error:  # noqa: BLE001 - its parser throws whatever a wrong type leads to
+    except Exception as error:  # its parser throws whatever a wrong type leads to
         raise _refused(error) from error
 
 
@@ -243,6 +244,8 @@ def _refuse_untested_version() -> None:
 
 def _quiet_down() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates: nothing that a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     # On CPUs DeepSpeed compiles an operator for inference before it starts; training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

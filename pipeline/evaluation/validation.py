@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data_tools.shards import TokenStream
 from pipeline.distributed import World
@@ -55,7 +56,14 @@ def evaluate_validation(
         model: on ``world.device``, in evaluation mode.
         batch_size: sequences per forward pass and rank. Does not change the result.
     """
-    batches = validation_batches(stream, seq_len, batch_size, world.rank, world.size)
+    batches = tqdm(
+        validation_batches(stream, seq_len, batch_size, world.rank, world.size),
+        total=math.ceil((stream.tokens - 1) / (seq_len * batch_size * world.size)),
+        desc="validation",
+        unit="batch",
+        leave=False,
+        disable=None if world.is_main else True,  # None: shown on a terminal only
+    )
     end_of_text = stream.manifest.tokenizer.end_of_text
     sums = _score(model, batches, seq_len, precision, world, end_of_text).over_ranks(world)
     return _results(sums, stream)

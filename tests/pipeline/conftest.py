@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +76,12 @@ def write_shards(folder: Path, shards: dict[str, Sequence[np.ndarray]], utf8_byt
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Of tensors this small, threads wait for each other longer than they compute."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """This process alone, with a gloo group of one; the environment is put back afterwards."""
@@ -84,10 +89,3 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         monkeypatch.setenv(name, value)
     with join_world(tiny_config().run) as joined:
         yield joined
-
-
-@pytest.fixture
-def warnings_of(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
-    """What was logged as a warning so far, as one text."""
-    caplog.set_level(logging.WARNING)
-    return lambda: "\n".join(record.getMessage() for record in caplog.records)

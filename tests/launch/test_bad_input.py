@@ -1,0 +1,368 @@
+"""A user's mistakes, each made for real: one line that names the culprit and what is right, no traceback.
+
+A command takes seconds to start, so all of the table run once, two at a time, and each test looks at its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.runs import REPOSITORY
+from launch.cli import EXIT_USER_ERROR
+
+#: A run that is right, of one step: every broken config below is this one with one mistake on top.
+GOOD: dict[str, dict[str, Any]] = {
+    "run": {"precision": "fp32", "device": "cpu", "out_dir": "out"},
+    "model": {"preset": "gpt2-tiny", "n_layer": 1, "n_head": 2, "n_embd": 16, "context_length": 32},
+    "data": {"path": "data"},
+    "batch": {"tokens_per_step": 128, "micro_batch_size": 2},
+    "schedule": {"warmup_steps": 0, "max_steps": 1},
+    "evaluation": {"max_batches": 1},
+    "logging": {"tensorboard": False},
+}
+STEP = "checkpoints/step_00000001"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command line, and two pieces of its one line: the culprit and what is right."""
+
+    name: str
+    arguments: tuple[str, ...]
+    culprit: str
+    right: str
+
+
+def command(name: str, line: str, culprit: str, right: str) -> Case:
+    """A command line without spaces in its arguments."""
+    return Case(name, tuple(line.split()), culprit, right)
+
+
+def settings(name: str, overrides: str, culprit: str, right: str) -> Case:
+    """The good run trained with ``--set`` on top."""
+    return command(name, f"train.py --config good.json --set {overrides}", culprit, right)
+
+
+def config(
+    name: str, content: dict[str, Any] | str | bytes, culprit: str, right: str, script: str = "train.py"
+) -> Case:
+    """The good run with ``<name>.json`` on top, whose text or JSON content is given."""
+    CONFIG_FILES[f"{name}.json"] = content
+    return Case(name, (script, "--config", "good.json", f"{name}.json"), culprit, right)
+
+
+def deepspeed(name: str, native: Any, culprit: str, right: str, script: str = "run.py") -> Case:
+    """The good run under DeepSpeed with this native JSON."""
+    return config(name, {"backend": {"name": "deepspeed", "deepspeed": native}}, culprit, right, script)
+
+
+CONFIG_FILES: dict[str, dict[str, Any] | str | bytes] = {"good.json": GOOD}
+
+CONFIG_CASES = [
+    # --- keys
+    config("unknown_section", {"modle": {"n_layer": 2}}, "modle: no such key (set in unknown_section.json)", "model?"),
+    config("unknown_key", {"schedule": {"max_step": 5}}, "schedule.max_step: no", "did you mean schedule.max_steps?"),
+    config("wrong_section", {"run": {"max_steps": 5}}, "run.max_steps: no", "did you mean schedule.max_steps?"),
+    config("far_from_any", {"zzzz": 1}, "zzzz: no such key", "valid keys here: run, model,", "run.py"),
+    config("dotted_key", {"run.seed": 1}, "run.seed: no such key", "a section is an object", "run.py"),
+    config("newline_in_a_key", {"run": {"se\ned": 1}}, "run.se ed: no such key", "run.seed?", "run.py"),
+    config("backend_key", {"backend": {"fsdp": {"reshard": True}}}, "backend.fsdp.reshard", "reshard_after_forward?"),
+    settings("unknown_override", "optimizer.lr=1e-3", "optimizer.lr: no such key (set in --set)", "valid keys here"),
+    # --- types
+    config(
+        "text_for_integer", {"schedule": {"max_steps": "100"}}, 'found "100"', "schedule.max_steps: Input should be a"
+    ),
+    config("fraction_for_integer", {"batch": {"micro_batch_size": 1.5}}, "micro_batch_size", "valid integer", "run.py"),
+    config("true_for_integer", {"run": {"seed": True}}, "run.seed", "valid integer, found true", "run.py"),
+    config("one_for_true", {"run": {"compile": 1}}, "run.compile", "valid boolean, found 1", "run.py"),
+    config(
+        "null_for_number", {"optimizer": {"learning_rate": None}}, "optimizer.learning_rate", "valid number", "run.py"
+    ),
+    config("text_for_section", {"model": "gpt2"}, 'found "gpt2"', "model: Input should be an object"),
+    config("null_for_section", {"run": None}, "found null", "run: Input should be an object", "run.py"),
+    config(
+        "list_for_name", {"model": {"preset": ["gpt2"]}}, 'model.preset: Input should be "gpt2', "'gpt2-xl'", "run.py"
+    ),
+    config("one_beta", {"optimizer": {"betas": [0.9]}}, "optimizer.betas.1", "item is missing, found [0.9]"),
+    config("text_for_betas", {"optimizer": {"betas": "0.9,0.95"}}, "optimizer.betas", "should be a list", "run.py"),
+    config("text_for_list", {"evaluation": {"tasks": "validation"}}, "evaluation.tasks", "should be a list", "run.py"),
+    # --- values
+    config(
+        "negative_rate", {"optimizer": {"learning_rate": -1}}, "optimizer.learning_rate", "greater than 0, found -1"
+    ),
+    config("nan_rate", '{"optimizer": {"learning_rate": NaN}}', "optimizer.learning_rate", "finite number, found NaN"),
+    config("nan_dropout", '{"model": {"dropout": NaN}}', "model.dropout", "less than 1, found NaN", "run.py"),
+    config("dropout_of_one", {"model": {"dropout": 1.0}}, "model.dropout", "less than 1, found 1.0", "run.py"),
+    config("no_steps", {"schedule": {"max_steps": 0}}, "schedule.max_steps", "greater than or equal to 1", "run.py"),
+    config("empty_folder", {"run": {"out_dir": ""}}, "run.out_dir", "at least 1 character", "run.py"),
+    settings("unknown_precision", "run.precision=fp8", "run.precision", "'fp32', 'amp_bf16', 'amp_fp16' or 'bf16'"),
+    settings("unknown_backend", "backend.name=horovod", "backend.name", "'ddp', 'fsdp' or 'deepspeed', found"),
+    settings("unknown_device", "run.device=gpu", "run.device", "'auto', 'cpu', 'cuda' or 'mps'"),
+    settings("unknown_preset", "model.preset=gpt3", "model.preset", "'gpt2-large' or 'gpt2-xl', found \"gpt3\""),
+    settings("unknown_training_task", 'evaluation.tasks=["hella"]', "evaluation.tasks.0", "should be 'validation'"),
+    settings("absent_device", "run.device=cuda", "this machine has no cuda", "available: cpu"),
+    # --- values that do not fit together
+    settings("long_warmup", "schedule.warmup_steps=50", "warmup_steps (50)", "must not exceed max_steps (1)"),
+    settings("odd_heads", "model.n_head=3", "n_embd (16)", "must be a multiple of n_head (3)"),
+    settings("long_samples", "data.seq_len=64", "data.seq_len (64)", "must not exceed model.context_length (32)"),
+    settings("odd_batch", "batch.tokens_per_step=100", "batch.tokens_per_step (100)", "would fit: 64, 128"),
+    settings("small_batch", "batch.tokens_per_step=32", "batch.tokens_per_step (32)", "batch.micro_batch_size: 1"),
+    settings("other_vocabulary", "model.vocab_size=1000", "model.vocab_size (1000)", "gpt2: 50257"),
+    # --- files and overrides
+    config("syntax", '{\n  "run": {"seed": 1,}\n}', "syntax.json:2:", "not valid JSON: "),
+    config("no_object", "[]", "no_object.json: ", "expected a JSON object of sections, found []"),
+    config("twice", '{"run": {"seed": 1, "seed": 2}}', "twice.json: the key 'seed' stands twice", "keep one", "run.py"),
+    config("latin", b'{"run": {"name": "\xff"}}', "latin.json: byte 18", "JSON in UTF-8", "run.py"),
+    config("bottomless", '{"run":' * 100_000, "bottomless.json", "no config is nested so deep", "run.py"),
+    command("mistyped_file", "train.py --config god.json", "god.json: no such config file", "did you mean good.json?"),
+    command("folder_as_file", "run.py --config data", "data: cannot be read", "as a config file: Is a directory"),
+    settings("no_equals_sign", "schedule.max_steps", "--set schedule.max_steps: ", "expected section.key=value"),
+    settings("no_key", "=5", "--set =5: ", "expected section.key=value, as in --set schedule.max_steps=100"),
+    settings("value_for_section", "run=3", "found 3 (set in --set)", "run: Input should be an object"),
+    settings("key_below_value", "run.seed.x=3", "run.seed: ", "valid integer"),
+]
+
+DEEPSPEED_CASES = [
+    deepspeed(
+        "owned_batch", {"train_batch_size": 4}, "backend.deepspeed.train_batch_size", "set batch.tokens_per_step"
+    ),
+    deepspeed("owned_optimizer", {"optimizer": {"type": "Adam"}}, "deepspeed.optimizer", "set optimizer.* instead"),
+    deepspeed("owned_precision", {"fp16": {"enabled": True}}, "backend.deepspeed.fp16", "set run.precision instead"),
+    deepspeed("mistyped_native_key", {"zero_optimisation": {}}, "zero_optimisation", "did you mean zero_optimization?"),
+    deepspeed("native_list", [], "backend.deepspeed: ", "should be an object, found []"),
+    deepspeed("wrong_native_type", {"wall_clock_breakdown": "yes"}, "wall_clock_breakdown", "must be true or false"),
+    deepspeed(
+        "stage_7", {"zero_optimization": {"stage": 7}}, "zero_optimization.stage", "must be 0, 1, 2 or 3, found 7"
+    ),
+    deepspeed(
+        "zero_no_object", {"zero_optimization": 2}, "zero_optimization: ", "must be an object, found 2", "train.py"
+    ),
+    deepspeed(
+        "offload_of_the_wrong_stage",
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+        "backend.deepspeed.zero_optimization.offload_param",
+        "needs zero_optimization.stage 3",
+    ),
+    deepspeed(
+        "infinite_native_number",
+        {"zero_optimization": {"stage": 1, "reduce_bucket_size": float("inf")}},
+        "backend.deepspeed: ",
+        "every number must be finite",
+    ),
+    config(
+        "native_json_under_ddp",
+        {"backend": {"deepspeed": {"zero_optimization": {"stage": 1}}}},
+        "backend.deepspeed is set but backend.name is ddp",
+        'set backend.name to "deepspeed"',
+    ),
+    deepspeed(
+        "refused_by_deepspeed",
+        {"zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}},
+        "backend.deepspeed: DeepSpeed refuses this config",
+        "reduce_bucket_size: Input should be a valid integer",
+        "train.py",
+    ),
+    deepspeed(
+        "unreadable_to_deepspeed",
+        {"zero_optimization": {"stage": 1}, "gradient_allreduce_op": "median"},
+        "backend.deepspeed: DeepSpeed refuses this config",
+        "gradient_allreduce_op",
+        "train.py",
+    ),
+]
+
+DATA_CASES = [
+    settings("no_data", "data.path=nowhere", "nowhere has no manifest.json", "make one with launch/tokenize_corpus.py"),
+    settings("no_manifest", "data.path=empty", "empty has no manifest.json", "make one with launch/tokenize_corpus.py"),
+    settings("other_version", "data.path=other_version", "other_version/manifest.json", "format version 1"),
+    settings("missing_shard", "data.path=missing_shard", "missing_shard/train_000000.npy is missing", "tokenize again"),
+    settings("short_shard", "data.path=short_shard", "short_shard/train_000000.npy", "tokenize again"),
+    settings(
+        "too_little_data", "batch.tokens_per_step=64000000", "the split 'train' has", "lower batch.tokens_per_step to"
+    ),
+    command(
+        "nothing_to_score_on", "evaluate.py --checkpoint trained --data train_only", "no split 'val'", "it has train"
+    ),
+    command(
+        "input_does_not_exist", "tokenize_corpus.py --source text --input no.txt --out new", "no.txt", "does not exist"
+    ),
+    command("latin_text", "tokenize_corpus.py --source text --input latin.txt --out new", "latin.txt", "valid UTF-8"),
+    command(
+        "empty_text", "tokenize_corpus.py --source text --input empty.txt --out new", "--source text", "nothing to tok"
+    ),
+    command("no_text_field", "tokenize_corpus.py --source jsonl --input a.jsonl --out new", "a.jsonl:1", "'text'"),
+    command(
+        "all_for_validation",
+        "tokenize_corpus.py --source text --input good.json --out new --val-fraction 1",
+        "--val-fraction",
+        "at least 0 and below 1",
+    ),
+    command("other_corpus_there", "run.py --config good.json --set tokenize.source=python-stdlib", "data", "another"),
+]
+
+CHECKPOINT_CASES = [
+    settings("out_below_a_file", "run.out_dir=file/out", "run.out_dir: cannot make file/out", "name a folder"),
+    settings("out_is_a_file", "run.out_dir=file", "run.out_dir: cannot make file", "name a folder"),
+    command(
+        "resume_nowhere", "train.py --config good.json --resume nowhere", "nowhere: no checkpoint", "a run folder with"
+    ),
+    command(
+        "start_over_in_a_used_folder",
+        "train.py --config good.json --resume none --set run.out_dir=trained",
+        "trained already holds checkpoints",
+        "another run.out_dir",
+    ),
+    settings(
+        "resume_of_another_model", "run.out_dir=trained schedule.max_steps=2 model.n_layer=2", "h.1.", "own config"
+    ),
+    settings("resume_with_another_seed", "run.out_dir=trained run.seed=5", "run.seed 1337, now it is 5", "to 1337, or"),
+    command(
+        "resume_of_a_damaged_one",
+        f"train.py --config good.json --resume damaged/{STEP}",
+        f"damaged/{STEP}/rank_00000_weights.safetensors: contents changed",
+        "give another checkpoint",
+    ),
+    command("score_a_short_one", f"evaluate.py --checkpoint short/{STEP}", "moments.safetensors: 9 bytes", "expected "),
+    command(
+        "score_an_incomplete_one", f"generate.py --checkpoint lost/{STEP}", "state.json: missing", "another checkpoint"
+    ),
+    command("score_no_checkpoint", "evaluate.py --checkpoint data", "data/manifest.json", "checkpoint"),
+    command(
+        "score_an_empty_folder", "evaluate.py --checkpoint empty", "empty: no checkpoint here", "expected a run folder"
+    ),
+    command("sample_from_nowhere", "generate.py --checkpoint nowhere", "nowhere: no checkpoint here", "expected a run"),
+]
+
+COMMAND_LINE_CASES = [
+    command("no_config", "train.py", "--config", "required: --config (see train.py --help)"),
+    command("unknown_option", "train.py --config good.json --epochs 3", "arguments: --epochs 3", "see train.py --help"),
+    command("no_checkpoint_option", "evaluate.py", "--checkpoint", "required: --checkpoint (see evaluate.py --help)"),
+    command("unknown_task", "evaluate.py --checkpoint trained --tasks squad", "--tasks squad", "there are: validation"),
+    command("batch_of_none", "evaluate.py --checkpoint trained --batch-size 0", "--batch-size", "must be at least 1"),
+    command(
+        "batch_of_text", "evaluate.py --checkpoint trained --batch-size x", "--batch-size", "a whole number from 1"
+    ),
+    command("score_on_absent_device", "evaluate.py --checkpoint trained --device cuda", "--device", "available: cpu"),
+    Case(
+        "empty_prompt", ("generate.py", "--checkpoint", "trained", "--prompt", ""), "--prompt", "at least one character"
+    ),
+    command("cold", "generate.py --checkpoint trained --temperature=-1", "--temperature", "must be a number from 0"),
+    command(
+        "nan_temperature", "generate.py --checkpoint trained --temperature nan", "--temperature", "a number from 0"
+    ),
+    command("no_processes", "run.py --config good.json --processes 0", "--processes", "must be at least 1, it is 0"),
+    command("unknown_source", "tokenize_corpus.py --source csv --out new", "'csv'", "'jsonl'"),
+]
+
+CASES = [*CONFIG_CASES, *DEEPSPEED_CASES, *DATA_CASES, *CHECKPOINT_CASES, *COMMAND_LINE_CASES]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+def test_a_mistake_is_one_line_that_says_what_and_what_is_right(
+    case: Case, results: dict[str, subprocess.CompletedProcess[str]]
+) -> None:
+    result = results[case.name]
+    assert result.returncode == EXIT_USER_ERROR, result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert case.culprit in result.stderr
+    assert case.right in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_nothing_started(workplace: Path, results: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    assert not list(workplace.glob("out/*"))
+    assert not (workplace / "new").exists()
+
+
+def test_the_run_below_all_mistakes_is_good(workplace: Path) -> None:
+    assert (workplace / "trained" / STEP / "manifest.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest, workplace: Path) -> dict[str, subprocess.CompletedProcess[str]]:
+    """What every selected command did, by the name of its case."""
+    specs = [getattr(item, "callspec", None) for item in request.session.items]
+    selected = [spec.params["case"] for spec in specs if spec and isinstance(spec.params.get("case"), Case)]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        done = pool.map(lambda case: run(workplace, *case.arguments), selected)
+        return {case.name: result for case, result in zip(selected, done, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """The folder in which the commands run: good and broken configs, data, runs and texts."""
+    folder = tmp_path_factory.mktemp("bad_input")
+    for name, content in CONFIG_FILES.items():
+        text = json.dumps(content) if isinstance(content, dict) else content
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("a regular file")
+    (folder / "empty.txt").touch()
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "a.jsonl").write_text('{"body": "no field named text"}\n')
+    _make_data(folder, corpus)
+    _make_runs(folder)
+    return folder
+
+
+def _make_data(folder: Path, corpus: Path) -> None:
+    for name in ("data", "other_version", "missing_shard", "short_shard", "train_only"):
+        shutil.copytree(corpus, folder / name)
+    _edit_json(folder / "other_version" / "manifest.json", lambda manifest: manifest.update(format_version=99))
+    _edit_json(
+        folder / "train_only" / "manifest.json",
+        lambda manifest: manifest.update(shards=[s for s in manifest["shards"] if s["split"] == "train"]),
+    )
+    (folder / "missing_shard" / "train_000000.npy").unlink()
+    os.truncate(folder / "short_shard" / "train_000000.npy", 1000)
+
+
+def _make_runs(folder: Path) -> None:
+    result = run(folder, "train.py", "--config", "good.json", "--set", "run.out_dir=trained")
+    assert result.returncode == 0, result.stderr
+    for name in ("damaged", "short", "lost"):
+        shutil.copytree(folder / "trained", folder / name)
+    weights = folder / "damaged" / STEP / "rank_00000_weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.truncate(folder / "short" / STEP / "rank_00000_moments.safetensors", 9)
+    (folder / "lost" / STEP / "state.json").unlink()
+
+
+def _edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command as a person gives it, on one core and without a GPU."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "launch" / script), *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
