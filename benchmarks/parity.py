@@ -8,62 +8,33 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.agreement import LOSS_TOLERANCE, Agreement, print_table
 from benchmarks.runs import BACKENDS, TINY_RUN, Curve, curve_of, make_corpus, merged
 
 PROCESSES = (1, 2)
 
-#: precision -> largest |loss difference| in nats that counts as agreement
-LOSS_TOLERANCE = {"fp32": 5e-6, "amp_bf16": 5e-3, "amp_fp16": 5e-3, "bf16": 5e-3}
-GRAD_NORM_TOLERANCE = 1e-4  # relative, fp32 only
 
-
-@dataclass(frozen=True)
-class ParityRow:
-    """One run against the reference."""
-
-    precision: str
-    backend: str
-    processes: int
-    loss_difference: float
-    grad_norm_difference: float
-
-    @property
-    def agrees(self) -> bool:
-        """Whether the differences are within tolerance."""
-        norm_agrees = self.precision != "fp32" or self.grad_norm_difference <= GRAD_NORM_TOLERANCE
-        return self.loss_difference <= LOSS_TOLERANCE[self.precision] and norm_agrees
-
-
-def compare(
-    data: Path, scratch: Path, precision: str, steps: int, backends: Sequence[str] = BACKENDS
-) -> Iterator[ParityRow]:
+def compare(data: Path, scratch: Path, precisions: Sequence[str], steps: int) -> Iterator[Agreement]:
     """Train each backend at each number of processes; yields a row a run."""
 
-    def curve(backend: str, processes: int) -> Curve:
+    def curve(precision: str, backend: str, processes: int) -> Curve:
         sections = merged(
             TINY_RUN,
             {"run": {"precision": precision}, "data": {"path": str(data)}, "schedule": {"max_steps": steps}},
         )
         return curve_of(backend, scratch / f"{precision}-{backend}-{processes}", sections, processes)
 
-    reference = curve("ddp", 1)
-    clipped = sum(norm > TINY_RUN["optimizer"]["grad_clip"] for norm in reference.grad_norms)
-    assert clipped > steps // 2, "clipping is hardly active: the comparison would prove little"
-    for backend in backends:
-        for processes in PROCESSES:
-            if (backend, processes) == ("ddp", 1):
-                continue
-            other = curve(backend, processes)
-            yield ParityRow(
-                precision,
-                backend,
-                processes,
-                other.largest_loss_difference(reference),
-                other.largest_grad_norm_difference(reference),
-            )
+    for precision in precisions:
+        reference = curve(precision, "ddp", 1)
+        clipped = sum(norm > TINY_RUN["optimizer"]["grad_clip"] for norm in reference.grad_norms)
+        assert clipped > steps // 2, "clipping is hardly active: the comparison would prove little"
+        for backend in BACKENDS:
+            for processes in PROCESSES:
+                if (backend, processes) != ("ddp", 1):
+                    run = (precision, backend, processes)
+                    yield Agreement.of(run, precision, curve(*run), reference)
 
 
 def main() -> None:
@@ -72,20 +43,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "amp_bf16", "bf16"], choices=LOSS_TOLERANCE)
     arguments = parser.parse_args()
-    failures = 0
-    print("| precision | backend | processes | largest loss difference | largest relative norm difference | agrees |")
-    print("|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         data = make_corpus(Path(scratch) / "data")
-        for precision in arguments.precisions:
-            for row in compare(data, Path(scratch), precision, arguments.steps):
-                failures += not row.agrees
-                verdict = "yes" if row.agrees else "NO"
-                print(
-                    f"| {row.precision} | {row.backend} | {row.processes} | {row.loss_difference:.1e} "
-                    f"| {row.grad_norm_difference:.1e} | {verdict} |",
-                    flush=True,
-                )
+        rows = compare(data, Path(scratch), arguments.precisions, arguments.steps)
+        failures = print_table(("precision", "backend", "processes"), rows)
     raise SystemExit(f"{failures} runs do not agree" if failures else 0)
 
 

@@ -24,6 +24,7 @@ from pipeline.errors import ConfigError
 _JSON_WORDS = {
     "model_type": "Input should be an object with the keys of this section",
     "dict_type": "Input should be an object",
+    "list_type": "Input should be a list",
     "tuple_type": "Input should be a list",
     "missing": "This item is missing",
 }
@@ -186,17 +187,16 @@ def _origin(path: str, origins: dict[str, str]) -> str:
 def _nearest_key(path: str, last: str) -> str:
     if "." in last:
         return '; in a file a section is an object, as in {"schedule": {"max_steps": 100}}'
-    known = [key for key, _ in valid_keys()]
-    same_name_elsewhere = [key for key in known if key.rpartition(".")[2] == last]
-    siblings = [key for key in known if key.rpartition(".")[0] == path.rpartition(".")[0]]
-    nearest = (
-        difflib.get_close_matches(path, siblings, n=1, cutoff=0.7)
-        or same_name_elsewhere
-        or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
-    )
-    if nearest:
-        return f"; did you mean {nearest[0]}?"
-    return f"; valid keys here: {', '.join(key.rpartition('.')[2] for key in siblings)}" if siblings else ""
+    section = path.rpartition(".")[0]
+    siblings: dict[str, str] = {}  # name -> dotted key
+    elsewhere: dict[str, str] = {}
+    for key, _ in valid_keys():
+        key_section, _, name = key.rpartition(".")
+        (siblings if key_section == section else elsewhere)[name] = key
+    for keys, cutoff in ((siblings, 0.5), (elsewhere, 0.8)):
+        if nearest := difflib.get_close_matches(last, keys, n=1, cutoff=cutoff):
+            return f"; did you mean {keys[nearest[0]]}?"
+    return f"; valid keys here: {', '.join(siblings)}" if siblings else ""
 
 
 def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -30,13 +30,13 @@ OWNED_BY_RUN = {
     "tensorboard": "logging.tensorboard",
 }
 
-#: The other top-level keys that DeepSpeed 0.19 reads, with their types. It ignores a mistyped one without a word.
+#: The other top-level keys that DeepSpeed 0.19 reads and that can take effect here, with their types.
+#: DeepSpeed ignores a mistyped key without a word; its own loaders, checkpoints and model parallelism are not used.
 PASSED_THROUGH: dict[str, type] = {
     "zero_optimization": dict,
     "zero_allow_untested_optimizer": bool,
     "prescale_gradients": bool,
     "gradient_predivide_factor": float,
-    "gradient_allreduce_op": str,
     "disable_allgather": bool,
     "disable_python_gc": bool,
     "steps_per_print": int,
@@ -44,33 +44,18 @@ PASSED_THROUGH: dict[str, type] = {
     "memory_breakdown": bool,
     "dump_state": bool,
     "log_level": str,
-    "dataloader_drop_last": bool,
-    "vocabulary_size": int,
-    "sequence_parallel_size": int,
-    "seq_parallel_communication_data_type": str,
-    "use_data_before_expert_parallelism": bool,
-    "activation_checkpointing": dict,
     "aio": dict,
-    "autotuning": dict,
-    "checkpoint": dict,
     "comet": dict,
     "comms_logger": dict,
     "compile": dict,
     "csv_monitor": dict,
-    "data_efficiency": dict,
-    "datastates_ckpt": dict,
-    "expert_parallel": dict,
     "flops_profiler": dict,
-    "hybrid_engine": dict,
-    "pipeline": dict,
-    "tensor_parallel": dict,
     "timers": dict,
     "wandb": dict,
-    "weight_quantization": dict,
 }
 
-_DOCUMENTATION = "https://www.deepspeed.ai/docs/config-json"
 _OFFLOADS = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}  # and the stages that can
+_DEPRECATED = {"cpu_offload": "offload_optimizer", "cpu_offload_params": "offload_param"}
 _TYPE_NAMES = {dict: "an object", bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
@@ -81,8 +66,8 @@ def find_mistakes(native: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, f"the run config owns this; set {OWNED_BY_RUN[key]} instead"
         elif key not in PASSED_THROUGH:
             nearest = difflib.get_close_matches(key, [*PASSED_THROUGH, *OWNED_BY_RUN], n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"its keys: {_DOCUMENTATION}"
-            yield key, f"DeepSpeed has no such key; {hint}"
+            hint = f"did you mean {nearest[0]}?" if nearest else f"those are {', '.join(PASSED_THROUGH)}"
+            yield key, f"not among the keys that are passed on to DeepSpeed; {hint}"
         else:
             yield from _wrong_type(key, value, PASSED_THROUGH[key])
     if isinstance(zero := native.get("zero_optimization", {}), dict):
@@ -94,6 +79,12 @@ def _mistakes_of_zero(zero: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         yield "zero_optimization.stage", f"must be 0, 1, 2 or 3, found {json.dumps(stage)}"
         return
+    for key, successor in _DEPRECATED.items():
+        if key in zero:
+            yield (
+                f"zero_optimization.{key}",
+                f'DeepSpeed has given this up; set {successor}: {{"device": "cpu"}} instead',
+            )
     for key, stages in _OFFLOADS.items():
         if key not in zero:
             continue

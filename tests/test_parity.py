@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.accumulation import MASKED_TRAIN
 from benchmarks.accumulation import compare as compare_accumulation
-from benchmarks.parity import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE, PROCESSES
+from benchmarks.agreement import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE
+from benchmarks.parity import PROCESSES
 from benchmarks.runs import BACKENDS, TINY_RUN, Curve, curve_of, merged
 
 STEPS = 20
@@ -46,9 +48,7 @@ def test_the_comparison_means_something(references: References) -> None:
 
 @pytest.mark.parametrize("processes", PROCESSES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fp32_curves_agree(
-    backend: str, processes: int, corpus: Path, references: References, tmp_path: Path
-) -> None:
+def test_fp32_curves_agree(backend: str, processes: int, corpus: Path, references: References, tmp_path: Path) -> None:
     if (backend, processes) == ("ddp", 1):
         pytest.skip("this is the reference")
     curve = curve_of(backend, tmp_path, tiny_run(corpus), processes)
@@ -57,9 +57,7 @@ def test_fp32_curves_agree(
 
 
 @pytest.mark.parametrize("backend", ["zero2_offload", "zero3_offload"])
-def test_offload_does_not_change_the_curve(
-    backend: str, corpus: Path, references: References, tmp_path: Path
-) -> None:
+def test_offload_does_not_change_the_curve(backend: str, corpus: Path, references: References, tmp_path: Path) -> None:
     curve = curve_of(backend, tmp_path, tiny_run(corpus), processes=2)
     assert curve.largest_loss_difference(references["fp32"]) <= LOSS_TOLERANCE["fp32"]
     assert curve.largest_grad_norm_difference(references["fp32"]) <= GRAD_NORM_TOLERANCE
@@ -107,8 +105,6 @@ def test_the_cut_of_the_batch_does_not_change_the_curve(masked: bool, corpus: Pa
 
 def test_masked_targets_change_the_curve(corpus: Path, references: References, tmp_path: Path) -> None:
     """The mask of the test above is not ignored."""
-    from benchmarks.accumulation import MASKED_TRAIN
-
     curve = curve_of("ddp", tmp_path, tiny_run(corpus), script=MASKED_TRAIN)
     assert curve.largest_loss_difference(references["fp32"]) > 1e-2
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.parity import LOSS_TOLERANCE
+from benchmarks.agreement import LOSS_TOLERANCE
 from benchmarks.runs import TINY_RUN, Curve, curve_of, merged, read_curve, train_run
 from pipeline.checkpoint import list_checkpoints
 from pipeline.metrics import read_metrics

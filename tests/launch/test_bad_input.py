@@ -78,7 +78,12 @@ CONFIG_CASES = [
     config("dotted_key", {"run.seed": 1}, "run.seed: no such key", "a section is an object", "run.py"),
     config("newline_in_a_key", {"run": {"se\ned": 1}}, "run.se ed: no such key", "run.seed?", "run.py"),
     config("backend_key", {"backend": {"fsdp": {"reshard": True}}}, "backend.fsdp.reshard", "reshard_after_forward?"),
-    settings("unknown_override", "optimizer.lr=1e-3", "optimizer.lr: no such key (set in --set)", "valid keys here"),
+    settings(
+        "unknown_override",
+        "optimizer.lr=1e-3",
+        "optimizer.lr: no such key (set in --set)",
+        "valid keys here: learning_rate,",
+    ),
     # --- types
     config(
         "text_for_integer", {"schedule": {"max_steps": "100"}}, 'found "100"', "schedule.max_steps: Input should be a"
@@ -92,7 +97,7 @@ CONFIG_CASES = [
     config("text_for_section", {"model": "gpt2"}, 'found "gpt2"', "model: Input should be an object"),
     config("null_for_section", {"run": None}, "found null", "run: Input should be an object", "run.py"),
     config(
-        "list_for_name", {"model": {"preset": ["gpt2"]}}, 'model.preset: Input should be "gpt2', "'gpt2-xl'", "run.py"
+        "list_for_name", {"model": {"preset": ["gpt2"]}}, "model.preset: Input should be 'gpt2", "'gpt2-xl'", "run.py"
     ),
     config("one_beta", {"optimizer": {"betas": [0.9]}}, "optimizer.betas.1", "item is missing, found [0.9]"),
     config("text_for_betas", {"optimizer": {"betas": "0.9,0.95"}}, "optimizer.betas", "should be a list", "run.py"),
@@ -174,18 +179,20 @@ DEEPSPEED_CASES = [
         "train.py",
     ),
     deepspeed(
-        "unreadable_to_deepspeed",
-        {"zero_optimization": {"stage": 1}, "gradient_allreduce_op": "median"},
-        "backend.deepspeed: DeepSpeed refuses this config",
-        "gradient_allreduce_op",
-        "train.py",
+        "native_key_of_no_use", {"pipeline": {}}, "backend.deepspeed.pipeline: not among", "those are zero_optim"
+    ),
+    deepspeed(
+        "deprecated_native_key",
+        {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+        "backend.deepspeed.zero_optimization.cpu_offload",
+        "set offload_optimizer",
     ),
 ]
 
 DATA_CASES = [
     settings("no_data", "data.path=nowhere", "nowhere has no manifest.json", "make one with launch/tokenize_corpus.py"),
     settings("no_manifest", "data.path=empty", "empty has no manifest.json", "make one with launch/tokenize_corpus.py"),
-    settings("other_version", "data.path=other_version", "other_version/manifest.json", "format version 1"),
+    settings("other_version", "data.path=other_version", "other_version/manifest.json", "this program reads 1"),
     settings("missing_shard", "data.path=missing_shard", "missing_shard/train_000000.npy is missing", "tokenize again"),
     settings("short_shard", "data.path=short_shard", "short_shard/train_000000.npy", "tokenize again"),
     settings(

@@ -97,7 +97,11 @@ class TestTensorBoard:
     def test_hyperparameters_and_results(self, tmp_path: Path) -> None:
         metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=True)
         metrics.write(row(1))
-        config = {"run": {"name": "x", "compile": False}, "optimizer": {"betas": [0.9, 0.95]}, "data": {"seq_len": None}}
+        config = {
+            "run": {"name": "x", "compile": False},
+            "optimizer": {"betas": [0.9, 0.95]},
+            "data": {"seq_len": None},
+        }
         metrics.write_hyperparameters(config, {"final/loss": 3.25})
         metrics.write_text("sample", "once upon a time", 1)
         metrics.close()

@@ -299,9 +299,7 @@ class TestActivationCheckpointing:
             torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize(("recompute", "runs"), [(False, 1), (True, 2)])
-    def test_blocks_run_again_in_the_backward_pass(
-        self, recompute: bool, runs: int, forwards: list[MLP]
-    ) -> None:
+    def test_blocks_run_again_in_the_backward_pass(self, recompute: bool, runs: int, forwards: list[MLP]) -> None:
         model = build_model(tiny_model_config(activation_checkpointing=recompute), 1)
         model(*shift(random_tokens(2, 5))).backward()
         assert len(forwards) == runs * 2

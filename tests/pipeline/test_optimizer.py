@@ -76,7 +76,9 @@ class TestNorm:
 
     def test_the_order_of_gradients_does_not_show(self) -> None:
         gradients = [gradient * 10.0 ** (3 * i) for i, gradient in enumerate(some_gradients() * 20)][:12]
-        norms = {float(global_grad_norm(order)) for order in (gradients, gradients[::-1], gradients[5:] + gradients[:5])}
+        norms = {
+            float(global_grad_norm(order)) for order in (gradients, gradients[::-1], gradients[5:] + gradients[:5])
+        }
         assert max(norms) / min(norms) - 1 < 1e-15
 
     def test_a_long_sum_is_exact(self) -> None:
