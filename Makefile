@@ -13,7 +13,7 @@ quickstart: .venv/run ## fresh machine to a trained, evaluated, sampled small GP
 	$(BIN)/python launch/run.py --config ds_configs/ddp.json ds_configs/quickstart.json
 
 test: .venv/dev ## the whole test suite, on the CPU
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/dev ## ruff and types
 	$(BIN)/ruff check .

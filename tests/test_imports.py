@@ -43,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.backends.ddp",
         "pipeline.backends.fsdp",
         "pipeline.backends.deepspeed_zero",
+        "pipeline.backends.zero_state",
     ),
     (
         "pipeline.checkpoint",

@@ -118,7 +118,8 @@ def load_manifest(folder: Path | str) -> Manifest:
     # The version decides what the other keys mean, so it is judged before them.
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise DataError(
-            f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}; delete the folder and tokenize again"
+            f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}; "
+            "delete the folder and tokenize again"
         )
     _expect_keys(value, [field.name for field in fields(Manifest)], place)
     if value["dtype"] != TOKEN_DTYPE_NAME:

@@ -145,7 +145,8 @@ def verify(folder: Path | str) -> Manifest:
         segments = map_shard(folder, shard)
         if sha256_of_file(folder / shard.file) != shard.sha256:
             raise DataError(
-                f"{folder / shard.file}: its SHA-256 is not the one in {MANIFEST_NAME}; delete the folder and tokenize again"
+                f"{folder / shard.file}: its SHA-256 is not the one in {MANIFEST_NAME}; "
+                "delete the folder and tokenize again"
             )
         _check_contents(folder / shard.file, segments, shard, manifest)
     return manifest

@@ -21,6 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
+
+from data_tools import corpus as corpus_module
+from data_tools import output as output_module
+from data_tools.corpus import Progress, TokenizeRequest, find_complete, tokenize_corpus
+from data_tools.errors import DataError
+from data_tools.shards import load_manifest, verify
+from data_tools.sources import SourceRequest, open_source
 from tests.data_tools.conftest import (
     command_line,
     contents,
@@ -30,13 +37,6 @@ from tests.data_tools.conftest import (
     tokens_of,
     varied_documents,
 )
-
-from data_tools import corpus as corpus_module
-from data_tools import output as output_module
-from data_tools.corpus import Progress, TokenizeRequest, find_complete, tokenize_corpus
-from data_tools.errors import DataError
-from data_tools.shards import load_manifest, verify
-from data_tools.sources import SourceRequest, open_source
 
 DOCUMENTS = [*varied_documents(60), "a\ud800b lone surrogate", "<|endoftext|>"]
 WELL_FORMED = varied_documents(60)

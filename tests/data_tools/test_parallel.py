@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.data_tools.conftest import environment
 
 from data_tools.errors import DataError
 from data_tools.parallel import ordered_map
+from tests.data_tools.conftest import environment
 
 
 def slow_when_even(number: int) -> int:

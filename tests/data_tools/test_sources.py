@@ -13,11 +13,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.data_tools.conftest import varied_documents
 
 from data_tools.errors import DataError
 from data_tools.sources import SOURCE_KINDS, SourceRequest, open_source
 from data_tools.sources import text as text_module
+from tests.data_tools.conftest import varied_documents
 
 DOCUMENTS = varied_documents(30)
 

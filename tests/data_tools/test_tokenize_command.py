@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-from tests.data_tools.conftest import Command, contents, sequential_tokens, tokens_of
 
 from data_tools.shards import load_manifest
 from launch.cli import run_command
 from launch.tokenize_corpus import main
+from tests.data_tools.conftest import Command, contents, sequential_tokens, tokens_of
 
 
 def test_it_says_what_it_wrote_and_where(tmp_path: Path, run_process: Command) -> None:

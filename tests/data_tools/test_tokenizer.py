@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-from tests.data_tools.conftest import sequential_tokens, varied_documents
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from data_tools import tokenizer as module
 from data_tools.errors import DataError
 from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, Tokenizer, load_tokenizer
+from tests.data_tools.conftest import sequential_tokens, varied_documents
 
 PATHOLOGICAL = [
     "",

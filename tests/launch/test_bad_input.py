@@ -49,9 +49,9 @@ def command(name: str, line: str, culprit: str, right: str) -> Case:
     return Case(name, tuple(line.split()), culprit, right)
 
 
-def settings(name: str, overrides: str, culprit: str, right: str) -> Case:
-    """The good run trained with ``--set`` on top."""
-    return command(name, f"train.py --config good.json --set {overrides}", culprit, right)
+def settings(name: str, overrides: str, culprit: str, right: str, script: str = "train.py") -> Case:
+    """The good run with ``--set`` on top. ``run.py`` reads the same config, and starts fast."""
+    return command(name, f"{script} --config good.json --set {overrides}", culprit, right)
 
 
 def config(
@@ -77,7 +77,13 @@ CONFIG_CASES = [
     config("far_from_any", {"zzzz": 1}, "zzzz: no such key", "valid keys here: run, model,", "run.py"),
     config("dotted_key", {"run.seed": 1}, "run.seed: no such key", "a section is an object", "run.py"),
     config("newline_in_a_key", {"run": {"se\ned": 1}}, "run.se ed: no such key", "run.seed?", "run.py"),
-    config("backend_key", {"backend": {"fsdp": {"reshard": True}}}, "backend.fsdp.reshard", "reshard_after_forward?"),
+    config(
+        "backend_key",
+        {"backend": {"fsdp": {"reshard": True}}},
+        "backend.fsdp.reshard",
+        "reshard_after_forward?",
+        "run.py",
+    ),
     settings(
         "unknown_override",
         "optimizer.lr=1e-3",
@@ -86,7 +92,11 @@ CONFIG_CASES = [
     ),
     # --- types
     config(
-        "text_for_integer", {"schedule": {"max_steps": "100"}}, 'found "100"', "schedule.max_steps: Input should be a"
+        "text_for_integer",
+        {"schedule": {"max_steps": "100"}},
+        'found "100"',
+        "schedule.max_steps: Input should be a",
+        "run.py",
     ),
     config("fraction_for_integer", {"batch": {"micro_batch_size": 1.5}}, "micro_batch_size", "valid integer", "run.py"),
     config("true_for_integer", {"run": {"seed": True}}, "run.seed", "valid integer, found true", "run.py"),
@@ -94,48 +104,62 @@ CONFIG_CASES = [
     config(
         "null_for_number", {"optimizer": {"learning_rate": None}}, "optimizer.learning_rate", "valid number", "run.py"
     ),
-    config("text_for_section", {"model": "gpt2"}, 'found "gpt2"', "model: Input should be an object"),
+    config("text_for_section", {"model": "gpt2"}, 'found "gpt2"', "model: Input should be an object", "run.py"),
     config("null_for_section", {"run": None}, "found null", "run: Input should be an object", "run.py"),
     config(
         "list_for_name", {"model": {"preset": ["gpt2"]}}, "model.preset: Input should be 'gpt2", "'gpt2-xl'", "run.py"
     ),
-    config("one_beta", {"optimizer": {"betas": [0.9]}}, "optimizer.betas.1", "item is missing, found [0.9]"),
+    config("one_beta", {"optimizer": {"betas": [0.9]}}, "optimizer.betas.1", "item is missing, found [0.9]", "run.py"),
     config("text_for_betas", {"optimizer": {"betas": "0.9,0.95"}}, "optimizer.betas", "should be a list", "run.py"),
     config("text_for_list", {"evaluation": {"tasks": "validation"}}, "evaluation.tasks", "should be a list", "run.py"),
     # --- values
     config(
-        "negative_rate", {"optimizer": {"learning_rate": -1}}, "optimizer.learning_rate", "greater than 0, found -1"
+        "negative_rate",
+        {"optimizer": {"learning_rate": -1}},
+        "optimizer.learning_rate",
+        "greater than 0, found -1",
+        "run.py",
     ),
     config("nan_rate", '{"optimizer": {"learning_rate": NaN}}', "optimizer.learning_rate", "finite number, found NaN"),
     config("nan_dropout", '{"model": {"dropout": NaN}}', "model.dropout", "less than 1, found NaN", "run.py"),
     config("dropout_of_one", {"model": {"dropout": 1.0}}, "model.dropout", "less than 1, found 1.0", "run.py"),
     config("no_steps", {"schedule": {"max_steps": 0}}, "schedule.max_steps", "greater than or equal to 1", "run.py"),
     config("empty_folder", {"run": {"out_dir": ""}}, "run.out_dir", "at least 1 character", "run.py"),
-    settings("unknown_precision", "run.precision=fp8", "run.precision", "'fp32', 'amp_bf16', 'amp_fp16' or 'bf16'"),
-    settings("unknown_backend", "backend.name=horovod", "backend.name", "'ddp', 'fsdp' or 'deepspeed', found"),
+    settings(
+        "unknown_precision", "run.precision=fp8", "run.precision", "'fp32', 'amp_bf16', 'amp_fp16' or 'bf16'", "run.py"
+    ),
+    settings(
+        "unknown_backend", "backend.name=horovod", "backend.name", "'ddp', 'fsdp' or 'deepspeed', found", "run.py"
+    ),
     settings("unknown_device", "run.device=gpu", "run.device", "'auto', 'cpu', 'cuda' or 'mps'"),
-    settings("unknown_preset", "model.preset=gpt3", "model.preset", "'gpt2-large' or 'gpt2-xl', found \"gpt3\""),
-    settings("unknown_training_task", 'evaluation.tasks=["hella"]', "evaluation.tasks.0", "should be 'validation'"),
+    settings(
+        "unknown_preset", "model.preset=gpt3", "model.preset", "'gpt2-large' or 'gpt2-xl', found \"gpt3\"", "run.py"
+    ),
+    settings(
+        "unknown_training_task", 'evaluation.tasks=["hella"]', "evaluation.tasks.0", "should be 'validation'", "run.py"
+    ),
     settings("absent_device", "run.device=cuda", "this machine has no cuda", "available: cpu"),
     # --- values that do not fit together
-    settings("long_warmup", "schedule.warmup_steps=50", "warmup_steps (50)", "must not exceed max_steps (1)"),
-    settings("odd_heads", "model.n_head=3", "n_embd (16)", "must be a multiple of n_head (3)"),
+    settings("long_warmup", "schedule.warmup_steps=50", "warmup_steps (50)", "must not exceed max_steps (1)", "run.py"),
+    settings("odd_heads", "model.n_head=3", "n_embd (16)", "must be a multiple of n_head (3)", "run.py"),
     settings("long_samples", "data.seq_len=64", "data.seq_len (64)", "must not exceed model.context_length (32)"),
     settings("odd_batch", "batch.tokens_per_step=100", "batch.tokens_per_step (100)", "would fit: 64, 128"),
     settings("small_batch", "batch.tokens_per_step=32", "batch.tokens_per_step (32)", "batch.micro_batch_size: 1"),
     settings("other_vocabulary", "model.vocab_size=1000", "model.vocab_size (1000)", "gpt2: 50257"),
     # --- files and overrides
     config("syntax", '{\n  "run": {"seed": 1,}\n}', "syntax.json:2:", "not valid JSON: "),
-    config("no_object", "[]", "no_object.json: ", "expected a JSON object of sections, found []"),
+    config("no_object", "[]", "no_object.json: ", "expected a JSON object of sections, found []", "run.py"),
     config("twice", '{"run": {"seed": 1, "seed": 2}}', "twice.json: the key 'seed' stands twice", "keep one", "run.py"),
     config("latin", b'{"run": {"name": "\xff"}}', "latin.json: byte 18", "JSON in UTF-8", "run.py"),
     config("bottomless", '{"run":' * 100_000, "bottomless.json", "no config is nested so deep", "run.py"),
     command("mistyped_file", "train.py --config god.json", "god.json: no such config file", "did you mean good.json?"),
     command("folder_as_file", "run.py --config data", "data: cannot be read", "as a config file: Is a directory"),
-    settings("no_equals_sign", "schedule.max_steps", "--set schedule.max_steps: ", "expected section.key=value"),
-    settings("no_key", "=5", "--set =5: ", "expected section.key=value, as in --set schedule.max_steps=100"),
-    settings("value_for_section", "run=3", "found 3 (set in --set)", "run: Input should be an object"),
-    settings("key_below_value", "run.seed.x=3", "run.seed: ", "valid integer"),
+    settings(
+        "no_equals_sign", "schedule.max_steps", "--set schedule.max_steps: ", "expected section.key=value", "run.py"
+    ),
+    settings("no_key", "=5", "--set =5: ", "expected section.key=value, as in --set schedule.max_steps=100", "run.py"),
+    settings("value_for_section", "run=3", "found 3 (set in --set)", "run: Input should be an object", "run.py"),
+    settings("key_below_value", "run.seed.x=3", "run.seed: ", "valid integer", "run.py"),
 ]
 
 DEEPSPEED_CASES = [
@@ -170,12 +194,20 @@ DEEPSPEED_CASES = [
         {"backend": {"deepspeed": {"zero_optimization": {"stage": 1}}}},
         "backend.deepspeed is set but backend.name is ddp",
         'set backend.name to "deepspeed"',
+        "run.py",
     ),
     deepspeed(
         "refused_by_deepspeed",
         {"zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}},
         "backend.deepspeed: DeepSpeed refuses this config",
         "reduce_bucket_size: Input should be a valid integer",
+        "train.py",
+    ),
+    deepspeed(
+        "removed_native_key",
+        {"zero_optimization": {"stage": 3, "mics_shard_size": 2}},
+        "backend.deepspeed: DeepSpeed refuses this config",
+        "'zero_optimization.mics_shard_size' is no longer supported",
         "train.py",
     ),
     deepspeed(

@@ -11,10 +11,10 @@ import torch
 
 from data_tools.shards import TokenStream, open_split
 from pipeline.batch_plan import BatchPlan
-from pipeline.errors import TrainingError
-from pipeline.loader import MicroBatch, TrainLoader, validation_batches
+from pipeline.errors import ConfigError, TrainingError
+from pipeline.loader import MicroBatch, TrainLoader, expect_same_vocabulary, validation_batches
 from pipeline.model import IGNORE_INDEX
-from tests.pipeline.conftest import VOCAB_SIZE, write_shards
+from tests.pipeline.conftest import VOCAB_SIZE, tiny_model_config, write_shards
 
 T = 5
 TRAIN_TOKENS = 331  # 66 windows
@@ -105,6 +105,12 @@ class TestTraining:
         assert TrainLoader(val, BatchPlan(2, T, 1, 1), 7, 0).micro_batches(0)[0].tokens.shape == (2, T + 1)
         with pytest.raises(TrainingError, match=r"13 tokens = 2 samples of 5 .* the 3 of one step; .* to 10 or less"):
             TrainLoader(val, BatchPlan(3, T, 1, 1), 7, 0)
+
+
+def test_tokens_of_another_vocabulary_are_refused(train: TokenStream) -> None:
+    expect_same_vocabulary(train, tiny_model_config(), "data/x")
+    with pytest.raises(ConfigError, match=r"vocab_size \(90\) is not the vocabulary of data/x \(test: 89\)"):
+        expect_same_vocabulary(train, tiny_model_config(vocab_size=90), "data/x")
 
 
 class TestMicroBatch:
@@ -200,5 +206,5 @@ class TestValidation:
         stream = validation_stream(tmp_path, 7)
         (batch,) = validation_batches(stream, T, 4, 0, 1)
         inputs, _ = batch.to(CPU)
-        assert 0 <= inputs.min()
+        assert inputs.min() >= 0
         assert inputs.max() < VOCAB_SIZE

@@ -49,8 +49,8 @@ class TestRows:
         assert [r["step"] for r in rows if "second" in r] == list(range(5, 10))
 
     def test_a_run_from_scratch_drops_all_rows(self, tmp_path: Path) -> None:
-        log_steps(tmp_path, range(0, 8))
-        log_steps(tmp_path, range(0, 2))
+        log_steps(tmp_path, range(8))
+        log_steps(tmp_path, range(2))
         assert [r["step"] for r in read_metrics(tmp_path)] == [0, 1]
 
     @pytest.mark.parametrize("resumed_step", [3, 2])

@@ -11,8 +11,16 @@ from torch import Tensor
 
 from pipeline import optimizer as optimizer_module
 from pipeline.config import OptimizerConfig
+from pipeline.loss_scaling import LossScaler
 from pipeline.model import build_model
-from pipeline.optimizer import build_adamw, global_grad_norm, parameter_groups, set_learning_rate, unscale_and_clip
+from pipeline.optimizer import (
+    build_adamw,
+    clip_unless_overflowed,
+    global_grad_norm,
+    parameter_groups,
+    set_learning_rate,
+    unscale_and_clip,
+)
 from tests.pipeline.conftest import random_tokens, tiny_model_config
 
 CPU = torch.device("cpu")
@@ -141,3 +149,23 @@ class TestClipping:
         unscale_and_clip(scaled, global_grad_norm(scaled) / scale, scale, max_norm)
         for a, b in zip(plain, scaled, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+    def test_the_norm_is_that_before_scaling_and_clipping(self) -> None:
+        expected = global_grad_norm(some_gradients()).item()
+        scaled = [gradient * 1024 for gradient in some_gradients()]
+        norm, overflowed = clip_unless_overflowed(scaled, LossScaler(dynamic=True, scale=1024.0), 0.5)
+        assert norm.item() == pytest.approx(expected, rel=1e-12)
+        assert not overflowed
+        assert global_grad_norm(scaled).item() == pytest.approx(0.5, rel=1e-5)
+
+    def test_gradients_that_overflowed_are_to_be_skipped(self) -> None:
+        gradients = [torch.ones(3), torch.tensor([1.0, math.inf])]
+        _, overflowed = clip_unless_overflowed(gradients, LossScaler.for_precision("amp_fp16"), 1.0)
+        assert overflowed
+        assert (gradients[0] == 1.0).all()
+
+    def test_without_a_loss_scale_no_step_is_skipped(self) -> None:
+        """What is not finite then is a defect of the run, which the trainer stops."""
+        norm, overflowed = clip_unless_overflowed([torch.tensor([math.nan])], LossScaler.for_precision("fp32"), 1.0)
+        assert not overflowed
+        assert math.isnan(norm)

@@ -45,6 +45,14 @@ def test_each_reading_stands_for_itself(clock: Clock) -> None:
     assert meter.read()["tokens_per_s"] == pytest.approx(4000.0)
 
 
+def test_what_came_before_the_first_step_does_not_count(clock: Clock) -> None:
+    meter = ThroughputMeter(1000, 1, 1.0)
+    clock.now_s += 100.0
+    meter.restart()
+    train(meter, clock, steps=1, step_s=2.0)
+    assert meter.read()["step_ms"] == pytest.approx(2000.0)
+
+
 def test_validation_and_checkpoints_do_not_count(clock: Clock) -> None:
     meter = ThroughputMeter(1000, 1, 1.0)
     train(meter, clock, steps=1, step_s=1.0)
