@@ -8,9 +8,11 @@ import logging
 import math
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import NoReturn, get_args
 
 from data_tools.errors import UserError
+from pipeline.config import Device
 from pipeline.environment import launched_rank
 from pipeline.errors import ConfigError
 
@@ -46,6 +48,18 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECTION.KEY=VALUE",
         help="overrides over all files, as schedule.max_steps=100",
     )
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """``--checkpoint`` and ``--device``, as every command that reads a trained model has them."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a checkpoint, or a run folder (its newest good one)",
+    )
+    parser.add_argument("--device", default="auto", choices=get_args(Device), help="(default: %(default)s)")
 
 
 def positive_int(text: str) -> int:

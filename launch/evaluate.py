@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import get_args
 
-from launch.cli import ArgumentParser, positive_int, run_command, start_logging
+from launch.cli import ArgumentParser, add_checkpoint_options, positive_int, run_command, start_logging
 from pipeline.config import Precision, RunConfig
 from pipeline.distributed import join_world
 from pipeline.evaluation.results import format_table
@@ -17,20 +16,13 @@ def main() -> None:
     parser = ArgumentParser(
         description=__doc__, example="python launch/evaluate.py --checkpoint runs/ddp --tasks validation"
     )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="a checkpoint, or a run folder (its newest good one)",
-    )
+    add_checkpoint_options(parser)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"of {', '.join(TASKS)}")
     parser.add_argument("--data", metavar="DIR", help="token shards (default: those the run was trained on)")
     parser.add_argument(
         "--batch-size", type=positive_int, metavar="N", help="sequences per forward pass; no effect on results"
     )
     parser.add_argument("--precision", choices=get_args(Precision), help="(default: the run's)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     arguments = parser.parse_args()
     start_logging()
     options = EvaluationOptions(arguments.data, arguments.batch_size, arguments.precision)

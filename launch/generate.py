@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from launch.cli import ArgumentParser, non_negative_float, positive_int, run_command, start_logging
+from launch.cli import (
+    ArgumentParser,
+    add_checkpoint_options,
+    non_negative_float,
+    positive_int,
+    run_command,
+    start_logging,
+)
 from pipeline.config import RunConfig, SampleConfig
 from pipeline.continuation import continue_prompt
 from pipeline.distributed import join_world
@@ -16,13 +21,7 @@ def main() -> None:
     parser = ArgumentParser(
         description=__doc__, example='python launch/generate.py --checkpoint runs/ddp --prompt "The meaning of life is"'
     )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="a checkpoint, or a run folder (its newest good one)",
-    )
+    add_checkpoint_options(parser)
     parser.add_argument("--prompt", default=defaults.prompt, help="what the model continues (default: %(default)s)")
     parser.add_argument(
         "--max-new-tokens",
@@ -45,7 +44,6 @@ def main() -> None:
         help="draw from the K likeliest (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     arguments = parser.parse_args()
     start_logging()
     if not arguments.prompt:

@@ -16,6 +16,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "amp_bf16", "amp_fp16", "bf16"]
 Preset = Literal["gpt2-tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
@@ -41,7 +42,7 @@ class RunConfig(Section):
     name: str = Field("gpt2", description="shown in logs and TensorBoard")
     out_dir: str = Field("runs/gpt2", min_length=1, description="the run folder: metrics, checkpoints, results")
     seed: NonNegativeInt = Field(1337, description="initial weights, order of the data, dropout")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
+    device: Device = Field("auto", description="auto: cuda, else mps, else cpu")
     precision: Precision = Field(
         "amp_bf16",
         description="amp_*: fp32 weights under autocast; bf16: bf16 compute weights, fp32 master weights",
