@@ -12,7 +12,7 @@ from benchmarks.agreement import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE
 from benchmarks.parity import PROCESSES
 from benchmarks.runs import BACKENDS, TINY_RUN, Curve, curve_of, merged
 
-STEPS = 20
+STEPS = 15
 
 
 def tiny_run(corpus: Path, **sections: dict[str, object]) -> dict[str, dict[str, object]]:
@@ -42,7 +42,7 @@ def test_the_comparison_means_something(references: References) -> None:
     """The reference learns, and clipping is active at most steps."""
     curve = references["fp32"]
     assert len(curve.losses) == STEPS
-    assert curve.losses[-1] < curve.losses[0] - 1.0
+    assert curve.losses[-1] < curve.losses[0] - 0.5
     assert sum(norm > TINY_RUN["optimizer"]["grad_clip"] for norm in curve.grad_norms) > STEPS * 0.8
 
 
