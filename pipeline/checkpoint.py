@@ -94,7 +94,7 @@ def save_checkpoint(
             write_json_durably(aside / MANIFEST_FILE, {**manifest, "sha256": _hash_of_json(manifest)})
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step
             publish(aside, folder)
-            _delete_old(run_folder, keep_last)
+            _delete_older(run_folder, folder, keep_last)
     return folder
 
 
@@ -193,15 +193,18 @@ def _versions() -> dict[str, str]:
     return {package: version(package) for package in ("torch", "deepspeed", "safetensors", "numpy")}
 
 
-def _delete_old(run_folder: Path, keep_last: int) -> None:
-    """Drop the oldest beyond ``keep_last``, once the newest has proven good."""
-    folders = list_checkpoints(run_folder)
-    if problem := find_damage(folders[-1]):
+def _delete_older(run_folder: Path, written: Path, keep_last: int) -> None:
+    """Drop the oldest beyond ``keep_last``, once the one just written has proven good.
+
+    Later steps, which a run that went back to an earlier checkpoint left behind, neither count nor go.
+    """
+    if problem := find_damage(written):
         log.warning("the checkpoint just written does not verify, keeping all older ones: %s", problem)
         return
-    for folder in folders[:-keep_last]:
+    until_written = [folder for folder in list_checkpoints(run_folder) if folder.name <= written.name]
+    for folder in until_written[:-keep_last]:
         shutil.rmtree(folder)
-    fsync_folder(folders[-1].parent)
+    fsync_folder(written.parent)
 
 
 # --- finding -------------------------------------------------------------------------------------

@@ -319,6 +319,13 @@ class TestRetention:
             save(step, keep_last)
         assert self.steps(tmp_path) == [5, 9, 10, 11, 100][-keep_last:]
 
+    def test_a_run_that_went_back_keeps_what_it_writes(self, save: Save, tmp_path: Path) -> None:
+        for step in (5, 10, 15, 6, 7):
+            save(step, keep_last=3)
+        assert self.steps(tmp_path) == [5, 6, 7, 10, 15]
+        save(8, keep_last=1)
+        assert self.steps(tmp_path) == [8, 10, 15]
+
     def test_nothing_is_deleted_until_the_newer_one_verifies(
         self, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:

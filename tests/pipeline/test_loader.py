@@ -91,6 +91,14 @@ class TestTraining:
             windows = [numbered(TRAIN_TOKENS)[at * T : at * T + T + 1].tolist() for at in range(66)]
             assert sorted(row.tolist() for row in rows) == sorted(windows)
 
+    def test_the_last_input_of_a_window_has_its_target_in_the_data(self, tmp_path: Path) -> None:
+        exact = open_split(write_shards(tmp_path / "exact", {"train": [numbered(6 * T)]}), "train")
+        loader = TrainLoader(exact, BatchPlan(1, T, 5, 1), 7, 0)  # the sixth window would lack a token
+        starts = {batch.tokens[0, :2].tobytes() for batch in loader.micro_batches(0)}
+        assert len(starts) == 5
+        with pytest.raises(TrainingError, match="30 tokens = 5 samples"):
+            TrainLoader(exact, BatchPlan(1, T, 6, 1), 7, 0)
+
     def test_windows_do_not_depend_on_the_size_of_shards(self, train: TokenStream, tmp_path: Path) -> None:
         whole = open_split(write_shards(tmp_path / "whole", {"train": [numbered(TRAIN_TOKENS)]}), "train")
         assert step_of_all_ranks(whole, 1, 24) == step_of_all_ranks(train, 1, 24)

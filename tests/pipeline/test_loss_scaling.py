@@ -40,6 +40,8 @@ def test_good_steps_in_a_row_double_and_count_anew() -> None:
 
 def test_an_overflow_ends_the_row() -> None:
     scaler = LossScaler.for_precision("amp_fp16")
-    for overflowed in [False] * (GROWTH_INTERVAL - 1) + [True] + [False] * (GROWTH_INTERVAL - 1):
+    for overflowed in [False] * 10 + [True] + [False] * (GROWTH_INTERVAL - 1):
         scaler.update(overflowed=overflowed)
     assert scaler.scale == 32768.0
+    scaler.update(overflowed=False)
+    assert scaler.scale == 65536.0
