@@ -39,6 +39,11 @@ def measure_matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
+def summing_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which long sums are exact enough: fp64, or fp32 on MPS, which has no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device's queue."""
     if device.type == "cuda":

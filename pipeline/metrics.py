@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,11 @@ class MetricsLog:
         self._file.close()
         if self._writer:
             self._writer.close()
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), kept inside what a float and JSON can hold."""
+    return math.exp(min(loss, 700.0))
 
 
 def _plain(value: Any) -> Any:

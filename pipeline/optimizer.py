@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pipeline.config import OptimizerConfig
+from pipeline.hardware import summing_dtype
 from pipeline.loss_scaling import LossScaler
 
 log = logging.getLogger(__name__)
@@ -52,12 +53,12 @@ def set_learning_rate(param_groups: Iterable[dict[str, Any]], learning_rate: flo
 def global_grad_norm(gradients: list[Tensor]) -> Tensor:
     """The L2 norm over all gradients of all ranks, a scalar on their device.
 
-    Squares are summed in fp64 (fp32 on MPS, which lacks it): the order of summation then does not
-    show, and backends agree. Sharded gradients (DTensor) are summed over the ranks.
+    Squares are summed in fp64: the order of summation then does not show, and backends agree. Sharded
+    gradients (DTensor) are summed over the ranks.
     """
     sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    dtype = torch.float32 if local[0].device.type == "mps" else torch.float64
+    dtype = summing_dtype(local[0].device)
     squares = torch.stack([torch.linalg.vector_norm(gradient, dtype=dtype).square() for gradient in local]).sum()
     if sharded:
         dist.all_reduce(squares)

@@ -20,9 +20,9 @@ from pipeline.config import Config
 from pipeline.config_files import dump_config
 from pipeline.distributed import World
 from pipeline.errors import TrainingError
-from pipeline.hardware import peak_memory_bytes, synchronize
+from pipeline.hardware import peak_memory_bytes, summing_dtype, synchronize
 from pipeline.loader import MicroBatch, TrainLoader, validation_batches
-from pipeline.metrics import MetricsLog, format_row
+from pipeline.metrics import MetricsLog, format_row, perplexity
 from pipeline.schedule import lr_at
 from pipeline.seeds import derive_seed
 from pipeline.throughput import ThroughputMeter
@@ -183,13 +183,13 @@ class Trainer:
                 {
                     "step": self.state.step,
                     "val_loss": self.validation_loss,
-                    "val_perplexity": math.exp(min(self.validation_loss, 700.0)),  # exp(710) overflows
+                    "val_perplexity": perplexity(self.validation_loss),
                 }
             )
 
     def _validation_loss(self, stream: TokenStream) -> float:
         batch, options = self.config.batch, self.config.evaluation
-        sums = torch.zeros(2, device=self.world.device)
+        sums = torch.zeros(2, dtype=summing_dtype(self.world.device), device=self.world.device)
         for micro_batch in validation_batches(
             stream, self.plan.seq_len, batch.micro_batch_size, self.world.rank, self.world.size, options.max_batches
         ):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_tools.errors import UserError
 from data_tools.shards import TokenStream, open_split
-from pipeline.backends import Backend, create_backend
+from pipeline.backends import create_backend
 from pipeline.batch_plan import BatchPlan, plan_batch
 from pipeline.checkpoint import list_checkpoints, locate_checkpoint, newest_good_checkpoint, read_state
 from pipeline.config import Config
@@ -49,7 +49,7 @@ def train(config: Config, target_mask: TargetMask | None = None) -> None:
         backend.model.assert_tied()
         throughput = _throughput_meter(config, world, plan)
         trainer = Trainer(config, world, plan, backend, loader, validation, throughput, resume_from)
-        _announce(config, world, plan, backend, stream, throughput, resume_from)
+        _announce(trainer, resume_from)
         trainer.fit()
         world.barrier()
         backend.close()
@@ -130,34 +130,25 @@ def _throughput_meter(config: Config, world: World, plan: BatchPlan) -> Throughp
     )
 
 
-def _announce(
-    config: Config,
-    world: World,
-    plan: BatchPlan,
-    backend: Backend,
-    stream: TokenStream,
-    throughput: ThroughputMeter,
-    resume_from: Path | None,
-) -> None:
+def _announce(trainer: Trainer, resume_from: Path | None) -> None:
     """What is really in use, before the first step."""
+    config, loader, backend, device = trainer.config, trainer.loader, trainer.backend, trainer.world.device
     dtypes = ", ".join(f"{what} {str(dtype).removeprefix('torch.')}" for what, dtype in backend.dtypes().items())
     head_dim = config.model.n_embd // config.model.n_head
-    flash = flash_attention_runs(world.device, matmul_dtype(config.run.precision), head_dim)
+    fused_attention = flash_attention_runs(device, matmul_dtype(config.run.precision), head_dim)
+    ceiling = trainer.throughput.ceiling_flops
     log.info("run       %s -> %s", config.run.name, config.run.out_dir)
     log.info("model     %s, %s parameters", config.model.preset, f"{parameter_count(config.model):,}")
     log.info(
-        "data      %s: %s tokens, %s samples",
-        config.data.path,
-        f"{stream.tokens:,}",
-        f"{stream.tokens // plan.seq_len:,}",
+        "data      %s: %s tokens, %s samples", config.data.path, f"{loader.stream.tokens:,}", f"{loader.order.n:,}"
     )
-    log.info("batch     %s", plan)
-    log.info("backend   %s on %s, world size %d", backend.describe(), world.device.type, world.size)
+    log.info("batch     %s", trainer.plan)
+    log.info("backend   %s on %s, world size %d", backend.describe(), device.type, trainer.world.size)
     log.info("precision %s: %s", config.run.precision, dtypes)
     log.info("compile   %s", "on" if config.run.compile else "off")
-    if flash:
+    if fused_attention:
         log.info("attention fused kernel")
     else:
         log.warning("attention has no fused kernel for this device and dtype: plain matrix products")
-    log.info("ceiling   %.3g FLOP/s in matrix products, measured: what MFU is a share of", throughput.ceiling_flops)
+    log.info("ceiling   %.3g FLOP/s in matrix products, measured: what MFU is a share of", ceiling)
     log.info("start     %s", f"continues {resume_from}" if resume_from else "from scratch")

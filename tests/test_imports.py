@@ -47,6 +47,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "pipeline.checkpoint",
+        "pipeline.checkpoint.folder",
+        "pipeline.checkpoint.loading",
+        "pipeline.checkpoint.pieces",
+        "pipeline.checkpoint.saving",
         "pipeline.continuation",
         "pipeline.evaluation.tasks",
         "pipeline.evaluation.validation",

@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
 from data_tools.shards import TokenStream
 from pipeline.distributed import World
+from pipeline.errors import TrainingError
+from pipeline.hardware import summing_dtype
 from pipeline.loader import MicroBatch, validation_batches
+from pipeline.metrics import perplexity
 from pipeline.model import GPT2, IGNORE_INDEX
-from pipeline.precision import autocast
+from pipeline.precision import replicated_compute
 
 PROTOCOL = "non-overlapping windows, each target scored once, mean over tokens"
 TOP_K = 5
@@ -37,7 +41,7 @@ class _Sums:
 
     @classmethod
     def zeros(cls, seq_len: int, device: torch.device) -> _Sums:
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
+        dtype = summing_dtype(device)
         loss, targets, top1, top5 = torch.zeros(4, seq_len, dtype=dtype, device=device)
         return cls(loss, targets, top1, top5, torch.zeros((), dtype=dtype, device=device))
 
@@ -55,7 +59,12 @@ def evaluate_validation(
     Args:
         model: on ``world.device``, in evaluation mode.
         batch_size: sequences per forward pass and rank. Does not change the result.
+        precision: in which the forward pass computes.
+
+    Raises:
+        TrainingError: the loss is not finite.
     """
+    compute = replicated_compute(model, precision, world.device).eval()
     batches = tqdm(
         validation_batches(stream, seq_len, batch_size, world.rank, world.size),
         total=math.ceil((stream.tokens - 1) / (seq_len * batch_size * world.size)),
@@ -65,19 +74,16 @@ def evaluate_validation(
         disable=None if world.is_main else True,  # None: shown on a terminal only
     )
     end_of_text = stream.manifest.tokenizer.end_of_text
-    sums = _score(model, batches, seq_len, precision, world, end_of_text).over_ranks(world)
+    sums = _score(compute, batches, seq_len, end_of_text, world).over_ranks(world)
     return _results(sums, stream)
 
 
 @torch.no_grad()
-def _score(
-    model: GPT2, batches: Iterable[MicroBatch], seq_len: int, precision: str, world: World, end_of_text: int
-) -> _Sums:
+def _score(compute: nn.Module, batches: Iterable[MicroBatch], seq_len: int, end_of_text: int, world: World) -> _Sums:
     sums = _Sums.zeros(seq_len, world.device)
     for batch in batches:
         tokens, targets = batch.to(world.device)
-        with autocast(precision, world.device):
-            logits = model(tokens).float()  # (B, T, V)
+        logits = compute(tokens).float()  # (B, T, V)
         scored = targets != IGNORE_INDEX  # (B, T)
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
@@ -95,12 +101,16 @@ def _score(
 def _results(sums: _Sums, stream: TokenStream) -> dict[str, Any]:
     targets = sums.targets.sum().item()
     loss = sums.loss.sum().item() / targets
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss on the split {stream.split!r} is {loss}: the weights of this checkpoint are no use"
+        )
     text_nats = (sums.loss.sum() - sums.end_of_text_loss).item()
     by_position = (sums.loss / sums.targets).tolist()
     return {
         "protocol": PROTOCOL,
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "bits_per_byte": text_nats / math.log(2) / stream.utf8_bytes,
         "top1_accuracy": sums.top1.sum().item() / targets,
         "top5_accuracy": sums.top5.sum().item() / targets,

@@ -19,7 +19,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pipeline import checkpoint as checkpoint_module
 from pipeline.backends import Backend, Fragment
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint import (
@@ -33,6 +32,7 @@ from pipeline.checkpoint import (
     read_manifest,
     read_state,
     save_checkpoint,
+    saving,
 )
 from pipeline.config_files import dump_config
 from pipeline.distributed import World
@@ -330,7 +330,7 @@ class TestRetention:
         self, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         save(1)
-        monkeypatch.setattr(checkpoint_module, "find_damage", lambda folder: f"{folder}: rotten")
+        monkeypatch.setattr(saving, "find_damage", lambda folder: f"{folder}: rotten")
         save(2, keep_last=1)
         assert self.steps(tmp_path) == [1, 2]
         assert "does not verify" in caplog.text
@@ -364,7 +364,7 @@ class TestFailingWrites:
         def no_space(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(checkpoint_module, "write_json_durably", no_space)
+        monkeypatch.setattr(saving, "write_json_durably", no_space)
         with pytest.raises(CheckpointError, match=r"step_00000002: rank 0: No space left on device$"):
             save(2, keep_last=1)
         assert list((tmp_path / "checkpoints").iterdir()) == [older]
@@ -378,7 +378,7 @@ class TestFailingWrites:
 def cut_into_runs(fragments: list[Fragment], run: int) -> list[Fragment]:
     """The same state in runs of a few elements, which know nothing of rows."""
     return [
-        checkpoint_module._cut(fragment, low, min(low + run, fragment.weight.numel()))
+        saving._cut(fragment, low, min(low + run, fragment.weight.numel()))
         for fragment in fragments
         for low in range(0, fragment.weight.numel(), run)
     ]
@@ -411,7 +411,7 @@ class TestPieces:
         shapes = {name: list(shape) for name, shape in backend.parameter_shapes.items()}
         files: dict[str, Any] = {}
         for rank, fragments in enumerate(fragments_of_rank):
-            files |= checkpoint_module._write_pieces(folder, fragments, shapes, rank)
+            files |= saving._write_pieces(folder, fragments, shapes, rank)
         edit_manifest(
             folder, lambda manifest: manifest.update(files={"state.json": manifest["files"]["state.json"], **files})
         )
@@ -452,7 +452,7 @@ class TestPieces:
         self, save: Save, backend: DdpBackend, world: World, ranks: int
     ) -> None:
         folder = save()
-        shares = [checkpoint_module._own_share(backend, replace(world, rank=rank, size=ranks)) for rank in range(ranks)]
+        shares = [saving._own_share(backend, replace(world, rank=rank, size=ranks)) for rank in range(ranks)]
         sizes = [sum(fragment.weight.numel() for fragment in share) for share in shares]
         assert max(sizes) - min(sizes) <= 1
         self.rewrite(folder, backend, shares)

@@ -1,0 +1,39 @@
+"""Portable checkpoints: saved from any backend and world size, loaded into any other.
+
+A checkpoint is a folder ``checkpoints/step_00000100``:
+
+``rank_00000_weights.safetensors``    pieces of the fp32 master weights, by canonical name
+``rank_00000_moments.safetensors``    the same pieces of AdamW's two moments
+``state.json``                        step, samples, loss scale, seed, resolved config, versions
+``manifest.json``                     format version, parameter shapes, size and SHA-256 of every file and itself
+
+Each rank writes the pieces that it holds and nothing is gathered; loading copies the overlap of
+stored pieces and local ones, so no rank ever holds the whole state. No pickle is written or read.
+"""
+
+from pipeline.checkpoint.folder import (
+    CHECKPOINTS_FOLDER,
+    TrainingState,
+    find_damage,
+    list_checkpoints,
+    locate_checkpoint,
+    newest_good_checkpoint,
+    read_manifest,
+    read_state,
+)
+from pipeline.checkpoint.loading import load_training_state, load_weights
+from pipeline.checkpoint.saving import save_checkpoint
+
+__all__ = [
+    "CHECKPOINTS_FOLDER",
+    "TrainingState",
+    "find_damage",
+    "list_checkpoints",
+    "load_training_state",
+    "load_weights",
+    "locate_checkpoint",
+    "newest_good_checkpoint",
+    "read_manifest",
+    "read_state",
+    "save_checkpoint",
+]
