@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -68,17 +69,16 @@ def run_ranks(
     return subprocess.run(
         [*launcher, str(script), *arguments],
         cwd=REPOSITORY,
-        env=_environment(),
+        env=child_environment(),
         capture_output=True,
         text=True,
         timeout=timeout_s,
     )
 
 
-def _environment() -> dict[str, str]:
-    from os import environ  # the children inherit what the caller has, but for threads and warnings
-
-    return {**environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+def child_environment() -> dict[str, str]:
+    """What the caller has; this checkout, one thread, and no warnings of libraries on top."""
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def overrides(sections: dict[str, dict[str, Any]]) -> list[str]:
