@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import types
-import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -204,8 +202,6 @@ def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}", field.description or ""
         annotation = field.annotation
-        if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-            continue
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             yield from valid_keys(annotation, f"{prefix}{name}.")
 

@@ -18,7 +18,7 @@ OPEN_TO_PIPELINE = ("data_tools.shards", "data_tools.tokenizer", "data_tools.sto
 #: The layers of pipeline, lowest first. A module imports its own layer and those below. Every module has a place.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline", "pipeline.errors", "pipeline.environment", "pipeline.seeds"),
-    ("pipeline.config", "pipeline.config_files", "pipeline.deepspeed_keys"),
+    ("pipeline.config", "pipeline.config_files", "pipeline.config_reference", "pipeline.deepspeed_keys"),
     (
         "pipeline.batch_plan",
         "pipeline.distributed",
