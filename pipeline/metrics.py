@@ -65,11 +65,6 @@ class MetricsLog:
             }
             self._writer.add_hparams(settings, results, run_name=".")
 
-    def write_text(self, tag: str, text: str, step: int) -> None:
-        """A text for TensorBoard's TEXT page."""
-        if self._writer:
-            self._writer.add_text(tag, text, step)
-
     def close(self) -> None:
         """Flush and close all outputs."""
         self._file.close()

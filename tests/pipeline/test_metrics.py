@@ -103,20 +103,17 @@ class TestTensorBoard:
             "data": {"seq_len": None},
         }
         metrics.write_hyperparameters(config, {"final/loss": 3.25})
-        metrics.write_text("sample", "once upon a time", 1)
         metrics.close()
         accumulator = events(tmp_path)
         settings = accumulator.summary_metadata["_hparams_/session_start_info"].plugin_data.content
         for text in (b"run.name", b"optimizer.betas", b"[0.9, 0.95]", b"data.seq_len"):
             assert text in settings
         assert [s.value for s in accumulator.Scalars("final/loss")] == [3.25]
-        assert b"once upon a time" in accumulator.Tensors("sample/text_summary")[0].tensor_proto.string_val[0]
 
     def test_without_tensorboard_there_are_no_event_files(self, tmp_path: Path) -> None:
         metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=False)
         metrics.write(row(1))
         metrics.write_hyperparameters({"run": {"name": "x"}}, {"final/loss": 1.0})
-        metrics.write_text("sample", "text", 1)
         metrics.close()
         assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
 
