@@ -6,6 +6,7 @@ import argparse
 import errno
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import NoReturn, get_args
 
 from data_tools.errors import UserError
 from pipeline.config import Device
-from pipeline.environment import launched_rank
+from pipeline.environment import launched_rank, launched_world_size
 from pipeline.errors import ConfigError
 
 EXIT_USER_ERROR = 2
@@ -115,7 +116,21 @@ def run_command(command: Callable[[], None]) -> NoReturn:
         status = fail("interrupted", EXIT_INTERRUPTED)
     else:
         status = 0
-    sys.exit(status)
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process with a status; all files are closed by now.
+
+    A rank among several skips the interpreter's teardown: a gloo thread that still frees a tensor then asks for the
+    GIL, and aborts a process that had finished (pytorch/pytorch#179291, #190489).
+    """
+    if launched_world_size() == 1:
+        sys.exit(status)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def fail(message: str, status: int = EXIT_USER_ERROR, *, quiet: bool = False) -> int:
