@@ -1,0 +1,1 @@
+"""Stage 1: documents to token shards. Knows no torch."""

@@ -320,27 +320,27 @@ def test_a_mistake_is_one_line_that_says_what_and_what_is_right(
     assert "Traceback" not in result.stdout + result.stderr
 
 
-def test_nothing_started(workplace: Path, results: dict[str, subprocess.CompletedProcess[str]]) -> None:
-    assert not list(workplace.glob("out/*"))
-    assert not (workplace / "new").exists()
+def test_nothing_started(work_folder: Path, results: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    assert not list(work_folder.glob("out/*"))
+    assert not (work_folder / "new").exists()
 
 
-def test_the_run_below_all_mistakes_is_good(workplace: Path) -> None:
-    assert (workplace / "trained" / STEP / "manifest.json").is_file()
+def test_the_run_below_all_mistakes_is_good(work_folder: Path) -> None:
+    assert (work_folder / "trained" / STEP / "manifest.json").is_file()
 
 
 @pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest, workplace: Path) -> dict[str, subprocess.CompletedProcess[str]]:
+def results(request: pytest.FixtureRequest, work_folder: Path) -> dict[str, subprocess.CompletedProcess[str]]:
     """What every selected command did, by the name of its case."""
     specs = [getattr(item, "callspec", None) for item in request.session.items]
     selected = [spec.params["case"] for spec in specs if spec and isinstance(spec.params.get("case"), Case)]
     with ThreadPoolExecutor(max_workers=2) as pool:
-        done = pool.map(lambda case: run(workplace, *case.arguments), selected)
+        done = pool.map(lambda case: run(work_folder, *case.arguments), selected)
         return {case.name: result for case, result in zip(selected, done, strict=True)}
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+def work_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """The folder in which the commands run: good and broken configs, data, runs and texts."""
     folder = tmp_path_factory.mktemp("bad_input")
     for name, content in CONFIG_FILES.items():
