@@ -173,7 +173,7 @@ def _shown(value: Any) -> str:
 
 def _known_names(origins: dict[str, str]) -> set[str]:
     """Keys that can stand in a path, as against the names pydantic gives to members of a union."""
-    return {part for path in origins for part in path.split(".")} | {path for path, _ in valid_keys()}
+    return {part for path in origins for part in path.split(".")} | set(valid_keys())
 
 
 def _origin(path: str, origins: dict[str, str]) -> str:
@@ -188,7 +188,7 @@ def _nearest_key(path: str, last: str) -> str:
     section = path.rpartition(".")[0]
     siblings: dict[str, str] = {}  # name -> dotted key
     elsewhere: dict[str, str] = {}
-    for key, _ in valid_keys():
+    for key in valid_keys():
         key_section, _, name = key.rpartition(".")
         (siblings if key_section == section else elsewhere)[name] = key
     for keys, cutoff in ((siblings, 0.5), (elsewhere, 0.8)):
@@ -197,10 +197,10 @@ def _nearest_key(path: str, last: str) -> str:
     return f"; valid keys here: {', '.join(siblings)}" if siblings else ""
 
 
-def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every dotted key of the schema with its description, sections included."""
+def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema, sections included."""
     for name, field in section.model_fields.items():
-        yield f"{prefix}{name}", field.description or ""
+        yield f"{prefix}{name}"
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             yield from valid_keys(annotation, f"{prefix}{name}.")

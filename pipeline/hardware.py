@@ -8,6 +8,7 @@ import sys
 import time
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +76,6 @@ def compiler_works(device: torch.device) -> bool:
 
 def flash_attention_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether scaled_dot_product_attention has a fused kernel for these heads on this device."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     q = torch.zeros(1, 1, 16, head_dim, device=device, dtype=dtype)
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     try:

@@ -99,7 +99,7 @@ class Trainer:
         self._close_metrics()
 
     def train_step(self) -> TrainedStep:
-        """One optimizer step. Nothing in it waits for the device."""
+        """One optimizer step; its loss and norm stay on the device, to be read late."""
         micro_batches = self.loader.micro_batches(self.state.samples)
         scored_targets = self._count_targets(micro_batches)
         loss_sum = torch.zeros((), device=self.world.device)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from data_tools.errors import UserError
-from data_tools.shards import TokenStream, open_split
+from data_tools.shards import TRAIN_SPLIT, VAL_SPLIT, TokenStream, open_split
 from pipeline.backends import create_backend
 from pipeline.batch_plan import BatchPlan, plan_batch
 from pipeline.checkpoint import list_checkpoints, locate_checkpoint, newest_good_checkpoint, read_state
@@ -57,10 +57,10 @@ def train(config: Config, target_mask: TargetMask | None = None) -> None:
 
 
 def _open_data(config: Config) -> tuple[TokenStream, TokenStream | None]:
-    stream = open_split(config.data.path, "train")
+    stream = open_split(config.data.path, TRAIN_SPLIT)
     expect_same_vocabulary(stream, config.model, config.data.path)
-    if stream.manifest.tokens_of("val"):
-        return stream, open_split(config.data.path, "val")
+    if stream.manifest.tokens_of(VAL_SPLIT):
+        return stream, open_split(config.data.path, VAL_SPLIT)
     log.warning("%s has no validation split: no validation loss in this run", config.data.path)
     return stream, None
 

@@ -146,7 +146,7 @@ class DeepSpeedBackend(Backend):
     def close(self) -> None:
         """See :meth:`Backend.close`."""
         self.engine.destroy()
-        # DeepSpeed keeps process groups in globals; their threads must not meet the interpreter's end.
+        # DeepSpeed keeps process groups in globals; its own call lets go of those too.
         deepspeed.comm.destroy_process_group()
 
     def _restore_masters(self, initial: dict[str, Tensor]) -> None:

@@ -6,9 +6,9 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,12 @@ def _size_and_hash(path: Path) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    return {package: version(package) for package in ("torch", "deepspeed", "safetensors", "numpy")}
+    """Of what is installed: a run under DDP or FSDP needs no DeepSpeed."""
+    installed = {}
+    for package in ("torch", "deepspeed", "safetensors", "numpy"):
+        with suppress(PackageNotFoundError):
+            installed[package] = version(package)
+    return installed
 
 
 def _delete_older(run_folder: Path, written: Path, keep_last: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from data_tools.shards import MANIFEST_NAME, open_split
+from data_tools.shards import MANIFEST_NAME, VAL_SPLIT, open_split
 from data_tools.storage import sha256_of_file, write_json_durably
 from pipeline.checkpoint import CHECKPOINTS_FOLDER, load_weights, locate_checkpoint, read_state
 from pipeline.config import Config
@@ -23,8 +22,6 @@ from pipeline.evaluation.validation import evaluate_validation
 from pipeline.loader import expect_same_vocabulary
 from pipeline.metrics import TENSORBOARD_FOLDER
 from pipeline.model import GPT2, allocate_model
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
 def _validation(loaded: LoadedModel, options: EvaluationOptions, world: World) -> dict[str, Any]:
     config = loaded.config
     path = Path(options.data_path or config.data.path)
-    stream = open_split(path, "val")
+    stream = open_split(path, VAL_SPLIT)
     expect_same_vocabulary(stream, config.model, str(path))
     results = evaluate_validation(
         loaded.model,

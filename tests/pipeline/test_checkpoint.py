@@ -12,6 +12,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -466,3 +467,17 @@ class TestPieces:
         self.rewrite(folder, backend, [pieces[0::2], pieces[1:-2:2]])
         with pytest.raises(CheckpointError, match="elements of .* are missing"):
             load_training_state(folder, make_backend(world, seed=2))
+
+
+def test_versions_are_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run under DDP saves without DeepSpeed on the machine."""
+    real = saving.version
+
+    def without_deepspeed(package: str) -> str:
+        if package == "deepspeed":
+            raise PackageNotFoundError(package)
+        return real(package)
+
+    monkeypatch.setattr(saving, "version", without_deepspeed)
+    assert saving._versions()["torch"] == real("torch")
+    assert "deepspeed" not in saving._versions()

@@ -84,7 +84,7 @@ class TestResolvedConfig:
 
     def test_it_states_every_number(self) -> None:
         resolved = dump_config(load_config([]))
-        for key, _ in valid_keys():
+        for key in valid_keys():
             section: Any = resolved
             for part in key.split("."):
                 section = section[part]
