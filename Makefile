@@ -4,10 +4,10 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity accumulation clean
+.PHONY: help quickstart test lint parity accumulation portability chaos checkpoint-cost clean
 
 help: ## what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 quickstart: .venv/run ## fresh machine to a trained, evaluated, sampled small GPT-2
 	$(BIN)/python launch/run.py --config ds_configs/ddp.json ds_configs/quickstart.json
@@ -25,6 +25,15 @@ parity: .venv/dev ## the table backends x processes: largest differences in loss
 
 accumulation: .venv/dev ## the table micro-batches x processes, with and without masked targets
 	$(BIN)/python -m benchmarks.accumulation
+
+portability: .venv/dev ## every backend continues what every other saved, at other world sizes
+	$(BIN)/python -m benchmarks.portability
+
+chaos: .venv/dev ## runs killed at random moments, continued under random backends
+	$(BIN)/python -m benchmarks.chaos
+
+checkpoint-cost: .venv/dev ## pause, throughput and memory of saving and loading GPT-2 124M
+	$(BIN)/python -m benchmarks.checkpoint_cost
 
 clean: ## remove the environment and caches; data and runs stay
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

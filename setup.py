@@ -24,7 +24,7 @@ setup(
         "packaging>=23",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "transformers>=4.45"],
+        "test": ["psutil>=5.9", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "transformers>=4.45"],
         "lint": ["ruff>=0.9", "mypy>=1.14"],
     },
 )

@@ -22,8 +22,11 @@ TRAIN = REPOSITORY / "launch" / "train.py"
 #: The six backends whose curves must agree, by the name of their config.
 BACKENDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
 
+#: Overrides of a config: section -> key -> value.
+Sections = dict[str, dict[str, Any]]
+
 #: A model that trains a step in a fraction of a second on one core, with clipping active.
-TINY_RUN: dict[str, dict[str, Any]] = {
+TINY_RUN: Sections = {
     "run": {"precision": "fp32", "device": "cpu"},
     "model": {"preset": "gpt2-tiny", "n_layer": 2, "n_head": 3, "n_embd": 51, "context_length": 48},
     "batch": {"tokens_per_step": 384, "micro_batch_size": 2},
@@ -42,6 +45,10 @@ class Curve:
     losses: list[float]
     grad_norms: list[float]
 
+    def after(self, step: int) -> Curve:
+        """The steps after the first ``step`` of a curve from scratch."""
+        return Curve(self.losses[step:], self.grad_norms[step:])
+
     def largest_loss_difference(self, other: Curve) -> float:
         """The largest |difference| in loss over all steps, in nats."""
         return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
@@ -59,15 +66,20 @@ def make_corpus(folder: Path, documents: int = 60) -> Path:
     return folder
 
 
+def ranks_command(processes: int, script: Path, arguments: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
+    """A script with one process, or under torchrun with more; ``launcher`` are torchrun's further options."""
+    command = [sys.executable]
+    if processes > 1 or launcher:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher]
+    return [*command, str(script), *arguments]
+
+
 def run_ranks(
     processes: int, script: Path, arguments: Sequence[str], timeout_s: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script with one process, or under torchrun with more; one thread each."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    """Run a script to its end, one thread a process."""
     return subprocess.run(
-        [*launcher, str(script), *arguments],
+        ranks_command(processes, script, arguments),
         cwd=REPOSITORY,
         env=child_environment(),
         capture_output=True,
@@ -81,22 +93,25 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def overrides(sections: dict[str, dict[str, Any]]) -> list[str]:
+def overrides(sections: Sections) -> list[str]:
     """``{"run": {"seed": 1}}`` as ``["run.seed=1"]``."""
     return [f"{section}.{key}={json.dumps(value)}" for section, keys in sections.items() for key, value in keys.items()]
 
 
-def train_run(
-    config: str, run_folder: Path, sections: dict[str, dict[str, Any]], processes: int = 1, script: Path = TRAIN
-) -> subprocess.CompletedProcess[str]:
-    """Train ``ds_configs/<config>.json`` with overrides, as a person would."""
+def train_arguments(config: str, run_folder: Path, sections: Sections) -> list[str]:
+    """``ds_configs/<config>.json`` with overrides, as a person would give them to ``launch/train.py``."""
     sets = [*overrides(sections), f"run.out_dir={run_folder}"]
-    return run_ranks(processes, script, ["--config", str(CONFIGS / f"{config}.json"), "--set", *sets])
+    return ["--config", str(CONFIGS / f"{config}.json"), "--set", *sets]
 
 
-def curve_of(
-    config: str, run_folder: Path, sections: dict[str, dict[str, Any]], processes: int = 1, script: Path = TRAIN
-) -> Curve:
+def train_run(
+    config: str, run_folder: Path, sections: Sections, processes: int = 1, script: Path = TRAIN
+) -> subprocess.CompletedProcess[str]:
+    """Train to the end."""
+    return run_ranks(processes, script, train_arguments(config, run_folder, sections))
+
+
+def curve_of(config: str, run_folder: Path, sections: Sections, processes: int = 1, script: Path = TRAIN) -> Curve:
     """Train, and read the curve from ``metrics.jsonl``.
 
     Raises:
@@ -114,9 +129,9 @@ def read_curve(run_folder: Path) -> Curve:
     return Curve([row["loss"] for row in rows], [row["grad_norm"] for row in rows])
 
 
-def merged(*layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def merged(*layers: Sections) -> Sections:
     """Sections of later layers over those of earlier ones, key by key."""
-    result: dict[str, dict[str, Any]] = {}
+    result: Sections = {}
     for layer in layers:
         for section, keys in layer.items():
             result[section] = {**result.get(section, {}), **keys}

@@ -7,29 +7,30 @@ import errno
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
-from data_tools.errors import UserError
+from data_tools.errors import DataError, UserError
 from pipeline.config import Device
 from pipeline.environment import launched_rank, launched_world_size
-from pipeline.errors import ConfigError
+from pipeline.errors import Interrupted, LostRankError
 
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+OWN_ERRORS = (DataError, LostRankError)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with a worked example under ``--help`` and one-line errors."""
+    """argparse with a worked example under ``--help`` and one-line errors; sub-commands are of this class too."""
 
-    def __init__(self, *, description: str, example: str) -> None:
+    def __init__(self, *, description: str, example: str, **of_subcommand: Any) -> None:
         super().__init__(
             description=description,
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            **of_subcommand,  # argparse's own: under which name it runs
         )
 
     def error(self, message: str) -> NoReturn:
@@ -98,7 +99,9 @@ def start_logging() -> None:
 
 
 def run_command(command: Callable[[], None]) -> NoReturn:
-    """Run a command to its exit status: 0 done, 2 a user's mistake, 130 interrupted.
+    """Run a command to its exit status: 0 done, otherwise what ``exit_status`` of the error says.
+
+    2: a mistake, or a run that cannot go on; 3: another rank was lost; 128 + n: signal n asked to stop.
 
     Args:
         command: parses ``sys.argv`` and calls one function of a stage.
@@ -106,14 +109,16 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     try:
         command()
     except UserError as error:
-        every_rank_meets_it = isinstance(error, ConfigError)
-        status = fail(str(error), quiet=every_rank_meets_it and launched_rank() > 0)
+        # Of a shard or a lost rank each rank has its own to say; the others are the same everywhere.
+        quiet = launched_rank() > 0 and not isinstance(error, OWN_ERRORS)
+        prefix = "" if isinstance(error, Interrupted) else "error: "
+        status = fail(str(error), error.exit_status, prefix=prefix, quiet=quiet)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
             raise
         status = fail(f"{error.strerror}: {error.filename or 'the output folder'}")
     except KeyboardInterrupt:
-        status = fail("interrupted", EXIT_INTERRUPTED)
+        status = fail("interrupted", 128 + signal.SIGINT)
     else:
         status = 0
     _leave(status)
@@ -133,8 +138,8 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def fail(message: str, status: int = EXIT_USER_ERROR, *, quiet: bool = False) -> int:
+def fail(message: str, status: int = UserError.exit_status, *, prefix: str = "error: ", quiet: bool = False) -> int:
     """Print the one line of an error, unless ``quiet``, and return its exit status."""
     if not quiet:
-        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+        print(f"{prefix}{' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     return status

@@ -48,6 +48,7 @@ class RunConfig(Section):
         description="amp_*: fp32 weights under autocast; bf16: bf16 compute weights, fp32 master weights",
     )
     compile: bool = Field(False, description="torch.compile of model and loss together")
+    rank_timeout_s: PositiveInt = Field(60, description="seconds without a sign of life before a rank counts as lost")
 
 
 class ModelConfig(Section):
@@ -102,6 +103,7 @@ class DataConfig(Section):
 
     path: str = Field("data/fineweb-edu", min_length=1, description="a folder with a manifest.json")
     seq_len: PositiveInt | None = Field(None, description="tokens per sample (default: model.context_length)")
+    verify: bool = Field(True, description="hash all shards before the start, shared among the ranks")
 
 
 class BatchConfig(Section):
@@ -162,6 +164,20 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt = Field(1000, description="optimizer steps between checkpoints; the last step always")
     keep_last: PositiveInt = Field(2, description="older checkpoints are deleted once a newer one verifies")
     resume: str = Field("auto", min_length=1, description="auto: the newest good one of the run; none; or a path")
+    asynchronous: bool = Field(True, description="write while training goes on, from a copy in host memory")
+
+
+class GuardConfig(Section):
+    """What to do about steps that go wrong. A step whose loss or gradient is not finite is always skipped."""
+
+    max_bad_steps: PositiveInt = Field(10, description="steps in a row that are not finite before the run stops")
+    spike_zscore: PositiveFloat | None = Field(
+        None,
+        description="standard deviations of loss or gradient norm above the last steps that count as a spike: the run "
+        "goes back to the last checkpoint and leaves the batch out (null: no such guard)",
+    )
+    spike_window: Annotated[int, Field(ge=10)] = Field(100, description="steps that a spike is measured against")
+    max_rollbacks: NonNegativeInt = Field(5, description="spikes in a run before it stops")
 
 
 class EvaluationConfig(Section):
@@ -202,6 +218,7 @@ class Config(Section):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     backend: BackendConfig = Field(default_factory=BackendConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     sample: SampleConfig = Field(default_factory=SampleConfig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 _RANK, _WORLD_SIZE, _LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 
 def launched_rank() -> int:
@@ -20,6 +21,11 @@ def launched_world_size() -> int:
 def launched_local_rank() -> int:
     """This process among those of its node; 0 under plain python."""
     return int(os.environ.get(_LOCAL_RANK, "0"))
+
+
+def launcher_restarts() -> int:
+    """How often the launcher has started this run's processes anew after a failure; 0: this is the first time."""
+    return int(os.environ.get(_RESTARTS, "0"))
 
 
 def present_as_launched(device_type: str) -> None:

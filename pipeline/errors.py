@@ -1,5 +1,7 @@
 """Errors of training and evaluation that a user can mend. See ``data_tools.errors.UserError``."""
 
+import signal
+
 from data_tools.errors import UserError
 
 
@@ -12,4 +14,26 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """A run that cannot go on: no data, a loss that is not finite."""
+    """A run that cannot go on: no data, losses that are not finite."""
+
+
+class LostRankError(UserError):
+    """Another rank died, or has not been heard of for too long. To run again continues."""
+
+    exit_status = 3
+
+
+class ToldByMainRank(UserError):
+    """The main rank cannot go on and says why; the others end with it, silently."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+class Interrupted(UserError):
+    """A signal asked the run to stop; its state is saved. To run again continues."""
+
+    def __init__(self, message: str, received: signal.Signals) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + received  # as a shell reports a process that the signal ended

@@ -8,6 +8,7 @@ import sys
 import time
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,24 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+class LateValue:
+    """A number that is on its way from the device: reading it waits for the device only as far as it was computed."""
+
+    def __init__(self, value: Tensor | float) -> None:
+        self._value = value
+        self._copied: torch.cuda.Event | None = None
+        if isinstance(value, Tensor) and value.is_cuda:
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def read(self) -> float:
+        """The number."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return float(self._value)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from torch import Tensor
 
 GROWTH_INTERVAL = 2000  # steps without overflow before the scale doubles (Micikevicius et al. 2018)
 
@@ -25,13 +28,24 @@ class LossScaler:
         """Scaling from 2**16 for ``amp_fp16``, none for the others."""
         return cls(dynamic=True, scale=2.0**16) if precision == "amp_fp16" else cls(dynamic=False)
 
-    def update(self, *, overflowed: bool) -> None:
-        """Learn from one step."""
+    def update(self, grad_norm: Tensor | float) -> None:
+        """Learn from one step. Only a dynamic scale waits for the device to know."""
         if not self.dynamic:
             return
+        overflowed = not math.isfinite(grad_norm)
         self.good_steps = 0 if overflowed else self.good_steps + 1
         if overflowed:
             self.scale /= 2
         elif self.good_steps == GROWTH_INTERVAL:
             self.scale *= 2
             self.good_steps = 0
+
+    def restore(self, scale: float | None, good_steps: int) -> None:
+        """Take over what a checkpoint says (None: it had no scale) where this precision has a scale."""
+        if self.dynamic and scale is not None:
+            self.scale, self.good_steps = scale, good_steps
+
+    @property
+    def state(self) -> tuple[float | None, int]:
+        """What ``restore`` takes."""
+        return (self.scale if self.dynamic else None), self.good_steps

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,10 @@ TENSORBOARD_TAGS = {
     "mfu": "throughput/mfu",
     "step_ms": "throughput/step_ms",
     "peak_memory_gib": "memory/peak_gib",
+    "skipped_steps": "guard/skipped_steps",
+    "save_s": "checkpoint/save_s",
+    "save_pause_s": "checkpoint/pause_s",
+    "failed_saves": "checkpoint/failed_saves",
 }
 
 
@@ -37,25 +43,62 @@ class MetricsLog:
 
     Rows of steps after ``resumed_step`` are dropped when it opens: they were written after the
     checkpoint that the run continues from, and will be written again.
+
+    A disk that is full or has become read-only does not stop the training: rows wait in memory until they
+    can be written.
     """
 
     def __init__(self, run_folder: Path, *, resumed_step: int, tensorboard: bool) -> None:
         run_folder.mkdir(parents=True, exist_ok=True)
         path = run_folder / METRICS_FILE
         _keep_rows_until(path, resumed_step)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._writer = None
-        if tensorboard:
-            folder = str(run_folder / TENSORBOARD_FOLDER)
-            self._writer = SummaryWriter(folder, purge_step=resumed_step + 1 if resumed_step else 0)
+        self._file = path.open("ab", buffering=0)
+        self._waiting: list[dict[str, Any]] = []
+        self._tensorboard_folder = str(run_folder / TENSORBOARD_FOLDER) if tensorboard else None
+        self._writer: SummaryWriter | None = None
+        self._open_writer(purge_step=resumed_step + 1 if resumed_step else 0)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add one row; ``row["step"]`` is required."""
-        self._file.write(json.dumps(row) + "\n")
-        if self._writer:
+        self._waiting.append(row)
+        try:
+            while self._waiting:
+                self._append(self._waiting[0])
+                self._draw(self._waiting.pop(0))
+        except OSError as error:
+            if len(self._waiting) <= 1:
+                log.warning("cannot write metrics (%s); they wait in memory", error.strerror)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        """The whole line, or nothing of it."""
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        end = self._file.seek(0, os.SEEK_END)
+        written = 0
+        try:
+            while written < len(line):
+                written += self._file.write(line[written:]) or 0
+        except OSError:
+            self._file.truncate(end)
+            raise
+
+    def _draw(self, row: dict[str, Any]) -> None:
+        """TensorBoard's writer ends with the first error of its thread; a new one then takes its place."""
+        if self._tensorboard_folder is None:
+            return
+        try:
+            if self._writer is None:
+                self._open_writer(purge_step=None)
+            assert self._writer is not None
             for key, tag in TENSORBOARD_TAGS.items():
                 if row.get(key) is not None:
                     self._writer.add_scalar(tag, row[key], row["step"])
+        except OSError as error:
+            log.warning("cannot write TensorBoard events (%s); some are lost, metrics.jsonl has them", error.strerror)
+            self._writer = None
+
+    def _open_writer(self, purge_step: int | None) -> None:
+        if self._tensorboard_folder is not None:
+            self._writer = SummaryWriter(self._tensorboard_folder, purge_step=purge_step)
 
     def write_hyperparameters(self, config: dict[str, Any], results: dict[str, float]) -> None:
         """The run's settings beside its results, for TensorBoard's HPARAMS page."""
@@ -63,13 +106,17 @@ class MetricsLog:
             settings = {
                 f"{section}.{key}": _plain(value) for section, keys in config.items() for key, value in keys.items()
             }
-            self._writer.add_hparams(settings, results, run_name=".")
+            with suppress(OSError):  # reported when the rows before it met the same
+                self._writer.add_hparams(settings, results, run_name=".")
 
     def close(self) -> None:
         """Flush and close all outputs."""
+        if self._waiting:
+            log.warning("%d rows of metrics could not be written", len(self._waiting))
         self._file.close()
         if self._writer:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
 
 
 def perplexity(loss: float) -> float:

@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 
 from pipeline.config import OptimizerConfig
 from pipeline.hardware import summing_dtype
-from pipeline.loss_scaling import LossScaler
 
 log = logging.getLogger(__name__)
 
@@ -65,28 +64,31 @@ def global_grad_norm(gradients: list[Tensor]) -> Tensor:
     return squares.sqrt()
 
 
-def clip_unless_overflowed(gradients: list[Tensor], loss_scaler: LossScaler, max_norm: float) -> tuple[Tensor, bool]:
-    """Unscale, then clip, in place; leave gradients that overflowed under a dynamic loss scale.
-
-    Returns:
-        The global norm of the unscaled gradients, and whether the step must be skipped. Only a dynamic
-        scale waits for the device to know.
-    """
-    norm = global_grad_norm(gradients) / loss_scaler.scale
-    overflowed = loss_scaler.dynamic and not torch.isfinite(norm).item()
-    if not overflowed:
-        unscale_and_clip(gradients, norm, loss_scaler.scale, max_norm)
-    return norm, overflowed
-
-
-def unscale_and_clip(gradients: list[Tensor], norm: Tensor, loss_scale: float, max_norm: float) -> None:
+def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float) -> Tensor:
     """Divide gradients by the loss scale and bring their norm down to ``max_norm`` (0: do not), in place.
 
-    Args:
-        norm: the global norm of the unscaled gradients.
+    Returns:
+        The global norm of the unscaled gradients, before clipping.
     """
+    norm = global_grad_norm(gradients) / loss_scale
     factor = torch.full_like(norm, 1.0 / loss_scale)
     if max_norm > 0:
         factor = factor * torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     torch._foreach_mul_(local, factor.to(local[0].dtype))
+    return norm
+
+
+def skip_unless_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
+    """Keep gradients that are not finite from changing anything.
+
+    Fused AdamW looks at a flag on the device, so that a GPU is not waited for; it then leaves weights, moments and
+    its step count alone.
+
+    Returns:
+        Whether the caller must skip the update.
+    """
+    if norm.is_cuda and optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        return False
+    return not torch.isfinite(norm).item()

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import logging
-import math
+import signal
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_tools.shards import TokenStream
-from data_tools.storage import write_json_durably
 from pipeline.backends import Backend
 from pipeline.batch_plan import BatchPlan
-from pipeline.checkpoint import TrainingState, load_training_state, save_checkpoint
+from pipeline.checkpoint import (
+    BackgroundSaver,
+    TrainingState,
+    bytes_of_tensors,
+    load_training_state,
+    newest_good_checkpoint,
+)
 from pipeline.config import Config
 from pipeline.config_files import dump_config
 from pipeline.distributed import World
-from pipeline.errors import TrainingError
-from pipeline.hardware import peak_memory_bytes, summing_dtype, synchronize
+from pipeline.errors import CheckpointError, Interrupted
+from pipeline.hardware import LateValue, peak_memory_bytes, summing_dtype, synchronize
+from pipeline.interruption import StopRequest
 from pipeline.loader import MicroBatch, TrainLoader, validation_batches
-from pipeline.metrics import MetricsLog, format_row, perplexity
+from pipeline.metrics import perplexity
+from pipeline.run_record import RunRecord
 from pipeline.schedule import lr_at
 from pipeline.seeds import derive_seed
+from pipeline.step_guard import FinishedStep, StepGuard, Verdict
 from pipeline.throughput import ThroughputMeter
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
 GIB = 1 << 30
 
 
@@ -37,8 +44,12 @@ GIB = 1 << 30
 class TrainedStep:
     """What one optimizer step leaves to be read later."""
 
+    step: int
+    first_sample: int
+    stop_sample: int
     loss_share: Tensor  # this rank's part of the mean loss; the sum over ranks is that of the global batch
-    grad_norm: Tensor | float  # global, unscaled, before clipping
+    grad_norm: LateValue  # global, unscaled, before clipping
+    loss_scale: float
     learning_rate: float
 
 
@@ -58,6 +69,7 @@ class Trainer:
         loader: TrainLoader,
         validation: TokenStream | None,
         throughput: ThroughputMeter,
+        data_sha256: str,
         resume_from: Path | None = None,
     ) -> None:
         self.config = config
@@ -68,40 +80,78 @@ class Trainer:
         self.validation = validation
         self.throughput = throughput
         self.run_folder = Path(config.run.out_dir)
-        self.state = TrainingState(0, 0, 0, 0, backend.loss_scaler.scale, 0, config.run.seed)
+        self.state = TrainingState(0, 0, 0, 0, *backend.loss_scaler.state, config.run.seed)
         if resume_from:
-            self.state = load_training_state(resume_from, backend)
-        self.metrics = self._open_metrics() if world.is_main else None
-        self.last_loss = math.nan
-        self.validation_loss: float | None = None
+            self.state = self._load(resume_from)
+        self.state = replace(self.state, seed=config.run.seed, data_sha256=data_sha256)
+        self.guard = StepGuard(config.guard, self.state.guard)
+        self.stop_request = StopRequest(world)
+        options = config.checkpoint
+        self.saver = BackgroundSaver(
+            self.run_folder,
+            dump_config(config),
+            backend,
+            world,
+            keep_last=options.keep_last,
+            asynchronous=options.asynchronous,
+        )
+        self.record = RunRecord(config, is_main=world.is_main, resumed_step=self.state.step)
+        self.results: dict[str, float] = {}  # the last loss and validation loss
+        self._unjudged: list[TrainedStep] = []
 
     def fit(self) -> None:
         """Train to the last step; validate and save on the way and at the end.
 
         Raises:
-            TrainingError: a loss or gradient that is not finite.
-            CheckpointError: a checkpoint could not be written.
+            TrainingError: too many steps went wrong.
+            CheckpointError: the last checkpoint could not be written; earlier ones that could not are only logged.
+            Interrupted: a signal asked to stop; the state is saved.
         """
-        schedule, due = self.config.schedule, self._is_due
+        try:
+            with self.stop_request.listening():
+                received = self._train()
+                self._finish_saving()
+        finally:
+            self.record.write_saves(self.saver.wait())  # on any way out, what is in flight is finished and verified
+            self.record.close(self.results)
+        if received:
+            raise Interrupted(
+                f"{received.name} received: stopped after step {self.state.step} of {self.config.schedule.max_steps}, "
+                "the checkpoint is saved; run the same command again to continue",
+                received,
+            )
+
+    def _train(self) -> signal.Signals | None:
+        """The recipe of training; returns the signal that ended it early."""
         if self.state.step == 0:
             self.validate()
         self.throughput.restart()
-        while self.state.step < schedule.max_steps:
+        while self.state.step < self.config.schedule.max_steps:
             trained = self.train_step()
-            step = self.state.step
-            saves = due(step, self.config.checkpoint.every_steps)
-            if saves or step == 1 or due(step, self.config.logging.every_steps):
-                self.log_step(trained)  # also before a save: what is not finite must not be saved
-            if due(step, self.config.evaluation.every_steps):
+            step, due = self.state.step, self._is_due
+            received = self.stop_request.agreed()
+            saves = due(step, self.config.checkpoint.every_steps) or received is not None
+            validates = due(step, self.config.evaluation.every_steps)
+            logs = saves or step == 1 or due(step, self.config.logging.every_steps)
+            if self._rolled_back(judge_all=logs or validates):
+                continue
+            if logs:
+                self.log_step(trained)
+            if validates:
                 self.validate()
             if saves:
                 self.save()
-        self._close_metrics()
+            self.record.write_saves(self.saver.poll())
+            if received:
+                return received
+        return None
 
     def train_step(self) -> TrainedStep:
         """One optimizer step; its loss and norm stay on the device, to be read late."""
-        micro_batches = self.loader.micro_batches(self.state.samples)
+        first_sample = self.guard.next_sample(self.state.samples, self.plan.samples_per_step)
+        micro_batches = self.loader.micro_batches(first_sample)
         scored_targets = self._count_targets(micro_batches)
+        loss_scale = self.backend.loss_scaler.scale
         loss_sum = torch.zeros((), device=self.world.device)
         for i, micro_batch in enumerate(micro_batches):
             self._seed_dropout(micro_batch)
@@ -110,10 +160,20 @@ class Trainer:
             loss_weight = self.world.size / scored_targets
             loss_sum += self.backend.accumulate(tokens, targets, loss_weight, is_last=i == len(micro_batches) - 1)
         learning_rate = lr_at(self.state.step, self.config.optimizer, self.config.schedule)
-        result = self.backend.step(learning_rate)
+        grad_norm = LateValue(self.backend.step(learning_rate).grad_norm)
         self.throughput.count_step()
-        self._advance()
-        return TrainedStep(loss_sum / scored_targets, result.grad_norm, learning_rate)
+        self._advance(first_sample)
+        trained = TrainedStep(
+            self.state.step,
+            first_sample,
+            self.state.samples,
+            loss_sum / scored_targets,
+            grad_norm,
+            loss_scale,
+            learning_rate,
+        )
+        self._unjudged.append(trained)
+        return trained
 
     def _count_targets(self, micro_batches: list[MicroBatch]) -> int | Tensor:
         """Scored targets of the global batch, known before the first backward pass."""
@@ -128,64 +188,93 @@ class Trainer:
         if self.config.model.dropout:
             torch.manual_seed(derive_seed(self.config.run.seed, "dropout", micro_batch.first_sample))
 
-    def _advance(self) -> None:
-        scaler = self.backend.loss_scaler
+    def _advance(self, first_sample: int) -> None:
+        loss_scale, good_steps = self.backend.loss_scaler.state
         self.state = replace(
             self.state,
             step=self.state.step + 1,
-            samples=self.state.samples + self.plan.samples_per_step,
+            samples=first_sample + self.plan.samples_per_step,
             tokens=self.state.tokens + self.plan.tokens_per_step,
-            updates=self.backend.updates,
-            loss_scale=scaler.scale,
-            loss_scale_good_steps=scaler.good_steps,
+            loss_scale=loss_scale,
+            loss_scale_good_steps=good_steps,
         )
 
-    def log_step(self, trained: TrainedStep) -> None:
-        """Read the late values of a step and write them down. Collective.
+    def _rolled_back(self, *, judge_all: bool) -> bool:
+        """Judge finished steps; True: one of them spiked, and the state is that of an earlier checkpoint.
 
-        Raises:
-            TrainingError: the loss or the gradient norm is not finite.
+        On a GPU the newest step is left for the next turn unless ``judge_all``: reading its norm would wait for it.
         """
-        self.last_loss = self.world.sum(trained.loss_share).item()
-        grad_norm = float(trained.grad_norm)
+        leave = 1 if self.world.device.type == "cuda" and not judge_all else 0
+        while len(self._unjudged) > leave:
+            trained = self._unjudged.pop(0)
+            finished = self._read(trained)
+            verdict = self.guard.judge(finished)
+            if verdict is Verdict.SPIKE and self._roll_back(finished):
+                return True
+            if verdict is Verdict.SKIPPED:
+                samples = [trained.first_sample, trained.stop_sample]
+                self.record.write({"step": trained.step, "skipped_samples": samples}, console=False)
+            updates = self.state.updates + (verdict is not Verdict.SKIPPED)
+            self.state = replace(self.state, updates=updates, guard=self.guard.state)
+        return False
+
+    def _read(self, trained: TrainedStep) -> FinishedStep:
+        loss = self.world.sum(trained.loss_share).item() if self.guard.watches_spikes else None
+        return FinishedStep(
+            trained.step, trained.first_sample, trained.stop_sample, trained.grad_norm.read(), trained.loss_scale, loss
+        )
+
+    def _roll_back(self, spike: FinishedStep) -> bool:
+        """Go back to the newest good checkpoint; the batch of the spike will be left out. Collective."""
+        self.record.write_saves(self.saver.wait())
+        folder = self.world.from_main(lambda: newest_good_checkpoint(self.run_folder))
+        if folder is None:
+            log.warning("there is no checkpoint yet to go back to: the run goes on")
+            return False
+        stored = self._load(folder)
+        self.guard.after_rollback(stored.guard, spike)
+        self.state = replace(stored, guard=self.guard.state)
+        self._unjudged.clear()
+        log.warning("went back to %s; samples %d to %d are left out", folder, spike.first_sample, spike.stop_sample - 1)
+        self.record.rewind(stored.step)
+        samples = [spike.first_sample, spike.stop_sample]
+        self.record.write({"step": stored.step, "left_out_samples": samples}, console=False)
+        self.throughput.restart()
+        return True
+
+    def _load(self, folder: Path) -> TrainingState:
+        started = time.perf_counter()
+        state = load_training_state(folder, self.backend)
+        self.world.barrier()
+        seconds, size = time.perf_counter() - started, bytes_of_tensors(folder)
+        log.info("loaded %s in %.2f s, %s MB/s", folder, seconds, f"{size / seconds / 1e6:,.0f}")
+        return state
+
+    def log_step(self, trained: TrainedStep) -> None:
+        """Read the late values of a step and write them down. Collective."""
+        self.results["loss"] = loss = self.world.sum(trained.loss_share).item()
         synchronize(self.world.device)
-        self._stop_if_not_finite(self.last_loss, grad_norm)
         row = {
-            "step": self.state.step,
-            "loss": self.last_loss,
+            "step": trained.step,
+            "loss": loss,
             "lr": trained.learning_rate,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "grad_norm": trained.grad_norm.read(),
             "tokens": self.state.tokens,
             **self.throughput.read(),
             "peak_memory_gib": peak_memory_bytes(self.world.device) / GIB,
+            "skipped_steps": self.state.step - self.state.updates,
         }
         if self.backend.loss_scaler.dynamic:
-            row |= {"loss_scale": self.backend.loss_scaler.scale, "skipped_steps": self.state.step - self.state.updates}
-        self._write(row)
-
-    def _stop_if_not_finite(self, loss: float, grad_norm: float) -> None:
-        if math.isfinite(loss) and (math.isfinite(grad_norm) or self.backend.loss_scaler.dynamic):
-            return
-        last = self.state.samples - 1
-        first = self.state.samples - self.plan.samples_per_step
-        raise TrainingError(
-            f"step {self.state.step}: loss {loss}, gradient norm {grad_norm} (samples {first} to {last}); stopped, the "
-            "checkpoints so far are intact; lower optimizer.learning_rate, lengthen schedule.warmup_steps, or use bf16"
-        )
+            row["loss_scale"] = self.backend.loss_scaler.scale
+        self.record.write(row)
 
     def validate(self) -> None:
         """Mean loss over (a part of) the validation split. Collective."""
         if self.validation is None or "validation" not in self.config.evaluation.tasks:
             return
         with self.throughput.paused(), self.backend.evaluation_mode():
-            self.validation_loss = self._validation_loss(self.validation)
-            self._write(
-                {
-                    "step": self.state.step,
-                    "val_loss": self.validation_loss,
-                    "val_perplexity": perplexity(self.validation_loss),
-                }
-            )
+            self.results["validation_loss"] = loss = self._validation_loss(self.validation)
+            self.record.write({"step": self.state.step, "val_loss": loss, "val_perplexity": perplexity(loss)})
 
     def _validation_loss(self, stream: TokenStream) -> float:
         batch, options = self.config.batch, self.config.evaluation
@@ -200,36 +289,21 @@ class Trainer:
         return float(loss_sum / targets_sum)
 
     def save(self) -> None:
-        """Write a checkpoint. Collective."""
+        """Begin a checkpoint of the current state; training may go on. Collective."""
         with self.throughput.paused():
             self.backend.model.assert_tied()
-            folder = save_checkpoint(
-                self.run_folder,
-                self.state,
-                dump_config(self.config),
-                self.backend,
-                self.world,
-                self.config.checkpoint.keep_last,
-            )
-            log.info("saved %s", folder)
+            self.record.write_saves(self.saver.start(self.state))
+
+    def _finish_saving(self) -> None:
+        """Wait until the last checkpoint stands.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        for outcome in self.saver.wait():
+            self.record.write_saves([outcome])
+            if outcome.problem:
+                raise CheckpointError(outcome.problem)
 
     def _is_due(self, step: int, every_steps: int) -> bool:
         return step % every_steps == 0 or step == self.config.schedule.max_steps
-
-    def _open_metrics(self) -> MetricsLog:
-        self.run_folder.mkdir(parents=True, exist_ok=True)
-        write_json_durably(self.run_folder / CONFIG_FILE, dump_config(self.config))
-        return MetricsLog(self.run_folder, resumed_step=self.state.step, tensorboard=self.config.logging.tensorboard)
-
-    def _write(self, row: dict[str, Any]) -> None:
-        if self.metrics:
-            self.metrics.write(row)
-            log.info(format_row(row, self.config.schedule.max_steps))
-
-    def _close_metrics(self) -> None:
-        if self.metrics:
-            results = {"final/loss": self.last_loss}
-            if self.validation_loss is not None:
-                results["final/validation_loss"] = self.validation_loss
-            self.metrics.write_hyperparameters(dump_config(self.config), results)
-            self.metrics.close()

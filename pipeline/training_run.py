@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
-import os
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
-from data_tools.errors import UserError
-from data_tools.shards import TRAIN_SPLIT, VAL_SPLIT, TokenStream, open_split
+from data_tools.errors import DataError
+from data_tools.shards import MANIFEST_NAME, TRAIN_SPLIT, VAL_SPLIT, TokenStream, expect_unchanged, open_split
+from data_tools.storage import sha256_of_file
 from pipeline.backends import create_backend
 from pipeline.batch_plan import BatchPlan, plan_batch
-from pipeline.checkpoint import list_checkpoints, locate_checkpoint, newest_good_checkpoint, read_state
+from pipeline.checkpoint import read_state
 from pipeline.config import Config
 from pipeline.distributed import World, join_world
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import ConfigError
 from pipeline.hardware import compiler_works, flash_attention_runs, matmul_dtype, measure_matmul_ceiling
 from pipeline.loader import TargetMask, TrainLoader, expect_same_vocabulary
 from pipeline.model import build_model, flops_per_token, parameter_count
+from pipeline.rank_watch import watching_ranks
+from pipeline.resuming import choose_start, make_run_folder
+from pipeline.run_lock import lock_run_folder
 from pipeline.throughput import ThroughputMeter
 from pipeline.trainer import Trainer
 
@@ -31,29 +36,45 @@ def train(config: Config, target_mask: TargetMask | None = None) -> None:
 
     Raises:
         UserError: a config, data set or checkpoint that cannot be used; nothing has started then.
+        Interrupted: a signal asked to stop; the state is saved.
+        LostRankError: another rank is gone.
     """
-    with join_world(config.run) as world:
-        if world.device.type == "mps" and config.backend.name != "ddp":
-            raise ConfigError(f"backend.name: {config.backend.name} does not run on mps; use ddp, or run.device cpu")
-        plan = plan_batch(config, world.size)
-        stream, validation = _open_data(config)
-        loader = TrainLoader(stream, plan, config.run.seed, world.rank, target_mask)
-        resume_from = world.broadcast(_prepare_start(config) if world.is_main else None)
-        if isinstance(resume_from, UserError):
-            raise resume_from
-        if resume_from and read_state(resume_from)[0].step >= config.schedule.max_steps:
-            log.info("%s: already at step %d, nothing to train", resume_from, config.schedule.max_steps)
-            return
-        config = _with_working_compiler(config, world)
-        backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
-        backend.model.assert_tied()
-        throughput = _throughput_meter(config, world, plan)
-        trainer = Trainer(config, world, plan, backend, loader, validation, throughput, resume_from)
-        _announce(trainer, resume_from)
-        trainer.fit()
-        world.barrier()
-        backend.close()
+    with join_world(config.run) as world, ExitStack() as held:
+        with watching_ranks(world, config.run.rank_timeout_s):
+            trainer = _build_trainer(config, world, held, target_mask)
+            if trainer is None:
+                return
+            trainer.fit()
+        trainer.backend.close()
         log.info("done: %d steps, %s", trainer.state.step, config.run.out_dir)
+
+
+def _build_trainer(config: Config, world: World, held: ExitStack, target_mask: TargetMask | None) -> Trainer | None:
+    """Everything that a trainer needs, in order; None: the run has come to its end before.
+
+    Args:
+        held: holds the run folder's lock afterwards.
+    """
+    if world.device.type == "mps" and config.backend.name != "ddp":
+        raise ConfigError(f"backend.name: {config.backend.name} does not run on mps; use ddp, or run.device cpu")
+    plan = plan_batch(config, world.size)
+    stream, validation = _open_data(config)
+    loader = TrainLoader(stream, plan, config.run.seed, world.rank, target_mask)
+    data_sha256 = sha256_of_file(Path(config.data.path) / MANIFEST_NAME)
+    world.from_main(lambda: _occupy_run_folder(config, held))
+    resume_from = world.from_main(lambda: choose_start(config, data_sha256))
+    if resume_from and read_state(resume_from)[0].step >= config.schedule.max_steps:
+        log.info("%s: already at step %d, nothing to train", resume_from, config.schedule.max_steps)
+        return None
+    if config.data.verify:
+        _verify_data(stream, Path(config.data.path), world)
+    config = _with_working_compiler(config, world)
+    backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
+    backend.model.assert_tied()
+    throughput = _throughput_meter(config, world, plan)
+    trainer = Trainer(config, world, plan, backend, loader, validation, throughput, data_sha256, resume_from)
+    _announce(trainer, resume_from)
+    return trainer
 
 
 def _open_data(config: Config) -> tuple[TokenStream, TokenStream | None]:
@@ -65,55 +86,30 @@ def _open_data(config: Config) -> tuple[TokenStream, TokenStream | None]:
     return stream, None
 
 
-def _prepare_start(config: Config) -> Path | None | UserError:
-    """What to continue from, with the run folder made, on the main rank. An error is returned: every rank raises it."""
+def _occupy_run_folder(config: Config, held: ExitStack) -> None:
+    """Make the folder and hold it until ``held`` is left."""
+    folder = Path(config.run.out_dir)
+    make_run_folder(folder)
+    held.enter_context(lock_run_folder(folder))
+
+
+def _verify_data(stream: TokenStream, folder: Path, world: World) -> None:
+    """Hash every shard against the manifest, each rank its share."""
+    started, problem = time.perf_counter(), None
+    shards = stream.manifest.shards
     try:
-        resume_from = _find_resume(Path(config.run.out_dir), config.checkpoint.resume)
-        if resume_from:
-            _expect_same_order(config, resume_from)
-        _make_run_folder(Path(config.run.out_dir))
-        return resume_from
-    except UserError as error:
-        return error
+        for shard in shards[world.rank :: world.size]:
+            expect_unchanged(folder, shard)
+    except DataError as error:
+        problem = str(error)
+    problems = [text for text in world.gather(problem) if text]
 
+    def report() -> None:
+        if problems:
+            raise DataError(problems[0])
+        log.info("data      %d shards verified in %.1f s", len(shards), time.perf_counter() - started)
 
-def _find_resume(run_folder: Path, resume: str) -> Path | None:
-    if resume == "auto":
-        return newest_good_checkpoint(run_folder)
-    if resume != "none":
-        return locate_checkpoint(Path(resume))
-    if list_checkpoints(run_folder):
-        raise CheckpointError(
-            f"{run_folder} already holds checkpoints of a run; give another run.out_dir, "
-            "or continue it with --resume auto"
-        )
-    return None
-
-
-def _make_run_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"run.out_dir: cannot make {folder} ({error.strerror}); name a folder to write into"
-        ) from None
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"run.out_dir: {folder} cannot be written; name a folder to write into")
-
-
-def _expect_same_order(config: Config, folder: Path) -> None:
-    """The samples consumed so far mean the same only under the same seed and sample length."""
-    state, stored = read_state(folder)
-    stored_length = stored.get("data", {}).get("seq_len") or stored.get("model", {}).get("context_length")
-    for key, before, now in (
-        ("run.seed", state.seed, config.run.seed),
-        ("data.seq_len", stored_length, config.seq_len),
-    ):
-        if before != now:
-            raise CheckpointError(
-                f"{folder}: was trained with {key} {before}, now it is {now}: the order of the data would change; "
-                f"set {key} to {before}, or another run.out_dir"
-            )
+    world.from_main(report)
 
 
 def _with_working_compiler(config: Config, world: World) -> Config:

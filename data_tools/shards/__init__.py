@@ -15,7 +15,7 @@ from data_tools.shards.manifest import (
     TokenizerRecord,
     load_manifest,
 )
-from data_tools.shards.reader import TokenStream, map_shard, open_split, verify
+from data_tools.shards.reader import TokenStream, expect_unchanged, map_shard, open_split, verify
 from data_tools.shards.writer import SHARD_FORMATS, ShardWriter
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "SourceRecord",
     "TokenStream",
     "TokenizerRecord",
+    "expect_unchanged",
     "load_manifest",
     "map_shard",
     "open_split",

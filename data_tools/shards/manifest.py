@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from data_tools.errors import DataError
+from data_tools.storage import sha256_of_json
 
 FORMAT_VERSION = 1
 TOKEN_DTYPE_NAME = "uint16"
@@ -17,6 +18,8 @@ MANIFEST_NAME = "manifest.json"
 TRAIN_SPLIT = "train"
 VAL_SPLIT = "val"
 
+# The hash of all other keys. A manifest that another program wrote may do without.
+_SEAL = "sha256"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 Record = TypeVar("Record", "TokenizerRecord", "SourceRecord", "ShardRecord")
 
@@ -99,9 +102,10 @@ class Manifest:
         return sum(shard.tokens for shard in self.shards_of(split))
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as plain JSON values, version and dtype first."""
+        """The manifest as plain JSON values, version and dtype first, its own SHA-256 last."""
         value = asdict(self)
-        return {"format_version": value.pop("format_version"), "dtype": value.pop("dtype"), **value}
+        value = {"format_version": value.pop("format_version"), "dtype": value.pop("dtype"), **value}
+        return {**value, _SEAL: sha256_of_json(value)}
 
 
 def load_manifest(folder: Path | str) -> Manifest:
@@ -121,16 +125,20 @@ def load_manifest(folder: Path | str) -> Manifest:
             f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}; "
             "delete the folder and tokenize again"
         )
+    seal = value.pop(_SEAL, None)
     _expect_keys(value, [field.name for field in fields(Manifest)], place)
     if value["dtype"] != TOKEN_DTYPE_NAME:
         raise DataError(f"{path}: dtype is {value['dtype']!r}, it must be {TOKEN_DTYPE_NAME!r}")
     shards = _expect_type(value["shards"], list, f"{place}: shards")
-    return Manifest(
+    manifest = Manifest(
         tokenizer=_record_from_json(TokenizerRecord, value["tokenizer"], f"{place}: tokenizer"),
         source=_record_from_json(SourceRecord, value["source"], f"{place}: source"),
         settings=_expect_object(value["settings"], f"{place}: settings"),
         shards=tuple(ShardRecord.from_json(shard, f"{place}: shards[{index}]") for index, shard in enumerate(shards)),
     )
+    if seal not in (None, sha256_of_json(value)):
+        raise DataError(f"{path}: contents changed (its own SHA-256 differs); delete the folder and tokenize again")
+    return manifest
 
 
 def _read_json(path: Path) -> Any:

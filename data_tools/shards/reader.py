@@ -143,13 +143,24 @@ def verify(folder: Path | str) -> Manifest:
     manifest = load_manifest(folder)
     for shard in manifest.shards:
         segments = map_shard(folder, shard)
-        if sha256_of_file(folder / shard.file) != shard.sha256:
-            raise DataError(
-                f"{folder / shard.file}: its SHA-256 is not the one in {MANIFEST_NAME}; "
-                "delete the folder and tokenize again"
-            )
+        expect_unchanged(folder, shard)
         _check_contents(folder / shard.file, segments, shard, manifest)
     return manifest
+
+
+def expect_unchanged(folder: Path, shard: ShardRecord) -> None:
+    """Hash one shard.
+
+    Raises:
+        DataError: its SHA-256 is not the one in the manifest.
+    """
+    path = folder / shard.file
+    try:
+        unchanged = sha256_of_file(path) == shard.sha256
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    if not unchanged:
+        raise DataError(f"{path}: its SHA-256 is not the one in {MANIFEST_NAME}; delete the folder and tokenize again")
 
 
 def _check_contents(path: Path, segments: list[TokenArray], shard: ShardRecord, manifest: Manifest) -> None:
@@ -181,9 +192,10 @@ def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
         raise DataError(
             f"{path} is missing, though {MANIFEST_NAME} names it; delete the folder and tokenize again"
         ) from error
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{path} is not a whole shard of uint16 tokens ({error}); delete the folder and tokenize again"
+            f"{path} is not a whole shard of uint16 tokens ({reason}); delete the folder and tokenize again"
         ) from error
     tokens = sum(segment.size for segment in segments)
     if tokens != shard.tokens:

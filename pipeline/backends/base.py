@@ -34,8 +34,8 @@ class Fragment:
 class StepResult:
     """One optimizer step."""
 
-    grad_norm: Tensor | float  # global L2 norm of the unscaled gradients, before clipping
-    applied: bool  # False: skipped, because scaled fp16 gradients overflowed
+    grad_norm: Tensor | float  # global L2 norm of the unscaled gradients, before clipping; the same on every rank
+    # Not finite: the update was not applied, and weights, moments and AdamW's count are as they were.
 
 
 class Backend(ABC):
@@ -52,7 +52,6 @@ class Backend(ABC):
         self.model = model
         self.parameter_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.loss_scaler = loss_scaler
-        self.updates = 0  # applied optimizer steps: AdamW's own step count
 
     @property
     @abstractmethod
@@ -75,7 +74,10 @@ class Backend(ABC):
 
     @abstractmethod
     def step(self, learning_rate: float) -> StepResult:
-        """Unscale, clip, update, zero. ``accumulate(..., is_last=True)`` comes before."""
+        """Unscale, clip, update, zero. ``accumulate(..., is_last=True)`` comes before.
+
+        Gradients that are not finite on any rank change nothing but the loss scale.
+        """
 
     @abstractmethod
     def fragments(self) -> list[Fragment]:
@@ -97,6 +99,11 @@ class Backend(ABC):
         """The summed loss of a batch without gradients. Every rank must call it equally often."""
         with torch.no_grad():
             return self.compute(tokens, targets)
+
+    @staticmethod
+    def weighted(loss: Tensor, factor: Tensor | float) -> Tensor:
+        """What to call ``backward`` on: a loss that is not finite makes all gradients so, on every rank."""
+        return loss * (factor + loss.detach() * 0.0)
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to let go of
         """Let go of what outlives a run. Collectives are over; the last call."""

@@ -49,7 +49,7 @@ class DdpBackend(TorchBackend):
         """See :meth:`Backend.accumulate`."""
         with nullcontext() if is_last else self._without_sync():
             loss = self.module(tokens, targets)
-            (loss * (loss_weight * self.loss_scaler.scale)).backward()
+            self._backward(loss, loss_weight)
         return loss.detach()
 
     def _without_sync(self) -> AbstractContextManager[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -26,7 +27,13 @@ from pipeline.distributed import World
 from pipeline.errors import ConfigError
 from pipeline.loss_scaling import LossScaler
 from pipeline.model import GPT2
-from pipeline.optimizer import build_adamw, clip_unless_overflowed, parameter_groups, set_learning_rate
+from pipeline.optimizer import (
+    build_adamw,
+    parameter_groups,
+    set_learning_rate,
+    skip_unless_finite,
+    unscale_and_clip,
+)
 from pipeline.precision import AutocastModel, replicated_compute
 
 log = logging.getLogger(__name__)
@@ -89,7 +96,7 @@ class DeepSpeedBackend(Backend):
         self._tell_loss_scale()
         loss = self.engine(tokens, targets)
         scale = self.loss_scaler.scale if self.stage == 0 else 1.0  # ZeRO optimizers scale by themselves
-        self.engine.backward(loss * (loss_weight * scale), scale_wrt_gas=False)
+        self.engine.backward(self.weighted(loss, loss_weight * scale), scale_wrt_gas=False)
         if not is_last:
             self.engine.step()  # counts the micro-step; updates nothing
         return loss.detach()
@@ -101,26 +108,27 @@ class DeepSpeedBackend(Backend):
     def step(self, learning_rate: float) -> StepResult:
         """See :meth:`Backend.step`."""
         set_learning_rate(self.engine.optimizer.param_groups, learning_rate)
-        result = self._replicated_step() if self.stage == 0 else self._zero_step()
-        self.updates += result.applied
-        self.loss_scaler.update(overflowed=not result.applied)
-        return result
+        norm = self._replicated_step() if self.stage == 0 else self._zero_step()
+        self.loss_scaler.update(norm)
+        return StepResult(norm)
 
-    def _replicated_step(self) -> StepResult:
+    def _replicated_step(self) -> Tensor:
         """Norm and clipping of stage 0 are ours: DeepSpeed reports no norm in fp32."""
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm, overflowed = clip_unless_overflowed(gradients, self.loss_scaler, self.max_norm)
-        if overflowed:
+        norm = unscale_and_clip(gradients, self.loss_scaler.scale, self.max_norm)
+        if skip_unless_finite(self.engine.basic_optimizer, norm):
             self.engine.zero_grad()  # without gradients AdamW leaves a parameter and its moments alone
         self.engine.step()
-        return StepResult(norm, applied=not overflowed)
+        return norm
 
-    def _zero_step(self) -> StepResult:
+    def _zero_step(self) -> float:
+        """ZeRO skips an update whose norm is not finite by itself."""
         self._tell_loss_scale()
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         assert norm is not None, "DeepSpeed computed no gradient norm"
-        return StepResult(norm, applied=self.engine.was_step_applied())
+        assert self.engine.was_step_applied() == math.isfinite(norm), "DeepSpeed took a step that is not finite"
+        return float(norm)
 
     def fragments(self) -> list[Fragment]:
         """See :meth:`Backend.fragments`."""
@@ -128,7 +136,6 @@ class DeepSpeedBackend(Backend):
 
     def state_was_loaded(self, updates: int) -> None:
         """See :meth:`Backend.state_was_loaded`."""
-        self.updates = updates
         for state in self.state.adam_states():
             if isinstance(state["step"], Tensor):
                 state["step"].fill_(float(updates))

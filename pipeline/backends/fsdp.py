@@ -35,7 +35,7 @@ class FsdpBackend(TorchBackend):
         assert isinstance(self.root, FSDPModule)
         self.root.set_requires_gradient_sync(is_last)
         loss = self.root(tokens, targets)
-        (loss * (loss_weight * self.loss_scaler.scale)).backward()
+        self._backward(loss, loss_weight)
         return loss.detach()
 
     def dtypes(self) -> dict[str, torch.dtype]:

@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.distributed import World
 from pipeline.loss_scaling import LossScaler
 from pipeline.model import GPT2
-from pipeline.optimizer import build_adamw, clip_unless_overflowed, set_learning_rate
+from pipeline.optimizer import build_adamw, set_learning_rate, skip_unless_finite, unscale_and_clip
 
 
 class TorchBackend(Backend):
@@ -26,17 +26,20 @@ class TorchBackend(Backend):
         self.parameters = dict(model.named_parameters())
         self.optimizer = build_adamw(self.parameters.values(), config.optimizer, world.device)
 
+    def _backward(self, loss: Tensor, loss_weight: Tensor | float) -> None:
+        scaled = self.weighted(loss, loss_weight * self.loss_scaler.scale)
+        scaled.backward()  # type: ignore[no-untyped-call]
+
     def step(self, learning_rate: float) -> StepResult:
         """See :meth:`Backend.step`."""
         set_learning_rate(self.optimizer.param_groups, learning_rate)
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        norm, overflowed = clip_unless_overflowed(gradients, self.loss_scaler, self.max_norm)
-        if not overflowed:
+        norm = unscale_and_clip(gradients, self.loss_scaler.scale, self.max_norm)
+        if not skip_unless_finite(self.optimizer, norm):
             self.optimizer.step()
-            self.updates += 1
-        self.loss_scaler.update(overflowed=overflowed)
+        self.loss_scaler.update(norm)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(norm, applied=not overflowed)
+        return StepResult(norm)
 
     def fragments(self) -> list[Fragment]:
         """See :meth:`Backend.fragments`."""
@@ -62,7 +65,6 @@ class TorchBackend(Backend):
 
     def state_was_loaded(self, updates: int) -> None:
         """See :meth:`Backend.state_was_loaded`."""
-        self.updates = updates
         for state in self.optimizer.state.values():
             state["step"].fill_(float(updates))
 

@@ -11,22 +11,28 @@ Each rank writes the pieces that it holds and nothing is gathered; loading copie
 stored pieces and local ones, so no rank ever holds the whole state. No pickle is written or read.
 """
 
+from pipeline.checkpoint.background import BackgroundSaver, SaveOutcome
 from pipeline.checkpoint.folder import (
     CHECKPOINTS_FOLDER,
     TrainingState,
-    find_damage,
+    bytes_of_tensors,
     list_checkpoints,
-    locate_checkpoint,
-    newest_good_checkpoint,
     read_manifest,
     read_state,
+    step_of,
 )
 from pipeline.checkpoint.loading import load_training_state, load_weights
-from pipeline.checkpoint.saving import save_checkpoint
+from pipeline.checkpoint.retention import remove_leftovers, set_aside_after
+from pipeline.checkpoint.saving import SavedCheckpoint, save_checkpoint
+from pipeline.checkpoint.verification import find_damage, locate_checkpoint, newest_good_checkpoint
 
 __all__ = [
     "CHECKPOINTS_FOLDER",
+    "BackgroundSaver",
+    "SaveOutcome",
+    "SavedCheckpoint",
     "TrainingState",
+    "bytes_of_tensors",
     "find_damage",
     "list_checkpoints",
     "load_training_state",
@@ -35,5 +41,8 @@ __all__ = [
     "newest_good_checkpoint",
     "read_manifest",
     "read_state",
+    "remove_leftovers",
     "save_checkpoint",
+    "set_aside_after",
+    "step_of",
 ]

@@ -1,163 +1,189 @@
-"""Saving: every rank writes its own pieces; the folder appears whole or not at all."""
+"""Writing a snapshot: every rank its own pieces; the folder appears whole or not at all."""
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from data_tools.storage import fsync_folder, publish, sha256_of_file, write_json_durably
-from pipeline.backends import Backend, Fragment
+from data_tools.storage import fsync_file, fsync_folder, publish, sha256_of_file, sha256_of_json, write_json_durably
+from pipeline.backends import Backend
 from pipeline.checkpoint.folder import (
-    CHECKPOINTS_FOLDER,
     FORMAT_VERSION,
     MANIFEST_FILE,
     STATE_FILE,
+    StateFile,
     TrainingState,
-    find_damage,
-    hash_of_json,
-    list_checkpoints,
-    step_of,
+    checkpoint_folder,
+    part_of_file,
+    pieces_file,
+    read_manifest,
 )
-from pipeline.checkpoint.pieces import EXP_AVG, EXP_AVG_SQ, run_label
+from pipeline.checkpoint.pieces import index_pieces
+from pipeline.checkpoint.retention import aside_path, delete_checkpoint, delete_older
+from pipeline.checkpoint.snapshot import Snapshot, SnapshotTaker
 from pipeline.distributed import World
 from pipeline.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
+Written = TypeVar("Written")
+Files = dict[str, dict[str, Any]]  # name -> size and SHA-256
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint that stands under its name and has been verified."""
+
+    folder: Path
+    bytes_of_rank: dict[int, int]
+    seconds: float  # from the first byte to the verified folder
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all ranks' tensors."""
+        return sum(self.bytes_of_rank.values())
+
+    def __str__(self) -> str:
+        rate = self.total_bytes / self.seconds / 1e6
+        sizes = [f"rank {rank} {size / 1e6:,.1f} MB" for rank, size in self.bytes_of_rank.items()]
+        if len(sizes) > 8:
+            smallest, largest = min(self.bytes_of_rank.values()), max(self.bytes_of_rank.values())
+            sizes = [f"{len(sizes)} ranks, {smallest / 1e6:,.1f} to {largest / 1e6:,.1f} MB each"]
+        return f"saved {self.folder} in {self.seconds:.2f} s, {rate:,.0f} MB/s ({', '.join(sizes)})"
+
 
 def save_checkpoint(
     run_folder: Path, state: TrainingState, config: dict[str, Any], backend: Backend, world: World, keep_last: int
 ) -> Path:
-    """Write a checkpoint with all ranks, verify it, then delete the oldest beyond ``keep_last``.
-
-    It is written aside, fsynced and renamed: under its final name it is whole. Collective.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: a rank could not write (disk full, read-only, ...); nothing half-written is left.
-    """
-    folder = run_folder / CHECKPOINTS_FOLDER / f"step_{state.step:08d}"
-    aside = folder.with_name(f".{folder.name}.partial")
-    shapes = {name: list(shape) for name, shape in backend.parameter_shapes.items()}
-    with _failing_together(world, aside):
-        if world.is_main:
-            _make_room(folder.parent, aside)
-    files: dict[str, dict[str, Any]] = {}
-    with _failing_together(world, aside):
-        files = _write_pieces(aside, _own_share(backend, world), shapes, world.rank)
-    files = {name: entry for of_rank in world.gather(files) for name, entry in of_rank.items()}
-    with _failing_together(world, aside):
-        if world.is_main:
-            write_json_durably(aside / STATE_FILE, {**asdict(state), "config": config, "versions": _versions()})
-            files[STATE_FILE] = _size_and_hash(aside / STATE_FILE)
-            manifest = {"format_version": FORMAT_VERSION, "parameters": shapes, "files": files}
-            write_json_durably(aside / MANIFEST_FILE, {**manifest, "sha256": hash_of_json(manifest)})
-            _replace(folder, aside)
-            _delete_older(run_folder, folder, keep_last)
-    return folder
+    """Write a checkpoint with all ranks while training waits. Collective. See ``write_checkpoint``."""
+    return write_checkpoint(run_folder, SnapshotTaker(backend, world).take(state), config, world, keep_last).folder
 
 
-@contextmanager
-def _failing_together(world: World, aside: Path) -> Iterator[None]:
-    """A block that one rank cannot finish (disk full, ...) fails on every rank, so that none waits for it.
+def write_checkpoint(
+    run_folder: Path, snapshot: Snapshot, config: dict[str, Any], world: World, keep_last: int
+) -> SavedCheckpoint:
+    """Write a snapshot with all ranks, verify it, then delete the oldest checkpoints beyond ``keep_last``.
+
+    It is written aside, fsynced, read back against the hashes, and renamed: under its final name it is whole.
+    Collective.
 
     Raises:
-        CheckpointError: names the ranks and the reason; what was written aside is removed.
+        CheckpointError: a rank could not write (disk full, read-only, ...) or read back what it wrote; nothing
+            half-written is left, and no older checkpoint has been touched.
     """
-    problem = None
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        problem = f"rank {world.rank}: {getattr(error, 'strerror', None) or error}"
-    problems = [text for text in world.gather(problem) if text]
-    if problems:
-        if world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"cannot save {aside.parent / aside.stem[1:]}: {'; '.join(problems)}")
+    started = time.perf_counter()
+    folder = checkpoint_folder(run_folder, snapshot.state.step)
+    aside = aside_path(folder)
+    attempt = SaveAttempt(world, aside)
+    attempt.on_main(lambda: make_room(aside))
+    own_files = attempt.on_all(lambda: _write_pieces(aside, snapshot, world.rank))
+    files = {name: entry for of_rank in world.gather(own_files) for name, entry in of_rank.items()}
+    attempt.on_main(lambda: write_metadata(aside, snapshot, config, world.size, files))
+    attempt.on_main(lambda: publish_checkpoint(aside, folder))
+    if world.is_main:
+        _delete_older(run_folder, folder, keep_last)
+    bytes_of_rank = dict.fromkeys(range(world.size), 0)
+    for name, entry in files.items():
+        if of_file := part_of_file(name):
+            bytes_of_rank[of_file[0]] += entry["bytes"]
+    return SavedCheckpoint(folder, bytes_of_rank, time.perf_counter() - started)
 
 
-def _replace(folder: Path, aside: Path) -> None:
-    """Publish ``aside`` as ``folder``; an older one of the same step goes only once the new one stands."""
-    older = folder.with_name(f".{folder.name}.older.partial")
-    if folder.exists():
-        folder.rename(older)
-    publish(aside, folder)
-    shutil.rmtree(older, ignore_errors=True)
+class SaveAttempt:
+    """Steps of a save, each of which fails on every rank if it fails on one: none waits for another."""
+
+    def __init__(self, world: World, aside: Path) -> None:
+        self.world = world
+        self.aside = aside
+
+    def on_main(self, action: Callable[[], None]) -> None:
+        """Do something on the main rank."""
+        self.on_all(action if self.world.is_main else lambda: None)
+
+    def on_all(self, action: Callable[[], Written]) -> Written:
+        """Do something on every rank.
+
+        Raises:
+            CheckpointError: names the ranks and the reason; what was written aside is removed.
+        """
+        result: Written | None = None
+        problem = None
+        try:
+            result = action()
+        except (OSError, SafetensorError, CheckpointError) as error:
+            problem = f"rank {self.world.rank}: {getattr(error, 'strerror', None) or error}"
+        problems = [text for text in self.world.gather(problem) if text]
+        if problems:
+            if self.world.is_main:
+                shutil.rmtree(self.aside, ignore_errors=True)
+            raise CheckpointError(f"cannot save {self.aside.parent / self.aside.stem[1:]}: {'; '.join(problems)}")
+        return result  # type: ignore[return-value] # without a problem it is there
 
 
-def _make_room(parent: Path, aside: Path) -> None:
-    """An empty folder to write into; what crashed saves left is removed."""
-    for leftover in parent.glob(".step_*.partial"):
-        shutil.rmtree(leftover)
+def make_room(aside: Path) -> None:
+    """An empty folder to write into."""
+    if aside.exists():
+        shutil.rmtree(aside)
     aside.mkdir(parents=True)
 
 
-def _own_share(backend: Backend, world: World) -> list[Fragment]:
-    """What this rank writes: all that it holds, or its even part of what every rank holds."""
-    fragments = backend.fragments()
-    if not backend.replicated or world.size == 1:
-        return fragments
-    total = sum(fragment.weight.numel() for fragment in fragments)
-    begin, end = total * world.rank // world.size, total * (world.rank + 1) // world.size
-    share, position = [], 0
-    for fragment in fragments:
-        n = fragment.weight.numel()
-        low, high = max(begin - position, 0), min(end - position, n)
-        if low < high:
-            share.append(_cut(fragment, low, high))
-        position += n
-    return share
+def _write_pieces(aside: Path, snapshot: Snapshot, rank: int) -> Files:
+    """Two files of this rank, durable and read back; returns their manifest entries."""
+    files = {}
+    for part, tensors in snapshot.parts.items():
+        path = aside / pieces_file(rank, part)
+        save_file(tensors, path)
+        fsync_file(path)
+        files[path.name] = _size_and_hash(path)
+        _expect_written(path, tensors)
+    return files
 
 
-def _cut(fragment: Fragment, low: int, high: int) -> Fragment:
-    return Fragment(
-        fragment.name,
-        fragment.start + low,
-        fragment.weight[low:high],
-        fragment.exp_avg[low:high],
-        fragment.exp_avg_sq[low:high],
-    )
+def _expect_written(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Compare a file with what was to be written into it; the file is mapped, not loaded."""
+    with safe_open(path, framework="pt") as file:
+        for key, tensor in tensors.items():
+            if not torch.equal(file.get_tensor(key).view(torch.int32), tensor.view(torch.int32)):
+                raise CheckpointError(f"{path.name}: {key} was not written as it should be")
 
 
-def _write_pieces(
-    folder: Path, fragments: list[Fragment], shapes: dict[str, list[int]], rank: int
-) -> dict[str, dict[str, Any]]:
-    """Two files of this rank; returns their manifest entries."""
-    weights, moments = {}, {}
-    for fragment in fragments:
-        shape = shapes[fragment.name]
-        n = fragment.weight.numel()
-        whole = n == torch.Size(shape).numel()
-        key = fragment.name if whole else run_label(fragment.name, fragment.start, fragment.start + n)
-        view = shape if whole else [-1]
-        weights[key] = fragment.weight.cpu().view(view)
-        moments[f"{EXP_AVG}/{key}"] = fragment.exp_avg.cpu().view(view)
-        moments[f"{EXP_AVG_SQ}/{key}"] = fragment.exp_avg_sq.cpu().view(view)
-    entries = {}
-    for name, tensors in (("weights", weights), ("moments", moments)):
-        path = folder / f"rank_{rank:05d}_{name}.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-        _fsync_file(path)
-        entries[path.name] = _size_and_hash(path)
-    return entries
+def write_metadata(aside: Path, snapshot: Snapshot, config: dict[str, Any], world_size: int, files: Files) -> None:
+    """State and manifest; then all headers are read back."""
+    write_json_durably(aside / STATE_FILE, StateFile(snapshot.state, config, world_size, _versions()).to_json())
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "parameters": snapshot.shapes,
+        "files": {**files, STATE_FILE: _size_and_hash(aside / STATE_FILE)},
+    }
+    write_json_durably(aside / MANIFEST_FILE, {**manifest, "sha256": sha256_of_json(manifest)})
+    fsync_folder(aside)
+    index_pieces(aside, read_manifest(aside))
 
 
-def _fsync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def publish_checkpoint(aside: Path, folder: Path) -> None:
+    if folder.exists():  # a damaged one of the same step; the run has come from an older one
+        delete_checkpoint(folder)
+    publish(aside, folder)
+
+
+def _delete_older(run_folder: Path, folder: Path, keep_last: int) -> None:
+    """What cannot be deleted does not make the new checkpoint worse."""
+    try:
+        delete_older(run_folder, folder, keep_last)
+    except OSError as error:
+        log.warning("cannot delete older checkpoints of %s: %s", run_folder, error)
 
 
 def _size_and_hash(path: Path) -> dict[str, Any]:
@@ -171,17 +197,3 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             installed[package] = version(package)
     return installed
-
-
-def _delete_older(run_folder: Path, written: Path, keep_last: int) -> None:
-    """Drop the oldest beyond ``keep_last``, once the one just written has proven good.
-
-    Later steps, which a run that went back to an earlier checkpoint left behind, neither count nor go.
-    """
-    if problem := find_damage(written):
-        log.warning("the checkpoint just written does not verify, keeping all older ones: %s", problem)
-        return
-    until_written = [folder for folder in list_checkpoints(run_folder) if step_of(folder) <= step_of(written)]
-    for folder in until_written[:-keep_last]:
-        shutil.rmtree(folder)
-    fsync_folder(written.parent)

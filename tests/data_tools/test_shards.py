@@ -21,6 +21,7 @@ from data_tools.shards import (
     ShardWriter,
     SourceRecord,
     TokenizerRecord,
+    expect_unchanged,
     load_manifest,
     open_split,
     verify,
@@ -179,6 +180,114 @@ def test_verify_sees_one_changed_bit(tmp_path: Path, format: str) -> None:
         verify(tmp_path / "data")
 
 
+class TestSeal:
+    def test_it_stands_last_and_is_of_all_the_rest(self, tmp_path: Path) -> None:
+        manifest = write_folder(tmp_path / "data", [random_tokens(10)])
+        value = json.loads((tmp_path / "data" / "manifest.json").read_text())
+        assert value == json.loads(json.dumps(manifest.to_json()))
+        seal = value.popitem()
+        assert seal == ("sha256", hashlib.sha256(json.dumps(value).encode()).hexdigest())
+
+    def test_a_manifest_without_one_is_accepted(self, tmp_path: Path) -> None:
+        """As other programs write it, and this one did before."""
+        manifest = write_folder(tmp_path / "data", [random_tokens(10)])
+        edit_manifest(lambda value: None)(tmp_path / "data")
+        assert load_manifest(tmp_path / "data") == manifest
+        assert verify(tmp_path / "data") == manifest
+
+    def test_layout_and_indentation_do_not_matter(self, tmp_path: Path) -> None:
+        manifest = write_folder(tmp_path / "data", [random_tokens(10)])
+        edit_sealed_manifest(lambda value: None)(tmp_path / "data")
+        assert load_manifest(tmp_path / "data") == manifest
+
+    def test_no_bit_of_a_manifest_can_change_unnoticed(self, tmp_path: Path) -> None:
+        folder = tmp_path / "data"
+        manifest = write_folder(folder, [random_tokens(20), random_tokens(30)])
+        path = folder / "manifest.json"
+        content = path.read_bytes()
+        for at in range(0, len(content), 11):
+            for bit in range(8):
+                path.write_bytes(content[:at] + bytes([content[at] ^ (1 << bit)]) + content[at + 1 :])
+                with pytest.raises(DataError) as caught:
+                    load_manifest(folder)
+                assert str(path) in str(caught.value) and "\n" not in str(caught.value), (at, bit)
+        path.write_bytes(content)
+        assert load_manifest(folder) == manifest
+
+
+class TestDamageOfEachFile:
+    """Whatever happens to a file of a data set, a run refuses to start on it, and says which file it is."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path, format: str) -> Path:
+        write_folder(tmp_path / "data", [random_tokens(20), random_tokens(30), random_tokens(3000)], format)
+        return tmp_path / "data"
+
+    @staticmethod
+    def start_run(folder: Path) -> None:
+        """What training does before its first step."""
+        stream = open_split(folder, "train")
+        for shard in stream.manifest.shards:
+            expect_unchanged(folder, shard)
+
+    def expect_refused(self, path: Path, folder: Path) -> None:
+        for check in (self.start_run, verify):
+            with pytest.raises(DataError) as caught:
+                check(folder)
+            line = str(caught.value)
+            assert str(folder) in line and path.name in line and "\n" not in line
+
+    @pytest.mark.parametrize("index", range(4))
+    def test_cut_anywhere(self, folder: Path, index: int) -> None:
+        path = sorted(folder.iterdir())[index]
+        content = path.read_bytes()
+        for length in {0, 1, len(content) // 3, len(content) - 2 * (len(content) // 6), len(content) - 2}:
+            path.write_bytes(content[:length])
+            self.expect_refused(path, folder)
+
+    @pytest.mark.parametrize("index", range(4))
+    def test_grown(self, folder: Path, index: int) -> None:
+        path = sorted(folder.iterdir())[index]
+        path.write_bytes(path.read_bytes() + b"}")
+        self.expect_refused(path, folder)
+
+    @pytest.mark.parametrize("index", range(4))
+    def test_deleted(self, folder: Path, index: int) -> None:
+        path = sorted(folder.iterdir())[index]
+        path.unlink()
+        self.expect_refused(path, folder)
+
+    @pytest.mark.parametrize("index", range(4))
+    def test_a_folder_in_its_place(self, folder: Path, index: int) -> None:
+        path = sorted(folder.iterdir())[index]
+        path.unlink()
+        path.mkdir()
+        self.expect_refused(path, folder)
+
+    def test_one_bit_of_a_shard(self, tmp_path: Path, format: str) -> None:
+        """Every bit of the first 200 bytes, where the header is, and some of the others."""
+        folder = tmp_path / "data"
+        write_folder(folder, [random_tokens(20_000)], format)
+        path = folder / f"train_000000.{format}"
+        content = path.read_bytes()
+        for at in [*range(200), *range(200, len(content), 977), *range(len(content) - 8, len(content))]:
+            for bit in range(8) if at < 200 else (at % 8,):
+                path.write_bytes(content[:at] + bytes([content[at] ^ (1 << bit)]) + content[at + 1 :])
+                with pytest.raises(DataError) as caught:
+                    self.start_run(folder)
+                line = str(caught.value)
+                assert str(path) in line and "\n" not in line, (at, bit)
+
+    @pytest.mark.parametrize("index", range(1, 4))
+    def test_another_shard_of_the_same_length(self, folder: Path, format: str, index: int) -> None:
+        path = sorted(folder.iterdir())[index]
+        other = folder.parent / "other"
+        write_folder(other, [random_tokens(size, seed=1) for size in (20, 30, 3000)], format)
+        path.write_bytes((other / path.name).read_bytes())
+        open_split(folder, "train")
+        self.expect_refused(path, folder)
+
+
 def test_verify_counts_documents(tmp_path: Path) -> None:
     write_folder(tmp_path / "data", [random_tokens(1000)])
     edit_manifest(lambda value: value["shards"][0].update(documents=2))(tmp_path / "data")
@@ -187,6 +296,20 @@ def test_verify_counts_documents(tmp_path: Path) -> None:
 
 
 def edit_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Change the manifest as another program would, which does not seal it."""
+
+    def damage(folder: Path) -> None:
+        value = json.loads((folder / "manifest.json").read_text())
+        del value["sha256"]
+        change(value)
+        (folder / "manifest.json").write_text(json.dumps(value))
+
+    return damage
+
+
+def edit_sealed_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Change the manifest and leave its seal as it is."""
+
     def damage(folder: Path) -> None:
         value = json.loads((folder / "manifest.json").read_text())
         change(value)
@@ -248,6 +371,12 @@ MANIFEST_DAMAGE: list[tuple[Callable[[Path], None], str]] = [
     (edit_manifest(lambda m: m["shards"][1].update(file="train.bin")), r"ends in \.npy or \.arrow"),
     (edit_manifest(lambda m: m["shards"][1].update(tokens=31)), "holds 30 tokens, manifest.json says 31"),
     (edit_manifest(lambda m: m.update(shards=[])), "has no split 'train'; it has none"),
+    (edit_sealed_manifest(lambda m: m["shards"][1].update(tokens=29)), "contents changed"),
+    (edit_sealed_manifest(lambda m: m["shards"].reverse()), "contents changed"),
+    (edit_sealed_manifest(lambda m: m["settings"].update(seed=1)), "contents changed"),
+    (edit_sealed_manifest(lambda m: m.update(sha256="0" * 64)), r"contents changed \(its own SHA-256 differs\)"),
+    (edit_sealed_manifest(lambda m: m.update(sha256=7)), "contents changed"),
+    (edit_sealed_manifest(lambda m: m["shards"][1].update(tokens=-1)), "tokens must be 0 or more"),
 ]
 
 SHARD_DAMAGE: list[tuple[str, Callable[[Path], None], str]] = [

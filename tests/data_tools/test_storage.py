@@ -36,9 +36,31 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path, mon
 
 
 def test_sha256_of_a_file_longer_than_one_read(tmp_path: Path) -> None:
-    content = bytes(range(256)) * 10_000
+    content = bytes(range(256)) * 40_000
+    assert len(content) > storage._HASH_CHUNK_BYTES
     (tmp_path / "file").write_bytes(content)
     assert storage.sha256_of_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_sha256_of_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert storage.sha256_of_file(tmp_path / "file") == hashlib.sha256(b"").hexdigest()
+
+
+def test_sha256_of_json_is_that_of_its_values_in_their_order() -> None:
+    value = {"b": [1, 2.5, None, "é"], "a": {"x": True}}
+    sha256 = storage.sha256_of_json(value)
+    assert sha256 == storage.sha256_of_json(json.loads(json.dumps(value, indent=2)))
+    assert sha256 != storage.sha256_of_json(dict(reversed(value.items())))
+    assert sha256 != storage.sha256_of_json({**value, "b": [1, 2.5, None, "e"]})
+
+
+def test_a_file_that_another_library_wrote_can_be_made_durable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    storage.fsync_file(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"content"
+    with pytest.raises(FileNotFoundError):
+        storage.fsync_file(tmp_path / "missing")
 
 
 def test_write_errors_become_one_line_with_path_and_reason(tmp_path: Path) -> None:

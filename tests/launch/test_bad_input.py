@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from benchmarks.runs import REPOSITORY
-from launch.cli import EXIT_USER_ERROR
+from data_tools.errors import UserError
 
 #: A run that is right, of one step: every broken config below is this one with one mistake on top.
 GOOD: dict[str, dict[str, Any]] = {
@@ -312,7 +312,7 @@ def test_a_mistake_is_one_line_that_says_what_and_what_is_right(
     case: Case, results: dict[str, subprocess.CompletedProcess[str]]
 ) -> None:
     result = results[case.name]
-    assert result.returncode == EXIT_USER_ERROR, result.stderr
+    assert result.returncode == UserError.exit_status, result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert result.stderr.startswith("error: ")
     assert case.culprit in result.stderr

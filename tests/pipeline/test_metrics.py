@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from pipeline.metrics import METRICS_FILE, TENSORBOARD_FOLDER, TENSORBOARD_TAGS, MetricsLog, format_row, read_metrics
 
-GROUPS = {"train", "validation", "optimizer", "throughput", "memory"}
+GROUPS = {"train", "validation", "optimizer", "throughput", "memory", "guard", "checkpoint"}
+
+
+@pytest.fixture(autouse=True)
+def first_files_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Event files of one second are read in the order of a number in their names, as text: 10 comes before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def row(step: int, **more: float) -> dict[str, Any]:
@@ -66,14 +79,89 @@ class TestRows:
         assert read_metrics(tmp_path) == []
 
 
+@contextmanager
+def largest_file(size_bytes: int) -> Iterator[None]:
+    """No file may grow beyond this, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class TestFullDisk:
+    LINE_BYTES = len(json.dumps(row(1))) + 1
+
+    @pytest.mark.parametrize("room_bytes", [0, 1, 17, LINE_BYTES - 1, LINE_BYTES, LINE_BYTES + 1])
+    def test_rows_wait_and_come_in_order_and_whole(
+        self, tmp_path: Path, room_bytes: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=False)
+        metrics.write(row(1))
+        with caplog.at_level(logging.WARNING), largest_file(self.LINE_BYTES + room_bytes):
+            for step in (2, 3, 4):
+                metrics.write(row(step))
+            written = 1 + room_bytes // self.LINE_BYTES
+            assert (tmp_path / METRICS_FILE).read_bytes().endswith(b"}\n"), "half a line would swallow the next"
+            assert read_metrics(tmp_path) == [row(step) for step in range(1, written + 1)]
+        assert caplog.text.count("cannot write metrics (File too large)") == 1, "once is enough"
+        metrics.write(row(5))
+        assert read_metrics(tmp_path) == [row(step) for step in range(1, 6)]
+        metrics.close()
+
+    def test_a_second_time_is_told_again(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=False)
+        with caplog.at_level(logging.WARNING):
+            for step in (1, 3):
+                with largest_file((step - 1) * self.LINE_BYTES):
+                    metrics.write(row(step))
+                metrics.write(row(step + 1))
+        assert caplog.text.count("cannot write metrics") == 2
+        assert read_metrics(tmp_path) == [row(step) for step in (1, 2, 3, 4)]
+        metrics.close()
+
+    def test_rows_that_never_found_room_are_told_of_at_the_end(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=False)
+        metrics.write(row(1))
+        with caplog.at_level(logging.WARNING), largest_file(self.LINE_BYTES):
+            for step in (2, 3):
+                metrics.write(row(step))
+            metrics.close()
+        assert "2 rows of metrics could not be written" in caplog.text
+        assert read_metrics(tmp_path) == [row(1)]
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+    def test_tensorboard_goes_on_once_there_is_room(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Its own thread ends with the first error; what it had not written is lost there, and only there."""
+        metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=True)
+        steps = iter(range(1, 10_000))
+        with caplog.at_level(logging.WARNING), largest_file(1000):
+            until = time.monotonic() + 30
+            while "cannot write TensorBoard events" not in caplog.text and time.monotonic() < until:
+                metrics.write({"step": next(steps), "loss": 1.0})
+                (tmp_path / METRICS_FILE).write_bytes(b"")  # room for rows, so that they reach TensorBoard
+            assert "cannot write TensorBoard events (File too large)" in caplog.text
+        last = next(steps)
+        metrics.write(row(last))
+        metrics.close()
+        assert read_metrics(tmp_path) == [row(last)]
+        assert [s.step for s in events(tmp_path).Scalars("train/loss")][-1] == last
+
+
 class TestTensorBoard:
     def test_tags_are_grouped(self, tmp_path: Path) -> None:
-        everything = dict.fromkeys(TENSORBOARD_TAGS, 1.0)
+        everything = {key: float(i) for i, key in enumerate(TENSORBOARD_TAGS)}
         metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=True)
         metrics.write({**everything, "step": 1})
         metrics.close()
-        tags = events(tmp_path).Tags()["scalars"]
+        drawn = events(tmp_path)
+        tags = drawn.Tags()["scalars"]
         assert sorted(tags) == sorted(TENSORBOARD_TAGS.values())
+        for key, tag in TENSORBOARD_TAGS.items():
+            assert [(s.step, s.value) for s in drawn.Scalars(tag)] == [(1, everything[key])], tag
         assert {tag.split("/")[0] for tag in tags} == GROUPS
 
     def test_values_are_those_of_the_rows(self, tmp_path: Path) -> None:

@@ -11,19 +11,19 @@ from torch import Tensor
 
 from pipeline import optimizer as optimizer_module
 from pipeline.config import OptimizerConfig
-from pipeline.loss_scaling import LossScaler
 from pipeline.model import build_model
 from pipeline.optimizer import (
     build_adamw,
-    clip_unless_overflowed,
     global_grad_norm,
     parameter_groups,
     set_learning_rate,
+    skip_unless_finite,
     unscale_and_clip,
 )
 from tests.pipeline.conftest import random_tokens, tiny_model_config
 
 CPU = torch.device("cpu")
+GPU = torch.cuda.is_available()
 
 
 def some_gradients(seed: int = 0) -> list[Tensor]:
@@ -120,23 +120,23 @@ class TestClipping:
         for parameter, gradient in zip(theirs, some_gradients(), strict=True):
             parameter.grad = gradient
         torch.nn.utils.clip_grad_norm_(theirs, max_norm)
-        unscale_and_clip(ours, global_grad_norm(ours), 1.0, max_norm)
+        unscale_and_clip(ours, 1.0, max_norm)
         for gradient, parameter in zip(ours, theirs, strict=True):
             torch.testing.assert_close(gradient, parameter.grad, rtol=1e-6, atol=1e-6 * max_norm)
 
     def test_the_norm_afterwards_is_the_limit(self) -> None:
         gradients = some_gradients()
-        unscale_and_clip(gradients, global_grad_norm(gradients), 1.0, 0.5)
+        unscale_and_clip(gradients, 1.0, 0.5)
         assert global_grad_norm(gradients).item() == pytest.approx(0.5, rel=1e-5)
 
     def test_small_gradients_are_left_alone(self) -> None:
         gradients = some_gradients()
-        unscale_and_clip(gradients, global_grad_norm(gradients), 1.0, 1e6)
+        unscale_and_clip(gradients, 1.0, 1e6)
         assert all(torch.equal(a, b) for a, b in zip(gradients, some_gradients(), strict=True))
 
     def test_zero_means_no_clipping(self) -> None:
         gradients = [gradient * 1e6 for gradient in some_gradients()]
-        unscale_and_clip(gradients, global_grad_norm(gradients), 1.0, 0.0)
+        unscale_and_clip(gradients, 1.0, 0.0)
         assert all(torch.equal(a, b * 1e6) for a, b in zip(gradients, some_gradients(), strict=True))
 
     @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
@@ -144,28 +144,83 @@ class TestClipping:
         """Unscaling comes before clipping: the limit is for the true norm."""
         scale = 2.0**16
         plain, scaled = some_gradients(), [gradient * scale for gradient in some_gradients()]
-        norm = global_grad_norm(plain)
-        unscale_and_clip(plain, norm, 1.0, max_norm)
-        unscale_and_clip(scaled, global_grad_norm(scaled) / scale, scale, max_norm)
+        unscale_and_clip(plain, 1.0, max_norm)
+        unscale_and_clip(scaled, scale, max_norm)
         for a, b in zip(plain, scaled, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
     def test_the_norm_is_that_before_scaling_and_clipping(self) -> None:
         expected = global_grad_norm(some_gradients()).item()
         scaled = [gradient * 1024 for gradient in some_gradients()]
-        norm, overflowed = clip_unless_overflowed(scaled, LossScaler(dynamic=True, scale=1024.0), 0.5)
+        norm = unscale_and_clip(scaled, 1024.0, 0.5)
         assert norm.item() == pytest.approx(expected, rel=1e-12)
-        assert not overflowed
         assert global_grad_norm(scaled).item() == pytest.approx(0.5, rel=1e-5)
 
-    def test_gradients_that_overflowed_are_to_be_skipped(self) -> None:
-        gradients = [torch.ones(3), torch.tensor([1.0, math.inf])]
-        _, overflowed = clip_unless_overflowed(gradients, LossScaler.for_precision("amp_fp16"), 1.0)
-        assert overflowed
-        assert (gradients[0] == 1.0).all()
+    @pytest.mark.parametrize("loss_scale", [1.0, 2.0**16])
+    @pytest.mark.parametrize("value", [math.inf, math.nan])
+    def test_gradients_that_are_not_finite_are_to_be_skipped(self, value: float, loss_scale: float) -> None:
+        """With a loss scale and without one."""
+        norm = unscale_and_clip([torch.ones(3), torch.tensor([1.0, value])], loss_scale, 1.0)
+        assert not math.isfinite(norm)
+        assert skip_unless_finite(build_adamw([torch.nn.Parameter(torch.ones(2))], OptimizerConfig(), CPU), norm)
 
-    def test_without_a_loss_scale_no_step_is_skipped(self) -> None:
-        """What is not finite then is a defect of the run, which the trainer stops."""
-        norm, overflowed = clip_unless_overflowed([torch.tensor([math.nan])], LossScaler.for_precision("fp32"), 1.0)
-        assert not overflowed
-        assert math.isnan(norm)
+    def test_finite_ones_are_not(self) -> None:
+        adamw = build_adamw([torch.nn.Parameter(torch.ones(2))], OptimizerConfig(), CPU)
+        for value in (0.0, 1e-300, 1.0, 1e300):
+            assert not skip_unless_finite(adamw, torch.tensor(value, dtype=torch.float64))
+
+
+class TestSkipping:
+    """What the backends do: a step whose gradients are not finite is none."""
+
+    @staticmethod
+    def state(model: torch.nn.Module, adamw: torch.optim.AdamW) -> dict[str, Tensor]:
+        state = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            state |= {f"{name} {key}": value.clone() for key, value in adamw.state[parameter].items()}
+        return state
+
+    @staticmethod
+    def step(model: torch.nn.Module, adamw: torch.optim.AdamW, gradients: list[Tensor]) -> None:
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        norm = unscale_and_clip(gradients, 1.0, 1.0)
+        if not skip_unless_finite(adamw, norm):
+            adamw.step()
+        adamw.zero_grad(set_to_none=True)
+
+    @pytest.mark.parametrize("where", ["one element", "everywhere"])
+    @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+    @pytest.mark.parametrize(
+        "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")])]
+    )
+    def test_nothing_moves(self, device: str, value: float, where: str) -> None:
+        """Neither weights nor moments nor the step count, first or later, and the next good step is as without."""
+
+        def gradients(seed: int) -> list[Tensor]:
+            generator = torch.Generator().manual_seed(seed)
+            return [torch.randn(shape, generator=generator).to(device) for shape in ((3, 5), (3,))]
+
+        def bad() -> list[Tensor]:
+            made = gradients(9)
+            for gradient in made if where == "everywhere" else made[-1:]:
+                gradient.view(-1)[slice(None) if where == "everywhere" else slice(1)] = value
+            return made
+
+        models = [torch.nn.Linear(5, 3).to(device) for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        steady, disturbed = (
+            (model, build_adamw(model.parameters(), OptimizerConfig(), torch.device(device))) for model in models
+        )
+        for seed in range(3):
+            before = self.state(*disturbed)
+            self.step(*disturbed, bad())
+            after = self.state(*disturbed)
+            for name, tensor in before.items():
+                assert torch.equal(after[name], tensor), name
+            for model, adamw in (steady, disturbed):
+                self.step(model, adamw, gradients(seed))
+            expected = self.state(*steady)
+            for name, tensor in self.state(*disturbed).items():
+                assert torch.equal(tensor, expected[name]), name
+        assert {float(state["step"]) for state in disturbed[1].state.values()} == {3.0}

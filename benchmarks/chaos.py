@@ -1,0 +1,184 @@
+"""Does a run survive SIGKILL? Runs killed at random moments, each continued under a random backend and world size.
+
+python -m benchmarks.chaos --runs 60        # what `make chaos` runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.agreement import LOSS_TOLERANCE
+from benchmarks.live_run import LiveRun
+from benchmarks.runs import BACKENDS, TINY_RUN, Curve, Sections, curve_of, make_corpus, merged, read_curve
+from pipeline.checkpoint import find_damage, list_checkpoints
+from pipeline.metrics import read_metrics
+
+STEPS, EVERY_STEPS = 30, 5
+LONGEST_S = 14.0  # about what a run takes from its start to its last step
+IN_A_SAVE_S = 0.25  # about what a save takes
+
+_CONTINUES = re.compile(r"^start +(?:continues \S*step_(\d+)|from scratch)", re.MULTILINE)
+
+
+@dataclass
+class Outcome:
+    """One run from its start through its kills to its end."""
+
+    number: int
+    history: list[str] = field(default_factory=list)
+    kills: int = 0
+    lost_steps: list[int] = field(default_factory=list)  # logged before a kill and trained again, a kill
+    lost_saves: list[int] = field(default_factory=list)  # begun before a kill and not continued from, a kill
+    loss_difference: float = 0.0  # largest over all steps against the uninterrupted run, nats
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        verdict = "; ".join(self.problems) or "ok"
+        return f"run {self.number}: {', '.join(self.history)}: difference {self.loss_difference:.1e}, {verdict}"
+
+    def note_continuation(self, output: str, reached: int) -> None:
+        """What a start continued from, when the one before had logged ``reached`` steps."""
+        match = _CONTINUES.search(output)
+        if not reached or not match:
+            return
+        continued_from = int(match[1] or 0)
+        lost_saves = reached // EVERY_STEPS - continued_from // EVERY_STEPS
+        self.lost_steps.append(max(reached - continued_from, 0))
+        self.lost_saves.append(lost_saves)
+        if lost_saves > 1:
+            self.problems.append(f"reached step {reached}, continued from {continued_from}: more than one save lost")
+
+    def judge_end(self, folder: Path, reference: Curve) -> None:
+        """Compare the finished run with the uninterrupted one, and look for what should not be there."""
+        rows = [row["step"] for row in read_metrics(folder) if "loss" in row]
+        if rows != list(range(1, STEPS + 1)):
+            self.problems.append(f"logged steps {rows}")
+            return
+        self.loss_difference = read_curve(folder).largest_loss_difference(reference)
+        if self.loss_difference > LOSS_TOLERANCE["fp32"]:
+            self.problems.append("another curve than the uninterrupted run's")
+        left = [path.name for path in folder.rglob("*") if path.name.endswith((".partial", ".lock", ".tmp"))]
+        if left:
+            self.problems.append(f"left behind: {left}")
+        for checkpoint in list_checkpoints(folder):
+            if problem := find_damage(checkpoint):
+                self.problems.append(problem)
+
+
+def sections_of(data: Path) -> Sections:
+    """A run of some seconds with a save every few steps."""
+    return merged(
+        TINY_RUN,
+        {
+            "model": {"dropout": 0.1},
+            "data": {"path": str(data)},
+            "batch": {"tokens_per_step": 192, "micro_batch_size": 1},
+            "schedule": {"max_steps": STEPS},
+            "checkpoint": {"every_steps": EVERY_STEPS},
+        },
+    )
+
+
+def survive(number: int, seed: int, data: Path, scratch: Path, reference: Curve) -> Outcome:
+    """Start a run, kill it once or more, let it come to its end, and look at what it left."""
+    chance = random.Random(f"{seed}-{number}")
+    outcome = Outcome(number)
+    folder = scratch / f"run-{number}"
+    kills_wanted = chance.choice((1, 1, 2, 3))
+    ended = False
+    while not ended:
+        backend, processes = chance.choice(BACKENDS), chance.choice((1, 2))
+        reached = last_logged_step(folder)
+        with LiveRun(backend, folder, sections_of(data), processes) as run:
+            killed = outcome.kills < kills_wanted and kill_somehow(run, processes, chance)
+            status = run.wait()
+            outcome.note_continuation(run.output, reached)
+            outcome.history.append(f"{backend} x{processes} {killed or 'to the end'}")
+            outcome.kills += bool(killed)
+            ended = not killed
+            if ended and status:
+                outcome.problems.append(f"ended with status {status}: {run.output[-2000:]}")
+    outcome.judge_end(folder, reference)
+    return outcome
+
+
+def kill_somehow(run: LiveRun, processes: int, chance: random.Random) -> str | None:
+    """SIGKILL at a random moment, or inside a save, to all ranks or to one of two.
+
+    Returns:
+        What was done; None: the run had ended before.
+    """
+    in_a_save, one_rank = chance.random() < 0.4, processes > 1 and chance.random() < 0.4
+    save_number, delay_share = chance.randrange(STEPS // EVERY_STEPS), chance.random()
+    if in_a_save:
+        while run.process.poll() is None and not is_in_save_after(run, save_number * EVERY_STEPS):
+            time.sleep(0.002)
+    time.sleep(delay_share * (IN_A_SAVE_S if in_a_save else LONGEST_S))
+    victim = run.ranks().get(chance.randrange(processes)) if one_rank else None
+    if run.process.poll() is not None:
+        return None
+    if victim is None:
+        run.kill()
+    else:
+        victim.kill()
+    whom = "whole" if victim is None else f"of pid {victim.pid} only"
+    return f"killed {whom} {'in a save' if in_a_save else 'at any moment'}, step {run.last_step()}"
+
+
+def is_in_save_after(run: LiveRun, step: int) -> bool:
+    """Whether a checkpoint of a step beyond ``step`` is being written right now."""
+    names = [path.name for path in run.run_folder.glob("checkpoints/.step_*.partial")]
+    return any(int(name.split("_")[1].split(".")[0]) > step for name in names)
+
+
+def last_logged_step(run_folder: Path) -> int:
+    """The last training step in ``metrics.jsonl``; 0: none."""
+    return max((row["step"] for row in read_metrics(run_folder) if "loss" in row), default=0)
+
+
+def run_all(runs: int, seed: int, data: Path, scratch: Path, jobs: int) -> Iterator[Outcome]:
+    """Several runs, ``jobs`` at a time."""
+    reference = curve_of("ddp", scratch / "uninterrupted", sections_of(data))
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda number: survive(number, seed, data, scratch, reference), range(runs))
+
+
+def main() -> None:
+    """Print a line a run and a summary; a non-zero status if one did not survive."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
+    arguments = parser.parse_args()
+    outcomes = []
+    with tempfile.TemporaryDirectory() as scratch:
+        data = make_corpus(Path(scratch) / "data")
+        for outcome in run_all(arguments.runs, arguments.seed, data, Path(scratch), arguments.jobs):
+            print(outcome, flush=True)
+            outcomes.append(outcome)
+    print_summary(outcomes)
+    raise SystemExit(1 if any(outcome.problems for outcome in outcomes) else 0)
+
+
+def print_summary(outcomes: list[Outcome]) -> None:
+    """The figures that ``docs/checkpoints.md`` quotes."""
+    lost = [steps for outcome in outcomes for steps in outcome.lost_steps]
+    saves = [count for outcome in outcomes for count in outcome.lost_saves]
+    survived = sum(not outcome.problems for outcome in outcomes)
+    print(f"\n{survived} of {len(outcomes)} runs came to the uninterrupted run's end, after {len(lost)} kills")
+    print(f"largest loss difference: {max(outcome.loss_difference for outcome in outcomes):.1e}")
+    print(f"saves lost by a kill: at most {max(saves, default=0)}, {sum(count > 0 for count in saves)} kills lost one")
+    beyond = sum(steps > EVERY_STEPS for steps in lost)
+    print(f"steps lost by a kill: at most {max(lost, default=0)} of an interval of {EVERY_STEPS}; {beyond} lost more")
+
+
+if __name__ == "__main__":
+    main()

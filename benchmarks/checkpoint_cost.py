@@ -1,0 +1,131 @@
+"""What checkpoints of GPT-2 124M cost: the pause of a save, throughput of saving and loading, peak memory by rank.
+
+python -m benchmarks.checkpoint_cost        # what `make checkpoint-cost` runs; alone on the machine
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from benchmarks.live_run import LiveRun
+from benchmarks.runs import Sections, make_corpus, merged
+from pipeline.metrics import read_metrics
+
+GIB = 1 << 30
+STEPS, SAVED_AT = 8, 3
+SIDES = (("ddp", 1), ("ddp", 2), ("fsdp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2))
+
+GPT2_RUN: Sections = {
+    "run": {"device": "cpu", "precision": "amp_bf16"},
+    "model": {"preset": "gpt2"},
+    "data": {"seq_len": 256},
+    "batch": {"tokens_per_step": 1024, "micro_batch_size": 1},
+    "schedule": {"warmup_steps": 1},
+    "evaluation": {"every_steps": 1000, "max_batches": 1},
+    "logging": {"every_steps": 1, "tensorboard": False},
+}
+_LOADED = re.compile(r"loaded \S+ in ([\d.]+) s, ([\d,]+) MB/s")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run: its rows, what it printed, and the peak resident memory of each rank."""
+
+    rows: list[dict[str, float]]
+    output: str
+    peak_bytes: dict[int, int]
+
+    def step_ms(self, steps: range) -> float:
+        """The median time of a training step."""
+        times = sorted(row["step_ms"] for row in self.rows if "step_ms" in row and row["step"] in steps)
+        return times[len(times) // 2]
+
+    @property
+    def largest_peak_gib(self) -> float:
+        """Of the rank that used most."""
+        return max(self.peak_bytes.values()) / GIB
+
+
+def measure(backend: str, processes: int, folder: Path, sections: Sections) -> Measured:
+    """Run to the end, watching the memory of the ranks."""
+    peaks: dict[int, int] = {}
+    with LiveRun(backend, folder, sections, processes) as run:
+        while run.process.poll() is None:
+            for rank, process in run.ranks().items():
+                peaks[rank] = max(peaks.get(rank, 0), peak_resident_bytes(process))
+            time.sleep(0.3)
+        if run.wait():
+            raise RuntimeError(run.output)
+        return Measured(read_metrics(folder), run.output, peaks)
+
+
+def peak_resident_bytes(process: psutil.Process) -> int:
+    """The kernel's high-water mark; 0: the process has ended."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return 0
+    match = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(match[1]) * 1024 if match else 0
+
+
+def row_of(backend: str, processes: int, data: Path, scratch: Path) -> str:
+    """Three runs: without a save before the last step, with one in the middle, and continued from that one."""
+    base = merged(GPT2_RUN, {"data": {"path": str(data)}})
+
+    def run(name: str, sections: Sections) -> Measured:
+        return measure(backend, processes, scratch / f"{backend}{processes}-{name}", merged(base, sections))
+
+    quiet = run("quiet", {"schedule": {"max_steps": STEPS}, "checkpoint": {"every_steps": 1000}})
+    saving = run("saving", {"schedule": {"max_steps": STEPS}, "checkpoint": {"every_steps": SAVED_AT}})
+    source = scratch / f"{backend}{processes}-saving"
+    more: Sections = {"schedule": {"max_steps": STEPS + 1}, "checkpoint": {"every_steps": 1000, "resume": str(source)}}
+    loading = run("loading", more)
+    saves = [row for row in saving.rows if "save_s" in row]
+    first, later = saves[0], saves[1]
+    loaded = _LOADED.search(loading.output)
+    assert loaded, loading.output
+    cells = [
+        backend,
+        str(processes),
+        f"{first['save_bytes'] / 1e6:,.0f} MB",
+        f"{quiet.step_ms(range(2, STEPS + 1)):,.0f} ms",
+        f"{saving.step_ms(range(SAVED_AT + 1, SAVED_AT + 3)):,.0f} ms",
+        f"{first['save_pause_s'] * 1e3:,.0f} ms",
+        f"{later['save_pause_s'] * 1e3:,.0f} ms",
+        f"{first['save_s']:.1f} s, {first['save_bytes'] / first['save_s'] / 1e6:,.0f} MB/s",
+        f"{loaded[1]} s, {loaded[2]} MB/s",
+        f"{last_step_peak(quiet):.2f} GiB",
+        f"{saving.largest_peak_gib:.2f} GiB",
+        f"{loading.largest_peak_gib:.2f} GiB",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def last_step_peak(measured: Measured) -> float:
+    """The main rank's peak before anything was saved, as the run logged it."""
+    return max(row["peak_memory_gib"] for row in measured.rows if "peak_memory_gib" in row)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    columns = ["backend", "processes", "state", "step", "step while saving", "pause, first save", "pause, later saves"]
+    columns += ["save", "load", "peak without a save", "peak with saves", "peak of a resumed run"]
+    print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        data = make_corpus(Path(scratch) / "data")
+        for backend, processes in SIDES:
+            print(row_of(backend, processes, data, Path(scratch)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Can any backend continue what any other saved? All pairs, at other world sizes, against the run that never stopped.
+
+python -m benchmarks.portability            # fp32 and bf16; what `make portability` runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from benchmarks.agreement import LOSS_TOLERANCE
+from benchmarks.runs import BACKENDS, TINY_RUN, Curve, Sections, curve_of, make_corpus, merged, read_curve
+from pipeline.checkpoint import list_checkpoints, step_of
+from pipeline.checkpoint.folder import checkpoint_folder
+
+SAVED_AT, STEPS_AFTER = 10, 30
+
+
+@dataclass(frozen=True)
+class Side:
+    """A backend at a world size."""
+
+    backend: str
+    processes: int
+
+    def __str__(self) -> str:
+        return f"{self.backend} x{self.processes}"
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A run that one side saved and another continued, against the first side's uninterrupted run."""
+
+    saved_by: Side
+    continued_by: Side
+    precision: str
+    loss_difference: float  # largest over the steps after the switch, nats
+    same_bits: bool  # losses, and the weights and moments of the last checkpoint
+
+    @property
+    def agrees(self) -> bool:
+        """Bit by bit on the same side, within tolerance on another."""
+        if self.saved_by == self.continued_by:
+            return self.same_bits
+        return self.loss_difference <= LOSS_TOLERANCE[self.precision]
+
+
+class Portability:
+    """Trains and continues in one precision; the runs are in ``scratch``."""
+
+    def __init__(self, data: Path, scratch: Path, precision: str, dropout: float = 0.1) -> None:
+        self.scratch = scratch
+        self.precision = precision
+        self.sections = merged(
+            TINY_RUN,
+            {
+                "run": {"precision": precision},
+                "model": {"dropout": dropout},
+                "data": {"path": str(data)},
+                "batch": {"tokens_per_step": 192, "micro_batch_size": 1},
+                "schedule": {"max_steps": SAVED_AT + STEPS_AFTER},
+                "checkpoint": {"every_steps": SAVED_AT, "keep_last": 10},
+            },
+        )
+
+    def folder(self, *sides: Side) -> Path:
+        """Of the uninterrupted run of one side, or of a continuation."""
+        return self.scratch / "-".join([self.precision, *(f"{side.backend}{side.processes}" for side in sides)])
+
+    def train(self, side: Side) -> Curve:
+        """The uninterrupted run, which leaves a checkpoint at ``SAVED_AT``."""
+        return curve_of(side.backend, self.folder(side), self.sections, side.processes)
+
+    def continue_run(self, saved_by: Side, continued_by: Side) -> Continuation:
+        """Continue one side's checkpoint under another, and compare."""
+        start: Sections = {"checkpoint": {"resume": str(checkpoint_folder(self.folder(saved_by), SAVED_AT))}}
+        folder = self.folder(saved_by, continued_by)
+        curve = curve_of(continued_by.backend, folder, merged(self.sections, start), continued_by.processes)
+        whole = read_curve(self.folder(saved_by)).after(SAVED_AT)
+        assert len(curve.losses) == STEPS_AFTER
+        same_bits = curve == whole and last_tensors(folder) == last_tensors(self.folder(saved_by))
+        return Continuation(saved_by, continued_by, self.precision, curve.largest_loss_difference(whole), same_bits)
+
+
+def last_tensors(run_folder: Path) -> dict[str, bytes]:
+    """The bytes of all tensors of the last checkpoint."""
+    last = max(list_checkpoints(run_folder), key=step_of)
+    return {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
+
+
+def every_pair() -> list[tuple[Side, Side]]:
+    """All pairs of backends from one process to two and back, and each side with itself."""
+    pairs = [
+        (Side(saved_by, processes), Side(continued_by, 3 - processes))
+        for processes, saved_by, continued_by in product((1, 2), BACKENDS, BACKENDS)
+    ]
+    return pairs + [(Side(backend, processes),) * 2 for processes, backend in product((1, 2), BACKENDS)]
+
+
+def compare(
+    data: Path, scratch: Path, precision: str, pairs: Sequence[tuple[Side, Side]], dropout: float = 0.1
+) -> Iterator[Continuation]:
+    """Run what the pairs need; yields a result a pair. Single processes run side by side, one a core."""
+    runs = Portability(data, scratch, precision, dropout)
+    sources = list(dict.fromkeys(saved_by for saved_by, _ in pairs))
+    for processes in (1, 2):
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // processes)) as pool:
+            list(pool.map(runs.train, [side for side in sources if side.processes == processes]))
+    for processes in (1, 2):
+        chosen = [pair for pair in pairs if pair[1].processes == processes]
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // processes)) as pool:
+            yield from pool.map(lambda pair: runs.continue_run(*pair), chosen)
+
+
+def print_matrices(results: list[Continuation]) -> None:
+    """Rows: who saved; columns: who continued; cells: the largest loss difference."""
+    for processes in (1, 2):
+        print(f"\n| {results[0].precision}: {processes} -> {3 - processes} | {' | '.join(BACKENDS)} |")
+        print("| --- " * (len(BACKENDS) + 1) + "|")
+        for saved_by in BACKENDS:
+            cells = {
+                result.continued_by.backend: f"{result.loss_difference:.1e}"
+                for result in results
+                if result.saved_by == Side(saved_by, processes) and result.continued_by.processes != processes
+            }
+            print(f"| {saved_by} | {' | '.join(cells[backend] for backend in BACKENDS)} |")
+    same = [result for result in results if result.saved_by == result.continued_by]
+    print(f"\nthe same side continues bit by bit: {sum(result.same_bits for result in same)} of {len(same)}")
+    worst = max(result.loss_difference for result in results)
+    print(f"largest loss difference of {len(results)} continuations in {results[0].precision}: {worst:.1e}", flush=True)
+
+
+def main() -> None:
+    """Print the matrices; a non-zero status if a continuation does not agree."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=LOSS_TOLERANCE)
+    arguments = parser.parse_args()
+    failures = []
+    with tempfile.TemporaryDirectory() as scratch:
+        data = make_corpus(Path(scratch) / "data")
+        for precision in arguments.precisions:
+            results = []
+            for result in compare(data, Path(scratch), precision, every_pair()):
+                print(
+                    f"{precision}: {result.saved_by} -> {result.continued_by}: {result.loss_difference:.1e}", flush=True
+                )
+                results.append(result)
+            print_matrices(results)
+            failures += [result for result in results if not result.agrees]
+    for failure in failures:
+        print(f"does not agree: {failure}")
+    raise SystemExit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

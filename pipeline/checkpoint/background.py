@@ -1,0 +1,88 @@
+"""Saving while training goes on: a snapshot is taken at once and written by another thread."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.backends import Backend
+from pipeline.checkpoint.folder import TrainingState
+from pipeline.checkpoint.saving import SavedCheckpoint, write_checkpoint
+from pipeline.checkpoint.snapshot import Snapshot, SnapshotTaker
+from pipeline.distributed import World
+from pipeline.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class SaveOutcome:
+    """How a save ended: the same on every rank, but for the pause."""
+
+    step: int
+    pause_s: float  # that training on this rank waited: for the save before, and for the copy
+    saved: SavedCheckpoint | None
+    problem: str | None  # why it failed, in one line
+
+
+class BackgroundSaver:
+    """Saves one checkpoint at a time in a thread of its own, with collectives in a group of its own.
+
+    Args:
+        world: the ranks, for the copy; the writing threads talk through ``world.on_host()``.
+        asynchronous: False: ``start`` returns when the checkpoint stands.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        config: dict[str, Any],
+        backend: Backend,
+        world: World,
+        *,
+        keep_last: int,
+        asynchronous: bool,
+    ) -> None:
+        self.run_folder = run_folder
+        self.config = config
+        self.host_world = world.on_host()
+        self.keep_last = keep_last
+        self.asynchronous = asynchronous
+        self.last_step: int | None = None  # of the last save that was started
+        self._taker = SnapshotTaker(backend, world)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._in_flight: tuple[int, float, Future[SavedCheckpoint]] | None = None
+
+    def start(self, state: TrainingState) -> list[SaveOutcome]:
+        """Copy the state and begin to write it. Collective.
+
+        Returns:
+            The outcome of the save before, if it was still in flight.
+        """
+        started = time.perf_counter()
+        outcomes = self.wait()
+        future = self._thread.submit(self._write, self._taker.take(state))
+        if not self.asynchronous:
+            future.exception()
+        self._in_flight = (state.step, time.perf_counter() - started, future)
+        self.last_step = state.step
+        return outcomes
+
+    def _write(self, snapshot: Snapshot) -> SavedCheckpoint:
+        return write_checkpoint(self.run_folder, snapshot, self.config, self.host_world, self.keep_last)
+
+    def poll(self) -> list[SaveOutcome]:
+        """The outcome of a save that has ended since; never waits. Ranks may see it at different steps."""
+        return self.wait() if self._in_flight and self._in_flight[2].done() else []
+
+    def wait(self) -> list[SaveOutcome]:
+        """Wait for the save in flight, if there is one, and give its outcome."""
+        if self._in_flight is None:
+            return []
+        step, pause_s, future = self._in_flight
+        self._in_flight = None
+        try:
+            return [SaveOutcome(step, pause_s, future.result(), None)]
+        except CheckpointError as error:
+            return [SaveOutcome(step, pause_s, None, str(error))]

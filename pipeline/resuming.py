@@ -1,0 +1,122 @@
+"""Where a run starts: from scratch, from its own newest good checkpoint, or from one that was named."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from pipeline.checkpoint import (
+    list_checkpoints,
+    locate_checkpoint,
+    newest_good_checkpoint,
+    read_state,
+    remove_leftovers,
+    set_aside_after,
+)
+from pipeline.config import Config
+from pipeline.environment import launcher_restarts
+from pipeline.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
+
+AUTO, NONE = "auto", "none"
+
+
+def make_run_folder(folder: Path) -> None:
+    """The folder of a run, with what crashed saves left in it removed. The caller holds its lock, or takes it next.
+
+    Raises:
+        ConfigError: it cannot be made, or not be written into.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run.out_dir: cannot make {folder} ({error.strerror}); name a folder to write into"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"run.out_dir: {folder} cannot be written; name a folder to write into")
+
+
+def choose_start(config: Config, data_sha256: str) -> Path | None:
+    """What to continue from; None: from scratch. The caller holds the run folder's lock.
+
+    Leftovers of crashed saves are removed, and checkpoints later than the one that is continued are set
+    aside: otherwise the next start would take them for newer ones of this run.
+
+    Raises:
+        CheckpointError: what was named cannot be used, belongs to another order of the data, or the folder
+            holds another run.
+    """
+    run_folder = Path(config.run.out_dir)
+    try:
+        return _choose(config, data_sha256, run_folder)
+    except OSError as error:
+        raise CheckpointError(f"{run_folder}: cannot be prepared ({error})") from None
+
+
+def _choose(config: Config, data_sha256: str, run_folder: Path) -> Path | None:
+    remove_leftovers(run_folder)
+    start = _find_start(run_folder, config.checkpoint.resume)
+    if start is None:
+        set_aside_after(run_folder, -1)  # damaged ones only: else there would be a start
+        return None
+    _expect_same_order(config, data_sha256, start)
+    state, _ = read_state(start)
+    if state.step < config.schedule.max_steps:
+        set_aside_after(run_folder, state.step, start)
+    return start
+
+
+def _find_start(run_folder: Path, resume: str) -> Path | None:
+    if resume == NONE and launcher_restarts():
+        log.info("the launcher has started this run anew: it continues its own checkpoints")
+        resume = AUTO
+    if resume == AUTO:
+        return newest_good_checkpoint(run_folder)
+    if resume == NONE:
+        if list_checkpoints(run_folder):
+            raise CheckpointError(
+                f"{run_folder} already holds checkpoints of a run; give another run.out_dir, "
+                "or continue it with --resume auto"
+            )
+        return None
+    return _find_named_start(run_folder, Path(resume))
+
+
+def _find_named_start(run_folder: Path, named: Path) -> Path:
+    """A named checkpoint, or what this run has made of it before: the same command continues after a crash."""
+    own = newest_good_checkpoint(run_folder)
+    if own and read_state(own)[1].get("checkpoint", {}).get("resume") == str(named):
+        log.info("this run began from %s before: it continues its own newest checkpoint", named)
+        return own
+    start = locate_checkpoint(named)
+    if own and not start.resolve().is_relative_to(run_folder.resolve()):
+        raise CheckpointError(
+            f"{run_folder} already holds checkpoints of another run than {named}; give another run.out_dir, "
+            "or continue it with --resume auto"
+        )
+    return start
+
+
+def _expect_same_order(config: Config, data_sha256: str, folder: Path) -> None:
+    """The samples consumed so far mean the same only under the same seed, sample length and data."""
+    state, stored = read_state(folder)
+    if not state.samples:
+        return
+    stored_length = stored.get("data", {}).get("seq_len") or stored.get("model", {}).get("context_length")
+    for key, before, now in (
+        ("run.seed", state.seed, config.run.seed),
+        ("data.seq_len", stored_length, config.seq_len),
+    ):
+        if before != now:
+            raise CheckpointError(
+                f"{folder}: was trained with {key} {before}, now it is {now}: the order of the data would change; "
+                f"set {key} to {before}, or another run.out_dir"
+            )
+    if state.data_sha256 not in (None, data_sha256):
+        raise CheckpointError(
+            f"{folder}: was trained on other data than {config.data.path} holds now (its manifest has changed); "
+            "set data.path to the data it was trained on, or another run.out_dir"
+        )

@@ -1,0 +1,142 @@
+"""A small trained backend, its checkpoints, and ways to craft others. All in one process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.backends import Backend
+from pipeline.backends.ddp import DdpBackend
+from pipeline.checkpoint import TrainingState, save_checkpoint
+from pipeline.config_files import dump_config
+from pipeline.distributed import World
+from pipeline.model import build_model
+from tests.pipeline.conftest import random_tokens, tiny_config
+
+MANIFEST, STATE = "manifest.json", "state.json"
+WEIGHTS, MOMENTS = "rank_00000_weights.safetensors", "rank_00000_moments.safetensors"
+FILES = [MANIFEST, MOMENTS, WEIGHTS, STATE]
+
+Save = Callable[..., Path]
+
+
+def make_backend(world: World, seed: int, **sections: dict[str, Any]) -> DdpBackend:
+    config = tiny_config(**sections)
+    return DdpBackend(build_model(config.model, seed), config, world)
+
+
+def train_steps(backend: Backend, steps: int, first_seed: int = 0) -> None:
+    for seed in range(first_seed, first_seed + steps):
+        tokens = random_tokens(2, 9, seed=seed)
+        backend.accumulate(tokens[:, :-1], tokens[:, 1:], 1 / 16, is_last=True)
+        backend.step(1e-2)
+
+
+def updates_of(backend: DdpBackend) -> int:
+    """AdamW's own step count, the same for all parameters."""
+    counts = {state["step"].item() for state in backend.optimizer.state.values()} or {0}
+    assert len(counts) == 1
+    return int(counts.pop())
+
+
+def state_of(backend: DdpBackend, step: int) -> TrainingState:
+    return TrainingState(step, step * 4, step * 48, updates_of(backend), *backend.loss_scaler.state, seed=1337)
+
+
+def contents(backend: Backend) -> dict[str, Tensor]:
+    """Weights and moments by name, as copies."""
+    return {
+        f"{fragment.name} {kind}": getattr(fragment, kind).clone()
+        for fragment in backend.fragments()
+        for kind in ("weight", "exp_avg", "exp_avg_sq")
+    }
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@contextmanager
+def unchanged(backend: DdpBackend) -> Iterator[None]:
+    """What happens inside leaves the training state as it was."""
+    before, updates, scaler = contents(backend), updates_of(backend), vars(backend.loss_scaler).copy()
+    yield
+    assert_same(contents(backend), before)
+    assert (updates_of(backend), vars(backend.loss_scaler)) == (updates, scaler)
+
+
+@pytest.fixture
+def backend(world: World) -> DdpBackend:
+    """A model with three steps of training behind it."""
+    trained = make_backend(world, seed=1)
+    train_steps(trained, 3)
+    return trained
+
+
+@pytest.fixture
+def save(tmp_path: Path, world: World, backend: DdpBackend) -> Save:
+    def save_step(step: int = 3, keep_last: int = 10, of: DdpBackend = backend) -> Path:
+        return save_checkpoint(tmp_path, state_of(of, step), dump_config(tiny_config()), of, world, keep_last)
+
+    return save_step
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest as someone would who knows how to seal it."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["sha256"]
+    change(manifest)
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def seal(folder: Path) -> None:
+    """Write the hashes of all files as they are now into the manifest."""
+
+    def name_all(manifest: dict[str, Any]) -> None:
+        manifest["files"] = {
+            path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            for path in sorted(folder.iterdir())
+            if path.name != MANIFEST
+        }
+
+    edit_manifest(folder, name_all)
+
+
+def edit_tensors(folder: Path, file: str, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of one file, and seal."""
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / file)
+    seal(folder)
+
+
+def edit_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change ``state.json``, and seal."""
+    state = json.loads((folder / STATE).read_text())
+    change(state)
+    (folder / STATE).write_text(json.dumps(state))
+    seal(folder)
+
+
+@contextmanager
+def largest_file(size_bytes: int) -> Iterator[None]:
+    """No file may grow beyond this, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

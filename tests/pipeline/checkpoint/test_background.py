@@ -1,0 +1,237 @@
+"""Saving while training goes on writes the state of the moment when it began, one checkpoint at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.backends.ddp import DdpBackend
+from pipeline.checkpoint import BackgroundSaver, background, find_damage, list_checkpoints, load_training_state
+from pipeline.checkpoint.folder import checkpoint_folder
+from pipeline.checkpoint.snapshot import SnapshotTaker
+from pipeline.distributed import World
+from tests.pipeline.checkpoint.conftest import (
+    WEIGHTS,
+    assert_same,
+    contents,
+    largest_file,
+    make_backend,
+    state_of,
+    train_steps,
+    updates_of,
+)
+
+MakeSaver = Callable[..., BackgroundSaver]
+
+
+@pytest.fixture
+def make_saver(tmp_path: Path, backend: DdpBackend, world: World) -> MakeSaver:
+    def make(*, keep_last: int = 10, asynchronous: bool = True) -> BackgroundSaver:
+        return BackgroundSaver(tmp_path, {}, backend, world, keep_last=keep_last, asynchronous=asynchronous)
+
+    return make
+
+
+class SlowDisk:
+    """Writing waits until it is let go on; says how many writes there were at most at the same time."""
+
+    def __init__(self) -> None:
+        self.goes_on = threading.Event()
+        self.begun: list[int] = []
+        self.most_at_once = 0
+        self._now = 0
+        self._lock = threading.Lock()
+        self._write = background.write_checkpoint
+
+    def write(self, run_folder: Path, snapshot: Any, *rest: Any) -> Any:
+        with self._lock:
+            self.begun.append(snapshot.state.step)
+            self._now += 1
+            self.most_at_once = max(self.most_at_once, self._now)
+        assert self.goes_on.wait(30)
+        try:
+            return self._write(run_folder, snapshot, *rest)
+        finally:
+            with self._lock:
+                self._now -= 1
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDisk]:
+    disk = SlowDisk()
+    monkeypatch.setattr(background, "write_checkpoint", disk.write)
+    yield disk
+    disk.goes_on.set()
+
+
+class TestWhatIsSaved:
+    @pytest.mark.parametrize("precision", ["fp32", "amp_fp16"])
+    def test_it_is_the_state_of_the_moment_though_training_goes_on(
+        self, tmp_path: Path, world: World, slow_disk: SlowDisk, precision: str
+    ) -> None:
+        trained = make_backend(world, seed=1, run={"precision": precision})
+        train_steps(trained, 3)
+        saver = BackgroundSaver(tmp_path, {}, trained, world, keep_last=1, asynchronous=True)
+        before, state = contents(trained), state_of(trained, 3)
+        saver.start(state)
+        train_steps(trained, 3, first_seed=50)
+        slow_disk.goes_on.set()
+        (outcome,) = saver.wait()
+        assert outcome.saved is not None and outcome.saved.folder == checkpoint_folder(tmp_path, 3)
+        other = make_backend(world, seed=2, run={"precision": precision})
+        assert load_training_state(outcome.saved.folder, other) == state
+        assert_same(contents(other), before)
+        assert updates_of(other) == 3
+        assert not all(before[name].equal(tensor) for name, tensor in contents(trained).items())
+
+    def test_the_next_one_is_of_its_own_moment(self, make_saver: MakeSaver, backend: DdpBackend, world: World) -> None:
+        """Though both are copied into the same buffers."""
+        saver, moments = make_saver(), []
+        for step in (4, 5, 6):
+            train_steps(backend, 1, first_seed=step)
+            moments.append((state_of(backend, step), contents(backend)))
+            saver.start(moments[-1][0])
+        saver.wait()
+        for state, expected in moments:
+            other = make_backend(world, seed=2)
+            assert load_training_state(checkpoint_folder(saver.run_folder, state.step), other) == state
+            assert_same(contents(other), expected)
+
+    def test_it_is_what_saving_without_a_thread_writes(self, make_saver: MakeSaver, backend: DdpBackend) -> None:
+        files = []
+        for asynchronous in (True, False):
+            saver = make_saver(asynchronous=asynchronous)
+            saver.start(state_of(backend, 3 + asynchronous))
+            (outcome,) = saver.wait()
+            assert outcome.saved is not None
+            files.append([path.read_bytes() for path in sorted(outcome.saved.folder.glob("*.safetensors"))])
+        assert files[0] == files[1] and len(files[0]) == 2
+
+    def test_older_ones_go(self, make_saver: MakeSaver, backend: DdpBackend) -> None:
+        saver = make_saver(keep_last=2)
+        for step in (1, 2, 3, 4):
+            saver.start(state_of(backend, step))
+        saver.wait()
+        assert [folder.name for folder in list_checkpoints(saver.run_folder)] == ["step_00000003", "step_00000004"]
+
+
+class TestBuffers:
+    def test_they_are_used_again_and_are_not_the_models(self, backend: DdpBackend, world: World) -> None:
+        taker = SnapshotTaker(backend, world)
+        first, second = taker.take(state_of(backend, 1)), taker.take(state_of(backend, 2))
+        places = [
+            {(part, key): tensor.data_ptr() for part, tensors in taken.parts.items() for key, tensor in tensors.items()}
+            for taken in (first, second)
+        ]
+        assert places[0] == places[1]
+        assert len(set(places[0].values())) == len(places[0]) == 3 * len(backend.parameter_shapes)
+        in_use = {
+            getattr(f, kind).data_ptr() for f in backend.fragments() for kind in ("weight", "exp_avg", "exp_avg_sq")
+        }
+        assert not in_use & set(places[0].values())
+
+
+class TestOneAtATime:
+    def test_the_next_start_waits_for_the_one_in_flight(
+        self, make_saver: MakeSaver, backend: DdpBackend, slow_disk: SlowDisk
+    ) -> None:
+        saver = make_saver()
+        assert saver.start(state_of(backend, 1)) == []
+        with ThreadPoolExecutor(1) as training:
+            second = training.submit(saver.start, state_of(backend, 2))
+            assert wait([second], timeout=0.2).not_done
+            assert slow_disk.begun == [1]
+            slow_disk.goes_on.set()
+            (outcome,) = second.result(timeout=30)
+        assert outcome.step == 1 and outcome.saved is not None and find_damage(outcome.saved.folder) is None
+        (outcome,) = saver.wait()
+        assert outcome.step == 2
+        assert outcome.pause_s >= 0.2, "the wait for the save before belongs to the pause"
+        assert slow_disk.begun == [1, 2]
+        assert slow_disk.most_at_once == 1
+
+    def test_poll_never_waits_and_gives_an_outcome_once(
+        self, make_saver: MakeSaver, backend: DdpBackend, slow_disk: SlowDisk
+    ) -> None:
+        saver = make_saver()
+        assert saver.poll() == [] and saver.last_step is None
+        saver.start(state_of(backend, 1))
+        assert saver.last_step == 1
+        assert saver.poll() == saver.poll() == []
+        assert list_checkpoints(saver.run_folder) == []
+        slow_disk.goes_on.set()
+        outcomes = saver.poll()
+        for _ in range(3000):
+            if outcomes:
+                break
+            threading.Event().wait(0.01)
+            outcomes = saver.poll()
+        assert [(outcome.step, outcome.problem) for outcome in outcomes] == [(1, None)]
+        assert saver.poll() == saver.wait() == []
+
+    def test_without_a_save_there_is_nothing_to_wait_for(self, make_saver: MakeSaver) -> None:
+        assert make_saver().wait() == []
+
+
+class TestSynchronous:
+    def test_the_checkpoint_stands_when_start_returns(self, make_saver: MakeSaver, backend: DdpBackend) -> None:
+        saver = make_saver(asynchronous=False)
+        for step in (1, 2):
+            saver.start(state_of(backend, step))
+            assert find_damage(checkpoint_folder(saver.run_folder, step)) is None
+            (outcome,) = saver.poll()
+            assert (outcome.step, outcome.problem) == (step, None)
+            assert outcome.saved is not None and outcome.pause_s >= outcome.saved.seconds
+
+    def test_a_failure_is_an_outcome_too(self, make_saver: MakeSaver, backend: DdpBackend) -> None:
+        saver = make_saver(asynchronous=False)
+        with largest_file(100):
+            assert saver.start(state_of(backend, 1)) == []
+        (outcome,) = saver.poll()
+        assert outcome.saved is None and "step_00000001" in str(outcome.problem)
+
+
+class TestFailure:
+    @pytest.mark.parametrize("asked", ["wait", "the next start"])
+    def test_a_failing_save_is_told_and_later_ones_work(
+        self, make_saver: MakeSaver, backend: DdpBackend, asked: str
+    ) -> None:
+        saver = make_saver(keep_last=1)
+        saver.start(state_of(backend, 1))
+        saver.wait()
+        with largest_file(20_000):
+            saver.start(state_of(backend, 2))
+            if asked == "wait":
+                (failed,) = saver.wait()
+            else:
+                (failed,) = saver.start(state_of(backend, 3))
+                saver.wait()
+        assert (failed.step, failed.saved) == (2, None)
+        assert failed.problem is not None and "\n" not in failed.problem
+        assert failed.problem.startswith(f"cannot save {checkpoint_folder(saver.run_folder, 2)}: rank 0: ")
+        assert [folder.name for folder in (saver.run_folder / "checkpoints").iterdir()] == ["step_00000001"]
+
+        train_steps(backend, 1, first_seed=9)
+        saver.start(state_of(backend, 4))
+        (outcome,) = saver.wait()
+        assert (outcome.step, outcome.problem) == (4, None)
+        assert outcome.saved is not None and find_damage(outcome.saved.folder) is None
+        assert list_checkpoints(saver.run_folder) == [outcome.saved.folder]
+
+
+def test_an_outcome_says_what_was_written(make_saver: MakeSaver, backend: DdpBackend) -> None:
+    saver = make_saver()
+    saver.start(state_of(backend, 3))
+    (outcome,) = saver.wait()
+    assert outcome.saved is not None and outcome.pause_s >= 0
+    written = sum(path.stat().st_size for path in outcome.saved.folder.glob("*.safetensors"))
+    assert outcome.saved.bytes_of_rank == {0: written}
+    assert outcome.saved.total_bytes == written > (outcome.saved.folder / WEIGHTS).stat().st_size
+    line = str(outcome.saved)
+    assert line.startswith(f"saved {outcome.saved.folder} in ") and "\n" not in line
+    assert f"rank 0 {written / 1e6:.1f} MB" in line

@@ -1,0 +1,211 @@
+"""What goes and what stays: never the last one that verifies, and never a part of one under its name."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint import (
+    find_damage,
+    list_checkpoints,
+    newest_good_checkpoint,
+    read_state,
+    remove_leftovers,
+    retention,
+    saving,
+    set_aside_after,
+    step_of,
+)
+from pipeline.checkpoint.retention import delete_checkpoint, delete_older, list_abandoned, list_leftovers
+from pipeline.errors import CheckpointError
+from tests.pipeline.checkpoint.conftest import STATE, WEIGHTS, Save
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def steps(run_folder: Path) -> list[int]:
+    return [read_state(folder)[0].step for folder in list_checkpoints(run_folder)]
+
+
+def names(run_folder: Path) -> list[str]:
+    return sorted(path.name for path in (run_folder / "checkpoints").iterdir())
+
+
+class TestKeepLast:
+    @pytest.mark.parametrize("keep_last", [1, 2, 3])
+    def test_the_last_ones_are_kept(self, save: Save, tmp_path: Path, keep_last: int) -> None:
+        for step in (5, 9, 10, 11, 100):
+            save(step, keep_last)
+        assert steps(tmp_path) == [5, 9, 10, 11, 100][-keep_last:]
+        assert len(names(tmp_path)) == keep_last
+
+    def test_they_are_ordered_by_step_and_not_by_name(self, save: Save, tmp_path: Path) -> None:
+        for step in (99_999_999, 100_000_000, 100_000_001):
+            save(step, keep_last=2)
+        assert steps(tmp_path) == [100_000_000, 100_000_001]
+
+    def test_a_run_that_went_back_keeps_what_it_writes(self, save: Save, tmp_path: Path) -> None:
+        for step in (5, 10, 15, 6, 7):
+            save(step, keep_last=3)
+        assert steps(tmp_path) == [5, 6, 7, 10, 15]
+        save(8, keep_last=1)
+        assert steps(tmp_path) == [8, 10, 15]
+
+    def test_nothing_is_deleted_until_the_newer_one_is_read_back(
+        self, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A disk that keeps other bytes than it was given."""
+        older = save(1)
+
+        def flip_a_bit(path: Path) -> None:
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+
+        monkeypatch.setattr(saving, "fsync_file", flip_a_bit)
+        with pytest.raises(CheckpointError, match=r"step_00000002: rank 0: rank_00000_weights.* not written as it sh"):
+            save(2, keep_last=1)
+        assert list((tmp_path / "checkpoints").iterdir()) == [older]
+        assert newest_good_checkpoint(tmp_path) == older
+
+    @pytest.mark.parametrize("keep_last", [1, 2])
+    def test_one_that_verifies_is_always_left(self, save: Save, tmp_path: Path, keep_last: int) -> None:
+        """Though others were damaged since they were written."""
+        for step in (1, 2, 3, 4):
+            for folder in list_checkpoints(tmp_path):
+                (folder / WEIGHTS).write_bytes(b"")
+            newest = save(step, keep_last)
+            assert newest_good_checkpoint(tmp_path) == newest
+        for _ in range(3):
+            delete_older(tmp_path, newest, keep_last)
+        assert newest_good_checkpoint(tmp_path) == newest
+
+    def test_an_older_one_that_cannot_be_deleted_does_not_fail_the_save(
+        self, save: Save, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        older = save(1)
+        older.with_name(".step_00000001.deleted.partial").write_text("in the way")
+        with caplog.at_level(logging.WARNING):
+            newer = save(2, keep_last=1)
+        assert "cannot delete older checkpoints" in caplog.text
+        assert list_checkpoints(tmp_path) == [older, newer]
+        assert find_damage(older) is None and find_damage(newer) is None
+
+
+class TestDeletion:
+    def test_a_part_of_a_checkpoint_never_stands_under_its_name(
+        self, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        older, newer = save(1), save(2)
+
+        def fail_half_way(folder: Path) -> None:
+            (folder / STATE).unlink()
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(retention.shutil, "rmtree", fail_half_way)
+        with pytest.raises(OSError, match="Input/output error"):
+            delete_checkpoint(newer)
+        monkeypatch.undo()
+        assert list_checkpoints(tmp_path) == [older]
+        assert list_leftovers(tmp_path) == [newer.with_name(".step_00000002.deleted.partial")]
+        remove_leftovers(tmp_path)
+        assert names(tmp_path) == [older.name]
+
+    def test_a_process_killed_while_it_deletes_leaves_no_part_under_a_name(self, save: Save, tmp_path: Path) -> None:
+        for step in (1, 2, 3):
+            save(step)
+        script = (
+            "import os, signal, sys; from pathlib import Path; from pipeline.checkpoint import retention\n"
+            "unlink, removed = os.unlink, []\n"
+            "def die_after_two(*args, **options):\n"
+            "    unlink(*args, **options); removed.append(args)\n"
+            "    if len(removed) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "os.unlink = die_after_two\n"
+            "run = Path(sys.argv[1]); retention.delete_older(run, retention.list_checkpoints(run)[-1], 1)\n"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, check=False, timeout=60)
+        assert killed.returncode == -signal.SIGKILL
+        assert [len(list(folder.iterdir())) for folder in list_leftovers(tmp_path)] == [2]
+        assert [(step_of(folder), find_damage(folder)) for folder in list_checkpoints(tmp_path)] == [
+            (2, None),
+            (3, None),
+        ]
+
+
+class TestLeftovers:
+    def test_leftovers_of_crashed_saves_are_removed(self, save: Save, tmp_path: Path) -> None:
+        leftover = tmp_path / "checkpoints" / ".step_00000002.partial"
+        leftover.mkdir(parents=True)
+        (leftover / WEIGHTS).write_bytes(b"half")
+        assert newest_good_checkpoint(tmp_path) is None
+        folder = save()
+        assert newest_good_checkpoint(tmp_path) == folder
+        remove_leftovers(tmp_path)
+        assert list((tmp_path / "checkpoints").iterdir()) == [folder]
+
+    def test_a_leftover_of_the_same_step_is_written_over(self, save: Save, tmp_path: Path) -> None:
+        leftover = tmp_path / "checkpoints" / ".step_00000003.partial"
+        leftover.mkdir(parents=True)
+        (leftover / "rank_00007_weights.safetensors").write_bytes(b"of more ranks")
+        folder = save(3)
+        assert find_damage(folder) is None
+        assert list((tmp_path / "checkpoints").iterdir()) == [folder]
+        assert len(list(folder.iterdir())) == 4
+
+    def test_what_is_none_is_left_alone(self, save: Save, tmp_path: Path) -> None:
+        folder = save()
+        (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
+        (tmp_path / "checkpoints" / "step_00000009.keep").mkdir()
+        remove_leftovers(tmp_path)
+        assert names(tmp_path) == ["notes.txt", folder.name, "step_00000009.keep"]
+        assert list_checkpoints(tmp_path) == [folder]
+
+    def test_a_run_without_checkpoints_has_none(self, tmp_path: Path) -> None:
+        remove_leftovers(tmp_path)
+        set_aside_after(tmp_path, 0)
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestSettingAside:
+    def test_later_ones_are_renamed_and_stay_whole(
+        self, save: Save, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        kept = [save(1), save(2)]
+        later = [save(3), save(4)]
+        with caplog.at_level(logging.WARNING):
+            set_aside_after(tmp_path, 2)
+        assert list_checkpoints(tmp_path) == kept
+        assert newest_good_checkpoint(tmp_path) == kept[-1]
+        abandoned = [folder.with_name(folder.name + ".abandoned") for folder in later]
+        assert list_abandoned(tmp_path) == abandoned
+        assert [find_damage(folder) for folder in abandoned] == [None, None]
+        assert all(str(folder) in caplog.text for folder in abandoned)
+
+    def test_they_are_not_counted_and_not_deleted(self, save: Save, tmp_path: Path) -> None:
+        for step in (1, 2, 3):
+            save(step)
+        set_aside_after(tmp_path, 1)
+        save(2, keep_last=1)
+        assert names(tmp_path) == ["step_00000002", "step_00000002.abandoned", "step_00000003.abandoned"]
+
+    def test_none_set_aside_before_is_lost(self, save: Save, tmp_path: Path) -> None:
+        for _ in range(2):
+            save(1)
+            set_aside_after(tmp_path, 0)
+        assert names(tmp_path) == ["step_00000001.abandoned", "step_00000001.abandoned-2"]
+        assert [find_damage(folder) for folder in list_abandoned(tmp_path)] == [None, None]
+
+    def test_one_set_aside_can_be_named_again(self, save: Save, tmp_path: Path) -> None:
+        abandoned = save(2).with_name("step_00000002.abandoned")
+        set_aside_after(tmp_path, 1)
+        assert find_damage(abandoned) is None
+        shutil.move(abandoned, tmp_path / "checkpoints" / "step_00000002")
+        assert newest_good_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_00000002"

@@ -1,0 +1,150 @@
+"""A damaged checkpoint is found, named, and passed over."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.checkpoint import find_damage, locate_checkpoint, newest_good_checkpoint, read_manifest, read_state
+from pipeline.errors import CheckpointError
+from tests.pipeline.checkpoint.conftest import FILES, MANIFEST, STATE, WEIGHTS, Save, edit_manifest
+
+
+def truncate(path: Path) -> None:
+    content = path.read_bytes()
+    if path.name == MANIFEST:
+        content = content.rstrip()  # its last byte means nothing, and no hash is kept of it elsewhere
+    path.write_bytes(content[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def append(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"}")
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def make_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def link_to_a_copy(path: Path) -> None:
+    """The contents are right, but another file's, which may change at any time."""
+    elsewhere = path.parent.parent.parent / f"elsewhere_{path.name}"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+HARMS = {harm.__name__: harm for harm in (truncate, empty, append, flip_a_bit, delete, make_a_folder, link_to_a_copy)}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("file", FILES)
+def test_damage_is_found_and_the_older_one_is_used(
+    save: Save, tmp_path: Path, file: str, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = save(2), save(3)
+    assert find_damage(newer) is None
+    assert newest_good_checkpoint(tmp_path) == newer
+    HARMS[harm](newer / file)
+    problem = find_damage(newer)
+    assert problem is not None and str(newer / file) in problem and "\n" not in problem
+    with caplog.at_level(logging.WARNING):
+        assert newest_good_checkpoint(tmp_path) == older
+    assert str(newer) in caplog.text
+    assert locate_checkpoint(tmp_path) == older
+    with pytest.raises(CheckpointError) as caught:
+        locate_checkpoint(newer)
+    assert str(newer) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_link_to_nothing_is_found(save: Save) -> None:
+    folder = save()
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to("nowhere")
+    assert str(folder / WEIGHTS) in str(find_damage(folder))
+
+
+def test_no_bit_of_a_manifest_can_change_unnoticed(save: Save) -> None:
+    path = save() / MANIFEST
+    content = path.read_bytes()
+    for at in range(0, len(content) - 1, 7):
+        path.write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :])
+        problem = find_damage(path.parent)
+        assert problem is not None, content[at - 10 : at + 10]
+        assert "\n" not in problem
+    path.write_bytes(content)
+    assert find_damage(path.parent) is None
+
+
+@pytest.mark.parametrize("file", [name for name in FILES if name != MANIFEST])
+def test_no_bit_of_another_file_can_change_unnoticed(save: Save, file: str) -> None:
+    path = save() / file
+    content = path.read_bytes()
+    for at in range(0, len(content), len(content) // 40):
+        path.write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :])
+        assert str(path) in str(find_damage(path.parent)), at
+
+
+def test_all_damaged_is_none_at_all(save: Save, tmp_path: Path) -> None:
+    (save() / STATE).unlink()
+    assert newest_good_checkpoint(tmp_path) is None
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        locate_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["nowhere", "a_file", "an_empty_folder"])
+def test_a_place_without_checkpoints(tmp_path: Path, place: str) -> None:
+    (tmp_path / "a_file").write_text("x")
+    (tmp_path / "an_empty_folder").mkdir()
+    assert newest_good_checkpoint(tmp_path / place) is None
+    with pytest.raises(CheckpointError, match=f"{place}: no checkpoint here"):
+        locate_checkpoint(tmp_path / place)
+
+
+def test_another_format_version_is_refused(save: Save) -> None:
+    folder = save()
+    edit_manifest(folder, lambda manifest: manifest.update(format_version=2))
+    assert "format version 2, this program reads 1" in str(find_damage(folder))
+
+
+@pytest.mark.parametrize("key", ["files", "parameters"])
+@pytest.mark.parametrize("value", [None, [1], "x", {"a": 3}], ids=["none", "list", "text", "object"])
+def test_a_malformed_manifest_is_one_line(save: Save, key: str, value: Any) -> None:
+    folder = save()
+    edit_manifest(folder, lambda manifest: manifest.update({key: value}))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: (malformed|'a' is no file)"):
+        read_manifest(folder)
+    assert "\n" not in str(find_damage(folder))
+
+
+def test_a_manifest_of_what_is_no_checkpoint_is_one_line(save: Save, corpus: Path) -> None:
+    """Token shards have a manifest.json too."""
+    with pytest.raises(CheckpointError, match=r"manifest\.json: "):
+        locate_checkpoint(corpus)
+    folder = save()
+    (folder / MANIFEST).write_text(json.dumps([1]))
+    assert find_damage(folder) == f"{folder / MANIFEST}: expected a JSON object"
+
+
+def test_a_malformed_state_is_one_line(save: Save) -> None:
+    folder = save()
+    (folder / STATE).write_text('{"step": 3}')
+    with pytest.raises(CheckpointError, match=r"state\.json: malformed"):
+        read_state(folder)
