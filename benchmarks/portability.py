@@ -15,7 +15,17 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.agreement import LOSS_TOLERANCE
-from benchmarks.runs import BACKENDS, TINY_RUN, Curve, Sections, curve_of, make_corpus, merged, read_curve
+from benchmarks.runs import (
+    BACKENDS,
+    BYTE_VOCAB_SIZE,
+    TINY_RUN,
+    Curve,
+    Sections,
+    curve_of,
+    make_byte_corpus,
+    merged,
+    read_curve,
+)
 from pipeline.checkpoint import list_checkpoints, step_of
 from pipeline.checkpoint.folder import checkpoint_folder
 
@@ -61,7 +71,7 @@ class Portability:
             TINY_RUN,
             {
                 "run": {"precision": precision},
-                "model": {"dropout": dropout},
+                "model": {"dropout": dropout, "vocab_size": BYTE_VOCAB_SIZE},
                 "data": {"path": str(data)},
                 "batch": {"tokens_per_step": 192, "micro_batch_size": 1},
                 "schedule": {"max_steps": SAVED_AT + STEPS_AFTER},
@@ -143,7 +153,7 @@ def main() -> None:
     arguments = parser.parse_args()
     failures = []
     with tempfile.TemporaryDirectory() as scratch:
-        data = make_corpus(Path(scratch) / "data")
+        data = make_byte_corpus(Path(scratch) / "data")
         for precision in arguments.precisions:
             results = []
             for result in compare(data, Path(scratch), precision, every_pair()):

@@ -6,13 +6,26 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_tools.corpus import tokenize_corpus
 from data_tools.request import TokenizeRequest
+from data_tools.shards import (
+    MANIFEST_NAME,
+    TRAIN_SPLIT,
+    VAL_SPLIT,
+    Manifest,
+    ShardWriter,
+    SourceRecord,
+    TokenizerRecord,
+)
+from data_tools.storage import write_json_durably
 from pipeline.metrics import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -36,6 +49,10 @@ TINY_RUN: Sections = {
     "evaluation": {"every_steps": 1000, "max_batches": 4},
     "logging": {"every_steps": 1, "tensorboard": False},
 }
+
+
+#: One token a byte, and END_OF_TEXT: the output layer of such a model costs next to nothing.
+BYTE_VOCAB_SIZE = 257
 
 
 @dataclass(frozen=True)
@@ -63,6 +80,29 @@ def make_corpus(folder: Path, documents: int = 60) -> Path:
     tokenize_corpus(
         TokenizeRequest(source="python-stdlib", out=folder, limit_documents=documents, val_fraction=0.05, workers=1)
     )
+    return folder
+
+
+def make_byte_corpus(folder: Path, documents: int = 60) -> Path:
+    """The same text in a vocabulary of bytes, for runs of many short steps; ``model.vocab_size`` is 257."""
+    folder.mkdir(parents=True)
+    texts = [path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:documents]]
+    records = []
+    for split, chosen in ((TRAIN_SPLIT, texts[1:]), (VAL_SPLIT, texts[:1])):
+        writer = ShardWriter(folder, f"{split}_000000.npy", split)
+        for text in chosen:
+            tokens = np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
+            writer.append(
+                np.concatenate([[BYTE_VOCAB_SIZE - 1], tokens]).astype(np.uint16), documents=1, utf8_bytes=len(text)
+            )
+        records.append(writer.close())
+    manifest = Manifest(
+        tokenizer=TokenizerRecord("bytes", BYTE_VOCAB_SIZE, BYTE_VOCAB_SIZE - 1, "0" * 64),
+        source=SourceRecord("python-stdlib", {}),
+        settings={},
+        shards=tuple(records),
+    )
+    write_json_durably(folder / MANIFEST_NAME, manifest.to_json())
     return folder
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 _RANK, _WORLD_SIZE, _LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
-_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+_RESTARTS, _LAUNCH = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"
 
 
 def launched_rank() -> int:
@@ -26,6 +26,11 @@ def launched_local_rank() -> int:
 def launcher_restarts() -> int:
     """How often the launcher has started this run's processes anew after a failure; 0: this is the first time."""
     return int(os.environ.get(_RESTARTS, "0"))
+
+
+def launch_id() -> str | None:
+    """What the starts by one launcher have in common, restarts included; None: no launcher that restarts."""
+    return os.environ.get(_LAUNCH)
 
 
 def present_as_launched(device_type: str) -> None:

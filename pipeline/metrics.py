@@ -50,10 +50,11 @@ class MetricsLog:
 
     def __init__(self, run_folder: Path, *, resumed_step: int, tensorboard: bool) -> None:
         run_folder.mkdir(parents=True, exist_ok=True)
-        path = run_folder / METRICS_FILE
-        _keep_rows_until(path, resumed_step)
-        self._file = path.open("ab", buffering=0)
+        self._path = run_folder / METRICS_FILE
+        _keep_rows_until(self._path, resumed_step)
+        self._file = self._path.open("ab", buffering=0)
         self._waiting: list[dict[str, Any]] = []
+        self._rewind_to: int | None = None  # a step to go back to as soon as the disk lets us
         self._tensorboard_folder = str(run_folder / TENSORBOARD_FOLDER) if tensorboard else None
         self._writer: SummaryWriter | None = None
         self._open_writer(purge_step=resumed_step + 1 if resumed_step else 0)
@@ -62,12 +63,29 @@ class MetricsLog:
         """Add one row; ``row["step"]`` is required."""
         self._waiting.append(row)
         try:
+            self._rewind_file()
             while self._waiting:
                 self._append(self._waiting[0])
                 self._draw(self._waiting.pop(0))
         except OSError as error:
             if len(self._waiting) <= 1:
                 log.warning("cannot write metrics (%s); they wait in memory", error.strerror)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after ``step``: they will be written again."""
+        self._waiting = [row for row in self._waiting if row["step"] <= step]
+        self._rewind_to = step
+        if self._writer:
+            with suppress(OSError):
+                self._writer.close()
+        self._open_writer(purge_step=step + 1)
+
+    def _rewind_file(self) -> None:
+        if self._rewind_to is not None:
+            _keep_rows_until(self._path, self._rewind_to)  # replaces the file
+            self._file.close()
+            self._file = self._path.open("ab", buffering=0)
+            self._rewind_to = None
 
     def _append(self, row: dict[str, Any]) -> None:
         """The whole line, or nothing of it."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from pipeline.checkpoint import (
     list_checkpoints,
     locate_checkpoint,
     newest_good_checkpoint,
     read_state,
+    read_state_file,
     remove_leftovers,
     set_aside_after,
 )
 from pipeline.config import Config
-from pipeline.environment import launcher_restarts
+from pipeline.environment import launch_id, launcher_restarts
 from pipeline.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -70,12 +72,13 @@ def _choose(config: Config, data_sha256: str, run_folder: Path) -> Path | None:
 
 
 def _find_start(run_folder: Path, resume: str) -> Path | None:
-    if resume == NONE and launcher_restarts():
-        log.info("the launcher has started this run anew: it continues its own checkpoints")
-        resume = AUTO
     if resume == AUTO:
         return newest_good_checkpoint(run_folder)
     if resume == NONE:
+        own = newest_good_checkpoint(run_folder) if launcher_restarts() else None
+        if own and read_state_file(own).launch_id == launch_id():
+            log.info("the launcher has started this run anew: it continues its own checkpoints")
+            return own
         if list_checkpoints(run_folder):
             raise CheckpointError(
                 f"{run_folder} already holds checkpoints of a run; give another run.out_dir, "
@@ -88,7 +91,7 @@ def _find_start(run_folder: Path, resume: str) -> Path | None:
 def _find_named_start(run_folder: Path, named: Path) -> Path:
     """A named checkpoint, or what this run has made of it before: the same command continues after a crash."""
     own = newest_good_checkpoint(run_folder)
-    if own and read_state(own)[1].get("checkpoint", {}).get("resume") == str(named):
+    if own and _stored(own, "checkpoint").get("resume") == str(named):
         log.info("this run began from %s before: it continues its own newest checkpoint", named)
         return own
     start = locate_checkpoint(named)
@@ -102,10 +105,10 @@ def _find_named_start(run_folder: Path, named: Path) -> Path:
 
 def _expect_same_order(config: Config, data_sha256: str, folder: Path) -> None:
     """The samples consumed so far mean the same only under the same seed, sample length and data."""
-    state, stored = read_state(folder)
+    state, _ = read_state(folder)
     if not state.samples:
         return
-    stored_length = stored.get("data", {}).get("seq_len") or stored.get("model", {}).get("context_length")
+    stored_length = _stored(folder, "data").get("seq_len") or _stored(folder, "model").get("context_length")
     for key, before, now in (
         ("run.seed", state.seed, config.run.seed),
         ("data.seq_len", stored_length, config.seq_len),
@@ -120,3 +123,9 @@ def _expect_same_order(config: Config, data_sha256: str, folder: Path) -> None:
             f"{folder}: was trained on other data than {config.data.path} holds now (its manifest has changed); "
             "set data.path to the data it was trained on, or another run.out_dir"
         )
+
+
+def _stored(folder: Path, section: str) -> dict[str, Any]:
+    """A section of the config that a checkpoint was saved with; empty where it holds something else."""
+    value = read_state(folder)[1].get(section)
+    return value if isinstance(value, dict) else {}

@@ -58,8 +58,7 @@ class RunRecord:
     def rewind(self, step: int) -> None:
         """Drop the rows after ``step``: the run has gone back to it."""
         if self._metrics:
-            self._metrics.close()
-            self._metrics = self._open(step)
+            self._metrics.rewind(step)
 
     def close(self, results: dict[str, float]) -> None:
         """Write settings and final results for TensorBoard's HPARAMS page, and close."""

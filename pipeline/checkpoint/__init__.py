@@ -19,6 +19,7 @@ from pipeline.checkpoint.folder import (
     list_checkpoints,
     read_manifest,
     read_state,
+    read_state_file,
     step_of,
 )
 from pipeline.checkpoint.loading import load_training_state, load_weights
@@ -41,6 +42,7 @@ __all__ = [
     "newest_good_checkpoint",
     "read_manifest",
     "read_state",
+    "read_state_file",
     "remove_leftovers",
     "save_checkpoint",
     "set_aside_after",

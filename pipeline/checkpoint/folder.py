@@ -51,13 +51,14 @@ class StateFile:
     config: dict[str, Any]  # resolved
     world_size: Annotated[int, Field(ge=1)]  # that wrote the checkpoint
     versions: dict[str, str]
+    launch_id: str | None = None  # of the launcher's start that wrote it
 
     def to_json(self) -> dict[str, Any]:
         """What is written."""
         return {**asdict(self.training), **{key: getattr(self, key) for key in _BESIDE_TRAINING}}
 
 
-_BESIDE_TRAINING = ("world_size", "versions", "config")
+_BESIDE_TRAINING = ("world_size", "launch_id", "versions", "config")
 _STATE_FILE_SCHEMA = TypeAdapter(StateFile)
 
 

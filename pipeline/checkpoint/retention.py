@@ -78,6 +78,8 @@ def delete_checkpoint(folder: Path) -> None:
         OSError: it cannot be renamed or deleted.
     """
     doomed = _doomed_path(folder)
+    if doomed.exists():
+        _remove(doomed)
     folder.rename(doomed)
     fsync_folder(folder.parent)
     _remove(doomed)

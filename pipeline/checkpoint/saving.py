@@ -34,6 +34,7 @@ from pipeline.checkpoint.pieces import index_pieces
 from pipeline.checkpoint.retention import aside_path, delete_checkpoint, delete_older
 from pipeline.checkpoint.snapshot import Snapshot, SnapshotTaker
 from pipeline.distributed import World
+from pipeline.environment import launch_id
 from pipeline.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,9 @@ class SaveAttempt:
             result = action()
         except (OSError, SafetensorError, CheckpointError) as error:
             problem = f"rank {self.world.rank}: {getattr(error, 'strerror', None) or error}"
+        except Exception as error:
+            self.world.gather(f"rank {self.world.rank}: {error!r}")  # a defect; the others must not wait
+            raise
         problems = [text for text in self.world.gather(problem) if text]
         if problems:
             if self.world.is_main:
@@ -161,7 +165,9 @@ def _expect_written(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def write_metadata(aside: Path, snapshot: Snapshot, config: dict[str, Any], world_size: int, files: Files) -> None:
     """State and manifest; then all headers are read back."""
-    write_json_durably(aside / STATE_FILE, StateFile(snapshot.state, config, world_size, _versions()).to_json())
+    write_json_durably(
+        aside / STATE_FILE, StateFile(snapshot.state, config, world_size, _versions(), launch_id()).to_json()
+    )
     manifest = {
         "format_version": FORMAT_VERSION,
         "parameters": snapshot.shapes,

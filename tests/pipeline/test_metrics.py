@@ -90,6 +90,22 @@ def largest_file(size_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_going_back_drops_the_rows_after_it(tmp_path: Path) -> None:
+    metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=True)
+    for step in (1, 2, 3, 4):
+        metrics.write(row(step))
+    metrics.rewind(2)
+    for step in (3, 4):
+        metrics.write({**row(step), "again": True})
+    metrics.close()
+    assert [(written["step"], "again" in written) for written in read_metrics(tmp_path)] == [
+        (1, False),
+        (2, False),
+        (3, True),
+        (4, True),
+    ]
+
+
 class TestFullDisk:
     LINE_BYTES = len(json.dumps(row(1))) + 1
 
@@ -109,6 +125,20 @@ class TestFullDisk:
         metrics.write(row(5))
         assert read_metrics(tmp_path) == [row(step) for step in range(1, 6)]
         metrics.close()
+
+    def test_going_back_while_the_disk_is_full(self, tmp_path: Path) -> None:
+        metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=False)
+        for step in (1, 2):
+            metrics.write(row(step))
+        with largest_file(self.LINE_BYTES // 2):
+            for step in (3, 4):
+                metrics.write(row(step))
+            metrics.rewind(3)
+            metrics.write(row(4))
+            assert read_metrics(tmp_path) == [row(1), row(2)]
+        metrics.write(row(5))
+        metrics.close()
+        assert read_metrics(tmp_path) == [row(step) for step in range(1, 6)]
 
     def test_a_second_time_is_told_again(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=False)

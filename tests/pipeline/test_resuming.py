@@ -136,11 +136,22 @@ class TestNone:
     def test_a_launcher_that_starts_it_anew_continues_it(
         self, save: Save, run_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
         newest = [save(step, "none") for step in (2, 4)][-1]
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
         assert start(run_folder, "none") == newest
         damage(newest)
         assert start(run_folder, "none") == newest.with_name("step_00000002")
+
+    def test_a_launcher_that_was_refused_does_not_continue_an_older_run(
+        self, save: Save, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "an older launch")
+        save(2, "none")
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
+        for restarts in ("0", "1", "2"):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+            expect_refused("already holds checkpoints", run_folder, "none")
 
     def test_the_launchers_first_start_is_none(
         self, save: Save, run_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -154,6 +165,21 @@ class TestNone:
     ) -> None:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
         assert start(run_folder, "none") is None
+
+
+@pytest.mark.parametrize("section", ["data", "model", "checkpoint"])
+@pytest.mark.parametrize("content", [None, [1], "text"], ids=repr)
+def test_a_stored_config_that_is_none_is_no_traceback(
+    save: Save, world: World, run_folder: Path, section: str, content: Any
+) -> None:
+    good = config_of(run_folder)
+    backend = DdpBackend(build_model(good.model, 1), good, world)
+    state = TrainingState(2, 8, 96, 2, None, 0, good.run.seed, DATA)
+    older = save_checkpoint(run_folder, state, {**dump_config(good), section: content}, backend, world, keep_last=2)
+    try:
+        assert start(run_folder, older) == older
+    except CheckpointError as error:
+        assert "\n" not in str(error)
 
 
 class TestGoingBack:
@@ -197,6 +223,9 @@ class TestGoingBack:
         abandoned = older.with_name("step_00000004.abandoned")
         assert start(run_folder, abandoned) == abandoned
         assert older.with_name("step_00000004") not in list_checkpoints(run_folder)
+        assert find_damage(abandoned) is None, "it is what the run goes on from"
+        newer = save(5, abandoned)
+        assert start(run_folder, abandoned) == start(run_folder) == newer
 
     def test_the_run_folder_itself_is_its_newest(self, save: Save, run_folder: Path) -> None:
         newest = [save(step) for step in (2, 4)][-1]
@@ -297,6 +326,11 @@ class TestLeftovers:
         assert start(run_folder) == newest
         assert [step_of(folder) for folder in list_checkpoints(run_folder)] == [2]
         assert names(run_folder) == ["step_00000002"]
+
+    def test_what_cannot_be_removed_is_one_line(self, save: Save, run_folder: Path) -> None:
+        leftover = save(2).parent / ".step_00000004.partial"
+        leftover.write_text("a file where a folder should be")
+        expect_refused(f"{run_folder}: cannot be prepared .*{leftover.name}", run_folder)
 
 
 class TestRunFolder:

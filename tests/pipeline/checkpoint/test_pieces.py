@@ -351,6 +351,8 @@ class TestManifest:
             [12, None],
             [[12], 21],
             [2**80, 21],
+            [2**62, 8],
+            [2**40, 2**40],
         ],
         ids=lambda value: json.dumps(value)[:16],
     )
@@ -395,6 +397,8 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     *[("loss_scale", value) for value in (0.0, -1.0, float("nan"), float("inf"))],
     ("guard", {"bad_in_a_row": -1}),
     ("guard", {"rollbacks": -1}),
+    ("guard", {"skipped_samples": [[-4, 4]]}),
+    ("world_size", 0),
 ]
 
 

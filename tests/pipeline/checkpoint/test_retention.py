@@ -139,6 +139,14 @@ class TestDeletion:
             (3, None),
         ]
 
+    def test_of_a_checkpoint_on_another_disk_the_link_goes(self, save: Save, tmp_path: Path) -> None:
+        linked, newer = save(1), save(2)
+        elsewhere = linked.rename(tmp_path / "elsewhere")
+        linked.symlink_to(elsewhere)
+        delete_older(tmp_path, newer, 1)
+        assert names(tmp_path) == [newer.name]
+        assert find_damage(elsewhere) is None
+
 
 class TestLeftovers:
     def test_leftovers_of_crashed_saves_are_removed(self, save: Save, tmp_path: Path) -> None:
@@ -202,6 +210,15 @@ class TestSettingAside:
             set_aside_after(tmp_path, 0)
         assert names(tmp_path) == ["step_00000001.abandoned", "step_00000001.abandoned-2"]
         assert [find_damage(folder) for folder in list_abandoned(tmp_path)] == [None, None]
+
+    def test_of_the_step_that_is_the_origin_the_other_branch_goes(self, save: Save, tmp_path: Path) -> None:
+        origin = save(2).rename(tmp_path / "checkpoints" / "step_00000002.abandoned")
+        other = save(2)
+        set_aside_after(tmp_path, 2, other)
+        assert list_checkpoints(tmp_path) == [other]
+        set_aside_after(tmp_path, 2, origin)
+        assert list_checkpoints(tmp_path) == []
+        assert names(tmp_path) == ["step_00000002.abandoned", "step_00000002.abandoned-2"]
 
     def test_one_set_aside_can_be_named_again(self, save: Save, tmp_path: Path) -> None:
         abandoned = save(2).with_name("step_00000002.abandoned")

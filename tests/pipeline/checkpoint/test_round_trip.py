@@ -80,6 +80,13 @@ class TestRoundTrip:
         load_training_state(folder, unscaled)
         assert unscaled.loss_scaler.scale == 1.0
 
+    def test_without_a_loss_scale_there_is_none_to_come_back(self, save: Save, world: World) -> None:
+        folder = save()
+        assert read_state(folder)[0].loss_scale is None
+        scaled = make_backend(world, seed=2, run={"precision": "amp_fp16"})
+        load_training_state(folder, scaled)
+        assert (scaled.loss_scaler.scale, scaled.loss_scaler.good_steps) == (2.0**16, 0)
+
     def test_what_the_step_guard_remembers_comes_back(self, tmp_path: Path, backend: DdpBackend, world: World) -> None:
         guard = GuardState(2, 1, ((40, 44), (8, 12)), ((5.25, 1.0), (1 / 3, 2e-30)))
         state = replace(state_of(backend, 3), guard=guard, data_sha256="ab" * 32)

@@ -81,6 +81,17 @@ def test_a_link_to_nothing_is_found(save: Save) -> None:
     assert str(folder / WEIGHTS) in str(find_damage(folder))
 
 
+def test_a_checkpoint_on_another_disk_may_be_linked_to(save: Save, tmp_path: Path) -> None:
+    """The folder is the user's to place; what is in it stays together."""
+    folder = save()
+    elsewhere = folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(elsewhere)
+    assert find_damage(folder) is None
+    assert newest_good_checkpoint(tmp_path) == folder
+    delete(elsewhere / WEIGHTS)
+    assert find_damage(folder) == f"{folder / WEIGHTS}: missing"
+
+
 def test_no_bit_of_a_manifest_can_change_unnoticed(save: Save) -> None:
     path = save() / MANIFEST
     content = path.read_bytes()
