@@ -19,14 +19,14 @@ from benchmarks.runs import Sections, make_corpus, merged
 from pipeline.metrics import read_metrics
 
 GIB = 1 << 30
-STEPS, SAVED_AT = 8, 3
-SIDES = (("ddp", 1), ("ddp", 2), ("fsdp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2))
+STEPS, SAVED_AT = 6, 2
+SIDES = (("ddp", 1), ("fsdp", 2), ("zero2", 2), ("zero3", 2), ("ddp", 2))
 
 GPT2_RUN: Sections = {
     "run": {"device": "cpu", "precision": "amp_bf16"},
     "model": {"preset": "gpt2"},
     "data": {"seq_len": 256},
-    "batch": {"tokens_per_step": 1024, "micro_batch_size": 1},
+    "batch": {"tokens_per_step": 512, "micro_batch_size": 1},
     "schedule": {"warmup_steps": 1},
     "evaluation": {"every_steps": 1000, "max_batches": 1},
     "logging": {"every_steps": 1, "tensorboard": False},
