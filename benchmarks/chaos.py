@@ -173,7 +173,8 @@ def print_summary(outcomes: list[Outcome]) -> None:
     lost = [steps for outcome in outcomes for steps in outcome.lost_steps]
     saves = [count for outcome in outcomes for count in outcome.lost_saves]
     survived = sum(not outcome.problems for outcome in outcomes)
-    print(f"\n{survived} of {len(outcomes)} runs came to the uninterrupted run's end, after {len(lost)} kills")
+    kills = sum(outcome.kills for outcome in outcomes)
+    print(f"\n{survived} of {len(outcomes)} runs came to the uninterrupted run's end, after {kills} kills")
     print(f"largest loss difference: {max(outcome.loss_difference for outcome in outcomes):.1e}")
     print(f"saves lost by a kill: at most {max(saves, default=0)}, {sum(count > 0 for count in saves)} kills lost one")
     beyond = sum(steps > EVERY_STEPS for steps in lost)

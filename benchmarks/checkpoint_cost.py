@@ -23,10 +23,10 @@ STEPS, SAVED_AT = 6, 2
 SIDES = (("ddp", 1), ("fsdp", 2), ("zero2", 2), ("zero3", 2), ("ddp", 2))
 
 GPT2_RUN: Sections = {
-    "run": {"device": "cpu", "precision": "amp_bf16"},
+    "run": {"device": "cpu", "precision": "fp32"},
     "model": {"preset": "gpt2"},
-    "data": {"seq_len": 256},
-    "batch": {"tokens_per_step": 512, "micro_batch_size": 1},
+    "data": {"seq_len": 128},
+    "batch": {"tokens_per_step": 256, "micro_batch_size": 1},
     "schedule": {"warmup_steps": 1},
     "evaluation": {"every_steps": 1000, "max_batches": 1},
     "logging": {"every_steps": 1, "tensorboard": False},
