@@ -33,6 +33,11 @@ def forget_after(run_folder: Path, step: int) -> None:
             shutil.rmtree(folder)
 
 
+def steps_logged(run_folder: Path) -> list[tuple[int, bool]]:
+    """Of training and validation rows; a save is written down when it ends, a step or two later."""
+    return [(row["step"], "loss" in row) for row in read_metrics(run_folder) if "loss" in row or "val_loss" in row]
+
+
 def weights_of(run_folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in list_checkpoints(run_folder)[-1].glob("*.safetensors")}
 
@@ -48,7 +53,7 @@ def test_the_same_run_continues_bit_for_bit(
     sections = run_sections(corpus, {"run": {"precision": precision}, "model": {"dropout": 0.1}})
     whole = curve_of(backend, tmp_path, sections, processes)
     weights = weights_of(tmp_path)
-    rows = [(row["step"], "loss" in row) for row in read_metrics(tmp_path)]
+    rows = steps_logged(tmp_path)
 
     forget_after(tmp_path, SAVED_AT)
     continued = curve_of(backend, tmp_path, sections, processes)
@@ -56,7 +61,7 @@ def test_the_same_run_continues_bit_for_bit(
     assert continued.losses == whole.losses
     assert continued.grad_norms == whole.grad_norms
     assert weights_of(tmp_path) == weights
-    assert [(row["step"], "loss" in row) for row in read_metrics(tmp_path)] == rows, "a gap or a duplicate"
+    assert steps_logged(tmp_path) == rows, "a gap or a duplicate"
 
 
 @pytest.mark.parametrize(
