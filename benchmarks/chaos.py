@@ -17,7 +17,17 @@ from pathlib import Path
 
 from benchmarks.agreement import LOSS_TOLERANCE
 from benchmarks.live_run import LiveRun
-from benchmarks.runs import BACKENDS, TINY_RUN, Curve, Sections, curve_of, make_corpus, merged, read_curve
+from benchmarks.runs import (
+    BACKENDS,
+    TINY_RUN,
+    Curve,
+    Sections,
+    curve_of,
+    last_logged_step,
+    make_corpus,
+    merged,
+    read_curve,
+)
 from pipeline.checkpoint import find_damage, list_checkpoints
 from pipeline.metrics import read_metrics
 
@@ -137,11 +147,6 @@ def is_in_save_after(run: LiveRun, step: int) -> bool:
     """Whether a checkpoint of a step beyond ``step`` is being written right now."""
     names = [path.name for path in run.run_folder.glob("checkpoints/.step_*.partial")]
     return any(int(name.split("_")[1].split(".")[0]) > step for name in names)
-
-
-def last_logged_step(run_folder: Path) -> int:
-    """The last training step in ``metrics.jsonl``; 0: none."""
-    return max((row["step"] for row in read_metrics(run_folder) if "loss" in row), default=0)
 
 
 def run_all(runs: int, seed: int, data: Path, scratch: Path, jobs: int) -> Iterator[Outcome]:

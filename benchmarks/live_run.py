@@ -12,8 +12,15 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.runs import REPOSITORY, TRAIN, Sections, child_environment, ranks_command, train_arguments
-from pipeline.metrics import read_metrics
+from benchmarks.runs import (
+    REPOSITORY,
+    TRAIN,
+    Sections,
+    child_environment,
+    last_logged_step,
+    ranks_command,
+    train_arguments,
+)
 
 POLL_S = 0.02
 
@@ -69,7 +76,7 @@ class LiveRun:
 
     def last_step(self) -> int:
         """The last training step that the run has logged; 0: none."""
-        return max((row["step"] for row in read_metrics(self.run_folder) if "loss" in row), default=0)
+        return last_logged_step(self.run_folder)
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
         """Poll until the condition holds.

@@ -26,7 +26,7 @@ from benchmarks.runs import (
     merged,
     read_curve,
 )
-from pipeline.checkpoint import list_checkpoints, step_of
+from pipeline.checkpoint import list_checkpoints
 from pipeline.checkpoint.folder import checkpoint_folder
 
 SAVED_AT, STEPS_AFTER = 10, 30
@@ -100,8 +100,7 @@ class Portability:
 
 def last_tensors(run_folder: Path) -> dict[str, bytes]:
     """The bytes of all tensors of the last checkpoint."""
-    last = max(list_checkpoints(run_folder), key=step_of)
-    return {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
+    return {path.name: path.read_bytes() for path in list_checkpoints(run_folder)[-1].glob("*.safetensors")}
 
 
 def every_pair() -> list[tuple[Side, Side]]:

@@ -169,6 +169,11 @@ def read_curve(run_folder: Path) -> Curve:
     return Curve([row["loss"] for row in rows], [row["grad_norm"] for row in rows])
 
 
+def last_logged_step(run_folder: Path) -> int:
+    """The last training step in ``metrics.jsonl``; 0: none."""
+    return max((row["step"] for row in read_metrics(run_folder) if "loss" in row), default=0)
+
+
 def merged(*layers: Sections) -> Sections:
     """Sections of later layers over those of earlier ones, key by key."""
     result: Sections = {}

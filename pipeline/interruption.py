@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -10,8 +9,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 from pipeline.distributed import World
-
-log = logging.getLogger(__name__)
 
 #: Schedulers, Ctrl-C, and the warning that Slurm's --signal=USR1@120 sends before the time is up.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import sys
@@ -15,8 +14,6 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from pipeline.distributed import World
 from pipeline.errors import LostRankError
-
-log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 _KEY_PREFIX = "rank_watch"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import (
+    config_section,
     list_checkpoints,
     locate_checkpoint,
     newest_good_checkpoint,
@@ -26,7 +27,7 @@ AUTO, NONE = "auto", "none"
 
 
 def make_run_folder(folder: Path) -> None:
-    """The folder of a run, with what crashed saves left in it removed. The caller holds its lock, or takes it next.
+    """Make the folder of a run; the caller takes its lock next.
 
     Raises:
         ConfigError: it cannot be made, or not be written into.
@@ -126,6 +127,5 @@ def _expect_same_order(config: Config, data_sha256: str, folder: Path) -> None:
 
 
 def _stored(folder: Path, section: str) -> dict[str, Any]:
-    """A section of the config that a checkpoint was saved with; empty where it holds something else."""
-    value = read_state(folder)[1].get(section)
-    return value if isinstance(value, dict) else {}
+    """A section of the config that a checkpoint was saved with."""
+    return config_section(read_state(folder)[1], section)

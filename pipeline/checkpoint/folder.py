@@ -127,6 +127,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def config_section(content: dict[str, Any], key: str) -> dict[str, Any]:
+    """A part of a stored config, which another program may have written; empty where it holds something else."""
+    section = content.get(key)
+    return section if isinstance(section, dict) else {}
+
+
 def bytes_of_tensors(folder: Path) -> int:
     """The size of all ranks' tensors, as the manifest says.
 

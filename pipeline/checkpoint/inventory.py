@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from pipeline.checkpoint.folder import (
-    CHECKPOINTS_FOLDER,
     MANIFEST_FILE,
     STATE_FILE,
+    config_section,
     list_checkpoints,
     part_of_file,
     read_manifest,
     read_state_file,
 )
 from pipeline.checkpoint.retention import list_abandoned, list_leftovers
-from pipeline.checkpoint.verification import find_damage
+from pipeline.checkpoint.verification import find_damage, nothing_here
 from pipeline.errors import CheckpointError
 
 _MOST_RANKS_SHOWN = 8
@@ -128,7 +128,7 @@ def inspect(path: Path) -> CheckpointReport | RunReport:
         path, [_report(folder) for folder in list_checkpoints(path)], list_leftovers(path), list_abandoned(path)
     )
     if not (run.checkpoints or run.leftovers or run.abandoned):
-        raise _nothing_here(path)
+        raise nothing_here(path)
     return run
 
 
@@ -143,7 +143,7 @@ def verify_checkpoints(path: Path, say: Callable[[str], None]) -> None:
     """
     folders = [path] if is_checkpoint(path) else list_checkpoints(path)
     if not folders:
-        raise _nothing_here(path)
+        raise nothing_here(path)
     started, hashed, damaged = time.perf_counter(), 0, 0
     for folder in folders:
         problem = find_damage(folder)
@@ -181,13 +181,6 @@ def readable_size(size: int) -> str:
     return f"{size} B"
 
 
-def _nothing_here(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: no checkpoint here; expected a run folder with {CHECKPOINTS_FOLDER}/, "
-        f"or a checkpoint folder with {MANIFEST_FILE}"
-    )
-
-
 def _report(folder: Path) -> CheckpointReport:
     problem, contents = None, None
     try:
@@ -201,7 +194,7 @@ def _report(folder: Path) -> CheckpointReport:
 
 def _read_contents(folder: Path, manifest: dict[str, Any]) -> Contents:
     state = read_state_file(folder)
-    training, model = state.training, _section(state.config, "model")
+    training, model = state.training, config_section(state.config, "model")
     return Contents(
         training.step,
         training.samples,
@@ -210,8 +203,8 @@ def _read_contents(folder: Path, manifest: dict[str, Any]) -> Contents:
         training.loss_scale,
         training.guard.skipped_samples,
         training.guard.rollbacks,
-        str(_section(state.config, "run").get("precision", "unknown")),
-        _backend_name(_section(state.config, "backend")),
+        str(config_section(state.config, "run").get("precision", "unknown")),
+        _backend_name(config_section(state.config, "backend")),
         state.world_size,
         {key: model[key] for key in _MODEL_SIZES if key in model},
         _count_parameters(manifest["parameters"], model.get("vocab_size")),
@@ -221,15 +214,9 @@ def _read_contents(folder: Path, manifest: dict[str, Any]) -> Contents:
     )
 
 
-def _section(content: dict[str, Any], key: str) -> dict[str, Any]:
-    """A part of a stored config, which an older program may have written; empty if it is not there."""
-    section = content.get(key)
-    return section if isinstance(section, dict) else {}
-
-
 def _backend_name(backend: dict[str, Any]) -> str:
     name = str(backend.get("name", "unknown"))
-    stage = _section(_section(backend, "deepspeed"), "zero_optimization").get("stage")
+    stage = config_section(config_section(backend, "deepspeed"), "zero_optimization").get("stage")
     return name if stage is None else f"{name} ZeRO-{stage}"
 
 

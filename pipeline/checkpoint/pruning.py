@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.checkpoint.folder import FORMAT_VERSION, MANIFEST_FILE, list_checkpoints
 from pipeline.checkpoint.inventory import is_checkpoint, readable_size, size_on_disk
-from pipeline.checkpoint.retention import delete_checkpoint, list_abandoned, list_leftovers
+from pipeline.checkpoint.retention import delete_checkpoint, list_abandoned, list_leftovers, remove_folder
 from pipeline.checkpoint.verification import find_damage
 from pipeline.errors import CheckpointError
 from pipeline.run_lock import lock_run_folder
@@ -101,7 +100,7 @@ def _expect_own_format(folder: Path) -> None:
 def _delete(folder: Path) -> None:
     try:
         if folder.name.startswith("."):
-            shutil.rmtree(folder)
+            remove_folder(folder)
         else:
             delete_checkpoint(folder)
     except OSError as error:

@@ -42,7 +42,7 @@ def remove_leftovers(run_folder: Path) -> None:
         OSError: a leftover cannot be deleted.
     """
     for leftover in list_leftovers(run_folder):
-        _remove(leftover)
+        remove_folder(leftover)
 
 
 def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> None:
@@ -79,14 +79,18 @@ def delete_checkpoint(folder: Path) -> None:
     """
     doomed = _doomed_path(folder)
     if doomed.exists():
-        _remove(doomed)
+        remove_folder(doomed)
     folder.rename(doomed)
     fsync_folder(folder.parent)
-    _remove(doomed)
+    remove_folder(doomed)
 
 
-def _remove(folder: Path) -> None:
-    """A checkpoint may be a link to another disk: then the link goes."""
+def remove_folder(folder: Path) -> None:
+    """Delete a folder under a temporary name. It may be a link to another disk: then the link goes.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
     if folder.is_symlink():
         folder.unlink()
     else:

@@ -179,6 +179,7 @@ def write_metadata(aside: Path, snapshot: Snapshot, config: dict[str, Any], worl
 
 
 def publish_checkpoint(aside: Path, folder: Path) -> None:
+    """Give a finished checkpoint its name."""
     if folder.exists():  # a damaged one of the same step; the run has come from an older one
         delete_checkpoint(folder)
     publish(aside, folder)

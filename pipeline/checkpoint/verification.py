@@ -83,8 +83,13 @@ def locate_checkpoint(path: Path) -> Path:
         return path
     folder = newest_good_checkpoint(path)
     if folder is None:
-        raise CheckpointError(
-            f"{path}: no checkpoint here; expected a run folder with {CHECKPOINTS_FOLDER}/, "
-            f"or a checkpoint folder with {MANIFEST_FILE}"
-        )
+        raise nothing_here(path)
     return folder
+
+
+def nothing_here(path: Path) -> CheckpointError:
+    """The error for a path that holds neither a checkpoint nor a run with one."""
+    return CheckpointError(
+        f"{path}: no checkpoint here; expected a run folder with {CHECKPOINTS_FOLDER}/, "
+        f"or a checkpoint folder with {MANIFEST_FILE}"
+    )

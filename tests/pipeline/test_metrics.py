@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from pipeline.metrics import METRICS_FILE, TENSORBOARD_FOLDER, TENSORBOARD_TAGS, MetricsLog, format_row, read_metrics
+from tests.pipeline.conftest import largest_file
 
 GROUPS = {"train", "validation", "optimizer", "throughput", "memory", "guard", "checkpoint"}
 
@@ -77,17 +75,6 @@ class TestRows:
 
     def test_a_run_that_never_logged_has_no_rows(self, tmp_path: Path) -> None:
         assert read_metrics(tmp_path) == []
-
-
-@contextmanager
-def largest_file(size_bytes: int) -> Iterator[None]:
-    """No file may grow beyond this, as on a disk that is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_going_back_drops_the_rows_after_it(tmp_path: Path) -> None:

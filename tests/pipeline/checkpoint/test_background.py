@@ -19,12 +19,12 @@ from tests.pipeline.checkpoint.conftest import (
     WEIGHTS,
     assert_same,
     contents,
-    largest_file,
     make_backend,
     state_of,
     train_steps,
     updates_of,
 )
+from tests.pipeline.conftest import largest_file
 
 MakeSaver = Callable[..., BackgroundSaver]
 

@@ -10,7 +10,8 @@ import torch
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint import find_damage, newest_good_checkpoint, saving
 from pipeline.errors import CheckpointError
-from tests.pipeline.checkpoint.conftest import Save, largest_file, unchanged
+from tests.pipeline.checkpoint.conftest import Save, unchanged
+from tests.pipeline.conftest import largest_file
 
 
 def files_of(run_folder: Path) -> dict[Path, bytes]:
