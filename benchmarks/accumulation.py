@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.agreement import Agreement, print_table
-from benchmarks.runs import REPOSITORY, TINY_RUN, TRAIN, Curve, curve_of, make_corpus, merged
+from benchmarks.runs import REPOSITORY, TINY_RUN, TRAIN, Curve, Sections, curve_of, make_corpus, merged
 
 MASKED_TRAIN = REPOSITORY / "benchmarks" / "masked_train.py"
 MICRO_BATCHES = (1, 2, 4)
@@ -19,13 +19,19 @@ PROCESSES = (1, 2)
 
 
 def compare(
-    data: Path, scratch: Path, *, masked: bool, steps: int, backends: Sequence[str] = ("ddp",)
+    data: Path,
+    scratch: Path,
+    *,
+    masked: bool,
+    steps: int,
+    backends: Sequence[str] = ("ddp",),
+    base: Sections = TINY_RUN,
 ) -> Iterator[Agreement]:
-    """Train with each cut, in fp32; yields a row a run."""
+    """Train ``base`` with each cut, in fp32; yields a row a run."""
 
     def curve(backend: str, micro_batch_size: int, processes: int) -> Curve:
         sections = merged(
-            TINY_RUN,
+            base,
             {
                 "data": {"path": str(data)},
                 "batch": {"micro_batch_size": micro_batch_size},

@@ -23,6 +23,7 @@ from benchmarks.runs import (
 )
 
 POLL_S = 0.02
+HELD_TRAIN = REPOSITORY / "benchmarks" / "held_train.py"
 
 
 class LiveRun:
@@ -33,8 +34,9 @@ class LiveRun:
     Args:
         launcher: further options of torchrun; given, a single process runs under it too.
         environment: variables beside the caller's.
-        command: the launcher and the script in place of those.
+        command: a launcher in place of python and torchrun, without the script.
         name: tells the output of several launchers of one run apart.
+        hold_after: every rank waits after this step, until a signal asks it to stop or ``release`` is called.
     """
 
     def __init__(
@@ -48,16 +50,24 @@ class LiveRun:
         environment: dict[str, str] | None = None,
         command: Sequence[str] | None = None,
         name: str = "output",
+        hold_after: int | None = None,
     ) -> None:
         self.run_folder = run_folder
-        self.script = script
+        self.script = script if hold_after is None else HELD_TRAIN
         self.output_path = run_folder.with_name(f"{run_folder.name}.{name}")
+        self.hold_path = run_folder.with_name(f"{run_folder.name}.hold")
+        holding = {}
+        if hold_after is not None:
+            self.hold_path.touch()
+            holding = {"HOLD_AFTER": str(hold_after), "HOLD_FILE": str(self.hold_path)}
         arguments = train_arguments(config, run_folder, sections)
         with self.output_path.open("w") as output:
             self.process = subprocess.Popen(
-                [*command, *arguments] if command else ranks_command(processes, script, arguments, launcher),
+                [*command, str(self.script), *arguments]
+                if command
+                else ranks_command(processes, self.script, arguments, launcher),
                 cwd=REPOSITORY,
-                env={**child_environment(), **(environment or {})},
+                env={**child_environment(), **holding, **(environment or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -93,6 +103,10 @@ class LiveRun:
     def wait_for_step(self, step: int) -> None:
         """Wait until a training step is logged."""
         self.wait_until(lambda: self.last_step() >= step)
+
+    def release(self) -> None:
+        """Let a held run go on, also after a restart by its launcher."""
+        self.hold_path.unlink()
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The training processes by rank."""

@@ -17,8 +17,7 @@ from pathlib import Path
 from benchmarks.agreement import LOSS_TOLERANCE
 from benchmarks.runs import (
     BACKENDS,
-    BYTE_VOCAB_SIZE,
-    TINY_RUN,
+    TINY_BYTE_RUN,
     Curve,
     Sections,
     curve_of,
@@ -68,10 +67,10 @@ class Portability:
         self.scratch = scratch
         self.precision = precision
         self.sections = merged(
-            TINY_RUN,
+            TINY_BYTE_RUN,
             {
                 "run": {"precision": precision},
-                "model": {"dropout": dropout, "vocab_size": BYTE_VOCAB_SIZE},
+                "model": {"dropout": dropout},
                 "data": {"path": str(data)},
                 "batch": {"tokens_per_step": 192, "micro_batch_size": 1},
                 "schedule": {"max_steps": SAVED_AT + STEPS_AFTER},

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.rank_server import RankServer
 from data_tools.corpus import tokenize_corpus
 from data_tools.request import TokenizeRequest
 from data_tools.shards import (
@@ -50,9 +53,11 @@ TINY_RUN: Sections = {
     "logging": {"every_steps": 1, "tensorboard": False},
 }
 
-
-#: One token a byte, and END_OF_TEXT: the output layer of such a model costs next to nothing.
+#: One token a byte, and END_OF_TEXT.
 BYTE_VOCAB_SIZE = 257
+
+#: The same with data of ``make_byte_corpus``: its output layer costs next to nothing.
+TINY_BYTE_RUN: Sections = {**TINY_RUN, "model": {**TINY_RUN["model"], "vocab_size": BYTE_VOCAB_SIZE}}
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def make_corpus(folder: Path, documents: int = 60) -> Path:
 
 
 def make_byte_corpus(folder: Path, documents: int = 60) -> Path:
-    """The same text in a vocabulary of bytes, for runs of many short steps; ``model.vocab_size`` is 257."""
+    """The same text in a vocabulary of bytes, for runs of many short steps: see ``TINY_BYTE_RUN``."""
     folder.mkdir(parents=True)
     texts = [path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:documents]]
     records = []
@@ -117,15 +122,18 @@ def ranks_command(processes: int, script: Path, arguments: Sequence[str], launch
 def run_ranks(
     processes: int, script: Path, arguments: Sequence[str], timeout_s: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end, one thread a process."""
-    return subprocess.run(
-        ranks_command(processes, script, arguments),
-        cwd=REPOSITORY,
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
+    """Run a script to its end, one thread a process; the ranks of one run are real processes, forked."""
+    environment = child_environment()
+    with tempfile.TemporaryDirectory() as outputs:
+        folder = Path(outputs)
+        status = _rank_server().run(processes, script, arguments, environment, folder, timeout_s)
+        stdout, stderr = ((folder / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+        return subprocess.CompletedProcess([str(script), *arguments], status, stdout, stderr)
+
+
+@functools.cache
+def _rank_server() -> RankServer:
+    return RankServer(REPOSITORY, child_environment())
 
 
 def child_environment() -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from launch.cli import ArgumentParser, add_config_options, run_command, start_logging
 from pipeline.config_files import load_config
-from pipeline.training_run import train
 
 
 def main() -> None:
@@ -21,6 +20,8 @@ def main() -> None:
     arguments = parser.parse_args()
     resume = [] if arguments.resume is None else [f"checkpoint.resume={arguments.resume}"]
     config = load_config(arguments.config, [*arguments.set, *resume])
+    from pipeline.training_run import train  # takes seconds to import torch: a wrong config is refused before
+
     start_logging()
     train(config)
 

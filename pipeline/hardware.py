@@ -28,6 +28,8 @@ def measure_matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     Measured and not looked up, so that it holds for any device, power limit and thread count.
     """
     n = _CEILING_SIZE[device.type]
+    if device.type == "cpu" and 64 * _seconds_of_product(n // 4, dtype) > _CEILING_SECONDS:
+        n //= 4  # without instructions for the dtype a large product takes seconds, and is no faster per FLOP
     a = torch.randn(n, n, device=device).to(dtype)
     b = torch.randn(n, n, device=device).to(dtype)
     best = 0.0
@@ -39,6 +41,14 @@ def measure_matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
             repeats += 1
         best = max(best, repeats * 2 * n**3 / elapsed)
     return best
+
+
+def _seconds_of_product(n: int, dtype: torch.dtype) -> float:
+    a = torch.randn(n, n).to(dtype)
+    torch.mm(a, a)
+    start = time.perf_counter()
+    torch.mm(a, a)
+    return time.perf_counter() - start
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:

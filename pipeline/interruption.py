@@ -30,13 +30,22 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note signals inside instead of dying of them; a second Ctrl-C is an ordinary one."""
+        """Note signals inside instead of dying of them; a second Ctrl-C is an ordinary one.
+
+        After a ``RuntimeError``, which a lost rank causes, they are still noted: the launcher ends the ranks that are
+        left with SIGTERM, and would cut off what they have to say.
+        """
         before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        may_be_a_lost_rank = False
         try:
             yield
+        except RuntimeError:
+            may_be_a_lost_rank = True
+            raise
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if not may_be_a_lost_rank:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -44,6 +53,11 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self._received:
             self._received, self._received_at = number, now
+
+    @property
+    def noted(self) -> bool:
+        """Whether a signal has asked this rank; the others may not know yet."""
+        return bool(self._received)
 
     def agreed(self) -> signal.Signals | None:
         """The signal that any rank has received, the same on all. Collective."""

@@ -10,20 +10,20 @@ from benchmarks.accumulation import MASKED_TRAIN
 from benchmarks.accumulation import compare as compare_accumulation
 from benchmarks.agreement import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE
 from benchmarks.parity import PROCESSES
-from benchmarks.runs import BACKENDS, TINY_RUN, Curve, curve_of, merged
+from benchmarks.runs import BACKENDS, TINY_BYTE_RUN, Curve, curve_of, merged
 
 STEPS = 15
 
 
-def tiny_run(corpus: Path, **sections: dict[str, object]) -> dict[str, dict[str, object]]:
-    return merged(TINY_RUN, {"data": {"path": str(corpus)}, "schedule": {"max_steps": STEPS}}, sections)
+def tiny_run(byte_corpus: Path, **sections: dict[str, object]) -> dict[str, dict[str, object]]:
+    return merged(TINY_BYTE_RUN, {"data": {"path": str(byte_corpus)}, "schedule": {"max_steps": STEPS}}, sections)
 
 
 class References:
     """Curves of single-process DDP, one a precision, trained when first asked for."""
 
-    def __init__(self, corpus: Path, folder: Path) -> None:
-        self.corpus, self.folder = corpus, folder
+    def __init__(self, byte_corpus: Path, folder: Path) -> None:
+        self.corpus, self.folder = byte_corpus, folder
         self.curves: dict[str, Curve] = {}
 
     def __getitem__(self, precision: str) -> Curve:
@@ -34,8 +34,8 @@ class References:
 
 
 @pytest.fixture(scope="module")
-def references(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> References:
-    return References(corpus, tmp_path_factory.mktemp("references"))
+def references(byte_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> References:
+    return References(byte_corpus, tmp_path_factory.mktemp("references"))
 
 
 def test_the_comparison_means_something(references: References) -> None:
@@ -43,22 +43,26 @@ def test_the_comparison_means_something(references: References) -> None:
     curve = references["fp32"]
     assert len(curve.losses) == STEPS
     assert curve.losses[-1] < curve.losses[0] - 0.5
-    assert sum(norm > TINY_RUN["optimizer"]["grad_clip"] for norm in curve.grad_norms) > STEPS * 0.8
+    assert sum(norm > TINY_BYTE_RUN["optimizer"]["grad_clip"] for norm in curve.grad_norms) > STEPS * 0.8
 
 
 @pytest.mark.parametrize("processes", PROCESSES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fp32_curves_agree(backend: str, processes: int, corpus: Path, references: References, tmp_path: Path) -> None:
+def test_fp32_curves_agree(
+    backend: str, processes: int, byte_corpus: Path, references: References, tmp_path: Path
+) -> None:
     if (backend, processes) == ("ddp", 1):
         pytest.skip("this is the reference")
-    curve = curve_of(backend, tmp_path, tiny_run(corpus), processes)
+    curve = curve_of(backend, tmp_path, tiny_run(byte_corpus), processes)
     assert curve.largest_loss_difference(references["fp32"]) <= LOSS_TOLERANCE["fp32"]
     assert curve.largest_grad_norm_difference(references["fp32"]) <= GRAD_NORM_TOLERANCE
 
 
 @pytest.mark.parametrize("backend", ["zero2_offload", "zero3_offload"])
-def test_offload_does_not_change_the_curve(backend: str, corpus: Path, references: References, tmp_path: Path) -> None:
-    curve = curve_of(backend, tmp_path, tiny_run(corpus), processes=2)
+def test_offload_does_not_change_the_curve(
+    backend: str, byte_corpus: Path, references: References, tmp_path: Path
+) -> None:
+    curve = curve_of(backend, tmp_path, tiny_run(byte_corpus), processes=2)
     assert curve.largest_loss_difference(references["fp32"]) <= LOSS_TOLERANCE["fp32"]
     assert curve.largest_grad_norm_difference(references["fp32"]) <= GRAD_NORM_TOLERANCE
 
@@ -82,9 +86,9 @@ def test_offload_does_not_change_the_curve(backend: str, corpus: Path, reference
     ],
 )
 def test_curves_agree_in_lower_precision(
-    precision: str, backend: str, processes: int, corpus: Path, references: References, tmp_path: Path
+    precision: str, backend: str, processes: int, byte_corpus: Path, references: References, tmp_path: Path
 ) -> None:
-    curve = curve_of(backend, tmp_path, tiny_run(corpus, run={"precision": precision}), processes)
+    curve = curve_of(backend, tmp_path, tiny_run(byte_corpus, run={"precision": precision}), processes)
     assert curve.largest_loss_difference(references[precision]) <= LOSS_TOLERANCE[precision]
 
 
@@ -96,23 +100,23 @@ def test_lower_precision_is_really_in_use(precision: str, references: References
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all targets", "masked targets"])
-def test_the_cut_of_the_batch_does_not_change_the_curve(masked: bool, corpus: Path, tmp_path: Path) -> None:
+def test_the_cut_of_the_batch_does_not_change_the_curve(masked: bool, byte_corpus: Path, tmp_path: Path) -> None:
     """Micro-batches of 1, 2, 4 and processes 1, 2; masked targets are of very unequal counts."""
-    rows = list(compare_accumulation(corpus, tmp_path, masked=masked, steps=STEPS))
+    rows = list(compare_accumulation(byte_corpus, tmp_path, masked=masked, steps=STEPS, base=TINY_BYTE_RUN))
     assert len(rows) == 5
     assert [row for row in rows if not row.agrees] == []
 
 
-def test_masked_targets_change_the_curve(corpus: Path, references: References, tmp_path: Path) -> None:
+def test_masked_targets_change_the_curve(byte_corpus: Path, references: References, tmp_path: Path) -> None:
     """The mask of the test above is not ignored."""
-    curve = curve_of("ddp", tmp_path, tiny_run(corpus), script=MASKED_TRAIN)
+    curve = curve_of("ddp", tmp_path, tiny_run(byte_corpus), script=MASKED_TRAIN)
     assert curve.largest_loss_difference(references["fp32"]) > 1e-2
 
 
 @pytest.mark.parametrize(("backend", "processes"), [("fsdp", 2), ("zero3", 2)])
-def test_dropout_and_recomputation_agree_too(backend: str, processes: int, corpus: Path, tmp_path: Path) -> None:
+def test_dropout_and_recomputation_agree_too(backend: str, processes: int, byte_corpus: Path, tmp_path: Path) -> None:
     """Dropout is a function of seed and samples, so it is the same on any backend and world size."""
-    sections = tiny_run(corpus, model={"dropout": 0.1, "activation_checkpointing": True})
-    reference = curve_of("ddp", tmp_path / "reference", tiny_run(corpus, model={"dropout": 0.1}))
+    sections = tiny_run(byte_corpus, model={"dropout": 0.1, "activation_checkpointing": True})
+    reference = curve_of("ddp", tmp_path / "reference", tiny_run(byte_corpus, model={"dropout": 0.1}))
     curve = curve_of(backend, tmp_path / "other", sections, processes)
     assert curve.largest_loss_difference(reference) <= LOSS_TOLERANCE["fp32"]

@@ -8,22 +8,22 @@ from pathlib import Path
 import pytest
 
 from benchmarks.agreement import LOSS_TOLERANCE
-from benchmarks.runs import TINY_RUN, Curve, curve_of, merged, read_curve, train_run
+from benchmarks.runs import TINY_BYTE_RUN, Curve, curve_of, merged, read_curve, train_run
 from pipeline.checkpoint import list_checkpoints
 from pipeline.metrics import read_metrics
 
 STEPS, SAVED_AT = 12, 6
 
 
-def run_sections(corpus: Path, *layers: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+def run_sections(byte_corpus: Path, *layers: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
     base = {
-        "data": {"path": str(corpus)},
+        "data": {"path": str(byte_corpus)},
         "schedule": {"max_steps": STEPS},
         "checkpoint": {"every_steps": SAVED_AT, "keep_last": 5},
         "evaluation": {"every_steps": 3},
         "logging": {"tensorboard": True},
     }
-    return merged(TINY_RUN, base, *layers)
+    return merged(TINY_BYTE_RUN, base, *layers)
 
 
 def forget_after(run_folder: Path, step: int) -> None:
@@ -47,10 +47,10 @@ def weights_of(run_folder: Path) -> dict[str, bytes]:
     [("ddp", 1, "fp32"), ("fsdp", 2, "amp_bf16"), ("zero1", 2, "bf16"), ("zero2", 1, "amp_fp16"), ("zero3", 2, "fp32")],
 )
 def test_the_same_run_continues_bit_for_bit(
-    backend: str, processes: int, precision: str, corpus: Path, tmp_path: Path
+    backend: str, processes: int, precision: str, byte_corpus: Path, tmp_path: Path
 ) -> None:
     """Losses, weights and moments equal those of the run that was never interrupted; dropout is active."""
-    sections = run_sections(corpus, {"run": {"precision": precision}, "model": {"dropout": 0.1}})
+    sections = run_sections(byte_corpus, {"run": {"precision": precision}, "model": {"dropout": 0.1}})
     whole = curve_of(backend, tmp_path, sections, processes)
     weights = weights_of(tmp_path)
     rows = steps_logged(tmp_path)
@@ -77,13 +77,13 @@ def test_the_same_run_continues_bit_for_bit(
     ids=lambda side: f"{side[0]}x{side[1]}",
 )
 def test_another_backend_and_world_size_continue_the_curve(
-    before: tuple[str, int], after: tuple[str, int], corpus: Path, tmp_path: Path, whole: Curve
+    before: tuple[str, int], after: tuple[str, int], byte_corpus: Path, tmp_path: Path, whole: Curve
 ) -> None:
-    first = run_sections(corpus, {"schedule": {"max_steps": STEPS}})
+    first = run_sections(byte_corpus, {"schedule": {"max_steps": STEPS}})
     curve_of(before[0], tmp_path / "before", first, before[1])
     saved = tmp_path / "before" / "checkpoints" / f"step_{SAVED_AT:08d}"
 
-    second = run_sections(corpus, {"checkpoint": {"resume": str(saved)}})
+    second = run_sections(byte_corpus, {"checkpoint": {"resume": str(saved)}})
     curve_of(after[0], tmp_path / "after", second, after[1])
 
     continued = read_curve(tmp_path / "after").losses
@@ -93,12 +93,12 @@ def test_another_backend_and_world_size_continue_the_curve(
 
 
 @pytest.fixture(scope="module")
-def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve:
-    return curve_of("ddp", tmp_path_factory.mktemp("whole"), run_sections(corpus))
+def whole(byte_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve:
+    return curve_of("ddp", tmp_path_factory.mktemp("whole"), run_sections(byte_corpus))
 
 
-def test_a_finished_run_is_left_alone(corpus: Path, tmp_path: Path) -> None:
-    sections = run_sections(corpus)
+def test_a_finished_run_is_left_alone(byte_corpus: Path, tmp_path: Path) -> None:
+    sections = run_sections(byte_corpus)
     curve_of("ddp", tmp_path, sections)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     result = train_run("ddp", tmp_path, sections)

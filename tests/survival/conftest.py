@@ -1,0 +1,51 @@
+"""A short run, its uninterrupted curve, and what is said of every run that came to its end in spite of something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.agreement import LOSS_TOLERANCE
+from benchmarks.runs import TINY_BYTE_RUN, TINY_RUN, Curve, Sections, curve_of, merged, read_curve
+from pipeline.checkpoint import list_checkpoints, read_state
+
+STEPS, EVERY_STEPS = 14, 4
+
+SHORT_RUN: Sections = {
+    "model": {"dropout": 0.1},
+    "batch": {"tokens_per_step": 192, "micro_batch_size": 1},
+    "schedule": {"max_steps": STEPS},
+    "checkpoint": {"every_steps": EVERY_STEPS},
+    "evaluation": {"every_steps": 5},
+}
+
+
+@pytest.fixture(scope="session")
+def sections(byte_corpus: Path) -> Sections:
+    """A run of a few seconds."""
+    return merged(TINY_BYTE_RUN, SHORT_RUN, {"data": {"path": str(byte_corpus)}})
+
+
+@pytest.fixture(scope="session")
+def large_sections(corpus: Path) -> Sections:
+    """The same with GPT-2's vocabulary: a checkpoint takes 32 MB, everything else in the folder next to nothing."""
+    return merged(TINY_RUN, SHORT_RUN, {"data": {"path": str(corpus)}})
+
+
+@pytest.fixture(scope="session")
+def whole(sections: Sections, tmp_path_factory: pytest.TempPathFactory) -> Curve:
+    """Of the run that nothing happened to."""
+    return curve_of("ddp", tmp_path_factory.mktemp("whole"), sections)
+
+
+def steps_of(run_folder: Path) -> list[int]:
+    """The steps of a run's checkpoints."""
+    return [read_state(folder)[0].step for folder in list_checkpoints(run_folder)]
+
+
+def assert_same_curve(run_folder: Path, whole: Curve) -> None:
+    """Every step once, within the tolerance between backends."""
+    curve = read_curve(run_folder)
+    assert len(curve.losses) == len(whole.losses), "a gap or a duplicate"
+    assert curve.largest_loss_difference(whole) <= LOSS_TOLERANCE["fp32"]

@@ -1,0 +1,90 @@
+"""A rank that is killed or hangs ends the others, by name; the launcher starts all again."""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.live_run import LiveRun
+from benchmarks.runs import Curve, Sections, merged
+from tests.survival.conftest import EVERY_STEPS, assert_same_curve
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_continues_by_itself_after_a_rank_was_killed(
+    victim: int, sections: Sections, tmp_path: Path, whole: Curve
+) -> None:
+    folder = tmp_path / "run"
+    restarting = ["--max-restarts=1"]
+    with LiveRun("ddp", folder, sections, 2, launcher=restarting, hold_after=EVERY_STEPS + 2) as run:
+        run.wait_for_step(EVERY_STEPS + 2)
+        pid = run.ranks()[victim].pid
+        run.ranks()[victim].kill()
+        run.release()
+        assert run.wait() == 0
+        assert re.search(rf"error: lost rank {victim} \(.*, pid {pid}\)", run.output)
+        assert re.search(r"start +continues .*step_0*4$", run.output, re.MULTILINE)
+    assert_same_curve(folder, whole)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_hangs_is_named_in_time(victim: int, sections: Sections, tmp_path: Path) -> None:
+    timeout_s = 3
+    folder = tmp_path / "run"
+    hurried = merged(sections, {"run": {"rank_timeout_s": timeout_s}})
+    with LiveRun("zero2", folder, hurried, processes=2, hold_after=2) as run:
+        run.wait_for_step(2)
+        ranks = run.ranks()
+        ranks[victim].suspend()
+        run.release()
+        stopped_at = time.monotonic()
+        run.wait_until_gone({1 - victim: ranks[1 - victim]})
+        assert time.monotonic() - stopped_at < timeout_s + 10
+        assert f"error: lost rank {victim} (" in run.output
+        assert f"silent for {timeout_s} s" in run.output
+
+
+def test_none_starts_from_scratch_once_only(sections: Sections, tmp_path: Path, whole: Curve) -> None:
+    """With --resume none, too, a restart by the launcher continues."""
+    folder = tmp_path / "run"
+    fresh = merged(sections, {"checkpoint": {"resume": "none"}})
+    restarting = ["--max-restarts=1"]
+    with LiveRun("fsdp", folder, fresh, launcher=restarting, hold_after=EVERY_STEPS + 2) as run:
+        run.wait_for_step(EVERY_STEPS + 2)
+        run.ranks()[0].kill()
+        run.release()
+        assert run.wait() == 0
+        assert "start     continues" in run.output
+    assert_same_curve(folder, whole)
+
+
+def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(sections: Sections, tmp_path: Path, whole: Curve) -> None:
+    """Two agents of torchrun --nnodes 1:2; one is killed with its rank."""
+    folder = tmp_path / "run"
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    rendezvous = f"--rdzv-backend=c10d --rdzv-endpoint=localhost:{port} --rdzv-id=elastic --max-restarts=3"
+    options = "--rdzv-conf=last_call_timeout=2,join_timeout=120 --nnodes=1:2 --nproc-per-node=1 --local-addr=localhost"
+    launcher = [sys.executable, "-m", "torch.distributed.run", *rendezvous.split(), *options.split()]
+    held = EVERY_STEPS + 2
+    with LiveRun("fsdp", folder, sections, command=launcher, hold_after=held) as first:
+        first.wait_until(lambda: is_open(port))  # who comes first serves the rendezvous, and must not be the one killed
+        second = LiveRun("fsdp", folder, sections, command=launcher, name="second", hold_after=held)
+        with second:
+            first.wait_for_step(held)
+            assert "world size 2" in first.output + second.output
+        first.release()
+        assert first.wait(240) == 0
+        assert "world size 1" in first.output
+    assert_same_curve(folder, whole)
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0

@@ -1,0 +1,74 @@
+"""A signal ends a run after the step and a save; the same command continues it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.live_run import LiveRun
+from benchmarks.runs import Curve, Sections, curve_of, train_run
+from pipeline.checkpoint import find_damage, list_checkpoints, read_state
+from pipeline.metrics import read_metrics
+from tests.survival.conftest import assert_same_curve
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_signal_ends_the_run_after_a_save(
+    number: signal.Signals, sections: Sections, tmp_path: Path, whole: Curve
+) -> None:
+    folder = tmp_path / "run"
+    with LiveRun("ddp", folder, sections, hold_after=2) as run:
+        run.wait_for_step(2)
+        run.process.send_signal(number)
+        assert run.wait() == 128 + number
+        assert f"{number.name} received: stopped after step" in run.output
+        assert "error" not in run.output and "Traceback" not in run.output
+    (last,) = list_checkpoints(folder)
+    assert find_damage(last) is None
+    assert read_state(last)[0].step == max(row["step"] for row in read_metrics(folder))
+    continued = curve_of("ddp", folder, sections)
+    assert continued == whole, "continued on the same side: bit by bit"
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "zero3"])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(
+    backend: str, sections: Sections, tmp_path: Path, whole: Curve
+) -> None:
+    folder = tmp_path / "run"
+    with LiveRun(backend, folder, sections, processes=2, hold_after=2) as run:
+        run.wait_for_step(2)
+        run.ranks()[1].send_signal(signal.SIGUSR1)
+        run.release()
+        assert run.wait() != 0
+        assert run.output.count("SIGUSR1 received: stopped after step") == 1
+        assert "exitcode: 138" in run.output.replace("exitcode  : 138", "exitcode: 138")
+    assert find_damage(list_checkpoints(folder)[-1]) is None
+    train_run("ddp", folder, sections)
+    assert_same_curve(folder, whole)
+
+
+def test_a_signal_to_torchrun_reaches_the_ranks(sections: Sections, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with LiveRun("ddp", folder, sections, processes=2, hold_after=2) as run:
+        run.wait_for_step(2)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait() != 0
+        assert "SIGTERM received: stopped after step" in run.output
+    assert len(list_checkpoints(folder)) == 1
+
+
+def test_ctrl_c_under_deepspeed(sections: Sections, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
+    with LiveRun("zero2", folder, sections, command=deepspeed, hold_after=2) as run:
+        run.wait_for_step(2)
+        ranks = run.ranks()
+        os.killpg(run.process.pid, signal.SIGINT)  # a terminal signals all of its processes
+        run.wait()
+        run.wait_until_gone(ranks)
+        assert "SIGINT received: stopped after step" in run.output
+    assert find_damage(list_checkpoints(folder)[-1]) is None
