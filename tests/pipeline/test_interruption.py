@@ -73,10 +73,20 @@ def test_handlers_of_before_are_put_back(world: World) -> None:
 
 def test_handlers_are_put_back_after_an_error(world: World) -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
-    with pytest.raises(RuntimeError, match="the step failed"), StopRequest(world).listening():
+    with pytest.raises(ValueError, match="the step failed"), StopRequest(world).listening():
         assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
-        raise RuntimeError("the step failed")
+        raise ValueError("the step failed")
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_who_lost_another_rank_is_not_cut_off(world: World) -> None:
+    """The launcher's SIGTERM comes while this rank finds out whom it lost, to say so."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    with pytest.raises(RuntimeError, match="connection closed by peer"), StopRequest(world).listening():
+        raise RuntimeError("connection closed by peer")
+    send(signal.SIGTERM)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class TestInsisting:
