@@ -167,7 +167,10 @@ def serve() -> None:
 
 def _report_ended(numbers: dict[int, int], answers: int) -> None:
     while numbers:
-        pid, status = os.waitpid(-1, os.WNOHANG)
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:  # another signal came in between, and its handler has seen to the rest
+            return
         if pid == 0:
             return
         _answer(answers, {"number": numbers.pop(pid), "status": os.waitstatus_to_exitcode(status)})
