@@ -30,9 +30,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.loader",
         "pipeline.loss_scaling",
         "pipeline.metrics",
+        "pipeline.mixture",
         "pipeline.model",
         "pipeline.optimizer",
         "pipeline.precision",
+        "pipeline.prefetch",
         "pipeline.rank_watch",
         "pipeline.rendezvous",
         "pipeline.run_lock",
@@ -40,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.schedule",
         "pipeline.step_guard",
         "pipeline.throughput",
+        "pipeline.training_data",
     ),
     (
         "pipeline.backends",
@@ -145,7 +148,7 @@ def test_stage_1_starts_without_torch() -> None:
 
 
 def test_the_config_and_the_run_command_start_without_torch() -> None:
-    for start in ("pipeline.config_files", "launch.run"):
+    for start in ("pipeline.config_files", "launch.run", "launch.shards"):
         assert not [name for name in reached_from(start) if is_within(name, "torch")], start
 
 

@@ -1,7 +1,8 @@
 """Token shards: what stage 1 writes and every other stage reads.
 
-A folder holds ``manifest.json`` and shards. A shard is one-dimensional uint16 tokens in a ``.npy`` file or an
-Arrow IPC stream. The shards of a split, concatenated in the manifest's order, are one stream of tokens.
+A folder holds ``manifest.json`` and shards. A shard is one-dimensional uint16 tokens in a ``.npy`` file, an Arrow IPC
+stream, or a ``.bin`` with llm.c's header. The shards of a split, concatenated in the manifest's order, are one stream
+of tokens. Beside a shard there may be a mask: one uint8 a token, 1 where the token is scored as a target.
 """
 
 from data_tools.shards.manifest import (
@@ -14,8 +15,10 @@ from data_tools.shards.manifest import (
     SourceRecord,
     TokenizerRecord,
     load_manifest,
+    parse_manifest,
 )
-from data_tools.shards.reader import TokenStream, expect_unchanged, map_shard, open_split, verify
+from data_tools.shards.reader import TokenStream, map_mask, map_shard, open_split
+from data_tools.shards.verification import expect_unchanged, verify
 from data_tools.shards.writer import SHARD_FORMATS, ShardWriter
 
 __all__ = [
@@ -32,7 +35,9 @@ __all__ = [
     "TokenizerRecord",
     "expect_unchanged",
     "load_manifest",
+    "map_mask",
     "map_shard",
     "open_split",
+    "parse_manifest",
     "verify",
 ]

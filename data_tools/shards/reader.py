@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from data_tools.arrays import CountArray, TokenArray
+from data_tools.arrays import CountArray, MaskArray, TokenArray
 from data_tools.errors import DataError
+from data_tools.shards.llmc import LLMC_SUFFIX, llmc_tokens
 from data_tools.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, load_manifest
-from data_tools.storage import sha256_of_file
 
 TOKEN_DTYPE = np.dtype("<u2")
+MASK_DTYPE = np.dtype("u1")
 # What an Arrow IPC stream ends with: the continuation marker and a length of zero.
 _ARROW_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _SCAN_TOKENS = 1 << 22
+
+Mapped = npt.NDArray[Any]
 
 
 class TokenStream:
@@ -27,6 +34,7 @@ class TokenStream:
         manifest: of the folder.
         split: the split's name.
         tokens, documents, utf8_bytes: totals over the split.
+        has_mask: whether a mask says which tokens are scored as targets; without one all are.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
@@ -36,11 +44,10 @@ class TokenStream:
         self.tokens = sum(shard.tokens for shard in shards)
         self.documents = sum(shard.documents for shard in shards)
         self.utf8_bytes = sum(shard.utf8_bytes for shard in shards)
+        self.has_mask = any(shard.mask_sha256 for shard in shards)
         self._folder = folder
-        self._segments = [segment for shard in shards for segment in map_shard(folder, shard) if segment.size]
-        lengths = np.array([segment.size for segment in self._segments], dtype=np.int64)
-        self._ends = np.cumsum(lengths)
-        self._starts = self._ends - lengths
+        self._token_pieces = _Pieces([piece for shard in shards for piece in map_shard(folder, shard)])
+        self._mask_pieces = _Pieces([map_mask(folder, shard) for shard in shards if shard.mask_sha256])
 
     def __len__(self) -> int:
         return self.tokens
@@ -58,11 +65,7 @@ class TokenStream:
         Raises:
             DataError: the range leaves the stream, or a token is outside the vocabulary.
         """
-        self._check_range(start, start, length)
-        tokens = np.empty(length, dtype=np.uint16)
-        self._copy_into(tokens, start)
-        self._check_vocabulary(tokens, start)
-        return tokens
+        return self.read_windows(np.array([start], dtype=np.int64), length)[0]
 
     def read_windows(self, starts: CountArray, length: int) -> TokenArray:
         """Windows of equal length that begin anywhere.
@@ -77,40 +80,73 @@ class TokenStream:
         Raises:
             DataError: a window leaves the stream, or a token is outside the vocabulary.
         """
-        if len(starts) == 0:
-            return np.empty((0, length), dtype=np.uint16)
-        self._check_range(int(starts.min()), int(starts.max()), length)
+        self._check_range(starts, length)
         windows = np.empty((len(starts), length), dtype=np.uint16)
-        for window, start in zip(windows, starts.tolist(), strict=True):
-            self._copy_into(window, start)
-        self._check_vocabulary(windows, int(starts.min()))
+        self._token_pieces.copy_into(windows, starts)
+        self._check_vocabulary(windows, starts)
         return windows
 
-    def _copy_into(self, window: TokenArray, start: int) -> None:
-        filled = 0
-        index = int(np.searchsorted(self._ends, start, side="right"))
-        while filled < window.size:
-            offset = start + filled - int(self._starts[index])
-            piece = self._segments[index][offset : offset + window.size - filled]
-            window[filled : filled + piece.size] = piece
-            filled += piece.size
-            index += 1
+    def read_mask_windows(self, starts: CountArray, length: int) -> MaskArray:
+        """Which tokens of the windows are scored; for a split that has a mask.
 
-    def _check_range(self, first_start: int, last_start: int, length: int) -> None:
-        if length < 0 or first_start < 0 or last_start + length > self.tokens:
-            start = first_start if first_start < 0 else last_start
+        Args:
+            starts: int64 of shape (B,), the first token of each window.
+            length: T, tokens per window.
+
+        Returns:
+            bool of shape (B, T).
+
+        Raises:
+            DataError: a window leaves the stream, or the mask holds anything but 0 and 1.
+        """
+        assert self.has_mask, f"{self._folder}: the split {self.split!r} has no mask"
+        self._check_range(starts, length)
+        windows = np.empty((len(starts), length), dtype=MASK_DTYPE)
+        self._mask_pieces.copy_into(windows, starts)
+        expect_flags(windows, f"{self._folder}: the mask of split {self.split!r}")
+        return windows.view(np.bool_)
+
+    def _check_range(self, starts: CountArray, length: int) -> None:
+        first, last = (int(starts.min()), int(starts.max())) if starts.size else (0, 0)
+        if length < 0 or first < 0 or (starts.size and last + length > self.tokens):
+            start = first if first < 0 else last
             raise DataError(
                 f"{self._folder}: split {self.split!r} has {self.tokens} tokens, "
                 f"{length} tokens from {start} on are not all among them"
             )
 
-    def _check_vocabulary(self, tokens: TokenArray, start: int) -> None:
+    def _check_vocabulary(self, windows: TokenArray, starts: CountArray) -> None:
         vocab_size = self.manifest.tokenizer.vocab_size
-        if tokens.size and int(tokens.max()) >= vocab_size:
+        if windows.size and int(windows.max()) >= vocab_size:
+            start = int(starts[int(windows.max(axis=1).argmax())])
             raise DataError(
-                f"{self._folder}: split {self.split!r} holds token {int(tokens.max())} in a read from {start} on, "
+                f"{self._folder}: split {self.split!r} holds token {int(windows.max())} in a read from {start} on, "
                 f"the vocabulary ends at {vocab_size - 1}; the shard is damaged, delete the folder and tokenize again"
             )
+
+
+class _Pieces:
+    """Mapped arrays end to end, read as one."""
+
+    def __init__(self, pieces: list[Mapped]) -> None:
+        self._pieces = [piece for piece in pieces if piece.size]
+        lengths = np.array([piece.size for piece in self._pieces], dtype=np.int64)
+        self._ends = np.cumsum(lengths)
+        self._starts = self._ends - lengths
+
+    def copy_into(self, windows: Mapped, starts: CountArray) -> None:
+        """Fill each row of ``windows`` (B, T) with what follows its start, (B,); the range was checked."""
+        _, length = windows.shape
+        if not length:
+            return
+        indices = np.searchsorted(self._ends, starts, side="right")
+        offsets = starts - self._starts[indices]
+        for window, index, offset in zip(windows, indices.tolist(), offsets.tolist(), strict=True):
+            filled = 0
+            while filled < length:
+                piece = self._pieces[index][offset : offset + length - filled]
+                window[filled : filled + piece.size] = piece
+                filled, index, offset = filled + piece.size, index + 1, 0
 
 
 def open_split(folder: Path | str, split: str) -> TokenStream:
@@ -133,49 +169,6 @@ def open_split(folder: Path | str, split: str) -> TokenStream:
     return stream
 
 
-def verify(folder: Path | str) -> Manifest:
-    """Recompute all that the manifest says about its shards: hashes, counts, ids inside the vocabulary.
-
-    Raises:
-        DataError: names the first shard that differs, and how.
-    """
-    folder = Path(folder)
-    manifest = load_manifest(folder)
-    for shard in manifest.shards:
-        segments = map_shard(folder, shard)
-        expect_unchanged(folder, shard)
-        _check_contents(folder / shard.file, segments, shard, manifest)
-    return manifest
-
-
-def expect_unchanged(folder: Path, shard: ShardRecord) -> None:
-    """Hash one shard.
-
-    Raises:
-        DataError: its SHA-256 is not the one in the manifest.
-    """
-    path = folder / shard.file
-    try:
-        unchanged = sha256_of_file(path) == shard.sha256
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    if not unchanged:
-        raise DataError(f"{path}: its SHA-256 is not the one in {MANIFEST_NAME}; delete the folder and tokenize again")
-
-
-def _check_contents(path: Path, segments: list[TokenArray], shard: ShardRecord, manifest: Manifest) -> None:
-    largest, documents = 0, 0
-    for segment in segments:
-        for start in range(0, segment.size, _SCAN_TOKENS):
-            tokens = segment[start : start + _SCAN_TOKENS]
-            largest = max(largest, int(tokens.max()))
-            documents += int(np.count_nonzero(tokens == manifest.tokenizer.end_of_text))
-    if largest >= manifest.tokenizer.vocab_size:
-        raise DataError(f"{path} holds token {largest}, the vocabulary ends at {manifest.tokenizer.vocab_size - 1}")
-    if documents != shard.documents:
-        raise DataError(f"{path} holds {documents} documents, {MANIFEST_NAME} says {shard.documents}")
-
-
 def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
     """Memory-map one shard as the pieces that are contiguous in its file.
 
@@ -183,20 +176,10 @@ def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
         DataError: the file is missing, unreadable, in another format, or does not hold the tokens recorded.
     """
     path = folder / shard.file
-    map_file = {".npy": _map_npy, ".arrow": _map_arrow}.get(path.suffix)
+    map_file = {".npy": _map_npy, ".arrow": _map_arrow, LLMC_SUFFIX: _map_llmc}.get(path.suffix)
     if map_file is None:
-        raise DataError(f"{path}: a shard's name ends in .npy or .arrow")
-    try:
-        segments = map_file(path)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path} is missing, though {MANIFEST_NAME} names it; delete the folder and tokenize again"
-        ) from error
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{path} is not a whole shard of uint16 tokens ({reason}); delete the folder and tokenize again"
-        ) from error
+        raise DataError(f"{path}: a shard's name ends in .npy, .arrow or {LLMC_SUFFIX}")
+    segments = _mapped_whole(path, map_file, "shard of uint16 tokens")
     tokens = sum(segment.size for segment in segments)
     if tokens != shard.tokens:
         raise DataError(
@@ -205,22 +188,88 @@ def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
     return segments
 
 
-def _map_npy(path: Path) -> list[TokenArray]:
-    tokens = np.lib.format.open_memmap(path, mode="r")
-    if tokens.dtype != TOKEN_DTYPE or tokens.ndim != 1:
-        raise ValueError("its header says otherwise")
-    if tokens.offset + tokens.nbytes != path.stat().st_size:
-        raise ValueError("it has bytes after its tokens")
-    return [tokens.view(np.ndarray)]
+def map_mask(folder: Path, shard: ShardRecord) -> Mapped:
+    """Memory-map the mask of a shard that has one, uint8 of shape (tokens,): 1 where a token is scored.
+
+    Raises:
+        DataError: the file is missing, unreadable, no such mask, or not of as many tokens as the shard.
+    """
+    assert shard.mask_file, f"{shard.file} has no mask"
+    path = folder / shard.mask_file
+    mask: Mapped = _mapped_whole(path, lambda path: _map_npy(path, MASK_DTYPE), "mask of uint8 flags")[0]
+    if mask.size != shard.tokens:
+        raise DataError(
+            f"{path} is the mask of {mask.size} tokens, {MANIFEST_NAME} says {shard.tokens}; "
+            "delete the folder and tokenize again"
+        )
+    return mask
 
 
-def _map_arrow(path: Path) -> list[TokenArray]:
+def expect_flags(mask: Mapped, place: str) -> None:
+    """Look at all of a mask.
+
+    Raises:
+        DataError: it holds anything but 0 and 1; ``place`` says where.
+    """
+    for start in range(0, len(mask), _SCAN_TOKENS):
+        largest = int(mask[start : start + _SCAN_TOKENS].max(initial=0))
+        if largest > 1:
+            raise DataError(f"{place} holds {largest}, it may hold 0 and 1; delete the folder and tokenize again")
+
+
+def _mapped_whole(path: Path, map_file: Callable[[Path], list[Mapped]], kind: str) -> list[Mapped]:
+    try:
+        return map_file(path)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} is missing, though {MANIFEST_NAME} names it; delete the folder and tokenize again"
+        ) from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(f"cannot read {path}: {os.strerror(error.errno)}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is not a whole {kind} ({reason}); delete the folder and tokenize again") from error
+
+
+def map_bytes(path: Path) -> pa.Buffer:
+    """A file's bytes, mapped: no descriptor stays open, however many files are mapped, and nothing is read yet."""
     with pa.memory_map(str(path)) as file:
-        reader = pa.ipc.open_stream(file)
-        if reader.schema.names != ["tokens"] or reader.schema.field("tokens").type != pa.uint16():
-            raise ValueError("its one column must be 'tokens' of uint16")
-        segments = [batch.column(0).to_numpy(zero_copy_only=True) for batch in reader]
-        end = file.tell()
-        if end != file.size() or file.read_at(8, end - 8) != _ARROW_END_OF_STREAM:
-            raise ValueError("it does not end where its tokens end")
-        return segments
+        size = file.size()
+        # A longer read would have the system fetch all that it covers. One byte keeps the whole mapping alive.
+        first = file.read_buffer(1)
+        file.seek(size - 1)
+        last = file.read_buffer(1)
+    if last.address - first.address != size - 1:
+        raise ValueError("it cannot be mapped as a whole")
+    return pa.foreign_buffer(first.address, size, base=first)
+
+
+def _map_npy(path: Path, dtype: np.dtype[Any] = TOKEN_DTYPE) -> list[Mapped]:
+    buffer = map_bytes(path)
+    file = pa.BufferReader(buffer)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, found_dtype = read_header(file)
+    if found_dtype != dtype or len(shape) != 1:
+        raise ValueError("its header says otherwise")
+    missing_bytes = file.tell() + shape[0] * dtype.itemsize - buffer.size
+    if missing_bytes:
+        raise ValueError("it is cut short" if missing_bytes > 0 else "it has bytes after its tokens")
+    return [np.frombuffer(buffer, dtype=dtype, offset=file.tell())]
+
+
+def _map_arrow(path: Path) -> list[Mapped]:
+    buffer = map_bytes(path)
+    file = pa.BufferReader(buffer)
+    reader = pa.ipc.open_stream(file)
+    if reader.schema.names != ["tokens"] or reader.schema.field("tokens").type != pa.uint16():
+        raise ValueError("its one column must be 'tokens' of uint16")
+    segments = [batch.column(0).to_numpy(zero_copy_only=True) for batch in reader]
+    end = file.tell()
+    if end != buffer.size or file.read_at(8, end - 8) != _ARROW_END_OF_STREAM:
+        raise ValueError("it does not end where its tokens end")
+    return segments
+
+
+def _map_llmc(path: Path) -> list[Mapped]:
+    return [llmc_tokens(map_bytes(path))]

@@ -6,13 +6,15 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from data_tools.arrays import TokenArray
-from data_tools.shards.manifest import ShardRecord
+from data_tools.arrays import MaskArray, TokenArray
+from data_tools.shards.llmc import LLMC_SUFFIX, LlmcTokenFile
+from data_tools.shards.manifest import ShardRecord, mask_file_of
 from data_tools.storage import one_line_write_errors, publish, sha256_of_file, temporary_path
 
 BATCH_TOKENS = 1 << 20
@@ -32,21 +34,22 @@ class TokenFile(Protocol):
         ...
 
 
-class NpyTokenFile:
-    """A one-dimensional little-endian uint16 ``.npy`` file, its header filled in at the end."""
+class NpyFile:
+    """A one-dimensional ``.npy`` file, its header filled in at the end; of tokens: little-endian uint16."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, descr: str = "<u2") -> None:
         self._file = file
-        self._tokens = 0
-        file.write(_npy_header(0))
+        self._descr = descr
+        self._size = 0
+        file.write(_npy_header(0, descr))
 
-    def write(self, tokens: TokenArray) -> None:
-        self._file.write(tokens.astype("<u2", copy=False).data)
-        self._tokens += tokens.size
+    def write(self, values: npt.NDArray[Any]) -> None:
+        self._file.write(values.astype(self._descr, copy=False).data)
+        self._size += values.size
 
     def finish(self) -> None:
         self._file.seek(0)
-        self._file.write(_npy_header(self._tokens))
+        self._file.write(_npy_header(self._size, self._descr))
 
 
 class ArrowTokenFile:
@@ -63,7 +66,48 @@ class ArrowTokenFile:
         self._stream.close()
 
 
-SHARD_FORMATS: dict[str, Callable[[BinaryIO], TokenFile]] = {"npy": NpyTokenFile, "arrow": ArrowTokenFile}
+# What stage 1 writes.
+SHARD_FORMATS: dict[str, Callable[[BinaryIO], TokenFile]] = {"npy": NpyFile, "arrow": ArrowTokenFile}
+_BY_SUFFIX: dict[str, Callable[[BinaryIO], TokenFile]] = {**SHARD_FORMATS, LLMC_SUFFIX[1:]: LlmcTokenFile}
+
+
+class _PendingFile:
+    """A file under its temporary name, until it is whole."""
+
+    def __init__(self, path: Path, open_format: Callable[[BinaryIO], TokenFile]) -> None:
+        self._path = path
+        self._temporary = temporary_path(path)
+        with one_line_write_errors(path):
+            self._file = open(self._temporary, "wb")  # noqa: SIM115 (open as long as the writer)
+            try:
+                self._format = open_format(self._file)
+            except BaseException:
+                self.abort()
+                raise
+
+    def write(self, values: npt.NDArray[Any]) -> None:
+        with one_line_write_errors(self._path):
+            self._format.write(values)
+
+    def finish(self) -> str:
+        """Bring it to the disk; returns its SHA-256."""
+        with one_line_write_errors(self._path):
+            self._format.finish()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            return sha256_of_file(self._temporary)
+
+    def publish(self) -> None:
+        """Give it its name."""
+        with one_line_write_errors(self._path):
+            publish(self._temporary, self._path)
+
+    def abort(self) -> None:
+        # Closing tries once more to bring buffered bytes to a disk that may be full; the file goes anyway.
+        with suppress(OSError):
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
 
 class ShardWriter:
@@ -80,28 +124,26 @@ class ShardWriter:
         self._utf8_bytes = 0
         self._split = split
         self._path = folder / file
-        self._temporary = temporary_path(self._path)
+        self._mask_path = folder / mask_file_of(file)
         self._batch = np.empty(BATCH_TOKENS, dtype=np.uint16)
         self._batch_size = 0
-        with one_line_write_errors(self._path):
-            self._file = open(self._temporary, "wb")  # noqa: SIM115 (open as long as the writer)
-            try:
-                self._format = SHARD_FORMATS[self._path.suffix[1:]](self._file)
-            except BaseException:
-                self.abort()
-                raise
+        self._shard = _PendingFile(self._path, _BY_SUFFIX[self._path.suffix[1:]])
+        self._mask: _PendingFile | None = None
 
-    def append(self, tokens: TokenArray, *, documents: int, utf8_bytes: int) -> None:
+    def append(self, tokens: TokenArray, *, documents: int, utf8_bytes: int, scored: MaskArray | None = None) -> None:
         """Add whole documents.
 
         Args:
             tokens: uint16 of shape (tokens,), ``END_OF_TEXT`` before each document.
             documents: how many there are.
             utf8_bytes: bytes of their text.
+            scored: bool of shape (tokens,), which tokens are scored as targets. Given with the first documents of
+                a shard, and then with all, it becomes the shard's mask; None: there is none, all are scored.
 
         Raises:
             DataError: the disk is full or otherwise refuses, with the reason.
         """
+        self._append_mask(tokens, scored)
         self.tokens += tokens.size
         self._documents += documents
         self._utf8_bytes += utf8_bytes
@@ -114,21 +156,27 @@ class ShardWriter:
             if self._batch_size == BATCH_TOKENS:
                 self._write_batch()
 
+    def _append_mask(self, tokens: TokenArray, scored: MaskArray | None) -> None:
+        if scored is not None and self.tokens == 0 and self._mask is None:
+            self._mask = _PendingFile(self._mask_path, lambda file: NpyFile(file, "|u1"))
+        assert (scored is None) == (self._mask is None), f"{self._path}: all of a shard has a mask, or nothing"
+        if self._mask and scored is not None:
+            assert scored.shape == tokens.shape, f"{self._path}: a mask has one flag a token"
+            self._mask.write(scored.astype(np.bool_, copy=False).view(np.uint8))
+
     def close(self) -> ShardRecord:
-        """Put the shard on the disk under its name.
+        """Put the shard on the disk under its name, its mask before it.
 
         Raises:
             DataError: the disk is full or otherwise refuses, with the reason.
         """
         if self._batch_size:
             self._write_batch()
-        with one_line_write_errors(self._path):
-            self._format.finish()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            sha256 = sha256_of_file(self._temporary)
-            publish(self._temporary, self._path)
+        mask_sha256 = self._mask.finish() if self._mask else None
+        sha256 = self._shard.finish()
+        if self._mask:
+            self._mask.publish()
+        self._shard.publish()
         return ShardRecord(
             file=self._path.name,
             split=self._split,
@@ -136,24 +184,23 @@ class ShardWriter:
             documents=self._documents,
             utf8_bytes=self._utf8_bytes,
             sha256=sha256,
+            mask_sha256=mask_sha256,
         )
 
     def abort(self) -> None:
         """Remove what was written so far."""
-        # Closing tries once more to bring buffered bytes to a disk that may be full; the file goes anyway.
-        with suppress(OSError):
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        self._shard.abort()
+        if self._mask:
+            self._mask.abort()
 
     def _write_batch(self) -> None:
-        with one_line_write_errors(self._path):
-            self._format.write(self._batch[: self._batch_size])
+        self._shard.write(self._batch[: self._batch_size])
         self._batch_size = 0
 
 
-def _npy_header(tokens: int) -> bytes:
+def _npy_header(size: int, descr: str) -> bytes:
     """Version 1.0 of the format (numpy.lib.format), padded to a size that fits any count."""
-    fields = f"{{'descr': '<u2', 'fortran_order': False, 'shape': ({tokens},), }}"
+    fields = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({size},), }}"
     body_bytes = _NPY_HEADER_BYTES - len(_NPY_MAGIC) - 2
     body = fields.encode("ascii").ljust(body_bytes - 1) + b"\n"
     return _NPY_MAGIC + body_bytes.to_bytes(2, "little") + body

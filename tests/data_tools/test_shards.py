@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from data_tools.shards import (
 )
 from data_tools.shards.writer import BATCH_TOKENS
 from data_tools.storage import write_json_durably
+from tests.data_tools.conftest import environment
 
 END = 50256
 
@@ -300,7 +303,7 @@ def edit_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path]
 
     def damage(folder: Path) -> None:
         value = json.loads((folder / "manifest.json").read_text())
-        del value["sha256"]
+        value.pop("sha256", None)
         change(value)
         (folder / "manifest.json").write_text(json.dumps(value))
 
@@ -368,7 +371,7 @@ MANIFEST_DAMAGE: list[tuple[Callable[[Path], None], str]] = [
     (edit_manifest(lambda m: m["shards"][1].update(file="../train_000001.npy")), "inside the folder"),
     (edit_manifest(lambda m: m["shards"][1].update(file="/etc/passwd")), "inside the folder"),
     (edit_manifest(lambda m: m["shards"][1].update(file="")), "inside the folder"),
-    (edit_manifest(lambda m: m["shards"][1].update(file="train.bin")), r"ends in \.npy or \.arrow"),
+    (edit_manifest(lambda m: m["shards"][1].update(file="train.txt")), r"ends in \.npy, \.arrow or \.bin"),
     (edit_manifest(lambda m: m["shards"][1].update(tokens=31)), "holds 30 tokens, manifest.json says 31"),
     (edit_manifest(lambda m: m.update(shards=[])), "has no split 'train'; it has none"),
     (edit_sealed_manifest(lambda m: m["shards"][1].update(tokens=29)), "contents changed"),
@@ -457,3 +460,34 @@ def test_opening_does_not_read_the_tokens(tmp_path: Path) -> None:
     del sparse
     edit_manifest(lambda manifest: manifest["shards"][0].update(tokens=tokens))(folder)
     assert open_split(folder, "train").read(tokens - 4, 4).tolist() == [0, 5, 6, 7]
+
+
+MANY_SHARDS = """
+import os, resource, sys
+import numpy as np
+from data_tools.shards import open_split
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+stream = open_split(sys.argv[1], "train")
+after = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+print(int(stream.read(0, stream.tokens).astype(np.int64).sum()), after - before)
+"""
+
+
+def test_shards_by_the_thousand_need_no_file_descriptors(tmp_path: Path) -> None:
+    """1,500 mapped shards where a process may open 256 files."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shards = [np.array([END, index], dtype=np.uint16) for index in range(1500)]
+    one = write_folder(folder, shards[:1])
+    records = []
+    for index, tokens in enumerate(shards):
+        np.save(folder / f"train_{index:06d}.npy", tokens)
+        records.append(ShardRecord(f"train_{index:06d}.npy", "train", 2, 1, 6, "0" * 64))
+    manifest = Manifest(one.tokenizer, one.source, one.settings, tuple(records))
+    write_json_durably(folder / "manifest.json", manifest.to_json())
+    result = subprocess.run(
+        [sys.executable, "-c", MANY_SHARDS, str(folder)], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(sum(int(tokens.sum()) for tokens in shards)), "0"]

@@ -1,0 +1,102 @@
+"""Which format a file or a folder has: by its content, not by a guess."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_tools.errors import DataError
+from data_tools.formats.collection import TokenCollection
+from data_tools.formats.flat_files import LLMC, NANOGPT, NANOGPT_NAMES, open_llmc, open_nanogpt
+from data_tools.formats.megatron import MEGATRON, open_megatron
+from data_tools.formats.megatron_index import INDEX_SUFFIX, is_index
+from data_tools.formats.native import NATIVE, open_native
+from data_tools.shards import MANIFEST_NAME
+from data_tools.shards.llmc import LLMC_SUFFIX, is_llmc
+
+AUTO = "auto"
+_OPEN_FOREIGN: dict[str, Callable[[Path, Sequence[Path], Mapping[str, str]], TokenCollection]] = {
+    NANOGPT: open_nanogpt,
+    LLMC: open_llmc,
+    MEGATRON: open_megatron,
+}
+INPUT_FORMATS = (NATIVE, *_OPEN_FOREIGN)
+
+
+def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> TokenCollection:
+    """Open a folder, a file, or (Megatron) the common part of the names of a pair of files.
+
+    Args:
+        path: where the tokens are.
+        format: one of ``INPUT_FORMATS``, or ``auto``: a folder with a manifest is ours, Megatron's and llm.c's files
+            begin with their magic, and raw tokens are taken for nanoGPT's when they are named ``train.bin`` or
+            ``val.bin``.
+        split_of: the split of a foreign file by its name, where the name itself does not tell.
+
+    Raises:
+        DataError: nothing is there, the format cannot be told, or a file is damaged; one line that names it.
+    """
+    format = recognise(path) if format == AUTO else format
+    if format == NATIVE:
+        if split_of:
+            raise DataError(f"--split-of: the manifest of {path} names its splits")
+        return open_native(path)
+    with _one_line_read_errors(path):
+        return _OPEN_FOREIGN[format](path, list_files(path, format), split_of or {})
+
+
+def recognise(path: Path) -> str:
+    """The format of a file or folder.
+
+    Raises:
+        DataError: it cannot be told, or a file cannot be read.
+    """
+    with _one_line_read_errors(path):
+        if path.is_dir() and (path / MANIFEST_NAME).exists():
+            return NATIVE
+        if any(is_index(file) for file in _candidates(path, INDEX_SUFFIX)):
+            return MEGATRON
+        files = _candidates(path, LLMC_SUFFIX)
+        if any(is_llmc(file) for file in files):
+            return LLMC
+        if any(file.name in NANOGPT_NAMES for file in files):
+            return NANOGPT
+    raise DataError(
+        f"{path}: no manifest.json, no .idx of Megatron, no .bin with llm.c's header, none named {NANOGPT_NAMES[0]}; "
+        f"--from says what it is ({', '.join(INPUT_FORMATS)})"
+    )
+
+
+def list_files(path: Path, format: str) -> list[Path]:
+    """The files of a foreign format, sorted by name: those of a folder, or the one named.
+
+    Raises:
+        DataError: there are none.
+        OSError: the folder cannot be read.
+    """
+    suffix = INDEX_SUFFIX if format == MEGATRON else LLMC_SUFFIX
+    files = _candidates(path, suffix)
+    if not files:
+        raise DataError(f"{path}: there is no file that ends in {suffix}, as those of {format} do")
+    return files
+
+
+@contextmanager
+def _one_line_read_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
+
+
+def _candidates(path: Path, suffix: str) -> list[Path]:
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.suffix == suffix and not file.name.startswith("."))
+    if suffix == INDEX_SUFFIX:
+        # The index, the tokens that it belongs to, or what Megatron calls the prefix.
+        named = [path if path.suffix == suffix else path.with_suffix(suffix), path.with_name(path.name + suffix)]
+        return [file for file in named if file.exists()][:1]
+    if not path.exists():
+        raise DataError(f"{path} does not exist")
+    return [path]

@@ -1,0 +1,80 @@
+"""The shard of llm.c and modded-nanogpt: a header of 256 int32 (magic, version, tokens, zeros), then uint16 tokens.
+
+Layout: ``dev/data/data_common.py`` of llm.c.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+
+from data_tools.arrays import TokenArray
+
+LLMC_SUFFIX = ".bin"
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 256 * 4
+MAX_TOKENS = (1 << 31) - 1  # the count is an int32
+_TOKEN_BYTES = 2
+
+
+class LlmcTokenFile:
+    """A shard of llm.c, its header filled in at the end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._tokens = 0
+        file.write(_header(0))
+
+    def write(self, tokens: TokenArray) -> None:
+        """Add a batch of tokens."""
+        self._file.write(tokens.astype("<u2", copy=False).data)
+        self._tokens += tokens.size
+
+    def finish(self) -> None:
+        """Write the count."""
+        self._file.seek(0)
+        self._file.write(_header(self._tokens))
+
+
+def is_llmc(path: Path) -> bool:
+    """Whether a file begins with llm.c's magic.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return file.read(4) == MAGIC.to_bytes(4, "little")
+
+
+def llmc_tokens(content: pa.Buffer) -> TokenArray:
+    """The tokens of a shard, where they are.
+
+    Args:
+        content: of the whole file, usually mapped.
+
+    Raises:
+        ValueError: the header is another, or its count does not match the size; in one line.
+    """
+    if content.size < HEADER_BYTES:
+        raise ValueError(f"it ends after {content.size} bytes, in the midst of its header")
+    magic, version, tokens = np.frombuffer(content, dtype="<i4", count=3).tolist()
+    if magic != MAGIC:
+        raise ValueError(f"its magic is {magic}, that of llm.c's uint16 tokens is {MAGIC}")
+    if version != VERSION:
+        raise ValueError(f"its version is {version}, it must be {VERSION}")
+    if content.size != HEADER_BYTES + tokens * _TOKEN_BYTES:
+        room = (content.size - HEADER_BYTES) / _TOKEN_BYTES
+        raise ValueError(f"its header says {tokens} tokens, its size says {room:.15g}")
+    return np.frombuffer(content, dtype="<u2", count=tokens, offset=HEADER_BYTES)
+
+
+def _header(tokens: int) -> bytes:
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"a shard of llm.c holds at most {MAX_TOKENS} tokens, not {tokens}")
+    fields = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    fields[:3] = MAGIC, VERSION, tokens
+    return fields.tobytes()
