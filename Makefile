@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity accumulation portability chaos checkpoint-cost clean
+.PHONY: help quickstart test lint parity accumulation portability chaos checkpoint-cost bench-data bench-loader clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -34,6 +34,12 @@ chaos: .venv/dev ## runs killed at random moments, continued under random backen
 
 checkpoint-cost: .venv/dev ## pause, throughput and memory of saving and loading GPT-2 124M
 	$(BIN)/python -m benchmarks.checkpoint_cost
+
+bench-data: .venv/dev ## stage 1 against what people use today: speed, identical ids, memory
+	$(BIN)/python -m benchmarks.data
+
+bench-loader: .venv/dev ## the loader against one that reads whole shards: batches, memory, seeks, waiting
+	$(BIN)/python -m benchmarks.loader
 
 clean: ## remove the environment and caches; data and runs stay
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,52 +1,53 @@
-"""Stage 1 as a recipe: documents -> splits -> batches -> tokens in parallel -> shards and manifest.
+"""Stage 1 as a recipe: source -> tasks -> tokens in parallel -> shards and manifest.
 
-The bytes of the result depend on the request alone, not on the number of workers or on interruptions.
+The bytes of the shards depend on the request alone, not on what ran the tasks, how many at a time, or interruptions.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+import platform
+from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import chain, islice
+from datetime import datetime, timezone
+from typing import Any, Protocol
 
+from data_tools.duplicates import write_repeated
+from data_tools.encoders import REFERENCE_ENCODER, choose_encoder, encoder_version
+from data_tools.engines import run_tasks, workers_of
 from data_tools.errors import DataError
-from data_tools.output import OutputFolder, load_complete, open_output
-from data_tools.parallel import ordered_map
-from data_tools.request import TokenizeRequest, available_cores
-from data_tools.shards import Manifest, ShardRecord
+from data_tools.estimate import Estimate, estimate, expect_room
+from data_tools.output import OutputFolder, fingerprints_name, load_complete, open_output, repeated_name
+from data_tools.records import Progress, progress_of
+from data_tools.request import TokenizeRequest
+from data_tools.shards import Manifest
 from data_tools.sources import Source, open_source
-from data_tools.split import assign_splits
-from data_tools.tokenizer import EncodedDocuments, load_tokenizer, replace_lone_surrogates, utf8_length
+from data_tools.storage import sha256_of_json
+from data_tools.tasks import Task, plan_tasks
+from data_tools.worker import Job, encode_task, fingerprint_task
 
-__all__ = ["Progress", "TokenizeRequest", "find_complete", "tokenize_corpus"]
-
-# Large enough that sending a batch to a worker costs little, small enough that many fit into memory.
-_BATCH_CHARACTERS = 1 << 20
+__all__ = ["Observer", "Progress", "TokenizeRequest", "find_complete", "tokenize_corpus", "tokenize_share"]
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What has been tokenized so far, finished shards of an interrupted run included."""
+class Observer(Protocol):
+    """Told how a run gets on."""
 
-    documents: int
-    tokens: int
-    utf8_bytes: int
+    def planned(self, estimate: Estimate) -> None:
+        """Before the first task."""
+        ...
 
-
-@dataclass(frozen=True)
-class _Batch:
-    """Documents that are encoded together; ``splits`` has one entry a document."""
-
-    splits: list[str]
-    texts: list[str]
+    def progressed(self, progress: Progress) -> None:
+        """At the start, with what an interrupted run had finished, and then a few times a second."""
+        ...
 
 
-@dataclass(frozen=True)
-class _EncodedBatch:
-    splits: list[str]
-    documents: EncodedDocuments
+class _Nobody:
+    """The observer of those who pass none."""
+
+    def planned(self, estimate: Estimate) -> None:
+        """Nothing."""
+
+    def progressed(self, progress: Progress) -> None:
+        """Nothing."""
 
 
 def find_complete(request: TokenizeRequest) -> Manifest | None:
@@ -58,14 +59,13 @@ def find_complete(request: TokenizeRequest) -> Manifest | None:
     return load_complete(request.out, request.identity(open_source(request)))
 
 
-def tokenize_corpus(request: TokenizeRequest, on_progress: Callable[[Progress], None] | None = None) -> Manifest:
+def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) -> Manifest:
     """Tokenize a source into a folder of shards, continuing what the same request left unfinished.
 
     Returns at once when the folder is complete already. A corpus of a single document has no validation split.
 
     Args:
         request: what to do. With more than one worker, a calling script needs ``if __name__ == "__main__"``.
-        on_progress: called before the first batch, with what an interrupted run had finished, and after each.
 
     Returns:
         The manifest that was written.
@@ -77,115 +77,115 @@ def tokenize_corpus(request: TokenizeRequest, on_progress: Callable[[Progress], 
     identity = request.identity(source)
     if manifest := load_complete(request.out, identity):
         return manifest
-    documents = _read_documents(source, request)
-    # A corpus without a document must leave no trace, so one is read before the folder is touched.
-    if (first := next(documents, None)) is None:
-        raise DataError(f"--source {request.source} has no document with text in it; there is nothing to tokenize")
-    with open_output(request.out, identity, format=request.format, shard_tokens=request.shard_tokens) as output:
-        _fill(output, chain([first], documents), request, on_progress or _ignore)
-        return output.complete()
+    with open_output(request.out, identity, shared=False) as output:
+        if manifest := load_complete(request.out, identity):  # meanwhile
+            return manifest
+        run = _Run(request, source, output, observer or _Nobody())
+        output.remove_leftovers()
+        run.expect_room()
+        run.leave_out_repeated(run.tasks)
+        run.encode(run.tasks)
+        return output.complete(run.tasks, run.made())
 
 
-def _fill(
-    output: OutputFolder,
-    documents: Iterable[str],
-    request: TokenizeRequest,
-    on_progress: Callable[[Progress], None],
-) -> None:
-    """Encode every document that is not in a finished shard, and append it to its split."""
-    assigned = assign_splits(documents, val_fraction=request.val_fraction, seed=request.seed)
-    batches = _group(_skip_finished(assigned, output.finished))
-    progress = _progress_of(shard for shards in output.finished.values() for shard in shards)
-    on_progress(progress)
-    with closing(ordered_map(_encode, batches, request.workers or available_cores())) as encoded_batches:
-        for batch in encoded_batches:
-            _append(output, batch)
-            progress = _advance(progress, batch.documents)
-            on_progress(progress)
+def tokenize_share(
+    request: TokenizeRequest, share: int, shares: int, observer: Observer | None = None
+) -> Manifest | None:
+    """Do the tasks ``share``, ``share + shares``, ... of a request, while other processes do the others.
+
+    Whoever ends last writes the manifest. With ``deduplicate`` the documents must be compared before any is encoded:
+    the first call of each share fingerprints its documents, a second one, after all first ones, encodes them.
+
+    Returns:
+        The manifest; None: other shares are not done yet.
+
+    Raises:
+        DataError: as ``tokenize_corpus``.
+    """
+    source = open_source(request)
+    identity = request.identity(source)
+    if manifest := load_complete(request.out, identity):
+        return manifest
+    with open_output(request.out, identity, shared=True) as output:
+        if manifest := load_complete(request.out, identity):  # meanwhile
+            return manifest
+        run = _Run(request, source, output, observer or _Nobody())
+        own = run.tasks[share::shares]
+        if not run.leave_out_repeated(own):
+            return None
+        run.encode(own)
+        return output.complete_if_last(run.tasks, run.made)
 
 
-def _read_documents(source: Source, request: TokenizeRequest) -> Iterator[str]:
-    """The documents that have text, up to the limits of the request."""
-    documents: Iterator[str] = filter(None, source.documents())
-    if request.limit_bytes is not None:
-        documents = _limit_bytes(documents, request.limit_bytes)
-    return islice(documents, request.limit_documents)
+class _Run:
+    """One call, on the tasks of one request."""
+
+    def __init__(self, request: TokenizeRequest, source: Source, output: OutputFolder, observer: Observer) -> None:
+        self._request = request
+        self._source = source
+        self._output = output
+        self._observer = observer
+        self._encoder = choose_encoder(request.encoder)
+        self.tasks = output.plan(lambda: plan_tasks(source, request))
+        output.look_for_finished(self.tasks)
+        self._job = Job(request, self._encoder, len(self.tasks) == 1, sha256_of_json(request.identity(source)))
+
+    def expect_room(self) -> None:
+        """Estimate the work, tell the observer, and refuse what does not fit on the disk."""
+        request = self._request
+        limited = request.limit_documents is not None or request.limit_bytes is not None
+        free = self._output.folder.free_bytes()
+        estimated = estimate(self._source, self.tasks, free, workers_of(request), limited=limited)
+        if estimated is None:
+            raise DataError(f"--source {request.source} has no document with text in it; there is nothing to tokenize")
+        self._observer.planned(estimated)
+        expect_room(estimated, 2 * progress_of(self._output.finished.values()).tokens, f"--out {request.out}")
+
+    def leave_out_repeated(self, own: Iterable[Task]) -> bool:
+        """Compare documents if the request asks for it; False: others have not fingerprinted theirs yet."""
+        if self._request.deduplicate != "exact":
+            return True
+        folder = self._output.folder
+        names = folder.names()
+        missing = [task for task in own if fingerprints_name(task) not in names]
+        with closing(run_tasks(fingerprint_task, self._job, missing, _ignore)) as done:
+            for _ in done:
+                pass
+        if missing:
+            names = folder.names()
+        if any(fingerprints_name(task) not in names for task in self.tasks):
+            return False
+        if any(repeated_name(task) not in names for task in self.tasks):
+            write_repeated(folder, self.tasks)
+        return True
+
+    def encode(self, tasks: Iterable[Task]) -> None:
+        """Do what is not finished of these tasks."""
+        finished = self._output.finished
+        progress = progress_of(finished.values())
+        self._observer.progressed(progress)
+
+        def report(documents: int, tokens: int, utf8_bytes: int) -> None:
+            nonlocal progress
+            progress = progress.plus(documents, tokens, utf8_bytes)
+            self._observer.progressed(progress)
+
+        unfinished = [task for task in tasks if task.index not in finished]
+        with closing(run_tasks(encode_task, self._job, unfinished, report)) as records:
+            for record in records:
+                finished[record.index] = record
+
+    def made(self) -> dict[str, Any]:
+        """When and with what, for the manifest."""
+        return {
+            "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "encoder": encoder_version(self._encoder),
+            "reference": encoder_version(REFERENCE_ENCODER),
+            "checked_documents": sum(record.checked for record in self._output.finished.values()),
+            "python": platform.python_version(),
+            "engine": self._request.engine,
+        }
 
 
-def _limit_bytes(documents: Iterator[str], limit_bytes: int) -> Iterator[str]:
-    read_bytes = 0
-    for document in documents:
-        yield document
-        read_bytes += utf8_length(replace_lone_surrogates(document))
-        if read_bytes >= limit_bytes:
-            return
-
-
-def _skip_finished(
-    assigned: Iterator[tuple[str, str]], finished: dict[str, tuple[ShardRecord, ...]]
-) -> Iterator[tuple[str, str]]:
-    """Leave out the first documents of each split, as many as its finished shards hold."""
-    to_skip = {split: sum(shard.documents for shard in shards) for split, shards in finished.items()}
-    seen: Counter[str] = Counter()
-    for split, document in assigned:
-        seen[split] += 1
-        if seen[split] > to_skip[split]:
-            yield split, document
-    for split, documents in to_skip.items():
-        if seen[split] < documents:
-            raise DataError(
-                f"the source changed since the interrupted run: it has {seen[split]} documents for {split}, "
-                f"{documents} were written; delete the output folder to start again"
-            )
-
-
-def _group(assigned: Iterable[tuple[str, str]]) -> Iterator[_Batch]:
-    batch = _Batch([], [])
-    characters = 0
-    for split, document in assigned:
-        batch.splits.append(split)
-        batch.texts.append(document)
-        characters += len(document)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch = _Batch([], [])
-            characters = 0
-    if batch.texts:
-        yield batch
-
-
-def _encode(batch: _Batch) -> _EncodedBatch:
-    return _EncodedBatch(batch.splits, load_tokenizer().encode_documents(batch.texts))
-
-
-def _append(output: OutputFolder, batch: _EncodedBatch) -> None:
-    start = 0
-    encoded = batch.documents
-    for split, tokens, utf8_bytes in zip(
-        batch.splits, encoded.token_counts.tolist(), encoded.utf8_bytes.tolist(), strict=True
-    ):
-        output.append(split, encoded.tokens[start : start + tokens], utf8_bytes)
-        start += tokens
-
-
-def _progress_of(shards: Iterable[ShardRecord]) -> Progress:
-    totals = Progress(0, 0, 0)
-    for shard in shards:
-        totals = Progress(
-            totals.documents + shard.documents,
-            totals.tokens + shard.tokens,
-            totals.utf8_bytes + shard.utf8_bytes,
-        )
-    return totals
-
-
-def _advance(progress: Progress, encoded: EncodedDocuments) -> Progress:
-    return Progress(
-        progress.documents + encoded.token_counts.size,
-        progress.tokens + encoded.tokens.size,
-        progress.utf8_bytes + int(encoded.utf8_bytes.sum()),
-    )
-
-
-def _ignore(progress: Progress) -> None:
-    """The observer of those who pass none."""
+def _ignore(documents: int, tokens: int, utf8_bytes: int) -> None:
+    """Fingerprinting is not told of."""

@@ -1,16 +1,22 @@
-"""The folder that a run fills: begun, continued after a crash, completed, and never mistaken for another's."""
+"""The folder that a run fills: planned, continued after a crash, completed, and never mistaken for another's.
+
+While it is being filled it holds ``plan.json`` (who makes it, and its tasks) and, for each finished task, its shards
+and ``tasks/<task>.json``. At the end the manifest takes the place of both.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from data_tools.arrays import TokenArray
 from data_tools.errors import DataError
-from data_tools.journal import JOURNAL_NAME, Journal
+from data_tools.folders import Folder, LocalFolder, is_scratch, open_folder
+from data_tools.locks import LOCK_NAME, FolderLock, lock_folder
+from data_tools.records import TaskRecord, report_of
 from data_tools.shards import (
     MANIFEST_NAME,
     SHARD_FORMATS,
@@ -18,36 +24,65 @@ from data_tools.shards import (
     VAL_SPLIT,
     Manifest,
     ShardRecord,
-    ShardWriter,
     SourceRecord,
     TokenizerRecord,
     load_manifest,
+    map_mask,
     map_shard,
+    parse_manifest,
 )
-from data_tools.storage import TEMPORARY_SUFFIX, one_line_write_errors, write_json_durably
+from data_tools.storage import fsync_folder, one_line_write_errors
+from data_tools.tasks import Task
 
-_OUR_FILES = re.compile(
-    rf"({TRAIN_SPLIT}|{VAL_SPLIT})_\d{{6,}}\.({'|'.join(SHARD_FORMATS)})({re.escape(TEMPORARY_SUFFIX)})?"
-    rf"|{re.escape(MANIFEST_NAME + TEMPORARY_SUFFIX)}"
-)
+PLAN_NAME = "plan.json"
+_TASKS = "tasks/"
+_SHARD_FILES = re.compile(rf"({TRAIN_SPLIT}|{VAL_SPLIT})_\d{{5,}}_\d{{3,}}(\.mask)?\.({'|'.join(SHARD_FORMATS)})")
 
 
-def load_complete(folder: Path, identity: dict[str, Any]) -> Manifest | None:
+def record_name(task: Task) -> str:
+    """The file of a finished task's record."""
+    return f"{_TASKS}{task.name}.json"
+
+
+def fingerprints_name(task: Task) -> str:
+    """The file of what tells the documents of a task apart."""
+    return f"{_TASKS}{task.name}.fingerprints.npy"
+
+
+def repeated_name(task: Task) -> str:
+    """The file of the numbers of the task's documents that came before."""
+    return f"{_TASKS}{task.name}.repeated.npy"
+
+
+def publish_task(folder: Folder, task: Task, record: TaskRecord, scratch: Path) -> None:
+    """Move the shards of a task from its scratch folder into place, then its record: now it is finished."""
+    for shard in record.shards:
+        for name in (shard.mask_file, shard.file):
+            if name is not None:
+                folder.take(scratch / name, name)
+    folder.write(record_name(task), json.dumps(record.to_json()).encode("ascii"))
+
+
+def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
     """The manifest of a folder that the request of this identity has already completed, else None.
 
     Raises:
         DataError: the folder is complete but another request's, or a shard of it is missing or damaged.
     """
-    if not (folder / MANIFEST_NAME).exists():
+    folder = open_folder(out)
+    if folder.size(MANIFEST_NAME) is None:
         return None
-    manifest = load_manifest(folder)
+    if isinstance(folder, LocalFolder):
+        manifest = load_manifest(folder.path)
+    else:
+        manifest = parse_manifest(folder.read(MANIFEST_NAME), f"{out}/{MANIFEST_NAME}")
     made_by = {key: value for key, value in manifest.to_json().items() if key in identity}
-    _check_same_request(folder, made_by, identity)
+    _expect_same_request(out, made_by, identity)
     for shard in manifest.shards:
-        map_shard(folder, shard)
-    # It is still there when the run that wrote the manifest was killed right after.
-    with one_line_write_errors(folder):
-        (folder / JOURNAL_NAME).unlink(missing_ok=True)
+        _expect_whole(folder, shard, str(out))
+    # They are still there when the run that wrote the manifest was killed right after.
+    _remove_what_led_there(folder)
+    folder.remove({LOCK_NAME} & folder.names())
     return manifest
 
 
@@ -55,178 +90,200 @@ class OutputFolder:
     """The output folder of one run; make one with ``open_output``.
 
     Attributes:
-        finished: the shards that are done, by split.
+        finished: the records of finished tasks by index.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], *, format: str, shard_tokens: int) -> None:
-        self._folder = folder
+    def __init__(self, out: Path | str, identity: dict[str, Any], lock: FolderLock | None) -> None:
+        self.folder = open_folder(out)
+        self._out = str(out)
         self._identity = identity
-        self._created = _prepare_folder(folder)
-        try:
-            self._journal = Journal(folder, identity)
-        except DataError:
-            self._remove_if_created()
-            raise
-        try:
-            _check_same_request(folder, self._journal.identity, identity)
-            self._splits = {
-                split: _SplitWriter(folder, split, format, shard_tokens, self._journal)
-                for split in (TRAIN_SPLIT, VAL_SPLIT)
-            }
-            self._remove_leftovers()
-        except BaseException:
-            self._journal.close()
-            raise
-        self.finished = {split: tuple(writer.finished) for split, writer in self._splits.items()}
+        self._lock = lock
+        self._tasks: list[Task] | None = None
+        self.finished: dict[int, TaskRecord] = {}
 
-    def append(self, split: str, tokens: TokenArray, utf8_bytes: int) -> None:
-        """Add one document to its split.
-
-        Args:
-            split: ``train`` or ``val``.
-            tokens: uint16 of shape (tokens,), ``END_OF_TEXT`` first.
-            utf8_bytes: bytes of its text.
+    def plan(self, make_plan: Callable[[], list[Task]]) -> list[Task]:
+        """The tasks of this run: those of the run that is continued, or new ones.
 
         Raises:
-            DataError: the disk is full or otherwise refuses.
+            DataError: the folder is another request's, the plan is damaged, or the disk refuses.
         """
-        self._splits[split].append(tokens, utf8_bytes)
+        if self.folder.size(PLAN_NAME) is None:
+            tasks = make_plan()
+            plan = {"identity": self._identity, "tasks": [task.to_json() for task in tasks]}
+            self._tasks = tasks
+            self.folder.write(PLAN_NAME, json.dumps(plan).encode("ascii"))
+            return tasks
+        try:
+            plan = json.loads(self.folder.read(PLAN_NAME))
+            tasks = [Task.from_json(task) for task in plan["tasks"]]
+            made_by = dict(plan["identity"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{self._out}/{PLAN_NAME} is damaged; delete {self._out} and start again") from error
+        _expect_same_request(self._out, made_by, self._identity)
+        self._tasks = tasks
+        return tasks
 
-    def complete(self) -> Manifest:
-        """Close the last shards and write the manifest.
+    def look_for_finished(self, tasks: Iterable[Task]) -> None:
+        """Find the records whose shards are there; the others' tasks are to be done again."""
+        names = self.folder.names()
+        for task in tasks:
+            if record_name(task) in names:
+                with suppress(FileNotFoundError):  # another one has just completed a remote folder
+                    content = self.folder.read(record_name(task))
+                    record = TaskRecord.from_json(content, f"{self._out}/{record_name(task)}")
+                    if all(self._is_whole(shard) for shard in record.shards):
+                        self.finished[task.index] = record
+
+    def remove_leftovers(self) -> None:
+        """Remove what unfinished tasks of killed processes left; nobody else may be writing."""
+        ours = {name for record in self.finished.values() for shard in record.shards for name in _files_of(shard)}
+        names = {name for name in self.folder.names() if name not in ours}
+        self.folder.remove({name for name in names if _SHARD_FILES.fullmatch(name)})
+        self.folder.remove_scratch()
+
+    def complete_if_last(self, tasks: list[Task], made: Callable[[], dict[str, Any]]) -> Manifest | None:
+        """Complete a folder that processes share, if all tasks are finished and no other process is at work.
 
         Raises:
-            DataError: the disk is full or otherwise refuses.
+            DataError: as ``complete``.
         """
-        for writer in self._splits.values():
-            writer.close()
+        if self._lock is not None and not self._lock.make_exclusive():
+            return None
+        self.look_for_finished(tasks)
+        if len(self.finished) < len(tasks):
+            return load_complete(self._out, self._identity)  # of a remote folder another one may have been the last
+        return self.complete(tasks, made())
+
+    def complete(self, tasks: list[Task], made: dict[str, Any]) -> Manifest:
+        """Write the manifest of the finished tasks, all of them; nothing but it and the shards stays.
+
+        Raises:
+            DataError: there is no document at all, or the disk refuses.
+        """
+        records = [self.finished[task.index] for task in tasks]
+        shards = tuple(shard for record in records for shard in record.shards)
+        if not shards:
+            raise DataError(f"--source {self._identity['source']['kind']} has no document with text in it")
         manifest = Manifest(
             tokenizer=TokenizerRecord(**self._identity["tokenizer"]),
             source=SourceRecord(**self._identity["source"]),
             settings=self._identity["settings"],
-            shards=tuple(shard for writer in self._splits.values() for shard in writer.finished),
+            shards=tuple(sorted(shards, key=lambda shard: shard.split)),
+            report=report_of(records),
+            made=made,
         )
-        path = self._folder / MANIFEST_NAME
-        with one_line_write_errors(path):
-            write_json_durably(path, manifest.to_json())
-        self._journal.remove()
+        self.folder.write(MANIFEST_NAME, manifest.to_bytes())
+        _remove_what_led_there(self.folder)
         return manifest
 
-    def abandon(self) -> None:
-        """Leave the finished shards and the journal with which the same request continues.
+    def abandon(self, *, shared: bool) -> None:
+        """Leave the finished tasks and the plan, with which the same request continues; without any, nothing.
 
-        If no shard was finished, nothing is left at all.
+        What processes share is left to the last of them.
         """
-        for writer in self._splits.values():
-            writer.abort()
-        self._remove_leftovers()
-        if not self._journal.shards:
-            self._journal.remove()
-            self._remove_if_created()
+        if self._tasks is None:  # it is another request's, or not begun
+            return
+        if shared and (self._lock is None or not self._lock.make_exclusive()):
+            return
+        self.look_for_finished(self._tasks)
+        self.remove_leftovers()
+        if not any(name.startswith(_TASKS) for name in self.folder.names()):
+            self.folder.remove({PLAN_NAME})
 
-    def close(self) -> None:
-        """Release the folder."""
-        self._journal.close()
-
-    def _remove_if_created(self) -> None:
-        if self._created and not any(self._folder.iterdir()):
-            self._folder.rmdir()
-
-    def _remove_leftovers(self) -> None:
-        """Remove shards that are not whole, or were not recorded before a crash."""
-        finished = {shard.file for writer in self._splits.values() for shard in writer.finished}
-        with one_line_write_errors(self._folder):
-            for path in self._folder.iterdir():
-                if _OUR_FILES.fullmatch(path.name) and path.name not in finished:
-                    path.unlink()
+    def _is_whole(self, shard: ShardRecord) -> bool:
+        try:
+            _expect_whole(self.folder, shard, self._out)
+        except DataError:
+            return False
+        return True
 
 
 @contextmanager
-def open_output(folder: Path, identity: dict[str, Any], *, format: str, shard_tokens: int) -> Iterator[OutputFolder]:
+def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> Iterator[OutputFolder]:
     """Begin an output folder, or take it up where the same request left it; an error in the block abandons it.
+
+    Args:
+        shared: other processes, each with tasks of its own, write to it at the same time.
 
     Raises:
         DataError: the folder is another's, in use, or cannot be written.
     """
-    output = OutputFolder(folder, identity, format=format, shard_tokens=shard_tokens)
+    folder = open_folder(out)
+    with ExitStack() as stack:
+        lock = None
+        if isinstance(folder, LocalFolder):
+            stack.enter_context(_created(folder.path))
+        _expect_ours(folder, out)
+        if isinstance(folder, LocalFolder):
+            lock = stack.enter_context(lock_folder(folder.path, shared=shared))
+        output = OutputFolder(out, identity, lock)
+        try:
+            yield output
+        except BaseException:
+            output.abandon(shared=shared)
+            raise
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[None]:
+    """See to it that a folder is there; if the block fails, what was created goes as far as it is empty."""
+    if path.exists() and not path.is_dir():
+        raise DataError(f"--out {path} is a file; name a folder")
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    with one_line_write_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        for folder in created:
+            fsync_folder(folder.parent)
     try:
-        yield output
+        yield
     except BaseException:
-        output.abandon()
+        with suppress(OSError):  # not empty
+            for folder in created:
+                folder.rmdir()
         raise
-    finally:
-        output.close()
 
 
-class _SplitWriter:
-    """The shards of one split, one after the other."""
-
-    def __init__(self, folder: Path, split: str, format: str, shard_tokens: int, journal: Journal) -> None:
-        self._folder = folder
-        self._split = split
-        self._format = format
-        self._shard_tokens = shard_tokens
-        self._journal = journal
-        self._shard: ShardWriter | None = None
-        self.finished = list(self._intact_shards(journal.shards))
-
-    def append(self, tokens: TokenArray, utf8_bytes: int) -> None:
-        if self._shard is not None and self._shard.tokens + tokens.size > self._shard_tokens:
-            self.close()
-        if self._shard is None:
-            self._shard = ShardWriter(self._folder, self._file_name(len(self.finished)), self._split)
-        self._shard.append(tokens, documents=1, utf8_bytes=utf8_bytes)
-
-    def close(self) -> None:
-        if self._shard is not None:
-            record = self._shard.close()
-            self._shard = None
-            self._journal.append(record)
-            self.finished.append(record)
-
-    def abort(self) -> None:
-        if self._shard is not None:
-            self._shard.abort()
-
-    def _file_name(self, index: int) -> str:
-        return f"{self._split}_{index:06d}.{self._format}"
-
-    def _intact_shards(self, recorded: list[ShardRecord]) -> Iterator[ShardRecord]:
-        """The finished shards up to the first that has gone since; it and what follows are made anew."""
-        by_file = {shard.file: shard for shard in recorded}
-        index = 0
-        while shard := by_file.get(self._file_name(index)):
-            try:
-                map_shard(self._folder, shard)
-            except DataError:
-                return
-            yield shard
-            index += 1
-
-
-def _prepare_folder(folder: Path) -> bool:
-    """Make sure that the folder is there and empty or ours; say whether it was created."""
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"--out {folder} is a file; name a folder")
-    with one_line_write_errors(folder):
-        created = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        names = sorted(path.name for path in folder.iterdir())
-    if names and JOURNAL_NAME not in names:
+def _expect_ours(folder: Folder, out: Path | str) -> None:
+    # Of a local folder the names at its top: what is not ours may be large.
+    names = {path.name for path in folder.path.iterdir()} if isinstance(folder, LocalFolder) else folder.names()
+    others = sorted(name for name in names - {LOCK_NAME} if not is_scratch(name))
+    if others and not names & {PLAN_NAME, MANIFEST_NAME}:
         raise DataError(
-            f"--out {folder} is not empty (it holds {names[0]}) and was not made by this command; "
+            f"--out {out} is not empty (it holds {others[0]}) and was not made by this command; "
             "name a new or empty folder"
         )
-    return created
 
 
-def _check_same_request(folder: Path, made_by: dict[str, Any], identity: dict[str, Any]) -> None:
+def _files_of(shard: ShardRecord) -> list[str]:
+    return [name for name in (shard.file, shard.mask_file) if name is not None]
+
+
+def _expect_whole(folder: Folder, shard: ShardRecord, place: str) -> None:
+    """Of a local shard its size and format, of a remote one that it is there."""
+    if isinstance(folder, LocalFolder):
+        map_shard(folder.path, shard)
+        if shard.mask_file is not None:
+            map_mask(folder.path, shard)
+        return
+    for name in _files_of(shard):
+        if folder.size(name) is None:
+            raise DataError(f"{place}/{name} is missing, though {MANIFEST_NAME} names it; tokenize again")
+
+
+def _remove_what_led_there(folder: Folder) -> None:
+    names = folder.names()
+    folder.remove_scratch()
+    folder.remove({name for name in names if name.startswith(_TASKS)})
+    folder.remove({PLAN_NAME} & names)  # the last: it says whose the others are
+
+
+def _expect_same_request(out: Path | str, made_by: dict[str, Any], identity: dict[str, Any]) -> None:
     before, now = dict(_flatten(made_by)), dict(_flatten(identity))
     for key in before | now:
         if before.get(key) != now.get(key):
             raise DataError(
-                f"{folder} was made by another request: {key} was {before.get(key)!r}, "
-                f"now it is {now.get(key)!r}; name another --out, or delete {folder} to start again"
+                f"{out} was made by another request: {key} was {before.get(key)!r}, "
+                f"now it is {now.get(key)!r}; name another --out, or delete {out} to start again"
             )
 
 

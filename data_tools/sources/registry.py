@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+from data_tools.documents import Document
 from data_tools.errors import DataError
 from data_tools.sources.huggingface import HuggingFaceSource
+from data_tools.sources.instructions import InstructionSource
 from data_tools.sources.jsonl import JsonlSource
 from data_tools.sources.parquet import ParquetSource
+from data_tools.sources.slices import Slice
 from data_tools.sources.standard_library import StandardLibrarySource
 from data_tools.sources.text import TextSource
 
@@ -18,14 +21,22 @@ FINEWEB_EDU_CONFIG = "sample-10BT"
 
 
 class Source(Protocol):
-    """A repeatable sequence of documents."""
+    """A repeatable sequence of documents, cut into slices that can be read by themselves, anywhere."""
 
     def options(self) -> dict[str, Any]:
         """All that decides which documents come, as JSON values; equal options, equal documents."""
         ...
 
-    def documents(self) -> Iterator[str]:
-        """Each document's text, in the source's fixed order; empty ones may be among them."""
+    def text_bytes(self) -> int | None:
+        """About how many bytes of text there are; None: that is not known before reading."""
+        ...
+
+    def slices(self, slice_bytes: int) -> list[Slice]:
+        """Parts of about ``slice_bytes`` of text where the files allow it, in order."""
+        ...
+
+    def read(self, part: Slice) -> Iterator[Document]:
+        """The documents of a slice, in the source's fixed order; empty ones may be among them."""
         ...
 
 
@@ -66,6 +77,10 @@ def _open_jsonl(request: SourceRequest) -> Source:
     return JsonlSource(request.inputs, request.text_field)
 
 
+def _open_instructions(request: SourceRequest) -> Source:
+    return InstructionSource(request.inputs)
+
+
 def _open_parquet(request: SourceRequest) -> Source:
     return ParquetSource(request.inputs, request.text_field)
 
@@ -98,6 +113,7 @@ _DATASET_FIELDS = frozenset({"text_field", "dataset_config", "dataset_split"})
 _KINDS = {
     "text": _Kind(_open_text, frozenset({"inputs", "document_separator"})),
     "jsonl": _Kind(_open_jsonl, frozenset({"inputs", "text_field"})),
+    "instructions": _Kind(_open_instructions, frozenset({"inputs"})),
     "parquet": _Kind(_open_parquet, frozenset({"inputs", "text_field"})),
     "hf": _Kind(_open_hf, _DATASET_FIELDS | {"inputs"}),
     "fineweb-edu": _Kind(_open_fineweb_edu, _DATASET_FIELDS),
@@ -128,6 +144,12 @@ def open_source(request: SourceRequest) -> Source:
     if "inputs" in kind.reads and not request.inputs:
         raise DataError(f"--source {request.source} needs --input")
     return kind.open(request)
+
+
+def read_documents(source: Source, slice_bytes: int = 1 << 30) -> Iterator[Document]:
+    """All documents of a source, one after the other."""
+    for part in source.slices(slice_bytes):
+        yield from source.read(part)
 
 
 def _option(field: str) -> str:

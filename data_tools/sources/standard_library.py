@@ -6,11 +6,11 @@ import os
 import platform
 import sysconfig
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from data_tools.sources.files import describe_files, one_line_read_errors, raise_error
+from data_tools.sources.files import describe_files, group_files, one_line_read_errors, raise_error
+from data_tools.sources.slices import Slice
 
 # Installed packages, tests (repetitive, and absent from some distributions), caches. The topics of pydoc_data
 # are documents of their own, so the module that holds them as string literals is left out.
@@ -18,37 +18,42 @@ _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data", "__pycache__"}
 )
 
+_TOPICS = "pydoc_data.topics"
+
 
 class StandardLibrarySource:
     """The running Python's library sources, then the topics of its language reference.
 
-    A document is a ``.py`` file, in the order of sorted paths, or a topic. Files that are not UTF-8 are skipped,
-    and so is a document that came before, lest one half of a pair end up in training, the other in validation.
+    A document is a ``.py`` file, in the order of sorted paths, or a topic. Files that are not UTF-8 are skipped.
     """
 
     def __init__(self) -> None:
         self._root = Path(sysconfig.get_path("stdlib"))
 
     def options(self) -> dict[str, Any]:
-        with one_line_read_errors(self._root):
-            files = [(path, (self._root / path).stat().st_size) for path in self._relative_paths()]
-        return {"python": platform.python_version(), **describe_files(files)}
+        return {"python": platform.python_version(), **describe_files(self._files())}
 
-    def documents(self) -> Iterator[str]:
-        seen: set[str] = set()
-        for document in chain(self._sources(), _reference_topics()):
-            if document not in seen:
-                seen.add(document)
-                yield document
+    def text_bytes(self) -> int:
+        return sum(size for _, size in self._files())
 
-    def _sources(self) -> Iterator[str]:
-        for path in self._relative_paths():
-            with one_line_read_errors(self._root / path):
+    def slices(self, slice_bytes: int) -> list[Slice]:
+        return [*group_files(self._files(), slice_bytes), Slice(_TOPICS, 0, 1, 0)]
+
+    def read(self, part: Slice) -> Iterator[str]:
+        if part.path == _TOPICS:
+            yield from _reference_topics()
+            return
+        for path, _ in self._files()[part.start : part.stop]:
+            with one_line_read_errors(path):
                 content = (self._root / path).read_bytes()
             try:
                 yield content.decode("utf-8")
             except UnicodeDecodeError:
                 continue
+
+    def _files(self) -> list[tuple[str, int]]:
+        with one_line_read_errors(self._root):
+            return [(path.as_posix(), (self._root / path).stat().st_size) for path in self._relative_paths()]
 
     def _relative_paths(self) -> list[Path]:
         paths: list[Path] = []

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiktoken
 
+from data_tools import tasks
+from data_tools.documents import fingerprint_of, utf8_of
 from data_tools.shards import load_manifest, open_split
+from data_tools.split import draw_split
 from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMAND = REPOSITORY / "launch" / "tokenize_corpus.py"
+#: Stage 1 as a user runs it, but with work cut so small that a tiny corpus has many tasks.
+COMMAND_WITH_SMALL_TASKS = """
+import runpy, sys
+from data_tools import tasks
+tasks._SMALLEST_TASK_BYTES = int(sys.argv.pop(1))
+sys.argv[0] = sys.argv.pop(1)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+TASK_BYTES = 3000
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -26,18 +41,19 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
-def command_line(*arguments: object) -> list[str]:
-    """The command of stage 1 with arguments."""
-    return [sys.executable, str(COMMAND), *map(str, arguments)]
+def command_line(*arguments: object, task_bytes: int | None = None) -> list[str]:
+    """The command of stage 1 with arguments; ``task_bytes`` is the size to which tasks are cut."""
+    start = ["-c", COMMAND_WITH_SMALL_TASKS, str(task_bytes)] if task_bytes else []
+    return [sys.executable, *start, str(COMMAND), *map(str, arguments)]
 
 
 @pytest.fixture
 def run_process(tmp_path: Path) -> Command:
     """Run stage 1 as a user does, in a fresh folder."""
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, task_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command_line(*arguments),
+            command_line(*arguments, task_bytes=task_bytes),
             cwd=tmp_path,
             env=environment(),
             capture_output=True,
@@ -49,13 +65,19 @@ def run_process(tmp_path: Path) -> Command:
     return run
 
 
+@pytest.fixture
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut the work of this process into tasks of ``TASK_BYTES`` of text."""
+    monkeypatch.setattr(tasks, "_SMALLEST_TASK_BYTES", TASK_BYTES)
+
+
 @pytest.fixture(scope="session")
 def reference() -> tiktoken.Encoding:
     """tiktoken itself, whose ``encode_ordinary`` is what tokens must equal."""
     return load_tokenizer()._encoding
 
 
-def sequential_tokens(reference: tiktoken.Encoding, documents: Sequence[str]) -> np.ndarray:
+def sequential_tokens(reference: tiktoken.Encoding, documents: Iterable[str]) -> np.ndarray:
     """The tokens of documents by the plainest loop there is."""
     tokens: list[int] = []
     for document in documents:
@@ -63,8 +85,20 @@ def sequential_tokens(reference: tiktoken.Encoding, documents: Sequence[str]) ->
     return np.array(tokens, dtype=np.uint16)
 
 
+def drawn_for(split: str, documents: Iterable[str], val_fraction: float, seed: int = 0) -> list[str]:
+    """The documents that the draw puts into a split."""
+
+    def drawn(document: str) -> str:
+        fingerprint = fingerprint_of(document, utf8_of(document))
+        return draw_split(fingerprint, val_fraction=val_fraction, seed=seed)
+
+    return [document for document in documents if drawn(document) == split]
+
+
 def tokens_of(folder: Path, split: str = "train") -> np.ndarray:
-    """All tokens of a split."""
+    """All tokens of a split; none if it is not there."""
+    if split not in load_manifest(folder).splits():
+        return np.empty(0, dtype=np.uint16)
     stream = open_split(folder, split)
     return stream.read(0, stream.tokens)
 
@@ -75,8 +109,41 @@ def documents_of(folder: Path) -> int:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder by name."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Every file below a folder by name."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def result(folder: Path) -> dict[str, bytes | str]:
+    """What a finished folder holds, but when and with what it was made; nothing else may be in it."""
+    manifest = load_manifest(folder)
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", *(shard.file for shard in manifest.shards)}
+    shards = {shard.file: (folder / shard.file).read_bytes() for shard in manifest.shards}
+    return {**shards, "manifest.json": manifest.content_sha256()}
+
+
+def states(paths: Iterable[Path]) -> dict[Path, tuple[int, int]]:
+    """Inode and time of change of files: equal states, untouched files."""
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], timeout_s: float = 30) -> None:
+    """Wait for what a process does; fails if it ends before."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None or condition(), "it ended too early"
+        assert time.monotonic() < deadline_s, "it took too long"
+        time.sleep(0.002)
+
+
+def json_lines(texts: Sequence[str]) -> bytes:
+    """JSON Lines with the texts under ``text``."""
+    return b"".join(json.dumps({"id": n, "text": text}).encode() + b"\n" for n, text in enumerate(texts))
+
+
+def zstd(content: bytes) -> bytes:
+    """Compressed as a ``.zst`` file."""
+    return bytes(pa.compress(content, codec="zstd", asbytes=True))
 
 
 def varied_documents(count: int) -> list[str]:

@@ -13,8 +13,8 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from data_tools import tokenizer as module
 from data_tools.errors import DataError
-from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, Tokenizer, load_tokenizer
-from tests.data_tools.conftest import sequential_tokens, varied_documents
+from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, Tokenizer, load_tokenizer, replace_lone_surrogates
+from tests.data_tools.conftest import varied_documents
 
 PATHOLOGICAL = [
     "",
@@ -31,27 +31,17 @@ PATHOLOGICAL = [
 ]
 
 
-def test_documents_are_encoded_as_by_encode_ordinary(reference: tiktoken.Encoding) -> None:
-    documents = varied_documents(50) + PATHOLOGICAL
-    encoded = load_tokenizer().encode_documents(documents)
-    assert encoded.tokens.dtype == np.uint16
-    np.testing.assert_array_equal(encoded.tokens, sequential_tokens(reference, documents))
-    assert encoded.token_counts.tolist() == [1 + len(reference.encode_ordinary(text)) for text in documents]
+@pytest.mark.parametrize("text", [*PATHOLOGICAL, *varied_documents(5)], ids=lambda text: ascii(text[:20]))
+def test_a_text_is_encoded_as_by_encode_ordinary_without_end_of_text(reference: tiktoken.Encoding, text: str) -> None:
+    tokens = load_tokenizer().encode(text)
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == reference.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("text", PATHOLOGICAL)
-def test_a_prompt_is_encoded_without_end_of_text(reference: tiktoken.Encoding, text: str) -> None:
-    assert load_tokenizer().encode(text).tolist() == reference.encode_ordinary(text)
-
-
-def test_no_documents_are_no_tokens() -> None:
-    encoded = load_tokenizer().encode_documents([])
-    assert encoded.tokens.shape == encoded.token_counts.shape == encoded.utf8_bytes.shape == (0,)
-
-
-def test_bytes_are_those_of_the_text_that_was_encoded() -> None:
-    encoded = load_tokenizer().encode_documents(["abc", "é漢🙂", "\ud800", "\ud83d\ude00", ""])
-    assert encoded.utf8_bytes.tolist() == [3, 2 + 3 + 4, 3, 4, 0]
+def test_lone_surrogates_are_replaced_and_pairs_are_joined() -> None:
+    assert replace_lone_surrogates("a\udfffb\ud83dc") == "a\ufffdb\ufffdc"
+    assert replace_lone_surrogates("\ud83d\ude00") == "\U0001f600"
+    assert replace_lone_surrogates("é") == "é"
 
 
 def test_decoding_gives_the_text_back() -> None:

@@ -1,0 +1,350 @@
+"""How fast is text turned into shards? The whole stage against what people use today, on the same documents.
+
+python -m benchmarks.data                       # what `make bench-data` runs
+python -m benchmarks.data --megabytes 100 --memory-megabytes 50 200
+
+Each contender is a process of its own, in turn, on all cores; the table shows medians. A whole stage is timed from the
+start of its process to its end; encoders alone are timed on documents that are in memory. Ids must be identical.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.runs import REPOSITORY
+from data_tools.corpus import TokenizeRequest, tokenize_corpus
+from data_tools.shards import TRAIN_SPLIT, open_split, verify
+from data_tools.threads import available_cores
+from data_tools.tokenizer import END_OF_TEXT
+
+_SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".c", ".cpp", ".js", ".json", ".html", ".css", ".yaml")
+_LARGEST_DOCUMENT_BYTES = 1 << 20
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one process of a contender did."""
+
+    seconds: float
+    peak_mb: float  # of all its processes together, shared pages once
+    tokens: int
+    sha256: str  # of all tokens, uint16, in the order of the documents
+
+
+# --- documents
+
+
+def distinct_documents(megabytes: float) -> Iterator[str]:
+    """Texts of this Python installation until they are enough, each once; in a second round with a number in front."""
+    left, lap = megabytes * 1e6, 0
+    while left > 0:
+        seen: set[bytes] = set()
+        for path in _text_files():
+            content = path.read_bytes()
+            digest = hashlib.sha256(content).digest()
+            if digest in seen or not content or len(content) > _LARGEST_DOCUMENT_BYTES:
+                continue
+            seen.add(digest)
+            text = content.decode("utf-8", "replace")
+            yield f"{lap}\n{text}" if lap else text
+            left -= len(content)
+            if left <= 0:
+                return
+        lap += 1
+
+
+def _text_files() -> Iterator[Path]:
+    folders = sorted({sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    for folder in folders:
+        for parent, names, files in os.walk(folder):
+            names.sort()
+            yield from (Path(parent, name) for name in sorted(files) if name.endswith(_SUFFIXES))
+
+
+def write_inputs(folder: Path, megabytes: float) -> dict[str, Path]:
+    """The same documents as JSON Lines and as Parquet."""
+    paths = {"jsonl": folder / "documents.jsonl", "parquet": folder / "documents.parquet"}
+    schema = pa.schema([("text", pa.string())])
+    with paths["jsonl"].open("w", encoding="utf-8") as lines, pq.ParquetWriter(paths["parquet"], schema) as rows:
+        group: list[str] = []
+        for document in distinct_documents(megabytes):
+            lines.write(json.dumps({"text": document}) + "\n")
+            group.append(document)
+            if len(group) == 1000:
+                rows.write_table(pa.table({"text": group}, schema))
+                group = []
+        if group:
+            rows.write_table(pa.table({"text": group}, schema))
+    return paths
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The documents, as a plain program reads them."""
+    if path.suffix == ".parquet":
+        for batch in pq.ParquetFile(path).iter_batches(1000, columns=["text"]):
+            yield from batch.column(0).to_pylist()
+    else:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                yield json.loads(line)["text"]
+
+
+# --- contenders: each writes tokens to ``out`` or returns them, and says how many seconds count (None: all)
+
+Tokens = npt.NDArray[np.uint16]
+
+
+def ours(source: Path, out: Path) -> tuple[Tokens, float | None]:
+    """The stage as ``launch/tokenize_corpus.py`` runs it, and then every hash and count verified."""
+    kind = source.suffix[1:]
+    tokenize_corpus(TokenizeRequest(source=kind, inputs=(str(source),), out=out, val_fraction=0.0))
+    verify(out)
+    stream = open_split(out, TRAIN_SPLIT)
+    return stream.read(0, stream.tokens), None
+
+
+def pool_of_tiktoken(source: Path, out: Path) -> tuple[Tokens, float | None]:
+    """Documents through a pool of processes, one shard array that is filled and saved: as build-nanogpt does it."""
+    shard_tokens = 100_000_000
+    shard: Tokens = np.empty((shard_tokens,), dtype=np.uint16)
+    filled, shards = 0, 0
+    out.mkdir()
+    with multiprocessing.Pool(available_cores()) as pool:
+        for tokens in pool.imap(_tokenize_one, read_texts(source), chunksize=16):
+            if filled + len(tokens) > shard_tokens:
+                room = shard_tokens - filled
+                shard[filled:] = tokens[:room]
+                np.save(out / f"{shards:06d}.npy", shard)
+                shards, tokens = shards + 1, tokens[room:]
+                filled = 0
+            shard[filled : filled + len(tokens)] = tokens
+            filled += len(tokens)
+    np.save(out / f"{shards:06d}.npy", shard[:filled])
+    return np.concatenate([np.load(path) for path in sorted(out.iterdir())]), None
+
+
+def _tokenize_one(text: str) -> Tokens:
+    ids = [END_OF_TEXT]
+    ids.extend(_tiktoken().encode_ordinary(text))
+    return np.array(ids).astype(np.uint16)
+
+
+_ENCODING: list[Any] = []
+
+
+def _tiktoken() -> Any:
+    """The same vocabulary as ours, without a network."""
+    if not _ENCODING:
+        from data_tools.tokenizer import load_tokenizer
+
+        _ENCODING.append(load_tokenizer()._encoding)
+    return _ENCODING[0]
+
+
+def datasets_map(source: Path, out: Path) -> tuple[Tokens, float | None]:
+    """``datasets.map`` on all cores, then a memory map filled batch by batch: as nanoGPT's prepare.py does it."""
+    import datasets
+
+    kind = "parquet" if source.suffix == ".parquet" else "json"
+    cache = str(out.with_suffix(".cache"))
+    dataset = datasets.load_dataset(kind, data_files=str(source), split="train", cache_dir=cache)
+    tokenized = dataset.map(_tokenize_row, remove_columns=["text"], num_proc=available_cores())
+    total = int(np.sum(tokenized["len"], dtype=np.uint64))
+    result: Tokens = np.memmap(out, dtype=np.uint16, mode="w+", shape=(total,))
+    filled, batches = 0, min(1024, len(tokenized))
+    for index in range(batches):
+        batch = tokenized.shard(num_shards=batches, index=index, contiguous=True).with_format("numpy")
+        ids = np.concatenate(batch["ids"])
+        result[filled : filled + len(ids)] = ids
+        filled += len(ids)
+    result.flush()  # type: ignore[attr-defined]
+    return np.asarray(result), None
+
+
+def _tokenize_row(row: dict[str, str]) -> dict[str, Any]:
+    ids = [END_OF_TEXT, *_tiktoken().encode_ordinary(row["text"])]
+    return {"ids": ids, "len": len(ids)}
+
+
+def bare_tiktoken(source: Path, out: Path) -> tuple[Tokens, float | None]:
+    """``encode_ordinary_batch`` with all threads, on documents in memory."""
+    texts = list(read_texts(source))
+    encoding = _tiktoken()
+    started = time.perf_counter()
+    encoded = encoding.encode_ordinary_batch(texts, num_threads=available_cores())
+    seconds = time.perf_counter() - started
+    return _flat(np.array(ids, dtype=np.uint16) for ids in encoded), seconds
+
+
+def bare_gigatoken(source: Path, out: Path) -> tuple[Tokens, float | None]:
+    """``encode_batch`` with all threads, on documents in memory."""
+    import gigatoken
+
+    texts = list(read_texts(source))
+    with tempfile.TemporaryDirectory() as folder:
+        from data_tools.tokenizer import load_tokenizer
+
+        path = Path(folder, "gpt2.tiktoken")
+        path.write_bytes(load_tokenizer().rank_file)
+        tokenizer = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {})
+    started = time.perf_counter()
+    encoded = tokenizer.encode_batch(texts, parallel=True)
+    seconds = time.perf_counter() - started
+    return _flat(np.asarray(ids, dtype=np.uint16) for ids in encoded), seconds
+
+
+def _flat(documents: Iterator[Tokens]) -> Tokens:
+    start = np.array([END_OF_TEXT], dtype=np.uint16)
+    return np.concatenate([part for tokens in documents for part in (start, tokens)])
+
+
+CONTENDERS: dict[str, Callable[[Path, Path], tuple[Tokens, float | None]]] = {
+    "this project": ours,
+    "pool of tiktoken, one array": pool_of_tiktoken,
+    "datasets.map of tiktoken": datasets_map,
+    "tiktoken alone, in memory": bare_tiktoken,
+    "gigatoken alone, in memory": bare_gigatoken,
+}
+
+
+# --- measuring
+
+
+def run_contender(name: str, source: Path, scratch: Path) -> Measured:
+    """One process from start to end; its tokens are hashed after the time is taken."""
+    command = [sys.executable, "-m", "benchmarks.data", "--contender", name, "--input", str(source)]
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [*command, "--out", str(Path(folder, "out"))],
+            cwd=REPOSITORY,
+            env={**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        peak = _Peak(process.pid)
+        assert process.stdout
+        done = process.stdout.readline()  # printed when the work is done, before hashing
+        seconds = time.perf_counter() - started
+        peak_mb = peak.stop()
+        result = process.stdout.readline()
+        if process.wait() or not result:
+            raise SystemExit(f"{name} on {source.name} failed")
+    own_seconds = json.loads(done)["seconds"]
+    value = json.loads(result)
+    return Measured(own_seconds or seconds, peak_mb, value["tokens"], value["sha256"])
+
+
+class _Peak:
+    """The largest proportional set size of a process and its children, sampled."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = psutil.Process(pid)
+        self._peak = 0.0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def stop(self) -> float:
+        self._stopped.set()
+        self._thread.join()
+        return self._peak / 1e6
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(_POLL_S):
+            self._peak = max(self._peak, self._now())
+
+    def _now(self) -> float:
+        total = 0.0
+        try:
+            for process in (self._process, *self._process.children(recursive=True)):
+                total += process.memory_full_info().pss
+        except psutil.Error:  # one of them has just ended
+            return 0.0
+        return total
+
+
+def be_contender(name: str, source: Path, out: Path) -> None:
+    """What a contender's process does."""
+    tokens, seconds = CONTENDERS[name](source, out)
+    print(json.dumps({"seconds": seconds}), flush=True)
+    print(json.dumps({"tokens": tokens.size, "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}), flush=True)
+
+
+def compare(inputs: dict[str, Path], megabytes: float, rounds: int, scratch: Path) -> bool:
+    """Print a table; whether all ids are identical."""
+    hashes: set[str] = set()
+    for kind, source in inputs.items():
+        medians: dict[str, float] = {}
+        print(f"\n| {kind}, {megabytes:.0f} MB of text | s | MB/s | spread | peak MB | this project is |")
+        print("| --- | --- | --- | --- | --- | --- |", flush=True)
+        for name in CONTENDERS:
+            results = [run_contender(name, source, scratch) for _ in range(rounds)]
+            hashes |= {result.sha256 for result in results}
+            seconds = [result.seconds for result in results]
+            medians[name] = statistics.median(seconds)
+            spread = (max(seconds) - min(seconds)) / medians[name]
+            ratio = medians[name] / medians["this project"]
+            print(
+                f"| {name} | {medians[name]:.2f} | {megabytes / medians[name]:.1f} | {spread:.0%} "
+                f"| {max(result.peak_mb for result in results):.0f} | {ratio:.2f} x as fast |",
+                flush=True,
+            )
+    print(f"\nidentical ids in all of them: {'yes' if len(hashes) == 1 else 'NO'}")
+    return len(hashes) == 1
+
+
+def print_memory(sizes: Sequence[float], scratch: Path) -> None:
+    """Peak memory of the stage by size of the input."""
+    print("\n| input | peak MB, all processes |\n| --- | --- |")
+    for megabytes in sizes:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            source = write_inputs(Path(folder), megabytes)["jsonl"]
+            print(f"| {megabytes:.0f} MB | {run_contender('this project', source, scratch).peak_mb:.0f} |", flush=True)
+
+
+def main() -> None:
+    """Print the tables; a non-zero status if ids differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=400, help="of documents (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="processes a contender (default: %(default)s)")
+    parser.add_argument("--memory-megabytes", nargs="*", type=float, default=[50, 250, 1000], metavar="MB")
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--input", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.contender:
+        be_contender(arguments.contender, arguments.input, arguments.out)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        print(f"{available_cores()} cores, {arguments.rounds} rounds", flush=True)
+        inputs = write_inputs(Path(scratch), arguments.megabytes)
+        identical = compare(inputs, arguments.megabytes, arguments.rounds, Path(scratch))
+        print_memory(arguments.memory_megabytes, Path(scratch))
+    raise SystemExit(0 if identical else "ids differ")
+
+
+if __name__ == "__main__":
+    main()
