@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.agreement import Agreement, print_table
-from benchmarks.runs import REPOSITORY, TINY_RUN, TRAIN, Curve, Sections, curve_of, make_corpus, merged
+from benchmarks.runs import TINY_RUN, Curve, Sections, copy_with_masks, curve_of, make_corpus, merged
 
-MASKED_TRAIN = REPOSITORY / "benchmarks" / "masked_train.py"
 MICRO_BATCHES = (1, 2, 4)
 PROCESSES = (1, 2)
 
@@ -28,6 +27,8 @@ def compare(
     base: Sections = TINY_RUN,
 ) -> Iterator[Agreement]:
     """Train ``base`` with each cut, in fp32; yields a row a run."""
+    if masked:
+        data = copy_with_masks(data, scratch / "masked_data")
 
     def curve(backend: str, micro_batch_size: int, processes: int) -> Curve:
         sections = merged(
@@ -39,7 +40,7 @@ def compare(
             },
         )
         folder = scratch / f"{backend}-{micro_batch_size}-{processes}-{masked}"
-        return curve_of(backend, folder, sections, processes, MASKED_TRAIN if masked else TRAIN)
+        return curve_of(backend, folder, sections, processes)
 
     reference = curve("ddp", 1, 1)
     for backend in backends:

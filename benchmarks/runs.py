@@ -10,7 +10,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from data_tools.shards import (
     ShardWriter,
     SourceRecord,
     TokenizerRecord,
+    load_manifest,
+    open_split,
 )
 from data_tools.storage import write_json_durably
 from pipeline.metrics import read_metrics
@@ -108,6 +110,27 @@ def make_byte_corpus(folder: Path, documents: int = 60) -> Path:
         shards=tuple(records),
     )
     write_json_durably(folder / MANIFEST_NAME, manifest.to_json())
+    return folder
+
+
+def copy_with_masks(data: Path, folder: Path, longest_run: int = 100) -> Path:
+    """A copy of a data set in which prompts and answers take turns, of 1 to ``longest_run`` tokens; answers are scored.
+
+    Windows shorter than a run hold anything from no scored target to all.
+    """
+    folder.mkdir(parents=True)
+    manifest = load_manifest(data)
+    records = []
+    for split in manifest.splits():
+        stream = open_split(data, split)
+        ends = np.random.default_rng(0).integers(1, longest_run, stream.tokens, endpoint=True).cumsum()
+        scored = np.searchsorted(ends, np.arange(stream.tokens), side="right") % 2 == 1
+        writer = ShardWriter(folder, f"{split}_000000.npy", split)
+        writer.append(
+            stream.read(0, stream.tokens), documents=stream.documents, utf8_bytes=stream.utf8_bytes, scored=scored
+        )
+        records.append(writer.close())
+    write_json_durably(folder / MANIFEST_NAME, replace(manifest, shards=tuple(records)).to_json())
     return folder
 
 

@@ -6,6 +6,7 @@ and ``--set`` overrides; nothing else builds one.
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -61,6 +62,11 @@ class ModelConfig(Section):
     context_length: PositiveInt = Field(description="learned positions, in tokens")
     vocab_size: PositiveInt = Field(50257, description="of the tokenizer; padded to a multiple of 128 inside")
     dropout: Fraction = Field(0.0, description="on embeddings, attention and residual branches")
+    reset_positions_at: NonNegativeInt | None = Field(
+        None,
+        description="the token that begins a text, 50256 of GPT-2: positions start at 0 again there, in training, "
+        "evaluation and generation; attention still sees the texts before (null: positions of the window)",
+    )
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
 
     @model_validator(mode="before")
@@ -79,6 +85,15 @@ class ModelConfig(Section):
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         return self
 
+    @model_validator(mode="after")
+    def _reset_token_exists(self) -> ModelConfig:
+        if self.reset_positions_at is not None and self.reset_positions_at >= self.vocab_size:
+            raise ValueError(
+                f"reset_positions_at ({self.reset_positions_at}) must be a token, less than "
+                f"vocab_size ({self.vocab_size})"
+            )
+        return self
+
 
 class TokenizeConfig(Section):
     """Stage 1 as ``launch/run.py`` starts it, with the options of ``launch/tokenize_corpus.py``.
@@ -86,24 +101,75 @@ class TokenizeConfig(Section):
     What is not given (null) is stage 1's own default.
     """
 
-    source: Literal["text", "jsonl", "parquet", "hf", "fineweb-edu", "python-stdlib"] = Field(
+    source: Literal["text", "jsonl", "instructions", "parquet", "hf", "fineweb-edu", "python-stdlib"] = Field(
         "fineweb-edu", description="where documents come from"
     )
     input: list[str] = Field([], description="files, folders, or the name of a dataset")
     format: Literal["npy", "arrow"] | None = Field(None, description="of the shards")
     val_fraction: Fraction | None = Field(None, description="of the documents, held out for validation")
     shard_tokens: PositiveInt | None = Field(None, description="largest number of tokens in a shard")
+    deduplicate: Literal["off", "exact"] | None = Field(None, description="leave out documents that came before")
     workers: PositiveInt | None = Field(None, description="encoding processes")
     limit_documents: PositiveInt | None = Field(None, description="stop after so many documents")
     limit_bytes: PositiveInt | None = Field(None, description="stop after so many bytes of UTF-8")
 
 
+class MixturePart(Section):
+    """One data set of a mixture."""
+
+    path: str = Field(min_length=1, description="a folder with a manifest.json")
+    weight: PositiveFloat = Field(description="its share of the samples, relative to the weights of the others")
+    name: str = Field(pattern=r"^[\w.-]+$", description="in the metrics (default: the folder's)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_folder(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(given.get("path"), str):
+            return {"name": PurePath(given["path"]).name, **given}
+        return given
+
+
 class DataConfig(Section):
     """The tokens to train on."""
 
-    path: str = Field("data/fineweb-edu", min_length=1, description="a folder with a manifest.json")
+    path: str | None = Field("data/fineweb-edu", min_length=1, description="a folder with a manifest.json")
+    mixture: list[MixturePart] | None = Field(
+        None,
+        min_length=1,
+        description='in place of path, several data sets: a list of {"path": folder, "weight": number, "name": text}; '
+        "samples are drawn in proportion to the weights, names (default: of the folders) stand in the metrics",
+    )
     seq_len: PositiveInt | None = Field(None, description="tokens per sample (default: model.context_length)")
     verify: bool = Field(True, description="hash all shards before the start, shared among the ranks")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mixture_replaces_the_default_path(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("mixture") is not None and "path" not in given:
+            return {**given, "path": None}
+        return given
+
+    @model_validator(mode="after")
+    def _path_or_mixture(self) -> DataConfig:
+        if self.path is not None and self.mixture is not None:
+            raise ValueError(
+                f"path ({self.path}) and mixture are both given; set one of data.path, data.mixture to null"
+            )
+        if self.path is None and self.mixture is None:
+            raise ValueError("neither path nor mixture is given; set one of data.path, data.mixture")
+        for key in ("path", "name"):
+            values = [getattr(part, key) for part in self.mixture or ()]
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise ValueError(f"mixture: the {key} {twice[0]} stands twice; every part needs its own")
+        return self
+
+    @property
+    def parts(self) -> list[MixturePart]:
+        """What to train on as the parts of a mixture; ``path`` alone is its only part."""
+        if self.mixture is not None:
+            return self.mixture
+        assert self.path is not None
+        return [MixturePart.model_construct(path=self.path, weight=1.0, name=PurePath(self.path).name)]
 
 
 class BatchConfig(Section):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -26,6 +27,7 @@ _JSON_WORDS = {
     "tuple_type": "Input should be a list",
     "missing": "This item is missing",
 }
+_ITEM_INDEX = re.compile(r"\.\d+")
 _LONGEST_VALUE = 80  # characters of a wrong value that a message shows
 
 
@@ -149,6 +151,9 @@ def _merge(into: dict[str, Any], new: dict[str, Any], origins: dict[str, str], o
             if isinstance(value, dict):
                 into[key] = {}
                 _merge(into[key], value, origins, origin, f"{path}.")
+            elif isinstance(value, list):
+                items = [(index, item) for index, item in enumerate(value) if isinstance(item, dict)]
+                origins.update({f"{path}.{index}.{name}": origin for index, item in items for name in item})
 
 
 def _explain(error: ValidationError, origins: dict[str, str]) -> str:
@@ -173,7 +178,8 @@ def _shown(value: Any) -> str:
 
 def _known_names(origins: dict[str, str]) -> set[str]:
     """Keys that can stand in a path, as against the names pydantic gives to members of a union."""
-    return {part for path in origins for part in path.split(".")} | set(valid_keys())
+    names = {part for key in (*valid_keys(), *_keys_of_items()) for part in key.split(".")}
+    return {part for path in origins for part in path.split(".")} | names
 
 
 def _origin(path: str, origins: dict[str, str]) -> str:
@@ -191,6 +197,10 @@ def _nearest_key(path: str, last: str) -> str:
     for key in valid_keys():
         key_section, _, name = key.rpartition(".")
         (siblings if key_section == section else elsewhere)[name] = key
+    for key in _keys_of_items():
+        key_section, _, name = key.rpartition(".")
+        if key_section == _ITEM_INDEX.sub(".*", section):
+            siblings[name] = f"{section}.{name}"
     for keys, cutoff in ((siblings, 0.5), (elsewhere, 0.8)):
         if nearest := difflib.get_close_matches(last, keys, n=1, cutoff=cutoff):
             return f"; did you mean {keys[nearest[0]]}?"
@@ -204,6 +214,23 @@ def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             yield from valid_keys(annotation, f"{prefix}{name}.")
+
+
+def _keys_of_items(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """The keys of objects in lists, dotted, with a star for the index."""
+    for name, field in section.model_fields.items():
+        for inner in _sections_in(field.annotation):
+            if inner is field.annotation:
+                yield from _keys_of_items(inner, f"{prefix}{name}.")
+            else:
+                yield from (f"{prefix}{name}.*.{key}" for key in inner.model_fields)
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)
 
 
 def _refuse_unusable_deepspeed_json(config: Config, origins: dict[str, str]) -> None:

@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
+#: What the keys of validation losses on the parts of a mixture begin with; a part's name follows.
+PART_LOSS_PREFIX = "val_loss_"
+
 # Row key -> TensorBoard tag. Keys that stand here are drawn; the others stay in metrics.jsonl.
 TENSORBOARD_TAGS = {
     "loss": "train/loss",
@@ -30,6 +33,7 @@ TENSORBOARD_TAGS = {
     "tokens_per_s": "throughput/tokens_per_s",
     "mfu": "throughput/mfu",
     "step_ms": "throughput/step_ms",
+    "data_wait_share": "throughput/data_wait_share",
     "peak_memory_gib": "memory/peak_gib",
     "skipped_steps": "guard/skipped_steps",
     "save_s": "checkpoint/save_s",
@@ -107,9 +111,9 @@ class MetricsLog:
             if self._writer is None:
                 self._open_writer(purge_step=None)
             assert self._writer is not None
-            for key, tag in TENSORBOARD_TAGS.items():
-                if row.get(key) is not None:
-                    self._writer.add_scalar(tag, row[key], row["step"])
+            for key, value in row.items():
+                if value is not None and (tag := _tensorboard_tag(key)):
+                    self._writer.add_scalar(tag, value, row["step"])
         except OSError as error:
             log.warning("cannot write TensorBoard events (%s); some are lost, metrics.jsonl has them", error.strerror)
             self._writer = None
@@ -135,6 +139,12 @@ class MetricsLog:
         if self._writer:
             with suppress(OSError):
                 self._writer.close()
+
+
+def _tensorboard_tag(key: str) -> str | None:
+    if key.startswith(PART_LOSS_PREFIX):
+        return f"validation/loss_{key.removeprefix(PART_LOSS_PREFIX)}"
+    return TENSORBOARD_TAGS.get(key)
 
 
 def perplexity(loss: float) -> float:

@@ -113,12 +113,19 @@ class GPT2(nn.Module):
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """The normalised residual stream after the last block, (B, T, C)."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
+        x = self.wte(tokens) + self.wpe(self._positions(tokens))  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
             x = block(x)
         return self.ln_f(x)
+
+    def _positions(self, tokens: Tensor) -> Tensor:
+        """Places in the window, (T,); or in the text, (B, T), where positions start at 0 again with each."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        if self.config.reset_positions_at is None:
+            return places
+        starts = torch.where(tokens == self.config.reset_positions_at, places, 0).cummax(dim=1).values
+        return places - starts
 
     def assert_tied(self) -> None:
         """The output layer and the embedding must be one tensor after wrapping, stepping and loading."""

@@ -66,6 +66,7 @@ def _choose(config: Config, data_sha256: str, run_folder: Path) -> Path | None:
         set_aside_after(run_folder, -1)  # damaged ones only: else there would be a start
         return None
     _expect_same_order(config, data_sha256, start)
+    _expect_same_positions(config, start)
     state, _ = read_state(start)
     if state.step < config.schedule.max_steps:
         set_aside_after(run_folder, state.step, start)
@@ -120,9 +121,24 @@ def _expect_same_order(config: Config, data_sha256: str, folder: Path) -> None:
                 f"set {key} to {before}, or another run.out_dir"
             )
     if state.data_sha256 not in (None, data_sha256):
+        data_key, now_is = "data.path", f"{config.data.path} holds now (its manifest has changed)"
+        if config.data.mixture is not None:
+            data_key, now_is = "data.mixture", "data.mixture is now (a manifest, a weight or their order has changed)"
         raise CheckpointError(
-            f"{folder}: was trained on other data than {config.data.path} holds now (its manifest has changed); "
-            "set data.path to the data it was trained on, or another run.out_dir"
+            f"{folder}: was trained on other data than {now_is}; "
+            f"set {data_key} to the data it was trained on, or another run.out_dir"
+        )
+
+
+def _expect_same_positions(config: Config, folder: Path) -> None:
+    before, now = (
+        "null" if token is None else token
+        for token in (_stored(folder, "model").get("reset_positions_at"), config.model.reset_positions_at)
+    )
+    if before != now:
+        raise CheckpointError(
+            f"{folder}: was trained with model.reset_positions_at {before}, now it is {now}: that is another model; "
+            f"set model.reset_positions_at to {before}, or another run.out_dir"
         )
 
 

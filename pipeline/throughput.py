@@ -24,7 +24,7 @@ class ThroughputMeter:
 
     def restart(self) -> None:
         """Start the clock anew, right before the first step."""
-        self._started, self._steps = time.perf_counter(), 0
+        self._started, self._steps, self._waited_s = time.perf_counter(), 0, 0.0
 
     def count_step(self) -> None:
         """One more optimizer step was queued."""
@@ -35,12 +35,23 @@ class ThroughputMeter:
         now = time.perf_counter()
         seconds = (now - self._started) / self._steps
         tokens_per_s = self.tokens_per_step / seconds
-        self._started, self._steps = now, 0
+        waited_share = self._waited_s / (now - self._started)
+        self._started, self._steps, self._waited_s = now, 0, 0.0
         return {
             "tokens_per_s": tokens_per_s,
             "step_ms": seconds * 1e3,
             "mfu": tokens_per_s * self.flops_per_token / self.ceiling_flops,
+            "data_wait_share": waited_share,
         }
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the block as time that training waits for its next batch."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited_s += time.perf_counter() - started
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from dataclasses import dataclass, replace
@@ -28,7 +29,8 @@ from pipeline.errors import CheckpointError, Interrupted
 from pipeline.hardware import LateValue, peak_memory_bytes, summing_dtype, synchronize
 from pipeline.interruption import StopRequest
 from pipeline.loader import MicroBatch, TrainLoader, validation_batches
-from pipeline.metrics import perplexity
+from pipeline.metrics import PART_LOSS_PREFIX, perplexity
+from pipeline.prefetch import Prefetcher
 from pipeline.run_record import RunRecord
 from pipeline.schedule import lr_at
 from pipeline.seeds import derive_seed
@@ -67,7 +69,6 @@ class Trainer:
         plan: BatchPlan,
         backend: Backend,
         loader: TrainLoader,
-        validation: TokenStream | None,
         throughput: ThroughputMeter,
         data_sha256: str,
         resume_from: Path | None = None,
@@ -77,7 +78,7 @@ class Trainer:
         self.plan = plan
         self.backend = backend
         self.loader = loader
-        self.validation = validation
+        self.prefetcher = Prefetcher(loader, world.device)
         self.throughput = throughput
         self.run_folder = Path(config.run.out_dir)
         self.state = TrainingState(0, 0, 0, 0, *backend.loss_scaler.state, config.run.seed)
@@ -112,6 +113,7 @@ class Trainer:
                 received = self._train()
                 self._finish_saving()
         finally:
+            self.prefetcher.close()
             self.record.write_saves(self.saver.wait())  # on any way out, what is in flight is finished and verified
             self.record.close(self.results)
         if received:
@@ -149,7 +151,8 @@ class Trainer:
     def train_step(self) -> TrainedStep:
         """One optimizer step; its loss and norm stay on the device, to be read late."""
         first_sample = self.guard.next_sample(self.state.samples, self.plan.samples_per_step)
-        micro_batches = self.loader.micro_batches(first_sample)
+        with self.throughput.waiting_for_data():
+            micro_batches = self.prefetcher.micro_batches(first_sample)
         scored_targets = self._count_targets(micro_batches)
         loss_scale = self.backend.loss_scaler.scale
         loss_sum = torch.zeros((), device=self.world.device)
@@ -177,7 +180,7 @@ class Trainer:
 
     def _count_targets(self, micro_batches: list[MicroBatch]) -> int | Tensor:
         """Scored targets of the global batch, known before the first backward pass."""
-        if self.loader.target_mask is None:
+        if not self.loader.has_mask:
             return self.plan.tokens_per_step
         local = sum(micro_batch.scored_targets for micro_batch in micro_batches)
         total = self.world.sum(torch.tensor(local, device=self.world.device))
@@ -269,12 +272,19 @@ class Trainer:
         self.record.write(row)
 
     def validate(self) -> None:
-        """Mean loss over (a part of) the validation split. Collective."""
-        if self.validation is None or "validation" not in self.config.evaluation.tasks:
+        """Mean loss over (a part of) the validation split; of a mixture, the mean of those by weight. Collective."""
+        parts = [(part, part.validation) for part in self.loader.parts if part.validation]
+        if not parts or "validation" not in self.config.evaluation.tasks:
             return
         with self.throughput.paused(), self.backend.evaluation_mode():
-            self.results["validation_loss"] = loss = self._validation_loss(self.validation)
-            self.record.write({"step": self.state.step, "val_loss": loss, "val_perplexity": perplexity(loss)})
+            losses = [self._validation_loss(stream) for _, stream in parts]
+        weights = [part.weight for part, _ in parts]
+        loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
+        self.results["validation_loss"] = loss
+        row = {"step": self.state.step, "val_loss": loss, "val_perplexity": perplexity(loss)}
+        if len(self.loader.parts) > 1:
+            row |= {f"{PART_LOSS_PREFIX}{part.name}": loss for (part, _), loss in zip(parts, losses, strict=True)}
+        self.record.write(row)
 
     def _validation_loss(self, stream: TokenStream) -> float:
         batch, options = self.config.batch, self.config.evaluation
@@ -286,7 +296,7 @@ class Trainer:
             sums[0] += self.backend.evaluate(tokens, targets)
             sums[1] += micro_batch.scored_targets
         loss_sum, targets_sum = self.world.sum(sums).tolist()
-        return float(loss_sum / targets_sum)
+        return float(loss_sum / targets_sum) if targets_sum else math.nan  # a mask may spare all that was looked at
 
     def save(self) -> None:
         """Begin a checkpoint of the current state; training may go on. Collective."""

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from data_tools.errors import DataError
-from data_tools.shards import MANIFEST_NAME, TRAIN_SPLIT, VAL_SPLIT, TokenStream, expect_unchanged, open_split
-from data_tools.storage import sha256_of_file
 from pipeline.backends import create_backend
 from pipeline.batch_plan import BatchPlan, plan_batch
 from pipeline.checkpoint import read_state
@@ -17,22 +13,20 @@ from pipeline.config import Config
 from pipeline.distributed import World, join_world
 from pipeline.errors import ConfigError
 from pipeline.hardware import compiler_works, flash_attention_runs, matmul_dtype, measure_matmul_ceiling
-from pipeline.loader import TargetMask, TrainLoader, expect_same_vocabulary
+from pipeline.loader import TrainLoader
 from pipeline.model import build_model, flops_per_token, parameter_count
 from pipeline.rank_watch import watching_ranks
 from pipeline.resuming import choose_start, make_run_folder
 from pipeline.run_lock import lock_run_folder
 from pipeline.throughput import ThroughputMeter
 from pipeline.trainer import Trainer
+from pipeline.training_data import data_sha256, open_parts, verify_parts
 
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, target_mask: TargetMask | None = None) -> None:
+def train(config: Config) -> None:
     """Train a run to its end, or continue it.
-
-    Args:
-        target_mask: which targets are scored; None: all.
 
     Raises:
         UserError: a config, data set or checkpoint that cannot be used; nothing has started then.
@@ -41,7 +35,7 @@ def train(config: Config, target_mask: TargetMask | None = None) -> None:
     """
     with join_world(config.run) as world, ExitStack() as held:
         with watching_ranks(world, config.run.rank_timeout_s):
-            trainer = _build_trainer(config, world, held, target_mask)
+            trainer = _build_trainer(config, world, held)
             if trainer is None:
                 return
             trainer.fit()
@@ -49,7 +43,7 @@ def train(config: Config, target_mask: TargetMask | None = None) -> None:
         log.info("done: %d steps, %s", trainer.state.step, config.run.out_dir)
 
 
-def _build_trainer(config: Config, world: World, held: ExitStack, target_mask: TargetMask | None) -> Trainer | None:
+def _build_trainer(config: Config, world: World, held: ExitStack) -> Trainer | None:
     """Everything that a trainer needs, in order; None: the run has come to its end before.
 
     Args:
@@ -58,32 +52,23 @@ def _build_trainer(config: Config, world: World, held: ExitStack, target_mask: T
     if world.device.type == "mps" and config.backend.name != "ddp":
         raise ConfigError(f"backend.name: {config.backend.name} does not run on mps; use ddp, or run.device cpu")
     plan = plan_batch(config, world.size)
-    stream, validation = _open_data(config)
-    loader = TrainLoader(stream, plan, config.run.seed, world.rank, target_mask)
-    data_sha256 = sha256_of_file(Path(config.data.path) / MANIFEST_NAME)
+    parts = open_parts(config.data, config.model)
+    loader = TrainLoader(parts, plan, config.run.seed, world.rank)
+    sha256 = data_sha256(parts)
     world.from_main(lambda: _occupy_run_folder(config, held))
-    resume_from = world.from_main(lambda: choose_start(config, data_sha256))
+    resume_from = world.from_main(lambda: choose_start(config, sha256))
     if resume_from and read_state(resume_from)[0].step >= config.schedule.max_steps:
         log.info("%s: already at step %d, nothing to train", resume_from, config.schedule.max_steps)
         return None
     if config.data.verify:
-        _verify_data(stream, Path(config.data.path), world)
+        verify_parts(parts, world)
     config = _with_working_compiler(config, world)
     backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
     backend.model.assert_tied()
     throughput = _throughput_meter(config, world, plan)
-    trainer = Trainer(config, world, plan, backend, loader, validation, throughput, data_sha256, resume_from)
+    trainer = Trainer(config, world, plan, backend, loader, throughput, sha256, resume_from)
     _announce(trainer, resume_from)
     return trainer
-
-
-def _open_data(config: Config) -> tuple[TokenStream, TokenStream | None]:
-    stream = open_split(config.data.path, TRAIN_SPLIT)
-    expect_same_vocabulary(stream, config.model, config.data.path)
-    if stream.manifest.tokens_of(VAL_SPLIT):
-        return stream, open_split(config.data.path, VAL_SPLIT)
-    log.warning("%s has no validation split: no validation loss in this run", config.data.path)
-    return stream, None
 
 
 def _occupy_run_folder(config: Config, held: ExitStack) -> None:
@@ -91,25 +76,6 @@ def _occupy_run_folder(config: Config, held: ExitStack) -> None:
     folder = Path(config.run.out_dir)
     make_run_folder(folder)
     held.enter_context(lock_run_folder(folder))
-
-
-def _verify_data(stream: TokenStream, folder: Path, world: World) -> None:
-    """Hash every shard against the manifest, each rank its share."""
-    started, problem = time.perf_counter(), None
-    shards = stream.manifest.shards
-    try:
-        for shard in shards[world.rank :: world.size]:
-            expect_unchanged(folder, shard)
-    except DataError as error:
-        problem = str(error)
-    problems = [text for text in world.gather(problem) if text]
-
-    def report() -> None:
-        if problems:
-            raise DataError(problems[0])
-        log.info("data      %d shards verified in %.1f s", len(shards), time.perf_counter() - started)
-
-    world.from_main(report)
 
 
 def _with_working_compiler(config: Config, world: World) -> Config:
@@ -128,16 +94,14 @@ def _throughput_meter(config: Config, world: World, plan: BatchPlan) -> Throughp
 
 def _announce(trainer: Trainer, resume_from: Path | None) -> None:
     """What is really in use, before the first step."""
-    config, loader, backend, device = trainer.config, trainer.loader, trainer.backend, trainer.world.device
+    config, backend, device = trainer.config, trainer.backend, trainer.world.device
     dtypes = ", ".join(f"{what} {str(dtype).removeprefix('torch.')}" for what, dtype in backend.dtypes().items())
     head_dim = config.model.n_embd // config.model.n_head
     fused_attention = flash_attention_runs(device, matmul_dtype(config.run.precision), head_dim)
     ceiling = trainer.throughput.ceiling_flops
     log.info("run       %s -> %s", config.run.name, config.run.out_dir)
     log.info("model     %s, %s parameters", config.model.preset, f"{parameter_count(config.model):,}")
-    log.info(
-        "data      %s: %s tokens, %s samples", config.data.path, f"{loader.stream.tokens:,}", f"{loader.order.n:,}"
-    )
+    _announce_data(trainer)
     log.info("batch     %s", trainer.plan)
     log.info("backend   %s on %s, world size %d", backend.describe(), device.type, trainer.world.size)
     log.info("precision %s: %s", config.run.precision, dtypes)
@@ -148,3 +112,21 @@ def _announce(trainer: Trainer, resume_from: Path | None) -> None:
         log.warning("attention has no fused kernel for this device and dtype: plain matrix products")
     log.info("ceiling   %.3g FLOP/s in matrix products, measured: what MFU is a share of", ceiling)
     log.info("start     %s", f"continues {resume_from}" if resume_from else "from scratch")
+
+
+def _announce_data(trainer: Trainer) -> None:
+    """What there is, and how often the run goes through it."""
+    loader = trainer.loader
+    counts = loader.mixture.counts(trainer.config.schedule.max_steps * trainer.plan.samples_per_step)
+    for part, order, share, drawn in zip(loader.parts, loader.orders, loader.mixture.shares, counts, strict=True):
+        weight = f", {float(share):.2%} of the samples" if len(loader.parts) > 1 else ""
+        log.info(
+            "data      %s: %s tokens, %s samples%s, %.3g epochs in %d steps%s",
+            part.path,
+            f"{part.train.tokens:,}",
+            f"{order.n:,}",
+            weight,
+            drawn / order.n,
+            trainer.config.schedule.max_steps,
+            ", masked" if part.train.has_mask else "",
+        )

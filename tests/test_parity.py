@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.accumulation import MASKED_TRAIN
 from benchmarks.accumulation import compare as compare_accumulation
 from benchmarks.agreement import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE
 from benchmarks.parity import PROCESSES
-from benchmarks.runs import BACKENDS, TINY_BYTE_RUN, Curve, curve_of, merged
+from benchmarks.runs import BACKENDS, TINY_BYTE_RUN, Curve, copy_with_masks, curve_of, merged
 
 STEPS = 15
 
@@ -109,7 +108,7 @@ def test_the_cut_of_the_batch_does_not_change_the_curve(masked: bool, byte_corpu
 
 def test_masked_targets_change_the_curve(byte_corpus: Path, references: References, tmp_path: Path) -> None:
     """The mask of the test above is not ignored."""
-    curve = curve_of("ddp", tmp_path, tiny_run(byte_corpus), script=MASKED_TRAIN)
+    curve = curve_of("ddp", tmp_path / "run", tiny_run(copy_with_masks(byte_corpus, tmp_path / "data")))
     assert curve.largest_loss_difference(references["fp32"]) > 1e-2
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from data_tools.shards import MANIFEST_NAME, VAL_SPLIT, open_split
+from data_tools.errors import DataError
+from data_tools.shards import MANIFEST_NAME, VAL_SPLIT, load_manifest, open_split
 from data_tools.storage import sha256_of_file, write_json_durably
 from pipeline.checkpoint import CHECKPOINTS_FOLDER, load_weights, locate_checkpoint, read_state
 from pipeline.config import Config
@@ -19,9 +20,9 @@ from pipeline.distributed import World
 from pipeline.errors import ConfigError
 from pipeline.evaluation.results import EVALUATION_FOLDER, Results
 from pipeline.evaluation.validation import evaluate_validation
-from pipeline.loader import expect_same_vocabulary
-from pipeline.metrics import TENSORBOARD_FOLDER
+from pipeline.metrics import TENSORBOARD_FOLDER, perplexity
 from pipeline.model import GPT2, allocate_model
+from pipeline.training_data import expect_same_vocabulary
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,23 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
 
 
 def _validation(loaded: LoadedModel, options: EvaluationOptions, world: World) -> dict[str, Any]:
+    data = loaded.config.data
+    if options.data_path or data.mixture is None:
+        return _validation_on(options.data_path or data.parts[0].path, loaded, options, world)
+    # As while training: parts without a validation split are left out.
+    parts = [part for part in data.mixture if load_manifest(part.path).tokens_of(VAL_SPLIT)]
+    if not parts:
+        raise DataError("data.mixture: no part has a validation split; name a data set that has one with --data")
+    results = {part.name: _validation_on(part.path, loaded, options, world) for part in parts}
+    loss = sum(part.weight * results[part.name]["loss"] for part in parts) / sum(part.weight for part in parts)
+    losses = {f"{name}_loss": result["loss"] for name, result in results.items()}
+    return {"data": "data.mixture", "loss": loss, "perplexity": perplexity(loss), **losses, "parts": results}
+
+
+def _validation_on(path: str, loaded: LoadedModel, options: EvaluationOptions, world: World) -> dict[str, Any]:
     config = loaded.config
-    path = Path(options.data_path or config.data.path)
     stream = open_split(path, VAL_SPLIT)
-    expect_same_vocabulary(stream, config.model, str(path))
+    expect_same_vocabulary(stream, config.model, path)
     results = evaluate_validation(
         loaded.model,
         stream,
@@ -77,7 +91,7 @@ def _validation(loaded: LoadedModel, options: EvaluationOptions, world: World) -
         options.precision or config.run.precision,
         world,
     )
-    return {"data": str(path), "data_sha256": sha256_of_file(path / MANIFEST_NAME), **results}
+    return {"data": path, "data_sha256": sha256_of_file(Path(path) / MANIFEST_NAME), **results}
 
 
 #: Name on the command line -> the task. A task returns JSON values, the same on every rank.

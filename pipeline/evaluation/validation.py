@@ -100,6 +100,8 @@ def _score(compute: nn.Module, batches: Iterable[MicroBatch], seq_len: int, end_
 
 def _results(sums: _Sums, stream: TokenStream) -> dict[str, Any]:
     targets = sums.targets.sum().item()
+    if not targets:
+        raise TrainingError(f"the split {stream.split!r} has no scored target: its mask spares all tokens")
     loss = sums.loss.sum().item() / targets
     if not math.isfinite(loss):
         raise TrainingError(
@@ -111,7 +113,8 @@ def _results(sums: _Sums, stream: TokenStream) -> dict[str, Any]:
         "protocol": PROTOCOL,
         "loss": loss,
         "perplexity": perplexity(loss),
-        "bits_per_byte": text_nats / math.log(2) / stream.utf8_bytes,
+        # Of masked text it is not known how many bytes the scored tokens stand for.
+        "bits_per_byte": None if stream.has_mask else text_nats / math.log(2) / stream.utf8_bytes,
         "top1_accuracy": sums.top1.sum().item() / targets,
         "top5_accuracy": sums.top5.sum().item() / targets,
         "target_tokens": int(targets),

@@ -58,18 +58,28 @@ def random_tokens(*shape: int, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> t
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def write_shards(folder: Path, shards: dict[str, Sequence[np.ndarray]], utf8_bytes: int = 1000) -> Path:
+def write_shards(
+    folder: Path,
+    shards: dict[str, Sequence[np.ndarray]],
+    utf8_bytes: int = 1000,
+    masks: dict[str, Sequence[np.ndarray]] | None = None,
+    vocabulary_sha256: str = "0" * 64,
+) -> Path:
     """Token shards by split, under a vocabulary of ``VOCAB_SIZE``; each split has ``utf8_bytes`` in its first shard."""
     folder.mkdir(parents=True)
     records = []
     for split, parts in shards.items():
         for i, tokens in enumerate(parts):
             writer = ShardWriter(folder, f"{split}_{i:05d}.npy", split)
-            documents = int((tokens == END_OF_TEXT).sum())
-            writer.append(tokens.astype(np.uint16), documents=documents, utf8_bytes=0 if i else utf8_bytes)
+            writer.append(
+                tokens.astype(np.uint16),
+                documents=int((tokens == END_OF_TEXT).sum()),
+                utf8_bytes=0 if i else utf8_bytes,
+                scored=masks[split][i] if masks else None,
+            )
             records.append(writer.close())
     manifest = Manifest(
-        tokenizer=TokenizerRecord("test", VOCAB_SIZE, END_OF_TEXT, "0" * 64),
+        tokenizer=TokenizerRecord("test", VOCAB_SIZE, END_OF_TEXT, vocabulary_sha256),
         source=SourceRecord("test", {}),
         settings={},
         shards=tuple(records),

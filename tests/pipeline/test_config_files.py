@@ -142,6 +142,11 @@ class TestMistakes:
                 "did you mean backend.ddp.bucket_cap_mb?",
             ),
             ({"optimizer": {"lr": 1}}, "optimizer.lr", "valid keys here: learning_rate, betas, eps"),
+            (
+                {"data": {"mixture": [{"path": "a", "weight": 1}, {"path": "b", "weight": 1, "wieght": 1}]}},
+                "data.mixture.1.wieght",
+                "did you mean data.mixture.1.weight?",
+            ),
         ],
     )
     def test_an_unknown_key_names_its_file_and_the_nearest(
@@ -162,6 +167,14 @@ class TestMistakes:
         line = mistake([write("a.json", {"run": {"seed": "x"}, "zzz": {}})])
         assert line.startswith("zzz: no such key")
         assert "(and 1 more)" in line
+
+    def test_a_mixture_takes_the_place_of_the_path_of_a_file_below_when_that_is_null(self, write: Any) -> None:
+        below, above = write("a.json", {"data": {"path": "x"}}), write("b.json", {"data": {"path": None}})
+        parts = 'data.mixture=[{"path": "a", "weight": 1}]'
+        assert mistake([below], parts).startswith("data: path (x) and mixture are both given")
+        assert [part.path for part in load_config([below, above], [parts]).data.parts] == ["a"]
+        line = mistake([], 'data.mixture=[{"path": "a", "weight": 0}]')
+        assert line == "data.mixture.0.weight: Input should be greater than 0, found 0 (set in --set)"
 
     def test_a_long_value_is_cut(self) -> None:
         assert len(mistake([], f"run.seed={'x' * 10_000}")) < 200

@@ -18,7 +18,7 @@ from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint import TrainingState, save_checkpoint
 from pipeline.config_files import dump_config
 from pipeline.distributed import World
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.evaluation.results import find_results, format_table
 from pipeline.evaluation.tasks import EvaluationOptions, load_model, run_tasks
 from pipeline.evaluation.validation import evaluate_validation
@@ -137,6 +137,29 @@ class TestValidation:
         assert losses[5:] == [None] * 7
 
 
+class TestMasks:
+    MASK = np.random.default_rng(1).random(TOKENS) < 0.5
+
+    @pytest.fixture
+    def masked(self, data: Path, tmp_path: Path) -> Path:
+        tokens = open_split(data, "val").read(0, TOKENS)
+        shards, masks = np.split(tokens, [70]), np.split(self.MASK, [70])
+        return write_shards(tmp_path / "masked", {"val": shards}, masks={"val": masks})
+
+    def test_only_scored_targets_count(self, model: GPT2, masked: Path, direct: list[Any]) -> None:
+        results = evaluate_validation(model, open_split(masked, "val"), T, 4, "fp32", ALONE)
+        scored = [found for found, is_scored in zip(direct, self.MASK[1:], strict=True) if is_scored]
+        assert results["loss"] == pytest.approx(mean(loss for _, _, loss, _ in scored), rel=1e-6)
+        assert results["target_tokens"] == len(scored) == self.MASK[1:].sum()
+        assert results["bits_per_byte"] is None
+
+    def test_a_split_without_a_scored_target_has_no_loss(self, model: GPT2, tmp_path: Path) -> None:
+        tokens = np.arange(40)
+        folder = write_shards(tmp_path / "none", {"val": [tokens]}, masks={"val": [np.zeros(40, dtype=np.bool_)]})
+        with pytest.raises(TrainingError, match="the split 'val' has no scored target"):
+            evaluate_validation(model, open_split(folder, "val"), T, 4, "fp32", ALONE)
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path, data: Path, world: World) -> Path:
     """A run whose only checkpoint holds a model of one step."""
@@ -177,6 +200,26 @@ class TestTasks:
         found, _ = run_tasks(run_folder, ["validation"], EvaluationOptions(data_path=str(other)), ALONE)
         assert found["validation"]["target_tokens"] == 29
         assert found["validation"]["data"] == str(other)
+
+    def test_a_mixture_is_scored_part_by_part(self, data: Path, tmp_path: Path, world: World) -> None:
+        """The loss is the mean by weight; a part without a validation split is left out."""
+        other = write_shards(tmp_path / "other", {"val": [np.arange(60)], "train": [np.arange(60)]})
+        train_only = write_shards(tmp_path / "train_only", {"train": [np.arange(60)]})
+        parts = [(data, "first", 3.0), (other, "second", 1.0), (train_only, "third", 5.0)]
+        mixture = [{"path": str(path), "name": name, "weight": weight} for path, name, weight in parts]
+        config = tiny_config(tmp_path / "run", data={"mixture": mixture})
+        backend = DdpBackend(restless_model(config.model), config, world)
+        state = TrainingState(7, 28, 336, 7, 1.0, 0, config.run.seed)
+        save_checkpoint(tmp_path / "run", state, dump_config(config), backend, world, 1)
+
+        found, _ = run_tasks(tmp_path / "run", ["validation"], EvaluationOptions(), ALONE)
+        result = found["validation"]
+        assert set(result["parts"]) == {"first", "second"}
+        for name, path in (("first", data), ("second", other)):
+            alone, _ = run_tasks(tmp_path / "run", ["validation"], EvaluationOptions(data_path=str(path)), ALONE)
+            assert result["parts"][name]["loss"] == alone["validation"]["loss"] == result[f"{name}_loss"]
+        assert result["loss"] == pytest.approx(0.75 * result["first_loss"] + 0.25 * result["second_loss"])
+        assert "first_loss" in format_table(found)
 
     def test_the_loaded_model_is_the_saved_one(self, run_folder: Path) -> None:
         loaded = load_model(run_folder, ALONE.device)

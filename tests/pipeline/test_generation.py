@@ -91,3 +91,14 @@ def test_no_gradients_are_kept(model: GPT2) -> None:
     list(generate(model, PROMPT, 2))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.is_grad_enabled()
+
+
+def test_positions_start_again_as_in_training() -> None:
+    """A text that is written after another one is written with the positions that it was learned with."""
+    model = restless_model(tiny_model_config(reset_positions_at=88)).eval()
+    prompt = [3, 1, 88, 4]
+    written = list(generate(model, prompt, 6, temperature=0))
+    for length in range(6):
+        assert written[length] == likeliest(model, [*prompt, *written[:length]])
+    plain = restless_model(tiny_model_config()).eval()
+    assert written != list(generate(plain, prompt, 6, temperature=0))

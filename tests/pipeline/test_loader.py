@@ -11,10 +11,11 @@ import torch
 
 from data_tools.shards import TokenStream, open_split
 from pipeline.batch_plan import BatchPlan
-from pipeline.errors import ConfigError, TrainingError
-from pipeline.loader import MicroBatch, TrainLoader, expect_same_vocabulary, validation_batches
+from pipeline.errors import TrainingError
+from pipeline.loader import MicroBatch, TrainLoader, validation_batches
 from pipeline.model import IGNORE_INDEX
-from tests.pipeline.conftest import VOCAB_SIZE, tiny_model_config, write_shards
+from pipeline.training_data import DataPart
+from tests.pipeline.conftest import VOCAB_SIZE, write_shards
 
 T = 5
 TRAIN_TOKENS = 331  # 66 windows
@@ -44,15 +45,24 @@ def validation_stream(tmp_path: Path, tokens: int) -> TokenStream:
     return open_split(write_shards(tmp_path / f"val_{tokens}", {"val": [numbered(tokens)]}), "val")
 
 
+def loader_of(stream: TokenStream, plan: BatchPlan, seed: int, rank: int) -> TrainLoader:
+    """A loader of one data set."""
+    return TrainLoader([DataPart("only", "unused", 1.0, stream, None)], plan, seed, rank)
+
+
+def bytes_of(batch: MicroBatch) -> bytes:
+    return batch.tokens.numpy().tobytes()
+
+
 def step_of_all_ranks(train: TokenStream, world_size: int, consumed: int, samples_per_step: int = 8) -> list[bytes]:
     """The micro-batches of a step, in the order of their samples."""
     plan = BatchPlan(2, T, samples_per_step // 2 // world_size, world_size)
     batches: list[MicroBatch] = []
     for rank in range(world_size):
-        mine = TrainLoader(train, plan, 7, rank).micro_batches(consumed)
+        mine = loader_of(train, plan, 7, rank).micro_batches(consumed)
         assert len(mine) == plan.accumulation
         batches += mine
-    return [batch.tokens.tobytes() for batch in sorted(batches, key=lambda batch: batch.first_sample)]
+    return [bytes_of(batch) for batch in sorted(batches, key=lambda batch: batch.first_sample)]
 
 
 class TestTraining:
@@ -65,27 +75,27 @@ class TestTraining:
 
     def test_ranks_share_no_samples(self, train: TokenStream) -> None:
         plan = BatchPlan(2, T, 3, 4)
-        firsts = [b.first_sample for rank in range(4) for b in TrainLoader(train, plan, 7, rank).micro_batches(0)]
+        firsts = [b.first_sample for rank in range(4) for b in loader_of(train, plan, 7, rank).micro_batches(0)]
         assert sorted(firsts) == list(range(0, 24, 2))
 
     def test_the_samples_of_a_step_do_not_depend_on_the_micro_batch(self, train: TokenStream) -> None:
         def samples(micro_batch_size: int) -> list[bytes]:
             plan = BatchPlan(micro_batch_size, T, 8 // micro_batch_size, 1)
-            batches = TrainLoader(train, plan, 7, 0).micro_batches(16)
-            return [row.tobytes() for batch in batches for row in batch.tokens]
+            batches = loader_of(train, plan, 7, 0).micro_batches(16)
+            return [row.numpy().tobytes() for batch in batches for row in batch.tokens]
 
         assert samples(1) == samples(2) == samples(4) == samples(8)
 
     def test_consumed_samples_are_all_there_is_to_continue(self, train: TokenStream) -> None:
         plan = BatchPlan(2, T, 2, 1)
-        running = TrainLoader(train, plan, 7, 0)
+        running = loader_of(train, plan, 7, 0)
         steps = [running.micro_batches(consumed) for consumed in range(0, 400, 4)]
-        fresh = TrainLoader(train, plan, 7, 0).micro_batches(200)
-        assert [b.tokens.tobytes() for b in fresh] == [b.tokens.tobytes() for b in steps[50]]
+        fresh = loader_of(train, plan, 7, 0).micro_batches(200)
+        assert [bytes_of(b) for b in fresh] == [bytes_of(b) for b in steps[50]]
 
     def test_an_epoch_is_every_window_once(self, train: TokenStream) -> None:
         plan = BatchPlan(2, T, 3, 1)  # 11 steps of 6 samples: 66 windows
-        loader = TrainLoader(train, plan, 7, 0)
+        loader = loader_of(train, plan, 7, 0)
         for start in (0, 66):
             rows = [row for step in range(11) for b in loader.micro_batches(start + step * 6) for row in b.tokens]
             windows = [numbered(TRAIN_TOKENS)[at * T : at * T + T + 1].tolist() for at in range(66)]
@@ -93,11 +103,11 @@ class TestTraining:
 
     def test_the_last_input_of_a_window_has_its_target_in_the_data(self, tmp_path: Path) -> None:
         exact = open_split(write_shards(tmp_path / "exact", {"train": [numbered(6 * T)]}), "train")
-        loader = TrainLoader(exact, BatchPlan(1, T, 5, 1), 7, 0)  # the sixth window would lack a token
-        starts = {batch.tokens[0, :2].tobytes() for batch in loader.micro_batches(0)}
+        loader = loader_of(exact, BatchPlan(1, T, 5, 1), 7, 0)  # the sixth window would lack a token
+        starts = {batch.tokens[0, :2].numpy().tobytes() for batch in loader.micro_batches(0)}
         assert len(starts) == 5
         with pytest.raises(TrainingError, match="30 tokens = 5 samples"):
-            TrainLoader(exact, BatchPlan(1, T, 6, 1), 7, 0)
+            loader_of(exact, BatchPlan(1, T, 6, 1), 7, 0)
 
     def test_windows_do_not_depend_on_the_size_of_shards(self, train: TokenStream, tmp_path: Path) -> None:
         whole = open_split(write_shards(tmp_path / "whole", {"train": [numbered(TRAIN_TOKENS)]}), "train")
@@ -105,24 +115,18 @@ class TestTraining:
 
     def test_another_seed_another_order(self, train: TokenStream) -> None:
         plan = BatchPlan(2, T, 4, 1)
-        first, second = (TrainLoader(train, plan, seed, 0).micro_batches(0) for seed in (1, 2))
-        assert [b.tokens.tobytes() for b in first] != [b.tokens.tobytes() for b in second]
+        first, second = (loader_of(train, plan, seed, 0).micro_batches(0) for seed in (1, 2))
+        assert [bytes_of(b) for b in first] != [bytes_of(b) for b in second]
 
     def test_too_little_data_for_one_step(self, folder: Path) -> None:
         val = open_split(folder, "val")  # 13 tokens: 2 windows
-        assert TrainLoader(val, BatchPlan(2, T, 1, 1), 7, 0).micro_batches(0)[0].tokens.shape == (2, T + 1)
+        assert loader_of(val, BatchPlan(2, T, 1, 1), 7, 0).micro_batches(0)[0].tokens.shape == (2, T + 1)
         with pytest.raises(TrainingError, match=r"13 tokens = 2 samples of 5 .* the 3 of one step; .* to 10 or less"):
-            TrainLoader(val, BatchPlan(3, T, 1, 1), 7, 0)
-
-
-def test_tokens_of_another_vocabulary_are_refused(train: TokenStream) -> None:
-    expect_same_vocabulary(train, tiny_model_config(), "data/x")
-    with pytest.raises(ConfigError, match=r"vocab_size \(90\) is not the vocabulary of data/x \(test: 89\)"):
-        expect_same_vocabulary(train, tiny_model_config(vocab_size=90), "data/x")
+            loader_of(val, BatchPlan(3, T, 1, 1), 7, 0)
 
 
 class TestMicroBatch:
-    TOKENS = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], dtype=np.uint16)
+    TOKENS = torch.from_numpy(np.array([[1, 2, 3, 4], [5, 6, 7, 8]], dtype=np.uint16))
 
     def test_targets_are_the_inputs_one_token_further(self) -> None:
         inputs, targets = MicroBatch(0, self.TOKENS).to(CPU)
@@ -131,7 +135,7 @@ class TestMicroBatch:
         assert inputs.dtype == targets.dtype == torch.int64
 
     def test_targets_of_a_training_batch_are_the_next_tokens_of_the_text(self, train: TokenStream) -> None:
-        (batch,) = TrainLoader(train, BatchPlan(4, T, 1, 1), 7, 0).micro_batches(0)
+        (batch,) = loader_of(train, BatchPlan(4, T, 1, 1), 7, 0).micro_batches(0)
         inputs, targets = batch.to(CPU)
         text = numbered(TRAIN_TOKENS).tolist()
         for input_row, target_row in zip(inputs.tolist(), targets.tolist(), strict=True):
@@ -139,7 +143,7 @@ class TestMicroBatch:
             assert target_row == text[at + 1 : at + T + 1]
 
     def test_masked_targets_are_ignored_and_not_counted(self) -> None:
-        mask = np.array([[True, False, True], [False, False, False]])
+        mask = torch.tensor([[True, False, True], [False, False, False]])
         batch = MicroBatch(0, self.TOKENS, mask)
         inputs, targets = batch.to(CPU)
         assert inputs.tolist() == [[1, 2, 3], [5, 6, 7]]
@@ -148,20 +152,95 @@ class TestMicroBatch:
         assert MicroBatch(0, self.TOKENS).scored_targets == 6
 
     def test_large_ids_survive(self) -> None:
-        inputs, _ = MicroBatch(0, np.array([[50256, 65535, 40000]], dtype=np.uint16)).to(CPU)
+        inputs, _ = MicroBatch(0, torch.from_numpy(np.array([[50256, 65535, 40000]], dtype=np.uint16))).to(CPU)
         assert inputs.tolist() == [[50256, 65535]]
 
-    def test_a_target_mask_is_asked_for_the_right_windows(self, train: TokenStream) -> None:
-        def even_windows(starts: np.ndarray, seq_len: int) -> np.ndarray:
-            return np.repeat((starts // seq_len % 2 == 0)[:, None], seq_len, axis=1)
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+    def test_page_locked_batches_arrive_whole_though_their_memory_is_used_again(self) -> None:
+        """Copies are queued behind a busy GPU while later batches are pinned and earlier ones forgotten."""
+        device = torch.device("cuda")
+        a = torch.randn(4096, 4096, device=device)
+        arrived = []
+        for number in range(50):
+            a = a @ a / 64
+            batch = MicroBatch(0, torch.full((8, 1025), number).to(torch.uint16), torch.ones(8, 1024, dtype=torch.bool))
+            arrived.append(batch.pinned().to(device))
+        for number, (inputs, targets) in enumerate(arrived):
+            assert (inputs == number).all() and (targets == number).all()
 
-        loader = TrainLoader(train, BatchPlan(6, T, 1, 1), 7, 0, even_windows)
-        (batch,) = loader.micro_batches(0)
-        _, targets = batch.to(CPU)
-        text = numbered(TRAIN_TOKENS).tolist()
-        for row, target_row in zip(batch.tokens.tolist(), targets.tolist(), strict=True):
-            (at,) = [at for at in range(0, 330, T) if text[at : at + T + 1] == row]
-            assert target_row == (row[1:] if at // T % 2 == 0 else [IGNORE_INDEX] * T)
+
+class TestMasks:
+    """The mask of token t + 1 says whether the target at position t is scored."""
+
+    TOKENS = 131  # 26 windows
+    MASK = np.random.default_rng(3).random(TOKENS) < 0.4
+
+    @pytest.fixture
+    def masked(self, tmp_path: Path) -> Path:
+        cuts = [40, 41, 90]
+        return write_shards(
+            tmp_path / "masked",
+            {"train": np.split(numbered(self.TOKENS), cuts), "val": np.split(numbered(self.TOKENS), cuts)},
+            masks={"train": np.split(self.MASK, cuts), "val": np.split(self.MASK, cuts)},
+        )
+
+    def scored_places(self, batch: MicroBatch) -> Counter[int]:
+        """Places in the split of the targets that a batch scores; checks that all others are ignored."""
+        text = numbered(self.TOKENS).tolist()
+        inputs, targets = batch.to(CPU)
+        places: Counter[int] = Counter()
+        for row, input_row, target_row in zip(batch.tokens.tolist(), inputs.tolist(), targets.tolist(), strict=True):
+            assert input_row == row[:-1]
+            known = len([token for token in row if token]) if 0 in row[2:] else T + 1  # the last window is padded
+            (at,) = [at for at in range(0, self.TOKENS - 1, T) if text[at : at + known] == row[:known]]
+            for t, target in enumerate(target_row):
+                assert target in (IGNORE_INDEX, row[t + 1])
+                places.update([at + t + 1] if target != IGNORE_INDEX else [])
+        assert batch.scored_targets == places.total()
+        return places
+
+    @pytest.mark.parametrize("world_size", [1, 2])
+    def test_an_epoch_scores_each_marked_token_once(self, masked: Path, world_size: int) -> None:
+        train = open_split(masked, "train")
+        plan = BatchPlan(1, T, 13 // world_size + world_size - 1, world_size)  # 26 windows: 2 steps of 13, or of 14
+        places: Counter[int] = Counter()
+        for rank in range(world_size):
+            loader = loader_of(train, plan, 7, rank)
+            assert loader.has_mask
+            for consumed in (0, plan.samples_per_step):
+                for batch in loader.micro_batches(consumed):
+                    if batch.first_sample < 26:
+                        places += self.scored_places(batch)
+        assert places == Counter(np.flatnonzero(self.MASK[1:]) + 1)
+
+    def test_a_window_may_have_no_scored_target(self, tmp_path: Path) -> None:
+        mask = np.zeros(self.TOKENS, dtype=np.bool_)
+        mask[7] = True
+        folder = write_shards(tmp_path / "one", {"train": [numbered(self.TOKENS)]}, masks={"train": [mask]})
+        batches = loader_of(open_split(folder, "train"), BatchPlan(1, T, 26, 1), 7, 0).micro_batches(0)
+        assert sorted(batch.scored_targets for batch in batches) == [0] * 25 + [1]
+
+    @pytest.mark.parametrize("batch_size", [1, 4])
+    def test_validation_scores_each_marked_token_once(self, masked: Path, batch_size: int) -> None:
+        stream = open_split(masked, "val")
+        places: Counter[int] = Counter()
+        for rank in range(2):
+            for batch in validation_batches(stream, T, batch_size, rank, 2):
+                if batch.scored_targets:
+                    places += self.scored_places(
+                        MicroBatch(0, batch.tokens[: self._filled(batch)], batch.target_mask[: self._filled(batch)])
+                    )
+        assert places == Counter(np.flatnonzero(self.MASK[1:]) + 1)
+
+    @staticmethod
+    def _filled(batch: MicroBatch) -> int:
+        return int((batch.tokens.int().sum(dim=1) > 0).sum())
+
+    def test_without_a_mask_all_targets_are_scored(self, train: TokenStream) -> None:
+        loader = loader_of(train, BatchPlan(2, T, 1, 1), 7, 0)
+        assert not loader.has_mask
+        assert loader.micro_batches(0)[0].target_mask is None
 
 
 class TestValidation:
@@ -206,9 +285,9 @@ class TestValidation:
 
     def test_more_batches_than_there_are_is_the_whole_split(self, tmp_path: Path) -> None:
         stream = validation_stream(tmp_path, 53)
-        whole = [b.tokens.tobytes() for b in validation_batches(stream, T, 2, 0, 1)]
-        assert [b.tokens.tobytes() for b in validation_batches(stream, T, 2, 0, 1, max_batches=6)] == whole
-        assert [b.tokens.tobytes() for b in validation_batches(stream, T, 2, 0, 1, max_batches=99)] == whole
+        whole = [bytes_of(b) for b in validation_batches(stream, T, 2, 0, 1)]
+        assert [bytes_of(b) for b in validation_batches(stream, T, 2, 0, 1, max_batches=6)] == whole
+        assert [bytes_of(b) for b in validation_batches(stream, T, 2, 0, 1, max_batches=99)] == whole
 
     def test_padding_is_inside_the_vocabulary(self, tmp_path: Path) -> None:
         stream = validation_stream(tmp_path, 7)

@@ -181,6 +181,14 @@ class TestTensorBoard:
             assert [(s.step, s.value) for s in drawn.Scalars(tag)] == [(1, everything[key])], tag
         assert {tag.split("/")[0] for tag in tags} == GROUPS
 
+    def test_the_losses_on_parts_of_a_mixture_stand_beside_their_mean(self, tmp_path: Path) -> None:
+        metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=True)
+        metrics.write({"step": 3, "val_loss": 2.0, "val_loss_wiki": 1.0, "val_loss_code.v2": 3.0})
+        metrics.close()
+        drawn = events(tmp_path)
+        tags = ["validation/loss", "validation/loss_wiki", "validation/loss_code.v2"]
+        assert {tag: drawn.Scalars(tag)[0].value for tag in tags} == dict(zip(tags, (2.0, 1.0, 3.0), strict=True))
+
     def test_values_are_those_of_the_rows(self, tmp_path: Path) -> None:
         log_steps(tmp_path, range(1, 6), tensorboard=True)
         scalars = events(tmp_path).Scalars("train/loss")

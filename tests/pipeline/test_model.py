@@ -303,3 +303,49 @@ class TestActivationCheckpointing:
         model = build_model(tiny_model_config(activation_checkpointing=recompute), 1)
         model(*shift(random_tokens(2, 5))).backward()
         assert len(forwards) == runs * 2
+
+
+class TestPositions:
+    """Places in the window, or in the text where a token begins one."""
+
+    TOKENS = torch.tensor([[5, 88, 7, 8, 88, 88, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
+
+    @staticmethod
+    def positions(model: GPT2, tokens: Tensor) -> Tensor:
+        """What is looked up in the table of positions."""
+        asked: list[Tensor] = []
+        handle = model.wpe.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0]))
+        model(tokens)
+        handle.remove()
+        return asked[0].broadcast_to(tokens.shape)
+
+    def test_by_default_they_are_those_of_the_window(self) -> None:
+        model = restless_model(tiny_model_config())
+        assert self.positions(model, self.TOKENS).tolist() == [list(range(10))] * 2
+
+    def test_they_start_again_with_each_text(self) -> None:
+        model = restless_model(tiny_model_config(reset_positions_at=88))
+        assert self.positions(model, self.TOKENS).tolist() == [[0, 0, 1, 2, 0, 0, 1, 2, 3, 4], list(range(10))]
+
+    def test_no_position_beyond_the_longest_text_is_used(self) -> None:
+        model = restless_model(tiny_model_config(reset_positions_at=88)).eval()
+        logits = model(self.TOKENS[:1])
+        with torch.no_grad():
+            model.wpe.weight[5:].fill_(1e6)
+            assert torch.equal(model(self.TOKENS[:1]), logits)
+            model.wpe.weight[4] += 1.0
+            assert not torch.equal(model(self.TOKENS[:1]), logits)
+
+    def test_texts_before_are_still_seen(self) -> None:
+        model = restless_model(tiny_model_config(reset_positions_at=88)).eval()
+        changed = self.TOKENS[:1].clone()
+        changed[0, 2] = 9
+        assert not torch.equal(model(self.TOKENS[:1])[0, 6:], model(changed)[0, 6:])
+
+    def test_where_no_text_begins_nothing_changes(self) -> None:
+        plain, resetting = (restless_model(tiny_model_config(reset_positions_at=at)).eval() for at in (None, 88))
+        assert torch.equal(plain(self.TOKENS[1:]), resetting(self.TOKENS[1:]))
+
+    def test_the_token_must_exist(self) -> None:
+        with pytest.raises(ValueError, match=r"reset_positions_at \(89\) must be a token, less than vocab_size \(89\)"):
+            tiny_model_config(reset_positions_at=VOCAB_SIZE)

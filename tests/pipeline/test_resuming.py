@@ -279,8 +279,16 @@ class TestOrderOfTheData:
             ({"run": {"seed": 7}}, "run.seed 1337, now it is 7: .* set run.seed to 1337"),
             ({"data": {"seq_len": 6}}, "data.seq_len 12, now it is 6: .* set data.seq_len to 12"),
             ({"sha256": "cd" * 32}, "was trained on other data than .*set data.path"),
+            (
+                {"sha256": "cd" * 32, "data": {"mixture": [{"path": "a", "weight": 1}]}},
+                "other data than data.mixture is now .* set data.mixture to the data it was trained on",
+            ),
+            (
+                {"model": {"reset_positions_at": 88}},
+                "reset_positions_at null, now it is 88: .*set model.reset_positions_at to null",
+            ),
         ],
-        ids=["seed", "sample length", "data"],
+        ids=["seed", "sample length", "data", "mixture", "positions"],
     )
     def test_another_one_is_refused(
         self, save: Save, run_folder: Path, change: dict[str, Any], message: str, named: bool

@@ -34,7 +34,8 @@ def train(meter: ThroughputMeter, clock: Clock, steps: int, step_s: float) -> No
 def test_rates(clock: Clock) -> None:
     meter = ThroughputMeter(tokens_per_step=1000, flops_per_token=6_000, ceiling_flops=1e8)
     train(meter, clock, steps=4, step_s=0.5)
-    assert meter.read() == pytest.approx({"tokens_per_s": 2000.0, "step_ms": 500.0, "mfu": 0.12})
+    rates = {"tokens_per_s": 2000.0, "step_ms": 500.0, "mfu": 0.12, "data_wait_share": 0.0}
+    assert meter.read() == pytest.approx(rates)
 
 
 def test_each_reading_stands_for_itself(clock: Clock) -> None:
@@ -69,3 +70,21 @@ def test_the_clock_runs_again_after_a_pause_that_failed(clock: Clock) -> None:
         raise OSError
     train(meter, clock, steps=1, step_s=2.0)
     assert meter.read()["step_ms"] == pytest.approx(2000.0)
+
+
+def test_the_share_of_waiting_for_data(clock: Clock) -> None:
+    meter = ThroughputMeter(1000, 1, 1.0)
+    for _ in range(4):
+        with meter.waiting_for_data():
+            clock.now_s += 0.1
+        train(meter, clock, steps=1, step_s=0.3)
+    with meter.paused():
+        clock.now_s += 100.0
+    assert meter.read()["data_wait_share"] == pytest.approx(0.25)
+    train(meter, clock, steps=1, step_s=1.0)
+    assert meter.read()["data_wait_share"] == 0.0
+    with meter.waiting_for_data():
+        clock.now_s += 100.0
+    meter.restart()
+    train(meter, clock, steps=1, step_s=1.0)
+    assert meter.read()["data_wait_share"] == 0.0

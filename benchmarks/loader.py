@@ -1,0 +1,288 @@
+"""What reading the training data costs: batches, memory, a seek, and the share of a step that waits for data.
+
+python -m benchmarks.loader      # alone on the machine; about five minutes
+
+Compared with a loader as in build-nanogpt: a whole shard in memory as int64, batches are slices of it in order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import multiprocessing
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from data_tools.shards import (
+    MANIFEST_NAME,
+    TRAIN_SPLIT,
+    Manifest,
+    ShardWriter,
+    SourceRecord,
+    TokenizerRecord,
+    TokenStream,
+    open_split,
+)
+from data_tools.storage import write_json_durably
+from pipeline.backends import create_backend
+from pipeline.batch_plan import BatchPlan, plan_batch
+from pipeline.config import Config
+from pipeline.distributed import join_world
+from pipeline.loader import MicroBatch, TrainLoader
+from pipeline.model import build_model, flops_per_token
+from pipeline.prefetch import Prefetcher
+from pipeline.throughput import ThroughputMeter
+from pipeline.trainer import Trainer
+from pipeline.training_data import DataPart, open_parts
+
+MB = 10**6
+SHARD_TOKENS = 100_000_000  # as build-nanogpt cuts its data, and stage 1 by default
+VOCAB_SIZE, END_OF_TEXT = 50257, 50256
+BATCH, SEQ_LEN, ACCUMULATION = 16, 1024, 32  # 524,288 tokens a step, as in the GPT-2 recipe
+BATCHES = SHARD_TOKENS // (BATCH * SEQ_LEN) - 1  # of one shard, but for its end
+CPU = torch.device("cpu")
+FAR_SAMPLE, FAR_TOKENS = 10**9, 10**10
+MIXTURE = (0.5, 0.25, 0.15, 0.07, 0.03)
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) int64
+
+
+def make_shards(folder: Path, tokens: int) -> Path:
+    """Random tokens, a text every thousand."""
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    records = []
+    for index in range(-(-tokens // SHARD_TOKENS)):
+        size = min(SHARD_TOKENS, tokens - index * SHARD_TOKENS)
+        shard = draw.integers(0, END_OF_TEXT, size, dtype=np.uint16)
+        shard[::1000] = END_OF_TEXT
+        writer = ShardWriter(folder, f"{TRAIN_SPLIT}_{index:06d}.npy", TRAIN_SPLIT)
+        writer.append(shard, documents=len(shard[::1000]), utf8_bytes=0)
+        records.append(writer.close())
+    manifest = Manifest(
+        tokenizer=TokenizerRecord("random", VOCAB_SIZE, END_OF_TEXT, "0" * 64),
+        source=SourceRecord("random", {}),
+        settings={},
+        shards=tuple(records),
+    )
+    write_json_durably(folder / MANIFEST_NAME, manifest.to_json())
+    return folder
+
+
+def our_batches(folder: Path) -> Iterator[Batch]:
+    """Shuffled windows of the whole split, from mapped files."""
+    part = DataPart("data", str(folder), 1.0, open_split(folder, TRAIN_SPLIT), None)
+    loader = TrainLoader([part], BatchPlan(BATCH, SEQ_LEN, ACCUMULATION, 1), seed=1337, rank=0)
+    for step in itertools.count():
+        for micro_batch in loader.micro_batches(step * loader.plan.samples_per_step):
+            yield micro_batch.to(CPU)
+
+
+def slices_in_order(folder: Path) -> Iterator[Batch]:
+    """One shard after the other, each loaded as a whole and cut from its beginning on."""
+    length = BATCH * SEQ_LEN
+    while True:
+        for path in sorted(folder.glob("*.npy")):
+            tokens = torch.from_numpy(np.load(path).astype(np.int64))
+            for start in range(0, len(tokens) - length, length):
+                piece = tokens[start : start + length + 1]
+                yield piece[:-1].view(BATCH, SEQ_LEN), piece[1:].view(BATCH, SEQ_LEN)
+
+
+LOADERS: dict[str, Callable[[Path], Iterator[Batch]]] = {"this loader": our_batches, "slices in order": slices_in_order}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one loader, in a process of its own."""
+
+    first_s: float  # until the first batch is there
+    others_s: float  # for all others of a shard
+    own_mb: float  # memory that nothing else can use, grown since the start
+    mapped_mb: float  # pages of the files, which the system takes back when it needs them
+
+
+def speed_of(name: str, folder: Path) -> Speed:
+    """Take the batches of one shard's worth of tokens."""
+    own, mapped = resident_bytes()
+    started = time.perf_counter()
+    batches = LOADERS[name](folder)
+    next(batches)
+    first_s = time.perf_counter() - started
+    started = time.perf_counter()
+    for _ in range(BATCHES - 1):
+        inputs, targets = next(batches)
+        assert inputs.shape == targets.shape == (BATCH, SEQ_LEN)
+    others_s = time.perf_counter() - started
+    own_after, mapped_after = resident_bytes()
+    return Speed(first_s, others_s, (own_after - own) / MB, (mapped_after - mapped) / MB)
+
+
+def resident_bytes() -> tuple[int, int]:
+    """Anonymous and file-backed resident memory of this process (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    own, mapped = (re.search(rf"{key}:\s+(\d+) kB", status) for key in ("RssAnon", "RssFile"))
+    assert own and mapped
+    return int(own[1]) * 1024, int(mapped[1]) * 1024
+
+
+def forget_cache(folder: Path) -> None:
+    """Let the system drop what it keeps of the files in memory."""
+    for path in folder.glob("*.npy"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def print_speeds(folder: Path) -> None:
+    """Each loader from a cold disk, then from a warm cache."""
+    print(f"{BATCHES:,} batches of {BATCH} x {SEQ_LEN} tokens: one shard\n")
+    print_row("loader", "files", "first batch", "batches/s after it", "batches/s in all", "own memory", "mapped files")
+    print_row(*["---"] * 7)
+    spawn = multiprocessing.get_context("spawn")
+    for files in ("on disk", "cached"):
+        for name in LOADERS:
+            if files == "on disk":
+                forget_cache(folder)
+            with ProcessPoolExecutor(1, mp_context=spawn) as process:
+                speed = process.submit(speed_of, name, folder).result()
+            print_row(
+                name,
+                files,
+                f"{speed.first_s * 1e3:,.0f} ms",
+                f"{(BATCHES - 1) / speed.others_s:,.0f}",
+                f"{BATCHES / (speed.first_s + speed.others_s):,.0f}",
+                f"{speed.own_mb:,.0f} MB",
+                f"{speed.mapped_mb:,.0f} MB",
+            )
+
+
+class EndlessStream:
+    """As many tokens as it is told to have, all zero: there is no such file."""
+
+    has_mask = False
+    split = TRAIN_SPLIT
+    tokens = FAR_TOKENS
+
+    def read_windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.uint16]:
+        """Zeros, (B, T)."""
+        assert starts.min() >= 0 and starts.max() + length <= self.tokens
+        return np.zeros((len(starts), length), dtype=np.uint16)
+
+
+def seek_ms(weights: tuple[float, ...]) -> float:
+    """From nothing to the batch at ``FAR_SAMPLE``, the loader's construction included; the median of nine."""
+    stream = cast(TokenStream, EndlessStream())
+    times = []
+    for seed in range(9):
+        started = time.perf_counter()
+        parts = [DataPart(str(index), "none", weight, stream, None) for index, weight in enumerate(weights)]
+        loader = TrainLoader(parts, BatchPlan(BATCH, SEQ_LEN, 1, 1), seed, rank=0)
+        (batch,) = loader.micro_batches(FAR_SAMPLE)
+        times.append(time.perf_counter() - started)
+        assert batch.first_sample == FAR_SAMPLE
+    return statistics.median(times) * 1e3
+
+
+def print_seeks() -> None:
+    """One data set, and a mixture."""
+    print(f"\nThe batch at sample {FAR_SAMPLE:,}, of data sets of {FAR_TOKENS:,} tokens\n")
+    print_row("data", "seek")
+    print_row("---", "---")
+    print_row("one data set", f"{seek_ms((1.0,)):.2f} ms")
+    print_row(f"mixture of {len(MIXTURE)}", f"{seek_ms(MIXTURE):.2f} ms")
+
+
+class Unprefetched:
+    """Stands in for the prefetcher: reads when asked."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self.loader = loader
+
+    def micro_batches(self, consumed: int) -> list[MicroBatch]:
+        """As ``Prefetcher.micro_batches``."""
+        return self.loader.micro_batches(consumed)
+
+
+def print_waits(folder: Path, scratch: Path, rounds: int) -> None:
+    """Real steps of the trainer in fp32, batch 1 x 256 tokens, with and without reading ahead in turns."""
+    print("\nTraining steps of 1 x 256 tokens in fp32 on this CPU, the median of rounds in turns\n")
+    print_row("model", "reading ahead", "step", "of it waiting for data")
+    print_row(*["---"] * 4)
+    for preset, steps in (("gpt2-tiny", 20), ("gpt2", 3)):
+        for ahead, readings in waits_of(preset, steps, folder, scratch / preset, rounds).items():
+            step_ms = statistics.median(reading["step_ms"] for reading in readings)
+            share = statistics.median(reading["data_wait_share"] for reading in readings)
+            print_row(preset, "yes" if ahead else "no", f"{step_ms:,.1f} ms", f"{share:.4%}")
+
+
+def waits_of(
+    preset: str, steps: int, folder: Path, run_folder: Path, rounds: int
+) -> dict[bool, list[dict[str, float]]]:
+    """What the trainer's meter reads after each round of steps, by whether there was reading ahead."""
+    config = Config.model_validate(
+        {
+            "run": {"out_dir": str(run_folder), "device": "cpu", "precision": "fp32"},
+            "model": {"preset": preset},
+            "data": {"path": str(folder), "seq_len": 256},
+            "batch": {"tokens_per_step": 256, "micro_batch_size": 1},
+            "logging": {"tensorboard": False},
+        }
+    )
+    readings: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+    run_folder.mkdir()
+    with join_world(config.run) as world:
+        plan = plan_batch(config, world.size)
+        loader = TrainLoader(open_parts(config.data, config.model), plan, config.run.seed, world.rank)
+        backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
+        throughput = ThroughputMeter(plan.tokens_per_step, flops_per_token(config.model, config.seq_len), 1.0)
+        trainer = Trainer(config, world, plan, backend, loader, throughput, data_sha256="0" * 64)
+        prefetcher = trainer.prefetcher
+        trainer.train_step().loss_share.item()  # the first step allocates
+        for _ in range(rounds):
+            for ahead in readings:
+                trainer.prefetcher = prefetcher if ahead else cast(Prefetcher, Unprefetched(loader))
+                trainer.train_step()
+                throughput.restart()
+                for _ in range(steps):
+                    trainer.train_step()
+                readings[ahead].append(throughput.read())
+        prefetcher.close()
+    return readings
+
+
+def print_row(*cells: str) -> None:
+    """A row of a Markdown table."""
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    """Make the shards and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=100_000_000, help="of the synthetic data set")
+    parser.add_argument("--rounds", type=int, default=5, help="of training steps, with and without reading ahead")
+    arguments = parser.parse_args()
+    logging.getLogger("pipeline").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = make_shards(Path(scratch) / "data", arguments.tokens)
+        print_speeds(folder)
+        print_seeks()
+        print_waits(folder, Path(scratch), arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
