@@ -111,21 +111,22 @@ def read_texts(path: Path) -> Iterator[str]:
                 yield json.loads(line)["text"]
 
 
-# --- contenders: each writes tokens to ``out`` or returns them, and says how many seconds count (None: all)
+# --- contenders: each says how its tokens are read back afterwards, and how many seconds count (None: all)
 
 Tokens = npt.NDArray[np.uint16]
+Done = tuple[Callable[[], Tokens], float | None]
 
 
-def ours(source: Path, out: Path) -> tuple[Tokens, float | None]:
+def ours(source: Path, out: Path) -> Done:
     """The stage as ``launch/tokenize_corpus.py`` runs it, and then every hash and count verified."""
     kind = source.suffix[1:]
     tokenize_corpus(TokenizeRequest(source=kind, inputs=(str(source),), out=out, val_fraction=0.0))
     verify(out)
     stream = open_split(out, TRAIN_SPLIT)
-    return stream.read(0, stream.tokens), None
+    return lambda: stream.read(0, stream.tokens), None
 
 
-def pool_of_tiktoken(source: Path, out: Path) -> tuple[Tokens, float | None]:
+def pool_of_tiktoken(source: Path, out: Path) -> Done:
     """Documents through a pool of processes, one shard array that is filled and saved: as build-nanogpt does it."""
     shard_tokens = 100_000_000
     shard: Tokens = np.empty((shard_tokens,), dtype=np.uint16)
@@ -142,7 +143,7 @@ def pool_of_tiktoken(source: Path, out: Path) -> tuple[Tokens, float | None]:
             shard[filled : filled + len(tokens)] = tokens
             filled += len(tokens)
     np.save(out / f"{shards:06d}.npy", shard[:filled])
-    return np.concatenate([np.load(path) for path in sorted(out.iterdir())]), None
+    return lambda: np.concatenate([np.load(path) for path in sorted(out.iterdir())]), None
 
 
 def _tokenize_one(text: str) -> Tokens:
@@ -163,7 +164,7 @@ def _tiktoken() -> Any:
     return _ENCODING[0]
 
 
-def datasets_map(source: Path, out: Path) -> tuple[Tokens, float | None]:
+def datasets_map(source: Path, out: Path) -> Done:
     """``datasets.map`` on all cores, then a memory map filled batch by batch: as nanoGPT's prepare.py does it."""
     import datasets
 
@@ -180,7 +181,7 @@ def datasets_map(source: Path, out: Path) -> tuple[Tokens, float | None]:
         result[filled : filled + len(ids)] = ids
         filled += len(ids)
     result.flush()  # type: ignore[attr-defined]
-    return np.asarray(result), None
+    return lambda: np.asarray(result), None
 
 
 def _tokenize_row(row: dict[str, str]) -> dict[str, Any]:
@@ -188,17 +189,17 @@ def _tokenize_row(row: dict[str, str]) -> dict[str, Any]:
     return {"ids": ids, "len": len(ids)}
 
 
-def bare_tiktoken(source: Path, out: Path) -> tuple[Tokens, float | None]:
+def bare_tiktoken(source: Path, out: Path) -> Done:
     """``encode_ordinary_batch`` with all threads, on documents in memory."""
     texts = list(read_texts(source))
     encoding = _tiktoken()
     started = time.perf_counter()
     encoded = encoding.encode_ordinary_batch(texts, num_threads=available_cores())
     seconds = time.perf_counter() - started
-    return _flat(np.array(ids, dtype=np.uint16) for ids in encoded), seconds
+    return lambda: _flat(np.array(ids, dtype=np.uint16) for ids in encoded), seconds
 
 
-def bare_gigatoken(source: Path, out: Path) -> tuple[Tokens, float | None]:
+def bare_gigatoken(source: Path, out: Path) -> Done:
     """``encode_batch`` with all threads, on documents in memory."""
     import gigatoken
 
@@ -212,7 +213,7 @@ def bare_gigatoken(source: Path, out: Path) -> tuple[Tokens, float | None]:
     started = time.perf_counter()
     encoded = tokenizer.encode_batch(texts, parallel=True)
     seconds = time.perf_counter() - started
-    return _flat(np.asarray(ids, dtype=np.uint16) for ids in encoded), seconds
+    return lambda: _flat(np.asarray(ids, dtype=np.uint16) for ids in encoded), seconds
 
 
 def _flat(documents: Iterator[Tokens]) -> Tokens:
@@ -220,7 +221,7 @@ def _flat(documents: Iterator[Tokens]) -> Tokens:
     return np.concatenate([part for tokens in documents for part in (start, tokens)])
 
 
-CONTENDERS: dict[str, Callable[[Path, Path], tuple[Tokens, float | None]]] = {
+CONTENDERS: dict[str, Callable[[Path, Path], Done]] = {
     "this project": ours,
     "pool of tiktoken, one array": pool_of_tiktoken,
     "datasets.map of tiktoken": datasets_map,
@@ -288,8 +289,9 @@ class _Peak:
 
 def be_contender(name: str, source: Path, out: Path) -> None:
     """What a contender's process does."""
-    tokens, seconds = CONTENDERS[name](source, out)
+    read_back, seconds = CONTENDERS[name](source, out)
     print(json.dumps({"seconds": seconds}), flush=True)
+    tokens = read_back()
     print(json.dumps({"tokens": tokens.size, "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}), flush=True)
 
 

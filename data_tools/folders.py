@@ -15,7 +15,7 @@ from typing import Protocol
 import fsspec
 
 from data_tools.errors import DataError
-from data_tools.storage import fsync_folder, is_remote, one_line_write_errors, write_bytes_durably
+from data_tools.storage import fsync_file, fsync_folder, is_remote, one_line_write_errors
 
 _SCRATCH_PREFIX = ".scratch-"
 
@@ -87,9 +87,11 @@ class LocalFolder:
         path = self.path / name
         # Of several processes that write the same file, each has a temporary of its own.
         with one_line_write_errors(path), scratch_of(self) as scratch:
-            write_bytes_durably(scratch / path.name, content)
+            temporary = scratch / path.name
+            temporary.write_bytes(content)
+            fsync_file(temporary)
             path.parent.mkdir(exist_ok=True)
-            self.take(scratch / path.name, name)
+            self.take(temporary, name)
 
     def take(self, path: Path, name: str) -> None:
         with one_line_write_errors(self.path / name):

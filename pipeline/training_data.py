@@ -10,7 +10,6 @@ from pathlib import Path
 
 from data_tools.errors import DataError
 from data_tools.shards import (
-    MANIFEST_NAME,
     TRAIN_SPLIT,
     VAL_SPLIT,
     TokenizerRecord,
@@ -18,7 +17,7 @@ from data_tools.shards import (
     expect_unchanged,
     open_split,
 )
-from data_tools.storage import sha256_of_file, sha256_of_json
+from data_tools.storage import sha256_of_json
 from pipeline.config import DataConfig, ModelConfig
 from pipeline.distributed import World
 from pipeline.errors import ConfigError
@@ -95,8 +94,11 @@ def _meaning(tokenizer: TokenizerRecord) -> tuple[int, int, str]:
 
 
 def data_sha256(parts: Sequence[DataPart]) -> str:
-    """What a checkpoint remembers of its data: the hash of the manifest; of a mixture, of its manifests and shares."""
-    manifests = [sha256_of_file(Path(part.path) / MANIFEST_NAME) for part in parts]
+    """What a checkpoint remembers of its data: the hash of the manifest; of a mixture, of its manifests and shares.
+
+    Without when and with what the data were made: the same data made again are the same.
+    """
+    manifests = [part.train.manifest.content_sha256() for part in parts]
     if len(parts) == 1:
         return manifests[0]
     shares = [str(share) for share in Mixture([part.weight for part in parts]).shares]

@@ -11,8 +11,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from data_tools.errors import DataError
-from data_tools.shards import MANIFEST_NAME, VAL_SPLIT, load_manifest, open_split
-from data_tools.storage import sha256_of_file, write_json_durably
+from data_tools.shards import VAL_SPLIT, load_manifest, open_split
+from data_tools.storage import write_json_durably
 from pipeline.checkpoint import CHECKPOINTS_FOLDER, load_weights, locate_checkpoint, read_state
 from pipeline.config import Config
 from pipeline.config_files import config_from_json
@@ -91,7 +91,7 @@ def _validation_on(path: str, loaded: LoadedModel, options: EvaluationOptions, w
         options.precision or config.run.precision,
         world,
     )
-    return {"data": path, "data_sha256": sha256_of_file(Path(path) / MANIFEST_NAME), **results}
+    return {"data": path, "data_sha256": stream.manifest.content_sha256(), **results}
 
 
 #: Name on the command line -> the task. A task returns JSON values, the same on every rank.

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from data_tools.errors import DataError
-from data_tools.shards import MANIFEST_NAME, open_split
-from data_tools.storage import sha256_of_file
+from data_tools.shards import load_manifest, open_split
 from pipeline.config import DataConfig, ModelConfig
 from pipeline.distributed import World
 from pipeline.errors import ConfigError
@@ -79,7 +78,7 @@ def test_parts_of_different_vocabularies_are_refused(folders: list[Path]) -> Non
 
 def test_the_hash_of_one_data_set_is_that_of_its_manifest(folders: list[Path]) -> None:
     """As checkpoints of before remember it."""
-    manifest = sha256_of_file(folders[0] / MANIFEST_NAME)
+    manifest = load_manifest(folders[0]).content_sha256()
     assert data_sha256(opened(DataConfig(path=str(folders[0])))) == manifest
     assert data_sha256(opened(mixture((folders[0], 5.0)))) == manifest
 
