@@ -179,7 +179,8 @@ def _shown(value: Any) -> str:
 def _known_names(origins: dict[str, str]) -> set[str]:
     """Keys that can stand in a path, as against the names pydantic gives to members of a union."""
     names = {part for key in (*valid_keys(), *_keys_of_items()) for part in key.split(".")}
-    return {part for path in origins for part in path.split(".")} | names
+    # Whole paths too: someone may have written one as a key.
+    return {part for path in origins for part in path.split(".")} | names | set(valid_keys())
 
 
 def _origin(path: str, origins: dict[str, str]) -> str:

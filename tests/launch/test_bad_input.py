@@ -225,8 +225,8 @@ DATA_CASES = [
     settings("no_data", "data.path=nowhere", "nowhere has no manifest.json", "make one with launch/tokenize_corpus.py"),
     settings("no_manifest", "data.path=empty", "empty has no manifest.json", "make one with launch/tokenize_corpus.py"),
     settings("other_version", "data.path=other_version", "other_version/manifest.json", "this program reads 1"),
-    settings("missing_shard", "data.path=missing_shard", "missing_shard/train_000000.npy is missing", "tokenize again"),
-    settings("short_shard", "data.path=short_shard", "short_shard/train_000000.npy", "tokenize again"),
+    settings("missing_shard", "data.path=missing_shard", "missing_shard/train_00000_000.npy is missing", "tokenize again"),
+    settings("short_shard", "data.path=short_shard", "short_shard/train_00000_000.npy", "tokenize again"),
     settings(
         "too_little_data", "batch.tokens_per_step=64000000", "the split 'train' has", "lower batch.tokens_per_step to"
     ),
@@ -364,8 +364,8 @@ def _make_data(folder: Path, corpus: Path) -> None:
         folder / "train_only" / "manifest.json",
         lambda manifest: manifest.update(shards=[s for s in manifest["shards"] if s["split"] == "train"]),
     )
-    (folder / "missing_shard" / "train_000000.npy").unlink()
-    os.truncate(folder / "short_shard" / "train_000000.npy", 1000)
+    (folder / "missing_shard" / "train_00000_000.npy").unlink()
+    os.truncate(folder / "short_shard" / "train_00000_000.npy", 1000)
 
 
 def _make_runs(folder: Path) -> None:

@@ -77,7 +77,6 @@ def test_parts_of_different_vocabularies_are_refused(folders: list[Path]) -> Non
 
 
 def test_the_hash_of_one_data_set_is_that_of_its_manifest(folders: list[Path]) -> None:
-    """As checkpoints of before remember it."""
     manifest = load_manifest(folders[0]).content_sha256()
     assert data_sha256(opened(DataConfig(path=str(folders[0])))) == manifest
     assert data_sha256(opened(mixture((folders[0], 5.0)))) == manifest
