@@ -53,11 +53,13 @@ class FolderLock:
 
     def release(self) -> None:
         """Let go; whoever is the last removes the file."""
-        # The folder may be gone, or the disk have become read-only: the lock goes with the closing.
-        with suppress(OSError):
-            if self.make_exclusive():
-                self._path.unlink()
-        os.close(self._descriptor)
+        try:
+            # The folder may be gone, or the disk have become read-only: the lock goes with the closing.
+            with suppress(OSError):
+                if self.make_exclusive():
+                    self._path.unlink()
+        finally:
+            os.close(self._descriptor)
 
     def _try(self, operation: int) -> bool:
         try:
