@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -128,7 +129,8 @@ def _first_failure(pids: list[int], statuses: list[Future[int]], timeout_s: floa
 def _signal(pids: list[int], statuses: list[Future[int]], number: int) -> None:
     for pid, status in zip(pids, statuses, strict=True):
         if not status.done():
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, number)
 
 
 def _free_port() -> int:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from data_tools.arrays import TokenArray
 from data_tools.errors import DataError
+from data_tools.storage import one_line_write_errors
 from data_tools.tokenizer import load_tokenizer, replace_lone_surrogates
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ class GigatokenEncoder:
         # It reads ranks from a file only. No special tokens: in a document they are ordinary text.
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "gpt2.tiktoken")
-            path.write_bytes(self._reference.rank_file)
+            with one_line_write_errors(path):
+                path.write_bytes(self._reference.rank_file)
             self._encode = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {}).backend.encode
 
     def encode(self, text: str) -> TokenArray:

@@ -163,6 +163,7 @@ class OutputFolder:
         records = [self.finished[task.index] for task in tasks]
         shards = tuple(shard for record in records for shard in record.shards)
         if not shards:
+            _remove_what_led_there(self.folder)
             raise DataError(f"--source {self._identity['source']['kind']} has no document with text in it")
         manifest = Manifest(
             tokenizer=TokenizerRecord(**self._identity["tokenizer"]),
