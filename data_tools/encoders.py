@@ -70,7 +70,6 @@ class GigatokenEncoder:
 
     def __init__(self) -> None:
         self._reference = load_tokenizer()
-        self._is_new = _new_characters()
         # Imported here: it is not there for every platform.
         import gigatoken
 
@@ -90,9 +89,10 @@ class GigatokenEncoder:
 
     def _has_new_characters(self, text: str) -> bool:
         points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        return bool(self._is_new[points[points >= 128]].any())
+        return bool(_new_characters()[points[points >= 128]].any())
 
 
+@functools.cache
 def _new_characters() -> npt.NDArray[np.bool_]:
     """Flags of all code points: what this Python's Unicode does not have yet, and what Unicode 17 added."""
     is_new = np.ones(sys.maxunicode + 1, dtype=np.bool_)

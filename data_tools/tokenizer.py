@@ -107,10 +107,11 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
     ranks: dict[str, int] = json.loads(content)
     del ranks[ENDOFTEXT]
     byte_of = _byte_of_printable()
+    as_latin_1 = str.maketrans({char: chr(byte) for char, byte in byte_of.items()})
     return tiktoken.Encoding(
         TOKENIZER_NAME,
         pat_str=r50k_pat_str,
-        mergeable_ranks={bytes(byte_of[char] for char in token): rank for token, rank in ranks.items()},
+        mergeable_ranks={token.translate(as_latin_1).encode("latin-1"): rank for token, rank in ranks.items()},
         special_tokens={ENDOFTEXT: END_OF_TEXT},
         explicit_n_vocab=GPT2_VOCAB_SIZE,
     )
