@@ -33,8 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.runs import REPOSITORY
-from data_tools.corpus import TokenizeRequest, tokenize_corpus
-from data_tools.shards import TRAIN_SPLIT, open_split, verify
+from data_tools.shards import TRAIN_SPLIT, open_split
 from data_tools.threads import available_cores
 from data_tools.tokenizer import END_OF_TEXT
 
@@ -118,10 +117,11 @@ Done = tuple[Callable[[], Tokens], float | None]
 
 
 def ours(source: Path, out: Path) -> Done:
-    """The stage as ``launch/tokenize_corpus.py`` runs it, and then every hash and count verified."""
-    kind = source.suffix[1:]
-    tokenize_corpus(TokenizeRequest(source=kind, inputs=(str(source),), out=out, val_fraction=0.0))
-    verify(out)
+    """The commands as a person gives them: tokenize, then verify every hash and count."""
+    tokenize = ["tokenize_corpus.py", "--source", source.suffix[1:], "--input", str(source), "--val-fraction", "0"]
+    for command in ([*tokenize, "--out", str(out)], ["shards.py", "verify", str(out)]):
+        script = str(REPOSITORY / "launch" / command[0])
+        subprocess.run([sys.executable, script, *command[1:]], check=True, capture_output=True)
     stream = open_split(out, TRAIN_SPLIT)
     return lambda: stream.read(0, stream.tokens), None
 
@@ -237,6 +237,7 @@ def run_contender(name: str, source: Path, scratch: Path, *, watch_memory: bool 
     """One process from start to end; its tokens are hashed after the time is taken. Watching memory slows it down."""
     command = [sys.executable, "-m", "benchmarks.data", "--contender", name, "--input", str(source)]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        os.sync()  # what others wrote before is not to be waited for
         started = time.perf_counter()
         process = subprocess.Popen(
             [*command, "--out", str(Path(folder, "out"))],

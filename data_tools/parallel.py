@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import traceback
 from collections import deque
@@ -71,7 +72,13 @@ class _Worker(Generic[Item, Result]):
     def __init__(self, work: Work[Item, Result], context: Any) -> None:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(work, theirs), daemon=True)
-        self.process.start()
+        try:
+            self.process.start()
+        except OSError as error:
+            raise DataError(
+                f"cannot start a worker process: {error} (memory short, or the path of TMPDIR too long: "
+                f"{tempfile.gettempdir()}?); --workers 1 needs none"
+            ) from error
         theirs.close()
         self.item: Item | None = None
 

@@ -6,7 +6,6 @@ import functools
 import gzip
 import http.server
 import json
-import os
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import pytest
 from data_tools.corpus import Progress, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
 from data_tools.errors import DataError
 from data_tools.estimate import Estimate
+from data_tools.folders import RemoteFolder
 from data_tools.shards import parse_manifest
 from tests.data_tools.conftest import TASK_BYTES, Command, json_lines, result, varied_documents
 
@@ -151,8 +151,6 @@ def test_several_processes_write_to_a_url(
 ) -> None:
     """To fsspec a folder of the disk is remote storage too; that it makes folders is its only option."""
     monkeypatch.setenv("FSSPEC_FILE_AUTO_MKDIR", "1")
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     options = ["--source", "jsonl", "--input", tmp_path / "a.jsonl", "--val-fraction", 0.2, "--shard-tokens", 2000]
     ended = run_process(*options, "--workers", 2, "--out", f"file://{tmp_path}/out", task_bytes=TASK_BYTES)
     assert ended.returncode == 0, ended.stderr
@@ -161,7 +159,7 @@ def test_several_processes_write_to_a_url(
     assert f"file://{tmp_path}/out:\n  train: " in ended.stdout
     again = run_process(*options, "--workers", 2, "--out", f"file://{tmp_path}/out", task_bytes=TASK_BYTES)
     assert "is already complete" in again.stdout
-    assert not [name for name in os.listdir(tmp_path / "tmp") if name.startswith("shards-")]
+    assert not list(Path(tempfile.gettempdir()).glob(f"{RemoteFolder(f'file://{tmp_path}/out')._scratch_prefix}*"))
 
 
 class RangeHandler(http.server.SimpleHTTPRequestHandler):

@@ -257,6 +257,21 @@ def test_a_real_process_ends_with_one_line_too(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_workers_that_cannot_be_started_are_one_line(
+    tmp_path: Path, run_process: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / ("x" * 100)  # sockets have short names
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    (tmp_path / "a.jsonl").write_bytes(json_lines(varied_documents(20)))
+    options = ["--source", "jsonl", "--input", "a.jsonl", "--shard-tokens", 500, "--out", "data"]
+    refused = run_process(*options, "--workers", 2, task_bytes=TASK_BYTES)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("error: cannot start a worker process: ")
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "data").exists()
+
+
 def check_one_line(output: str, errors: str, message: str) -> None:
     assert output == ""
     assert len(errors.splitlines()) == 1, errors
