@@ -225,7 +225,9 @@ DATA_CASES = [
     settings("no_data", "data.path=nowhere", "nowhere has no manifest.json", "make one with launch/tokenize_corpus.py"),
     settings("no_manifest", "data.path=empty", "empty has no manifest.json", "make one with launch/tokenize_corpus.py"),
     settings("other_version", "data.path=other_version", "other_version/manifest.json", "this program reads 1"),
-    settings("missing_shard", "data.path=missing_shard", "missing_shard/train_00000_000.npy is missing", "tokenize again"),
+    settings(
+        "missing_shard", "data.path=missing_shard", "missing_shard/train_00000_000.npy is missing", "tokenize again"
+    ),
     settings("short_shard", "data.path=short_shard", "short_shard/train_00000_000.npy", "tokenize again"),
     settings(
         "too_little_data", "batch.tokens_per_step=64000000", "the split 'train' has", "lower batch.tokens_per_step to"
