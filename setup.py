@@ -28,8 +28,9 @@ setup(
     ],
     extras_require={
         "cluster": ["ray>=2.40"],
-        "remote": ["s3fs>=2024.2", "gcsfs>=2024.2"],
+        "remote": ["fsspec[http]>=2024.2", "s3fs>=2024.2", "gcsfs>=2024.2"],
         "test": [
+            "fsspec[http]>=2024.2",
             "hypothesis>=6.100",
             "psutil>=5.9",
             "pytest>=8",

@@ -64,7 +64,7 @@ def test_tokens_are_those_of_encode_ordinary(encoder: Encoder, reference: tiktok
 
 
 @given(text=TEXT)
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 def test_gigatoken_agrees_with_tiktoken_on_any_text(
     gigatoken: Encoder, reference: tiktoken.Encoding, text: str
 ) -> None:

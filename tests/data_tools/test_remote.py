@@ -41,8 +41,8 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def request_for(tmp_path: Path, out: Path | str, **options: Any) -> TokenizeRequest:
     if not (tmp_path / "a.jsonl").exists():
         (tmp_path / "a.jsonl").write_bytes(json_lines(DOCUMENTS))
-    settings = {"val_fraction": 0.2, "shard_tokens": 2000, "workers": 1, **options}
-    return TokenizeRequest(source="jsonl", inputs=(str(tmp_path / "a.jsonl"),), out=out, **settings)
+    settings = {"inputs": (str(tmp_path / "a.jsonl"),), "val_fraction": 0.2, "shard_tokens": 2000, "workers": 1}
+    return TokenizeRequest(source="jsonl", out=out, **{**settings, **options})
 
 
 @pytest.fixture
@@ -130,15 +130,7 @@ def test_a_failed_run_leaves_nothing_and_touches_nothing(tmp_path: Path, out: st
 def test_shards_at_a_url_of_input_at_a_url(out: str, tmp_path: Path, whole: dict[str, bytes | str]) -> None:
     files = fsspec.filesystem("memory")
     files.pipe("/bucket/in/a.jsonl", json_lines(DOCUMENTS))
-    request = TokenizeRequest(
-        source="jsonl",
-        inputs=("memory://bucket/in/*.jsonl",),
-        out=out,
-        val_fraction=0.2,
-        shard_tokens=2000,
-        workers=1,
-    )
-    tokenize_corpus(request)
+    tokenize_corpus(request_for(tmp_path, out, inputs=("memory://bucket/in/*.jsonl",)))
     shards = {name: content for name, content in whole.items() if name != "manifest.json"}
     assert shards.items() <= remote_result(out).items()
 
@@ -203,17 +195,15 @@ def test_several_processes_read_from_a_server(
     (tmp_path / "served" / "a.jsonl").write_bytes(json_lines(DOCUMENTS[:30]))
     (tmp_path / "served" / "b.jsonl.gz").write_bytes(gzip.compress(json_lines(DOCUMENTS[30:])))
     inputs = [f"{server}/a.jsonl", f"{server}/b.jsonl.gz"]
-    local = [tmp_path / "served" / "a.jsonl", tmp_path / "served" / "b.jsonl.gz"]
-    for name, paths in (("remote", inputs), ("local", local)):
-        options = ["--source", "jsonl", "--input", *paths, "--val-fraction", 0.2, "--shard-tokens", 2000]
-        ended = run_process(*options, "--workers", 2, "--out", name, task_bytes=TASK_BYTES)
-        assert ended.returncode == 0, ended.stderr
+    options = ["--source", "jsonl", "--input", *inputs, "--val-fraction", 0.2, "--shard-tokens", 2000]
+    ended = run_process(*options, "--workers", 2, "--out", "remote", task_bytes=TASK_BYTES)
+    assert ended.returncode == 0, ended.stderr
+    local = tuple(str(tmp_path / "served" / name) for name in ("a.jsonl", "b.jsonl.gz"))
+    tokenize_corpus(request_for(tmp_path, tmp_path / "local", inputs=local))
     remote, on_disk = result(tmp_path / "remote"), result(tmp_path / "local")
     del remote["manifest.json"], on_disk["manifest.json"]  # they say where the documents came from
     assert remote == on_disk
     manifest = json.loads((tmp_path / "remote" / "manifest.json").read_bytes())
     assert manifest["source"]["options"]["inputs"] == inputs
-    missing = run_process("--source", "jsonl", "--input", f"{server}/none.jsonl", "--out", "data")
-    assert missing.returncode == 2
-    assert len(missing.stderr.splitlines()) == 1
-    assert f"{server}/none.jsonl" in missing.stderr
+    with pytest.raises(DataError, match=f"{server}/none.jsonl"):
+        tokenize_corpus(request_for(tmp_path, tmp_path / "none", inputs=(f"{server}/none.jsonl",)))

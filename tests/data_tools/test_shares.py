@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from data_tools.errors import DataError
 from data_tools.estimate import Estimate
 from data_tools.folders import LocalFolder
 from data_tools.locks import LOCK_NAME, lock_folder
-from data_tools.shards import load_manifest
+from data_tools.shards import Manifest, load_manifest
 from data_tools.sources import open_source
 from data_tools.tasks import plan_tasks
 from tests.data_tools.conftest import (
@@ -220,26 +220,31 @@ def run_together(tmp_path: Path, shares: list[int]) -> list[Any]:
     return outcomes
 
 
-def test_a_share_without_work_that_comes_when_all_is_done_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes | str]
+@pytest.mark.parametrize("run", [tokenize_corpus, lambda request: tokenize_share(request, 0, 1)], ids=["run", "share"])
+def test_who_comes_just_when_another_one_has_completed_the_folder_makes_nothing_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: dict[str, bytes | str],
+    run: Callable[[TokenizeRequest], Manifest | None],
 ) -> None:
-    """It looked for a manifest before there was one, and then another share completed the folder."""
+    """It looked for a manifest before there was one."""
     request = request_for(tmp_path)
     load_complete = output_module.load_complete
-    calls = itertools.count()
+    finished: dict[Path, tuple[int, int]] = {}
 
-    def complete_after_looking(out: Path, identity: dict[str, Any]) -> Any:
-        if next(calls):
-            return load_complete(out, identity)
+    def complete_after_looking(out: Path, identity: dict[str, Any]) -> Manifest | None:
         found = load_complete(out, identity)
-        with monkeypatch.context() as patch:
-            patch.setattr("data_tools.corpus.load_complete", load_complete)
-            assert tokenize_share(request, 0, 1) is not None
+        if not finished:
+            with monkeypatch.context() as patch:
+                patch.setattr("data_tools.corpus.load_complete", load_complete)
+                tokenize_corpus(request)
+            finished.update(states((tmp_path / "out").iterdir()))
         return found
 
     with monkeypatch.context() as patch:
         patch.setattr("data_tools.corpus.load_complete", complete_after_looking)
-        assert tokenize_share(request, 999, 1000) == load_manifest(tmp_path / "out")
+        assert run(request) == load_manifest(tmp_path / "out")
+    assert states((tmp_path / "out").iterdir()) == finished
     assert result(tmp_path / "out") == whole
 
 
