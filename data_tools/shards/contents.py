@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_tools.arrays import TokenArray
+from data_tools.arrays import TokenArray, as_arrow
 from data_tools.errors import DataError
 from data_tools.shards.manifest import TokenizerRecord
 from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, TOKENIZER_NAME, Tokenizer, load_tokenizer
@@ -47,7 +46,7 @@ class Vocabulary:
         self.size = tokenizer.vocab_size
         self.end_of_text = tokenizer.end_of_text
         self.knows_bytes = tokenizer.name == TOKENIZER_NAME and tokenizer == gpt2_tokenizer_record()
-        self._byte_lengths = pa.array(token_byte_lengths(load_tokenizer())) if self.knows_bytes else None
+        self._byte_lengths = as_arrow(token_byte_lengths(load_tokenizer())) if self.knows_bytes else None
 
     def count(self, tokens: TokenArray, place: object) -> Contents:
         """Documents and bytes of a run of tokens, 0 bytes where they cannot be counted.
@@ -70,8 +69,8 @@ class Vocabulary:
         if self._byte_lengths is None:
             return Contents(documents)
         # Arrow looks 16-bit indices up as they are, which numpy widens to 64 bits first: two to three times faster.
-        lengths = pc.array_take(self._byte_lengths, pa.array(tokens), boundscheck=False)
-        return Contents(documents, int(lengths.to_numpy().sum(dtype=np.int64)))
+        lengths = pc.array_take(self._byte_lengths, as_arrow(tokens), boundscheck=False)
+        return Contents(documents, pc.sum(lengths).as_py())
 
 
 def expect_in_vocabulary(tokens: npt.NDArray[np.integer], vocab_size: int, place: object) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_tools.arrays import CountArray, MaskArray, TokenArray
+from data_tools.arrays import CountArray, MaskArray, TokenArray, from_arrow
 from data_tools.errors import DataError
 from data_tools.shards.llmc import LLMC_SUFFIX, llmc_tokens
 from data_tools.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, load_manifest
@@ -264,7 +264,7 @@ def _map_arrow(path: Path) -> list[Mapped]:
     reader = pa.ipc.open_stream(file)
     if reader.schema.names != ["tokens"] or reader.schema.field("tokens").type != pa.uint16():
         raise ValueError("its one column must be 'tokens' of uint16")
-    segments = [batch.column(0).to_numpy(zero_copy_only=True) for batch in reader]
+    segments = [from_arrow(batch.column(0), np.uint16) for batch in reader]
     end = file.tell()
     if end != buffer.size or file.read_at(8, end - 8) != _ARROW_END_OF_STREAM:
         raise ValueError("it does not end where its tokens end")

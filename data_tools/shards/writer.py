@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_tools.arrays import MaskArray, TokenArray
+from data_tools.arrays import MaskArray, TokenArray, as_arrow
 from data_tools.shards.llmc import LLMC_SUFFIX, LlmcTokenFile
 from data_tools.shards.manifest import ShardRecord, mask_file_of
 from data_tools.storage import one_line_write_errors, publish, sha256_of_file, temporary_path
@@ -60,7 +60,7 @@ class ArrowTokenFile:
         self._stream = pa.ipc.new_stream(file, self._schema)
 
     def write(self, tokens: TokenArray) -> None:
-        self._stream.write_batch(pa.record_batch([pa.array(tokens)], schema=self._schema))
+        self._stream.write_batch(pa.record_batch([as_arrow(tokens)], schema=self._schema))
 
     def finish(self) -> None:
         self._stream.close()

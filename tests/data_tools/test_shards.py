@@ -491,3 +491,25 @@ def test_shards_by_the_thousand_need_no_file_descriptors(tmp_path: Path) -> None
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [str(sum(int(tokens.sum()) for tokens in shards)), "0"]
+
+
+WRITE_AND_COUNT = """
+import sys
+from pathlib import Path
+import numpy as np
+from data_tools.shards import ShardWriter
+from data_tools.shards.contents import Vocabulary, gpt2_tokenizer_record
+tokens = np.array([50256, 15496], dtype=np.uint16)
+writer = ShardWriter(Path(sys.argv[1]), "train_000000.arrow", "train")
+writer.append(tokens, documents=1, utf8_bytes=5)
+writer.close()
+print(Vocabulary(gpt2_tokenizer_record()).count(tokens, "here").utf8_bytes, "pandas" in sys.modules)
+"""
+
+
+def test_writing_and_counting_do_not_wait_for_pandas(tmp_path: Path) -> None:
+    """Which Arrow imports by itself when it is given a numpy array; that takes longer than starting."""
+    command = [sys.executable, "-c", WRITE_AND_COUNT, str(tmp_path)]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["5", "False"]
