@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity accumulation portability chaos checkpoint-cost bench-data bench-loader clean
+.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data checkpoint-cost bench-data bench-loader clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -31,6 +31,9 @@ portability: .venv/dev ## every backend continues what every other saved, at oth
 
 chaos: .venv/dev ## runs killed at random moments, continued under random backends
 	$(BIN)/python -m benchmarks.chaos
+
+chaos-data: .venv/dev ## stage 1 killed at random moments and repeated: same bytes
+	$(BIN)/python -m benchmarks.interrupted_data
 
 checkpoint-cost: .venv/dev ## pause, throughput and memory of saving and loading GPT-2 124M
 	$(BIN)/python -m benchmarks.checkpoint_cost

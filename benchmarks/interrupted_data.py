@@ -1,0 +1,142 @@
+"""Does stage 1 survive SIGKILL? The same corpus again and again, killed at random moments and repeated to the end.
+
+python -m benchmarks.interrupted_data       # what `make chaos-data` runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.data import write_inputs
+from benchmarks.runs import REPOSITORY
+from data_tools.shards import MANIFEST_NAME
+
+_TOKENIZE = str(REPOSITORY / "launch" / "tokenize_corpus.py")
+
+
+@dataclass
+class Outcome:
+    """One folder from its first start to its manifest.
+
+    Attributes:
+        kills: when each start was killed, in seconds.
+        kept: finished shards that were there after each kill.
+        problems: what is not as it has to be.
+    """
+
+    kills: list[float] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        history = ", ".join(f"{at:.2f} s ({n} shards kept)" for at, n in zip(self.kills, self.kept, strict=True))
+        return f"killed at {history or 'no moment'}: {'; '.join(self.problems) or 'same bytes, kept shards untouched'}"
+
+
+def start(source: Path, out: Path) -> subprocess.Popen[bytes]:
+    """The command in a process group of its own."""
+    arguments = ["--source", "jsonl", "--input", str(source), "--out", str(out)]
+    return subprocess.Popen(
+        [sys.executable, _TOKENIZE, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def run_to_the_end(source: Path, out: Path) -> float:
+    """Seconds that it took."""
+    started = time.monotonic()
+    process = start(source, out)
+    _, errors = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{out}: the command failed: {errors.decode()}")
+    return time.monotonic() - started
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the manifest, which says when it was made."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+State = tuple[int, int]  # inode and time of change
+
+
+def finished_shards(out: Path) -> dict[Path, State]:
+    """The shards that a record, or the manifest that replaces the records, vouches for."""
+    manifest = out / MANIFEST_NAME
+    records = [manifest] if manifest.exists() else list(out.glob("tasks/*.json"))
+    shards = [shard for record in records for shard in json.loads(record.read_bytes())["shards"]]
+    return states([out / shard["file"] for shard in shards])
+
+
+def states(paths: Iterable[Path]) -> dict[Path, State]:
+    """Equal states, untouched files."""
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+
+
+def interrupt(source: Path, out: Path, moments: list[float], whole: dict[str, str]) -> Outcome:
+    """Start, kill all its processes at once, start again; after the last moment to the end."""
+    outcome = Outcome()
+    kept: dict[Path, State] = {}
+    for moment in moments:
+        process = start(source, out)
+        try:
+            process.wait(moment)
+            break  # it came to its end before the kill
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+        if states(kept) != kept:
+            outcome.problems.append("a finished shard was made again")
+        kept = finished_shards(out)
+        outcome.kills.append(moment)
+        outcome.kept.append(len(kept))
+    run_to_the_end(source, out)
+    if hashes_of(out) != whole:
+        outcome.problems.append("other bytes, or something left behind")
+    if states(kept) != kept:
+        outcome.problems.append("a finished shard was made again")
+    return outcome
+
+
+def main() -> None:
+    """Print a line a folder; a non-zero status if one is not as it has to be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10, help="in all (default: %(default)s)")
+    parser.add_argument("--kills-a-folder", type=int, default=3, help="at most (default: %(default)s)")
+    parser.add_argument("--megabytes", type=float, default=100, help="of documents (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    arguments = parser.parse_args()
+    drawn = random.Random(arguments.seed)
+    kills, problems = 0, 0
+    with tempfile.TemporaryDirectory() as scratch:
+        source = write_inputs(Path(scratch), arguments.megabytes)["jsonl"]
+        seconds = run_to_the_end(source, Path(scratch, "whole"))
+        whole = hashes_of(Path(scratch, "whole"))
+        print(f"{arguments.megabytes:.0f} MB, {len(whole)} shards, {seconds:.1f} s without a kill", flush=True)
+        folder = 0
+        while kills < arguments.kills:
+            moments = [drawn.uniform(0, seconds) for _ in range(min(arguments.kills_a_folder, arguments.kills - kills))]
+            outcome = interrupt(source, Path(scratch, f"out{folder}"), moments, whole)
+            print(outcome, flush=True)
+            kills, problems, folder = kills + len(outcome.kills), problems + len(outcome.problems), folder + 1
+    print(f"{kills} kills, {problems} problems")
+    raise SystemExit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    main()
