@@ -224,8 +224,9 @@ def _flat(documents: Iterator[Tokens]) -> Tokens:
     return np.concatenate([part for tokens in documents for part in (start, tokens)])
 
 
+_OURS = "this project"
 CONTENDERS: dict[str, Callable[[Path, Path], Done]] = {
-    "this project": ours,
+    _OURS: ours,
     "pool of tiktoken, one array": pool_of_tiktoken,
     "datasets.map of tiktoken": datasets_map,
     "tiktoken alone, in memory": bare_tiktoken,
@@ -299,20 +300,20 @@ def be_contender(name: str, source: Path, out: Path) -> None:
     print(json.dumps({"tokens": tokens.size, "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}), flush=True)
 
 
-def compare(inputs: dict[str, Path], megabytes: float, rounds: int, scratch: Path) -> bool:
+def compare(inputs: dict[str, Path], megabytes: float, rounds: int, against: Sequence[str], scratch: Path) -> bool:
     """Print a table; whether all ids are identical."""
     hashes: set[str] = set()
     for kind, source in inputs.items():
         medians: dict[str, float] = {}
         print(f"\n| {kind}, {megabytes:.0f} MB of text | s | MB/s | spread | this project is |")
         print("| --- | --- | --- | --- | --- |", flush=True)
-        for name in CONTENDERS:
+        for name in (_OURS, *against):
             results = [run_contender(name, source, scratch) for _ in range(rounds)]
             hashes |= {result.sha256 for result in results}
             seconds = [result.seconds for result in results]
             medians[name] = statistics.median(seconds)
             spread = (max(seconds) - min(seconds)) / medians[name]
-            ratio = medians[name] / medians["this project"]
+            ratio = medians[name] / medians[_OURS]
             print(
                 f"| {name} | {medians[name]:.2f} | {megabytes / medians[name]:.1f} | {spread:.0%} "
                 f"| {ratio:.2f} x as fast |",
@@ -328,7 +329,7 @@ def print_memory(sizes: Sequence[float], scratch: Path) -> None:
     for megabytes in sizes:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             source = write_inputs(Path(folder), megabytes)["jsonl"]
-            measured = run_contender("this project", source, scratch, watch_memory=True)
+            measured = run_contender(_OURS, source, scratch, watch_memory=True)
             print(f"| {megabytes:.0f} MB | {measured.peak_mb:.0f} |", flush=True)
 
 
@@ -337,6 +338,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=400, help="of documents (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="processes a contender (default: %(default)s)")
+    others = [name for name in CONTENDERS if name != _OURS]
+    parser.add_argument(
+        "--against",
+        nargs="*",
+        choices=others,
+        default=others,
+        metavar="NAME",
+        help=f"of {', '.join(others)} (default: all)",
+    )
     parser.add_argument("--memory-megabytes", nargs="*", type=float, default=[50, 250, 1000], metavar="MB")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--input", type=Path, help=argparse.SUPPRESS)
@@ -348,7 +358,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         print(f"{available_cores()} cores, {arguments.rounds} rounds", flush=True)
         inputs = write_inputs(Path(scratch), arguments.megabytes)
-        identical = compare(inputs, arguments.megabytes, arguments.rounds, Path(scratch))
+        identical = compare(inputs, arguments.megabytes, arguments.rounds, arguments.against, Path(scratch))
         print_memory(arguments.memory_megabytes, Path(scratch))
     raise SystemExit(0 if identical else "ids differ")
 
