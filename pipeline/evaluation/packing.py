@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pipeline.evaluation.requests import Request
 
+LEAST_SAVING = 0.1  # of tokens, for which rows are laid out as trees; below, their attention costs more than it saves
+
 
 @dataclass
 class Tree:
@@ -79,13 +81,20 @@ class Batch:
 def grow_trees(
     groups: Sequence[Sequence[int]], requests: Sequence[Request], context_length: int, reset_at: int | None
 ) -> list[Tree]:
-    """The requests as trees, one a group (numbers of requests that may share a beginning)."""
-    trees = []
-    for group in groups:
+    """The requests as trees: one for a group (numbers of requests that may begin alike) if that saves enough."""
+
+    def grow(numbers: Sequence[int]) -> Tree:
         tree = Tree()
-        for number in group:
+        for number in numbers:
             tree.add(number, requests[number], context_length, reset_at)
-        trees.append(tree)
+        return tree
+
+    trees: list[Tree] = []
+    for group in groups:
+        together = grow(group)
+        apart = sum(len(requests[number].inputs(context_length)) for number in group)
+        saves = len(together.tokens) <= (1 - LEAST_SAVING) * apart
+        trees += [together] if saves or len(group) == 1 else [grow([number]) for number in group]
     return trees
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from data_tools.errors import DataError
 from pipeline.errors import ConfigError
 from pipeline.evaluation.intervals import BOOTSTRAP, bootstrap_ratio
-from pipeline.evaluation.prepared import Groups, PreparedTask, Scores, Settings, TaskData, facts_of
-from pipeline.evaluation.requests import rolling_windows
+from pipeline.evaluation.prepared import PreparedTask, Scores, Settings, TaskData, facts_of
+from pipeline.evaluation.requests import Request, rolling_windows
 from pipeline.evaluation.sources import Row
 from pipeline.metrics import perplexity
 
@@ -45,14 +45,14 @@ class TextTask:
         if stride > data.context_length:
             raise ConfigError(f"--stride {stride} skips tokens: the model's context is {data.context_length}")
         texts = [text for row in data.rows.rows for text in self.split(_text_of(row, data))][: settings.limit]
-        groups: Groups = []
+        windows: list[list[Request]] = []  # of each text
         for text in texts:
             tokens = data.tokenizer.encode(self.detokenize(text)).tolist()
-            windows = rolling_windows(tokens, data.tokenizer.end_of_text, data.context_length, stride)
-            groups.append(list(windows))
+            windows.append(list(rolling_windows(tokens, data.tokenizer.end_of_text, data.context_length, stride)))
         moving = f"windows of {data.context_length} tokens, moved on by {stride}"
         facts = facts_of(f"{self.protocol}; {moving}", data, texts, settings)
-        return PreparedTask(name, facts, groups, lambda scores: _figures(texts, groups, scores))
+        alone = [[window] for of_text in windows for window in of_text]  # windows do not begin alike
+        return PreparedTask(name, facts, alone, lambda scores: _figures(texts, windows, scores))
 
 
 def _text_of(row: Row, data: TaskData) -> str:
@@ -62,13 +62,17 @@ def _text_of(row: Row, data: TaskData) -> str:
     return page
 
 
-def _figures(texts: Sequence[str], groups: Groups, scores: Scores) -> dict[str, Any]:
+def _figures(texts: Sequence[str], windows: list[list[Request]], scores: Scores) -> dict[str, Any]:
     """Perplexities, each exp of the loss of all texts over their tokens, words or bytes."""
-    tokens = sum(len(window.continuation) for group in groups for window in group)
+    losses = iter([-score.log_likelihood for (score,) in scores])
+    units = [[(next(losses), len(window.continuation)) for window in of_text] for of_text in windows]
+    loss, tokens = (sum(column) for column in zip(*(window for unit in units for window in unit), strict=True))
+    if len(units) == 1:
+        units = [[window] for window in units[0]]
     words = sum(len(re.split(r"\s+", text)) for text in texts)
     size = sum(len(text.encode("utf-8")) for text in texts)
-    loss = -sum(score.log_likelihood for group in scores for score in group)
-    low, high = (bound * tokens for bound in bootstrap_ratio(*_units(groups, scores)))
+    drawn = [[sum(column) for column in zip(*unit, strict=True)] for unit in units]
+    low, high = (bound * tokens for bound in bootstrap_ratio(*zip(*drawn, strict=True)))
     found: dict[str, Any] = {}
     for key, count in (("token", tokens), ("word", words), ("byte", size)):
         found[f"{key}_perplexity"] = perplexity(loss / count)
@@ -79,15 +83,5 @@ def _figures(texts: Sequence[str], groups: Groups, scores: Scores) -> dict[str, 
         "tokens": tokens,
         "words": words,
         "utf8_bytes": size,
-        "interval": f"{BOOTSTRAP} of {'texts' if len(groups) > 1 else 'windows'}, counts of words and bytes fixed",
+        "interval": f"{BOOTSTRAP} of {'texts' if len(texts) > 1 else 'windows'}, counts of words and bytes fixed",
     }
-
-
-def _units(groups: Groups, scores: Scores) -> tuple[list[float], list[float]]:
-    """Loss and tokens of what the bootstrap draws: texts, or the windows of a single one."""
-    windows = [
-        [(-score.log_likelihood, len(window.continuation)) for score, window in zip(of_scores, group, strict=True)]
-        for of_scores, group in zip(scores, groups, strict=True)
-    ]
-    units = windows if len(windows) > 1 else [[window] for window in windows[0]]
-    return [sum(loss for loss, _ in unit) for unit in units], [sum(n for _, n in unit) for unit in units]
