@@ -48,7 +48,7 @@ def evaluate_with_harness(
     """Run one of ``TASKS`` on rows, given as its dataset on the hub has them, by split."""
     name, folder = TASKS[task]
     manager = TaskManager(include_defaults=False, include_path=str(Path(lm_eval.__file__).parent / "tasks" / folder))
-    with _as_hub(splits):
+    with as_hub(splits):
         found = lm_eval.simple_evaluate(
             HFLM(pretrained=transformers_model(model), tokenizer=_tokenizer(), batch_size=8),
             tasks=[name],
@@ -63,13 +63,20 @@ def evaluate_with_harness(
 
 
 def _scores(responses: Sequence[Any]) -> list[tuple[float, bool]]:
-    return [(float(answer[0]), bool(answer[1])) if isinstance(answer, tuple) else (answer, False) for answer in responses]
+    return [
+        (float(answer[0]), bool(answer[1])) if isinstance(answer, tuple) else (answer, False) for answer in responses
+    ]
 
 
 @contextmanager
-def _as_hub(splits: dict[str, list[dict[str, Any]]]) -> Iterator[None]:
+def as_hub(splits: dict[str, list[dict[str, Any]]]) -> Iterator[None]:
+    """Whatever dataset is loaded from the hub, it is this one."""
     data = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
-    with mock.patch("datasets.load_dataset", lambda *_, **__: data):
+
+    def load_dataset(*_: Any, split: str | None = None, **__: Any) -> Any:
+        return data[split] if split else data
+
+    with mock.patch("datasets.load_dataset", load_dataset):
         yield
 
 

@@ -197,7 +197,7 @@ class TestTasks:
 
     def test_other_data_can_be_scored(self, run_folder: Path, tmp_path: Path) -> None:
         other = write_shards(tmp_path / "other", {"val": [np.arange(30)]})
-        found, _ = run_tasks(run_folder, ["validation"], EvaluationOptions(data_path=str(other)), ALONE)
+        found, _ = run_tasks(run_folder, ["validation"], EvaluationOptions(data={"validation": str(other)}), ALONE)
         assert found["validation"]["target_tokens"] == 29
         assert found["validation"]["data"] == str(other)
 
@@ -216,7 +216,9 @@ class TestTasks:
         result = found["validation"]
         assert set(result["parts"]) == {"first", "second"}
         for name, path in (("first", data), ("second", other)):
-            alone, _ = run_tasks(tmp_path / "run", ["validation"], EvaluationOptions(data_path=str(path)), ALONE)
+            alone, _ = run_tasks(
+                tmp_path / "run", ["validation"], EvaluationOptions(data={"validation": str(path)}), ALONE
+            )
             assert result["parts"][name]["loss"] == alone["validation"]["loss"] == result[f"{name}_loss"]
         assert result["loss"] == pytest.approx(0.75 * result["first_loss"] + 0.25 * result["second_loss"])
         assert "first_loss" in format_table(found)
@@ -229,8 +231,8 @@ class TestTasks:
         loaded.model.assert_tied()
 
     def test_an_unknown_task_names_the_known_ones(self, run_folder: Path) -> None:
-        with pytest.raises(ConfigError, match="--tasks hellaswag: no such task; there are: validation"):
-            run_tasks(run_folder, ["hellaswag"], EvaluationOptions(), ALONE)
+        with pytest.raises(ConfigError, match="--tasks squad: no such task; there are: validation"):
+            run_tasks(run_folder, ["squad"], EvaluationOptions(), ALONE)
 
     def test_no_checkpoint(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="no checkpoint here"):
@@ -239,7 +241,7 @@ class TestTasks:
     def test_data_without_a_validation_split(self, run_folder: Path, tmp_path: Path) -> None:
         only_train = write_shards(tmp_path / "other", {"train": [np.arange(30)]})
         with pytest.raises(DataError, match="no split 'val'"):
-            run_tasks(run_folder, ["validation"], EvaluationOptions(data_path=str(only_train)), ALONE)
+            run_tasks(run_folder, ["validation"], EvaluationOptions(data={"validation": str(only_train)}), ALONE)
 
 
 class TestResults:
