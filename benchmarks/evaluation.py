@@ -25,7 +25,7 @@ from pipeline.config import ModelConfig
 from pipeline.distributed import World
 from pipeline.evaluation.catalogue import NAMED_TASKS
 from pipeline.evaluation.choices import ChoiceTask
-from pipeline.evaluation.examples import ChoiceExample
+from pipeline.evaluation.examples import ChoiceExample, piqa
 from pipeline.evaluation.preparation import prepare_task
 from pipeline.evaluation.prepared import Settings
 from pipeline.evaluation.requests import encode_apart
@@ -178,15 +178,15 @@ def together(
 
 def print_speed(files: dict[str, Path], presets: Sequence[str], count: int, precisions: Sequence[str]) -> None:
     """Examples a second of both, and whether they answer alike."""
-    piqa = [NAMED_TASKS["piqa"].protocol.read(row) for row in read_lines(files["piqa"])[:count]]  # type: ignore[union-attr]
-    passages = like_hellaswag([row["text"] for row in hub_rows("lambada", read_lines(files["lambada"])[: 2 * count])])
+    questions = [piqa(row) for row in read_lines(files["piqa"])[:count]]
+    passages = like_hellaswag([row["text"] for row in hub_rows("lambada", read_lines(files["lambada"]))])
     print(f"\nSpeed on this CPU with {torch.get_num_threads()} threads, {count} examples, random weights\n")
     print_row("model", "precision", "data", "one at a time", "together", "ratio", "same answers")
     print_row(*["---"] * 7)
     for preset in presets:
         model = random_model(preset)
         for precision in precisions:
-            for name, examples in (("PIQA", piqa), ("like HellaSwag", passages[:count])):
+            for name, examples in (("PIQA", questions), ("like HellaSwag", passages[:count])):
                 one_at_a_time(model, examples[:2], precision)
                 slow, expected = timed(lambda: one_at_a_time(model, examples, precision))  # noqa: B023
                 fast, found = timed(lambda: together(model, examples, precision, BATCH_TOKENS))  # noqa: B023

@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -75,7 +75,7 @@ class Trainer:
         throughput: ThroughputMeter,
         data_sha256: str,
         resume_from: Path | None = None,
-        tasks: Sequence[PreparedTask] = (),
+        tasks: Mapping[str, PreparedTask] | None = None,
     ) -> None:
         self.config = config
         self.world = world
@@ -84,7 +84,7 @@ class Trainer:
         self.loader = loader
         self.prefetcher = Prefetcher(loader, world.device)
         self.throughput = throughput
-        self.tasks = tasks  # of evaluation.tasks, beside the validation
+        self.tasks = tasks or {}  # of evaluation.tasks, beside the validation
         self.run_folder = Path(config.run.out_dir)
         self.state = TrainingState(0, 0, 0, 0, *backend.loss_scaler.state, config.run.seed)
         if resume_from:

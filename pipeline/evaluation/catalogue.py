@@ -80,7 +80,7 @@ _SHAPES: tuple[tuple[set[str], Protocol], ...] = (
             f"{_HARNESS} loglikelihood: continuations, greedy and by log-likelihood", examples.any_continuation
         ),
     ),
-    ({"page"}, TextTask(f"{_HARNESS} loglikelihood_rolling: the text as it stands")),
+    ({"text"}, TextTask(f"{_HARNESS} loglikelihood_rolling: the text as it stands")),
 )
 
 
@@ -94,5 +94,5 @@ def protocol_of(rows: Rows) -> Protocol:
         if keys <= rows.rows[0].keys():
             return protocol
     raise DataError(
-        f"{rows.where(0)} has {', '.join(rows.rows[0])}; expected query, choices, gold or context, continuation"
+        f"{rows.where(0)} has {', '.join(rows.rows[0])}; expected query, choices, gold; context, continuation; or text"
     )

@@ -12,7 +12,7 @@ from pipeline.distributed import World
 from pipeline.errors import ConfigError
 from pipeline.evaluation.catalogue import NAMED_TASKS, protocol_of
 from pipeline.evaluation.prepared import PreparedTask, Settings, TaskData
-from pipeline.evaluation.sources import Rows, read_file, read_hub
+from pipeline.evaluation.sources import read_file, read_hub
 
 
 def expect_known_tasks(tasks: Sequence[str], data: Mapping[str, str]) -> None:
@@ -44,20 +44,19 @@ def prepare_task(name: str, path: str | None, settings: Settings, model: ModelCo
             f"{name}: model.vocab_size is {model.vocab_size}; "
             f"text needs a model of GPT-2's vocabulary, {GPT2_VOCAB_SIZE}"
         )
-    rows, pool = _read(name, path, settings, world)
+    data = _read(name, path, settings, model, world)
     named = NAMED_TASKS.get(cast(TaskName, name))
-    protocol = named.protocol if named else protocol_of(rows)
-    data = TaskData(rows, pool, load_tokenizer(), model.context_length)
+    protocol = named.protocol if named else protocol_of(data.rows)
     return protocol.prepare(settings.label(name), data, settings)
 
 
-def _read(name: str, path: str | None, settings: Settings, world: World) -> tuple[Rows, Rows]:
-    """The rows of a task, and those that few-shot examples come from."""
+def _read(name: str, path: str | None, settings: Settings, model: ModelConfig, world: World) -> TaskData:
+    """The rows of a task, and those that few-shot examples come from: its training split, else the rows themselves."""
     if path is not None:
         rows = read_file(Path(path))
-        return rows, rows
+        return TaskData(rows, rows, True, load_tokenizer(), model.context_length)
     hub = NAMED_TASKS[cast(TaskName, name)].hub
-    rows = read_hub(hub, hub.split, world)
-    if not settings.shots or hub.shots_split is None:
-        return rows, rows
-    return rows, read_hub(hub, hub.shots_split, world)
+    rows = pool = read_hub(hub, hub.split, world)
+    if settings.shots and hub.shots_split:
+        pool = read_hub(hub, hub.shots_split, world)
+    return TaskData(rows, pool, pool is rows or hub.split != "test", load_tokenizer(), model.context_length)

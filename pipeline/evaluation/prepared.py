@@ -41,7 +41,8 @@ class TaskData:
     """What a task is made of: its rows, those that few-shot examples come from, and how text becomes tokens."""
 
     rows: Rows
-    pool: Rows  # the same object as ``rows`` where there is no other
+    pool: Rows
+    spare_shot: bool  # see ``draw_shots``
     tokenizer: Tokenizer
     context_length: int
 
@@ -74,7 +75,7 @@ def read_examples(
     if not settings.shots:
         return examples, [""] * len(examples)
     pool = _read_rows(data.pool, read, None)
-    shots = draw_shots(examples, pool, settings.shots, same=data.pool is data.rows)
+    shots = draw_shots(examples, pool, settings.shots, spare=data.spare_shot)
     return examples, ["".join(shot.shot for shot in drawn) for drawn in shots]
 
 

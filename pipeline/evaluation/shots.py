@@ -14,22 +14,23 @@ SHOTS_SEED = 1234  # lm-evaluation-harness' default fewshot_random_seed
 
 
 def draw_shots(
-    examples: Sequence[Example], pool: Sequence[Example], count: int, *, same: bool
+    examples: Sequence[Example], pool: Sequence[Example], count: int, *, spare: bool
 ) -> list[Sequence[Example]]:
     """``count`` examples for each example, from one stream of random numbers in the order of the examples.
 
     Args:
-        same: the pool holds the examples themselves: an example is never among its own.
+        spare: draw one more than needed, so that an example is never among its own. As the harness does for tasks
+            without a test split; for the others it draws as many as needed.
 
     Raises:
         DataError: the pool is too small.
     """
     if not count:
         return [()] * len(examples)
-    if len(pool) < count + same:
-        raise DataError(f"--shots {count}: there are only {len(pool) - same} examples to draw from")
+    if len(pool) < count + spare:
+        raise DataError(f"--shots {count}: there are only {len(pool) - spare} examples to draw from")
     stream = random.Random(SHOTS_SEED)
-    if not same:
+    if not spare:
         return [stream.sample(pool, count) for _ in examples]
     return [_all_but(example, stream, pool, count) for example in examples]
 

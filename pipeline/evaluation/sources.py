@@ -45,7 +45,7 @@ class Rows:
 
 
 def read_file(path: Path) -> Rows:
-    """A ``.jsonl`` or ``.parquet`` file row by row; any other file is one text, under the key ``page``.
+    """A ``.jsonl`` or ``.parquet`` file row by row; any other file is one text, under the key ``text``.
 
     Raises:
         DataError: it cannot be read, or has no row.
@@ -59,8 +59,8 @@ def read_file(path: Path) -> Rows:
     elif path.suffix == ".parquet":
         rows = _parse_parquet(content, path)
     else:
-        rows = [{"page": _decode(content, path)}]
-    if not rows or rows == [{"page": ""}]:
+        rows = [{"text": _decode(content, path)}]
+    if not rows or rows == [{"text": ""}]:
         raise DataError(f"{path} is empty")
     return Rows(rows, str(path), hashlib.sha256(content).hexdigest())
 

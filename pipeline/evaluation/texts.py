@@ -25,7 +25,7 @@ class TextTask:
     predict, not by how that was prepared. (lm-evaluation-harness' ``wikitext``, version 2.)
 
     Args:
-        split: cuts a file's text into texts of their own.
+        split: cuts what a file holds into texts of their own.
     """
 
     protocol: str
@@ -40,11 +40,11 @@ class TextTask:
             ConfigError: few-shot examples, or a stride beyond the context.
         """
         if settings.shots:
-            raise ConfigError(f"--shots {settings.shots}: {name} is a text and has no examples to show; leave it out")
+            raise ConfigError(f"--shots {settings.shots}: a text has no examples to show; leave it out")
         stride = settings.stride or data.context_length
         if stride > data.context_length:
             raise ConfigError(f"--stride {stride} skips tokens: the model's context is {data.context_length}")
-        texts = [text for row in data.rows.rows for text in self.split(_text_of(row, data))][: settings.limit]
+        texts = [text for row in data.rows.rows for text in self._texts_of(row, data)][: settings.limit]
         windows: list[list[Request]] = []  # of each text
         for text in texts:
             tokens = data.tokenizer.encode(self.detokenize(text)).tolist()
@@ -54,12 +54,13 @@ class TextTask:
         alone = [[window] for of_text in windows for window in of_text]  # windows do not begin alike
         return PreparedTask(name, facts, alone, lambda scores: _figures(texts, windows, scores))
 
-
-def _text_of(row: Row, data: TaskData) -> str:
-    page = row.get("page")
-    if not isinstance(page, str):
-        raise DataError(f"{data.rows.origin}: a row has {', '.join(row)}; expected a text file, or rows with page")
-    return page
+    def _texts_of(self, row: Row, data: TaskData) -> list[str]:
+        """A ``page`` is one text already, as the hub has WikiText's articles."""
+        if isinstance(row.get("page"), str):
+            return [row["page"]]
+        if isinstance(row.get("text"), str):
+            return self.split(row["text"])
+        raise DataError(f"{data.rows.origin}: a row has {', '.join(row)}; expected a text file, or rows with text")
 
 
 def _figures(texts: Sequence[str], windows: list[list[Request]], scores: Scores) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipeline.metrics import TASK_PREFIX
 log = logging.getLogger(__name__)
 
 
-def prepare_tasks(config: Config, world: World) -> list[PreparedTask]:
+def prepare_tasks(config: Config, world: World) -> dict[str, PreparedTask]:
     """The tasks of ``evaluation.tasks`` on their first ``max_examples``, without ``validation``. Collective.
 
     Raises:
@@ -29,22 +29,24 @@ def prepare_tasks(config: Config, world: World) -> list[PreparedTask]:
     """
     options = config.evaluation
     settings = Settings(limit=options.max_examples)
-    return [
-        prepare_task(name, options.data.get(name), settings, config.model, world)
+    return {
+        name: prepare_task(name, options.data.get(name), settings, config.model, world)
         for name in options.tasks
         if name != VALIDATION
-    ]
+    }
 
 
-def measure_tasks(tasks: Sequence[PreparedTask], backend: Backend, config: Config, world: World) -> dict[str, float]:
+def measure_tasks(
+    tasks: Mapping[str, PreparedTask], backend: Backend, config: Config, world: World
+) -> dict[str, float]:
     """The figures of all tasks as keys of a row of metrics. Collective; in ``backend.evaluation_mode()``."""
     scorer = Scorer(backend.compute, config.model, world, config.batch.micro_batch_size * config.seq_len)
     row: dict[str, float] = {}
     with _uncompiled():
-        for task in tasks:
+        for name, task in tasks.items():
             result = task.measure(scorer)
             figures = {key: value for key, value in result.items() if isinstance(value, float)}
-            row |= {f"{TASK_PREFIX}{task.name}_{key}": value for key, value in figures.items()}
+            row |= {f"{TASK_PREFIX}{name}_{key}": value for key, value in figures.items()}
             log.info("%s | %d examples", _one_line(task.name, figures, result), result["examples"])
     return row
 
