@@ -12,8 +12,9 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 from benchmarks.runs import make_corpus, merged, train_run
 from data_tools.tokenizer import load_tokenizer
-from pipeline.config import ModelConfig
+from pipeline.config import ModelConfig, Precision
 from pipeline.distributed import World
 from pipeline.evaluation.catalogue import NAMED_TASKS
 from pipeline.evaluation.choices import ChoiceTask
@@ -37,6 +38,13 @@ from pipeline.precision import replicated_compute
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 BATCH_TOKENS = 2048
 CONTEXT_WORDS, ENDING_WORDS = 55, 22  # about HellaSwag's own
+
+#: Models by name; the middle one has 30 million parameters.
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2-tiny": {"preset": "gpt2-tiny"},
+    "30M": {"preset": "gpt2-tiny", "n_layer": 6, "n_head": 6, "n_embd": 384},
+    "gpt2": {"preset": "gpt2"},
+}
 
 #: A run of a few steps on real text, whose model has left its initial weights.
 BRIEF_RUN: dict[str, dict[str, Any]] = {
@@ -71,9 +79,9 @@ def hub_rows(task: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def scorer_of(model: GPT2, precision: str = "fp32", batch_tokens: int = BATCH_TOKENS) -> Scorer:
+def scorer_of(model: GPT2, precision: str = "fp32") -> Scorer:
     """A scorer on this CPU alone."""
-    return Scorer(replicated_compute(model, precision, ALONE.device).eval(), model.config, ALONE, batch_tokens)
+    return Scorer(replicated_compute(model, precision, ALONE.device).eval(), model.config, ALONE, BATCH_TOKENS)
 
 
 def print_agreement(files: dict[str, Path], limit: int, scratch: Path) -> None:
@@ -111,9 +119,9 @@ def chosen(answers: Sequence[tuple[float, bool]]) -> Any:
     return int(np.argmax([answer[0] for answer in answers])) if len(answers) > 1 else answers[0][1]
 
 
-def random_model(preset: str) -> GPT2:
-    """Initial weights."""
-    return build_model(ModelConfig.model_validate({"preset": preset}), 1337).eval()
+def random_model(name: str) -> GPT2:
+    """Initial weights of one of ``MODELS``."""
+    return build_model(ModelConfig.model_validate(MODELS[name]), 1337).eval()
 
 
 def trained_model(scratch: Path) -> GPT2:
@@ -166,39 +174,48 @@ def one_at_a_time(model: GPT2, examples: Sequence[ChoiceExample], precision: str
 
 
 def together(
-    model: GPT2, examples: Sequence[ChoiceExample], precision: str, batch_tokens: int
+    model: GPT2, examples: Sequence[ChoiceExample], precision: str, *, shared: bool = True
 ) -> list[tuple[int, int]]:
-    """The same by our scorer, tokens included."""
+    """The same by our scorer, encoding included; ``shared``: what choices begin with is computed once."""
     tokenizer = load_tokenizer()
-    task = ChoiceTask("", lambda _: examples[0], encode_apart, "tokens")
+    task = ChoiceTask("", piqa, encode_apart, "tokens")
     groups = [[encode_apart(tokenizer, *pair) for pair in example.pairs] for example in examples]
-    scores = scorer_of(model, precision, batch_tokens).score(groups, "")
-    return list(zip(*task.answers(examples, groups, scores).values(), strict=True))
+    scored = groups if shared else [[request] for group in groups for request in group]
+    scores = iter([score for group in scorer_of(model, precision).score(scored, "") for score in group])
+    answers = task.answers(examples, groups, [[next(scores) for _ in group] for group in groups])
+    return list(zip(*answers.values(), strict=True))
 
 
-def print_speed(files: dict[str, Path], presets: Sequence[str], count: int, precisions: Sequence[str]) -> None:
+def print_speed(files: dict[str, Path], models: Sequence[str], count: int, precision: str) -> None:
     """Examples a second of both, and whether they answer alike."""
     questions = [piqa(row) for row in read_lines(files["piqa"])[:count]]
-    passages = like_hellaswag([row["text"] for row in hub_rows("lambada", read_lines(files["lambada"]))])
-    print(f"\nSpeed on this CPU with {torch.get_num_threads()} threads, {count} examples, random weights\n")
-    print_row("model", "precision", "data", "one at a time", "together", "ratio", "same answers")
+    passages = like_hellaswag([row["text"] for row in hub_rows("lambada", read_lines(files["lambada"]))])[:count]
+    print(
+        f"\nSpeed on this CPU with {torch.get_num_threads()} threads in {precision}, {count} examples, random weights\n"
+    )
+    print_row("model", "data", "one at a time", "together, beginnings not shared", "together", "ratio", "same answers")
     print_row(*["---"] * 7)
-    for preset in presets:
-        model = random_model(preset)
-        for precision in precisions:
-            for name, examples in (("PIQA", questions), ("like HellaSwag", passages[:count])):
-                one_at_a_time(model, examples[:2], precision)
-                slow, expected = timed(lambda: one_at_a_time(model, examples, precision))  # noqa: B023
-                fast, found = timed(lambda: together(model, examples, precision, BATCH_TOKENS))  # noqa: B023
-                same = sum(one == other for one, other in zip(expected, found, strict=True))
-                speeds = [f"{len(examples) / seconds:.2f}/s" for seconds in (slow, fast)]
-                print_row(preset, precision, name, *speeds, f"{slow / fast:.2f}", f"{same} of {len(examples)}")
+    for name in models:
+        model = random_model(name)
+        for data, examples in (("PIQA", questions), ("like HellaSwag", passages)):
+            one_at_a_time(model, examples[:2], precision)  # warms up
+            slow, expected = timed(one_at_a_time, model, examples, precision)
+            apart, _ = timed(partial(together, shared=False), model, examples, precision)
+            fast, found = timed(together, model, examples, precision)
+            same = sum(one == other for one, other in zip(expected, found, strict=True))
+            speeds = [f"{len(examples) / seconds:.2f}/s" for seconds in (slow, apart, fast)]
+            print_row(name, data, *speeds, f"{slow / fast:.1f}", f"{same} of {len(examples)}")
 
 
-def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+def timed(
+    action: Callable[[GPT2, Sequence[ChoiceExample], str], list[tuple[int, int]]],
+    model: GPT2,
+    examples: Sequence[ChoiceExample],
+    precision: str,
+) -> tuple[float, list[tuple[int, int]]]:
     """Seconds, and what the action gives."""
     started = time.perf_counter()
-    result = action()
+    result = action(model, examples, precision)
     return time.perf_counter() - started, result
 
 
@@ -214,8 +231,8 @@ def main() -> None:
     parser.add_argument("--lambada", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=300, help="examples of the comparison with the harness; 0: none")
     parser.add_argument("--examples", type=int, default=32, help="of the speeds; 0: none")
-    parser.add_argument("--presets", nargs="+", default=["gpt2-tiny", "gpt2"])
-    parser.add_argument("--precisions", nargs="+", default=["fp32"])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="of the speeds")
+    parser.add_argument("--precision", default="fp32", choices=get_args(Precision), help="of the speeds")
     arguments = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     files = {"piqa": arguments.piqa, "lambada": arguments.lambada}
@@ -223,7 +240,7 @@ def main() -> None:
         if arguments.limit:
             print_agreement(files, arguments.limit, Path(scratch))
     if arguments.examples:
-        print_speed(files, arguments.presets, arguments.examples, arguments.precisions)
+        print_speed(files, arguments.models, arguments.examples, arguments.precision)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ BOOTSTRAP_SEED = 1234
 
 WILSON = "95%, Wilson"
 NORMAL = "95%, normal, of the mean log-likelihood"
+WINDOWS = "95%, normal, of the mean over windows"
 BOOTSTRAP = f"95%, percentiles of {BOOTSTRAP_SAMPLES} bootstrap samples"
 
 Interval = tuple[float, float]

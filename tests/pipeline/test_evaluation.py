@@ -84,6 +84,14 @@ class TestValidation:
         assert results["loss"] == pytest.approx(expected, rel=1e-6)
         assert results["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
 
+    def test_the_interval_is_that_of_the_windows(self, results: dict[str, Any], direct: list[Any]) -> None:
+        losses = np.array([loss for _, _, loss, _ in direct])
+        windows = [losses[start : start + T] for start in range(0, len(losses), T)]
+        residues = [window.sum() - len(window) * losses.mean() for window in windows]
+        half = 1.96 * np.sqrt(np.sum(np.square(residues)) * len(windows) / (len(windows) - 1)) / len(losses)
+        assert results["loss_interval"] == pytest.approx([losses.mean() - half, losses.mean() + half], rel=1e-4)
+        assert results["perplexity_interval"][1] == pytest.approx(math.exp(losses.mean() + half), rel=1e-3)
+
     def test_every_target_is_scored(self, results: dict[str, Any]) -> None:
         assert results["target_tokens"] == TOKENS - 1
         assert results["documents"] == 4
