@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data checkpoint-cost bench-data bench-loader clean
+.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data checkpoint-cost bench-data bench-loader bench-evaluation clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -44,6 +44,10 @@ bench-data: .venv/dev ## stage 1 against what people use today: speed, identical
 bench-loader: .venv/dev ## the loader against one that reads whole shards: batches, memory, seeks, waiting
 	$(BIN)/python -m benchmarks.loader
 
+DATA ?=
+bench-evaluation: .venv/harness ## lm-evaluation-harness' numbers and build-nanogpt's speed: DATA="--piqa FILE --lambada FILE"
+	$(BIN)/python -m benchmarks.evaluation $(DATA)
+
 clean: ## remove the environment and caches; data and runs stay
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -55,6 +59,10 @@ clean: ## remove the environment and caches; data and runs stay
 
 .venv/run: setup.py constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/harness: setup.py constraints.txt | .venv/dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[harness]'
 	@touch $@
 
 .venv/dev: setup.py constraints.txt | .venv/bin/python

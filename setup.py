@@ -28,6 +28,7 @@ setup(
     ],
     extras_require={
         "cluster": ["ray>=2.40"],
+        "harness": ["lm-eval[hf]>=0.4.13,<0.5"],  # to compare with; some 30 packages, hence not among the tests
         "remote": ["fsspec[http]>=2024.2", "s3fs>=2024.2", "gcsfs>=2024.2"],
         "test": [
             "fsspec[http]>=2024.2",

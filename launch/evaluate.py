@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import get_args
 
 from launch.cli import ArgumentParser, add_checkpoint_options, positive_int, run_command, start_logging
-from pipeline.config import Precision, RunConfig
+from pipeline.config import TASK_NAME, Precision, RunConfig, TaskName
 from pipeline.distributed import join_world
+from pipeline.errors import ConfigError
+from pipeline.evaluation.prepared import Settings
 from pipeline.evaluation.results import format_table
-from pipeline.evaluation.tasks import TASKS, EvaluationOptions, run_tasks
+from pipeline.evaluation.tasks import EvaluationOptions, run_tasks
 
 
 def main() -> None:
@@ -17,20 +19,52 @@ def main() -> None:
         description=__doc__, example="python launch/evaluate.py --checkpoint runs/ddp --tasks validation"
     )
     add_checkpoint_options(parser)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"of {', '.join(TASKS)}")
-    parser.add_argument("--data", metavar="DIR", help="token shards (default: those the run was trained on)")
+    names = ", ".join(get_args(TaskName))
     parser.add_argument(
-        "--batch-size", type=positive_int, metavar="N", help="sequences per forward pass; no effect on results"
+        "--tasks", nargs="+", default=["validation"], metavar="TASK", help=f"of {names}, or any name given to --data"
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TASK=PATH",
+        help="a task's file, .jsonl, .parquet or text (default: as the run's config has it, or the Hugging Face hub); "
+        "of validation: a folder of token shards (default: those the run was trained on)",
+    )
+    parser.add_argument("--shots", type=positive_int, default=0, metavar="N", help="solved examples before each")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N examples of each task")
+    parser.add_argument(
+        "--stride",
+        type=positive_int,
+        metavar="N",
+        help="tokens by which windows over a text move on (default: the model's context, no overlap)",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive_int, metavar="N", help="full sequences per forward pass; no effect on results"
     )
     parser.add_argument("--precision", choices=get_args(Precision), help="(default: the run's)")
     arguments = parser.parse_args()
     start_logging()
-    options = EvaluationOptions(arguments.data, arguments.batch_size, arguments.precision)
+    settings = Settings(arguments.shots, arguments.limit, arguments.stride)
+    options = EvaluationOptions(_paths(arguments.data), arguments.batch_size, arguments.precision, settings)
     with join_world(RunConfig(device=arguments.device), process_group=False) as world:
         results, folder = run_tasks(arguments.checkpoint, arguments.tasks, options, world)
     if world.is_main:
         print(format_table(results))
         print("wrote " + ", ".join(str(folder / f"{task}.json") for task in results))
+
+
+def _paths(assignments: list[str]) -> dict[str, str]:
+    paths = {}
+    for assignment in assignments:
+        task, equals, path = assignment.partition("=")
+        if not (task and equals and path):
+            raise ConfigError(f"--data {assignment}: expected TASK=PATH, as in --data validation=DIR")
+        if not TASK_NAME.fullmatch(task):
+            raise ConfigError(f"--data {assignment}: a task is named by letters, digits and . _ -, and not {task!r}")
+        paths[task] = path
+    return paths
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ and ``--set`` overrides; nothing else builds one.
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +20,18 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "amp_bf16", "amp_fp16", "bf16"]
+TaskName = Literal[
+    "validation",
+    "wikitext2",
+    "lambada",
+    "hellaswag",
+    "hellaswag_completion",
+    "piqa",
+    "arc_easy",
+    "arc_challenge",
+    "winogrande",
+]
+TASK_NAME = re.compile(r"[\w.-]+")  # also the name of a file
 Preset = Literal["gpt2-tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 # n_layer, n_head, n_embd, context_length. The four of OpenAI: Radford et al. 2019, table 2.
@@ -247,13 +260,30 @@ class GuardConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Validation while training."""
+    """Validation and tasks while training."""
 
-    every_steps: PositiveInt = Field(250, description="optimizer steps between validations; first and last always")
-    tasks: list[Literal["validation"]] = Field(["validation"], description="what to measure")
-    max_batches: PositiveInt | None = Field(
-        40, description="micro-batches, spread evenly over the split, over all ranks (null: the whole split)"
+    every_steps: PositiveInt = Field(250, description="optimizer steps between evaluations; first and last always")
+    tasks: list[str] = Field(
+        ["validation"],
+        description=f"what to measure: {', '.join(f'`{name}`' for name in get_args(TaskName))}, or a name in "
+        "evaluation.data",
     )
+    data: dict[Annotated[str, Field(pattern=f"^{TASK_NAME.pattern}$")], str] = Field(
+        {}, description="task: its file (default: the dataset of the Hugging Face hub)"
+    )
+    max_batches: PositiveInt | None = Field(
+        40,
+        description="of validation: micro-batches over all ranks, spread evenly over the split (null: the whole split)",
+    )
+    max_examples: PositiveInt | None = Field(500, description="of each task: its first examples (null: all)")
+
+    @model_validator(mode="after")
+    def _tasks_are_known(self) -> EvaluationConfig:
+        for task in self.tasks:
+            if task not in get_args(TaskName) and task not in self.data:
+                known = ", ".join(get_args(TaskName))
+                raise ValueError(f"tasks: no such task {task!r}; there are {known}, or name its file in data")
+        return self
 
 
 class LoggingConfig(Section):

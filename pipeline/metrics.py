@@ -22,6 +22,9 @@ TENSORBOARD_FOLDER = "tensorboard"
 #: What the keys of validation losses on the parts of a mixture begin with; a part's name follows.
 PART_LOSS_PREFIX = "val_loss_"
 
+#: What the keys of task figures begin with while training; the task and its figure follow.
+TASK_PREFIX = "task_"
+
 # Row key -> TensorBoard tag. Keys that stand here are drawn; the others stay in metrics.jsonl.
 TENSORBOARD_TAGS = {
     "loss": "train/loss",
@@ -144,6 +147,8 @@ class MetricsLog:
 def _tensorboard_tag(key: str) -> str | None:
     if key.startswith(PART_LOSS_PREFIX):
         return f"validation/loss_{key.removeprefix(PART_LOSS_PREFIX)}"
+    if key.startswith(TASK_PREFIX):
+        return f"tasks/{key.removeprefix(TASK_PREFIX)}"
     return TENSORBOARD_TAGS.get(key)
 
 

@@ -20,6 +20,7 @@ IGNORE_INDEX = -100  # a target that is not scored; torch's own default
 VOCAB_MULTIPLE = 128  # matrix products are faster on round sizes: 50257 becomes 50304
 INIT_STD = 0.02
 LAYER_NORM_EPS = 1e-5
+SCORED_AT_ONCE = 128  # targets whose logits exist at a time: 26 MB in fp32, which stay in the caches of a CPU
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -35,12 +36,12 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, C/H)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, C/H)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # (B, H, T, C/H)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -68,14 +69,32 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._residual_branches, x, use_reentrant=False)
-        return self._residual_branches(x)
+            return checkpoint(self._residual_branches, x, mask, use_reentrant=False)
+        return self._residual_branches(x, mask)
 
-    def _residual_branches(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def _residual_branches(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))
+
+
+class OutputLayer(nn.Linear):
+    """Logits of hidden states; or, without keeping those, how given targets fare among them."""
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, vocab_size: int | None = None) -> Tensor:
+        """Logits (..., rows of the weight) of hidden states (..., C); see :meth:`GPT2.forward` for ``targets``."""
+        if targets is None:
+            return super().forward(hidden)
+        # A loop in here and not around the layer: FSDP and ZeRO-3 gather its weight once a call.
+        parts = zip(torch.split(hidden, SCORED_AT_ONCE), torch.split(targets, SCORED_AT_ONCE), strict=True)
+        return torch.cat([_fared(super(OutputLayer, self).forward(x)[:, :vocab_size], y) for x, y in parts], dim=1)
+
+
+def _fared(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of (n, V) logits and (n,) targets the (2, n) fp32 pairs of :meth:`GPT2.forward`."""
+    log_probabilities = torch.log_softmax(logits.float(), dim=1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    return torch.stack((log_probabilities, (logits.argmax(1) == targets).float()))
 
 
 class GPT2(nn.Module):
@@ -89,21 +108,35 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(config.context_length, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
-        self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
+        self.lm_head = OutputLayer(config.n_embd, rows, bias=False)
         self.lm_head.weight = self.wte.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits, or the summed cross-entropy when targets are given.
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        outputs: Tensor | None = None,
+        places: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits; the summed cross-entropy when targets are given; each target's own when outputs are, too.
 
         Args:
             tokens: (B, T) integer ids below ``vocab_size``.
-            targets: (B, T) int64 ids; ``IGNORE_INDEX`` where nothing is scored.
+            targets: (B, T) int64 ids; ``IGNORE_INDEX`` where nothing is scored. With ``outputs``: (N,) ids.
+            outputs: (N,) int64, the tokens after which the targets are expected, counted through all B*T.
+            places: (B, T) int64, each token's place in its text (default: a row is one text).
+            mask: (B, 1, T, T) bool, True where a row's token sees a column's (default: all before it, and itself).
 
         Returns:
             (B, T, V) logits in the compute dtype, or the fp32 sum over scored targets, in nats. A sum,
-            because the mean over a global batch needs the global count of targets.
+            because the mean over a global batch needs the global count of targets. With ``outputs``: (2, N) fp32,
+            each target's log-probability in nats, and 1 where no token is likelier, else 0.
         """
-        logits = self.lm_head(self.hidden_states(tokens))[..., : self.config.vocab_size]  # (B, T, V)
+        hidden = self.hidden_states(tokens, places, mask)
+        if outputs is not None:
+            return self.lm_head(hidden.flatten(0, 1)[outputs], targets, self.config.vocab_size)
+        logits = self.lm_head(hidden)[..., : self.config.vocab_size]  # (B, T, V)
         if targets is None:
             return logits
         losses = F.cross_entropy(
@@ -111,12 +144,12 @@ class GPT2(nn.Module):
         )
         return losses.sum()  # torch sums pairwise: the error stays at the rounding of one addition
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
-        """The normalised residual stream after the last block, (B, T, C)."""
-        x = self.wte(tokens) + self.wpe(self._positions(tokens))  # (B, T, C)
+    def hidden_states(self, tokens: Tensor, places: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """The normalised residual stream after the last block, (B, T, C). Arguments as those of ``forward``."""
+        x = self.wte(tokens) + self.wpe(self._positions(tokens) if places is None else places)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
-            x = block(x)
+            x = block(x, mask)
         return self.ln_f(x)
 
     def _positions(self, tokens: Tensor) -> Tensor:

@@ -38,10 +38,10 @@ class AutocastModel(nn.Module):
         self.precision = precision
         self.device = device
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, *arguments: Tensor | None) -> Tensor:
         """See :meth:`pipeline.model.GPT2.forward`."""
         with autocast(self.precision, self.device):
-            return self.model(tokens, targets)
+            return self.model(*arguments)
 
 
 class Bf16ViewModel(nn.Module):
@@ -55,10 +55,10 @@ class Bf16ViewModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, *arguments: Tensor | None) -> Tensor:
         """See :meth:`pipeline.model.GPT2.forward`."""
         weights = {name: weight.to(torch.bfloat16) for name, weight in self.model.named_parameters()}
-        return functional_call(self.model, weights, (tokens, targets), tie_weights=True)
+        return functional_call(self.model, weights, arguments, tie_weights=True)
 
 
 def replicated_compute(model: GPT2, precision: str, device: torch.device) -> nn.Module:

@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from pipeline.config import Config
 from pipeline.config_files import dump_config
 from pipeline.distributed import World
 from pipeline.errors import CheckpointError, Interrupted
+from pipeline.evaluation.prepared import PreparedTask
+from pipeline.evaluation.while_training import measure_tasks
 from pipeline.hardware import LateValue, peak_memory_bytes, summing_dtype, synchronize
 from pipeline.interruption import StopRequest
 from pipeline.loader import MicroBatch, TrainLoader, validation_batches
@@ -72,6 +75,7 @@ class Trainer:
         throughput: ThroughputMeter,
         data_sha256: str,
         resume_from: Path | None = None,
+        tasks: Mapping[str, PreparedTask] | None = None,
     ) -> None:
         self.config = config
         self.world = world
@@ -80,6 +84,7 @@ class Trainer:
         self.loader = loader
         self.prefetcher = Prefetcher(loader, world.device)
         self.throughput = throughput
+        self.tasks = tasks or {}  # of evaluation.tasks, beside the validation
         self.run_folder = Path(config.run.out_dir)
         self.state = TrainingState(0, 0, 0, 0, *backend.loss_scaler.state, config.run.seed)
         if resume_from:
@@ -126,21 +131,21 @@ class Trainer:
     def _train(self) -> signal.Signals | None:
         """The recipe of training; returns the signal that ended it early."""
         if self.state.step == 0:
-            self.validate()
+            self.evaluate()
         self.throughput.restart()
         while self.state.step < self.config.schedule.max_steps:
             trained = self.train_step()
             step, due = self.state.step, self._is_due
             received = self.stop_request.agreed()
             saves = due(step, self.config.checkpoint.every_steps) or received is not None
-            validates = due(step, self.config.evaluation.every_steps)
+            evaluates = due(step, self.config.evaluation.every_steps)
             logs = saves or step == 1 or due(step, self.config.logging.every_steps)
-            if self._rolled_back(judge_all=logs or validates):
+            if self._rolled_back(judge_all=logs or evaluates):
                 continue
             if logs:
                 self.log_step(trained)
-            if validates:
-                self.validate()
+            if evaluates:
+                self.evaluate()
             if saves:
                 self.save()
             self.record.write_saves(self.saver.poll())
@@ -270,6 +275,14 @@ class Trainer:
         if self.backend.loss_scaler.dynamic:
             row["loss_scale"] = self.backend.loss_scaler.scale
         self.record.write(row)
+
+    def evaluate(self) -> None:
+        """Validation and tasks. Collective."""
+        self.validate()
+        if self.tasks:
+            with self.throughput.paused(), self.backend.evaluation_mode():
+                figures = measure_tasks(self.tasks, self.backend, self.config, self.world)
+            self.record.write({"step": self.state.step, **figures}, console=False)
 
     def validate(self) -> None:
         """Mean loss over (a part of) the validation split; of a mixture, the mean of those by weight. Collective."""

@@ -12,6 +12,7 @@ from pipeline.checkpoint import read_state
 from pipeline.config import Config
 from pipeline.distributed import World, join_world
 from pipeline.errors import ConfigError
+from pipeline.evaluation.while_training import prepare_tasks
 from pipeline.hardware import compiler_works, flash_attention_runs, matmul_dtype, measure_matmul_ceiling
 from pipeline.loader import TrainLoader
 from pipeline.model import build_model, flops_per_token, parameter_count
@@ -62,11 +63,12 @@ def _build_trainer(config: Config, world: World, held: ExitStack) -> Trainer | N
         return None
     if config.data.verify:
         verify_parts(parts, world)
+    tasks = prepare_tasks(config, world)
     config = _with_working_compiler(config, world)
     backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
     backend.model.assert_tied()
     throughput = _throughput_meter(config, world, plan)
-    trainer = Trainer(config, world, plan, backend, loader, throughput, sha256, resume_from)
+    trainer = Trainer(config, world, plan, backend, loader, throughput, sha256, resume_from, tasks)
     _announce(trainer, resume_from)
     return trainer
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 EVALUATION_FOLDER = "evaluation"
+VALIDATION = "validation"  # the task of token shards; all others are of text
+INTERVAL = "_interval"  # ends the key of a figure's 95% interval
 
 Results = dict[str, dict[str, Any]]  # task -> what it measured
 
@@ -32,11 +34,15 @@ def format_table(results: Results) -> str:
         lines.append(f"{task}  (step {result['step']}, {result['checkpoint']})")
         for key, value in result.items():
             if isinstance(value, float):
-                lines.append(f"  {key:<18} {value:>14.4f}")
+                lines.append(f"  {key:<18} {value:>14.4f}{_interval_text(result.get(key + INTERVAL))}")
             elif isinstance(value, int) and key != "step":
                 lines.append(f"  {key:<18} {value:>14,}")
         lines.extend(_position_lines(result.get("loss_by_position", [])))
     return "\n".join(lines)
+
+
+def _interval_text(interval: list[float] | None) -> str:
+    return f"   [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
 
 
 def _position_lines(losses: list[float | None]) -> list[str]:

@@ -1,9 +1,9 @@
-"""The registry of tasks, and the run of some of them over one checkpoint."""
+"""The run of some tasks over one checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ from pipeline.checkpoint import CHECKPOINTS_FOLDER, load_weights, locate_checkpo
 from pipeline.config import Config
 from pipeline.config_files import config_from_json
 from pipeline.distributed import World
-from pipeline.errors import ConfigError
-from pipeline.evaluation.results import EVALUATION_FOLDER, Results
+from pipeline.evaluation.preparation import expect_known_tasks, prepare_task
+from pipeline.evaluation.prepared import PreparedTask, Settings
+from pipeline.evaluation.results import EVALUATION_FOLDER, VALIDATION, Results
+from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.validation import evaluate_validation
 from pipeline.metrics import TENSORBOARD_FOLDER, perplexity
 from pipeline.model import GPT2, allocate_model
+from pipeline.precision import replicated_compute
 from pipeline.training_data import expect_same_vocabulary
 
 
@@ -45,9 +48,10 @@ class LoadedModel:
 class EvaluationOptions:
     """What a person may change about an evaluation. None: as the run was trained."""
 
-    data_path: str | None = None
+    data: Mapping[str, str] = field(default_factory=dict)  # task -> path; over ``evaluation.data`` of the run
     batch_size: int | None = None
     precision: str | None = None
+    settings: Settings = Settings()
 
 
 def load_model(path: Path, device: torch.device) -> LoadedModel:
@@ -65,14 +69,56 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
     return LoadedModel(model.eval(), config, folder, state.step)
 
 
+def run_tasks(checkpoint: Path, tasks: Sequence[str], options: EvaluationOptions, world: World) -> tuple[Results, Path]:
+    """Score a checkpoint on some tasks; the main rank writes JSON and TensorBoard.
+
+    Returns:
+        The results by task, and the folder of the JSON files.
+
+    Raises:
+        ConfigError: a task that does not exist, or an option that it does not have.
+        CheckpointError, DataError: what is to be scored, or scored on, cannot be used.
+    """
+    loaded = load_model(checkpoint, world.device)
+    options = replace(options, data={**loaded.config.evaluation.data, **options.data})
+    expect_known_tasks(tasks, options.data)
+    # Data first: what cannot be read is known before hours of scoring.
+    prepared = {
+        task: prepare_task(task, options.data.get(task), options.settings, loaded.config.model, world)
+        for task in tasks
+        if task != VALIDATION
+    }
+    results: Results = {}
+    for task in tasks:
+        head = {"task": task, "checkpoint": str(loaded.checkpoint), "step": loaded.step}
+        if task == VALIDATION:
+            results[task] = {**head, **_validation(loaded, options, world)}
+        else:
+            results[prepared[task].name] = {**head, **_measured(prepared[task], loaded, options, world)}
+    folder = loaded.run_folder / EVALUATION_FOLDER
+    if world.is_main:
+        _write_results(results, loaded, folder)
+    return results, folder
+
+
+def _measured(task: PreparedTask, loaded: LoadedModel, options: EvaluationOptions, world: World) -> dict[str, Any]:
+    config = loaded.config
+    precision = options.precision or config.run.precision
+    compute = replicated_compute(loaded.model, precision, world.device).eval()
+    batch_tokens = (options.batch_size or config.batch.micro_batch_size) * config.seq_len
+    return {"precision": precision, **task.measure(Scorer(compute, config.model, world, batch_tokens))}
+
+
 def _validation(loaded: LoadedModel, options: EvaluationOptions, world: World) -> dict[str, Any]:
     data = loaded.config.data
-    if options.data_path or data.mixture is None:
-        return _validation_on(options.data_path or data.parts[0].path, loaded, options, world)
+    if VALIDATION in options.data or data.mixture is None:
+        return _validation_on(options.data.get(VALIDATION, data.parts[0].path), loaded, options, world)
     # As while training: parts without a validation split are left out.
     parts = [part for part in data.mixture if load_manifest(part.path).tokens_of(VAL_SPLIT)]
     if not parts:
-        raise DataError("data.mixture: no part has a validation split; name a data set that has one with --data")
+        raise DataError(
+            "data.mixture: no part has a validation split; name a data set that has one with --data validation=DIR"
+        )
     results = {part.name: _validation_on(part.path, loaded, options, world) for part in parts}
     loss = sum(part.weight * results[part.name]["loss"] for part in parts) / sum(part.weight for part in parts)
     losses = {f"{name}_loss": result["loss"] for name, result in results.items()}
@@ -92,34 +138,6 @@ def _validation_on(path: str, loaded: LoadedModel, options: EvaluationOptions, w
         world,
     )
     return {"data": path, "data_sha256": stream.manifest.content_sha256(), **results}
-
-
-#: Name on the command line -> the task. A task returns JSON values, the same on every rank.
-TASKS: dict[str, Callable[[LoadedModel, EvaluationOptions, World], dict[str, Any]]] = {"validation": _validation}
-
-
-def run_tasks(checkpoint: Path, tasks: Sequence[str], options: EvaluationOptions, world: World) -> tuple[Results, Path]:
-    """Score a checkpoint on some tasks; the main rank writes JSON and TensorBoard.
-
-    Returns:
-        The results by task, and the folder of the JSON files.
-
-    Raises:
-        ConfigError: a task that does not exist.
-        CheckpointError, DataError: what is to be scored, or scored on, cannot be used.
-    """
-    for task in tasks:
-        if task not in TASKS:
-            raise ConfigError(f"--tasks {task}: no such task; there are: {', '.join(TASKS)}")
-    loaded = load_model(checkpoint, world.device)
-    results: Results = {}
-    for task in tasks:
-        head = {"task": task, "checkpoint": str(loaded.checkpoint), "step": loaded.step}
-        results[task] = {**head, **TASKS[task](loaded, options, world)}
-    folder = loaded.run_folder / EVALUATION_FOLDER
-    if world.is_main:
-        _write_results(results, loaded, folder)
-    return results, folder
 
 
 def _write_results(results: Results, loaded: LoadedModel, folder: Path) -> None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from data_tools.shards import TokenStream
 from pipeline.distributed import World
 from pipeline.errors import TrainingError
+from pipeline.evaluation.intervals import WINDOWS, Z_95
 from pipeline.hardware import summing_dtype
 from pipeline.loader import MicroBatch, validation_batches
 from pipeline.metrics import perplexity
@@ -38,12 +39,14 @@ class _Sums:
     top1: Tensor
     top5: Tensor
     end_of_text_loss: Tensor  # scalar
+    windows: Tensor  # (4,): their number, and their sums of loss^2, loss * targets, targets^2
 
     @classmethod
     def zeros(cls, seq_len: int, device: torch.device) -> _Sums:
         dtype = summing_dtype(device)
         loss, targets, top1, top5 = torch.zeros(4, seq_len, dtype=dtype, device=device)
-        return cls(loss, targets, top1, top5, torch.zeros((), dtype=dtype, device=device))
+        empty = torch.zeros(5, dtype=dtype, device=device)
+        return cls(loss, targets, top1, top5, empty[0], empty[1:])
 
     def over_ranks(self, world: World) -> _Sums:
         return _Sums(*(world.sum(part).cpu() for part in vars(self).values()))
@@ -94,8 +97,25 @@ def _score(compute: nn.Module, batches: Iterable[MicroBatch], seq_len: int, end_
         sums.targets += scored.to(dtype).sum(0)
         sums.top1 += hits[..., 0].to(dtype).sum(0)
         sums.top5 += hits.any(-1).to(dtype).sum(0)
+        of_window, counts = losses.to(dtype).sum(1), scored.to(dtype).sum(1)  # (B,)
+        sums.windows += torch.stack(
+            ((counts > 0).to(dtype).sum(), (of_window**2).sum(), (of_window * counts).sum(), (counts**2).sum())
+        )
         sums.end_of_text_loss += losses[targets == end_of_text].to(dtype).sum()
     return sums
+
+
+def _intervals(sums: _Sums, loss: float, targets: float) -> dict[str, Any]:
+    """95% intervals, by the spread of the windows around the mean loss: that of a ratio of sums over windows."""
+    windows, squared_loss, loss_by_targets, squared_targets = sums.windows.tolist()
+    spread = max(squared_loss - 2 * loss * loss_by_targets + loss**2 * squared_targets, 0.0)
+    half = Z_95 * math.sqrt(spread * windows / max(windows - 1, 1)) / targets
+    bounds = [loss - half, loss + half]
+    return {
+        "loss_interval": bounds,
+        "perplexity_interval": [perplexity(bound) for bound in bounds],
+        "interval": WINDOWS,
+    }
 
 
 def _results(sums: _Sums, stream: TokenStream) -> dict[str, Any]:
@@ -113,6 +133,7 @@ def _results(sums: _Sums, stream: TokenStream) -> dict[str, Any]:
         "protocol": PROTOCOL,
         "loss": loss,
         "perplexity": perplexity(loss),
+        **_intervals(sums, loss, targets),
         # Of masked text it is not known how many bytes the scored tokens stand for.
         "bits_per_byte": None if stream.has_mask else text_nats / math.log(2) / stream.utf8_bytes,
         "top1_accuracy": sums.top1.sum().item() / targets,

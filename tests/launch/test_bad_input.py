@@ -136,7 +136,7 @@ CONFIG_CASES = [
         "unknown_preset", "model.preset=gpt3", "model.preset", "'gpt2-large' or 'gpt2-xl', found \"gpt3\"", "run.py"
     ),
     settings(
-        "unknown_training_task", 'evaluation.tasks=["hella"]', "evaluation.tasks.0", "should be 'validation'", "run.py"
+        "unknown_training_task", 'evaluation.tasks=["hella"]', "no such task 'hella'", "there are validation", "run.py"
     ),
     settings("absent_device", "run.device=cuda", "this machine has no cuda", "available: cpu"),
     # --- values that do not fit together
@@ -233,7 +233,10 @@ DATA_CASES = [
         "too_little_data", "batch.tokens_per_step=64000000", "the split 'train' has", "lower batch.tokens_per_step to"
     ),
     command(
-        "nothing_to_score_on", "evaluate.py --checkpoint trained --data train_only", "no split 'val'", "it has train"
+        "nothing_to_score_on",
+        "evaluate.py --checkpoint trained --data validation=train_only",
+        "no split 'val'",
+        "it has train",
     ),
     command(
         "input_does_not_exist", "tokenize_corpus.py --source text --input no.txt --out new", "no.txt", "does not exist"
@@ -290,6 +293,13 @@ COMMAND_LINE_CASES = [
     command("unknown_option", "train.py --config good.json --epochs 3", "arguments: --epochs 3", "see train.py --help"),
     command("no_checkpoint_option", "evaluate.py", "--checkpoint", "required: --checkpoint (see evaluate.py --help)"),
     command("unknown_task", "evaluate.py --checkpoint trained --tasks squad", "--tasks squad", "there are: validation"),
+    command("data_of_no_task", "evaluate.py --checkpoint trained --data train_only", "--data train_only", "TASK=PATH"),
+    command(
+        "task_of_no_shape",
+        "evaluate.py --checkpoint trained --tasks mine --data mine=shapeless.jsonl",
+        "shapeless.jsonl: row 1 has question",
+        "query, choices, gold",
+    ),
     command("batch_of_none", "evaluate.py --checkpoint trained --batch-size 0", "--batch-size", "must be at least 1"),
     command(
         "batch_of_text", "evaluate.py --checkpoint trained --batch-size x", "--batch-size", "a whole number from 1"
@@ -359,6 +369,7 @@ def work_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 
 def _make_data(folder: Path, corpus: Path) -> None:
+    (folder / "shapeless.jsonl").write_text('{"question": "why?"}\n')
     for name in ("data", "other_version", "missing_shard", "short_shard", "train_only"):
         shutil.copytree(corpus, folder / name)
     _edit_json(folder / "other_version" / "manifest.json", lambda manifest: manifest.update(format_version=99))

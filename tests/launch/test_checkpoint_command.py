@@ -657,7 +657,10 @@ class TestNanoGpt:
         expect_same_model(folder, load_config([out / "config.json"]), nano.model)
         calls = (
             (TRAIN, ["--config", str(out / "config.json"), "--resume", str(out), "--set", f"data.path={corpus}"]),
-            (LAUNCH / "evaluate.py", ["--checkpoint", str(folder), "--data", str(corpus), "--precision", "fp32"]),
+            (
+                LAUNCH / "evaluate.py",
+                ["--checkpoint", str(folder), "--data", f"validation={corpus}", "--precision", "fp32"],
+            ),
             (LAUNCH / "generate.py", ["--checkpoint", str(folder), "--max-new-tokens", "3"]),
         )
         calls[0][1].extend(["schedule.max_steps=4", "run.device=cpu", "run.precision=fp32", "evaluation.max_batches=2"])

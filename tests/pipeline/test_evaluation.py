@@ -84,6 +84,14 @@ class TestValidation:
         assert results["loss"] == pytest.approx(expected, rel=1e-6)
         assert results["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
 
+    def test_the_interval_is_that_of_the_windows(self, results: dict[str, Any], direct: list[Any]) -> None:
+        losses = np.array([loss for _, _, loss, _ in direct])
+        windows = [losses[start : start + T] for start in range(0, len(losses), T)]
+        residues = [window.sum() - len(window) * losses.mean() for window in windows]
+        half = 1.96 * np.sqrt(np.sum(np.square(residues)) * len(windows) / (len(windows) - 1)) / len(losses)
+        assert results["loss_interval"] == pytest.approx([losses.mean() - half, losses.mean() + half], rel=1e-4)
+        assert results["perplexity_interval"][1] == pytest.approx(math.exp(losses.mean() + half), rel=1e-3)
+
     def test_every_target_is_scored(self, results: dict[str, Any]) -> None:
         assert results["target_tokens"] == TOKENS - 1
         assert results["documents"] == 4
@@ -197,7 +205,7 @@ class TestTasks:
 
     def test_other_data_can_be_scored(self, run_folder: Path, tmp_path: Path) -> None:
         other = write_shards(tmp_path / "other", {"val": [np.arange(30)]})
-        found, _ = run_tasks(run_folder, ["validation"], EvaluationOptions(data_path=str(other)), ALONE)
+        found, _ = run_tasks(run_folder, ["validation"], EvaluationOptions(data={"validation": str(other)}), ALONE)
         assert found["validation"]["target_tokens"] == 29
         assert found["validation"]["data"] == str(other)
 
@@ -216,7 +224,9 @@ class TestTasks:
         result = found["validation"]
         assert set(result["parts"]) == {"first", "second"}
         for name, path in (("first", data), ("second", other)):
-            alone, _ = run_tasks(tmp_path / "run", ["validation"], EvaluationOptions(data_path=str(path)), ALONE)
+            alone, _ = run_tasks(
+                tmp_path / "run", ["validation"], EvaluationOptions(data={"validation": str(path)}), ALONE
+            )
             assert result["parts"][name]["loss"] == alone["validation"]["loss"] == result[f"{name}_loss"]
         assert result["loss"] == pytest.approx(0.75 * result["first_loss"] + 0.25 * result["second_loss"])
         assert "first_loss" in format_table(found)
@@ -229,8 +239,8 @@ class TestTasks:
         loaded.model.assert_tied()
 
     def test_an_unknown_task_names_the_known_ones(self, run_folder: Path) -> None:
-        with pytest.raises(ConfigError, match="--tasks hellaswag: no such task; there are: validation"):
-            run_tasks(run_folder, ["hellaswag"], EvaluationOptions(), ALONE)
+        with pytest.raises(ConfigError, match="--tasks squad: no such task; there are: validation"):
+            run_tasks(run_folder, ["squad"], EvaluationOptions(), ALONE)
 
     def test_no_checkpoint(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="no checkpoint here"):
@@ -239,7 +249,7 @@ class TestTasks:
     def test_data_without_a_validation_split(self, run_folder: Path, tmp_path: Path) -> None:
         only_train = write_shards(tmp_path / "other", {"train": [np.arange(30)]})
         with pytest.raises(DataError, match="no split 'val'"):
-            run_tasks(run_folder, ["validation"], EvaluationOptions(data_path=str(only_train)), ALONE)
+            run_tasks(run_folder, ["validation"], EvaluationOptions(data={"validation": str(only_train)}), ALONE)
 
 
 class TestResults:

@@ -1,0 +1,247 @@
+"""The scorer against what people use today: lm-evaluation-harness for its numbers, build-nanogpt's loop for its speed.
+
+``python -m benchmarks.evaluation --piqa FILE --lambada FILE`` (JSON lines as ``launch/evaluate.py --data`` takes them).
+The first part needs the extra ``harness``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks.runs import make_corpus, merged, train_run
+from data_tools.tokenizer import load_tokenizer
+from pipeline.config import ModelConfig, Precision
+from pipeline.distributed import World
+from pipeline.evaluation.catalogue import NAMED_TASKS
+from pipeline.evaluation.choices import ChoiceTask
+from pipeline.evaluation.examples import ChoiceExample, piqa
+from pipeline.evaluation.preparation import prepare_task
+from pipeline.evaluation.prepared import Settings
+from pipeline.evaluation.requests import encode_apart
+from pipeline.evaluation.scoring import Scorer
+from pipeline.evaluation.tasks import load_model
+from pipeline.model import GPT2, build_model
+from pipeline.precision import replicated_compute
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+BATCH_TOKENS = 2048
+CONTEXT_WORDS, ENDING_WORDS = 55, 22  # about HellaSwag's own
+
+#: Models by name; the middle one has 30 million parameters.
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2-tiny": {"preset": "gpt2-tiny"},
+    "30M": {"preset": "gpt2-tiny", "n_layer": 6, "n_head": 6, "n_embd": 384},
+    "gpt2": {"preset": "gpt2"},
+}
+
+#: A run of a few steps on real text, whose model has left its initial weights.
+BRIEF_RUN: dict[str, dict[str, Any]] = {
+    "run": {"precision": "fp32", "device": "cpu"},
+    "model": {"preset": "gpt2-tiny"},
+    "batch": {"tokens_per_step": 1024, "micro_batch_size": 4},
+    "schedule": {"warmup_steps": 5, "max_steps": 60},
+    "evaluation": {"every_steps": 1000, "max_batches": 4},
+    "logging": {"tensorboard": False},
+}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def hub_rows(task: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of query, choices, gold or context, continuation in the form of the hub's datasets."""
+    if task == "lambada":
+        return [row if "text" in row else {"text": f"{row['context']} {row['continuation']}"} for row in rows]
+    return [
+        row
+        if "goal" in row
+        else {
+            "goal": row["query"].removeprefix("Question: ").removesuffix("\n"),
+            "sol1": row["choices"][0],
+            "sol2": row["choices"][1],
+            "label": row["gold"],
+        }
+        for row in rows
+    ]
+
+
+def scorer_of(model: GPT2, precision: str = "fp32") -> Scorer:
+    """A scorer on this CPU alone."""
+    return Scorer(replicated_compute(model, precision, ALONE.device).eval(), model.config, ALONE, BATCH_TOKENS)
+
+
+def print_agreement(files: dict[str, Path], limit: int, scratch: Path) -> None:
+    """Both programs on the same weights and rows, example by example."""
+    from benchmarks.harness import evaluate_with_harness
+
+    print(f"\nAgreement with lm-evaluation-harness, the first {limit} examples, gpt2-tiny in fp32\n")
+    print_row("weights", "task", "requests", "largest difference in log-likelihood", "same choices", "acc", "harness")
+    print_row(*["---"] * 7)
+    for weights, model in (("random", random_model("gpt2-tiny")), ("60 steps", trained_model(scratch))):
+        for task, path in files.items():
+            rows = hub_rows(task, read_lines(path)[:limit])
+            ours = prepare_task(task, str(path), Settings(limit=limit), model.config, ALONE)
+            scores = scorer_of(model).score(ours.groups, task)
+            split = NAMED_TASKS[task].hub.split  # type: ignore[index]
+            theirs = evaluate_with_harness(model, task, {split: rows, "train": rows})
+            pairs = [
+                (one, other)
+                for group, others in zip(scores, theirs.scores, strict=True)
+                for one, other in zip(group, others, strict=True)
+            ]
+            largest = max(abs(one.log_likelihood - other[0]) for one, other in pairs)
+            same = sum(
+                chosen([(one.log_likelihood, one.is_greedy) for one in group]) == chosen(others)
+                for group, others in zip(scores, theirs.scores, strict=True)
+            )
+            accuracy = ours.measure(scorer_of(model))["acc"]
+            print_row(
+                weights, task, len(pairs), f"{largest:.1e}", f"{same} of {len(scores)}", accuracy, theirs.figures["acc"]
+            )
+
+
+def chosen(answers: Sequence[tuple[float, bool]]) -> Any:
+    """What the model answers: the likeliest choice, or whether it writes the only one."""
+    return int(np.argmax([answer[0] for answer in answers])) if len(answers) > 1 else answers[0][1]
+
+
+def random_model(name: str) -> GPT2:
+    """Initial weights of one of ``MODELS``."""
+    return build_model(ModelConfig.model_validate(MODELS[name]), 1337).eval()
+
+
+def trained_model(scratch: Path) -> GPT2:
+    """The model of a brief run."""
+    corpus = make_corpus(scratch / "data")
+    result = train_run("ddp", scratch / "run", merged(BRIEF_RUN, {"data": {"path": str(corpus)}}))
+    assert result.returncode == 0, result.stderr
+    return load_model(scratch / "run", ALONE.device).model
+
+
+def like_hellaswag(texts: Sequence[str]) -> list[ChoiceExample]:
+    """Four endings of a passage, of which three are from other passages."""
+    words = [text.split() for text in texts]
+    words = [text for text in words if len(text) >= CONTEXT_WORDS + ENDING_WORDS]
+    endings = [" ".join(text[CONTEXT_WORDS : CONTEXT_WORDS + ENDING_WORDS]) for text in words]
+    found = []
+    for at, text in enumerate(words):
+        choices = tuple(endings[(at + shift) % len(endings)] for shift in range(4))
+        context = " ".join(text[:CONTEXT_WORDS])
+        found.append(ChoiceExample(tuple((context, f" {choice}") for choice in choices), 0, choices))
+    return found
+
+
+@torch.no_grad()
+def one_at_a_time(model: GPT2, examples: Sequence[ChoiceExample], precision: str) -> list[tuple[int, int]]:
+    """As build-nanogpt scores HellaSwag: an example a forward pass, logits everywhere, cross-entropy, a mask.
+
+    Returns:
+        The choice by summed and by mean loss of each example.
+    """
+    tokenizer, compute = load_tokenizer(), replicated_compute(model, precision, ALONE.device).eval()
+    answers = []
+    for example in examples:
+        rows = [
+            (tokenizer.encode(before).tolist(), tokenizer.encode(after).tolist()) for before, after in example.pairs
+        ]
+        width = max(len(before) + len(after) for before, after in rows)
+        tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask = torch.zeros(len(rows), width)
+        for row, (before, after) in enumerate(rows):
+            tokens[row, : len(before) + len(after)] = torch.tensor(before + after)
+            mask[row, len(before) : len(before) + len(after)] = 1
+        logits = compute(tokens)  # (choices, T, V)
+        losses = F.cross_entropy(
+            logits[:, :-1].contiguous().flatten(0, 1), tokens[:, 1:].contiguous().flatten(), reduction="none"
+        ).view(len(rows), -1)
+        sums = (losses * mask[:, 1:]).sum(1)
+        answers.append((int(sums.argmin().item()), int((sums / mask[:, 1:].sum(1)).argmin().item())))
+    return answers
+
+
+def together(
+    model: GPT2, examples: Sequence[ChoiceExample], precision: str, *, shared: bool = True
+) -> list[tuple[int, int]]:
+    """The same by our scorer, encoding included; ``shared``: what choices begin with is computed once."""
+    tokenizer = load_tokenizer()
+    task = ChoiceTask("", piqa, encode_apart, "tokens")
+    groups = [[encode_apart(tokenizer, *pair) for pair in example.pairs] for example in examples]
+    scored = groups if shared else [[request] for group in groups for request in group]
+    scores = iter([score for group in scorer_of(model, precision).score(scored, "") for score in group])
+    answers = task.answers(examples, groups, [[next(scores) for _ in group] for group in groups])
+    return list(zip(*answers.values(), strict=True))
+
+
+def print_speed(files: dict[str, Path], models: Sequence[str], count: int, precision: str) -> None:
+    """Examples a second of both, and whether they answer alike."""
+    questions = [piqa(row) for row in read_lines(files["piqa"])[:count]]
+    passages = like_hellaswag([row["text"] for row in hub_rows("lambada", read_lines(files["lambada"]))])[:count]
+    print(
+        f"\nSpeed on this CPU with {torch.get_num_threads()} threads in {precision}, {count} examples, random weights\n"
+    )
+    print_row("model", "data", "one at a time", "together, beginnings not shared", "together", "ratio", "same answers")
+    print_row(*["---"] * 7)
+    for name in models:
+        model = random_model(name)
+        for data, examples in (("PIQA", questions), ("like HellaSwag", passages)):
+            one_at_a_time(model, examples[:2], precision)  # warms up
+            slow, expected = timed(one_at_a_time, model, examples, precision)
+            apart, _ = timed(partial(together, shared=False), model, examples, precision)
+            fast, found = timed(together, model, examples, precision)
+            same = sum(one == other for one, other in zip(expected, found, strict=True))
+            speeds = [f"{len(examples) / seconds:.2f}/s" for seconds in (slow, apart, fast)]
+            print_row(name, data, *speeds, f"{slow / fast:.1f}", f"{same} of {len(examples)}")
+
+
+def timed(
+    action: Callable[[GPT2, Sequence[ChoiceExample], str], list[tuple[int, int]]],
+    model: GPT2,
+    examples: Sequence[ChoiceExample],
+    precision: str,
+) -> tuple[float, list[tuple[int, int]]]:
+    """Seconds, and what the action gives."""
+    started = time.perf_counter()
+    result = action(model, examples, precision)
+    return time.perf_counter() - started, result
+
+
+def print_row(*cells: object) -> None:
+    """A row of a Markdown table."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--piqa", type=Path, required=True)
+    parser.add_argument("--lambada", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=300, help="examples of the comparison with the harness; 0: none")
+    parser.add_argument("--examples", type=int, default=32, help="of the speeds; 0: none")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="of the speeds")
+    parser.add_argument("--precision", default="fp32", choices=get_args(Precision), help="of the speeds")
+    arguments = parser.parse_args()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    files = {"piqa": arguments.piqa, "lambada": arguments.lambada}
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.limit:
+            print_agreement(files, arguments.limit, Path(scratch))
+    if arguments.examples:
+        print_speed(files, arguments.models, arguments.examples, arguments.precision)
+
+
+if __name__ == "__main__":
+    main()

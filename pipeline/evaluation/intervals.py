@@ -1,0 +1,46 @@
+"""95% intervals: what the choice of examples leaves open about a figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Z_95 = 1.959963984540054  # standard deviations around the mean that hold 95% of a normal distribution
+BOOTSTRAP_SAMPLES = 1000
+BOOTSTRAP_SEED = 1234
+
+WILSON = "95%, Wilson"
+NORMAL = "95%, normal, of the mean log-likelihood"
+WINDOWS = "95%, normal, of the mean over windows"
+BOOTSTRAP = f"95%, percentiles of {BOOTSTRAP_SAMPLES} bootstrap samples"
+
+Interval = tuple[float, float]
+
+
+def wilson(successes: int, trials: int) -> Interval:
+    """Of a share (Wilson 1927): inside [0, 1], and honest near its ends and for few trials."""
+    share, spread = successes / trials, Z_95**2 / trials
+    centre = share + spread / 2
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
+
+
+def normal_mean(values: Sequence[float]) -> Interval:
+    """Of a mean; a single value has no spread that could be known, and its interval is the value."""
+    mean = float(np.mean(values))
+    half = Z_95 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return mean - half, mean + half
+
+
+def bootstrap_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:
+    """Of sum(numerators) / sum(denominators) over units drawn again with replacement, with a fixed seed."""
+    above, below = np.asarray(numerators), np.asarray(denominators)
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    ratios = []
+    for _ in range(BOOTSTRAP_SAMPLES):
+        drawn = generator.integers(0, len(above), len(above))
+        ratios.append(above[drawn].sum() / below[drawn].sum())
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,113 @@
+"""Where the examples of a task come from: a file, or a dataset of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from data_tools.errors import DataError
+from pipeline.distributed import World
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A dataset on the hub, under the names that lm-evaluation-harness has for it."""
+
+    address: str
+    config: str | None
+    split: str
+    shots_split: str | None = None  # few-shot examples come from it (None: from ``split`` itself)
+
+    def __str__(self) -> str:
+        return f"{self.address}{f' ({self.config})' if self.config else ''}, {self.split}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a data set, as they stand there."""
+
+    rows: Sequence[Row]
+    origin: str
+    sha256: str  # of the file's bytes; of the hub's rows as JSON lines with sorted keys
+
+    def where(self, number: int) -> str:
+        """How a message names a row."""
+        return f"{self.origin}: row {number + 1}"
+
+
+def read_file(path: Path) -> Rows:
+    """A ``.jsonl`` or ``.parquet`` file row by row; any other file is one text, under the key ``text``.
+
+    Raises:
+        DataError: it cannot be read, or has no row.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; expected a .jsonl, .parquet or text file") from error
+    if path.suffix in (".jsonl", ".json"):
+        rows = [_parse_line(line, path, number) for number, line in enumerate(content.splitlines()) if line.strip()]
+    elif path.suffix == ".parquet":
+        rows = _parse_parquet(content, path)
+    else:
+        rows = [{"text": _decode(content, path)}]
+    if not rows or rows == [{"text": ""}]:
+        raise DataError(f"{path} is empty")
+    return Rows(rows, str(path), hashlib.sha256(content).hexdigest())
+
+
+def _parse_line(line: bytes, path: Path, number: int) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}: line {number + 1} is not JSON ({error}); expected one object a line") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{path}: line {number + 1} is a {type(row).__name__}; expected one object a line")
+    return row
+
+
+def _parse_parquet(content: bytes, path: Path) -> list[Row]:
+    try:
+        return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _decode(content: bytes, path: Path) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def read_hub(data: HubData, split: str, world: World) -> Rows:
+    """A split of a dataset on the hub; the main rank downloads it, the others find it in the cache. Collective.
+
+    Raises:
+        DataError: it cannot be had.
+    """
+    world.from_main(lambda: _download(data, split) and None)
+    rows = _download(data, split)
+    lines = "".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
+    return Rows(rows, str(data), hashlib.sha256(lines.encode()).hexdigest())
+
+
+def _download(data: HubData, split: str) -> list[Row]:
+    # Imported here because it takes a second, which only this source should cost.
+    import datasets
+
+    try:
+        return list(datasets.load_dataset(data.address, data.config, split=split))
+    # The library lets through whatever its file systems and HTTP clients raise, without a common base.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"cannot load {data} from the Hugging Face hub: {reason}; give a file with --data") from error

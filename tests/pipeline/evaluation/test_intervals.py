@@ -1,0 +1,40 @@
+"""95% intervals, against published values and simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipeline.evaluation.intervals import bootstrap_ratio, normal_mean, wilson
+
+
+@pytest.mark.parametrize(
+    ("hits", "trials", "expected"),
+    [
+        (0, 10, (0.0, 0.2775)),  # Newcombe 1998, Statistics in Medicine 17, table I and formula
+        (81, 263, (0.2553, 0.3662)),
+        (15, 148, (0.0624, 0.1605)),
+        (1, 29, (0.0061, 0.1718)),
+        (10, 10, (0.7225, 1.0)),
+    ],
+)
+def test_wilson(hits: int, trials: int, expected: tuple[float, float]) -> None:
+    assert wilson(hits, trials) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_mean_of_a_hundred() -> None:
+    low, high = normal_mean([0.0] * 50 + [2.0] * 50)
+    assert (low, high) == pytest.approx((1 - 1.96 * 0.1005, 1 + 1.96 * 0.1005), abs=1e-4)
+    assert normal_mean([3.0]) == (3.0, 3.0)
+
+
+def test_a_ratio_covers_the_truth_and_repeats_itself() -> None:
+    draw = np.random.default_rng(0)
+    inside = 0
+    for _ in range(40):
+        sizes = draw.integers(1, 50, 100)
+        losses = sizes * 3.0 + draw.normal(0, 5, 100)
+        low, high = bootstrap_ratio(losses, sizes)
+        assert (low, high) == bootstrap_ratio(losses, sizes)
+        inside += low < 3.0 < high
+    assert 33 <= inside <= 40

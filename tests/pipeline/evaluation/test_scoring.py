@@ -1,0 +1,167 @@
+"""Scores do not depend on how they were computed: batches, trees, ranks, the company of other requests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from data_tools.errors import DataError
+from pipeline.config import ModelConfig
+from pipeline.distributed import World
+from pipeline.errors import TrainingError
+from pipeline.evaluation.packing import Tree, grow_trees, make_batch, pack
+from pipeline.evaluation.requests import Request, Score
+from pipeline.evaluation.scoring import Scorer
+from pipeline.model import GPT2
+from tests.pipeline.conftest import random_tokens, restless_model
+from tests.pipeline.evaluation.conftest import ALONE, CONTEXT, plain_score, scorer_of
+
+
+def some_groups() -> list[list[Request]]:
+    """Groups that share contexts, beginnings of choices, or nothing; requests that stand twice, or are too long."""
+    draw = random.Random(0)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(draw.choices(range(50256), k=count))
+
+    groups = []
+    for context_tokens in (1, 5, 17, 30, CONTEXT, CONTEXT + 9):
+        context, start = tokens(context_tokens), tokens(3)
+        groups.append([Request(context, (*start, *tokens(n))) for n in (0, 2, 5)])
+        groups.append([Request(context, tokens(n)) for n in (1, 4)])
+    groups.append([Request(tokens(4), tokens(3)), Request(tokens(9), tokens(2))])
+    groups.append([groups[0][0], groups[2][1], groups[2][1]])
+    return groups
+
+
+GROUPS = some_groups()
+
+
+@pytest.fixture(scope="module")
+def plain(text_model: GPT2) -> list[list[tuple[float, bool]]]:
+    return [[plain_score(text_model, request) for request in group] for group in GROUPS]
+
+
+def expect_same(found: Sequence[Sequence[Score]], expected: Sequence[Sequence[tuple[float, bool]]]) -> None:
+    assert [len(group) for group in found] == [len(group) for group in expected]
+    for score, (log_likelihood, is_greedy) in zip(sum(found, []), sum(expected, []), strict=True):  # type: ignore[arg-type]
+        assert score.log_likelihood == pytest.approx(log_likelihood, abs=2e-5)
+        assert score.is_greedy == is_greedy
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 300, 10_000])
+def test_any_batch_size_gives_the_scores_of_a_plain_loop(
+    text_model: GPT2, plain: list[list[tuple[float, bool]]], batch_tokens: int
+) -> None:
+    expect_same(scorer_of(text_model, batch_tokens).score(GROUPS, "test"), plain)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_share_the_work_and_run_equally_often(
+    text_model: GPT2, plain: list[list[tuple[float, bool]]], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sums of all ranks, added up by hand, give the scores of one."""
+    sums: list[torch.Tensor] = []
+    forwards: list[int] = []
+
+    def collect(_world: World, values: torch.Tensor) -> torch.Tensor:
+        sums.append(values)
+        return torch.stack(sums).sum(0)
+
+    monkeypatch.setattr(World, "sum", collect)
+    for rank in range(size):
+        scorer = scorer_of(text_model, 100, World(rank, size, rank, ALONE.device))
+        forwards.append(0)
+        scorer.compute.register_forward_pre_hook(lambda *_: forwards.append(forwards.pop() + 1))
+        found = scorer.score(GROUPS, "test")
+    expect_same(found, plain)
+    assert len(set(forwards)) == 1
+    assert forwards[0] > 2
+
+
+def test_a_continuation_that_the_model_would_write_is_greedy(text_model: GPT2, scorer: Scorer) -> None:
+    tokens = [1, 2, 3]
+    with torch.no_grad():
+        for _ in range(3):
+            tokens.append(int(text_model(torch.tensor([tokens]))[0, -1].argmax()))
+    other = (tokens[-1] + 1) % 50257
+    ((yes, no),) = scorer.score(
+        [[Request((1, 2, 3), tuple(tokens[3:])), Request((1, 2, 3), (*tokens[3:5], other))]], ""
+    )
+    assert yes.is_greedy
+    assert not no.is_greedy
+
+
+def test_positions_that_restart_with_a_text_do_so_in_trees() -> None:
+    sizes = {
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 12,
+        "context_length": CONTEXT,
+        "vocab_size": 89,
+        "reset_positions_at": 88,
+    }
+    model = restless_model(ModelConfig.model_validate(sizes)).eval()
+    context = (3, 4, 5, 88, 6, 7)
+    group = [Request(context, (8, 9)), Request(context, (10, 88, 11, 12))]
+    expect_same(scorer_of(model).score([group], ""), [[plain_score(model, request) for request in group]])
+
+
+def test_what_begins_alike_is_computed_once() -> None:
+    context = tuple(range(20))
+    group = [Request(context, (50, 51, 52)), Request(context, (50, 51, 53)), Request(context, (60,))]
+    (tree,) = grow_trees([[0, 1, 2]], group, CONTEXT, None)
+    assert tree.tokens == [*context, 50, 51]  # the last tokens of all three are not read
+    assert len(tree.pairs) == 5  # 50 and 51 after the context are scored once for two requests
+    assert tree.is_chain
+    forked = [Request(context, (50, 51, 52)), Request(context, (60, 61, 62))]
+    (tree,) = grow_trees([[0, 1]], forked, CONTEXT, None)
+    assert not tree.is_chain
+    assert tree.places == [*range(20), 20, 21, 20, 21]
+
+
+def test_requests_with_little_in_common_have_rows_of_their_own() -> None:
+    apart = [Request((1, *range(10, 30)), (5, 6)), Request((1, *range(40, 60)), (5, 6))]
+    assert len(grow_trees([[0, 1]], apart, CONTEXT, None)) == 2
+
+
+def test_batches_keep_to_their_tokens_and_rows_of_like_length_together() -> None:
+    trees = []
+    for length in (5, 30, 12, 31, 6, 100, 13):
+        tree = Tree()
+        tree.add(0, Request(tuple(range(length)), (1,)), 1000, None)
+        trees.append(tree)
+    batches = pack(trees, 64)
+    assert [[len(tree.tokens) for tree in batch] for batch in batches] == [[100], [31, 30], [13, 12, 6, 5]]
+    assert make_batch(batches[1]).tokens.shape == (2, 31)
+
+
+def test_a_continuation_longer_than_the_context_is_refused(scorer: Scorer) -> None:
+    with pytest.raises(DataError, match="more than the model's context of 40"):
+        scorer.score([[Request((1,), tuple(range(CONTEXT + 1)))]], "")
+
+
+def test_weights_that_are_no_numbers_are_refused(text_model: GPT2) -> None:
+    broken = restless_model(text_model.config).eval()
+    with torch.no_grad():
+        broken.ln_f.weight[0] = float("nan")
+    with pytest.raises(TrainingError, match="mytask: log-likelihoods are not finite"):
+        scorer_of(broken).score([[Request((1,), (2,))]], "mytask")
+
+
+def test_scored_outputs_are_those_of_all_logits(text_model: GPT2) -> None:
+    """More of them than are computed at a time."""
+    tokens = random_tokens(5, CONTEXT, vocab_size=50257)
+    outputs, targets = torch.arange(5 * CONTEXT), random_tokens(5 * CONTEXT, vocab_size=50257, seed=1)
+    with torch.no_grad():
+        log_probabilities = text_model(tokens).flatten(0, 1).log_softmax(1)
+        targets[7] = log_probabilities[7].argmax()
+        found = text_model(tokens, targets, outputs)
+    torch.testing.assert_close(found[0], log_probabilities.gather(1, targets[:, None])[:, 0], rtol=0, atol=1e-5)
+    assert (
+        found[1].nonzero().flatten().tolist() == (log_probabilities.argmax(1) == targets).nonzero().flatten().tolist()
+    )
+    assert found[1][7] == 1

@@ -1,0 +1,67 @@
+"""Rows from files and from the hub, and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data_tools.errors import DataError
+from pipeline.evaluation.preparation import prepare_task
+from pipeline.evaluation.prepared import Settings
+from pipeline.evaluation.scoring import Scorer
+from pipeline.evaluation.sources import HubData, read_file, read_hub
+from tests.pipeline.evaluation.conftest import ALONE, PIQA, write_lines
+
+HUB = HubData("owner/name", "plain", "validation", "train")
+
+
+def test_parquet_holds_the_same_rows_as_json_lines(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(PIQA), tmp_path / "piqa.parquet")
+    assert (
+        read_file(tmp_path / "piqa.parquet").rows == read_file(write_lines(tmp_path / "piqa.jsonl", PIQA)).rows == PIQA
+    )
+
+
+def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR")
+    with pytest.raises(DataError, match="a.parquet is not a Parquet file"):
+        read_file(tmp_path / "a.parquet")
+
+
+def test_the_hub_is_asked_for_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*names: Any, split: str) -> list[dict[str, Any]]:
+        asked.append((*names, split))
+        return [{"b": 1, "a": "é"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = read_hub(HUB, "validation", ALONE)
+    assert set(asked) == {("owner/name", "plain", "validation")}
+    assert rows.origin == "owner/name (plain), validation"
+    assert rows.sha256 == hashlib.sha256('{"a": "é", "b": 1}\n'.encode()).hexdigest()
+
+
+def test_shots_come_from_the_training_split(monkeypatch: pytest.MonkeyPatch, scorer: Scorer) -> None:
+    splits = {"validation": PIQA[:2], "train": [{"goal": "GOAL", "sol1": "ONE", "sol2": "TWO", "label": 1}] * 2}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: splits[split])
+    model = scorer.model.model_copy(update={"context_length": 1000})
+    task = prepare_task("piqa", None, Settings(shots=1), model, ALONE)
+    assert json.dumps(task.facts["data"]) == '"baber/piqa, validation"'
+    assert all(len(request.context) > 15 for group in task.groups for request in group)
+
+
+def test_no_network_is_one_line_that_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match="cannot load owner/name .plain., validation .*: no route; give a file"):
+        read_hub(HUB, "validation", ALONE)

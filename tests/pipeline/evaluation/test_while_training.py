@@ -1,0 +1,66 @@
+"""Tasks measured while training, on backends whose forward passes are collective."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.runs import TINY_RUN, merged, train_run
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.evaluation.prepared import Settings
+from pipeline.evaluation.tasks import EvaluationOptions, run_tasks
+from pipeline.evaluation.while_training import prepare_tasks
+from pipeline.metrics import _tensorboard_tag, read_metrics
+from tests.pipeline.evaluation.conftest import ALONE, LAMBADA, PIQA, write_lines
+
+STEPS = 4
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "zero3"])
+def test_two_ranks_measure_what_the_checkpoint_measures(backend: str, corpus: Path, tmp_path: Path) -> None:
+    """Five examples for two ranks, in a batch each: one rank has a batch less, and must keep up."""
+    files = {
+        "piqa": str(write_lines(tmp_path / "piqa.jsonl", PIQA)),
+        "lambada": str(write_lines(tmp_path / "lambada.jsonl", LAMBADA)),
+    }
+    sections = merged(
+        TINY_RUN,
+        {
+            "data": {"path": str(corpus)},
+            "schedule": {"max_steps": STEPS, "warmup_steps": 1},
+            "batch": {"tokens_per_step": 192, "micro_batch_size": 1},
+            "evaluation": {"tasks": ["piqa", "lambada"], "data": files, "max_examples": 5, "every_steps": 2},
+        },
+    )
+    run_folder = tmp_path / "run"
+    result = train_run(backend, run_folder, sections, 2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "piqa_first5 | acc 0." in result.stdout
+    rows = [row for row in read_metrics(run_folder) if "task_piqa_acc" in row]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert not [row for row in read_metrics(run_folder) if "val_loss" in row], "validation was not asked for"
+    options = EvaluationOptions(settings=Settings(limit=5))
+    results, _ = run_tasks(run_folder, ["piqa", "lambada"], options, ALONE)
+    for name in ("piqa", "lambada"):
+        for key, value in results[f"{name}_first5"].items():
+            if isinstance(value, float):
+                assert rows[-1][f"task_{name}_{key}"] == pytest.approx(value, rel=1e-4), key
+    assert rows[0]["task_lambada_perplexity"] != pytest.approx(rows[-1]["task_lambada_perplexity"], rel=1e-3)
+
+
+def test_figures_have_tags_of_their_own() -> None:
+    assert _tensorboard_tag("task_piqa_acc") == "tasks/piqa_acc"
+
+
+def test_a_mistake_is_known_before_the_start() -> None:
+    sections = {"model": {"vocab_size": 89}, "evaluation": {"tasks": ["piqa"], "data": {"piqa": "nowhere.jsonl"}}}
+    with pytest.raises(ConfigError, match="piqa: model.vocab_size is 89"):
+        prepare_tasks(Config.model_validate(sections), ALONE)
+
+
+def test_a_task_of_any_name_needs_a_file() -> None:
+    with pytest.raises(ValueError, match="no such task 'own'; there are validation, wikitext2"):
+        Config.model_validate({"evaluation": {"tasks": ["own"]}})
+    Config.model_validate({"evaluation": {"tasks": ["own"], "data": {"own": "own.txt"}}})
