@@ -48,7 +48,11 @@ class RunConfig(Section):
         "amp_bf16",
         description="amp_*: fp32 weights under autocast; bf16: bf16 compute weights, fp32 master weights",
     )
-    compile: bool = Field(False, description="torch.compile of model and loss together")
+    compile: Literal["auto", True, False] = Field(
+        "auto",
+        description="torch.compile of model and loss together; auto: on CUDA, and on a CPU in runs of more than ten "
+        "minutes, where a compiler works",
+    )
     rank_timeout_s: PositiveInt = Field(60, description="seconds without a sign of life before a rank counts as lost")
 
 

@@ -13,18 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.attention import causal_attention
 from pipeline.config import ModelConfig
+from pipeline.output_layer import IGNORE_INDEX as IGNORE_INDEX
+from pipeline.output_layer import OutputLayer
+from pipeline.output_layer import padded_vocab_size as padded_vocab_size
 from pipeline.seeds import derive_seed
 
-IGNORE_INDEX = -100  # a target that is not scored; torch's own default
-VOCAB_MULTIPLE = 128  # matrix products are faster on round sizes: 50257 becomes 50304
 INIT_STD = 0.02
 LAYER_NORM_EPS = 1e-5
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up. The surplus never enters the softmax."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class CausalSelfAttention(nn.Module):
@@ -40,7 +37,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, C/H)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, C/H)
+        y = causal_attention(q, k, v, dropout)  # (B, H, T, C/H)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -89,7 +86,7 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(config.context_length, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
-        self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
+        self.lm_head = OutputLayer(config.n_embd, config.vocab_size)
         self.lm_head.weight = self.wte.weight
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -103,13 +100,8 @@ class GPT2(nn.Module):
             (B, T, V) logits in the compute dtype, or the fp32 sum over scored targets, in nats. A sum,
             because the mean over a global batch needs the global count of targets.
         """
-        logits = self.lm_head(self.hidden_states(tokens))[..., : self.config.vocab_size]  # (B, T, V)
-        if targets is None:
-            return logits
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-        )
-        return losses.sum()  # torch sums pairwise: the error stays at the rounding of one addition
+        logits_or_loss: Tensor = self.lm_head(self.hidden_states(tokens), targets)
+        return logits_or_loss
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """The normalised residual stream after the last block, (B, T, C)."""

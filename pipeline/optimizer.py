@@ -17,6 +17,7 @@ from pipeline.hardware import summing_dtype
 log = logging.getLogger(__name__)
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")
+_CACHED_ELEMENTS = 1 << 16
 CLIP_EPS = 1e-6  # in the divisor, as torch and DeepSpeed have it
 
 
@@ -57,11 +58,19 @@ def global_grad_norm(gradients: list[Tensor]) -> Tensor:
     """
     sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    dtype = summing_dtype(local[0].device)
-    squares = torch.stack([torch.linalg.vector_norm(gradient, dtype=dtype).square() for gradient in local]).sum()
+    squares = torch.stack([_sum_of_squares(gradient) for gradient in local]).sum()
     if sharded:
         dist.all_reduce(squares)
     return squares.sqrt()
+
+
+def _sum_of_squares(gradient: Tensor) -> Tensor:
+    """In fp64. A CPU goes by pieces that stay in its cache: torch would convert the whole tensor first."""
+    dtype = summing_dtype(gradient.device)
+    if gradient.device.type != "cpu":
+        return torch.linalg.vector_norm(gradient, dtype=dtype).square()
+    pieces = gradient.reshape(-1).split(_CACHED_ELEMENTS)
+    return torch.stack([torch.linalg.vector_norm(piece, dtype=dtype).square() for piece in pieces]).sum()
 
 
 def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float) -> Tensor:

@@ -63,7 +63,7 @@ def _shard(model: GPT2, config: Config, world: World, policy: MixedPrecisionPoli
     mesh = init_device_mesh(world.device.type, (world.size,))
     reshard = config.backend.fsdp.reshard_after_forward
     for block in model.h:
-        if config.run.compile:
+        if config.run.compile is True:
             block.compile(dynamic=False)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     root = AutocastModel(model, config.run.precision, world.device)
