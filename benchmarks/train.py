@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,8 @@ class Limits:
     device: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.flops / 1e12:.3f} TFLOP/s in matrix products, {self.bytes_per_s / 1e9:.1f} GB/s copied, {self.device}"
-        )
+        products, copies = f"{self.flops / 1e12:.3f} TFLOP/s", f"{self.bytes_per_s / 1e9:.1f} GB/s"
+        return f"{products} in matrix products, {copies} copied, {self.device}"
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,7 @@ def _run_script(processes: int, script: Path, arguments: Sequence[str]) -> str:
 def contenders_of(names: Sequence[str], commands: Sequence[PeerCommand]) -> list[Contender]:
     """In the order of the command line; commands come last."""
     named = [
-        Contender(name, lambda setting, name=name: train_ours(name, setting))
-        if name in OURS
-        else Contender(name, lambda setting, name=name: train_peer(PEERS[name], setting))
+        Contender(name, partial(train_ours, name) if name in OURS else partial(train_peer, PEERS[name]))
         for name in names
     ]
     return named + [Contender(command.name, command.run, LOSS_TOLERANCE_OF_COMMANDS) for command in commands]
@@ -160,7 +158,7 @@ def table(contenders: Sequence[Contender], found: dict[str, Measured], setting: 
 
     fastest_ms = statistics.median(found[contenders[0].name].step_ms)
     lines = [
-        f"| contender | tokens/s | quartiles | share of the ceiling | peak memory | last loss | {contenders[0].name} is |",
+        f"| contender | tokens/s | quartiles | of the ceiling | peak memory | last loss | {contenders[0].name} is |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for contender in contenders:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 
 from benchmarks.train_setting import Setting, write_row
 from pipeline.batch_plan import plan_batch
@@ -33,22 +36,30 @@ GIB = 1 << 30
 
 
 class RowClock:
-    """Writes a row once in ``steps_per_row`` steps, as the trainer of this project does."""
+    """Writes a row after the first step and then once in ``steps_per_row``, as the trainer of this project does.
 
-    def __init__(self, setting: Setting, device: torch.device, path: Path | None) -> None:
-        self.setting, self.device, self.path = setting, device, path
-        self.started, self.first = time.perf_counter(), 1
+    Args:
+        path: None: on the other ranks, which only take part in the sums.
+    """
 
-    def count(self, step: int, loss: Callable[[], float]) -> None:
-        """Step ``step`` was queued; ``loss`` waits for it."""
-        if step % self.setting.steps_per_row and step != 1:
+    def __init__(self, setting: Setting, world: World, path: Path | None) -> None:
+        self.setting, self.world, self.path = setting, world, path
+        self.started, self.counted = time.perf_counter(), 0
+
+    def count(self, loss: Tensor) -> None:
+        """One more step was queued; ``loss`` is this rank's mean, on the device."""
+        self.counted += 1
+        step = self.counted
+        if step != 1 and step % self.setting.steps_per_row:
             return
-        value, now = loss(), time.perf_counter()
-        milliseconds = (now - self.started) * 1e3 / (step - self.first + 1)
+        value, now = self.world.sum(loss).item() / self.world.size, time.perf_counter()
+        steps = 1 if step <= self.setting.steps_per_row else self.setting.steps_per_row
         if self.path:
-            peak_gib = peak_memory_bytes(self.device) / GIB
-            write_row(self.path, step=step, loss=value, step_ms=milliseconds, peak_memory_gib=peak_gib)
-        self.started, self.first = time.perf_counter(), step + 1
+            peak_gib = peak_memory_bytes(self.world.device) / GIB
+            write_row(
+                self.path, step=step, loss=value, step_ms=(now - self.started) * 1e3 / steps, peak_memory_gib=peak_gib
+            )
+        self.started = time.perf_counter()
 
 
 def batches(config: Config, world: World) -> Iterator[tuple[Tensor, Tensor]]:
@@ -62,8 +73,6 @@ def batches(config: Config, world: World) -> Iterator[tuple[Tensor, Tensor]]:
 
 def build_peer(config: Config) -> Any:
     """``GPT2LMHeadModel`` with the weights that this project starts from."""
-    import transformers  # takes seconds, and is an extra
-
     sizes = config.model
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
@@ -97,62 +106,70 @@ def plain_loop(config: Config, world: World, clock: RowClock, *, compiled: bool)
     if compiled:
         module.compile(dynamic=False)
     optimizer = build_adamw(model.parameters(), config.optimizer, world.device)
-    lowest = "fp32" if config.run.precision == "fp32" else "amp_bf16"
+    lower = "fp32" if config.run.precision == "fp32" else "amp_bf16"
     for step, (inputs, targets) in enumerate(batches(config, world)):
         inputs, targets = (part.to(world.device, non_blocking=True) for part in (inputs, targets))
         set_learning_rate(optimizer.param_groups, lr_at(step, config.optimizer, config.schedule))
-        with autocast(lowest, world.device):
+        with autocast(lower, world.device):
             loss = module(input_ids=inputs, labels=targets, shift_labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        clock.count(step + 1, lambda loss=loss: world.sum(loss.detach()).item() / world.size)
+        clock.count(loss.detach())
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """What ``Trainer`` reads: it deals whole batches to the ranks in turn, and each rank has stored its own."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.size, self.world_size = config.batch.micro_batch_size, world.size
+        self.rows = [row for inputs, targets in batches(config, world) for row in zip(inputs, targets, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.world_size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        batch, place = divmod(index, self.size)
+        inputs, targets = self.rows[(batch // self.world_size) * self.size + place]
+        return {"input_ids": inputs, "labels": targets, "shift_labels": targets}
+
+
+class TimedTrainer(transformers.Trainer):
+    """``Trainer`` that reads samples in order and shows its losses to a clock."""
+
+    def __init__(self, clock: RowClock, **options: Any) -> None:
+        super().__init__(**options)
+        self.clock = clock
+
+    def _get_train_sampler(self, *_: Any) -> Sampler[int]:
+        assert isinstance(self.train_dataset, Windows)
+        return SequentialSampler(self.train_dataset)
+
+    def training_step(self, *arguments: Any, **options: Any) -> Tensor:
+        """The loss of the step before is complete when the next begins; of the last, when training ends."""
+        self.last_loss = super().training_step(*arguments, **options)
+        return self.last_loss
+
+
+class StepEnd(transformers.TrainerCallback):
+    """Told by ``Trainer`` of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.trainer: TimedTrainer | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count it."""
+        assert self.trainer
+        self.trainer.clock.count(self.trainer.last_loss.detach())
 
 
 def hugging_face_trainer(config: Config, world: World, clock: RowClock, folder: Path, *, compiled: bool) -> None:
     """The same steps by ``transformers.Trainer``, with its own loop, autocast and compilation."""
-    import transformers
-
-    class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-        """Each rank's sampler takes every n-th sample in order: stored so that a rank gets its own micro-batch."""
-
-        def __init__(self) -> None:
-            self.rows = [row for inputs, targets in batches(config, world) for row in zip(inputs, targets, strict=True)]
-
-        def __len__(self) -> int:
-            return len(self.rows) * world.size
-
-        def __getitem__(self, index: int) -> dict[str, Tensor]:
-            inputs, targets = self.rows[self._own(index)]
-            return {"input_ids": inputs, "labels": targets, "shift_labels": targets}
-
-        def _own(self, index: int) -> int:
-            batch, place = divmod(index, config.batch.micro_batch_size)
-            return (batch // world.size) * config.batch.micro_batch_size + place
-
-    class Clock(transformers.TrainerCallback):
-        """Trainer has no loss to give but the one it logs, so that is kept from the model's own call."""
-
-        def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
-            clock.count(state.global_step, lambda: world.sum(losses[-1]).item() / world.size)
-            losses.clear()
-
-    class Sequential(transformers.Trainer):
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-        def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
-            loss = super().compute_loss(model, inputs, *arguments, **options)
-            losses.append((loss[0] if isinstance(loss, tuple) else loss).detach().clone())
-            return loss
-
-    losses: list[Tensor] = []
+    on_cpu = world.device.type == "cpu"
     model = build_peer(config)
     optimizer = build_adamw(model.parameters(), config.optimizer, world.device)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_at(step, config.optimizer, config.schedule) / config.optimizer.learning_rate
-    )
+    share = partial(_share_of_peak, config)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=config.batch.micro_batch_size,
@@ -160,20 +177,31 @@ def hugging_face_trainer(config: Config, world: World, clock: RowClock, folder: 
         max_grad_norm=config.optimizer.grad_clip,
         bf16=config.run.precision != "fp32",
         torch_compile=compiled,
-        use_cpu=world.device.type == "cpu",
+        use_cpu=on_cpu,
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        ddp_backend="gloo" if world.device.type == "cpu" else "nccl",
+        ddp_backend="gloo" if on_cpu else "nccl",
         remove_unused_columns=False,
-        dataloader_pin_memory=world.device.type == "cuda",
+        dataloader_pin_memory=not on_cpu,
         seed=config.run.seed,
     )
-    trainer = Sequential(
-        model=model, args=arguments, train_dataset=Windows(), optimizers=(optimizer, schedule), callbacks=[Clock()]
+    callback = StepEnd()
+    callback.trainer = TimedTrainer(
+        clock,
+        model=model,
+        args=arguments,
+        train_dataset=Windows(config, world),
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)),
+        callbacks=[callback],
     )
-    trainer.train()
+    clock.started = time.perf_counter()
+    callback.trainer.train()
+
+
+def _share_of_peak(config: Config, step: int) -> float:
+    return lr_at(step, config.optimizer, config.schedule) / config.optimizer.learning_rate
 
 
 def main() -> None:
@@ -189,7 +217,7 @@ def main() -> None:
     with join_world(config.run, process_group=setting.processes > 1) as world:
         if world.device.type == "cpu":
             take_share_of_cores(world)
-        clock = RowClock(setting, world.device, arguments.rows if world.is_main else None)
+        clock = RowClock(setting, world, arguments.rows if world.is_main else None)
         if arguments.kind == "loop":
             plain_loop(config, world, clock, compiled=not arguments.eager)
         else:

@@ -265,6 +265,9 @@ class LoggingConfig(Section):
 
     every_steps: PositiveInt = Field(10, description="optimizer steps between logged rows")
     tensorboard: bool = Field(True, description="event files in the run folder")
+    profile_steps: NonNegativeInt = Field(
+        0, description="optimizer steps to trace, after the first five, into profile/ of the run folder; also --profile"
+    )
 
 
 class SampleConfig(Section):

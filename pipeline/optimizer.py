@@ -69,7 +69,7 @@ def _sum_of_squares(gradient: Tensor) -> Tensor:
     dtype = summing_dtype(gradient.device)
     if gradient.device.type != "cpu":
         return torch.linalg.vector_norm(gradient, dtype=dtype).square()
-    pieces = gradient.reshape(-1).split(_CACHED_ELEMENTS)
+    pieces = torch.split(gradient.reshape(-1), _CACHED_ELEMENTS)
     return torch.stack([torch.linalg.vector_norm(piece, dtype=dtype).square() for piece in pieces]).sum()
 
 

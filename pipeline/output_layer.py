@@ -55,7 +55,7 @@ class OutputLayer(nn.Linear):
     def _loss_in_chunks(self, hidden: Tensor, targets: Tensor) -> Tensor:
         dtype = _compute_dtype(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            losses = _ChunkedCrossEntropy.apply(
+            losses = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
                 hidden.to(dtype), self.weight.to(dtype), targets, self.vocab_size, torch.is_grad_enabled()
             )
         assert isinstance(losses, Tensor)
@@ -96,7 +96,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *of_losses: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden states and weight."""
         hidden, weight, gradient = ctx.saved_tensors

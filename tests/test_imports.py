@@ -46,6 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.sample_order",
         "pipeline.schedule",
         "pipeline.step_guard",
+        "pipeline.step_profile",
         "pipeline.throughput",
         "pipeline.training_data",
     ),
