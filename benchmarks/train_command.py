@@ -13,8 +13,10 @@ Its weights and batches are its own: its losses must come near the others', not 
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -61,7 +63,9 @@ class PeerCommand:
             convert(ConvertRequest(source=Path(setting.data), out=data, to="nanogpt"))
             out.mkdir()
             with log.open("w") as output:
-                process = subprocess.Popen(self.filled(setting, data, out), shell=True, stdout=output, stderr=output)
+                process = subprocess.Popen(
+                    self.filled(setting, data, out), shell=True, stdout=output, stderr=output, env=_environment()
+                )
                 peak = _watch(process)
             text = log.read_text(errors="replace")
         steps = list(read_steps(text.splitlines(), setting.tokens_per_step))
@@ -105,6 +109,11 @@ def read_steps(lines: Iterable[str], tokens_per_step: int) -> Iterator[tuple[int
 def _number(pattern: re.Pattern[str], line: str) -> float | None:
     match = pattern.search(line)
     return float(match[1].rstrip(".,").replace(",", "")) if match else None
+
+
+def _environment() -> dict[str, str]:
+    """In which ``python`` and ``torchrun`` are those of this project."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 def _watch(process: subprocess.Popen[bytes]) -> int:

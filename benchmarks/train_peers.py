@@ -214,7 +214,8 @@ def main() -> None:
     arguments = parser.parse_args()
     setting: Setting = arguments.setting
     config = setting.config()
-    with join_world(config.run, process_group=setting.processes > 1) as world:
+    needs_group = setting.processes > 1 or arguments.kind == "trainer"  # a variable of ours makes Trainer look for one
+    with join_world(config.run, process_group=needs_group) as world:
         if world.device.type == "cpu":
             take_share_of_cores(world)
         clock = RowClock(setting, world, arguments.rows if world.is_main else None)
