@@ -65,7 +65,7 @@ def global_grad_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:
-    """In fp64. A CPU converts piece by piece, in memory that stays in its cache; torch would convert the whole first."""
+    """In fp64. A CPU converts piece by piece, in memory that stays cached; torch would convert the whole first."""
     dtype = summing_dtype(gradient.device)
     if gradient.device.type != "cpu":
         return torch.linalg.vector_norm(gradient, dtype=dtype).square()
