@@ -30,6 +30,7 @@ setup(
         "cluster": ["ray>=2.40"],
         "remote": ["fsspec[http]>=2024.2", "s3fs>=2024.2", "gcsfs>=2024.2"],
         "test": [
+            "accelerate>=1.1",  # transformers.Trainer, in benchmarks, needs it
             "fsspec[http]>=2024.2",
             "hypothesis>=6.100",
             "psutil>=5.9",
