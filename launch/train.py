@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from launch.cli import ArgumentParser, add_config_options, run_command, start_logging
+from launch.cli import ArgumentParser, add_config_options, positive_int, run_command, start_logging
 from pipeline.config_files import load_config
+
+DEFAULT_PROFILE_STEPS = 3
 
 
 def main() -> None:
@@ -16,10 +18,20 @@ def main() -> None:
     parser.add_argument(
         "--resume", metavar="auto|none|PATH", help="the same as --set checkpoint.resume=... (default: auto)"
     )
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        const=DEFAULT_PROFILE_STEPS,
+        type=positive_int,
+        metavar="STEPS",
+        help="trace so many steps into the run folder, a Chrome trace and a table; the same as --set "
+        "logging.profile_steps=... (default: %(const)s)",
+    )
     parser.add_argument("--local_rank", help="given by the deepspeed launcher; the environment says the same")
     arguments = parser.parse_args()
     resume = [] if arguments.resume is None else [f"checkpoint.resume={arguments.resume}"]
-    config = load_config(arguments.config, [*arguments.set, *resume])
+    profile = [] if arguments.profile is None else [f"logging.profile_steps={arguments.profile}"]
+    config = load_config(arguments.config, [*arguments.set, *resume, *profile])
     from pipeline.training_run import train  # takes seconds to import torch: a wrong config is refused before
 
     start_logging()

@@ -61,7 +61,11 @@ class RunConfig(Section):
         "amp_bf16",
         description="amp_*: fp32 weights under autocast; bf16: bf16 compute weights, fp32 master weights",
     )
-    compile: bool = Field(False, description="torch.compile of model and loss together")
+    compile: Literal["auto", True, False] = Field(
+        "auto",
+        description="torch.compile of model and loss together; auto: on CUDA, and on a CPU in runs of more than ten "
+        "minutes, where a compiler works",
+    )
     rank_timeout_s: PositiveInt = Field(60, description="seconds without a sign of life before a rank counts as lost")
 
 
@@ -291,6 +295,9 @@ class LoggingConfig(Section):
 
     every_steps: PositiveInt = Field(10, description="optimizer steps between logged rows")
     tensorboard: bool = Field(True, description="event files in the run folder")
+    profile_steps: NonNegativeInt = Field(
+        0, description="optimizer steps to trace, after the first five, into profile/ of the run folder; also --profile"
+    )
 
 
 class SampleConfig(Section):

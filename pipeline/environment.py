@@ -6,6 +6,7 @@ import os
 
 _RANK, _WORLD_SIZE, _LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 _RESTARTS, _LAUNCH = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"
+_THREADS = "OMP_NUM_THREADS"
 
 
 def launched_rank() -> int:
@@ -31,6 +32,16 @@ def launcher_restarts() -> int:
 def launch_id() -> str | None:
     """What the starts by one launcher have in common, restarts included; None: no launcher that restarts."""
     return os.environ.get(_LAUNCH)
+
+
+def requested_threads() -> int | None:
+    """How many threads the user wants a process to have; None: has not said.
+
+    To several processes torchrun gives 1 where nothing is set: that is nobody's wish.
+    """
+    text = os.environ.get(_THREADS, "")
+    of_torchrun = text == "1" and launch_id() is not None and launched_world_size() > 1
+    return int(text) if text.isdecimal() and int(text) > 0 and not of_torchrun else None
 
 
 def present_as_launched(device_type: str) -> None:

@@ -9,7 +9,6 @@ import time
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 log = logging.getLogger(__name__)
 
@@ -99,17 +98,5 @@ def compiler_works(device: torch.device) -> bool:
     except Exception as error:  # noqa: BLE001 - whatever the toolchain throws means the same
         reason = " ".join(str(error).split())[:160]
         log.warning("torch.compile does not work here, running without it: %s", reason)
-        return False
-    return True
-
-
-def flash_attention_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether scaled_dot_product_attention has a fused kernel for these heads on this device."""
-    q = torch.zeros(1, 1, 16, head_dim, device=device, dtype=dtype)
-    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    try:
-        with sdpa_kernel(fused):
-            torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
-    except RuntimeError:
         return False
     return True

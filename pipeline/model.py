@@ -13,19 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.attention import causal_attention
 from pipeline.config import ModelConfig
+from pipeline.output_layer import IGNORE_INDEX as IGNORE_INDEX
+from pipeline.output_layer import OutputLayer
+from pipeline.output_layer import padded_vocab_size as padded_vocab_size
 from pipeline.seeds import derive_seed
 
-IGNORE_INDEX = -100  # a target that is not scored; torch's own default
-VOCAB_MULTIPLE = 128  # matrix products are faster on round sizes: 50257 becomes 50304
 INIT_STD = 0.02
 LAYER_NORM_EPS = 1e-5
-SCORED_AT_ONCE = 128  # targets whose logits exist at a time: 26 MB in fp32, which stay in the caches of a CPU
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up. The surplus never enters the softmax."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class CausalSelfAttention(nn.Module):
@@ -41,7 +37,10 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, C/H)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # (B, H, T, C/H)
+        if mask is None:
+            y = causal_attention(q, k, v, dropout)  # (B, H, T, C/H)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -79,36 +78,17 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class OutputLayer(nn.Linear):
-    """Logits of hidden states; or, without keeping those, how given targets fare among them."""
-
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, vocab_size: int | None = None) -> Tensor:
-        """Logits (..., rows of the weight) of hidden states (..., C); see :meth:`GPT2.forward` for ``targets``."""
-        if targets is None:
-            return super().forward(hidden)
-        # A loop in here and not around the layer: FSDP and ZeRO-3 gather its weight once a call.
-        parts = zip(torch.split(hidden, SCORED_AT_ONCE), torch.split(targets, SCORED_AT_ONCE), strict=True)
-        return torch.cat([_fared(super(OutputLayer, self).forward(x)[:, :vocab_size], y) for x, y in parts], dim=1)
-
-
-def _fared(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of (n, V) logits and (n,) targets the (2, n) fp32 pairs of :meth:`GPT2.forward`."""
-    log_probabilities = torch.log_softmax(logits.float(), dim=1).gather(1, targets.unsqueeze(1)).squeeze(1)
-    return torch.stack((log_probabilities, (logits.argmax(1) == targets).float()))
-
-
 class GPT2(nn.Module):
     """The language model; ``lm_head.weight`` is ``wte.weight``, one parameter under the name ``wte.weight``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        rows = padded_vocab_size(config.vocab_size)
-        self.wte = nn.Embedding(rows, config.n_embd)
+        self.wte = nn.Embedding(padded_vocab_size(config.vocab_size), config.n_embd)
         self.wpe = nn.Embedding(config.context_length, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
-        self.lm_head = OutputLayer(config.n_embd, rows, bias=False)
+        self.lm_head = OutputLayer(config.n_embd, config.vocab_size)
         self.lm_head.weight = self.wte.weight
 
     def forward(
@@ -134,15 +114,12 @@ class GPT2(nn.Module):
             each target's log-probability in nats, and 1 where no token is likelier, else 0.
         """
         hidden = self.hidden_states(tokens, places, mask)
-        if outputs is not None:
-            return self.lm_head(hidden.flatten(0, 1)[outputs], targets, self.config.vocab_size)
-        logits = self.lm_head(hidden)[..., : self.config.vocab_size]  # (B, T, V)
-        if targets is None:
-            return logits
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-        )
-        return losses.sum()  # torch sums pairwise: the error stays at the rounding of one addition
+        result: Tensor
+        if outputs is None:
+            result = self.lm_head(hidden, targets)
+        else:
+            result = self.lm_head(hidden.flatten(0, 1)[outputs], targets, each=True)
+        return result
 
     def hidden_states(self, tokens: Tensor, places: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """The normalised residual stream after the last block, (B, T, C). Arguments as those of ``forward``."""

@@ -17,6 +17,7 @@ from pipeline.hardware import summing_dtype
 log = logging.getLogger(__name__)
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")
+_CACHED_ELEMENTS = 1 << 16  # 512 KiB in fp64
 CLIP_EPS = 1e-6  # in the divisor, as torch and DeepSpeed have it
 
 
@@ -57,11 +58,23 @@ def global_grad_norm(gradients: list[Tensor]) -> Tensor:
     """
     sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    dtype = summing_dtype(local[0].device)
-    squares = torch.stack([torch.linalg.vector_norm(gradient, dtype=dtype).square() for gradient in local]).sum()
+    squares = torch.stack([_sum_of_squares(gradient) for gradient in local]).sum()
     if sharded:
         dist.all_reduce(squares)
     return squares.sqrt()
+
+
+def _sum_of_squares(gradient: Tensor) -> Tensor:
+    """In fp64. A CPU converts piece by piece, in memory that stays cached; torch would convert the whole first."""
+    dtype = summing_dtype(gradient.device)
+    if gradient.device.type != "cpu":
+        return torch.linalg.vector_norm(gradient, dtype=dtype).square()
+    total = torch.zeros((), dtype=dtype)
+    cached = torch.empty(min(_CACHED_ELEMENTS, gradient.numel()), dtype=dtype)
+    for piece in torch.split(gradient.reshape(-1), _CACHED_ELEMENTS):
+        converted = cached[: len(piece)].copy_(piece)
+        total += torch.dot(converted, converted)
+    return total
 
 
 def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float) -> Tensor:

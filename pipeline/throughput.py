@@ -22,6 +22,11 @@ class ThroughputMeter:
         self.ceiling_flops = ceiling_flops
         self.restart()
 
+    @property
+    def ideal_step_s(self) -> float:
+        """How long a step would take at the ceiling."""
+        return self.tokens_per_step * self.flops_per_token / self.ceiling_flops
+
     def restart(self) -> None:
         """Start the clock anew, right before the first step."""
         self._started, self._steps, self._waited_s = time.perf_counter(), 0, 0.0

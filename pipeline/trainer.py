@@ -38,6 +38,7 @@ from pipeline.run_record import RunRecord
 from pipeline.schedule import lr_at
 from pipeline.seeds import derive_seed
 from pipeline.step_guard import FinishedStep, StepGuard, Verdict
+from pipeline.step_profile import StepProfile
 from pipeline.throughput import ThroughputMeter
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ class Trainer:
             asynchronous=options.asynchronous,
         )
         self.record = RunRecord(config, is_main=world.is_main, resumed_step=self.state.step)
+        self.profile = StepProfile(self.run_folder, world.device, config.logging.profile_steps if world.is_main else 0)
         self.results: dict[str, float] = {}  # the last loss and validation loss
         self._unjudged: list[TrainedStep] = []
 
@@ -114,7 +116,7 @@ class Trainer:
             Interrupted: a signal asked to stop; the state is saved.
         """
         try:
-            with self.stop_request.listening():
+            with self.stop_request.listening(), self.profile.recording():
                 received = self._train()
                 self._finish_saving()
         finally:
@@ -135,6 +137,7 @@ class Trainer:
         self.throughput.restart()
         while self.state.step < self.config.schedule.max_steps:
             trained = self.train_step()
+            self.profile.count_step()
             step, due = self.state.step, self._is_due
             received = self.stop_request.agreed()
             saves = due(step, self.config.checkpoint.every_steps) or received is not None

@@ -6,14 +6,18 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 
+from pipeline.attention import fastest_kernel
 from pipeline.backends import create_backend
 from pipeline.batch_plan import BatchPlan, plan_batch
 from pipeline.checkpoint import read_state
+from pipeline.compilation import choose_compilation
 from pipeline.config import Config
+from pipeline.cores import take_share_of_cores
 from pipeline.distributed import World, join_world
 from pipeline.errors import ConfigError
 from pipeline.evaluation.while_training import prepare_tasks
-from pipeline.hardware import compiler_works, flash_attention_runs, matmul_dtype, measure_matmul_ceiling
+from pipeline.hardware import matmul_dtype, measure_matmul_ceiling
+from pipeline.host_memory import keep_freed_memory
 from pipeline.loader import TrainLoader
 from pipeline.model import build_model, flops_per_token, parameter_count
 from pipeline.rank_watch import watching_ranks
@@ -36,6 +40,8 @@ def train(config: Config) -> None:
     """
     with join_world(config.run) as world, ExitStack() as held:
         with watching_ranks(world, config.run.rank_timeout_s):
+            if world.device.type == "cpu":
+                _settle_on_host(world)
             trainer = _build_trainer(config, world, held)
             if trainer is None:
                 return
@@ -44,11 +50,17 @@ def train(config: Config) -> None:
         log.info("done: %d steps, %s", trainer.state.step, config.run.out_dir)
 
 
+def _settle_on_host(world: World) -> None:
+    """The host's cores and memory as training wants them, before anything large is computed."""
+    keep_freed_memory()
+    log.info("threads   %s", take_share_of_cores(world))
+
+
 def _build_trainer(config: Config, world: World, held: ExitStack) -> Trainer | None:
     """Everything that a trainer needs, in order; None: the run has come to its end before.
 
     Args:
-        held: holds the run folder's lock afterwards.
+        held: holds the run folder's lock and the choice of the attention kernel afterwards.
     """
     if world.device.type == "mps" and config.backend.name != "ddp":
         raise ConfigError(f"backend.name: {config.backend.name} does not run on mps; use ddp, or run.device cpu")
@@ -64,12 +76,14 @@ def _build_trainer(config: Config, world: World, held: ExitStack) -> Trainer | N
     if config.data.verify:
         verify_parts(parts, world)
     tasks = prepare_tasks(config, world)
-    config = _with_working_compiler(config, world)
+    throughput = _throughput_meter(config, world, plan)
+    config = choose_compilation(config, world, throughput.ideal_step_s * config.schedule.max_steps)
+    head_dim = config.model.n_embd // config.model.n_head
+    kernel = held.enter_context(fastest_kernel(world.device, matmul_dtype(config.run.precision), head_dim))
     backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
     backend.model.assert_tied()
-    throughput = _throughput_meter(config, world, plan)
     trainer = Trainer(config, world, plan, backend, loader, throughput, sha256, resume_from, tasks)
-    _announce(trainer, resume_from)
+    _announce(trainer, kernel, resume_from)
     return trainer
 
 
@@ -80,12 +94,6 @@ def _occupy_run_folder(config: Config, held: ExitStack) -> None:
     held.enter_context(lock_run_folder(folder))
 
 
-def _with_working_compiler(config: Config, world: World) -> Config:
-    if not config.run.compile or all(world.gather(compiler_works(world.device))):
-        return config
-    return config.model_copy(update={"run": config.run.model_copy(update={"compile": False})})
-
-
 def _throughput_meter(config: Config, world: World, plan: BatchPlan) -> ThroughputMeter:
     """Every rank measures at the same time: on a CPU the ranks share the cores."""
     ceiling = measure_matmul_ceiling(world.device, matmul_dtype(config.run.precision))
@@ -94,12 +102,10 @@ def _throughput_meter(config: Config, world: World, plan: BatchPlan) -> Throughp
     )
 
 
-def _announce(trainer: Trainer, resume_from: Path | None) -> None:
+def _announce(trainer: Trainer, attention_kernel: str, resume_from: Path | None) -> None:
     """What is really in use, before the first step."""
     config, backend, device = trainer.config, trainer.backend, trainer.world.device
     dtypes = ", ".join(f"{what} {str(dtype).removeprefix('torch.')}" for what, dtype in backend.dtypes().items())
-    head_dim = config.model.n_embd // config.model.n_head
-    fused_attention = flash_attention_runs(device, matmul_dtype(config.run.precision), head_dim)
     ceiling = trainer.throughput.ceiling_flops
     log.info("run       %s -> %s", config.run.name, config.run.out_dir)
     log.info("model     %s, %s parameters", config.model.preset, f"{parameter_count(config.model):,}")
@@ -108,10 +114,7 @@ def _announce(trainer: Trainer, resume_from: Path | None) -> None:
     log.info("backend   %s on %s, world size %d", backend.describe(), device.type, trainer.world.size)
     log.info("precision %s: %s", config.run.precision, dtypes)
     log.info("compile   %s", "on" if config.run.compile else "off")
-    if fused_attention:
-        log.info("attention fused kernel")
-    else:
-        log.warning("attention has no fused kernel for this device and dtype: plain matrix products")
+    log.info("attention %s", attention_kernel)
     log.info("ceiling   %.3g FLOP/s in matrix products, measured: what MFU is a share of", ceiling)
     log.info("start     %s", f"continues {resume_from}" if resume_from else "from scratch")
 

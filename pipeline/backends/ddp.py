@@ -37,7 +37,7 @@ class DdpBackend(TorchBackend):
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
-        if config.run.compile:
+        if config.run.compile is True:
             self.module.compile(dynamic=False)
 
     @property

@@ -59,7 +59,7 @@ class DeepSpeedBackend(Backend):
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         initial = _copies(model) if self.engine_is_bf16 else {}
         self.engine = self._start_engine(model, config, world, plan)
-        if config.run.compile:
+        if config.run.compile is True:
             self.engine.compile(compile_kwargs={"dynamic": False})
         self.state = state_of_stage(self.engine, self.stage, names, self.parameter_shapes)
         if initial:

@@ -58,14 +58,17 @@ def _mixed_precision(precision: str) -> MixedPrecisionPolicy:
 def _shard(model: GPT2, config: Config, world: World, policy: MixedPrecisionPolicy) -> nn.Module:
     """Shard block by block, then the embeddings and the last LayerNorm with the root.
 
-    ``wte`` and ``lm_head`` share one group, so the tie holds through gather and reshard.
+    ``wte`` and ``lm_head`` share one group, so the tie holds through gather and reshard. That group is needed at the
+    end of the forward and at the beginning of the backward pass, so between them it stays gathered.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     reshard = config.backend.fsdp.reshard_after_forward
     for block in model.h:
-        if config.run.compile:
+        if config.run.compile is True:
             block.compile(dynamic=False)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    if config.run.compile is True:
+        model.lm_head.compile(dynamic=False)
     root = AutocastModel(model, config.run.precision, world.device)
-    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return root

@@ -100,7 +100,10 @@ CONFIG_CASES = [
     ),
     config("fraction_for_integer", {"batch": {"micro_batch_size": 1.5}}, "micro_batch_size", "valid integer", "run.py"),
     config("true_for_integer", {"run": {"seed": True}}, "run.seed", "valid integer, found true", "run.py"),
-    config("one_for_true", {"run": {"compile": 1}}, "run.compile", "valid boolean, found 1", "run.py"),
+    config("one_for_true", {"data": {"verify": 1}}, "data.verify", "valid boolean, found 1", "run.py"),
+    config(
+        "word_for_auto", {"run": {"compile": "atuo"}}, "run.compile: Input should be 'auto', True or False", "run.py"
+    ),
     config(
         "null_for_number", {"optimizer": {"learning_rate": None}}, "optimizer.learning_rate", "valid number", "run.py"
     ),

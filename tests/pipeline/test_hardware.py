@@ -13,7 +13,6 @@ import torch
 from pipeline import hardware
 from pipeline.hardware import (
     compiler_works,
-    flash_attention_runs,
     matmul_dtype,
     measure_matmul_ceiling,
     peak_memory_bytes,
@@ -65,12 +64,3 @@ def test_a_working_compiler_is_used(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     monkeypatch.setattr(torch, "compile", lambda function: function)
     assert compiler_works(CPU)
     assert caplog.text == ""
-
-
-def test_a_missing_attention_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_kernel(*_: object, **__: object) -> torch.Tensor:
-        raise RuntimeError("No available kernel")
-
-    assert flash_attention_runs(CPU, torch.float32, head_dim=64)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", no_kernel)
-    assert not flash_attention_runs(CPU, torch.float32, head_dim=64)

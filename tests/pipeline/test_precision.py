@@ -38,7 +38,7 @@ def product_dtypes(model: GPT2, compute: nn.Module) -> set[torch.dtype]:
 
     hooks = [module.register_forward_hook(record) for module in model.modules() if isinstance(module, nn.Linear)]
     assert len(hooks) == 2 * 4 + 1
-    compute(*BATCH)
+    compute(BATCH[0])
     for hook in hooks:
         hook.remove()
     return seen

@@ -1,0 +1,52 @@
+"""What a machine can do at most: FLOP/s of matrix products and bytes/s of copies, by all processes at the same time.
+
+Run as a script by :mod:`benchmarks.train`, as the contenders are; prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+
+from benchmarks.train_setting import Setting
+from pipeline.cores import take_share_of_cores
+from pipeline.distributed import join_world
+from pipeline.hardware import matmul_dtype, measure_matmul_ceiling, synchronize
+
+_COPIED_BYTES = 1 << 28
+_ROUNDS = 5
+
+
+def measure_copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second read and written by copies from and to the device's own memory: the best of five."""
+    source = torch.ones(_COPIED_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    fastest_s = float("inf")
+    for _ in range(_ROUNDS + 1):  # the first touches the target's pages
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        fastest_s = min(fastest_s, time.perf_counter() - start)
+    return 2 * _COPIED_BYTES / fastest_s
+
+
+def main() -> None:
+    """Measure and print, on the main process."""
+    setting = Setting.from_json(sys.argv[1])
+    with join_world(setting.config().run) as world:
+        if world.device.type == "cpu":
+            take_share_of_cores(world)
+        dtype = matmul_dtype(setting.precision)
+        products = max(sum(world.gather(measure_matmul_ceiling(world.device, dtype))) for _ in range(_ROUNDS))
+        copies = sum(world.gather(measure_copy_bandwidth(world.device)))
+        if world.is_main:
+            name = torch.cuda.get_device_name() if world.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+            print(json.dumps({"flops": products, "bytes_per_s": copies, "device": name}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

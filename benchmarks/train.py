@@ -1,0 +1,262 @@
+"""How fast is training? This project against what people use, one process (or group) after another, in one run.
+
+python -m benchmarks.train                                             # what `make bench-train` runs: 30M parameters
+python -m benchmarks.train --layers 12 --heads 12 --width 768 --seq-len 1024 --batch 2
+python -m benchmarks.train --processes 2 --contenders ddp fsdp zero1
+python -m benchmarks.train --peer-command 'nanoGPT=cd ~/nanoGPT && python train.py --device={device} ...'
+
+All train on the same tokens, batch for batch, from the same weights, with AdamW, clipping and the same learning rate;
+what a --peer-command trains on and from is its own. Their losses must agree, or the run fails. FLOP/s of matrix
+products and the speed of copies are measured first and last. The table has medians over rows of steps, and quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.runs import REPOSITORY, TRAIN, make_corpus, ranks_command, train_arguments
+from benchmarks.train_command import PeerCommand
+from benchmarks.train_setting import Measured, Setting
+from pipeline.metrics import read_metrics
+from pipeline.model import flops_per_token, parameter_count
+
+OURS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
+PEERS = {
+    "transformers-loop": ["loop"],
+    "transformers-trainer": ["trainer"],
+    "transformers-loop-eager": ["loop", "--eager"],
+    "transformers-trainer-eager": ["trainer", "--eager"],
+}
+DEFAULT_CONTENDERS = ("ddp", "transformers-loop", "transformers-trainer")
+ALL_DOCUMENTS = 1_000_000
+
+#: Largest difference in nats between mean losses that counts as agreement: with the same batches and weights; and with
+#: batches and weights of one's own, where only the text is the same.
+LOSS_TOLERANCE, LOSS_TOLERANCE_OF_COMMANDS = 0.02, 0.5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine reached at one moment."""
+
+    flops: float
+    bytes_per_s: float
+    device: str
+
+    def __str__(self) -> str:
+        products, copies = f"{self.flops / 1e12:.3f} TFLOP/s", f"{self.bytes_per_s / 1e9:.1f} GB/s"
+        return f"{products} in matrix products, {copies} copied, {self.device}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A name and how it is measured."""
+
+    name: str
+    measure: Callable[[Setting], Measured]
+    loss_tolerance: float = LOSS_TOLERANCE
+
+
+def train_ours(config: str, setting: Setting) -> Measured:
+    """A run of ``launch/train.py`` as a person gives it, read from its ``metrics.jsonl``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "run")
+        _run_script(setting.processes, TRAIN, train_arguments(config, folder, setting.sections()))
+        return Measured.of_rows(read_metrics(folder), setting)
+
+
+def train_peer(arguments: Sequence[str], setting: Setting) -> Measured:
+    """A run of ``train_peers.py``."""
+    kind, *options = arguments
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = Path(scratch, "rows.jsonl")
+        script = REPOSITORY / "benchmarks" / "train_peers.py"
+        _run_script(setting.processes, script, [kind, setting.to_json(), str(rows), *options])
+        return Measured.of_rows([json.loads(line) for line in rows.read_text().splitlines()], setting)
+
+
+def measure_limits(setting: Setting) -> Limits:
+    """The machine's, by as many processes as train."""
+    output = _run_script(setting.processes, REPOSITORY / "benchmarks" / "machine_limits.py", [setting.to_json()])
+    return Limits(**json.loads(output.strip().splitlines()[-1]))
+
+
+def _run_script(processes: int, script: Path, arguments: Sequence[str]) -> str:
+    """What a script prints; threads are its own matter."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
+    command = ranks_command(processes, script, arguments)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{script.name} failed:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
+    return result.stdout
+
+
+def contenders_of(names: Sequence[str], commands: Sequence[PeerCommand]) -> list[Contender]:
+    """In the order of the command line; commands come last."""
+    named = [
+        Contender(name, partial(train_ours, name) if name in OURS else partial(train_peer, PEERS[name]))
+        for name in names
+    ]
+    return named + [Contender(command.name, command.run, LOSS_TOLERANCE_OF_COMMANDS) for command in commands]
+
+
+def run_rounds(contenders: Sequence[Contender], setting: Setting, rounds: int) -> dict[str, Measured]:
+    """Each contender once a round, every second round in reverse; rows of all rounds together."""
+    found: dict[str, Measured] = {}
+    for number in range(rounds):
+        for contender in contenders if number % 2 == 0 else reversed(contenders):
+            measured = contender.measure(setting)
+            if earlier := found.get(contender.name):
+                peaks = [peak for peak in (earlier.peak_bytes, measured.peak_bytes) if peak is not None]
+                step_ms = earlier.step_ms + measured.step_ms
+                measured = replace(measured, step_ms=step_ms, peak_bytes=max(peaks, default=None))
+            found[contender.name] = measured
+            rate = setting.tokens_per_step / statistics.median(measured.step_ms) * 1e3
+            print(f"round {number + 1}: {contender.name} {rate:,.0f} tokens/s", file=sys.stderr, flush=True)
+    return found
+
+
+def disagreements(contenders: Sequence[Contender], found: dict[str, Measured], warmup_steps: int) -> list[str]:
+    """One line for each contender whose losses are not those of the first."""
+    reference = found[contenders[0].name].losses
+    lines = []
+    for contender in contenders[1:]:
+        losses = found[contender.name].losses
+        steps = [step for step in reference if step in losses and step > warmup_steps]
+        if not steps:
+            lines.append(f"{contender.name} has no step in common with {contenders[0].name}")
+            continue
+        difference = abs(statistics.fmean(reference[step] - losses[step] for step in steps))
+        if not difference <= contender.loss_tolerance:
+            lines.append(
+                f"{contender.name}: mean loss differs from {contenders[0].name} by {difference:.3f} nats over "
+                f"{len(steps)} rows, allowed are {contender.loss_tolerance}"
+            )
+    return lines
+
+
+def table(contenders: Sequence[Contender], found: dict[str, Measured], setting: Setting, ceiling: float) -> list[str]:
+    """Markdown, a row a contender."""
+    config = setting.config()
+    flops = flops_per_token(config.model, config.seq_len)
+
+    def rate(milliseconds: float) -> float:
+        return setting.tokens_per_step / milliseconds * 1e3
+
+    fastest_ms = statistics.median(found[contenders[0].name].step_ms)
+    lines = [
+        f"| contender | tokens/s | quartiles | of the ceiling | peak memory | last loss | {contenders[0].name} is |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for contender in contenders:
+        measured = found[contender.name]
+        low, median, high = statistics.quantiles(measured.step_ms, n=4, method="inclusive")
+        peak = "not known" if measured.peak_bytes is None else f"{measured.peak_bytes / (1 << 30):.2f} GiB"
+        cells = [
+            contender.name,
+            f"{rate(median):,.0f}",
+            f"{rate(high):,.0f} - {rate(low):,.0f}",
+            f"{rate(median) * flops / ceiling:.1%}",
+            peak,
+            f"{measured.losses[max(measured.losses)]:.4f}",
+            f"{median / fastest_ms:.2f}x as fast",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def compare(contenders: Sequence[Contender], setting: Setting, rounds: int) -> int:
+    """Measure everything, print it; returns how many contenders' losses do not agree."""
+    before = measure_limits(setting)
+    found = run_rounds(contenders, setting, rounds)
+    after = measure_limits(setting)
+    model = setting.config().model
+    print(
+        f"{parameter_count(model) / 1e6:,.1f}M parameters ({setting.n_layer} layers, {setting.n_head} heads, "
+        f"{setting.n_embd} wide), {setting.micro_batch_size} x {setting.seq_len} tokens on each of {setting.processes} "
+        f"process(es), {setting.precision}, {setting.steps - setting.warmup_steps} steps after {setting.warmup_steps}, "
+        f"{rounds} round(s), torch {torch.__version__}\nfirst: {before}\nlast:  {after}\n"
+    )
+    print("\n".join(table(contenders, found, setting, max(before.flops, after.flops))))
+    wrong = disagreements(contenders, found, setting.warmup_steps)
+    print("\n" + ("\n".join(wrong) if wrong else "The losses agree."), flush=True)
+    return len(wrong)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens in a sequence")
+    parser.add_argument("--batch", type=int, default=8, help="sequences per process and step")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="amp_bf16", choices=["fp32", "amp_bf16", "bf16"], help="of this project")
+    parser.add_argument("--steps", type=int, default=20, help="that are counted")
+    parser.add_argument("--warmup-steps", type=int, default=5, help="that come before")
+    parser.add_argument("--steps-per-row", type=int, help="(default: 1 on a CPU, 5 on a GPU)")
+    parser.add_argument("--rounds", type=int, default=1, help="of all contenders; every second one in reverse")
+    parser.add_argument("--data", type=Path, help="a folder of token shards (default: the standard library's sources)")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        default=DEFAULT_CONTENDERS,
+        choices=[*OURS, *PEERS],
+        help="the others are compared with the first (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--peer-command",
+        type=PeerCommand.parse,
+        action="append",
+        default=[],
+        metavar="NAME=COMMAND",
+        help="another peer; docs/performance.md has the protocol and an example",
+    )
+    return parser.parse_args(arguments)
+
+
+def setting_of(arguments: argparse.Namespace, data: Path) -> Setting:
+    """What the command line asks for."""
+    return Setting(
+        data=str(data.absolute()),
+        n_layer=arguments.layers,
+        n_head=arguments.heads,
+        n_embd=arguments.width,
+        seq_len=arguments.seq_len,
+        micro_batch_size=arguments.batch,
+        processes=arguments.processes,
+        device=arguments.device,
+        precision=arguments.precision,
+        steps=arguments.warmup_steps + arguments.steps,
+        warmup_steps=arguments.warmup_steps,
+        steps_per_row=arguments.steps_per_row or (1 if arguments.device == "cpu" else 5),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Compare; a non-zero status if losses do not agree."""
+    arguments = parse_arguments(argv)
+    contenders = contenders_of(arguments.contenders, arguments.peer_command)
+    with tempfile.TemporaryDirectory() as scratch:
+        data = arguments.data or make_corpus(Path(scratch) / "data", ALL_DOCUMENTS)
+        failures = compare(contenders, setting_of(arguments, data), arguments.rounds)
+    return f"the losses of {failures} contenders do not agree" if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

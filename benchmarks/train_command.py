@@ -1,0 +1,130 @@
+"""Peers that only a command can start: it trains, prints a line a step, and the lines are read.
+
+The command is a template; in it stand ``{data}`` (a folder with ``train.bin`` and ``val.bin``, uint16 as nanoGPT has
+them), ``{n_layer}``, ``{n_head}``, ``{n_embd}``, ``{seq_len}``, ``{batch}`` (sequences per process and step),
+``{tokens_per_step}``, ``{steps}``, ``{learning_rate}``, ``{processes}``, ``{device}`` and ``{out}`` (an empty folder).
+A line counts as a step when it has a loss, and a time or a rate, in any of the forms
+
+    iter 7: loss 9.1234, time 1717.38ms, mfu 0.40%
+    step    7 | loss: 9.123400 | dt: 1717.38ms | tok/sec: 1192.49
+
+Its weights and batches are its own: its losses must come near the others', not equal them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from benchmarks.checkpoint_cost import peak_resident_bytes
+from benchmarks.train_setting import Measured, Setting
+from data_tools.formats import ConvertRequest, convert
+
+_NUMBER = r"[:=\s]+([\d.,]+(?:e[+-]?\d+)?)"
+_STEP = re.compile(rf"\b(?:iter|step){_NUMBER}", re.IGNORECASE)
+_LOSS = re.compile(rf"\b(?:train[_ ])?loss{_NUMBER}", re.IGNORECASE)
+_MILLISECONDS = re.compile(rf"\b(?:time|dt){_NUMBER}\s*ms\b", re.IGNORECASE)
+_RATE = re.compile(rf"\btok(?:ens?)?(?:/|_per_)s(?:ec)?{_NUMBER}", re.IGNORECASE)
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class PeerCommand:
+    """A name for the table, and the template."""
+
+    name: str
+    template: str
+
+    @classmethod
+    def parse(cls, text: str) -> PeerCommand:
+        """``NAME=COMMAND``, as on the command line."""
+        name, equals, template = text.partition("=")
+        if not (name and equals and template):
+            raise ValueError
+        return cls(name, template)
+
+    def run(self, setting: Setting) -> Measured:
+        """Train to the end.
+
+        Raises:
+            RuntimeError: it failed, or printed no steps; with what it said.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            data, out, log = Path(scratch, "data"), Path(scratch, "out"), Path(scratch, "log")
+            convert(ConvertRequest(source=Path(setting.data), out=data, to="nanogpt"))
+            out.mkdir()
+            with log.open("w") as output:
+                process = subprocess.Popen(
+                    self.filled(setting, data, out), shell=True, stdout=output, stderr=output, env=_environment()
+                )
+                peak = _watch(process)
+            text = log.read_text(errors="replace")
+        steps = list(read_steps(text.splitlines(), setting.tokens_per_step))
+        if process.returncode or not steps:
+            raise RuntimeError(f"{self.name} printed {len(steps)} steps, status {process.returncode}:\n{text[-3000:]}")
+        counted = [milliseconds for step, _, milliseconds in steps if step > setting.warmup_steps]
+        on_cpu = setting.device == "cpu"
+        return Measured({step: loss for step, loss, _ in steps}, counted, peak if on_cpu else None)
+
+    def filled(self, setting: Setting, data: Path, out: Path) -> str:
+        """The command line of a setting."""
+        return self.template.format(
+            data=data,
+            out=out,
+            n_layer=setting.n_layer,
+            n_head=setting.n_head,
+            n_embd=setting.n_embd,
+            seq_len=setting.seq_len,
+            batch=setting.micro_batch_size,
+            tokens_per_step=setting.tokens_per_step,
+            steps=setting.steps,
+            learning_rate=setting.learning_rate,
+            processes=setting.processes,
+            device=setting.device,
+        )
+
+
+def read_steps(lines: Iterable[str], tokens_per_step: int) -> Iterator[tuple[int, float, float]]:
+    """Step from 1, loss and milliseconds of the lines that have all three; the first such line is step 1."""
+    first: int | None = None
+    for line in lines:
+        step, loss, milliseconds, rate = (_number(p, line) for p in (_STEP, _LOSS, _MILLISECONDS, _RATE))
+        if milliseconds is None and rate:
+            milliseconds = tokens_per_step / rate * 1e3
+        if step is None or loss is None or milliseconds is None:
+            continue
+        first = int(step) if first is None else first
+        yield int(step) - first + 1, loss, milliseconds
+
+
+def _number(pattern: re.Pattern[str], line: str) -> float | None:
+    match = pattern.search(line)
+    return float(match[1].rstrip(".,").replace(",", "")) if match else None
+
+
+def _environment() -> dict[str, str]:
+    """In which ``python`` and ``torchrun`` are those of this project."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def _watch(process: subprocess.Popen[bytes]) -> int:
+    """Wait; the largest resident memory of any of its processes, in bytes."""
+    peak = 0
+    while process.poll() is None:
+        try:
+            children = psutil.Process(process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            break
+        peak = max([peak, *map(peak_resident_bytes, children)])
+        time.sleep(_POLL_S)
+    process.wait()
+    return peak

@@ -1,0 +1,229 @@
+"""transformers' GPT-2, trained as its users train it, on the batches and from the weights that this project has.
+
+Run as a script by :mod:`benchmarks.train`, in processes of its own: a plain loop, or Hugging Face's ``Trainer``; each
+with bf16 autocast, fused AdamW and torch.compile, or eager.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+
+from benchmarks.train_setting import Setting, write_row
+from pipeline.batch_plan import plan_batch
+from pipeline.config import Config
+from pipeline.cores import take_share_of_cores
+from pipeline.distributed import World, join_world
+from pipeline.hardware import peak_memory_bytes
+from pipeline.loader import TrainLoader
+from pipeline.model import build_model
+from pipeline.optimizer import build_adamw, set_learning_rate
+from pipeline.precision import autocast
+from pipeline.schedule import lr_at
+from pipeline.training_data import open_parts
+
+GIB = 1 << 30
+
+
+class RowClock:
+    """Writes a row after the first step and then once in ``steps_per_row``, as the trainer of this project does.
+
+    Args:
+        path: None: on the other ranks, which only take part in the sums.
+    """
+
+    def __init__(self, setting: Setting, world: World, path: Path | None) -> None:
+        self.setting, self.world, self.path = setting, world, path
+        self.started, self.counted = time.perf_counter(), 0
+
+    def count(self, loss: Tensor) -> None:
+        """One more step was queued; ``loss`` is this rank's mean, on the device."""
+        self.counted += 1
+        step = self.counted
+        if step != 1 and step % self.setting.steps_per_row:
+            return
+        value, now = self.world.sum(loss).item() / self.world.size, time.perf_counter()
+        steps = 1 if step <= self.setting.steps_per_row else self.setting.steps_per_row
+        if self.path:
+            peak_gib = peak_memory_bytes(self.world.device) / GIB
+            write_row(
+                self.path, step=step, loss=value, step_ms=(now - self.started) * 1e3 / steps, peak_memory_gib=peak_gib
+            )
+        self.started = time.perf_counter()
+
+
+def batches(config: Config, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's inputs and targets, (B, T) int64 in host memory, step by step."""
+    plan = plan_batch(config, world.size)
+    loader = TrainLoader(open_parts(config.data, config.model), plan, config.run.seed, world.rank)
+    for step in range(config.schedule.max_steps):
+        (micro_batch,) = loader.micro_batches(step * plan.samples_per_step)
+        yield micro_batch.to(torch.device("cpu"))
+
+
+def build_peer(config: Config) -> Any:
+    """``GPT2LMHeadModel`` with the weights that this project starts from."""
+    sizes = config.model
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=sizes.vocab_size,
+            n_positions=sizes.context_length,
+            n_embd=sizes.n_embd,
+            n_layer=sizes.n_layer,
+            n_head=sizes.n_head,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+        )
+    )
+    weights = {}
+    for name, weight in build_model(sizes, config.run.seed).state_dict().items():
+        if name in ("wte.weight", "lm_head.weight"):
+            weight = weight[: sizes.vocab_size]
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            weight = weight.T  # its Conv1D keeps (inputs, outputs)
+        weights[name if name == "lm_head.weight" else f"transformer.{name}"] = weight
+    model.load_state_dict(weights)
+    model.tie_weights()
+    return model
+
+
+def plain_loop(config: Config, world: World, clock: RowClock, *, compiled: bool) -> None:
+    """Forward with labels, backward, clip, step: what the documentation of transformers shows."""
+    model = build_peer(config).to(world.device).train()
+    module = DistributedDataParallel(model) if world.size > 1 else model
+    if compiled:
+        module.compile(dynamic=False)
+    optimizer = build_adamw(model.parameters(), config.optimizer, world.device)
+    lower = "fp32" if config.run.precision == "fp32" else "amp_bf16"
+    for step, (inputs, targets) in enumerate(batches(config, world)):
+        inputs, targets = (part.to(world.device, non_blocking=True) for part in (inputs, targets))
+        set_learning_rate(optimizer.param_groups, lr_at(step, config.optimizer, config.schedule))
+        with autocast(lower, world.device):
+            loss = module(input_ids=inputs, labels=targets, shift_labels=targets).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        clock.count(loss.detach())
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """What ``Trainer`` reads: it deals whole batches to the ranks in turn, and each rank has stored its own."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.size, self.world_size = config.batch.micro_batch_size, world.size
+        self.rows = [row for inputs, targets in batches(config, world) for row in zip(inputs, targets, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.world_size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        batch, place = divmod(index, self.size)
+        inputs, targets = self.rows[(batch // self.world_size) * self.size + place]
+        return {"input_ids": inputs, "labels": targets, "shift_labels": targets}
+
+
+class TimedTrainer(transformers.Trainer):
+    """``Trainer`` that reads samples in order and shows its losses to a clock."""
+
+    def __init__(self, clock: RowClock, **options: Any) -> None:
+        super().__init__(**options)
+        self.clock = clock
+
+    def _get_train_sampler(self, *_: Any) -> Sampler[int]:
+        assert isinstance(self.train_dataset, Windows)
+        return SequentialSampler(self.train_dataset)
+
+    def training_step(self, *arguments: Any, **options: Any) -> Tensor:
+        """The loss of the step before is complete when the next begins; of the last, when training ends."""
+        self.last_loss = super().training_step(*arguments, **options)
+        return self.last_loss
+
+
+class StepEnd(transformers.TrainerCallback):
+    """Told by ``Trainer`` of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.trainer: TimedTrainer | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count it."""
+        assert self.trainer
+        self.trainer.clock.count(self.trainer.last_loss.detach())
+
+
+def hugging_face_trainer(config: Config, world: World, clock: RowClock, folder: Path, *, compiled: bool) -> None:
+    """The same steps by ``transformers.Trainer``, with its own loop, autocast and compilation."""
+    on_cpu = world.device.type == "cpu"
+    model = build_peer(config)
+    optimizer = build_adamw(model.parameters(), config.optimizer, world.device)
+    share = partial(_share_of_peak, config)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=config.batch.micro_batch_size,
+        max_steps=config.schedule.max_steps,
+        max_grad_norm=config.optimizer.grad_clip,
+        bf16=config.run.precision != "fp32",
+        torch_compile=compiled,
+        use_cpu=on_cpu,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        ddp_backend="gloo" if on_cpu else "nccl",
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+        seed=config.run.seed,
+    )
+    callback = StepEnd()
+    callback.trainer = TimedTrainer(
+        clock,
+        model=model,
+        args=arguments,
+        train_dataset=Windows(config, world),
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)),
+        callbacks=[callback],
+    )
+    clock.started = time.perf_counter()
+    callback.trainer.train()
+
+
+def _share_of_peak(config: Config, step: int) -> float:
+    return lr_at(step, config.optimizer, config.schedule) / config.optimizer.learning_rate
+
+
+def main() -> None:
+    """Train one peer and write its rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=["loop", "trainer"])
+    parser.add_argument("setting", type=Setting.from_json)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--eager", action="store_true")
+    arguments = parser.parse_args()
+    setting: Setting = arguments.setting
+    config = setting.config()
+    needs_group = setting.processes > 1 or arguments.kind == "trainer"  # a variable of ours makes Trainer look for one
+    with join_world(config.run, process_group=needs_group) as world:
+        if world.device.type == "cpu":
+            take_share_of_cores(world)
+        clock = RowClock(setting, world, arguments.rows if world.is_main else None)
+        if arguments.kind == "loop":
+            plain_loop(config, world, clock, compiled=not arguments.eager)
+        else:
+            hugging_face_trainer(config, world, clock, arguments.rows.parent / "out", compiled=not arguments.eager)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What every contender of a training benchmark is given: model, batch, tokens, optimizer, steps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.runs import Sections, merged
+from pipeline.config import Config
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One comparison. It travels to the processes of contenders as JSON."""
+
+    data: str  # a folder of token shards
+    n_layer: int
+    n_head: int
+    n_embd: int
+    seq_len: int
+    micro_batch_size: int  # sequences per process; a step is one micro-batch
+    processes: int
+    device: str
+    precision: str
+    steps: int  # with the warm-up
+    warmup_steps: int  # not counted: compilers and caches settle
+    steps_per_row: int  # losses are read, and clocks with them, once in so many steps
+    learning_rate: float = 6e-4
+    seed: int = 1337
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all processes."""
+        return self.processes * self.micro_batch_size * self.seq_len
+
+    def sections(self) -> Sections:
+        """The same as a run config: constant learning rate after a few steps, no validation."""
+        return {
+            "run": {"device": self.device, "precision": self.precision, "seed": self.seed, "compile": True},
+            "model": {
+                "n_layer": self.n_layer,
+                "n_head": self.n_head,
+                "n_embd": self.n_embd,
+                "context_length": self.seq_len,
+            },
+            "data": {"path": self.data, "verify": False},
+            "batch": {"tokens_per_step": self.tokens_per_step, "micro_batch_size": self.micro_batch_size},
+            "optimizer": {"learning_rate": self.learning_rate},
+            "schedule": {"warmup_steps": 5, "max_steps": self.steps, "min_lr_ratio": 1.0},
+            "checkpoint": {"every_steps": self.steps, "asynchronous": False},
+            "evaluation": {"tasks": []},
+            "logging": {"every_steps": self.steps_per_row, "tensorboard": False},
+        }
+
+    def config(self, *layers: Sections) -> Config:
+        """The config that ``sections`` stand for, with others over them."""
+        return Config.model_validate(merged(self.sections(), *layers))
+
+    def to_json(self) -> str:
+        """For the command line of a contender."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Setting:
+        """What ``to_json`` wrote."""
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a contender did, row by row; a row stands for ``steps_per_row`` steps."""
+
+    losses: dict[int, float]  # by step: the mean over a step's targets, in nats
+    step_ms: list[float]  # of the rows after the warm-up
+    peak_bytes: int | None  # of the process that used most: resident on a CPU, allocated on a GPU; None: not known
+
+    @classmethod
+    def of_rows(cls, rows: list[dict[str, Any]], setting: Setting) -> Measured:
+        """From rows as ``metrics.jsonl`` has them."""
+        trained = [row for row in rows if "loss" in row]
+        counted = [row["step_ms"] for row in trained if row["step"] > setting.warmup_steps]
+        peak = max(row["peak_memory_gib"] for row in trained)
+        return cls({row["step"]: row["loss"] for row in trained}, counted, int(peak * (1 << 30)))
+
+
+def write_row(path: Path, **row: float) -> None:
+    """Add a row to a file that ``Measured.of_rows`` will be given."""
+    with path.open("a", encoding="utf-8") as rows:
+        rows.write(json.dumps(row) + "\n")

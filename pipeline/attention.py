@@ -1,0 +1,88 @@
+"""Causal self-attention: which of torch's ways is the fastest here. The mathematics is the same."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+log = logging.getLogger(__name__)
+
+#: Compiled for a CPU, attention takes its queries in so many blocks; keys that all lie ahead are left out.
+QUERY_BLOCKS = 4
+#: Tokens up to which the blocks were measured to be faster; their memory grows with the square.
+LONGEST_IN_BLOCKS = 1024
+
+_FLASH, _CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+_SLOWER = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_HOPPER = (9, 0)  # compute capability; from here on cuDNN's kernel is ahead of flash attention 2
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, where no token sees a later one.
+
+    Args:
+        q: queries, (B, H, T, D); ``k`` and ``v`` likewise.
+        dropout: on the attention weights.
+
+    Returns:
+        (B, H, T, D) in the dtype of ``q``.
+    """
+    T = q.shape[2]
+    in_blocks = torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout
+    if in_blocks and T % QUERY_BLOCKS == 0 and T <= LONGEST_IN_BLOCKS:
+        return attention_in_blocks(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
+
+def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same as plain matrix products, block of queries by block; the compiler fuses what is between them."""
+    T, D = q.shape[2:]
+    width = T // QUERY_BLOCKS
+    blocks = []
+    for start in range(0, T, width):
+        stop = start + width
+        queries, keys = torch.arange(start, stop, device=q.device), torch.arange(stop, device=q.device)
+        scores = (q[:, :, start:stop] @ k[:, :, :stop].transpose(-1, -2)).float() / math.sqrt(D)  # (B, H, width, stop)
+        scores = scores.masked_fill(keys > queries[:, None], -math.inf)
+        blocks.append(scores.softmax(dim=-1).to(v.dtype) @ v[:, :, :stop])
+    return torch.cat(blocks, dim=2)
+
+
+@contextmanager
+def fastest_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Iterator[str]:
+    """Inside, torch's attention runs its fastest kernel that this device has for such heads.
+
+    Yields:
+        The kernel's name, as torch itself says it will choose; ``MATH`` is none, and logged as a warning.
+    """
+    q = torch.zeros(1, 1, 128, head_dim, device=device, dtype=dtype, requires_grad=True)
+    fused = next((kernel for kernel in _preferred(device) if _runs(kernel, q)), None)
+    kernels = ([fused] if fused else []) + _SLOWER
+    with sdpa_kernel(kernels, set_priority=True):
+        chosen = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
+        assert fused in (None, chosen), f"torch chose {chosen} where {fused} runs"
+        if chosen == SDPBackend.MATH:
+            log.warning("attention has no fused kernel for this device and dtype: plain matrix products")
+        yield chosen.name
+
+
+def _preferred(device: torch.device) -> list[SDPBackend]:
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _HOPPER
+    return [_CUDNN, _FLASH] if hopper else [_FLASH, _CUDNN]
+
+
+def _runs(kernel: SDPBackend, q: Tensor) -> bool:
+    """Whether forward and backward work; a kernel that is not built in, or not for such heads, raises."""
+    try:
+        with sdpa_kernel([kernel]):
+            F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,68 @@
+"""Where the time of a step goes: a trace of a few steps, and the table of what took longest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+log = logging.getLogger(__name__)
+
+PROFILE_FOLDER, TRACE_FILE, TABLE_FILE = "profile", "trace.json", "top_kernels.txt"
+#: Steps before: compilation, the allocators' first blocks, and one in which the profiler itself warms up.
+SETTLING_STEPS = 5
+_ROWS, _LOGGED_ROWS, _LONGEST_NAME = 40, 8, 90
+
+
+class StepProfile:
+    """Traces steps of this process with torch's profiler.
+
+    Args:
+        run_folder: gets ``profile/`` with a Chrome trace (chrome://tracing, ui.perfetto.dev) and a table.
+        device: whose kernels are traced beside the CPU's operators.
+        steps: how many; 0: none, and nothing costs anything.
+    """
+
+    def __init__(self, run_folder: Path, device: torch.device, steps: int) -> None:
+        self._folder = run_folder / PROFILE_FOLDER
+        self._device = device
+        self._steps = steps
+        self._profiler: profile | None = None
+        self._written = False
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around the steps; what was traced by its end is written."""
+        if not self._steps:
+            yield
+            return
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device.type == "cuda")
+        plan = schedule(wait=SETTLING_STEPS - 1, warmup=1, active=self._steps, repeat=1)
+        with profile(activities=activities, schedule=plan, on_trace_ready=self._write) as profiler:
+            self._profiler = profiler
+            yield
+        self._profiler = None
+        if not self._written:
+            log.warning("no profile: it begins after %d steps, and the run ended before", SETTLING_STEPS)
+
+    def count_step(self) -> None:
+        """One more optimizer step was queued."""
+        if self._profiler:
+            self._profiler.step()
+
+    def _write(self, profiler: profile) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        trace, table = self._folder / TRACE_FILE, self._folder / TABLE_FILE
+        profiler.export_chrome_trace(str(trace))
+        averages = profiler.key_averages()
+        own_time = "self_device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
+        table.write_text(averages.table(sort_by=own_time, row_limit=_ROWS, max_name_column_width=100), encoding="utf-8")
+        self._written = True
+        log.info("profile of %d steps: %s, %s; what took longest:", self._steps, trace, table)
+        whole_us = sum(getattr(row, own_time) for row in averages)
+        for row in sorted(averages, key=lambda row: getattr(row, own_time), reverse=True)[:_LOGGED_ROWS]:
+            log.info("  %5.1f%%  %s", 100 * getattr(row, own_time) / whole_us, row.key[:_LONGEST_NAME])
