@@ -1,1 +1,1 @@
-"""Stage 3: from a checkpoint to numbers. One file a task, registered in ``tasks``."""
+"""Stage 3: from a checkpoint to numbers. ``tasks`` runs them, ``catalogue`` names them, ``scoring`` scores."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.evaluation.requests import Request
 
-LEAST_SAVING = 0.1  # of tokens, for which rows are laid out as trees; below, their attention costs more than it saves
+LEAST_SAVING = 0.1  # of tokens, for which rows are laid out as trees, whose mask has slower attention kernels
 
 
 @dataclass
