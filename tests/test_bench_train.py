@@ -63,7 +63,7 @@ def test_lines_of_peers_are_read(text: str, steps: list[tuple[int, float, float]
 def test_compiled_training_and_transformers_follow_the_eager_curve(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same batches and weights; blocks of queries, fused loss and chunks of the loss all change nothing."""
+    """The same batches and weights; blocks of queries and the fused loss change nothing."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     eager = curve_of("ddp", tmp_path / "eager", merged(setting.sections(), {"run": {"compile": False}}))
     compiled = train_ours("ddp", setting)
