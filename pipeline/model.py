@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import ModelConfig
+from pipeline.key_value_cache import KeyValueCache
 from pipeline.seeds import derive_seed
 
 IGNORE_INDEX = -100  # a target that is not scored; torch's own default
@@ -28,19 +29,23 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, C/H)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, C/H)
+        if cache is None:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, C/H)
+        else:
+            y = cache.attend(self.layer, q, k, v)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -60,21 +65,21 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-LayerNorm: the residual stream itself is never normalised."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.recompute = config.activation_checkpointing
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._residual_branches, x, use_reentrant=False)
-        return self._residual_branches(x)
+            return checkpoint(self._residual_branches, x, cache, use_reentrant=False)
+        return self._residual_branches(x, cache)
 
-    def _residual_branches(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def _residual_branches(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -87,7 +92,7 @@ class GPT2(nn.Module):
         rows = padded_vocab_size(config.vocab_size)
         self.wte = nn.Embedding(rows, config.n_embd)
         self.wpe = nn.Embedding(config.context_length, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
         self.lm_head.weight = self.wte.weight
@@ -111,20 +116,39 @@ class GPT2(nn.Module):
         )
         return losses.sum()  # torch sums pairwise: the error stays at the rounding of one addition
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
-        """The normalised residual stream after the last block, (B, T, C)."""
-        x = self.wte(tokens) + self.wpe(self._positions(tokens))  # (B, T, C)
+    def next_token_logits(self, tokens: Tensor, lengths: list[int], cache: KeyValueCache) -> Tensor:
+        """Logits of the token that follows each row, (B, V), in the compute dtype.
+
+        Args:
+            tokens: (B, T): into an empty cache whole rows, padded on the right; then (B, 1), what follows them.
+            lengths: of the rows in ``tokens`` without the padding.
+            cache: remembers the tokens.
+        """
+        cache.expect(lengths)
+        x = self.hidden_states(tokens, cache)  # (B, T, C)
+        cache.advance()
+        rows = torch.arange(len(lengths), device=x.device)
+        last = torch.tensor(lengths, device=x.device) - 1
+        return self.lm_head(x[rows, last])[:, : self.config.vocab_size]
+
+    def hidden_states(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """The normalised residual stream after the last block, (B, T, C); see ``next_token_logits`` for the cache."""
+        x = self.wte(tokens) + self.wpe(self._positions(tokens, cache))  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
-            x = block(x)
+            x = block(x, cache)
         return self.ln_f(x)
 
-    def _positions(self, tokens: Tensor) -> Tensor:
+    def _positions(self, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
         """Places in the window, (T,); or in the text, (B, T), where positions start at 0 again with each."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
+        if cache is not None:
+            places = places + cache.first_slots()  # (B, T)
         if self.config.reset_positions_at is None:
             return places
         starts = torch.where(tokens == self.config.reset_positions_at, places, 0).cummax(dim=1).values
+        if cache is not None:
+            starts = cache.carry_text_starts(starts)
         return places - starts
 
     def assert_tied(self) -> None:
