@@ -60,6 +60,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.checkpoint.background",
         "pipeline.checkpoint.conversion",
         "pipeline.checkpoint.folder",
+        "pipeline.checkpoint.foreign",
         "pipeline.checkpoint.inventory",
         "pipeline.checkpoint.loading",
         "pipeline.checkpoint.nanogpt",
@@ -68,10 +69,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.checkpoint.retention",
         "pipeline.checkpoint.saving",
         "pipeline.checkpoint.snapshot",
+        "pipeline.checkpoint.tensor_stream",
         "pipeline.checkpoint.verification",
         "pipeline.continuation",
         "pipeline.evaluation.tasks",
         "pipeline.evaluation.validation",
+        "pipeline.hugging_face",
+        "pipeline.hugging_face.exporting",
+        "pipeline.hugging_face.hub",
+        "pipeline.hugging_face.importing",
+        "pipeline.hugging_face.layout",
+        "pipeline.hugging_face.model_card",
+        "pipeline.hugging_face.tokenizer_files",
         "pipeline.resuming",
         "pipeline.run_record",
         "pipeline.trainer",
@@ -206,6 +215,11 @@ def test_no_concrete_backend_outside_backends() -> None:
 
 def test_deepspeed_is_imported_in_one_file() -> None:
     assert importers_of("deepspeed") == {"pipeline.backends.deepspeed_zero"}
+
+
+def test_transformers_is_for_tests_and_the_hub_is_asked_in_one_file() -> None:
+    assert importers_of("transformers") == set()
+    assert importers_of("huggingface_hub") == {"pipeline.hugging_face.hub"}
 
 
 def test_only_backends_wrap_models() -> None:
