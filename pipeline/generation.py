@@ -63,9 +63,9 @@ def generate_batch(
         logits = decoder.next_token_logits(list(texts.values()))
         drawn = {row: draw(logits[i], sampling, generators[row]) for i, row in enumerate(texts)}
         tokens = {row: token for row, token in drawn.items() if token != end_of_text}
+        going_on = {row: token for row, token in tokens.items() if not is_last(row, token)}
         if tokens:
             yield tokens
-        going_on = {row: token for row, token in tokens.items() if not is_last(row, token)}
         if not going_on:
             return
         if len(going_on) < len(texts):
