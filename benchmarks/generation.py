@@ -1,5 +1,7 @@
 """Generation against ``transformers``: tokens per second on this machine's CPU, the same greedy texts.
 
+python -m benchmarks.generation      # alone on the machine
+
 Both have the same random weights of GPT-2 124M and continue the same prompts by as many tokens. ``transformers`` runs
 in each of its settings that could be its best: attention by scaled_dot_product_attention or its own, its growing
 cache, and its static cache under ``torch.compile``. Prefill is part of the time, compiling is not.
@@ -12,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -94,7 +97,8 @@ def their_contender(model: GPT2, dtype: torch.dtype, attention: str, compiled: b
     sizes = to_config_json(model.config, "float32")
     config = transformers.GPT2Config(**{key: sizes[key] for key in ("n_layer", "n_head", "n_embd", "n_positions")})
     config._attn_implementation = attention
-    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs: Any = transformers.GPT2LMHeadModel(config)
+    theirs.eval()
     for name, weight in model.named_parameters():
         stored = weight.detach()[: model.config.vocab_size] if name == "wte.weight" else weight.detach()
         parameter = theirs.get_parameter(hugging_face_name(name))
@@ -102,7 +106,7 @@ def their_contender(model: GPT2, dtype: torch.dtype, attention: str, compiled: b
             parameter.copy_(stored.t() if is_transposed(name) else stored)
     theirs.to(dtype)
     theirs.generation_config.eos_token_id = None  # it goes on, as ours does
-    options = {"do_sample": False, "pad_token_id": 0}
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
     if compiled:
         options["cache_implementation"] = "static"
         options["compile_config"] = transformers.CompileConfig(mode="default", fullgraph=False, dynamic=False)
