@@ -303,29 +303,7 @@ COMMAND_LINE_CASES = [
         "nan_temperature", "generate.py --checkpoint trained --temperature nan", "--temperature", "a number from 0"
     ),
     command("hot", "generate.py --checkpoint trained --top-p 1.5", "--top-p", "must be above 0 and at most 1"),
-    Case("empty_stop", ("generate.py", "--checkpoint", "trained", "--stop", ""), "--stop", "at least one character"),
-    command(
-        "prompt_and_loop",
-        "generate.py --checkpoint trained --prompt a --interactive",
-        "--prompt",
-        "give one of the two",
-    ),
-    command("two_ways", "export.py --checkpoint trained --from-hf x --out new", "--from-hf", "not allowed with"),
-    command("no_way", "export.py --out new", "--checkpoint --from-hf", "is required"),
-    command("export_without_out", "export.py --checkpoint trained", "--out", "required"),
-    command(
-        "dtype_of_an_import", "export.py --from-hf data --out new --dtype bfloat16", "--dtype", "always in float32"
-    ),
-    command("export_into_a_used_folder", "export.py --checkpoint trained --out data", "data already", "not an empty"),
-    command(
-        "export_below_a_file", "export.py --checkpoint trained --out file/out", "cannot write file/out", "Not a dir"
-    ),
-    command(
-        "export_of_nothing", "export.py --checkpoint empty --out new", "empty: no checkpoint here", "expected a run"
-    ),
-    command("import_of_nothing", "export.py --from-hf empty --out new", "empty/config.json", "a Hugging Face model"),
     command("import_of_a_path", "export.py --from-hf ./no --out new", "--from-hf ./no: no such folder", "a hub name"),
-    command("import_into_a_run", "export.py --from-hf data --out trained", "--out: trained already", "another folder"),
     command("no_processes", "run.py --config good.json --processes 0", "--processes", "must be at least 1, it is 0"),
     command("unknown_source", "tokenize_corpus.py --source csv --out new", "'csv'", "'jsonl'"),
 ]

@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.nn.functional as F
 
 import launch.generate
 from benchmarks.runs import REPOSITORY, child_environment
 from data_tools.tokenizer import load_tokenizer
 from launch.cli import run_command
-from pipeline import few_row_linear
+from pipeline import continuation, few_row_linear
 from tests.pipeline.hugging_face.conftest import restless, save_in_pieces, text_config
 
 GREEDY = ["--temperature", "0", "--max-new-tokens", "12"]
@@ -37,16 +38,16 @@ class Command:
         self.run_folder, self.monkeypatch, self.capsys = run_folder, monkeypatch, capsys
         monkeypatch.setattr(launch.generate, "start_logging", lambda: None)  # would outlive the call
 
-    def __call__(self, *arguments: str, typed: str = "") -> str:
-        """What it prints, given what is typed."""
+    def __call__(self, *arguments: str, typed: str = "", status: int = 0) -> str:
+        """What it prints, given what is typed; its error, if it fails."""
         command = ["generate.py", "--checkpoint", str(self.run_folder), "--device", "cpu", *arguments]
         self.monkeypatch.setattr(sys, "argv", command)
         self.monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
         with pytest.raises(SystemExit) as ended:
             run_command(launch.generate.main)
         shown = self.capsys.readouterr()
-        assert ended.value.code == 0, shown.err
-        return shown.out
+        assert ended.value.code == status, shown.err
+        return shown.err if status else shown.out
 
 
 @pytest.fixture
@@ -82,13 +83,30 @@ def test_in_bf16(command: Command) -> None:
 
 
 def test_compiled_the_text_is_the_same(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the seconds that compiling takes: tests/pipeline/test_few_row_linear.py does it."""
     calls = []
-    layer = few_row_linear.FewRowLinear.forward
-    monkeypatch.setattr(few_row_linear.FewRowLinear, "forward", lambda *x: calls.append(1) or layer(*x))
+    monkeypatch.setattr(continuation, "compiler_works", lambda device: True)
+    monkeypatch.setattr(few_row_linear, "_compiled_product", lambda: lambda *x: calls.append(1) or F.linear(*x))
     plain = command(*GREEDY, "--prompt", "Hello")
     assert not calls
     assert command(*GREEDY, "--prompt", "Hello", "--compile") == plain
     assert calls
+
+
+def test_without_a_compiler_it_writes_all_the_same(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(continuation, "compiler_works", lambda device: False)
+    assert command(*GREEDY, "--prompt", "Hello", "--compile") == command(*GREEDY, "--prompt", "Hello")
+
+
+def test_a_mistake_is_one_line(command: Command) -> None:
+    for arguments, expected in (
+        (("--stop", ""), "--stop: an empty text"),
+        (("--prompt", "a", "--interactive"), "--prompt: with --interactive prompts come from the terminal"),
+        (("--top-p", "0"), "--top-p: must be above 0 and at most 1"),
+        (("--precision", "fp8"), "--precision: invalid choice: 'fp8'"),
+    ):
+        error = command(*arguments, status=2)
+        assert error.startswith("error: ") and expected in error and len(error.splitlines()) == 1, error
 
 
 def test_one_prompt_after_the_other(command: Command) -> None:
