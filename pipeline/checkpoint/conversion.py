@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,15 +16,16 @@ from torch import Tensor
 from data_tools.storage import fsync_file, sha256_of_file, write_json_durably
 from pipeline.checkpoint.folder import (
     MANIFEST_FILE,
+    TrainingState,
     checkpoint_folder,
     list_checkpoints,
     pieces_file,
     read_manifest,
     read_state,
 )
-from pipeline.checkpoint.foreign import ForeignCheckpoint
+from pipeline.checkpoint.foreign import ForeignCheckpoint, Parts
 from pipeline.checkpoint.nanogpt import read_nanogpt
-from pipeline.checkpoint.pieces import KINDS, WEIGHT, Piece, PieceIndex, index_pieces, piece_key
+from pipeline.checkpoint.pieces import KINDS, WEIGHT, Piece, index_pieces, piece_key
 from pipeline.checkpoint.retention import aside_path
 from pipeline.checkpoint.saving import (
     Files,
@@ -31,7 +33,6 @@ from pipeline.checkpoint.saving import (
     SavedCheckpoint,
     make_room,
     publish_checkpoint,
-    write_checkpoint,
     write_metadata,
 )
 from pipeline.checkpoint.snapshot import Snapshot
@@ -71,17 +72,15 @@ def convert(source: Path, run_folder: Path) -> Conversion:
         ConfigError: the source's config is none of this program's, or a run is using the folder.
     """
     expect_unused(run_folder)
-    return (
-        write_foreign(read_nanogpt(source, run_folder), run_folder)
-        if source.is_file()
-        else _convert_own(source, run_folder)
-    )
+    if source.is_file():
+        return write_foreign(read_nanogpt(source, run_folder), run_folder)
+    return _convert_own(source, run_folder)
 
 
 def write_foreign(found: ForeignCheckpoint, run_folder: Path) -> Conversion:
     """Make a run folder of another program's checkpoint; raises as ``convert``."""
     with _occupied(run_folder, found.config):
-        saved = write_checkpoint(run_folder, found.snapshot, dump_config(found.config), _ALONE, keep_last=1)
+        saved = _save(run_folder, found.state, found.shapes, dump_config(found.config), found.parts)
     return Conversion(saved, found.notes)
 
 
@@ -93,17 +92,33 @@ def _convert_own(source: Path, run_folder: Path) -> Conversion:
     config = config_from_json(stored, origin=str(folder / "state.json"))
     config = config.model_copy(update={"run": config.run.model_copy(update={"out_dir": str(run_folder)})})
     pieces, shapes = index_pieces(folder, manifest), manifest["parameters"]
+    kinds = {"weights": [WEIGHT], "moments": [kind for kind in KINDS if kind != WEIGHT]}
+    parts = {
+        part: {
+            piece_key(kind, name, None): _streamed(shape, pieces[kind][name])
+            for kind in kinds[part]
+            for name, shape in shapes.items()
+        }
+        for part in kinds
+    }
+    with _occupied(run_folder, config):
+        return Conversion(_save(run_folder, state, shapes, stored, parts), [])
+
+
+def _save(
+    run_folder: Path, state: TrainingState, shapes: dict[str, list[int]], stored: dict[str, Any], parts: Parts
+) -> SavedCheckpoint:
+    """Write a checkpoint tensor by tensor; ``stored`` is its config."""
     started = time.perf_counter()
     target = checkpoint_folder(run_folder, state.step)
     aside = aside_path(target)
-    with _occupied(run_folder, config):
-        attempt = SaveAttempt(_ALONE, aside)
-        attempt.on_main(lambda: make_room(aside))
-        files = attempt.on_all(lambda: _write_whole(aside, pieces, shapes))
-        attempt.on_main(lambda: write_metadata(aside, Snapshot(state, shapes, {}), stored, _ALONE.size, files))
-        attempt.on_main(lambda: publish_checkpoint(aside, target))
+    attempt = SaveAttempt(_ALONE, aside)
+    attempt.on_main(lambda: make_room(aside))
+    files = attempt.on_all(lambda: _write_parts(aside, parts))
+    attempt.on_main(lambda: write_metadata(aside, Snapshot(state, shapes, {}), stored, _ALONE.size, files))
+    attempt.on_main(lambda: publish_checkpoint(aside, target))
     written = sum(entry["bytes"] for entry in files.values())
-    return Conversion(SavedCheckpoint(target, {_ALONE.rank: written}, time.perf_counter() - started), [])
+    return SavedCheckpoint(target, {_ALONE.rank: written}, time.perf_counter() - started)
 
 
 def expect_unused(run_folder: Path) -> None:
@@ -127,17 +142,11 @@ def _occupied(run_folder: Path, config: Config) -> Iterator[None]:
         yield
 
 
-def _write_whole(aside: Path, pieces: PieceIndex, shapes: dict[str, list[int]]) -> Files:
+def _write_parts(aside: Path, parts: Parts) -> Files:
     """The two files of a single rank, durable and read back; returns their manifest entries."""
-    kinds = {"weights": [WEIGHT], "moments": [kind for kind in KINDS if kind != WEIGHT]}
     files = {}
-    for part in kinds:
+    for part, tensors in parts.items():
         path = aside / pieces_file(_ALONE.rank, part)
-        tensors = {
-            piece_key(kind, name, None): _streamed(shape, pieces[kind][name])
-            for kind in kinds[part]
-            for name, shape in shapes.items()
-        }
         digest = write_tensors(path, dict(sorted(tensors.items())))
         fsync_file(path)
         if sha256_of_file(path) != digest:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.folder import TrainingState
 from pipeline.checkpoint.pieces import EXP_AVG, EXP_AVG_SQ, WEIGHT, piece_key
-from pipeline.checkpoint.snapshot import Snapshot
+from pipeline.checkpoint.tensor_stream import StreamedTensor
 from pipeline.config import MODEL_PRESETS, Config, ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.model import allocate_model
@@ -25,6 +25,7 @@ _COMPILED_PREFIX = "_orig_mod."  # of a model that torch.compile had wrapped
 _PREFIX = "transformer."
 _MASK_SUFFIXES = (".attn.bias", ".attn.masked_bias")  # the causal mask, which some versions keep as buffers
 
+Parts = dict[str, dict[str, StreamedTensor]]  # weights or moments -> key -> tensor
 Moments = dict[str, dict[str, Tensor]]  # EXP_AVG or EXP_AVG_SQ -> parameter -> tensor, as in the file
 
 
@@ -32,7 +33,9 @@ Moments = dict[str, dict[str, Tensor]]  # EXP_AVG or EXP_AVG_SQ -> parameter -> 
 class ForeignCheckpoint:
     """What another program's checkpoint is here."""
 
-    snapshot: Snapshot
+    state: TrainingState
+    shapes: dict[str, list[int]]  # of our parameters, by canonical name
+    parts: Parts
     config: Config
     notes: list[str]  # what a person should know of the translation
 
@@ -145,38 +148,27 @@ def preset_of(sizes: dict[str, int]) -> dict[str, str]:
     return {"preset": preset} if preset else {}
 
 
-def snapshot_of(
-    state: TrainingState, shapes: dict[str, list[int]], weights: Mapping[str, Tensor], moments: Moments
-) -> Snapshot:
-    """As a single rank would have it; what the file lacks is zero. Tensors that are fp32 already stay mapped."""
-    parts = {
-        "weights": {piece_key(WEIGHT, name, None): _filled(weights.get(name), shape) for name, shape in shapes.items()},
+def streamed_parts(shapes: dict[str, list[int]], weights: Mapping[str, Tensor], moments: Moments) -> Parts:
+    """What a single rank would have written; what the file lacks is zero. Nothing is read or copied yet."""
+    return {
+        "weights": {piece_key(WEIGHT, name, None): _streamed(weights.get(name), shapes[name]) for name in shapes},
         "moments": {
-            piece_key(kind, name, None): _filled(moments.get(kind, {}).get(name), shape)
+            piece_key(kind, name, None): _streamed(moments.get(kind, {}).get(name), shapes[name])
             for kind in (EXP_AVG, EXP_AVG_SQ)
-            for name, shape in shapes.items()
+            for name in shapes
         },
     }
-    return Snapshot(state, shapes, {part: _unshared(tensors) for part, tensors in parts.items()})
+
+
+def _streamed(tensor: Tensor | None, shape: list[int]) -> StreamedTensor:
+    return StreamedTensor(shape, torch.float32, lambda: [_filled(tensor, shape)])
 
 
 def _filled(tensor: Tensor | None, shape: list[int]) -> Tensor:
-    """As fp32, with rows of zeros for those that the file lacks."""
+    """With rows of zeros for those that the file lacks."""
     if tensor is not None and list(tensor.shape) == shape:
-        return tensor.to(torch.float32).contiguous()
+        return tensor
     filled = torch.zeros(shape)
     if tensor is not None:
         filled[: tensor.shape[0]] = tensor
     return filled
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same, each in memory of its own: safetensors stores no views."""
-    seen: set[int] = set()
-    unshared = {}
-    for key, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        is_view = storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes
-        seen.add(storage.data_ptr())
-        unshared[key] = tensor.clone() if is_view else tensor
-    return unshared

@@ -23,7 +23,7 @@ from pipeline.checkpoint.foreign import (
     load_pickled_tensors,
     model_shapes,
     preset_of,
-    snapshot_of,
+    streamed_parts,
     without_head,
 )
 from pipeline.checkpoint.pieces import EXP_AVG, EXP_AVG_SQ
@@ -68,7 +68,7 @@ def read_nanogpt(path: Path, run_folder: Path) -> ForeignCheckpoint:
         notes.append("biases: none in the file; they are zero, and training moves them from there")
     if not moments:
         notes.append("moments: none in the file; they are zero")
-    return ForeignCheckpoint(snapshot_of(state, shapes, weights, moments), config, notes)
+    return ForeignCheckpoint(state, shapes, streamed_parts(shapes, weights, moments), config, notes)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pipeline.checkpoint.foreign import (
     expect_shapes,
     load_pickled_tensors,
     model_shapes,
-    snapshot_of,
+    streamed_parts,
     without_head,
 )
 from pipeline.config import Config
@@ -61,7 +61,7 @@ def read_folder(folder: Path, run_folder: Path) -> ForeignCheckpoint:
     state = TrainingState(
         step=0, samples=0, tokens=0, updates=0, loss_scale=None, loss_scale_good_steps=0, seed=config.run.seed
     )
-    return ForeignCheckpoint(snapshot_of(state, shapes, weights, {}), config, notes)
+    return ForeignCheckpoint(state, shapes, streamed_parts(shapes, weights, {}), config, notes)
 
 
 def _read_weights(folder: Path, config: Config) -> dict[str, Tensor]:
