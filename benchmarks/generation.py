@@ -10,6 +10,7 @@ cache, and its static cache under ``torch.compile``. Prefill is part of the time
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -17,9 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from pipeline.config import ModelConfig
-from pipeline.few_row_linear import use_few_row_products
+from pipeline.few_row_linear import compiled_product, use_few_row_products
 from pipeline.generation import generate_batch
 from pipeline.hugging_face.layout import hugging_face_name, is_transposed, to_config_json
 from pipeline.model import GPT2, build_model
@@ -28,8 +32,10 @@ from pipeline.sampling import Sampling
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT_TOKENS = 32
 ROUNDS = 3
+PRODUCT_ROUNDS = 20
 
 Texts = list[list[int]]
+Product = Callable[[nn.Linear], Tensor]
 Contender = Callable[[Texts, int], Texts]  # prompts and a number of tokens -> what comes after them
 
 
@@ -48,26 +54,59 @@ def main() -> None:
     parser.add_argument("--preset", default="gpt2", help="the model (default: %(default)s)")
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4], help="prompts side by side (default: 1 4)")
-    parser.add_argument("--tokens", type=int, default=200, help="new ones a prompt (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=100, help="new ones a prompt (default: %(default)s)")
     arguments = parser.parse_args()
     model = build_model(ModelConfig.model_validate({"preset": arguments.preset}), 1).eval()
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.preset}, {arguments.tokens} tokens"
     )
     for precision in arguments.precision:
+        print_products(model, precision)
         contenders = {**own_contenders(model, DTYPES[precision]), **their_contenders(model, DTYPES[precision])}
         for batch in arguments.batch:
             print_table(precision, batch, measure_all(contenders, batch, arguments.tokens))
+
+
+def print_products(model: GPT2, precision: str) -> None:
+    """Milliseconds of the products of all blocks: what a token costs but for attention and the output layer."""
+    dtype = DTYPES[precision]
+    layers = [layer for layer in copy.deepcopy(model.h).to(dtype).modules() if isinstance(layer, nn.Linear)]
+    for rows in (1, 4):
+        for name, product in product_ways(layers, rows, dtype).items():
+            print(f"products of the blocks, {precision}, {rows} rows, {name:<9}{_median_ms(layers, product):>8.1f} ms")
+
+
+def product_ways(layers: list[nn.Linear], rows: int, dtype: torch.dtype) -> dict[str, Product]:
+    """Ours, that of transformers' Conv1D, and ours with ``--compile``."""
+    inputs = {layer.in_features: torch.randn(rows, layer.in_features).to(dtype) for layer in layers}
+    transposed = {layer: layer.weight.detach().t().contiguous() for layer in layers}
+    compiled = compiled_product()
+    return {
+        "F.linear": lambda layer: F.linear(inputs[layer.in_features], layer.weight, layer.bias),
+        "addmm": lambda layer: torch.addmm(layer.bias, inputs[layer.in_features], transposed[layer]),
+        "compiled": lambda layer: compiled(inputs[layer.in_features], layer.weight, layer.bias),
+    }
+
+
+@torch.inference_mode()
+def _median_ms(layers: list[nn.Linear], product: Product) -> float:
+    times = []
+    for _ in range(2 + PRODUCT_ROUNDS):  # the first two warm up
+        start = time.perf_counter()
+        for layer in layers:
+            product(layer)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[2:])
 
 
 def own_contenders(model: GPT2, dtype: torch.dtype) -> dict[str, Contender]:
     """``launch/generate.py`` without and with ``--compile``."""
     contenders: dict[str, Contender] = {}
     for name in ("ours", "ours, --compile"):
-        copy = build_model(model.config, 1).eval().to(dtype)
+        own = copy.deepcopy(model).to(dtype)
         if name != "ours":
-            use_few_row_products(copy)
-        contenders[name] = lambda prompts, count, copy=copy: own_texts(copy, prompts, count)  # type: ignore[misc]
+            use_few_row_products(own)
+        contenders[name] = lambda prompts, count, own=own: own_texts(own, prompts, count)  # type: ignore[misc]
     return contenders
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 # Beyond them torch's products are faster; those in bf16 have instructions of their own.
 MOST_ROWS = {torch.float32: 4, torch.bfloat16: 1}
 
+MOST_SHAPES = 64  # beyond them nothing more is compiled
+
 
 class FewRowLinear(nn.Module):
     """Computes what a linear layer computes, with its parameters."""
@@ -31,7 +33,7 @@ class FewRowLinear(nn.Module):
         rows = x.shape[:-1].numel()
         if rows > MOST_ROWS.get(x.dtype, 0):
             return F.linear(x, self.weight, self.bias)
-        y: Tensor = _compiled_product()(x.reshape(rows, -1), self.weight, self.bias)
+        y: Tensor = compiled_product()(x.reshape(rows, -1), self.weight, self.bias)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -44,7 +46,10 @@ def use_few_row_products(model: nn.Module) -> None:
 
 
 @functools.cache
-def _compiled_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+def compiled_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """(rows, in), weight (out, in), bias (out) or None -> (rows, out); compiled when it first meets these sizes."""
+    # A model has five shapes for each number of rows; torch's limit is meant for functions that should have one.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
     return torch.compile(_few_row_product, dynamic=False)
 
 

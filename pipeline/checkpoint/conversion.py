@@ -1,4 +1,4 @@
-"""A checkpoint made anew in a run folder of its own: as if one rank had saved it, from ours or from nanoGPT's."""
+"""A checkpoint made anew in a run folder of its own: as if one rank had saved it, from ours or another program's."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_compiled_the_text_is_the_same(command: Command, monkeypatch: pytest.Mon
     """Without the seconds that compiling takes: tests/pipeline/test_few_row_linear.py does it."""
     calls = []
     monkeypatch.setattr(continuation, "compiler_works", lambda device: True)
-    monkeypatch.setattr(few_row_linear, "_compiled_product", lambda: lambda *x: calls.append(1) or F.linear(*x))
+    monkeypatch.setattr(few_row_linear, "compiled_product", lambda: lambda *x: calls.append(1) or F.linear(*x))
     plain = command(*GREEDY, "--prompt", "Hello")
     assert not calls
     assert command(*GREEDY, "--prompt", "Hello", "--compile") == plain

@@ -42,7 +42,7 @@ def test_compiled_it_is_the_product_of_the_layer(dtype: torch.dtype) -> None:
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """What would be compiled, as it stands: compiling takes seconds a shape."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(few_row_linear, "_compiled_product", lambda: few_row_linear._few_row_product)
+    monkeypatch.setattr(few_row_linear, "compiled_product", lambda: few_row_linear._few_row_product)
 
 
 @pytest.mark.parametrize("dtype", list(MOST_ROWS))
