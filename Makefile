@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data checkpoint-cost bench-data bench-loader bench-evaluation bench-train clean
+.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data checkpoint-cost bench-data bench-loader bench-evaluation bench-train bench-generation clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -50,6 +50,9 @@ bench-evaluation: .venv/harness ## lm-evaluation-harness' numbers and build-nano
 
 bench-train: .venv/dev ## training against transformers: tokens per second, share of what the machine can do, memory
 	$(BIN)/python -m benchmarks.train
+
+bench-generation: .venv/dev ## GPT-2 124M writing on the CPU, against transformers in its best settings
+	$(BIN)/python -m benchmarks.generation
 
 clean: ## remove the environment and caches; data and runs stay
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

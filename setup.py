@@ -17,6 +17,7 @@ setup(
         "gigatoken>=0.10,<0.11",  # encodes several times faster than tiktoken, which checks it
         "orjson>=3.9",
         "fsspec>=2024.2",
+        "huggingface_hub>=0.24",  # datasets brings it too
         "numpy>=1.26",
         "pyarrow>=16",
         "datasets>=3.0",

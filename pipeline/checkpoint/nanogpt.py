@@ -6,46 +6,41 @@ Its matrices lie as ours do. What would need code of the file to be run is refus
 
 from __future__ import annotations
 
-import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
 from pipeline.checkpoint.folder import TrainingState
-from pipeline.checkpoint.pieces import EXP_AVG, EXP_AVG_SQ, WEIGHT, piece_key
-from pipeline.checkpoint.snapshot import Snapshot
-from pipeline.config import MODEL_PRESETS, Config, OptimizerConfig, ScheduleConfig
+from pipeline.checkpoint.foreign import (
+    ForeignCheckpoint,
+    Moments,
+    canonical_keys,
+    expect_floats,
+    expect_shapes,
+    load_pickled_tensors,
+    model_shapes,
+    preset_of,
+    streamed_parts,
+    without_head,
+)
+from pipeline.checkpoint.pieces import EXP_AVG, EXP_AVG_SQ
+from pipeline.config import Config, OptimizerConfig, ScheduleConfig
 from pipeline.config_files import config_from_json
 from pipeline.errors import CheckpointError
-from pipeline.model import allocate_model, padded_vocab_size
+from pipeline.model import padded_vocab_size
 
-_COMPILED_PREFIX = "_orig_mod."  # of a model that torch.compile had wrapped
+_EXPECTED = "the ckpt.pt of nanoGPT's train.py"
 _PREFIX = "transformer."
-_MASK_SUFFIX = ".attn.bias"  # the causal mask, which some versions keep as a buffer
 _MODEL_KEYS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "context_length"}
 _OPTIMIZER_KEYS = ("learning_rate", "weight_decay", "grad_clip")
 
 _DROP_IT = "remove 'optimizer' from the file to take its weights alone"
 
-Moments = dict[str, dict[str, Tensor]]  # EXP_AVG or EXP_AVG_SQ -> parameter -> tensor, as in the file
 
-
-@dataclass(frozen=True)
-class NanoGptCheckpoint:
-    """What a ``ckpt.pt`` is here."""
-
-    snapshot: Snapshot
-    config: Config
-    notes: list[str]  # what a person should know of the translation
-
-
-def read_nanogpt(path: Path, run_folder: Path) -> NanoGptCheckpoint:
+def read_nanogpt(path: Path, run_folder: Path) -> ForeignCheckpoint:
     """Translate a ``ckpt.pt``. Tensors that are fp32 already stay mapped from the file.
 
     Args:
@@ -55,7 +50,7 @@ def read_nanogpt(path: Path, run_folder: Path) -> NanoGptCheckpoint:
         CheckpointError: it is none, is damaged, wants code to be run, or a tensor is not what it should be.
         ConfigError: one of its settings is no valid one here.
     """
-    file = _Mapping(str(path), _load(path))
+    file = _Mapping(str(path), load_pickled_tensors(path, _EXPECTED))
     model_args = file.part("model_args")
     settings = file.part("config") if "config" in file.content else _Mapping(f"{path}: config", {})
     notes: list[str] = []
@@ -63,9 +58,9 @@ def read_nanogpt(path: Path, run_folder: Path) -> NanoGptCheckpoint:
     weights = _named_weights(file.part("model"))
     _expect_sizes(model_args, weights)
     config = _translate_config(path, model_args, settings, run_folder, notes)
-    shapes = {name: list(p.shape) for name, p in allocate_model(config.model, "meta").named_parameters()}
+    shapes = model_shapes(config.model)
     stored = _stored_shapes(shapes, model_args)
-    _expect_shapes(path, weights, stored)
+    expect_shapes(f"{path}: model", "'model_args'", weights, stored)
     moments, updates = _read_moments(file, stored)
 
     state = _training_state(file, settings, config, updates, notes)
@@ -73,16 +68,7 @@ def read_nanogpt(path: Path, run_folder: Path) -> NanoGptCheckpoint:
         notes.append("biases: none in the file; they are zero, and training moves them from there")
     if not moments:
         notes.append("moments: none in the file; they are zero")
-    parts = {
-        "weights": {piece_key(WEIGHT, name, None): _filled(weights.get(name), shape) for name, shape in shapes.items()},
-        "moments": {
-            piece_key(kind, name, None): _filled(moments.get(kind, {}).get(name), shape)
-            for kind in (EXP_AVG, EXP_AVG_SQ)
-            for name, shape in shapes.items()
-        },
-    }
-    unshared = {part: _unshared(tensors) for part, tensors in parts.items()}
-    return NanoGptCheckpoint(Snapshot(state, shapes, unshared), config, notes)
+    return ForeignCheckpoint(state, shapes, streamed_parts(shapes, weights, moments), config, notes)
 
 
 @dataclass(frozen=True)
@@ -99,7 +85,7 @@ class _Mapping:
             CheckpointError: it is not, or is of another type.
         """
         if key not in self.content:
-            raise CheckpointError(f"{self.where}: has no {key!r}; expected the ckpt.pt of nanoGPT's train.py")
+            raise CheckpointError(f"{self.where}: has no {key!r}; expected {_EXPECTED}")
         value = self.content[key]
         kinds = (int, float) if kind is float else kind
         if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
@@ -115,59 +101,14 @@ class _Mapping:
         return _Mapping(f"{self.where}: {key}", self.take(key, dict))
 
 
-def _load(path: Path) -> dict[Any, Any]:
-    """The file's dict, with its tensors mapped. Only tensors and plain values are made, nothing is called."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UnpicklingError as error:
-        culprit = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds {culprit[1]}" if culprit else "holds what cannot be read"
-        raise CheckpointError(
-            f"{path}: {what}, and only tensors and plain values are loaded: all else could run code; "
-            "expected the ckpt.pt of nanoGPT's train.py"
-        ) from None
-    except Exception as error:  # a damaged pickle fails in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path}: cannot be read as a file of torch.save ({reason}); expected a checkpoint folder, a run folder, "
-            "or nanoGPT's ckpt.pt"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds no dict; expected the ckpt.pt of nanoGPT's train.py")
-    return content
-
-
 def _named_weights(model: _Mapping) -> dict[str, Tensor]:
     """The state dict's parameters by canonical name, the tied weight once."""
-    tensors = {}
-    for key in model.content:
-        name = str(key).removeprefix(_COMPILED_PREFIX).removeprefix(_PREFIX)
-        if name in tensors:
-            raise CheckpointError(f"{model.where}: {key!r} stands twice, with and without a prefix")
-        if not name.endswith(_MASK_SUFFIX):
-            tensors[name] = _floats(model, key)
-    head = tensors.pop("lm_head.weight", None)
-    if head is not None and not _are_same(head, tensors.get("wte.weight", head)):
-        raise CheckpointError(
-            f"{model.where}: 'lm_head.weight' differs from '{_PREFIX}wte.weight'; GPT-2 has one weight for both"
-        )
-    return tensors
-
-
-def _are_same(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are one, or equal; NaN equals nothing."""
-    return (first.data_ptr(), first.shape) == (second.data_ptr(), second.shape) or torch.equal(first, second)
+    keys = canonical_keys(model.where, model.content)
+    return without_head(model.where, {name: _floats(model, key) for name, key in keys.items()})
 
 
 def _floats(part: _Mapping, key: Any) -> Tensor:
-    tensor: Tensor = part.take(key, Tensor)
-    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.device.type != "cpu":
-        raise CheckpointError(
-            f"{part.where}: {key!r} is {tensor.dtype}, {tensor.layout} on {tensor.device}; expected floats in memory"
-        )
-    return tensor.detach()
+    return expect_floats(f"{part.where}: {key!r}", part.take(key, Tensor))
 
 
 def _expect_sizes(model_args: _Mapping, weights: dict[str, Tensor]) -> None:
@@ -192,17 +133,6 @@ def _stored_shapes(shapes: dict[str, list[int]], model_args: _Mapping) -> dict[s
     has_biases = model_args.take_if_there("bias", bool) is not False
     stored = {name: shape for name, shape in shapes.items() if has_biases or not name.endswith(".bias")}
     return {**stored, "wte.weight": [model_args.take("vocab_size", int), shapes["wte.weight"][1]]}
-
-
-def _expect_shapes(path: Path, weights: dict[str, Tensor], expected: dict[str, list[int]]) -> None:
-    for name in [*expected, *weights]:
-        key = f"{path}: model: '{_PREFIX}{name}'"
-        if name not in weights:
-            raise CheckpointError(f"{key} is missing; 'model_args' ask for it")
-        if name not in expected:
-            raise CheckpointError(f"{key} has no place in the GPT-2 of 'model_args'")
-        if list(weights[name].shape) != expected[name]:
-            raise CheckpointError(f"{key} has shape {list(weights[name].shape)}, expected {expected[name]}")
 
 
 def _translate_config(
@@ -234,9 +164,8 @@ def _translate_model(model_args: _Mapping, notes: list[str]) -> dict[str, Any]:
             f"vocabulary: {padded_vocab_size(GPT2_VOCAB_SIZE)} rows are GPT-2's {GPT2_VOCAB_SIZE} and padding, "
             "which has no part in the softmax here"
         )
-    preset = next((name for name, preset_sizes in MODEL_PRESETS.items() if preset_sizes == sizes), None)
     return {
-        **({"preset": preset} if preset else {}),
+        **preset_of(sizes),
         **sizes,
         "vocab_size": vocab_size,
         "dropout": model_args.take_if_there("dropout", float) or 0.0,
@@ -341,25 +270,3 @@ def _step_count(entry: _Mapping) -> int:
     if not isinstance(count, (int, float)) or count != int(count) or count < 0:
         raise CheckpointError(f"{entry.where}: 'step' must be a whole number, found {count!r}")
     return int(count)
-
-
-def _filled(tensor: Tensor | None, shape: list[int]) -> Tensor:
-    """As fp32, with rows of zeros for those that the file lacks."""
-    if tensor is not None and list(tensor.shape) == shape:
-        return tensor.to(torch.float32).contiguous()
-    filled = torch.zeros(shape)
-    if tensor is not None:
-        filled[: tensor.shape[0]] = tensor
-    return filled
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same, each in memory of its own: safetensors stores no views."""
-    seen: set[int] = set()
-    unshared = {}
-    for key, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        is_view = storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes
-        seen.add(storage.data_ptr())
-        unshared[key] = tensor.clone() if is_view else tensor
-    return unshared

@@ -315,6 +315,8 @@ COMMAND_LINE_CASES = [
     command(
         "nan_temperature", "generate.py --checkpoint trained --temperature nan", "--temperature", "a number from 0"
     ),
+    command("hot", "generate.py --checkpoint trained --top-p 1.5", "--top-p", "must be above 0 and at most 1"),
+    command("import_of_a_path", "export.py --from-hf ./no --out new", "--from-hf ./no: no such folder", "a hub name"),
     command("no_processes", "run.py --config good.json --processes 0", "--processes", "must be at least 1, it is 0"),
     command("unknown_source", "tokenize_corpus.py --source csv --out new", "'csv'", "'jsonl'"),
 ]

@@ -1,0 +1,186 @@
+"""Generation against ``transformers``: tokens per second on this machine's CPU, the same greedy texts.
+
+python -m benchmarks.generation      # alone on the machine
+
+Both have the same random weights of GPT-2 124M and continue the same prompts by as many tokens. ``transformers`` runs
+in each of its settings that could be its best: attention by scaled_dot_product_attention or its own, its growing
+cache, and its static cache under ``torch.compile``. Prefill is part of the time, compiling is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.config import ModelConfig
+from pipeline.few_row_linear import compiled_product, use_few_row_products
+from pipeline.generation import generate_batch
+from pipeline.hugging_face.layout import hugging_face_name, is_transposed, to_config_json
+from pipeline.model import GPT2, build_model
+from pipeline.sampling import Sampling
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PROMPT_TOKENS = 32
+ROUNDS = 3
+PRODUCT_ROUNDS = 20
+
+Texts = list[list[int]]
+Product = Callable[[nn.Linear], Tensor]
+Contender = Callable[[Texts, int], Texts]  # prompts and a number of tokens -> what comes after them
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One contender on one batch."""
+
+    name: str
+    tokens_per_s: float
+    texts: Texts
+
+
+def main() -> None:
+    """Print a table a precision and batch size."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="gpt2", help="the model (default: %(default)s)")
+    parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4], help="prompts side by side (default: 1 4)")
+    parser.add_argument("--tokens", type=int, default=100, help="new ones a prompt (default: %(default)s)")
+    arguments = parser.parse_args()
+    model = build_model(ModelConfig.model_validate({"preset": arguments.preset}), 1).eval()
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.preset}, {arguments.tokens} tokens"
+    )
+    for precision in arguments.precision:
+        print_products(model, precision)
+        contenders = {**own_contenders(model, DTYPES[precision]), **their_contenders(model, DTYPES[precision])}
+        for batch in arguments.batch:
+            print_table(precision, batch, measure_all(contenders, batch, arguments.tokens))
+
+
+def print_products(model: GPT2, precision: str) -> None:
+    """Milliseconds of the products of all blocks: what a token costs but for attention and the output layer."""
+    dtype = DTYPES[precision]
+    layers = [layer for layer in copy.deepcopy(model.h).to(dtype).modules() if isinstance(layer, nn.Linear)]
+    for rows in (1, 4):
+        for name, product in product_ways(layers, rows, dtype).items():
+            print(f"products of the blocks, {precision}, {rows} rows, {name:<9}{_median_ms(layers, product):>8.1f} ms")
+
+
+def product_ways(layers: list[nn.Linear], rows: int, dtype: torch.dtype) -> dict[str, Product]:
+    """Ours, that of transformers' Conv1D, and ours with ``--compile``."""
+    inputs = {layer.in_features: torch.randn(rows, layer.in_features).to(dtype) for layer in layers}
+    transposed = {layer: layer.weight.detach().t().contiguous() for layer in layers}
+    compiled = compiled_product()
+    return {
+        "F.linear": lambda layer: F.linear(inputs[layer.in_features], layer.weight, layer.bias),
+        "addmm": lambda layer: torch.addmm(layer.bias, inputs[layer.in_features], transposed[layer]),
+        "compiled": lambda layer: compiled(inputs[layer.in_features], layer.weight, layer.bias),
+    }
+
+
+@torch.inference_mode()
+def _median_ms(layers: list[nn.Linear], product: Product) -> float:
+    times = []
+    for _ in range(2 + PRODUCT_ROUNDS):  # the first two warm up
+        start = time.perf_counter()
+        for layer in layers:
+            product(layer)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[2:])
+
+
+def own_contenders(model: GPT2, dtype: torch.dtype) -> dict[str, Contender]:
+    """``launch/generate.py`` without and with ``--compile``."""
+    contenders: dict[str, Contender] = {}
+    for name in ("ours", "ours, --compile"):
+        own = copy.deepcopy(model).to(dtype)
+        if name != "ours":
+            use_few_row_products(own)
+        contenders[name] = lambda prompts, count, own=own: own_texts(own, prompts, count)  # type: ignore[misc]
+    return contenders
+
+
+def own_texts(model: GPT2, prompts: Texts, count: int) -> Texts:
+    """Greedy, and never at an end."""
+    texts: Texts = [[] for _ in prompts]
+    for tokens in generate_batch(model, prompts, count, Sampling(temperature=0)):
+        for row, token in tokens.items():
+            texts[row].append(token)
+    return texts
+
+
+def their_contenders(model: GPT2, dtype: torch.dtype) -> dict[str, Contender]:
+    """``transformers`` in its settings."""
+    settings = {
+        "transformers, sdpa": ("sdpa", False),
+        "transformers, eager": ("eager", False),
+        "transformers, static, compiled": ("sdpa", True),
+    }
+    return {name: their_contender(model, dtype, *setting) for name, setting in settings.items()}
+
+
+def their_contender(model: GPT2, dtype: torch.dtype, attention: str, compiled: bool) -> Contender:
+    """Its model with our weights under its own ``generate``."""
+    import transformers
+
+    sizes = to_config_json(model.config, "float32")
+    config = transformers.GPT2Config(**{key: sizes[key] for key in ("n_layer", "n_head", "n_embd", "n_positions")})
+    config._attn_implementation = attention
+    theirs: Any = transformers.GPT2LMHeadModel(config)
+    theirs.eval()
+    for name, weight in model.named_parameters():
+        stored = weight.detach()[: model.config.vocab_size] if name == "wte.weight" else weight.detach()
+        parameter = theirs.get_parameter(hugging_face_name(name))
+        with torch.no_grad():
+            parameter.copy_(stored.t() if is_transposed(name) else stored)
+    theirs.to(dtype)
+    theirs.generation_config.eos_token_id = None  # it goes on, as ours does
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+    if compiled:
+        options["cache_implementation"] = "static"
+        options["compile_config"] = transformers.CompileConfig(mode="default", fullgraph=False, dynamic=False)
+        options["compile_config"]._compile_all_devices = True  # by itself it compiles on GPUs only
+
+    def run(prompts: Texts, count: int) -> Texts:
+        tokens = torch.tensor(prompts)
+        written = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, **options)
+        return written[:, tokens.shape[1] :].tolist()
+
+    return run
+
+
+def measure_all(contenders: dict[str, Contender], batch: int, count: int) -> list[Measurement]:
+    """Each once to warm up, then in rounds, so that a slower moment meets all; medians."""
+    generator = torch.Generator().manual_seed(0)
+    prompts: Texts = torch.randint(50257, (batch, PROMPT_TOKENS), generator=generator).tolist()
+    texts = {name: run(prompts, count) for name, run in contenders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(ROUNDS):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run(prompts, count)
+            seconds[name].append(time.perf_counter() - start)
+    return [Measurement(name, batch * count / statistics.median(seconds[name]), texts[name]) for name in contenders]
+
+
+def print_table(precision: str, batch: int, measurements: list[Measurement]) -> None:
+    """One line a contender; the factor is over the best of ``transformers``."""
+    peer = max((m for m in measurements if m.name.startswith("transformers")), key=lambda m: m.tokens_per_s)
+    print(f"\n{precision}, batch {batch}\n{'':<34}{'tokens/s':>10}{'factor':>8}  text")
+    for m in measurements:
+        same = "as transformers" if m.texts == peer.texts else "another"
+        print(f"{m.name:<34}{m.tokens_per_s:>10.1f}{m.tokens_per_s / peer.tokens_per_s:>8.2f}  {same}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""``launch/generate.py``: prompts, stops, streaming, and the prompt loop on a terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.nn.functional as F
+
+import launch.generate
+from benchmarks.runs import REPOSITORY, child_environment
+from data_tools.tokenizer import load_tokenizer
+from launch.cli import run_command
+from pipeline import continuation, few_row_linear
+from tests.pipeline.hugging_face.conftest import restless, save_in_pieces, text_config
+
+GREEDY = ["--temperature", "0", "--max-new-tokens", "12"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose model writes anything."""
+    folder = tmp_path_factory.mktemp("generate") / "run"
+    return save_in_pieces(restless(text_config()), text_config(folder), folder)
+
+
+class Command:
+    """``launch/generate.py`` without the seconds that a process takes to start."""
+
+    def __init__(self, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.run_folder, self.monkeypatch, self.capsys = run_folder, monkeypatch, capsys
+        monkeypatch.setattr(launch.generate, "start_logging", lambda: None)  # would outlive the call
+
+    def __call__(self, *arguments: str, typed: str = "", status: int = 0) -> str:
+        """What it prints, given what is typed; its error, if it fails."""
+        command = ["generate.py", "--checkpoint", str(self.run_folder), "--device", "cpu", *arguments]
+        self.monkeypatch.setattr(sys, "argv", command)
+        self.monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        with pytest.raises(SystemExit) as ended:
+            run_command(launch.generate.main)
+        shown = self.capsys.readouterr()
+        assert ended.value.code == status, shown.err
+        return shown.err if status else shown.out
+
+
+@pytest.fixture
+def command(run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(run_folder, monkeypatch, capsys)
+
+
+def test_several_prompts_are_each_continued_as_alone(command: Command) -> None:
+    prompts = ["Hello", "Grüße from a longer text"]
+    alone = [command(*GREEDY, "--prompt", prompt) for prompt in prompts]
+    assert all(
+        text.startswith(prompt) and len(text) > len(prompt) + 12 for text, prompt in zip(alone, prompts, strict=True)
+    )
+    together = command(*GREEDY, "--prompt", prompts[0], "--prompt", prompts[1])
+    assert together == f"== 1/2\n{alone[0]}== 2/2\n{alone[1]}"
+
+
+def test_it_ends_before_a_stop_text(command: Command) -> None:
+    written = command(*GREEDY, "--prompt", "Hello").removeprefix("Hello").removesuffix("\n")
+    stop = written[len(written) // 2 :][:3]
+    stopped = command(*GREEDY, "--prompt", "Hello", "--stop", stop, "--stop", "never to be found")
+    assert stopped == f"Hello{written[: written.index(stop)]}\n"
+
+
+def test_the_likeliest_alone_are_greedy(command: Command) -> None:
+    options = ["--prompt", "Hello", "--max-new-tokens", "12"]
+    assert command(*options, "--top-p", "1e-9", "--seed", "5") == command(*options, "--temperature", "0")
+    assert command(*options, "--seed", "5") != command(*options, "--seed", "6")
+
+
+def test_in_bf16(command: Command) -> None:
+    assert command(*GREEDY, "--prompt", "Hello", "--precision", "bf16").startswith("Hello")
+
+
+def test_compiled_the_text_is_the_same(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the seconds that compiling takes: tests/pipeline/test_few_row_linear.py does it."""
+    calls = []
+    monkeypatch.setattr(continuation, "compiler_works", lambda device: True)
+    monkeypatch.setattr(few_row_linear, "compiled_product", lambda: lambda *x: calls.append(1) or F.linear(*x))
+    plain = command(*GREEDY, "--prompt", "Hello")
+    assert not calls
+    assert command(*GREEDY, "--prompt", "Hello", "--compile") == plain
+    assert calls
+
+
+def test_without_a_compiler_it_writes_all_the_same(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(continuation, "compiler_works", lambda device: False)
+    assert command(*GREEDY, "--prompt", "Hello", "--compile") == command(*GREEDY, "--prompt", "Hello")
+
+
+def test_a_mistake_is_one_line(command: Command) -> None:
+    for arguments, expected in (
+        (("--stop", ""), "--stop: an empty text"),
+        (("--prompt", "a", "--interactive"), "--prompt: with --interactive prompts come from the terminal"),
+        (("--top-p", "0"), "--top-p: must be above 0 and at most 1"),
+        (("--precision", "fp8"), "--precision: invalid choice: 'fp8'"),
+    ):
+        error = command(*arguments, status=2)
+        assert error.startswith("error: ") and expected in error and len(error.splitlines()) == 1, error
+
+
+def test_one_prompt_after_the_other(command: Command) -> None:
+    """From a pipe no question is shown; empty lines are passed over."""
+    alone = [command(*GREEDY, "--prompt", prompt) for prompt in ("Hello", "Grüße")]
+    assert command(*GREEDY, "--interactive", typed="Hello\n\nGrüße\n") == "".join(alone)
+    assert command(*GREEDY, "--interactive") == ""
+
+
+def test_the_same_prompt_again_is_continued_otherwise(command: Command) -> None:
+    options = ["--max-new-tokens", "12", "--seed", "3"]
+    assert command(*options, "--interactive", typed="Hello\nHello\n") == "".join(
+        command("--max-new-tokens", "12", "--seed", seed, "--prompt", "Hello") for seed in ("3", "4")
+    )
+
+
+def test_the_text_appears_while_it_is_written(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = []
+    monkeypatch.setattr(launch.generate, "_show", pieces.append)
+    command(*GREEDY, "--prompt", "Hello")
+    tokens = load_tokenizer().encode("".join(pieces[1:-1]))
+    assert len(pieces) >= 8 and len(tokens) >= 8
+    assert pieces[0] == "Hello" and pieces[-1] == "\n"
+
+
+def test_on_a_terminal(run_folder: Path) -> None:
+    """It asks, writes, asks again; Ctrl-C ends a text, Ctrl-D ends it."""
+    controller, terminal = pty.openpty()
+    options = ["--checkpoint", str(run_folder), "--device", "cpu", "--interactive", "--max-new-tokens", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "launch" / "generate.py"), *options],
+        cwd=REPOSITORY,
+        env=child_environment(),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    os.close(terminal)
+    try:
+        read_until(controller, "> ")
+        os.write(controller, b"Hello\n")
+        assert read_until(controller, "Hello", "Hello").count("Hello") >= 2  # what was typed, and the text's beginning
+        os.write(controller, b"\x03")
+        read_until(controller, "[interrupted]", "> ")
+        os.write(controller, b"\x04")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
+
+
+def take_terminal() -> None:
+    """The new session's keys are those of its terminal."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def read_until(controller: int, *expected: str) -> str:
+    """What is shown until all of these have come, one after the other."""
+    shown, deadline = "", time.monotonic() + 90
+    while True:
+        rest, complete = shown, True
+        for text in expected:
+            head, found, rest = rest.partition(text)
+            complete = complete and bool(found)
+        if complete:
+            return shown
+        assert time.monotonic() < deadline, shown
+        if select.select([controller], [], [], 1)[0]:
+            shown += os.read(controller, 65536).decode(errors="replace")
