@@ -41,6 +41,25 @@ TENSORBOARD_TAGS = {
     "failed_saves": "checkpoint/failed_saves",
 }
 
+# TensorBoard's CUSTOM SCALARS page: group -> chart -> the tags in it, as regular expressions.
+TENSORBOARD_LAYOUT = {
+    "loss": {
+        "training and validation": ["Multiline", ["^train/loss$", "^validation/loss$"]],
+        "validation, each part of a mixture": ["Multiline", ["^validation/loss"]],
+    },
+    "optimizer": {
+        "learning rate": ["Multiline", ["^optimizer/learning_rate$"]],
+        "gradient norm before clipping": ["Multiline", ["^optimizer/grad_norm$"]],
+    },
+    "speed": {
+        "tokens per second": ["Multiline", ["^throughput/tokens_per_s$"]],
+        "MFU, and the share of time that waited for data": [
+            "Multiline",
+            ["^throughput/mfu$", "^throughput/data_wait_share$"],
+        ],
+    },
+}
+
 
 class MetricsLog:
     """Appends rows of a run. Only the main rank has one.
@@ -121,6 +140,7 @@ class MetricsLog:
     def _open_writer(self, purge_step: int | None) -> None:
         if self._tensorboard_folder is not None:
             self._writer = SummaryWriter(self._tensorboard_folder, purge_step=purge_step)
+            self._writer.add_custom_scalars(TENSORBOARD_LAYOUT)
 
     def write_hyperparameters(self, config: dict[str, Any], results: dict[str, float]) -> None:
         """The run's settings beside its results, for TensorBoard's HPARAMS page."""

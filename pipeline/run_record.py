@@ -51,9 +51,8 @@ class RunRecord:
             if console:
                 log.info(format_row(row, self.config.schedule.max_steps))
 
-    def write_start(self, step: int, world_size: int, backend: str, device: str) -> None:
-        """What the run computes on from here: a run may change it with every start."""
-        started = {"world_size": world_size, "backend": backend, "device": device}
+    def write_start(self, step: int, **started: str | int) -> None:
+        """What the run is and computes on from here: it may change with every start."""
         self.write({"step": step, "started": started}, console=False)
 
     def write_saves(self, outcomes: list[SaveOutcome]) -> None:

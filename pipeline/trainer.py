@@ -30,6 +30,7 @@ from pipeline.hardware import LateValue, device_name, peak_memory_bytes, summing
 from pipeline.interruption import StopRequest
 from pipeline.loader import MicroBatch, TrainLoader, validation_batches
 from pipeline.metrics import PART_LOSS_PREFIX, perplexity
+from pipeline.model import parameter_count
 from pipeline.prefetch import Prefetcher
 from pipeline.run_record import RunRecord
 from pipeline.schedule import lr_at
@@ -97,7 +98,13 @@ class Trainer:
             asynchronous=options.asynchronous,
         )
         self.record = RunRecord(config, is_main=world.is_main, resumed_step=self.state.step)
-        self.record.write_start(self.state.step, world.size, backend.describe(), device_name(world.device))
+        self.record.write_start(
+            self.state.step,
+            backend=backend.describe(),
+            world_size=world.size,
+            device=device_name(world.device),
+            parameters=parameter_count(config.model),
+        )
         self.results: dict[str, float] = {}  # the last loss and validation loss
         self._unjudged: list[TrainedStep] = []
 
@@ -282,7 +289,12 @@ class Trainer:
         weights = [part.weight for part, _ in parts]
         loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
         self.results["validation_loss"] = loss
-        row = {"step": self.state.step, "tokens": self.state.tokens, "val_loss": loss, "val_perplexity": perplexity(loss)}
+        row = {
+            "step": self.state.step,
+            "tokens": self.state.tokens,
+            "val_loss": loss,
+            "val_perplexity": perplexity(loss),
+        }
         if len(self.loader.parts) > 1:
             row |= {f"{PART_LOSS_PREFIX}{part.name}": loss for (part, _), loss in zip(parts, losses, strict=True)}
         self.record.write(row)

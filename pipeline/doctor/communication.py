@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from torch.cuda import nccl
 
 from pipeline.doctor.findings import Finding
 
@@ -29,8 +30,8 @@ def _examine_libraries() -> Finding:
     if not dist.is_gloo_available():
         cure = "install torch from pytorch.org or PyPI"
         return Finding("collectives", "problem", "this torch has no gloo; checkpoints and CPU ranks need it", cure)
-    nccl = f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if torch.cuda.is_available() else ""
-    return Finding("collectives", "ok", f"gloo{nccl}")
+    release = ".".join(map(str, nccl.version())) if torch.cuda.is_available() else ""  # type: ignore[no-untyped-call]
+    return Finding("collectives", "ok", f"gloo, NCCL {release}" if release else "gloo")
 
 
 def _examine_host_name() -> Finding:
@@ -49,7 +50,9 @@ def _examine_port() -> Finding:
         try:
             probe.bind(("", MASTER_PORT))
         except OSError as error:
-            cure = "torchrun --standalone picks a free one; else --rdzv-endpoint HOST:PORT, deepspeed --master_port PORT"
+            cure = (
+                "torchrun --standalone picks a free one; else --rdzv-endpoint HOST:PORT, deepspeed --master_port PORT"
+            )
             return Finding("port", "note", f"{MASTER_PORT}, the launchers' default: {error.strerror}", cure)
     return Finding("port", "ok", f"{MASTER_PORT} is free")
 
@@ -70,7 +73,7 @@ def examine_ranks() -> Finding:
             "two ranks",
             "problem",
             f"on {device} they did not meet within {ALL_REDUCE_TIMEOUT_S} s",
-            "a firewall or the wrong network interface: export GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo and try again",
+            "a firewall, or the wrong interface: export GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo, try again",
         )
     if ended.returncode:
         reason = next((line for line in ended.stderr.splitlines() if "Error" in line), f"status {ended.returncode}")

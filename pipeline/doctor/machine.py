@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.doctor.findings import Finding
+from pipeline.doctor.findings import Finding, Level
 from pipeline.hardware import device_name, flash_attention_runs
 
 GIB = 1 << 30
@@ -100,5 +100,5 @@ def _examine_limits() -> Iterator[Finding]:
     if open_files == resource.RLIM_INFINITY or open_files >= COMFORTABLE_OPEN_FILES:
         yield Finding("open files", "ok", "no limit" if open_files == resource.RLIM_INFINITY else f"{open_files:,}")
     else:
-        level = "problem" if open_files < LEAST_OPEN_FILES else "note"
+        level: Level = "problem" if open_files < LEAST_OPEN_FILES else "note"
         yield Finding("open files", level, f"limited to {open_files:,}", f"ulimit -n {COMFORTABLE_OPEN_FILES}")

@@ -23,6 +23,8 @@ class Axis:
 STEPS = Axis("step", "steps")
 TOKENS = Axis("tokens", "tokens")
 HOURS = Axis("elapsed_s", "hours", 3600.0)
+MINUTES = Axis("elapsed_s", "minutes", 60.0)
+LONGEST_IN_MINUTES_S = 2 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -45,31 +47,38 @@ class Chart:
     axis: Axis
     curves: list[Curve]
     logarithmic: bool = False
+    from_zero: bool = False
     percent: bool = False
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
     """All pictures of a report; those that no run has numbers for are left out."""
     charts = [
-        *(_loss_chart(runs, axis) for axis in (STEPS, TOKENS, HOURS)),
+        _loss_chart(runs, "loss_by_steps", STEPS),
+        _loss_chart(runs, "loss_by_tokens", TOKENS),
+        _loss_chart(runs, "loss_by_time", _time_axis(runs)),
         _difference_chart(runs),
         _training_chart(runs, "learning_rate", "Learning rate", "lr"),
         _training_chart(runs, "grad_norm", "Gradient norm before clipping", "grad_norm", logarithmic=True),
-        _training_chart(runs, "tokens_per_s", "Tokens per second, all ranks", "tokens_per_s"),
-        _training_chart(runs, "mfu", "MFU: share of the measured matrix ceiling", "mfu", percent=True),
-        _training_chart(runs, "peak_memory", "Peak memory of the main rank, GiB", "peak_memory_gib"),
+        _training_chart(runs, "tokens_per_s", "Tokens per second, all ranks", "tokens_per_s", from_zero=True),
+        _training_chart(runs, "mfu", "MFU: share of the measured matrix ceiling", "mfu", from_zero=True, percent=True),
+        _training_chart(runs, "peak_memory", "Peak memory of the main rank, GiB", "peak_memory_gib", from_zero=True),
     ]
     return [chart for chart in charts if chart.curves]
 
 
-def _loss_chart(runs: Sequence[Run], axis: Axis) -> Chart:
+def _time_axis(runs: Sequence[Run]) -> Axis:
+    """Hours; minutes where hours would be fractions."""
+    longest_s = max((max(run.values(HOURS.key), default=0.0) for run in runs), default=0.0)
+    return MINUTES if longest_s < LONGEST_IN_MINUTES_S else HOURS
+
+
+def _loss_chart(runs: Sequence[Run], name: str, axis: Axis) -> Chart:
     curves = []
     for i, run in enumerate(runs):
         curves.append(_curve(i, f"{run.label}, training", run.training, axis, "loss"))
         curves.append(_curve(i, f"{run.label}, validation", run.validation, axis, "val_loss", dotted=True))
-    return Chart(
-        f"loss_by_{axis.label}", f"Loss against {axis.label}", axis, _with_points(curves), logarithmic=True
-    )
+    return Chart(name, f"Loss against {axis.label}", axis, _with_points(curves), logarithmic=True)
 
 
 def _training_chart(runs: Sequence[Run], name: str, title: str, key: str, **look: bool) -> Chart:

@@ -1,4 +1,4 @@
-"""Charts as SVG for the page and PNG for everything else. The only file that imports matplotlib."""
+"""Charts as SVG for the page and PNG for everything else, by matplotlib."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import re
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -22,10 +23,11 @@ LONGEST_LABEL = 34  # characters of a legend's entry
 # Runs that agree lie on each other: gaps let the ones below be seen.
 DASHES = ((0, ()), (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "axes.spines.top": False,
     "axes.spines.right": False,
     "text.color": INK.light,
@@ -57,14 +59,12 @@ def draw(chart: Chart) -> Picture:
         figure = Figure(SIZE_INCHES, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        axes.set_title(chart.title, loc="left", parse_math=False)
+        axes.set_title(chart.title, loc="left")
         for curve in chart.curves:
             _draw_curve(axes, curve)
         _shape_axes(axes, chart)
         if len(chart.curves) > 1:
-            legend = figure.legend(loc="outside lower left", ncols=1, frameon=False, fontsize=8)
-            for text in legend.get_texts():
-                text.set_parse_math(False)
+            figure.legend(loc="outside lower left", ncols=1, frameon=False, fontsize=8)
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", dpi=PNG_DOTS_PER_INCH, facecolor=PAPER.light)
@@ -87,15 +87,16 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
 def _shape_axes(axes: Axes, chart: Chart) -> None:
     axes.set_xlabel(chart.axis.label)
     axes.grid()
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=chart.axis in (STEPS, TOKENS)))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=chart.axis in (STEPS, TOKENS), steps=[1, 2, 5, 10]))
     if chart.axis is TOKENS:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if chart.logarithmic and all(y > 0 for curve in chart.curves for y in curve.y):
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(ScalarFormatter())
-    elif chart.percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    if chart.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if chart.from_zero:
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
 

@@ -36,6 +36,8 @@ def summary_table(runs: Sequence[Run]) -> Table:
 
 def _facts(run: Run) -> dict[str, str]:
     facts = {key: run.settings[key].strip('"') for key in SHOWN if key in run.settings}
+    if run.starts:
+        facts["parameters"] = f"{run.starts[-1]['started']['parameters']:,}"
     facts["computed on"] = "\n".join(_start(row) for row in run.starts)
     facts["steps"] = f"{run.last('step') or 0:,} of {int(run.settings.get('schedule.max_steps', 0)):,}"
     facts["tokens"] = f"{run.last('tokens') or 0:,}"
