@@ -41,6 +41,9 @@ TENSORBOARD_TAGS = {
     "failed_saves": "checkpoint/failed_saves",
 }
 
+#: Of a config, what decides the result or the speed; the page would drown in the rest.
+HYPERPARAMETER_SECTIONS = ("run", "model", "data", "batch", "optimizer", "schedule", "backend")
+
 # TensorBoard's CUSTOM SCALARS page: group -> chart -> the tags in it, as regular expressions.
 TENSORBOARD_LAYOUT = {
     "loss": {
@@ -146,7 +149,10 @@ class MetricsLog:
         """The run's settings beside its results, for TensorBoard's HPARAMS page."""
         if self._writer:
             settings = {
-                f"{section}.{key}": _plain(value) for section, keys in config.items() for key, value in keys.items()
+                f"{section}.{key}": _plain(value)
+                for section, keys in config.items()
+                if section in HYPERPARAMETER_SECTIONS
+                for key, value in keys.items()
             }
             with suppress(OSError):  # reported when the rows before it met the same
                 self._writer.add_hparams(settings, results, run_name=".")

@@ -12,13 +12,14 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
 
 from pipeline.report.colours import INK, MUTED, PAPER, RUNS, Colour, css_variable
 from pipeline.report.curves import STEPS, TOKENS, Chart, Curve
 
 SIZE_INCHES = (4.4, 3.3)  # as wide as a telephone is: text stays readable there
 PNG_DOTS_PER_INCH = 200
+WIDE_RATIO = 8.0  # of the largest and the smallest value, beyond which evenly spaced ticks would bunch up
 LONGEST_LABEL = 34  # characters of a legend's entry
 # Runs that agree lie on each other: gaps let the ones below be seen.
 DASHES = ((0, ()), (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
@@ -90,15 +91,19 @@ def _shape_axes(axes: Axes, chart: Chart) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=chart.axis in (STEPS, TOKENS), steps=[1, 2, 5, 10]))
     if chart.axis is TOKENS:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if chart.logarithmic and all(y > 0 for curve in chart.curves for y in curve.y):
+    heights = [y for curve in chart.curves for y in curve.y]
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    if chart.logarithmic and min(heights) > 0:
         axes.set_yscale("log")
+        wide = max(heights) > WIDE_RATIO * min(heights)
+        ticks = LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+        axes.yaxis.set_major_locator(ticks)
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(ScalarFormatter())
     if chart.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if chart.from_zero:
         axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
 
 
 def _for_the_page(svg: str, title: str) -> str:
