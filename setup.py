@@ -30,11 +30,13 @@ setup(
     extras_require={
         "cluster": ["ray>=2.40"],
         "harness": ["lm-eval[hf]>=0.4.13,<0.5"],  # to compare with; some 30 packages, hence not among the tests
+        "plots": ["matplotlib>=3.9"],
         "remote": ["fsspec[http]>=2024.2", "s3fs>=2024.2", "gcsfs>=2024.2"],
         "test": [
             "accelerate>=1.1",  # transformers.Trainer, in benchmarks, needs it
             "fsspec[http]>=2024.2",
             "hypothesis>=6.100",
+            "matplotlib>=3.9",
             "psutil>=5.9",
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -17,6 +17,10 @@ class TrainingError(UserError):
     """A run that cannot go on: no data, losses that are not finite."""
 
 
+class ReportError(UserError):
+    """Runs that cannot be shown: no run in a folder, or nothing to draw with."""
+
+
 class LostRankError(UserError):
     """Another rank died, or has not been heard of for too long. To run again continues."""
 

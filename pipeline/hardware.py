@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import resource
 import sys
 import time
@@ -53,6 +54,13 @@ def _seconds_of_product(n: int, dtype: torch.dtype) -> float:
 def summing_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which long sums are exact enough: fp64, or fp32 on MPS, which has no fp64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls a GPU; otherwise the kind of device and the machine's architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
 
 
 def synchronize(device: torch.device) -> None:

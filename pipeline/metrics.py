@@ -44,6 +44,28 @@ TENSORBOARD_TAGS = {
     "failed_saves": "checkpoint/failed_saves",
 }
 
+#: Of a config, what decides the result or the speed; the page would drown in the rest.
+HYPERPARAMETER_SECTIONS = ("run", "model", "data", "batch", "optimizer", "schedule", "backend")
+
+# TensorBoard's CUSTOM SCALARS page: group -> chart -> the tags in it, as regular expressions.
+TENSORBOARD_LAYOUT = {
+    "loss": {
+        "training and validation": ["Multiline", ["^train/loss$", "^validation/loss$"]],
+        "validation, each part of a mixture": ["Multiline", ["^validation/loss"]],
+    },
+    "optimizer": {
+        "learning rate": ["Multiline", ["^optimizer/learning_rate$"]],
+        "gradient norm before clipping": ["Multiline", ["^optimizer/grad_norm$"]],
+    },
+    "speed": {
+        "tokens per second": ["Multiline", ["^throughput/tokens_per_s$"]],
+        "MFU, and the share of time that waited for data": [
+            "Multiline",
+            ["^throughput/mfu$", "^throughput/data_wait_share$"],
+        ],
+    },
+}
+
 
 class MetricsLog:
     """Appends rows of a run. Only the main rank has one.
@@ -124,12 +146,16 @@ class MetricsLog:
     def _open_writer(self, purge_step: int | None) -> None:
         if self._tensorboard_folder is not None:
             self._writer = SummaryWriter(self._tensorboard_folder, purge_step=purge_step)
+            self._writer.add_custom_scalars(TENSORBOARD_LAYOUT)
 
     def write_hyperparameters(self, config: dict[str, Any], results: dict[str, float]) -> None:
         """The run's settings beside its results, for TensorBoard's HPARAMS page."""
         if self._writer:
             settings = {
-                f"{section}.{key}": _plain(value) for section, keys in config.items() for key, value in keys.items()
+                f"{section}.{key}": _plain(value)
+                for section, keys in config.items()
+                if section in HYPERPARAMETER_SECTIONS
+                for key, value in keys.items()
             }
             with suppress(OSError):  # reported when the rows before it met the same
                 self._writer.add_hparams(settings, results, run_name=".")

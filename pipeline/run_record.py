@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from data_tools.storage import write_json_durably
 from pipeline.checkpoint import SaveOutcome
 from pipeline.config import Config
 from pipeline.config_files import dump_config
-from pipeline.metrics import MetricsLog, format_row
+from pipeline.metrics import MetricsLog, format_row, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,9 @@ CONFIG_FILE = "config.json"
 class RunRecord:
     """Rows go to ``metrics.jsonl``, TensorBoard and the console. Ranks but the main one keep none.
 
+    Each row says how long the run has taken: ``elapsed_s``, wall-clock seconds over all its starts. What was lost to a
+    crash counts in as far as it was logged, the time between two starts does not.
+
     Args:
         resumed_step: rows after it are dropped: the run will write them again.
     """
@@ -29,9 +33,12 @@ class RunRecord:
         self.config = config
         self.run_folder = Path(config.run.out_dir)
         self.failed_saves = 0
+        self._started = time.perf_counter()
         self._metrics = self._open(resumed_step) if is_main else None
 
     def _open(self, resumed_step: int) -> MetricsLog:
+        if resumed_step:
+            self._started -= max((row.get("elapsed_s", 0.0) for row in read_metrics(self.run_folder)), default=0.0)
         write_json_durably(self.run_folder / CONFIG_FILE, dump_config(self.config))
         return MetricsLog(self.run_folder, resumed_step=resumed_step, tensorboard=self.config.logging.tensorboard)
 
@@ -39,9 +46,14 @@ class RunRecord:
         """One row; ``row["step"]`` is required. Numbers that are not finite become null, which JSON has."""
         if self._metrics:
             row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+            row["elapsed_s"] = round(time.perf_counter() - self._started, 3)
             self._metrics.write(row)
             if console:
                 log.info(format_row(row, self.config.schedule.max_steps))
+
+    def write_start(self, step: int, **started: str | int) -> None:
+        """What the run is and computes on from here: it may change with every start."""
+        self.write({"step": step, "started": started}, console=False)
 
     def write_saves(self, outcomes: list[SaveOutcome]) -> None:
         """How saves ended: a failed one is a warning and a counter, and no reason to stop."""

@@ -29,10 +29,11 @@ from pipeline.distributed import World
 from pipeline.errors import CheckpointError, Interrupted
 from pipeline.evaluation.prepared import PreparedTask
 from pipeline.evaluation.while_training import measure_tasks
-from pipeline.hardware import LateValue, peak_memory_bytes, summing_dtype, synchronize
+from pipeline.hardware import LateValue, device_name, peak_memory_bytes, summing_dtype, synchronize
 from pipeline.interruption import StopRequest
 from pipeline.loader import MicroBatch, TrainLoader, validation_batches
 from pipeline.metrics import PART_LOSS_PREFIX, perplexity
+from pipeline.model import parameter_count
 from pipeline.prefetch import Prefetcher
 from pipeline.run_record import RunRecord
 from pipeline.schedule import lr_at
@@ -104,6 +105,13 @@ class Trainer:
         )
         self.record = RunRecord(config, is_main=world.is_main, resumed_step=self.state.step)
         self.profile = StepProfile(self.run_folder, world.device, config.logging.profile_steps if world.is_main else 0)
+        self.record.write_start(
+            self.state.step,
+            backend=backend.describe(),
+            world_size=world.size,
+            device=device_name(world.device),
+            parameters=parameter_count(config.model),
+        )
         self.results: dict[str, float] = {}  # the last loss and validation loss
         self._unjudged: list[TrainedStep] = []
 
@@ -297,7 +305,12 @@ class Trainer:
         weights = [part.weight for part, _ in parts]
         loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
         self.results["validation_loss"] = loss
-        row = {"step": self.state.step, "val_loss": loss, "val_perplexity": perplexity(loss)}
+        row = {
+            "step": self.state.step,
+            "tokens": self.state.tokens,
+            "val_loss": loss,
+            "val_perplexity": perplexity(loss),
+        }
         if len(self.loader.parts) > 1:
             row |= {f"{PART_LOSS_PREFIX}{part.name}": loss for (part, _), loss in zip(parts, losses, strict=True)}
         self.record.write(row)

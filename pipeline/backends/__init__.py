@@ -8,7 +8,7 @@ from pipeline.config import Config
 from pipeline.distributed import World
 from pipeline.model import GPT2
 
-__all__ = ["Backend", "Fragment", "StepResult", "create_backend"]
+__all__ = ["Backend", "Fragment", "StepResult", "cpu_adam_problem", "create_backend"]
 
 
 def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -> Backend:
@@ -28,3 +28,10 @@ def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -
     from pipeline.backends.deepspeed_zero import DeepSpeedBackend
 
     return DeepSpeedBackend(model, config, world, plan)
+
+
+def cpu_adam_problem() -> str | None:
+    """Why DeepSpeed's AdamW for offloaded state cannot be built here; None: it can, and now is."""
+    from pipeline.backends.deepspeed_zero import cpu_adam_problem
+
+    return cpu_adam_problem()

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 # Before 0.19.8 ZeRO-0 scaled bf16 gradients wrongly and ZeRO-1 let bf16 ranks diverge.
 TESTED_VERSIONS = (Version("0.19.8"), Version("0.20"))
 
+_BUILD_ERRORS = (RuntimeError, ImportError, OSError)  # what a missing or unfit C++ compiler may throw
+
 
 class DeepSpeedBackend(Backend):
     """See :class:`pipeline.backends.base.Backend`."""
@@ -227,10 +229,22 @@ def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> to
     groups = parameter_groups(parameters, config.weight_decay)
     try:
         return DeepSpeedCPUAdam(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, adamw_mode=True)
-    except (RuntimeError, ImportError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        log.warning("DeepSpeed's CPUAdam cannot be built here (%s); offloading with torch's AdamW", reason)
+    except _BUILD_ERRORS as error:
+        log.warning("DeepSpeed's CPUAdam cannot be built here (%s); offloading with torch's AdamW", _shortened(error))
         return build_adamw([p for group in groups for p in group["params"]], config, torch.device("cpu"))
+
+
+def cpu_adam_problem() -> str | None:
+    """See :func:`pipeline.backends.cpu_adam_problem`."""
+    try:
+        DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])
+    except _BUILD_ERRORS as error:
+        return _shortened(error)
+    return None
+
+
+def _shortened(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _refuse_untested_version() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.summary.writer import event_file_writer
 
 from pipeline.metrics import METRICS_FILE, TENSORBOARD_FOLDER, TENSORBOARD_TAGS, MetricsLog, format_row, read_metrics
@@ -214,6 +216,7 @@ class TestTensorBoard:
             "run": {"name": "x", "compile": False},
             "optimizer": {"betas": [0.9, 0.95]},
             "data": {"seq_len": None},
+            "logging": {"every_steps": 7},
         }
         metrics.write_hyperparameters(config, {"final/loss": 3.25})
         metrics.close()
@@ -221,7 +224,17 @@ class TestTensorBoard:
         settings = accumulator.summary_metadata["_hparams_/session_start_info"].plugin_data.content
         for text in (b"run.name", b"optimizer.betas", b"[0.9, 0.95]", b"data.seq_len"):
             assert text in settings
+        assert b"logging" not in settings, "it decides nothing"
         assert [s.value for s in accumulator.Scalars("final/loss")] == [3.25]
+
+    def test_training_and_validation_share_a_custom_chart(self, tmp_path: Path) -> None:
+        log_steps(tmp_path, range(1, 3), tensorboard=True)
+        (event,) = events(tmp_path).Tensors("custom_scalars__config__")
+        layout = Layout.FromString(event.tensor_proto.string_val[0])
+        charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+        assert charts["training and validation"] == ["^train/loss$", "^validation/loss$"]
+        patterns = [re.compile(pattern) for of_chart in charts.values() for pattern in of_chart]
+        assert all(any(pattern.match(tag) for tag in TENSORBOARD_TAGS.values()) for pattern in patterns)
 
     def test_without_tensorboard_there_are_no_event_files(self, tmp_path: Path) -> None:
         metrics = MetricsLog(tmp_path, resumed_step=0, tensorboard=False)

@@ -1,0 +1,40 @@
+"""Examine this machine: packages, devices, compilers, disk, tokenizer, ranks. Each finding with its cure.
+
+Ends with status 1 if something that training needs is broken.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+try:
+    from launch.cli import ArgumentParser, run_command
+    from pipeline.doctor.findings import findings_as_json, format_findings, has_problem
+    from pipeline.doctor.packages import examine_packages
+except ImportError as broken:  # the very thing that this command is there to name
+    sys.exit(f"error: {broken}; this environment lacks the project: python -m pip install -c constraints.txt -e .")
+
+
+def main() -> None:
+    """Parse, examine, print; the status says whether training can work."""
+    parser = ArgumentParser(description=__doc__, example="python launch/doctor.py --folder runs")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(), metavar="DIR", help="where runs will be written (default: here)"
+    )
+    parser.add_argument(
+        "--thorough", action="store_true", help="also compile, and let two ranks meet; a minute or two the first time"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    arguments = parser.parse_args()
+    findings = examine_packages()
+    if not has_problem(findings):
+        from pipeline.doctor.examination import examine  # needs torch: only now is it known to be there
+
+        findings += examine(arguments.folder, thorough=arguments.thorough)
+    print(findings_as_json(findings) if arguments.json else format_findings(findings))
+    sys.exit(1 if has_problem(findings) else 0)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,95 @@
+"""Python and the packages: against what setup.py asks for, and what constraints.txt was tested with. Needs no torch."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from pipeline.doctor.findings import Finding
+
+PROJECT = "gpt2-pipeline"
+INSTALL = "python -m pip install -c constraints.txt -e ."
+CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
+DEVELOPMENT_EXTRAS = ("test", "lint")
+
+
+def examine_packages() -> list[Finding]:
+    """Python, what is required, what is tested, what is optional."""
+    try:
+        project = distribution(PROJECT)
+    except PackageNotFoundError:
+        return [Finding("packages", "problem", f"{PROJECT} is not installed in this environment", INSTALL)]
+    return [_examine_python(project), *_examine_required(project), _examine_tested(), *_examine_extras(project)]
+
+
+def _examine_python(project: Distribution) -> Finding:
+    needed = project.metadata["Requires-Python"]
+    here = platform.python_version()
+    if Requirement(f"python{needed}").specifier.contains(here, prereleases=True):
+        return Finding("python", "ok", here)
+    return Finding("python", "problem", f"{here}; {needed} is needed", "make a virtual environment of a newer Python")
+
+
+def _examine_required(project: Distribution) -> Iterator[Finding]:
+    wrong = [fault for requirement in requirements(project, extra="") if (fault := _fault(requirement))]
+    if wrong:
+        yield Finding("packages", "problem", "; ".join(wrong), INSTALL)
+    else:
+        main = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "numpy"))
+        yield Finding("packages", "ok", main)
+
+
+def _examine_tested() -> Finding:
+    """Other versions than the tested ones are allowed, and worth knowing when something is odd."""
+    if not CONSTRAINTS.is_file():
+        return Finding("tested versions", "note", f"{CONSTRAINTS} is missing", "run from a checkout to compare")
+    lines = [line.partition("#")[0].strip() for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines()]
+    pinned = [requirement for line in lines if line and _applies(requirement := Requirement(line), extra="")]
+    others = [fault for requirement in pinned if _version(requirement.name) and (fault := _fault(requirement))]
+    if not others:
+        return Finding("tested versions", "ok", "all packages are as in constraints.txt")
+    shown = "; ".join(others[:5]) + (f"; and {len(others) - 5} more" if len(others) > 5 else "")
+    return Finding("tested versions", "note", f"not those of constraints.txt: {shown}", INSTALL)
+
+
+def _examine_extras(project: Distribution) -> Iterator[Finding]:
+    for extra in project.metadata.get_all("Provides-Extra", []):
+        if extra in DEVELOPMENT_EXTRAS:
+            continue
+        missing = [fault for requirement in requirements(project, extra) if (fault := _fault(requirement))]
+        if missing:
+            cure = f"python -m pip install -c constraints.txt -e '.[{extra}]'"
+            yield Finding(f"extra {extra}", "note", f"not complete: {'; '.join(missing)}", cure)
+        else:
+            yield Finding(f"extra {extra}", "ok", "installed")
+
+
+def requirements(project: Distribution, extra: str) -> list[Requirement]:
+    """What a project asks for with an extra and not without it; ``""``: what it always asks for."""
+    found = [Requirement(line) for line in project.requires or ()]
+    return [r for r in found if _applies(r, extra) and (not extra or not _applies(r, ""))]
+
+
+def _applies(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+
+def _fault(requirement: Requirement) -> str | None:
+    """What is wrong with what is installed of it; None: nothing."""
+    found = _version(requirement.name)
+    if found is None:
+        return f"{requirement.name} is not installed"
+    if not requirement.specifier.contains(found, prereleases=True):
+        return f"{requirement.name} is {found}, wanted {requirement.specifier}"
+    return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,118 @@
+"""Charts as SVG for the page and PNG for everything else, by matplotlib."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
+
+from pipeline.report.colours import INK, MUTED, PAPER, RUNS, Colour, css_variable
+from pipeline.report.curves import STEPS, TOKENS, Chart, Curve
+
+SIZE_INCHES = (4.4, 3.3)  # as wide as a telephone is: text stays readable there
+PNG_DOTS_PER_INCH = 200
+WIDE_RATIO = 8.0  # of the largest and the smallest value, beyond which evenly spaced ticks would bunch up
+LONGEST_LABEL = 34  # characters of a legend's entry
+# Runs that agree lie on each other: gaps let the ones below be seen.
+DASHES = ((0, ()), (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a dollar in a name is a dollar
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK.light,
+    "axes.labelcolor": INK.light,
+    "axes.edgecolor": MUTED.light,
+    "xtick.color": MUTED.light,
+    "ytick.color": MUTED.light,
+    "xtick.labelcolor": INK.light,
+    "ytick.labelcolor": INK.light,
+    "grid.color": MUTED.light,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A chart that was drawn."""
+
+    name: str
+    title: str
+    svg: str  # an <svg> element whose colours are the page's
+    png: bytes
+
+
+def draw(chart: Chart) -> Picture:
+    """Draw a chart once, in the light colours; in the SVG they become the page's variables."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": chart.name}):
+        figure = Figure(SIZE_INCHES, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.set_title(chart.title, loc="left")
+        for curve in chart.curves:
+            _draw_curve(axes, curve)
+        _shape_axes(axes, chart)
+        if len(chart.curves) > 1:
+            figure.legend(loc="outside lower left", ncols=1, frameon=False, fontsize=8)
+        svg, png = io.StringIO(), io.BytesIO()
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(png, format="png", dpi=PNG_DOTS_PER_INCH, facecolor=PAPER.light)
+    return Picture(chart.name, chart.title, _for_the_page(svg.getvalue(), chart.title), png.getvalue())
+
+
+def _draw_curve(axes: Axes, curve: Curve) -> None:
+    label = curve.label if len(curve.label) <= LONGEST_LABEL else f"...{curve.label[3 - LONGEST_LABEL :]}"
+    label = f" {label}"  # one that begins with an underscore would be left out
+    colour = RUNS[curve.run % len(RUNS)].light
+    if curve.dotted:
+        axes.plot(curve.x, curve.y, "o", label=label, color=colour, markersize=4.5, markerfacecolor=PAPER.light)
+    elif len(curve.x) == 1:
+        axes.plot(curve.x, curve.y, ".", label=label, color=colour)
+    else:
+        dashes = DASHES[curve.run % len(DASHES)]
+        axes.plot(curve.x, curve.y, label=label, color=colour, linewidth=1.3, linestyle=dashes)
+
+
+def _shape_axes(axes: Axes, chart: Chart) -> None:
+    axes.set_xlabel(chart.axis.label)
+    axes.grid()
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=chart.axis in (STEPS, TOKENS), steps=[1, 2, 5, 10]))
+    if chart.axis is TOKENS:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    heights = [y for curve in chart.curves for y in curve.y]
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    if chart.logarithmic and min(heights) > 0:
+        axes.set_yscale("log")
+        wide = max(heights) > WIDE_RATIO * min(heights)
+        ticks = LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+        axes.yaxis.set_major_locator(ticks)
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+    if chart.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if chart.from_zero:
+        axes.set_ylim(bottom=0)
+
+
+def _for_the_page(svg: str, title: str) -> str:
+    """From a file of its own to an element: no prologue, no metadata, the page's colours and width."""
+    element = svg[svg.index("<svg") :]
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    element = re.sub(r' (width|height)="[\d.]+pt"', "", element, count=2)
+    element = element.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    colours: tuple[Colour, ...] = (INK, MUTED, PAPER, *RUNS)
+    for colour in colours:
+        element = element.replace(colour.light, css_variable(colour))
+    return element

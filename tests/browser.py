@@ -1,0 +1,89 @@
+"""Pages looked at in a real browser, without a driver: chromium's own command line and one measuring page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from html import escape, unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+PHONE, DESKTOP = 390, 1280  # CSS pixels
+
+_OPTIONS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--enable-logging=stderr",
+    "--virtual-time-budget=5000",
+]
+_DARK = ["--blink-settings=preferredColorScheme=0"]
+
+# A window has a least width, a frame has not.
+_MEASURING_PAGE = """<!doctype html><body><iframe id="frame" style="border: 0; width: {width}px; height: 900px"
+srcdoc="{page}"></iframe><pre id="measured"></pre><script>
+frame.onload = () => {{
+  const inside = frame.contentDocument, size = (element) => element.getBoundingClientRect();
+  measured.textContent = JSON.stringify({{
+    width: inside.documentElement.scrollWidth,
+    background: frame.contentWindow.getComputedStyle(inside.body).backgroundColor,
+    ink: frame.contentWindow.getComputedStyle(inside.body).color,
+    smallest_text: Math.min(...[...inside.querySelectorAll("svg text")].map((text) => size(text).height)),
+    pictures: [...inside.querySelectorAll("svg")].map((svg) => ({{
+      width: size(svg).width, height: size(svg).height, right: size(svg).right,
+      lines: [...svg.querySelectorAll("[id^=line2d] > path")].filter((p) => p.getTotalLength() > 0).length,
+      stroke: frame.contentWindow.getComputedStyle(svg.querySelector("[id^=line2d] > path")).stroke,
+    }})),
+  }});
+}};
+</script></body>"""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a browser made of a page."""
+
+    width: float  # of the page; more than the window's: it scrolls sideways
+    background: str
+    ink: str
+    smallest_text: float  # height of a line in a picture, in CSS pixels
+    pictures: list[dict[str, Any]]
+    console: list[str]  # what the page, or the browser about it, complained of
+
+
+def look_at(page: str, width: int, *, dark: bool = False) -> Seen:
+    """Open an HTML page in a window of a width and measure it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "measure.html"
+        file.write_text(_MEASURING_PAGE.format(width=width, page=escape(page)), encoding="utf-8")
+        result = open_in_browser(file.as_uri(), "--dump-dom", *(_DARK if dark else []))
+    measured = result.stdout.partition('<pre id="measured">')[2].partition("</pre>")[0]
+    assert measured, result.stdout[-2000:] + result.stderr
+    console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+    return Seen(**json.loads(unescape(measured)), console=console)
+
+
+def open_in_browser(address: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Open an address in a browser of its own and let it come to rest."""
+    assert CHROMIUM
+    with tempfile.TemporaryDirectory() as profile:
+        return subprocess.run(
+            [CHROMIUM, *_OPTIONS, f"--user-data-dir={profile}", *options, address],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
