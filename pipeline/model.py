@@ -60,9 +60,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-LayerNorm: the residual stream itself is never normalised."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, recompute: bool) -> None:
         super().__init__()
-        self.recompute = config.activation_checkpointing
+        self.recompute = recompute
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
@@ -87,7 +87,7 @@ class GPT2(nn.Module):
         rows = padded_vocab_size(config.vocab_size)
         self.wte = nn.Embedding(rows, config.n_embd)
         self.wpe = nn.Embedding(config.context_length, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, recompute=config.recomputes_block(i)) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
         self.lm_head.weight = self.wte.weight
