@@ -6,12 +6,14 @@ Shapes: B sequences, T tokens, C = n_embd, H heads, V = vocabulary of the tokeni
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from pipeline.config import ModelConfig
 from pipeline.seeds import derive_seed
@@ -70,8 +72,34 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._residual_branches, x, use_reentrant=False)
+            if torch.compiler.is_compiling():  # which has both passes in one graph
+                return checkpoint(self._residual_branches, x, use_reentrant=False)
+            return checkpoint(self._residual_branches, x, use_reentrant=False, context_fn=self._contexts_of_passes())
         return self._residual_branches(x)
+
+    def _contexts_of_passes(self) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+        """Around the first pass and the second: what a caller puts in place of the parameters is there in both.
+
+        ``functional_call`` puts the parameters back before the backward pass.
+        """
+        stand_ins = {name: weight for name, weight in self.named_parameters() if not isinstance(weight, nn.Parameter)}
+        if not stand_ins:
+            return noop_context_fn
+        return lambda: (nullcontext(), self._standing_in(stand_ins))
+
+    @contextmanager
+    def _standing_in(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        parameters = dict(self.named_parameters())
+        self._put(weights)
+        try:
+            yield
+        finally:
+            self._put(parameters)
+
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            owner, _, leaf = name.rpartition(".")
+            self.get_submodule(owner)._parameters[leaf] = weight  # type: ignore[assignment]
 
     def _residual_branches(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
