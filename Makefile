@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity accumulation portability chaos checkpoint-cost bench-data bench-loader clean
+.PHONY: help quickstart test lint parity accumulation portability chaos checkpoint-cost bench-data bench-loader plan-check clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -40,6 +40,9 @@ bench-data: .venv/dev ## stage 1 against what people use today: speed, identical
 
 bench-loader: .venv/dev ## the loader against one that reads whole shards: batches, memory, seeks, waiting
 	$(BIN)/python -m benchmarks.loader
+
+plan-check: .venv/dev ## planned memory against measured peaks, and against the wrapping code at up to 4,096 ranks
+	$(BIN)/python -m benchmarks.planned_memory
 
 clean: ## remove the environment and caches; data and runs stay
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

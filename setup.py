@@ -28,10 +28,12 @@ setup(
     ],
     extras_require={
         "cluster": ["ray>=2.40"],
+        "plots": ["matplotlib>=3.9"],
         "remote": ["fsspec[http]>=2024.2", "s3fs>=2024.2", "gcsfs>=2024.2"],
         "test": [
             "fsspec[http]>=2024.2",
             "hypothesis>=6.100",
+            "matplotlib>=3.9",
             "psutil>=5.9",
             "pytest>=8",
             "pytest-timeout>=2.3",

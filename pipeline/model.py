@@ -88,7 +88,7 @@ class Block(nn.Module):
         return lambda: (nullcontext(), self._standing_in(stand_ins))
 
     @contextmanager
-    def _standing_in(self, weights: dict[str, Tensor]) -> Iterator[None]:
+    def _standing_in(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         parameters = dict(self.named_parameters())
         self._put(weights)
         try:

@@ -1,9 +1,9 @@
 """What one micro-batch keeps alive beside weights and gradients, found by running the real model without memory.
 
 The model of :mod:`pipeline.model` goes through one forward and backward pass on fake tensors, which have shapes
-and dtypes but no memory, and every storage that it makes is counted until it is freed. A change of the model, of its loss or
-of its attention is therefore followed without a change here. Fake tensors stand on the CPU: other devices are taken to
-keep the same tensors.
+and dtypes but no memory, and every storage that it makes is counted until it is freed. A change of the model, of its
+loss or of its attention is therefore followed without a change here. Fake tensors stand on the CPU: other devices are
+taken to keep the same tensors.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def trace_activations(request: Request) -> tuple[Moment, ...]:
 
     Blocks are alike, so two models of a few are run, and what the second has more is what every further block adds:
     between the first and the last block all grows in a straight line, and no moment in between exceeds both ends.
+    Within a moment another operation may have the peak in a deeper model: that is a fraction of a percent.
     """
     config = request.model
     period = max(1, int(config.activation_checkpointing))
@@ -63,7 +64,8 @@ def trace_activations(request: Request) -> tuple[Moment, ...]:
     if depth + period >= config.n_layer:
         return _run(request)
     shallow, deeper = (
-        _run(replace(request, model=config.model_copy(update={"n_layer": layers}))) for layers in (depth, depth + period)
+        _run(replace(request, model=config.model_copy(update={"n_layer": layers})))
+        for layers in (depth, depth + period)
     )
     return _extrapolated(shallow, deeper, (config.n_layer - depth) // period)
 
@@ -71,8 +73,8 @@ def trace_activations(request: Request) -> tuple[Moment, ...]:
 def _extrapolated(shallow: Sequence[Moment], deeper: Sequence[Moment], periods: int) -> tuple[Moment, ...]:
     """The moments of a model with so many more periods of blocks than the shallow one; the deeper has one more.
 
-    The backward pass begins with the last block: the first half of the shallow model's moments belongs to the last blocks
-    of any deeper model, the second half to the first ones.
+    The backward pass begins with the last block: the first half of the shallow model's moments belongs to the last
+    blocks of any deeper model, the second half to the first ones.
     """
     half = len(shallow) // 2
     partners = [*deeper[:half], *deeper[half - len(shallow) :]]
@@ -93,12 +95,11 @@ def _extrapolated(shallow: Sequence[Moment], deeper: Sequence[Moment], periods: 
 def _run(request: Request) -> tuple[Moment, ...]:
     with FakeTensorMode():
         model, compute = _build(request)
-        vocabulary = {request.model.vocab_size, padded_vocab_size(request.model.vocab_size)}
         tokens = torch.zeros(request.micro_batch_size, request.seq_len, dtype=torch.int64)
-        recorder = _Recorder(vocabulary)
+        recorder = _Recorder(request.model.vocab_size, model.wte.weight.shape)
         recorder.live.leave_out([*model.parameters(), tokens])
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(recorder.finish_gradient)
+            parameter.register_post_accumulate_grad_hook(recorder.finish_gradient)  # type: ignore[no-untyped-call]
         with recorder.live:
             compute(tokens, tokens).backward()
     return tuple(recorder.moments.values())
@@ -107,8 +108,13 @@ def _run(request: Request) -> tuple[Moment, ...]:
 class _Recorder:
     """Keeps the largest moment between two finished gradients."""
 
-    def __init__(self, vocabulary: set[int]) -> None:
-        self.live = LiveBytes(self._note, lambda tensor: tensor.dim() > 0 and tensor.shape[-1] in vocabulary)
+    def __init__(self, vocab_size: int, tied_shape: torch.Size) -> None:
+        vocabulary = {vocab_size, padded_vocab_size(vocab_size)}
+        self.live = LiveBytes(
+            self._note,
+            is_apart=lambda tensor: tensor.dim() > 0 and tensor.shape[-1] in vocabulary,
+            sums_in_place=lambda tensor: tensor.shape == tied_shape,  # the gradients of its two uses
+        )
         self.moments: dict[int, Moment] = {}
         self._finished = 0
 

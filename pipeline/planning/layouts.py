@@ -1,7 +1,7 @@
 """Where each backend keeps weights, masters, moments, gradients and buffers: bytes on the rank that has most.
 
-Each formula follows what this project's backends do with torch 2.13 and DeepSpeed 0.19.8; ``docs/planning.md`` names the source
-of every term, and ``make plan-check`` compares them with measured peaks and with the real wrapping code.
+Each formula follows what this project's backends do with torch 2.13 and DeepSpeed 0.19.8; ``docs/planning.md`` names
+the source of every term, and ``make plan-check`` compares them with measured peaks and with the real wrapping code.
 N is the number of parameters (with padding rows), W the number of ranks.
 """
 
@@ -103,7 +103,7 @@ def _replicated(sizes: Sizes, *, is_bf16: bool) -> dict[str, Any]:
 
 
 def _ddp(sizes: Sizes, plan: BatchPlan, *, is_bf16: bool) -> Layout:
-    """Gradients are views of the buckets once they are reduced. Those of earlier micro-steps are not: they come beside."""
+    """Gradients are views of the buckets once they are reduced; those of earlier micro-steps lie beside them."""
     whole = FP32 * sizes.total
     accumulates, is_wrapped = plan.accumulation > 1, plan.world_size > 1
     gradients = _always(whole) if accumulates or is_wrapped else _growing(whole, sizes)
@@ -128,20 +128,23 @@ def fsdp_shard_elements(shapes: Iterable[torch.Size], world_size: int) -> int:
 
 
 def _fsdp(sizes: Sizes, plan: BatchPlan, *, is_bf16: bool, reshards: bool) -> Layout:
-    """The root's weights and one block's are gathered (and the next block's), or all; gradients are whole until reduced."""
+    """Gathered are the root's weights and those of a block and the next one, or all; gradients are reduced last."""
     shard = fsdp_shard_elements(sizes.shapes, plan.world_size)
     width = BF16 if is_bf16 else FP32
-    gathered = width * (min(sizes.root + 2 * sizes.block, sizes.total) if reshards else sizes.total)
     accumulates = plan.accumulation > 1
+    root = width * sizes.root
+    blocks = width * (min(2 * sizes.block, sizes.total - sizes.root) if reshards else sizes.total - sizes.root)
 
     def gradients(finished: int) -> int:
         return FP32 * sizes.total if accumulates else FP32 * (shard * finished // sizes.total)
 
     def buffers(finished: int) -> int:
+        """Gathered weights; and of a group whose gradients are finished these, and their copy for reduce-scatter."""
         if finished == 0:
-            return gathered
-        group = sizes.root if finished == sizes.total else sizes.block
-        return gathered + 2 * FP32 * group  # a group's gradients, and their copy for reduce-scatter
+            return root + blocks
+        if finished == sizes.total:
+            return root + 2 * FP32 * sizes.root
+        return root + (blocks + 2 * FP32 * sizes.block if finished <= sizes.total - sizes.root else 0)
 
     return Layout(
         compute="bf16_weights" if is_bf16 else "autocast",
@@ -220,7 +223,7 @@ def _zero1(sizes: Sizes, plan: BatchPlan, zero: dict[str, Any], is_bf16: bool) -
 
 
 def _zero2(sizes: Sizes, plan: BatchPlan, zero: dict[str, Any], is_bf16: bool) -> Layout:
-    """Gradients divided too: in fp32 the parameters that reach into the partition, whole; with bf16 weights exactly it."""
+    """Gradients divided too: with bf16 weights exactly, else those of all parameters that reach into the partition."""
     shard = zero_partition_elements(sizes.shapes, plan.world_size)
     width = BF16 if is_bf16 else FP32
     kept = FP32 * (shard if is_bf16 else whole_parameters_of_partition(sizes.shapes, plan.world_size))

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that operations inside this mode make, until they are freed.
 
     Works on real tensors and on fake ones. What a kernel allocates and frees within itself is not seen.
@@ -20,21 +20,28 @@ class LiveBytes(TorchDispatchMode):
     Args:
         after_operation: called after each operation, when its results are counted.
         is_apart: tensors that ``apart`` counts, beside ``total``, which counts all.
+        sums_in_place: sums that come in place of their first term. Autograd adds gradients so, but not under a mode.
     """
 
     def __init__(
-        self, after_operation: Callable[[], None] = lambda: None, is_apart: Callable[[Tensor], bool] = lambda _: False
+        self,
+        after_operation: Callable[[], None] = lambda: None,
+        is_apart: Callable[[Tensor], bool] = lambda _: False,
+        sums_in_place: Callable[[Tensor], bool] = lambda _: False,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0  # bytes
         self.apart = 0  # bytes
         self._after_operation = after_operation
         self._is_apart = is_apart
+        self._sums_in_place = sums_in_place
         self._counted: dict[int, tuple[int, int]] = {}  # storage -> bytes in total, bytes apart
         self._left_out: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.add.Tensor and self._sums_in_place(result):
+            self._forget(args[0].untyped_storage()._cdata)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf)

@@ -301,7 +301,8 @@ class TestActivationCheckpointing:
             torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize(
-        ("recompute", "again"), [(False, []), (True, [4, 3, 2, 1, 0]), (1, [4, 3, 2, 1, 0]), (2, [4, 2, 0]), (3, [3, 0])]
+        ("recompute", "again"),
+        [(False, []), (True, [4, 3, 2, 1, 0]), (1, [4, 3, 2, 1, 0]), (2, [4, 2, 0]), (3, [3, 0])],
     )
     def test_which_blocks_run_again_in_the_backward_pass(
         self, recompute: bool | int, again: list[int], forwards: list[MLP]
