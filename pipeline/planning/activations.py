@@ -56,7 +56,6 @@ def trace_activations(request: Request) -> tuple[Moment, ...]:
 
     Blocks are alike, so two models of a few are run, and what the second has more is what every further block adds:
     between the first and the last block all grows in a straight line, and no moment in between exceeds both ends.
-    Within a moment another operation may have the peak in a deeper model: that is a fraction of a percent.
     """
     config = request.model
     period = max(1, int(config.activation_checkpointing))
@@ -115,7 +114,7 @@ class _Recorder:
             is_apart=lambda tensor: tensor.dim() > 0 and tensor.shape[-1] in vocabulary,
             sums_in_place=lambda tensor: tensor.shape == tied_shape,  # the gradients of its two uses
         )
-        self.moments: dict[int, Moment] = {}
+        self.moments: dict[tuple[int, bool], Moment] = {}  # forward and backward pass apart: each grows by itself
         self._finished = 0
 
     def finish_gradient(self, parameter: Tensor) -> None:
@@ -125,9 +124,10 @@ class _Recorder:
         self._finished += parameter.numel()
 
     def _note(self) -> None:
-        live, before = self.live, self.moments.get(self._finished)
+        key = (self._finished, torch.is_grad_enabled())
+        live, before = self.live, self.moments.get(key)
         if before is None or live.total > before.activation_bytes + before.logit_bytes:
-            self.moments[self._finished] = Moment(self._finished, live.total - live.apart, live.apart)
+            self.moments[key] = Moment(self._finished, live.total - live.apart, live.apart)
 
 
 def _build(request: Request) -> tuple[GPT2, nn.Module]:

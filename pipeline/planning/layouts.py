@@ -229,7 +229,7 @@ def _zero2(sizes: Sizes, plan: BatchPlan, zero: dict[str, Any], is_bf16: bool) -
     kept = FP32 * (shard if is_bf16 else whole_parameters_of_partition(sizes.shapes, plan.world_size))
     parameters, masters, optimizer = width * sizes.total, FP32 * shard, MOMENTS * shard
     buckets = _buckets(zero, width)
-    if not _offloads(zero, "offload_optimizer"):
+    if not offloads(zero, "offload_optimizer"):
         return Layout(
             compute="bf16_weights" if is_bf16 else "autocast",
             parameters=parameters,
@@ -258,8 +258,8 @@ def _zero3(sizes: Sizes, plan: BatchPlan, zero: dict[str, Any], is_bf16: bool) -
     live = min(sizes.total, int(zero.get("stage3_max_live_parameters", MAX_LIVE_ELEMENTS)))
     bucket = FP32 * int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS))
     parameters, state = width * shard, (FP32 + MOMENTS) * shard
-    offloads_state = _offloads(zero, "offload_optimizer")
-    offloads_parameters = _offloads(zero, "offload_param")
+    offloads_state = offloads(zero, "offload_optimizer")
+    offloads_parameters = offloads(zero, "offload_param")
     host = (state + 2 * FP32 * shard if offloads_state else 0) + (parameters if offloads_parameters else 0)
     return Layout(
         compute="bf16_weights" if is_bf16 else "autocast",
@@ -272,5 +272,5 @@ def _zero3(sizes: Sizes, plan: BatchPlan, zero: dict[str, Any], is_bf16: bool) -
     )
 
 
-def _offloads(zero: dict[str, Any], key: str) -> bool:
+def offloads(zero: dict[str, Any], key: str) -> bool:
     return zero.get(key, {}).get("device", "none") != "none"

@@ -12,7 +12,7 @@ from pipeline.batch_plan import BatchPlan
 from pipeline.config import Config
 from pipeline.model import flops_per_token
 from pipeline.planning.devices import Device
-from pipeline.planning.layouts import BF16, FP32, MOMENTS, sizes_of
+from pipeline.planning.layouts import BF16, FP32, MOMENTS, offloads, sizes_of
 
 LINK_EFFICIENCY = 0.7  # of a link's published bandwidth, assumed
 BACKWARD_SHARE = 2 / 3  # of a micro-step's FLOPs: what reductions hide behind
@@ -60,8 +60,8 @@ def traffic(config: Config, plan: BatchPlan) -> Traffic:
         return Traffic(0, 2 * gradients, 0, 0)
     if stage == 0:
         return Traffic(0, 0, 2 * gradients, 0)
-    offloads = "offload_optimizer" in zero and zero["offload_optimizer"].get("device", "none") != "none"
-    host = (2 * FP32 + CPU_ADAM_BYTES) * elements // plan.world_size if offloads else 0
+    is_offloaded = offloads(zero, "offload_optimizer")
+    host = (2 * FP32 + CPU_ADAM_BYTES) * elements // plan.world_size if is_offloaded else 0
     if stage == 1:
         return Traffic(0, gradients, weights, host)
     if stage == 2:

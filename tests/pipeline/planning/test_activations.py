@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import pipeline.planning.activations as activations
 from pipeline.model import GPT2, CausalSelfAttention
-from pipeline.planning.activations import Compute, Request, trace_activations
+from pipeline.planning.activations import Compute, Moment, Request, trace_activations
 from pipeline.planning.live_bytes import LiveBytes
 from tests.pipeline.conftest import tiny_model_config
 
@@ -25,6 +26,15 @@ def peak_bytes(of: Request) -> int:
     return max(moment.activation_bytes + moment.logit_bytes for moment in trace_activations(of))
 
 
+def largest_by_gradient(moments: Iterable[Moment]) -> dict[int, int]:
+    """Bytes at the largest moment, by how many elements' gradients are finished."""
+    largest: dict[int, int] = {}
+    for moment in moments:
+        size = moment.activation_bytes + moment.logit_bytes
+        largest[moment.finished_elements] = max(size, largest.get(moment.finished_elements, 0))
+    return largest
+
+
 class TestDepth:
     @pytest.mark.parametrize("recompute", [False, True, 2])
     @pytest.mark.parametrize(
@@ -34,14 +44,10 @@ class TestDepth:
         self, compute: Compute, precision: str, recompute: bool | int
     ) -> None:
         deep = request(compute, precision, n_layer=9, activation_checkpointing=recompute)
-        whole = {moment.finished_elements: moment for moment in activations._run(deep)}
-        planned = trace_activations(deep)
+        whole, planned = largest_by_gradient(activations._run(deep)), largest_by_gradient(trace_activations(deep))
         assert len(planned) < len(whole)
-        for moment in planned:
-            real = whole[moment.finished_elements]
-            both = (moment.activation_bytes + moment.logit_bytes, real.activation_bytes + real.logit_bytes)
-            # A few elements apart where another operation than in the shallow models has the peak.
-            assert both[0] == pytest.approx(both[1], rel=0.005)
+        assert all(whole[finished] == size for finished, size in planned.items())
+        assert max(planned.values()) == max(whole.values())
 
 
 class TestWhatIsFollowed:

@@ -75,7 +75,8 @@ class TestState:
 
 class TestFitting:
     def test_the_largest_micro_batch_fits_and_one_more_does_not(self) -> None:
-        config = config_of("fsdp", "model.activation_checkpointing=true")
+        recompute = "model.activation_checkpointing=true"
+        config = config_of("fsdp", recompute)
         batch = plan_batch(config, 8)
         size = largest_micro_batch(config, batch, H100)
         assert size > 16
@@ -83,7 +84,7 @@ class TestFitting:
             changed = load_config(
                 [CONFIGS / "fsdp.json"],
                 [
-                    "model.activation_checkpointing=true",
+                    recompute,
                     f"batch.micro_batch_size={sequences}",
                     f"batch.tokens_per_step={sequences * 1024 * 8}",
                 ],
