@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data checkpoint-cost bench-data bench-loader bench-evaluation bench-train bench-generation clean
+.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data checkpoint-cost bench-data bench-loader bench-evaluation bench-train bench-generation plan-check clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -53,6 +53,9 @@ bench-train: .venv/dev ## training against transformers: tokens per second, shar
 
 bench-generation: .venv/dev ## GPT-2 124M writing on the CPU, against transformers in its best settings
 	$(BIN)/python -m benchmarks.generation
+
+plan-check: .venv/dev ## planned memory against measured peaks, and against the wrapping code at up to 4,096 ranks
+	$(BIN)/python -m benchmarks.planned_memory
 
 clean: ## remove the environment and caches; data and runs stay
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -6,11 +6,12 @@ and ``--set`` overrides; nothing else builds one.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -84,7 +85,9 @@ class ModelConfig(Section):
         description="the token that begins a text, 50256 of GPT-2: positions start at 0 again there, in training, "
         "evaluation and generation; attention still sees the texts before (null: positions of the window)",
     )
-    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    activation_checkpointing: bool | PositiveInt = Field(
+        False, description="recompute blocks in the backward pass: true, every block; n, the first of every n"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -96,10 +99,31 @@ class ModelConfig(Section):
         sizes = MODEL_PRESETS[preset] if isinstance(preset, str) and preset in MODEL_PRESETS else MODEL_PRESETS[default]
         return {**sizes, **given}
 
+    def recomputes_block(self, index: int) -> bool:
+        """Whether the backward pass computes this block (from 0) anew instead of keeping what it computed."""
+        every = int(self.activation_checkpointing)
+        return every > 0 and index % every == 0
+
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        return self
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _switch_or_whole_number(cls, given: Any) -> Any:
+        if not isinstance(given, int) or (given < 1 and given is not False):
+            raise ValueError(f"must be true, false or a whole number from 1, found {json.dumps(given, default=str)}")
+        return given
+
+    @model_validator(mode="after")
+    def _some_block_is_recomputed_in_turn(self) -> ModelConfig:
+        if self.activation_checkpointing > self.n_layer:
+            raise ValueError(
+                f"activation_checkpointing ({self.activation_checkpointing}) must not exceed n_layer ({self.n_layer}); "
+                "it recomputes the first of every so many blocks"
+            )
         return self
 
     @model_validator(mode="after")

@@ -6,12 +6,14 @@ Shapes: B sequences, T tokens, C = n_embd, H heads, V = vocabulary of the tokeni
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from pipeline.attention import Attend, attention_under, causal_attention
 from pipeline.config import ModelConfig
@@ -63,7 +65,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.recompute = config.activation_checkpointing
+        self.recompute = config.recomputes_block(layer)
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
@@ -71,8 +73,36 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._residual_branches, x, attend, use_reentrant=False)
+            if torch.compiler.is_compiling():  # which has both passes in one graph
+                return checkpoint(self._residual_branches, x, attend, use_reentrant=False)
+            return checkpoint(
+                self._residual_branches, x, attend, use_reentrant=False, context_fn=self._contexts_of_passes()
+            )
         return self._residual_branches(x, attend)
+
+    def _contexts_of_passes(self) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+        """Around the first pass and the second: what a caller puts in place of the parameters is there in both.
+
+        ``functional_call`` puts the parameters back before the backward pass.
+        """
+        stand_ins = {name: weight for name, weight in self.named_parameters() if not isinstance(weight, nn.Parameter)}
+        if not stand_ins:
+            return noop_context_fn
+        return lambda: (nullcontext(), self._standing_in(stand_ins))
+
+    @contextmanager
+    def _standing_in(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        parameters = dict(self.named_parameters())
+        self._put(weights)
+        try:
+            yield
+        finally:
+            self._put(parameters)
+
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            owner, _, leaf = name.rpartition(".")
+            self.get_submodule(owner)._parameters[leaf] = weight  # type: ignore[assignment]
 
     def _residual_branches(self, x: Tensor, attend: Attend | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), attend)

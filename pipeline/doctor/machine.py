@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from pipeline.attention import fastest_kernel
 from pipeline.doctor.findings import Finding, Level
-from pipeline.hardware import device_name, flash_attention_runs
+from pipeline.hardware import device_name
 
 GIB = 1 << 30
 LEAST_DISK_BYTES = 1 * GIB
@@ -48,9 +49,12 @@ def _examine_devices() -> Iterator[Finding]:
     if torch.cuda.get_device_capability() < (8, 0):
         cure = "use run.precision amp_fp16 or fp32"
         yield Finding("bf16", "note", "this GPU is older than Ampere: bf16 is slow or missing on it", cure)
-    if not flash_attention_runs(torch.device("cuda"), torch.float16, HEAD_DIM):
-        cure = "install a torch that was built for this GPU"
-        yield Finding("attention", "note", "no fused kernel on this GPU: plain matrix products, slow", cure)
+    with fastest_kernel(torch.device("cuda"), torch.float16, HEAD_DIM) as kernel:
+        if kernel == "MATH":
+            cure = "install a torch that was built for this GPU"
+            yield Finding("attention", "note", "no fused kernel on this GPU: plain matrix products, slow", cure)
+        else:
+            yield Finding("attention", "ok", kernel)
 
 
 def _finding_without_gpu() -> Finding:

@@ -285,12 +285,14 @@ class TestActivationCheckpointing:
         monkeypatch.setattr(MLP, "forward", counted)
         return ran
 
+    @pytest.mark.parametrize("recompute", [True, 2])
     @pytest.mark.parametrize("dropout", [0.0, 0.3])
-    def test_same_loss_and_gradients(self, dropout: float) -> None:
+    def test_same_loss_and_gradients(self, dropout: float, recompute: bool | int) -> None:
         inputs, targets = shift(random_tokens(3, 12))
         found = []
-        for recompute in (False, True):
-            model = restless_model(tiny_model_config(dropout=dropout, activation_checkpointing=recompute)).train()
+        for setting in (False, recompute):
+            config = tiny_model_config(n_layer=3, dropout=dropout, activation_checkpointing=setting)
+            model = restless_model(config).train()
             torch.manual_seed(5)
             loss = model(inputs, targets)
             found.append((loss.item(), gradients(model, loss)))
@@ -298,11 +300,22 @@ class TestActivationCheckpointing:
         for name, gradient in found[0][1].items():
             torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize(("recompute", "runs"), [(False, 1), (True, 2)])
-    def test_blocks_run_again_in_the_backward_pass(self, recompute: bool, runs: int, forwards: list[MLP]) -> None:
-        model = build_model(tiny_model_config(activation_checkpointing=recompute), 1)
+    @pytest.mark.parametrize(
+        ("recompute", "again"),
+        [(False, []), (True, [4, 3, 2, 1, 0]), (1, [4, 3, 2, 1, 0]), (2, [4, 2, 0]), (3, [3, 0])],
+    )
+    def test_which_blocks_run_again_in_the_backward_pass(
+        self, recompute: bool | int, again: list[int], forwards: list[MLP]
+    ) -> None:
+        model = build_model(tiny_model_config(n_layer=5, activation_checkpointing=recompute), 1)
         model(*shift(random_tokens(2, 5))).backward()
-        assert len(forwards) == runs * 2
+        blocks = [block.mlp for block in model.h]
+        assert [blocks.index(mlp) for mlp in forwards] == [0, 1, 2, 3, 4, *again]
+
+    @pytest.mark.parametrize("wrong", [0, -1, 3, "all", 1.5])
+    def test_what_is_no_number_of_blocks_is_refused(self, wrong: Any) -> None:
+        with pytest.raises(ValueError, match="activation_checkpointing"):
+            tiny_model_config(activation_checkpointing=wrong)
 
 
 class TestPositions:

@@ -1,0 +1,94 @@
+"""One rank of ``benchmarks.planned_memory``: a few steps of a config's backend on random tokens, and their peak.
+
+python benchmarks/memory_rank.py OUT.json --config FILE ... --set ...        # under torchrun, or alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from pipeline.backends import Backend, create_backend
+from pipeline.batch_plan import BatchPlan, plan_batch
+from pipeline.config import Config
+from pipeline.config_files import load_config
+from pipeline.distributed import World, join_world
+from pipeline.model import build_model
+
+STEPS = 3  # moments exist from the second on, DDP's final buckets from the third
+_KIB = 1024
+
+
+def main() -> None:
+    """Measure, and write the largest peak of all ranks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--config", nargs="+", required=True)
+    parser.add_argument("--set", nargs="*", default=[])
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.set)
+    with join_world(config.run) as world:
+        _train(_tiny(config), world)  # what libraries load, build and allocate once is not the run's
+        gc.collect()
+        before = _used_bytes(world.device)
+        _forget_peak(world.device)
+        held = _train(config, world)
+        peak = _peak_bytes(world.device) - before
+        largest = max(world.gather(peak))
+        if world.is_main:
+            arguments.out.write_text(json.dumps({"peak_bytes": largest}))
+        held.close()
+
+
+def _tiny(config: Config) -> Config:
+    """The same backend and precision around a model of no size."""
+    model = config.model.model_copy(update={"n_layer": 1, "n_head": 2, "n_embd": 64, "activation_checkpointing": False})
+    return config.model_copy(update={"model": model})
+
+
+def _train(config: Config, world: World) -> Backend:
+    """Build the backend as a run does, and take some steps."""
+    plan = plan_batch(config, world.size)
+    backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
+    for _ in range(STEPS):
+        _step(backend, config, plan, world)
+    return backend
+
+
+def _step(backend: Backend, config: Config, plan: BatchPlan, world: World) -> None:
+    shape = (plan.micro_batch_size, plan.seq_len)
+    for i in range(plan.accumulation):
+        tokens = torch.randint(config.model.vocab_size, shape, device=world.device)
+        weight = world.size / plan.tokens_per_step
+        backend.accumulate(tokens, tokens, weight, is_last=i == plan.accumulation - 1)
+    backend.step(config.optimizer.learning_rate)
+
+
+def _used_bytes(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
+def _peak_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to what is resident now
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, f"/proc/self/status has no {field}"
+    return int(found[1]) * _KIB
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Planned memory against measured peaks, and against the real wrapping code at world sizes that nobody has here.
+
+python -m benchmarks.planned_memory            # what `make plan-check` runs; alone on the machine
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.rank_server import RankServer
+from benchmarks.runs import CONFIGS, REPOSITORY, Sections, child_environment, merged, overrides, ranks_command
+from benchmarks.wrapped_shards import WORLD_SIZES, compare_shards
+from pipeline.batch_plan import plan_batch
+from pipeline.config import Config
+from pipeline.config_files import load_config
+from pipeline.planning.memory import host_memory, peak_memory
+
+MIB = 1 << 20
+LARGEST_DIFFERENCE = 0.10
+RANK_SCRIPT = REPOSITORY / "benchmarks" / "memory_rank.py"
+
+#: glibc then returns every freed tensor at once: resident memory is what is alive.
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+
+#: What dominates differs: weights and their state; logits; activations. The small one is for the tests.
+MODELS: dict[str, Sections] = {
+    "state": {"model": {"preset": "gpt2", "context_length": 128}, "batch": {"micro_batch_size": 2}},
+    "logits": {
+        "model": {"n_layer": 6, "n_head": 8, "n_embd": 512, "context_length": 512},
+        "batch": {"micro_batch_size": 4},
+    },
+    "activations": {
+        "model": {"n_layer": 8, "n_head": 6, "n_embd": 384, "context_length": 512, "vocab_size": 2000},
+        "batch": {"micro_batch_size": 8},
+    },
+    "small": {
+        "model": {"n_layer": 3, "n_head": 4, "n_embd": 256, "context_length": 256, "vocab_size": 20000},
+        "batch": {"micro_batch_size": 4},
+    },
+}
+#: A bucket that is never filled is not resident on a CPU.
+SMALL_BUCKETS = {"zero_optimization.reduce_bucket_size": 4_000_000}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One comparison."""
+
+    backend: str
+    world_size: int
+    model: str
+    precision: str = "amp_bf16"
+    accumulation: int = 1
+    checkpointing: bool | int = False
+
+    def config(self) -> Config:
+        """As a run would have it."""
+        return load_config([CONFIGS / f"{self.backend}.json"], self.overrides())
+
+    def overrides(self) -> list[str]:
+        """What ``--set`` takes."""
+        size = MODELS[self.model]
+        tokens = size["batch"]["micro_batch_size"] * size["model"]["context_length"] * self.world_size
+        own: Sections = {
+            "run": {"precision": self.precision},
+            "model": {"activation_checkpointing": self.checkpointing},
+            "batch": {"tokens_per_step": tokens * self.accumulation},
+        }
+        partitions = self.backend.startswith("zero") and self.backend != "zero0"
+        return overrides(merged(size, own, {"backend.deepspeed": SMALL_BUCKETS} if partitions else {}))
+
+
+SETTINGS = (
+    Setting("ddp", 1, "state"),
+    Setting("ddp", 2, "state", accumulation=2),
+    Setting("fsdp", 2, "state"),
+    Setting("fsdp", 2, "state", "bf16", accumulation=2),
+    Setting("zero1", 2, "state"),
+    Setting("zero2", 2, "state", accumulation=2),
+    Setting("zero3", 2, "state", "bf16"),
+    Setting("zero0", 2, "logits", accumulation=2),
+    Setting("zero1", 2, "logits", "bf16"),
+    Setting("zero2", 2, "logits", "bf16"),
+    Setting("ddp", 1, "logits", "fp32", accumulation=2),
+    Setting("ddp", 1, "activations"),
+    Setting("ddp", 1, "activations", checkpointing=True),
+    Setting("ddp", 2, "activations", "bf16", checkpointing=2),
+    Setting("fsdp", 2, "activations", checkpointing=True),
+    Setting("zero3", 2, "activations"),
+    Setting("fsdp", 1, "activations", "bf16"),
+)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Planned and measured bytes of the rank with most."""
+
+    setting: Setting
+    planned_bytes: int
+    measured_bytes: int
+
+    @property
+    def difference(self) -> float:
+        """Planned over measured, minus 1."""
+        return self.planned_bytes / self.measured_bytes - 1
+
+    @property
+    def agrees(self) -> bool:
+        """Within ``LARGEST_DIFFERENCE``."""
+        return abs(self.difference) <= LARGEST_DIFFERENCE
+
+    def row(self) -> str:
+        """Of a Markdown table."""
+        setting = self.setting
+        cells = [
+            setting.backend,
+            str(setting.world_size),
+            setting.model,
+            setting.precision,
+            str(setting.accumulation),
+            json.dumps(setting.checkpointing),
+            f"{self.planned_bytes / MIB:,.0f}",
+            f"{self.measured_bytes / MIB:,.0f}",
+            f"{self.difference:+.1%}",
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+def compare(setting: Setting, ranks: RankServer, scratch: Path) -> Compared:
+    """Plan a setting and run it."""
+    config = setting.config()
+    plan = plan_batch(config, setting.world_size)
+    planned = peak_memory(config, plan).total
+    if not torch.cuda.is_available():
+        planned += host_memory(config, plan)  # on a CPU both are the same memory
+    return Compared(setting, planned, _measure(setting, ranks, scratch))
+
+
+def start_ranks() -> RankServer:
+    """Ranks whose resident memory is what is alive."""
+    return RankServer(REPOSITORY, {**child_environment(), **RETURN_FREED_MEMORY})
+
+
+def _measure(setting: Setting, ranks: RankServer, scratch: Path) -> int:
+    out = Path(tempfile.mkdtemp(dir=scratch))
+    arguments = [str(out / "peak.json"), "--config", str(CONFIGS / f"{setting.backend}.json")]
+    arguments += ["--set", *setting.overrides()]
+    environment = {**child_environment(), **RETURN_FREED_MEMORY}
+    status = ranks.run(setting.world_size, RANK_SCRIPT, arguments, environment, out, timeout_s=600)
+    if status:
+        command = " ".join(ranks_command(setting.world_size, RANK_SCRIPT, arguments))
+        raise RuntimeError(f"{command} failed:\n{(out / 'stdout').read_text()}\n{(out / 'stderr').read_text()}")
+    peak: int = json.loads((out / "peak.json").read_text())["peak_bytes"]
+    return peak
+
+
+def main() -> None:
+    """Print both tables; a non-zero status if something does not agree."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    columns = (
+        "backend | ranks | model | precision | micro-steps | checkpointing | planned MiB | measured MiB | difference"
+    )
+    print(f"| {columns} |\n{'| --- ' * 9}|", flush=True)
+    failures = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        ranks = start_ranks()
+        for setting in SETTINGS:
+            compared = compare(setting, ranks, Path(scratch))
+            failures += not compared.agrees
+            print(compared.row(), flush=True)
+    print("\n| backend | ranks | what | planned | wrapped |\n| --- | --- | --- | --- | --- |", flush=True)
+    for world_size in WORLD_SIZES:
+        for shards in compare_shards(world_size):
+            failures += not shards.agrees
+            print(shards.row(), flush=True)
+    raise SystemExit(f"{failures} settings do not agree" if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

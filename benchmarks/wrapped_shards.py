@@ -1,0 +1,151 @@
+"""What the real wrapping code leaves on rank 0 at any world size, under a process group that only pretends.
+
+FSDP2 shards fake tensors of GPT-2's own shapes. DDP and DeepSpeed need memory to work on: they wrap a small model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from benchmarks.runs import CONFIGS
+from pipeline.backends import Backend, create_backend
+from pipeline.batch_plan import BatchPlan, plan_batch
+from pipeline.config import Config
+from pipeline.config_files import load_config
+from pipeline.distributed import World
+from pipeline.environment import present_as_launched
+from pipeline.model import GPT2, build_model
+from pipeline.planning.layouts import layout_of
+
+WORLD_SIZES = (8, 64, 1024, 4096)
+SMALL_BACKENDS = ("ddp", "zero1", "zero2", "zero3")
+SEQ_LEN = 64
+
+REAL_MODEL = ["model.preset=gpt2", "model.n_layer=2"]  # every shape of GPT-2 124M
+SMALL_MODEL = ["model.n_layer=2", "model.n_head=3", "model.n_embd=96", "model.vocab_size=1000"]
+SMALL_BUCKET = "backend.deepspeed.zero_optimization.reduce_bucket_size=1000000"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """One kind of state of one backend: planned bytes and those of the wrapped model."""
+
+    backend: str
+    world_size: int
+    what: str
+    planned_bytes: int
+    wrapped_bytes: int
+
+    @property
+    def agrees(self) -> bool:
+        """Exactly: rank 0 has no less than any other rank."""
+        return self.planned_bytes == self.wrapped_bytes
+
+    def row(self) -> str:
+        """Of a Markdown table."""
+        cells = (self.backend, f"{self.world_size:,}", self.what, f"{self.planned_bytes:,}", f"{self.wrapped_bytes:,}")
+        return f"| {' | '.join(cells)} |"
+
+
+def compare_shards(world_size: int) -> Iterator[Shards]:
+    """Every backend at one world size."""
+    yield from compare_fsdp(world_size)
+    for backend in SMALL_BACKENDS:
+        yield from compare_small(backend, world_size)
+
+
+def compare_fsdp(world_size: int) -> Iterator[Shards]:
+    """Wrap fake tensors, take a step, add up what stays."""
+    config, plan = _planned("fsdp", world_size, REAL_MODEL)
+    with _pretended_world(world_size) as world, _mesh_of_real_tensors(), FakeTensorMode():
+        backend: Any = create_backend(GPT2(config.model), config, world, plan)
+        tokens = torch.zeros(1, SEQ_LEN, dtype=torch.int64)
+        backend.compute(tokens, tokens).backward()
+        parameters = list(backend.parameters.values())
+        gradients = sum(_local_bytes(parameter.grad) for parameter in parameters)
+        backend.optimizer.step()
+        moments = sum(
+            _local_bytes(state[key]) for state in backend.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
+        )
+    layout = layout_of(config, plan)
+    yield Shards("fsdp", world_size, "parameters", layout.parameters, sum(map(_local_bytes, parameters)))
+    yield Shards("fsdp", world_size, "gradients", layout.parameters, gradients)
+    yield Shards("fsdp", world_size, "moments", layout.optimizer, moments)
+
+
+def compare_small(name: str, world_size: int) -> Iterator[Shards]:
+    """Wrap a small model in memory, and look at what its optimizer keeps."""
+    config, plan = _planned(name, world_size, [*SMALL_MODEL, *([SMALL_BUCKET] if name.startswith("zero") else [])])
+    layout = layout_of(config, plan)
+    with _pretended_world(world_size) as world:
+        backend = create_backend(build_model(config.model, seed=1), config, world, plan)
+        if name == "ddp":
+            yield Shards(name, world_size, "gradients", layout.gradients(0), _bucket_bytes(backend))
+            moments = sum(fragment.exp_avg.nbytes + fragment.exp_avg_sq.nbytes for fragment in backend.fragments())
+            yield Shards(name, world_size, "moments", layout.optimizer, moments)
+        else:
+            states = _adam_states(backend)
+            moments = sum(state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes for state in states)
+            yield Shards(name, world_size, "moments", layout.optimizer, moments)
+        backend.close()
+
+
+def _adam_states(backend: Any) -> list[dict[str, Tensor]]:
+    states: list[dict[str, Tensor]] = backend.state.adam_states()  # makes moments where no step has
+    return states
+
+
+def _planned(name: str, world_size: int, sets: list[str]) -> tuple[Config, BatchPlan]:
+    own = ["run.device=cpu", "run.precision=fp32", f"model.context_length={SEQ_LEN}", "batch.micro_batch_size=1"]
+    own.append(f"batch.tokens_per_step={SEQ_LEN * world_size}")
+    config = load_config([CONFIGS / f"{name}.json"], [*own, *sets])
+    return config, plan_batch(config, world_size)
+
+
+@contextmanager
+def _pretended_world(world_size: int) -> Iterator[World]:
+    """Rank 0 among ranks that do not exist: collectives return at once, with whatever was in the tensors."""
+    present_as_launched("cpu")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield World(0, world_size, 0, torch.device("cpu"))
+    finally:
+        if dist.is_initialized():  # DeepSpeed takes it down by itself
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _mesh_of_real_tensors() -> Iterator[None]:
+    """A mesh reads its ranks, which fake tensors do not have."""
+
+    def make(*arguments: Any, **options: Any) -> DeviceMesh:
+        with unset_fake_temporarily():
+            return init_device_mesh(*arguments, **options)
+
+    with mock.patch("pipeline.backends.fsdp.init_device_mesh", make):
+        yield
+
+
+def _local_bytes(tensor: Tensor | None) -> int:
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local().nbytes  # not its storage, which the gradients of a group share
+
+
+def _bucket_bytes(backend: Backend) -> int:
+    """What DDP says of its gradient buckets: their sizes in bytes, as one string."""
+    wrapper: Any = backend.compute
+    sizes = wrapper._get_ddp_logging_data()["bucket_sizes"]
+    return sum(int(size) for size in str(sizes).split(","))

@@ -1,0 +1,106 @@
+"""Plan a run before buying GPUs: memory, whether it fits, communication, tokens/s, days. Needs no GPU and no data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from launch.cli import ArgumentParser, add_config_options, non_negative_float, positive_int, run_command
+from pipeline.config import Config
+from pipeline.config_files import load_config
+
+CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+BACKENDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+LARGEST_WORLD = 4096
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def main() -> None:
+    """Parse, plan every backend, print."""
+    arguments = _parse_arguments()
+    config = load_config(arguments.config, arguments.set)
+    configs = {name: _with_backend(config, name) for name in arguments.backends}
+    from pipeline.planning.devices import find_device  # takes seconds to import torch: a wrong config is refused before
+    from pipeline.planning.planner import plan_run, plan_world_sizes
+    from pipeline.planning.plot import draw_world_sizes
+    from pipeline.planning.table import format_plans
+
+    device = find_device(arguments.device, config.run.precision)
+    mfu = arguments.mfu or device.mfu
+    tokens = arguments.tokens or config.schedule.max_steps * config.batch.tokens_per_step
+    plans = [
+        plan_run(name, of_backend, arguments.world_size, device, mfu=mfu, tokens=tokens)
+        for name, of_backend in configs.items()
+    ]
+    if arguments.plot:
+        sizes = [1 << power for power in range(LARGEST_WORLD.bit_length())]
+        title = (
+            f"{config.model.preset}, {config.run.precision}, micro-batch {config.batch.micro_batch_size}, {device.name}"
+        )
+        draw_world_sizes(
+            arguments.plot, title, plan_world_sizes(configs, sizes, device, mfu=mfu, tokens=tokens), device
+        )
+    if arguments.json:
+        print(json.dumps([plan.to_json() for plan in plans], indent=2))
+    else:
+        print(format_plans(config, device, plans, mfu=mfu, tokens=tokens))
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(
+        description=__doc__,
+        example="python launch/plan.py --config ds_configs/gpt2_774m.json --world-size 8 --device h100-80gb",
+    )
+    add_config_options(parser)
+    parser.add_argument("--world-size", required=True, type=positive_int, metavar="N", help="ranks, one a device")
+    parser.add_argument(
+        "--device",
+        default="h100-80gb",
+        metavar="NAME",
+        help="h100-80gb, h200, a100-80gb, a100-40gb, rtx4090, l4, or this: what this machine has, measured "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--backends", nargs="+", default=BACKENDS, choices=BACKENDS, help="which to plan (default: all of them)"
+    )
+    parser.add_argument(
+        "--tokens", type=positive_int, metavar="N", help="the budget (default: all steps of the config's schedule)"
+    )
+    parser.add_argument(
+        "--mfu", type=_share, metavar="SHARE", help="of the device's FLOP/s, over 0 to 1 (default: the device's own)"
+    )
+    parser.add_argument(
+        "--plot", type=_new_picture, metavar="FILE", help="also draw 1 to 4096 ranks; needs the extra plots"
+    )
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    return parser.parse_args()
+
+
+def _share(text: str) -> float:
+    value = non_negative_float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number over 0 and up to 1, it is {text!r}")
+    return value
+
+
+def _new_picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in PICTURES or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a {', '.join(PICTURES)} in a folder that exists, it is {text!r}")
+    return path
+
+
+def _with_backend(config: Config, name: str) -> Config:
+    """The config under another backend: its own settings where they are for this one, else those of ``ds_configs``."""
+    backend = load_config([CONFIGS / f"{name}.json"]).backend
+    if config.backend.name == "deepspeed" and backend.name == "deepspeed":
+        own, other = (each.deepspeed.get("zero_optimization", {}) for each in (config.backend, backend))
+        same_kind = all(own.get(key) == other.get(key) for key in ("stage", "offload_optimizer", "offload_param"))
+    else:
+        same_kind = config.backend.name == backend.name
+    return config if same_kind else config.model_copy(update={"backend": backend})
+
+
+if __name__ == "__main__":
+    run_command(main)

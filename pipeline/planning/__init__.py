@@ -1,0 +1,1 @@
+"""Memory and speed before anything is bought: see ``docs/planning.md``."""

@@ -1,0 +1,166 @@
+"""Plans against what is known otherwise: arithmetic, the wrapping code, and a real run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.planned_memory import LARGEST_DIFFERENCE, Setting, compare, start_ranks
+from benchmarks.runs import CONFIGS
+from benchmarks.wrapped_shards import Shards, compare_fsdp, compare_small
+from pipeline.batch_plan import plan_batch
+from pipeline.config import Config
+from pipeline.config_files import load_config
+from pipeline.model import parameter_count
+from pipeline.planning.devices import DEVICES, Device, find_device
+from pipeline.planning.layouts import layout_of
+from pipeline.planning.memory import peak_memory
+from pipeline.planning.planner import largest_micro_batch, plan_run
+from pipeline.planning.speed import estimate_speed, traffic
+
+H100 = DEVICES["h100-80gb"]
+
+
+def config_of(backend: str, *overrides: str) -> Config:
+    """GPT-2 124M, 8 micro-batches of 16 sequences."""
+    return load_config([CONFIGS / f"{backend}.json"], ["batch.tokens_per_step=131072", *overrides])
+
+
+def planned(backend: str, world_size: int = 8, device: Device = H100, **options: Any) -> Any:
+    config = config_of(backend)
+    return plan_run(backend, config, world_size, device, **{"mfu": 0.4, "tokens": 10**10, **options})
+
+
+class TestState:
+    """Bytes that need no trace. N: parameters with padding rows."""
+
+    N = parameter_count(config_of("ddp").model, padded=True)
+
+    def persistent(self, backend: str, *overrides: str) -> float:
+        config = config_of(backend, *overrides)
+        layout = layout_of(config, plan_batch(config, 8))
+        return (layout.parameters + layout.masters + layout.optimizer) / self.N
+
+    @pytest.mark.parametrize(
+        ("backend", "precision", "bytes_an_element"),
+        [
+            ("ddp", "amp_bf16", 4 + 8),
+            ("zero0", "bf16", 4 + 8),
+            ("fsdp", "bf16", (4 + 8) / 8),
+            ("zero1", "amp_bf16", 4 + (4 + 8) / 8),
+            ("zero2", "bf16", 2 + (4 + 8) / 8),
+            ("zero3", "bf16", (2 + 4 + 8) / 8),
+            ("zero2_offload", "amp_bf16", 4),
+            ("zero3_offload", "amp_bf16", 0),
+        ],
+    )
+    def test_weights_masters_and_moments(self, backend: str, precision: str, bytes_an_element: float) -> None:
+        assert self.persistent(backend, f"run.precision={precision}") == pytest.approx(bytes_an_element, rel=1e-3)
+
+    def test_a_peak_is_the_sum_of_its_parts(self) -> None:
+        config = config_of("zero1")
+        memory = peak_memory(config, plan_batch(config, 8))
+        assert memory.total == sum(vars(memory).values())
+        assert memory.logits >= 16 * 1024 * 50257 * 4  # fp32 logits of the micro-batch
+
+
+class TestFitting:
+    def test_the_largest_micro_batch_fits_and_one_more_does_not(self) -> None:
+        recompute = "model.activation_checkpointing=true"
+        config = config_of("fsdp", recompute)
+        batch = plan_batch(config, 8)
+        size = largest_micro_batch(config, batch, H100)
+        assert size > 16
+        for sequences, fits in ((size, True), (size + 1, False)):
+            changed = load_config(
+                [CONFIGS / "fsdp.json"],
+                [
+                    recompute,
+                    f"batch.micro_batch_size={sequences}",
+                    f"batch.tokens_per_step={sequences * 1024 * 8}",
+                ],
+            )
+            assert (peak_memory(changed, plan_batch(changed, 8)).total <= H100.usable_bytes) == fits
+
+    def test_what_does_not_fit_takes_no_days(self) -> None:
+        small = find_device("l4", "amp_bf16")
+        config = config_of("ddp", "model.preset=gpt2-xl")
+        plan = plan_run("ddp", config, 8, small, mfu=0.4, tokens=10**9)
+        assert (plan.fits, plan.largest_micro_batch, plan.days) == (False, 0, None)
+
+    @pytest.mark.parametrize(
+        ("name", "device", "too_large"),
+        [
+            ("gpt2_350m", "a100-40gb", set()),
+            ("gpt2_774m", "a100-40gb", set()),
+            ("gpt2_1558m", "a100-80gb", set()),
+            ("gpt2_1558m", "a100-40gb", {"ddp", "zero0"}),
+        ],
+    )
+    def test_the_shipped_scales_fit_as_the_page_says(self, name: str, device: str, too_large: set[str]) -> None:
+        """On eight of them, whatever the backend, but for those named in ``docs/planning.md``."""
+        for backend in ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"):
+            config = load_config([CONFIGS / f"{backend}.json", CONFIGS / f"{name}.json"])
+            memory = peak_memory(config, plan_batch(config, 8))
+            assert (memory.total <= DEVICES[device].usable_bytes) == (backend not in too_large), backend
+
+
+class TestSpeed:
+    def test_communication_of_a_step(self) -> None:
+        """Rings, N = 124M: all-reduce 2, reduce-scatter and all-gather 1 time the bytes, of (W-1)/W."""
+        n = TestState.N * 7 / 8
+        expected = {
+            "ddp": 2 * 4 * n,
+            "zero0": 2 * 4 * n,
+            "zero1": (4 + 4) * n,
+            "fsdp": (2 * 4 + 4) * n,
+            "zero2": (4 + 4) * n,
+            "zero3": (2 * 4 + 4) * n,
+        }
+        for backend, sent in expected.items():
+            config = config_of(backend)
+            batch = plan_batch(config, 8)
+            assert batch.accumulation == 1
+            assert traffic(config, batch).per_step(batch.accumulation) == pytest.approx(sent, rel=1e-6), backend
+
+    def test_one_rank_sends_nothing_and_computes_at_the_assumed_share(self) -> None:
+        plan = planned("ddp", world_size=1)
+        assert plan.speed.sent_bytes == 0
+        flops = 6 * (TestState.N - 1024 * 768) + 12 * 12 * 768 * 1024  # a token, Chowdhery et al. 2022
+        assert plan.speed.tokens_per_s == pytest.approx(0.4 * 989e12 / flops)
+        assert plan.days == pytest.approx(10**10 / plan.speed.tokens_per_s / 86400)
+
+    def test_recomputation_costs_a_third_of_its_blocks(self) -> None:
+        times = []
+        for every in ("false", "true", "2"):
+            config = config_of("ddp", f"model.activation_checkpointing={every}")
+            times.append(estimate_speed(config, plan_batch(config, 1), H100, 0.4).compute_s)
+        assert times[1] / times[0] == pytest.approx(4 / 3)
+        assert times[2] / times[0] == pytest.approx(7 / 6)
+
+    def test_a_slow_network_shows(self) -> None:
+        within, across = planned("zero3", 8).speed, planned("zero3", 128, grow_batch=True).speed
+        assert across.tokens_per_s / 128 < within.tokens_per_s / 8
+
+
+class TestAgainstTheRealThing:
+    @pytest.mark.parametrize("world_size", [3, 64])
+    def test_what_fsdp_leaves_on_a_rank(self, world_size: int) -> None:
+        self.check(list(compare_fsdp(world_size)))
+
+    @pytest.mark.parametrize(("backend", "world_size"), [("ddp", 1024), ("zero1", 64), ("zero2", 4096), ("zero3", 24)])
+    def test_what_ddp_and_deepspeed_leave(self, backend: str, world_size: int) -> None:
+        self.check(list(compare_small(backend, world_size)))
+
+    @staticmethod
+    def check(compared: list[Shards]) -> None:
+        assert compared
+        for shards in compared:
+            assert shards.planned_bytes == shards.wrapped_bytes, shards.row()
+
+    def test_measured_peak(self, tmp_path: Path) -> None:
+        """One of the settings of ``make plan-check``, at a size that takes seconds."""
+        compared = compare(Setting("ddp", 2, "small", checkpointing=2), start_ranks(), tmp_path)
+        assert abs(compared.difference) <= LARGEST_DIFFERENCE, compared.row()
