@@ -11,7 +11,7 @@ import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -51,6 +51,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+def _one_is_not_true(given: Any) -> Any:
+    """For a literal they are the same to pydantic, and so are 0 and false."""
+    return str(given) if type(given) in (int, float) else given
+
+
 class RunConfig(Section):
     """Identity of a run and how it computes."""
 
@@ -62,7 +67,7 @@ class RunConfig(Section):
         "amp_bf16",
         description="amp_*: fp32 weights under autocast; bf16: bf16 compute weights, fp32 master weights",
     )
-    compile: Literal["auto", True, False] = Field(
+    compile: Annotated[Literal["auto", True, False], BeforeValidator(_one_is_not_true)] = Field(
         "auto",
         description="torch.compile of model and loss together; auto: on CUDA, and on a CPU in runs of more than ten "
         "minutes, where a compiler works",
