@@ -67,7 +67,7 @@ clean: ## remove the environment and caches; data and runs stay
 	$(PYTHON) -m venv .venv
 
 .venv/run: setup.py constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plots]'
 	@touch $@
 
 .venv/harness: setup.py constraints.txt | .venv/dev

@@ -64,7 +64,7 @@ class TestWhatIsFollowed:
         """Softmax written out keeps (B, H, T, T), and the plan says so."""
         before = peak_bytes(request(batch=16, n_layer=3))
 
-        def written_out(self: CausalSelfAttention, x: Tensor) -> Tensor:
+        def written_out(self: CausalSelfAttention, x: Tensor, attend: None) -> Tensor:
             B, T, C = x.shape
             q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
             y = F.softmax(q @ k.transpose(-1, -2), dim=-1) @ v
