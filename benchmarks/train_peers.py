@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 
 from benchmarks.train_setting import Setting, write_row
+from benchmarks.transformers_model import transformers_model
 from pipeline.batch_plan import plan_batch
 from pipeline.config import Config
 from pipeline.cores import take_share_of_cores
@@ -73,30 +74,8 @@ def batches(config: Config, world: World) -> Iterator[tuple[Tensor, Tensor]]:
 
 def build_peer(config: Config) -> Any:
     """``GPT2LMHeadModel`` with the weights that this project starts from."""
-    sizes = config.model
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=sizes.vocab_size,
-            n_positions=sizes.context_length,
-            n_embd=sizes.n_embd,
-            n_layer=sizes.n_layer,
-            n_head=sizes.n_head,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-        )
-    )
-    weights = {}
-    for name, weight in build_model(sizes, config.run.seed).state_dict().items():
-        if name in ("wte.weight", "lm_head.weight"):
-            weight = weight[: sizes.vocab_size]
-        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            weight = weight.T  # its Conv1D keeps (inputs, outputs)
-        weights[name if name == "lm_head.weight" else f"transformer.{name}"] = weight
-    model.load_state_dict(weights)
-    model.tie_weights()
-    return model
+    model = build_model(config.model, config.run.seed)
+    return transformers_model(model, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
 
 
 def plain_loop(config: Config, world: World, clock: RowClock, *, compiled: bool) -> None:

@@ -1,0 +1,30 @@
+"""``transformers``' GPT-2 with the weights of ours, to compare with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from pipeline.hugging_face.layout import hugging_face_name, is_transposed, to_config_json
+from pipeline.model import GPT2
+
+
+def transformers_model(model: GPT2, **settings: Any) -> Any:
+    """``GPT2LMHeadModel``, a copy in fp32 and in training mode.
+
+    Args:
+        settings: keys of ``GPT2Config`` in place of those that the export writes.
+    """
+    config = GPT2Config(**{**to_config_json(model.config, "float32"), **settings})
+    theirs: Any = GPT2LMHeadModel(config)
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
+        weight = weight[: model.config.vocab_size] if name == "wte.weight" else weight
+        weights[hugging_face_name(name)] = weight.T if is_transposed(name) else weight
+    weights["lm_head.weight"] = weights[hugging_face_name("wte.weight")]
+    theirs.load_state_dict(weights)
+    theirs.tie_weights()
+    return theirs.float().train()
