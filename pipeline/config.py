@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from data_tools.tokenizer import GPT2_VOCAB_SIZE
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -309,6 +311,7 @@ class EvaluationConfig(Section):
         description="of validation: micro-batches over all ranks, spread evenly over the split (null: the whole split)",
     )
     max_examples: PositiveInt | None = Field(500, description="of each task: its first examples (null: all)")
+    sample: bool = Field(False, description="also write the text of `sample`, for TensorBoard's page TEXT")
 
     @model_validator(mode="after")
     def _tasks_are_known(self) -> EvaluationConfig:
@@ -330,7 +333,10 @@ class LoggingConfig(Section):
 
 
 class SampleConfig(Section):
-    """The text that ``launch/run.py`` lets the trained model write, and the defaults of ``launch/generate.py``."""
+    """The text that the model writes at evaluations (``evaluation.sample``) and after ``launch/run.py``.
+
+    Also the defaults of ``launch/generate.py``.
+    """
 
     prompt: str = Field("The meaning of life is", min_length=1, description="what the model continues")
     max_new_tokens: PositiveInt = Field(64, description="tokens to write")
@@ -369,5 +375,10 @@ class Config(Section):
         if self.seq_len > self.model.context_length:
             raise ValueError(
                 f"data.seq_len ({self.seq_len}) must not exceed model.context_length ({self.model.context_length})"
+            )
+        if self.evaluation.sample and self.model.vocab_size != GPT2_VOCAB_SIZE:
+            raise ValueError(
+                f"evaluation.sample needs GPT-2's vocabulary: model.vocab_size is {self.model.vocab_size}, "
+                f"not {GPT2_VOCAB_SIZE}"
             )
         return self

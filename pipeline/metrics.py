@@ -25,6 +25,9 @@ PART_LOSS_PREFIX = "val_loss_"
 #: What the keys of task figures begin with while training; the task and its figure follow.
 TASK_PREFIX = "task_"
 
+#: The key of a text that the model wrote.
+SAMPLE_KEY = "sample"
+
 # Row key -> TensorBoard tag. Keys that stand here are drawn; the others stay in metrics.jsonl.
 TENSORBOARD_TAGS = {
     "loss": "train/loss",
@@ -139,6 +142,8 @@ class MetricsLog:
             for key, value in row.items():
                 if value is not None and (tag := _tensorboard_tag(key)):
                     self._writer.add_scalar(tag, value, row["step"])
+            if SAMPLE_KEY in row:
+                self._writer.add_text("sample", _as_markdown(row[SAMPLE_KEY]), row["step"])
         except OSError as error:
             log.warning("cannot write TensorBoard events (%s); some are lost, metrics.jsonl has them", error.strerror)
             self._writer = None
@@ -176,6 +181,11 @@ def _tensorboard_tag(key: str) -> str | None:
     if key.startswith(TASK_PREFIX):
         return f"tasks/{key.removeprefix(TASK_PREFIX)}"
     return TENSORBOARD_TAGS.get(key)
+
+
+def _as_markdown(text: str) -> str:
+    """A block of code: TensorBoard renders Markdown, and shows only such a block as it stands."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def perplexity(loss: float) -> float:

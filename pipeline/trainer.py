@@ -28,11 +28,12 @@ from pipeline.config_files import dump_config
 from pipeline.distributed import World
 from pipeline.errors import CheckpointError, Interrupted
 from pipeline.evaluation.prepared import PreparedTask
+from pipeline.evaluation.samples import write_sample
 from pipeline.evaluation.while_training import measure_tasks
 from pipeline.hardware import LateValue, device_name, peak_memory_bytes, summing_dtype, synchronize
 from pipeline.interruption import StopRequest
 from pipeline.loader import MicroBatch, TrainLoader, validation_batches
-from pipeline.metrics import PART_LOSS_PREFIX, perplexity
+from pipeline.metrics import PART_LOSS_PREFIX, SAMPLE_KEY, perplexity
 from pipeline.model import parameter_count
 from pipeline.prefetch import Prefetcher
 from pipeline.run_record import RunRecord
@@ -288,12 +289,16 @@ class Trainer:
         self.record.write(row)
 
     def evaluate(self) -> None:
-        """Validation and tasks. Collective."""
+        """Validation, tasks and a sample of text. Collective."""
         self.validate()
         if self.tasks:
             with self.throughput.paused(), self.backend.evaluation_mode():
                 figures = measure_tasks(self.tasks, self.backend, self.config, self.world)
             self.record.write({"step": self.state.step, **figures}, console=False)
+        if self.config.evaluation.sample:
+            with self.throughput.paused(), self.backend.evaluation_mode():
+                text = write_sample(self.backend, self.config, self.world)
+            self.record.write({"step": self.state.step, SAMPLE_KEY: text}, console=False)
 
     def validate(self) -> None:
         """Mean loss over (a part of) the validation split; of a mixture, the mean of those by weight. Collective."""

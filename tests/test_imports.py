@@ -89,6 +89,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.evaluation.preparation",
         "pipeline.evaluation.prepared",
         "pipeline.evaluation.requests",
+        "pipeline.evaluation.samples",
         "pipeline.evaluation.scoring",
         "pipeline.evaluation.shots",
         "pipeline.evaluation.sources",

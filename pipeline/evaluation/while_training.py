@@ -42,7 +42,7 @@ def measure_tasks(
     """The figures of all tasks as keys of a row of metrics. Collective; in ``backend.evaluation_mode()``."""
     scorer = Scorer(backend.compute, config.model, world, config.batch.micro_batch_size * config.seq_len)
     row: dict[str, float] = {}
-    with _uncompiled():
+    with uncompiled():
         for name, task in tasks.items():
             result = task.measure(scorer)
             figures = {key: value for key, value in result.items() if isinstance(value, float)}
@@ -52,8 +52,8 @@ def measure_tasks(
 
 
 @contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Batches of examples come in many shapes; a compiled model would be compiled again for each."""
+def uncompiled() -> Iterator[None]:
+    """Examples and texts come in many shapes; a compiled model would be compiled again for each."""
     with torch.compiler.set_stance("force_eager"):
         yield
 

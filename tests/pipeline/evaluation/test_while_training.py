@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.runs import TINY_RUN, merged, train_run
-from pipeline.config import Config
+from pipeline.config import Config, SampleConfig
+from pipeline.continuation import continue_prompt
 from pipeline.errors import ConfigError
 from pipeline.evaluation.prepared import Settings
 from pipeline.evaluation.tasks import EvaluationOptions, run_tasks
@@ -31,7 +33,15 @@ def test_two_ranks_measure_what_the_checkpoint_measures(backend: str, corpus: Pa
             "data": {"path": str(corpus)},
             "schedule": {"max_steps": STEPS, "warmup_steps": 1},
             "batch": {"tokens_per_step": 192, "micro_batch_size": 1},
-            "evaluation": {"tasks": ["piqa", "lambada"], "data": files, "max_examples": 5, "every_steps": 2},
+            "evaluation": {
+                "tasks": ["piqa", "lambada"],
+                "data": files,
+                "max_examples": 5,
+                "every_steps": 2,
+                "sample": True,
+            },
+            "sample": {"prompt": "The", "max_new_tokens": 6, "temperature": 0},
+            "logging": {"tensorboard": True},
         },
     )
     run_folder = tmp_path / "run"
@@ -47,6 +57,14 @@ def test_two_ranks_measure_what_the_checkpoint_measures(backend: str, corpus: Pa
         for key, value in results[f"{name}_first5"].items():
             if isinstance(value, float):
                 assert rows[-1][f"task_{name}_{key}"] == pytest.approx(value, rel=1e-4), key
+    samples = [row["sample"] for row in read_metrics(run_folder) if "sample" in row]
+    assert len(samples) == 3
+    greedy = SampleConfig(prompt="The", max_new_tokens=6, temperature=0)
+    assert samples[-1] == continue_prompt(run_folder, greedy, seed=0, device=ALONE.device)
+    events = EventAccumulator(str(run_folder / "tensorboard")).Reload()
+    texts = events.Tensors("sample/text_summary")
+    assert [event.step for event in texts] == [0, 2, 4]
+    assert texts[-1].tensor_proto.string_val[0].decode() == f"    {samples[-1]}\n"
     assert rows[0]["task_lambada_perplexity"] != pytest.approx(rows[-1]["task_lambada_perplexity"], rel=1e-3)
 
 
@@ -58,6 +76,11 @@ def test_a_mistake_is_known_before_the_start() -> None:
     sections = {"model": {"vocab_size": 89}, "evaluation": {"tasks": ["piqa"], "data": {"piqa": "nowhere.jsonl"}}}
     with pytest.raises(ConfigError, match="piqa: model.vocab_size is 89"):
         prepare_tasks(Config.model_validate(sections), ALONE)
+
+
+def test_a_sample_needs_the_vocabulary_of_its_prompt() -> None:
+    with pytest.raises(ValueError, match="evaluation.sample needs GPT-2's vocabulary: model.vocab_size is 89"):
+        Config.model_validate({"model": {"vocab_size": 89}, "evaluation": {"sample": True}})
 
 
 def test_a_task_of_any_name_needs_a_file() -> None:
