@@ -62,6 +62,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.backends.fsdp",
         "pipeline.backends.deepspeed_zero",
         "pipeline.backends.zero_state",
+        "pipeline.backends.extension_lock",
     ),
     (
         "pipeline.checkpoint",

@@ -13,6 +13,7 @@ import deepspeed
 import torch
 import torch.nn as nn
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from packaging.version import Version
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.backends.base import Backend, Fragment, StepResult
+from pipeline.backends.extension_lock import expect_no_dead_build
 from pipeline.backends.zero_state import state_of_stage
 from pipeline.batch_plan import BatchPlan
 from pipeline.config import Config, OptimizerConfig
@@ -227,6 +229,7 @@ def _offloads_optimizer(native: dict[str, Any]) -> bool:
 def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
     """DeepSpeed's AdamW for offloaded state, built with the machine's C++ compiler at first use."""
     groups = parameter_groups(parameters, config.weight_decay)
+    expect_no_dead_build(CPUAdamBuilder.NAME)
     try:
         return DeepSpeedCPUAdam(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, adamw_mode=True)
     except _BUILD_ERRORS as error:
@@ -236,6 +239,7 @@ def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> to
 
 def cpu_adam_problem() -> str | None:
     """See :func:`pipeline.backends.cpu_adam_problem`."""
+    expect_no_dead_build(CPUAdamBuilder.NAME)
     try:
         DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])
     except _BUILD_ERRORS as error:
