@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from launch.cli import ArgumentParser, add_config_options, non_negative_float, positive_int, run_command
+from launch.cli import ArgumentParser, add_config_options, positive_int, probability, run_command
 from pipeline.config import Config
 from pipeline.config_files import load_config
 
@@ -68,20 +68,16 @@ def _parse_arguments() -> argparse.Namespace:
         "--tokens", type=positive_int, metavar="N", help="the budget (default: all steps of the config's schedule)"
     )
     parser.add_argument(
-        "--mfu", type=_share, metavar="SHARE", help="of the device's FLOP/s, over 0 to 1 (default: the device's own)"
+        "--mfu",
+        type=probability,
+        metavar="SHARE",
+        help="of the device's FLOP/s, over 0 to 1 (default: the device's own)",
     )
     parser.add_argument(
         "--plot", type=_new_picture, metavar="FILE", help="also draw 1 to 4096 ranks; needs the extra plots"
     )
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     return parser.parse_args()
-
-
-def _share(text: str) -> float:
-    value = non_negative_float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number over 0 and up to 1, it is {text!r}")
-    return value
 
 
 def _new_picture(text: str) -> Path:
