@@ -25,6 +25,8 @@ from pipeline.seeds import derive_seed
 
 INIT_STD = 0.02
 LAYER_NORM_EPS = 1e-5
+_GELU_LINEAR = 2 * math.sqrt(2 / math.pi)  # 2u = x (linear + cubic x^2)
+_GELU_CUBIC = 0.044715 * _GELU_LINEAR
 
 
 class CausalSelfAttention(nn.Module):
@@ -48,6 +50,14 @@ class CausalSelfAttention(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU by tanh, as GPT-2 has it: x/2 (1 + tanh u) (Hendrycks and Gimpel 2016)."""
+    if torch.compiler.is_compiling():  # x sigmoid(2u) is the same, and an exponential is cheaper than tanh
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.sigmoid(wide * (_GELU_LINEAR + _GELU_CUBIC * wide * wide))).to(x.dtype)
+    return F.gelu(x, approximate="tanh")
+
+
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -56,7 +66,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_proj(gelu(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training)
 
 

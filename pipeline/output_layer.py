@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -40,16 +42,51 @@ class OutputLayer(nn.Linear):
             # The loop is in here and not around the layer: FSDP and ZeRO-3 gather its weight once a call.
             parts = zip(torch.split(hidden, SCORED_AT_ONCE), torch.split(targets, SCORED_AT_ONCE), strict=True)
             return torch.cat([_fare(self._logits(x), y) for x, y in parts], dim=1)
-        logits = self._logits(hidden)
         if targets is None:
-            return logits
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-        )
+            return self._logits(hidden)
+        losses = cross_entropy(super().forward(hidden).flatten(0, 1), targets.flatten(), self.vocab_size)
         return losses.sum()  # torch sums pairwise: the error stays at the rounding of one addition
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return super().forward(hidden)[..., : self.vocab_size]
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Each target's own, in nats, 0 where it is ``IGNORE_INDEX``; computed in fp32.
+
+    Args:
+        logits: (N, padded vocabulary) in any dtype; from ``vocab_size`` on columns are padding.
+        targets: (N,) int64.
+    """
+    if torch.compiler.is_compiling():
+        losses: Tensor = _CompiledCrossEntropy.apply(logits, targets, vocab_size)
+        return losses
+    return F.cross_entropy(logits[:, :vocab_size].float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
+
+
+class _CompiledCrossEntropy(torch.autograd.Function):
+    """What the compiler should fuse. Of torch's own it also sums each row of the one-hot targets in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+        scored = targets != IGNORE_INDEX
+        columns = targets.clamp(min=0)
+        x = logits[:, :vocab_size].float()
+        log_totals = x.logsumexp(dim=1)
+        ctx.save_for_backward(logits, columns, scored, log_totals)
+        ctx.vocab_size = vocab_size
+        chosen = x.gather(1, columns.unsqueeze(1)).squeeze(1)
+        return torch.where(scored, log_totals - chosen, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        logits, columns, scored, log_totals = ctx.saved_tensors
+        weights = torch.where(scored, grad_losses, 0.0).unsqueeze(1)
+        at = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
+        shares = (logits.float() - log_totals.unsqueeze(1)).exp()  # the softmax, (N, padded vocabulary)
+        hits = (at == columns.int().unsqueeze(1)).float()
+        gradient = torch.where(at < ctx.vocab_size, (shares - hits) * weights, 0.0)
+        return gradient.to(logits.dtype), None, None
 
 
 def _fare(logits: Tensor, targets: Tensor) -> Tensor:
