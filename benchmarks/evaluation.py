@@ -32,6 +32,7 @@ from pipeline.evaluation.prepared import Settings
 from pipeline.evaluation.requests import encode_apart
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.tasks import load_model
+from pipeline.host_memory import keep_freed_memory
 from pipeline.model import GPT2, build_model
 from pipeline.precision import replicated_compute
 
@@ -186,25 +187,35 @@ def together(
     return list(zip(*answers.values(), strict=True))
 
 
-def print_speed(files: dict[str, Path], models: Sequence[str], count: int, precision: str) -> None:
-    """Examples a second of both, and whether they answer alike."""
+def print_speed(
+    files: dict[str, Path], models: Sequence[str], count: int, precision: str, loop_precision: str
+) -> None:
+    """Examples a second of the scorer and of the loop, and whether they answer alike."""
     questions = [piqa(row) for row in read_lines(files["piqa"])[:count]]
     passages = like_hellaswag([row["text"] for row in hub_rows("lambada", read_lines(files["lambada"]))])[:count]
     print(
-        f"\nSpeed on this CPU with {torch.get_num_threads()} threads in {precision}, {count} examples, random weights\n"
+        f"\nSpeed on this CPU with {torch.get_num_threads()} threads, the loop in {loop_precision}, the scorer in "
+        f"{precision}, {count} examples, random weights\n"
     )
     print_row("model", "data", "one at a time", "together, beginnings not shared", "together", "ratio", "same answers")
     print_row(*["---"] * 7)
-    for name in models:
-        model = random_model(name)
-        for data, examples in (("PIQA", questions), ("like HellaSwag", passages)):
-            one_at_a_time(model, examples[:2], precision)  # warms up
-            slow, expected = timed(one_at_a_time, model, examples, precision)
-            apart, _ = timed(partial(together, shared=False), model, examples, precision)
-            fast, found = timed(together, model, examples, precision)
-            same = sum(one == other for one, other in zip(expected, found, strict=True))
-            speeds = [f"{len(examples) / seconds:.2f}/s" for seconds in (slow, apart, fast)]
-            print_row(name, data, *speeds, f"{slow / fast:.1f}", f"{same} of {len(examples)}")
+    runs = [
+        (name, data, random_model(name), examples)
+        for name in models
+        for data, examples in (("PIQA", questions), ("like HellaSwag", passages))
+    ]
+    loops = []
+    for *_, model, examples in runs:
+        one_at_a_time(model, examples[:2], loop_precision)  # warms up
+        loops.append(timed(one_at_a_time, model, examples, loop_precision))
+    keep_freed_memory()  # as launch/evaluate.py does, and such a loop does not; it stays
+    for (name, data, model, examples), (slow, expected) in zip(runs, loops, strict=True):
+        together(model, examples[:2], precision)
+        apart, _ = timed(partial(together, shared=False), model, examples, precision)
+        fast, found = timed(together, model, examples, precision)
+        same = sum(one == other for one, other in zip(expected, found, strict=True))
+        speeds = [f"{len(examples) / seconds:.2f}/s" for seconds in (slow, apart, fast)]
+        print_row(name, data, *speeds, f"{slow / fast:.1f}", f"{same} of {len(examples)}")
 
 
 def timed(
@@ -232,7 +243,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="examples of the comparison with the harness; 0: none")
     parser.add_argument("--examples", type=int, default=32, help="of the speeds; 0: none")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="of the speeds")
-    parser.add_argument("--precision", default="fp32", choices=get_args(Precision), help="of the speeds")
+    parser.add_argument("--precision", default="fp32", choices=get_args(Precision), help="of the scorer's speed")
+    parser.add_argument("--loop-precision", choices=get_args(Precision), help="of the loop's (default: the scorer's)")
     arguments = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     files = {"piqa": arguments.piqa, "lambada": arguments.lambada}
@@ -240,7 +252,8 @@ def main() -> None:
         if arguments.limit:
             print_agreement(files, arguments.limit, Path(scratch))
     if arguments.examples:
-        print_speed(files, arguments.models, arguments.examples, arguments.precision)
+        loop_precision = arguments.loop_precision or arguments.precision
+        print_speed(files, arguments.models, arguments.examples, arguments.precision, loop_precision)
 
 
 if __name__ == "__main__":

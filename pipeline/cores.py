@@ -10,6 +10,7 @@ import torch
 
 from pipeline.distributed import World
 from pipeline.environment import requested_threads
+from pipeline.host_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class Placement:
     def __str__(self) -> str:
         cores = "" if self.bound_to is None else f", bound to cores {', '.join(map(str, self.bound_to))}"
         return f"{self.threads} a process{cores}"
+
+
+def settle_on_host(world: World) -> Placement:
+    """The host's memory and cores as large computations want them; to be called before the first. Collective."""
+    keep_freed_memory()
+    return take_share_of_cores(world)
 
 
 def take_share_of_cores(world: World) -> Placement:

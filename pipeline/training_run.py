@@ -12,12 +12,11 @@ from pipeline.batch_plan import BatchPlan, plan_batch
 from pipeline.checkpoint import read_state
 from pipeline.compilation import choose_compilation
 from pipeline.config import Config
-from pipeline.cores import take_share_of_cores
+from pipeline.cores import settle_on_host
 from pipeline.distributed import World, join_world
 from pipeline.errors import ConfigError
 from pipeline.evaluation.while_training import prepare_tasks
 from pipeline.hardware import matmul_dtype, measure_matmul_ceiling
-from pipeline.host_memory import keep_freed_memory
 from pipeline.loader import TrainLoader
 from pipeline.model import build_model, flops_per_token, parameter_count
 from pipeline.rank_watch import watching_ranks
@@ -41,19 +40,13 @@ def train(config: Config) -> None:
     with join_world(config.run) as world, ExitStack() as held:
         with watching_ranks(world, config.run.rank_timeout_s):
             if world.device.type == "cpu":
-                _settle_on_host(world)
+                log.info("threads   %s", settle_on_host(world))
             trainer = _build_trainer(config, world, held)
             if trainer is None:
                 return
             trainer.fit()
         trainer.backend.close()
         log.info("done: %d steps, %s", trainer.state.step, config.run.out_dir)
-
-
-def _settle_on_host(world: World) -> None:
-    """The host's cores and memory as training wants them, before anything large is computed."""
-    keep_freed_memory()
-    log.info("threads   %s", take_share_of_cores(world))
 
 
 def _build_trainer(config: Config, world: World, held: ExitStack) -> Trainer | None:

@@ -16,6 +16,7 @@ from data_tools.storage import write_json_durably
 from pipeline.checkpoint import CHECKPOINTS_FOLDER, load_weights, locate_checkpoint, read_state
 from pipeline.config import Config
 from pipeline.config_files import config_from_json
+from pipeline.cores import settle_on_host
 from pipeline.distributed import World
 from pipeline.evaluation.preparation import expect_known_tasks, prepare_task
 from pipeline.evaluation.prepared import PreparedTask, Settings
@@ -79,6 +80,7 @@ def run_tasks(checkpoint: Path, tasks: Sequence[str], options: EvaluationOptions
         ConfigError: a task that does not exist, or an option that it does not have.
         CheckpointError, DataError: what is to be scored, or scored on, cannot be used.
     """
+    settle_on_host(world)
     loaded = load_model(checkpoint, world.device)
     options = replace(options, data={**loaded.config.evaluation.data, **options.data})
     expect_known_tasks(tasks, options.data)
