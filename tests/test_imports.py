@@ -59,6 +59,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.backends.base",
         "pipeline.backends.torch_native",
         "pipeline.backends.ddp",
+        "pipeline.backends.gloo_collectives",
         "pipeline.backends.fsdp",
         "pipeline.backends.deepspeed_zero",
         "pipeline.backends.zero_state",

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from pipeline.backends.gloo_collectives import AllGather, ReduceScatter
 from pipeline.backends.torch_native import TorchBackend
 from pipeline.config import Config
 from pipeline.distributed import World
@@ -71,4 +72,9 @@ def _shard(model: GPT2, config: Config, world: World, policy: MixedPrecisionPoli
         model.lm_head.compile(dynamic=False)
     root = AutocastModel(model, config.run.precision, world.device)
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    if world.device.type == "cpu":
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(AllGather())
+                module.set_custom_reduce_scatter(ReduceScatter())
     return root

@@ -1,0 +1,56 @@
+"""FSDP's collectives on CPUs give what gloo's own give, to the bit, at any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.runs import run_ranks
+
+PROGRAM = """
+import torch
+import torch.distributed as dist
+
+from pipeline.backends.gloo_collectives import AllGather, ReduceScatter
+
+dist.init_process_group("gloo")
+group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+random = torch.Generator().manual_seed(rank)
+for length in (1, 7, 4096):
+    for dtype in (torch.float32, torch.bfloat16):
+        part = torch.randn(length, generator=random).to(dtype)
+        expected = torch.empty(size * length, dtype=dtype)
+        dist.all_gather_into_tensor(expected, part)
+        gathered = AllGather().allocate((size * length,), dtype=dtype, device=part.device)
+        AllGather()(gathered, part, group)
+        assert torch.equal(gathered, expected)
+        in_place = torch.zeros_like(expected)
+        own = in_place.narrow(0, rank * length, length).copy_(part)
+        AllGather()(in_place, own, group)
+        assert torch.equal(in_place, expected)
+
+    whole = torch.randn(size * length, generator=random)
+    kept = whole.clone()
+    for op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+        everyones = torch.empty(size, size * length)
+        dist.all_gather_into_tensor(everyones.view(-1), whole)
+        expected = everyones.sum(0)[rank * length : (rank + 1) * length]
+        expected = expected / size if op == dist.ReduceOp.AVG else expected
+        reduced = torch.empty(length)
+        ReduceScatter()(reduced, whole, group, op)
+        assert torch.equal(reduced, expected), (reduced, expected)
+        assert torch.equal(whole, kept), "the input is not touched"
+dist.barrier()
+print(f"rank {rank} agrees", flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_they_are_those_of_gloo(ranks: int, tmp_path: Path) -> None:
+    program = tmp_path / "collectives.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    result = run_ranks(ranks, program, [])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("agrees") == ranks
