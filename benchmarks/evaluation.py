@@ -187,9 +187,7 @@ def together(
     return list(zip(*answers.values(), strict=True))
 
 
-def print_speed(
-    files: dict[str, Path], models: Sequence[str], count: int, precision: str, loop_precision: str
-) -> None:
+def print_speed(files: dict[str, Path], models: Sequence[str], count: int, precision: str, loop_precision: str) -> None:
     """Examples a second of the scorer and of the loop, and whether they answer alike."""
     questions = [piqa(row) for row in read_lines(files["piqa"])[:count]]
     passages = like_hellaswag([row["text"] for row in hub_rows("lambada", read_lines(files["lambada"]))])[:count]

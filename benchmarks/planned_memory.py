@@ -94,6 +94,8 @@ SETTINGS = (
     Setting("fsdp", 2, "activations", checkpointing=True),
     Setting("zero3", 2, "activations"),
     Setting("fsdp", 1, "activations", "bf16"),
+    Setting("zero2_offload", 1, "state"),
+    Setting("zero3_offload", 2, "state", "bf16"),
 )
 
 

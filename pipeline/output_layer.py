@@ -59,13 +59,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
         targets: (N,) int64.
     """
     if torch.compiler.is_compiling():
-        losses: Tensor = _CompiledCrossEntropy.apply(logits, targets, vocab_size)
+        losses: Tensor = _CompiledCrossEntropy.apply(logits, targets, vocab_size)  # type: ignore[no-untyped-call]
         return losses
     return F.cross_entropy(logits[:, :vocab_size].float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 class _CompiledCrossEntropy(torch.autograd.Function):
-    """What the compiler should fuse. Of torch's own it also sums each row of the one-hot targets in the backward pass."""
+    """What the compiler should fuse; of torch's own it also sums the rows of one-hot targets in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -79,7 +79,7 @@ class _CompiledCrossEntropy(torch.autograd.Function):
         return torch.where(scored, log_totals - chosen, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
         logits, columns, scored, log_totals = ctx.saved_tensors
         weights = torch.where(scored, grad_losses, 0.0).unsqueeze(1)
         at = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)

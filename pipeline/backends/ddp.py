@@ -52,6 +52,10 @@ class DdpBackend(TorchBackend):
             self._backward(loss, loss_weight)
         return loss.detach()
 
+    def _clear_gradients(self) -> None:
+        """DDP's gradients are parts of its buckets. Let go, the next micro-step would allocate them beside these."""
+        self.optimizer.zero_grad(set_to_none=not isinstance(self.module, DistributedDataParallel))
+
     def _without_sync(self) -> AbstractContextManager[None]:
         """Around forward *and* backward: DDP reads its flag in the forward pass."""
         return self.module.no_sync() if isinstance(self.module, DistributedDataParallel) else nullcontext()

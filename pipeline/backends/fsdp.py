@@ -75,6 +75,6 @@ def _shard(model: GPT2, config: Config, world: World, policy: MixedPrecisionPoli
     if world.device.type == "cpu":
         for module in root.modules():
             if isinstance(module, FSDPModule):
-                module.set_custom_all_gather(AllGather())
-                module.set_custom_reduce_scatter(ReduceScatter())
+                module.set_custom_all_gather(AllGather())  # type: ignore[arg-type]
+                module.set_custom_reduce_scatter(ReduceScatter())  # type: ignore[arg-type]
     return root

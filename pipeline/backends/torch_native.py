@@ -38,8 +38,11 @@ class TorchBackend(Backend):
         if not skip_unless_finite(self.optimizer, norm):
             self.optimizer.step()
         self.loss_scaler.update(norm)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         return StepResult(norm)
+
+    def _clear_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def fragments(self) -> list[Fragment]:
         """See :meth:`Backend.fragments`."""

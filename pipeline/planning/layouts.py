@@ -103,12 +103,11 @@ def _replicated(sizes: Sizes, *, is_bf16: bool) -> dict[str, Any]:
 
 
 def _ddp(sizes: Sizes, plan: BatchPlan, *, is_bf16: bool) -> Layout:
-    """Gradients are views of the buckets once they are reduced; those of earlier micro-steps lie beside them."""
+    """Gradients are parts of the buckets, from one step to the next."""
     whole = FP32 * sizes.total
-    accumulates, is_wrapped = plan.accumulation > 1, plan.world_size > 1
-    gradients = _always(whole) if accumulates or is_wrapped else _growing(whole, sizes)
-    buckets = _always(whole if accumulates and is_wrapped else 0)
-    return Layout(**_replicated(sizes, is_bf16=is_bf16), gradients=gradients, buffers=buckets)
+    kept = plan.accumulation > 1 or plan.world_size > 1
+    gradients = _always(whole) if kept else _growing(whole, sizes)
+    return Layout(**_replicated(sizes, is_bf16=is_bf16), gradients=gradients, buffers=_always(0))
 
 
 def _zero0(sizes: Sizes, plan: BatchPlan, _zero: dict[str, Any], is_bf16: bool) -> Layout:
