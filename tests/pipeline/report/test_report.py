@@ -18,7 +18,9 @@ from pipeline.report.curves import MOST_POINTS, charts_of, thinned
 from pipeline.report.runs import read_runs
 from pipeline.report.tables import duration, evaluation_table, settings_table, summary_table
 from pipeline.report.writing import PAGE_FILE, write_report
+from pipeline.run_record import RunRecord
 from tests.browser import DESKTOP, PHONE, look_at, needs_browser
+from tests.pipeline.conftest import tiny_config
 
 CHARTS = {
     "loss_by_steps",
@@ -125,6 +127,23 @@ class TestReadingRuns:
         (run / "config.json").unlink()
         (read,) = read_runs([run])
         assert len(read.rows) == len(ordinary_rows()) - 1 and read.settings == {}
+
+    def test_a_run_that_went_back_has_one_curve(self, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        folder.mkdir()
+        record = RunRecord(tiny_config(folder, logging={"tensorboard": False}), is_main=True, resumed_step=0)
+        for step in range(1, 6):
+            record.write(training_row(step, loss=99.0 if step > 3 else 5.0))
+        record.rewind(3)
+        record.write({"step": 3, "left_out_samples": [30, 40]}, console=False)
+        for step in range(4, 7):
+            record.write(training_row(step, loss=4.0))
+        record.close({})
+        charts = {chart.name: chart for chart in charts_of(read_runs([folder]))}
+        (curve,) = charts["loss_by_steps"].curves
+        assert (curve.x, curve.y) == ([1, 2, 3, 4, 5, 6], [5.0, 5.0, 5.0, 4.0, 4.0, 4.0])
+        (timed,) = charts["loss_by_time"].curves
+        assert timed.x == sorted(timed.x), "time goes on"
 
     def test_runs_of_one_name_are_told_apart(self, tmp_path: Path) -> None:
         folders = [make_run(tmp_path / name / "run", [training_row(1)]) for name in ("a", "b")]
