@@ -1,6 +1,7 @@
 """Does the backend matter? Curves of every backend at 1 and 2 processes against single-process DDP.
 
 python -m benchmarks.parity            # 60 steps, fp32, amp_bf16 and bf16; what `make parity` runs
+python -m benchmarks.parity --compile  # the same compiled, against the uncompiled reference
 """
 
 from __future__ import annotations
@@ -16,25 +17,28 @@ from benchmarks.runs import BACKENDS, TINY_RUN, Curve, curve_of, make_corpus, me
 PROCESSES = (1, 2)
 
 
-def compare(data: Path, scratch: Path, precisions: Sequence[str], steps: int) -> Iterator[Agreement]:
-    """Train each backend at each number of processes; yields a row a run."""
+def compare(
+    data: Path, scratch: Path, precisions: Sequence[str], steps: int, *, compiled: bool = False
+) -> Iterator[Agreement]:
+    """Train each backend at each number of processes, against an uncompiled reference; yields a row a run."""
 
-    def curve(precision: str, backend: str, processes: int) -> Curve:
+    def curve(precision: str, backend: str, processes: int, compiled: bool) -> Curve:
         sections = merged(
             TINY_RUN,
-            {"run": {"precision": precision}, "data": {"path": str(data)}, "schedule": {"max_steps": steps}},
+            {"run": {"precision": precision, "compile": compiled}},
+            {"data": {"path": str(data)}, "schedule": {"max_steps": steps}},
         )
-        return curve_of(backend, scratch / f"{precision}-{backend}-{processes}", sections, processes)
+        return curve_of(backend, scratch / f"{precision}-{backend}-{processes}-{compiled}", sections, processes)
 
     for precision in precisions:
-        reference = curve(precision, "ddp", 1)
+        reference = curve(precision, "ddp", 1, compiled=False)
         clipped = sum(norm > TINY_RUN["optimizer"]["grad_clip"] for norm in reference.grad_norms)
         assert clipped > steps // 2, "clipping is hardly active: the comparison would prove little"
         for backend in BACKENDS:
             for processes in PROCESSES:
-                if (backend, processes) != ("ddp", 1):
+                if compiled or (backend, processes) != ("ddp", 1):
                     run = (precision, backend, processes)
-                    yield Agreement.of(run, precision, curve(*run), reference)
+                    yield Agreement.of(run, precision, curve(*run, compiled=compiled), reference)
 
 
 def main() -> None:
@@ -42,10 +46,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "amp_bf16", "bf16"], choices=LOSS_TOLERANCE)
+    parser.add_argument("--compile", action="store_true", help="all but the reference")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         data = make_corpus(Path(scratch) / "data")
-        rows = compare(data, Path(scratch), arguments.precisions, arguments.steps)
+        rows = compare(data, Path(scratch), arguments.precisions, arguments.steps, compiled=arguments.compile)
         failures = print_table(("precision", "backend", "processes"), rows)
     raise SystemExit(f"{failures} runs do not agree" if failures else 0)
 
