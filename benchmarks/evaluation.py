@@ -198,8 +198,8 @@ def print_speed(files: dict[str, Path], models: Sequence[str], count: int, preci
     print_row("model", "data", "one at a time", "together, beginnings not shared", "together", "ratio", "same answers")
     print_row(*["---"] * 7)
     runs = [
-        (name, data, random_model(name), examples)
-        for name in models
+        (name, data, model, examples)
+        for name, model in ((name, random_model(name)) for name in models)
         for data, examples in (("PIQA", questions), ("like HellaSwag", passages))
     ]
     loops = []

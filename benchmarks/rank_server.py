@@ -68,7 +68,7 @@ class RankServer:
         Raises:
             TimeoutError: they are killed.
         """
-        port = str(_free_port())
+        port = str(free_port())
         pids: list[int] = []
         statuses: list[Future[int]] = []
         for rank in range(processes):
@@ -133,7 +133,8 @@ def _signal(pids: list[int], statuses: list[Future[int]], number: int) -> None:
                 os.kill(pid, number)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port: int = probe.getsockname()[1]

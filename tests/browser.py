@@ -70,11 +70,16 @@ def look_at(page: str, width: int, *, dark: bool = False) -> Seen:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "measure.html"
         file.write_text(_MEASURING_PAGE.format(width=width, page=escape(page)), encoding="utf-8")
-        result = open_in_browser(file.as_uri(), "--dump-dom", *(_DARK if dark else []))
+        measured, console = measured_by(file.as_uri(), *(_DARK if dark else []))
+    return Seen(**measured, console=console)
+
+
+def measured_by(address: str, *options: str) -> tuple[dict[str, Any], list[str]]:
+    """What a page has written into its ``<pre id="measured">`` as JSON, and the lines of its console."""
+    result = open_in_browser(address, "--dump-dom", *options)
     measured = result.stdout.partition('<pre id="measured">')[2].partition("</pre>")[0]
     assert measured, result.stdout[-2000:] + result.stderr
-    console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
-    return Seen(**json.loads(unescape(measured)), console=console)
+    return json.loads(unescape(measured)), [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
 
 def open_in_browser(address: str, *options: str) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import threading
@@ -12,16 +11,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from functools import partial
-from html import unescape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.rank_server import free_port
 from benchmarks.runs import child_environment
 from pipeline.run_record import RunRecord
-from tests.browser import DESKTOP, PHONE, needs_browser, open_in_browser
+from tests.browser import DESKTOP, PHONE, measured_by, needs_browser
 from tests.pipeline.conftest import tiny_config
 
 PAGE = "/look"
@@ -29,7 +28,7 @@ STARTS_WITHIN_S = 60.0
 
 # TensorBoard keeps its pages in shadow roots, which a browser does not print; a page of the same origin can read them.
 LOOKING_PAGE = """<!doctype html><body><iframe id="frame" style="border: 0; width: {width}px; height: 2000px"
-src="/#{tab}"></iframe><pre id="seen"></pre><script>
+src="/#{tab}"></iframe><pre id="measured"></pre><script>
 const everything = (node, found = []) => {{
   found.push(node);
   if (node.shadowRoot) everything(node.shadowRoot, found);
@@ -38,7 +37,7 @@ const everything = (node, found = []) => {{
 }};
 setTimeout(() => {{
   const nodes = everything(frame.contentDocument.body);
-  seen.textContent = JSON.stringify({{
+  measured.textContent = JSON.stringify({{
     text: nodes.filter((n) => n.nodeType === 3).map((n) => n.textContent.trim()).filter((t) => t).join("\\n"),
     curves: nodes.filter((n) => n.matches?.("path.line") && n.getTotalLength() > 0).length,
   }});
@@ -99,9 +98,7 @@ class Relay(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def tensorboard_port(runs: Path) -> Iterator[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs), "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=child_environment())
     try:
@@ -132,15 +129,11 @@ def look(port: int, tab: str, width: int) -> dict[str, Any]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         address = f"http://127.0.0.1:{server.server_address[1]}{PAGE}"
-        result = open_in_browser(address, "--dump-dom", "--virtual-time-budget=20000")
+        seen, console = measured_by(address, "--virtual-time-budget=20000")
     finally:
         server.shutdown()
         server.server_close()
-    console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
     assert not [line for line in console if "Uncaught" in line or "Failed to load" in line], console
-    found = result.stdout.partition('<pre id="seen">')[2].partition("</pre>")[0]
-    assert found, result.stdout[-1000:] + result.stderr[-2000:]
-    seen: dict[str, Any] = json.loads(unescape(found))
     return seen
 
 

@@ -1,4 +1,4 @@
-"""All-gather and reduce-scatter for FSDP on CPUs. The bytes are the same as gloo's own, which copies more of them.
+"""All-gather and reduce-scatter for FSDP on CPUs, which copy less than gloo's own.
 
 Gloo gathers into a buffer that is then copied, and reduce-scatters by an all-reduce of everything. See
 ``FSDPModule.set_custom_all_gather`` for the interface.

@@ -80,7 +80,8 @@ def run_tasks(checkpoint: Path, tasks: Sequence[str], options: EvaluationOptions
         ConfigError: a task that does not exist, or an option that it does not have.
         CheckpointError, DataError: what is to be scored, or scored on, cannot be used.
     """
-    settle_on_host(world)
+    if world.device.type == "cpu":
+        settle_on_host(world)
     loaded = load_model(checkpoint, world.device)
     options = replace(options, data={**loaded.config.evaluation.data, **options.data})
     expect_known_tasks(tasks, options.data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.rank_server import free_port
 from benchmarks.runs import REPOSITORY, child_environment
 from data_tools.corpus import TokenizeRequest, tokenize_corpus
 
@@ -34,9 +34,7 @@ def local_shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A cluster of one machine, as ``ray start`` makes it."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     start = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
     cluster = subprocess.Popen(
         [*start, "--disable-usage-stats"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT, text=True

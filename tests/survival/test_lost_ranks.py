@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.live_run import LiveRun
+from benchmarks.rank_server import free_port
 from benchmarks.runs import Curve, Sections, merged
 from tests.survival.conftest import EVERY_STEPS, assert_same_curve
 
@@ -68,9 +69,7 @@ def test_none_starts_from_scratch_once_only(sections: Sections, tmp_path: Path, 
 def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(sections: Sections, tmp_path: Path, whole: Curve) -> None:
     """Two agents of torchrun --nnodes 1:2; one is killed with its rank."""
     folder = tmp_path / "run"
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     rendezvous = f"--rdzv-backend=c10d --rdzv-endpoint=localhost:{port} --rdzv-id=elastic --max-restarts=3"
     options = "--rdzv-conf=last_call_timeout=15,join_timeout=120 --nnodes=1:2 --nproc-per-node=1 --local-addr=localhost"
     launcher = [sys.executable, "-m", "torch.distributed.run", *rendezvous.split(), *options.split()]

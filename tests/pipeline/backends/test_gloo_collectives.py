@@ -1,4 +1,4 @@
-"""FSDP's collectives on CPUs give what gloo's own give, to the bit, at any number of ranks."""
+"""FSDP's collectives on CPUs, to the bit: what gloo gathers, and the sum in the order of the ranks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_they_are_those_of_gloo(ranks: int, tmp_path: Path) -> None:
+def test_gathered_and_reduced(ranks: int, tmp_path: Path) -> None:
     program = tmp_path / "collectives.py"
     program.write_text(PROGRAM, encoding="utf-8")
     result = run_ranks(ranks, program, [])
