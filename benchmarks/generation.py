@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import ModelConfig
-from pipeline.few_row_linear import compiled_product, use_few_row_products
 from pipeline.generation import generate_batch
 from pipeline.hugging_face.layout import hugging_face_name, is_transposed, to_config_json
 from pipeline.model import GPT2, build_model
+from pipeline.packed_linear import PackedLinear, pack_linear_layers
 from pipeline.sampling import Sampling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -62,7 +62,7 @@ def main() -> None:
     )
     for precision in arguments.precision:
         print_products(model, precision)
-        contenders = {**own_contenders(model, DTYPES[precision]), **their_contenders(model, DTYPES[precision])}
+        contenders = {"ours": own_contender(model, DTYPES[precision]), **their_contenders(model, DTYPES[precision])}
         for batch in arguments.batch:
             print_table(precision, batch, measure_all(contenders, batch, arguments.tokens))
 
@@ -73,18 +73,18 @@ def print_products(model: GPT2, precision: str) -> None:
     layers = [layer for layer in copy.deepcopy(model.h).to(dtype).modules() if isinstance(layer, nn.Linear)]
     for rows in (1, 4):
         for name, product in product_ways(layers, rows, dtype).items():
-            print(f"products of the blocks, {precision}, {rows} rows, {name:<9}{_median_ms(layers, product):>8.1f} ms")
+            print(f"products of the blocks, {precision}, rows: {rows}, {name:<9}{_median_ms(layers, product):>8.1f} ms")
 
 
 def product_ways(layers: list[nn.Linear], rows: int, dtype: torch.dtype) -> dict[str, Product]:
-    """Ours, that of transformers' Conv1D, and ours with ``--compile``."""
+    """That of nn.Linear, that of transformers' Conv1D, and ours."""
     inputs = {layer.in_features: torch.randn(rows, layer.in_features).to(dtype) for layer in layers}
     transposed = {layer: layer.weight.detach().t().contiguous() for layer in layers}
-    compiled = compiled_product()
+    packed = {layer: PackedLinear(layer, dtype) for layer in layers}
     return {
         "F.linear": lambda layer: F.linear(inputs[layer.in_features], layer.weight, layer.bias),
         "addmm": lambda layer: torch.addmm(layer.bias, inputs[layer.in_features], transposed[layer]),
-        "compiled": lambda layer: compiled(inputs[layer.in_features], layer.weight, layer.bias),
+        "packed": lambda layer: packed[layer](inputs[layer.in_features]),
     }
 
 
@@ -99,15 +99,11 @@ def _median_ms(layers: list[nn.Linear], product: Product) -> float:
     return statistics.median(times[2:])
 
 
-def own_contenders(model: GPT2, dtype: torch.dtype) -> dict[str, Contender]:
-    """``launch/generate.py`` without and with ``--compile``."""
-    contenders: dict[str, Contender] = {}
-    for name in ("ours", "ours, --compile"):
-        own = copy.deepcopy(model).to(dtype)
-        if name != "ours":
-            use_few_row_products(own)
-        contenders[name] = lambda prompts, count, own=own: own_texts(own, prompts, count)  # type: ignore[misc]
-    return contenders
+def own_contender(model: GPT2, dtype: torch.dtype) -> Contender:
+    """What ``launch/generate.py`` does."""
+    own = copy.deepcopy(model).to(dtype)
+    pack_linear_layers(own, dtype)
+    return lambda prompts, count: own_texts(own, prompts, count)
 
 
 def own_texts(model: GPT2, prompts: Texts, count: int) -> Texts:

@@ -28,7 +28,6 @@ def main() -> None:
     add_checkpoint_options(parser)
     _add_prompts(parser)
     _add_sampling(parser)
-    _add_speed(parser)
     arguments = parser.parse_args()
     if arguments.interactive and arguments.prompt:
         parser.error("--prompt: with --interactive prompts come from the terminal; give one of the two")
@@ -41,7 +40,7 @@ def main() -> None:
         stop=arguments.stop,
     )
     with join_world(RunConfig(device=arguments.device), process_group=False) as world:
-        writer = load_writer(arguments.checkpoint, world.device, arguments.precision, compiled=arguments.compile)
+        writer = load_writer(arguments.checkpoint, world.device, arguments.precision)
         prompts = arguments.prompt or [sample.prompt]
         if arguments.interactive:
             prompt_loop(writer, sample, arguments.seed, _ask, _show)
@@ -105,16 +104,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         help="end before this text; may be given several times",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
-
-
-def _add_speed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=list(DTYPES), default="fp32", help="of weights and products (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="on a CPU: compile the products, which takes seconds and pays from some hundred tokens on",
     )
 
 

@@ -11,10 +11,9 @@ from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, load_tokenizer
 from pipeline.config import SampleConfig
 from pipeline.errors import CheckpointError
 from pipeline.evaluation.tasks import load_model
-from pipeline.few_row_linear import use_few_row_products
 from pipeline.generation import generate_batch
-from pipeline.hardware import compiler_works
 from pipeline.model import GPT2
+from pipeline.packed_linear import pack_linear_layers
 from pipeline.sampling import Sampling
 from pipeline.text_stream import TextStream
 
@@ -26,13 +25,12 @@ def continue_prompt(checkpoint: Path, sample: SampleConfig, seed: int, device: t
     return sample.prompt + load_writer(checkpoint, device).continue_all([sample.prompt], sample, seed)[0]
 
 
-def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32", *, compiled: bool = False) -> Writer:
+def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32") -> Writer:
     """A checkpoint that writes.
 
     Args:
         checkpoint: a checkpoint, or a run folder (its newest good one).
         dtype: of ``DTYPES``, in which weights are kept and products computed.
-        compiled: on a CPU, compile the products of single tokens; without a compiler a warning.
 
     Raises:
         CheckpointError: there is no good checkpoint at ``checkpoint``, or its ids are not GPT-2's.
@@ -45,8 +43,8 @@ def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32", *, 
         )
     model = loaded.model.to(DTYPES[dtype])
     model.assert_tied()
-    if compiled and device.type == "cpu" and compiler_works(device):
-        use_few_row_products(model)
+    if device.type == "cpu":
+        pack_linear_layers(model, DTYPES[dtype])
     return Writer(model)
 
 

@@ -176,7 +176,7 @@ class GPT2(nn.Module):
         rows = torch.arange(len(lengths), device=x.device)
         last = torch.tensor(lengths, device=x.device) - 1
         logits: Tensor = self.lm_head(x[rows, last])
-        return logits[:, : self.config.vocab_size]  # few-row products know nothing of the padding
+        return logits
 
     def hidden_states(self, tokens: Tensor, places: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """The normalised residual stream after the last block, (B, T, C).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class OutputLayer(nn.Linear):
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__(width, padded_vocab_size(vocab_size), bias=False)
         self.vocab_size = vocab_size
+        self.packed_product: Callable[[Tensor], Tensor] | None = None  # see pipeline/packed_linear.py
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, *, each: bool = False) -> Tensor:
         """Logits, (..., V) in the compute dtype; the fp32 sum over scored targets, in nats; or how ``each`` one fares.
@@ -44,11 +46,14 @@ class OutputLayer(nn.Linear):
             return torch.cat([_fare(self._logits(x), y) for x, y in parts], dim=1)
         if targets is None:
             return self._logits(hidden)
-        losses = cross_entropy(super().forward(hidden).flatten(0, 1), targets.flatten(), self.vocab_size)
+        losses = cross_entropy(self._padded_logits(hidden).flatten(0, 1), targets.flatten(), self.vocab_size)
         return losses.sum()  # torch sums pairwise: the error stays at the rounding of one addition
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return super().forward(hidden)[..., : self.vocab_size]
+        return self._padded_logits(hidden)[..., : self.vocab_size]
+
+    def _padded_logits(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden) if self.packed_product is None else self.packed_product(hidden)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:

@@ -23,8 +23,10 @@ from pipeline.evaluation.prepared import PreparedTask, Settings
 from pipeline.evaluation.results import EVALUATION_FOLDER, VALIDATION, Results
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.validation import evaluate_validation
+from pipeline.hardware import matmul_dtype
 from pipeline.metrics import TENSORBOARD_FOLDER, perplexity
 from pipeline.model import GPT2, allocate_model
+from pipeline.packed_linear import pack_linear_layers
 from pipeline.precision import replicated_compute
 from pipeline.training_data import expect_same_vocabulary
 
@@ -91,6 +93,8 @@ def run_tasks(checkpoint: Path, tasks: Sequence[str], options: EvaluationOptions
         for task in tasks
         if task != VALIDATION
     }
+    if world.device.type == "cpu":
+        pack_linear_layers(loaded.model, matmul_dtype(options.precision or loaded.config.run.precision))
     results: Results = {}
     for task in tasks:
         head = {"task": task, "checkpoint": str(loaded.checkpoint), "step": loaded.step}

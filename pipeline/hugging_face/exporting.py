@@ -42,7 +42,6 @@ from pipeline.hugging_face.model_card import model_card
 from pipeline.hugging_face.tokenizer_files import tokenizer_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_MODEL_CARD_FILE = "README.md"
 _METADATA = {"format": "pt"}  # without it transformers refuses the file
 
 
@@ -77,15 +76,17 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: str) -> Export:
     texts = {
         CONFIG_FILE: _as_json(to_config_json(config.model, dtype)),
         GENERATION_CONFIG_FILE: _as_json(to_generation_json(config.model)),
-        _MODEL_CARD_FILE: model_card(source, state, config),
     }
     if config.model.vocab_size == GPT2_VOCAB_SIZE:
         texts |= tokenizer_files(config.model.context_length)
+    card = model_card(source, state, config)
     with _appearing(out) as aside:
         write_tensors(aside / WEIGHTS_FILE, _streamed(source, config.model, DTYPES[dtype]), _METADATA)
         fsync_file(aside / WEIGHTS_FILE)
         for name, text in texts.items():
             write_bytes_durably(aside / name, text.encode())
+        for name, content in card.items():
+            write_bytes_durably(aside / name, content)
     return Export(out, (out / WEIGHTS_FILE).stat().st_size, _notes(config.model))
 
 

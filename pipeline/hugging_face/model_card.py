@@ -13,22 +13,42 @@ from pipeline.evaluation.results import EVALUATION_FOLDER
 from pipeline.hugging_face.layout import MODEL_TYPE
 from pipeline.metrics import read_metrics
 from pipeline.model import parameter_count
+from pipeline.report.curves import STEPS, loss_chart
+from pipeline.report.runs import Run
 
+CARD_FILE = "README.md"
+CURVE_FILE = "loss.png"
 _MOST_CURVE_ROWS = 20
 
 
-def model_card(checkpoint: Path, state: TrainingState, config: Config) -> str:
-    """Markdown under the front matter that the hub reads."""
+def model_card(checkpoint: Path, state: TrainingState, config: Config) -> dict[str, bytes]:
+    """The files of the card: Markdown under the front matter that the hub reads, and the picture that it shows.
+
+    Without matplotlib, or without rows of the run, there is no picture.
+    """
     run_folder = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS_FOLDER else checkpoint
+    rows = [row for row in read_metrics(run_folder) if row["step"] <= state.step]
+    picture = _picture(rows, config.run.name)
     sections = [
         _front_matter(config),
         _introduction(state, config),
         _training(state, config),
-        _curve(run_folder, state.step),
+        _curve(rows, shown=bool(picture)),
         _evaluation(run_folder, state.step),
         _usage(),
     ]
-    return "\n".join(section for section in sections if section)
+    text = "\n".join(section for section in sections if section)
+    return {CARD_FILE: text.encode(), **({CURVE_FILE: picture} if picture else {})}
+
+
+def _picture(rows: list[dict[str, Any]], name: str) -> bytes | None:
+    """Loss against steps, PNG."""
+    try:
+        from pipeline.report.drawing import draw  # an extra, and slow to import
+    except ImportError:
+        return None
+    chart = loss_chart([Run(name, {}, rows, {})], "loss", STEPS)
+    return draw(chart).png if chart.curves else None
 
 
 def _front_matter(config: Config) -> str:
@@ -70,16 +90,16 @@ def _training(state: TrainingState, config: Config) -> str:
     return _table("Training", ("setting", "value"), settings.items())
 
 
-def _curve(run_folder: Path, step: int) -> str:
-    """Losses at steps spread evenly over the run, the last one always."""
-    rows = [row for row in read_metrics(run_folder) if row["step"] <= step]
+def _curve(rows: list[dict[str, Any]], *, shown: bool) -> str:
+    """Losses at steps spread evenly over the run, the last one always; the picture, if it is shown, under them."""
     train = {row["step"]: row["loss"] for row in rows if row.get("loss") is not None}
     validation = {row["step"]: row["val_loss"] for row in rows if row.get("val_loss") is not None}
     steps = _spread(sorted(validation.keys() | train.keys()) if len(validation) < 2 else sorted(validation))
     if not steps:
         return ""
     cells = [(f"{step:,}", _loss(train.get(step)), _loss(validation.get(step))) for step in steps]
-    return _table("Curve", ("step", "training loss", "validation loss"), cells)
+    table = _table("Curve", ("step", "training loss", "validation loss"), cells)
+    return f"{table}\n![Loss against steps]({CURVE_FILE})\n" if shown else table
 
 
 def _spread(steps: list[int]) -> list[int]:

@@ -54,9 +54,9 @@ class Chart:
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
     """All pictures of a report; those that no run has numbers for are left out."""
     charts = [
-        _loss_chart(runs, "loss_by_steps", STEPS),
-        _loss_chart(runs, "loss_by_tokens", TOKENS),
-        _loss_chart(runs, "loss_by_time", _time_axis(runs)),
+        loss_chart(runs, "loss_by_steps", STEPS),
+        loss_chart(runs, "loss_by_tokens", TOKENS),
+        loss_chart(runs, "loss_by_time", _time_axis(runs)),
         _difference_chart(runs),
         _training_chart(runs, "learning_rate", "Learning rate", "lr"),
         _training_chart(runs, "grad_norm", "Gradient norm before clipping", "grad_norm", logarithmic=True),
@@ -73,7 +73,8 @@ def _time_axis(runs: Sequence[Run]) -> Axis:
     return MINUTES if longest_s < LONGEST_IN_MINUTES_S else HOURS
 
 
-def _loss_chart(runs: Sequence[Run], name: str, axis: Axis) -> Chart:
+def loss_chart(runs: Sequence[Run], name: str, axis: Axis) -> Chart:
+    """Training and validation of each run."""
     curves = []
     for i, run in enumerate(runs):
         curves.append(_curve(i, f"{run.label}, training", run.training, axis, "loss"))

@@ -12,13 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-import torch.nn.functional as F
+import torch
 
 import launch.generate
 from benchmarks.runs import REPOSITORY, child_environment
 from data_tools.tokenizer import load_tokenizer
 from launch.cli import run_command
-from pipeline import continuation, few_row_linear
+from pipeline import continuation
+from pipeline.packed_linear import PackedLinear
 from tests.pipeline.hugging_face.conftest import restless, save_in_pieces, text_config
 
 GREEDY = ["--temperature", "0", "--max-new-tokens", "12"]
@@ -82,20 +83,12 @@ def test_in_bf16(command: Command) -> None:
     assert command(*GREEDY, "--prompt", "Hello", "--precision", "bf16").startswith("Hello")
 
 
-def test_compiled_the_text_is_the_same(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the seconds that compiling takes: tests/pipeline/test_few_row_linear.py does it."""
-    calls = []
-    monkeypatch.setattr(continuation, "compiler_works", lambda device: True)
-    monkeypatch.setattr(few_row_linear, "compiled_product", lambda: lambda *x: calls.append(1) or F.linear(*x))
-    plain = command(*GREEDY, "--prompt", "Hello")
-    assert not calls
-    assert command(*GREEDY, "--prompt", "Hello", "--compile") == plain
-    assert calls
-
-
-def test_without_a_compiler_it_writes_all_the_same(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(continuation, "compiler_works", lambda device: False)
-    assert command(*GREEDY, "--prompt", "Hello", "--compile") == command(*GREEDY, "--prompt", "Hello")
+def test_on_a_cpu_the_weights_are_packed(run_folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = continuation.load_writer(run_folder, torch.device("cpu"))
+    assert isinstance(writer.model.h[0].mlp.c_fc, PackedLinear)
+    packed = command(*GREEDY, "--prompt", "Hello")
+    monkeypatch.setattr(continuation, "pack_linear_layers", lambda model, dtype: None)
+    assert command(*GREEDY, "--prompt", "Hello") == packed
 
 
 def test_a_mistake_is_one_line(command: Command) -> None:

@@ -19,6 +19,7 @@ from pipeline.checkpoint import TrainingState, save_checkpoint
 from pipeline.config_files import dump_config
 from pipeline.distributed import World
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
+from pipeline.evaluation import tasks
 from pipeline.evaluation.results import find_results, format_table
 from pipeline.evaluation.tasks import EvaluationOptions, load_model, run_tasks
 from pipeline.evaluation.validation import evaluate_validation
@@ -187,6 +188,15 @@ class TestTasks:
         assert written["loss"] == pytest.approx(results["loss"], rel=1e-6)
         assert written["step"] == 7
         assert Path(written["checkpoint"]) == run_folder / "checkpoints" / "step_00000007"
+
+    def test_on_a_cpu_weights_are_packed_in_the_dtype_of_the_products(
+        self, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        packed = []
+        monkeypatch.setattr(tasks, "pack_linear_layers", lambda model, dtype: packed.append(dtype))
+        for precision in ("fp32", "amp_bf16", "bf16"):
+            run_tasks(run_folder, ["validation"], EvaluationOptions(precision=precision), ALONE)
+        assert packed == [torch.float32, torch.bfloat16, torch.bfloat16]
 
     def test_results_are_drawn(self, run_folder: Path) -> None:
         found, _ = run_tasks(run_folder, ["validation"], EvaluationOptions(), ALONE)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from pipeline.errors import CheckpointError
 from pipeline.generation import generate, generate_batch
 from pipeline.hugging_face.exporting import export_checkpoint
 from pipeline.model import GPT2
+from pipeline.packed_linear import pack_linear_layers
 from pipeline.sampling import Sampling
 from tests.pipeline.conftest import VOCAB_SIZE, largest_file, random_tokens
 from tests.pipeline.hugging_face.conftest import restless, save_in_pieces, text_config
 
-FILES = ["README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors"]
-FILES += ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
+FILES = ["README.md", "config.json", "generation_config.json", "loss.png", "merges.txt"]
+FILES += ["model.safetensors", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
 
 
 def test_the_weights_are_the_same_bits(text_model: GPT2, theirs: Any) -> None:
@@ -64,7 +67,13 @@ def greedy_of_theirs(theirs: Any, prompts: list[list[int]], count: int) -> list[
 
 
 @pytest.mark.parametrize("lengths", [[9], [9, 9, 9, 9], [3, 17, 1, 9]])
-def test_greedy_texts_are_the_same_for_200_tokens(text_model: GPT2, theirs: Any, lengths: list[int]) -> None:
+@pytest.mark.parametrize("packed", [False, True])  # as launch/generate.py has it on a CPU
+def test_greedy_texts_are_the_same_for_200_tokens(
+    text_model: GPT2, theirs: Any, lengths: list[int], packed: bool
+) -> None:
+    if packed:
+        text_model = copy.deepcopy(text_model)
+        pack_linear_layers(text_model, torch.float32)
     prompts = [random_tokens(length, vocab_size=50256, seed=length + i).tolist() for i, length in enumerate(lengths)]
     texts: list[list[int]] = [[] for _ in prompts]
     for tokens in generate_batch(text_model, prompts, 200, Sampling(temperature=0)):
@@ -111,6 +120,19 @@ def test_the_card_has_the_curve_and_the_results(exported: Path) -> None:
     assert "| 8 |" not in card  # after the checkpoint
     assert "| validation | bits per byte | 1.2345 |" in card
     assert "9.8765" not in card  # of another step
+    assert "![Loss against steps](loss.png)" in card
+    assert (exported / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_curve_is_a_table(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "pipeline.report.drawing", raising=False)
+    folder = export_checkpoint(run_folder, tmp_path / "out", "float32").folder
+    assert not (folder / "loss.png").exists()
+    card = (folder / "README.md").read_text()
+    assert "| 7 | 4.0000 | 4.3210 |" in card and "loss.png" not in card
 
 
 def test_in_bfloat16_the_weights_are_rounded(run_folder: Path, exported: Path, tmp_path: Path) -> None:
