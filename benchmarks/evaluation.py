@@ -7,6 +7,7 @@ The first part needs the extra ``harness``.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import tempfile
@@ -32,8 +33,10 @@ from pipeline.evaluation.prepared import Settings
 from pipeline.evaluation.requests import encode_apart
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.tasks import load_model
+from pipeline.hardware import matmul_dtype
 from pipeline.host_memory import keep_freed_memory
 from pipeline.model import GPT2, build_model
+from pipeline.packed_linear import pack_linear_layers
 from pipeline.precision import replicated_compute
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -80,6 +83,13 @@ def hub_rows(task: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def as_evaluated(model: GPT2, precision: str = "fp32") -> GPT2:
+    """A copy with its weights packed, as ``launch/evaluate.py`` scores it on a CPU."""
+    packed = copy.deepcopy(model)
+    pack_linear_layers(packed, matmul_dtype(precision))
+    return packed
+
+
 def scorer_of(model: GPT2, precision: str = "fp32") -> Scorer:
     """A scorer on this CPU alone."""
     return Scorer(replicated_compute(model, precision, ALONE.device).eval(), model.config, ALONE, BATCH_TOKENS)
@@ -96,7 +106,8 @@ def print_agreement(files: dict[str, Path], limit: int, scratch: Path) -> None:
         for task, path in files.items():
             rows = hub_rows(task, read_lines(path)[:limit])
             ours = prepare_task(task, str(path), Settings(limit=limit), model.config, ALONE)
-            scores = scorer_of(model).score(ours.groups, task)
+            scorer = scorer_of(as_evaluated(model))
+            scores = scorer.score(ours.groups, task)
             split = NAMED_TASKS[task].hub.split  # type: ignore[index]
             theirs = evaluate_with_harness(model, task, {split: rows, "train": rows})
             pairs = [
@@ -109,7 +120,7 @@ def print_agreement(files: dict[str, Path], limit: int, scratch: Path) -> None:
                 chosen([(one.log_likelihood, one.is_greedy) for one in group]) == chosen(others)
                 for group, others in zip(scores, theirs.scores, strict=True)
             )
-            accuracy = ours.measure(scorer_of(model))["acc"]
+            accuracy = ours.measure(scorer)["acc"]
             print_row(
                 weights, task, len(pairs), f"{largest:.1e}", f"{same} of {len(scores)}", accuracy, theirs.figures["acc"]
             )
@@ -208,9 +219,10 @@ def print_speed(files: dict[str, Path], models: Sequence[str], count: int, preci
         loops.append(timed(one_at_a_time, model, examples, loop_precision))
     keep_freed_memory()  # as launch/evaluate.py does, and such a loop does not; it stays
     for (name, data, model, examples), (slow, expected) in zip(runs, loops, strict=True):
-        together(model, examples[:2], precision)
-        apart, _ = timed(partial(together, shared=False), model, examples, precision)
-        fast, found = timed(together, model, examples, precision)
+        packed = as_evaluated(model, precision)
+        together(packed, examples[:2], precision)
+        apart, _ = timed(partial(together, shared=False), packed, examples, precision)
+        fast, found = timed(together, packed, examples, precision)
         same = sum(one == other for one, other in zip(expected, found, strict=True))
         speeds = [f"{len(examples) / seconds:.2f}/s" for seconds in (slow, apart, fast)]
         print_row(name, data, *speeds, f"{slow / fast:.1f}", f"{same} of {len(examples)}")

@@ -53,7 +53,10 @@ def pack_linear_layers(model: GPT2, dtype: torch.dtype) -> None:
     if not can_pack(dtype):
         return
     model.lm_head.packed_product = PackedLinear(model.lm_head, dtype)
-    for module in list(model.modules()):
+    holders = [
+        module for module in model.modules() if not isinstance(module, nn.Linear)
+    ]  # a list of all would hold them
+    for module in holders:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and not isinstance(child, OutputLayer):
                 setattr(module, name, PackedLinear(child, dtype))

@@ -75,7 +75,7 @@ def runnable_commands(page: str) -> list[str]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RankServer]:
     """A folder that has what a checkout has, and the quickstart's data; what the commands write stays there."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("launch", "ds_configs"):
+    for name in ("launch", "ds_configs", "README.md"):
         (folder / name).symlink_to(REPOSITORY / name)
     made = folder, RankServer(folder, child_environment())
     run(made, "python launch/tokenize_corpus.py --source python-stdlib --val-fraction 0.02 --out data/python-stdlib")
@@ -94,20 +94,32 @@ def run(checkout: tuple[Path, RankServer], line: str) -> None:
     assert status == 0, f"{line}\n{said}"
 
 
-@pytest.mark.parametrize("page", [page for page in TEXTS if runnable_commands(page)])
-def test_runnable_commands_run(page: str, checkout: tuple[Path, RankServer]) -> None:
-    """README's begin after ``make quickstart``, which is tested on its own."""
-    folder, _ = checkout
-    if page == "README.md":
-        run(checkout, "python launch/train.py --config ds_configs/ddp.json ds_configs/quickstart.json")
-    for line in runnable_commands(page):
+@pytest.fixture(scope="module")
+def after_readme(checkout: tuple[Path, RankServer]) -> tuple[Path, RankServer]:
+    """The same after the README's commands, which begin after ``make quickstart``; that is tested on its own."""
+    run(checkout, "python launch/train.py --config ds_configs/ddp.json ds_configs/quickstart.json")
+    for line in runnable_commands("README.md"):
         run(checkout, line)
+    return checkout
+
+
+def test_the_readme_runs(after_readme: tuple[Path, RankServer]) -> None:
+    folder, _ = after_readme
+    assert {"quickstart", "z1", "ddp"} <= {path.name for path in (folder / "runs").iterdir()}
+    assert (folder / "report" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if runnable_commands(page) and page != "README.md"])
+def test_runnable_commands_run(page: str, after_readme: tuple[Path, RankServer]) -> None:
+    folder, _ = after_readme
+    for line in runnable_commands(page):
+        run(after_readme, line)
     assert not (folder / "runs" / "gpt2").exists(), "each run of the docs has a folder of its own"
 
 
 def test_the_marks_are_found() -> None:
     marks = sum(text.count("<!-- runnable -->") for text in TEXTS.values())
-    assert marks == sum(len(RUNNABLE.findall(text)) for text in TEXTS.values()) >= 4
+    assert marks == sum(len(RUNNABLE.findall(text)) for text in TEXTS.values()) >= 12
     with pytest.raises(ValueError, match="not runnable"):
         parse("srun python launch/train.py")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn as nn
@@ -66,10 +68,14 @@ def test_losses_and_single_scores_are_the_same(model: GPT2, packed_model: GPT2) 
     torch.testing.assert_close(packed_model(*scored), model(*scored), rtol=1e-5, atol=1e-5)
 
 
-def test_only_what_is_no_product_remains_as_parameters(packed_model: GPT2) -> None:
-    packed_model.assert_tied()
-    left = [name for name, _ in packed_model.named_parameters()]
-    assert [name for name in left if ".ln_" not in name] == ["wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"]
+def test_the_weights_of_the_blocks_are_freed(model: GPT2) -> None:
+    in_block, embedding = weakref.ref(model.h[0].mlp.c_fc.weight), model.wte.weight
+    pack_linear_layers(model, torch.float32)
+    assert in_block() is None
+    model.assert_tied()
+    assert model.wte.weight is embedding
+    left = [name for name, _ in model.named_parameters() if ".ln_" not in name]
+    assert left == ["wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"]
 
 
 @pytest.mark.parametrize("precision", ["amp_bf16", "bf16"])
