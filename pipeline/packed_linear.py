@@ -34,7 +34,7 @@ class PackedLinear(nn.Module):
         if missing <= 0:
             return self._product(x.to(self.dtype))
         y = self._product(F.pad(x.reshape(rows, -1).to(self.dtype), (0, 0, 0, missing)))
-        return y[:rows].view(*x.shape[:-1], -1)
+        return y[:rows].view(*x.shape[:-1], y.shape[-1])
 
     def _product(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -53,10 +53,8 @@ def pack_linear_layers(model: GPT2, dtype: torch.dtype) -> None:
     if not can_pack(dtype):
         return
     model.lm_head.packed_product = PackedLinear(model.lm_head, dtype)
-    holders = [
-        module for module in model.modules() if not isinstance(module, nn.Linear)
-    ]  # a list of all would hold them
-    for module in holders:
+    # Without the layers themselves: a list that held them would keep all their weights until the end.
+    for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and not isinstance(child, OutputLayer):
                 setattr(module, name, PackedLinear(child, dtype))
