@@ -16,13 +16,11 @@ from pipeline.packed_linear import PackedLinear, can_pack, pack_linear_layers
 from pipeline.precision import replicated_compute
 from tests.pipeline.conftest import random_tokens, restless_model, tiny_model_config
 
-DTYPES = [
-    torch.float32,
-    pytest.param(
-        torch.bfloat16,
-        marks=pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no bf16 products in oneDNN"),
-    ),
-]
+if not can_pack(torch.float32):
+    pytest.skip("this torch has no oneDNN", allow_module_level=True)
+
+needs_bf16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="oneDNN has no bf16 products for this CPU")
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)]
 
 
 @pytest.fixture
@@ -79,7 +77,7 @@ def test_the_weights_of_the_blocks_are_freed(model: GPT2) -> None:
 
 
 @pytest.mark.parametrize("precision", ["amp_bf16", "bf16"])
-@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no bf16 products in oneDNN")
+@needs_bf16
 @torch.no_grad()
 def test_in_lower_precision_it_is_as_near_to_fp32(model: GPT2, precision: str) -> None:
     tokens = random_tokens(2, 12)
