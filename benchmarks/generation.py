@@ -23,14 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import ModelConfig
+from pipeline.continuation import DTYPES
 from pipeline.generation import generate_batch
 from pipeline.hugging_face.layout import hugging_face_name, is_transposed, to_config_json
 from pipeline.model import GPT2, build_model
 from pipeline.packed_linear import PackedLinear, pack_linear_layers
 from pipeline.sampling import Sampling
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT_TOKENS = 32
+PRODUCT_ROWS = (1, 2, 4, 512)  # of one to four texts, and of a prompt
 ROUNDS = 3
 PRODUCT_ROUNDS = 20
 
@@ -53,7 +54,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="gpt2", help="the model (default: %(default)s)")
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4], help="prompts side by side (default: 1 4)")
+    parser.add_argument(
+        "--batch", nargs="*", type=int, default=[1, 4], help="prompts side by side; none: products alone (default: 1 4)"
+    )
     parser.add_argument("--tokens", type=int, default=100, help="new ones a prompt (default: %(default)s)")
     arguments = parser.parse_args()
     model = build_model(ModelConfig.model_validate({"preset": arguments.preset}), 1).eval()
@@ -71,13 +74,15 @@ def print_products(model: GPT2, precision: str) -> None:
     """Milliseconds of the products of all blocks: what a token costs but for attention and the output layer."""
     dtype = DTYPES[precision]
     layers = [layer for layer in copy.deepcopy(model.h).to(dtype).modules() if isinstance(layer, nn.Linear)]
-    for rows in (1, 4):
+    for rows in PRODUCT_ROWS:
         for name, product in product_ways(layers, rows, dtype).items():
-            print(f"products of the blocks, {precision}, rows: {rows}, {name:<9}{_median_ms(layers, product):>8.1f} ms")
+            print(
+                f"products of the blocks, {precision}, rows: {rows:>3}, {name:<17}{_median_ms(layers, product):>8.1f} ms"
+            )
 
 
 def product_ways(layers: list[nn.Linear], rows: int, dtype: torch.dtype) -> dict[str, Product]:
-    """That of nn.Linear, that of transformers' Conv1D, and ours."""
+    """That of nn.Linear, that of transformers' Conv1D, and ours, also without filling up to the fewest rows."""
     inputs = {layer.in_features: torch.randn(rows, layer.in_features).to(dtype) for layer in layers}
     transposed = {layer: layer.weight.detach().t().contiguous() for layer in layers}
     packed = {layer: PackedLinear(layer, dtype) for layer in layers}
@@ -85,6 +90,7 @@ def product_ways(layers: list[nn.Linear], rows: int, dtype: torch.dtype) -> dict
         "F.linear": lambda layer: F.linear(inputs[layer.in_features], layer.weight, layer.bias),
         "addmm": lambda layer: torch.addmm(layer.bias, inputs[layer.in_features], transposed[layer]),
         "packed": lambda layer: packed[layer](inputs[layer.in_features]),
+        "packed, as it is": lambda layer: packed[layer].product(inputs[layer.in_features]),
     }
 
 

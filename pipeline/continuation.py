@@ -43,8 +43,7 @@ def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32") -> 
         )
     model = loaded.model.to(DTYPES[dtype])
     model.assert_tied()
-    if device.type == "cpu":
-        pack_linear_layers(model, DTYPES[dtype])
+    pack_linear_layers(model, DTYPES[dtype])
     return Writer(model)
 
 

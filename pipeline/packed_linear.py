@@ -32,25 +32,23 @@ class PackedLinear(nn.Module):
         rows = x.shape[:-1].numel()
         missing = FEWEST_ROWS[self.dtype] - rows
         if missing <= 0:
-            return self._product(x.to(self.dtype))
-        y = self._product(F.pad(x.reshape(rows, -1).to(self.dtype), (0, 0, 0, missing)))
+            return self.product(x.to(self.dtype))
+        y = self.product(F.pad(x.reshape(rows, -1).to(self.dtype), (0, 0, 0, missing)))
         return y[:rows].view(*x.shape[:-1], y.shape[-1])
 
-    def _product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
+        """The same of rows as they are, in the layer's dtype."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
 
 def pack_linear_layers(model: GPT2, dtype: torch.dtype) -> None:
-    """Replace the model's linear layers, one by one, where oneDNN has products in this dtype; else do nothing.
+    """Replace the linear layers, one by one, of a model on a CPU whose oneDNN has products in this dtype.
 
-    The weights of the blocks are freed. That of the output layer stays beside its packed copy: it is the embedding.
-
-    Args:
-        model: on the CPU.
-        dtype: of the products.
+    Any other model stays as it is. The weights of the blocks are freed. That of the output layer stays beside its
+    packed copy: it is the embedding.
     """
-    if not can_pack(dtype):
+    if model.wte.weight.device.type != "cpu" or not can_pack(dtype):
         return
     model.lm_head.packed_product = PackedLinear(model.lm_head, dtype)
     # Without the layers themselves: a list that held them would keep all their weights until the end.

@@ -93,8 +93,7 @@ def run_tasks(checkpoint: Path, tasks: Sequence[str], options: EvaluationOptions
         for task in tasks
         if task != VALIDATION
     }
-    if world.device.type == "cpu":
-        pack_linear_layers(loaded.model, matmul_dtype(options.precision or loaded.config.run.precision))
+    pack_linear_layers(loaded.model, matmul_dtype(options.precision or loaded.config.run.precision))
     results: Results = {}
     for task in tasks:
         head = {"task": task, "checkpoint": str(loaded.checkpoint), "step": loaded.step}

@@ -73,19 +73,17 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: str) -> Export:
     source = locate_checkpoint(checkpoint)
     state, stored = read_state(source)
     config = config_from_json(stored, origin=str(source / "state.json"))
-    texts = {
+    files = {
         CONFIG_FILE: _as_json(to_config_json(config.model, dtype)),
         GENERATION_CONFIG_FILE: _as_json(to_generation_json(config.model)),
+        **model_card(source, state, config),
     }
     if config.model.vocab_size == GPT2_VOCAB_SIZE:
-        texts |= tokenizer_files(config.model.context_length)
-    card = model_card(source, state, config)
+        files |= {name: text.encode() for name, text in tokenizer_files(config.model.context_length).items()}
     with _appearing(out) as aside:
         write_tensors(aside / WEIGHTS_FILE, _streamed(source, config.model, DTYPES[dtype]), _METADATA)
         fsync_file(aside / WEIGHTS_FILE)
-        for name, text in texts.items():
-            write_bytes_durably(aside / name, text.encode())
-        for name, content in card.items():
+        for name, content in files.items():
             write_bytes_durably(aside / name, content)
     return Export(out, (out / WEIGHTS_FILE).stat().st_size, _notes(config.model))
 
@@ -145,5 +143,5 @@ def _appearing(out: Path) -> Iterator[Path]:
             raise
 
 
-def _as_json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2) + "\n"
+def _as_json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

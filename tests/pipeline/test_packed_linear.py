@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 
 import pytest
@@ -29,11 +30,16 @@ def model() -> GPT2:
 
 
 @pytest.fixture
-def packed_model() -> GPT2:
-    model = restless_model(tiny_model_config()).eval()
-    pack_linear_layers(model, torch.float32)
-    assert isinstance(model.h[0].mlp.c_fc, PackedLinear)
-    return model
+def packed_model(model: GPT2) -> GPT2:
+    """The same in fp32, beside the model."""
+    return packed_copy(model, torch.float32)
+
+
+def packed_copy(model: GPT2, dtype: torch.dtype) -> GPT2:
+    packed = copy.deepcopy(model)
+    pack_linear_layers(packed, dtype)
+    assert isinstance(packed.h[0].mlp.c_fc, PackedLinear)
+    return packed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,9 +89,7 @@ def test_in_lower_precision_it_is_as_near_to_fp32(model: GPT2, precision: str) -
     tokens = random_tokens(2, 12)
     exact = model(tokens)
     usual = replicated_compute(model, precision, torch.device("cpu"))(tokens).float()
-    packed = restless_model(tiny_model_config()).eval()
-    pack_linear_layers(packed, torch.bfloat16)
-    found = replicated_compute(packed, precision, torch.device("cpu"))(tokens)
+    found = replicated_compute(packed_copy(model, torch.bfloat16), precision, torch.device("cpu"))(tokens)
     assert found.dtype == torch.bfloat16
     assert 0 < (found.float() - exact).abs().max() <= 1.5 * (usual - exact).abs().max()
 
@@ -95,5 +99,16 @@ def test_where_there_are_no_such_products_the_model_stays(model: GPT2, monkeypat
     pack_linear_layers(model, torch.float16)
     monkeypatch.setattr(packed_linear, "can_pack", lambda dtype: False)
     pack_linear_layers(model, torch.float32)
+    assert_not_packed(model)
+
+
+def test_on_another_device_the_model_stays() -> None:
+    with torch.device("meta"):
+        model = GPT2(tiny_model_config())
+    pack_linear_layers(model, torch.float32)
+    assert_not_packed(model)
+
+
+def assert_not_packed(model: GPT2) -> None:
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     assert model.lm_head.packed_product is None
