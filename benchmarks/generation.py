@@ -76,9 +76,8 @@ def print_products(model: GPT2, precision: str) -> None:
     layers = [layer for layer in copy.deepcopy(model.h).to(dtype).modules() if isinstance(layer, nn.Linear)]
     for rows in PRODUCT_ROWS:
         for name, product in product_ways(layers, rows, dtype).items():
-            print(
-                f"products of the blocks, {precision}, rows: {rows:>3}, {name:<17}{_median_ms(layers, product):>8.1f} ms"
-            )
+            ms = _median_ms(layers, product)
+            print(f"products of the blocks, {precision}, rows: {rows:>3}, {name:<17}{ms:>8.1f} ms")
 
 
 def product_ways(layers: list[nn.Linear], rows: int, dtype: torch.dtype) -> dict[str, Product]:
