@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.agreement import Agreement, print_table
-from benchmarks.runs import TINY_RUN, Curve, Sections, copy_with_masks, curve_of, make_corpus, merged
+from tests.support.agreement import Agreement, print_table
+from tests.support.runs import TINY_RUN, Curve, Sections, copy_with_masks, curve_of, make_corpus, merged
 
 MICRO_BATCHES = (1, 2, 4)
 PROCESSES = (1, 2)

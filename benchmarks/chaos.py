@@ -15,9 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.agreement import LOSS_TOLERANCE
-from benchmarks.live_run import LiveRun
-from benchmarks.runs import (
+from pipeline.checkpoint import find_damage, list_checkpoints
+from pipeline.run_folder.metrics import read_metrics
+from tests.support.agreement import LOSS_TOLERANCE
+from tests.support.live_run import LiveRun
+from tests.support.runs import (
     BACKENDS,
     TINY_RUN,
     Curve,
@@ -28,8 +30,6 @@ from benchmarks.runs import (
     merged,
     read_curve,
 )
-from pipeline.checkpoint import find_damage, list_checkpoints
-from pipeline.metrics import read_metrics
 
 STEPS, EVERY_STEPS = 30, 5
 LONGEST_S = 14.0  # about what a run takes from its start to its last step

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.live_run import LiveRun
-from benchmarks.runs import Sections, make_corpus, merged
-from pipeline.metrics import read_metrics
+from pipeline.run_folder.metrics import read_metrics
+from tests.support.live_run import LiveRun
+from tests.support.runs import Sections, make_corpus, merged
 
 GIB = 1 << 30
 STEPS, SAVED_AT = 6, 2

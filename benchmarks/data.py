@@ -33,10 +33,10 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.runs import REPOSITORY
 from data_tools.shards import TRAIN_SPLIT, open_split
 from data_tools.threads import available_cores
 from data_tools.tokenizer import END_OF_TEXT
+from tests.support.runs import REPOSITORY
 
 _SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".c", ".cpp", ".js", ".json", ".html", ".css", ".yaml")
 _LARGEST_DOCUMENT_BYTES = 1 << 20

@@ -21,10 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.runs import make_corpus, merged, train_run
 from data_tools.tokenizer import load_tokenizer
-from pipeline.config import ModelConfig, Precision
-from pipeline.distributed import World
+from pipeline.checkpoint.loading import load_model
+from pipeline.config.schema import ModelConfig, Precision
+from pipeline.distributed.device import matmul_dtype
+from pipeline.distributed.host_memory import keep_freed_memory
+from pipeline.distributed.world import World
 from pipeline.evaluation.catalogue import NAMED_TASKS
 from pipeline.evaluation.choices import ChoiceTask
 from pipeline.evaluation.examples import ChoiceExample, piqa
@@ -32,12 +34,10 @@ from pipeline.evaluation.preparation import prepare_task
 from pipeline.evaluation.prepared import Settings
 from pipeline.evaluation.requests import encode_apart
 from pipeline.evaluation.scoring import Scorer
-from pipeline.evaluation.tasks import load_model
-from pipeline.hardware import matmul_dtype
-from pipeline.host_memory import keep_freed_memory
-from pipeline.model import GPT2, build_model
-from pipeline.packed_linear import pack_linear_layers
-from pipeline.precision import replicated_compute
+from pipeline.model.gpt2 import GPT2, build_model
+from pipeline.model.packed_linear import pack_linear_layers
+from pipeline.model.precision import replicated_compute
+from tests.support.runs import make_corpus, merged, train_run
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 BATCH_TOKENS = 2048

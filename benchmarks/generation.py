@@ -22,13 +22,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config import ModelConfig
-from pipeline.continuation import DTYPES
-from pipeline.generation import generate_batch
-from pipeline.hugging_face.layout import hugging_face_name, is_transposed, to_config_json
-from pipeline.model import GPT2, build_model
-from pipeline.packed_linear import PackedLinear, pack_linear_layers
-from pipeline.sampling import Sampling
+from pipeline.config.schema import ModelConfig
+from pipeline.generation.generate import generate_batch
+from pipeline.generation.sampling import Sampling
+from pipeline.generation.writer import DTYPES
+from pipeline.interop.hugging_face.layout import hugging_face_name, is_transposed, to_config_json
+from pipeline.model.gpt2 import GPT2, build_model
+from pipeline.model.packed_linear import PackedLinear, pack_linear_layers
 
 PROMPT_TOKENS = 32
 PRODUCT_ROWS = (1, 2, 4, 512)  # of one to four texts, and of a prompt

@@ -21,7 +21,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.transformers_model import transformers_model
-from pipeline.model import GPT2
+from pipeline.model.gpt2 import GPT2
 
 #: Our task -> the harness' name and the folder that defines it.
 TASKS = {

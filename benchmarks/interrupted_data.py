@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.data import write_inputs
-from benchmarks.runs import REPOSITORY
 from data_tools.shards import MANIFEST_NAME
+from tests.support.runs import REPOSITORY
 
 _TOKENIZE = str(REPOSITORY / "launch" / "tokenize_corpus.py")
 

@@ -37,17 +37,17 @@ from data_tools.shards import (
     TokenStream,
     open_split,
 )
-from data_tools.storage import write_json_durably
+from data_tools.storage.files import write_json_durably
 from pipeline.backends import create_backend
-from pipeline.batch_plan import BatchPlan, plan_batch
-from pipeline.config import Config
-from pipeline.distributed import join_world
-from pipeline.loader import MicroBatch, TrainLoader
-from pipeline.model import build_model, flops_per_token
-from pipeline.prefetch import Prefetcher
-from pipeline.throughput import ThroughputMeter
-from pipeline.trainer import Trainer
-from pipeline.training_data import DataPart, open_parts
+from pipeline.config.schema import Config
+from pipeline.data.batch_plan import BatchPlan, plan_batch
+from pipeline.data.datasets import DataPart, open_parts
+from pipeline.data.loader import MicroBatch, TrainLoader
+from pipeline.data.prefetch import Prefetcher
+from pipeline.distributed.world import join_world
+from pipeline.model.gpt2 import build_model, flops_per_token
+from pipeline.training.throughput import ThroughputMeter
+from pipeline.training.trainer import Trainer
 
 MB = 10**6
 SHARD_TOKENS = 100_000_000  # as build-nanogpt cuts its data, and stage 1 by default

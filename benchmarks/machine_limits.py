@@ -12,9 +12,9 @@ import time
 import torch
 
 from benchmarks.train_setting import Setting
-from pipeline.cores import take_share_of_cores
-from pipeline.distributed import join_world
-from pipeline.hardware import matmul_dtype, measure_matmul_ceiling, synchronize
+from pipeline.distributed.cores import take_share_of_cores
+from pipeline.distributed.device import matmul_dtype, measure_matmul_ceiling, synchronize
+from pipeline.distributed.world import join_world
 
 _COPIED_BYTES = 1 << 28
 _ROUNDS = 5

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from pipeline.backends import Backend, create_backend
-from pipeline.batch_plan import BatchPlan, plan_batch
-from pipeline.config import Config
-from pipeline.config_files import load_config
-from pipeline.distributed import World, join_world
-from pipeline.model import build_model
+from pipeline.config.loading import load_config
+from pipeline.config.schema import Config
+from pipeline.data.batch_plan import BatchPlan, plan_batch
+from pipeline.distributed.world import World, join_world
+from pipeline.model.gpt2 import build_model
 
 STEPS = 3  # moments exist from the second on, DDP's final buckets from the third
 _KIB = 1024

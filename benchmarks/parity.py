@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.agreement import LOSS_TOLERANCE, Agreement, print_table
-from benchmarks.runs import BACKENDS, TINY_RUN, Curve, curve_of, make_corpus, merged
+from tests.support.agreement import LOSS_TOLERANCE, Agreement, print_table
+from tests.support.runs import BACKENDS, TINY_RUN, Curve, curve_of, make_corpus, merged
 
 PROCESSES = (1, 2)
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.rank_server import RankServer
-from benchmarks.runs import CONFIGS, REPOSITORY, Sections, child_environment, merged, overrides, ranks_command
 from benchmarks.wrapped_shards import WORLD_SIZES, compare_shards
-from pipeline.batch_plan import plan_batch
-from pipeline.config import Config
-from pipeline.config_files import load_config
+from pipeline.config.loading import load_config
+from pipeline.config.schema import Config
+from pipeline.data.batch_plan import plan_batch
 from pipeline.planning.memory import host_memory, peak_memory
+from tests.support.rank_server import RankServer
+from tests.support.runs import CONFIGS, REPOSITORY, Sections, child_environment, merged, overrides, ranks_command
 
 MIB = 1 << 20
 LARGEST_DIFFERENCE = 0.10

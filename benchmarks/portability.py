@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from benchmarks.agreement import LOSS_TOLERANCE
-from benchmarks.runs import (
+from pipeline.checkpoint import list_checkpoints
+from pipeline.checkpoint.folder import checkpoint_folder
+from tests.support.agreement import LOSS_TOLERANCE
+from tests.support.runs import (
     BACKENDS,
     TINY_BYTE_RUN,
     Curve,
@@ -25,8 +27,6 @@ from benchmarks.runs import (
     merged,
     read_curve,
 )
-from pipeline.checkpoint import list_checkpoints
-from pipeline.checkpoint.folder import checkpoint_folder
 
 SAVED_AT, STEPS_AFTER = 10, 30
 

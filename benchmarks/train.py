@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.runs import REPOSITORY, TRAIN, make_corpus, ranks_command, train_arguments
 from benchmarks.train_command import PeerCommand
 from benchmarks.train_setting import Measured, Setting
-from pipeline.metrics import read_metrics
-from pipeline.model import flops_per_token, parameter_count
+from pipeline.model.gpt2 import flops_per_token, parameter_count
+from pipeline.run_folder.metrics import read_metrics
+from tests.support.runs import REPOSITORY, TRAIN, make_corpus, ranks_command, train_arguments
 
 OURS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
 PEERS = {

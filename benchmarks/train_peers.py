@@ -21,17 +21,17 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 
 from benchmarks.train_setting import Setting, write_row
 from benchmarks.transformers_model import transformers_model
-from pipeline.batch_plan import plan_batch
-from pipeline.config import Config
-from pipeline.cores import take_share_of_cores
-from pipeline.distributed import World, join_world
-from pipeline.hardware import peak_memory_bytes
-from pipeline.loader import TrainLoader
-from pipeline.model import build_model
-from pipeline.optimizer import build_adamw, set_learning_rate
-from pipeline.precision import autocast
-from pipeline.schedule import lr_at
-from pipeline.training_data import open_parts
+from pipeline.backends.optimizer import build_adamw, set_learning_rate
+from pipeline.config.schema import Config
+from pipeline.data.batch_plan import plan_batch
+from pipeline.data.datasets import open_parts
+from pipeline.data.loader import TrainLoader
+from pipeline.distributed.cores import take_share_of_cores
+from pipeline.distributed.device import peak_memory_bytes
+from pipeline.distributed.world import World, join_world
+from pipeline.model.gpt2 import build_model
+from pipeline.model.precision import autocast
+from pipeline.training.schedule import lr_at
 
 GIB = 1 << 30
 

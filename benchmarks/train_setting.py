@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import Sections, merged
-from pipeline.config import Config
+from pipeline.config.schema import Config
+from tests.support.runs import Sections, merged
 
 
 @dataclass(frozen=True)

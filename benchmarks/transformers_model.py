@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.hugging_face.layout import hugging_face_name, is_transposed, to_config_json
-from pipeline.model import GPT2
+from pipeline.interop.hugging_face.layout import hugging_face_name, is_transposed, to_config_json
+from pipeline.model.gpt2 import GPT2
 
 
 def transformers_model(model: GPT2, **settings: Any) -> Any:

@@ -20,15 +20,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.runs import CONFIGS
 from pipeline.backends import Backend, create_backend
-from pipeline.batch_plan import BatchPlan, plan_batch
-from pipeline.config import Config
-from pipeline.config_files import load_config
-from pipeline.distributed import World
-from pipeline.environment import present_as_launched
-from pipeline.model import GPT2, build_model
+from pipeline.config.loading import load_config
+from pipeline.config.schema import Config
+from pipeline.data.batch_plan import BatchPlan, plan_batch
+from pipeline.distributed.environment import present_as_launched
+from pipeline.distributed.world import World
+from pipeline.model.gpt2 import GPT2, build_model
 from pipeline.planning.layouts import layout_of
+from tests.support.runs import CONFIGS
 
 WORLD_SIZES = (8, 64, 1024, 4096)
 SMALL_BACKENDS = ("ddp", "zero1", "zero2", "zero3")

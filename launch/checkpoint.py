@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.cli import ArgumentParser, positive_int, run_command, start_logging
-from pipeline.checkpoint.conversion import convert
 from pipeline.checkpoint.inventory import inspect, verify_checkpoints
 from pipeline.checkpoint.pruning import prune
+from pipeline.interop.conversion import convert
 
 
 def main() -> None:

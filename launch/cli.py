@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from data_tools.errors import DataError, UserError
-from pipeline.config import Device
-from pipeline.environment import launched_rank, launched_world_size
+from pipeline.config.schema import Device
+from pipeline.distributed.environment import launched_rank, launched_world_size
 from pipeline.errors import Interrupted, LostRankError
 
 OWN_ERRORS = (DataError, LostRankError)

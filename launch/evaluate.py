@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import get_args
 
 from launch.cli import ArgumentParser, add_checkpoint_options, positive_int, run_command, start_logging
-from pipeline.config import TASK_NAME, Precision, RunConfig, TaskName
-from pipeline.distributed import join_world
+from pipeline.config.schema import TASK_NAME, Precision, RunConfig, TaskName
+from pipeline.distributed.world import join_world
 from pipeline.errors import ConfigError
 from pipeline.evaluation.prepared import Settings
 from pipeline.evaluation.results import format_table

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch.cli import ArgumentParser, run_command, start_logging
-from pipeline.hugging_face.exporting import DTYPES, export_checkpoint
-from pipeline.hugging_face.importing import import_folder
+from pipeline.interop.hugging_face.exporting import DTYPES, export_checkpoint
+from pipeline.interop.hugging_face.importing import import_folder
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ from launch.cli import (
     some_text,
     start_logging,
 )
-from pipeline.config import RunConfig, SampleConfig
-from pipeline.continuation import DTYPES, load_writer, prompt_loop
-from pipeline.distributed import join_world
+from pipeline.config.schema import RunConfig, SampleConfig
+from pipeline.distributed.world import join_world
+from pipeline.generation.writer import DTYPES, load_writer, prompt_loop
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from launch.cli import ArgumentParser, add_config_options, positive_int, probability, run_command
-from pipeline.config import Config
-from pipeline.config_files import load_config
+from pipeline.config.loading import load_config
+from pipeline.config.schema import Config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 BACKENDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")

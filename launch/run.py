@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from launch.cli import ArgumentParser, add_config_options, positive_int, run_command
-from pipeline.config import Config
-from pipeline.config_files import load_config
+from pipeline.config.loading import load_config
+from pipeline.config.schema import Config
 from pipeline.evaluation.results import find_results, format_table
 
 LAUNCH = Path(__file__).resolve().parent

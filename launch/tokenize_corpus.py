@@ -14,14 +14,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_tools.corpus import Progress, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
-from data_tools.encoders import ENCODERS
+from data_tools.corpus.estimate import Estimate
+from data_tools.corpus.request import ENGINES
+from data_tools.corpus.run import Progress, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
+from data_tools.encoding.encoders import ENCODERS
 from data_tools.errors import DataError
-from data_tools.estimate import Estimate
-from data_tools.request import ENGINES
 from data_tools.shards import SHARD_FORMATS, VAL_SPLIT, Manifest
 from data_tools.sources import SOURCE_KINDS
-from data_tools.storage import is_remote
+from data_tools.storage.files import is_remote
 from launch.cli import ArgumentParser, positive_int, run_command, start_logging
 
 _LINE_EVERY_S = 30.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launch.cli import ArgumentParser, add_config_options, positive_int, run_command, start_logging
-from pipeline.config_files import load_config
+from pipeline.config.loading import load_config
 
 DEFAULT_PROFILE_STEPS = 3
 
@@ -32,7 +32,7 @@ def main() -> None:
     resume = [] if arguments.resume is None else [f"checkpoint.resume={arguments.resume}"]
     profile = [] if arguments.profile is None else [f"logging.profile_steps={arguments.profile}"]
     config = load_config(arguments.config, [*arguments.set, *resume, *profile])
-    from pipeline.training_run import train  # takes seconds to import torch: a wrong config is refused before
+    from pipeline.training.run import train  # takes seconds to import torch: a wrong config is refused before
 
     start_logging()
     train(config)

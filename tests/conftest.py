@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.runs import make_byte_corpus, make_corpus
+from tests.support.runs import make_byte_corpus, make_corpus
 
 
 def pytest_configure() -> None:

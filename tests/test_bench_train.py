@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import train
-from benchmarks.agreement import LOSS_TOLERANCE
-from benchmarks.runs import curve_of, merged
 from benchmarks.train import LOSS_TOLERANCE as BENCHMARK_TOLERANCE
 from benchmarks.train import Contender, Limits, contenders_of, disagreements, parse_arguments, train_ours, train_peer
 from benchmarks.train_command import PeerCommand, read_steps
 from benchmarks.train_setting import Measured, Setting
+from tests.support.agreement import LOSS_TOLERANCE
+from tests.support.runs import curve_of, merged
 
 NANOGPT = """\
 tokens per iteration will be: 2,048

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.rank_server import RankServer
-from benchmarks.runs import REPOSITORY, Sections, child_environment, overrides, run_ranks
-from pipeline.config_files import valid_keys
+from pipeline.config.loading import valid_keys
+from tests.support.rank_server import RankServer
+from tests.support.runs import REPOSITORY, Sections, child_environment, overrides, run_ranks
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}

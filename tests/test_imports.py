@@ -1,4 +1,4 @@
-"""Imports point one way, and what only one file may touch is touched in one file."""
+"""Check that imports point one way, and that what only one file may touch is touched in one file."""
 
 from __future__ import annotations
 
@@ -15,130 +15,37 @@ PACKAGES = ("data_tools", "pipeline", "launch")
 #: What pipeline may use of stage 1.
 OPEN_TO_PIPELINE = ("data_tools.shards", "data_tools.tokenizer", "data_tools.storage", "data_tools.errors")
 
-#: The layers of pipeline, lowest first. A module imports its own layer and those below. Every module has a place.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("pipeline", "pipeline.errors", "pipeline.environment", "pipeline.seeds"),
-    ("pipeline.config", "pipeline.config_files", "pipeline.config_reference", "pipeline.deepspeed_keys"),
-    (
-        "pipeline.attention",
-        "pipeline.batch_plan",
-        "pipeline.compilation",
-        "pipeline.cores",
-        "pipeline.distributed",
-        "pipeline.evaluation",
-        "pipeline.evaluation.results",
-        "pipeline.generation",
-        "pipeline.hardware",
-        "pipeline.host_memory",
-        "pipeline.interruption",
-        "pipeline.key_value_cache",
-        "pipeline.loader",
-        "pipeline.loss_scaling",
-        "pipeline.metrics",
-        "pipeline.mixture",
-        "pipeline.model",
-        "pipeline.optimizer",
-        "pipeline.output_layer",
-        "pipeline.packed_linear",
-        "pipeline.precision",
-        "pipeline.prefetch",
-        "pipeline.rank_watch",
-        "pipeline.rendezvous",
-        "pipeline.run_lock",
-        "pipeline.sample_order",
-        "pipeline.sampling",
-        "pipeline.schedule",
-        "pipeline.step_guard",
-        "pipeline.step_profile",
-        "pipeline.text_stream",
-        "pipeline.throughput",
-        "pipeline.training_data",
+#: The rooms in order: a room imports only from itself and from the rooms listed with it. All of them stand above it.
+ROOMS: dict[str, str] = {
+    "data_tools.errors": "",
+    "data_tools.arrays": "",
+    "data_tools.threads": "",
+    "data_tools.storage": "errors",
+    "data_tools.tokenizer": "errors arrays",
+    "data_tools.shards": "errors arrays threads storage tokenizer",
+    "data_tools.encoding": "errors arrays storage tokenizer",
+    "data_tools.sources": "errors storage encoding",
+    "data_tools.corpus": "errors arrays threads storage tokenizer shards encoding sources",
+    "data_tools.formats": "errors arrays threads storage tokenizer shards",
+    "pipeline.errors": "",
+    "pipeline.seeds": "",
+    "pipeline.config": "errors",
+    "pipeline.run_folder": "errors",
+    "pipeline.distributed": "errors config",
+    "pipeline.model": "seeds config",
+    "pipeline.data": "errors seeds config distributed model",
+    "pipeline.backends": "errors config distributed model data",
+    "pipeline.checkpoint": "errors config run_folder distributed model backends",
+    "pipeline.evaluation": "errors config run_folder distributed model data backends checkpoint",
+    "pipeline.generation": "errors seeds config distributed model backends checkpoint evaluation",
+    "pipeline.training": (
+        "errors seeds config run_folder distributed model data backends checkpoint evaluation generation"
     ),
-    (
-        "pipeline.backends",
-        "pipeline.backends.base",
-        "pipeline.backends.torch_native",
-        "pipeline.backends.ddp",
-        "pipeline.backends.gloo_collectives",
-        "pipeline.backends.fsdp",
-        "pipeline.backends.deepspeed_zero",
-        "pipeline.backends.zero_state",
-        "pipeline.backends.extension_lock",
-    ),
-    (
-        "pipeline.checkpoint",
-        "pipeline.checkpoint.background",
-        "pipeline.checkpoint.conversion",
-        "pipeline.checkpoint.folder",
-        "pipeline.checkpoint.foreign",
-        "pipeline.checkpoint.inventory",
-        "pipeline.checkpoint.loading",
-        "pipeline.checkpoint.nanogpt",
-        "pipeline.checkpoint.pieces",
-        "pipeline.checkpoint.pruning",
-        "pipeline.checkpoint.retention",
-        "pipeline.checkpoint.saving",
-        "pipeline.checkpoint.snapshot",
-        "pipeline.checkpoint.tensor_stream",
-        "pipeline.checkpoint.verification",
-        "pipeline.continuation",
-        "pipeline.evaluation.catalogue",
-        "pipeline.evaluation.choices",
-        "pipeline.evaluation.continuations",
-        "pipeline.evaluation.examples",
-        "pipeline.evaluation.intervals",
-        "pipeline.evaluation.packing",
-        "pipeline.evaluation.preparation",
-        "pipeline.evaluation.prepared",
-        "pipeline.evaluation.requests",
-        "pipeline.evaluation.samples",
-        "pipeline.evaluation.scoring",
-        "pipeline.evaluation.shots",
-        "pipeline.evaluation.sources",
-        "pipeline.doctor",
-        "pipeline.doctor.building",
-        "pipeline.doctor.communication",
-        "pipeline.doctor.examination",
-        "pipeline.doctor.findings",
-        "pipeline.doctor.machine",
-        "pipeline.doctor.meeting",
-        "pipeline.doctor.packages",
-        "pipeline.evaluation.tasks",
-        "pipeline.evaluation.texts",
-        "pipeline.evaluation.validation",
-        "pipeline.evaluation.while_training",
-        "pipeline.evaluation.wikitext",
-        "pipeline.hugging_face",
-        "pipeline.hugging_face.exporting",
-        "pipeline.hugging_face.hub",
-        "pipeline.hugging_face.importing",
-        "pipeline.hugging_face.layout",
-        "pipeline.hugging_face.model_card",
-        "pipeline.hugging_face.tokenizer_files",
-        "pipeline.report",
-        "pipeline.report.colours",
-        "pipeline.report.curves",
-        "pipeline.report.drawing",
-        "pipeline.report.page",
-        "pipeline.report.runs",
-        "pipeline.report.tables",
-        "pipeline.report.writing",
-        "pipeline.planning",
-        "pipeline.planning.activations",
-        "pipeline.planning.devices",
-        "pipeline.planning.layouts",
-        "pipeline.planning.live_bytes",
-        "pipeline.planning.memory",
-        "pipeline.planning.planner",
-        "pipeline.planning.plot",
-        "pipeline.planning.speed",
-        "pipeline.planning.table",
-        "pipeline.resuming",
-        "pipeline.run_record",
-        "pipeline.trainer",
-        "pipeline.training_run",
-    ),
-)
+    "pipeline.planning": "errors config distributed model data",
+    "pipeline.report": "errors config run_folder evaluation",
+    "pipeline.doctor": "config distributed model backends",
+    "pipeline.interop": "errors config run_folder distributed model checkpoint report",
+}
 
 
 def module_name(path: Path) -> str:
@@ -148,6 +55,11 @@ def module_name(path: Path) -> str:
 
 PATHS = {module_name(path): path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py")}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in PATHS.items()}
+
+
+def room_of(module: str) -> str:
+    """``pipeline.model.gpt2`` lives in ``pipeline.model``, ``pipeline.errors`` in ``pipeline.errors``."""
+    return ".".join(module.split(".")[:2])
 
 
 def imported_names(tree: ast.Module) -> Iterator[str]:
@@ -163,7 +75,7 @@ def imported_names(tree: ast.Module) -> Iterator[str]:
 
 
 def as_module(name: str) -> str:
-    """``pipeline.model.GPT2`` as ``pipeline.model``; names of others as they are."""
+    """``pipeline.model.gpt2.GPT2`` as ``pipeline.model.gpt2``; names of others as they are."""
     while name not in TREES and "." in name and name.split(".")[0] in PACKAGES:
         name = name.rpartition(".")[0]
     return name
@@ -211,14 +123,14 @@ def test_stage_1_starts_without_torch() -> None:
 
 
 def test_the_config_and_the_run_command_start_without_torch() -> None:
-    for start in ("pipeline.config_files", "launch.run", "launch.shards"):
+    for start in ("pipeline.config.loading", "launch.run", "launch.shards"):
         assert not [name for name in reached_from(start) if is_within(name, "torch")], start
 
 
 def test_pipeline_uses_the_open_part_of_stage_1() -> None:
     for name, imports in IMPORTS.items():
         if is_within(name, "pipeline"):
-            inner = [i for i in imports if is_within(i, "data_tools") and i not in OPEN_TO_PIPELINE]
+            inner = [i for i in imports if is_within(i, "data_tools") and room_of(i) not in OPEN_TO_PIPELINE]
             assert not inner, f"{name} imports {inner}; open to it are {OPEN_TO_PIPELINE}"
 
 
@@ -226,16 +138,29 @@ def test_nothing_below_launch_imports_launch() -> None:
     assert all(is_within(name, "launch") for name in importers_of("launch"))
 
 
-def test_every_module_of_pipeline_has_a_layer() -> None:
-    placed = [name for layer in LAYERS for name in layer]
-    assert sorted(placed) == sorted(name for name in TREES if is_within(name, "pipeline"))
+def test_every_module_has_a_room() -> None:
+    strangers = {name for name in TREES if not is_within(name, "launch") and name not in PACKAGES}
+    assert {room_of(name) for name in strangers} == set(ROOMS)
 
 
-@pytest.mark.parametrize("height", range(len(LAYERS)))
-def test_layers_import_downwards(height: int) -> None:
-    above = {name for layer in LAYERS[height + 1 :] for name in layer}
-    for name in LAYERS[height]:
-        assert not IMPORTS[name] & above, f"{name} imports {sorted(IMPORTS[name] & above)} of a layer above"
+def test_rooms_import_only_rooms_above_them() -> None:
+    order = list(ROOMS)
+    for number, (room, others) in enumerate(ROOMS.items()):
+        allowed = {f"{room.partition('.')[0]}.{other}" for other in others.split()}
+        assert allowed <= set(order[:number]), f"{room}: {allowed - set(order[:number])} stand below it"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_its_line_says(room: str) -> None:
+    package = room.partition(".")[0]
+    imported = {
+        room_of(imported)
+        for name, imports in IMPORTS.items()
+        if is_within(name, room)
+        for imported in imports
+        if is_within(imported, package) and imported != package
+    }
+    assert imported - {room} == {f"{package}.{other}" for other in ROOMS[room].split()}
 
 
 def test_no_import_cycles() -> None:
@@ -271,7 +196,7 @@ def test_deepspeed_is_imported_in_one_file() -> None:
 
 def test_transformers_is_for_tests_and_the_hub_is_asked_in_one_file() -> None:
     assert importers_of("transformers") == set()
-    assert importers_of("huggingface_hub") == {"pipeline.hugging_face.hub"}
+    assert importers_of("huggingface_hub") == {"pipeline.interop.hugging_face.hub"}
 
 
 def test_only_backends_wrap_models() -> None:
@@ -286,7 +211,7 @@ def test_environment_variables_are_read_in_one_file() -> None:
         return bool(names & {"environ", "environb", "getenv", "getenvb", "putenv"})
 
     readers = {name for name, tree in TREES.items() if reads_environment(tree)}
-    assert readers == {"pipeline.environment"}
+    assert readers == {"pipeline.distributed.environment"}
 
 
 def test_no_module_is_named_like_one_of_the_standard_library() -> None:

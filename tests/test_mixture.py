@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.agreement import LOSS_TOLERANCE
-from benchmarks.runs import (
+from pipeline.run_folder.metrics import read_metrics
+from tests.support.agreement import LOSS_TOLERANCE
+from tests.support.runs import (
     TINY_BYTE_RUN,
     Curve,
     Sections,
@@ -18,7 +19,6 @@ from benchmarks.runs import (
     merged,
     train_run,
 )
-from pipeline.metrics import read_metrics
 from tests.test_resume import forget_after, weights_of
 
 STEPS, SAVED_AT = 8, 4

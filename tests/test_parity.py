@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accumulation import compare as compare_accumulation
-from benchmarks.agreement import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE
 from benchmarks.parity import PROCESSES
-from benchmarks.runs import BACKENDS, TINY_BYTE_RUN, Curve, copy_with_masks, curve_of, merged
+from tests.support.agreement import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE
+from tests.support.runs import BACKENDS, TINY_BYTE_RUN, Curve, copy_with_masks, curve_of, merged
 
 STEPS = 15
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.agreement import LOSS_TOLERANCE
-from benchmarks.runs import TINY_BYTE_RUN, Curve, curve_of, merged, read_curve, train_run
 from pipeline.checkpoint import list_checkpoints
-from pipeline.metrics import read_metrics
+from pipeline.run_folder.metrics import read_metrics
+from tests.support.agreement import LOSS_TOLERANCE
+from tests.support.runs import TINY_BYTE_RUN, Curve, curve_of, merged, read_curve, train_run
 
 STEPS, SAVED_AT = 12, 6
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.rank_server import free_port
-from benchmarks.runs import child_environment
-from pipeline.run_record import RunRecord
-from tests.browser import DESKTOP, PHONE, measured_by, needs_browser
+from pipeline.training.run_record import RunRecord
 from tests.pipeline.conftest import tiny_config
+from tests.support.browser import DESKTOP, PHONE, measured_by, needs_browser
+from tests.support.rank_server import free_port
+from tests.support.runs import child_environment
 
 PAGE = "/look"
 STARTS_WITHIN_S = 60.0

@@ -14,7 +14,7 @@ from data_tools.formats.staging import expect_new, new_folder
 from data_tools.formats.writing import FileWriter
 from data_tools.shards import MANIFEST_NAME, Manifest, ShardRecord, verify
 from data_tools.shards.contents import Vocabulary
-from data_tools.storage import one_line_write_errors, write_json_durably
+from data_tools.storage.files import one_line_write_errors, write_json_durably
 from data_tools.threads import Advance, map_threads, no_progress
 
 

@@ -13,7 +13,7 @@ from data_tools.formats.flat_files import LLMC, map_llmc_file
 from data_tools.formats.layout import chunks
 from data_tools.shards import MANIFEST_NAME, Manifest, ShardRecord, SourceRecord
 from data_tools.shards.contents import Contents, Vocabulary
-from data_tools.storage import one_line_write_errors, sha256_of_file, write_json_durably
+from data_tools.storage.files import one_line_write_errors, sha256_of_file, write_json_durably
 from data_tools.threads import Advance, map_threads, no_progress
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_tools.errors import DataError
-from data_tools.storage import TEMPORARY_SUFFIX, fsync_folder, one_line_write_errors
+from data_tools.storage.files import TEMPORARY_SUFFIX, fsync_folder, one_line_write_errors
 
 
 @contextmanager

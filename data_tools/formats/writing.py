@@ -15,7 +15,7 @@ from data_tools.formats.layout import PlannedFile, chunks
 from data_tools.shards import ShardRecord, ShardWriter
 from data_tools.shards.contents import Contents, Vocabulary
 from data_tools.shards.manifest import mask_file_of
-from data_tools.storage import fsync_file, one_line_write_errors
+from data_tools.storage.files import fsync_file, one_line_write_errors
 from data_tools.threads import Advance
 
 

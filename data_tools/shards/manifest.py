@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from data_tools.errors import DataError
-from data_tools.storage import sha256_of_json
+from data_tools.storage.files import sha256_of_json
 
 FORMAT_VERSION = 1
 TOKEN_DTYPE_NAME = "uint16"

@@ -9,7 +9,7 @@ from data_tools.errors import DataError
 from data_tools.shards.contents import Contents, Vocabulary
 from data_tools.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, load_manifest
 from data_tools.shards.reader import expect_flags, map_mask, map_shard
-from data_tools.storage import sha256_of_file
+from data_tools.storage.files import sha256_of_file
 from data_tools.threads import Advance, map_threads, no_progress
 
 # Between two looks at whether another thread has failed.

@@ -15,7 +15,7 @@ import pyarrow as pa
 from data_tools.arrays import MaskArray, TokenArray, as_arrow
 from data_tools.shards.llmc import LLMC_SUFFIX, LlmcTokenFile
 from data_tools.shards.manifest import ShardRecord, mask_file_of
-from data_tools.storage import one_line_write_errors, publish, sha256_of_file, temporary_path
+from data_tools.storage.files import one_line_write_errors, publish, sha256_of_file, temporary_path
 
 BATCH_TOKENS = 1 << 20
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"

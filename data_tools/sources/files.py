@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from data_tools.errors import DataError
 from data_tools.sources.slices import Slice
-from data_tools.storage import is_remote
+from data_tools.storage.files import is_remote
 
 # Arrow's own names of the decompressors.
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}

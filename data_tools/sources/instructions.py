@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data_tools.documents import Dialogue
+from data_tools.encoding.documents import Dialogue
 from data_tools.errors import DataError
 from data_tools.sources.files import decode_utf8, list_files, open_decompressed
 from data_tools.sources.jsonl import JSONL_SUFFIXES, read_lines

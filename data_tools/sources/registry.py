@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-from data_tools.documents import Document
+from data_tools.encoding.documents import Document
 from data_tools.errors import DataError
 from data_tools.sources.huggingface import HuggingFaceSource
 from data_tools.sources.instructions import InstructionSource

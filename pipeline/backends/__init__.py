@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pipeline.backends.base import Backend, Fragment, StepResult
-from pipeline.batch_plan import BatchPlan
-from pipeline.config import Config
-from pipeline.distributed import World
-from pipeline.model import GPT2
+from pipeline.config.schema import Config
+from pipeline.data.batch_plan import BatchPlan
+from pipeline.distributed.world import World
+from pipeline.model.gpt2 import GPT2
 
 __all__ = ["Backend", "Fragment", "StepResult", "cpu_adam_problem", "create_backend"]
 

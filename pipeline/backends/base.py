@@ -11,8 +11,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from pipeline.loss_scaling import LossScaler
-from pipeline.model import GPT2
+from pipeline.backends.loss_scaling import LossScaler
+from pipeline.model.gpt2 import GPT2
 
 
 @dataclass(frozen=True)

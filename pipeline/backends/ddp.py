@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.backends.torch_native import TorchBackend
-from pipeline.config import Config
-from pipeline.distributed import World
-from pipeline.model import GPT2
-from pipeline.precision import replicated_compute
+from pipeline.config.schema import Config
+from pipeline.distributed.world import World
+from pipeline.model.gpt2 import GPT2
+from pipeline.model.precision import replicated_compute
 
 
 class DdpBackend(TorchBackend):

@@ -22,21 +22,21 @@ from torch import Tensor
 
 from pipeline.backends.base import Backend, Fragment, StepResult
 from pipeline.backends.extension_lock import expect_no_dead_build
-from pipeline.backends.zero_state import state_of_stage
-from pipeline.batch_plan import BatchPlan
-from pipeline.config import Config, OptimizerConfig
-from pipeline.distributed import World
-from pipeline.errors import ConfigError
-from pipeline.loss_scaling import LossScaler
-from pipeline.model import GPT2
-from pipeline.optimizer import (
+from pipeline.backends.loss_scaling import LossScaler
+from pipeline.backends.optimizer import (
     build_adamw,
     parameter_groups,
     set_learning_rate,
     skip_unless_finite,
     unscale_and_clip,
 )
-from pipeline.precision import AutocastModel, replicated_compute
+from pipeline.backends.zero_state import state_of_stage
+from pipeline.config.schema import Config, OptimizerConfig
+from pipeline.data.batch_plan import BatchPlan
+from pipeline.distributed.world import World
+from pipeline.errors import ConfigError
+from pipeline.model.gpt2 import GPT2
+from pipeline.model.precision import AutocastModel, replicated_compute
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from pipeline.backends.gloo_collectives import AllGather, ReduceScatter
 from pipeline.backends.torch_native import TorchBackend
-from pipeline.config import Config
-from pipeline.distributed import World
-from pipeline.model import GPT2
-from pipeline.precision import AutocastModel
+from pipeline.config.schema import Config
+from pipeline.distributed.world import World
+from pipeline.model.gpt2 import GPT2
+from pipeline.model.precision import AutocastModel
 
 
 class FsdpBackend(TorchBackend):

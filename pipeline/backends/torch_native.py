@@ -8,11 +8,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from pipeline.backends.base import Backend, Fragment, StepResult
-from pipeline.config import Config
-from pipeline.distributed import World
-from pipeline.loss_scaling import LossScaler
-from pipeline.model import GPT2
-from pipeline.optimizer import build_adamw, set_learning_rate, skip_unless_finite, unscale_and_clip
+from pipeline.backends.loss_scaling import LossScaler
+from pipeline.backends.optimizer import build_adamw, set_learning_rate, skip_unless_finite, unscale_and_clip
+from pipeline.config.schema import Config
+from pipeline.distributed.world import World
+from pipeline.model.gpt2 import GPT2
 
 
 class TorchBackend(Backend):

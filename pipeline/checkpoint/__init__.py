@@ -13,7 +13,6 @@ stored pieces and local ones, so no rank ever holds the whole state. No pickle i
 
 from pipeline.checkpoint.background import BackgroundSaver, SaveOutcome
 from pipeline.checkpoint.folder import (
-    CHECKPOINTS_FOLDER,
     TrainingState,
     bytes_of_tensors,
     config_section,
@@ -29,7 +28,6 @@ from pipeline.checkpoint.saving import SavedCheckpoint, save_checkpoint
 from pipeline.checkpoint.verification import find_damage, locate_checkpoint, newest_good_checkpoint
 
 __all__ = [
-    "CHECKPOINTS_FOLDER",
     "BackgroundSaver",
     "SaveOutcome",
     "SavedCheckpoint",

@@ -12,7 +12,7 @@ from pipeline.backends import Backend
 from pipeline.checkpoint.folder import TrainingState
 from pipeline.checkpoint.saving import SavedCheckpoint, write_checkpoint
 from pipeline.checkpoint.snapshot import Snapshot, SnapshotTaker
-from pipeline.distributed import World
+from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
 
 

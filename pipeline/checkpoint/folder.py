@@ -11,12 +11,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from data_tools.storage import sha256_of_json
+from data_tools.storage.files import sha256_of_json
 from pipeline.errors import CheckpointError
-from pipeline.step_guard import GuardState
+from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
 
 FORMAT_VERSION = 1
-CHECKPOINTS_FOLDER = "checkpoints"
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
@@ -26,6 +25,16 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """What the guard remembers from step to step; part of every checkpoint."""
+
+    bad_in_a_row: Count = 0
+    rollbacks: Count = 0
+    skipped_samples: tuple[tuple[Count, Count], ...] = ()  # [first, stop) of batches that a rollback leaves out
+    recent: tuple[tuple[float, float], ...] = ()  # loss and gradient norm of the last steps, oldest first
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def _backend_name(backend: dict[str, Any]) -> str:
 
 
 def _count_parameters(shapes: dict[str, list[int]], vocab_size: Any) -> int:
-    """As ``pipeline.model.parameter_count`` gives it for the config."""
+    """As ``pipeline.model.gpt2.parameter_count`` gives it for the config."""
     counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     if isinstance(vocab_size, int) and "wte.weight" in shapes:
         counts["wte.weight"] = vocab_size * shapes["wte.weight"][-1]

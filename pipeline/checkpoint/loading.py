@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ from torch import Tensor
 from pipeline.backends import Backend
 from pipeline.checkpoint.folder import TrainingState, read_manifest, read_state
 from pipeline.checkpoint.pieces import KINDS, WEIGHT, Piece, PieceIndex, index_pieces
+from pipeline.checkpoint.verification import locate_checkpoint
+from pipeline.config.loading import config_from_json
+from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError
+from pipeline.model.gpt2 import GPT2, allocate_model
+from pipeline.run_folder.layout import run_folder_of
 
 
 def load_training_state(folder: Path, backend: Backend) -> TrainingState:
@@ -80,3 +86,33 @@ def _read_elements(file: Any, piece: Piece, low: int, high: int) -> Tensor:
     first, last = low // row, -(-high // row)
     elements: Tensor = stored[first:last].reshape(-1)
     return elements[low - first * row : high - first * row]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model read from a checkpoint, ready to score, on every rank."""
+
+    model: GPT2
+    config: Config  # of the run that trained it
+    checkpoint: Path
+    step: int
+
+    @property
+    def run_folder(self) -> Path:
+        """Where results go: the run that holds the checkpoint, or the checkpoint itself when it was moved."""
+        return run_folder_of(self.checkpoint)
+
+
+def load_model(path: Path, device: torch.device) -> LoadedModel:
+    """The fp32 model of a checkpoint folder, or of the newest good checkpoint of a run folder.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or its config is not one of this program.
+    """
+    folder = locate_checkpoint(path)
+    state, stored = read_state(folder)
+    config = config_from_json(stored, origin=str(folder / "state.json"))
+    model = allocate_model(config.model, device)
+    load_weights(folder, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    model.assert_tied()
+    return LoadedModel(model.eval(), config, folder, state.step)

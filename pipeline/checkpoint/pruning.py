@@ -12,7 +12,7 @@ from pipeline.checkpoint.inventory import is_checkpoint, readable_size, size_on_
 from pipeline.checkpoint.retention import delete_checkpoint, list_abandoned, list_leftovers, remove_folder
 from pipeline.checkpoint.verification import find_damage
 from pipeline.errors import CheckpointError
-from pipeline.run_lock import lock_run_folder
+from pipeline.run_folder.lock import lock_run_folder
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import logging
 import shutil
 from pathlib import Path
 
-from data_tools.storage import fsync_folder
-from pipeline.checkpoint.folder import CHECKPOINTS_FOLDER, list_checkpoints, step_of
+from data_tools.storage.files import fsync_folder
+from pipeline.checkpoint.folder import list_checkpoints, step_of
+from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_tools.storage import fsync_file, fsync_folder, publish, sha256_of_file, sha256_of_json, write_json_durably
+from data_tools.storage.files import (
+    fsync_file,
+    fsync_folder,
+    publish,
+    sha256_of_file,
+    sha256_of_json,
+    write_json_durably,
+)
 from pipeline.backends import Backend
 from pipeline.checkpoint.folder import (
     FORMAT_VERSION,
@@ -33,8 +40,8 @@ from pipeline.checkpoint.folder import (
 from pipeline.checkpoint.pieces import index_pieces
 from pipeline.checkpoint.retention import aside_path, delete_checkpoint, delete_older
 from pipeline.checkpoint.snapshot import Snapshot, SnapshotTaker
-from pipeline.distributed import World
-from pipeline.environment import launch_id
+from pipeline.distributed.environment import launch_id
+from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
 
 log = logging.getLogger(__name__)

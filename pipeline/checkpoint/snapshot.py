@@ -10,8 +10,8 @@ from torch import Tensor
 from pipeline.backends import Backend, Fragment
 from pipeline.checkpoint.folder import TrainingState
 from pipeline.checkpoint.pieces import KINDS, WEIGHT, piece_key
-from pipeline.distributed import World
-from pipeline.hardware import synchronize
+from pipeline.distributed.device import synchronize
+from pipeline.distributed.world import World
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from data_tools.storage import sha256_of_file
-from pipeline.checkpoint.folder import (
-    CHECKPOINTS_FOLDER,
-    MANIFEST_FILE,
-    list_checkpoints,
-    read_manifest,
-    read_state_file,
-)
+from data_tools.storage.files import sha256_of_file
+from pipeline.checkpoint.folder import MANIFEST_FILE, list_checkpoints, read_manifest, read_state_file
 from pipeline.checkpoint.pieces import index_pieces
 from pipeline.errors import CheckpointError
+from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
 
 log = logging.getLogger(__name__)
 

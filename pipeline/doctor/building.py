@@ -12,8 +12,8 @@ import torch
 from data_tools.errors import DataError
 from data_tools.tokenizer import load_tokenizer
 from pipeline.backends import cpu_adam_problem
+from pipeline.distributed.device import compiler_works
 from pipeline.doctor.findings import Finding
-from pipeline.hardware import compiler_works
 
 SAMPLE_TEXT = "GPT-2: naïve 数据\n"
 

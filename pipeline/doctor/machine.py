@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.attention import fastest_kernel
+from pipeline.distributed.device import device_name
 from pipeline.doctor.findings import Finding, Level
-from pipeline.hardware import device_name
+from pipeline.model.attention import fastest_kernel
 
 GIB = 1 << 30
 LEAST_DISK_BYTES = 1 * GIB

@@ -6,8 +6,8 @@ import sys
 
 import torch
 
-from pipeline.config import RunConfig
-from pipeline.distributed import join_world
+from pipeline.config.schema import RunConfig
+from pipeline.distributed.world import join_world
 
 
 def meet(device: str) -> None:

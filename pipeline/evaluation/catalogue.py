@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from data_tools.errors import DataError
-from pipeline.config import TaskName
+from pipeline.config.schema import TaskName
 from pipeline.evaluation import examples
 from pipeline.evaluation.choices import ChoiceTask
 from pipeline.evaluation.continuations import ContinuationTask

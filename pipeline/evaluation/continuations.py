@@ -13,7 +13,7 @@ from pipeline.evaluation.intervals import NORMAL, WILSON, normal_mean, wilson
 from pipeline.evaluation.prepared import PreparedTask, Scores, Settings, TaskData, facts_of, naming_row, read_examples
 from pipeline.evaluation.requests import encode_pair
 from pipeline.evaluation.sources import Row
-from pipeline.metrics import perplexity
+from pipeline.run_folder.metrics import perplexity
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import cast, get_args
 
 from data_tools.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
-from pipeline.config import ModelConfig, TaskName
-from pipeline.distributed import World
+from pipeline.config.schema import ModelConfig, TaskName
+from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
 from pipeline.evaluation.catalogue import NAMED_TASKS, protocol_of
 from pipeline.evaluation.prepared import PreparedTask, Settings, TaskData

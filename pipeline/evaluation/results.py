@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-EVALUATION_FOLDER = "evaluation"
+from pipeline.run_folder.layout import EVALUATION_FOLDER
+
 VALIDATION = "validation"  # the task of token shards; all others are of text
 INTERVAL = "_interval"  # ends the key of a figure's 95% interval
 

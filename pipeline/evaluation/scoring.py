@@ -10,12 +10,12 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from data_tools.errors import DataError
-from pipeline.config import ModelConfig
-from pipeline.distributed import World
+from pipeline.config.schema import ModelConfig
+from pipeline.distributed.device import summing_dtype
+from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.packing import Batch, Tree, grow_trees, make_batch, pack
 from pipeline.evaluation.requests import Request, Score
-from pipeline.hardware import summing_dtype
 
 
 @dataclass(frozen=True)

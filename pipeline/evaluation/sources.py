@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data_tools.errors import DataError
-from pipeline.distributed import World
+from pipeline.distributed.world import World
 
 Row = dict[str, Any]
 

@@ -7,44 +7,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from data_tools.errors import DataError
 from data_tools.shards import VAL_SPLIT, load_manifest, open_split
-from data_tools.storage import write_json_durably
-from pipeline.checkpoint import CHECKPOINTS_FOLDER, load_weights, locate_checkpoint, read_state
-from pipeline.config import Config
-from pipeline.config_files import config_from_json
-from pipeline.cores import settle_on_host
-from pipeline.distributed import World
+from data_tools.storage.files import write_json_durably
+from pipeline.checkpoint.loading import LoadedModel, load_model
+from pipeline.data.datasets import expect_same_vocabulary
+from pipeline.distributed.cores import settle_on_host
+from pipeline.distributed.device import matmul_dtype
+from pipeline.distributed.world import World
 from pipeline.evaluation.preparation import expect_known_tasks, prepare_task
 from pipeline.evaluation.prepared import PreparedTask, Settings
-from pipeline.evaluation.results import EVALUATION_FOLDER, VALIDATION, Results
+from pipeline.evaluation.results import VALIDATION, Results
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.validation import evaluate_validation
-from pipeline.hardware import matmul_dtype
-from pipeline.metrics import TENSORBOARD_FOLDER, perplexity
-from pipeline.model import GPT2, allocate_model
-from pipeline.packed_linear import pack_linear_layers
-from pipeline.precision import replicated_compute
-from pipeline.training_data import expect_same_vocabulary
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model read from a checkpoint, ready to score, on every rank."""
-
-    model: GPT2
-    config: Config  # of the run that trained it
-    checkpoint: Path
-    step: int
-
-    @property
-    def run_folder(self) -> Path:
-        """Where results go: the run that holds the checkpoint, or the checkpoint itself when it was moved."""
-        parent = self.checkpoint.parent
-        return parent.parent if parent.name == CHECKPOINTS_FOLDER else self.checkpoint
+from pipeline.model.packed_linear import pack_linear_layers
+from pipeline.model.precision import replicated_compute
+from pipeline.run_folder.layout import EVALUATION_FOLDER, TENSORBOARD_FOLDER
+from pipeline.run_folder.metrics import perplexity
 
 
 @dataclass(frozen=True)
@@ -55,21 +36,6 @@ class EvaluationOptions:
     batch_size: int | None = None
     precision: str | None = None
     settings: Settings = Settings()
-
-
-def load_model(path: Path, device: torch.device) -> LoadedModel:
-    """The fp32 model of a checkpoint folder, or of the newest good checkpoint of a run folder.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or its config is not one of this program.
-    """
-    folder = locate_checkpoint(path)
-    state, stored = read_state(folder)
-    config = config_from_json(stored, origin=str(folder / "state.json"))
-    model = allocate_model(config.model, device)
-    load_weights(folder, {name: parameter.detach() for name, parameter in model.named_parameters()})
-    model.assert_tied()
-    return LoadedModel(model.eval(), config, folder, state.step)
 
 
 def run_tasks(checkpoint: Path, tasks: Sequence[str], options: EvaluationOptions, world: World) -> tuple[Results, Path]:

@@ -14,7 +14,7 @@ from pipeline.evaluation.intervals import BOOTSTRAP, bootstrap_ratio
 from pipeline.evaluation.prepared import PreparedTask, Scores, Settings, TaskData, facts_of
 from pipeline.evaluation.requests import Request, rolling_windows
 from pipeline.evaluation.sources import Row
-from pipeline.metrics import perplexity
+from pipeline.run_folder.metrics import perplexity
 
 
 @dataclass(frozen=True)

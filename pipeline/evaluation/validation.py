@@ -17,14 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_tools.shards import TokenStream
-from pipeline.distributed import World
+from pipeline.data.loader import MicroBatch, validation_batches
+from pipeline.distributed.device import summing_dtype
+from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.intervals import WINDOWS, Z_95
-from pipeline.hardware import summing_dtype
-from pipeline.loader import MicroBatch, validation_batches
-from pipeline.metrics import perplexity
-from pipeline.model import GPT2, IGNORE_INDEX
-from pipeline.precision import replicated_compute
+from pipeline.model.gpt2 import GPT2, IGNORE_INDEX
+from pipeline.model.precision import replicated_compute
+from pipeline.run_folder.metrics import perplexity
 
 PROTOCOL = "non-overlapping windows, each target scored once, mean over tokens"
 TOP_K = 5

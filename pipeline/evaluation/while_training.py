@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from pipeline.backends import Backend
-from pipeline.config import Config
-from pipeline.distributed import World
+from pipeline.config.schema import Config
+from pipeline.distributed.world import World
 from pipeline.evaluation.preparation import prepare_task
 from pipeline.evaluation.prepared import PreparedTask, Settings
 from pipeline.evaluation.results import INTERVAL, VALIDATION
 from pipeline.evaluation.scoring import Scorer
-from pipeline.metrics import TASK_PREFIX
+from pipeline.run_folder.metrics import TASK_PREFIX
 
 log = logging.getLogger(__name__)
 

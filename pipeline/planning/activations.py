@@ -1,6 +1,6 @@
 """What one micro-batch keeps alive beside weights and gradients, found by running the real model without memory.
 
-The model of :mod:`pipeline.model` goes through one forward and backward pass on fake tensors, which have shapes
+The model of :mod:`pipeline.model.gpt2` goes through one forward and backward pass on fake tensors, which have shapes
 and dtypes but no memory, and every storage that it makes is counted until it is freed. A change of the model, of its
 loss or of its attention is therefore followed without a change here. Fake tensors stand on the CPU: other devices are
 taken to keep the same tensors.
@@ -19,10 +19,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from pipeline.config import ModelConfig
-from pipeline.model import GPT2, padded_vocab_size
+from pipeline.config.schema import ModelConfig
+from pipeline.model.gpt2 import GPT2, padded_vocab_size
+from pipeline.model.precision import AutocastModel, Bf16ViewModel
 from pipeline.planning.live_bytes import LiveBytes
-from pipeline.precision import AutocastModel, Bf16ViewModel
 
 #: How a backend computes: fp32 weights under autocast, bf16 copies made of fp32 weights, or weights that are bf16.
 Compute = Literal["autocast", "bf16_view", "bf16_weights"]

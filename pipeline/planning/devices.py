@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.distributed.device import matmul_dtype, measure_matmul_ceiling
 from pipeline.errors import ConfigError
-from pipeline.hardware import matmul_dtype, measure_matmul_ceiling
 
 GIB, GB, TERA = 1 << 30, 10**9, 10**12
 THIS = "this"

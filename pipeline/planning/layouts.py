@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from pipeline.batch_plan import BatchPlan
-from pipeline.config import Config, ModelConfig
-from pipeline.model import GPT2
+from pipeline.config.schema import Config, ModelConfig
+from pipeline.data.batch_plan import BatchPlan
+from pipeline.model.gpt2 import GPT2
 from pipeline.planning.activations import Compute
 
 FP32, BF16, MOMENTS = 4, 2, 8  # bytes an element; AdamW has two moments
@@ -167,7 +167,7 @@ def zero3_partition_elements(shapes: Iterable[torch.Size], world_size: int) -> i
 
 
 def _groups(shapes: Iterable[torch.Size]) -> tuple[list[torch.Size], list[torch.Size]]:
-    """What decays and what does not, as ``pipeline.optimizer.parameter_groups`` has them."""
+    """What decays and what does not, as ``pipeline.backends.optimizer.parameter_groups`` has them."""
     every = list(shapes)
     return [shape for shape in every if len(shape) >= 2], [shape for shape in every if len(shape) < 2]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from pipeline.batch_plan import BatchPlan
-from pipeline.config import Config
+from pipeline.config.schema import Config
+from pipeline.data.batch_plan import BatchPlan
 from pipeline.planning.activations import Moment, Request, trace_activations
 from pipeline.planning.layouts import layout_of, sizes_of
 

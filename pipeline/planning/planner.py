@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.batch_plan import BatchPlan, plan_batch
-from pipeline.config import Config
+from pipeline.config.schema import Config
+from pipeline.data.batch_plan import BatchPlan, plan_batch
 from pipeline.planning.devices import Device
 from pipeline.planning.memory import Memory, host_memory, peak_memory
 from pipeline.planning.speed import Speed, estimate_speed

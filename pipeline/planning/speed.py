@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.batch_plan import BatchPlan
-from pipeline.config import Config
-from pipeline.model import flops_per_token
+from pipeline.config.schema import Config
+from pipeline.data.batch_plan import BatchPlan
+from pipeline.model.gpt2 import flops_per_token
 from pipeline.planning.devices import Device
 from pipeline.planning.layouts import BF16, FP32, MOMENTS, offloads, sizes_of
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pipeline.config import Config
-from pipeline.model import parameter_count
+from pipeline.config.schema import Config
+from pipeline.model.gpt2 import parameter_count
 from pipeline.planning.devices import GIB, Device
 from pipeline.planning.planner import Plan
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ReportError
-from pipeline.evaluation.results import EVALUATION_FOLDER, Results
-from pipeline.metrics import METRICS_FILE, read_metrics
-from pipeline.run_record import CONFIG_FILE
+from pipeline.evaluation.results import Results
+from pipeline.run_folder.layout import CONFIG_FILE, EVALUATION_FOLDER, METRICS_FILE
+from pipeline.run_folder.metrics import read_metrics
 
 Row = dict[str, Any]
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config import Config
-from pipeline.config_files import dump_config
+from pipeline.config.loading import dump_config
+from pipeline.config.schema import Config
 from pipeline.report.runs import Run, differing_settings, flattened
 
 #: Settings that name a run and say nothing about it.

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pytest
 import tiktoken
 
-from data_tools import tasks
-from data_tools.documents import fingerprint_of, utf8_of
+from data_tools.corpus import tasks
+from data_tools.corpus.split import draw_split
+from data_tools.encoding.documents import fingerprint_of, utf8_of
 from data_tools.shards import load_manifest, open_split
-from data_tools.split import draw_split
 from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ COMMAND = REPOSITORY / "launch" / "tokenize_corpus.py"
 #: Stage 1 as a user runs it, but with work cut so small that a tiny corpus has many tasks.
 COMMAND_WITH_SMALL_TASKS = """
 import runpy, sys
-from data_tools import tasks
+from data_tools.corpus import tasks
 tasks._SMALLEST_TASK_BYTES = int(sys.argv.pop(1))
 sys.argv[0] = sys.argv.pop(1)
 runpy.run_path(sys.argv[0], run_name="__main__")

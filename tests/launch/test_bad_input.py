@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.runs import REPOSITORY
 from data_tools.errors import UserError
+from tests.support.runs import REPOSITORY
 
 #: A run that is right, of one step: every broken config below is this one with one mistake on top.
 GOOD: dict[str, dict[str, Any]] = {

@@ -24,10 +24,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 import launch.checkpoint
-from benchmarks.runs import REPOSITORY, TINY_RUN, TRAIN, child_environment, merged, run_ranks, train_run
 from launch.cli import run_command
 from pipeline.backends import create_backend
-from pipeline.batch_plan import plan_batch
 from pipeline.checkpoint import (
     conversion,
     find_damage,
@@ -37,18 +35,20 @@ from pipeline.checkpoint import (
     save_checkpoint,
     set_aside_after,
 )
-from pipeline.checkpoint.conversion import convert
 from pipeline.checkpoint.inventory import inspect, readable_size
+from pipeline.checkpoint.loading import load_model
 from pipeline.checkpoint.pieces import KINDS, index_pieces
 from pipeline.checkpoint.pruning import prune
-from pipeline.config import Config, RunConfig
-from pipeline.config_files import config_from_json, load_config
-from pipeline.distributed import World, join_world
+from pipeline.config.loading import config_from_json, load_config
+from pipeline.config.schema import Config, RunConfig
+from pipeline.data.batch_plan import plan_batch
+from pipeline.distributed.world import World, join_world
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.evaluation.tasks import load_model
-from pipeline.metrics import read_metrics
-from pipeline.model import build_model
-from pipeline.run_lock import lock_run_folder
+from pipeline.interop.conversion import convert
+from pipeline.model.gpt2 import build_model
+from pipeline.run_folder.lock import lock_run_folder
+from pipeline.run_folder.metrics import read_metrics
+from tests.support.runs import REPOSITORY, TINY_RUN, TRAIN, child_environment, merged, run_ranks, train_run
 
 LAUNCH = REPOSITORY / "launch"
 ONE_RANK = ["manifest.json", "rank_00000_moments.safetensors", "rank_00000_weights.safetensors", "state.json"]

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.runs import (
+from pipeline.checkpoint import list_checkpoints
+from pipeline.run_folder.metrics import read_metrics
+from tests.support.runs import (
     CONFIGS,
     REPOSITORY,
     TINY_RUN,
@@ -24,8 +26,6 @@ from benchmarks.runs import (
     run_ranks,
     train_run,
 )
-from pipeline.checkpoint import list_checkpoints
-from pipeline.metrics import read_metrics
 
 LAUNCH = REPOSITORY / "launch"
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import launch.export
-from benchmarks.runs import TRAIN, overrides, run_ranks
 from launch.cli import run_command
 from pipeline.checkpoint import list_checkpoints
-from pipeline.metrics import read_metrics
-from tests.pipeline.hugging_face.conftest import restless, save_in_pieces, text_config
+from pipeline.run_folder.metrics import read_metrics
+from tests.pipeline.interop.hugging_face.conftest import restless, save_in_pieces, text_config
+from tests.support.runs import TRAIN, overrides, run_ranks
 
 Done = tuple[int, str, str]  # status, output, errors
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import launch.generate
-from benchmarks.runs import REPOSITORY, child_environment
 from data_tools.tokenizer import load_tokenizer
 from launch.cli import run_command
-from pipeline import continuation
-from pipeline.packed_linear import PackedLinear, can_pack
-from tests.pipeline.hugging_face.conftest import restless, save_in_pieces, text_config
+from pipeline.generation import writer as continuation
+from pipeline.model.packed_linear import PackedLinear, can_pack
+from tests.pipeline.interop.hugging_face.conftest import restless, save_in_pieces, text_config
+from tests.support.runs import REPOSITORY, child_environment
 
 GREEDY = ["--temperature", "0", "--max-new-tokens", "12"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import launch.plan
-from benchmarks.runs import CONFIGS
 from data_tools.errors import UserError
+from tests.support.runs import CONFIGS
 
 TINY = ["--set", "model.preset=gpt2-tiny", "batch.tokens_per_step=65536", "--world-size", "4"]
 

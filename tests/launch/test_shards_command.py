@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import launch.shards
-from benchmarks.runs import REPOSITORY, TINY_RUN, Sections, child_environment, curve_of, merged
 from data_tools.shards import load_manifest, open_split
 from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
 from launch.cli import run_command
-from tests.data_tools.test_formats import write_llmc, write_megatron, write_ours
+from tests.data_tools.formats.test_formats import write_llmc, write_megatron, write_ours
+from tests.support.runs import REPOSITORY, TINY_RUN, Sections, child_environment, curve_of, merged
 
 Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.runs import REPOSITORY, child_environment
-from data_tools.corpus import TokenizeRequest, tokenize_corpus
+from data_tools.corpus.run import TokenizeRequest, tokenize_corpus
+from tests.support.runs import REPOSITORY, child_environment
 
 SCRIPT = REPOSITORY / "launch" / "slurm" / "tokenize.sbatch"
 

@@ -12,8 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.runs import CONFIGS, REPOSITORY, TINY_BYTE_RUN, child_environment, last_logged_step, merged, overrides
 from pipeline.checkpoint import list_checkpoints
+from tests.support.runs import (
+    CONFIGS,
+    REPOSITORY,
+    TINY_BYTE_RUN,
+    child_environment,
+    last_logged_step,
+    merged,
+    overrides,
+)
 
 SLURM = REPOSITORY / "launch" / "slurm"
 STEPS = 100_000  # more than can be trained: the run ends by the signal

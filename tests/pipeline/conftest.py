@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from data_tools.shards import MANIFEST_NAME, Manifest, ShardWriter, SourceRecord, TokenizerRecord
-from data_tools.storage import write_json_durably
-from pipeline.config import Config, ModelConfig
-from pipeline.distributed import World, join_world
-from pipeline.model import GPT2, build_model
+from data_tools.storage.files import write_json_durably
+from pipeline.config.schema import Config, ModelConfig
+from pipeline.distributed.world import World, join_world
+from pipeline.model.gpt2 import GPT2, build_model
 
 #: No size divides another, and 89 words leave 39 padding rows of 128.
 TINY_MODEL: dict[str, Any] = {"n_layer": 2, "n_head": 3, "n_embd": 21, "context_length": 12, "vocab_size": 89}

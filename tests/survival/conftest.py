@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.agreement import LOSS_TOLERANCE
-from benchmarks.runs import TINY_BYTE_RUN, TINY_RUN, Curve, Sections, curve_of, merged, read_curve
 from pipeline.checkpoint import list_checkpoints, read_state
+from tests.support.agreement import LOSS_TOLERANCE
+from tests.support.runs import TINY_BYTE_RUN, TINY_RUN, Curve, Sections, curve_of, merged, read_curve
 
 STEPS, EVERY_STEPS = 14, 4
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.agreement import LOSS_TOLERANCE
-from benchmarks.live_run import LiveRun
-from benchmarks.runs import REPOSITORY, Sections, merged
 from pipeline.checkpoint import find_damage, list_checkpoints, read_state
-from pipeline.metrics import read_metrics
+from pipeline.run_folder.metrics import read_metrics
+from tests.support.agreement import LOSS_TOLERANCE
+from tests.support.live_run import LiveRun
+from tests.support.runs import REPOSITORY, Sections, merged
 from tests.survival.conftest import steps_of
 
-FAULTY_TRAIN = REPOSITORY / "benchmarks" / "faulty_train.py"
+FAULTY_TRAIN = REPOSITORY / "tests" / "support" / "faulty_train.py"
 
 
 def train(backend: str, processes: int, folder: Path, sections: Sections, samples: str, fault: str) -> tuple[int, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.runs import REPOSITORY, TRAIN, Sections, child_environment, train_arguments
+from tests.support.runs import REPOSITORY, TRAIN, Sections, child_environment, train_arguments
 from tests.survival.conftest import STEPS
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.chaos import Outcome, sections_of, survive
-from benchmarks.runs import REPOSITORY, Curve, curve_of
+from tests.support.runs import REPOSITORY, Curve, curve_of
 
 
 @pytest.mark.parametrize("seed", [11, 12, 13])

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.live_run import LiveRun
-from benchmarks.rank_server import free_port
-from benchmarks.runs import Curve, Sections, merged
+from tests.support.live_run import LiveRun
+from tests.support.rank_server import free_port
+from tests.support.runs import Curve, Sections, merged
 from tests.survival.conftest import EVERY_STEPS, assert_same_curve
 
 HELD_AFTER = 2 * EVERY_STEPS + 1  # the second save has begun by then, so the first is complete

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from benchmarks.live_run import LiveRun
-from benchmarks.runs import Sections, curve_of, make_byte_corpus, merged, train_run
+from tests.support.live_run import LiveRun
+from tests.support.runs import Sections, curve_of, make_byte_corpus, merged, train_run
 
 
 def test_a_second_run_in_the_folder_is_refused(sections: Sections, tmp_path: Path) -> None:

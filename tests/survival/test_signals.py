@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.live_run import LiveRun
-from benchmarks.runs import Curve, Sections, curve_of, train_run
 from pipeline.checkpoint import find_damage, list_checkpoints, read_state
-from pipeline.metrics import read_metrics
+from pipeline.run_folder.metrics import read_metrics
+from tests.support.live_run import LiveRun
+from tests.support.runs import Curve, Sections, curve_of, train_run
 from tests.survival.conftest import assert_same_curve
 
 

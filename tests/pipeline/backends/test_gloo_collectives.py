@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.runs import run_ranks
+from tests.support.runs import run_ranks
 
 PROGRAM = """
 import torch

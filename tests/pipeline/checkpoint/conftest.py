@@ -17,9 +17,9 @@ from torch import Tensor
 from pipeline.backends import Backend
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint import TrainingState, save_checkpoint
-from pipeline.config_files import dump_config
-from pipeline.distributed import World
-from pipeline.model import build_model
+from pipeline.config.loading import dump_config
+from pipeline.distributed.world import World
+from pipeline.model.gpt2 import build_model
 from tests.pipeline.conftest import random_tokens, tiny_config
 
 MANIFEST, STATE = "manifest.json", "state.json"

@@ -14,7 +14,7 @@ from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint import BackgroundSaver, background, find_damage, list_checkpoints, load_training_state
 from pipeline.checkpoint.folder import checkpoint_folder
 from pipeline.checkpoint.snapshot import SnapshotTaker
-from pipeline.distributed import World
+from pipeline.distributed.world import World
 from tests.pipeline.checkpoint.conftest import (
     WEIGHTS,
     assert_same,

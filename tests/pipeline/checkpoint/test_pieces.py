@@ -21,10 +21,10 @@ from pipeline.checkpoint import find_damage, load_training_state, load_weights, 
 from pipeline.checkpoint.folder import pieces_file
 from pipeline.checkpoint.pieces import KINDS, WEIGHT, piece_key
 from pipeline.checkpoint.snapshot import cut, own_share
-from pipeline.config_files import dump_config
-from pipeline.distributed import World, join_world
+from pipeline.config.loading import dump_config
+from pipeline.distributed.world import World, join_world
 from pipeline.errors import CheckpointError
-from pipeline.model import build_model
+from pipeline.model.gpt2 import build_model
 from tests.pipeline.checkpoint.conftest import (
     MANIFEST,
     MOMENTS,

@@ -23,11 +23,11 @@ from pipeline.checkpoint import (
     save_checkpoint,
     saving,
 )
-from pipeline.config_files import dump_config
-from pipeline.distributed import World
+from pipeline.checkpoint.folder import GuardState
+from pipeline.config.loading import dump_config
+from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
-from pipeline.model import build_model
-from pipeline.step_guard import GuardState
+from pipeline.model.gpt2 import build_model
 from tests.pipeline.checkpoint.conftest import (
     FILES,
     WEIGHTS,

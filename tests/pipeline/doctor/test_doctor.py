@@ -18,10 +18,10 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from benchmarks.runs import REPOSITORY
 from data_tools.errors import DataError
 from pipeline.doctor import building, communication, examination, machine, packages
 from pipeline.doctor.findings import Finding, findings_as_json, format_findings, has_problem
+from tests.support.runs import REPOSITORY
 
 DOCTOR = REPOSITORY / "launch" / "doctor.py"
 

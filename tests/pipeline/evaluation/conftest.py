@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from data_tools.tokenizer import Tokenizer, load_tokenizer
-from pipeline.config import ModelConfig
-from pipeline.distributed import World
+from pipeline.config.schema import ModelConfig
+from pipeline.distributed.world import World
 from pipeline.evaluation.requests import Request
 from pipeline.evaluation.scoring import Scorer
-from pipeline.model import GPT2
-from pipeline.precision import AutocastModel
+from pipeline.model.gpt2 import GPT2
+from pipeline.model.precision import AutocastModel
 from tests.pipeline.conftest import restless_model
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))

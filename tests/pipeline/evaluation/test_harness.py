@@ -10,7 +10,7 @@ import pytest
 from pipeline.evaluation.preparation import prepare_task
 from pipeline.evaluation.prepared import Settings
 from pipeline.evaluation.scoring import Scorer
-from pipeline.model import GPT2
+from pipeline.model.gpt2 import GPT2
 from tests.pipeline.evaluation.conftest import ALONE, LAMBADA, PIQA
 from tests.pipeline.evaluation.test_language_tasks import ARC, HELLASWAG, WINOGRANDE
 

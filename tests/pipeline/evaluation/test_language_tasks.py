@@ -14,14 +14,14 @@ import pytest
 
 from data_tools.errors import DataError
 from data_tools.tokenizer import Tokenizer
-from pipeline.config import ModelConfig, TaskName
+from pipeline.config.schema import ModelConfig, TaskName
 from pipeline.errors import ConfigError
 from pipeline.evaluation.catalogue import NAMED_TASKS
 from pipeline.evaluation.preparation import expect_known_tasks, prepare_task
 from pipeline.evaluation.prepared import Settings
 from pipeline.evaluation.requests import Request, encode_apart, encode_pair
 from pipeline.evaluation.scoring import Scorer
-from pipeline.model import GPT2
+from pipeline.model.gpt2 import GPT2
 from tests.pipeline.conftest import tiny_model_config
 from tests.pipeline.evaluation.conftest import ALONE, CONTEXT, LAMBADA, PIQA, plain_score, write_lines
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from data_tools.errors import DataError
-from pipeline.config import ModelConfig
-from pipeline.distributed import World
+from pipeline.config.schema import ModelConfig
+from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.packing import Tree, grow_trees, make_batch, pack
 from pipeline.evaluation.requests import Request, Score
 from pipeline.evaluation.scoring import Scorer
-from pipeline.model import GPT2
+from pipeline.model.gpt2 import GPT2
 from tests.pipeline.conftest import random_tokens, restless_model
 from tests.pipeline.evaluation.conftest import ALONE, CONTEXT, plain_score, scorer_of
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.runs import TINY_RUN, merged, train_run
-from pipeline.config import Config, SampleConfig
-from pipeline.continuation import continue_prompt
+from pipeline.config.schema import Config, SampleConfig
 from pipeline.errors import ConfigError
 from pipeline.evaluation.prepared import Settings
 from pipeline.evaluation.tasks import EvaluationOptions, run_tasks
 from pipeline.evaluation.while_training import prepare_tasks
-from pipeline.metrics import _tensorboard_tag, read_metrics
+from pipeline.generation.writer import continue_prompt
+from pipeline.run_folder.metrics import _tensorboard_tag, read_metrics
 from tests.pipeline.evaluation.conftest import ALONE, LAMBADA, PIQA, write_lines
+from tests.support.runs import TINY_RUN, merged, train_run
 
 STEPS = 4
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pipeline.planning.activations as activations
-from pipeline.model import GPT2, CausalSelfAttention
+from pipeline.model.gpt2 import GPT2, CausalSelfAttention
 from pipeline.planning.activations import Compute, Moment, Request, trace_activations
 from pipeline.planning.live_bytes import LiveBytes
 from tests.pipeline.conftest import tiny_model_config

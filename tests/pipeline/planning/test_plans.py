@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 
 from benchmarks.planned_memory import LARGEST_DIFFERENCE, Setting, compare, start_ranks
-from benchmarks.runs import CONFIGS
 from benchmarks.wrapped_shards import Shards, compare_fsdp, compare_small
-from pipeline.batch_plan import plan_batch
-from pipeline.config import Config
-from pipeline.config_files import load_config
-from pipeline.model import parameter_count
+from pipeline.config.loading import load_config
+from pipeline.config.schema import Config
+from pipeline.data.batch_plan import plan_batch
+from pipeline.model.gpt2 import parameter_count
 from pipeline.planning.devices import DEVICES, Device, find_device
 from pipeline.planning.layouts import layout_of
 from pipeline.planning.memory import peak_memory
 from pipeline.planning.planner import largest_micro_batch, plan_run
 from pipeline.planning.speed import estimate_speed, traffic
+from tests.support.runs import CONFIGS
 
 H100 = DEVICES["h100-80gb"]
 

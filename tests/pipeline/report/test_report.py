@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Config
-from pipeline.config_files import dump_config
+from pipeline.config.loading import dump_config
+from pipeline.config.schema import Config
 from pipeline.errors import ReportError
 from pipeline.report.curves import MOST_POINTS, charts_of, thinned
 from pipeline.report.runs import read_runs
 from pipeline.report.tables import duration, evaluation_table, settings_table, summary_table
 from pipeline.report.writing import PAGE_FILE, write_report
-from pipeline.run_record import RunRecord
-from tests.browser import DESKTOP, PHONE, look_at, needs_browser
+from pipeline.training.run_record import RunRecord
 from tests.pipeline.conftest import tiny_config
+from tests.support.browser import DESKTOP, PHONE, look_at, needs_browser
 
 CHARTS = {
     "loss_by_steps",

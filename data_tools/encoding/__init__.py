@@ -1,0 +1,1 @@
+"""Documents and the encoders that turn their text into tokens."""

@@ -1,0 +1,87 @@
+"""What sources yield: a text, or a dialogue of which only some parts are to be learned."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_tools.arrays import MaskArray, TokenArray
+from data_tools.encoding.encoders import Encoder
+from data_tools.tokenizer import END_OF_TEXT, replace_lone_surrogates
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """An instruction or a chat as it is laid out in text.
+
+    Attributes:
+        segments: pieces of the text in order, and whether the model is to learn to say each.
+    """
+
+    segments: tuple[tuple[str, bool], ...]
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(text for text, _ in self.segments)
+
+    def __bool__(self) -> bool:
+        """Whether there is any text, as for a ``str``."""
+        return any(text for text, _ in self.segments)
+
+
+Document = str | Dialogue
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document on its way into a shard.
+
+    Attributes:
+        tokens: uint16 of shape (tokens,), ``END_OF_TEXT`` first.
+        scored: bool of the same shape; None: all tokens are.
+    """
+
+    tokens: TokenArray
+    scored: MaskArray | None
+
+
+def utf8_of(document: Document) -> bytes:
+    """The document's text in UTF-8, lone surrogates replaced as encoders do."""
+    text = document if isinstance(document, str) else document.text
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return replace_lone_surrogates(text).encode()
+
+
+def fingerprint_of(document: Document, utf8: bytes) -> bytes:
+    """16 bytes of a SHA-256 that tell documents apart: equal for equal documents, and for no others.
+
+    Args:
+        utf8: the document's text, see ``utf8_of``.
+    """
+    digest = hashlib.sha256(utf8)
+    if isinstance(document, Dialogue):
+        digest.update(repr([(len(text), scored) for text, scored in document.segments]).encode())
+    return digest.digest()[:16]
+
+
+def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
+    """Encode a text as a whole, or each segment of a dialogue by itself.
+
+    Of a dialogue ``END_OF_TEXT`` is scored: it ends what the model says in the dialogue before.
+    """
+    if isinstance(document, str):
+        tokens = encoder.encode(document)
+        with_start = np.empty(tokens.size + 1, dtype=np.uint16)
+        with_start[0], with_start[1:] = END_OF_TEXT, tokens
+        return EncodedDocument(with_start, None)
+    pieces = [np.array([END_OF_TEXT], dtype=np.uint16)]
+    flags = [np.ones(1, dtype=np.bool_)]
+    for text, scored in document.segments:
+        pieces.append(encoder.encode(text))
+        flags.append(np.full(pieces[-1].size, scored))
+    return EncodedDocument(np.concatenate(pieces), np.concatenate(flags))

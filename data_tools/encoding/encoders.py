@@ -1,0 +1,131 @@
+"""Encoders of text into tokens. All are exact; tiktoken is the reference, gigatoken several times faster."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+import sys
+import tempfile
+import unicodedata
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.arrays import TokenArray
+from data_tools.errors import DataError
+from data_tools.storage.files import one_line_write_errors
+from data_tools.tokenizer import load_tokenizer, replace_lone_surrogates
+
+log = logging.getLogger(__name__)
+
+ENCODERS = ("auto", "gigatoken", "tiktoken")
+
+# Between them nothing is assigned, and from the end of the second on all is for private use.
+_ASSIGNED_PLANES = ((0, 0x40000), (0xE0000, 0xF0000))
+# First and last: letters and numbers to gigatoken 0.10, not yet to tiktoken 0.14.
+_NEW_IN_UNICODE_17 = (
+    *((0x88F, 0x88F), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0xA7CE, 0xA7CF), (0xA7D2, 0xA7D2), (0xA7D4, 0xA7D4)),
+    *((0xA7F1, 0xA7F1), (0x10940, 0x1095F), (0x10EC5, 0x10EC7), (0x11DB0, 0x11DEF), (0x16EA0, 0x16EDF)),
+    *((0x16FF2, 0x16FF6), (0x187F8, 0x187FF), (0x18D09, 0x18D1E), (0x18D80, 0x18DFF), (0x1E6C0, 0x1E6FF)),
+    *((0x2B73A, 0x2B73F), (0x2CEA2, 0x2CEAD), (0x323B0, 0x3347F)),
+)
+REFERENCE_ENCODER = "tiktoken"
+
+
+class Encoder(Protocol):
+    """What the tokenizing stage needs of an encoder."""
+
+    name: str
+
+    def encode(self, text: str) -> TokenArray:
+        """Tokens of a text, uint16 of shape (tokens,); the literal ``<|endoftext|>`` is ordinary text."""
+        ...
+
+
+class TiktokenEncoder:
+    """The reference."""
+
+    name = "tiktoken"
+
+    def __init__(self) -> None:
+        self._tokenizer = load_tokenizer()
+
+    def encode(self, text: str) -> TokenArray:
+        """Tokens of a text, uint16 of shape (tokens,); lone surrogates become U+FFFD."""
+        return self._tokenizer.encode(text)
+
+
+class GigatokenEncoder:
+    """The same ids from the same ranks, by gigatoken.
+
+    What is a letter or a number both know from a version of Unicode, and not from the same: of texts with characters
+    that are new there, the reference has the say.
+    """
+
+    name = "gigatoken"
+
+    def __init__(self) -> None:
+        self._reference = load_tokenizer()
+        # Imported here: it is not there for every platform.
+        import gigatoken
+
+        # It reads ranks from a file only. No special tokens: in a document they are ordinary text.
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "gpt2.tiktoken")
+            with one_line_write_errors(path):
+                path.write_bytes(self._reference.rank_file)
+            self._encode = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {}).backend.encode
+
+    def encode(self, text: str) -> TokenArray:
+        """Tokens of a text, uint16 of shape (tokens,); lone surrogates become U+FFFD."""
+        text = replace_lone_surrogates(text)
+        if not text.isascii() and self._has_new_characters(text):
+            return self._reference.encode(text)
+        return self._encode(text).astype(np.uint16)
+
+    def _has_new_characters(self, text: str) -> bool:
+        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        return bool(_new_characters()[points[points >= 128]].any())
+
+
+@functools.cache
+def _new_characters() -> npt.NDArray[np.bool_]:
+    """Flags of all code points: what this Python's Unicode does not have yet, and what Unicode 17 added."""
+    is_new = np.ones(sys.maxunicode + 1, dtype=np.bool_)
+    is_new[_ASSIGNED_PLANES[-1][1] :] = False
+    for start, stop in _ASSIGNED_PLANES:
+        is_new[start:stop] = [unicodedata.category(chr(point)) == "Cn" for point in range(start, stop)]
+    for first, last in _NEW_IN_UNICODE_17:
+        is_new[first : last + 1] = True
+    return is_new
+
+
+def choose_encoder(name: str) -> str:
+    """The encoder that a name stands for: ``auto`` is gigatoken where it is installed, otherwise tiktoken.
+
+    Raises:
+        DataError: gigatoken is asked for and not installed.
+    """
+    installed = importlib.util.find_spec("gigatoken") is not None
+    if name == "gigatoken" and not installed:
+        raise DataError("--encoder gigatoken: it is not installed; pip install gigatoken, or use --encoder tiktoken")
+    if name != "auto":
+        return name
+    if not installed:
+        log.info("gigatoken is not installed: encoding with tiktoken, several times slower")
+    return "gigatoken" if installed else "tiktoken"
+
+
+@functools.cache
+def load_encoder(name: str) -> Encoder:
+    """An encoder by its own name, ``gigatoken`` or ``tiktoken``, one per process: loading takes most of a second."""
+    return GigatokenEncoder() if name == "gigatoken" else TiktokenEncoder()
+
+
+def encoder_version(name: str) -> str:
+    """Name and version, for the record."""
+    return f"{name} {importlib.metadata.version(name)}"

@@ -1,0 +1,1 @@
+"""From token shards to micro-batches: data sets, mixtures, sample order, loaders."""

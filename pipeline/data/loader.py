@@ -1,0 +1,178 @@
+"""From token shards to micro-batches: which tokens this rank sees in a step, and in a validation.
+
+A sample is a window of ``seq_len`` inputs and the targets one token further. Windows lie end to end
+over the whole split, shard boundaries or not, so the size of the shards does not change the data.
+A target is scored where the mask of its token says so; without a mask, everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from data_tools.shards import TokenStream
+from pipeline.data.batch_plan import BatchPlan
+from pipeline.data.datasets import DataPart
+from pipeline.data.mixture import Mixture
+from pipeline.data.sample_order import IndexArray, SampleOrder
+from pipeline.errors import TrainingError
+from pipeline.model.gpt2 import IGNORE_INDEX
+from pipeline.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank computes on in one micro-step, in host memory."""
+
+    first_sample: int  # global index; names the dropout stream
+    tokens: Tensor  # (B, T + 1) uint16
+    target_mask: Tensor | None = None  # (B, T) bool, True where the target is scored; None: everywhere
+
+    @property
+    def scored_targets(self) -> int:
+        """How many targets enter the loss."""
+        B, width = self.tokens.shape
+        return B * (width - 1) if self.target_mask is None else int(self.target_mask.sum())
+
+    def pinned(self) -> MicroBatch:
+        """The same in page-locked memory, from where a copy to a GPU runs on its own.
+
+        The memory is PyTorch's, which lends it out again only when the copies from it are done.
+        """
+        mask = self.target_mask
+        return replace(self, tokens=self.tokens.pin_memory(), target_mask=None if mask is None else mask.pin_memory())
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (B, T) int64 on the device; unscored targets are ``IGNORE_INDEX``.
+
+        The tokens cross as one uint16 copy; shift and cast happen on the device.
+        """
+        tokens = _copied_to(self.tokens, device).long()
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        if self.target_mask is not None:
+            targets = torch.where(_copied_to(self.target_mask, device), targets, IGNORE_INDEX)
+        return inputs.contiguous(), targets.contiguous()
+
+
+def _copied_to(array: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return array.pin_memory().to(device, non_blocking=True)
+    return array.to(device)
+
+
+class TrainLoader:
+    """The micro-batches of a step for one rank.
+
+    Step data is a function of the seed and the number of samples consumed before: micro-batch j of a
+    step holds samples [jB, (j+1)B) after those, and goes to rank j mod world size. The samples of a
+    step, and the company each keeps in its micro-batch, are the same at every world size.
+    """
+
+    def __init__(self, parts: Sequence[DataPart], plan: BatchPlan, seed: int, rank: int) -> None:
+        """Draw samples from one data set or more, by their weights.
+
+        Raises:
+            TrainingError: a part is too small for its share of one step.
+        """
+        self.parts = parts
+        self.plan = plan
+        self.rank = rank
+        self.has_mask = any(part.train.has_mask for part in parts)
+        self.mixture = Mixture([part.weight for part in parts])
+        # The first keeps the seed of the run: a mixture of one data set is that data set.
+        seeds = [seed, *(derive_seed(seed, "part", index) for index in range(1, len(parts)))]
+        self.orders = [SampleOrder(self._windows_of(index), seeds[index]) for index in range(len(parts))]
+
+    def micro_batches(self, consumed: int) -> list[MicroBatch]:
+        """This rank's micro-batches of the step that follows ``consumed`` samples.
+
+        Raises:
+            DataError: a shard holds what it may not.
+        """
+        plan = self.plan
+        numbers = np.arange(self.rank, plan.accumulation * plan.world_size, plan.world_size, dtype=np.int64)
+        firsts = consumed + numbers * plan.micro_batch_size  # (accumulation,)
+        samples = firsts[:, None] + np.arange(plan.micro_batch_size, dtype=np.int64)
+        tokens, masks = self._read(samples.ravel())
+        size = plan.micro_batch_size
+        return [
+            MicroBatch(first, tokens[at : at + size], None if masks is None else masks[at : at + size])
+            for first, at in zip(firsts.tolist(), range(0, len(tokens), size), strict=True)
+        ]
+
+    def _read(self, samples: IndexArray) -> tuple[Tensor, Tensor | None]:
+        """Tokens (samples, T + 1) uint16 and masks (samples, T) bool."""
+        seq_len = self.plan.seq_len
+        tokens = np.empty((len(samples), seq_len + 1), dtype=np.uint16)
+        masks = np.ones((len(samples), seq_len), dtype=np.bool_) if self.has_mask else None
+        chosen, ordinals = self.mixture.deal(samples)
+        for index in np.unique(chosen).tolist():
+            stream, rows = self.parts[index].train, np.flatnonzero(chosen == index)
+            starts = self.orders[index].windows(ordinals[rows]) * seq_len
+            tokens[rows] = stream.read_windows(starts, seq_len + 1)
+            if masks is not None and stream.has_mask:
+                masks[rows] = stream.read_mask_windows(starts + 1, seq_len)
+        return torch.from_numpy(tokens), None if masks is None else torch.from_numpy(masks)
+
+    def _windows_of(self, index: int) -> int:
+        """How many samples a part has; not fewer than it gives to one step."""
+        part, plan, share = self.parts[index], self.plan, self.mixture.shares[index]
+        windows = (part.train.tokens - 1) // plan.seq_len
+        needed = math.ceil(share * plan.samples_per_step)
+        if windows >= needed:
+            return windows
+        found = f"has {part.train.tokens:,} tokens = {windows:,} samples of {plan.seq_len} tokens, fewer than the"
+        if len(self.parts) == 1:
+            raise TrainingError(
+                f"the split {part.train.split!r} {found} {plan.samples_per_step:,} of one step; "
+                f"lower batch.tokens_per_step to {max(windows, 1) * plan.seq_len} or less, or tokenize more text"
+            )
+        raise TrainingError(
+            f"data.mixture: the split {part.train.split!r} of {part.path} {found} {needed:,} of one step that a "
+            f"weight of {float(share):.2%} takes; lower its weight or batch.tokens_per_step, or tokenize more text"
+        )
+
+
+def validation_batches(
+    stream: TokenStream, seq_len: int, batch_size: int, rank: int, world_size: int, max_batches: int | None = None
+) -> Iterator[MicroBatch]:
+    """Windows in order, each target of the split in one of them; batches are dealt to the ranks in turn.
+
+    Every rank gets equally many batches (forward passes are collective under FSDP and ZeRO-3); what
+    is missing is padded and masked.
+
+    Args:
+        max_batches: over all ranks; windows are then spread evenly over the split. None: all of it.
+    """
+    windows = -(-(stream.tokens - 1) // seq_len)
+    chosen = np.arange(windows, dtype=np.int64)
+    if max_batches is not None and max_batches * batch_size < windows:
+        chosen = np.linspace(0, windows, max_batches * batch_size, endpoint=False, dtype=np.int64)
+    batches = -(-len(chosen) // batch_size)
+    rounds = -(-batches // world_size)
+    for number in range(rank, rounds * world_size, world_size):
+        yield _padded_batch(stream, chosen[number * batch_size : (number + 1) * batch_size], seq_len, batch_size)
+
+
+def _padded_batch(stream: TokenStream, windows: IndexArray, seq_len: int, batch_size: int) -> MicroBatch:
+    tokens = np.zeros((batch_size, seq_len + 1), dtype=np.uint16)
+    scored = np.zeros((batch_size, seq_len), dtype=np.bool_)
+    for row, window in enumerate(windows.tolist()):
+        start = window * seq_len
+        length = min(seq_len, stream.tokens - 1 - start)  # targets
+        tokens[row, : length + 1] = stream.read(start, length + 1)
+        scored[row, :length] = _scored_targets(stream, start, length)
+    return MicroBatch(first_sample=0, tokens=torch.from_numpy(tokens), target_mask=torch.from_numpy(scored))
+
+
+def _scored_targets(stream: TokenStream, start: int, length: int) -> npt.NDArray[np.bool_]:
+    """Which of the targets of a window are scored, (length,)."""
+    if not stream.has_mask:
+        return np.ones(length, dtype=np.bool_)
+    return stream.read_mask_windows(np.array([start + 1], dtype=np.int64), length)[0]

@@ -1,0 +1,94 @@
+"""Which data set of a mixture each sample of a run comes from: exact shares, constant memory, O(1) to seek."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from pipeline.data.sample_order import IndexArray
+
+
+@dataclass(frozen=True)
+class _Fork:
+    """Deals the samples that reach it to its two sides: of the first n, n * left_weight / weight go left, rounded."""
+
+    left: _Fork | int
+    right: _Fork | int
+    left_weight: int
+    weight: int
+
+    def left_of(self, samples: int) -> int:
+        """How many of its first ``samples`` go left."""
+        return (2 * samples * self.left_weight + self.weight) // (2 * self.weight)
+
+
+class Mixture:
+    """Deals the samples of a run to data sets in proportion to their weights.
+
+    The weights are the leaves of a Huffman tree (Huffman 1952) whose inner nodes deal what reaches them as evenly as
+    whole numbers allow. So the data set of a sample, and its ordinal among the samples of that data set, follow from
+    the sample's number alone, in exact integers, without a drift at any length. After any number of samples each data
+    set has had its share to within two samples: a node is off by at most a half, what it is off by shrinks with
+    the shares below it, and over any two levels of a Huffman tree a share is at most a half.
+
+    Attributes:
+        shares: of the data sets, exact; their sum is 1.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        """Plan for weights, which are positive; 0.1 means a tenth, not the binary number next to it."""
+        exact = [Fraction(str(weight)) for weight in weights]
+        assert exact and min(exact) > 0, "a mixture has data sets, and each a weight"
+        self.shares = [weight / sum(exact) for weight in exact]
+        self._root = _huffman_tree(self.shares)
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """The data set of a sample, and how many samples before it come from the same."""
+        node, ordinal = self._root, sample
+        while isinstance(node, _Fork):
+            left = node.left_of(ordinal)
+            if node.left_of(ordinal + 1) > left:
+                node, ordinal = node.left, left
+            else:
+                node, ordinal = node.right, ordinal - left
+        return node, ordinal
+
+    def deal(self, samples: IndexArray) -> tuple[IndexArray, IndexArray]:
+        """Data sets and ordinals of samples, all int64 of shape (B,)."""
+        if not isinstance(self._root, _Fork):
+            return np.zeros_like(samples), samples
+        located = np.array([self.locate(sample) for sample in samples.tolist()], dtype=np.int64).reshape(-1, 2)
+        return located[:, 0], located[:, 1]
+
+    def counts(self, samples: int) -> list[int]:
+        """How many of the first ``samples`` come from each data set."""
+        counts = [0] * len(self.shares)
+        waiting: list[tuple[_Fork | int, int]] = [(self._root, samples)]
+        while waiting:
+            node, reached = waiting.pop()
+            if isinstance(node, _Fork):
+                left = node.left_of(reached)
+                waiting += [(node.left, left), (node.right, reached - left)]
+            else:
+                counts[node] = reached
+        return counts
+
+
+def _huffman_tree(shares: Sequence[Fraction]) -> _Fork | int:
+    """Join the two smallest until one is left; the leaves are indices. Equal ones are joined in their order."""
+    denominator = math.lcm(*(share.denominator for share in shares))
+    heap: list[tuple[int, int, _Fork | int]] = [
+        (int(share * denominator), index, index) for index, share in enumerate(shares)
+    ]
+    heapq.heapify(heap)
+    for age in range(len(shares), 2 * len(shares) - 1):
+        left_weight, _, left = heapq.heappop(heap)
+        right_weight, _, right = heapq.heappop(heap)
+        weight = left_weight + right_weight
+        heapq.heappush(heap, (weight, age, _Fork(left, right, left_weight, weight)))
+    return heap[0][2]

@@ -1,0 +1,1 @@
+"""Text from a model: sampling, key-value caching, streaming."""

@@ -1,0 +1,262 @@
+"""GPT-2 as published (Radford et al. 2019), with GPT-2's own names. It knows no backend.
+
+Shapes: B sequences, T tokens, C = n_embd, H heads, V = vocabulary of the tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from pipeline.config.schema import ModelConfig
+from pipeline.model.attention import Attend, attention_under, causal_attention
+from pipeline.model.key_value_cache import KeyValueCache
+from pipeline.model.output_layer import IGNORE_INDEX as IGNORE_INDEX
+from pipeline.model.output_layer import OutputLayer
+from pipeline.model.output_layer import padded_vocab_size as padded_vocab_size
+from pipeline.seeds import derive_seed
+
+INIT_STD = 0.02
+LAYER_NORM_EPS = 1e-5
+_GELU_LINEAR = 2 * math.sqrt(2 / math.pi)  # 2u = x (linear + cubic x^2)
+_GELU_CUBIC = 0.044715 * _GELU_LINEAR
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, attend: Attend | None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, C/H)
+        if attend is None:
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, C/H)
+        else:
+            y = attend(self.layer, q, k, v)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU by tanh, as GPT-2 has it: x/2 (1 + tanh u) (Hendrycks and Gimpel 2016)."""
+    if torch.compiler.is_compiling():  # x sigmoid(2u) is the same, and an exponential is cheaper than tanh
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.sigmoid(wide * (_GELU_LINEAR + _GELU_CUBIC * wide * wide))).to(x.dtype)
+    return F.gelu(x, approximate="tanh")
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_proj(gelu(self.c_fc(x)))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm: the residual stream itself is never normalised."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.recompute = config.recomputes_block(layer)
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            if torch.compiler.is_compiling():  # which has both passes in one graph
+                return checkpoint(self._residual_branches, x, attend, use_reentrant=False)
+            return checkpoint(
+                self._residual_branches, x, attend, use_reentrant=False, context_fn=self._contexts_of_passes()
+            )
+        return self._residual_branches(x, attend)
+
+    def _contexts_of_passes(self) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+        """Around the first pass and the second: what a caller puts in place of the parameters is there in both.
+
+        ``functional_call`` puts the parameters back before the backward pass.
+        """
+        stand_ins = {name: weight for name, weight in self.named_parameters() if not isinstance(weight, nn.Parameter)}
+        if not stand_ins:
+            return noop_context_fn
+        return lambda: (nullcontext(), self._standing_in(stand_ins))
+
+    @contextmanager
+    def _standing_in(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        parameters = dict(self.named_parameters())
+        self._put(weights)
+        try:
+            yield
+        finally:
+            self._put(parameters)
+
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            owner, _, leaf = name.rpartition(".")
+            self.get_submodule(owner)._parameters[leaf] = weight  # type: ignore[assignment]
+
+    def _residual_branches(self, x: Tensor, attend: Attend | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), attend)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """The language model; ``lm_head.weight`` is ``wte.weight``, one parameter under the name ``wte.weight``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(padded_vocab_size(config.vocab_size), config.n_embd)
+        self.wpe = nn.Embedding(config.context_length, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.lm_head = OutputLayer(config.n_embd, config.vocab_size)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        outputs: Tensor | None = None,
+        places: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits; the summed cross-entropy when targets are given; each target's own when outputs are, too.
+
+        Args:
+            tokens: (B, T) integer ids below ``vocab_size``.
+            targets: (B, T) int64 ids; ``IGNORE_INDEX`` where nothing is scored. With ``outputs``: (N,) ids.
+            outputs: (N,) int64, the tokens after which the targets are expected, counted through all B*T.
+            places: (B, T) int64, each token's place in its text (default: a row is one text).
+            mask: (B, 1, T, T) bool, True where a row's token sees a column's (default: all before it, and itself).
+
+        Returns:
+            (B, T, V) logits in the compute dtype, or the fp32 sum over scored targets, in nats. A sum,
+            because the mean over a global batch needs the global count of targets. With ``outputs``: (2, N) fp32,
+            each target's log-probability in nats, and 1 where no token is likelier, else 0.
+        """
+        hidden = self.hidden_states(tokens, places, None if mask is None else attention_under(mask))
+        result: Tensor
+        if outputs is None:
+            result = self.lm_head(hidden, targets)
+        else:
+            result = self.lm_head(hidden.flatten(0, 1)[outputs], targets, each=True)
+        return result
+
+    def next_token_logits(self, tokens: Tensor, lengths: list[int], cache: KeyValueCache) -> Tensor:
+        """Logits of the token that follows each row, (B, V), in the compute dtype.
+
+        Args:
+            tokens: (B, T): into an empty cache whole rows, padded on the right; then (B, 1), what follows them.
+            lengths: of the rows in ``tokens`` without the padding.
+            cache: remembers the tokens.
+        """
+        cache.expect(lengths)
+        x = self.hidden_states(tokens, self._positions(tokens, cache), cache.attend)  # (B, T, C)
+        cache.advance()
+        rows = torch.arange(len(lengths), device=x.device)
+        last = torch.tensor(lengths, device=x.device) - 1
+        logits: Tensor = self.lm_head(x[rows, last])
+        return logits
+
+    def hidden_states(self, tokens: Tensor, places: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+        """The normalised residual stream after the last block, (B, T, C).
+
+        Args:
+            tokens, places: as those of ``forward``.
+            attend: takes the place of causal attention over the row.
+        """
+        x = self.wte(tokens) + self.wpe(self._positions(tokens) if places is None else places)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.h:
+            x = block(x, attend)
+        return self.ln_f(x)
+
+    def _positions(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Places in the window, (T,); or in the text, (B, T), where positions start at 0 again with each."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        if cache is not None:
+            places = places + cache.first_slots()  # (B, T)
+        if self.config.reset_positions_at is None:
+            return places
+        starts = torch.where(tokens == self.config.reset_positions_at, places, 0).cummax(dim=1).values
+        if cache is not None:
+            starts = cache.carry_text_starts(starts)
+        return places - starts
+
+    def assert_tied(self) -> None:
+        """The output layer and the embedding must be one tensor after wrapping, stepping and loading."""
+        assert self.lm_head.weight is self.wte.weight, "lm_head.weight and wte.weight came apart"
+
+
+def allocate_model(config: ModelConfig, device: torch.device | str) -> GPT2:
+    """An fp32 model whose weights are memory as found: to be initialised or loaded into."""
+    with torch.device("meta"):
+        model = GPT2(config)
+    model.to_empty(device=device)
+    model.lm_head.weight = model.wte.weight  # to_empty gives each name a tensor of its own
+    return model
+
+
+def build_model(config: ModelConfig, seed: int) -> GPT2:
+    """An initialised fp32 model on the CPU, the same on every rank and machine for one seed."""
+    model = allocate_model(config, "cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            initialise(name, parameter, config, seed)
+    return model
+
+
+def initialise(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
+    """Fill one parameter in place. Each draws from a stream of its own, so their order does not matter.
+
+    Weights are normal with deviation 0.02, those that write to the residual stream with
+    0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3); biases are 0, LayerNorm weights 1.
+    """
+    if name.endswith("bias"):
+        parameter.zero_()
+    elif "ln_" in name:
+        parameter.fill_(1.0)
+    else:
+        std = INIT_STD / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else INIT_STD
+        generator = torch.Generator().manual_seed(derive_seed(seed, "weights", name))
+        parameter.normal_(0.0, std, generator=generator)
+        if name == "wte.weight":
+            parameter[config.vocab_size :].zero_()  # padding rows: no input, no gradient, no norm
+
+
+def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
+    """Parameters with the tied weight counted once; ``padded`` includes the surplus vocabulary rows."""
+    C, V = config.n_embd, config.vocab_size
+    rows = padded_vocab_size(V) if padded else V
+    block = 12 * C * C + 13 * C  # 4 matrices of 3, 1, 4, 4 C*C; their biases; two LayerNorms
+    return rows * C + config.context_length * C + config.n_layer * block + 2 * C
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Model FLOPs of one token, forward and backward: 6 N + 12 L C T.
+
+    N leaves out the position embedding, which multiplies nothing; the second term is attention
+    (Chowdhery et al. 2022, appendix B). Recomputation is not counted.
+    """
+    n = parameter_count(config, padded=True) - config.context_length * config.n_embd
+    return 6 * n + 12 * config.n_layer * config.n_embd * seq_len

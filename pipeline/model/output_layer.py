@@ -1,0 +1,101 @@
+"""The output layer and the loss on it: where a small model spends half of its time, and most of its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100  # a target that is not scored; torch's own default
+VOCAB_MULTIPLE = 128  # matrix products are faster on round sizes: 50257 becomes 50304
+SCORED_AT_ONCE = 128  # targets whose logits exist at a time: 26 MB in fp32, which stay in the caches of a CPU
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the embedding: the vocabulary rounded up. The surplus never enters the softmax."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class OutputLayer(nn.Linear):
+    """Hidden states to logits, or at once to the summed cross-entropy, or to how single targets fare.
+
+    One module, so that a backend that compiles module by module gets the loss fused too: over logits in the compute
+    dtype, the padding left out by the same loop.
+    """
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__(width, padded_vocab_size(vocab_size), bias=False)
+        self.vocab_size = vocab_size
+        self.packed_product: Callable[[Tensor], Tensor] | None = None  # see pipeline/model/packed_linear.py
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, *, each: bool = False) -> Tensor:
+        """Logits, (..., V) in the compute dtype; the fp32 sum over scored targets, in nats; or how ``each`` one fares.
+
+        Args:
+            hidden: (B, T, C); with ``each`` (N, C).
+            targets: (B, T) int64 ids, ``IGNORE_INDEX`` where nothing is scored; with ``each`` (N,) ids.
+            each: not the sum, but (2, N) fp32: each target's log-probability; 1 where no token is likelier, else 0.
+        """
+        if targets is not None and each:
+            # The loop is in here and not around the layer: FSDP and ZeRO-3 gather its weight once a call.
+            parts = zip(torch.split(hidden, SCORED_AT_ONCE), torch.split(targets, SCORED_AT_ONCE), strict=True)
+            return torch.cat([_fare(self._logits(x), y) for x, y in parts], dim=1)
+        if targets is None:
+            return self._logits(hidden)
+        losses = cross_entropy(self._padded_logits(hidden).flatten(0, 1), targets.flatten(), self.vocab_size)
+        return losses.sum()  # torch sums pairwise: the error stays at the rounding of one addition
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._padded_logits(hidden)[..., : self.vocab_size]
+
+    def _padded_logits(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden) if self.packed_product is None else self.packed_product(hidden)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Each target's own, in nats, 0 where it is ``IGNORE_INDEX``; computed in fp32.
+
+    Args:
+        logits: (N, padded vocabulary) in any dtype; from ``vocab_size`` on columns are padding.
+        targets: (N,) int64.
+    """
+    if torch.compiler.is_compiling():
+        losses: Tensor = _CompiledCrossEntropy.apply(logits, targets, vocab_size)  # type: ignore[no-untyped-call]
+        return losses
+    return F.cross_entropy(logits[:, :vocab_size].float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
+
+
+class _CompiledCrossEntropy(torch.autograd.Function):
+    """What the compiler should fuse; of torch's own it also sums the rows of one-hot targets in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+        scored = targets != IGNORE_INDEX
+        columns = targets.clamp(min=0)
+        x = logits[:, :vocab_size].float()
+        log_totals = x.logsumexp(dim=1)
+        ctx.save_for_backward(logits, columns, scored, log_totals)
+        ctx.vocab_size = vocab_size
+        chosen = x.gather(1, columns.unsqueeze(1)).squeeze(1)
+        return torch.where(scored, log_totals - chosen, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
+        logits, columns, scored, log_totals = ctx.saved_tensors
+        weights = torch.where(scored, grad_losses, 0.0).unsqueeze(1)
+        at = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
+        shares = (logits.float() - log_totals.unsqueeze(1)).exp()  # the softmax, (N, padded vocabulary)
+        hits = (at == columns.int().unsqueeze(1)).float()
+        gradient = torch.where(at < ctx.vocab_size, (shares - hits) * weights, 0.0)
+        return gradient.to(logits.dtype), None, None
+
+
+def _fare(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of (n, V) logits and (n,) targets the (2, n) pairs of ``OutputLayer.forward``."""
+    logits = logits.float()  # for argmax, too: in bf16 a CPU takes four times as long
+    log_probabilities = torch.log_softmax(logits, dim=1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    return torch.stack((log_probabilities, (logits.argmax(1) == targets).float()))

@@ -1,0 +1,66 @@
+"""In which dtypes the model computes, the same in every backend.
+
+``fp32``                  everything in fp32
+``amp_bf16``, ``amp_fp16``  fp32 weights, ``torch.autocast``; fp16 also scales the loss
+``bf16``                  bf16 weights in forward and backward; fp32 master weights, fp32 gradient accumulation
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.func import functional_call
+
+from pipeline.model.gpt2 import GPT2
+
+AUTOCAST_DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """The autocast of an ``amp_*`` precision; nothing for the others."""
+    dtype = AUTOCAST_DTYPES.get(precision)
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+class AutocastModel(nn.Module):
+    """The model with autocast *inside* its forward, so that no wrapper around it can switch it off.
+
+    DeepSpeed disables an autocast that it finds around its engine, and its own
+    (``torch_autocast``) clips scaled gradients before unscaling them under fp16.
+    """
+
+    def __init__(self, model: GPT2, precision: str, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+        self.device = device
+
+    def forward(self, *arguments: Tensor | None) -> Tensor:
+        """See :meth:`pipeline.model.gpt2.GPT2.forward`."""
+        with autocast(self.precision, self.device):
+            return self.model(*arguments)
+
+
+class Bf16ViewModel(nn.Module):
+    """The model computing with bf16 copies of its fp32 parameters.
+
+    The parameters are the master weights; the cast is part of the graph, so gradients arrive,
+    accumulate and are reduced in fp32. For backends that replicate the weights.
+    """
+
+    def __init__(self, model: GPT2) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments: Tensor | None) -> Tensor:
+        """See :meth:`pipeline.model.gpt2.GPT2.forward`."""
+        weights = {name: weight.to(torch.bfloat16) for name, weight in self.model.named_parameters()}
+        return functional_call(self.model, weights, arguments, tie_weights=True)
+
+
+def replicated_compute(model: GPT2, precision: str, device: torch.device) -> nn.Module:
+    """The module to call where every rank holds the whole fp32 model."""
+    return Bf16ViewModel(model) if precision == "bf16" else AutocastModel(model, precision, device)

@@ -1,0 +1,17 @@
+"""The names of the files and folders in a run folder, each defined once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONFIG_FILE = "config.json"  # the resolved run config
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+CHECKPOINTS_FOLDER = "checkpoints"
+EVALUATION_FOLDER = "evaluation"  # one JSON file per task
+LOCK_FILE = "run.lock"
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    """Return the run folder that holds a checkpoint, or the checkpoint itself if it stands outside a run folder."""
+    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS_FOLDER else checkpoint

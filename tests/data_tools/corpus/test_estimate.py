@@ -1,0 +1,113 @@
+"""Before it starts, a run says how much it will write, and refuses what cannot fit."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from data_tools.corpus.estimate import Estimate, expect_room
+from data_tools.corpus.run import Progress, TokenizeRequest, tokenize_corpus
+from data_tools.errors import DataError
+from data_tools.storage.folders import LocalFolder
+from tests.data_tools.conftest import contents, json_lines, result, states
+
+Usage = namedtuple("Usage", "total used free")
+TEXT = "The quick brown fox jumps over the lazy dog. " * 20_000
+
+
+class Watcher:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.estimates: list[Estimate] = []
+        self.progress: list[Progress] = []
+
+    def planned(self, estimate: Estimate) -> None:
+        self.estimates.append(estimate)
+
+    def progressed(self, progress: Progress) -> None:
+        self.progress.append(progress)
+
+
+def text_request(tmp_path: Path, **options: object) -> TokenizeRequest:
+    (tmp_path / "a.txt").write_text(TEXT)
+    settings = {"workers": 1, "document_separator": "\n\n", **options}
+    return TokenizeRequest(source="text", inputs=(str(tmp_path / "a.txt"),), out=tmp_path / "out", **settings)  # type: ignore[arg-type]
+
+
+def test_the_estimate_is_near_what_is_written(tmp_path: Path) -> None:
+    watcher = Watcher()
+    manifest = tokenize_corpus(text_request(tmp_path), watcher)
+    (estimated,) = watcher.estimates
+    assert estimated.text_bytes == len(TEXT)
+    assert estimated.tokens == pytest.approx(manifest.tokens_of("train"), rel=0.01)
+    assert estimated.shard_bytes == pytest.approx((tmp_path / "out" / "train_00000_000.npy").stat().st_size, rel=0.01)
+    assert estimated.free_bytes is not None
+    assert (estimated.tasks, estimated.workers) == (1, 1)
+    assert str(estimated).startswith("about 0.90 MB of text, 2")
+    assert " free; 1 tasks, 1 processes, up to 0." in str(estimated)
+
+
+@pytest.mark.parametrize("options", [{"limit_documents": 1}, {"limit_bytes": 5}])
+def test_of_a_part_the_size_is_not_known(tmp_path: Path, options: dict[str, int]) -> None:
+    watcher = Watcher()
+    tokenize_corpus(text_request(tmp_path, **options), watcher)
+    assert watcher.estimates[0].tokens is None
+    assert str(watcher.estimates[0]).startswith("of unknown size, 4.")
+
+
+def test_what_does_not_fit_is_refused_with_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 123_456, 123_456))
+    with pytest.raises(DataError) as caught:
+        tokenize_corpus(text_request(tmp_path))
+    assert str(caught.value) == (
+        f"--out {tmp_path / 'out'} needs about 0.40 MB for shards, 0.12 MB are free; "
+        "name another --out, or tokenize less (--limit-bytes)"
+    )
+    assert not (tmp_path / "out").exists()
+    tokenize_corpus(text_request(tmp_path, limit_bytes=10))
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_what_is_written_already_needs_no_room_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines([f"{n} {TEXT[:500]}" for n in range(60)]))
+    request = TokenizeRequest(
+        source="jsonl", inputs=(str(tmp_path / "a.jsonl"),), out=tmp_path / "out", shard_tokens=500, workers=1
+    )
+
+    class Stop(Watcher):
+        def progressed(self, progress: Progress) -> None:
+            if progress.documents > 30:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_corpus(request, Stop())
+    finished = states((tmp_path / "out").glob("*.npy"))
+    # All of it needs nearly half of the text's bytes, the rest of it less than a quarter.
+    free_bytes = (tmp_path / "a.jsonl").stat().st_size // 3
+    monkeypatch.setattr(LocalFolder, "free_bytes", lambda folder: free_bytes)
+    tokenize_corpus(request)
+    assert states(finished) == finished
+    assert result(tmp_path / "out")
+
+
+def test_unknown_sizes_always_fit() -> None:
+    expect_room(Estimate(None, 4.0, 0, 1, 1), 0, "--out x")
+    expect_room(Estimate(10**12, 4.0, None, 1, 1), 0, "--out x")
+    expect_room(Estimate(400, 4.0, 200, 1, 1), 0, "--out x")
+    with pytest.raises(DataError, match=r"--out x needs about 0\.00 MB"):
+        expect_room(Estimate(404, 4.0, 200, 1, 1), 0, "--out x")
+    expect_room(Estimate(404, 4.0, 200, 1, 1), 2, "--out x")
+
+
+def test_a_corpus_without_text_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["", ""]))
+    before = contents(tmp_path)
+    request = TokenizeRequest(source="jsonl", inputs=(str(tmp_path / "a.jsonl"),), out=tmp_path / "a" / "b", workers=1)
+    with pytest.raises(DataError, match="--source jsonl has no document with text in it; there is nothing to tok"):
+        tokenize_corpus(request)
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "a").exists()

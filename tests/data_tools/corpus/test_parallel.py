@@ -1,0 +1,176 @@
+"""Every item gives one result, whatever happens to workers, and no process is left behind."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_tools.corpus.parallel import unordered_map
+from data_tools.errors import DataError
+from tests.data_tools.conftest import environment
+
+Report = Callable[..., None]
+
+
+def square(number: int, report: Report) -> int:
+    time.sleep(0.01 * (number % 2 == 0))
+    report(number, 1)
+    return number * number
+
+
+def die_once(folder: Path, number: int, report: Report) -> int:
+    """Be killed the first time an even number comes, as when memory is short."""
+    first = folder / str(number)
+    if number % 2 == 0 and not first.exists():
+        first.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def always_die_at_three(number: int, report: Report) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def die_in_the_middle_of_a_message(folder: Path, number: int, report: Report) -> bytes:
+    if not (folder / "died").exists():
+        (folder / "died").touch()
+        for descriptor in range(3, 100):
+            try:
+                if os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:"):
+                    os.write(descriptor, b"\0\0\1\0half")  # says that 256 bytes follow
+            except OSError:
+                continue
+        os.kill(os.getpid(), signal.SIGKILL)
+    return b"x" * 100_000
+
+
+def interrupt_itself(number: int, report: Report) -> int:
+    os.kill(os.getpid(), signal.SIGINT)
+    return number
+
+
+def fail_at_three(number: int, report: Report) -> int:
+    if number == 3:
+        raise DataError("three is bad")
+    return number
+
+
+def fail_in_another_way(number: int, report: Report) -> int:
+    raise ZeroDivisionError(f"number {number}")
+
+
+def ignore(*values: object) -> None:
+    pass
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_each_item_gives_its_result_and_its_reports(workers: int) -> None:
+    reported = []
+    results = sorted(unordered_map(square, range(15), workers, lambda *values: reported.append(values)))
+    assert results == [number**2 for number in range(15)]
+    assert sorted(reported) == [(number, 1) for number in range(15)]
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_items_no_results(workers: int) -> None:
+    assert list(unordered_map(square, [], workers, ignore)) == []
+
+
+def test_one_worker_is_this_process() -> None:
+    def pid(number: int, report: Report) -> int:
+        return os.getpid()
+
+    assert list(unordered_map(pid, range(3), 1, ignore)) == [os.getpid()] * 3
+
+
+def test_closing_ends_the_workers() -> None:
+    results = unordered_map(square, range(1000), 2, ignore)
+    next(results)
+    results.close()
+    assert not multiprocessing.active_children()
+
+
+def test_workers_that_die_are_replaced(tmp_path: Path) -> None:
+    work = functools.partial(die_once, tmp_path)
+    assert sorted(unordered_map(work, range(6), 2, ignore)) == list(range(6))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the pipe in /proc")
+def test_a_worker_that_dies_in_the_middle_of_a_message_is_replaced(tmp_path: Path) -> None:
+    work = functools.partial(die_in_the_middle_of_a_message, tmp_path)
+    assert list(unordered_map(work, range(3), 2, ignore)) == [b"x" * 100_000] * 3
+
+
+def test_workers_that_die_again_and_again_at_one_item_end_the_run() -> None:
+    with pytest.raises(DataError) as caught:
+        list(unordered_map(always_die_at_three, range(10), 2, ignore))
+    assert str(caught.value).startswith("the worker process died 3 times at 3 (killed, or out of memory?); ")
+    assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_of_the_function_comes_through(workers: int) -> None:
+    with pytest.raises(DataError, match="three is bad"):
+        list(unordered_map(fail_at_three, range(10), workers, ignore))
+    assert not multiprocessing.active_children()
+
+
+def test_a_defect_in_a_worker_shows_where_it_was() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)in a worker process:.*fail_in_another_way.*ZeroDivisionError: number"):
+        list(unordered_map(fail_in_another_way, range(3), 2, ignore))
+
+
+def test_workers_leave_ctrl_c_to_their_parent() -> None:
+    assert sorted(unordered_map(interrupt_itself, range(6), 2, ignore)) == list(range(6))
+
+
+PARENT = """
+import os, time
+from data_tools.corpus.parallel import unordered_map
+
+def work(number, report):
+    os.write(1, b"%d\\n" % os.getpid())  # at once: print may let another worker in before the end of the line
+    time.sleep(60)  # it does not look at its pipe
+
+if __name__ == "__main__":
+    list(unordered_map(work, range(2), 2, print))
+"""
+
+
+def running(pids: list[int]) -> Iterator[int]:
+    for pid in pids:
+        try:
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                yield pid
+        except psutil.NoSuchProcess:
+            continue
+
+
+def test_workers_at_work_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    command = [sys.executable, str(tmp_path / "parent.py")]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        workers = [int(parent.stdout.readline()) for _ in range(2)]
+        descendants = [child.pid for child in psutil.Process(parent.pid).children(recursive=True)]
+        assert set(workers) <= set(descendants)
+        parent.kill()
+        deadline_s = time.monotonic() + 10
+        while list(running(descendants)) and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        assert list(running(descendants)) == []

@@ -1,0 +1,53 @@
+"""Documents are divided by their contents, the same way every time."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_tools.corpus.split import draw_split
+
+FINGERPRINTS = st.binary(min_size=16, max_size=16)
+SEEDS = st.integers(0, 2**64 - 1)
+
+
+def fingerprint(number: int) -> bytes:
+    return hashlib.sha256(b"%d" % number).digest()[:16]
+
+
+def splits(count: int, val_fraction: float, seed: int = 0) -> list[str]:
+    return [draw_split(fingerprint(number), val_fraction=val_fraction, seed=seed) for number in range(count)]
+
+
+def test_the_draw_is_fixed_for_ever() -> None:
+    validation = [number for number, split in enumerate(splits(1000, 0.01)) if split == "val"]
+    assert validation[:12] == [8, 71, 167, 211, 242, 391, 454, 463, 547, 563, 593, 609]
+
+
+@pytest.mark.parametrize("val_fraction", [0.01, 0.1, 0.5])
+def test_the_share_of_validation_is_near_what_was_asked(val_fraction: float) -> None:
+    share = splits(20_000, val_fraction).count("val") / 20_000
+    assert share == pytest.approx(val_fraction, abs=4 * (val_fraction * (1 - val_fraction) / 20_000) ** 0.5)
+
+
+def test_the_seed_changes_the_draw() -> None:
+    assert splits(1000, 0.1, seed=1) == splits(1000, 0.1, seed=1)
+    assert splits(1000, 0.1, seed=1) != splits(1000, 0.1, seed=2)
+    assert splits(1000, 0.5, seed=2**64 - 1).count("val") == pytest.approx(500, abs=64)
+
+
+@given(fingerprint=FINGERPRINTS, seed=SEEDS, fractions=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2))
+def test_a_larger_fraction_keeps_what_was_for_validation(
+    fingerprint: bytes, seed: int, fractions: tuple[float, float]
+) -> None:
+    smaller, larger = sorted(fractions)
+    if draw_split(fingerprint, val_fraction=smaller, seed=seed) == "val":
+        assert draw_split(fingerprint, val_fraction=larger, seed=seed) == "val"
+
+
+@given(fingerprint=FINGERPRINTS, seed=SEEDS)
+def test_no_fraction_no_validation(fingerprint: bytes, seed: int) -> None:
+    assert draw_split(fingerprint, val_fraction=0.0, seed=seed) == "train"

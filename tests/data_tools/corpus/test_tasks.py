@@ -1,0 +1,114 @@
+"""The work is cut the same way every time: every document in one task, in order, up to the limit and no further."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_tools.corpus import tasks as tasks_module
+from data_tools.corpus.request import TokenizeRequest
+from data_tools.corpus.tasks import Task, documents_of, plan_tasks
+from data_tools.encoding.documents import utf8_of
+from data_tools.sources import Slice
+
+
+class ListSource:
+    """Documents of a list, in slices of one."""
+
+    def __init__(self, documents: Sequence[str], *, sizes_known: bool = True) -> None:
+        self._documents = documents
+        self._sizes_known = sizes_known
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def text_bytes(self) -> int | None:
+        return sum(len(utf8_of(document)) for document in self._documents) if self._sizes_known else None
+
+    def slices(self, slice_bytes: int) -> list[Slice]:
+        sizes = [len(utf8_of(document)) if self._sizes_known else None for document in self._documents]
+        return [Slice("list", index, index + 1, size) for index, size in enumerate(sizes)]
+
+    def read(self, part: Slice) -> Iterator[str]:
+        yield from self._documents[part.start : part.stop]
+
+
+def plan(documents: Sequence[str], *, sizes_known: bool = True, **options: Any) -> tuple[list[Task], list[list[str]]]:
+    """The tasks, and the documents that each of them yields."""
+    source = ListSource(documents, sizes_known=sizes_known)
+    request = TokenizeRequest(source="jsonl", inputs=("a",), out="out", **options)
+    tasks = plan_tasks(source, request)
+    return tasks, [[str(document) for document in documents_of(task, source)] for task in tasks]
+
+
+@pytest.fixture(autouse=True)
+def tiny_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks_module, "_SMALLEST_TASK_BYTES", 10)
+
+
+DOCUMENTS = st.lists(st.sampled_from(["", "a", "é", "four", "a dozen bytes", "x" * 50]), max_size=40)
+
+
+@given(documents=DOCUMENTS, sizes_known=st.booleans(), shard_tokens=st.integers(1, 100))
+def test_every_document_with_text_is_in_one_task_in_order(
+    documents: list[str], sizes_known: bool, shard_tokens: int
+) -> None:
+    tasks, texts = plan(documents, sizes_known=sizes_known, shard_tokens=shard_tokens)
+    assert sum(texts, []) == [document for document in documents if document]
+    assert [task.index for task in tasks] == list(range(len(tasks)))
+    largest = max(10, 4 * shard_tokens)
+    for task, yielded in zip(tasks, texts, strict=True):
+        assert sum(map(len, map(utf8_of, yielded))) <= largest or len(task.slices) == 1
+
+
+@given(documents=DOCUMENTS, limit=st.integers(1, 50))
+def test_the_limit_of_documents_is_exact_across_tasks(documents: list[str], limit: int) -> None:
+    _, texts = plan(documents, limit_documents=limit)
+    assert sum(texts, []) == [document for document in documents if document][:limit]
+
+
+@given(documents=DOCUMENTS, limit=st.integers(1, 300))
+def test_the_limit_of_bytes_is_reached_by_the_last_document(documents: list[str], limit: int) -> None:
+    _, texts = plan(documents, limit_bytes=limit)
+    taken = sum(texts, [])
+    everything = [document for document in documents if document]
+    assert taken == everything[: len(taken)]
+    sizes = [len(document.encode()) for document in taken]
+    assert sum(sizes[:-1]) < limit
+    assert sum(sizes) >= limit or len(taken) == len(everything)
+
+
+def test_whichever_limit_comes_first_counts() -> None:
+    documents = ["aa", "bb", "cc", "dd"]
+    assert plan(documents, limit_documents=3, limit_bytes=4)[1] == [["aa", "bb"]]
+    assert sum(plan(documents, limit_documents=1, limit_bytes=4)[1], []) == ["aa"]
+
+
+def test_a_large_source_has_tasks_of_a_shard_at_most_and_a_small_one_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks_module, "_SMALLEST_TASK_BYTES", 1000)
+    monkeypatch.setattr(tasks_module, "_TASKS_WANTED", 8)
+
+    def sizes(documents: int, shard_tokens: int = 10_000) -> list[int]:
+        return [sum(map(len, texts)) for texts in plan(["x" * 100] * documents, shard_tokens=shard_tokens)[1]]
+
+    assert sizes(9) == [900]  # too little to divide
+    assert sizes(800) == [10_000] * 8  # as many as keep the cores busy
+    assert sizes(8000, shard_tokens=500) == [2000] * 400  # 500 tokens are about 2000 bytes
+
+
+def test_a_task_survives_being_written_down() -> None:
+    task = Task(7, (Slice("ü\udcff.jsonl", 5, 9, 4), Slice("b", 0, 1)), limit_documents=3)
+    assert Task.from_json(json.loads(json.dumps(task.to_json()).encode("ascii"))) == task
+    assert task.name == "00007"
+    assert str(Task(7, task.slices[:1])) == "task 7 (ü\udcff.jsonl[5:9])"
+    assert str(task).endswith("[5:9], ...)")
+
+
+def test_names_of_tasks_sort_as_tasks_do() -> None:
+    names = [Task(index, ()).name for index in (0, 9, 10, 99_999)]
+    assert names == sorted(names)

@@ -1,0 +1,209 @@
+"""One task: its documents are read, encoded, checked against tiktoken, divided and written."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools.arrays import TokenArray
+from data_tools.corpus import tasks as tasks_module
+from data_tools.corpus import worker as worker_module
+from data_tools.corpus.estimate import Estimate
+from data_tools.corpus.run import Progress, TokenizeRequest, tokenize_corpus
+from data_tools.corpus.worker import _Assigned, _in_both_splits
+from data_tools.encoding.encoders import GigatokenEncoder, load_encoder
+from data_tools.errors import DataError
+from tests.data_tools.conftest import (
+    contents,
+    drawn_for,
+    json_lines,
+    result,
+    sequential_tokens,
+    tokens_of,
+    varied_documents,
+)
+
+
+def request_for(folder: Path, texts: list[str], **options: Any) -> TokenizeRequest:
+    (folder / "a.jsonl").write_bytes(json_lines(texts))
+    settings = {"shard_tokens": 1000, "workers": 1, **options}
+    return TokenizeRequest(source="jsonl", inputs=(str(folder / "a.jsonl"),), out=folder / "out", **settings)
+
+
+# Whole runs, whatever the documents
+
+
+@given(
+    texts=st.lists(
+        st.one_of(
+            st.text(st.characters(codec=None), max_size=30),  # surrogates included
+            st.sampled_from(["same", "<|endoftext|>", "\u088f's", " " * 300, "It's\n\n\n", "long " * 80]),
+        ),
+        max_size=30,
+    ),
+    task_bytes=st.integers(1, 600),
+    shard_tokens=st.integers(1, 120),
+    val_fraction=st.sampled_from([0.0, 0.3]),
+    encoder=st.sampled_from(["gigatoken", "tiktoken"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_documents_in_any_cut_are_encoded_as_one_after_the_other(
+    reference: tiktoken.Encoding,
+    texts: list[str],
+    task_bytes: int,
+    shard_tokens: int,
+    val_fraction: float,
+    encoder: str,
+) -> None:
+    documents = [text for text in texts if text]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks_module, "_SMALLEST_TASK_BYTES", task_bytes)
+        patch.setattr(os, "fsync", lambda descriptor: None)  # what is tested here needs no disk
+        request = request_for(
+            Path(folder), texts, shard_tokens=shard_tokens, val_fraction=val_fraction, encoder=encoder
+        )
+        if not documents:
+            with pytest.raises(DataError, match="no document"):
+                tokenize_corpus(request)
+            return
+        manifest = tokenize_corpus(request)
+        assert result(Path(folder, "out"))
+        train, val = (tokens_of(Path(folder, "out"), split) for split in ("train", "val"))
+    assert all(shard.tokens <= shard_tokens or shard.documents == 1 for shard in manifest.shards)
+    if len({shard.file.split("_")[1] for shard in manifest.shards}) > 1:
+        expected = [drawn_for(split, documents, val_fraction) for split in ("train", "val")]
+        np.testing.assert_array_equal(train, sequential_tokens(reference, expected[0]))
+        np.testing.assert_array_equal(val, sequential_tokens(reference, expected[1]))
+    each = [tuple(sequential_tokens(reference, [document])) for document in documents]
+    divided = [{tuple(part) for part in documents_in(tokens)} for tokens in (train, val)]
+    assert not divided[0] & divided[1], "equal documents are on one side"
+    assert sorted(map(tuple, [*documents_in(train), *documents_in(val)])) == sorted(each)
+
+
+def documents_in(tokens: np.ndarray) -> list[np.ndarray]:
+    return np.split(tokens, np.flatnonzero(tokens == 50256)[1:]) if tokens.size else []
+
+
+# A small corpus has both splits
+
+
+def assigned(drawn: list[tuple[int, bool]]) -> list[_Assigned]:
+    """Documents by number, each drawn for validation or not; the first draw of a number counts."""
+    draws = dict(reversed(drawn))
+    return [_Assigned(str(number), b"", b"%16d" % number, "val" if draws[number] else "train") for number, _ in drawn]
+
+
+@given(drawn=st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=12))
+def test_both_splits_get_a_document_and_equal_ones_stay_together(drawn: list[tuple[int, bool]]) -> None:
+    before = assigned(drawn)
+    after = list(_in_both_splits(iter(before)))
+    assert [one.document for one in after] == [one.document for one in before]
+    sides = {one.fingerprint: one.split for one in after}
+    assert all(one.split == sides[one.fingerprint] for one in after), "equal documents are on one side"
+    if len(sides) == 1:
+        assert set(sides.values()) == {"train"}
+    elif sides:
+        assert set(sides.values()) == {"train", "val"}
+    moved = {one.fingerprint for one, now in zip(before, after, strict=True) if one.split != now.split}
+    assert len(moved) <= 1
+    if len({one.split for one in before}) == 2:
+        assert not moved, "nobody needed to move"
+
+
+def test_documents_are_held_back_only_until_both_splits_have_one() -> None:
+    endless = itertools.chain(assigned([(0, False), (1, True)]), itertools.repeat(assigned([(0, False)])[0]))
+    taken = itertools.count()
+    counted = (one for one, _ in zip(endless, taken, strict=False))
+    assert [one.document for one in itertools.islice(_in_both_splits(counted), 100)] == ["0", "1", *["0"] * 98]
+    assert next(taken) <= 101
+
+
+# The sample check
+
+
+class WrongEncoder(GigatokenEncoder):
+    """Wrong about one kind of text."""
+
+    def encode(self, text: str) -> TokenArray:
+        tokens = super().encode(text)
+        return tokens[::-1] if "strawberry" in text else tokens
+
+
+@pytest.fixture
+def wrong_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = WrongEncoder()
+    monkeypatch.setattr(worker_module, "load_encoder", lambda name: load_encoder(name) if name == "tiktoken" else wrong)
+
+
+@pytest.mark.usefixtures("wrong_encoder", "small_tasks")
+def test_a_wrong_encoder_stops_the_run_and_the_document_is_named(tmp_path: Path) -> None:
+    texts = ["How many letters has a strawberry?", *varied_documents(60)]
+    request = request_for(tmp_path, texts)
+    with pytest.raises(DataError) as caught:
+        tokenize_corpus(request)
+    sha256 = hashlib.sha256(texts[0].encode()).hexdigest()[:32]
+    assert str(caught.value).startswith(f"task 0 ({tmp_path}/a.jsonl[0:")
+    assert f": document 0 (SHA-256 {sha256}...) has other tokens by gigatoken than by tiktoken" in str(caught.value)
+    assert str(caught.value).endswith("use --encoder tiktoken")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    manifest = tokenize_corpus(request_for(tmp_path, texts, encoder="tiktoken"))
+    assert manifest.made is not None
+    assert manifest.made["checked_documents"] == 0
+
+
+@pytest.mark.usefixtures("wrong_encoder", "small_tasks")
+def test_documents_within_a_task_are_checked_at_random_and_finished_tasks_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_CHECK_ONE_IN", 1)
+    texts = [*varied_documents(60), "strawberry"]
+    with pytest.raises(DataError, match=r"task \d+ .*: document [1-9]\d* \(SHA-256"):
+        tokenize_corpus(request_for(tmp_path, texts))
+    plan = json.loads((tmp_path / "out" / "plan.json").read_bytes())
+    assert len(list((tmp_path / "out" / "tasks").iterdir())) == len(plan["tasks"]) - 1
+    assert not any(f"_{len(plan['tasks']) - 1:05d}_" in name for name in contents(tmp_path / "out"))
+    tokenize_corpus(request_for(tmp_path, texts, encoder="tiktoken"))
+    assert result(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_the_first_document_of_each_task_that_is_encoded_is_checked(tmp_path: Path) -> None:
+    texts = varied_documents(60)
+    manifest = tokenize_corpus(request_for(tmp_path, ["", *texts, *texts[:3]], deduplicate="exact"))
+    assert manifest.made is not None
+    tasks = {shard.file.split("_")[1] for shard in manifest.shards}
+    assert len(tasks) <= manifest.made["checked_documents"] < len(tasks) + 5
+
+
+# A source that changes while it is read
+
+
+def test_files_that_change_while_a_run_reads_them_end_it(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "b.txt").write_text("b")
+
+    class AddAFile:
+        def planned(self, estimate: Estimate) -> None:
+            (folder / "a.txt").write_text("a")
+
+        def progressed(self, progress: Progress) -> None:
+            pass
+
+    request = TokenizeRequest(source="text", inputs=(str(folder),), out=tmp_path / "out", workers=1)
+    with pytest.raises(DataError, match="--source text: its files changed since the run began"):
+        tokenize_corpus(request, AddAFile())
+    assert not (tmp_path / "out").exists()
+    assert tokenize_corpus(request).shards

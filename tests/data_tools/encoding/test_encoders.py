@@ -1,0 +1,124 @@
+"""Every encoder gives tiktoken's tokens, for any text, in time that grows with it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import time
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools.encoding.encoders import (
+    Encoder,
+    GigatokenEncoder,
+    _new_characters,
+    choose_encoder,
+    encoder_version,
+    load_encoder,
+)
+from data_tools.errors import DataError
+from tests.data_tools.conftest import varied_documents
+
+PATHOLOGICAL = {
+    "spaces": " ",
+    "one letter": "a",
+    "one sign": "!",
+    "newlines": "\n",
+    "NUL": "\0",
+    "no white space": "abcdefghij1!é漢",
+    "emoji": "🙂",
+    "surrogates": "a \ud800",
+    "end of text": "<|endoftext|>",
+}
+#: Text in which a change of class, a contraction or white space at the end of a word matters.
+FRAGMENTS = st.sampled_from(
+    ["'s", "'S", "'ll", " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2003", "\u0085", "\u200b", "\ufeff", "a", "Z", "é"]
+    + ["e\u0301", "1", "²", "Ⅷ", "٣", "漢", "ʼ", "’", "_", "!", "...", "<|endoftext|>", "🙂", "\ud83d", "\ude42", "\0"]
+)
+TEXT = st.one_of(
+    st.text(st.characters(codec=None)),  # surrogates included
+    st.text(st.characters(categories=["Zs", "Zl", "Zp", "Cc", "Cs", "Cf", "Nd", "Nl", "No", "Lm", "Mn"])),
+    st.lists(FRAGMENTS, max_size=60).map("".join),
+)
+
+
+@pytest.fixture(scope="module", params=["gigatoken", "tiktoken"])
+def encoder(request: pytest.FixtureRequest) -> Encoder:
+    return load_encoder(request.param)
+
+
+@pytest.fixture(scope="module")
+def gigatoken() -> GigatokenEncoder:
+    return GigatokenEncoder()
+
+
+def test_tokens_are_those_of_encode_ordinary(encoder: Encoder, reference: tiktoken.Encoding) -> None:
+    for text in [*varied_documents(50), "", *PATHOLOGICAL.values()]:
+        tokens = encoder.encode(text)
+        assert tokens.dtype == np.uint16
+        assert tokens.tolist() == reference.encode_ordinary(text)
+
+
+@given(text=TEXT)
+@settings(max_examples=1000, deadline=None)
+def test_gigatoken_agrees_with_tiktoken_on_any_text(
+    gigatoken: Encoder, reference: tiktoken.Encoding, text: str
+) -> None:
+    assert gigatoken.encode(text).tolist() == reference.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("context", ["{}'s", "a{}b1{}2", "  {} \n {}!", "漢{}漢"])
+def test_gigatoken_agrees_on_every_character(gigatoken: GigatokenEncoder, context: str) -> None:
+    """To which class (letter, number, white space) a character belongs is a matter of tables, which have versions."""
+    tiktoken_encoder = load_encoder("tiktoken")
+    is_new = _new_characters()
+    points = [point for point in range(0xF0000) if not is_new[point] and not 0xD800 <= point < 0xE000]
+    for start in range(0, len(points), 50_000):
+        text = "\n".join(context.replace("{}", chr(point)) for point in points[start : start + 50_000])
+        assert not gigatoken._has_new_characters(text)  # otherwise it would ask tiktoken
+        np.testing.assert_array_equal(gigatoken.encode(text), tiktoken_encoder.encode(text))
+
+
+@pytest.mark.parametrize("new", ["\u088f", "\ua7f1", "\U00010940", "\U0003241a", "\U000323da"], ids=ascii)
+def test_characters_of_another_unicode_are_what_they_are_to_tiktoken(
+    gigatoken: Encoder, reference: tiktoken.Encoding, new: str
+) -> None:
+    for text in [f"{new}'s", f" {new}'ll go", f"{new}醒", f"a{new}b", "x" * 1000 + new + "'s"]:
+        assert gigatoken.encode(text).tolist() == reference.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("unit", PATHOLOGICAL.values(), ids=PATHOLOGICAL)
+def test_pathological_text_is_exact_and_takes_time_in_proportion(gigatoken: Encoder, unit: str) -> None:
+    tokens, elapsed_s = {}, {}
+    for encoder in (gigatoken, load_encoder("tiktoken")):
+        for characters in (250_000, 1_000_000):
+            text = (unit * characters)[:characters]
+            started_s = time.process_time()
+            tokens[encoder.name] = encoder.encode(text)
+            elapsed_s[characters] = time.process_time() - started_s
+        # Four times the text; quadratic would be sixteen times the time, and minutes.
+        assert elapsed_s[1_000_000] < 12 * elapsed_s[250_000] + 0.5, encoder.name
+    np.testing.assert_array_equal(tokens["gigatoken"], tokens["tiktoken"])
+
+
+def test_encoders_are_chosen_by_what_is_installed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert choose_encoder("auto") == choose_encoder("gigatoken") == "gigatoken"
+    assert choose_encoder("tiktoken") == "tiktoken"
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert choose_encoder("auto") == "tiktoken"
+        assert "gigatoken is not installed" in caplog.text
+        with pytest.raises(DataError, match="--encoder gigatoken: it is not installed; pip install gigatoken"):
+            choose_encoder("gigatoken")
+
+
+def test_the_version_is_on_record(encoder: Encoder) -> None:
+    name, version = encoder_version(encoder.name).split()
+    assert name == encoder.name
+    assert version[0].isdigit()

@@ -1,0 +1,126 @@
+"""Instruction data: what is laid out, and which of it a model learns to say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_tools.corpus.run import TokenizeRequest, tokenize_corpus
+from data_tools.errors import DataError
+from data_tools.shards import TRAIN_SPLIT, open_split, verify
+from data_tools.sources import SourceRequest, open_source, read_documents
+from data_tools.sources.instructions import dialogue_of
+from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
+
+RECORDS: list[dict[str, Any]] = [
+    {"instruction": "Name a colour.", "output": "Blue."},
+    {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+    {
+        "messages": [
+            {"role": "system", "content": "Be short."},
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "Hi."},
+            {"role": "user", "content": "Bye"},
+            {"role": "assistant", "content": "Bye!"},
+        ]
+    },
+]
+
+
+def write_lines(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def tokenized(path: Path, out: Path, **options: Any) -> Path:
+    tokenize_corpus(
+        TokenizeRequest(source="instructions", inputs=(str(path),), out=out, workers=1, val_fraction=0.0, **options)
+    )
+    return out
+
+
+def learned_and_all(folder: Path) -> tuple[str, str]:
+    """The text of the scored tokens, and of all."""
+    stream = open_split(folder, TRAIN_SPLIT)
+    tokens = stream.read(0, stream.tokens)
+    mask = stream.read_mask_windows(np.array([0]), stream.tokens)[0].astype(bool)
+    tokenizer = load_tokenizer()
+    return tokenizer.decode(tokens[mask]), tokenizer.decode(tokens)
+
+
+def test_an_instruction_with_and_without_input() -> None:
+    plain, with_input = (dialogue_of(record, "here").text for record in RECORDS[:2])
+    assert plain == "### Instruction:\nName a colour.\n\n### Response:\nBlue."
+    assert with_input == "### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n3"
+
+
+def test_only_answers_and_their_ends_are_learned(tmp_path: Path) -> None:
+    out = tokenized(write_lines(tmp_path / "a.jsonl", RECORDS), tmp_path / "out")
+    learned, everything = learned_and_all(out)
+    end = "<|endoftext|>"
+    assert learned == f"{end}Blue.{end}3{end}Hi.\n\nBye!"
+    assert everything.endswith("### User:\nBye\n\n### Assistant:\nBye!")
+    assert "Be short." in everything and "Be short." not in learned
+    verify(out)
+
+
+def test_tokens_of_prompt_and_answer_do_not_melt_together(tmp_path: Path) -> None:
+    """Each segment is encoded by itself, so the mask never cuts a token."""
+    out = tokenized(write_lines(tmp_path / "a.jsonl", RECORDS[:1]), tmp_path / "out")
+    stream, tokenizer = open_split(out, TRAIN_SPLIT), load_tokenizer()
+    prompt = tokenizer.encode("### Instruction:\nName a colour.\n\n### Response:\n")
+    expected = [END_OF_TEXT, *prompt.tolist(), *tokenizer.encode("Blue.").tolist()]
+    assert stream.read(0, stream.tokens).tolist() == expected
+    mask = stream.read_mask_windows(np.array([0]), stream.tokens)[0]
+    assert mask.tolist() == [1] + [0] * prompt.size + [1] * (stream.tokens - prompt.size - 1)
+
+
+def test_an_array_and_lines_are_the_same(tmp_path: Path) -> None:
+    lines = tokenized(write_lines(tmp_path / "a.jsonl", RECORDS), tmp_path / "lines")
+    array = tmp_path / "a.json"
+    array.write_text("\ufeff  " + json.dumps(RECORDS, indent=1), encoding="utf-8")
+    assert learned_and_all(tokenized(array, tmp_path / "array")) == learned_and_all(lines)
+
+
+@pytest.mark.parametrize("slice_bytes", [1, 100, 1 << 20])
+def test_any_cut_has_every_record_once(slice_bytes: int, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", RECORDS * 5)
+    source = open_source(SourceRequest(source="instructions", inputs=(str(path),)))
+    assert list(read_documents(source, slice_bytes)) == [dialogue_of(record, "") for record in RECORDS * 5]
+
+
+def test_arrow_shards_have_masks_too(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", RECORDS)
+    arrow, npy = (tokenized(path, tmp_path / format, format=format) for format in ("arrow", "npy"))
+    assert learned_and_all(arrow) == learned_and_all(npy)
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"instruction": "a"}, "needs instruction and output"),
+        ("text", "each line must be one JSON object"),
+        ({"instruction": "a", "output": 3}, "output is a int, it must be a string"),
+        ({"messages": "hello"}, "messages must be a list"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no message has the role assistant"),
+        ({"messages": [{"role": "robot", "content": "a"}, {"role": "assistant", "content": "b"}]}, "role 'robot'"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "content of message 0 is a NoneType"),
+    ],
+    ids=["no_output", "no_object", "no_string", "no_messages", "no_answer", "unknown_role", "no_content"],
+)
+def test_a_wrong_record_is_named(record: Any, problem: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [RECORDS[0], record])
+    with pytest.raises(DataError, match=problem) as raised:
+        tokenized(path, tmp_path / "out")
+    assert str(raised.value).startswith(f"{path}:2: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_record_of_an_array_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([RECORDS[0], {"output": "b"}]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.json: record 1: needs instruction and output"):
+        tokenized(tmp_path / "a.json", tmp_path / "out")

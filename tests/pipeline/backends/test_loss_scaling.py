@@ -1,0 +1,67 @@
+"""The loss scale of fp16: down after an overflow, up after a long good time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pipeline.backends.loss_scaling import GROWTH_INTERVAL, LossScaler
+
+GOOD, OVERFLOW = 1.5, math.inf
+
+
+def test_fp16_starts_high() -> None:
+    assert LossScaler.for_precision("amp_fp16").scale == 65536.0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16"])
+def test_other_precisions_are_never_scaled(precision: str) -> None:
+    scaler = LossScaler.for_precision(precision)
+    for norm in [GOOD] * (GROWTH_INTERVAL + 1) + [OVERFLOW]:
+        scaler.update(norm)
+    assert scaler.scale == 1.0
+
+
+@pytest.mark.parametrize("norm", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("on_device", [False, True], ids=["number", "tensor"])
+def test_an_overflow_halves(norm: float, on_device: bool) -> None:
+    scaler = LossScaler.for_precision("amp_fp16")
+    for _ in range(2):
+        scaler.update(torch.tensor(norm, dtype=torch.float64) if on_device else norm)
+    assert scaler.scale == 16384.0
+
+
+def test_good_steps_in_a_row_double_and_count_anew() -> None:
+    scaler = LossScaler.for_precision("amp_fp16")
+    for _ in range(GROWTH_INTERVAL - 1):
+        scaler.update(GOOD)
+    assert scaler.scale == 65536.0
+    scaler.update(GOOD)
+    assert scaler.scale == 131072.0
+    for _ in range(GROWTH_INTERVAL - 1):
+        scaler.update(GOOD)
+    assert scaler.scale == 131072.0
+
+
+def test_an_overflow_ends_the_row() -> None:
+    scaler = LossScaler.for_precision("amp_fp16")
+    for norm in [GOOD] * 10 + [OVERFLOW] + [GOOD] * (GROWTH_INTERVAL - 1):
+        scaler.update(norm)
+    assert scaler.scale == 32768.0
+    scaler.update(GOOD)
+    assert scaler.scale == 65536.0
+
+
+def test_a_dynamic_scale_goes_on_where_a_checkpoint_stood() -> None:
+    scaler = LossScaler.for_precision("amp_fp16")
+    scaler.restore(1024.0, GROWTH_INTERVAL - 1)
+    scaler.update(GOOD)
+    assert (scaler.scale, scaler.good_steps) == (2048.0, 0)
+
+
+def test_a_scale_does_not_pass_to_a_precision_without_one() -> None:
+    scaler = LossScaler.for_precision("amp_bf16")
+    scaler.restore(1024.0, 5)
+    assert (scaler.scale, scaler.good_steps) == (1.0, 0)

@@ -1,0 +1,141 @@
+"""The data sets of a run fit the model and each other, and a checkpoint knows them again."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_tools.errors import DataError
+from data_tools.shards import load_manifest, open_split
+from pipeline.config.schema import DataConfig, ModelConfig
+from pipeline.data.datasets import DataPart, data_sha256, expect_same_vocabulary, open_parts, verify_parts
+from pipeline.distributed.world import World
+from pipeline.errors import ConfigError
+from tests.pipeline.conftest import END_OF_TEXT, tiny_model_config, write_shards
+
+MODEL = tiny_model_config()
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """A data set with both splits, one without validation, one of another vocabulary of the same size."""
+    tokens = np.arange(100) % 80
+    return [
+        write_shards(tmp_path / "both", {"train": [tokens, tokens], "val": [tokens]}),
+        write_shards(tmp_path / "train_only", {"train": [tokens[::-1]]}),
+        write_shards(tmp_path / "foreign", {"train": [tokens]}, vocabulary_sha256="1" * 64),
+    ]
+
+
+def mixture(*parts: tuple[Path, float]) -> DataConfig:
+    return DataConfig.model_validate({"mixture": [{"path": str(path), "weight": weight} for path, weight in parts]})
+
+
+def opened(config: DataConfig, model: ModelConfig = MODEL) -> tuple[DataPart, ...]:
+    return open_parts(config, model)
+
+
+def test_one_data_set_is_a_part_alone(folders: list[Path]) -> None:
+    (part,) = opened(DataConfig(path=str(folders[0])))
+    assert part.train.tokens == 200
+    assert part.validation is not None and part.validation.tokens == 100
+
+
+def test_parts_are_named_after_their_folders(folders: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        first, second = opened(mixture((folders[0], 0.7), (folders[1], 0.3)))
+    assert (first.name, first.weight, first.path) == ("both", 0.7, str(folders[0]))
+    assert (second.name, second.weight, second.validation) == ("train_only", 0.3, None)
+    assert "train_only has no validation split" in caplog.text
+
+
+def test_another_vocabulary_than_the_model_s_is_refused(folders: list[Path]) -> None:
+    stream = open_split(folders[0], "train")
+    expect_same_vocabulary(stream, MODEL, "data/x")
+    with pytest.raises(ConfigError, match=r"vocab_size \(90\) is not the vocabulary of data/x \(test: 89\)"):
+        expect_same_vocabulary(stream, tiny_model_config(vocab_size=90), "data/x")
+
+
+def test_another_token_between_texts_than_the_model_s_is_refused(folders: list[Path]) -> None:
+    stream = open_split(folders[0], "train")
+    expect_same_vocabulary(stream, tiny_model_config(reset_positions_at=END_OF_TEXT), "data/x")
+    message = r"model\.reset_positions_at \(7\) is not the token between the texts of data/x \(test: 88\)"
+    with pytest.raises(ConfigError, match=message):
+        expect_same_vocabulary(stream, tiny_model_config(reset_positions_at=7), "data/x")
+
+
+def test_parts_of_different_vocabularies_are_refused(folders: list[Path]) -> None:
+    with pytest.raises(ConfigError, match=r"foreign was tokenized with another vocabulary .*than .*both") as caught:
+        opened(mixture((folders[0], 1.0), (folders[2], 1.0)))
+    assert "\n" not in str(caught.value)
+    (part,) = opened(mixture((folders[2], 1.0)))
+    assert part.name == "foreign"
+
+
+def test_the_hash_of_one_data_set_is_that_of_its_manifest(folders: list[Path]) -> None:
+    manifest = load_manifest(folders[0]).content_sha256()
+    assert data_sha256(opened(DataConfig(path=str(folders[0])))) == manifest
+    assert data_sha256(opened(mixture((folders[0], 5.0)))) == manifest
+
+
+def test_the_hash_of_a_mixture_knows_what_decides_its_samples(folders: list[Path], tmp_path: Path) -> None:
+    a, b = folders[:2]
+    original = data_sha256(opened(mixture((a, 0.7), (b, 0.3))))
+    moved = tmp_path / "moved"
+    a.rename(moved)
+    assert data_sha256(opened(mixture((moved, 7.0), (b, 3.0)))) == original, "same shares of the same data"
+    others: list[tuple[tuple[Path, float], ...]] = [((b, 0.3), (moved, 0.7)), ((moved, 0.6), (b, 0.4)), ((moved, 1.0),)]
+    hashes = {data_sha256(opened(mixture(*other))) for other in others}
+    assert len(hashes) == 3
+    assert original not in hashes
+
+
+def test_all_shards_of_all_parts_are_verified(folders: list[Path], world: World) -> None:
+    parts = opened(mixture((folders[0], 1.0), (folders[1], 1.0)))
+    verify_parts(parts, world)
+    shard = folders[1] / "train_00000.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"train_only/train_00000\.npy: its SHA-256"):
+        verify_parts(parts, world)
+
+
+class TestConfig:
+    @staticmethod
+    def mistake(**data: Any) -> str:
+        with pytest.raises(ValueError) as caught:
+            DataConfig.model_validate(data)
+        return str(caught.value)
+
+    def test_path_alone_is_the_default(self) -> None:
+        assert DataConfig().path == "data/fineweb-edu"
+        assert [part.path for part in DataConfig().parts] == ["data/fineweb-edu"]
+
+    def test_a_mixture_takes_the_place_of_the_default(self) -> None:
+        config = DataConfig.model_validate({"mixture": [{"path": "data/a/", "weight": 2}]})
+        assert config.path is None
+        assert [(part.name, part.path, part.weight) for part in config.parts] == [("a", "data/a/", 2.0)]
+        assert DataConfig.model_validate(config.model_dump(mode="json")) == config
+
+    def test_one_of_both(self) -> None:
+        part = {"path": "data/a", "weight": 1.0}
+        assert "set one of data.path, data.mixture to null" in self.mistake(path="data/x", mixture=[part])
+        assert "set one of data.path, data.mixture" in self.mistake(path=None)
+        assert DataConfig.model_validate({"path": None, "mixture": [part]}).path is None
+
+    def test_parts_need_weights_above_zero_and_names_of_their_own(self) -> None:
+        assert "mixture.0.weight" in self.mistake(mixture=[{"path": "a"}])
+        for weight in (0, -1, float("inf"), float("nan"), "1"):
+            assert "mixture.0.weight" in self.mistake(mixture=[{"path": "a", "weight": weight}])
+        twins = [{"path": "a/data", "weight": 1}, {"path": "b/data", "weight": 1}]
+        assert "the name data stands twice" in self.mistake(mixture=twins)
+        assert "the path a/data stands twice" in self.mistake(mixture=[twins[0], {**twins[0], "name": "other"}])
+        assert "mixture.0.name" in self.mistake(mixture=[{"path": "/", "weight": 1}])
+        named = DataConfig.model_validate({"mixture": [{**twins[0], "name": "a"}, {**twins[1], "name": "b"}]})
+        assert [part.name for part in named.parts] == ["a", "b"]
+        assert "mixture" in self.mistake(mixture=[])

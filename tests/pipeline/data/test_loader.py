@@ -1,0 +1,297 @@
+"""Which tokens a step sees does not depend on the ranks, and validation sees every target once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_tools.shards import TokenStream, open_split
+from pipeline.data.batch_plan import BatchPlan
+from pipeline.data.datasets import DataPart
+from pipeline.data.loader import MicroBatch, TrainLoader, validation_batches
+from pipeline.errors import TrainingError
+from pipeline.model.gpt2 import IGNORE_INDEX
+from tests.pipeline.conftest import VOCAB_SIZE, write_shards
+
+T = 5
+TRAIN_TOKENS = 331  # 66 windows
+CPU = torch.device("cpu")
+
+
+def numbered(count: int) -> np.ndarray:
+    """Tokens from which their place in the stream can be read: no two runs of three are equal."""
+    numbers = np.arange(count)
+    return np.where(numbers % 2 == 0, numbers // 2 % 80, numbers // 160)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tokens = numbered(TRAIN_TOKENS)
+    return write_shards(
+        tmp_path / "data", {"train": [tokens[:47], tokens[47:50], tokens[50:]], "val": [numbered(83)[:13]]}
+    )
+
+
+@pytest.fixture
+def train(folder: Path) -> TokenStream:
+    return open_split(folder, "train")
+
+
+def validation_stream(tmp_path: Path, tokens: int) -> TokenStream:
+    return open_split(write_shards(tmp_path / f"val_{tokens}", {"val": [numbered(tokens)]}), "val")
+
+
+def loader_of(stream: TokenStream, plan: BatchPlan, seed: int, rank: int) -> TrainLoader:
+    """A loader of one data set."""
+    return TrainLoader([DataPart("only", "unused", 1.0, stream, None)], plan, seed, rank)
+
+
+def bytes_of(batch: MicroBatch) -> bytes:
+    return batch.tokens.numpy().tobytes()
+
+
+def step_of_all_ranks(train: TokenStream, world_size: int, consumed: int, samples_per_step: int = 8) -> list[bytes]:
+    """The micro-batches of a step, in the order of their samples."""
+    plan = BatchPlan(2, T, samples_per_step // 2 // world_size, world_size)
+    batches: list[MicroBatch] = []
+    for rank in range(world_size):
+        mine = loader_of(train, plan, 7, rank).micro_batches(consumed)
+        assert len(mine) == plan.accumulation
+        batches += mine
+    return [bytes_of(batch) for batch in sorted(batches, key=lambda batch: batch.first_sample)]
+
+
+class TestTraining:
+    def test_a_step_is_the_same_at_every_world_size(self, train: TokenStream) -> None:
+        for consumed in (0, 8, 64, 800):  # the third reaches into the second epoch
+            alone = step_of_all_ranks(train, 1, consumed)
+            assert len(alone) == 4
+            assert step_of_all_ranks(train, 2, consumed) == alone
+            assert step_of_all_ranks(train, 4, consumed) == alone
+
+    def test_ranks_share_no_samples(self, train: TokenStream) -> None:
+        plan = BatchPlan(2, T, 3, 4)
+        firsts = [b.first_sample for rank in range(4) for b in loader_of(train, plan, 7, rank).micro_batches(0)]
+        assert sorted(firsts) == list(range(0, 24, 2))
+
+    def test_the_samples_of_a_step_do_not_depend_on_the_micro_batch(self, train: TokenStream) -> None:
+        def samples(micro_batch_size: int) -> list[bytes]:
+            plan = BatchPlan(micro_batch_size, T, 8 // micro_batch_size, 1)
+            batches = loader_of(train, plan, 7, 0).micro_batches(16)
+            return [row.numpy().tobytes() for batch in batches for row in batch.tokens]
+
+        assert samples(1) == samples(2) == samples(4) == samples(8)
+
+    def test_consumed_samples_are_all_there_is_to_continue(self, train: TokenStream) -> None:
+        plan = BatchPlan(2, T, 2, 1)
+        running = loader_of(train, plan, 7, 0)
+        steps = [running.micro_batches(consumed) for consumed in range(0, 400, 4)]
+        fresh = loader_of(train, plan, 7, 0).micro_batches(200)
+        assert [bytes_of(b) for b in fresh] == [bytes_of(b) for b in steps[50]]
+
+    def test_an_epoch_is_every_window_once(self, train: TokenStream) -> None:
+        plan = BatchPlan(2, T, 3, 1)  # 11 steps of 6 samples: 66 windows
+        loader = loader_of(train, plan, 7, 0)
+        for start in (0, 66):
+            rows = [row for step in range(11) for b in loader.micro_batches(start + step * 6) for row in b.tokens]
+            windows = [numbered(TRAIN_TOKENS)[at * T : at * T + T + 1].tolist() for at in range(66)]
+            assert sorted(row.tolist() for row in rows) == sorted(windows)
+
+    def test_the_last_input_of_a_window_has_its_target_in_the_data(self, tmp_path: Path) -> None:
+        exact = open_split(write_shards(tmp_path / "exact", {"train": [numbered(6 * T)]}), "train")
+        loader = loader_of(exact, BatchPlan(1, T, 5, 1), 7, 0)  # the sixth window would lack a token
+        starts = {batch.tokens[0, :2].numpy().tobytes() for batch in loader.micro_batches(0)}
+        assert len(starts) == 5
+        with pytest.raises(TrainingError, match="30 tokens = 5 samples"):
+            loader_of(exact, BatchPlan(1, T, 6, 1), 7, 0)
+
+    def test_windows_do_not_depend_on_the_size_of_shards(self, train: TokenStream, tmp_path: Path) -> None:
+        whole = open_split(write_shards(tmp_path / "whole", {"train": [numbered(TRAIN_TOKENS)]}), "train")
+        assert step_of_all_ranks(whole, 1, 24) == step_of_all_ranks(train, 1, 24)
+
+    def test_another_seed_another_order(self, train: TokenStream) -> None:
+        plan = BatchPlan(2, T, 4, 1)
+        first, second = (loader_of(train, plan, seed, 0).micro_batches(0) for seed in (1, 2))
+        assert [bytes_of(b) for b in first] != [bytes_of(b) for b in second]
+
+    def test_too_little_data_for_one_step(self, folder: Path) -> None:
+        val = open_split(folder, "val")  # 13 tokens: 2 windows
+        assert loader_of(val, BatchPlan(2, T, 1, 1), 7, 0).micro_batches(0)[0].tokens.shape == (2, T + 1)
+        with pytest.raises(TrainingError, match=r"13 tokens = 2 samples of 5 .* the 3 of one step; .* to 10 or less"):
+            loader_of(val, BatchPlan(3, T, 1, 1), 7, 0)
+
+
+class TestMicroBatch:
+    TOKENS = torch.from_numpy(np.array([[1, 2, 3, 4], [5, 6, 7, 8]], dtype=np.uint16))
+
+    def test_targets_are_the_inputs_one_token_further(self) -> None:
+        inputs, targets = MicroBatch(0, self.TOKENS).to(CPU)
+        assert inputs.tolist() == [[1, 2, 3], [5, 6, 7]]
+        assert targets.tolist() == [[2, 3, 4], [6, 7, 8]]
+        assert inputs.dtype == targets.dtype == torch.int64
+
+    def test_targets_of_a_training_batch_are_the_next_tokens_of_the_text(self, train: TokenStream) -> None:
+        (batch,) = loader_of(train, BatchPlan(4, T, 1, 1), 7, 0).micro_batches(0)
+        inputs, targets = batch.to(CPU)
+        text = numbered(TRAIN_TOKENS).tolist()
+        for input_row, target_row in zip(inputs.tolist(), targets.tolist(), strict=True):
+            (at,) = [at for at in range(0, 330, T) if text[at : at + T + 1] == [*input_row, target_row[-1]]]
+            assert target_row == text[at + 1 : at + T + 1]
+
+    def test_masked_targets_are_ignored_and_not_counted(self) -> None:
+        mask = torch.tensor([[True, False, True], [False, False, False]])
+        batch = MicroBatch(0, self.TOKENS, mask)
+        inputs, targets = batch.to(CPU)
+        assert inputs.tolist() == [[1, 2, 3], [5, 6, 7]]
+        assert targets.tolist() == [[2, IGNORE_INDEX, 4], [IGNORE_INDEX] * 3]
+        assert batch.scored_targets == 2
+        assert MicroBatch(0, self.TOKENS).scored_targets == 6
+
+    def test_large_ids_survive(self) -> None:
+        inputs, _ = MicroBatch(0, torch.from_numpy(np.array([[50256, 65535, 40000]], dtype=np.uint16))).to(CPU)
+        assert inputs.tolist() == [[50256, 65535]]
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+    def test_page_locked_batches_arrive_whole_though_their_memory_is_used_again(self) -> None:
+        """Copies are queued behind a busy GPU while later batches are pinned and earlier ones forgotten."""
+        device = torch.device("cuda")
+        a = torch.randn(4096, 4096, device=device)
+        arrived = []
+        for number in range(50):
+            a = a @ a / 64
+            batch = MicroBatch(0, torch.full((8, 1025), number).to(torch.uint16), torch.ones(8, 1024, dtype=torch.bool))
+            arrived.append(batch.pinned().to(device))
+        for number, (inputs, targets) in enumerate(arrived):
+            assert (inputs == number).all() and (targets == number).all()
+
+
+class TestMasks:
+    """The mask of token t + 1 says whether the target at position t is scored."""
+
+    TOKENS = 131  # 26 windows
+    MASK = np.random.default_rng(3).random(TOKENS) < 0.4
+
+    @pytest.fixture
+    def masked(self, tmp_path: Path) -> Path:
+        cuts = [40, 41, 90]
+        return write_shards(
+            tmp_path / "masked",
+            {"train": np.split(numbered(self.TOKENS), cuts), "val": np.split(numbered(self.TOKENS), cuts)},
+            masks={"train": np.split(self.MASK, cuts), "val": np.split(self.MASK, cuts)},
+        )
+
+    def scored_places(self, batch: MicroBatch) -> Counter[int]:
+        """Places in the split of the targets that a batch scores; checks that all others are ignored."""
+        text = numbered(self.TOKENS).tolist()
+        inputs, targets = batch.to(CPU)
+        places: Counter[int] = Counter()
+        for row, input_row, target_row in zip(batch.tokens.tolist(), inputs.tolist(), targets.tolist(), strict=True):
+            assert input_row == row[:-1]
+            known = len([token for token in row if token]) if 0 in row[2:] else T + 1  # the last window is padded
+            (at,) = [at for at in range(0, self.TOKENS - 1, T) if text[at : at + known] == row[:known]]
+            for t, target in enumerate(target_row):
+                assert target in (IGNORE_INDEX, row[t + 1])
+                places.update([at + t + 1] if target != IGNORE_INDEX else [])
+        assert batch.scored_targets == places.total()
+        return places
+
+    @pytest.mark.parametrize("world_size", [1, 2])
+    def test_an_epoch_scores_each_marked_token_once(self, masked: Path, world_size: int) -> None:
+        train = open_split(masked, "train")
+        plan = BatchPlan(1, T, 13 // world_size + world_size - 1, world_size)  # 26 windows: 2 steps of 13, or of 14
+        places: Counter[int] = Counter()
+        for rank in range(world_size):
+            loader = loader_of(train, plan, 7, rank)
+            assert loader.has_mask
+            for consumed in (0, plan.samples_per_step):
+                for batch in loader.micro_batches(consumed):
+                    if batch.first_sample < 26:
+                        places += self.scored_places(batch)
+        assert places == Counter(np.flatnonzero(self.MASK[1:]) + 1)
+
+    def test_a_window_may_have_no_scored_target(self, tmp_path: Path) -> None:
+        mask = np.zeros(self.TOKENS, dtype=np.bool_)
+        mask[7] = True
+        folder = write_shards(tmp_path / "one", {"train": [numbered(self.TOKENS)]}, masks={"train": [mask]})
+        batches = loader_of(open_split(folder, "train"), BatchPlan(1, T, 26, 1), 7, 0).micro_batches(0)
+        assert sorted(batch.scored_targets for batch in batches) == [0] * 25 + [1]
+
+    @pytest.mark.parametrize("batch_size", [1, 4])
+    def test_validation_scores_each_marked_token_once(self, masked: Path, batch_size: int) -> None:
+        stream = open_split(masked, "val")
+        places: Counter[int] = Counter()
+        for rank in range(2):
+            for batch in validation_batches(stream, T, batch_size, rank, 2):
+                if batch.scored_targets:
+                    places += self.scored_places(
+                        MicroBatch(0, batch.tokens[: self._filled(batch)], batch.target_mask[: self._filled(batch)])
+                    )
+        assert places == Counter(np.flatnonzero(self.MASK[1:]) + 1)
+
+    @staticmethod
+    def _filled(batch: MicroBatch) -> int:
+        return int((batch.tokens.int().sum(dim=1) > 0).sum())
+
+    def test_without_a_mask_all_targets_are_scored(self, train: TokenStream) -> None:
+        loader = loader_of(train, BatchPlan(2, T, 1, 1), 7, 0)
+        assert not loader.has_mask
+        assert loader.micro_batches(0)[0].target_mask is None
+
+
+class TestValidation:
+    @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+    @pytest.mark.parametrize("batch_size", [1, 2, 7])
+    @pytest.mark.parametrize("tokens", [2, 6, 51, 52, 53, 83])  # the last window is whole, or lacks some targets
+    def test_every_target_once_over_all_ranks(
+        self, tmp_path: Path, tokens: int, batch_size: int, world_size: int
+    ) -> None:
+        stream = validation_stream(tmp_path, tokens)
+        of_rank = [list(validation_batches(stream, T, batch_size, rank, world_size)) for rank in range(world_size)]
+        assert len({len(batches) for batches in of_rank}) == 1, "every rank must run equally many forward passes"
+        scored: Counter[tuple[int, int]] = Counter()
+        for batches in of_rank:
+            for batch in batches:
+                inputs, targets = batch.to(CPU)
+                assert inputs.shape == (batch_size, T)
+                kept = targets != IGNORE_INDEX
+                assert batch.scored_targets == kept.sum()
+                scored.update(zip(inputs[kept].tolist(), targets[kept].tolist(), strict=True))
+        text = numbered(tokens).tolist()
+        assert scored == Counter(zip(text[:-1], text[1:], strict=True))
+
+    def test_a_window_continues_where_the_one_before_ended(self, tmp_path: Path) -> None:
+        stream = validation_stream(tmp_path, 83)
+        rows = [row for batch in validation_batches(stream, T, 3, 0, 1) for row in batch.tokens.tolist()]
+        assert rows[0] == numbered(83)[0:6].tolist()
+        assert rows[1] == numbered(83)[5:11].tolist()
+        assert rows[16] == [*numbered(83)[80:83].tolist(), 0, 0, 0]
+
+    @pytest.mark.parametrize("world_size", [1, 2, 4])
+    def test_a_part_of_the_split_is_spread_over_all_of_it(self, tmp_path: Path, world_size: int) -> None:
+        stream = validation_stream(tmp_path, 501)  # 100 windows
+        starts = []
+        text = numbered(501).tolist()
+        for rank in range(world_size):
+            batches = list(validation_batches(stream, T, 2, rank, world_size, max_batches=4))
+            assert len(batches) == 4 // world_size
+            for batch in batches:
+                starts += [at for at in range(0, 500, T) for row in batch.tokens.tolist() if row == text[at : at + 6]]
+        assert sorted(starts) == [0, 60, 125, 185, 250, 310, 375, 435]  # every 12.5 windows
+
+    def test_more_batches_than_there_are_is_the_whole_split(self, tmp_path: Path) -> None:
+        stream = validation_stream(tmp_path, 53)
+        whole = [bytes_of(b) for b in validation_batches(stream, T, 2, 0, 1)]
+        assert [bytes_of(b) for b in validation_batches(stream, T, 2, 0, 1, max_batches=6)] == whole
+        assert [bytes_of(b) for b in validation_batches(stream, T, 2, 0, 1, max_batches=99)] == whole
+
+    def test_padding_is_inside_the_vocabulary(self, tmp_path: Path) -> None:
+        stream = validation_stream(tmp_path, 7)
+        (batch,) = validation_batches(stream, T, 4, 0, 1)
+        inputs, _ = batch.to(CPU)
+        assert inputs.min() >= 0
+        assert inputs.max() < VOCAB_SIZE

@@ -1,0 +1,66 @@
+"""What the device can do, measured."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.distributed import device as hardware
+from pipeline.distributed.device import (
+    compiler_works,
+    matmul_dtype,
+    measure_matmul_ceiling,
+    peak_memory_bytes,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("fp32", torch.float32), ("amp_bf16", torch.bfloat16), ("amp_fp16", torch.float16), ("bf16", torch.bfloat16)],
+)
+def test_dtype_of_matrix_products(precision: str, dtype: torch.dtype) -> None:
+    assert matmul_dtype(precision) is dtype
+
+
+def test_the_ceiling_is_what_a_large_product_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hardware._CEILING_SIZE, "cpu", 512)
+    ceiling = measure_matmul_ceiling(CPU, torch.float32)
+    a = torch.randn(512, 512)
+    durations_s = []
+    for _ in range(20):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        durations_s.append(time.perf_counter() - start)
+    fastest, slowest = 2 * 512**3 / min(durations_s), 2 * 512**3 / max(durations_s)
+    assert slowest / 10 < ceiling < fastest * 10
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_is_in_bytes() -> None:
+    status = Path("/proc/self/status").read_text()
+    (peak_kib,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+    assert peak_memory_bytes(CPU) == pytest.approx(int(peak_kib) * 1024, rel=0.05)
+
+
+def test_a_broken_compiler_is_reported_and_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(function: object) -> object:
+        raise RuntimeError("no C++ compiler\nfound")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert not compiler_works(CPU)
+    assert "no C++ compiler found" in caplog.text
+
+
+def test_a_working_compiler_is_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert compiler_works(CPU)
+    assert caplog.text == ""

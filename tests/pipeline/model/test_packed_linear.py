@@ -1,0 +1,114 @@
+"""A packed model computes what it did; only the layout of its weights is another."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from pipeline.generation.generate import generate
+from pipeline.model import packed_linear
+from pipeline.model.gpt2 import GPT2
+from pipeline.model.packed_linear import PackedLinear, can_pack, pack_linear_layers
+from pipeline.model.precision import replicated_compute
+from tests.pipeline.conftest import random_tokens, restless_model, tiny_model_config
+
+if not can_pack(torch.float32):
+    pytest.skip("this torch has no oneDNN", allow_module_level=True)
+
+needs_bf16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="oneDNN has no bf16 products for this CPU")
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)]
+
+
+@pytest.fixture
+def model() -> GPT2:
+    return restless_model(tiny_model_config()).eval()
+
+
+@pytest.fixture
+def packed_model(model: GPT2) -> GPT2:
+    """The same in fp32, beside the model."""
+    return packed_copy(model, torch.float32)
+
+
+def packed_copy(model: GPT2, dtype: torch.dtype) -> GPT2:
+    packed = copy.deepcopy(model)
+    pack_linear_layers(packed, dtype)
+    assert isinstance(packed.h[0].mlp.c_fc, PackedLinear)
+    return packed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(37,), (1, 37), (3, 1, 37), (4, 37), (2, 40, 37)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_it_is_the_product_of_the_layer(dtype: torch.dtype, shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(37, 50, bias=bias)
+    x = torch.randn(shape)
+    weight, rounded = linear.weight.to(dtype).double(), x.to(dtype).double()
+    exact = F.linear(rounded, weight, linear.bias.to(dtype).double() if bias else None)
+    with torch.no_grad():
+        found = PackedLinear(linear, dtype)(x)
+    assert found.dtype == dtype and found.shape == exact.shape
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    assert (found.double() - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+def test_the_model_writes_the_same(model: GPT2, packed_model: GPT2) -> None:
+    expected = list(generate(model, [3, 1, 4], 20, temperature=0))
+    assert list(generate(packed_model, [3, 1, 4], 20, temperature=0)) == expected
+
+
+@torch.no_grad()
+def test_losses_and_single_scores_are_the_same(model: GPT2, packed_model: GPT2) -> None:
+    tokens = random_tokens(2, 12)
+    targets, outputs = tokens.roll(-1, 1), torch.tensor([0, 5, 17])
+    torch.testing.assert_close(packed_model(tokens, targets), model(tokens, targets), rtol=1e-6, atol=0)
+    scored = (tokens, targets.flatten()[outputs], outputs)
+    torch.testing.assert_close(packed_model(*scored), model(*scored), rtol=1e-5, atol=1e-5)
+
+
+def test_the_weights_of_the_blocks_are_freed(model: GPT2) -> None:
+    in_block, embedding = weakref.ref(model.h[0].mlp.c_fc.weight), model.wte.weight
+    pack_linear_layers(model, torch.float32)
+    assert in_block() is None
+    model.assert_tied()
+    assert model.wte.weight is embedding
+    left = [name for name, _ in model.named_parameters() if ".ln_" not in name]
+    assert left == ["wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"]
+
+
+@pytest.mark.parametrize("precision", ["amp_bf16", "bf16"])
+@needs_bf16
+@torch.no_grad()
+def test_in_lower_precision_it_is_as_near_to_fp32(model: GPT2, precision: str) -> None:
+    tokens = random_tokens(2, 12)
+    exact = model(tokens)
+    usual = replicated_compute(model, precision, torch.device("cpu"))(tokens).float()
+    found = replicated_compute(packed_copy(model, torch.bfloat16), precision, torch.device("cpu"))(tokens)
+    assert found.dtype == torch.bfloat16
+    assert 0 < (found.float() - exact).abs().max() <= 1.5 * (usual - exact).abs().max()
+
+
+def test_where_there_are_no_such_products_the_model_stays(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not can_pack(torch.float16)
+    pack_linear_layers(model, torch.float16)
+    monkeypatch.setattr(packed_linear, "can_pack", lambda dtype: False)
+    pack_linear_layers(model, torch.float32)
+    assert_not_packed(model)
+
+
+def test_on_another_device_the_model_stays() -> None:
+    with torch.device("meta"):
+        model = GPT2(tiny_model_config())
+    pack_linear_layers(model, torch.float32)
+    assert_not_packed(model)
+
+
+def assert_not_packed(model: GPT2) -> None:
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert model.lm_head.packed_product is None

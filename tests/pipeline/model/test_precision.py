@@ -1,0 +1,130 @@
+"""Each precision computes in its dtypes, and gradients arrive in fp32 on fp32 parameters."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+
+from pipeline.model.gpt2 import GPT2
+from pipeline.model.precision import AutocastModel, Bf16ViewModel, replicated_compute
+from tests.pipeline.conftest import random_tokens, restless_model, tiny_model_config
+
+CPU = torch.device("cpu")
+TOKENS = random_tokens(2, 10)
+BATCH = TOKENS[:, :-1], TOKENS[:, 1:]
+PRODUCT_DTYPES = {
+    "fp32": torch.float32,
+    "amp_bf16": torch.bfloat16,
+    "amp_fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+@pytest.fixture
+def model() -> GPT2:
+    return restless_model(tiny_model_config())
+
+
+def product_dtypes(model: GPT2, compute: nn.Module) -> set[torch.dtype]:
+    """Of the results of all matrix products with weights."""
+    seen: set[torch.dtype] = set()
+
+    def record(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        seen.add(output.dtype)
+
+    hooks = [module.register_forward_hook(record) for module in model.modules() if isinstance(module, nn.Linear)]
+    assert len(hooks) == 2 * 4 + 1
+    compute(BATCH[0])
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize(("precision", "dtype"), PRODUCT_DTYPES.items())
+class TestEveryPrecision:
+    def test_dtype_of_products(self, model: GPT2, precision: str, dtype: torch.dtype) -> None:
+        assert product_dtypes(model, replicated_compute(model, precision, CPU)) == {dtype}
+
+    def test_no_wrapper_can_switch_it_off(self, model: GPT2, precision: str, dtype: torch.dtype) -> None:
+        with torch.autocast("cpu", enabled=False):
+            assert product_dtypes(model, replicated_compute(model, precision, CPU)) == {dtype}
+
+    def test_the_loss_is_fp32(self, model: GPT2, precision: str, dtype: torch.dtype) -> None:
+        compute = replicated_compute(model, precision, CPU)
+        assert compute(*BATCH).dtype == torch.float32
+        assert compute(BATCH[0]).dtype == dtype
+
+    def test_gradients_are_fp32_on_fp32_parameters(self, model: GPT2, precision: str, dtype: torch.dtype) -> None:
+        replicated_compute(model, precision, CPU)(*BATCH).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.dtype == torch.float32, name
+            assert parameter.grad is not None and parameter.grad.dtype == torch.float32, name
+        model.assert_tied()
+
+    def test_the_loss_is_near_that_of_fp32(self, model: GPT2, precision: str, dtype: torch.dtype) -> None:
+        expected = model(*BATCH).item()
+        tolerance = 1e-7 if precision == "fp32" else 0.02
+        assert replicated_compute(model, precision, CPU)(*BATCH).item() == pytest.approx(expected, rel=tolerance)
+
+    def test_parameters_keep_their_names(self, model: GPT2, precision: str, dtype: torch.dtype) -> None:
+        names = [name for name, _ in replicated_compute(model, precision, CPU).named_parameters()]
+        assert names == [f"model.{name}" for name, _ in model.named_parameters()]
+
+
+class TestBf16View:
+    def truly_bf16(self, model: GPT2) -> GPT2:
+        lowered = copy.deepcopy(model).to(torch.bfloat16)
+        lowered.assert_tied()
+        return lowered
+
+    def test_gradients_are_those_of_a_bf16_model(self, model: GPT2) -> None:
+        """Also of the tied weight, to which embedding and output layer both contribute."""
+        lowered = self.truly_bf16(model)
+        assert Bf16ViewModel(model)(*BATCH).item() == lowered(*BATCH).item()
+        Bf16ViewModel(model)(*BATCH).backward()
+        lowered(*BATCH).backward()
+        for name, parameter in model.named_parameters():
+            gradient = lowered.get_parameter(name).grad
+            assert gradient is not None and gradient.dtype == torch.bfloat16
+            assert torch.equal(parameter.grad, gradient.float()), name
+
+    @pytest.mark.parametrize("recompute", [True, 2])
+    def test_recomputed_blocks_compute_with_the_same_weights(self, model: GPT2, recompute: bool | int) -> None:
+        """The bf16 copies are gone from the modules when the backward pass comes; the blocks still use them."""
+        config = model.config.model_copy(update={"activation_checkpointing": recompute})
+        recomputing = GPT2(config)
+        recomputing.load_state_dict(model.state_dict())
+        for each in (model, recomputing):
+            each.zero_grad()
+            Bf16ViewModel(each)(*BATCH).backward()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.grad, recomputing.get_parameter(name).grad), name
+        assert all(isinstance(weight, nn.Parameter) for weight in recomputing.parameters())
+        assert dict(recomputing.named_parameters()).keys() == dict(model.named_parameters()).keys()
+
+    def test_micro_batches_accumulate_in_fp32(self, model: GPT2) -> None:
+        view = Bf16ViewModel(model)
+        alone = []
+        for seed in range(4):
+            tokens = random_tokens(2, 10, seed=seed)
+            model.zero_grad()
+            view(tokens[:, :-1], tokens[:, 1:]).backward()
+            alone.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        model.zero_grad()
+        for seed in range(4):
+            tokens = random_tokens(2, 10, seed=seed)
+            view(tokens[:, :-1], tokens[:, 1:]).backward()
+        for name, parameter in model.named_parameters():
+            expected = sum(gradients[name] for gradients in alone)
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-6, atol=1e-6)
+        rounded = model.wte.weight.grad.to(torch.bfloat16).float()
+        assert not torch.equal(rounded, model.wte.weight.grad), "the sum has digits that bf16 lacks"
+
+
+def test_autocast_does_not_leak(model: GPT2) -> None:
+    AutocastModel(model, "amp_bf16", CPU)(*BATCH)
+    assert not torch.is_autocast_enabled("cpu")

@@ -1,0 +1,162 @@
+"""One run folder has one writer; who dies lets go of it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.run_folder.layout import LOCK_FILE
+from pipeline.run_folder.lock import lock_run_folder
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+HOLD = """
+import sys
+from pathlib import Path
+from pipeline.run_folder.lock import lock_run_folder
+with lock_run_folder(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+#: Takes and leaves the lock again and again; a file made inside must not be there already.
+CONTEND = """
+import os, sys, time
+from pathlib import Path
+from pipeline.errors import ConfigError
+from pipeline.run_folder.lock import lock_run_folder
+folder, held = Path(sys.argv[1]), 0
+until = time.monotonic() + 60
+while held < 100 and time.monotonic() < until:
+    try:
+        with lock_run_folder(folder):
+            os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))
+            (folder / "inside").unlink()
+            held += 1
+    except ConfigError:
+        pass
+sys.exit(held != 100)
+"""
+
+
+def start(script: str, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@contextmanager
+def other_run(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the folder."""
+    with start(HOLD, folder) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def is_free(folder: Path) -> bool:
+    with lock_run_folder(folder):
+        return True
+
+
+def test_a_second_run_is_refused_and_told_by_whom(tmp_path: Path) -> None:
+    with other_run(tmp_path) as process:
+        for _ in range(2):
+            with pytest.raises(ConfigError) as caught, lock_run_folder(tmp_path):
+                pytest.fail("two runs hold the folder")
+            line = str(caught.value)
+            assert line.startswith(f"run.out_dir: {tmp_path} is in use by another run")
+            assert f"({socket.gethostname()}, pid {process.pid})" in line and "\n" not in line
+
+
+def test_within_one_process_too(tmp_path: Path) -> None:
+    with lock_run_folder(tmp_path):
+        with pytest.raises(ConfigError, match=f"pid {os.getpid()}"), lock_run_folder(tmp_path):
+            pass
+        assert (tmp_path / LOCK_FILE).exists()
+    assert is_free(tmp_path)
+
+
+def test_other_folders_are_free(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with other_run(tmp_path):
+        assert is_free(tmp_path / "other")
+
+
+def test_a_killed_run_lets_go(tmp_path: Path) -> None:
+    with other_run(tmp_path) as process:
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(30) == -signal.SIGKILL
+        assert (tmp_path / LOCK_FILE).exists()
+        assert is_free(tmp_path)
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_after_a_clean_end_the_file_is_gone(tmp_path: Path) -> None:
+    with other_run(tmp_path) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(30) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_after_an_error_the_file_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="training failed"), lock_run_folder(tmp_path):
+        raise RuntimeError("training failed")
+    assert list(tmp_path.iterdir()) == []
+
+
+GARBAGE = {
+    "nothing": b"",
+    "no JSON": b"{",
+    "no text": b"\xff\0",
+    "an object": b"{}",
+    "a list": b"[1]",
+    "a number": b"7",
+    "null": b"null",
+    "another host": b'{"host": "elsewhere", "pid": 1}',
+}
+
+
+@pytest.mark.parametrize("content", list(GARBAGE))
+def test_a_file_that_a_crash_left_is_overtaken(tmp_path: Path, content: str) -> None:
+    (tmp_path / LOCK_FILE).write_bytes(GARBAGE[content])
+    with lock_run_folder(tmp_path):
+        assert f'"pid": {os.getpid()}' in (tmp_path / LOCK_FILE).read_text()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [name if name in ("a list", "a number", "null") else name for name in GARBAGE if name != "another host"],
+)
+def test_a_holder_that_has_not_yet_said_who_it_is(tmp_path: Path, content: str) -> None:
+    """It has overtaken a file, and is about to write itself into it."""
+    path = tmp_path / LOCK_FILE
+    path.write_bytes(GARBAGE[content])
+    with path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=r"in use by another run \(unknown\)"), lock_run_folder(tmp_path):
+            pass
+
+
+def test_of_many_that_come_and_go_one_holds_it_at_a_time(tmp_path: Path) -> None:
+    processes = [start(CONTEND, tmp_path) for _ in range(3)]
+    for process in processes:
+        process.communicate(timeout=90)
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,160 @@
+"""A step whose loss or gradient is not finite changes nothing, in every backend; ranks of several processes apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.backends import Backend, create_backend
+from pipeline.data.batch_plan import plan_batch
+from pipeline.distributed.world import World, join_world
+from pipeline.model.gpt2 import build_model
+from tests.pipeline.conftest import random_tokens, tiny_config
+
+BACKENDS = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """One for all tests: DeepSpeed keeps the groups of the first that it meets."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("DS_ACCELERATOR", "cpu")):
+            environment.setenv(name, value)
+        with join_world(tiny_config().run) as joined:
+            yield joined
+
+
+def make_backend(name: str, precision: str, world: World) -> Backend:
+    if name.startswith("zero"):
+        section = {"name": "deepspeed", "deepspeed": {"zero_optimization": {"stage": int(name[-1])}}}
+    else:
+        section = {"name": name}
+    config = tiny_config(run={"precision": precision}, backend=section)
+    return create_backend(build_model(config.model, 1), config, world, plan_batch(config, 1))
+
+
+def contents(backend: Backend) -> dict[str, Tensor]:
+    """Weights and moments, as copies."""
+    return {
+        f"{fragment.name} {fragment.start} {kind}": getattr(fragment, kind).clone()
+        for fragment in backend.fragments()
+        for kind in ("weight", "exp_avg", "exp_avg_sq")
+    }
+
+
+def adam_steps(backend: Backend) -> set[float]:
+    """AdamW's own count; without a step there may be none yet."""
+    zero = getattr(backend, "state", None)
+    states = zero.adam_states() if zero else backend.optimizer.state.values()  # type: ignore[attr-defined]
+    return {float(state["step"]) for state in states} or {0.0}
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def train_step(backend: Backend, seed: int, loss_weights: tuple[float, ...] = (1 / 32, 1 / 32)) -> float:
+    """One step of some micro-batches; returns its gradient norm."""
+    for i, loss_weight in enumerate(loss_weights):
+        tokens = random_tokens(2, 9, seed=10 * seed + i)
+        is_last = i == len(loss_weights) - 1
+        backend.accumulate(tokens[:, :-1], tokens[:, 1:], loss_weight, is_last=is_last)
+    return float(backend.step(1e-2).grad_norm)
+
+
+def bad_weight(*loss_weights: float) -> Callable[[Backend], float]:
+    return lambda backend: train_step(backend, 77, loss_weights)
+
+
+def poisoned(value: float) -> Callable[[Backend], float]:
+    """A weight that is not finite during a step, and is put back after it."""
+
+    def step(backend: Backend) -> float:
+        elements = next(f.weight for f in backend.fragments() if f.name == "wpe.weight")
+        kept = elements[0].item()
+        elements[0] = value
+        norm = train_step(backend, 77)
+        elements[0] = kept
+        return norm
+
+    return step
+
+
+BAD_STEPS: dict[str, Callable[[Backend], float]] = {
+    "NaN": bad_weight(math.nan),
+    "infinite": bad_weight(math.inf),
+    "one of two": bad_weight(math.nan, 1 / 32),
+    "the other of two": bad_weight(1 / 32, -math.inf),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [(name, bad) for name in BACKENDS for bad in BAD_STEPS if name in ("ddp", "fsdp") or bad == "one of two"],
+)
+def test_the_next_good_step_is_as_if_the_bad_one_had_not_been(world: World, name: str, bad: str) -> None:
+    steady, disturbed = (make_backend(name, "fp32", world) for _ in range(2))
+    for seed in range(2):
+        before, steps = contents(disturbed), adam_steps(disturbed)
+        assert not math.isfinite(BAD_STEPS[bad](disturbed))
+        assert_same(contents(disturbed), before)
+        assert adam_steps(disturbed) == steps
+        norms = [train_step(backend, seed) for backend in (steady, disturbed)]
+        assert norms[0] == norms[1] > 0
+        assert_same(contents(disturbed), contents(steady))
+    assert adam_steps(disturbed) == adam_steps(steady) == {2.0}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_a_loss_that_is_not_finite_is_such_a_step(world: World, name: str, value: float) -> None:
+    steady, disturbed = (make_backend(name, "fp32", world) for _ in range(2))
+    for backend in (steady, disturbed):
+        train_step(backend, 0)
+    assert not math.isfinite(poisoned(value)(disturbed))
+    assert_same(contents(disturbed), contents(steady))
+    for backend in (steady, disturbed):
+        train_step(backend, 1)
+    assert_same(contents(disturbed), contents(steady))
+    assert adam_steps(disturbed) == {2.0}
+
+
+@pytest.mark.parametrize("precision", ["amp_bf16", "amp_fp16", "bf16"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_in_every_precision(world: World, name: str, precision: str) -> None:
+    """Where there is a loss scale it is halved, and nothing else changes."""
+    backend = make_backend(name, precision, world)
+    train_step(backend, 0)
+    before, scale = contents(backend), backend.loss_scaler.scale
+    for _ in range(2):
+        assert not math.isfinite(train_step(backend, 1, (math.nan,)))
+    assert_same(contents(backend), before)
+    assert adam_steps(backend) == {1.0}
+    assert backend.loss_scaler.scale == (scale / 4 if precision == "amp_fp16" else 1.0)
+    assert math.isfinite(train_step(backend, 2))
+    assert adam_steps(backend) == {2.0}
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_makes_every_gradient_so(loss: float) -> None:
+    """Else a rank without scored targets, or a loss that overflowed, would go unnoticed."""
+    weight = torch.ones(3, requires_grad=True)
+    (weight.sum() * 0.0 + torch.tensor(loss)).backward()
+    assert (weight.grad == 0.0).all(), "as plain backward has it"
+    weight.grad = None
+    Backend.weighted(weight.sum() + torch.tensor(loss), 0.5).backward()
+    assert weight.grad is not None and weight.grad.isnan().all()
+
+
+def test_a_finite_loss_is_weighted_exactly() -> None:
+    weight = torch.tensor([0.1, 3.0], requires_grad=True)
+    Backend.weighted((weight * weight).sum(), 1 / 3).backward()
+    plain = torch.tensor([0.1, 3.0], requires_grad=True)
+    ((plain * plain).sum() * (1 / 3)).backward()
+    assert weight.grad is not None and plain.grad is not None and torch.equal(weight.grad, plain.grad)

@@ -1,0 +1,356 @@
+"""A run starts where its user means it to, and never takes one history for another."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.backends.ddp import DdpBackend
+from pipeline.checkpoint import TrainingState, find_damage, list_checkpoints, save_checkpoint, step_of
+from pipeline.config.loading import dump_config
+from pipeline.config.schema import Config
+from pipeline.distributed.world import World
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.model.gpt2 import build_model
+from pipeline.training.resuming import choose_start, make_run_folder
+from tests.pipeline.conftest import tiny_config
+
+DATA = "ab" * 32
+MAX_STEPS = 100
+
+Save = Callable[..., Path]
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def config_of(run_folder: Path, resume: str | Path = "auto", **sections: dict[str, Any]) -> Config:
+    defaults: dict[str, dict[str, Any]] = {
+        "checkpoint": {"resume": str(resume)},
+        "schedule": {"warmup_steps": 1, "max_steps": MAX_STEPS},
+    }
+    return tiny_config(run_folder, **defaults, **sections)
+
+
+@pytest.fixture
+def save(run_folder: Path, world: World) -> Save:
+    """A checkpoint of a step, as a run that was started with ``resume`` writes it."""
+    config = config_of(run_folder)
+    backend = DdpBackend(build_model(config.model, 1), config, world)
+
+    def save_step(
+        step: int, resume: str | Path = "auto", *, folder: Path = run_folder, sha256: str | None = DATA
+    ) -> Path:
+        of_run = config_of(folder, resume)
+        state = TrainingState(step, step * 4, step * 48, step, 1.0, 0, of_run.run.seed, sha256)
+        return save_checkpoint(folder, state, dump_config(of_run), backend, world, keep_last=100)
+
+    return save_step
+
+
+def start(run_folder: Path, resume: str | Path = "auto", sha256: str = DATA, **sections: dict[str, Any]) -> Path | None:
+    return choose_start(config_of(run_folder, resume, **sections), sha256)
+
+
+def damage(folder: Path) -> None:
+    path = folder / "rank_00000_moments.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def names(run_folder: Path) -> list[str]:
+    return sorted(path.name for path in (run_folder / "checkpoints").iterdir())
+
+
+def expect_refused(message: str, run_folder: Path, resume: str | Path = "auto", **options: Any) -> None:
+    """In one line, and the checkpoints are as they were."""
+    before = names(run_folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        start(run_folder, resume, **options)
+    assert "\n" not in str(caught.value)
+    assert names(run_folder) == before
+
+
+class TestAuto:
+    def test_a_new_run_starts_from_scratch(self, run_folder: Path) -> None:
+        assert start(run_folder) is None
+        run_folder.mkdir()
+        assert start(run_folder) is None
+        assert list(run_folder.iterdir()) == []
+
+    def test_a_run_continues_its_newest(self, save: Save, run_folder: Path) -> None:
+        save(2)
+        newest = save(4)
+        assert start(run_folder) == newest
+        assert names(run_folder) == ["step_00000002", "step_00000004"]
+
+    def test_damaged_ones_are_passed_over_and_set_aside(
+        self, save: Save, run_folder: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        good = save(2)
+        for step in (4, 6):
+            damage(save(step))
+        with caplog.at_level(logging.WARNING):
+            assert start(run_folder) == good
+        assert names(run_folder) == ["step_00000002", "step_00000004.abandoned", "step_00000006.abandoned"]
+        assert "skipping a damaged checkpoint" in caplog.text
+
+    def test_an_older_damaged_one_stays(self, save: Save, run_folder: Path) -> None:
+        damage(save(2))
+        newest = save(4)
+        assert start(run_folder) == newest
+        assert names(run_folder) == ["step_00000002", "step_00000004"]
+
+    def test_all_damaged_is_a_start_from_scratch(self, save: Save, run_folder: Path) -> None:
+        """They are set aside, so that they are not taken for what the run writes next."""
+        for step in (2, 4):
+            damage(save(step))
+        assert start(run_folder) is None
+        assert names(run_folder) == ["step_00000002.abandoned", "step_00000004.abandoned"]
+        newest = save(1)
+        assert start(run_folder) == newest
+
+    def test_a_finished_run_is_left_alone(self, save: Save, run_folder: Path) -> None:
+        last = save(MAX_STEPS)
+        damage(save(MAX_STEPS + 50))
+        assert start(run_folder) == last
+        assert names(run_folder) == ["step_00000100", "step_00000150"]
+
+
+class TestNone:
+    def test_a_fresh_folder_starts_from_scratch(self, run_folder: Path) -> None:
+        assert start(run_folder, "none") is None
+
+    @pytest.mark.parametrize("harm", [False, True], ids=["good", "damaged"])
+    def test_a_used_folder_is_refused(self, save: Save, run_folder: Path, harm: bool) -> None:
+        folder = save(2)
+        if harm:
+            damage(folder)
+        expect_refused(f"{run_folder} already holds checkpoints of a run; .*--resume auto", run_folder, "none")
+
+    def test_a_launcher_that_starts_it_anew_continues_it(
+        self, save: Save, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
+        newest = [save(step, "none") for step in (2, 4)][-1]
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert start(run_folder, "none") == newest
+        damage(newest)
+        assert start(run_folder, "none") == newest.with_name("step_00000002")
+
+    def test_a_launcher_that_was_refused_does_not_continue_an_older_run(
+        self, save: Save, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "an older launch")
+        save(2, "none")
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
+        for restarts in ("0", "1", "2"):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+            expect_refused("already holds checkpoints", run_folder, "none")
+
+    def test_the_launchers_first_start_is_none(
+        self, save: Save, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save(2)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        expect_refused("already holds checkpoints", run_folder, "none")
+
+    def test_a_launcher_may_start_anew_before_the_first_checkpoint(
+        self, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+        assert start(run_folder, "none") is None
+
+
+@pytest.mark.parametrize("section", ["data", "model", "checkpoint"])
+@pytest.mark.parametrize("content", [None, [1], "text"], ids=repr)
+def test_a_stored_config_that_is_none_is_no_traceback(
+    save: Save, world: World, run_folder: Path, section: str, content: Any
+) -> None:
+    good = config_of(run_folder)
+    backend = DdpBackend(build_model(good.model, 1), good, world)
+    state = TrainingState(2, 8, 96, 2, None, 0, good.run.seed, DATA)
+    older = save_checkpoint(run_folder, state, {**dump_config(good), section: content}, backend, world, keep_last=2)
+    try:
+        assert start(run_folder, older) == older
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+
+
+class TestGoingBack:
+    def test_later_ones_are_set_aside_and_auto_does_not_prefer_them(self, save: Save, run_folder: Path) -> None:
+        older = [save(step) for step in (2, 4, 6)][0]
+        assert start(run_folder, older) == older
+        assert names(run_folder) == ["step_00000002", "step_00000004.abandoned", "step_00000006.abandoned"]
+        assert start(run_folder) == older
+        newer = save(3, older)
+        assert start(run_folder) == newer
+        assert names(run_folder)[-2:] == ["step_00000004.abandoned", "step_00000006.abandoned"]
+
+    def test_the_same_command_continues_what_it_has_written(self, save: Save, run_folder: Path) -> None:
+        older = [save(step) for step in (2, 4)][0]
+        assert start(run_folder, older) == older
+        assert start(run_folder, older) == older, "it crashed before it had saved"
+        newer = [save(step, older) for step in (3, 5)][-1]
+        assert start(run_folder, older) == newer
+        damage(newer)
+        assert start(run_folder, older) == newer.with_name("step_00000003")
+
+    def test_a_damaged_one_cannot_be_named(self, save: Save, run_folder: Path) -> None:
+        older = save(2)
+        save(4)
+        damage(older)
+        expect_refused("rank_00000_moments.safetensors: .*give another checkpoint", run_folder, older)
+
+    def test_one_set_aside_can_be_named(self, save: Save, run_folder: Path) -> None:
+        older = [save(step) for step in (2, 4)][0]
+        assert start(run_folder, older) == older
+        abandoned = older.with_name("step_00000004.abandoned")
+        assert start(run_folder, abandoned) == abandoned
+        assert find_damage(abandoned) is None
+
+    def test_from_one_set_aside_the_same_step_of_the_other_branch_is_not_preferred(
+        self, save: Save, run_folder: Path
+    ) -> None:
+        older = [save(step) for step in (2, 4)][0]
+        assert start(run_folder, older) == older
+        save(4, older)
+        abandoned = older.with_name("step_00000004.abandoned")
+        assert start(run_folder, abandoned) == abandoned
+        assert older.with_name("step_00000004") not in list_checkpoints(run_folder)
+        assert find_damage(abandoned) is None, "it is what the run goes on from"
+        newer = save(5, abandoned)
+        assert start(run_folder, abandoned) == start(run_folder) == newer
+
+    def test_the_run_folder_itself_is_its_newest(self, save: Save, run_folder: Path) -> None:
+        newest = [save(step) for step in (2, 4)][-1]
+        assert start(run_folder, run_folder) == newest
+
+    def test_a_step_after_the_end_sets_nothing_aside(self, save: Save, run_folder: Path) -> None:
+        finished = save(MAX_STEPS)
+        save(MAX_STEPS + 10)
+        assert start(run_folder, finished) == finished
+        assert names(run_folder) == ["step_00000100", "step_00000110"]
+
+
+class TestAnotherRun:
+    @pytest.fixture
+    def other(self, save: Save, tmp_path: Path) -> Path:
+        return [save(step, folder=tmp_path / "other") for step in (6, 8)][0]
+
+    def test_a_new_run_begins_from_it_and_leaves_it_alone(self, other: Path, run_folder: Path) -> None:
+        assert start(run_folder, other) == other
+        assert start(run_folder, other.parent.parent) == other.with_name("step_00000008")
+        assert names(other.parent.parent) == ["step_00000006", "step_00000008"]
+
+    def test_the_same_command_continues_what_it_has_written(self, save: Save, other: Path, run_folder: Path) -> None:
+        assert start(run_folder, other) == other
+        own = [save(step, other) for step in (7, 9)][-1]
+        assert start(run_folder, other) == own
+        assert start(run_folder, "auto") == own
+        assert names(run_folder) == ["step_00000007", "step_00000009"]
+
+    def test_a_folder_that_holds_a_run_is_refused(self, save: Save, other: Path, run_folder: Path) -> None:
+        save(2)
+        expect_refused(f"{run_folder} already holds checkpoints of another run than {other};", run_folder, other)
+
+    def test_a_branch_of_a_third_one_is_refused_too(
+        self, save: Save, other: Path, run_folder: Path, tmp_path: Path
+    ) -> None:
+        save(7, other)
+        third = save(3, folder=tmp_path / "third")
+        expect_refused("already holds checkpoints of another run", run_folder, third)
+
+    def test_what_is_no_checkpoint_is_refused(self, save: Save, run_folder: Path, tmp_path: Path) -> None:
+        save(2)
+        expect_refused("nowhere: no checkpoint here", run_folder, tmp_path / "nowhere")
+
+
+class TestOrderOfTheData:
+    @pytest.mark.parametrize("named", [False, True], ids=["auto", "path"])
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"run": {"seed": 7}}, "run.seed 1337, now it is 7: .* set run.seed to 1337"),
+            ({"data": {"seq_len": 6}}, "data.seq_len 12, now it is 6: .* set data.seq_len to 12"),
+            ({"sha256": "cd" * 32}, "was trained on other data than .*set data.path"),
+            (
+                {"sha256": "cd" * 32, "data": {"mixture": [{"path": "a", "weight": 1}]}},
+                "other data than data.mixture is now .* set data.mixture to the data it was trained on",
+            ),
+            (
+                {"model": {"reset_positions_at": 88}},
+                "reset_positions_at null, now it is 88: .*set model.reset_positions_at to null",
+            ),
+        ],
+        ids=["seed", "sample length", "data", "mixture", "positions"],
+    )
+    def test_another_one_is_refused(
+        self, save: Save, run_folder: Path, change: dict[str, Any], message: str, named: bool
+    ) -> None:
+        older = [save(step) for step in (2, 4)][0]
+        expect_refused(message, run_folder, older if named else "auto", **change)
+
+    def test_the_sample_length_may_be_said_in_another_way(self, save: Save, run_folder: Path) -> None:
+        """12 is the model's context length."""
+        newest = save(2)
+        assert start(run_folder, data={"seq_len": 12}) == newest
+
+    def test_before_the_first_sample_all_may_change(self, save: Save, run_folder: Path) -> None:
+        newest = save(0)
+        assert start(run_folder, sha256="cd" * 32, run={"seed": 7}, data={"seq_len": 6}) == newest
+
+    def test_a_checkpoint_that_knows_no_data_is_continued(self, save: Save, run_folder: Path) -> None:
+        newest = save(2, sha256=None)
+        assert start(run_folder) == newest
+
+    def test_batch_backend_and_learning_rate_may_change(self, save: Save, run_folder: Path) -> None:
+        newest = save(2)
+        changes: dict[str, dict[str, Any]] = {
+            "batch": {"tokens_per_step": 96},
+            "backend": {"name": "fsdp"},
+            "optimizer": {"learning_rate": 1e-5},
+        }
+        assert start(run_folder, **changes) == newest
+
+
+class TestLeftovers:
+    @pytest.mark.parametrize("resume", ["auto", "none"])
+    def test_leftovers_of_crashed_saves_are_removed(self, run_folder: Path, resume: str) -> None:
+        leftover = run_folder / "checkpoints" / ".step_00000003.partial"
+        leftover.mkdir(parents=True)
+        (leftover / "state.json").write_text("{")
+        assert start(run_folder, resume) is None
+        assert names(run_folder) == []
+
+    def test_beside_good_checkpoints(self, save: Save, run_folder: Path) -> None:
+        newest = save(2)
+        (newest.parent / ".step_00000004.partial").mkdir()
+        assert start(run_folder) == newest
+        assert [step_of(folder) for folder in list_checkpoints(run_folder)] == [2]
+        assert names(run_folder) == ["step_00000002"]
+
+    def test_what_cannot_be_removed_is_one_line(self, save: Save, run_folder: Path) -> None:
+        leftover = save(2).parent / ".step_00000004.partial"
+        leftover.write_text("a file where a folder should be")
+        expect_refused(f"{run_folder}: cannot be prepared .*{leftover.name}", run_folder)
+
+
+class TestRunFolder:
+    def test_it_is_made(self, tmp_path: Path) -> None:
+        for _ in range(2):
+            make_run_folder(tmp_path / "new" / "run")
+        assert (tmp_path / "new" / "run").is_dir()
+
+    def test_a_place_where_none_can_be_is_one_line(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("x")
+        for place in (tmp_path / "file", tmp_path / "file" / "run"):
+            with pytest.raises(ConfigError) as caught:
+                make_run_folder(place)
+            assert str(caught.value).startswith(f"run.out_dir: cannot make {place} (")
+            assert "\n" not in str(caught.value)

@@ -1,0 +1,79 @@
+"""What a run writes down says how long it has taken, over all its starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.config.schema import Config
+from pipeline.run_folder.metrics import read_metrics
+from pipeline.training import run_record
+from pipeline.training.run_record import RunRecord
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(run_record, "time", SimpleNamespace(perf_counter=clock.perf_counter))
+    return clock
+
+
+def open_record(folder: Path, resumed_step: int) -> RunRecord:
+    config = Config.model_validate({"run": {"out_dir": str(folder)}, "logging": {"tensorboard": False}})
+    return RunRecord(config, is_main=True, resumed_step=resumed_step)
+
+
+def log_steps(record: RunRecord, clock: Clock, steps: range, seconds: float) -> None:
+    for step in steps:
+        clock.now += seconds
+        record.write({"step": step, "loss": 1.0}, console=False)
+
+
+def elapsed(folder: Path) -> dict[int, float]:
+    return {row["step"]: row["elapsed_s"] for row in read_metrics(folder)}
+
+
+def test_time_goes_on_where_the_run_goes_on(tmp_path: Path, clock: Clock) -> None:
+    """Ten seconds a step; steps 4 and 5 are lost to a crash but took their time; the night between does not count."""
+    first = open_record(tmp_path, resumed_step=0)
+    log_steps(first, clock, range(1, 6), 10.0)
+    first.close({})
+    clock.now += 8 * 3600
+    second = open_record(tmp_path, resumed_step=3)
+    log_steps(second, clock, range(4, 7), 10.0)
+    second.close({})
+    assert elapsed(tmp_path) == {1: 10.0, 2: 20.0, 3: 30.0, 4: 60.0, 5: 70.0, 6: 80.0}
+
+
+def test_a_run_from_scratch_begins_at_nought(tmp_path: Path, clock: Clock) -> None:
+    for _ in range(2):
+        record = open_record(tmp_path, resumed_step=0)
+        log_steps(record, clock, range(1, 3), 10.0)
+        record.close({})
+    assert elapsed(tmp_path) == {1: 10.0, 2: 20.0}
+
+
+def test_rows_of_a_run_without_the_key(tmp_path: Path, clock: Clock) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    record = open_record(tmp_path, resumed_step=1)
+    log_steps(record, clock, range(2, 3), 10.0)
+    record.close({})
+    assert read_metrics(tmp_path)[1]["elapsed_s"] == 10.0
+
+
+def test_each_start_says_what_it_computes_on(tmp_path: Path, clock: Clock) -> None:
+    record = open_record(tmp_path, resumed_step=0)
+    record.write_start(0, backend="DDP", world_size=2)
+    record.close({})
+    assert read_metrics(tmp_path)[0]["started"] == {"backend": "DDP", "world_size": 2}

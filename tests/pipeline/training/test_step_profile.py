@@ -1,0 +1,42 @@
+"""A profile has the steps that were asked for, and nothing happens where none was."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.training.step_profile import PROFILE_FOLDER, SETTLING_STEPS, TABLE_FILE, TRACE_FILE, StepProfile
+
+CPU = torch.device("cpu")
+
+
+def train(profile: StepProfile, steps: int) -> None:
+    a = torch.ones(8, 8)
+    with profile.recording():
+        for _ in range(steps):
+            torch.mm(a, a)
+            profile.count_step()
+
+
+def test_trace_and_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "pipeline"):
+        train(StepProfile(tmp_path, CPU, steps=2), SETTLING_STEPS + 4)
+    trace = json.loads((tmp_path / PROFILE_FOLDER / TRACE_FILE).read_text())
+    assert sum(event.get("name") == "aten::mm" for event in trace["traceEvents"]) == 2
+    assert "aten::mm" in (tmp_path / PROFILE_FOLDER / TABLE_FILE).read_text()
+    assert "aten::mm" in caplog.text
+
+
+def test_a_run_that_ends_before_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(StepProfile(tmp_path, CPU, steps=2), SETTLING_STEPS - 1)
+    assert "no profile" in caplog.text
+    assert not (tmp_path / PROFILE_FOLDER).exists()
+
+
+def test_without_being_asked_nothing_is_traced(tmp_path: Path) -> None:
+    train(StepProfile(tmp_path, CPU, steps=0), SETTLING_STEPS + 4)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,90 @@
+"""Rates count training time only, since the last reading only."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.training import throughput
+from pipeline.training.throughput import ThroughputMeter
+
+
+class Clock:
+    """A clock that a test moves by hand; it starts far from zero, as real ones do."""
+
+    def __init__(self) -> None:
+        self.now_s = 12345.0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(throughput, "time", clock)
+    return clock
+
+
+def train(meter: ThroughputMeter, clock: Clock, steps: int, step_s: float) -> None:
+    for _ in range(steps):
+        clock.now_s += step_s
+        meter.count_step()
+
+
+def test_rates(clock: Clock) -> None:
+    meter = ThroughputMeter(tokens_per_step=1000, flops_per_token=6_000, ceiling_flops=1e8)
+    train(meter, clock, steps=4, step_s=0.5)
+    rates = {"tokens_per_s": 2000.0, "step_ms": 500.0, "mfu": 0.12, "data_wait_share": 0.0}
+    assert meter.read() == pytest.approx(rates)
+
+
+def test_each_reading_stands_for_itself(clock: Clock) -> None:
+    meter = ThroughputMeter(1000, 1, 1.0)
+    train(meter, clock, steps=10, step_s=5.0)
+    meter.read()
+    train(meter, clock, steps=2, step_s=0.25)
+    assert meter.read()["tokens_per_s"] == pytest.approx(4000.0)
+
+
+def test_what_came_before_the_first_step_does_not_count(clock: Clock) -> None:
+    meter = ThroughputMeter(1000, 1, 1.0)
+    clock.now_s += 100.0
+    meter.restart()
+    train(meter, clock, steps=1, step_s=2.0)
+    assert meter.read()["step_ms"] == pytest.approx(2000.0)
+
+
+def test_validation_and_checkpoints_do_not_count(clock: Clock) -> None:
+    meter = ThroughputMeter(1000, 1, 1.0)
+    train(meter, clock, steps=1, step_s=1.0)
+    with meter.paused():
+        clock.now_s += 100.0
+    train(meter, clock, steps=1, step_s=1.0)
+    assert meter.read()["step_ms"] == pytest.approx(1000.0)
+
+
+def test_the_clock_runs_again_after_a_pause_that_failed(clock: Clock) -> None:
+    meter = ThroughputMeter(1000, 1, 1.0)
+    with pytest.raises(OSError), meter.paused():
+        clock.now_s += 100.0
+        raise OSError
+    train(meter, clock, steps=1, step_s=2.0)
+    assert meter.read()["step_ms"] == pytest.approx(2000.0)
+
+
+def test_the_share_of_waiting_for_data(clock: Clock) -> None:
+    meter = ThroughputMeter(1000, 1, 1.0)
+    for _ in range(4):
+        with meter.waiting_for_data():
+            clock.now_s += 0.1
+        train(meter, clock, steps=1, step_s=0.3)
+    with meter.paused():
+        clock.now_s += 100.0
+    assert meter.read()["data_wait_share"] == pytest.approx(0.25)
+    train(meter, clock, steps=1, step_s=1.0)
+    assert meter.read()["data_wait_share"] == 0.0
+    with meter.waiting_for_data():
+        clock.now_s += 100.0
+    meter.restart()
+    train(meter, clock, steps=1, step_s=1.0)
+    assert meter.read()["data_wait_share"] == 0.0

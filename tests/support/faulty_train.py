@@ -1,0 +1,48 @@
+"""``launch/train.py`` with a fault in one micro-batch: its loss is multiplied on the rank that has it.
+
+Environment: FAULTY_SAMPLES, global indices ("12" or "12,13"), and FAULT, the factor ("nan", "inf", "50").
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from launch.cli import run_command
+from launch.train import main
+from pipeline.data.loader import MicroBatch
+from pipeline.model.gpt2 import GPT2
+
+FAULTY_SAMPLES = {int(sample) for sample in os.environ["FAULTY_SAMPLES"].split(",")}
+FAULT = float(os.environ["FAULT"])
+
+current: list[MicroBatch] = []
+
+
+def remember_micro_batch() -> None:
+    """The model sees tokens and no sample numbers."""
+    plain_to = MicroBatch.to
+
+    def to(self: MicroBatch, *arguments: Any) -> Any:
+        current[:] = [self]
+        return plain_to(self, *arguments)
+
+    MicroBatch.to = to  # type: ignore[method-assign, assignment]
+
+
+def break_the_loss() -> None:
+    """In training only: validation batches all begin at sample 0."""
+    plain_forward = GPT2.forward
+
+    def forward(self: GPT2, *arguments: Any) -> Any:
+        loss = plain_forward(self, *arguments)
+        faulty = self.training and current and current[0].first_sample in FAULTY_SAMPLES
+        return loss * FAULT if faulty else loss
+
+    GPT2.forward = forward  # type: ignore[method-assign, assignment]
+
+
+if __name__ == "__main__":
+    remember_micro_batch()
+    break_the_loss()
+    run_command(main)

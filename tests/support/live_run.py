@@ -1,0 +1,154 @@
+"""A training run in the background, to be watched, signalled and killed. Used by benchmarks and tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from tests.support.runs import (
+    REPOSITORY,
+    TRAIN,
+    Sections,
+    child_environment,
+    last_logged_step,
+    ranks_command,
+    train_arguments,
+)
+
+POLL_S = 0.02
+HELD_TRAIN = REPOSITORY / "tests" / "support" / "held_train.py"
+
+
+class LiveRun:
+    """A run of ``launch/train.py`` in a process group of its own; its output goes to a file.
+
+    Use as a context manager: nothing of the run is left afterwards.
+
+    Args:
+        launcher: further options of torchrun; given, a single process runs under it too.
+        environment: variables beside the caller's.
+        command: a launcher in place of python and torchrun, without the script.
+        name: tells the output of several launchers of one run apart.
+        hold_after: every rank waits after this step, until a signal asks it to stop or ``release`` is called.
+    """
+
+    def __init__(
+        self,
+        config: str,
+        run_folder: Path,
+        sections: Sections,
+        processes: int = 1,
+        script: Path = TRAIN,
+        launcher: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+        command: Sequence[str] | None = None,
+        name: str = "output",
+        hold_after: int | None = None,
+    ) -> None:
+        self.run_folder = run_folder
+        self.script = script if hold_after is None else HELD_TRAIN
+        self.output_path = run_folder.with_name(f"{run_folder.name}.{name}")
+        self.hold_path = run_folder.with_name(f"{run_folder.name}.hold")
+        holding = {}
+        if hold_after is not None:
+            self.hold_path.touch()
+            holding = {"HOLD_AFTER": str(hold_after), "HOLD_FILE": str(self.hold_path)}
+        arguments = train_arguments(config, run_folder, sections)
+        with self.output_path.open("w") as output:
+            self.process = subprocess.Popen(
+                [*command, str(self.script), *arguments]
+                if command
+                else ranks_command(processes, self.script, arguments, launcher),
+                cwd=REPOSITORY,
+                env={**child_environment(), **holding, **(environment or {})},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> LiveRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def output(self) -> str:
+        """What all processes have printed so far."""
+        return self.output_path.read_text(errors="replace")
+
+    def last_step(self) -> int:
+        """The last training step that the run has logged; 0: none."""
+        return last_logged_step(self.run_folder)
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
+        """Poll until the condition holds.
+
+        Raises:
+            RuntimeError: the run ended before, or time is up; with its output.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"waited in vain (status {self.process.returncode}):\n{self.output}")
+            time.sleep(POLL_S)
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until a training step is logged."""
+        self.wait_until(lambda: self.last_step() >= step)
+
+    def release(self) -> None:
+        """Let a held run go on, also after a restart by its launcher."""
+        self.hold_path.unlink()
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The training processes by rank."""
+        found = {}
+        try:
+            processes = [psutil.Process(self.process.pid)]
+            processes += processes[0].children(recursive=True)
+        except psutil.NoSuchProcess:
+            return {}
+        for process in processes:
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if str(self.script) in process.cmdline()[1:3]:  # launchers may put -u before the script
+                    found[int(process.environ().get("RANK", "0"))] = process
+        return found
+
+    def wait_until_gone(self, ranks: dict[int, psutil.Process], timeout_s: float = 60) -> None:
+        """Wait for processes to end, launched ones or not.
+
+        Raises:
+            RuntimeError: one does not end in time; with the run's output.
+        """
+        _, alive = psutil.wait_procs(ranks.values(), timeout_s)
+        if alive:
+            raise RuntimeError(f"{alive} still there after {timeout_s} s:\n{self.output}")
+
+    def wait(self, timeout_s: float = 120) -> int:
+        """The exit status of the launcher.
+
+        Raises:
+            RuntimeError: it does not end in time; with its output.
+        """
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"still running after {timeout_s} s:\n{self.output}") from None
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the run, ranks in sessions of their own included."""
+        victims = list(self.ranks().values())
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for victim in victims:
+            with suppress(psutil.NoSuchProcess):
+                victim.kill()
+        self.process.wait()

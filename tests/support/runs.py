@@ -1,0 +1,214 @@
+"""Real runs of ``launch/train.py`` in processes of their own, and their curves. Used by benchmarks and tests."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.corpus.request import TokenizeRequest
+from data_tools.corpus.run import tokenize_corpus
+from data_tools.shards import (
+    MANIFEST_NAME,
+    TRAIN_SPLIT,
+    VAL_SPLIT,
+    Manifest,
+    ShardWriter,
+    SourceRecord,
+    TokenizerRecord,
+    load_manifest,
+    open_split,
+)
+from data_tools.storage.files import write_json_durably
+from pipeline.run_folder.metrics import read_metrics
+from tests.support.rank_server import RankServer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGS = REPOSITORY / "ds_configs"
+TRAIN = REPOSITORY / "launch" / "train.py"
+
+#: The six backends whose curves must agree, by the name of their config.
+BACKENDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
+
+#: Overrides of a config: section -> key -> value.
+Sections = dict[str, dict[str, Any]]
+
+#: A model that trains a step in a fraction of a second on one core, with clipping active.
+TINY_RUN: Sections = {
+    "run": {"precision": "fp32", "device": "cpu"},
+    "model": {"preset": "gpt2-tiny", "n_layer": 2, "n_head": 3, "n_embd": 51, "context_length": 48},
+    "batch": {"tokens_per_step": 384, "micro_batch_size": 2},
+    "optimizer": {"learning_rate": 1e-3, "grad_clip": 0.5},
+    "schedule": {"warmup_steps": 5, "max_steps": 20},
+    "checkpoint": {"every_steps": 1000},
+    "evaluation": {"every_steps": 1000, "max_batches": 4},
+    "logging": {"every_steps": 1, "tensorboard": False},
+}
+
+#: One token a byte, and END_OF_TEXT.
+BYTE_VOCAB_SIZE = 257
+
+#: The same with data of ``make_byte_corpus``: its output layer costs next to nothing.
+TINY_BYTE_RUN: Sections = {**TINY_RUN, "model": {**TINY_RUN["model"], "vocab_size": BYTE_VOCAB_SIZE}}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run logged, step by step."""
+
+    losses: list[float]
+    grad_norms: list[float]
+
+    def after(self, step: int) -> Curve:
+        """The steps after the first ``step`` of a curve from scratch."""
+        return Curve(self.losses[step:], self.grad_norms[step:])
+
+    def largest_loss_difference(self, other: Curve) -> float:
+        """The largest |difference| in loss over all steps, in nats."""
+        return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
+
+    def largest_grad_norm_difference(self, other: Curve) -> float:
+        """The largest difference in gradient norm over all steps, relative to ``other``."""
+        return max(abs(a - b) / b for a, b in zip(self.grad_norms, other.grad_norms, strict=True))
+
+
+def make_corpus(folder: Path, documents: int = 60) -> Path:
+    """Real text: the first sources of the embedded corpus as token shards."""
+    tokenize_corpus(
+        TokenizeRequest(source="python-stdlib", out=folder, limit_documents=documents, val_fraction=0.05, workers=1)
+    )
+    return folder
+
+
+def make_byte_corpus(folder: Path, documents: int = 60) -> Path:
+    """The same text in a vocabulary of bytes, for runs of many short steps: see ``TINY_BYTE_RUN``."""
+    folder.mkdir(parents=True)
+    texts = [path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:documents]]
+    records = []
+    for split, chosen in ((TRAIN_SPLIT, texts[1:]), (VAL_SPLIT, texts[:1])):
+        writer = ShardWriter(folder, f"{split}_000000.npy", split)
+        for text in chosen:
+            tokens = np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
+            writer.append(
+                np.concatenate([[BYTE_VOCAB_SIZE - 1], tokens]).astype(np.uint16), documents=1, utf8_bytes=len(text)
+            )
+        records.append(writer.close())
+    manifest = Manifest(
+        tokenizer=TokenizerRecord("bytes", BYTE_VOCAB_SIZE, BYTE_VOCAB_SIZE - 1, "0" * 64),
+        source=SourceRecord("python-stdlib", {}),
+        settings={},
+        shards=tuple(records),
+    )
+    write_json_durably(folder / MANIFEST_NAME, manifest.to_json())
+    return folder
+
+
+def copy_with_masks(data: Path, folder: Path, longest_run: int = 100) -> Path:
+    """A copy of a data set in which prompts and answers take turns, of 1 to ``longest_run`` tokens; answers are scored.
+
+    Windows shorter than a run hold anything from no scored target to all.
+    """
+    folder.mkdir(parents=True)
+    manifest = load_manifest(data)
+    records = []
+    for split in manifest.splits():
+        stream = open_split(data, split)
+        ends = np.random.default_rng(0).integers(1, longest_run, stream.tokens, endpoint=True).cumsum()
+        scored = np.searchsorted(ends, np.arange(stream.tokens), side="right") % 2 == 1
+        writer = ShardWriter(folder, f"{split}_000000.npy", split)
+        writer.append(
+            stream.read(0, stream.tokens), documents=stream.documents, utf8_bytes=stream.utf8_bytes, scored=scored
+        )
+        records.append(writer.close())
+    write_json_durably(folder / MANIFEST_NAME, replace(manifest, shards=tuple(records)).to_json())
+    return folder
+
+
+def ranks_command(processes: int, script: Path, arguments: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
+    """A script with one process, or under torchrun with more; ``launcher`` are torchrun's further options."""
+    command = [sys.executable]
+    if processes > 1 or launcher:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher]
+    return [*command, str(script), *arguments]
+
+
+def run_ranks(
+    processes: int, script: Path, arguments: Sequence[str], timeout_s: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end, one thread a process; the ranks of one run are real processes, forked."""
+    environment = child_environment()
+    with tempfile.TemporaryDirectory() as outputs:
+        folder = Path(outputs)
+        status = _rank_server().run(processes, script, arguments, environment, folder, timeout_s)
+        stdout, stderr = ((folder / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+        return subprocess.CompletedProcess([str(script), *arguments], status, stdout, stderr)
+
+
+@functools.cache
+def _rank_server() -> RankServer:
+    return RankServer(REPOSITORY, child_environment())
+
+
+def child_environment() -> dict[str, str]:
+    """What the caller has; this checkout, one thread, and no warnings of libraries on top."""
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def overrides(sections: Sections) -> list[str]:
+    """``{"run": {"seed": 1}}`` as ``["run.seed=1"]``."""
+    return [f"{section}.{key}={json.dumps(value)}" for section, keys in sections.items() for key, value in keys.items()]
+
+
+def train_arguments(config: str, run_folder: Path, sections: Sections) -> list[str]:
+    """``ds_configs/<config>.json`` with overrides, as a person would give them to ``launch/train.py``."""
+    sets = [*overrides(sections), f"run.out_dir={run_folder}"]
+    return ["--config", str(CONFIGS / f"{config}.json"), "--set", *sets]
+
+
+def train_run(
+    config: str, run_folder: Path, sections: Sections, processes: int = 1, script: Path = TRAIN
+) -> subprocess.CompletedProcess[str]:
+    """Train to the end."""
+    return run_ranks(processes, script, train_arguments(config, run_folder, sections))
+
+
+def curve_of(config: str, run_folder: Path, sections: Sections, processes: int = 1, script: Path = TRAIN) -> Curve:
+    """Train, and read the curve from ``metrics.jsonl``.
+
+    Raises:
+        RuntimeError: the run failed; with its output.
+    """
+    result = train_run(config, run_folder, sections, processes, script)
+    if result.returncode:
+        raise RuntimeError(f"{config} with {processes} processes failed:\n{result.stdout}\n{result.stderr}")
+    return read_curve(run_folder)
+
+
+def read_curve(run_folder: Path) -> Curve:
+    """The training rows of a run folder."""
+    rows = [row for row in read_metrics(run_folder) if "loss" in row]
+    return Curve([row["loss"] for row in rows], [row["grad_norm"] for row in rows])
+
+
+def last_logged_step(run_folder: Path) -> int:
+    """The last training step in ``metrics.jsonl``; 0: none."""
+    return max((row["step"] for row in read_metrics(run_folder) if "loss" in row), default=0)
+
+
+def merged(*layers: Sections) -> Sections:
+    """Sections of later layers over those of earlier ones, key by key."""
+    result: Sections = {}
+    for layer in layers:
+        for section, keys in layer.items():
+            result[section] = {**result.get(section, {}), **keys}
+    return result
