@@ -14,11 +14,11 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.distributed.device import GIB
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.live_run import LiveRun
 from tests.support.runs import Sections, make_corpus, merged
 
-GIB = 1 << 30
 STEPS, SAVED_AT = 6, 2
 SIDES = (("ddp", 1), ("fsdp", 2), ("zero2", 2), ("zero3", 2), ("ddp", 2))
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from data_tools.tokenizer import load_tokenizer
 from pipeline.checkpoint.loading import load_model
 from pipeline.config.schema import ModelConfig, Precision
+from pipeline.distributed.cpu import keep_freed_memory
 from pipeline.distributed.device import matmul_dtype
-from pipeline.distributed.host_memory import keep_freed_memory
 from pipeline.distributed.world import World
 from pipeline.evaluation.catalogue import NAMED_TASKS
 from pipeline.evaluation.choices import ChoiceTask

@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.train_command import PeerCommand
 from benchmarks.train_setting import Measured, Setting
+from pipeline.distributed.device import GIB
 from pipeline.model.gpt2 import flops_per_token, parameter_count
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.runs import REPOSITORY, TRAIN, make_corpus, ranks_command, train_arguments
@@ -164,7 +165,7 @@ def table(contenders: Sequence[Contender], found: dict[str, Measured], setting: 
     for contender in contenders:
         measured = found[contender.name]
         low, median, high = statistics.quantiles(measured.step_ms, n=4, method="inclusive")
-        peak = "not known" if measured.peak_bytes is None else f"{measured.peak_bytes / (1 << 30):.2f} GiB"
+        peak = "not known" if measured.peak_bytes is None else f"{measured.peak_bytes / GIB:.2f} GiB"
         cells = [
             contender.name,
             f"{rate(median):,.0f}",

@@ -26,14 +26,12 @@ from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import open_parts
 from pipeline.data.loader import TrainLoader
-from pipeline.distributed.cores import take_share_of_cores
-from pipeline.distributed.device import peak_memory_bytes
+from pipeline.distributed.cpu import bind_to_cores
+from pipeline.distributed.device import GIB, peak_memory_bytes
 from pipeline.distributed.world import World, join_world
 from pipeline.model.gpt2 import build_model
 from pipeline.model.precision import autocast
 from pipeline.training.schedule import lr_at
-
-GIB = 1 << 30
 
 
 class RowClock:
@@ -196,7 +194,7 @@ def main() -> None:
     needs_group = setting.processes > 1 or arguments.kind == "trainer"  # a variable of ours makes Trainer look for one
     with join_world(config.run, process_group=needs_group) as world:
         if world.device.type == "cpu":
-            take_share_of_cores(world)
+            bind_to_cores(world)
         clock = RowClock(setting, world, arguments.rows if world.is_main else None)
         if arguments.kind == "loop":
             plain_loop(config, world, clock, compiled=not arguments.eager)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import Config
+from pipeline.distributed.device import GIB
 from tests.support.runs import Sections, merged
 
 
@@ -82,7 +83,7 @@ class Measured:
         trained = [row for row in rows if "loss" in row]
         counted = [row["step_ms"] for row in trained if row["step"] > setting.warmup_steps]
         peak = max(row["peak_memory_gib"] for row in trained)
-        return cls({row["step"]: row["loss"] for row in trained}, counted, int(peak * (1 << 30)))
+        return cls({row["step"]: row["loss"] for row in trained}, counted, int(peak * GIB))
 
 
 def write_row(path: Path, **row: float) -> None:

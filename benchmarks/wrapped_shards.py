@@ -24,7 +24,7 @@ from pipeline.backends import Backend, create_backend
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch
-from pipeline.distributed.environment import present_as_launched
+from pipeline.distributed.environment import set_launcher_variables
 from pipeline.distributed.world import World
 from pipeline.model.gpt2 import GPT2, build_model
 from pipeline.planning.layouts import layout_of
@@ -118,7 +118,7 @@ def _planned(name: str, world_size: int, sets: list[str]) -> tuple[Config, Batch
 @contextmanager
 def _pretended_world(world_size: int) -> Iterator[World]:
     """Rank 0 among ranks that do not exist: collectives return at once, with whatever was in the tensors."""
-    present_as_launched("cpu")
+    set_launcher_variables("cpu")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         yield World(0, world_size, 0, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Errors of training and evaluation that a user can mend. See ``data_tools.errors.UserError``."""
+"""Errors of training and evaluation that a user can fix. See ``data_tools.errors.UserError``."""
 
 import signal
 
@@ -6,7 +6,7 @@ from data_tools.errors import UserError
 
 
 class ConfigError(UserError):
-    """A run config that is wrong, or that asks for what cannot be. Known before anything starts."""
+    """A run config that is wrong or cannot be carried out. Raised before training starts."""
 
 
 class CheckpointError(UserError):
@@ -14,21 +14,21 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """A run that cannot go on: no data, losses that are not finite."""
+    """A run that cannot continue, for example because it has no data or its gradients are not finite."""
 
 
 class ReportError(UserError):
-    """Runs that cannot be shown: no run in a folder, or nothing to draw with."""
+    """A report that cannot be made, for example because a folder holds no run."""
 
 
 class LostRankError(UserError):
-    """Another rank died, or has not been heard of for too long. To run again continues."""
+    """Another rank died or hangs. The same command continues the run."""
 
     exit_status = 3
 
 
-class ToldByMainRank(UserError):
-    """The main rank cannot go on and says why; the others end with it, silently."""
+class MainRankError(UserError):
+    """The main rank raised a ``UserError``. The other ranks raise this one and exit without printing it."""
 
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)
@@ -36,8 +36,8 @@ class ToldByMainRank(UserError):
 
 
 class Interrupted(UserError):
-    """A signal asked the run to stop; its state is saved. To run again continues."""
+    """A signal asked the run to stop, and its state is saved. The same command continues the run."""
 
     def __init__(self, message: str, received: signal.Signals) -> None:
         super().__init__(message)
-        self.exit_status = 128 + received  # as a shell reports a process that the signal ended
+        self.exit_status = 128 + received  # the status that a shell reports for a process killed by the signal

@@ -1,4 +1,4 @@
-"""Independent random streams from one seed, without any state to carry or to lose."""
+"""Independent random streams derived from one seed, without state."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed for one purpose, such as ``derive_seed(1337, "dropout", first_sample)``."""
+    """Return a 63-bit seed for one purpose, such as ``derive_seed(1337, "dropout", first_sample)``."""
     key = "/".join(map(str, (seed, *purpose)))
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1

@@ -30,7 +30,7 @@ class BackgroundSaver:
     """Saves one checkpoint at a time in a thread of its own, with collectives in a group of its own.
 
     Args:
-        world: the ranks, for the copy; the writing threads talk through ``world.on_host()``.
+        world: the ranks, for the copy; the writing threads talk through ``world.with_cpu_group()``.
         asynchronous: False: ``start`` returns when the checkpoint stands.
     """
 
@@ -46,7 +46,7 @@ class BackgroundSaver:
     ) -> None:
         self.run_folder = run_folder
         self.config = config
-        self.host_world = world.on_host()
+        self.host_world = world.with_cpu_group()
         self.keep_last = keep_last
         self.asynchronous = asynchronous
         self.last_step: int | None = None  # of the last save that was started

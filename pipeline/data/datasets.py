@@ -125,4 +125,4 @@ def verify_parts(parts: Sequence[DataPart], world: World) -> None:
             raise DataError(problems[0])
         log.info("data      %d shards verified in %.1f s", len(shards), time.perf_counter() - started)
 
-    world.from_main(report)
+    world.call_on_main(report)

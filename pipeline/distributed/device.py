@@ -1,4 +1,4 @@
-"""What the device can do and what the process uses: matrix ceiling, memory, compiler."""
+"""Properties of the device: name, memory, matrix-product speed, and whether torch.compile works."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+GIB = 1 << 30
+
 _CEILING_SIZE = {"cuda": 8192, "mps": 2048, "cpu": 1024}
 _CEILING_SECONDS = 0.3
 
 
 def matmul_dtype(precision: str) -> torch.dtype:
-    """The dtype of the matrix products of a precision."""
+    """Return the dtype of matrix products under a ``run.precision``."""
     return {"fp32": torch.float32, "amp_fp16": torch.float16}.get(precision, torch.bfloat16)
 
 
 def measure_matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of large square matrix products on one rank: what a model can at most reach here.
+    """Return the FLOP/s of large square matrix products on one rank: an upper bound for a model.
 
-    Measured and not looked up, so that it holds for any device, power limit and thread count.
+    It is measured, so that it holds for any device, power limit and number of threads.
     """
     n = _CEILING_SIZE[device.type]
     if device.type == "cpu" and 64 * _seconds_of_product(n // 4, dtype) > _CEILING_SECONDS:
-        n //= 4  # without instructions for the dtype a large product takes seconds, and is no faster per FLOP
+        n //= 4  # the CPU has no instructions for the dtype: a large product takes seconds and is not faster per FLOP
     a = torch.randn(n, n, device=device).to(dtype)
     b = torch.randn(n, n, device=device).to(dtype)
     best = 0.0
@@ -52,19 +54,19 @@ def _seconds_of_product(n: int, dtype: torch.dtype) -> float:
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which long sums are exact enough: fp64, or fp32 on MPS, which has no fp64."""
+    """Return the dtype for long sums: fp64, or fp32 on MPS, which has no fp64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def device_name(device: torch.device) -> str:
-    """What the maker calls a GPU; otherwise the kind of device and the machine's architecture."""
+    """Return the product name of a GPU, otherwise the device type and the machine's architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()})"
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device's queue."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -72,7 +74,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class LateValue:
-    """A number that is on its way from the device: reading it waits for the device only as far as it was computed."""
+    """A number on the device whose copy to the host has been queued. Reading it waits for that copy only."""
 
     def __init__(self, value: Tensor | float) -> None:
         self._value = value
@@ -83,14 +85,14 @@ class LateValue:
             self._copied.record()
 
     def read(self) -> float:
-        """The number."""
+        """Return the number."""
         if self._copied is not None:
             self._copied.synchronize()
         return float(self._value)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has used: allocated on a GPU, resident on a CPU."""
+    """Return this process's peak memory: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -100,10 +102,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def compiler_works(device: torch.device) -> bool:
-    """Whether ``torch.compile`` can build and run a trivial function here; the reason is logged if not."""
+    """Return whether ``torch.compile`` can compile and run a trivial function; log the reason if not."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-    except Exception as error:  # noqa: BLE001 - whatever the toolchain throws means the same
+    except Exception as error:  # noqa: BLE001 - the toolchain may raise anything
         reason = " ".join(str(error).split())[:160]
         log.warning("torch.compile does not work here, running without it: %s", reason)
         return False

@@ -1,4 +1,4 @@
-"""The only file that reads environment variables: the launchers (torchrun, deepspeed) speak through them."""
+"""The only file that reads environment variables, which the launchers (torchrun, deepspeed) set."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ _THREADS = "OMP_NUM_THREADS"
 
 
 def launched_rank() -> int:
-    """This process among all of the run; 0 under plain python."""
+    """Return this process's rank; 0 under plain python."""
     return int(os.environ.get(_RANK, "0"))
 
 
 def launched_world_size() -> int:
-    """Processes of the run; 1 under plain python."""
+    """Return the number of processes of the run; 1 under plain python."""
     return int(os.environ.get(_WORLD_SIZE, "1"))
 
 
 def launched_local_rank() -> int:
-    """This process among those of its node; 0 under plain python."""
+    """Return this process's rank on its node; 0 under plain python."""
     return int(os.environ.get(_LOCAL_RANK, "0"))
 
 
 def launcher_restarts() -> int:
-    """How often the launcher has started this run's processes anew after a failure; 0: this is the first time."""
+    """Return how often the launcher has restarted the processes after a failure; 0 on the first start."""
     return int(os.environ.get(_RESTARTS, "0"))
 
 
 def launch_id() -> str | None:
-    """What the starts by one launcher have in common, restarts included; None: no launcher that restarts."""
+    """Return the id that all restarts by one launcher share. Returns None without a launcher that restarts."""
     return os.environ.get(_LAUNCH)
 
 
 def requested_threads() -> int | None:
-    """How many threads the user wants a process to have; None: has not said.
+    """Return the number of threads per process that the user asks for, or None.
 
-    To several processes torchrun gives 1 where nothing is set: that is nobody's wish.
+    torchrun sets ``OMP_NUM_THREADS=1`` by default if it starts several processes, so that value is ignored.
     """
     text = os.environ.get(_THREADS, "")
-    of_torchrun = text == "1" and launch_id() is not None and launched_world_size() > 1
-    return int(text) if text.isdecimal() and int(text) > 0 and not of_torchrun else None
+    is_torchrun_default = text == "1" and launch_id() is not None and launched_world_size() > 1
+    return int(text) if text.isdecimal() and int(text) > 0 and not is_torchrun_default else None
 
 
-def present_as_launched(device_type: str) -> None:
-    """Give DeepSpeed the variables that it insists on where no launcher has set them."""
+def set_launcher_variables(device_type: str) -> None:
+    """Set the variables that DeepSpeed requires where no launcher has set them."""
     for name, value in ((_RANK, "0"), (_WORLD_SIZE, "1"), (_LOCAL_RANK, "0"), ("DS_ACCELERATOR", device_type)):
         os.environ.setdefault(name, value)

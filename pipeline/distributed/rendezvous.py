@@ -1,4 +1,4 @@
-"""How the ranks of a run find each other, also when a launcher starts them again."""
+"""How the ranks of a run find each other, also after the launcher has restarted them."""
 
 from __future__ import annotations
 
@@ -13,60 +13,59 @@ _POLL_S = 0.02
 
 
 def open_store(rank: int, size: int, timeout: timedelta) -> Store:
-    """A key-value store that the ranks of this start share, and that knows nothing of earlier ones.
+    """Return a key-value store that the ranks share, without the keys of earlier starts.
 
-    torchrun keeps one store from restart to restart: ranks that found the addresses of their dead predecessors in
-    it would wait for them. A world of one needs no port: the store lives in this process.
+    torchrun keeps one store across restarts. If the ranks found the addresses of their dead predecessors in it, they
+    would wait for them. A single process needs no port: its store is in memory.
 
     Raises:
-        TimeoutError: a rank has not come.
+        TimeoutError: a rank is missing.
     """
     if size == 1:
         return HashStore()
     store = next(rendezvous("env://", timeout=timeout))[0]
     deadline = time.monotonic() + timeout.total_seconds()
-    start = _invite(store, size, deadline) if rank == 0 else _join(store, rank, deadline)
-    return PrefixStore(start, store)
+    start_id = _publish_start_id(store, size, deadline) if rank == 0 else _request_start_id(store, rank, deadline)
+    return PrefixStore(start_id, store)
 
 
-def _invite(store: Store, size: int, deadline: float) -> str:
-    """Name this start, tell every rank that asks, and return once each has heard it.
+def _publish_start_id(store: Store, size: int, deadline: float) -> str:
+    """Choose an id for this start, answer every rank's request, and return when all ranks have confirmed it.
 
-    What a rank of an earlier start has asked or heard is never mistaken: asking carries a name of its own.
+    Each request has an id of its own, so that requests of an earlier start are not mistaken for this one's.
     """
-    start = uuid.uuid4().hex
+    start_id = uuid.uuid4().hex
     answered: dict[int, str] = {}
     waiting = set(range(1, size))
     while waiting:
         for rank in list(waiting):
-            asked = _peek(store, f"asks_{rank}")
-            if asked and answered.get(rank) != asked:
-                store.set(f"answer_{rank}", f"{asked} {start}")
-                answered[rank] = asked
-            if _peek(store, f"heard_{rank}") == start:
+            request = _get(store, f"request_{rank}")
+            if request and answered.get(rank) != request:
+                store.set(f"answer_{rank}", f"{request} {start_id}")
+                answered[rank] = request
+            if _get(store, f"confirmed_{rank}") == start_id:
                 waiting.remove(rank)
-        _pause(deadline, f"ranks {sorted(waiting)} have")
-    return start
+        _sleep_until(deadline, f"ranks {sorted(waiting)}")
+    return start_id
 
 
-def _join(store: Store, rank: int, deadline: float) -> str:
-    """Ask rank 0 for the name of this start."""
-    name = uuid.uuid4().hex
-    store.set(f"asks_{rank}", name)
+def _request_start_id(store: Store, rank: int, deadline: float) -> str:
+    request = uuid.uuid4().hex
+    store.set(f"request_{rank}", request)
     while True:
-        asked, _, start = _peek(store, f"answer_{rank}").partition(" ")
-        if asked == name:
-            store.set(f"heard_{rank}", start)
-            return start
-        _pause(deadline, "rank 0 has")
+        answered, _, start_id = _get(store, f"answer_{rank}").partition(" ")
+        if answered == request:
+            store.set(f"confirmed_{rank}", start_id)
+            return start_id
+        _sleep_until(deadline, "rank 0")
 
 
-def _peek(store: Store, key: str) -> str:
-    """The value of a key, or "" where there is none: ``get`` would wait for it."""
+def _get(store: Store, key: str) -> str:
+    """Return the value of a key, or "" if it is not set: ``Store.get`` would wait for it."""
     return store.get(key).decode() if store.check([key]) else ""
 
 
-def _pause(deadline: float, who: str) -> None:
+def _sleep_until(deadline: float, missing: str) -> None:
     if time.monotonic() > deadline:
-        raise TimeoutError(f"{who} not come to the start of the run")
+        raise TimeoutError(f"timed out at the start of the run, waiting for {missing}")
     time.sleep(_POLL_S)

@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, and the collectives of the trainer."""
+"""The ranks of a run, this process among them, and the collectives between them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pipeline.distributed.environment import (
     launched_local_rank,
     launched_rank,
     launched_world_size,
-    present_as_launched,
+    set_launcher_variables,
 )
 from pipeline.distributed.rendezvous import open_store
-from pipeline.errors import ConfigError, LostRankError, ToldByMainRank
+from pipeline.errors import ConfigError, LostRankError, MainRankError
 
-Decision = TypeVar("Decision")
+Result = TypeVar("Result")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -36,8 +36,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
-    store: Store | None = None  # shared by all ranks; None: a world of one
-    group: dist.ProcessGroup | None = None  # that the collectives run in; None: torch's default one
+    store: Store | None = None  # shared by all ranks; None if there is only one
+    group: dist.ProcessGroup | None = None  # of the collectives; None for torch's default group
 
     @property
     def is_main(self) -> bool:
@@ -45,14 +45,14 @@ class World:
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The elementwise sum over all ranks, on every rank. ``values`` is left as it is."""
+        """Return the elementwise sum over all ranks. ``values`` is not changed. Collective."""
         total = values.clone()
         if self.size > 1:
             dist.all_reduce(total, group=self.group)
         return total
 
     def max(self, value: int) -> int:
-        """The largest of all ranks' values, on every rank."""
+        """Return the largest value of any rank. Collective."""
         if self.size == 1:
             return value
         largest = torch.tensor(value, device=self.device)
@@ -60,49 +60,49 @@ class World:
         return int(largest.item())
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has reached this call."""
         if self.size > 1:
             dist.barrier(group=self.group)
 
     def gather(self, item: Any) -> list[Any]:
-        """One small Python object of each rank, in rank order, on every rank."""
+        """Return each rank's small Python object, in rank order. Collective."""
         items = [item] * self.size
         if self.size > 1:
             dist.all_gather_object(items, item, group=self.group)
         return items
 
     def broadcast(self, item: Any) -> Any:
-        """Rank 0's small Python object, on every rank."""
+        """Return rank 0's small Python object. Collective."""
         items = [item]
         if self.size > 1:
             dist.broadcast_object_list(items, group=self.group)
         return items[0]
 
-    def from_main(self, action: Callable[[], Decision]) -> Decision:
-        """What ``action`` gives on the main rank, on every rank; it is small.
+    def call_on_main(self, function: Callable[[], Result]) -> Result:
+        """Call a function on the main rank and broadcast its small result. Collective.
 
         Raises:
-            UserError: the main rank's own; the others raise ``ToldByMainRank``.
+            UserError: the function raised it on the main rank; the other ranks raise ``MainRankError``.
         """
-        decision: Decision | None = None
+        result: Result | None = None
         failure: UserError | None = None
         if self.is_main:
             try:
-                decision = action()
+                result = function()
             except UserError as error:
                 failure = error
         status = failure.exit_status if failure else None
-        decision, message, status = self.broadcast((decision, str(failure), status))
+        result, message, status = self.broadcast((result, str(failure), status))
         if failure:
             raise failure
         if status is not None:
-            raise ToldByMainRank(message, status)
-        return cast(Decision, decision)
+            raise MainRankError(message, status)
+        return cast(Result, result)
 
-    def on_host(self) -> World:
-        """The same ranks talking through host memory, in a process group of their own. Collective.
+    def with_cpu_group(self) -> World:
+        """Return the same ranks with a gloo process group of their own, for collectives on CPU tensors. Collective.
 
-        Another thread may use it while this world is in use.
+        A second thread may use it while another one uses this world.
         """
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if self.size > 1 else None
         return replace(self, device=torch.device("cpu"), group=group)
@@ -110,13 +110,13 @@ class World:
 
 @contextmanager
 def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]:
-    """Join the ranks that the launcher started; plain ``python`` is a world of one.
+    """Join the ranks that the launcher started; under plain ``python`` there is one rank.
 
     Args:
-        process_group: also where this process is alone (DDP, FSDP and DeepSpeed want one).
+        process_group: create torch's process group even for one rank, because DDP, FSDP and DeepSpeed need it.
 
     Raises:
-        ConfigError: a device that this machine lacks, or MPS with several processes.
+        ConfigError: this machine does not have the device, or MPS is to run in several processes.
     """
     rank, size, local_rank = launched_rank(), launched_world_size(), launched_local_rank()
     device = _choose_device(run.device, local_rank)
@@ -125,32 +125,34 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
     if device.type == "cuda":
         torch.cuda.set_device(device)
     world = World(rank, size, local_rank, device)
-    present_as_launched(device.type)
+    set_launcher_variables(device.type)
     if size > 1 or process_group:
         world = replace(world, store=_start_process_group(world))
     try:
         yield world
     except LostRankError:
-        raise  # to take down a group that misses a rank may wait for it
+        raise  # destroying a process group with a dead rank can hang
     except BaseException:
-        _leave_process_group()
+        _destroy_process_group()
         raise
     else:
-        _leave_process_group()
+        _destroy_process_group()
 
 
-def _leave_process_group() -> None:
+def _destroy_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _choose_device(wanted: str, local_rank: int) -> torch.device:
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [device for device in is_available if is_available[device]]
     if wanted == "auto":
-        wanted = next(kind for kind, there in available.items() if there)
-    if not available[wanted]:
-        there = ", ".join(kind for kind, is_there in available.items() if is_there)
-        raise ConfigError(f"run.device (--device): this machine has no {wanted}; available: {there}, or auto")
+        wanted = available[0]
+    if wanted not in available:
+        raise ConfigError(
+            f"run.device (--device): this machine has no {wanted}; available: {', '.join(available)}, or auto"
+        )
     if wanted != "cuda":
         return torch.device(wanted)
     if local_rank >= torch.cuda.device_count():
@@ -162,7 +164,7 @@ def _choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def _start_process_group(world: World) -> Store | None:
-    """torch's default group; returns the store through which the ranks found each other."""
+    """Create torch's default group and return the store that the ranks share."""
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     device_id = world.device if world.device.type == "cuda" else None
     store = open_store(world.rank, world.size, COLLECTIVE_TIMEOUT)

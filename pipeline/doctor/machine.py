@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline.distributed.device import device_name
+from pipeline.distributed.device import GIB, device_name
 from pipeline.doctor.findings import Finding, Level
 from pipeline.model.attention import fastest_kernel
 
-GIB = 1 << 30
 LEAST_DISK_BYTES = 1 * GIB
 #: Three checkpoints of GPT-2 124M (12 bytes a parameter; two are kept while a third is written), and their metrics.
 COMFORTABLE_DISK_BYTES = 6 * GIB

@@ -95,7 +95,7 @@ def read_hub(data: HubData, split: str, world: World) -> Rows:
     Raises:
         DataError: it cannot be had.
     """
-    world.from_main(lambda: _download(data, split) and None)
+    world.call_on_main(lambda: _download(data, split) and None)
     rows = _download(data, split)
     lines = "".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
     return Rows(rows, str(data), hashlib.sha256(lines.encode()).hexdigest())

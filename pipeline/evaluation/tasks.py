@@ -14,7 +14,7 @@ from data_tools.shards import VAL_SPLIT, load_manifest, open_split
 from data_tools.storage.files import write_json_durably
 from pipeline.checkpoint.loading import LoadedModel, load_model
 from pipeline.data.datasets import expect_same_vocabulary
-from pipeline.distributed.cores import settle_on_host
+from pipeline.distributed.cpu import configure_cpu
 from pipeline.distributed.device import matmul_dtype
 from pipeline.distributed.world import World
 from pipeline.evaluation.preparation import expect_known_tasks, prepare_task
@@ -49,7 +49,7 @@ def run_tasks(checkpoint: Path, tasks: Sequence[str], options: EvaluationOptions
         CheckpointError, DataError: what is to be scored, or scored on, cannot be used.
     """
     if world.device.type == "cpu":
-        settle_on_host(world)
+        configure_cpu(world)
     loaded = load_model(checkpoint, world.device)
     options = replace(options, data={**loaded.config.evaluation.data, **options.data})
     expect_known_tasks(tasks, options.data)

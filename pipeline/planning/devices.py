@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.distributed.device import matmul_dtype, measure_matmul_ceiling
+from pipeline.distributed.device import GIB, matmul_dtype, measure_matmul_ceiling
 from pipeline.errors import ConfigError
 
-GIB, GB, TERA = 1 << 30, 10**9, 10**12
+GB, TERA = 10**9, 10**12
 THIS = "this"
 
 

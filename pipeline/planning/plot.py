@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.distributed.device import GIB
 from pipeline.errors import ConfigError
-from pipeline.planning.devices import GIB, Device
+from pipeline.planning.devices import Device
 from pipeline.planning.planner import Plan
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from pipeline.config.schema import Config
+from pipeline.distributed.device import GIB
 from pipeline.model.gpt2 import parameter_count
-from pipeline.planning.devices import GIB, Device
+from pipeline.planning.devices import Device
 from pipeline.planning.planner import Plan
 
 _COLUMNS = ("params", "masters", "optim", "grads", "activ", "logits", "buffers", "total", "host")

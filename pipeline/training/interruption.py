@@ -20,11 +20,11 @@ class StopRequest:
     """Whether a signal has asked any rank to stop.
 
     Args:
-        world: the ranks; they talk through ``world.on_host()``.
+        world: the ranks; they talk through ``world.with_cpu_group()``.
     """
 
     def __init__(self, world: World) -> None:
-        self._world = world.on_host()
+        self._world = world.with_cpu_group()
         self._received = 0
         self._received_at = 0.0
 

@@ -12,9 +12,9 @@ from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch
 from pipeline.data.datasets import data_sha256, open_parts, verify_parts
 from pipeline.data.loader import TrainLoader
-from pipeline.distributed.cores import settle_on_host
+from pipeline.distributed.cpu import configure_cpu
 from pipeline.distributed.device import matmul_dtype, measure_matmul_ceiling
-from pipeline.distributed.rank_watch import watching_ranks
+from pipeline.distributed.heartbeat import heartbeat
 from pipeline.distributed.world import World, join_world
 from pipeline.errors import ConfigError
 from pipeline.evaluation.while_training import prepare_tasks
@@ -38,9 +38,9 @@ def train(config: Config) -> None:
         LostRankError: another rank is gone.
     """
     with join_world(config.run) as world, ExitStack() as held:
-        with watching_ranks(world, config.run.rank_timeout_s):
+        with heartbeat(world, config.run.rank_timeout_s):
             if world.device.type == "cpu":
-                log.info("threads   %s", settle_on_host(world))
+                log.info("threads   %s", configure_cpu(world))
             trainer = _build_trainer(config, world, held)
             if trainer is None:
                 return
@@ -61,8 +61,8 @@ def _build_trainer(config: Config, world: World, held: ExitStack) -> Trainer | N
     parts = open_parts(config.data, config.model)
     loader = TrainLoader(parts, plan, config.run.seed, world.rank)
     sha256 = data_sha256(parts)
-    world.from_main(lambda: _occupy_run_folder(config, held))
-    resume_from = world.from_main(lambda: choose_start(config, sha256))
+    world.call_on_main(lambda: _occupy_run_folder(config, held))
+    resume_from = world.call_on_main(lambda: choose_start(config, sha256))
     if resume_from and read_state(resume_from)[0].step >= config.schedule.max_steps:
         log.info("%s: already at step %d, nothing to train", resume_from, config.schedule.max_steps)
         return None

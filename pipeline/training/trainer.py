@@ -27,7 +27,7 @@ from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.data.loader import MicroBatch, TrainLoader, validation_batches
 from pipeline.data.prefetch import Prefetcher
-from pipeline.distributed.device import LateValue, device_name, peak_memory_bytes, summing_dtype, synchronize
+from pipeline.distributed.device import GIB, LateValue, device_name, peak_memory_bytes, summing_dtype, synchronize
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted
 from pipeline.evaluation.prepared import PreparedTask
@@ -44,8 +44,6 @@ from pipeline.training.step_profile import StepProfile
 from pipeline.training.throughput import ThroughputMeter
 
 log = logging.getLogger(__name__)
-
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -247,7 +245,7 @@ class Trainer:
     def _roll_back(self, spike: FinishedStep) -> bool:
         """Go back to the newest good checkpoint; the batch of the spike will be left out. Collective."""
         self.record.write_saves(self.saver.wait())
-        folder = self.world.from_main(lambda: newest_good_checkpoint(self.run_folder))
+        folder = self.world.call_on_main(lambda: newest_good_checkpoint(self.run_folder))
         if folder is None:
             log.warning("there is no checkpoint yet to go back to: the run goes on")
             return False

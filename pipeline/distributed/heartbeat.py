@@ -1,4 +1,4 @@
-"""Signs of life between ranks: who waits for a rank that is gone ends, and says which."""
+"""Heartbeats between ranks: if a rank dies or hangs, the others exit and name it."""
 
 from __future__ import annotations
 
@@ -15,58 +15,58 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from pipeline.distributed.world import World
 from pipeline.errors import LostRankError
 
-BEAT_S = 1.0
-_KEY_PREFIX = "rank_watch"
+INTERVAL_S = 1.0
+_KEY_PREFIX = "heartbeat"
 _LOST = "lost"
+_LOST_STORE = "rank 0, or the launcher on its node"
 
 
-class RankWatch:
-    """A thread that gives a sign of life every second and looks for those of others.
+class Heartbeat:
+    """A thread that writes this rank's heartbeat to the store every second and reads those of other ranks.
 
-    Rank 0 watches all, the others watch rank 0 and what it reports: the shared store serves a number of
-    requests in proportion to the ranks. A rank that is silent for ``timeout_s`` ends this process with
-    ``LostRankError.exit_status``, after one line with its name: the main thread may hang in a collective.
+    Rank 0 watches all ranks. The others watch rank 0 and read from the store which ranks it has lost, so the number of
+    requests grows only linearly with the world size. If a rank has been silent for ``timeout_s``, the thread prints
+    its name and ends the process with ``LostRankError.exit_status``, because the main thread may hang in a collective.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
         assert world.store is not None
         self.rank, self.size = world.rank, world.size
         self.timeout_s = timeout_s
-        # A connection of its own: a wait of the main thread on the other one would hold it up.
+        # A separate connection: a request of the main thread that waits would block this thread on a shared one.
         self._store: Store = PrefixStore(_KEY_PREFIX, world.store.clone())  # type: ignore[attr-defined]
         self._store.set(f"name_{self.rank}", f"{socket.gethostname()}, pid {os.getpid()}")
         self._store.set(f"beat_{self.rank}", "0")
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch. All ranks have been constructed (a barrier lies between)."""
+        """Start the thread. Call it after a barrier: all ranks must have been constructed."""
         self._thread.start()
 
     def stop(self) -> None:
-        """No rank is expected to show itself any longer. All ranks have come to their end (a barrier lies before)."""
+        """Stop the thread. Call it after a barrier: the other ranks must not expect further heartbeats."""
         self._stopped.set()
 
     def find_lost(self) -> str | None:
-        """Who shows no sign of life now, found within a few seconds; None: everyone does."""
-        ranks = [rank for rank in range(self.size) if rank != self.rank]
+        """Return which ranks send no heartbeat within a few seconds. Returns None if all do."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
         try:
-            before = self._beats(ranks)
-            time.sleep(3 * BEAT_S)
-            after = self._beats(ranks)
-            silent = [rank for rank in ranks if before[rank] == after[rank]]
-            return ", ".join(map(self._describe, silent)) or None
-        except RuntimeError:  # the store went with the process that held it
-            return "rank 0, or the launcher on its node"
+            before = self._beats(others)
+            time.sleep(3 * INTERVAL_S)
+            after = self._beats(others)
+            return self._describe([rank for rank in others if before[rank] == after[rank]]) or None
+        except RuntimeError:  # the store is gone with the process that held it
+            return _LOST_STORE
 
     def _run(self) -> None:
-        watched = [rank for rank in range(self.size) if rank != self.rank] if self.rank == 0 else [0]
+        watched = [0] if self.rank else list(range(1, self.size))
         beats: dict[int, bytes] = {}
         heard_at = dict.fromkeys(watched, time.monotonic())
         beat, last_turn = 0, time.monotonic()
-        while not self._stopped.wait(BEAT_S):
+        while not self._stopped.wait(INTERVAL_S):
             now = time.monotonic()
-            if now - last_turn > self.timeout_s / 2:  # this process itself stood still
+            if now - last_turn > self.timeout_s / 2:  # this process itself was suspended
                 heard_at = dict.fromkeys(watched, now)
             last_turn = now
             beat += 1
@@ -75,26 +75,25 @@ class RankWatch:
                 for rank, heard in self._beats(watched).items():
                     if beats.get(rank) != heard:
                         beats[rank], heard_at[rank] = heard, now
-                silent = [rank for rank in watched if now - heard_at[rank] > self.timeout_s]
-                lost = ", ".join(map(self._describe, silent))
+                lost = self._describe([rank for rank in watched if now - heard_at[rank] > self.timeout_s])
                 if lost and self.rank == 0:
                     self._store.set(_LOST, lost)
                 elif not lost and self._store.check([_LOST]):
                     lost = self._store.get(_LOST).decode()
             except RuntimeError:
-                lost = "rank 0, or the launcher on its node"
+                lost = _LOST_STORE
             if lost:
-                self._end(lost)
+                self._exit(lost)
 
     def _beats(self, ranks: list[int]) -> dict[int, bytes]:
         return dict(zip(ranks, self._store.multi_get([f"beat_{rank}" for rank in ranks]), strict=True))
 
-    def _describe(self, rank: int) -> str:
-        return f"rank {rank} ({self._store.get(f'name_{rank}').decode()})"
+    def _describe(self, ranks: list[int]) -> str:
+        return ", ".join(f"rank {rank} ({self._store.get(f'name_{rank}').decode()})" for rank in ranks)
 
-    def _end(self, lost: str) -> None:
-        """Leave the process, whatever the main thread does; the others have time to read the same."""
-        if self._stopped.wait(3 * BEAT_S):
+    def _exit(self, lost: str) -> None:
+        """End the process after a delay in which the other ranks can read the same message from the store."""
+        if self._stopped.wait(3 * INTERVAL_S):
             return
         print(f"error: {lost_message(lost)}: silent for {self.timeout_s:.0f} s", file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -102,21 +101,21 @@ class RankWatch:
 
 
 def lost_message(lost: str) -> str:
-    """What every survivor says."""
+    """Return the line that every remaining rank prints."""
     return f"lost {lost}; run the same command again to continue from the last checkpoint"
 
 
 @contextmanager
-def watching_ranks(world: World, timeout_s: float) -> Iterator[None]:
-    """Watch the other ranks inside; the ranks leave it together.
+def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
+    """Watch the other ranks inside the block. All ranks leave it together.
 
     Raises:
-        LostRankError: a collective failed inside because a rank is gone; names it.
+        LostRankError: a collective failed because a rank is gone.
     """
     if world.size == 1:
         yield
         return
-    watch = RankWatch(world, timeout_s)
+    watch = Heartbeat(world, timeout_s)
     world.barrier()
     watch.start()
     try:

@@ -1,0 +1,92 @@
+"""Set up this process on its host: compute threads, bound cores, and the memory allocator."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.distributed.environment import requested_threads
+from pipeline.distributed.world import World
+
+# Parameters of mallopt(3), from glibc's <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+@dataclass(frozen=True)
+class CpuBinding:
+    """The threads and cores that a rank computes with."""
+
+    threads: int
+    cores: tuple[int, ...] | None  # None if the process is not bound
+
+    def __str__(self) -> str:
+        cores = "" if self.cores is None else f", bound to cores {', '.join(map(str, self.cores))}"
+        return f"{self.threads} per process{cores}"
+
+
+def configure_cpu(world: World) -> CpuBinding:
+    """Configure the memory allocator, threads and cores of this process. Call it before the first large computation.
+
+    Collective.
+    """
+    keep_freed_memory()
+    return bind_to_cores(world)
+
+
+def bind_to_cores(world: World) -> CpuBinding:
+    """Set this rank's number of threads, and bind the ranks of a host to separate cores. Collective.
+
+    Without binding, threads move between cores and lose their caches, and ranks compete for the same core. If the
+    user has set ``OMP_NUM_THREADS``, or a launcher has given each rank its own cores, that choice is kept.
+    """
+    if threads := requested_threads():
+        torch.set_num_threads(threads)
+        return CpuBinding(threads, None)
+    cores = _usable_cores()
+    cores_of_ranks = _cores_of_local_ranks(world, cores)
+    ranks = len(cores_of_ranks)
+    are_shared = ranks > 1 and all(other == cores for other in cores_of_ranks)
+    own = split_cores(cores, world.local_rank, ranks) if are_shared else cores
+    torch.set_num_threads(len(own))
+    if are_shared and len(cores) >= ranks and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, own)
+        return CpuBinding(len(own), tuple(own))
+    return CpuBinding(len(own), None)
+
+
+def split_cores(cores: Sequence[int], index: int, ranks: int) -> Sequence[int]:
+    """Return the cores of one of several ranks: adjacent ones, which share caches, and at least one."""
+    if len(cores) < ranks:
+        return [cores[index % len(cores)]]
+    return cores[index * len(cores) // ranks : (index + 1) * len(cores) // ranks]
+
+
+def _usable_cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _cores_of_local_ranks(world: World, cores: list[int]) -> list[list[int]]:
+    """Return the cores that each rank of this host may use, by local rank."""
+    gathered = world.gather((world.local_rank, cores))
+    first = world.rank - world.local_rank
+    next_host = next((rank for rank in range(first + 1, world.size) if gathered[rank][0] == 0), world.size)
+    return [cores for _, cores in gathered[first:next_host]]
+
+
+def keep_freed_memory() -> bool:
+    """Make malloc keep freed memory for the next allocation. Returns False, without effect, where glibc is missing.
+
+    By default, glibc maps every block of more than 32 MiB and unmaps it when it is freed. Logits and gradients are such
+    blocks, so the kernel would clear their pages in every step, which costs a fifth of the step. All threads use
+    the main arena, because other arenas cannot keep large blocks, such as gloo's receive buffers.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # macOS, musl; Windows
+        return False
+    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))
+    return all([bool(mallopt(setting, value)) for setting, value in settings])
