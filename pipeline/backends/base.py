@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from pipeline.backends.loss_scaling import LossScaler
-from pipeline.model.gpt2 import GPT2
+from pipeline.model.gpt2 import GPT2, ScoringBatch
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Backend(ABC):
     @property
     @abstractmethod
     def compute(self) -> nn.Module:
-        """The wrapped module: ``compute(tokens, targets)`` gives the summed loss."""
+        """The wrapped module; its ``forward`` is that of :class:`GPT2`."""
 
     @abstractmethod
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
@@ -95,10 +95,23 @@ class Backend(ABC):
     def describe(self) -> str:
         """The library, its variant and the optimizer, as logged at the start of a run."""
 
+    @torch.no_grad()
     def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The summed loss of a batch without gradients. Every rank must call it equally often."""
-        with torch.no_grad():
-            return self.compute(tokens, targets)
+        """Return ``GPT2.loss`` without gradients. Every rank must call it equally often."""
+        loss: Tensor = self.compute(tokens, targets, method="loss")
+        return loss
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return ``GPT2.logits`` without gradients. Every rank must call it equally often."""
+        logits: Tensor = self.compute(tokens, method="logits")
+        return logits
+
+    @torch.no_grad()
+    def score(self, batch: ScoringBatch) -> Tensor:
+        """Return ``GPT2.score`` without gradients. Every rank must call it equally often."""
+        scores: Tensor = self.compute(batch, method="score")
+        return scores
 
     @staticmethod
     def weighted(loss: Tensor, factor: Tensor | float) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.requests import Request
+from pipeline.model.gpt2 import ScoringBatch
 
 LEAST_SAVING = 0.1  # of tokens, for which rows are laid out as trees, whose mask has slower attention kernels
 
@@ -67,13 +68,9 @@ class Tree:
 
 @dataclass(frozen=True)
 class Batch:
-    """Arguments of ``GPT2.forward``, in host memory, and which scores belong to which request."""
+    """What the model scores, in host memory, and which scores belong to which request."""
 
-    tokens: Tensor  # (B, T) int64
-    targets: Tensor  # (N,) int64
-    outputs: Tensor  # (N,) int64, into B*T
-    places: Tensor | None  # (B, T) int64; None: each row is one text
-    mask: Tensor | None  # (B, 1, T, T) bool
+    inputs: ScoringBatch
     requests: Tensor  # (L,) int64, the request of each link
     pairs: Tensor  # (L,) int64, the score that it adds to the request, into N
 
@@ -121,7 +118,8 @@ def make_batch(trees: Sequence[Tree]) -> Batch:
         pairs += [(row * width + node, target) for node, target in tree.pairs]
     outputs, targets = _columns(pairs)
     requests, scores = _columns(links)
-    return Batch(torch.from_numpy(tokens), targets, outputs, *_layout(trees, width), requests, scores)
+    inputs = ScoringBatch(torch.from_numpy(tokens), targets, outputs, *_layout(trees, width))
+    return Batch(inputs, requests, scores)
 
 
 def _columns(pairs: list[tuple[int, int]]) -> Iterator[Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-import torch.nn as nn
+from torch import Tensor
 from tqdm import tqdm
 
 from data_tools.errors import DataError
@@ -16,6 +17,14 @@ from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.packing import Batch, Tree, grow_trees, make_batch, pack
 from pipeline.evaluation.requests import Request, Score
+from pipeline.model.gpt2 import ScoringBatch
+
+
+class ScoringModel(Protocol):
+    """A backend, a model, or a model in one precision."""
+
+    def score(self, batch: ScoringBatch) -> Tensor:
+        """Return what ``GPT2.score`` returns."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +32,12 @@ class Scorer:
     """A model that scores requests.
 
     Args:
-        compute: the model or what a backend wrapped it into, in evaluation mode: see ``GPT2.forward``.
+        compute: a backend or a model, in evaluation mode.
         model: its config.
         batch_tokens: tokens of a forward pass and rank, padding included. Does not change the result.
     """
 
-    compute: nn.Module
+    compute: ScoringModel
     model: ModelConfig
     world: World
     batch_tokens: int
@@ -83,10 +92,9 @@ class Scorer:
             raise TrainingError(f"{label}: log-likelihoods are not finite: the weights of this model are no use")
         return [(log_likelihood, hits) for log_likelihood, hits in found]
 
-    def _add_scores(self, sums: torch.Tensor, batch: Batch) -> None:
-        arguments = (batch.tokens, batch.targets, batch.outputs, batch.places, batch.mask)
+    def _add_scores(self, sums: Tensor, batch: Batch) -> None:
         device = self.world.device
-        scores = self.compute(*(None if part is None else part.to(device, non_blocking=True) for part in arguments))
+        scores = self.compute.score(batch.inputs.to(device))
         links = scores.to(sums.dtype)[:, batch.pairs.to(device)]  # (2, L)
         sums.index_add_(1, batch.requests.to(device), links)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +22,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.intervals import WINDOWS, Z_95
 from pipeline.model.gpt2 import GPT2, IGNORE_INDEX
-from pipeline.model.precision import replicated_compute
+from pipeline.model.precision import ComputeModel, replicated_compute
 from pipeline.run_folder.metrics import perplexity
 
 PROTOCOL = "non-overlapping windows, each target scored once, mean over tokens"
@@ -82,11 +81,11 @@ def evaluate_validation(
 
 
 @torch.no_grad()
-def _score(compute: nn.Module, batches: Iterable[MicroBatch], seq_len: int, end_of_text: int, world: World) -> _Sums:
+def _score(compute: ComputeModel, batches: Iterable[MicroBatch], seq_len: int, end_of_text: int, world: World) -> _Sums:
     sums = _Sums.zeros(seq_len, world.device)
     for batch in batches:
         tokens, targets = batch.to(world.device)
-        logits = compute(tokens).float()  # (B, T, V)
+        logits = compute.logits(tokens).float()  # (B, T, V)
         scored = targets != IGNORE_INDEX  # (B, T)
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"

@@ -40,7 +40,7 @@ def measure_tasks(
     tasks: Mapping[str, PreparedTask], backend: Backend, config: Config, world: World
 ) -> dict[str, float]:
     """The figures of all tasks as keys of a row of metrics. Collective; in ``backend.evaluation_mode()``."""
-    scorer = Scorer(backend.compute, config.model, world, config.batch.micro_batch_size * config.seq_len)
+    scorer = Scorer(backend, config.model, world, config.batch.micro_batch_size * config.seq_len)
     row: dict[str, float] = {}
     with uncompiled():
         for name, task in tasks.items():

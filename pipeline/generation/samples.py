@@ -24,8 +24,8 @@ def write_sample(backend: Backend, config: Config, world: World) -> str:
     generator = torch.Generator().manual_seed(derive_seed(config.run.seed, "sample"))
     text = tokenizer.encode(sample.prompt).tolist()
     new: list[int] = []
-    with uncompiled(), torch.no_grad():
+    with uncompiled():
         for _ in range(sample.max_new_tokens):
             window = torch.tensor([[*text, *new][-config.model.context_length :]], device=world.device)
-            new.append(draw(backend.compute(window)[0, -1].float().cpu(), sampling, generator))
+            new.append(draw(backend.logits(window)[0, -1].float().cpu(), sampling, generator))
     return sample.prompt + tokenizer.decode(new[: new.index(END_OF_TEXT)] if END_OF_TEXT in new else new)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -19,7 +21,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.model.attention import Attend, attention_under, causal_attention
 from pipeline.model.key_value_cache import KeyValueCache
 from pipeline.model.output_layer import IGNORE_INDEX as IGNORE_INDEX
-from pipeline.model.output_layer import OutputLayer
+from pipeline.model.output_layer import Method, OutputLayer
 from pipeline.model.output_layer import padded_vocab_size as padded_vocab_size
 from pipeline.seeds import derive_seed
 
@@ -119,6 +121,24 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+@dataclass(frozen=True)
+class ScoringBatch:
+    """Tokens, and the single predictions of them that are scored."""
+
+    tokens: Tensor  # (B, T) int64
+    targets: Tensor  # (N,) int64
+    outputs: Tensor  # (N,) int64, the tokens after which the targets are expected, as indices into the flat B*T
+    places: Tensor | None = None  # (B, T) int64, each token's place in its text; None: each row is one text
+    mask: Tensor | None = None  # (B, 1, T, T) bool, True where a row's token sees a column's; None: causal
+
+    def to(self, device: torch.device) -> ScoringBatch:
+        """Return the batch on a device."""
+        tensors: dict[str, Any] = {
+            name: None if t is None else t.to(device, non_blocking=True) for name, t in vars(self).items()
+        }
+        return replace(self, **tensors)
+
+
 class GPT2(nn.Module):
     """The language model; ``lm_head.weight`` is ``wte.weight``, one parameter under the name ``wte.weight``."""
 
@@ -132,35 +152,38 @@ class GPT2(nn.Module):
         self.lm_head = OutputLayer(config.n_embd, config.vocab_size)
         self.lm_head.weight = self.wte.weight
 
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        outputs: Tensor | None = None,
-        places: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Logits; the summed cross-entropy when targets are given; each target's own when outputs are, too.
+    def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
+        """Call ``loss``, ``logits`` or ``score``.
+
+        DDP, FSDP2, DeepSpeed, autocast and torch.compile hook ``forward``: they gather weights, cast inputs and run
+        compiled code only around it. Everything that a wrapped model computes therefore enters here.
+        """
+        result: Tensor = getattr(self, method)(*inputs)
+        return result
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed cross-entropy in nats, an fp32 scalar.
+
+        It is a sum because the mean over a global batch needs the global count of targets.
 
         Args:
             tokens: (B, T) integer ids below ``vocab_size``.
-            targets: (B, T) int64 ids; ``IGNORE_INDEX`` where nothing is scored. With ``outputs``: (N,) ids.
-            outputs: (N,) int64, the tokens after which the targets are expected, counted through all B*T.
-            places: (B, T) int64, each token's place in its text (default: a row is one text).
-            mask: (B, 1, T, T) bool, True where a row's token sees a column's (default: all before it, and itself).
-
-        Returns:
-            (B, T, V) logits in the compute dtype, or the fp32 sum over scored targets, in nats. A sum,
-            because the mean over a global batch needs the global count of targets. With ``outputs``: (2, N) fp32,
-            each target's log-probability in nats, and 1 where no token is likelier, else 0.
+            targets: (B, T) int64 ids; ``IGNORE_INDEX`` where nothing is scored.
         """
-        hidden = self.hidden_states(tokens, places, None if mask is None else attention_under(mask))
-        result: Tensor
-        if outputs is None:
-            result = self.lm_head(hidden, targets)
-        else:
-            result = self.lm_head(hidden.flatten(0, 1)[outputs], targets, each=True)
-        return result
+        loss: Tensor = self.lm_head(self.hidden_states(tokens), targets, method="loss")
+        return loss
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return the logits, (B, T, V) in the compute dtype."""
+        logits: Tensor = self.lm_head(self.hidden_states(tokens), method="logits")
+        return logits
+
+    def score(self, batch: ScoringBatch) -> Tensor:
+        """Return each target's log-probability in nats and whether it is the argmax (1 or 0), (2, N) fp32."""
+        attend = None if batch.mask is None else attention_under(batch.mask)
+        hidden = self.hidden_states(batch.tokens, batch.places, attend)
+        scores: Tensor = self.lm_head(hidden.flatten(0, 1)[batch.outputs], batch.targets, method="score")
+        return scores
 
     def next_token_logits(self, tokens: Tensor, lengths: list[int], cache: KeyValueCache) -> Tensor:
         """Logits of the token that follows each row, (B, V), in the compute dtype.
@@ -175,14 +198,15 @@ class GPT2(nn.Module):
         cache.advance()
         rows = torch.arange(len(lengths), device=x.device)
         last = torch.tensor(lengths, device=x.device) - 1
-        logits: Tensor = self.lm_head(x[rows, last])
+        logits: Tensor = self.lm_head(x[rows, last], method="logits")
         return logits
 
     def hidden_states(self, tokens: Tensor, places: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """The normalised residual stream after the last block, (B, T, C).
 
         Args:
-            tokens, places: as those of ``forward``.
+            tokens: (B, T) integer ids below ``vocab_size``.
+            places: (B, T) int64, see ``ScoringBatch``.
             attend: takes the place of causal attention over the row.
         """
         x = self.wte(tokens) + self.wpe(self._positions(tokens) if places is None else places)  # (B, T, C)

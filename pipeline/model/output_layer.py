@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -14,6 +14,8 @@ IGNORE_INDEX = -100  # a target that is not scored; torch's own default
 VOCAB_MULTIPLE = 128  # matrix products are faster on round sizes: 50257 becomes 50304
 SCORED_AT_ONCE = 128  # targets whose logits exist at a time: 26 MB in fp32, which stay in the caches of a CPU
 
+Method = Literal["loss", "logits", "score"]
+
 
 def padded_vocab_size(vocab_size: int) -> int:
     """Rows of the embedding: the vocabulary rounded up. The surplus never enters the softmax."""
@@ -21,10 +23,9 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 class OutputLayer(nn.Linear):
-    """Hidden states to logits, or at once to the summed cross-entropy, or to how single targets fare.
+    """The projection from hidden states to logits, with the loss on them.
 
-    One module, so that a backend that compiles module by module gets the loss fused too: over logits in the compute
-    dtype, the padding left out by the same loop.
+    The loss is in the same module, so that a backend that compiles module by module fuses it with the projection.
     """
 
     def __init__(self, width: int, vocab_size: int) -> None:
@@ -32,25 +33,35 @@ class OutputLayer(nn.Linear):
         self.vocab_size = vocab_size
         self.packed_product: Callable[[Tensor], Tensor] | None = None  # see pipeline/model/packed_linear.py
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, *, each: bool = False) -> Tensor:
-        """Logits, (..., V) in the compute dtype; the fp32 sum over scored targets, in nats; or how ``each`` one fares.
+    def forward(self, *inputs: Tensor, method: Method = "loss") -> Tensor:
+        """Call ``loss``, ``logits`` or ``score``, for the reason that ``GPT2.forward`` gives."""
+        result: Tensor = getattr(self, method)(*inputs)
+        return result
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the fp32 sum over scored targets, in nats.
 
         Args:
-            hidden: (B, T, C); with ``each`` (N, C).
-            targets: (B, T) int64 ids, ``IGNORE_INDEX`` where nothing is scored; with ``each`` (N,) ids.
-            each: not the sum, but (2, N) fp32: each target's log-probability; 1 where no token is likelier, else 0.
+            hidden: (B, T, C).
+            targets: (B, T) int64 ids; ``IGNORE_INDEX`` where nothing is scored.
         """
-        if targets is not None and each:
-            # The loop is in here and not around the layer: FSDP and ZeRO-3 gather its weight once a call.
-            parts = zip(torch.split(hidden, SCORED_AT_ONCE), torch.split(targets, SCORED_AT_ONCE), strict=True)
-            return torch.cat([_fare(self._logits(x), y) for x, y in parts], dim=1)
-        if targets is None:
-            return self._logits(hidden)
         losses = cross_entropy(self._padded_logits(hidden).flatten(0, 1), targets.flatten(), self.vocab_size)
         return losses.sum()  # torch sums pairwise: the error stays at the rounding of one addition
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return (..., V) logits of (..., C) hidden states, in the compute dtype."""
         return self._padded_logits(hidden)[..., : self.vocab_size]
+
+    def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return each target's log-probability and whether it is the argmax, (2, N) fp32.
+
+        Args:
+            hidden: (N, C).
+            targets: (N,) int64 ids.
+        """
+        # The loop is inside the layer because FSDP2 and ZeRO-3 gather its weight once per call of the layer.
+        pieces = zip(torch.split(hidden, SCORED_AT_ONCE), torch.split(targets, SCORED_AT_ONCE), strict=True)
+        return torch.cat([score_targets(self.logits(x), y) for x, y in pieces], dim=1)
 
     def _padded_logits(self, hidden: Tensor) -> Tensor:
         return super().forward(hidden) if self.packed_product is None else self.packed_product(hidden)
@@ -94,8 +105,8 @@ class _CompiledCrossEntropy(torch.autograd.Function):
         return gradient.to(logits.dtype), None, None
 
 
-def _fare(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of (n, V) logits and (n,) targets the (2, n) pairs of ``OutputLayer.forward``."""
-    logits = logits.float()  # for argmax, too: in bf16 a CPU takes four times as long
+def score_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return each target's log-probability and whether it is the argmax, (2, n) fp32, from (n, V) logits."""
+    logits = logits.float()  # also for argmax, which takes a CPU four times as long in bf16
     log_probabilities = torch.log_softmax(logits, dim=1).gather(1, targets.unsqueeze(1)).squeeze(1)
     return torch.stack((log_probabilities, (logits.argmax(1) == targets).float()))

@@ -8,13 +8,15 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.func import functional_call
 
-from pipeline.model.gpt2 import GPT2
+from pipeline.model.gpt2 import GPT2, ScoringBatch
+from pipeline.model.output_layer import Method
 
 AUTOCAST_DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
@@ -25,7 +27,30 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
-class AutocastModel(nn.Module):
+class ComputeModel(nn.Module):
+    """A model in one precision, with the methods of :class:`GPT2`; each enters through ``forward``."""
+
+    def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
+        """Call the model's method in this precision."""
+        raise NotImplementedError
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Return what ``GPT2.loss`` returns."""
+        loss: Tensor = self(tokens, targets, method="loss")
+        return loss
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return what ``GPT2.logits`` returns."""
+        logits: Tensor = self(tokens, method="logits")
+        return logits
+
+    def score(self, batch: ScoringBatch) -> Tensor:
+        """Return what ``GPT2.score`` returns."""
+        scores: Tensor = self(batch, method="score")
+        return scores
+
+
+class AutocastModel(ComputeModel):
     """The model with autocast *inside* its forward, so that no wrapper around it can switch it off.
 
     DeepSpeed disables an autocast that it finds around its engine, and its own
@@ -38,13 +63,13 @@ class AutocastModel(nn.Module):
         self.precision = precision
         self.device = device
 
-    def forward(self, *arguments: Tensor | None) -> Tensor:
-        """See :meth:`pipeline.model.gpt2.GPT2.forward`."""
+    def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
         with autocast(self.precision, self.device):
-            return self.model(*arguments)
+            result: Tensor = self.model(*inputs, method=method)
+        return result
 
 
-class Bf16ViewModel(nn.Module):
+class Bf16ViewModel(ComputeModel):
     """The model computing with bf16 copies of its fp32 parameters.
 
     The parameters are the master weights; the cast is part of the graph, so gradients arrive,
@@ -55,12 +80,11 @@ class Bf16ViewModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *arguments: Tensor | None) -> Tensor:
-        """See :meth:`pipeline.model.gpt2.GPT2.forward`."""
+    def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
         weights = {name: weight.to(torch.bfloat16) for name, weight in self.model.named_parameters()}
-        return functional_call(self.model, weights, arguments, tie_weights=True)
+        return functional_call(self.model, weights, inputs, {"method": method}, tie_weights=True)
 
 
-def replicated_compute(model: GPT2, precision: str, device: torch.device) -> nn.Module:
-    """The module to call where every rank holds the whole fp32 model."""
+def replicated_compute(model: GPT2, precision: str, device: torch.device) -> ComputeModel:
+    """Return the module to call where every rank holds the whole fp32 model."""
     return Bf16ViewModel(model) if precision == "bf16" else AutocastModel(model, precision, device)

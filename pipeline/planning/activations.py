@@ -100,7 +100,7 @@ def _run(request: Request) -> tuple[Moment, ...]:
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(recorder.finish_gradient)  # type: ignore[no-untyped-call]
         with recorder.live:
-            compute(tokens, tokens).backward()
+            compute(tokens, tokens, method="loss").backward()
     return tuple(recorder.moments.values())
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch import Tensor
+
 from launch.cli import run_command
 from launch.train import main
 from pipeline.data.loader import MicroBatch
@@ -32,14 +34,14 @@ def remember_micro_batch() -> None:
 
 def break_the_loss() -> None:
     """In training only: validation batches all begin at sample 0."""
-    plain_forward = GPT2.forward
+    plain_loss = GPT2.loss
 
-    def forward(self: GPT2, *arguments: Any) -> Any:
-        loss = plain_forward(self, *arguments)
+    def faulty_loss(self: GPT2, tokens: Tensor, targets: Tensor) -> Tensor:
+        loss = plain_loss(self, tokens, targets)
         faulty = self.training and current and current[0].first_sample in FAULTY_SAMPLES
         return loss * FAULT if faulty else loss
 
-    GPT2.forward = forward  # type: ignore[method-assign, assignment]
+    GPT2.loss = faulty_loss  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

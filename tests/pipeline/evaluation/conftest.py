@@ -71,7 +71,7 @@ def plain_score(model: GPT2, request: Request) -> tuple[float, bool]:
     tokens = tokens[-(model.config.context_length + 1) :]
     total, greedy = 0.0, True
     for at in range(len(tokens) - len(request.continuation), len(tokens)):
-        logits = model(torch.tensor([tokens[:at]]))[0, -1].double()
+        logits = model.logits(torch.tensor([tokens[:at]]))[0, -1].double()
         total += (logits[tokens[at]] - logits.logsumexp(0)).item()
         greedy &= int(logits.argmax()) == tokens[at]
     return total, greedy

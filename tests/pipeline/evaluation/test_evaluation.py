@@ -65,7 +65,7 @@ def direct(model: GPT2, stream: TokenStream) -> list[tuple[int, int, float, int]
     for at in range(1, len(text)):
         begin = (at - 1) // T * T  # of the window that scores this target
         with torch.no_grad():
-            logits = model(torch.tensor([text[begin:at]]))[0, -1].double()
+            logits = model.logits(torch.tensor([text[begin:at]]))[0, -1].double()
         loss = (logits.logsumexp(0) - logits[text[at]]).item()
         found.append((at - 1 - begin, text[at], loss, int((logits > logits[text[at]]).sum())))
     return found

@@ -15,7 +15,7 @@ from pipeline.errors import TrainingError
 from pipeline.evaluation.packing import Tree, grow_trees, make_batch, pack
 from pipeline.evaluation.requests import Request, Score
 from pipeline.evaluation.scoring import Scorer
-from pipeline.model.gpt2 import GPT2
+from pipeline.model.gpt2 import GPT2, ScoringBatch
 from tests.pipeline.conftest import random_tokens, restless_model
 from tests.pipeline.evaluation.conftest import ALONE, CONTEXT, plain_score, scorer_of
 
@@ -86,7 +86,7 @@ def test_a_continuation_that_the_model_would_write_is_greedy(text_model: GPT2, s
     tokens = [1, 2, 3]
     with torch.no_grad():
         for _ in range(3):
-            tokens.append(int(text_model(torch.tensor([tokens]))[0, -1].argmax()))
+            tokens.append(int(text_model.logits(torch.tensor([tokens]))[0, -1].argmax()))
     other = (tokens[-1] + 1) % 50257
     ((yes, no),) = scorer.score(
         [[Request((1, 2, 3), tuple(tokens[3:])), Request((1, 2, 3), (*tokens[3:5], other))]], ""
@@ -136,7 +136,7 @@ def test_batches_keep_to_their_tokens_and_rows_of_like_length_together() -> None
         trees.append(tree)
     batches = pack(trees, 64)
     assert [[len(tree.tokens) for tree in batch] for batch in batches] == [[100], [31, 30], [13, 12, 6, 5]]
-    assert make_batch(batches[1]).tokens.shape == (2, 31)
+    assert make_batch(batches[1]).inputs.tokens.shape == (2, 31)
 
 
 def test_a_continuation_longer_than_the_context_is_refused(scorer: Scorer) -> None:
@@ -157,9 +157,9 @@ def test_scored_outputs_are_those_of_all_logits(text_model: GPT2) -> None:
     tokens = random_tokens(5, CONTEXT, vocab_size=50257)
     outputs, targets = torch.arange(5 * CONTEXT), random_tokens(5 * CONTEXT, vocab_size=50257, seed=1)
     with torch.no_grad():
-        log_probabilities = text_model(tokens).flatten(0, 1).log_softmax(1)
+        log_probabilities = text_model.logits(tokens).flatten(0, 1).log_softmax(1)
         targets[7] = log_probabilities[7].argmax()
-        found = text_model(tokens, targets, outputs)
+        found = text_model.score(ScoringBatch(tokens, targets, outputs))
     torch.testing.assert_close(found[0], log_probabilities.gather(1, targets[:, None])[:, 0], rtol=0, atol=1e-5)
     assert (
         found[1].nonzero().flatten().tolist() == (log_probabilities.argmax(1) == targets).nonzero().flatten().tolist()

@@ -23,7 +23,7 @@ def model() -> GPT2:
 
 def likeliest(model: GPT2, tokens: list[int]) -> int:
     with torch.no_grad():
-        return int(model(torch.tensor([tokens]))[0, -1].argmax())
+        return int(model.logits(torch.tensor([tokens]))[0, -1].argmax())
 
 
 def test_without_temperature_each_token_is_the_likeliest(model: GPT2) -> None:
@@ -82,7 +82,7 @@ def test_what_is_remembered_changes_nothing(model: GPT2) -> None:
         logits = decoder.next_token_logits(texts)
         for text, row in zip(texts, logits, strict=True):
             with torch.no_grad():
-                alone = model(torch.tensor([text[window_start(len(text), 12) :]]))[0, -1]
+                alone = model.logits(torch.tensor([text[window_start(len(text), 12) :]]))[0, -1]
             torch.testing.assert_close(row, alone, atol=2e-5, rtol=1e-5)
         for text in texts:
             text.append((step * 31 + len(text)) % VOCAB_SIZE)
@@ -126,7 +126,7 @@ def draws(model: GPT2, count: int, **options: float) -> Counter[int]:
 
 def test_draws_follow_the_model_and_the_temperature(model: GPT2) -> None:
     with torch.no_grad():
-        logits = model(torch.tensor([PROMPT]))[0, -1].double()
+        logits = model.logits(torch.tensor([PROMPT]))[0, -1].double()
     for temperature in (1.0, 2.0):
         expected = torch.softmax(logits / temperature, dim=0)
         token = int(expected.argmax())
@@ -137,7 +137,7 @@ def test_draws_follow_the_model_and_the_temperature(model: GPT2) -> None:
 
 def test_only_the_k_likeliest_are_drawn(model: GPT2) -> None:
     with torch.no_grad():
-        best = model(torch.tensor([PROMPT]))[0, -1].topk(3).indices.tolist()
+        best = model.logits(torch.tensor([PROMPT]))[0, -1].topk(3).indices.tolist()
     assert set(draws(model, 200, top_k=3, temperature=50.0)) == set(best)
 
 
@@ -171,5 +171,5 @@ def test_positions_start_again_in_the_middle_of_writing() -> None:
         logits = decoder.next_token_logits(texts)
         for text, row in zip(texts, logits, strict=True):
             with torch.no_grad():
-                torch.testing.assert_close(row, model(torch.tensor([text]))[0, -1], atol=2e-5, rtol=1e-5)
+                torch.testing.assert_close(row, model.logits(torch.tensor([text]))[0, -1], atol=2e-5, rtol=1e-5)
             text.append(token)

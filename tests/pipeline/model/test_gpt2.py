@@ -84,19 +84,19 @@ class TestAgainstTransformers:
     def test_logits(self, ours: GPT2, theirs: Any) -> None:
         tokens = random_tokens(3, 23, vocab_size=50257)
         with torch.no_grad():
-            torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours.logits(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
 
     def test_loss(self, ours: GPT2, theirs: Any) -> None:
         tokens = random_tokens(3, 22, vocab_size=50257)
         inputs, targets = shift(tokens)
         with torch.no_grad():
-            mean = ours(inputs, targets).item() / targets.numel()
+            mean = ours.loss(inputs, targets).item() / targets.numel()
             assert mean == pytest.approx(theirs(tokens, labels=tokens).loss.item(), abs=1e-5)
 
     def test_gradients(self, ours: GPT2, theirs: Any) -> None:
         tokens = random_tokens(2, 23, vocab_size=50257)
         inputs, targets = shift(tokens)
-        found = gradients(ours, ours(inputs, targets) / targets.numel())
+        found = gradients(ours, ours.loss(inputs, targets) / targets.numel())
         theirs.zero_grad()
         theirs(tokens, labels=tokens).loss.backward()
         expected = theirs.transformer
@@ -146,14 +146,14 @@ class TestInitialWeights:
         """ln V, and half the variance of the logits: C terms of 0.02 x 1, which no wise choice of words removes."""
         inputs, targets = shift(random_tokens(8, 129, vocab_size=50257))
         with torch.no_grad():
-            loss = gpt2_124m(inputs, targets).item() / targets.numel()
+            loss = gpt2_124m.loss(inputs, targets).item() / targets.numel()
         assert loss == pytest.approx(math.log(50257) + 768 * 0.02**2 / 2, abs=0.05)
 
     def test_initial_loss_of_a_narrow_model_is_ln_v(self) -> None:
         config = ModelConfig.model_validate({"n_layer": 12, "n_head": 12, "n_embd": 192, "context_length": 128})
         inputs, targets = shift(random_tokens(16, 129, vocab_size=50257))
         with torch.no_grad():
-            loss = build_model(config, seed=1337)(inputs, targets).item() / targets.numel()
+            loss = build_model(config, seed=1337).loss(inputs, targets).item() / targets.numel()
         assert loss == pytest.approx(math.log(50257), abs=0.1)
 
     def test_one_seed_one_model(self) -> None:
@@ -196,12 +196,12 @@ class TestPadding:
     """The rows that round the vocabulary up take no part."""
 
     def test_logits_are_over_the_vocabulary(self) -> None:
-        logits = build_model(tiny_model_config(), 1)(random_tokens(2, 7))
+        logits = build_model(tiny_model_config(), 1).logits(random_tokens(2, 7))
         assert logits.shape == (2, 7, VOCAB_SIZE)
 
     def test_padding_rows_start_at_zero_and_get_no_gradient(self) -> None:
         model = build_model(tiny_model_config(), 1)
-        found = gradients(model, model(*shift(random_tokens(2, 9))))["wte.weight"]
+        found = gradients(model, model.loss(*shift(random_tokens(2, 9))))["wte.weight"]
         assert found.shape[0] == 128
         assert (model.wte.weight[VOCAB_SIZE:] == 0).all()
         assert (found[VOCAB_SIZE:] == 0).all()
@@ -210,11 +210,11 @@ class TestPadding:
     def test_padding_rows_change_nothing(self) -> None:
         model = build_model(tiny_model_config(), 1)
         inputs, targets = shift(random_tokens(2, 9))
-        before = model(inputs), model(inputs, targets)
+        before = model.logits(inputs), model.loss(inputs, targets)
         with torch.no_grad():
             model.wte.weight[VOCAB_SIZE:] = 1e3
-        assert torch.equal(model(inputs), before[0])
-        assert torch.equal(model(inputs, targets), before[1])
+        assert torch.equal(model.logits(inputs), before[0])
+        assert torch.equal(model.loss(inputs, targets), before[1])
 
 
 class TestForward:
@@ -224,7 +224,7 @@ class TestForward:
         for position in range(1, 12):
             changed = tokens.clone()
             changed[0, position] = (changed[0, position] + 1) % VOCAB_SIZE
-            before, after = model(tokens), model(changed)
+            before, after = model.logits(tokens), model.logits(changed)
             torch.testing.assert_close(before[:, :position], after[:, :position], rtol=0, atol=1e-5)
             assert not torch.allclose(before[:, position:], after[:, position:], atol=1e-2)
 
@@ -234,14 +234,14 @@ class TestForward:
         for position in range(12):
             changed = tokens.clone()
             changed[0, position] = (changed[0, position] + 1) % VOCAB_SIZE
-            assert not torch.allclose(model(tokens)[:, -1], model(changed)[:, -1], atol=1e-3)
+            assert not torch.allclose(model.logits(tokens)[:, -1], model.logits(changed)[:, -1], atol=1e-3)
 
     def test_loss_is_the_sum_of_cross_entropies(self) -> None:
         model = restless_model(tiny_model_config()).eval()
         inputs, targets = shift(random_tokens(3, 9))
-        log_probabilities = F.log_softmax(model(inputs).double(), dim=-1)
+        log_probabilities = F.log_softmax(model.logits(inputs).double(), dim=-1)
         expected = -log_probabilities.gather(-1, targets.unsqueeze(-1)).sum()
-        assert model(inputs, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+        assert model.loss(inputs, targets).item() == pytest.approx(expected.item(), rel=1e-6)
 
     def test_ignored_targets_add_nothing(self) -> None:
         model = restless_model(tiny_model_config()).eval()
@@ -249,7 +249,7 @@ class TestForward:
         masked = targets.clone()
         masked[0, 3:] = IGNORE_INDEX
         masked[1] = IGNORE_INDEX
-        found, expected = model(inputs, masked), model(inputs[:1, :3], targets[:1, :3])
+        found, expected = model.loss(inputs, masked), model.loss(inputs[:1, :3], targets[:1, :3])
         assert found.item() == pytest.approx(expected.item(), rel=1e-6)
         of_masked, of_short = gradients(model, found), gradients(model, expected)
         for name, gradient in of_masked.items():
@@ -258,17 +258,17 @@ class TestForward:
     def test_a_batch_without_targets_costs_nothing(self) -> None:
         model = restless_model(tiny_model_config())
         inputs = random_tokens(2, 5)
-        loss = model(inputs, torch.full_like(inputs, IGNORE_INDEX))
+        loss = model.loss(inputs, torch.full_like(inputs, IGNORE_INDEX))
         assert loss.item() == 0.0
         assert all((gradient == 0).all() for gradient in gradients(model, loss).values())
 
     def test_dropout_only_in_training(self) -> None:
         model = build_model(tiny_model_config(dropout=0.5), 1)
         inputs = random_tokens(2, 8)
-        assert not torch.equal(model.train()(inputs), model(inputs))
-        assert torch.equal(model.eval()(inputs), model(inputs))
+        assert not torch.equal(model.train().logits(inputs), model.logits(inputs))
+        assert torch.equal(model.eval().logits(inputs), model.logits(inputs))
         plain = build_model(tiny_model_config(), 1)
-        assert torch.equal(model(inputs), plain(inputs))
+        assert torch.equal(model.logits(inputs), plain.logits(inputs))
 
 
 class TestActivationCheckpointing:
@@ -294,7 +294,7 @@ class TestActivationCheckpointing:
             config = tiny_model_config(n_layer=3, dropout=dropout, activation_checkpointing=setting)
             model = restless_model(config).train()
             torch.manual_seed(5)
-            loss = model(inputs, targets)
+            loss = model.loss(inputs, targets)
             found.append((loss.item(), gradients(model, loss)))
         assert found[0][0] == pytest.approx(found[1][0], rel=1e-7)
         for name, gradient in found[0][1].items():
@@ -308,7 +308,7 @@ class TestActivationCheckpointing:
         self, recompute: bool | int, again: list[int], forwards: list[MLP]
     ) -> None:
         model = build_model(tiny_model_config(n_layer=5, activation_checkpointing=recompute), 1)
-        model(*shift(random_tokens(2, 5))).backward()
+        model.loss(*shift(random_tokens(2, 5))).backward()
         blocks = [block.mlp for block in model.h]
         assert [blocks.index(mlp) for mlp in forwards] == [0, 1, 2, 3, 4, *again]
 
@@ -328,7 +328,7 @@ class TestPositions:
         """What is looked up in the table of positions."""
         asked: list[Tensor] = []
         handle = model.wpe.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0]))
-        model(tokens)
+        model.logits(tokens)
         handle.remove()
         return asked[0].broadcast_to(tokens.shape)
 
@@ -342,22 +342,22 @@ class TestPositions:
 
     def test_no_position_beyond_the_longest_text_is_used(self) -> None:
         model = restless_model(tiny_model_config(reset_positions_at=88)).eval()
-        logits = model(self.TOKENS[:1])
+        logits = model.logits(self.TOKENS[:1])
         with torch.no_grad():
             model.wpe.weight[5:].fill_(1e6)
-            assert torch.equal(model(self.TOKENS[:1]), logits)
+            assert torch.equal(model.logits(self.TOKENS[:1]), logits)
             model.wpe.weight[4] += 1.0
-            assert not torch.equal(model(self.TOKENS[:1]), logits)
+            assert not torch.equal(model.logits(self.TOKENS[:1]), logits)
 
     def test_texts_before_are_still_seen(self) -> None:
         model = restless_model(tiny_model_config(reset_positions_at=88)).eval()
         changed = self.TOKENS[:1].clone()
         changed[0, 2] = 9
-        assert not torch.equal(model(self.TOKENS[:1])[0, 6:], model(changed)[0, 6:])
+        assert not torch.equal(model.logits(self.TOKENS[:1])[0, 6:], model.logits(changed)[0, 6:])
 
     def test_where_no_text_begins_nothing_changes(self) -> None:
         plain, resetting = (restless_model(tiny_model_config(reset_positions_at=at)).eval() for at in (None, 88))
-        assert torch.equal(plain(self.TOKENS[1:]), resetting(self.TOKENS[1:]))
+        assert torch.equal(plain.logits(self.TOKENS[1:]), resetting.logits(self.TOKENS[1:]))
 
     def test_the_token_must_exist(self) -> None:
         with pytest.raises(ValueError, match=r"reset_positions_at \(89\) must be a token, less than vocab_size \(89\)"):

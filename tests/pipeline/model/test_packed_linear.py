@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from pipeline.generation.generate import generate
 from pipeline.model import packed_linear
-from pipeline.model.gpt2 import GPT2
+from pipeline.model.gpt2 import GPT2, ScoringBatch
 from pipeline.model.packed_linear import PackedLinear, can_pack, pack_linear_layers
 from pipeline.model.precision import replicated_compute
 from tests.pipeline.conftest import random_tokens, restless_model, tiny_model_config
@@ -67,9 +67,9 @@ def test_the_model_writes_the_same(model: GPT2, packed_model: GPT2) -> None:
 def test_losses_and_single_scores_are_the_same(model: GPT2, packed_model: GPT2) -> None:
     tokens = random_tokens(2, 12)
     targets, outputs = tokens.roll(-1, 1), torch.tensor([0, 5, 17])
-    torch.testing.assert_close(packed_model(tokens, targets), model(tokens, targets), rtol=1e-6, atol=0)
-    scored = (tokens, targets.flatten()[outputs], outputs)
-    torch.testing.assert_close(packed_model(*scored), model(*scored), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed_model.loss(tokens, targets), model.loss(tokens, targets), rtol=1e-6, atol=0)
+    scored = ScoringBatch(tokens, targets.flatten()[outputs], outputs)
+    torch.testing.assert_close(packed_model.score(scored), model.score(scored), rtol=1e-5, atol=1e-5)
 
 
 def test_the_weights_of_the_blocks_are_freed(model: GPT2) -> None:
@@ -87,9 +87,9 @@ def test_the_weights_of_the_blocks_are_freed(model: GPT2) -> None:
 @torch.no_grad()
 def test_in_lower_precision_it_is_as_near_to_fp32(model: GPT2, precision: str) -> None:
     tokens = random_tokens(2, 12)
-    exact = model(tokens)
-    usual = replicated_compute(model, precision, torch.device("cpu"))(tokens).float()
-    found = replicated_compute(packed_copy(model, torch.bfloat16), precision, torch.device("cpu"))(tokens)
+    exact = model.logits(tokens)
+    usual = replicated_compute(model, precision, torch.device("cpu")).logits(tokens).float()
+    found = replicated_compute(packed_copy(model, torch.bfloat16), precision, torch.device("cpu")).logits(tokens)
     assert found.dtype == torch.bfloat16
     assert 0 < (found.float() - exact).abs().max() <= 1.5 * (usual - exact).abs().max()
 

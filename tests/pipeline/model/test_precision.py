@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from pipeline.model.gpt2 import GPT2
-from pipeline.model.precision import AutocastModel, Bf16ViewModel, replicated_compute
+from pipeline.model.precision import AutocastModel, Bf16ViewModel, ComputeModel, replicated_compute
 from tests.pipeline.conftest import random_tokens, restless_model, tiny_model_config
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def model() -> GPT2:
     return restless_model(tiny_model_config())
 
 
-def product_dtypes(model: GPT2, compute: nn.Module) -> set[torch.dtype]:
+def product_dtypes(model: GPT2, compute: ComputeModel) -> set[torch.dtype]:
     """Of the results of all matrix products with weights."""
     seen: set[torch.dtype] = set()
 
@@ -38,7 +38,7 @@ def product_dtypes(model: GPT2, compute: nn.Module) -> set[torch.dtype]:
 
     hooks = [module.register_forward_hook(record) for module in model.modules() if isinstance(module, nn.Linear)]
     assert len(hooks) == 2 * 4 + 1
-    compute(BATCH[0])
+    compute.logits(BATCH[0])
     for hook in hooks:
         hook.remove()
     return seen
@@ -56,7 +56,7 @@ class TestEveryPrecision:
     def test_the_loss_is_fp32(self, model: GPT2, precision: str, dtype: torch.dtype) -> None:
         compute = replicated_compute(model, precision, CPU)
         assert compute(*BATCH).dtype == torch.float32
-        assert compute(BATCH[0]).dtype == dtype
+        assert compute.logits(BATCH[0]).dtype == dtype
 
     def test_gradients_are_fp32_on_fp32_parameters(self, model: GPT2, precision: str, dtype: torch.dtype) -> None:
         replicated_compute(model, precision, CPU)(*BATCH).backward()
