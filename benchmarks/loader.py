@@ -37,7 +37,7 @@ from data_tools.shards import (
     TokenStream,
     open_split,
 )
-from data_tools.storage.files import write_json_durably
+from data_tools.storage.atomic import write_json_durably
 from pipeline.backends import create_backend
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch

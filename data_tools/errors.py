@@ -1,11 +1,17 @@
-"""The one family of errors that a user can cause, shared by every stage."""
+"""The errors that a user can cause, shared by every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake or a circumstance that the user can mend.
+    """A mistake or a circumstance that the user can correct.
 
     Its text is one line: what is wrong, where, and what would be right. The commands print that
-    line and exit with ``exit_status``; anything that is not a ``UserError`` is a defect of ours.
+    line and exit with ``exit_status``. Any other exception is a defect of this project.
     """
 
     exit_status = 2
@@ -13,3 +19,16 @@ class UserError(Exception):
 
 class DataError(UserError):
     """A source, a document, a shard or a manifest that cannot be used."""
+
+
+@contextmanager
+def one_line_write_errors(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` of the block (disk full, no permission, ...) into one line that names ``path``.
+
+    Raises:
+        DataError: with the path and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error

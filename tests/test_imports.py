@@ -23,7 +23,7 @@ ROOMS: dict[str, str] = {
     "data_tools.storage": "errors",
     "data_tools.tokenizer": "errors arrays",
     "data_tools.shards": "errors arrays threads storage tokenizer",
-    "data_tools.encoding": "errors arrays storage tokenizer",
+    "data_tools.encoding": "errors arrays tokenizer",
     "data_tools.sources": "errors storage encoding",
     "data_tools.corpus": "errors arrays threads storage tokenizer shards encoding sources",
     "data_tools.formats": "errors arrays threads storage tokenizer shards",

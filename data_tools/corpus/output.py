@@ -15,7 +15,7 @@ from typing import Any
 
 from data_tools.corpus.records import TaskRecord, report_of
 from data_tools.corpus.tasks import Task
-from data_tools.errors import DataError
+from data_tools.errors import DataError, one_line_write_errors
 from data_tools.shards import (
     MANIFEST_NAME,
     SHARD_FORMATS,
@@ -30,7 +30,7 @@ from data_tools.shards import (
     map_shard,
     parse_manifest,
 )
-from data_tools.storage.files import fsync_folder, one_line_write_errors
+from data_tools.storage.atomic import fsync_folder
 from data_tools.storage.folders import Folder, LocalFolder, is_scratch, open_folder
 from data_tools.storage.locks import LOCK_NAME, FolderLock, lock_folder
 

@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.arrays import TokenArray
-from data_tools.errors import DataError
-from data_tools.storage.files import one_line_write_errors
+from data_tools.errors import DataError, one_line_write_errors
 from data_tools.tokenizer import load_tokenizer, replace_lone_surrogates
 
 log = logging.getLogger(__name__)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_tools.errors import one_line_write_errors
 from data_tools.formats.collection import TokenCollection, conversion_record
 from data_tools.formats.detection import open_collection
 from data_tools.formats.flat_files import NANOGPT
 from data_tools.formats.layout import keeps_shards, plan_files
 from data_tools.formats.request import DEFAULT_SHARD_TOKENS, ConvertRequest
-from data_tools.formats.staging import expect_new, new_folder
+from data_tools.formats.staging import require_new
 from data_tools.formats.writing import FileWriter
 from data_tools.shards import MANIFEST_NAME, Manifest, ShardRecord, verify
 from data_tools.shards.contents import Vocabulary
-from data_tools.storage.files import one_line_write_errors, write_json_durably
+from data_tools.storage.atomic import atomic_folder, write_json_durably
 from data_tools.threads import Advance, map_threads, no_progress
 
 
@@ -40,13 +41,14 @@ def convert(request: ConvertRequest, written: Advance = no_progress, verified: A
     Raises:
         DataError: an input is damaged, the formats do not go together, or the folder cannot be written.
     """
-    expect_new(request.out)
+    require_new(request.out)
     collection = open_collection(request.source, request.source_format, request.split_of)
     vocabulary = Vocabulary(collection.tokenizer)
     planned = plan_files(request, collection, knows_bytes=vocabulary.knows_bytes)
     if collection.manifest:
         verify(collection.path, request.workers, verified)
-    with new_folder(request.out) as folder:
+    require_new(request.out)  # again, because verifying takes time
+    with one_line_write_errors(request.out), atomic_folder(request.out) as folder:
         writer = FileWriter(folder, collection, vocabulary, raw=request.to == NANOGPT)
         files = tuple(map_threads(writer.write, planned, request.workers, written))
         if request.to != NANOGPT:

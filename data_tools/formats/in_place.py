@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, one_line_write_errors
 from data_tools.formats.collection import conversion_record
 from data_tools.formats.detection import open_collection
 from data_tools.formats.flat_files import LLMC, map_llmc_file
 from data_tools.formats.layout import chunks
 from data_tools.shards import MANIFEST_NAME, Manifest, ShardRecord, SourceRecord
 from data_tools.shards.contents import Contents, Vocabulary
-from data_tools.storage.files import one_line_write_errors, sha256_of_file, write_json_durably
+from data_tools.storage.atomic import write_json_durably
+from data_tools.storage.files import sha256_of_file
 from data_tools.threads import Advance, map_threads, no_progress
 
 

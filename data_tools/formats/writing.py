@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from data_tools.arrays import TokenArray
+from data_tools.errors import one_line_write_errors
 from data_tools.formats.collection import TokenCollection
 from data_tools.formats.layout import PlannedFile, chunks
 from data_tools.shards import ShardRecord, ShardWriter
 from data_tools.shards.contents import Contents, Vocabulary
 from data_tools.shards.manifest import mask_file_of
-from data_tools.storage.files import fsync_file, one_line_write_errors
+from data_tools.storage.atomic import atomic_file, fsync_file
 from data_tools.threads import Advance
 
 
@@ -51,14 +51,12 @@ class FileWriter:
         path = self._folder / planned.name
         digest = hashlib.sha256()
         total = Contents()
-        with one_line_write_errors(path), open(path, "wb") as file:
+        with one_line_write_errors(path), atomic_file(path) as file:
             for tokens, contents in self._chunks(planned, advance):
                 content = tokens.astype("<u2", copy=False).data
                 digest.update(content)
                 file.write(content)
                 total += contents
-            file.flush()
-            os.fsync(file.fileno())
         return _record(planned, total, digest.hexdigest())
 
     def _write_shard(self, planned: PlannedFile, advance: Advance) -> ShardRecord:

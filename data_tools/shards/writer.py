@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -13,9 +11,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from data_tools.arrays import MaskArray, TokenArray, as_arrow
+from data_tools.errors import one_line_write_errors
 from data_tools.shards.llmc import LLMC_SUFFIX, LlmcTokenFile
 from data_tools.shards.manifest import ShardRecord, mask_file_of
-from data_tools.storage.files import one_line_write_errors, publish, sha256_of_file, temporary_path
+from data_tools.storage.atomic import PendingFile
+from data_tools.storage.files import sha256_of_file
 
 BATCH_TOKENS = 1 << 20
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
@@ -71,43 +71,36 @@ SHARD_FORMATS: dict[str, Callable[[BinaryIO], TokenFile]] = {"npy": NpyFile, "ar
 _BY_SUFFIX: dict[str, Callable[[BinaryIO], TokenFile]] = {**SHARD_FORMATS, LLMC_SUFFIX[1:]: LlmcTokenFile}
 
 
-class _PendingFile:
-    """A file under its temporary name, until it is whole."""
+class _ShardFile:
+    """A file in one of the formats, under its aside path until it is published. Write errors become ``DataError``."""
 
     def __init__(self, path: Path, open_format: Callable[[BinaryIO], TokenFile]) -> None:
         self._path = path
-        self._temporary = temporary_path(path)
         with one_line_write_errors(path):
-            self._file = open(self._temporary, "wb")  # noqa: SIM115 (open as long as the writer)
+            self._pending = PendingFile(path)
             try:
-                self._format = open_format(self._file)
+                self._format = open_format(self._pending.file)
             except BaseException:
-                self.abort()
+                self._pending.discard()
                 raise
 
     def write(self, values: npt.NDArray[Any]) -> None:
         with one_line_write_errors(self._path):
             self._format.write(values)
 
-    def finish(self) -> str:
-        """Bring it to the disk; returns its SHA-256."""
+    def complete(self) -> str:
+        """Write everything to the disk and return the file's SHA-256."""
         with one_line_write_errors(self._path):
             self._format.finish()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            return sha256_of_file(self._temporary)
+            self._pending.complete()
+            return sha256_of_file(self._pending.aside)
 
     def publish(self) -> None:
-        """Give it its name."""
         with one_line_write_errors(self._path):
-            publish(self._temporary, self._path)
+            self._pending.publish()
 
-    def abort(self) -> None:
-        # Closing tries once more to bring buffered bytes to a disk that may be full; the file goes anyway.
-        with suppress(OSError):
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
+    def discard(self) -> None:
+        self._pending.discard()
 
 
 class ShardWriter:
@@ -127,8 +120,8 @@ class ShardWriter:
         self._mask_path = folder / mask_file_of(file)
         self._batch = np.empty(BATCH_TOKENS, dtype=np.uint16)
         self._batch_size = 0
-        self._shard = _PendingFile(self._path, _BY_SUFFIX[self._path.suffix[1:]])
-        self._mask: _PendingFile | None = None
+        self._shard = _ShardFile(self._path, _BY_SUFFIX[self._path.suffix[1:]])
+        self._mask: _ShardFile | None = None
 
     def append(self, tokens: TokenArray, *, documents: int, utf8_bytes: int, scored: MaskArray | None = None) -> None:
         """Add whole documents.
@@ -158,7 +151,7 @@ class ShardWriter:
 
     def _append_mask(self, tokens: TokenArray, scored: MaskArray | None) -> None:
         if scored is not None and self.tokens == 0 and self._mask is None:
-            self._mask = _PendingFile(self._mask_path, lambda file: NpyFile(file, "|u1"))
+            self._mask = _ShardFile(self._mask_path, lambda file: NpyFile(file, "|u1"))
         assert (scored is None) == (self._mask is None), f"{self._path}: all of a shard has a mask, or nothing"
         if self._mask and scored is not None:
             assert scored.shape == tokens.shape, f"{self._path}: a mask has one flag a token"
@@ -172,8 +165,8 @@ class ShardWriter:
         """
         if self._batch_size:
             self._write_batch()
-        mask_sha256 = self._mask.finish() if self._mask else None
-        sha256 = self._shard.finish()
+        mask_sha256 = self._mask.complete() if self._mask else None
+        sha256 = self._shard.complete()
         if self._mask:
             self._mask.publish()
         self._shard.publish()
@@ -189,9 +182,9 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Remove what was written so far."""
-        self._shard.abort()
+        self._shard.discard()
         if self._mask:
-            self._mask.abort()
+            self._mask.discard()
 
     def _write_batch(self) -> None:
         self._shard.write(self._batch[: self._batch_size])

@@ -14,8 +14,9 @@ from typing import Protocol
 
 import fsspec
 
-from data_tools.errors import DataError
-from data_tools.storage.files import fsync_file, fsync_folder, is_remote, one_line_write_errors
+from data_tools.errors import DataError, one_line_write_errors
+from data_tools.storage.atomic import atomic_file, publish
+from data_tools.storage.files import is_remote
 
 _SCRATCH_PREFIX = ".scratch-"
 
@@ -85,18 +86,14 @@ class LocalFolder:
 
     def write(self, name: str, content: bytes) -> None:
         path = self.path / name
-        # Of several processes that write the same file, each has a temporary of its own.
-        with one_line_write_errors(path), scratch_of(self) as scratch:
-            temporary = scratch / path.name
-            temporary.write_bytes(content)
-            fsync_file(temporary)
+        # Several processes may write the same file, so each uses an aside path of its own.
+        with one_line_write_errors(path), scratch_of(self) as scratch, atomic_file(path, scratch / path.name) as file:
+            file.write(content)
             path.parent.mkdir(exist_ok=True)
-            self.take(temporary, name)
 
     def take(self, path: Path, name: str) -> None:
         with one_line_write_errors(self.path / name):
-            os.replace(path, self.path / name)
-            fsync_folder((self.path / name).parent)
+            publish(path, self.path / name)
 
     def remove(self, names: set[str]) -> None:
         if not names:

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from data_tools.errors import DataError
-from data_tools.storage.files import one_line_write_errors
+from data_tools.errors import DataError, one_line_write_errors
 
 LOCK_NAME = "writing.lock"
 # In the file while a run has the folder to itself, which may take hours; whoever shares it has it alone for moments.
@@ -102,3 +101,21 @@ def _is_at(descriptor: int, path: Path) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False
+
+
+@contextmanager
+def lock_without_file(folder: Path) -> Iterator[None]:
+    """Hold a lock on an open folder itself, so that no lock file appears in it.
+
+    Raises:
+        DataError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"{folder} is being written by another process; wait for it or end it") from error
+        yield
+    finally:
+        os.close(descriptor)

@@ -7,7 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from data_tools.storage.files import fsync_folder
+from data_tools.storage.atomic import fsync_folder
 from pipeline.checkpoint.folder import list_checkpoints, step_of
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
 

@@ -17,14 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_tools.storage.files import (
-    fsync_file,
-    fsync_folder,
-    publish,
-    sha256_of_file,
-    sha256_of_json,
-    write_json_durably,
-)
+from data_tools.storage.atomic import fsync_file, fsync_folder, publish, write_json_durably
+from data_tools.storage.files import sha256_of_file, sha256_of_json
 from pipeline.backends import Backend
 from pipeline.checkpoint.folder import (
     FORMAT_VERSION,

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_tools.errors import DataError
 from data_tools.shards import VAL_SPLIT, load_manifest, open_split
-from data_tools.storage.files import write_json_durably
+from data_tools.storage.atomic import write_json_durably
 from pipeline.checkpoint.loading import LoadedModel, load_model
 from pipeline.data.datasets import expect_same_vocabulary
 from pipeline.distributed.cpu import configure_cpu

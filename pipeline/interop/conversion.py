@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data_tools.storage.files import fsync_file, sha256_of_file, write_json_durably
+from data_tools.storage.atomic import fsync_file, write_json_durably
+from data_tools.storage.files import sha256_of_file
 from pipeline.checkpoint.folder import (
     MANIFEST_FILE,
     TrainingState,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from data_tools.storage.files import write_bytes_durably
+from data_tools.storage.atomic import write_bytes_durably
 from pipeline.errors import ReportError
 from pipeline.report.curves import charts_of
 from pipeline.report.page import render_page

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from data_tools.storage.files import write_bytes_durably
+from data_tools.storage.atomic import write_bytes_durably
 from pipeline.run_folder.layout import METRICS_FILE, TENSORBOARD_FOLDER
 
 log = logging.getLogger(__name__)

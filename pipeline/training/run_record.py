@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_tools.storage.files import write_json_durably
+from data_tools.storage.atomic import write_json_durably
 from pipeline.checkpoint import SaveOutcome
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data_tools.shards import MANIFEST_NAME, Manifest, ShardWriter, SourceRecord, TokenizerRecord
-from data_tools.storage.files import write_json_durably
+from data_tools.storage.atomic import write_json_durably
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.distributed.world import World, join_world
 from pipeline.model.gpt2 import GPT2, build_model

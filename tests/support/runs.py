@@ -29,7 +29,7 @@ from data_tools.shards import (
     load_manifest,
     open_split,
 )
-from data_tools.storage.files import write_json_durably
+from data_tools.storage.atomic import write_json_durably
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.rank_server import RankServer
 

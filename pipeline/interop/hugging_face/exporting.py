@@ -13,14 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_tools.storage.files import (
-    fsync_file,
-    fsync_folder,
-    one_line_write_errors,
-    publish,
-    temporary_path,
-    write_bytes_durably,
-)
+from data_tools.errors import one_line_write_errors
+from data_tools.storage.atomic import fsync_file, fsync_folder, partial_path, publish, write_bytes_durably
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
 from pipeline.checkpoint import locate_checkpoint, read_manifest, read_state
 from pipeline.checkpoint.loading import read_parameter
@@ -130,7 +124,7 @@ def _expect_free(out: Path) -> None:
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """A folder aside to write into, which then stands under its name; what fails leaves nothing."""
-    aside = temporary_path(out)
+    aside = partial_path(out)
     with one_line_write_errors(out):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)

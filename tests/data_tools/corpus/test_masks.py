@@ -21,7 +21,7 @@ from data_tools.shards import (
     open_split,
     verify,
 )
-from data_tools.storage.files import write_json_durably
+from data_tools.storage.atomic import write_json_durably
 from tests.data_tools.shards.test_shards import edit_manifest, random_tokens, write_folder
 
 SIZES = (1000, 3, 1, 50, 700)

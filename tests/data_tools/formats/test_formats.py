@@ -40,7 +40,7 @@ from data_tools.shards import (
     verify,
 )
 from data_tools.shards.contents import gpt2_tokenizer_record
-from data_tools.storage.files import write_json_durably
+from data_tools.storage.atomic import write_json_durably
 from data_tools.tokenizer import load_tokenizer
 from tests.data_tools.conftest import environment
 

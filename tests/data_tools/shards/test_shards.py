@@ -29,7 +29,7 @@ from data_tools.shards import (
     verify,
 )
 from data_tools.shards.writer import BATCH_TOKENS
-from data_tools.storage.files import write_json_durably
+from data_tools.storage.atomic import write_json_durably
 from tests.data_tools.conftest import environment
 
 END = 50256

@@ -1,0 +1,189 @@
+"""Atomic, durable writes: a file or folder is either absent, or complete and on the disk under its name.
+
+Everything is written under a temporary name (the *aside* path), fsynced and then renamed. After a crash only the aside
+path is left; its name says that it is incomplete, and the next write to the same target replaces it.
+
+- ``atomic_file``, ``write_bytes_durably``, ``write_json_durably``: one file.
+- ``atomic_folder``: a folder that one process writes.
+- ``make_empty_folder``, then ``publish_folder``: a folder into which several processes write; one of them publishes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_tools.storage.locks import lock_without_file
+
+PARTIAL_SUFFIX = ".partial"
+
+
+def partial_path(path: Path) -> Path:
+    """Return the visible aside path of ``path``: ``x.json.partial`` for ``x.json``."""
+    return path.with_name(path.name + PARTIAL_SUFFIX)
+
+
+def hidden_partial_path(path: Path) -> Path:
+    """Return the hidden aside path of ``path``: ``.step_00000001.partial`` for ``step_00000001``."""
+    return path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+
+
+def fsync_file(path: Path) -> None:
+    """Make the contents of a file that another library or process wrote survive a power cut."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the names in a folder (creations, renames, removals) survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(aside: Path, target: Path) -> None:
+    """Rename a complete and fsynced file or folder atomically, and fsync the folder that holds it.
+
+    A file replaces an existing one. A folder replaces only an empty folder.
+
+    Raises:
+        OSError: ``aside`` does not exist, or ``target`` cannot be replaced.
+    """
+    os.replace(aside, target)
+    fsync_folder(target.parent)
+
+
+class PendingFile:
+    """A file that is open for writing under its aside path.
+
+    Call ``complete`` and then ``publish``, or ``discard``. Use ``atomic_file`` where one block writes the whole file.
+
+    Raises:
+        OSError: the folder is missing or read-only.
+    """
+
+    def __init__(self, path: Path, aside: Path | None = None) -> None:
+        self.path = path
+        self.aside = aside or partial_path(path)
+        self.file: BinaryIO = open(self.aside, "wb")  # noqa: SIM115 (stays open until complete or discard)
+
+    def complete(self) -> None:
+        """Flush, fsync and close the file."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+    def publish(self) -> None:
+        """Give the completed file its name."""
+        publish(self.aside, self.path)
+
+    def discard(self) -> None:
+        """Close and delete the file."""
+        with suppress(OSError):  # closing flushes the buffer, which fails again if the disk is full
+            self.file.close()
+        self.aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
+    """Yield a file to write into that replaces ``path`` when the block ends; an error in the block deletes it.
+
+    Args:
+        path: the final name. Its folder must exist.
+        aside: the name while it is being written, on the same file system; by default ``partial_path(path)``.
+
+    Raises:
+        OSError: the disk is full, the folder is missing or read-only, ...
+    """
+    pending = PendingFile(path, aside)
+    try:
+        yield pending.file
+        pending.complete()
+        pending.publish()
+    except BaseException:
+        pending.discard()
+        raise
+
+
+def write_bytes_durably(path: Path, content: bytes) -> None:
+    """Write a whole file atomically.
+
+    Raises:
+        OSError: the disk is full, the folder is missing or read-only, ...; the old file, if any, is unchanged.
+    """
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def write_json_durably(path: Path, value: Any) -> None:
+    """Write a value atomically as indented ASCII JSON with a final newline. Keys keep their order.
+
+    Raises:
+        OSError: as for ``write_bytes_durably``.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_bytes_durably(path, text.encode("ascii"))
+
+
+@contextmanager
+def atomic_folder(target: Path, aside: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder to write into that becomes ``target`` when the block ends; an error deletes it.
+
+    The folder is locked while the block runs. A leftover of a killed process is emptied first.
+
+    Args:
+        target: the final name; absent, or an empty folder.
+        aside: the name while it is being written, on the same file system; by default
+            ``hidden_partial_path(target)``.
+
+    Raises:
+        DataError: another process is writing the folder.
+        OSError: the disk is full, the folder is read-only, ``target`` is not empty, ...
+    """
+    target = Path(os.path.abspath(target))
+    aside = aside or hidden_partial_path(target)
+    aside.mkdir(parents=True, exist_ok=True)
+    with lock_without_file(aside):
+        try:
+            make_empty_folder(aside)
+            yield aside
+            publish_folder(aside, target)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+
+def make_empty_folder(folder: Path) -> None:
+    """Create a folder with its parents, or empty it if an interrupted write left it behind.
+
+    Raises:
+        OSError: it is a file, or cannot be created or emptied.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def publish_folder(aside: Path, target: Path) -> None:
+    """Fsync every file and folder in ``aside``, then rename it to ``target`` and fsync the parent folder.
+
+    Processes on other machines that write into ``aside`` must fsync their own files before this call.
+
+    Raises:
+        OSError: ``target`` is a file or a folder that is not empty, or the disk fails.
+    """
+    for folder, _, names in os.walk(aside):
+        for name in names:
+            fsync_file(Path(folder, name))
+        fsync_folder(Path(folder))
+    publish(aside, target)
