@@ -37,7 +37,7 @@ ROOMS: dict[str, str] = {
     "pipeline.backends": "errors config distributed model data",
     "pipeline.checkpoint": "errors config run_folder distributed model backends",
     "pipeline.evaluation": "errors config run_folder distributed model data backends checkpoint",
-    "pipeline.generation": "errors seeds config distributed model backends checkpoint evaluation",
+    "pipeline.generation": "errors seeds config distributed model backends checkpoint",
     "pipeline.training": (
         "errors seeds config run_folder distributed model data backends checkpoint evaluation generation"
     ),

@@ -21,7 +21,7 @@ from pipeline.evaluation.preparation import expect_known_tasks, prepare_task
 from pipeline.evaluation.prepared import PreparedTask, Settings
 from pipeline.evaluation.results import VALIDATION, Results
 from pipeline.evaluation.scoring import Scorer
-from pipeline.evaluation.validation import evaluate_validation
+from pipeline.evaluation.validation import evaluate_validation, mixture_loss
 from pipeline.model.packed_linear import pack_linear_layers
 from pipeline.model.precision import replicated_compute
 from pipeline.run_folder.layout import EVALUATION_FOLDER, TENSORBOARD_FOLDER
@@ -92,9 +92,10 @@ def _validation(loaded: LoadedModel, options: EvaluationOptions, world: World) -
             "data.mixture: no part has a validation split; name a data set that has one with --data validation=DIR"
         )
     results = {part.name: _validation_on(part.path, loaded, options, world) for part in parts}
-    loss = sum(part.weight * results[part.name]["loss"] for part in parts) / sum(part.weight for part in parts)
-    losses = {f"{name}_loss": result["loss"] for name, result in results.items()}
-    return {"data": "data.mixture", "loss": loss, "perplexity": perplexity(loss), **losses, "parts": results}
+    losses = {name: result["loss"] for name, result in results.items()}
+    loss = mixture_loss(losses, parts)
+    by_name = {f"{name}_loss": value for name, value in losses.items()}
+    return {"data": "data.mixture", "loss": loss, "perplexity": perplexity(loss), **by_name, "parts": results}
 
 
 def _validation_on(path: str, loaded: LoadedModel, options: EvaluationOptions, world: World) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The ``validation`` task: how well the model predicts a whole held-out split.
+"""The loss on held-out token shards: a brief one while a model trains, and the full ``validation`` task.
 
 Each target token is scored once, in windows of ``seq_len`` that do not overlap. Bits per byte
 leaves out ``<|endoftext|>`` targets, which stand for no bytes, and so compares across tokenizers.
@@ -7,7 +7,7 @@ leaves out ``<|endoftext|>`` targets, which stand for no bytes, and so compares 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,67 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_tools.shards import TokenStream
+from pipeline.backends import Backend
+from pipeline.config.schema import Config, MixturePart
+from pipeline.data.datasets import DataPart
 from pipeline.data.loader import MicroBatch, validation_batches
 from pipeline.distributed.device import summing_dtype
 from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.intervals import WINDOWS, Z_95
+from pipeline.evaluation.results import VALIDATION
 from pipeline.model.gpt2 import GPT2, IGNORE_INDEX
 from pipeline.model.precision import ComputeModel, replicated_compute
-from pipeline.run_folder.metrics import perplexity
+from pipeline.run_folder.metrics import PART_LOSS_PREFIX, perplexity
 
 PROTOCOL = "non-overlapping windows, each target scored once, mean over tokens"
 TOP_K = 5
+
+
+def validate(backend: Backend, parts: Sequence[DataPart], config: Config, world: World) -> dict[str, float]:
+    """Return the validation loss of a model in training, as keys of a row of metrics.
+
+    Scores ``evaluation.max_batches`` batches of each data set, within ``backend.evaluation_mode()``. Collective.
+
+    Returns:
+        ``val_loss``, ``val_perplexity``, and ``val_loss_<name>`` for each data set of a mixture. Empty if the run does
+        not ask for the validation task, or has no validation split.
+    """
+    if VALIDATION not in config.evaluation.tasks:
+        return {}
+    losses = {part.name: _mean_loss(backend, part.validation, config, world) for part in parts if part.validation}
+    if not losses:
+        return {}
+    loss = mixture_loss(losses, parts)
+    by_name = {f"{PART_LOSS_PREFIX}{name}": value for name, value in losses.items()} if len(parts) > 1 else {}
+    return {"val_loss": loss, "val_perplexity": perplexity(loss), **by_name}
+
+
+def mixture_loss(losses: Mapping[str, float], parts: Sequence[DataPart] | Sequence[MixturePart]) -> float:
+    """Return the mean of losses by data set name, weighted by the data sets' shares of the mixture.
+
+    Data sets without a loss are left out.
+    """
+    weights = {part.name: part.weight for part in parts if part.name in losses}
+    return sum(weight * losses[name] for name, weight in weights.items()) / sum(weights.values())
+
+
+def _mean_loss(backend: Backend, stream: TokenStream, config: Config, world: World) -> float:
+    """Return the mean loss per target token; NaN if the mask leaves no target."""
+    sums = torch.zeros(2, dtype=summing_dtype(world.device), device=world.device)
+    for batch in validation_batches(
+        stream,
+        config.seq_len,
+        config.batch.micro_batch_size,
+        world.rank,
+        world.size,
+        config.evaluation.max_batches,
+    ):
+        tokens, targets = batch.to(world.device)
+        sums[0] += backend.evaluate(tokens, targets)
+        sums[1] += batch.scored_targets
+    loss, targets_count = world.sum(sums).tolist()
+    return float(loss / targets_count) if targets_count else math.nan
 
 
 @dataclass

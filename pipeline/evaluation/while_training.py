@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from pipeline.backends import Backend
 from pipeline.config.schema import Config
@@ -42,20 +39,12 @@ def measure_tasks(
     """The figures of all tasks as keys of a row of metrics. Collective; in ``backend.evaluation_mode()``."""
     scorer = Scorer(backend, config.model, world, config.batch.micro_batch_size * config.seq_len)
     row: dict[str, float] = {}
-    with uncompiled():
-        for name, task in tasks.items():
-            result = task.measure(scorer)
-            figures = {key: value for key, value in result.items() if isinstance(value, float)}
-            row |= {f"{TASK_PREFIX}{name}_{key}": value for key, value in figures.items()}
-            log.info("%s | %d examples", _one_line(task.name, figures, result), result["examples"])
+    for name, task in tasks.items():
+        result = task.measure(scorer)
+        figures = {key: value for key, value in result.items() if isinstance(value, float)}
+        row |= {f"{TASK_PREFIX}{name}_{key}": value for key, value in figures.items()}
+        log.info("%s | %d examples", _one_line(task.name, figures, result), result["examples"])
     return row
-
-
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Examples and texts come in many shapes; a compiled model would be compiled again for each."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def _one_line(name: str, figures: dict[str, float], result: dict[str, Any]) -> str:

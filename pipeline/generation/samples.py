@@ -8,7 +8,6 @@ from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
 from pipeline.backends import Backend
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
-from pipeline.evaluation.while_training import uncompiled
 from pipeline.generation.sampling import Sampling, draw
 from pipeline.seeds import derive_seed
 
@@ -24,8 +23,7 @@ def write_sample(backend: Backend, config: Config, world: World) -> str:
     generator = torch.Generator().manual_seed(derive_seed(config.run.seed, "sample"))
     text = tokenizer.encode(sample.prompt).tolist()
     new: list[int] = []
-    with uncompiled():
-        for _ in range(sample.max_new_tokens):
-            window = torch.tensor([[*text, *new][-config.model.context_length :]], device=world.device)
-            new.append(draw(backend.logits(window)[0, -1].float().cpu(), sampling, generator))
+    for _ in range(sample.max_new_tokens):
+        window = torch.tensor([[*text, *new][-config.model.context_length :]], device=world.device)
+        new.append(draw(backend.logits(window)[0, -1].float().cpu(), sampling, generator))
     return sample.prompt + tokenizer.decode(new[: new.index(END_OF_TEXT)] if END_OF_TEXT in new else new)

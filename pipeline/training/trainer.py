@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Mapping
@@ -13,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_tools.shards import TokenStream
 from pipeline.backends import Backend
 from pipeline.checkpoint import (
     BackgroundSaver,
@@ -25,16 +23,17 @@ from pipeline.checkpoint import (
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan
-from pipeline.data.loader import MicroBatch, TrainLoader, validation_batches
+from pipeline.data.loader import MicroBatch, TrainLoader
 from pipeline.data.prefetch import Prefetcher
-from pipeline.distributed.device import GIB, LateValue, device_name, peak_memory_bytes, summing_dtype, synchronize
+from pipeline.distributed.device import GIB, LateValue, device_name, peak_memory_bytes, synchronize
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted
 from pipeline.evaluation.prepared import PreparedTask
+from pipeline.evaluation.validation import validate
 from pipeline.evaluation.while_training import measure_tasks
 from pipeline.generation.samples import write_sample
 from pipeline.model.gpt2 import parameter_count
-from pipeline.run_folder.metrics import PART_LOSS_PREFIX, SAMPLE_KEY, perplexity
+from pipeline.run_folder.metrics import SAMPLE_KEY
 from pipeline.seeds import derive_seed
 from pipeline.training.interruption import StopRequest
 from pipeline.training.run_record import RunRecord
@@ -287,48 +286,19 @@ class Trainer:
         self.record.write(row)
 
     def evaluate(self) -> None:
-        """Validation, tasks and a sample of text. Collective."""
-        self.validate()
-        if self.tasks:
-            with self.throughput.paused(), self.backend.evaluation_mode():
-                figures = measure_tasks(self.tasks, self.backend, self.config, self.world)
-            self.record.write({"step": self.state.step, **figures}, console=False)
-        if self.config.evaluation.sample:
-            with self.throughput.paused(), self.backend.evaluation_mode():
-                text = write_sample(self.backend, self.config, self.world)
-            self.record.write({"step": self.state.step, SAMPLE_KEY: text}, console=False)
-
-    def validate(self) -> None:
-        """Mean loss over (a part of) the validation split; of a mixture, the mean of those by weight. Collective."""
-        parts = [(part, part.validation) for part in self.loader.parts if part.validation]
-        if not parts or "validation" not in self.config.evaluation.tasks:
-            return
+        """Measure the validation loss and the tasks, and generate a sample of text. Collective."""
         with self.throughput.paused(), self.backend.evaluation_mode():
-            losses = [self._validation_loss(stream) for _, stream in parts]
-        weights = [part.weight for part, _ in parts]
-        loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
-        self.results["validation_loss"] = loss
-        row = {
-            "step": self.state.step,
-            "tokens": self.state.tokens,
-            "val_loss": loss,
-            "val_perplexity": perplexity(loss),
-        }
-        if len(self.loader.parts) > 1:
-            row |= {f"{PART_LOSS_PREFIX}{part.name}": loss for (part, _), loss in zip(parts, losses, strict=True)}
-        self.record.write(row)
-
-    def _validation_loss(self, stream: TokenStream) -> float:
-        batch, options = self.config.batch, self.config.evaluation
-        sums = torch.zeros(2, dtype=summing_dtype(self.world.device), device=self.world.device)
-        for micro_batch in validation_batches(
-            stream, self.plan.seq_len, batch.micro_batch_size, self.world.rank, self.world.size, options.max_batches
-        ):
-            tokens, targets = micro_batch.to(self.world.device)
-            sums[0] += self.backend.evaluate(tokens, targets)
-            sums[1] += micro_batch.scored_targets
-        loss_sum, targets_sum = self.world.sum(sums).tolist()
-        return float(loss_sum / targets_sum) if targets_sum else math.nan  # a mask may spare all that was looked at
+            if figures := validate(self.backend, self.loader.parts, self.config, self.world):
+                self.results["validation_loss"] = figures["val_loss"]
+                self.record.write({"step": self.state.step, "tokens": self.state.tokens, **figures})
+            # Examples and prompts have many shapes: a compiled model would be compiled again for each of them.
+            with torch.compiler.set_stance("force_eager"):
+                if self.tasks:
+                    figures = measure_tasks(self.tasks, self.backend, self.config, self.world)
+                    self.record.write({"step": self.state.step, **figures}, console=False)
+                if self.config.evaluation.sample:
+                    text = write_sample(self.backend, self.config, self.world)
+                    self.record.write({"step": self.state.step, SAMPLE_KEY: text}, console=False)
 
     def save(self) -> None:
         """Begin a checkpoint of the current state; training may go on. Collective."""
