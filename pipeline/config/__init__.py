@@ -1,1 +1,1 @@
-"""The run config: its schema, and how JSON files and overrides become one."""
+"""The run config: its schema, and how JSON files and overrides are loaded into it."""

@@ -1,7 +1,4 @@
-"""What may stand in ``backend.deepspeed``, DeepSpeed's native JSON.
-
-Imports no DeepSpeed: a mistake is found before anything starts.
-"""
+"""Check ``backend.deepspeed``, DeepSpeed's native JSON, without importing DeepSpeed."""
 
 from __future__ import annotations
 
@@ -10,7 +7,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-#: Keys that are the run config's business, and where it states them.
+from pipeline.config.schema import BackendConfig
+
+#: Keys of DeepSpeed that the run config sets, and the config keys that do it.
 OWNED_BY_RUN = {
     "train_batch_size": "batch.tokens_per_step",
     "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
@@ -30,8 +29,8 @@ OWNED_BY_RUN = {
     "tensorboard": "logging.tensorboard",
 }
 
-#: The other top-level keys that DeepSpeed 0.19 reads and that can take effect here, with their types.
-#: DeepSpeed ignores a mistyped key without a word; its own loaders, checkpoints and model parallelism are not used.
+#: The other top-level keys that DeepSpeed 0.19 reads and that have an effect here, with their types. DeepSpeed ignores
+#: unknown keys silently. Keys of its loaders, checkpoints and model parallelism are missing because they are not used.
 PASSED_THROUGH: dict[str, type] = {
     "zero_optimization": dict,
     "zero_allow_untested_optimizer": bool,
@@ -54,13 +53,28 @@ PASSED_THROUGH: dict[str, type] = {
     "wandb": dict,
 }
 
-_OFFLOADS = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}  # and the stages that can
-_DEPRECATED = {"cpu_offload": "offload_optimizer", "cpu_offload_params": "offload_param"}
+_OFFLOAD_STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
+_REPLACED = {"cpu_offload": "offload_optimizer", "cpu_offload_params": "offload_param"}
 _TYPE_NAMES = {dict: "an object", bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
-def find_mistakes(native: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Dotted key inside ``backend.deepspeed``, and what is wrong with it in one line."""
+def find_mistakes(backend: BackendConfig) -> Iterator[tuple[str, str]]:
+    """Yield the config key of each mistake, and one line that says what is wrong with it."""
+    native = backend.deepspeed
+    for key, mistake in (*_check_keys(native), *_check_zero(native.get("zero_optimization", {}))):
+        yield f"backend.deepspeed.{key}", mistake
+    if native and backend.name != "deepspeed":
+        yield (
+            "backend.deepspeed",
+            f'set, but backend.name is {backend.name}; set backend.name to "deepspeed" or drop backend.deepspeed',
+        )
+    try:
+        json.dumps(native, allow_nan=False)
+    except ValueError:
+        yield "backend.deepspeed", "every number must be finite, found NaN or Infinity"
+
+
+def _check_keys(native: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in native.items():
         if key in OWNED_BY_RUN:
             yield key, f"the run config owns this; set {OWNED_BY_RUN[key]} instead"
@@ -69,32 +83,29 @@ def find_mistakes(native: dict[str, Any]) -> Iterator[tuple[str, str]]:
             hint = f"did you mean {nearest[0]}?" if nearest else f"those are {', '.join(PASSED_THROUGH)}"
             yield key, f"not among the keys that are passed on to DeepSpeed; {hint}"
         else:
-            yield from _wrong_type(key, value, PASSED_THROUGH[key])
-    if isinstance(zero := native.get("zero_optimization", {}), dict):
-        yield from _mistakes_of_zero(zero)
+            yield from _check_type(key, value, PASSED_THROUGH[key])
 
 
-def _mistakes_of_zero(zero: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _check_zero(zero: Any) -> Iterator[tuple[str, str]]:
+    if not isinstance(zero, dict):
+        return  # reported as a wrong type
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         yield "zero_optimization.stage", f"must be 0, 1, 2 or 3, found {json.dumps(stage)}"
         return
-    for key, successor in _DEPRECATED.items():
+    for key, replacement in _REPLACED.items():
         if key in zero:
-            yield (
-                f"zero_optimization.{key}",
-                f'DeepSpeed has given this up; set {successor}: {{"device": "cpu"}} instead',
-            )
-    for key, stages in _OFFLOADS.items():
-        if key not in zero:
-            continue
-        yield from _wrong_type(f"zero_optimization.{key}", zero[key], dict)
-        if stage not in stages:
-            named = " or ".join(map(str, stages))
-            yield f"zero_optimization.{key}", f"needs zero_optimization.stage {named}, which is {stage}"
+            instead = f'{replacement}: {{"device": "cpu"}}'
+            yield f"zero_optimization.{key}", f"DeepSpeed no longer supports this; set {instead} instead"
+    for key, stages in _OFFLOAD_STAGES.items():
+        if key in zero:
+            yield from _check_type(f"zero_optimization.{key}", zero[key], dict)
+            if stage not in stages:
+                needed = " or ".join(map(str, stages))
+                yield f"zero_optimization.{key}", f"needs zero_optimization.stage {needed}, which is {stage}"
 
 
-def _wrong_type(key: str, value: Any, expected: type) -> Iterator[tuple[str, str]]:
+def _check_type(key: str, value: Any, expected: type) -> Iterator[tuple[str, str]]:
     accepted = (int, float) if expected is float else (expected,)
     if type(value) not in accepted:
         yield key, f"must be {_TYPE_NAMES[expected]}, found {json.dumps(value)}"

@@ -1,7 +1,7 @@
-"""From JSON files and ``--set`` overrides to one validated :class:`~pipeline.config.schema.Config`.
+"""Build one validated :class:`~pipeline.config.schema.Config` from JSON files and ``--set`` overrides.
 
-Later files win over earlier ones, ``--set`` over all. Every mistake is a :class:`ConfigError`: the
-dotted path, the file it came from, what was expected, and the nearest valid key.
+Later files win over earlier ones, and ``--set`` wins over all files. Every mistake is a :class:`ConfigError` of one
+line: the dotted key, the file that set it, what is expected, and the nearest valid key.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from pipeline.config.deepspeed_keys import find_mistakes
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 
-# What pydantic says in Python's words, in JSON's.
-_JSON_WORDS = {
+# Replacements for those messages of pydantic that name Python's types instead of JSON's.
+_JSON_MESSAGES = {
     "model_type": "Input should be an object with the keys of this section",
     "dict_type": "Input should be an object",
     "list_type": "Input should be a list",
     "tuple_type": "Input should be a list",
     "missing": "This item is missing",
 }
-_ITEM_INDEX = re.compile(r"\.\d+")
 _LONGEST_VALUE = 80  # characters of a wrong value that a message shows
 
 
@@ -35,52 +34,80 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     """Read, merge and validate a run config.
 
     Args:
-        files: JSON files, later ones over earlier ones.
-        overrides: ``section.key=value``; the value is JSON, or else a string.
+        files: JSON files. Later ones win over earlier ones.
+        overrides: ``section.key=value``. The value is parsed as JSON if possible, else taken as a string.
 
     Raises:
-        ConfigError: one line with the path of the key, where it was set, and what is right.
+        ConfigError: if a file or an override cannot be read, or the merged config is not valid.
     """
-    merged: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for file in files:
-        _merge(merged, _read_json_object(Path(file)), origins, str(file))
-    for override in overrides:
-        _merge(merged, _parse_override(override), origins, "--set")
-    return _validated(merged, origins)
+    layers = [(_read_json_object(Path(file)), str(file)) for file in files]
+    return _resolve([*layers, *((_parse_override(override), "--set") for override in overrides)])
 
 
 def config_from_json(content: dict[str, Any], origin: str) -> Config:
-    """A config that was resolved before, as a checkpoint keeps it.
+    """Validate a resolved config, for example the one that a checkpoint stores.
+
+    Args:
+        origin: the file that holds the content, for error messages.
 
     Raises:
-        ConfigError: as ``load_config``; ``origin`` names where it stands.
+        ConfigError: if the config is not valid.
     """
+    return _resolve([(content, origin)])
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """Return the resolved config as plain JSON values, which ``load_config`` accepts unchanged."""
+    return config.model_dump(mode="json")
+
+
+def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key of the schema. Sections are included, and ``*`` stands for the index of a list item."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        for inner in _sections_in(field.annotation):
+            index = "" if inner is field.annotation else "*."
+            yield from valid_keys(inner, f"{prefix}{name}.{index}")
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)
+
+
+def _resolve(layers: Sequence[tuple[dict[str, Any], str]]) -> Config:
+    """Merge and validate pairs of content and origin."""
     merged: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    _merge(merged, content, origins, origin)
-    return _validated(merged, origins)
-
-
-def _validated(merged: dict[str, Any], origins: dict[str, str]) -> Config:
+    origins: dict[str, str] = {}  # dotted key -> origin
+    for content, origin in layers:
+        _merge(merged, content, origins, origin)
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_explain(error, origins)) from None
-    _refuse_unusable_deepspeed_json(config, origins)
+    for key, mistake in find_mistakes(config.backend):
+        raise ConfigError(f"{key}: {mistake} ({_find_origin(key, origins)})")
     return config
 
 
-def dump_config(config: Config) -> dict[str, Any]:
-    """The resolved config as plain JSON values; ``load_config`` accepts them unchanged."""
-    return config.model_dump(mode="json")
+def _merge(merged: dict[str, Any], content: dict[str, Any], origins: dict[str, str], origin: str, at: str = "") -> None:
+    for key, value in content.items():
+        origins[f"{at}{key}"] = origin
+        if isinstance(value, dict):
+            if not isinstance(merged.get(key), dict):
+                merged[key] = {}
+            _merge(merged[key], value, origins, origin, f"{at}{key}.")
+        else:
+            merged[key] = value
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
     try:
         content = _decode(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file{_nearest_file(path)}") from None
+        raise ConfigError(f"{path}: no such config file{_suggest_file(path)}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read as a config file: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -90,38 +117,8 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     except _UnusableJson as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a JSON object of sections, found {_shown(content)}")
+        raise ConfigError(f"{path}: expected a JSON object of sections, found {_shorten(content)}")
     return content
-
-
-class _UnusableJson(Exception):
-    """JSON that no config can be. Its text says why."""
-
-
-def _decode(text: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_refuse_duplicate_keys)
-    except json.JSONDecodeError:
-        raise
-    except (RecursionError, ValueError) as error:  # brackets without end, a number of thousands of digits
-        raise _UnusableJson(f"no config is nested so deep or holds such a number: {error}") from None
-
-
-def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise _UnusableJson(f"the key {key!r} stands twice in one object; keep one")
-        content[key] = value
-    return content
-
-
-def _nearest_file(path: Path) -> str:
-    candidates = {p.stem: p for p in sorted(path.parent.glob("*.json"))} if path.parent.is_dir() else {}
-    nearest = difflib.get_close_matches(path.stem, candidates, n=1)
-    if nearest:
-        return f"; did you mean {candidates[nearest[0]]}?"
-    return f"; there are: {', '.join(map(str, candidates.values()))}" if candidates else ""
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -140,111 +137,75 @@ def _parse_override(override: str) -> dict[str, Any]:
     return value
 
 
-def _merge(into: dict[str, Any], new: dict[str, Any], origins: dict[str, str], origin: str, prefix: str = "") -> None:
-    for key, value in new.items():
-        path = f"{prefix}{key}"
-        origins[path] = origin
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value, origins, origin, f"{path}.")
-        else:
-            into[key] = value
-            if isinstance(value, dict):
-                into[key] = {}
-                _merge(into[key], value, origins, origin, f"{path}.")
-            elif isinstance(value, list):
-                items = [(index, item) for index, item in enumerate(value) if isinstance(item, dict)]
-                origins.update({f"{path}.{index}.{name}": origin for index, item in items for name in item})
+class _UnusableJson(Exception):
+    """JSON that cannot be a config. The message says why."""
+
+
+def _decode(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_refuse_duplicate_keys)
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:
+        raise _UnusableJson(f"the JSON is nested too deep or holds a number that is too long: {error}") from None
+
+
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise _UnusableJson(f"the key {key!r} is given twice in one object; keep one")
+        content[key] = value
+    return content
 
 
 def _explain(error: ValidationError, origins: dict[str, str]) -> str:
-    """The first mistake of a validation as one line; unknown keys first, they often cause the rest."""
+    """Describe the first mistake in one line. Unknown keys come first because they often cause the others."""
     mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
     mistake = mistakes[0]
-    location = [part for part in mistake["loc"] if isinstance(part, int) or str(part) in _known_names(origins)]
-    path = ".".join(str(part) for part in location)
-    where = _origin(path, origins)
+    # pydantic appends "[key]" if the key of a mapping is wrong.
+    *section, name = [str(key) for key in mistake["loc"] if key != "[key]"] or [""]
+    path = ".".join([*section, name])
+    where = _find_origin(path, origins)
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     if mistake["type"] == "extra_forbidden":
-        return f"{path or _shown('')}: no such key ({where}){_nearest_key(path, str(mistake['loc'][-1]))}{more}"
-    message = _JSON_WORDS.get(mistake["type"], mistake["msg"].removeprefix("Value error, "))
-    found = "" if mistake["type"] == "value_error" else f", found {_shown(mistake['input'])}"
+        return f"{path or _shorten('')}: no such key ({where}){_suggest_key('.'.join(section), name)}{more}"
+    message = _JSON_MESSAGES.get(mistake["type"], mistake["msg"].removeprefix("Value error, "))
+    found = "" if mistake["type"] == "value_error" else f", found {_shorten(mistake['input'])}"
     return f"{path}: {message}{found} ({where}){more}" if path else f"{message} ({where}){more}"
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
-def _known_names(origins: dict[str, str]) -> set[str]:
-    """Keys that can stand in a path, as against the names pydantic gives to members of a union."""
-    names = {part for key in (*valid_keys(), *_keys_of_items()) for part in key.split(".")}
-    # Whole paths too: someone may have written one as a key.
-    return {part for path in origins for part in path.split(".")} | names | set(valid_keys())
-
-
-def _origin(path: str, origins: dict[str, str]) -> str:
+def _find_origin(path: str, origins: dict[str, str]) -> str:
     while path and path not in origins:
         path = path.rpartition(".")[0]
     return f"set in {origins[path]}" if path else "from " + ", ".join(dict.fromkeys(origins.values()))
 
 
-def _nearest_key(path: str, last: str) -> str:
-    if "." in last:
+def _suggest_file(path: Path) -> str:
+    candidates = {p.stem: p for p in sorted(path.parent.glob("*.json"))} if path.parent.is_dir() else {}
+    nearest = difflib.get_close_matches(path.stem, candidates, n=1)
+    if nearest:
+        return f"; did you mean {candidates[nearest[0]]}?"
+    return f"; there are: {', '.join(map(str, candidates.values()))}" if candidates else ""
+
+
+def _suggest_key(section: str, name: str) -> str:
+    if "." in name:
         return '; in a file a section is an object, as in {"schedule": {"max_steps": 100}}'
-    section = path.rpartition(".")[0]
     siblings: dict[str, str] = {}  # name -> dotted key
     elsewhere: dict[str, str] = {}
     for key in valid_keys():
-        key_section, _, name = key.rpartition(".")
-        (siblings if key_section == section else elsewhere)[name] = key
-    for key in _keys_of_items():
-        key_section, _, name = key.rpartition(".")
-        if key_section == _ITEM_INDEX.sub(".*", section):
-            siblings[name] = f"{section}.{name}"
+        other_section, _, other_name = key.rpartition(".")
+        if other_section == re.sub(r"\.\d+", ".*", section):
+            siblings[other_name] = f"{section}.{other_name}" if section else other_name
+        elif "*" not in key:
+            elsewhere[other_name] = key
     for keys, cutoff in ((siblings, 0.5), (elsewhere, 0.8)):
-        if nearest := difflib.get_close_matches(last, keys, n=1, cutoff=cutoff):
+        if nearest := difflib.get_close_matches(name, keys, n=1, cutoff=cutoff):
             return f"; did you mean {keys[nearest[0]]}?"
     return f"; valid keys here: {', '.join(siblings)}" if siblings else ""
-
-
-def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema, sections included."""
-    for name, field in section.model_fields.items():
-        yield f"{prefix}{name}"
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from valid_keys(annotation, f"{prefix}{name}.")
-
-
-def _keys_of_items(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """The keys of objects in lists, dotted, with a star for the index."""
-    for name, field in section.model_fields.items():
-        for inner in _sections_in(field.annotation):
-            if inner is field.annotation:
-                yield from _keys_of_items(inner, f"{prefix}{name}.")
-            else:
-                yield from (f"{prefix}{name}.*.{key}" for key in inner.model_fields)
-
-
-def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections_in(argument)
-
-
-def _refuse_unusable_deepspeed_json(config: Config, origins: dict[str, str]) -> None:
-    native, where = config.backend.deepspeed, _origin("backend.deepspeed", origins)
-    for key, mistake in find_mistakes(native):
-        path = f"backend.deepspeed.{key}"
-        raise ConfigError(f"{path}: {mistake} ({_origin(path, origins)})")
-    if native and config.backend.name != "deepspeed":
-        raise ConfigError(
-            f"backend.deepspeed is set but backend.name is {config.backend.name}; "
-            f'set backend.name to "deepspeed" or drop backend.deepspeed ({where})'
-        )
-    try:
-        json.dumps(native, allow_nan=False)
-    except ValueError:
-        raise ConfigError(f"backend.deepspeed: every number must be finite, found NaN or Infinity ({where})") from None

@@ -1,4 +1,4 @@
-"""``docs/config.md`` from the schema: ``python -m pipeline.config.reference > docs/config.md``."""
+"""Write ``docs/config.md`` from the schema: ``python -m pipeline.config.reference > docs/config.md``."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import MODEL_PRESETS, Config
 
 _INTRODUCTION = """# Config keys
 
-A run config is JSON in sections. What is not given has the default below, which is the GPT-2 124M recipe. Made from
-the schema in `pipeline/config/schema.py` by `python -m pipeline.config.reference > docs/config.md`.
+A run config is a JSON object of sections. Every key is optional: the defaults below are the GPT-2 124M recipe.
+Do not edit this page. Change the schema in `pipeline/config/schema.py`, then run
+`python -m pipeline.config.reference > docs/config.md`.
 """
 
 
 def config_reference() -> str:
-    """All keys with defaults and meanings, as Markdown."""
+    """Return all keys with their defaults and meanings as Markdown."""
     defaults = dump_config(Config())
     lines = [_INTRODUCTION]
     for name, field in Config.model_fields.items():
-        lines += _section(name, _section_type(field), defaults[name])
-    lines += _presets()
-    return "\n".join(lines) + "\n"
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        lines += _section(name, field.annotation, defaults[name])
+    return "\n".join([*lines, *_presets()]) + "\n"
 
 
 def _section(name: str, section: type[BaseModel], defaults: dict[str, Any]) -> Iterator[str]:
@@ -43,20 +43,15 @@ def _rows(prefix: str, section: type[BaseModel], defaults: dict[str, Any]) -> It
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _rows(f"{prefix}{key}.", field.annotation, defaults[key])
         else:
-            meaning = "; ".join(filter(None, (field.description, _choices(field.annotation))))
+            meaning = " ".join(filter(None, (field.description, _choices(field.annotation))))
             yield f"| `{prefix}{key}` | `{json.dumps(defaults[key])}` | {meaning} |"
 
 
 def _choices(annotation: Any) -> str:
-    """``one of "a", "b"`` for a literal, also inside a list or beside null; else nothing."""
+    """Return the choices of a literal, also of one inside a list or a union, or an empty string."""
     if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(f"`{json.dumps(choice)}`" for choice in get_args(annotation))
+        return f"One of {', '.join(f'`{json.dumps(choice)}`' for choice in get_args(annotation))}."
     return next(filter(None, map(_choices, get_args(annotation))), "")
-
-
-def _section_type(field: FieldInfo) -> type[BaseModel]:
-    assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    return field.annotation
 
 
 def _presets() -> Iterator[str]:

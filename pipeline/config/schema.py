@@ -1,7 +1,8 @@
-"""The run config: one typed schema, whose defaults are the GPT-2 124M recipe.
+"""The schema of a run config. Its defaults are the GPT-2 124M recipe.
 
-Every number of a run has one owner here. ``pipeline.config.loading`` reads configs from JSON files
-and ``--set`` overrides; nothing else builds one.
+Every setting of a run has its default and its meaning here, and nowhere else. ``pipeline.config.loading`` builds a
+:class:`Config` from JSON files and ``--set`` overrides; ``pipeline.config.reference`` turns the schema into
+``docs/config.md``.
 """
 
 from __future__ import annotations
@@ -11,17 +12,26 @@ import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonEmptyText = Annotated[str, Field(min_length=1)]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+SourceKind = Literal["text", "jsonl", "instructions", "parquet", "hf", "fineweb-edu", "python-stdlib"]
 Precision = Literal["fp32", "amp_bf16", "amp_fp16", "bf16"]
 TaskName = Literal[
     "validation",
@@ -34,10 +44,10 @@ TaskName = Literal[
     "arc_challenge",
     "winogrande",
 ]
-TASK_NAME = re.compile(r"[\w.-]+")  # also the name of a file
+TASK_NAME = re.compile(r"[\w.-]+")  # a task's name is also the name of its result file
 Preset = Literal["gpt2-tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
-# n_layer, n_head, n_embd, context_length. The four of OpenAI: Radford et al. 2019, table 2.
+# OpenAI's four sizes are those of Radford et al. 2019, table 2.
 MODEL_PRESETS: dict[Preset, dict[str, int]] = {
     "gpt2-tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "context_length": 256},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "context_length": 1024},
@@ -48,93 +58,85 @@ MODEL_PRESETS: dict[Preset, dict[str, int]] = {
 
 
 class Section(BaseModel):
-    """A part of the config: immutable, unknown keys are refused, and "3" is not 3."""
+    """A section of the config. It is immutable, refuses unknown keys, and does not convert "3" to 3."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-def _one_is_not_true(given: Any) -> Any:
-    """For a literal they are the same to pydantic, and so are 0 and false."""
+def _number_as_text(given: Any) -> Any:
+    """Convert a number to text, because pydantic takes 1 for the literal True and 0 for the literal False."""
     return str(given) if type(given) in (int, float) else given
 
 
 class RunConfig(Section):
-    """Identity of a run and how it computes."""
+    """The name of the run, where it writes, and how it computes."""
 
-    name: str = Field("gpt2", description="shown in logs and TensorBoard")
-    out_dir: str = Field("runs/gpt2", min_length=1, description="the run folder: metrics, checkpoints, results")
-    seed: NonNegativeInt = Field(1337, description="initial weights, order of the data, dropout")
-    device: Device = Field("auto", description="auto: cuda, else mps, else cpu")
+    name: str = Field("gpt2", description="Name of the run in logs and TensorBoard.")
+    out_dir: NonEmptyText = Field("runs/gpt2", description="Run folder for metrics, checkpoints and results.")
+    seed: NonNegativeInt = Field(1337, description="Seed of the initial weights, the data order and dropout.")
+    device: Device = Field("auto", description="`auto` chooses cuda if available, else mps, else cpu.")
     precision: Precision = Field(
         "amp_bf16",
-        description="amp_*: fp32 weights under autocast; bf16: bf16 compute weights, fp32 master weights",
+        description="`amp_*` keeps fp32 weights and computes under autocast. `bf16` computes with bf16 weights and "
+        "updates fp32 master weights.",
     )
-    compile: Annotated[Literal["auto", True, False], BeforeValidator(_one_is_not_true)] = Field(
+    compile: Annotated[Literal["auto", True, False], BeforeValidator(_number_as_text)] = Field(
         "auto",
-        description="torch.compile of model and loss together; auto: on CUDA, and on a CPU in runs of more than ten "
-        "minutes, where a compiler works",
+        description="Compile model and loss with torch.compile. `auto` compiles if a compiler works, on CUDA always "
+        "and on a CPU if the run takes more than ten minutes.",
     )
-    rank_timeout_s: PositiveInt = Field(60, description="seconds without a sign of life before a rank counts as lost")
+    rank_timeout_s: PositiveInt = Field(60, description="Seconds without a heartbeat after which a rank is lost.")
 
 
 class ModelConfig(Section):
-    """The architecture: a preset, and what to change in it."""
+    """The architecture: a preset, and the sizes that differ from it."""
 
-    preset: Preset = Field("gpt2", description="where the sizes that are not given come from")
-    n_layer: PositiveInt = Field(description="transformer blocks")
-    n_head: PositiveInt = Field(description="attention heads; divides n_embd")
-    n_embd: PositiveInt = Field(description="width of the residual stream")
-    context_length: PositiveInt = Field(description="learned positions, in tokens")
-    vocab_size: PositiveInt = Field(50257, description="of the tokenizer; padded to a multiple of 128 inside")
-    dropout: Fraction = Field(0.0, description="on embeddings, attention and residual branches")
+    preset: Preset = Field("gpt2", description="Preset that supplies the sizes that are not given.")
+    n_layer: PositiveInt = Field(description="Number of transformer blocks.")
+    n_head: PositiveInt = Field(description="Number of attention heads. It must divide n_embd.")
+    n_embd: PositiveInt = Field(description="Width of the residual stream.")
+    context_length: PositiveInt = Field(description="Number of learned positions, in tokens.")
+    vocab_size: PositiveInt = Field(
+        GPT2_VOCAB_SIZE, description="Vocabulary size of the tokenizer. The model pads it to a multiple of 128."
+    )
+    dropout: Fraction = Field(0.0, description="Dropout of embeddings, attention weights and residual branches.")
     reset_positions_at: NonNegativeInt | None = Field(
         None,
-        description="the token that begins a text, 50256 of GPT-2: positions start at 0 again there, in training, "
-        "evaluation and generation; attention still sees the texts before (null: positions of the window)",
+        description="Token at which positions restart from 0 (GPT-2's end of text is 50256), in training, evaluation "
+        "and generation. Attention still sees the tokens before it. `null` never restarts them within a window.",
     )
     activation_checkpointing: bool | PositiveInt = Field(
-        False, description="recompute blocks in the backward pass: true, every block; n, the first of every n"
+        False,
+        description="Recompute blocks in the backward pass instead of keeping their activations: `true` for every "
+        "block, n for the first of every n blocks.",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, given: Any) -> Any:
         if not isinstance(given, dict):
-            return given  # pydantic says what is wrong
+            return given  # pydantic reports the wrong type
         default: Preset = cls.model_fields["preset"].default
         preset = given.get("preset", default)
         sizes = MODEL_PRESETS[preset] if isinstance(preset, str) and preset in MODEL_PRESETS else MODEL_PRESETS[default]
         return {**sizes, **given}
 
-    def recomputes_block(self, index: int) -> bool:
-        """Whether the backward pass computes this block (from 0) anew instead of keeping what it computed."""
-        every = int(self.activation_checkpointing)
-        return every > 0 and index % every == 0
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> ModelConfig:
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        return self
-
     @field_validator("activation_checkpointing", mode="before")
     @classmethod
-    def _switch_or_whole_number(cls, given: Any) -> Any:
+    def _check_boolean_or_period(cls, given: Any) -> Any:
         if not isinstance(given, int) or (given < 1 and given is not False):
             raise ValueError(f"must be true, false or a whole number from 1, found {json.dumps(given, default=str)}")
         return given
 
     @model_validator(mode="after")
-    def _some_block_is_recomputed_in_turn(self) -> ModelConfig:
+    def _check_sizes(self) -> ModelConfig:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.activation_checkpointing > self.n_layer:
             raise ValueError(
                 f"activation_checkpointing ({self.activation_checkpointing}) must not exceed n_layer ({self.n_layer}); "
-                "it recomputes the first of every so many blocks"
+                "n recomputes the first of every n blocks"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _reset_token_exists(self) -> ModelConfig:
         if self.reset_positions_at is not None and self.reset_positions_at >= self.vocab_size:
             raise ValueError(
                 f"reset_positions_at ({self.reset_positions_at}) must be a token, less than "
@@ -142,32 +144,37 @@ class ModelConfig(Section):
             )
         return self
 
+    def recomputes_block(self, index: int) -> bool:
+        """Return whether the backward pass recomputes the block with this index instead of keeping its activations."""
+        every = int(self.activation_checkpointing)
+        return every > 0 and index % every == 0
+
 
 class TokenizeConfig(Section):
-    """Stage 1 as ``launch/run.py`` starts it, with the options of ``launch/tokenize_corpus.py``.
+    """The options of ``launch/tokenize_corpus.py`` when ``launch/run.py`` starts it.
 
-    What is not given (null) is stage 1's own default.
+    A value of null leaves the option at the command's own default.
     """
 
-    source: Literal["text", "jsonl", "instructions", "parquet", "hf", "fineweb-edu", "python-stdlib"] = Field(
-        "fineweb-edu", description="where documents come from"
+    source: SourceKind = Field("fineweb-edu", description="Kind of source that the documents come from.")
+    input: list[str] = Field([], description="Files, folders, or the name of a dataset.")
+    format: Literal["npy", "arrow"] | None = Field(None, description="File format of the shards.")
+    val_fraction: Fraction | None = Field(None, description="Fraction of the documents held out for validation.")
+    shard_tokens: PositiveInt | None = Field(None, description="Largest number of tokens in a shard.")
+    deduplicate: Literal["off", "exact"] | None = Field(
+        None, description="`exact` leaves out every document that is equal to an earlier one."
     )
-    input: list[str] = Field([], description="files, folders, or the name of a dataset")
-    format: Literal["npy", "arrow"] | None = Field(None, description="of the shards")
-    val_fraction: Fraction | None = Field(None, description="of the documents, held out for validation")
-    shard_tokens: PositiveInt | None = Field(None, description="largest number of tokens in a shard")
-    deduplicate: Literal["off", "exact"] | None = Field(None, description="leave out documents that came before")
-    workers: PositiveInt | None = Field(None, description="encoding processes")
-    limit_documents: PositiveInt | None = Field(None, description="stop after so many documents")
-    limit_bytes: PositiveInt | None = Field(None, description="stop after so many bytes of UTF-8")
+    workers: PositiveInt | None = Field(None, description="Number of encoding processes.")
+    limit_documents: PositiveInt | None = Field(None, description="Stop after this many documents.")
+    limit_bytes: PositiveInt | None = Field(None, description="Stop after this many bytes of UTF-8.")
 
 
-class MixturePart(Section):
+class MixtureComponent(Section):
     """One data set of a mixture."""
 
-    path: str = Field(min_length=1, description="a folder with a manifest.json")
-    weight: PositiveFloat = Field(description="its share of the samples, relative to the weights of the others")
-    name: str = Field(pattern=r"^[\w.-]+$", description="in the metrics (default: the folder's)")
+    path: NonEmptyText = Field(description="A folder with a manifest.json.")
+    weight: PositiveFloat = Field(description="The data set's share of the samples, relative to the other weights.")
+    name: str = Field(pattern=r"^[\w.-]+$", description="Name in the metrics (default: the folder's name).")
 
     @model_validator(mode="before")
     @classmethod
@@ -180,25 +187,25 @@ class MixturePart(Section):
 class DataConfig(Section):
     """The tokens to train on."""
 
-    path: str | None = Field("data/fineweb-edu", min_length=1, description="a folder with a manifest.json")
-    mixture: list[MixturePart] | None = Field(
+    path: NonEmptyText | None = Field("data/fineweb-edu", description="A folder with a manifest.json.")
+    mixture: list[MixtureComponent] | None = Field(
         None,
         min_length=1,
-        description='in place of path, several data sets: a list of {"path": folder, "weight": number, "name": text}; '
-        "samples are drawn in proportion to the weights, names (default: of the folders) stand in the metrics",
+        description='Several data sets instead of `path`: a list of {"path": folder, "weight": number, "name": text}. '
+        "Samples are drawn in proportion to the weights. Metrics show the names (default: the folders' names).",
     )
-    seq_len: PositiveInt | None = Field(None, description="tokens per sample (default: model.context_length)")
-    verify: bool = Field(True, description="hash all shards before the start, shared among the ranks")
+    seq_len: PositiveInt | None = Field(None, description="Tokens per sample (default: model.context_length).")
+    verify: bool = Field(True, description="Check the hash of every shard before training. The ranks share the work.")
 
     @model_validator(mode="before")
     @classmethod
-    def _mixture_replaces_the_default_path(cls, given: Any) -> Any:
+    def _replace_default_path(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("mixture") is not None and "path" not in given:
             return {**given, "path": None}
         return given
 
     @model_validator(mode="after")
-    def _path_or_mixture(self) -> DataConfig:
+    def _check_path_or_mixture(self) -> DataConfig:
         if self.path is not None and self.mixture is not None:
             raise ValueError(
                 f"path ({self.path}) and mixture are both given; set one of data.path, data.mixture to null"
@@ -206,115 +213,119 @@ class DataConfig(Section):
         if self.path is None and self.mixture is None:
             raise ValueError("neither path nor mixture is given; set one of data.path, data.mixture")
         for key in ("path", "name"):
-            values = [getattr(part, key) for part in self.mixture or ()]
-            if twice := [value for value in values if values.count(value) > 1]:
-                raise ValueError(f"mixture: the {key} {twice[0]} stands twice; every part needs its own")
+            values = [getattr(component, key) for component in self.mixture or ()]
+            if repeated := [value for value in values if values.count(value) > 1]:
+                raise ValueError(f"mixture: two data sets have the {key} {repeated[0]}; give each its own")
         return self
 
     @property
-    def parts(self) -> list[MixturePart]:
-        """What to train on as the parts of a mixture; ``path`` alone is its only part."""
+    def components(self) -> list[MixtureComponent]:
+        """The data sets of the mixture, or the data set at ``path`` alone."""
         if self.mixture is not None:
             return self.mixture
         assert self.path is not None
-        return [MixturePart.model_construct(path=self.path, weight=1.0, name=PurePath(self.path).name)]
+        return [MixtureComponent.model_construct(path=self.path, weight=1.0, name=PurePath(self.path).name)]
 
 
 class BatchConfig(Section):
-    """The batch, stated in tokens. Accumulation follows from the real world size."""
+    """The batch, in tokens. The number of micro-steps follows from the world size."""
 
-    tokens_per_step: PositiveInt = Field(524_288, description="target tokens per optimizer step, over all ranks")
-    micro_batch_size: PositiveInt = Field(16, description="sequences per rank and micro-step")
+    tokens_per_step: PositiveInt = Field(524_288, description="Target tokens per optimizer step over all ranks.")
+    micro_batch_size: PositiveInt = Field(16, description="Sequences per rank and micro-step.")
 
 
 class OptimizerConfig(Section):
-    """AdamW, decoupled weight decay on tensors of two dimensions or more."""
+    """AdamW. Weight decay applies to tensors with two or more dimensions."""
 
-    learning_rate: PositiveFloat = Field(6e-4, description="the peak, after warm-up")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="decay of the two moments")
-    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
-    weight_decay: NonNegativeFloat = Field(0.1, description="decoupled; biases and LayerNorm are spared")
-    grad_clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0: no clipping")
+    learning_rate: PositiveFloat = Field(6e-4, description="Peak learning rate, reached after warm-up.")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="Decay rates of the two moments.")
+    eps: PositiveFloat = Field(1e-8, description="Term added to the square root of the second moment.")
+    weight_decay: NonNegativeFloat = Field(0.1, description="Decoupled weight decay, not on biases and LayerNorm.")
+    grad_clip: NonNegativeFloat = Field(1.0, description="Largest global gradient norm. 0 turns clipping off.")
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up, then cosine. The defaults are 10B tokens at the default batch."""
+    """Linear warm-up, then cosine decay. The defaults train on 10B tokens at the default batch."""
 
-    warmup_steps: NonNegativeInt = Field(715, description="optimizer steps of linear warm-up")
-    max_steps: PositiveInt = Field(19_073, description="optimizer steps of the whole run")
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="last learning rate / peak")
+    warmup_steps: NonNegativeInt = Field(715, description="Optimizer steps of linear warm-up.")
+    max_steps: PositiveInt = Field(19_073, description="Optimizer steps of the whole run.")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Last learning rate divided by the peak learning rate.")
 
     @model_validator(mode="after")
-    def _warmup_fits(self) -> ScheduleConfig:
+    def _check_warmup(self) -> ScheduleConfig:
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must not exceed max_steps ({self.max_steps})")
         return self
 
 
 class DdpConfig(Section):
-    """DistributedDataParallel: weights replicated, gradients all-reduced."""
+    """DistributedDataParallel: replicated weights, all-reduced gradients."""
 
-    bucket_cap_mb: PositiveInt = Field(25, description="size of a gradient bucket in MiB")
+    bucket_cap_mb: PositiveInt = Field(25, description="Size of a gradient bucket in MiB.")
 
 
 class FsdpConfig(Section):
-    """FSDP2 (``fully_shard``): each block's weights, gradients and moments sharded over the ranks."""
+    """FSDP2 (``fully_shard``): weights, gradients and moments of each block sharded over the ranks."""
 
-    reshard_after_forward: bool = Field(True, description="free a block's gathered weights after its forward")
+    reshard_after_forward: bool = Field(True, description="Free a block's gathered weights after its forward pass.")
 
 
 class BackendConfig(Section):
-    """Which library distributes the training. It does not change the numbers."""
+    """The library that distributes the training. It does not change the results."""
 
-    name: Literal["ddp", "fsdp", "deepspeed"] = Field("ddp", description="the library")
-    ddp: DdpConfig = Field(default_factory=DdpConfig)
-    fsdp: FsdpConfig = Field(default_factory=FsdpConfig)
-    deepspeed: dict[str, Any] = Field({}, description="native DeepSpeed JSON, passed through")
+    name: Literal["ddp", "fsdp", "deepspeed"] = Field("ddp", description="The library.")
+    ddp: DdpConfig = DdpConfig()
+    fsdp: FsdpConfig = FsdpConfig()
+    deepspeed: dict[str, Any] = Field({}, description="Native DeepSpeed JSON, passed on to DeepSpeed.")
 
 
 class CheckpointConfig(Section):
-    """When to save, what to keep, where to start."""
+    """When to save, what to keep, and where to start."""
 
-    every_steps: PositiveInt = Field(1000, description="optimizer steps between checkpoints; the last step always")
-    keep_last: PositiveInt = Field(2, description="older checkpoints are deleted once a newer one verifies")
-    resume: str = Field("auto", min_length=1, description="auto: the newest good one of the run; none; or a path")
-    asynchronous: bool = Field(True, description="write while training goes on, from a copy in host memory")
+    every_steps: PositiveInt = Field(1000, description="Steps between checkpoints. The last step is always saved.")
+    keep_last: PositiveInt = Field(2, description="Older checkpoints are deleted once newer ones are verified.")
+    resume: NonEmptyText = Field(
+        "auto", description="`auto` resumes from the run's newest good checkpoint, `none` starts over, or give a path."
+    )
+    asynchronous: bool = Field(True, description="Write from a copy in host memory while training continues.")
 
 
 class GuardConfig(Section):
-    """What to do about steps that go wrong. A step whose loss or gradient is not finite is always skipped."""
+    """What to do about bad steps. A step whose loss or gradient is not finite is always skipped."""
 
-    max_bad_steps: PositiveInt = Field(10, description="steps in a row that are not finite before the run stops")
+    max_bad_steps: PositiveInt = Field(10, description="Consecutive non-finite steps after which the run stops.")
     spike_zscore: PositiveFloat | None = Field(
         None,
-        description="standard deviations of loss or gradient norm above the last steps that count as a spike: the run "
-        "goes back to the last checkpoint and leaves the batch out (null: no such guard)",
+        description="A loss or gradient norm this many standard deviations above the last steps is a spike: the run "
+        "returns to the last checkpoint and leaves the batch out. `null` turns this off.",
     )
-    spike_window: Annotated[int, Field(ge=10)] = Field(100, description="steps that a spike is measured against")
-    max_rollbacks: NonNegativeInt = Field(5, description="spikes in a run before it stops")
+    spike_window: int = Field(100, ge=10, description="Number of previous steps that a step is compared with.")
+    max_rollbacks: NonNegativeInt = Field(5, description="Number of spikes in a run before it stops.")
 
 
 class EvaluationConfig(Section):
-    """Validation and tasks while training."""
+    """Validation and evaluation tasks during training."""
 
-    every_steps: PositiveInt = Field(250, description="optimizer steps between evaluations; first and last always")
+    every_steps: PositiveInt = Field(250, description="Steps between evaluations; also at the first and last step.")
     tasks: list[str] = Field(
         ["validation"],
-        description=f"what to measure: {', '.join(f'`{name}`' for name in get_args(TaskName))}, or a name in "
-        "evaluation.data",
+        description=f"Tasks to run: {', '.join(f'`{name}`' for name in get_args(TaskName))}, or a name in "
+        "evaluation.data.",
     )
     data: dict[Annotated[str, Field(pattern=f"^{TASK_NAME.pattern}$")], str] = Field(
-        {}, description="task: its file (default: the dataset of the Hugging Face hub)"
+        {}, description="Map from a task to its file (default: the dataset on the Hugging Face hub)."
     )
     max_batches: PositiveInt | None = Field(
         40,
-        description="of validation: micro-batches over all ranks, spread evenly over the split (null: the whole split)",
+        description="Micro-batches of validation over all ranks, spread evenly over the split. `null` uses all of it.",
     )
-    max_examples: PositiveInt | None = Field(500, description="of each task: its first examples (null: all)")
-    sample: bool = Field(False, description="also write the text of `sample`, for TensorBoard's page TEXT")
+    max_examples: PositiveInt | None = Field(500, description="The first examples of each task. `null` uses all.")
+    sample: bool = Field(
+        False, description="Also generate a completion with the settings of `sample`. TensorBoard shows it under TEXT."
+    )
 
     @model_validator(mode="after")
-    def _tasks_are_known(self) -> EvaluationConfig:
+    def _check_tasks(self) -> EvaluationConfig:
         for task in self.tasks:
             if task not in get_args(TaskName) and task not in self.data:
                 known = ", ".join(get_args(TaskName))
@@ -323,47 +334,52 @@ class EvaluationConfig(Section):
 
 
 class LoggingConfig(Section):
-    """What is written while training."""
+    """What is written during training."""
 
-    every_steps: PositiveInt = Field(10, description="optimizer steps between logged rows")
-    tensorboard: bool = Field(True, description="event files in the run folder")
+    every_steps: PositiveInt = Field(10, description="Optimizer steps between logged rows.")
+    tensorboard: bool = Field(True, description="Write TensorBoard event files into the run folder.")
     profile_steps: NonNegativeInt = Field(
-        0, description="optimizer steps to trace, after the first five, into profile/ of the run folder; also --profile"
+        0,
+        description="Number of optimizer steps to trace, after the first five, into `profile/` of the run folder. "
+        "The same as --profile.",
     )
 
 
 class SampleConfig(Section):
-    """The text that the model writes at evaluations (``evaluation.sample``) and after ``launch/run.py``.
+    """The completion that is written at evaluations (``evaluation.sample``) and at the end of ``launch/run.py``.
 
-    Also the defaults of ``launch/generate.py``.
+    These are also the defaults of ``launch/generate.py``.
     """
 
-    prompt: str = Field("The meaning of life is", min_length=1, description="what the model continues")
-    max_new_tokens: PositiveInt = Field(64, description="tokens to write")
-    temperature: NonNegativeFloat = Field(0.8, description="0: the likeliest token each time")
-    top_k: PositiveInt | None = Field(50, description="draw from the k likeliest (null: from all)")
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="draw from the likeliest that together reach this probability (null: from all)"
+    prompt: NonEmptyText = Field("The meaning of life is", description="Text that the model continues.")
+    max_new_tokens: PositiveInt = Field(64, description="Largest number of tokens to generate.")
+    temperature: NonNegativeFloat = Field(0.8, description="Sampling temperature. 0 takes the likeliest token.")
+    top_k: PositiveInt | None = Field(50, description="Sample from the k likeliest tokens. `null` samples from all.")
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Sample from the likeliest tokens that together reach this probability. `null`: from all.",
     )
-    stop: list[Annotated[str, Field(min_length=1)]] = Field([], description="the text ends before the first of these")
+    stop: list[NonEmptyText] = Field([], description="The completion ends before the first of these texts.")
 
 
 class Config(Section):
-    """A whole run."""
+    """The config of a run."""
 
-    run: RunConfig = Field(default_factory=RunConfig)
-    model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate({}))
-    tokenize: TokenizeConfig = Field(default_factory=TokenizeConfig)
-    data: DataConfig = Field(default_factory=DataConfig)
-    batch: BatchConfig = Field(default_factory=BatchConfig)
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
-    backend: BackendConfig = Field(default_factory=BackendConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    guard: GuardConfig = Field(default_factory=GuardConfig)
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
-    logging: LoggingConfig = Field(default_factory=LoggingConfig)
-    sample: SampleConfig = Field(default_factory=SampleConfig)
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig.model_validate({})
+    tokenize: TokenizeConfig = TokenizeConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    backend: BackendConfig = BackendConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    sample: SampleConfig = SampleConfig()
 
     @property
     def seq_len(self) -> int:
@@ -371,7 +387,7 @@ class Config(Section):
         return self.data.seq_len or self.model.context_length
 
     @model_validator(mode="after")
-    def _parts_fit_together(self) -> Config:
+    def _check_across_sections(self) -> Config:
         if self.seq_len > self.model.context_length:
             raise ValueError(
                 f"data.seq_len ({self.seq_len}) must not exceed model.context_length ({self.model.context_length})"

@@ -44,7 +44,7 @@ def open_parts(data: DataConfig, model: ModelConfig) -> tuple[DataPart, ...]:
         DataError: a data set cannot be used.
         ConfigError: its tokens are not the model's, or not those of the others.
     """
-    parts = tuple(_open_part(part.name, part.path, part.weight, model) for part in data.parts)
+    parts = tuple(_open_part(part.name, part.path, part.weight, model) for part in data.components)
     for part in parts[1:]:
         _expect_same_tokenizer(parts[0], part)
     return parts

@@ -84,7 +84,7 @@ def _measured(task: PreparedTask, loaded: LoadedModel, options: EvaluationOption
 def _validation(loaded: LoadedModel, options: EvaluationOptions, world: World) -> dict[str, Any]:
     data = loaded.config.data
     if VALIDATION in options.data or data.mixture is None:
-        return _validation_on(options.data.get(VALIDATION, data.parts[0].path), loaded, options, world)
+        return _validation_on(options.data.get(VALIDATION, data.components[0].path), loaded, options, world)
     # As while training: parts without a validation split are left out.
     parts = [part for part in data.mixture if load_manifest(part.path).tokens_of(VAL_SPLIT)]
     if not parts:

@@ -76,7 +76,7 @@ def _introduction(state: TrainingState, config: Config) -> str:
 
 def _training(state: TrainingState, config: Config) -> str:
     settings = {
-        "data": ", ".join(f"{part.path}" for part in config.data.parts),
+        "data": ", ".join(component.path for component in config.data.components),
         "tokens a step": f"{config.batch.tokens_per_step:,}",
         "optimizer": f"AdamW, learning rate {config.optimizer.learning_rate:g}, betas {config.optimizer.betas}, "
         f"weight decay {config.optimizer.weight_decay:g}, clipping {config.optimizer.grad_clip:g}",

@@ -84,7 +84,7 @@ class TestResolvedConfig:
 
     def test_it_states_every_number(self) -> None:
         resolved = dump_config(load_config([]))
-        for key in valid_keys():
+        for key in (key for key in valid_keys() if "*" not in key):
             section: Any = resolved
             for part in key.split("."):
                 section = section[part]
@@ -170,9 +170,9 @@ class TestMistakes:
 
     def test_a_mixture_takes_the_place_of_the_path_of_a_file_below_when_that_is_null(self, write: Any) -> None:
         below, above = write("a.json", {"data": {"path": "x"}}), write("b.json", {"data": {"path": None}})
-        parts = 'data.mixture=[{"path": "a", "weight": 1}]'
-        assert mistake([below], parts).startswith("data: path (x) and mixture are both given")
-        assert [part.path for part in load_config([below, above], [parts]).data.parts] == ["a"]
+        mixture = 'data.mixture=[{"path": "a", "weight": 1}]'
+        assert mistake([below], mixture).startswith("data: path (x) and mixture are both given")
+        assert [component.path for component in load_config([below, above], [mixture]).data.components] == ["a"]
         line = mistake([], 'data.mixture=[{"path": "a", "weight": 0}]')
         assert line == "data.mixture.0.weight: Input should be greater than 0, found 0 (set in --set)"
 
@@ -185,8 +185,11 @@ class TestMistakes:
             ('{"run": \n {,}}', "a.json:2:3: not valid JSON: "),
             ("", "a.json:1:1: not valid JSON: "),
             ("[1]", "a.json: expected a JSON object of sections, found [1]"),
-            ('{"run": {}, "run": {}}', "a.json: the key 'run' stands twice"),
-            ('{"run": {"seed": ' + "9" * 5000 + "}}", "a.json: no config is nested so deep or holds such a number"),
+            ('{"run": {}, "run": {}}', "a.json: the key 'run' is given twice"),
+            (
+                '{"run": {"seed": ' + "9" * 5000 + "}}",
+                "a.json: the JSON is nested too deep or holds a number that is too long",
+            ),
             ('{"run": {"seed": NaN}}', "run.seed: "),
         ],
     )
@@ -230,4 +233,7 @@ class TestMistakes:
 
     def test_native_deepspeed_json_under_another_backend(self) -> None:
         line = mistake([CONFIGS / "zero1.json"], "backend.name=fsdp")
-        assert 'backend.name is fsdp; set backend.name to "deepspeed" or drop backend.deepspeed' in line
+        assert (
+            'backend.deepspeed: set, but backend.name is fsdp; set backend.name to "deepspeed" or drop backend.deepspeed'
+            in line
+        )

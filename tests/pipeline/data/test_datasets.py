@@ -114,12 +114,12 @@ class TestConfig:
 
     def test_path_alone_is_the_default(self) -> None:
         assert DataConfig().path == "data/fineweb-edu"
-        assert [part.path for part in DataConfig().parts] == ["data/fineweb-edu"]
+        assert [component.path for component in DataConfig().components] == ["data/fineweb-edu"]
 
     def test_a_mixture_takes_the_place_of_the_default(self) -> None:
         config = DataConfig.model_validate({"mixture": [{"path": "data/a/", "weight": 2}]})
         assert config.path is None
-        assert [(part.name, part.path, part.weight) for part in config.parts] == [("a", "data/a/", 2.0)]
+        assert [(c.name, c.path, c.weight) for c in config.components] == [("a", "data/a/", 2.0)]
         assert DataConfig.model_validate(config.model_dump(mode="json")) == config
 
     def test_one_of_both(self) -> None:
@@ -133,9 +133,9 @@ class TestConfig:
         for weight in (0, -1, float("inf"), float("nan"), "1"):
             assert "mixture.0.weight" in self.mistake(mixture=[{"path": "a", "weight": weight}])
         twins = [{"path": "a/data", "weight": 1}, {"path": "b/data", "weight": 1}]
-        assert "the name data stands twice" in self.mistake(mixture=twins)
-        assert "the path a/data stands twice" in self.mistake(mixture=[twins[0], {**twins[0], "name": "other"}])
+        assert "two data sets have the name data" in self.mistake(mixture=twins)
+        assert "two data sets have the path a/data" in self.mistake(mixture=[twins[0], {**twins[0], "name": "other"}])
         assert "mixture.0.name" in self.mistake(mixture=[{"path": "/", "weight": 1}])
         named = DataConfig.model_validate({"mixture": [{**twins[0], "name": "a"}, {**twins[1], "name": "b"}]})
-        assert [part.name for part in named.parts] == ["a", "b"]
+        assert [component.name for component in named.components] == ["a", "b"]
         assert "mixture" in self.mistake(mixture=[])
