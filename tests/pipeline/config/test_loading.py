@@ -176,6 +176,10 @@ class TestMistakes:
         line = mistake([], 'data.mixture=[{"path": "a", "weight": 0}]')
         assert line == "data.mixture.0.weight: Input should be greater than 0, found 0 (set in --set)"
 
+    def test_a_task_that_cannot_name_a_file(self, write: Any) -> None:
+        line = mistake([write("a.json", {"evaluation": {"data": {"a/b": "x.jsonl"}}})])
+        assert line.startswith("evaluation.data.a/b: String should match pattern")
+
     def test_a_long_value_is_cut(self) -> None:
         assert len(mistake([], f"run.seed={'x' * 10_000}")) < 200
 
@@ -234,6 +238,7 @@ class TestMistakes:
     def test_native_deepspeed_json_under_another_backend(self) -> None:
         line = mistake([CONFIGS / "zero1.json"], "backend.name=fsdp")
         assert (
-            'backend.deepspeed: set, but backend.name is fsdp; set backend.name to "deepspeed" or drop backend.deepspeed'
+        assert line.startswith("backend.deepspeed: set, but backend.name is fsdp; ")
+        assert 'set backend.name to "deepspeed" or drop backend.deepspeed' in line
             in line
         )
