@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data_tools.shards import TokenStream
 from pipeline.backends import Backend
-from pipeline.config.schema import Config, MixturePart
+from pipeline.config.schema import Config, MixtureComponent
 from pipeline.data.datasets import DataPart
 from pipeline.data.loader import MicroBatch, validation_batches
 from pipeline.distributed.device import summing_dtype
@@ -52,7 +52,7 @@ def validate(backend: Backend, parts: Sequence[DataPart], config: Config, world:
     return {"val_loss": loss, "val_perplexity": perplexity(loss), **by_name}
 
 
-def mixture_loss(losses: Mapping[str, float], parts: Sequence[DataPart] | Sequence[MixturePart]) -> float:
+def mixture_loss(losses: Mapping[str, float], parts: Sequence[DataPart] | Sequence[MixtureComponent]) -> float:
     """Return the mean of losses by data set name, weighted by the data sets' shares of the mixture.
 
     Data sets without a loss are left out.

@@ -237,8 +237,5 @@ class TestMistakes:
 
     def test_native_deepspeed_json_under_another_backend(self) -> None:
         line = mistake([CONFIGS / "zero1.json"], "backend.name=fsdp")
-        assert (
         assert line.startswith("backend.deepspeed: set, but backend.name is fsdp; ")
         assert 'set backend.name to "deepspeed" or drop backend.deepspeed' in line
-            in line
-        )
