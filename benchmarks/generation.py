@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_tools.tokenizer import GPT2_VOCAB_SIZE
 from pipeline.config.schema import ModelConfig
 from pipeline.generation.generate import generate_batch
 from pipeline.generation.sampling import Sampling
@@ -163,7 +164,7 @@ def their_contender(model: GPT2, dtype: torch.dtype, attention: str, compiled: b
 def measure_all(contenders: dict[str, Contender], batch: int, count: int) -> list[Measurement]:
     """Each once to warm up, then in rounds, so that a slower moment meets all; medians."""
     generator = torch.Generator().manual_seed(0)
-    prompts: Texts = torch.randint(50257, (batch, PROMPT_TOKENS), generator=generator).tolist()
+    prompts: Texts = torch.randint(GPT2_VOCAB_SIZE, (batch, PROMPT_TOKENS), generator=generator).tolist()
     texts = {name: run(prompts, count) for name, run in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(ROUNDS):

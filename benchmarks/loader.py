@@ -38,6 +38,7 @@ from data_tools.shards import (
     open_split,
 )
 from data_tools.storage.atomic import write_json_durably
+from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE
 from pipeline.backends import create_backend
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch
@@ -51,7 +52,6 @@ from pipeline.training.trainer import Trainer
 
 MB = 10**6
 SHARD_TOKENS = 100_000_000  # as build-nanogpt cuts its data, and stage 1 by default
-VOCAB_SIZE, END_OF_TEXT = 50257, 50256
 BATCH, SEQ_LEN, ACCUMULATION = 16, 1024, 32  # 524,288 tokens a step, as in the GPT-2 recipe
 BATCHES = SHARD_TOKENS // (BATCH * SEQ_LEN) - 1  # of one shard, but for its end
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def make_shards(folder: Path, tokens: int) -> Path:
         writer.append(shard, documents=len(shard[::1000]), utf8_bytes=0)
         records.append(writer.close())
     manifest = Manifest(
-        tokenizer=TokenizerRecord("random", VOCAB_SIZE, END_OF_TEXT, "0" * 64),
+        tokenizer=TokenizerRecord("random", GPT2_VOCAB_SIZE, END_OF_TEXT, "0" * 64),
         source=SourceRecord("random", {}),
         settings={},
         shards=tuple(records),

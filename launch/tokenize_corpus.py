@@ -10,17 +10,15 @@ import time
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
 from data_tools.corpus.estimate import Estimate
-from data_tools.corpus.request import ENGINES
 from data_tools.corpus.run import Progress, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
-from data_tools.encoding.encoders import ENCODERS
 from data_tools.errors import DataError
-from data_tools.shards import SHARD_FORMATS, VAL_SPLIT, Manifest
-from data_tools.sources import SOURCE_KINDS
+from data_tools.options import Deduplication, EncoderChoice, Engine, ShardFormat, SourceKind
+from data_tools.shards import VAL_SPLIT, Manifest
 from data_tools.storage.files import is_remote
 from launch.cli import ArgumentParser, positive_int, run_command, start_logging
 
@@ -51,7 +49,7 @@ def main() -> None:
 
 def share_name(share: int, shares: int) -> str:
     """How messages call the work of one process among several."""
-    return f"task {share} of {shares}"
+    return f"share {share} of {shares}"
 
 
 def parse_request() -> tuple[TokenizeRequest, tuple[int, int] | None]:
@@ -68,7 +66,7 @@ def parse_request() -> tuple[TokenizeRequest, tuple[int, int] | None]:
         suffix = "" if default is None else f" (default: {default})"
         parser.add_argument(option, help=help + suffix, default=default, **settings)
 
-    parser.add_argument("--source", required=True, choices=SOURCE_KINDS, help="where documents come from")
+    parser.add_argument("--source", required=True, choices=get_args(SourceKind), help="where documents come from")
     parser.add_argument(
         "--input",
         dest="inputs",
@@ -83,13 +81,17 @@ def parse_request() -> tuple[TokenizeRequest, tuple[int, int] | None]:
         metavar="DIR",
         help="a new folder for the shards, or a URL as s3://bucket/folder",
     )
-    add("--format", "file format of the shards", choices=tuple(SHARD_FORMATS))
+    add("--format", "file format of the shards", choices=get_args(ShardFormat))
     add("--val-fraction", "share of documents for validation", type=float, metavar="X")
     add("--shard-tokens", "tokens in a shard, at most", type=int, metavar="N")
-    add("--deduplicate", "exact: leave out documents that have an equal one before them", choices=("off", "exact"))
-    add("--encoder", "all give the same tokens; auto: gigatoken if it is installed", choices=ENCODERS)
+    add(
+        "--deduplicate",
+        "exact: leave out documents that repeat an earlier one",
+        choices=get_args(Deduplication),
+    )
+    add("--encoder", "all give the same tokens; auto: gigatoken if it is installed", choices=get_args(EncoderChoice))
     add("--workers", "processes on this machine (default: all cores)", type=int, metavar="N")
-    add("--engine", "what runs the work: processes of this machine, or a Ray cluster", choices=ENGINES)
+    add("--engine", "what runs the work: processes of this machine, or a Ray cluster", choices=get_args(Engine))
     add("--ray-address", "of the cluster, with --engine ray (default: start one here)", metavar="ADDRESS")
     parser.add_argument(
         "--task", type=int, metavar="I", help="do only this share of the work, from 0 on; needs --tasks"

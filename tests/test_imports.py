@@ -13,19 +13,26 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("data_tools", "pipeline", "launch")
 
 #: What pipeline may use of stage 1.
-OPEN_TO_PIPELINE = ("data_tools.shards", "data_tools.tokenizer", "data_tools.storage", "data_tools.errors")
+OPEN_TO_PIPELINE = (
+    "data_tools.options",
+    "data_tools.shards",
+    "data_tools.tokenizer",
+    "data_tools.storage",
+    "data_tools.errors",
+)
 
 #: The rooms in order: a room imports only from itself and from the rooms listed with it. All of them stand above it.
 ROOMS: dict[str, str] = {
     "data_tools.errors": "",
     "data_tools.arrays": "",
+    "data_tools.options": "",
     "data_tools.threads": "",
     "data_tools.storage": "errors",
     "data_tools.tokenizer": "errors arrays",
     "data_tools.shards": "errors arrays threads storage tokenizer",
     "data_tools.encoding": "errors arrays tokenizer",
-    "data_tools.sources": "errors storage encoding",
-    "data_tools.corpus": "errors arrays threads storage tokenizer shards encoding sources",
+    "data_tools.sources": "errors options storage encoding",
+    "data_tools.corpus": "errors arrays options threads storage tokenizer shards encoding sources",
     "data_tools.formats": "errors arrays threads storage tokenizer shards",
     "pipeline.errors": "",
     "pipeline.seeds": "",

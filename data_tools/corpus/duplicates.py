@@ -1,4 +1,4 @@
-"""Which documents of a corpus have an equal one before them, from fingerprints that tasks wrote."""
+"""Which documents of a corpus have an equal one before them, from fingerprints that chunks wrote."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.arrays import CountArray
+from data_tools.corpus.chunks import Chunk
 from data_tools.corpus.output import fingerprints_name, repeated_name
-from data_tools.corpus.tasks import Task
 from data_tools.storage.folders import Folder
 
 #: Documents whose fingerprints are compared at a time: a quarter of a gigabyte with all that sorting needs.
@@ -19,24 +19,24 @@ _DOCUMENTS_AT_A_TIME = 4 << 20
 Fingerprints = npt.NDArray[np.uint64]
 
 
-def write_repeated(folder: Folder, tasks: Sequence[Task]) -> None:
-    """Write down, for each task, the numbers of its documents that came before, in it or in an earlier task.
+def write_repeated(folder: Folder, chunks: Sequence[Chunk]) -> None:
+    """Write down, for each chunk, the numbers of its documents that came before, in it or in an earlier chunk.
 
     The first of equal documents stays, in the order of the source. Memory is bounded: fingerprints are compared in
     groups of equal leading bits.
     """
-    fingerprints = [_load(folder, task) for task in tasks]
-    owner = np.repeat(np.arange(len(tasks)), [len(part) for part in fingerprints])
-    number = np.concatenate([np.arange(len(part)) for part in fingerprints]) if tasks else np.empty(0, np.int64)
-    repeated = _find_repeated(np.concatenate(fingerprints) if tasks else np.empty((0, 2), np.uint64))
-    for index, task in enumerate(tasks):
+    fingerprints = [_load(folder, chunk) for chunk in chunks]
+    owner = np.repeat(np.arange(len(chunks)), [len(part) for part in fingerprints])
+    number = np.concatenate([np.arange(len(part)) for part in fingerprints]) if chunks else np.empty(0, np.int64)
+    repeated = _find_repeated(np.concatenate(fingerprints) if chunks else np.empty((0, 2), np.uint64))
+    for index, chunk in enumerate(chunks):
         buffer = io.BytesIO()
         np.save(buffer, number[repeated[owner[repeated] == index]])
-        folder.write(repeated_name(task), buffer.getvalue())
+        folder.write(repeated_name(chunk), buffer.getvalue())
 
 
-def _load(folder: Folder, task: Task) -> Fingerprints:
-    loaded: Fingerprints = np.load(io.BytesIO(folder.read(fingerprints_name(task))), allow_pickle=False)
+def _load(folder: Folder, chunk: Chunk) -> Fingerprints:
+    loaded: Fingerprints = np.load(io.BytesIO(folder.read(fingerprints_name(chunk))), allow_pickle=False)
     return loaded
 
 

@@ -1,4 +1,4 @@
-"""What runs tasks: processes of this machine, or a Ray cluster. The result is the same."""
+"""What runs chunks: processes of this machine, or a Ray cluster. The result is the same."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
+from data_tools.corpus.chunks import Chunk, Report
 from data_tools.corpus.parallel import unordered_map
 from data_tools.corpus.request import TokenizeRequest
-from data_tools.corpus.tasks import Report, Task
 from data_tools.corpus.worker import Job
 from data_tools.errors import DataError
 from data_tools.threads import available_cores
 
 Result = TypeVar("Result")
-#: ``work(job, task, report)`` as ``data_tools.corpus.worker`` has it.
-TaskWork = Callable[[Job, Task, Report], Result]
+#: ``work(job, chunk, report)`` as ``data_tools.corpus.worker`` has it.
+ChunkWork = Callable[[Job, Chunk, Report], Result]
 
 _RAY_RETRIES = 3
-#: Tasks given to a cluster ahead of those that have ended; the rest waits here.
+#: Chunks given to a cluster ahead of those that have ended; the rest waits here.
 _RAY_IN_FLIGHT = 1000
 _REACHABLE_S = 10.0
 
 
-def run_tasks(
-    work: TaskWork[Result], job: Job, tasks: Iterable[Task], on_report: Report
+def run_chunks(
+    work: ChunkWork[Result], job: Job, chunks: Iterable[Chunk], on_report: Report
 ) -> Generator[Result, None, None]:
-    """Yield the result of each task, as they end; closing the generator stops the others.
+    """Yield the result of each chunk, as they end; closing the generator stops the others.
 
     Raises:
-        DataError: a task failed, or what runs it died again and again.
+        DataError: a chunk failed, or what runs it died again and again.
     """
-    tasks = list(tasks)
+    chunks = list(chunks)
     if job.request.engine == "ray":
-        yield from _run_on_ray(work, job, tasks, on_report)
+        yield from _run_on_ray(work, job, chunks, on_report)
     else:
-        workers = min(workers_of(job.request), max(len(tasks), 1))
-        yield from unordered_map(partial(work, job), tasks, workers, on_report, preload=("data_tools.corpus.worker",))
+        workers = min(workers_of(job.request), max(len(chunks), 1))
+        yield from unordered_map(partial(work, job), chunks, workers, on_report, preload=("data_tools.corpus.worker",))
 
 
 def workers_of(request: TokenizeRequest) -> int:
@@ -49,23 +49,23 @@ def workers_of(request: TokenizeRequest) -> int:
 
 
 def _run_on_ray(
-    work: TaskWork[Result], job: Job, tasks: list[Task], on_report: Report
+    work: ChunkWork[Result], job: Job, chunks: list[Chunk], on_report: Report
 ) -> Generator[Result, None, None]:
-    """Each task is a Ray task on one core; Ray repeats those whose worker or machine died."""
+    """Each chunk is a Ray task on one core; Ray repeats those whose worker or machine died."""
     with _ray_cluster(job.request) as ray:
 
-        def work_quietly(job: Job, task: Task) -> tuple[Result | None, DataError | None]:
+        def work_quietly(job: Job, chunk: Chunk) -> tuple[Result | None, DataError | None]:
             try:
-                return work(job, task, lambda *_: None), None
+                return work(job, chunk, lambda *_: None), None
             except DataError as error:
                 return None, error
 
         remote = ray.remote(num_cpus=1, max_retries=_RAY_RETRIES)(work_quietly)
-        waiting = iter(tasks)
-        pending = [remote.remote(job, task) for task in islice(waiting, _RAY_IN_FLIGHT)]
+        waiting = iter(chunks)
+        pending = [remote.remote(job, chunk) for chunk in islice(waiting, _RAY_IN_FLIGHT)]
         while pending:
             (done, *_), pending = ray.wait(pending, num_returns=1)
-            pending += [remote.remote(job, task) for task in islice(waiting, 1)]
+            pending += [remote.remote(job, chunk) for chunk in islice(waiting, 1)]
             result, error = _get(ray, done)
             if error is not None:
                 raise error
@@ -80,7 +80,7 @@ def _get(ray: Any, reference: Any) -> Any:
     except ray.exceptions.RayError as error:
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(
-            f"--engine ray: a task failed {_RAY_RETRIES + 1} times ({type(error).__name__}: {reason}); "
+            f"--engine ray: a chunk failed {_RAY_RETRIES + 1} times ({type(error).__name__}: {reason}); "
             "repeat the command to continue"
         ) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data_tools.corpus.tasks import Task, documents_of
+from data_tools.corpus.chunks import Chunk, documents_of
 from data_tools.encoding.documents import encode_document, utf8_of
 from data_tools.encoding.encoders import REFERENCE_ENCODER, load_encoder
 from data_tools.errors import DataError
@@ -25,14 +25,14 @@ class Estimate:
         text_bytes: of the source; None: not known before reading.
         bytes_per_token: in a sample of the first documents.
         free_bytes: room at the output; None: there is no knowing.
-        tasks: of the run, finished ones included.
+        chunks: of the run, finished ones included.
         workers: processes on this machine.
     """
 
     text_bytes: int | None
     bytes_per_token: float
     free_bytes: int | None
-    tasks: int
+    chunks: int
     workers: int
 
     @property
@@ -55,24 +55,24 @@ class Estimate:
                 f"{_gigabytes(self.shard_bytes)} in shards{free}"
             )
         memory = f"{_gigabytes(self.workers * WORKER_BYTES)} of memory"
-        return f"{size}; {self.tasks:,} tasks, {self.workers} processes, up to {memory}"
+        return f"{size}; {self.chunks:,} chunks, {self.workers} processes, up to {memory}"
 
 
 def estimate(
-    source: Source, tasks: Sequence[Task], free_bytes: int | None, workers: int, *, limited: bool
+    source: Source, chunks: Sequence[Chunk], free_bytes: int | None, workers: int, *, limited: bool
 ) -> Estimate | None:
     """Look at the first documents; None: there is not one.
 
     Args:
-        limited: the tasks are not all of the source, whose size then says nothing.
+        limited: the chunks are not all of the source, whose size then says nothing.
 
     Raises:
         DataError: the first documents cannot be read.
     """
     text, tokens = 0, 0
     encoder = load_encoder(REFERENCE_ENCODER)  # it is loaded anyway; a sample needs no speed
-    for task in tasks:
-        for document in documents_of(task, source):
+    for chunk in chunks:
+        for document in documents_of(chunk, source):
             text += len(utf8_of(document))
             tokens += encode_document(encoder, document).tokens.size
             if text >= _SAMPLE_BYTES:
@@ -82,14 +82,14 @@ def estimate(
     if not tokens:
         return None
     text_bytes = None if limited else source.text_bytes()
-    return Estimate(text_bytes, text / tokens, free_bytes, len(tasks), min(workers, len(tasks)))
+    return Estimate(text_bytes, text / tokens, free_bytes, len(chunks), min(workers, len(chunks)))
 
 
 def expect_room(estimated: Estimate, written_bytes: int, place: str) -> None:
     """Refuse what will not fit.
 
     Args:
-        written_bytes: what finished tasks have written already.
+        written_bytes: what finished chunks have written already.
 
     Raises:
         DataError: names what is needed and what is there.

@@ -1,7 +1,7 @@
 """The folder that a run fills: planned, continued after a crash, completed, and never mistaken for another's.
 
-While it is being filled it holds ``plan.json`` (who makes it, and its tasks) and, for each finished task, its shards
-and ``tasks/<task>.json``. At the end the manifest takes the place of both.
+While it is being filled it holds ``plan.json`` (who makes it, and its chunks) and, for each finished chunk, its shards
+and ``tasks/<chunk>.json``. At the end the manifest takes the place of both.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from data_tools.corpus.records import TaskRecord, report_of
-from data_tools.corpus.tasks import Task
+from data_tools.corpus.chunks import Chunk
+from data_tools.corpus.records import ChunkRecord, report_of
 from data_tools.errors import DataError, one_line_write_errors
 from data_tools.shards import (
     MANIFEST_NAME,
@@ -35,32 +35,32 @@ from data_tools.storage.folders import Folder, LocalFolder, is_scratch, open_fol
 from data_tools.storage.locks import LOCK_NAME, FolderLock, lock_folder
 
 PLAN_NAME = "plan.json"
-_TASKS = "tasks/"
+_CHUNKS = "tasks/"
 _SHARD_FILES = re.compile(rf"({TRAIN_SPLIT}|{VAL_SPLIT})_\d{{5,}}_\d{{3,}}(\.mask)?\.({'|'.join(SHARD_FORMATS)})")
 
 
-def record_name(task: Task) -> str:
-    """The file of a finished task's record."""
-    return f"{_TASKS}{task.name}.json"
+def record_name(chunk: Chunk) -> str:
+    """The file of a finished chunk's record."""
+    return f"{_CHUNKS}{chunk.name}.json"
 
 
-def fingerprints_name(task: Task) -> str:
-    """The file of what tells the documents of a task apart."""
-    return f"{_TASKS}{task.name}.fingerprints.npy"
+def fingerprints_name(chunk: Chunk) -> str:
+    """The file of what tells the documents of a chunk apart."""
+    return f"{_CHUNKS}{chunk.name}.fingerprints.npy"
 
 
-def repeated_name(task: Task) -> str:
-    """The file of the numbers of the task's documents that came before."""
-    return f"{_TASKS}{task.name}.repeated.npy"
+def repeated_name(chunk: Chunk) -> str:
+    """The file of the numbers of the chunk's documents that came before."""
+    return f"{_CHUNKS}{chunk.name}.repeated.npy"
 
 
-def publish_task(folder: Folder, task: Task, record: TaskRecord, scratch: Path) -> None:
-    """Move the shards of a task from its scratch folder into place, then its record: now it is finished."""
+def publish_chunk(folder: Folder, chunk: Chunk, record: ChunkRecord, scratch: Path) -> None:
+    """Move the shards of a chunk from its scratch folder into place, then its record: now it is finished."""
     for shard in record.shards:
         for name in (shard.mask_file, shard.file):
             if name is not None:
                 folder.take(scratch / name, name)
-    folder.write(record_name(task), json.dumps(record.to_json()).encode("ascii"))
+    folder.write(record_name(chunk), json.dumps(record.to_json()).encode("ascii"))
 
 
 def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
@@ -90,7 +90,7 @@ class OutputFolder:
     """The output folder of one run; make one with ``open_output``.
 
     Attributes:
-        finished: the records of finished tasks by index.
+        finished: the records of finished chunks by index.
     """
 
     def __init__(self, out: Path | str, identity: dict[str, Any], lock: FolderLock | None) -> None:
@@ -98,69 +98,69 @@ class OutputFolder:
         self._out = str(out)
         self._identity = identity
         self._lock = lock
-        self._tasks: list[Task] | None = None
-        self.finished: dict[int, TaskRecord] = {}
+        self._chunks: list[Chunk] | None = None
+        self.finished: dict[int, ChunkRecord] = {}
 
-    def plan(self, make_plan: Callable[[], list[Task]]) -> list[Task]:
-        """The tasks of this run: those of the run that is continued, or new ones.
+    def plan(self, make_plan: Callable[[], list[Chunk]]) -> list[Chunk]:
+        """The chunks of this run: those of the run that is continued, or new ones.
 
         Raises:
             DataError: the folder is another request's, the plan is damaged, or the disk refuses.
         """
         if self.folder.size(PLAN_NAME) is None:
-            tasks = make_plan()
-            plan = {"identity": self._identity, "tasks": [task.to_json() for task in tasks]}
-            self._tasks = tasks
+            chunks = make_plan()
+            plan = {"identity": self._identity, "tasks": [chunk.to_json() for chunk in chunks]}
+            self._chunks = chunks
             self.folder.write(PLAN_NAME, json.dumps(plan).encode("ascii"))
-            return tasks
+            return chunks
         try:
             plan = json.loads(self.folder.read(PLAN_NAME))
-            tasks = [Task.from_json(task) for task in plan["tasks"]]
+            chunks = [Chunk.from_json(chunk) for chunk in plan["tasks"]]
             made_by = dict(plan["identity"])
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{self._out}/{PLAN_NAME} is damaged; delete {self._out} and start again") from error
         _expect_same_request(self._out, made_by, self._identity)
-        self._tasks = tasks
-        return tasks
+        self._chunks = chunks
+        return chunks
 
-    def look_for_finished(self, tasks: Iterable[Task]) -> None:
-        """Find the records whose shards are there; the others' tasks are to be done again."""
+    def look_for_finished(self, chunks: Iterable[Chunk]) -> None:
+        """Find the records whose shards are there; the others' chunks are to be done again."""
         names = self.folder.names()
-        for task in tasks:
-            if record_name(task) in names:
+        for chunk in chunks:
+            if record_name(chunk) in names:
                 with suppress(FileNotFoundError):  # another one has just completed a remote folder
-                    content = self.folder.read(record_name(task))
-                    record = TaskRecord.from_json(content, f"{self._out}/{record_name(task)}")
+                    content = self.folder.read(record_name(chunk))
+                    record = ChunkRecord.from_json(content, f"{self._out}/{record_name(chunk)}")
                     if all(self._is_whole(shard) for shard in record.shards):
-                        self.finished[task.index] = record
+                        self.finished[chunk.index] = record
 
     def remove_leftovers(self) -> None:
-        """Remove what unfinished tasks of killed processes left; nobody else may be writing."""
+        """Remove what unfinished chunks of killed processes left; nobody else may be writing."""
         ours = {name for record in self.finished.values() for shard in record.shards for name in _files_of(shard)}
         names = {name for name in self.folder.names() if name not in ours}
         self.folder.remove({name for name in names if _SHARD_FILES.fullmatch(name)})
         self.folder.remove_scratch()
 
-    def complete_if_last(self, tasks: list[Task], made: Callable[[], dict[str, Any]]) -> Manifest | None:
-        """Complete a folder that processes share, if all tasks are finished and no other process is at work.
+    def complete_if_last(self, chunks: list[Chunk], made: Callable[[], dict[str, Any]]) -> Manifest | None:
+        """Complete a folder that processes share, if all chunks are finished and no other process is at work.
 
         Raises:
             DataError: as ``complete``.
         """
         if self._lock is not None and not self._lock.make_exclusive():
             return None
-        self.look_for_finished(tasks)
-        if len(self.finished) < len(tasks):
+        self.look_for_finished(chunks)
+        if len(self.finished) < len(chunks):
             return load_complete(self._out, self._identity)  # of a remote folder another one may have been the last
-        return self.complete(tasks, made())
+        return self.complete(chunks, made())
 
-    def complete(self, tasks: list[Task], made: dict[str, Any]) -> Manifest:
-        """Write the manifest of the finished tasks, all of them; nothing but it and the shards stays.
+    def complete(self, chunks: list[Chunk], made: dict[str, Any]) -> Manifest:
+        """Write the manifest of the finished chunks, all of them; nothing but it and the shards stays.
 
         Raises:
             DataError: there is no document at all, or the disk refuses.
         """
-        records = [self.finished[task.index] for task in tasks]
+        records = [self.finished[chunk.index] for chunk in chunks]
         shards = tuple(shard for record in records for shard in record.shards)
         if not shards:
             _remove_what_led_there(self.folder)
@@ -178,17 +178,17 @@ class OutputFolder:
         return manifest
 
     def abandon(self, *, shared: bool) -> None:
-        """Leave the finished tasks and the plan, with which the same request continues; without any, nothing.
+        """Leave the finished chunks and the plan, with which the same request continues; without any, nothing.
 
         What processes share is left to the last of them.
         """
-        if self._tasks is None:  # it is another request's, or not begun
+        if self._chunks is None:  # it is another request's, or not begun
             return
         if shared and (self._lock is None or not self._lock.make_exclusive()):
             return
-        self.look_for_finished(self._tasks)
+        self.look_for_finished(self._chunks)
         self.remove_leftovers()
-        if not any(name.startswith(_TASKS) for name in self.folder.names()):
+        if not any(name.startswith(_CHUNKS) for name in self.folder.names()):
             self.folder.remove({PLAN_NAME})
 
     def _is_whole(self, shard: ShardRecord) -> bool:
@@ -204,7 +204,7 @@ def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> I
     """Begin an output folder, or take it up where the same request left it; an error in the block abandons it.
 
     Args:
-        shared: other processes, each with tasks of its own, write to it at the same time.
+        shared: other processes, each with chunks of its own, write to it at the same time.
 
     Raises:
         DataError: the folder is another's, in use, or cannot be written.
@@ -274,7 +274,7 @@ def _expect_whole(folder: Folder, shard: ShardRecord, place: str) -> None:
 def _remove_what_led_there(folder: Folder) -> None:
     names = folder.names()
     folder.remove_scratch()
-    folder.remove({name for name in names if name.startswith(_TASKS)})
+    folder.remove({name for name in names if name.startswith(_CHUNKS)})
     folder.remove({PLAN_NAME} & names)  # the last: it says whose the others are
 
 

@@ -1,4 +1,4 @@
-"""What a finished task leaves behind, and what the records of all tasks add up to."""
+"""What a finished chunk leaves behind, and what the records of all chunks add up to."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _LENGTH_CLASSES = 33
 
 
 @dataclass(frozen=True)
-class TaskRecord:
-    """One finished task.
+class ChunkRecord:
+    """One finished chunk.
 
     Attributes:
-        index: the task's.
+        index: the chunk's.
         shards: what it wrote.
         lengths: documents of 2**k to 2**(k+1) - 1 tokens, for k from 0 on.
         repeated: documents that were left out because an equal one came before.
@@ -39,7 +39,7 @@ class TaskRecord:
         return {**asdict(self), "shards": [shard.to_json() for shard in self.shards]}
 
     @classmethod
-    def from_json(cls, content: bytes, place: str) -> TaskRecord:
+    def from_json(cls, content: bytes, place: str) -> ChunkRecord:
         """What ``to_json`` gave, as a file has it.
 
         Raises:
@@ -55,7 +55,7 @@ class TaskRecord:
 
 @dataclass(frozen=True)
 class Progress:
-    """What has been tokenized so far, tasks that an interrupted run had finished included."""
+    """What has been tokenized so far, chunks that an interrupted run had finished included."""
 
     documents: int = 0
     tokens: int = 0
@@ -66,7 +66,7 @@ class Progress:
         return Progress(self.documents + documents, self.tokens + tokens, self.utf8_bytes + utf8_bytes)
 
 
-def progress_of(records: Iterable[TaskRecord]) -> Progress:
+def progress_of(records: Iterable[ChunkRecord]) -> Progress:
     """The sums over all shards."""
     progress = Progress()
     for record in records:
@@ -75,7 +75,7 @@ def progress_of(records: Iterable[TaskRecord]) -> Progress:
     return progress
 
 
-def report_of(records: Iterable[TaskRecord]) -> dict[str, Any]:
+def report_of(records: Iterable[ChunkRecord]) -> dict[str, Any]:
     """What was found on the way, for the manifest; a function of the request alone."""
     records = list(records)
     lengths = np.sum([record.lengths for record in records], axis=0).tolist()

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from data_tools.encoding.encoders import ENCODERS
 from data_tools.errors import DataError
-from data_tools.shards import FORMAT_VERSION, SHARD_FORMATS, SourceRecord, TokenizerRecord
+from data_tools.options import Deduplication, EncoderChoice, Engine, ShardFormat
+from data_tools.shards import FORMAT_VERSION, SourceRecord, TokenizerRecord
 from data_tools.sources import Source, SourceRequest
 from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, TOKENIZER_NAME, load_tokenizer
 
-ENGINES = ("local", "ray")
 _CHOICES = {
-    "format": tuple(SHARD_FORMATS),
-    "deduplicate": ("off", "exact"),
-    "encoder": ENCODERS,
-    "engine": ENGINES,
+    "format": get_args(ShardFormat),
+    "deduplicate": get_args(Deduplication),
+    "encoder": get_args(EncoderChoice),
+    "engine": get_args(Engine),
 }
 
 
@@ -35,22 +34,22 @@ class TokenizeRequest(SourceRequest):
         limit_bytes: stop after the document that reaches so many bytes of UTF-8; None: never.
         deduplicate: ``exact`` leaves out every document that has an equal one before it.
         workers: processes on this machine; no effect on the result. None: one for each core.
-        encoder: one of ``data_tools.encoding.encoders.ENCODERS``; no effect on the result.
-        engine: what runs the tasks, one of ``ENGINES``; no effect on the result.
+        encoder: ``auto``, ``gigatoken`` or ``tiktoken``; no effect on the result.
+        engine: what runs the chunks, ``local`` or ``ray``; no effect on the result.
         ray_address: of the Ray cluster; None: one is started on this machine.
     """
 
     out: Path | str
-    format: str = "npy"
+    format: ShardFormat = "npy"
     val_fraction: float = 0.01
     shard_tokens: int = 100_000_000
     seed: int = 0
     limit_documents: int | None = None
     limit_bytes: int | None = None
-    deduplicate: str = "off"
+    deduplicate: Deduplication = "off"
     workers: int | None = None
-    encoder: str = "auto"
-    engine: str = "local"
+    encoder: EncoderChoice = "auto"
+    engine: Engine = "local"
     ray_address: str | None = None
 
     def __post_init__(self) -> None:

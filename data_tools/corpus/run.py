@@ -1,6 +1,6 @@
-"""Stage 1 as a recipe: source -> tasks -> tokens in parallel -> shards and manifest.
+"""Stage 1 as a recipe: source -> chunks -> tokens in parallel -> shards and manifest.
 
-The bytes of the shards depend on the request alone, not on what ran the tasks, how many at a time, or interruptions.
+The bytes of the shards depend on the request alone, not on what ran the chunks, how many at a time, or interruptions.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from contextlib import closing
 from datetime import datetime, timezone
 from typing import Any, Protocol
 
+from data_tools.corpus.chunks import Chunk, plan_chunks
 from data_tools.corpus.duplicates import write_repeated
-from data_tools.corpus.engines import run_tasks, workers_of
+from data_tools.corpus.engines import run_chunks, workers_of
 from data_tools.corpus.estimate import Estimate, estimate, expect_room
 from data_tools.corpus.output import OutputFolder, fingerprints_name, load_complete, open_output, repeated_name
 from data_tools.corpus.records import Progress, progress_of
 from data_tools.corpus.request import TokenizeRequest
-from data_tools.corpus.tasks import Task, plan_tasks
-from data_tools.corpus.worker import Job, encode_task, fingerprint_task
+from data_tools.corpus.worker import Job, encode_chunk, fingerprint_chunk
 from data_tools.encoding.encoders import REFERENCE_ENCODER, choose_encoder, encoder_version
 from data_tools.errors import DataError
 from data_tools.shards import Manifest
@@ -32,7 +32,7 @@ class Observer(Protocol):
     """Told how a run gets on."""
 
     def planned(self, estimate: Estimate) -> None:
-        """Before the first task."""
+        """Before the first chunk."""
         ...
 
     def progressed(self, progress: Progress) -> None:
@@ -83,15 +83,15 @@ def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) 
         run = _Run(request, source, output, observer or _Nobody())
         output.remove_leftovers()
         run.expect_room()
-        run.leave_out_repeated(run.tasks)
-        run.encode(run.tasks)
-        return output.complete(run.tasks, run.made())
+        run.leave_out_repeated(run.chunks)
+        run.encode(run.chunks)
+        return output.complete(run.chunks, run.made())
 
 
 def tokenize_share(
     request: TokenizeRequest, share: int, shares: int, observer: Observer | None = None
 ) -> Manifest | None:
-    """Do the tasks ``share``, ``share + shares``, ... of a request, while other processes do the others.
+    """Do the chunks ``share``, ``share + shares``, ... of a request, while other processes do the others.
 
     Whoever ends last writes the manifest. With ``deduplicate`` the documents must be compared before any is encoded:
     the first call of each share fingerprints its documents, a second one, after all first ones, encodes them.
@@ -110,15 +110,15 @@ def tokenize_share(
         if manifest := load_complete(request.out, identity):  # meanwhile
             return manifest
         run = _Run(request, source, output, observer or _Nobody())
-        own = run.tasks[share::shares]
+        own = run.chunks[share::shares]
         if not run.leave_out_repeated(own):
             return None
         run.encode(own)
-        return output.complete_if_last(run.tasks, run.made)
+        return output.complete_if_last(run.chunks, run.made)
 
 
 class _Run:
-    """One call, on the tasks of one request."""
+    """One call, on the chunks of one request."""
 
     def __init__(self, request: TokenizeRequest, source: Source, output: OutputFolder, observer: Observer) -> None:
         self._request = request
@@ -126,41 +126,41 @@ class _Run:
         self._output = output
         self._observer = observer
         self._encoder = choose_encoder(request.encoder)
-        self.tasks = output.plan(lambda: plan_tasks(source, request))
-        output.look_for_finished(self.tasks)
-        self._job = Job(request, self._encoder, len(self.tasks) == 1, sha256_of_json(request.identity(source)))
+        self.chunks = output.plan(lambda: plan_chunks(source, request))
+        output.look_for_finished(self.chunks)
+        self._job = Job(request, self._encoder, len(self.chunks) == 1, sha256_of_json(request.identity(source)))
 
     def expect_room(self) -> None:
         """Estimate the work, tell the observer, and refuse what does not fit on the disk."""
         request = self._request
         limited = request.limit_documents is not None or request.limit_bytes is not None
         free = self._output.folder.free_bytes()
-        estimated = estimate(self._source, self.tasks, free, workers_of(request), limited=limited)
+        estimated = estimate(self._source, self.chunks, free, workers_of(request), limited=limited)
         if estimated is None:
             raise DataError(f"--source {request.source} has no document with text in it; there is nothing to tokenize")
         self._observer.planned(estimated)
         expect_room(estimated, 2 * progress_of(self._output.finished.values()).tokens, f"--out {request.out}")
 
-    def leave_out_repeated(self, own: Iterable[Task]) -> bool:
+    def leave_out_repeated(self, own: Iterable[Chunk]) -> bool:
         """Compare documents if the request asks for it; False: others have not fingerprinted theirs yet."""
         if self._request.deduplicate != "exact":
             return True
         folder = self._output.folder
         names = folder.names()
-        missing = [task for task in own if fingerprints_name(task) not in names]
-        with closing(run_tasks(fingerprint_task, self._job, missing, _ignore)) as done:
+        missing = [chunk for chunk in own if fingerprints_name(chunk) not in names]
+        with closing(run_chunks(fingerprint_chunk, self._job, missing, _ignore)) as done:
             for _ in done:
                 pass
         if missing:
             names = folder.names()
-        if any(fingerprints_name(task) not in names for task in self.tasks):
+        if any(fingerprints_name(chunk) not in names for chunk in self.chunks):
             return False
-        if any(repeated_name(task) not in names for task in self.tasks):
-            write_repeated(folder, self.tasks)
+        if any(repeated_name(chunk) not in names for chunk in self.chunks):
+            write_repeated(folder, self.chunks)
         return True
 
-    def encode(self, tasks: Iterable[Task]) -> None:
-        """Do what is not finished of these tasks."""
+    def encode(self, chunks: Iterable[Chunk]) -> None:
+        """Do what is not finished of these chunks."""
         finished = self._output.finished
         progress = progress_of(finished.values())
         self._observer.progressed(progress)
@@ -170,8 +170,8 @@ class _Run:
             progress = progress.plus(documents, tokens, utf8_bytes)
             self._observer.progressed(progress)
 
-        unfinished = [task for task in tasks if task.index not in finished]
-        with closing(run_tasks(encode_task, self._job, unfinished, report)) as records:
+        unfinished = [chunk for chunk in chunks if chunk.index not in finished]
+        with closing(run_chunks(encode_chunk, self._job, unfinished, report)) as records:
             for record in records:
                 finished[record.index] = record
 

@@ -1,4 +1,4 @@
-"""What a process does with one task: read, encode, check, divide, write."""
+"""What a process does with one chunk: read, encode, check, divide, write."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.corpus.output import fingerprints_name, publish_task, repeated_name
-from data_tools.corpus.records import LengthCounts, TaskRecord
+from data_tools.corpus.chunks import Chunk, Report, documents_of
+from data_tools.corpus.output import fingerprints_name, publish_chunk, repeated_name
+from data_tools.corpus.records import ChunkRecord, LengthCounts
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.split import draw_split
-from data_tools.corpus.tasks import Report, Task, documents_of
 from data_tools.encoding.documents import Document, EncodedDocument, encode_document, fingerprint_of, utf8_of
 from data_tools.encoding.encoders import REFERENCE_ENCODER, Encoder, load_encoder
 from data_tools.errors import DataError
@@ -24,24 +24,24 @@ from data_tools.storage.files import sha256_of_json
 from data_tools.storage.folders import open_folder, scratch_of
 
 _REPORT_BYTES = 1 << 20
-#: One document in so many is encoded by tiktoken too, besides the first of each task.
+#: One document in so many is encoded by tiktoken too, besides the first of each chunk.
 _CHECK_ONE_IN = 512
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all tasks of a run share.
+    """What all chunks of a run share.
 
     Attributes:
         request: of the run.
         encoder: by its own name.
-        one_task: the task is the whole corpus, and has to see to it that both splits get a document.
+        one_chunk: the chunk is the whole corpus, and has to see to it that both splits get a document.
         identity_sha256: of the request's identity, by which a process knows that it has the same source before it.
     """
 
     request: TokenizeRequest
     encoder: str
-    one_task: bool
+    one_chunk: bool
     identity_sha256: str
 
 
@@ -55,21 +55,21 @@ class _Assigned:
     split: str
 
 
-def encode_task(job: Job, task: Task, report: Report) -> TaskRecord:
-    """Write the shards of a task and its record; what was there of it before is replaced.
+def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
+    """Write the shards of a chunk and its record; what was there of it before is replaced.
 
     Raises:
         DataError: a document cannot be read, tokens differ from tiktoken's, or the disk refuses.
     """
     folder = open_folder(job.request.out)
     encoder = load_encoder(job.encoder)
-    check = _SampleCheck(encoder, task)
-    repeated = _repeated(job, task)
+    check = _SampleCheck(encoder, chunk)
+    repeated = _repeated(job, chunk)
     lengths = LengthCounts()
     with scratch_of(folder) as scratch:
-        writers = {split: _PartWriter(scratch, split, task, job.request) for split in (TRAIN_SPLIT, VAL_SPLIT)}
+        writers = {split: _PartWriter(scratch, split, chunk, job.request) for split in (TRAIN_SPLIT, VAL_SPLIT)}
         pending = _Pending(report)
-        for number, assigned in enumerate(_assigned(job, task)):
+        for number, assigned in enumerate(_assigned(job, chunk)):
             if number in repeated:
                 continue
             encoded = encode_document(encoder, assigned.document)
@@ -79,22 +79,22 @@ def encode_task(job: Job, task: Task, report: Report) -> TaskRecord:
             pending.add(encoded.tokens.size, len(assigned.utf8))
         shards = tuple(shard for writer in writers.values() for shard in writer.close())
         pending.flush()
-        record = TaskRecord(task.index, shards, lengths.to_tuple(), len(repeated), check.checked)
-        publish_task(folder, task, record, scratch)
+        record = ChunkRecord(chunk.index, shards, lengths.to_tuple(), len(repeated), check.checked)
+        publish_chunk(folder, chunk, record, scratch)
     return record
 
 
-def fingerprint_task(job: Job, task: Task, report: Report) -> None:
-    """Write what tells the task's documents apart: uint64 of shape (documents, 2).
+def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
+    """Write what tells the chunk's documents apart: uint64 of shape (documents, 2).
 
     Raises:
         DataError: a document cannot be read, or the disk refuses.
     """
-    documents = documents_of(task, _source(job.request, job.identity_sha256))
+    documents = documents_of(chunk, _source(job.request, job.identity_sha256))
     fingerprints = b"".join(fingerprint_of(document, utf8_of(document)) for document in documents)
     buffer = io.BytesIO()
     np.save(buffer, np.frombuffer(fingerprints, dtype="<u8").reshape(-1, 2))
-    open_folder(job.request.out).write(fingerprints_name(task), buffer.getvalue())
+    open_folder(job.request.out).write(fingerprints_name(chunk), buffer.getvalue())
 
 
 @functools.lru_cache(maxsize=1)
@@ -106,15 +106,15 @@ def _source(request: TokenizeRequest, identity_sha256: str) -> Source:
     return source
 
 
-def _repeated(job: Job, task: Task) -> set[int]:
-    """Numbers of the task's documents that have an equal one before them in the corpus."""
+def _repeated(job: Job, chunk: Chunk) -> set[int]:
+    """Numbers of the chunk's documents that have an equal one before them in the corpus."""
     if job.request.deduplicate != "exact":
         return set()
-    content = open_folder(job.request.out).read(repeated_name(task))
+    content = open_folder(job.request.out).read(repeated_name(chunk))
     return set(np.load(io.BytesIO(content), allow_pickle=False).tolist())
 
 
-def _assigned(job: Job, task: Task) -> Iterator[_Assigned]:
+def _assigned(job: Job, chunk: Chunk) -> Iterator[_Assigned]:
     """Each document with its split."""
     request = job.request
 
@@ -124,8 +124,8 @@ def _assigned(job: Job, task: Task) -> Iterator[_Assigned]:
         split = draw_split(fingerprint, val_fraction=request.val_fraction, seed=request.seed)
         return _Assigned(document, utf8, fingerprint, split)
 
-    assigned = map(assign, documents_of(task, _source(request, job.identity_sha256)))
-    return _in_both_splits(assigned) if job.one_task and request.val_fraction > 0 else assigned
+    assigned = map(assign, documents_of(chunk, _source(request, job.identity_sha256)))
+    return _in_both_splits(assigned) if job.one_chunk and request.val_fraction > 0 else assigned
 
 
 def _in_both_splits(assigned: Iterator[_Assigned]) -> Iterator[_Assigned]:
@@ -172,13 +172,13 @@ class _Pending:
 
 
 class _SampleCheck:
-    """Compares an encoder with tiktoken on the first document of a task and on one in some hundreds."""
+    """Compares an encoder with tiktoken on the first document of a chunk and on one in some hundreds."""
 
-    def __init__(self, encoder: Encoder, task: Task) -> None:
+    def __init__(self, encoder: Encoder, chunk: Chunk) -> None:
         self.checked = 0
         self._reference = None if encoder.name == REFERENCE_ENCODER else load_encoder(REFERENCE_ENCODER)
         self._name = encoder.name
-        self._task = task
+        self._chunk = chunk
 
     def compare(self, number: int, assigned: _Assigned, encoded: EncodedDocument) -> None:
         drawn = int.from_bytes(assigned.fingerprint[-8:], "little") % _CHECK_ONE_IN == 0
@@ -188,17 +188,17 @@ class _SampleCheck:
         expected = encode_document(self._reference, assigned.document).tokens
         if not np.array_equal(expected, encoded.tokens):
             raise DataError(
-                f"{self._task}: document {number} (SHA-256 {assigned.fingerprint.hex()}...) has other tokens by "
-                f"{self._name} than by tiktoken; nothing of the task is kept: use --encoder tiktoken"
+                f"{self._chunk}: document {number} (SHA-256 {assigned.fingerprint.hex()}...) has other tokens by "
+                f"{self._name} than by tiktoken; nothing of the chunk is kept: use --encoder tiktoken"
             )
 
 
 class _PartWriter:
-    """The shards of one split that a task writes, one after the other."""
+    """The shards of one split that a chunk writes, one after the other."""
 
-    def __init__(self, scratch: Path, split: str, task: Task, request: TokenizeRequest) -> None:
+    def __init__(self, scratch: Path, split: str, chunk: Chunk, request: TokenizeRequest) -> None:
         self._scratch = scratch
-        self._prefix = f"{split}_{task.name}"
+        self._prefix = f"{split}_{chunk.name}"
         self._split = split
         self._format = request.format
         self._shard_tokens = request.shard_tokens

@@ -21,8 +21,6 @@ from data_tools.tokenizer import load_tokenizer, replace_lone_surrogates
 
 log = logging.getLogger(__name__)
 
-ENCODERS = ("auto", "gigatoken", "tiktoken")
-
 # Between them nothing is assigned, and from the end of the second on all is for private use.
 _ASSIGNED_PLANES = ((0, 0x40000), (0xE0000, 0xF0000))
 # First and last: letters and numbers to gigatoken 0.10, not yet to tiktoken 0.14.

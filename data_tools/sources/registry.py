@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from data_tools.encoding.documents import Document
 from data_tools.errors import DataError
+from data_tools.options import SourceKind
 from data_tools.sources.huggingface import HuggingFaceSource
 from data_tools.sources.instructions import InstructionSource
 from data_tools.sources.jsonl import JsonlSource
@@ -53,7 +54,7 @@ class SourceRequest:
         dataset_split: for ``hf`` and ``fineweb-edu``, the dataset's split.
     """
 
-    source: str
+    source: SourceKind
     inputs: tuple[str, ...] = ()
     text_field: str = "text"
     document_separator: str | None = None
@@ -110,7 +111,7 @@ def _open_standard_library(request: SourceRequest) -> Source:
 
 
 _DATASET_FIELDS = frozenset({"text_field", "dataset_config", "dataset_split"})
-_KINDS = {
+_KINDS: dict[SourceKind, _Kind] = {
     "text": _Kind(_open_text, frozenset({"inputs", "document_separator"})),
     "jsonl": _Kind(_open_jsonl, frozenset({"inputs", "text_field"})),
     "instructions": _Kind(_open_instructions, frozenset({"inputs"})),
@@ -119,7 +120,7 @@ _KINDS = {
     "fineweb-edu": _Kind(_open_fineweb_edu, _DATASET_FIELDS),
     "python-stdlib": _Kind(_open_standard_library, frozenset()),
 }
-SOURCE_KINDS = tuple(_KINDS)
+SOURCE_KINDS = get_args(SourceKind)
 
 
 def open_source(request: SourceRequest) -> Source:
@@ -129,9 +130,9 @@ def open_source(request: SourceRequest) -> Source:
         DataError: no such kind, an input is missing, does not exist or is not wanted, or an option is set
             that this kind of source does not read.
     """
-    kind = _KINDS.get(request.source)
-    if kind is None:
+    if request.source not in _KINDS:
         raise DataError(f"--source {request.source} is not one of {', '.join(SOURCE_KINDS)}")
+    kind = _KINDS[request.source]
     for field in fields(SourceRequest):
         is_set = field.name != "source" and getattr(request, field.name) != field.default
         if is_set and field.name not in kind.reads:

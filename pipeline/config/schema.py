@@ -25,13 +25,13 @@ from pydantic import (
     model_validator,
 )
 
+from data_tools.options import Deduplication, ShardFormat, SourceKind
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonEmptyText = Annotated[str, Field(min_length=1)]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-SourceKind = Literal["text", "jsonl", "instructions", "parquet", "hf", "fineweb-edu", "python-stdlib"]
 Precision = Literal["fp32", "amp_bf16", "amp_fp16", "bf16"]
 TaskName = Literal[
     "validation",
@@ -158,10 +158,10 @@ class TokenizeConfig(Section):
 
     source: SourceKind = Field("fineweb-edu", description="Kind of source that the documents come from.")
     input: list[str] = Field([], description="Files, folders, or the name of a dataset.")
-    format: Literal["npy", "arrow"] | None = Field(None, description="File format of the shards.")
+    format: ShardFormat | None = Field(None, description="File format of the shards.")
     val_fraction: Fraction | None = Field(None, description="Fraction of the documents held out for validation.")
     shard_tokens: PositiveInt | None = Field(None, description="Largest number of tokens in a shard.")
-    deduplicate: Literal["off", "exact"] | None = Field(
+    deduplicate: Deduplication | None = Field(
         None, description="`exact` leaves out every document that is equal to an earlier one."
     )
     workers: PositiveInt | None = Field(None, description="Number of encoding processes.")

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 import tiktoken
 
-from data_tools.corpus import tasks
+from data_tools.corpus import chunks
 from data_tools.corpus.split import draw_split
 from data_tools.encoding.documents import fingerprint_of, utf8_of
 from data_tools.shards import load_manifest, open_split
@@ -23,15 +23,15 @@ from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMAND = REPOSITORY / "launch" / "tokenize_corpus.py"
-#: Stage 1 as a user runs it, but with work cut so small that a tiny corpus has many tasks.
-COMMAND_WITH_SMALL_TASKS = """
+#: Stage 1 as a user runs it, but with work cut so small that a tiny corpus has many chunks.
+COMMAND_WITH_SMALL_CHUNKS = """
 import runpy, sys
-from data_tools.corpus import tasks
-tasks._SMALLEST_TASK_BYTES = int(sys.argv.pop(1))
+from data_tools.corpus import chunks
+chunks._SMALLEST_CHUNK_BYTES = int(sys.argv.pop(1))
 sys.argv[0] = sys.argv.pop(1)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-TASK_BYTES = 3000
+CHUNK_BYTES = 3000
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -41,9 +41,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
-def command_line(*arguments: object, task_bytes: int | None = None) -> list[str]:
-    """The command of stage 1 with arguments; ``task_bytes`` is the size to which tasks are cut."""
-    start = ["-c", COMMAND_WITH_SMALL_TASKS, str(task_bytes)] if task_bytes else []
+def command_line(*arguments: object, chunk_bytes: int | None = None) -> list[str]:
+    """The command of stage 1 with arguments; ``chunk_bytes`` is the size to which chunks are cut."""
+    start = ["-c", COMMAND_WITH_SMALL_CHUNKS, str(chunk_bytes)] if chunk_bytes else []
     return [sys.executable, *start, str(COMMAND), *map(str, arguments)]
 
 
@@ -51,9 +51,9 @@ def command_line(*arguments: object, task_bytes: int | None = None) -> list[str]
 def run_process(tmp_path: Path) -> Command:
     """Run stage 1 as a user does, in a fresh folder."""
 
-    def run(*arguments: object, task_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, chunk_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command_line(*arguments, task_bytes=task_bytes),
+            command_line(*arguments, chunk_bytes=chunk_bytes),
             cwd=tmp_path,
             env=environment(),
             capture_output=True,
@@ -66,9 +66,9 @@ def run_process(tmp_path: Path) -> Command:
 
 
 @pytest.fixture
-def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut the work of this process into tasks of ``TASK_BYTES`` of text."""
-    monkeypatch.setattr(tasks, "_SMALLEST_TASK_BYTES", TASK_BYTES)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut the work of this process into chunks of ``CHUNK_BYTES`` of text."""
+    monkeypatch.setattr(chunks, "_SMALLEST_CHUNK_BYTES", CHUNK_BYTES)
 
 
 @pytest.fixture(scope="session")

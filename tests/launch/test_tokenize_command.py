@@ -17,7 +17,7 @@ from launch import tokenize_corpus as command_module
 from launch.cli import run_command
 from launch.tokenize_corpus import ProgressDisplay, main
 from tests.data_tools.conftest import (
-    TASK_BYTES,
+    CHUNK_BYTES,
     Command,
     contents,
     documents_of,
@@ -35,7 +35,7 @@ def test_it_says_what_it_is_about_to_do_what_it_wrote_and_where(tmp_path: Path, 
     assert ended.returncode == 0, ended.stderr
     (planned,) = ended.stderr.splitlines()
     assert planned.startswith("about 0.00 MB of text, 8 tokens, 0.00 MB in shards of ")
-    assert " free; 1 tasks, 1 processes, up to 0." in planned
+    assert " free; 1 chunks, 1 processes, up to 0." in planned
     lines = ended.stdout.splitlines()
     assert lines[0].startswith("0.0 MB in ")
     assert lines[0].endswith(" MB/s")
@@ -61,11 +61,11 @@ def test_without_validation_documents_it_warns(tmp_path: Path, run_process: Comm
     assert warning.startswith("warning: no document was drawn for validation")
     assert "--document-separator" in warning
     assert load_manifest(tmp_path / "data").splits() == ("train",)
-    # Of a corpus of several tasks each decides for itself, so that one may be left without.
+    # Of a corpus of several chunks each decides for itself, so that one may be left without.
     (tmp_path / "a.jsonl").write_bytes(json_lines(varied_documents(20)))
     options = ["--source", "jsonl", "--input", "a.jsonl", "--out", "c", "--workers", 1, "--val-fraction", 1e-9]
-    several = run_process(*options, "--shard-tokens", 500, task_bytes=TASK_BYTES)
-    assert "8 tasks" in several.stderr
+    several = run_process(*options, "--shard-tokens", 500, chunk_bytes=CHUNK_BYTES)
+    assert "8 chunks" in several.stderr
     assert several.stderr.splitlines()[-1].startswith("warning: no document was drawn for validation")
 
 
@@ -92,10 +92,10 @@ def test_options_reach_the_shards(tmp_path: Path, run_process: Command, referenc
 def test_shares_of_the_work(tmp_path: Path, run_process: Command) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines(varied_documents(20)))
     options = ["--source", "jsonl", "--input", "a.jsonl", "--shard-tokens", 500, "--workers", 1]
-    first = run_process(*options, "--out", "out", "--task", 0, "--tasks", 2, task_bytes=TASK_BYTES)
+    first = run_process(*options, "--out", "out", "--task", 0, "--tasks", 2, chunk_bytes=CHUNK_BYTES)
     assert first.returncode == 0, first.stderr
-    assert first.stdout.splitlines()[-1] == "task 0 of 2 is done; whichever ends last writes the manifest"
-    last = run_process(*options, "--out", "out", "--task", 1, "--tasks", 2, task_bytes=TASK_BYTES)
+    assert first.stdout.splitlines()[-1] == "share 0 of 2 is done; whichever ends last writes the manifest"
+    last = run_process(*options, "--out", "out", "--task", 1, "--tasks", 2, chunk_bytes=CHUNK_BYTES)
     assert "out:\n  train: " in last.stdout
     assert documents_of(tmp_path / "out") == 20
 
@@ -119,7 +119,7 @@ class Clock:
         monkeypatch.setattr(command_module.time, "monotonic", lambda: self.now_s)
 
 
-ESTIMATE = Estimate(text_bytes=40_000_000, bytes_per_token=4.0, free_bytes=None, tasks=10, workers=2)
+ESTIMATE = Estimate(text_bytes=40_000_000, bytes_per_token=4.0, free_bytes=None, chunks=10, workers=2)
 
 
 def test_a_line_now_and_then_tells_how_far_it_is(
@@ -129,7 +129,7 @@ def test_a_line_now_and_then_tells_how_far_it_is(
     display = ProgressDisplay()
     display.planned(ESTIMATE)
     assert capsys.readouterr().err == (
-        "about 0.04 GB of text, 10,000,000 tokens, 0.02 GB in shards; 10 tasks, 2 processes, up to 0.73 GB of memory\n"
+        "about 0.04 GB of text, 10,000,000 tokens, 0.02 GB in shards; 10 chunks, 2 processes, up to 0.73 GB of memory\n"
     )
     display.progressed(Progress(0, 0, 0))
     clock.now_s += 10
@@ -263,7 +263,7 @@ def test_workers_that_cannot_be_started_are_one_line(
     monkeypatch.setenv("TMPDIR", str(temporary))
     (tmp_path / "a.jsonl").write_bytes(json_lines(varied_documents(20)))
     options = ["--source", "jsonl", "--input", "a.jsonl", "--shard-tokens", 500, "--out", "data"]
-    refused = run_process(*options, "--workers", 2, task_bytes=TASK_BYTES)
+    refused = run_process(*options, "--workers", 2, chunk_bytes=CHUNK_BYTES)
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("error: cannot start a worker process: ")
     assert "Traceback" not in refused.stderr

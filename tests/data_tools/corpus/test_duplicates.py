@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.corpus import duplicates
+from data_tools.corpus.chunks import Chunk
 from data_tools.corpus.duplicates import write_repeated
 from data_tools.corpus.output import fingerprints_name, repeated_name
 from data_tools.corpus.run import TokenizeRequest, tokenize_corpus, tokenize_share
-from data_tools.corpus.tasks import Task
 from data_tools.sources import Slice
 from tests.data_tools.conftest import drawn_for, json_lines, result, sequential_tokens, tokens_of, varied_documents
 
@@ -46,21 +46,21 @@ def saved(array: np.ndarray) -> bytes:
 def test_all_but_the_first_of_equal_documents_are_found(
     corpus: list[list[tuple[int, int]]], documents_at_a_time: int
 ) -> None:
-    tasks = [Task(index, (Slice("a", index, index + 1),)) for index in range(len(corpus))]
+    chunks = [Chunk(index, (Slice("a", index, index + 1),)) for index in range(len(corpus))]
     folder = MemoryFolder()
-    for task, fingerprints in zip(tasks, corpus, strict=True):
-        folder.write(fingerprints_name(task), saved(np.array(fingerprints, dtype=np.uint64).reshape(-1, 2)))
+    for chunk, fingerprints in zip(chunks, corpus, strict=True):
+        folder.write(fingerprints_name(chunk), saved(np.array(fingerprints, dtype=np.uint64).reshape(-1, 2)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(duplicates, "_DOCUMENTS_AT_A_TIME", documents_at_a_time)
-        write_repeated(folder, tasks)  # type: ignore[arg-type]
+        write_repeated(folder, chunks)  # type: ignore[arg-type]
     seen: set[tuple[int, int]] = set()
-    for task, fingerprints in zip(tasks, corpus, strict=True):
+    for chunk, fingerprints in zip(chunks, corpus, strict=True):
         expected = [n for n, one in enumerate(fingerprints) if one in seen or seen.add(one)]  # type: ignore[func-returns-value]
-        assert np.load(io.BytesIO(folder.files[repeated_name(task)])).tolist() == expected
+        assert np.load(io.BytesIO(folder.files[repeated_name(chunk)])).tolist() == expected
 
 
 DISTINCT = varied_documents(60)
-#: Each of the first twenty comes again, some in their own task and most in a later one.
+#: Each of the first twenty comes again, some in their own chunk and most in a later one.
 REPEATING = [
     *DISTINCT[:20],
     *DISTINCT[10:20],
@@ -87,9 +87,9 @@ def request_for(tmp_path: Path, name: str = "out", workers: int = 1, deduplicate
     )
 
 
-@pytest.mark.usefixtures("small_tasks")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_first_of_equal_documents_stays_across_tasks(
+def test_the_first_of_equal_documents_stays_across_chunks(
     tmp_path: Path, reference: tiktoken.Encoding, workers: int
 ) -> None:
     manifest = tokenize_corpus(request_for(tmp_path, workers=workers))
@@ -102,7 +102,7 @@ def test_the_first_of_equal_documents_stays_across_tasks(
     assert len(result(tmp_path / "out")) > 6
 
 
-@pytest.mark.usefixtures("small_tasks")
+@pytest.mark.usefixtures("small_chunks")
 def test_what_is_left_out_is_part_of_the_request(tmp_path: Path) -> None:
     manifest = tokenize_corpus(request_for(tmp_path, "all", deduplicate="off"))
     assert manifest.report is not None
@@ -112,7 +112,7 @@ def test_what_is_left_out_is_part_of_the_request(tmp_path: Path) -> None:
         tokenize_corpus(request_for(tmp_path, "all"))
 
 
-@pytest.mark.usefixtures("small_tasks")
+@pytest.mark.usefixtures("small_chunks")
 def test_shares_take_two_rounds(tmp_path: Path) -> None:
     tokenize_corpus(request_for(tmp_path, "whole"))
     request = request_for(tmp_path)

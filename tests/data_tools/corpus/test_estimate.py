@@ -46,9 +46,9 @@ def test_the_estimate_is_near_what_is_written(tmp_path: Path) -> None:
     assert estimated.tokens == pytest.approx(manifest.tokens_of("train"), rel=0.01)
     assert estimated.shard_bytes == pytest.approx((tmp_path / "out" / "train_00000_000.npy").stat().st_size, rel=0.01)
     assert estimated.free_bytes is not None
-    assert (estimated.tasks, estimated.workers) == (1, 1)
+    assert (estimated.chunks, estimated.workers) == (1, 1)
     assert str(estimated).startswith("about 0.90 MB of text, 2")
-    assert " free; 1 tasks, 1 processes, up to 0." in str(estimated)
+    assert " free; 1 chunks, 1 processes, up to 0." in str(estimated)
 
 
 @pytest.mark.parametrize("options", [{"limit_documents": 1}, {"limit_bytes": 5}])
@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_refused_with_numbers(tmp_path: Path, monkeypatch: 
     tokenize_corpus(text_request(tmp_path, limit_bytes=10))
 
 
-@pytest.mark.usefixtures("small_tasks")
+@pytest.mark.usefixtures("small_chunks")
 def test_what_is_written_already_needs_no_room_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines([f"{n} {TEXT[:500]}" for n in range(60)]))
     request = TokenizeRequest(

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_tools.corpus import tasks as tasks_module
+from data_tools.corpus import chunks as chunks_module
 from data_tools.corpus.run import TokenizeRequest, tokenize_corpus
 from tests.data_tools.conftest import (
     command_line,
@@ -28,19 +28,19 @@ from tests.data_tools.conftest import (
     wait_until,
 )
 
-TASK_BYTES = 60_000
+CHUNK_BYTES = 60_000
 SHARD_TOKENS = 15_000
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus of about fifty tasks, and what an uninterrupted run makes of it."""
+    """A corpus of about fifty chunks, and what an uninterrupted run makes of it."""
 
     path: Path
     whole: dict[str, bytes | str]
 
     def request(self, out: Path) -> TokenizeRequest:
-        """In this process. Tasks are as large as those of the run that it continues."""
+        """In this process. Chunks are as large as those of the run that it continues."""
         return TokenizeRequest(
             source="jsonl",
             inputs=(str(self.path),),
@@ -57,7 +57,7 @@ class Corpus:
     def start(self, out: Path, workers: int) -> subprocess.Popen[str]:
         """Stage 1 as a process of its own, in a process group of its own."""
         return subprocess.Popen(
-            command_line(*self.options(out, workers), task_bytes=TASK_BYTES),
+            command_line(*self.options(out, workers), chunk_bytes=CHUNK_BYTES),
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -72,7 +72,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     path = folder / "large.jsonl"
     path.write_bytes(json_lines([f"{index} {text}" for index, text in enumerate(varied_documents(500) * 5)]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks_module, "_SMALLEST_TASK_BYTES", TASK_BYTES)
+        patch.setattr(chunks_module, "_SMALLEST_CHUNK_BYTES", CHUNK_BYTES)
         manifest = tokenize_corpus(Corpus(path, {}).request(folder / "whole"))
     assert len({shard.file.split("_")[1] for shard in manifest.shards}) > 30
     return Corpus(path, result(folder / "whole"))
@@ -96,7 +96,7 @@ def wait_for_the_end_of(processes: list[psutil.Process]) -> None:
 
 
 def workers_of(pid: int) -> Iterator[psutil.Process]:
-    """The processes that do tasks: children of the fork server."""
+    """The processes that do chunks: children of the fork server."""
     for child in descendants(pid):
         if "forkserver" in " ".join(child.cmdline()) and child.ppid() != pid:
             yield child
@@ -122,7 +122,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path,
     assert result(out) == corpus.whole
 
 
-def test_ctrl_c_is_one_line_and_leaves_finished_tasks_only(tmp_path: Path, corpus: Corpus) -> None:
+def test_ctrl_c_is_one_line_and_leaves_finished_chunks_only(tmp_path: Path, corpus: Corpus) -> None:
     out = tmp_path / "out"
     with corpus.start(out, workers=2) as process:
         wait_until(lambda: len(records(out)) >= 3, process)
@@ -154,7 +154,7 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path, corpus: Corpus) -> 
 #: Workers import the script that started them, and so this defect with it.
 DEADLY = """
 import os, signal, sys
-from data_tools.corpus import tasks, worker
+from data_tools.corpus import chunks, worker
 
 encode_document = worker.encode_document
 
@@ -166,7 +166,7 @@ def die_of_one_document(encoder, document):
 worker.encode_document = die_of_one_document
 
 if __name__ == "__main__":
-    tasks._SMALLEST_TASK_BYTES = int(sys.argv.pop(1))
+    chunks._SMALLEST_CHUNK_BYTES = int(sys.argv.pop(1))
     from launch.cli import run_command
     from launch.tokenize_corpus import main
     run_command(main)
@@ -177,7 +177,7 @@ def test_a_document_that_kills_every_worker_ends_the_run_with_one_line(tmp_path:
     out = tmp_path / "out"
     (tmp_path / "deadly.py").write_text(DEADLY)
     ended = subprocess.run(
-        [sys.executable, tmp_path / "deadly.py", str(TASK_BYTES), *map(str, corpus.options(out, workers=2))],
+        [sys.executable, tmp_path / "deadly.py", str(CHUNK_BYTES), *map(str, corpus.options(out, workers=2))],
         env=environment(),
         capture_output=True,
         text=True,
@@ -186,7 +186,7 @@ def test_a_document_that_kills_every_worker_ends_the_run_with_one_line(tmp_path:
     )
     assert ended.returncode == 2
     message = ended.stderr.splitlines()[-1]
-    assert message.startswith("error: the worker process died 3 times at task ")
+    assert message.startswith("error: the worker process died 3 times at chunk ")
     assert f"({corpus.path}[" in message
     assert "Traceback" not in ended.stderr
     assert records(out)
@@ -201,8 +201,8 @@ def test_a_document_that_kills_every_worker_ends_the_run_with_one_line(tmp_path:
 
 DISK_FULL = """
 import resource, runpy, sys
-from data_tools.corpus import tasks
-tasks._SMALLEST_TASK_BYTES = {task_bytes}
+from data_tools.corpus import chunks
+chunks._SMALLEST_CHUNK_BYTES = {chunk_bytes}
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
 sys.argv = {arguments!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -213,7 +213,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_full_disk_is_one_line_and_nothing_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, limit: int, finished: bool
 ) -> None:
-    monkeypatch.setattr(tasks_module, "_SMALLEST_TASK_BYTES", TASK_BYTES)
+    monkeypatch.setattr(chunks_module, "_SMALLEST_CHUNK_BYTES", CHUNK_BYTES)
     # The first file's shards fit on the disk; the second one's only document has one that does not.
     (tmp_path / "a.jsonl").write_bytes(json_lines(varied_documents(60)))
     (tmp_path / "b.jsonl").write_bytes(json_lines([" word" * 60_000]))
@@ -221,7 +221,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(
     arguments = command_line("--source", "jsonl", *options, "--workers", 1, "--out", tmp_path / "out")[1:]
     arguments += ["--encoder", "tiktoken"]  # the other one writes to the disk itself, though not there
     ended = subprocess.run(
-        [sys.executable, "-c", DISK_FULL.format(limit=limit, task_bytes=TASK_BYTES, arguments=arguments)],
+        [sys.executable, "-c", DISK_FULL.format(limit=limit, chunk_bytes=CHUNK_BYTES, arguments=arguments)],
         env=environment(),
         capture_output=True,
         text=True,

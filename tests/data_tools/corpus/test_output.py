@@ -20,11 +20,11 @@ from data_tools.storage.folders import LocalFolder
 from tests.data_tools.conftest import contents, documents_of, json_lines, result, states, varied_documents
 
 DOCUMENTS = varied_documents(60)
-pytestmark = pytest.mark.usefixtures("small_tasks")
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 def request_for(tmp_path: Path, name: str = "out", **options: Any) -> TokenizeRequest:
-    """A request for a corpus of several tasks."""
+    """A request for a corpus of several chunks."""
     path = tmp_path / "all.jsonl"
     if not path.exists():
         path.write_bytes(json_lines(DOCUMENTS))
@@ -37,26 +37,26 @@ class Interruption(Exception):
 
 
 class StopAfter:
-    """Interrupts a run when so many of its tasks are finished; keeps what it was told."""
+    """Interrupts a run when so many of its chunks are finished; keeps what it was told."""
 
-    def __init__(self, folder: Path, tasks: int) -> None:
+    def __init__(self, folder: Path, chunks: int) -> None:
         self.seen: list[Progress] = []
         self._folder = folder
-        self._tasks = tasks
+        self._chunks = chunks
 
     def planned(self, estimate: Estimate) -> None:
         pass
 
     def progressed(self, progress: Progress) -> None:
         self.seen.append(progress)
-        if len(list(self._folder.glob("tasks/*.json"))) >= self._tasks:
+        if len(list(self._folder.glob("tasks/*.json"))) >= self._chunks:
             raise Interruption
 
 
-def interrupt(request: TokenizeRequest, after_tasks: int = 3) -> None:
-    """Run until some tasks are finished."""
+def interrupt(request: TokenizeRequest, after_chunks: int = 3) -> None:
+    """Run until some chunks are finished."""
     with pytest.raises(Interruption):
-        tokenize_corpus(request, StopAfter(Path(request.out), after_tasks))
+        tokenize_corpus(request, StopAfter(Path(request.out), after_chunks))
 
 
 @pytest.fixture
@@ -69,12 +69,12 @@ def whole(tmp_path: Path) -> dict[str, bytes | str]:
 # Continuing
 
 
-@pytest.mark.parametrize("after_tasks", [1, 5])
+@pytest.mark.parametrize("after_chunks", [1, 5])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupted_run_continues_to_the_same_bytes(
-    tmp_path: Path, whole: dict[str, bytes | str], after_tasks: int, workers: int
+    tmp_path: Path, whole: dict[str, bytes | str], after_chunks: int, workers: int
 ) -> None:
-    interrupt(request_for(tmp_path), after_tasks)
+    interrupt(request_for(tmp_path), after_chunks)
     assert not list((tmp_path / "out").rglob("*.partial"))
     assert not list((tmp_path / "out").glob(".*"))
     finished = states((tmp_path / "out").glob("*.npy"))
@@ -87,8 +87,8 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
 
 
 def test_interruptions_add_up(tmp_path: Path, whole: dict[str, bytes | str]) -> None:
-    for after_tasks in (1, 3, 5):
-        interrupt(request_for(tmp_path), after_tasks)
+    for after_chunks in (1, 3, 5):
+        interrupt(request_for(tmp_path), after_chunks)
     tokenize_corpus(request_for(tmp_path))
     assert result(tmp_path / "out") == whole
 
@@ -119,7 +119,7 @@ def leave_what_a_killed_worker_leaves(folder: Path) -> None:
     (folder / ".scratch-0").mkdir()
     (folder / ".scratch-0" / "train_00004_000.npy.partial").write_bytes(b"half")
     (folder / ".scratch-1").mkdir()
-    (folder / "train_00099_000.npy").write_bytes(b"of a task whose record was not written")
+    (folder / "train_00099_000.npy").write_bytes(b"of a chunk whose record was not written")
     (folder / "val_00099_000.npy").write_bytes(b"likewise")
     (folder / "writing.lock").write_bytes(b"not shared")
 
@@ -310,7 +310,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_document_before_the_first_finished_task_leaves_nothing(tmp_path: Path, workers: int) -> None:
+def test_a_bad_document_before_the_first_finished_chunk_leaves_nothing(tmp_path: Path, workers: int) -> None:
     (tmp_path / "bad.jsonl").write_bytes(b"{\n" + json_lines(DOCUMENTS))
     request = request_for(tmp_path, "a/b/out", inputs=(str(tmp_path / "bad.jsonl"),), workers=workers)
     with pytest.raises(DataError, match=r"bad\.jsonl:1: not valid JSON"):
@@ -322,7 +322,7 @@ def test_a_bad_document_before_the_first_finished_task_leaves_nothing(tmp_path: 
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_document_later_leaves_finished_tasks_and_nothing_else(
+def test_a_bad_document_later_leaves_finished_chunks_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr(estimate_module, "_SAMPLE_BYTES", 1)  # the sample is not all there is
@@ -345,7 +345,7 @@ def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", ["plan.json", "tasks/00000.json", "manifest.json"])
-def test_a_disk_that_is_full_for_a_moment_costs_no_finished_task(
+def test_a_disk_that_is_full_for_a_moment_costs_no_finished_chunk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes | str], failing: str
 ) -> None:
     write = LocalFolder.write
@@ -366,18 +366,18 @@ def test_a_disk_that_is_full_for_a_moment_costs_no_finished_task(
     assert result(tmp_path / "out") == whole
 
 
-def test_a_task_that_is_finished_but_not_yet_told_of_is_kept(
+def test_a_chunk_that_is_finished_but_not_yet_told_of_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes | str]
 ) -> None:
-    """As when Ctrl-C comes just after a task was written."""
-    encode_task = worker_module.encode_task
+    """As when Ctrl-C comes just after a chunk was written."""
+    encode_chunk = worker_module.encode_chunk
 
     def interrupt_after(*arguments: Any) -> Any:
-        encode_task(*arguments)
+        encode_chunk(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_tools.corpus.run.encode_task", interrupt_after)
+        patch.setattr("data_tools.corpus.run.encode_chunk", interrupt_after)
         with pytest.raises(KeyboardInterrupt):
             tokenize_corpus(request_for(tmp_path))
     finished = states((tmp_path / "out").glob("*.npy"))

@@ -68,7 +68,7 @@ def test_a_cluster_writes_the_same_bytes(address: str, local_shards: dict[str, b
 
 
 def test_a_killed_worker_is_replaced(address: str, local_shards: dict[str, bytes], tmp_path: Path) -> None:
-    """tiktoken is slow enough that a task can be met while it runs."""
+    """tiktoken is slow enough that a chunk can be met while it runs."""
     with tokenize_on_ray(tmp_path / "out", "--ray-address", address, "--encoder", "tiktoken") as process:
         killed = kill_a_busy_worker(tmp_path / "out", process)
         output, _ = process.communicate(timeout=120)

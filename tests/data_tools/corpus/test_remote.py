@@ -20,10 +20,10 @@ from data_tools.corpus.run import Progress, TokenizeRequest, find_complete, toke
 from data_tools.errors import DataError
 from data_tools.shards import parse_manifest
 from data_tools.storage.folders import RemoteFolder
-from tests.data_tools.conftest import TASK_BYTES, Command, json_lines, result, varied_documents
+from tests.data_tools.conftest import CHUNK_BYTES, Command, json_lines, result, varied_documents
 
 DOCUMENTS = varied_documents(60)
-pytestmark = pytest.mark.usefixtures("small_tasks")
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.fixture
@@ -144,12 +144,12 @@ def test_several_processes_write_to_a_url(
     """To fsspec a folder of the disk is remote storage too; that it makes folders is its only option."""
     monkeypatch.setenv("FSSPEC_FILE_AUTO_MKDIR", "1")
     options = ["--source", "jsonl", "--input", tmp_path / "a.jsonl", "--val-fraction", 0.2, "--shard-tokens", 2000]
-    ended = run_process(*options, "--workers", 2, "--out", f"file://{tmp_path}/out", task_bytes=TASK_BYTES)
+    ended = run_process(*options, "--workers", 2, "--out", f"file://{tmp_path}/out", chunk_bytes=CHUNK_BYTES)
     assert ended.returncode == 0, ended.stderr
     (tmp_path / "out" / "tasks").rmdir()  # object stores have no folders, and so no empty ones
     assert result(tmp_path / "out") == whole
     assert f"file://{tmp_path}/out:\n  train: " in ended.stdout
-    again = run_process(*options, "--workers", 2, "--out", f"file://{tmp_path}/out", task_bytes=TASK_BYTES)
+    again = run_process(*options, "--workers", 2, "--out", f"file://{tmp_path}/out", chunk_bytes=CHUNK_BYTES)
     assert "is already complete" in again.stdout
     assert not list(Path(tempfile.gettempdir()).glob(f"{RemoteFolder(f'file://{tmp_path}/out')._scratch_prefix}*"))
 
@@ -196,7 +196,7 @@ def test_several_processes_read_from_a_server(
     (tmp_path / "served" / "b.jsonl.gz").write_bytes(gzip.compress(json_lines(DOCUMENTS[30:])))
     inputs = [f"{server}/a.jsonl", f"{server}/b.jsonl.gz"]
     options = ["--source", "jsonl", "--input", *inputs, "--val-fraction", 0.2, "--shard-tokens", 2000]
-    ended = run_process(*options, "--workers", 2, "--out", "remote", task_bytes=TASK_BYTES)
+    ended = run_process(*options, "--workers", 2, "--out", "remote", chunk_bytes=CHUNK_BYTES)
     assert ended.returncode == 0, ended.stderr
     local = tuple(str(tmp_path / "served" / name) for name in ("a.jsonl", "b.jsonl.gz"))
     tokenize_corpus(request_for(tmp_path, tmp_path / "local", inputs=local))

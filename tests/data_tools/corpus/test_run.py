@@ -104,7 +104,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.usefixtures("small_tasks")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(("kind", "workers", "format"), RUNS)
 def test_tokens_are_those_of_a_sequential_encode_ordinary_split_by_split(
     tmp_path: Path, reference: tiktoken.Encoding, kind: str, workers: int, format: str
@@ -124,7 +124,7 @@ def test_tokens_are_those_of_a_sequential_encode_ordinary_split_by_split(
         expected = sequential_tokens(reference, drawn_for(split, documents, 0.2))
         assert expected.size > 0
         np.testing.assert_array_equal(tokens_of(out, split), expected)
-    assert len({shard.file.split("_")[1] for shard in manifest.shards}) > 2, "this takes several tasks"
+    assert len({shard.file.split("_")[1] for shard in manifest.shards}) > 2, "this takes several chunks"
     assert documents_of(out) == len(documents)
     assert sum(shard.utf8_bytes for shard in manifest.shards) == sum(len(utf8_of(document)) for document in documents)
     assert verify(out) == manifest == load_manifest(out)
@@ -144,8 +144,8 @@ def request_for(tmp_path: Path, name: str = "out", **options: Any) -> TokenizeRe
     return TokenizeRequest(out=tmp_path / name, **{**settings, **options})
 
 
-@pytest.mark.usefixtures("small_tasks")
-def test_the_bytes_do_not_depend_on_workers_encoders_or_the_order_of_tasks(
+@pytest.mark.usefixtures("small_chunks")
+def test_the_bytes_do_not_depend_on_workers_encoders_or_the_order_of_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = tokenize_corpus(request_for(tmp_path, "expected", encoder="tiktoken"))
@@ -168,7 +168,7 @@ def test_the_bytes_do_not_depend_on_workers_encoders_or_the_order_of_tasks(
     assert made["checked_documents"] > 0
 
 
-@pytest.mark.usefixtures("small_tasks")
+@pytest.mark.usefixtures("small_chunks")
 def test_npy_and_arrow_hold_the_same(tmp_path: Path) -> None:
     npy = tokenize_corpus(request_for(tmp_path, "npy"))
     arrow = tokenize_corpus(request_for(tmp_path, "arrow", format="arrow"))
@@ -203,9 +203,9 @@ def test_empty_documents_are_skipped_and_limits_hold(tmp_path: Path) -> None:
     assert documents("more than there are", limit_documents=5) == 4
 
 
-@pytest.mark.usefixtures("small_tasks")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("limit", [{"limit_documents": 37}, {"limit_bytes": 20_000}])
-def test_a_limit_ends_at_the_same_document_whatever_the_tasks(
+def test_a_limit_ends_at_the_same_document_whatever_the_chunks(
     tmp_path: Path, reference: tiktoken.Encoding, limit: dict[str, int]
 ) -> None:
     documents = [document for document in DOCUMENTS if document]
@@ -231,7 +231,7 @@ class Watcher:
         self.seen.append(progress)
 
 
-@pytest.mark.usefixtures("small_tasks")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_progress_grows_to_the_totals_of_the_manifest(tmp_path: Path, workers: int) -> None:
     watcher = Watcher()

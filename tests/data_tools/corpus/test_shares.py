@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from data_tools.corpus import output as output_module
+from data_tools.corpus.chunks import plan_chunks
 from data_tools.corpus.estimate import Estimate
 from data_tools.corpus.run import Progress, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
-from data_tools.corpus.tasks import plan_tasks
 from data_tools.errors import DataError
 from data_tools.shards import Manifest, load_manifest
 from data_tools.sources import open_source
 from data_tools.storage.folders import LocalFolder
 from data_tools.storage.locks import LOCK_NAME, lock_folder
 from tests.data_tools.conftest import (
-    TASK_BYTES,
+    CHUNK_BYTES,
     command_line,
     environment,
     json_lines,
@@ -31,7 +31,7 @@ from tests.data_tools.conftest import (
 
 DOCUMENTS = varied_documents(60)
 REFUSAL = "is being written by another process; wait for it or end it"
-pytestmark = pytest.mark.usefixtures("small_tasks")
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 def request_for(tmp_path: Path, name: str = "out", **options: Any) -> TokenizeRequest:
@@ -52,7 +52,7 @@ def test_shares_in_any_order_make_the_same_folder(
     tmp_path: Path, whole: dict[str, bytes | str], shares: int, order: list[int]
 ) -> None:
     manifests = [tokenize_share(request_for(tmp_path), share, shares) for share in order]
-    # Of more shares than there are tasks the last ones have nothing to do.
+    # Of more shares than there are chunks the last ones have nothing to do.
     complete = [manifest is not None for manifest in manifests]
     assert complete == sorted(complete)
     assert complete[-1]
@@ -69,7 +69,7 @@ def test_shares_at_the_same_time_in_processes_of_their_own(tmp_path: Path, dedup
     def run_all() -> list[str]:
         processes = [
             subprocess.Popen(
-                command_line("--source", "jsonl", *options, "--task", share, task_bytes=TASK_BYTES),
+                command_line("--source", "jsonl", *options, "--task", share, chunk_bytes=CHUNK_BYTES),
                 env=environment(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -188,9 +188,9 @@ def test_shares_that_end_at_the_same_time_have_one_last(
     both_are_done = threading.Barrier(2, timeout=60)
     complete_if_last = output_module.OutputFolder.complete_if_last
 
-    def complete_together(output: Any, tasks: Any, made: Any) -> Any:
+    def complete_together(output: Any, chunks: Any, made: Any) -> Any:
         both_are_done.wait()
-        return complete_if_last(output, tasks, made)
+        return complete_if_last(output, chunks, made)
 
     for _ in range(5):
         with monkeypatch.context() as patch:
@@ -259,8 +259,8 @@ def test_an_empty_corpus_leaves_nothing(tmp_path: Path) -> None:
 def test_shares_have_as_much_to_do_as_each_other(tmp_path: Path) -> None:
     request = request_for(tmp_path)
     tokenize_share(request, 0, 3)
-    tasks = len(plan_tasks(open_source(request), request))
-    assert len(list((tmp_path / "out" / "tasks").glob("*.json"))) == -(-tasks // 3)
+    chunks = len(plan_chunks(open_source(request), request))
+    assert len(list((tmp_path / "out" / "tasks").glob("*.json"))) == -(-chunks // 3)
 
 
 def test_a_lock_that_a_killed_process_left_hinders_nobody(tmp_path: Path, whole: dict[str, bytes | str]) -> None:

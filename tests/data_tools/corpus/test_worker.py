@@ -1,4 +1,4 @@
-"""One task: its documents are read, encoded, checked against tiktoken, divided and written."""
+"""One chunk: its documents are read, encoded, checked against tiktoken, divided and written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.arrays import TokenArray
-from data_tools.corpus import tasks as tasks_module
+from data_tools.corpus import chunks as chunks_module
 from data_tools.corpus import worker as worker_module
 from data_tools.corpus.estimate import Estimate
 from data_tools.corpus.run import Progress, TokenizeRequest, tokenize_corpus
@@ -52,7 +52,7 @@ def request_for(folder: Path, texts: list[str], **options: Any) -> TokenizeReque
         ),
         max_size=30,
     ),
-    task_bytes=st.integers(1, 600),
+    chunk_bytes=st.integers(1, 600),
     shard_tokens=st.integers(1, 120),
     val_fraction=st.sampled_from([0.0, 0.3]),
     encoder=st.sampled_from(["gigatoken", "tiktoken"]),
@@ -61,14 +61,14 @@ def request_for(folder: Path, texts: list[str], **options: Any) -> TokenizeReque
 def test_any_documents_in_any_cut_are_encoded_as_one_after_the_other(
     reference: tiktoken.Encoding,
     texts: list[str],
-    task_bytes: int,
+    chunk_bytes: int,
     shard_tokens: int,
     val_fraction: float,
     encoder: str,
 ) -> None:
     documents = [text for text in texts if text]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks_module, "_SMALLEST_TASK_BYTES", task_bytes)
+        patch.setattr(chunks_module, "_SMALLEST_CHUNK_BYTES", chunk_bytes)
         patch.setattr(os, "fsync", lambda descriptor: None)  # what is tested here needs no disk
         request = request_for(
             Path(folder), texts, shard_tokens=shard_tokens, val_fraction=val_fraction, encoder=encoder
@@ -146,14 +146,14 @@ def wrong_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "load_encoder", lambda name: load_encoder(name) if name == "tiktoken" else wrong)
 
 
-@pytest.mark.usefixtures("wrong_encoder", "small_tasks")
+@pytest.mark.usefixtures("wrong_encoder", "small_chunks")
 def test_a_wrong_encoder_stops_the_run_and_the_document_is_named(tmp_path: Path) -> None:
     texts = ["How many letters has a strawberry?", *varied_documents(60)]
     request = request_for(tmp_path, texts)
     with pytest.raises(DataError) as caught:
         tokenize_corpus(request)
     sha256 = hashlib.sha256(texts[0].encode()).hexdigest()[:32]
-    assert str(caught.value).startswith(f"task 0 ({tmp_path}/a.jsonl[0:")
+    assert str(caught.value).startswith(f"chunk 0 ({tmp_path}/a.jsonl[0:")
     assert f": document 0 (SHA-256 {sha256}...) has other tokens by gigatoken than by tiktoken" in str(caught.value)
     assert str(caught.value).endswith("use --encoder tiktoken")
     assert "\n" not in str(caught.value)
@@ -163,13 +163,13 @@ def test_a_wrong_encoder_stops_the_run_and_the_document_is_named(tmp_path: Path)
     assert manifest.made["checked_documents"] == 0
 
 
-@pytest.mark.usefixtures("wrong_encoder", "small_tasks")
-def test_documents_within_a_task_are_checked_at_random_and_finished_tasks_are_kept(
+@pytest.mark.usefixtures("wrong_encoder", "small_chunks")
+def test_documents_within_a_chunk_are_checked_at_random_and_finished_chunks_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_module, "_CHECK_ONE_IN", 1)
     texts = [*varied_documents(60), "strawberry"]
-    with pytest.raises(DataError, match=r"task \d+ .*: document [1-9]\d* \(SHA-256"):
+    with pytest.raises(DataError, match=r"chunk \d+ .*: document [1-9]\d* \(SHA-256"):
         tokenize_corpus(request_for(tmp_path, texts))
     plan = json.loads((tmp_path / "out" / "plan.json").read_bytes())
     assert len(list((tmp_path / "out" / "tasks").iterdir())) == len(plan["tasks"]) - 1
@@ -178,13 +178,13 @@ def test_documents_within_a_task_are_checked_at_random_and_finished_tasks_are_ke
     assert result(tmp_path / "out")
 
 
-@pytest.mark.usefixtures("small_tasks")
-def test_the_first_document_of_each_task_that_is_encoded_is_checked(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_chunks")
+def test_the_first_document_of_each_chunk_that_is_encoded_is_checked(tmp_path: Path) -> None:
     texts = varied_documents(60)
     manifest = tokenize_corpus(request_for(tmp_path, ["", *texts, *texts[:3]], deduplicate="exact"))
     assert manifest.made is not None
-    tasks = {shard.file.split("_")[1] for shard in manifest.shards}
-    assert len(tasks) <= manifest.made["checked_documents"] < len(tasks) + 5
+    chunks = {shard.file.split("_")[1] for shard in manifest.shards}
+    assert len(chunks) <= manifest.made["checked_documents"] < len(chunks) + 5
 
 
 # A source that changes while it is read

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from data_tools.errors import DataError
 from data_tools.sources import SOURCE_KINDS, Slice, Source, SourceRequest, open_source, read_documents
 from data_tools.sources import text as text_module
+from data_tools.sources.registry import _KINDS
 from tests.data_tools.conftest import json_lines, varied_documents, zstd
 
 DOCUMENTS = varied_documents(30)
@@ -530,3 +531,7 @@ def test_a_wrong_request_is_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("a")
     assert message in refusal(source, *inputs, **options)
+
+
+def test_every_kind_can_be_opened() -> None:
+    assert set(_KINDS) == set(SOURCE_KINDS)

@@ -1,4 +1,4 @@
-"""The work is cut the same way every time: every document in one task, in order, up to the limit and no further."""
+"""The work is cut the same way every time: every document in one chunk, in order, up to the limit and no further."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.corpus import tasks as tasks_module
+from data_tools.corpus import chunks as chunks_module
+from data_tools.corpus.chunks import Chunk, documents_of, plan_chunks
 from data_tools.corpus.request import TokenizeRequest
-from data_tools.corpus.tasks import Task, documents_of, plan_tasks
 from data_tools.encoding.documents import utf8_of
 from data_tools.sources import Slice
 
@@ -38,36 +38,36 @@ class ListSource:
         yield from self._documents[part.start : part.stop]
 
 
-def plan(documents: Sequence[str], *, sizes_known: bool = True, **options: Any) -> tuple[list[Task], list[list[str]]]:
-    """The tasks, and the documents that each of them yields."""
+def plan(documents: Sequence[str], *, sizes_known: bool = True, **options: Any) -> tuple[list[Chunk], list[list[str]]]:
+    """The chunks, and the documents that each of them yields."""
     source = ListSource(documents, sizes_known=sizes_known)
     request = TokenizeRequest(source="jsonl", inputs=("a",), out="out", **options)
-    tasks = plan_tasks(source, request)
-    return tasks, [[str(document) for document in documents_of(task, source)] for task in tasks]
+    chunks = plan_chunks(source, request)
+    return chunks, [[str(document) for document in documents_of(chunk, source)] for chunk in chunks]
 
 
 @pytest.fixture(autouse=True)
-def tiny_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks_module, "_SMALLEST_TASK_BYTES", 10)
+def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks_module, "_SMALLEST_CHUNK_BYTES", 10)
 
 
 DOCUMENTS = st.lists(st.sampled_from(["", "a", "é", "four", "a dozen bytes", "x" * 50]), max_size=40)
 
 
 @given(documents=DOCUMENTS, sizes_known=st.booleans(), shard_tokens=st.integers(1, 100))
-def test_every_document_with_text_is_in_one_task_in_order(
+def test_every_document_with_text_is_in_one_chunk_in_order(
     documents: list[str], sizes_known: bool, shard_tokens: int
 ) -> None:
-    tasks, texts = plan(documents, sizes_known=sizes_known, shard_tokens=shard_tokens)
+    chunks, texts = plan(documents, sizes_known=sizes_known, shard_tokens=shard_tokens)
     assert sum(texts, []) == [document for document in documents if document]
-    assert [task.index for task in tasks] == list(range(len(tasks)))
+    assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
     largest = max(10, 4 * shard_tokens)
-    for task, yielded in zip(tasks, texts, strict=True):
-        assert sum(map(len, map(utf8_of, yielded))) <= largest or len(task.slices) == 1
+    for chunk, yielded in zip(chunks, texts, strict=True):
+        assert sum(map(len, map(utf8_of, yielded))) <= largest or len(chunk.slices) == 1
 
 
 @given(documents=DOCUMENTS, limit=st.integers(1, 50))
-def test_the_limit_of_documents_is_exact_across_tasks(documents: list[str], limit: int) -> None:
+def test_the_limit_of_documents_is_exact_across_chunks(documents: list[str], limit: int) -> None:
     _, texts = plan(documents, limit_documents=limit)
     assert sum(texts, []) == [document for document in documents if document][:limit]
 
@@ -89,9 +89,9 @@ def test_whichever_limit_comes_first_counts() -> None:
     assert sum(plan(documents, limit_documents=1, limit_bytes=4)[1], []) == ["aa"]
 
 
-def test_a_large_source_has_tasks_of_a_shard_at_most_and_a_small_one_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks_module, "_SMALLEST_TASK_BYTES", 1000)
-    monkeypatch.setattr(tasks_module, "_TASKS_WANTED", 8)
+def test_a_large_source_has_chunks_of_a_shard_at_most_and_a_small_one_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks_module, "_SMALLEST_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(chunks_module, "_CHUNKS_WANTED", 8)
 
     def sizes(documents: int, shard_tokens: int = 10_000) -> list[int]:
         return [sum(map(len, texts)) for texts in plan(["x" * 100] * documents, shard_tokens=shard_tokens)[1]]
@@ -101,14 +101,14 @@ def test_a_large_source_has_tasks_of_a_shard_at_most_and_a_small_one_few(monkeyp
     assert sizes(8000, shard_tokens=500) == [2000] * 400  # 500 tokens are about 2000 bytes
 
 
-def test_a_task_survives_being_written_down() -> None:
-    task = Task(7, (Slice("ü\udcff.jsonl", 5, 9, 4), Slice("b", 0, 1)), limit_documents=3)
-    assert Task.from_json(json.loads(json.dumps(task.to_json()).encode("ascii"))) == task
-    assert task.name == "00007"
-    assert str(Task(7, task.slices[:1])) == "task 7 (ü\udcff.jsonl[5:9])"
-    assert str(task).endswith("[5:9], ...)")
+def test_a_chunk_survives_being_written_down() -> None:
+    chunk = Chunk(7, (Slice("ü\udcff.jsonl", 5, 9, 4), Slice("b", 0, 1)), limit_documents=3)
+    assert Chunk.from_json(json.loads(json.dumps(chunk.to_json()).encode("ascii"))) == chunk
+    assert chunk.name == "00007"
+    assert str(Chunk(7, chunk.slices[:1])) == "chunk 7 (ü\udcff.jsonl[5:9])"
+    assert str(chunk).endswith("[5:9], ...)")
 
 
-def test_names_of_tasks_sort_as_tasks_do() -> None:
-    names = [Task(index, ()).name for index in (0, 9, 10, 99_999)]
+def test_names_of_chunks_sort_as_chunks_do() -> None:
+    names = [Chunk(index, ()).name for index in (0, 9, 10, 99_999)]
     assert names == sorted(names)

@@ -1,0 +1,11 @@
+"""The choices of stage 1's options, in a module that imports nothing else."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+SourceKind = Literal["text", "jsonl", "instructions", "parquet", "hf", "fineweb-edu", "python-stdlib"]
+ShardFormat = Literal["npy", "arrow"]
+Deduplication = Literal["off", "exact"]
+EncoderChoice = Literal["auto", "gigatoken", "tiktoken"]
+Engine = Literal["local", "ray"]
