@@ -32,7 +32,7 @@ from data_tools.shards import (
 )
 from data_tools.storage.atomic import fsync_folder
 from data_tools.storage.folders import Folder, LocalFolder, is_scratch, open_folder
-from data_tools.storage.locks import LOCK_NAME, FolderLock, lock_folder
+from data_tools.storage.locks import LOCK_NAME, FileLock, lock_folder
 
 PLAN_NAME = "plan.json"
 _CHUNKS = "tasks/"
@@ -93,7 +93,7 @@ class OutputFolder:
         finished: the records of finished chunks by index.
     """
 
-    def __init__(self, out: Path | str, identity: dict[str, Any], lock: FolderLock | None) -> None:
+    def __init__(self, out: Path | str, identity: dict[str, Any], lock: FileLock | None) -> None:
         self.folder = open_folder(out)
         self._out = str(out)
         self._identity = identity

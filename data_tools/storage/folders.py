@@ -1,4 +1,4 @@
-"""Where stage 1 writes: a local folder, or one at a URL that fsspec knows. Files appear whole or not at all."""
+"""The folder that stage 1 writes: local, or at a URL that fsspec knows. A file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import fsspec
+from fsspec.implementations.dirfs import DirFileSystem
 
 from data_tools.errors import DataError, one_line_write_errors
 from data_tools.storage.atomic import atomic_file, publish
@@ -22,47 +23,47 @@ _SCRATCH_PREFIX = ".scratch-"
 
 
 class Folder(Protocol):
-    """Named files; a name may have folders in it, as ``tasks/00000.json``."""
+    """Named files. A name may contain folders, as ``tasks/00000.json``."""
 
     def names(self) -> set[str]:
-        """All files; none if the folder does not exist."""
+        """Return the names of all files; an empty set if the folder does not exist."""
         ...
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None: it is not there."""
+        """Return a file's size in bytes, or None if it does not exist."""
         ...
 
     def read(self, name: str) -> bytes:
-        """A whole file; ``FileNotFoundError`` if it is not there."""
+        """Return a file's content. Raises ``FileNotFoundError`` if it does not exist."""
         ...
 
     def write(self, name: str, content: bytes) -> None:
-        """A whole file, durably and at once."""
+        """Write a whole file atomically and durably."""
         ...
 
     def take(self, path: Path, name: str) -> None:
-        """Move a finished local file in, durably and at once."""
+        """Move a complete local file into the folder, atomically and durably."""
         ...
 
     def remove(self, names: set[str]) -> None:
-        """Files, as far as they are there, and folders that become empty."""
+        """Remove those of the files that exist, and folders that become empty."""
         ...
 
     def scratch(self) -> Path:
-        """A new local folder from which ``take`` is fast; the caller removes it."""
+        """Create a local folder from which ``take`` is fast. The caller removes it."""
         ...
 
     def remove_scratch(self) -> None:
-        """Whatever killed processes left of ``scratch``."""
+        """Remove the scratch folders that killed processes left."""
         ...
 
     def free_bytes(self) -> int | None:
-        """Room on the disk; None: there is no knowing."""
+        """Return the free space on the disk, or None if it is unknown."""
         ...
 
 
 class LocalFolder:
-    """A folder of this machine, or one that its network shares."""
+    """A folder on this machine or on a network file system."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -102,7 +103,7 @@ class LocalFolder:
             for name in names:
                 (self.path / name).unlink(missing_ok=True)
             for folder in self.path.iterdir():
-                with suppress(FileNotFoundError):  # another process removes it too
+                with suppress(FileNotFoundError):  # another process removed it too
                     if folder.is_dir() and not is_scratch(folder.name) and not any(folder.iterdir()):
                         folder.rmdir()
 
@@ -113,8 +114,7 @@ class LocalFolder:
         return path
 
     def remove_scratch(self) -> None:
-        for path in self.path.glob(f"{_SCRATCH_PREFIX}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        _remove_folders(self.path, _SCRATCH_PREFIX)
 
     def free_bytes(self) -> int | None:
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
@@ -122,88 +122,94 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """A folder at a URL; object stores put a file under its name when all of it has arrived."""
+    """A folder at a URL. Object stores show a file under its name only after all of it has arrived."""
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
-        with _one_line_remote_errors(url):
-            self._files, self._root = fsspec.core.url_to_fs(self._url)
+        with self._one_line_errors():
+            files, root = fsspec.core.url_to_fs(self._url)
+            self._files = DirFileSystem(root, files)
 
     def names(self) -> set[str]:
-        with _one_line_remote_errors(self._url):
+        with self._one_line_errors():
             self._files.invalidate_cache()
-            if not self._files.exists(self._root):
-                return set()
-            return {path[len(self._root) :].lstrip("/") for path in self._files.find(self._root)}
+            return set(self._files.find("")) if self._files.exists("") else set()
 
     def size(self, name: str) -> int | None:
-        with _one_line_remote_errors(self._url):
+        with self._one_line_errors():
             try:
-                return int(self._files.size(f"{self._root}/{name}"))
+                return int(self._files.size(name))
             except FileNotFoundError:
                 return None
 
     def read(self, name: str) -> bytes:
-        with _one_line_remote_errors(self._url):
-            content: bytes = self._files.cat_file(f"{self._root}/{name}")
+        with self._one_line_errors():
+            content: bytes = self._files.cat_file(name)
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        with self._one_line_write_errors(name):
-            self._files.pipe_file(f"{self._root}/{name}", content)
+        with self._one_line_errors(writes=name):
+            self._files.pipe_file(name, content)
 
     def take(self, path: Path, name: str) -> None:
         size = path.stat().st_size
-        with self._one_line_write_errors(name):
-            self._files.put_file(str(path), f"{self._root}/{name}")
+        with self._one_line_errors(writes=name):
+            self._files.put_file(str(path), name)
             self._files.invalidate_cache()
         if self.size(name) != size:
             raise DataError(f"cannot write {self._url}/{name}: {self.size(name)} of {size} bytes arrived; try again")
         path.unlink()
 
     def remove(self, names: set[str]) -> None:
-        with _one_line_remote_errors(self._url):
+        with self._one_line_errors():
             for name in names:
-                if self._files.exists(f"{self._root}/{name}"):
-                    self._files.rm_file(f"{self._root}/{name}")
+                if self._files.exists(name):
+                    self._files.rm_file(name)
 
     def scratch(self) -> Path:
         return Path(tempfile.mkdtemp(prefix=self._scratch_prefix))
 
     def remove_scratch(self) -> None:
-        for path in Path(tempfile.gettempdir()).glob(f"{self._scratch_prefix}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        _remove_folders(Path(tempfile.gettempdir()), self._scratch_prefix)
 
     def free_bytes(self) -> int | None:
         return None
 
     @property
     def _scratch_prefix(self) -> str:
-        """Tells the scratch folders of this URL from those of others."""
+        """The prefix of this URL's scratch folders; another URL has another prefix."""
         return f"shards-{hashlib.sha256(self._url.encode()).hexdigest()[:16]}-"
 
     @contextmanager
-    def _one_line_write_errors(self, name: str) -> Iterator[None]:
+    def _one_line_errors(self, writes: str | None = None) -> Iterator[None]:
+        """Turn errors of the storage client into ``DataError``, except ``FileNotFoundError`` of a file that is read."""
         try:
-            with _one_line_remote_errors(self._url):
-                yield
-        except FileNotFoundError as error:  # of the bucket, or of the folder where there are folders
-            raise DataError(f"cannot write {self._url}/{name}: {error}") from error
+            yield
+        except FileNotFoundError as error:
+            if writes is None:
+                raise
+            # The bucket, or the folder on storage that has folders, is missing.
+            raise DataError(f"cannot write {self._url}/{writes}: {error}") from error
+        except DataError:
+            raise
+        except Exception as error:  # each client raises errors of its own, without a common base
+            reason = (str(error).splitlines() or [""])[0]
+            raise DataError(f"cannot use {self._url}: {type(error).__name__}: {reason}") from error
 
 
 def open_folder(place: str | Path) -> LocalFolder | RemoteFolder:
-    """The folder at a path or URL; it need not exist."""
+    """Return the folder at a path or URL. It need not exist."""
     return RemoteFolder(str(place)) if is_remote(str(place)) else LocalFolder(Path(place))
 
 
 def is_scratch(name: str) -> bool:
-    """Whether a file's name says that a task was writing it."""
+    """Return whether a name is that of a scratch folder."""
     return name.startswith(_SCRATCH_PREFIX)
 
 
 @contextmanager
 def scratch_of(folder: Folder) -> Iterator[Path]:
-    """A scratch folder that is gone afterwards."""
+    """Yield a scratch folder and remove it afterwards."""
     path = folder.scratch()
     try:
         yield path
@@ -211,13 +217,6 @@ def scratch_of(folder: Folder) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-@contextmanager
-def _one_line_remote_errors(url: str) -> Iterator[None]:
-    try:
-        yield
-    except (DataError, FileNotFoundError):
-        raise
-    # Clients of remote storage raise errors of their own, without a common base.
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise DataError(f"cannot use {url}: {type(error).__name__}: {reason}") from error
+def _remove_folders(parent: Path, prefix: str) -> None:
+    for path in parent.glob(f"{prefix}*"):
+        shutil.rmtree(path, ignore_errors=True)

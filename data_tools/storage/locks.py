@@ -1,4 +1,4 @@
-"""One folder: one writer, or several that share it."""
+"""Locks on folders (``flock``). The kernel releases a lock when the process that holds it dies."""
 
 from __future__ import annotations
 
@@ -12,110 +12,140 @@ from pathlib import Path
 from data_tools.errors import DataError, one_line_write_errors
 
 LOCK_NAME = "writing.lock"
-# In the file while a run has the folder to itself, which may take hours; whoever shares it has it alone for moments.
-_NOT_SHARED = b"not shared"
+# What lock_folder writes into the file while a process holds the folder exclusively, possibly for hours.
+_EXCLUSIVE = b"not shared"
 _WAIT_S = 0.05
+_LONGEST_CONTENT = 4096
 
 
-class FolderLock:
-    """Holds a folder; make one with ``lock_folder``. A process that dies lets go of it."""
+class LockHeldError(Exception):
+    """Another process holds a lock; ``content`` is what it wrote into the lock file."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, content: bytes) -> None:
+        super().__init__("another process holds the lock")
+        self.content = content
+
+
+class FileLock:
+    """A lock file that this process holds, exclusively or shared with others. ``acquire_lock`` makes one."""
+
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor = descriptor
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
-    def make_exclusive(self) -> bool:
-        """Have the folder alone, if nobody else holds it; otherwise it is no longer held.
-
-        Of several that share it and end with this call, the last one succeeds.
-        """
-        # Letting go first: of two that both held on, neither would be the last.
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-        return self._try(fcntl.LOCK_EX) and _is_at(self._descriptor, self._path)
-
-    def acquire(self, *, shared: bool) -> bool:
-        """Wait for others that share the folder; False: the file was removed meanwhile, and does not count.
-
-        Raises:
-            DataError: somebody has the folder, and does not share it.
-        """
-        while not self._try(fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
-            if not shared or os.pread(self._descriptor, len(_NOT_SHARED), 0) == _NOT_SHARED:
-                raise DataError(f"{self._path.parent} is being written by another process; wait for it or end it")
+    def acquire(self, content: bytes | None) -> bool:
+        """Lock the open file, as ``acquire_lock`` does. Returns False if it was removed from the folder meanwhile."""
+        operation = fcntl.LOCK_SH if content is None else fcntl.LOCK_EX
+        while not _try_flock(self._descriptor, operation):
+            held_by = os.pread(self._descriptor, _LONGEST_CONTENT, 0)
+            # A process that called make_exclusive leaves the file empty and finishes soon.
+            if content is not None or held_by:
+                raise LockHeldError(held_by)
             time.sleep(_WAIT_S)
-        if not _is_at(self._descriptor, self._path):
+        if not self._is_in_place():
             return False
         os.ftruncate(self._descriptor, 0)
-        if not shared:
-            os.pwrite(self._descriptor, _NOT_SHARED, 0)
+        os.pwrite(self._descriptor, content or b"", 0)
         return True
 
+    def make_exclusive(self) -> bool:
+        """Hold the lock exclusively if no other process holds it. If one does, return False and hold it no longer.
+
+        If all processes that share a lock finish with this call, the last one gets True.
+        """
+        # Unlock first: if two processes kept their shared locks, neither could be the last.
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        return _try_flock(self._descriptor, fcntl.LOCK_EX) and self._is_in_place()
+
     def release(self) -> None:
-        """Let go; whoever is the last removes the file."""
+        """Release the lock; the last holder removes the file."""
         try:
-            # The folder may be gone, or the disk have become read-only: the lock goes with the closing.
+            # The folder may be deleted or read-only by now. Closing the file releases the lock all the same.
             with suppress(OSError):
                 if self.make_exclusive():
                     self._path.unlink()
         finally:
-            os.close(self._descriptor)
+            self.close()
 
-    def _try(self, operation: int) -> bool:
+    def close(self) -> None:
+        """Close the file and leave it in the folder."""
+        os.close(self._descriptor)
+
+    def _is_in_place(self) -> bool:
+        """Return whether the open file is still the one in the folder: its previous holder may have removed it."""
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._descriptor), self._path.stat())
+        return False
+
+
+def acquire_lock(path: Path, content: bytes | None) -> FileLock:
+    """Acquire a lock file; the caller releases it.
+
+    Args:
+        path: the lock file, created if absent.
+        content: what the file says while this process holds it exclusively. None shares the lock with other
+            processes, and waits for one that holds it exclusively only to finish.
+
+    Raises:
+        LockHeldError: another process holds it.
+        OSError: the file cannot be created or written.
+    """
+    while True:
+        lock = FileLock(path)
         try:
-            fcntl.flock(self._descriptor, operation | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+            if lock.acquire(content):
+                return lock
+        except LockHeldError:
+            lock.close()
+            raise
+        except BaseException:  # a full disk, or Ctrl-C
+            lock.release()
+            raise
+        lock.close()
 
 
 @contextmanager
-def lock_folder(folder: Path, *, shared: bool) -> Iterator[FolderLock]:
-    """Hold a folder, alone or with others that share it.
+def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
+    """Hold the lock of a folder for the block, exclusively or shared with other processes.
 
     Raises:
-        DataError: somebody else has it, or it cannot be written.
+        DataError: another process holds it, or the lock file cannot be written.
     """
-    lock = _acquire(folder / LOCK_NAME, shared=shared)
+    path = folder / LOCK_NAME
+    with one_line_write_errors(path):
+        try:
+            lock = acquire_lock(path, None if shared else _EXCLUSIVE)
+        except LockHeldError as error:
+            raise _being_written(folder) from error
     try:
         yield lock
     finally:
         lock.release()
 
 
-def _acquire(path: Path, *, shared: bool) -> FolderLock:
-    while True:
-        with one_line_write_errors(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                lock = FolderLock(path, descriptor)
-                if lock.acquire(shared=shared):
-                    return lock
-            except BaseException:
-                os.close(descriptor)
-                raise
-        os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the file is still under its name: the holder before may have removed it."""
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    return False
-
-
 @contextmanager
 def lock_without_file(folder: Path) -> Iterator[None]:
-    """Hold a lock on an open folder itself, so that no lock file appears in it.
+    """Hold a folder exclusively for the block by a lock on the folder itself, so that no lock file appears in it.
 
     Raises:
         DataError: another process holds it.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{folder} is being written by another process; wait for it or end it") from error
+        if not _try_flock(descriptor, fcntl.LOCK_EX):
+            raise _being_written(folder)
         yield
     finally:
         os.close(descriptor)
+
+
+def _try_flock(descriptor: int, operation: int) -> bool:
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _being_written(folder: Path) -> DataError:
+    return DataError(f"{folder} is being written by another process; wait for it or end it")

@@ -1,60 +1,42 @@
-"""One run folder, one writer."""
+"""The lock of a run folder: one run writes there at a time."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
+from data_tools.storage.locks import LockHeldError, acquire_lock
 from pipeline.errors import ConfigError
 from pipeline.run_folder.layout import LOCK_FILE
 
 
 @contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder against other runs; a process that dies lets go of it.
+    """Hold the folder exclusively for the block. The lock of a process that dies is released.
 
     Raises:
-        ConfigError: another run is writing there; names it.
+        ConfigError: another run is writing there; the message names its host and process.
     """
-    path = folder / LOCK_FILE
-    file = _acquire(path)
+    holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
     try:
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-        file.flush()
+        lock = acquire_lock(folder / LOCK_FILE, holder.encode())
+    except LockHeldError as error:
+        raise ConfigError(
+            f"run.out_dir: {folder} is in use by another run ({_holder(error.content)}); "
+            "wait for it, or name another folder"
+        ) from None
+    try:
         yield
     finally:
-        with suppress(OSError):  # a disk that has become read-only: the lock goes with the file's closing
-            path.unlink()
-        file.close()
+        lock.release()
 
 
-def _acquire(path: Path) -> IO[str]:
-    while True:
-        file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ConfigError(
-                f"run.out_dir: {path.parent} is in use by another run ({_holder(path)}); "
-                "wait for it, or name another folder"
-            ) from None
-        # The holder before may have removed the file between our opening and locking it.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        file.close()
-
-
-def _holder(path: Path) -> str:
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        holder = json.loads(path.read_text(encoding="utf-8"))
+def _holder(content: bytes) -> str:
+    with suppress(ValueError, KeyError, TypeError):
+        holder = json.loads(content)
         return f"{holder['host']}, pid {holder['pid']}"
     return "unknown"

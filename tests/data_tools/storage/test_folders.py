@@ -1,4 +1,4 @@
-"""A folder on the disk and one at a URL do the same: files appear whole or not at all."""
+"""A folder on the disk and one at a URL behave alike: files appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_scratch_of_another_url_is_left_alone(tmp_path: Path, monkeypatch: pytes
     assert path.exists()
 
 
-def test_room_is_known_on_a_disk(tmp_path: Path) -> None:
+def test_free_space_is_known_on_a_disk(tmp_path: Path) -> None:
     free = LocalFolder(tmp_path / "not" / "there" / "yet").free_bytes()
     assert free is not None
     assert free > 0
@@ -111,27 +111,27 @@ def test_a_refused_write_is_one_line_and_changes_nothing(
         assert states(tmp_path.iterdir()) == before
 
 
-def test_names_that_cannot_be_are_one_line(tmp_path: Path) -> None:
+def test_impossible_names_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert LocalFolder(tmp_path / "file").size("a") is None
     with pytest.raises(DataError, match="File name too long"):
         LocalFolder(tmp_path / ("x" * 300)).size("a")
 
 
-def test_an_upload_that_arrives_in_part_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_upload_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def put_half(path: str, target: str, **options: Any) -> None:
         fsspec.filesystem("memory").pipe(target, Path(path).read_bytes()[:3])
 
     folder = RemoteFolder("memory://bucket/out")
     (tmp_path / "shard").write_bytes(b"content")
-    monkeypatch.setattr(folder._files, "put_file", put_half)
+    monkeypatch.setattr(folder._files.fs, "put_file", put_half)
     with pytest.raises(DataError, match="cannot write memory://bucket/out/shard: 3 of 7 bytes arrived"):
         folder.take(tmp_path / "shard", "shard")
     assert (tmp_path / "shard").exists()
     fsspec.filesystem("memory").rm("/bucket", recursive=True)
 
 
-def test_what_a_client_raises_is_one_line_with_the_url(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_errors_of_a_storage_client_are_one_line_with_the_url(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise RuntimeError("Access Denied\nrequest id 5")
 

@@ -1,4 +1,4 @@
-"""A folder has one writer, or several that share it; of those the last one knows that it is the last."""
+"""A folder has one exclusive writer, or several that share it; the last of those knows that it is the last."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REFUSAL = "is being written by another process; wait for it or end it"
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_one_who_does_not_share_is_alone(tmp_path: Path, shared: bool) -> None:
+def test_an_exclusive_holder_is_the_only_one(tmp_path: Path, shared: bool) -> None:
     refused = pytest.raises(DataError, match=REFUSAL)
     with lock_folder(tmp_path, shared=False), refused, lock_folder(tmp_path, shared=shared):
         pass
@@ -25,7 +25,7 @@ def test_one_who_does_not_share_is_alone(tmp_path: Path, shared: bool) -> None:
         pass
 
 
-def test_several_share(tmp_path: Path) -> None:
+def test_several_processes_share(tmp_path: Path) -> None:
     with lock_folder(tmp_path, shared=True), lock_folder(tmp_path, shared=True):
         with pytest.raises(DataError, match=REFUSAL), lock_folder(tmp_path, shared=False):
             pass
@@ -35,7 +35,7 @@ def test_several_share(tmp_path: Path) -> None:
         pass
 
 
-def test_nothing_is_left(tmp_path: Path) -> None:
+def test_the_last_holder_removes_the_file(tmp_path: Path) -> None:
     with lock_folder(tmp_path, shared=False):
         pass
     with lock_folder(tmp_path, shared=True), lock_folder(tmp_path, shared=True):
@@ -43,7 +43,7 @@ def test_nothing_is_left(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_last_of_several_is_the_one_that_becomes_exclusive(tmp_path: Path) -> None:
+def test_only_the_last_of_several_becomes_exclusive(tmp_path: Path) -> None:
     with lock_folder(tmp_path, shared=True) as first, lock_folder(tmp_path, shared=True) as second:
         assert not first.make_exclusive()
         assert second.make_exclusive()
@@ -51,7 +51,7 @@ def test_the_last_of_several_is_the_one_that_becomes_exclusive(tmp_path: Path) -
             pass
 
 
-def test_another_one_that_shares_waits_for_one_that_is_exclusive_for_a_moment(tmp_path: Path) -> None:
+def test_a_shared_lock_waits_for_one_that_became_exclusive(tmp_path: Path) -> None:
     held = threading.Event()
 
     def share() -> None:
@@ -74,7 +74,7 @@ def hold(folder: Path, shared: bool, connection: Connection) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_killed_process_lets_go(tmp_path: Path, shared: bool) -> None:
+def test_the_lock_of_a_killed_process_is_released(tmp_path: Path, shared: bool) -> None:
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
     process = context.Process(target=hold, args=(tmp_path, shared, theirs))
@@ -90,8 +90,8 @@ def test_a_killed_process_lets_go(tmp_path: Path, shared: bool) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_same_file_is_locked_even_if_the_holder_before_removed_it_meanwhile(tmp_path: Path) -> None:
-    """Many take the folder in turn, each removes the file, and there are never two."""
+def test_never_two_holders_although_each_removes_the_file(tmp_path: Path) -> None:
+    """Several threads lock the folder in turn, and each removes the lock file."""
     inside, most, errors = 0, 0, []
 
     def take_turns() -> None:
@@ -105,7 +105,7 @@ def test_the_same_file_is_locked_even_if_the_holder_before_removed_it_meanwhile(
                     inside -= 1
             except DataError:
                 pass
-            except Exception as error:  # noqa: BLE001 (whatever it is, it must not be)
+            except Exception as error:  # noqa: BLE001 (any other error fails the test)
                 errors.append(error)
 
     threads = [threading.Thread(target=take_turns) for _ in range(4)]
