@@ -78,4 +78,4 @@ def test_other_weights_are_another_run(parts: list[dict[str, Any]], alone: Curve
     forget_after(tmp_path, SAVED_AT)
     result = train_run("ddp", tmp_path, run_sections(parts))
     assert result.returncode == 2
-    assert "was trained on other data than data.mixture is now" in result.stderr.splitlines()[-1]
+    assert "was trained on other data than data.mixture now has" in result.stderr.splitlines()[-1]

@@ -1,1 +1,1 @@
-"""The training loop and what surrounds it: start, resume, schedule, interruption, throughput."""
+"""The training loop and its surroundings: start, resume, schedule, interruption, throughput."""

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted at once, obeyed by all ranks after the same step."""
+"""Signals that ask a run to stop: all ranks stop after the same step."""
 
 from __future__ import annotations
 
@@ -10,56 +10,52 @@ from types import FrameType
 
 from pipeline.distributed.world import World
 
-#: Schedulers, Ctrl-C, and the warning that Slurm's --signal=USR1@120 sends before the time is up.
+#: From schedulers, from Ctrl-C, and from Slurm's --signal=USR1@120 before the time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-#: A launcher passes on the Ctrl-C that its ranks have received too; later ones are a person's.
+#: The launcher forwards a Ctrl-C that its ranks have received themselves. A later one comes from the user.
 _ONE_REQUEST_S = 3.0
 
 
 class StopRequest:
-    """Whether a signal has asked any rank to stop.
-
-    Args:
-        world: the ranks; they talk through ``world.with_cpu_group()``.
-    """
+    """Records signals, and tells all ranks when one of them has received one."""
 
     def __init__(self, world: World) -> None:
         self._world = world.with_cpu_group()
-        self._received = 0
+        self._number = 0
         self._received_at = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note signals inside instead of dying of them; a second Ctrl-C is an ordinary one.
+        """Record signals inside the block instead of ending the process. A second Ctrl-C ends it.
 
-        After a ``RuntimeError``, which a lost rank causes, they are still noted: the launcher ends the ranks that are
-        left with SIGTERM, and would cut off what they have to say.
+        The handlers stay in place after a ``RuntimeError``, because a lost rank may be the cause. The launcher then
+        sends SIGTERM to the remaining ranks, which must not end before they have named the lost rank.
         """
-        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        may_be_a_lost_rank = False
+        before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
+        may_have_lost_a_rank = False
         try:
             yield
         except RuntimeError:
-            may_be_a_lost_rank = True
+            may_have_lost_a_rank = True
             raise
         finally:
-            if not may_be_a_lost_rank:
+            if not may_have_lost_a_rank:
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if number == signal.SIGINT and self._received and now - self._received_at > _ONE_REQUEST_S:
+        if number == signal.SIGINT and self._number and now - self._received_at > _ONE_REQUEST_S:
             raise KeyboardInterrupt
-        if not self._received:
-            self._received, self._received_at = number, now
+        if not self._number:
+            self._number, self._received_at = number, now
 
     @property
-    def noted(self) -> bool:
-        """Whether a signal has asked this rank; the others may not know yet."""
-        return bool(self._received)
+    def received(self) -> bool:
+        """Whether this rank has received a signal. The other ranks may not know yet."""
+        return self._number != 0
 
     def agreed(self) -> signal.Signals | None:
-        """The signal that any rank has received, the same on all. Collective."""
-        number = self._world.max(self._received)
+        """Return the signal that any rank has received, the same on all ranks, or None. Collective."""
+        number = self._world.max(self._number)
         return signal.Signals(number) if number else None

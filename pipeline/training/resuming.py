@@ -1,4 +1,4 @@
-"""Where a run starts: from scratch, from its own newest good checkpoint, or from one that was named."""
+"""Where a run starts: from scratch, from its own newest good checkpoint, or from a named checkpoint."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import (
+    TrainingState,
     config_section,
     list_checkpoints,
     locate_checkpoint,
@@ -23,54 +24,44 @@ from pipeline.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
-AUTO, NONE = "auto", "none"
+AUTO, NONE = "auto", "none"  # values of checkpoint.resume; any other one is a path
 
 
 def make_run_folder(folder: Path) -> None:
-    """Make the folder of a run; the caller takes its lock next.
-
-    Raises:
-        ConfigError: it cannot be made, or not be written into.
-    """
+    """Create a run folder. Raises ConfigError if it cannot be created or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"run.out_dir: cannot make {folder} ({error.strerror}); name a folder to write into"
+            f"run.out_dir: cannot make {folder} ({error.strerror}); name a folder that you can write to"
         ) from None
     if not os.access(folder, os.W_OK):
-        raise ConfigError(f"run.out_dir: {folder} cannot be written; name a folder to write into")
+        raise ConfigError(f"run.out_dir: {folder} is not writable; name a folder that you can write to")
 
 
 def choose_start(config: Config, data_sha256: str) -> Path | None:
-    """What to continue from; None: from scratch. The caller holds the run folder's lock.
+    """Return the checkpoint to continue from, or None to start from scratch. The caller holds the run folder's lock.
 
-    Leftovers of crashed saves are removed, and checkpoints later than the one that is continued are set
-    aside: otherwise the next start would take them for newer ones of this run.
+    Removes what crashed saves have left, and sets aside checkpoints later than the chosen one: the next start would
+    otherwise continue from them.
 
     Raises:
-        CheckpointError: what was named cannot be used, belongs to another order of the data, or the folder
-            holds another run.
+        CheckpointError: the named checkpoint cannot be used, its data order differs, or the folder holds another run.
     """
     run_folder = Path(config.run.out_dir)
     try:
-        return _choose(config, data_sha256, run_folder)
+        remove_leftovers(run_folder)
+        start = _find_start(run_folder, config.checkpoint.resume)
+        if start is None:
+            set_aside_after(run_folder, -1)  # only damaged checkpoints: a good one would be the start
+            return None
+        state, stored_config = read_state(start)
+        _check_same_run(config, data_sha256, start, state, stored_config)
+        if state.step < config.schedule.max_steps:
+            set_aside_after(run_folder, state.step, start)
+        return start
     except OSError as error:
         raise CheckpointError(f"{run_folder}: cannot be prepared ({error})") from None
-
-
-def _choose(config: Config, data_sha256: str, run_folder: Path) -> Path | None:
-    remove_leftovers(run_folder)
-    start = _find_start(run_folder, config.checkpoint.resume)
-    if start is None:
-        set_aside_after(run_folder, -1)  # damaged ones only: else there would be a start
-        return None
-    _expect_same_order(config, data_sha256, start)
-    _expect_same_positions(config, start)
-    state, _ = read_state(start)
-    if state.step < config.schedule.max_steps:
-        set_aside_after(run_folder, state.step, start)
-    return start
 
 
 def _find_start(run_folder: Path, resume: str) -> Path | None:
@@ -79,69 +70,58 @@ def _find_start(run_folder: Path, resume: str) -> Path | None:
     if resume == NONE:
         own = newest_good_checkpoint(run_folder) if launcher_restarts() else None
         if own and read_state_file(own).launch_id == launch_id():
-            log.info("the launcher has started this run anew: it continues its own checkpoints")
+            log.info("the launcher has restarted this run: it continues from its own checkpoints")
             return own
         if list_checkpoints(run_folder):
             raise CheckpointError(
-                f"{run_folder} already holds checkpoints of a run; give another run.out_dir, "
-                "or continue it with --resume auto"
+                f"{run_folder} already holds checkpoints of a run; use another run.out_dir, "
+                "or continue the run with --resume auto"
             )
         return None
     return _find_named_start(run_folder, Path(resume))
 
 
 def _find_named_start(run_folder: Path, named: Path) -> Path:
-    """A named checkpoint, or what this run has made of it before: the same command continues after a crash."""
+    """Return the named checkpoint, or this run's newest one if the run has started from the named one before."""
     own = newest_good_checkpoint(run_folder)
-    if own and _stored(own, "checkpoint").get("resume") == str(named):
-        log.info("this run began from %s before: it continues its own newest checkpoint", named)
+    if own and config_section(read_state(own)[1], "checkpoint").get("resume") == str(named):
+        log.info("this run has started from %s before: it continues from its own newest checkpoint", named)
         return own
     start = locate_checkpoint(named)
     if own and not start.resolve().is_relative_to(run_folder.resolve()):
         raise CheckpointError(
-            f"{run_folder} already holds checkpoints of another run than {named}; give another run.out_dir, "
-            "or continue it with --resume auto"
+            f"{run_folder} already holds checkpoints of another run than {named}; use another run.out_dir, "
+            "or continue the run with --resume auto"
         )
     return start
 
 
-def _expect_same_order(config: Config, data_sha256: str, folder: Path) -> None:
-    """The samples consumed so far mean the same only under the same seed, sample length and data."""
-    state, _ = read_state(folder)
-    if not state.samples:
-        return
-    stored_length = _stored(folder, "data").get("seq_len") or _stored(folder, "model").get("context_length")
-    for key, before, now in (
-        ("run.seed", state.seed, config.run.seed),
-        ("data.seq_len", stored_length, config.seq_len),
-    ):
-        if before != now:
+def _check_same_run(
+    config: Config, data_sha256: str, folder: Path, state: TrainingState, stored_config: dict[str, Any]
+) -> None:
+    """Check that the model and, once samples have been consumed, the order of the data are those of the checkpoint."""
+    model = config_section(stored_config, "model")
+    settings: list[tuple[str, Any, Any, str]] = [
+        ("model.reset_positions_at", model.get("reset_positions_at"), config.model.reset_positions_at, "model")
+    ]
+    if state.samples:
+        seq_len = config_section(stored_config, "data").get("seq_len") or model.get("context_length")
+        settings += [
+            ("run.seed", state.seed, config.run.seed, "order of the data"),
+            ("data.seq_len", seq_len, config.seq_len, "order of the data"),
+        ]
+    for key, stored, now, changed in settings:
+        if stored != now:
+            stored, now = ("null" if value is None else value for value in (stored, now))
             raise CheckpointError(
-                f"{folder}: was trained with {key} {before}, now it is {now}: the order of the data would change; "
-                f"set {key} to {before}, or another run.out_dir"
+                f"{folder}: was trained with {key} {stored}, now it is {now}: the {changed} would change; "
+                f"set {key} to {stored}, or use another run.out_dir"
             )
-    if state.data_sha256 not in (None, data_sha256):
-        data_key, now_is = "data.path", f"{config.data.path} holds now (its manifest has changed)"
+    if state.samples and state.data_sha256 not in (None, data_sha256):
+        key, change = "data.path", f"{config.data.path} now holds (its manifest has changed)"
         if config.data.mixture is not None:
-            data_key, now_is = "data.mixture", "data.mixture is now (a manifest, a weight or their order has changed)"
+            key, change = "data.mixture", "data.mixture now has (a manifest, a weight or their order has changed)"
         raise CheckpointError(
-            f"{folder}: was trained on other data than {now_is}; "
-            f"set {data_key} to the data it was trained on, or another run.out_dir"
+            f"{folder}: was trained on other data than {change}; "
+            f"set {key} to the data it was trained on, or use another run.out_dir"
         )
-
-
-def _expect_same_positions(config: Config, folder: Path) -> None:
-    before, now = (
-        "null" if token is None else token
-        for token in (_stored(folder, "model").get("reset_positions_at"), config.model.reset_positions_at)
-    )
-    if before != now:
-        raise CheckpointError(
-            f"{folder}: was trained with model.reset_positions_at {before}, now it is {now}: that is another model; "
-            f"set model.reset_positions_at to {before}, or another run.out_dir"
-        )
-
-
-def _stored(folder: Path, section: str) -> dict[str, Any]:
-    """A section of the config that a checkpoint was saved with."""
-    return config_section(read_state(folder)[1], section)

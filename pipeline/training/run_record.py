@@ -1,4 +1,4 @@
-"""What a run leaves to be read, beside its checkpoints: resolved config, metrics, the console's lines."""
+"""The record of a run, besides its checkpoints: resolved config, metrics, console lines."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ log = logging.getLogger(__name__)
 
 
 class RunRecord:
-    """Rows go to ``metrics.jsonl``, TensorBoard and the console. Ranks but the main one keep none.
+    """Writes rows to ``metrics.jsonl``, TensorBoard and the console, on the main rank only.
 
-    Each row says how long the run has taken: ``elapsed_s``, wall-clock seconds over all its starts. What was lost to a
-    crash counts in as far as it was logged, the time between two starts does not.
+    Each row has ``elapsed_s``, the wall-clock seconds of the run over all its starts. It includes logged steps
+    that were lost in a crash, but not the time between two starts.
 
     Args:
-        resumed_step: rows after it are dropped: the run will write them again.
+        resumed_step: rows after this step are dropped, because the run will write them again.
     """
 
     def __init__(self, config: Config, *, is_main: bool, resumed_step: int) -> None:
@@ -42,7 +42,7 @@ class RunRecord:
         return MetricsLog(self.run_folder, resumed_step=resumed_step, tensorboard=self.config.logging.tensorboard)
 
     def write(self, row: dict[str, Any], *, console: bool = True) -> None:
-        """One row; ``row["step"]`` is required. Numbers that are not finite become null, which JSON has."""
+        """Write one row, which must have a ``step``. NaN and infinite numbers become null, because JSON lacks them."""
         if self._metrics:
             row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
             row["elapsed_s"] = round(time.perf_counter() - self._started, 3)
@@ -51,11 +51,11 @@ class RunRecord:
                 log.info(format_row(row, self.config.schedule.max_steps))
 
     def write_start(self, step: int, **started: str | int) -> None:
-        """What the run is and computes on from here: it may change with every start."""
+        """Record the backend and hardware of this start of the run, which may differ from the last one's."""
         self.write({"step": step, "started": started}, console=False)
 
     def write_saves(self, outcomes: list[SaveOutcome]) -> None:
-        """How saves ended: a failed one is a warning and a counter, and no reason to stop."""
+        """Record the outcomes of saves. A failed save is logged and counted, and does not stop the run."""
         for outcome in outcomes:
             if saved := outcome.saved:
                 log.info("%s, training paused %.3f s", saved, outcome.pause_s)
@@ -67,12 +67,12 @@ class RunRecord:
             self.write({"step": outcome.step, **row}, console=False)
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after ``step``: the run has gone back to it."""
+        """Drop the rows after ``step``, to which the run has been rolled back."""
         if self._metrics:
             self._metrics.rewind(step)
 
     def close(self, results: dict[str, float]) -> None:
-        """Write settings and final results for TensorBoard's HPARAMS page, and close."""
+        """Write hyperparameters and final results for TensorBoard, and close all files."""
         if self._metrics:
             finite = {f"final/{name}": value for name, value in results.items() if math.isfinite(value)}
             self._metrics.write_hyperparameters(dump_config(self.config), finite)

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: linear warm-up, then cosine."""
+"""The learning rate as a pure function of the step: linear warm-up, then cosine decay."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ from pipeline.config.schema import OptimizerConfig, ScheduleConfig
 
 
 def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
-    """The learning rate of the update that follows ``step`` finished ones.
+    """Return the learning rate of the optimizer step that follows ``step`` finished ones.
 
-    It rises linearly to the peak over ``warmup_steps`` updates (the first is already above zero),
-    then falls on half a cosine to ``min_lr_ratio`` of the peak at ``max_steps`` (Loshchilov and
-    Hutter 2017, without restarts), and stays there.
-
-    Args:
-        step: finished optimizer steps, from 0.
+    It rises linearly to the peak over ``warmup_steps`` steps, of which the first is above zero, then falls along half a
+    cosine to ``min_lr_ratio`` of the peak at ``max_steps`` (Loshchilov and Hutter 2017, without restarts).
     """
     peak = optimizer.learning_rate
     if step < schedule.warmup_steps:

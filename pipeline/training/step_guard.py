@@ -1,25 +1,31 @@
-"""Judges finished steps: skipped ones, too many of them in a row, and spikes in loss or gradient norm."""
+"""Judge finished steps: which ones were skipped or spiked, and when the run must stop."""
 
 from __future__ import annotations
 
 import logging
 import math
 import statistics
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from torch import Tensor
+
 from pipeline.checkpoint.folder import GuardState
 from pipeline.config.schema import GuardConfig
+from pipeline.distributed.device import LateValue
+from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
-#: Spread below which a window counts as flat, relative to its mean: rounding alone must not look like a spike.
+#: A window whose standard deviation is below this fraction of its mean is flat: rounding must not look like a spike.
 _LEAST_RELATIVE_SPREAD = 1e-3
 
 
 class Verdict(Enum):
-    """What to do about a step."""
+    """The judgement of a step."""
 
     GOOD = "good"
     SKIPPED = "skipped"  # its update was not applied
@@ -27,15 +33,32 @@ class Verdict(Enum):
 
 
 @dataclass(frozen=True)
+class TrainedStep:
+    """A queued optimizer step; the device may still be computing its loss and gradient norm."""
+
+    step: int
+    first_sample: int
+    stop_sample: int
+    loss_share: Tensor  # this rank's share of the mean loss: the sum over ranks is the global batch's
+    grad_norm: LateValue  # global, unscaled, before clipping
+    loss_scale: float
+    learning_rate: float
+
+    def loss(self, world: World) -> float:
+        """Wait for the mean loss of the global batch and return it. Collective."""
+        return world.sum(self.loss_share).item()
+
+
+@dataclass(frozen=True)
 class FinishedStep:
-    """The numbers by which a step is judged, the same on every rank."""
+    """The numbers that a step is judged by, the same on every rank."""
 
     step: int
     first_sample: int
     stop_sample: int
     grad_norm: float
-    loss_scale: float  # that its gradients were computed with
-    loss: float | None  # of the global batch; None where no spikes are looked for
+    loss_scale: float  # of the loss that its gradients were computed from
+    loss: float | None  # of the global batch; None if the run does not watch for spikes
 
     def __str__(self) -> str:
         loss = "" if self.loss is None else f"loss {self.loss:.4g}, "
@@ -44,31 +67,51 @@ class FinishedStep:
 
 
 class StepGuard:
-    """Follows a run's steps in order. Every rank comes to the same verdicts."""
+    """Judges a run's steps in order, once the device has finished them. All ranks reach the same verdicts."""
 
     def __init__(self, config: GuardConfig, state: GuardState) -> None:
         self.config = config
         self.state = state
+        self._queue: deque[TrainedStep] = deque()
 
     @property
     def watches_spikes(self) -> bool:
         """Whether verdicts need the loss of every step."""
         return self.config.spike_zscore is not None
 
-    def judge(self, finished: FinishedStep) -> Verdict:
-        """The verdict on a step; the state follows.
+    def enqueue(self, trained: TrainedStep) -> None:
+        """Add a step to judge later."""
+        self._queue.append(trained)
+
+    def judge_queued(self, world: World, *, leave: int = 0) -> Iterator[tuple[FinishedStep, Verdict]]:
+        """Yield queued steps with their verdicts, oldest first, until ``leave`` steps remain. Collective.
 
         Raises:
-            TrainingError: too many steps in a row were skipped, or there were too many rollbacks.
+            TrainingError: see :meth:`judge`.
+        """
+        while len(self._queue) > leave:
+            queued = self._queue.popleft()
+            loss = queued.loss(world) if self.watches_spikes else None
+            grad_norm = queued.grad_norm.read()
+            finished = FinishedStep(
+                queued.step, queued.first_sample, queued.stop_sample, grad_norm, queued.loss_scale, loss
+            )
+            yield finished, self.judge(finished)
+
+    def judge(self, finished: FinishedStep) -> Verdict:
+        """Return the verdict on a step and update the state.
+
+        Raises:
+            TrainingError: too many steps in a row were skipped, or the run has been rolled back too often.
         """
         if not math.isfinite(finished.grad_norm):
-            self._count_bad(finished)
+            self._count_skipped(finished)
             return Verdict.SKIPPED
         self.state = replace(self.state, bad_in_a_row=0)
         if not self.watches_spikes:
             return Verdict.GOOD
         if spike := self._describe_spike(finished):
-            self._expect_rollbacks_left(finished, spike)
+            self._require_rollbacks_left(finished, spike)
             log.warning("%s: %s", finished, spike)
             return Verdict.SPIKE
         assert finished.loss is not None
@@ -76,37 +119,37 @@ class StepGuard:
         self.state = replace(self.state, recent=recent)
         return Verdict.GOOD
 
-    def after_rollback(self, stored: GuardState, finished: FinishedStep) -> None:
-        """Go on from a checkpoint's state, leaving out the samples of the step that spiked."""
+    def after_rollback(self, stored: GuardState, spike: FinishedStep) -> None:
+        """Continue from a checkpoint's state, without the samples of the step that spiked."""
+        self._queue.clear()
         self.state = replace(
             stored,
             rollbacks=self.state.rollbacks + 1,
-            skipped_samples=(*self.state.skipped_samples, (finished.first_sample, finished.stop_sample)),
+            skipped_samples=(*self.state.skipped_samples, (spike.first_sample, spike.stop_sample)),
         )
 
     def next_sample(self, consumed: int, samples_per_step: int) -> int:
-        """Where the next step's samples begin: after ``consumed``, and after what is left out."""
+        """Return the first sample of the next step, after ``consumed`` samples and without the skipped ones."""
         first = consumed
         for start, stop in sorted(self.state.skipped_samples):
             if first < stop and start < first + samples_per_step:
                 first = stop
         return first
 
-    def _count_bad(self, finished: FinishedStep) -> None:
-        """A skip at a loss scale above 1 is how fp16 finds its scale, and does not count."""
+    def _count_skipped(self, finished: FinishedStep) -> None:
         log.warning("%s: not finite, the step is skipped", finished)
-        if finished.loss_scale > 1:
+        if finished.loss_scale > 1:  # an overflow by which fp16 finds its loss scale
             return
         in_a_row = self.state.bad_in_a_row + 1
         self.state = replace(self.state, bad_in_a_row=in_a_row)
         if in_a_row >= self.config.max_bad_steps:
             raise TrainingError(
-                f"{finished}: {in_a_row} steps in a row were not finite; stopped, the checkpoints so far are intact; "
-                "lower optimizer.learning_rate, lengthen schedule.warmup_steps, or raise guard.max_bad_steps"
+                f"{finished}: {in_a_row} steps in a row were not finite; the run has stopped, its checkpoints are "
+                "intact; lower optimizer.learning_rate, raise schedule.warmup_steps, or raise guard.max_bad_steps"
             )
 
     def _describe_spike(self, finished: FinishedStep) -> str | None:
-        """Why a step is a spike, once the window is full; None: it is none."""
+        """Return why a step is a spike. Returns None if it is not, or if the window is not full yet."""
         threshold = self.config.spike_zscore
         assert threshold is not None and finished.loss is not None
         if len(self.state.recent) < self.config.spike_window:
@@ -118,16 +161,16 @@ class StepGuard:
                 return f"its {what} is {zscore:.1f} standard deviations above the last {len(window)} steps"
         return None
 
-    def _expect_rollbacks_left(self, finished: FinishedStep, spike: str) -> None:
+    def _require_rollbacks_left(self, finished: FinishedStep, spike: str) -> None:
         if self.state.rollbacks >= self.config.max_rollbacks:
             raise TrainingError(
-                f"{finished}: {spike}, after {self.state.rollbacks} rollbacks; stopped, the checkpoints so far are "
-                "intact; lower optimizer.learning_rate, or raise guard.max_rollbacks or guard.spike_zscore"
+                f"{finished}: {spike}, after {self.state.rollbacks} rollbacks; the run has stopped, its checkpoints "
+                "are intact; lower optimizer.learning_rate, or raise guard.max_rollbacks or guard.spike_zscore"
             )
 
 
 def z_score(value: float, window: tuple[float, ...]) -> float:
-    """How many standard deviations ``value`` lies above the mean of ``window``; NaN for NaN."""
+    """Return how many standard deviations ``value`` is above the mean of ``window``; NaN for NaN."""
     mean = statistics.fmean(window)
     spread = max(statistics.pstdev(window, mean), abs(mean) * _LEAST_RELATIVE_SPREAD)
     return (value - mean) / spread if spread else math.inf if value > mean else 0.0

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a trace of a few steps, and the table of what took longest."""
+"""A profile of a few training steps: a trace, and a table of the operators that took longest."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.profiler import ProfilerActivity, profile, schedule
 log = logging.getLogger(__name__)
 
 PROFILE_FOLDER, TRACE_FILE, TABLE_FILE = "profile", "trace.json", "top_kernels.txt"
-#: Steps before: compilation, the allocators' first blocks, and one in which the profiler itself warms up.
+#: Steps before the profile: compilation, the allocators' first blocks, and the profiler's own warm-up step.
 SETTLING_STEPS = 5
 _ROWS, _LOGGED_ROWS, _LONGEST_NAME = 40, 8, 90
 
 
 class StepProfile:
-    """Traces steps of this process with torch's profiler.
+    """Profiles steps of this process with torch's profiler.
 
     Args:
-        run_folder: gets ``profile/`` with a Chrome trace (chrome://tracing, ui.perfetto.dev) and a table.
-        device: whose kernels are traced beside the CPU's operators.
-        steps: how many; 0: none, and nothing costs anything.
+        run_folder: receives ``profile/`` with a Chrome trace (chrome://tracing, ui.perfetto.dev) and a table.
+        device: its kernels are traced in addition to the CPU's operators.
+        steps: how many steps to profile; 0 for none, at no cost.
     """
 
     def __init__(self, run_folder: Path, device: torch.device, steps: int) -> None:
@@ -36,7 +36,7 @@ class StepProfile:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Around the steps; what was traced by its end is written."""
+        """Profile the steps inside the block and write the result."""
         if not self._steps:
             yield
             return
@@ -47,10 +47,10 @@ class StepProfile:
             yield
         self._profiler = None
         if not self._written:
-            log.warning("no profile: it begins after %d steps, and the run ended before", SETTLING_STEPS)
+            log.warning("no profile was written: it begins after %d steps, and the run ended earlier", SETTLING_STEPS)
 
     def count_step(self) -> None:
-        """One more optimizer step was queued."""
+        """Count one more queued optimizer step."""
         if self._profiler:
             self._profiler.step()
 
@@ -62,7 +62,7 @@ class StepProfile:
         own_time = "self_device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
         table.write_text(averages.table(sort_by=own_time, row_limit=_ROWS, max_name_column_width=100), encoding="utf-8")
         self._written = True
-        log.info("profile of %d steps: %s, %s; what took longest:", self._steps, trace, table)
-        whole_us = sum(getattr(row, own_time) for row in averages)
+        log.info("profile of %d steps: %s, %s; the operators that took longest:", self._steps, trace, table)
+        total_us = sum(getattr(row, own_time) for row in averages)
         for row in sorted(averages, key=lambda row: getattr(row, own_time), reverse=True)[:_LOGGED_ROWS]:
-            log.info("  %5.1f%%  %s", 100 * getattr(row, own_time) / whole_us, row.key[:_LONGEST_NAME])
+            log.info("  %5.1f%%  %s", 100 * getattr(row, own_time) / total_us, row.key[:_LONGEST_NAME])

@@ -1,4 +1,4 @@
-"""Tokens per second and model-FLOPs utilisation over the time that is really spent training."""
+"""Tokens per second and model FLOPs utilization (MFU) over the time that is spent on training."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 
 class ThroughputMeter:
-    """Counts steps since the last reading; validation and checkpoints stand outside the clock.
+    """Counts steps and measures time since the last reading, without evaluations and checkpoints.
 
     Args:
         tokens_per_step: over all ranks.
-        flops_per_token: of the model, forward and backward.
-        ceiling_flops: matrix FLOP/s that all ranks together can reach.
+        flops_per_token: of the model's forward and backward pass.
+        ceiling_flops: FLOP/s in matrix products that all ranks together can reach.
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, ceiling_flops: float) -> None:
@@ -24,24 +24,24 @@ class ThroughputMeter:
 
     @property
     def ideal_step_s(self) -> float:
-        """How long a step would take at the ceiling."""
+        """Seconds that a step would take at the ceiling."""
         return self.tokens_per_step * self.flops_per_token / self.ceiling_flops
 
     def restart(self) -> None:
-        """Start the clock anew, right before the first step."""
+        """Restart the clock. Call it right before the first step."""
         self._started, self._steps, self._waited_s = time.perf_counter(), 0, 0.0
 
     def count_step(self) -> None:
-        """One more optimizer step was queued."""
+        """Count one more queued optimizer step."""
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Rates since the last reading, as metrics; the caller has waited for the device."""
+        """Return rates since the last reading, as metrics. Synchronize the device first."""
         now = time.perf_counter()
         seconds = (now - self._started) / self._steps
         tokens_per_s = self.tokens_per_step / seconds
         waited_share = self._waited_s / (now - self._started)
-        self._started, self._steps, self._waited_s = now, 0, 0.0
+        self.restart()
         return {
             "tokens_per_s": tokens_per_s,
             "step_ms": seconds * 1e3,
@@ -51,7 +51,7 @@ class ThroughputMeter:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Count the block as time that training waits for its next batch."""
+        """Count the time of the block as waiting for data."""
         started = time.perf_counter()
         try:
             yield
@@ -60,7 +60,7 @@ class ThroughputMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock for what is not training."""
+        """Stop the clock during the block."""
         stopped = time.perf_counter()
         try:
             yield

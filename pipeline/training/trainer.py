@@ -1,12 +1,12 @@
-"""Stage 2: the one training loop, the same for every backend."""
+"""The training loop, the same for every backend."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,31 +38,18 @@ from pipeline.seeds import derive_seed
 from pipeline.training.interruption import StopRequest
 from pipeline.training.run_record import RunRecord
 from pipeline.training.schedule import lr_at
-from pipeline.training.step_guard import FinishedStep, StepGuard, Verdict
+from pipeline.training.step_guard import FinishedStep, StepGuard, TrainedStep, Verdict
 from pipeline.training.step_profile import StepProfile
 from pipeline.training.throughput import ThroughputMeter
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TrainedStep:
-    """What one optimizer step leaves to be read later."""
-
-    step: int
-    first_sample: int
-    stop_sample: int
-    loss_share: Tensor  # this rank's part of the mean loss; the sum over ranks is that of the global batch
-    grad_norm: LateValue  # global, unscaled, before clipping
-    loss_scale: float
-    learning_rate: float
-
-
 class Trainer:
-    """Runs optimizer steps from a state to ``schedule.max_steps``.
+    """Trains a model from a state to ``schedule.max_steps``.
 
-    Everything it needs is built before (see :mod:`pipeline.training.run`). It owns the loop: micro-steps,
-    learning rate, logging, validation, checkpoints; the backend owns all that is distributed.
+    It owns the loop: micro-batches, learning rate, logging, evaluation, checkpoints. The backend owns everything that
+    is distributed. :func:`pipeline.training.run.train` builds what a trainer needs.
     """
 
     def __init__(
@@ -84,7 +71,7 @@ class Trainer:
         self.loader = loader
         self.prefetcher = Prefetcher(loader, world.device)
         self.throughput = throughput
-        self.tasks = tasks or {}  # of evaluation.tasks, beside the validation
+        self.tasks = tasks or {}  # of evaluation.tasks, except the validation
         self.run_folder = Path(config.run.out_dir)
         self.state = TrainingState(0, 0, 0, 0, *backend.loss_scaler.state, config.run.seed)
         if resume_from:
@@ -110,16 +97,15 @@ class Trainer:
             device=device_name(world.device),
             parameters=parameter_count(config.model),
         )
-        self.results: dict[str, float] = {}  # the last loss and validation loss
-        self._unjudged: list[TrainedStep] = []
+        self.results: dict[str, float] = {}  # the latest loss and validation loss
 
     def fit(self) -> None:
-        """Train to the last step; validate and save on the way and at the end.
+        """Train to the last step, with evaluations and checkpoints on the way and at the end.
 
         Raises:
-            TrainingError: too many steps went wrong.
-            CheckpointError: the last checkpoint could not be written; earlier ones that could not are only logged.
-            Interrupted: a signal asked to stop; the state is saved.
+            TrainingError: too many steps were not finite or spiked.
+            CheckpointError: the last checkpoint could not be written. Earlier failures are only logged.
+            Interrupted: a signal asked the run to stop, and its state is saved.
         """
         try:
             with self.stop_request.listening(), self.profile.recording():
@@ -127,7 +113,7 @@ class Trainer:
                 self._finish_saving()
         finally:
             self.prefetcher.close()
-            self.record.write_saves(self.saver.wait())  # on any way out, what is in flight is finished and verified
+            self.record.write_saves(self.saver.wait())  # finish and verify saves in flight, also after an error
             self.record.close(self.results)
         if received:
             raise Interrupted(
@@ -137,19 +123,19 @@ class Trainer:
             )
 
     def _train(self) -> signal.Signals | None:
-        """The recipe of training; returns the signal that ended it early."""
+        """Run the training loop. Returns the signal that ended it early, or None."""
+        config = self.config
         if self.state.step == 0:
             self.evaluate()
         self.throughput.restart()
-        while self.state.step < self.config.schedule.max_steps:
+        while self.state.step < config.schedule.max_steps:
             trained = self.train_step()
-            self.profile.count_step()
-            step, due = self.state.step, self._is_due
             received = self.stop_request.agreed()
-            saves = due(step, self.config.checkpoint.every_steps) or received is not None
-            evaluates = due(step, self.config.evaluation.every_steps)
-            logs = saves or step == 1 or due(step, self.config.logging.every_steps)
-            if self._rolled_back(judge_all=logs or evaluates):
+            saves = received is not None or self._is_due(config.checkpoint.every_steps)
+            evaluates = self._is_due(config.evaluation.every_steps)
+            logs = saves or self.state.step == 1 or self._is_due(config.logging.every_steps)
+            spikes = self._judge_finished_steps(judge_all=logs or evaluates)
+            if any(self._roll_back(spike) for spike in spikes):
                 continue
             if logs:
                 self.log_step(trained)
@@ -162,46 +148,48 @@ class Trainer:
                 return received
         return None
 
+    def _is_due(self, every_steps: int) -> bool:
+        return self.state.step % every_steps == 0 or self.state.step == self.config.schedule.max_steps
+
     def train_step(self) -> TrainedStep:
-        """One optimizer step; its loss and norm stay on the device, to be read late."""
+        """Queue one optimizer step. Its loss and gradient norm stay on the device, and are read later."""
         first_sample = self.guard.next_sample(self.state.samples, self.plan.samples_per_step)
         with self.throughput.waiting_for_data():
             micro_batches = self.prefetcher.micro_batches(first_sample)
-        scored_targets = self._count_targets(micro_batches)
         loss_scale = self.backend.loss_scaler.scale
+        loss_share = self._accumulate(micro_batches)
+        learning_rate = lr_at(self.state.step, self.config.optimizer, self.config.schedule)
+        grad_norm = LateValue(self.backend.step(learning_rate).grad_norm)
+        self.throughput.count_step()
+        self.profile.count_step()
+        self._advance(first_sample)
+        step, stop_sample = self.state.step, self.state.samples
+        trained = TrainedStep(step, first_sample, stop_sample, loss_share, grad_norm, loss_scale, learning_rate)
+        self.guard.enqueue(trained)
+        return trained
+
+    def _accumulate(self, micro_batches: list[MicroBatch]) -> Tensor:
+        """Accumulate gradients over micro-batches. Returns this rank's share of the global batch's mean loss."""
+        scored_targets = self._count_scored_targets(micro_batches)
+        # Backends average gradients over ranks; multiplying by the world size gives their sum.
+        loss_weight = self.world.size / scored_targets
         loss_sum = torch.zeros((), device=self.world.device)
         for i, micro_batch in enumerate(micro_batches):
             self._seed_dropout(micro_batch)
             tokens, targets = micro_batch.to(self.world.device)
-            # Backends average gradients over ranks; the world size turns that into the sum.
-            loss_weight = self.world.size / scored_targets
             loss_sum += self.backend.accumulate(tokens, targets, loss_weight, is_last=i == len(micro_batches) - 1)
-        learning_rate = lr_at(self.state.step, self.config.optimizer, self.config.schedule)
-        grad_norm = LateValue(self.backend.step(learning_rate).grad_norm)
-        self.throughput.count_step()
-        self._advance(first_sample)
-        trained = TrainedStep(
-            self.state.step,
-            first_sample,
-            self.state.samples,
-            loss_sum / scored_targets,
-            grad_norm,
-            loss_scale,
-            learning_rate,
-        )
-        self._unjudged.append(trained)
-        return trained
+        return loss_sum / scored_targets
 
-    def _count_targets(self, micro_batches: list[MicroBatch]) -> int | Tensor:
-        """Scored targets of the global batch, known before the first backward pass."""
+    def _count_scored_targets(self, micro_batches: list[MicroBatch]) -> int | Tensor:
+        """Return the number of scored targets of the global batch."""
         if not self.loader.has_mask:
             return self.plan.tokens_per_step
         local = sum(micro_batch.scored_targets for micro_batch in micro_batches)
         total = self.world.sum(torch.tensor(local, device=self.world.device))
-        return torch.clamp(total, min=1)  # a step without any target changes nothing
+        return torch.clamp(total, min=1)  # a step without targets has gradients of zero
 
     def _seed_dropout(self, micro_batch: MicroBatch) -> None:
-        """Dropout is a function of seed and samples: the same on resume, backend and world size."""
+        """Make dropout a function of seed and sample: the same after a resume, on any backend and at any world size."""
         if self.config.model.dropout:
             torch.manual_seed(derive_seed(self.config.run.seed, "dropout", micro_batch.first_sample))
 
@@ -216,46 +204,36 @@ class Trainer:
             loss_scale_good_steps=good_steps,
         )
 
-    def _rolled_back(self, *, judge_all: bool) -> bool:
-        """Judge finished steps; True: one of them spiked, and the state is that of an earlier checkpoint.
+    def _judge_finished_steps(self, *, judge_all: bool) -> Iterator[FinishedStep]:
+        """Judge the steps that the device has finished, and yield those that spiked. Collective.
 
-        On a GPU the newest step is left for the next turn unless ``judge_all``: reading its norm would wait for it.
+        Reading the newest step would wait for a GPU, so that step is left for the next call unless ``judge_all``.
         """
         leave = 1 if self.world.device.type == "cuda" and not judge_all else 0
-        while len(self._unjudged) > leave:
-            trained = self._unjudged.pop(0)
-            finished = self._read(trained)
-            verdict = self.guard.judge(finished)
-            if verdict is Verdict.SPIKE and self._roll_back(finished):
-                return True
+        for finished, verdict in self.guard.judge_queued(self.world, leave=leave):
+            if verdict is Verdict.SPIKE:
+                yield finished
             if verdict is Verdict.SKIPPED:
-                samples = [trained.first_sample, trained.stop_sample]
-                self.record.write({"step": trained.step, "skipped_samples": samples}, console=False)
-            updates = self.state.updates + (verdict is not Verdict.SKIPPED)
-            self.state = replace(self.state, updates=updates, guard=self.guard.state)
-        return False
-
-    def _read(self, trained: TrainedStep) -> FinishedStep:
-        loss = self.world.sum(trained.loss_share).item() if self.guard.watches_spikes else None
-        return FinishedStep(
-            trained.step, trained.first_sample, trained.stop_sample, trained.grad_norm.read(), trained.loss_scale, loss
-        )
+                samples = [finished.first_sample, finished.stop_sample]
+                self.record.write({"step": finished.step, "skipped_samples": samples}, console=False)
+            else:
+                self.state = replace(self.state, updates=self.state.updates + 1)
 
     def _roll_back(self, spike: FinishedStep) -> bool:
-        """Go back to the newest good checkpoint; the batch of the spike will be left out. Collective."""
+        """Load the newest good checkpoint and skip a spike's samples. Returns False if there is none. Collective."""
         self.record.write_saves(self.saver.wait())
         folder = self.world.call_on_main(lambda: newest_good_checkpoint(self.run_folder))
         if folder is None:
-            log.warning("there is no checkpoint yet to go back to: the run goes on")
+            log.warning("no checkpoint yet to roll back to: training continues")
             return False
-        stored = self._load(folder)
-        self.guard.after_rollback(stored.guard, spike)
-        self.state = replace(stored, guard=self.guard.state)
-        self._unjudged.clear()
-        log.warning("went back to %s; samples %d to %d are left out", folder, spike.first_sample, spike.stop_sample - 1)
-        self.record.rewind(stored.step)
+        self.state = self._load(folder)
+        self.guard.after_rollback(self.state.guard, spike)
+        log.warning(
+            "rolled back to %s; samples %d to %d are left out", folder, spike.first_sample, spike.stop_sample - 1
+        )
+        self.record.rewind(self.state.step)
         samples = [spike.first_sample, spike.stop_sample]
-        self.record.write({"step": stored.step, "left_out_samples": samples}, console=False)
+        self.record.write({"step": self.state.step, "left_out_samples": samples}, console=False)
         self.throughput.restart()
         return True
 
@@ -268,8 +246,8 @@ class Trainer:
         return state
 
     def log_step(self, trained: TrainedStep) -> None:
-        """Read the late values of a step and write them down. Collective."""
-        self.results["loss"] = loss = self.world.sum(trained.loss_share).item()
+        """Wait for a step's loss and gradient norm, and write a row of metrics. Collective."""
+        self.results["loss"] = loss = trained.loss(self.world)
         synchronize(self.world.device)
         row = {
             "step": trained.step,
@@ -301,21 +279,14 @@ class Trainer:
                     self.record.write({"step": self.state.step, SAMPLE_KEY: text}, console=False)
 
     def save(self) -> None:
-        """Begin a checkpoint of the current state; training may go on. Collective."""
+        """Start to save a checkpoint of the current state; training continues meanwhile. Collective."""
         with self.throughput.paused():
             self.backend.model.assert_tied()
-            self.record.write_saves(self.saver.start(self.state))
+            self.record.write_saves(self.saver.start(replace(self.state, guard=self.guard.state)))
 
     def _finish_saving(self) -> None:
-        """Wait until the last checkpoint stands.
-
-        Raises:
-            CheckpointError: it could not be written.
-        """
+        """Wait for the last checkpoint. Raises CheckpointError if it could not be written."""
         for outcome in self.saver.wait():
             self.record.write_saves([outcome])
             if outcome.problem:
                 raise CheckpointError(outcome.problem)
-
-    def _is_due(self, step: int, every_steps: int) -> bool:
-        return step % every_steps == 0 or step == self.config.schedule.max_steps

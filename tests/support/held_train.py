@@ -11,7 +11,8 @@ from pathlib import Path
 
 from launch.cli import run_command
 from launch.train import main
-from pipeline.training.trainer import TrainedStep, Trainer
+from pipeline.training.step_guard import TrainedStep
+from pipeline.training.trainer import Trainer
 
 HOLD_AFTER = int(os.environ["HOLD_AFTER"])
 HOLD_FILE = Path(os.environ["HOLD_FILE"])
@@ -23,7 +24,7 @@ def hold_before_the_next_step() -> None:
     plain_train_step = Trainer.train_step
 
     def train_step(self: Trainer) -> TrainedStep:
-        while self.state.step == HOLD_AFTER and HOLD_FILE.exists() and not self.stop_request.noted:
+        while self.state.step == HOLD_AFTER and HOLD_FILE.exists() and not self.stop_request.received:
             time.sleep(POLL_S)
         return plain_train_step(self)
 

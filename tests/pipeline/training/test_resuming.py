@@ -281,7 +281,7 @@ class TestOrderOfTheData:
             ({"sha256": "cd" * 32}, "was trained on other data than .*set data.path"),
             (
                 {"sha256": "cd" * 32, "data": {"mixture": [{"path": "a", "weight": 1}]}},
-                "other data than data.mixture is now .* set data.mixture to the data it was trained on",
+                "other data than data.mixture now has .* set data.mixture to the data it was trained on",
             ),
             (
                 {"model": {"reset_positions_at": 88}},

@@ -33,7 +33,7 @@ def test_trace_and_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
 
 def test_a_run_that_ends_before_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(StepProfile(tmp_path, CPU, steps=2), SETTLING_STEPS - 1)
-    assert "no profile" in caplog.text
+    assert "no profile was written" in caplog.text
     assert not (tmp_path / PROFILE_FOLDER).exists()
 
 
