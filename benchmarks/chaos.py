@@ -174,7 +174,7 @@ def main() -> None:
 
 
 def print_summary(outcomes: list[Outcome]) -> None:
-    """The figures that ``docs/checkpoints.md`` quotes."""
+    """The figures that ``docs/benchmarks/checkpoints.md`` quotes."""
     lost = [steps for outcome in outcomes for steps in outcome.lost_steps]
     saves = [count for outcome in outcomes for count in outcome.lost_saves]
     survived = sum(not outcome.problems for outcome in outcomes)

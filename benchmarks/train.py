@@ -226,7 +226,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         action="append",
         default=[],
         metavar="NAME=COMMAND",
-        help="another peer; docs/performance.md has the protocol and an example",
+        help="another peer; docs/benchmarks/training.md has the protocol and an example",
     )
     return parser.parse_args(arguments)
 

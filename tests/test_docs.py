@@ -1,12 +1,13 @@
-"""What README and docs tell people to type exists, and runs.
+"""Check that what README, docs and CONTRIBUTING tell people to type, open or follow exists, and that it runs.
 
-Blocks under ``<!-- runnable -->`` are run as they stand, page by page, in a folder that looks like a checkout; stage 1
-and training get options after their own that make them small. Whatever else is mentioned must exist: commands, options,
-keys, files.
+Blocks under ``<!-- runnable -->`` are run page by page, in a folder that looks like a checkout; options that make
+stage 1 and training small are appended. Everything else that is mentioned must exist: commands, options, keys, files,
+functions, links and their anchors.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import tempfile
@@ -20,15 +21,34 @@ from pipeline.config.loading import valid_keys
 from tests.support.rank_server import RankServer
 from tests.support.runs import REPOSITORY, Sections, child_environment, overrides, run_ranks
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+
+def read_page(name: str) -> str:
+    """Return a page with commands that continue on the next line joined into one line."""
+    return re.sub(r" *\\\n +", " ", (REPOSITORY / name).read_text(encoding="utf-8"))
+
+
+#: What users read, and what contributors read: text by path within the repository.
+USER_PAGES = ["README.md", *sorted(str(p.relative_to(REPOSITORY)) for p in (REPOSITORY / "docs").rglob("*.md"))]
+TEXTS = {page: read_page(page) for page in USER_PAGES}
+ALL_TEXTS = {**TEXTS, **{page: read_page(page) for page in ("CONTRIBUTING.md", "CHANGELOG.md")}}
 
 RUNNABLE = re.compile(r"<!-- runnable -->\n\n((?:    .*\n)+)")
 COMMAND = re.compile(r"launch/(\w+)\.py([^`\n]*)")
-LINK = re.compile(r"\]\(([^)#:]+)\)")
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 SETTING = re.compile(r"(?<![\w.])([a-z_]+(?:\.[a-z_0-9]+)+)=")
+SOURCE_FILE = re.compile(
+    r"(?<![\w/.-])((?:pipeline|data_tools|launch|tests|benchmarks|ds_configs)/[\w/.-]+\.(?:py|json|sbatch))"
+)
+QUALIFIED_NAME = re.compile(r"`([A-Za-z_]\w*(?:\.\w+)*)`")
 
-#: Makes any run of the docs last seconds.
+#: Files that the worked examples of CONTRIBUTING tell the reader to create.
+NEW_FILES = {
+    "pipeline/backends/mylib.py",
+    "ds_configs/mylib.json",
+    "data_tools/sources/mysource.py",
+}
+
+#: Overrides that make any run of the docs last seconds.
 SMALL: Sections = {
     "run": {"device": "cpu"},
     "model": {"n_layer": 1, "n_head": 1, "n_embd": 16, "context_length": 32},
@@ -44,7 +64,7 @@ SHRUNK = {
 
 @dataclass(frozen=True)
 class Command:
-    """A line of a runnable block."""
+    """One line of a runnable block."""
 
     processes: int
     script: str  # launch/train.py
@@ -52,10 +72,10 @@ class Command:
 
 
 def parse(line: str) -> Command:
-    """A line as a shell and a launcher read it.
+    """Parse a line as a shell and a launcher do.
 
     Raises:
-        ValueError: no command of this project under a launcher that is known here.
+        ValueError: the launcher is not one of those used in the docs.
     """
     words = shlex.split(line, comments=True)
     at = next(i for i, word in enumerate(words) if word.startswith("launch/"))
@@ -73,13 +93,15 @@ def runnable_commands(page: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RankServer]:
-    """A folder that has what a checkout has, and the quickstart's data; what the commands write stays there."""
+    """Return a folder with the contents of a checkout and the quickstart's data; commands write into it."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("launch", "ds_configs", "README.md"):
         (folder / name).symlink_to(REPOSITORY / name)
-    made = folder, RankServer(folder, child_environment())
-    run(made, "python launch/tokenize_corpus.py --source python-stdlib --val-fraction 0.02 --out data/python-stdlib")
-    return made
+    prepared = folder, RankServer(folder, child_environment())
+    run(
+        prepared, "python launch/tokenize_corpus.py --source python-stdlib --val-fraction 0.02 --out data/python-stdlib"
+    )
+    return prepared
 
 
 def run(checkout: tuple[Path, RankServer], line: str) -> None:
@@ -90,13 +112,13 @@ def run(checkout: tuple[Path, RankServer], line: str) -> None:
         status = server.run(
             command.processes, folder / command.script, arguments, child_environment(), Path(outputs), timeout_s=120
         )
-        said = "".join(path.read_text(errors="replace") for path in sorted(Path(outputs).iterdir()))
-    assert status == 0, f"{line}\n{said}"
+        output = "".join(path.read_text(errors="replace") for path in sorted(Path(outputs).iterdir()))
+    assert status == 0, f"{line}\n{output}"
 
 
 @pytest.fixture(scope="module")
 def after_readme(checkout: tuple[Path, RankServer]) -> tuple[Path, RankServer]:
-    """The same after the README's commands, which begin after ``make quickstart``; that is tested on its own."""
+    """Run the README's commands, which follow ``make quickstart`` (tested on its own), and return the same folder."""
     run(checkout, "python launch/train.py --config ds_configs/ddp.json ds_configs/quickstart.json")
     for line in runnable_commands("README.md"):
         run(checkout, line)
@@ -114,7 +136,7 @@ def test_runnable_commands_run(page: str, after_readme: tuple[Path, RankServer])
     folder, _ = after_readme
     for line in runnable_commands(page):
         run(after_readme, line)
-    assert not (folder / "runs" / "gpt2").exists(), "each run of the docs has a folder of its own"
+    assert not (folder / "runs" / "gpt2").exists(), "each run of the docs names its own folder"
 
 
 def test_the_marks_are_found() -> None:
@@ -126,14 +148,14 @@ def test_the_marks_are_found() -> None:
 
 @cache
 def options_of(command: str) -> set[str]:
-    """All options of a command and of its sub-commands, from their --help."""
+    """Return all options of a command and of its sub-commands, read from their --help."""
     script = REPOSITORY / "launch" / f"{command}.py"
     assert script.is_file(), f"there is no launch/{command}.py"
-    said = help_of(script)
-    subcommands = re.search(r"usage: \S+ \[-h\] ([a-z]+(?:\|[a-z]+)+) \.\.\.", said)
+    text = help_of(script)
+    subcommands = re.search(r"usage: \S+ \[-h\] ([a-z]+(?:\|[a-z]+)+) \.\.\.", text)
     for subcommand in subcommands[1].split("|") if subcommands else ():
-        said += help_of(script, subcommand)
-    return set(re.findall(r"--[a-z][a-z-_]*", said))
+        text += help_of(script, subcommand)
+    return set(re.findall(r"--[a-z][a-z-_]*", text))
 
 
 def help_of(script: Path, *subcommand: str) -> str:
@@ -151,7 +173,7 @@ def test_commands_and_their_options_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_settings_exist(page: str) -> None:
-    """Every ``section.key=value``."""
+    """Check every ``section.key=value``."""
     keys = set(valid_keys())
     sections = {key.partition(".")[0] for key in keys}
     for setting in SETTING.findall(TEXTS[page]):
@@ -160,12 +182,61 @@ def test_settings_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_files_and_targets_exist(page: str) -> None:
-    folder = REPOSITORY if page == "README.md" else REPOSITORY / "docs"
-    for link in LINK.findall(TEXTS[page]):
-        assert (folder / link).exists(), link
-    for config in re.findall(r"ds_configs/\w+\.json", TEXTS[page]):
-        assert (REPOSITORY / config).is_file() or config == "ds_configs/mylib.json", config
+def test_make_targets_exist(page: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"(?:^    |`)make ([a-z-]+)", TEXTS[page], re.MULTILINE):
         assert target in targets, target
+
+
+@pytest.mark.parametrize("page", ALL_TEXTS)
+def test_files_exist(page: str) -> None:
+    for name in SOURCE_FILE.findall(ALL_TEXTS[page]):
+        assert name in NEW_FILES or (REPOSITORY / name).is_file(), name
+
+
+@pytest.mark.parametrize("page", ALL_TEXTS)
+def test_links_resolve(page: str) -> None:
+    """Relative links lead to a file, their anchors to a heading, and a link ``[`Name`](file.py)`` to a definition."""
+    for text, target in LINK.findall(ALL_TEXTS[page]):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (REPOSITORY / page).parent / path if path else REPOSITORY / page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors_of(file), target
+        if file.suffix == ".py":
+            for name in QUALIFIED_NAME.findall(text):
+                assert name in definitions_of(file), f"{name} in {target}"
+
+
+@cache
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@cache
+def definitions_of(file: Path) -> set[str]:
+    """Return the functions, classes, methods and variables that a source file defines, as ``Class.method``."""
+    found: set[str] = set()
+
+    def collect(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                found.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                collect(node.body, f"{prefix}{node.name}.")
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            found.update(prefix + target.id for target in targets if isinstance(target, ast.Name))
+
+    collect(ast.parse(file.read_text(encoding="utf-8")).body, "")
+    return found
+
+
+def test_prose_fits_120_columns() -> None:
+    for page, text in ((page, (REPOSITORY / page).read_text(encoding="utf-8")) for page in ALL_TEXTS):
+        for number, line in enumerate(text.splitlines(), 1):
+            is_free = line.startswith("|") or len(line.split()) == 1 or page == "docs/config.md"
+            assert len(line) <= 120 or is_free, f"{page}:{number}"

@@ -13,7 +13,7 @@ from data_tools.sources import Source
 
 _SAMPLE_BYTES = 256 << 10
 _TOKEN_BYTES = 2
-#: Of one process while it encodes; measured, see docs/data.md.
+#: Of one process while it encodes; measured, see docs/benchmarks/data.md.
 WORKER_BYTES = 350 << 20
 
 

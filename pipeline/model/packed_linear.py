@@ -1,7 +1,7 @@
 """Linear layers for a model on a CPU that trains no more: weights laid out once as oneDNN's products read them.
 
 torch's own products find weights as the checkpoint has them, and read them at half of what memory gives when the rows
-are few, as in generation; docs/generation.md has the figures.
+are few, as in generation; docs/benchmarks has the figures.
 """
 
 from __future__ import annotations
