@@ -188,7 +188,7 @@ def test_make_targets_exist(page: str) -> None:
         assert target in targets, target
 
 
-@pytest.mark.parametrize("page", ALL_TEXTS)
+@pytest.mark.parametrize("page", [page for page in ALL_TEXTS if page != "CHANGELOG.md"])  # which names former files
 def test_files_exist(page: str) -> None:
     for name in SOURCE_FILE.findall(ALL_TEXTS[page]):
         assert name in NEW_FILES or (REPOSITORY / name).is_file(), name
