@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, StrictInt, StrictStr, TypeAdapter, ValidationError, with_config
 
 from data_tools.errors import DataError
 from data_tools.storage.files import sha256_of_json
@@ -19,132 +19,151 @@ TRAIN_SPLIT = "train"
 VAL_SPLIT = "val"
 
 _MASK_SUFFIX = ".mask.npy"
-# The hash of all other keys. A manifest that another program wrote may do without.
+# The hash of all other keys. A manifest that another program wrote may omit it.
 _SEAL = "sha256"
-_MADE = "made"
-_OPTIONAL = ("report", _MADE)
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-Record = TypeVar("Record", "TokenizerRecord", "SourceRecord", "ShardRecord")
+_OPTIONAL = ("report", "made")
+_TOKENIZE_AGAIN = "delete the folder and tokenize again"
+# What a value must be, by the kind of pydantic's error.
+_EXPECTED = {
+    "string_type": "a string",
+    "int_type": "an integer",
+    "dict_type": "an object",
+    "dataclass_type": "an object",
+    "tuple_type": "a list",
+    "greater_than_equal": "0 or more",
+    "string_pattern_mismatch": "64 hexadecimal digits",
+    "value_error": "a relative path inside the folder",
+}
 
 
+def _require_inside_folder(file: str) -> str:
+    path = PurePosixPath(file)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in file:
+        raise ValueError
+    return file
+
+
+Count = Annotated[StrictInt, Field(ge=0)]
+Sha256 = Annotated[StrictStr, Field(pattern="^[0-9a-f]{64}$")]
+FileInside = Annotated[StrictStr, AfterValidator(_require_inside_folder)]
+_forbid_unknown_keys = with_config(ConfigDict(extra="forbid"))
+
+
+@_forbid_unknown_keys
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """The tokenizer whose ids the shards hold."""
+    """The tokenizer that made the ids in the shards."""
 
-    name: str
-    vocab_size: int
-    end_of_text: int
-    vocabulary_sha256: str
+    name: StrictStr
+    vocab_size: StrictInt
+    end_of_text: StrictInt
+    vocabulary_sha256: StrictStr
 
 
+@_forbid_unknown_keys
 @dataclass(frozen=True)
 class SourceRecord:
-    """Where the documents came from; ``options`` is everything that chose them."""
+    """The origin of the documents; ``options`` holds every option that selected them."""
 
-    kind: str
+    kind: StrictStr
     options: dict[str, Any]
 
 
+@_forbid_unknown_keys
 @dataclass(frozen=True)
 class ShardRecord:
-    """One shard: its file inside the folder, what it holds, and the SHA-256 of the file.
+    """One shard: its file inside the folder, its contents, and the SHA-256 of the file.
 
-    ``mask_sha256`` is that of the file beside it that says which of its tokens are scored; None: all are.
+    ``mask_sha256`` is the SHA-256 of the mask file, which says which tokens are scored; None if all tokens are.
     """
 
-    file: str
-    split: str
-    tokens: int
-    documents: int
-    utf8_bytes: int
-    sha256: str
-    mask_sha256: str | None = None
+    file: FileInside
+    split: StrictStr
+    tokens: Count
+    documents: Count
+    utf8_bytes: Count
+    sha256: Sha256
+    mask_sha256: Sha256 | None = None
 
     @property
     def mask_file(self) -> str | None:
-        """The file of its mask inside the folder; None: it has none."""
+        """The mask's file inside the folder, or None."""
         return None if self.mask_sha256 is None else mask_file_of(self.file)
 
     def to_json(self) -> dict[str, Any]:
-        """The record as plain JSON values; what is None has no key."""
+        """Return the record as plain JSON values, without keys whose value is None."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_json(cls, value: Any, place: str) -> ShardRecord:
-        """A checked record of a parsed JSON object; ``place`` says where it stood.
+        """Return the record of a parsed JSON object; ``place`` names it in an error.
 
         Raises:
-            DataError: a key is missing or unknown, a value has the wrong type or is impossible.
+            DataError: a key is missing or unknown, or a value has the wrong type or is impossible.
         """
-        record = _record_from_json(cls, value, place)
-        if not _is_inside_folder(record.file):
-            raise DataError(f"{place}: file {record.file!r} must be a relative path inside the folder")
-        for name in ("tokens", "documents", "utf8_bytes"):
-            if getattr(record, name) < 0:
-                raise DataError(f"{place}: {name} must be 0 or more, it is {getattr(record, name)}")
-        for name in ("sha256", "mask_sha256"):
-            digest = getattr(record, name)
-            if digest is not None and not _SHA256.fullmatch(digest):
-                raise DataError(f"{place}: {name} must be 64 hexadecimal digits, it is {digest!r}")
+        record: ShardRecord = _validate(cls, value, place)
         return record
 
 
+@_forbid_unknown_keys
 @dataclass(frozen=True)
 class Manifest:
-    """All that a folder of shards says about itself.
+    """The description of a folder of shards.
 
     Attributes:
-        tokenizer: whose ids the shards hold.
-        source: where the documents came from.
+        tokenizer: made the ids in the shards.
+        source: the origin of the documents.
         settings: how documents were laid out (format, shard size, seed and fraction of the split).
-        shards: in the order in which their tokens follow each other within a split.
-        report: what was found on the way (lengths of documents, repeated ones); None: nothing is known.
-        made: when and with what; says nothing of the contents. None: nothing is known.
+        shards: in the order of their tokens within a split.
+        report: statistics (lengths of documents, duplicates), or None.
+        made: when and with which versions the folder was written, or None. Independent of the contents.
     """
 
     tokenizer: TokenizerRecord
     source: SourceRecord
     settings: dict[str, Any]
     shards: tuple[ShardRecord, ...]
-    format_version: int = FORMAT_VERSION
-    dtype: str = TOKEN_DTYPE_NAME
     report: dict[str, Any] | None = None
     made: dict[str, Any] | None = None
 
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits that exist, in the order of their first shards."""
+        """Return the names of the splits, in the order of their first shards."""
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     def shards_of(self, split: str) -> tuple[ShardRecord, ...]:
-        """The shards of a split in the order of its tokens; none for an unknown split."""
+        """Return the shards of a split in the order of its tokens; empty for an unknown split."""
         return tuple(shard for shard in self.shards if shard.split == split)
 
     def tokens_of(self, split: str) -> int:
-        """Tokens of a split, one ``END_OF_TEXT`` per document included."""
+        """Return the number of tokens in a split, including one ``END_OF_TEXT`` per document."""
         return sum(shard.tokens for shard in self.shards_of(split))
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as plain JSON values, version and dtype first, its own SHA-256 last."""
-        value = {**asdict(self), "shards": [shard.to_json() for shard in self.shards]}
-        value = {"format_version": value.pop("format_version"), "dtype": value.pop("dtype"), **value}
-        value = {key: item for key, item in value.items() if key not in _OPTIONAL or item is not None}
+        """Return the manifest as plain JSON values: version and dtype first, its own SHA-256 last."""
+        content = {**asdict(self), "shards": [shard.to_json() for shard in self.shards]}
+        content = {key: item for key, item in content.items() if key not in _OPTIONAL or item is not None}
+        value = {"format_version": FORMAT_VERSION, "dtype": TOKEN_DTYPE_NAME, **content}
         return {**value, _SEAL: sha256_of_json(value)}
 
     def to_bytes(self) -> bytes:
-        """The manifest as the file has it."""
+        """Return the bytes of the manifest's file."""
         return (json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n").encode("ascii")
 
     def content_sha256(self) -> str:
-        """SHA-256 of all that says something of the contents: the same whenever and wherever they were made."""
-        return sha256_of_json({key: value for key, value in self.to_json().items() if key not in (_MADE, _SEAL)})
+        """Return the SHA-256 of everything that describes the contents: the same whenever and wherever it was made."""
+        return sha256_of_json({key: value for key, value in self.to_json().items() if key not in ("made", _SEAL)})
+
+
+_SCHEMAS: dict[type, TypeAdapter[Any]] = {record: TypeAdapter(record) for record in (Manifest, ShardRecord)}
+_NESTED_RECORDS: dict[Any, type[Any]] = {"tokenizer": TokenizerRecord, "source": SourceRecord, "shards": ShardRecord}
 
 
 def load_manifest(folder: Path | str) -> Manifest:
     """Read and check the manifest of a folder.
 
     Raises:
-        DataError: there is none, it is no JSON, of another version or dtype, or a field is wrong; one line that
-            says where and what would be right.
+        DataError: it is missing, is not JSON, has another version or dtype, or a field is wrong. One line says where
+            and what would be right.
     """
     path = Path(folder) / MANIFEST_NAME
     try:
@@ -157,7 +176,7 @@ def load_manifest(folder: Path | str) -> Manifest:
 
 
 def parse_manifest(content: bytes, place: str) -> Manifest:
-    """Check the bytes of a manifest; ``place`` says where they stood.
+    """Check the bytes of a manifest; ``place`` names them in an error.
 
     Raises:
         DataError: as ``load_manifest``.
@@ -165,83 +184,63 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place} is not valid JSON: {error}; delete the folder and tokenize again") from error
-    version = _expect_object(value, place).get("format_version")
-    # The version decides what the other keys mean, so it is judged before them.
+        raise DataError(f"{place} is not valid JSON: {error}; {_TOKENIZE_AGAIN}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{place} must be an object, it is {json.dumps(value)[:80]}")
+    # The version decides what the other keys mean, so it is checked before them.
+    version, dtype = value.get("format_version"), value.get("dtype")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise DataError(
-            f"{place}: format_version is {version!r}, this program reads {FORMAT_VERSION}; "
-            "delete the folder and tokenize again"
+            f"{place}: format_version is {version!r}, this program reads {FORMAT_VERSION}; {_TOKENIZE_AGAIN}"
         )
+    if dtype != TOKEN_DTYPE_NAME:
+        raise DataError(f"{place}: dtype is {dtype!r}, it must be {TOKEN_DTYPE_NAME!r}")
     seal = value.pop(_SEAL, None)
-    _expect_keys(value, [field.name for field in fields(Manifest)], place, _OPTIONAL)
-    if value["dtype"] != TOKEN_DTYPE_NAME:
-        raise DataError(f"{place}: dtype is {value['dtype']!r}, it must be {TOKEN_DTYPE_NAME!r}")
-    shards = _expect_type(value["shards"], list, f"{place}: shards")
-    manifest = Manifest(
-        tokenizer=_record_from_json(TokenizerRecord, value["tokenizer"], f"{place}: tokenizer"),
-        source=_record_from_json(SourceRecord, value["source"], f"{place}: source"),
-        settings=_expect_object(value["settings"], f"{place}: settings"),
-        shards=tuple(ShardRecord.from_json(shard, f"{place}: shards[{index}]") for index, shard in enumerate(shards)),
-        report=_expect_object(value["report"], f"{place}: report") if "report" in value else None,
-        made=_expect_object(value[_MADE], f"{place}: {_MADE}") if _MADE in value else None,
-    )
+    fields_only = {key: item for key, item in value.items() if key not in ("format_version", "dtype")}
+    manifest: Manifest = _validate(Manifest, fields_only, place)
     if seal not in (None, sha256_of_json(value)):
-        raise DataError(f"{place}: contents changed (its own SHA-256 differs); delete the folder and tokenize again")
-    _expect_masks_agree(manifest, place)
+        raise DataError(f"{place}: contents changed (its own SHA-256 differs); {_TOKENIZE_AGAIN}")
+    _require_consistent_masks(manifest, place)
     return manifest
 
 
 def mask_file_of(shard_file: str) -> str:
-    """Where the mask of a shard stands: ``train_000000.npy`` has ``train_000000.mask.npy``."""
+    """Return the name of a shard's mask file: ``train_000000.mask.npy`` for ``train_000000.npy``."""
     path = PurePosixPath(shard_file)
     return str(path.with_name(path.stem + _MASK_SUFFIX))
 
 
-def _expect_masks_agree(manifest: Manifest, place: str) -> None:
+def _require_consistent_masks(manifest: Manifest, place: str) -> None:
     for split in manifest.splits():
         shards = [shard for shard in manifest.shards_of(split) if shard.tokens]
         masked = [shard.file for shard in shards if shard.mask_sha256 is not None]
         plain = [shard.file for shard in shards if shard.mask_sha256 is None]
         if masked and plain:
             raise DataError(
-                f"{place}: of the split {split!r}, {masked[0]} has a mask and {plain[0]} has none; "
+                f"{place}: in the split {split!r}, {masked[0]} has a mask and {plain[0]} has none; "
                 "all shards of a split need one, or none"
             )
 
 
-def _record_from_json(record_type: type[Record], value: Any, place: str) -> Record:
-    """Build a record whose fields are strings, integers or objects, each checked against its annotation."""
-    record_fields = fields(record_type)
-    optional = [field.name for field in record_fields if field.default is not MISSING]
-    _expect_keys(value, [field.name for field in record_fields], place, optional)
-    types: Mapping[str, type] = {"str": str, "str | None": str, "int": int, "dict[str, Any]": dict}
-    for field in record_fields:
-        if field.name not in optional or value.get(field.name) is not None:
-            _expect_type(value[field.name], types[str(field.type)], f"{place}: {field.name}")
-    return record_type(**value)
+def _validate(record_type: type, value: Any, place: str) -> Any:
+    """Return the checked record, or raise ``DataError`` with the first mistake in one line."""
+    try:
+        return _SCHEMAS[record_type].validate_python(value)
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+    kind, location = mistake["type"], mistake["loc"]
+    if kind == "missing":
+        raise DataError(f"{place}{_as_path(location[:-1])}: missing key {location[-1]!r}")
+    if kind == "unexpected_keyword_argument":
+        keys = fields(record_type if len(location) == 1 else _NESTED_RECORDS[location[0]])
+        raise DataError(
+            f"{place}{_as_path(location[:-1])}: unknown key {location[-1]!r}; "
+            f"the keys are {', '.join(key.name for key in keys)}"
+        )
+    expected = _EXPECTED.get(kind, f"valid ({mistake['msg']})")
+    raise DataError(f"{place}{_as_path(location)} must be {expected}, it is {json.dumps(mistake['input'])[:80]}")
 
 
-def _expect_keys(value: Any, names: list[str], place: str, optional: Collection[str] = ()) -> None:
-    present = _expect_object(value, place).keys()
-    if missing := [name for name in names if name not in present and name not in optional]:
-        raise DataError(f"{place}: missing key {missing[0]!r}")
-    if unknown := [name for name in present if name not in names]:
-        raise DataError(f"{place}: unknown key {unknown[0]!r}; the keys are {', '.join(names)}")
-
-
-def _expect_object(value: Any, place: str) -> dict[str, Any]:
-    checked: dict[str, Any] = _expect_type(value, dict, place)
-    return checked
-
-
-def _expect_type(value: Any, expected: type, place: str) -> Any:
-    names = {str: "a string", int: "an integer", dict: "an object", list: "a list"}
-    if not isinstance(value, expected) or isinstance(value, bool):
-        raise DataError(f"{place} must be {names[expected]}, it is {json.dumps(value)[:80]}")
-    return value
-
-
-def _is_inside_folder(file: str) -> bool:
-    path = PurePosixPath(file)
-    return path.parts != () and not path.is_absolute() and ".." not in path.parts and "\0" not in file
+def _as_path(location: tuple[int | str, ...]) -> str:
+    """Return ``: shards[1]: tokens`` for ``("shards", 1, "tokens")``."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f": {key}" for key in location)
