@@ -104,7 +104,7 @@ EXPECTED = {
             "train": "93ba06f4d43654a888e974dc65f9ba66e0eabd427db89a6ca10c0f029cc963e3",
             "val": "f852f1da283b5455f67b64eac231df45027952dc9de59334dca3833bc74c88b5",
         },
-        {"train": ["### Instruction:\nAdd"] * 10, "val": ["### Instruction:\nAdd "] * 2},
+        {"train": ["### Instruction:\nAdd"] * 10, "val": ["### Instruction:\nAdd"] * 2},
     ),
 }
 
