@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch.cli import ArgumentParser, run_command, start_logging
-from pipeline.report.writing import write_report
+from pipeline.report.page import write_report
 
 
 def main() -> None:

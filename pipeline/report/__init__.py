@@ -1,1 +1,1 @@
-"""What a person sees of finished and running runs: one HTML page and pictures, from what a run folder holds."""
+"""Show finished and running runs as one HTML page and PNG files."""

@@ -1,23 +1,22 @@
-"""Which curves a report has, as numbers: what is drawn over what, and for which run."""
+"""The charts of a report as numbers: which curves each chart has, and their points."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.report.runs import Row, Run
 
-MOST_POINTS = 2000  # of a line: more than a screen can show
+MOST_POINTS = 2000  # per line, more than a screen can show
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What runs to the right: a key of the rows, in a unit that a person reads."""
+    """The horizontal axis: a key of the rows, and the unit that it is shown in."""
 
     key: str
     label: str
-    unit: float = 1.0  # of the key's values that make one on the axis
+    unit: float = 1.0  # one unit of the axis in the key's own unit
 
 
 STEPS = Axis("step", "steps")
@@ -31,11 +30,11 @@ LONGEST_IN_MINUTES_S = 2 * 3600.0
 class Curve:
     """Points of one run."""
 
-    run: int  # its place among the runs of the report
+    run: int  # index of the run in the report
     label: str
     x: list[float]
     y: list[float]
-    dotted: bool = False  # few points that were measured now and then, as against a line
+    dotted: bool = False  # a few single measurements instead of a line
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Chart:
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
-    """All pictures of a report; those that no run has numbers for are left out."""
+    """Return all charts of a report, without those that no run has numbers for."""
     charts = [
         loss_chart(runs, "loss_by_steps", STEPS),
         loss_chart(runs, "loss_by_tokens", TOKENS),
@@ -68,27 +67,26 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _time_axis(runs: Sequence[Run]) -> Axis:
-    """Hours; minutes where hours would be fractions."""
-    longest_s = max((max(run.values(HOURS.key), default=0.0) for run in runs), default=0.0)
+    longest_s = max((value for run in runs for value in run.values(HOURS.key)), default=0.0)
     return MINUTES if longest_s < LONGEST_IN_MINUTES_S else HOURS
 
 
 def loss_chart(runs: Sequence[Run], name: str, axis: Axis) -> Chart:
-    """Training and validation of each run."""
+    """Return the chart of training and validation loss of each run."""
     curves = []
     for i, run in enumerate(runs):
-        curves.append(_curve(i, f"{run.label}, training", run.training, axis, "loss"))
-        curves.append(_curve(i, f"{run.label}, validation", run.validation, axis, "val_loss", dotted=True))
-    return Chart(name, f"Loss against {axis.label}", axis, _with_points(curves), logarithmic=True)
+        curves += _curve(i, f"{run.label}, training", run.training, axis, "loss")
+        curves += _curve(i, f"{run.label}, validation", run.validation, axis, "val_loss", dotted=True)
+    return Chart(name, f"Loss against {axis.label}", axis, curves, logarithmic=True)
 
 
 def _training_chart(runs: Sequence[Run], name: str, title: str, key: str, **look: bool) -> Chart:
-    curves = [_curve(i, run.label, run.training, STEPS, key) for i, run in enumerate(runs)]
-    return Chart(name, title, STEPS, _with_points(curves), **look)
+    curves = [curve for i, run in enumerate(runs) for curve in _curve(i, run.label, run.training, STEPS, key)]
+    return Chart(name, title, STEPS, curves, **look)
 
 
 def _difference_chart(runs: Sequence[Run]) -> Chart:
-    """Training loss of each further run less that of the first, at the steps that both have logged."""
+    """Return the chart of each run's training loss minus that of the first run, where both have logged it."""
     reference = {row["step"]: row["loss"] for row in runs[0].training if row["loss"] is not None}
     curves = []
     for i, run in enumerate(runs[1:], start=1):
@@ -97,36 +95,29 @@ def _difference_chart(runs: Sequence[Run]) -> Chart:
             for row in run.training
             if row["step"] in reference and row["loss"] is not None
         ]
-        curves.append(_curve(i, run.label, rows, STEPS, "difference"))
-    return Chart("loss_difference", f"Training loss less that of {runs[0].label}", STEPS, _with_points(curves))
+        curves += _curve(i, run.label, rows, STEPS, "difference")
+    return Chart("loss_difference", f"Training loss minus that of {runs[0].label}", STEPS, curves)
 
 
-def _with_points(curves: Iterable[Curve]) -> list[Curve]:
-    return [curve for curve in curves if curve.x]
+def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, *, dotted: bool = False) -> list[Curve]:
+    """Return the one curve of a key, or an empty list if no row has numbers for it."""
+    points = [
+        (row[axis.key] / axis.unit, row[key])
+        for row in rows
+        if row.get(axis.key) is not None and row.get(key) is not None
+    ]
+    points = thin_out(points, MOST_POINTS)
+    return [Curve(run, label, [x for x, _ in points], [y for _, y in points], dotted)] if points else []
 
 
-def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, *, dotted: bool = False) -> Curve:
-    points = [(row[axis.key] / axis.unit, row[key]) for row in rows if _has(row, axis.key) and _has(row, key)]
-    points = thinned(points, MOST_POINTS)
-    return Curve(run, label, [x for x, _ in points], [y for _, y in points], dotted)
-
-
-def _has(row: dict[str, Any], key: str) -> bool:
-    return row.get(key) is not None
-
-
-def thinned(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """At most ``most`` points that look the same: of each stretch its lowest and its highest one."""
+def thin_out(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """Return at most ``most`` points that look the same: the lowest and the highest point of each range."""
     if len(points) <= most:
         return points
-    stretches = most // 2
+    ranges = most // 2
     kept = []
-    for i in range(stretches):
-        stretch = points[i * len(points) // stretches : (i + 1) * len(points) // stretches]
-        extremes = {stretch.index(min(stretch, key=_height)), stretch.index(max(stretch, key=_height))}
-        kept += [stretch[position] for position in sorted(extremes)]
+    for i in range(ranges):
+        start, stop = (j * len(points) // ranges for j in (i, i + 1))
+        by_height = sorted(range(start, stop), key=lambda index: points[index][1])
+        kept += [points[index] for index in sorted({by_height[0], by_height[-1]})]
     return kept
-
-
-def _height(point: tuple[float, float]) -> float:
-    return point[1]

@@ -1,4 +1,4 @@
-"""Charts as SVG for the page and PNG for everything else, by matplotlib."""
+"""Draw charts with matplotlib: SVG for the page, and PNG files."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
 
-from pipeline.report.colours import INK, MUTED, PAPER, RUNS, Colour, css_variable
+from pipeline.report.colours import ALL, INK, MUTED, PAPER, RUNS
 from pipeline.report.curves import STEPS, TOKENS, Chart, Curve
 
-SIZE_INCHES = (4.4, 3.3)  # as wide as a telephone is: text stays readable there
+SIZE_INCHES = (4.4, 3.3)  # as wide as a phone, so that text stays readable there
 PNG_DOTS_PER_INCH = 200
-WIDE_RATIO = 8.0  # of the largest and the smallest value, beyond which evenly spaced ticks would bunch up
+WIDE_RATIO = 8.0  # largest / smallest value from which evenly spaced ticks would be too close on a logarithmic axis
 LONGEST_LABEL = 34  # characters of a legend's entry
-# Runs that agree lie on each other: gaps let the ones below be seen.
+# Curves of equal runs cover each other. The gaps show the curves below.
 DASHES = ((0, ()), (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "svg.fonttype": "none",  # text stays text
-    "text.parse_math": False,  # a dollar in a name is a dollar
+    "text.parse_math": False,  # names may contain dollar signs
     "axes.spines.top": False,
     "axes.spines.right": False,
     "text.color": INK.light,
@@ -46,16 +46,16 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A chart that was drawn."""
+    """A drawn chart."""
 
     name: str
     title: str
-    svg: str  # an <svg> element whose colours are the page's
+    svg: str  # an <svg> element that uses the page's CSS variables
     png: bytes
 
 
 def draw(chart: Chart) -> Picture:
-    """Draw a chart once, in the light colours; in the SVG they become the page's variables."""
+    """Draw a chart in the light colours. In the SVG they are replaced by the page's CSS variables."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": chart.name}):
         figure = Figure(SIZE_INCHES, layout="constrained")
         FigureCanvasAgg(figure)
@@ -69,12 +69,12 @@ def draw(chart: Chart) -> Picture:
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", dpi=PNG_DOTS_PER_INCH, facecolor=PAPER.light)
-    return Picture(chart.name, chart.title, _for_the_page(svg.getvalue(), chart.title), png.getvalue())
+    return Picture(chart.name, chart.title, _to_page_element(svg.getvalue(), chart.title), png.getvalue())
 
 
 def _draw_curve(axes: Axes, curve: Curve) -> None:
     label = curve.label if len(curve.label) <= LONGEST_LABEL else f"...{curve.label[3 - LONGEST_LABEL :]}"
-    label = f" {label}"  # one that begins with an underscore would be left out
+    label = f" {label}"  # matplotlib leaves out labels that begin with an underscore
     colour = RUNS[curve.run % len(RUNS)].light
     if curve.dotted:
         axes.plot(curve.x, curve.y, "o", label=label, color=colour, markersize=4.5, markerfacecolor=PAPER.light)
@@ -106,13 +106,12 @@ def _shape_axes(axes: Axes, chart: Chart) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _for_the_page(svg: str, title: str) -> str:
-    """From a file of its own to an element: no prologue, no metadata, the page's colours and width."""
+def _to_page_element(svg: str, title: str) -> str:
+    """Turn an SVG file into an element without prologue and metadata, with the page's colours and width."""
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     element = re.sub(r' (width|height)="[\d.]+pt"', "", element, count=2)
     element = element.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
-    colours: tuple[Colour, ...] = (INK, MUTED, PAPER, *RUNS)
-    for colour in colours:
-        element = element.replace(colour.light, css_variable(colour))
+    for colour in ALL:
+        element = element.replace(colour.light, colour.css)
     return element

@@ -1,14 +1,20 @@
-"""The HTML page: one file without scripts that needs no network, in light and dark, on a telephone and a desktop."""
+"""Write the HTML page: one file without scripts and network access, light and dark, for phones and desktops."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from html import escape
+from pathlib import Path
 
-from pipeline.report.colours import RUNS, css_variable, css_variables
-from pipeline.report.runs import Run
+from data_tools.storage.atomic import write_bytes_durably
+from pipeline.errors import ReportError
+from pipeline.report import colours
+from pipeline.report.curves import charts_of
+from pipeline.report.runs import Run, read_runs
 from pipeline.report.tables import Table, evaluation_table, settings_table, summary_table
 
+PAGE_FILE = "report.html"
 STYLE = """
 :root { color-scheme: light dark; %(light)s }
 @media (prefers-color-scheme: dark) { :root { %(dark)s } }
@@ -31,23 +37,40 @@ td { min-width: 7rem; max-width: 26rem; overflow-wrap: anywhere; white-space: pr
 """
 
 
-def render_page(runs: Sequence[Run], svgs: Sequence[str], written_at: str) -> str:
-    """The whole page.
+def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
+    """Write the page and the PNG files of one run, or of several runs drawn over each other.
 
-    Args:
-        svgs: ``<svg>`` elements of the charts.
-        written_at: the date for the page's head.
+    Returns:
+        The written files, the page first.
+
+    Raises:
+        ReportError: if a folder holds no run, or matplotlib is not installed.
     """
-    return "\n".join(_lines(runs, svgs, written_at)) + "\n"
+    try:
+        from pipeline.report.drawing import draw  # matplotlib is optional
+    except ImportError as error:
+        raise ReportError(f"a report needs matplotlib ({error}): pip install 'gpt2-pipeline[plots]'") from error
+    runs = read_runs(run_folders)
+    pictures = [draw(chart) for chart in charts_of(runs)]
+    now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    page = "\n".join(_page_lines(runs, [picture.svg for picture in pictures], now)) + "\n"
+    contents = {PAGE_FILE: page.encode(), **{f"{picture.name}.png": picture.png for picture in pictures}}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_bytes_durably(out / name, content)
+    return [out / name for name in contents]
 
 
-def _lines(runs: Sequence[Run], svgs: Sequence[str], written_at: str) -> Iterator[str]:
+def _page_lines(runs: Sequence[Run], svgs: Sequence[str], written_at: str) -> Iterator[str]:
     title = escape(", ".join(run.label for run in runs))
-    colours = {"light": " ".join(css_variables(dark=False)), "dark": " ".join(css_variables(dark=True))}
+    variables = {
+        "light": " ".join(f"--{colour.name}: {colour.light};" for colour in colours.ALL),
+        "dark": " ".join(f"--{colour.name}: {colour.dark};" for colour in colours.ALL),
+    }
     yield '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield '<link rel="icon" href="data:,">'  # else a browser asks for one
-    yield f"<title>{title}</title>\n<style>{STYLE % colours}</style>\n</head>\n<body>"
+    yield '<link rel="icon" href="data:,">'  # keeps browsers from requesting one
+    yield f"<title>{title}</title>\n<style>{STYLE % variables}</style>\n</head>\n<body>"
     yield f"<h1>{title}</h1>\n<p>Written {escape(written_at)}.</p>"
     yield from _section("Runs", summary_table(runs), runs)
     yield "<h2>Curves</h2>"
@@ -56,11 +79,9 @@ def _lines(runs: Sequence[Run], svgs: Sequence[str], written_at: str) -> Iterato
     yield "</div>"
     if not svgs:
         yield "<p>Nothing has been logged yet.</p>"
-    yield from _section("Evaluation", evaluation_table(runs), runs, empty="No results yet: launch/evaluate.py.")
-    if len(runs) > 1:
-        yield from _section("Settings that differ", settings_table(runs), runs, empty="None.")
-    else:
-        yield from _section("Settings that are not the default", settings_table(runs), runs, empty="None.")
+    yield from _section("Evaluation", evaluation_table(runs), runs, empty="No results yet. Run launch/evaluate.py.")
+    heading = "Settings that differ" if len(runs) > 1 else "Settings that are not the default"
+    yield from _section(heading, settings_table(runs), runs, empty="None.")
     yield "</body>\n</html>"
 
 
@@ -70,7 +91,7 @@ def _section(heading: str, table: Table, runs: Sequence[Run], empty: str = "") -
         yield f"<p>{empty}</p>"
         return
     yield '<div class="scroll"><table>'
-    swatches = {run.label: css_variable(RUNS[i % len(RUNS)]) for i, run in enumerate(runs)}
+    swatches = {run.label: colours.RUNS[i % len(colours.RUNS)].css for i, run in enumerate(runs)}
     yield "<tr><th></th>" + "".join(f"<th>{_column_head(name, swatches)}</th>" for name in table.columns) + "</tr>"
     for name, cells in table.rows.items():
         yield f"<tr><th>{escape(name)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"

@@ -1,4 +1,4 @@
-"""What a run folder tells: settings, rows, results. A run in progress is as good as a finished one."""
+"""Read a run folder: settings, metrics rows, results. The run may still be in progress."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One run as its folder has it."""
+    """The content of one run folder."""
 
-    label: str  # tells it from the other runs of a report
+    label: str  # unique among the runs of a report
     settings: dict[str, str]  # dotted key -> JSON value, resolved
     rows: list[Row]
     results: Results
@@ -37,53 +37,47 @@ class Run:
 
     @property
     def starts(self) -> list[Row]:
-        """What it computed on: the rows that stand where it started and went on."""
+        """The rows written at the start and at each resume, which name the backend and the device."""
         return [row for row in self.rows if "started" in row]
 
     def values(self, key: str) -> list[Any]:
-        """What the rows have under a key, in order."""
+        """Return the values that the rows have for a key, in order, without nulls."""
         return [row[key] for row in self.rows if row.get(key) is not None]
 
     def last(self, key: str) -> Any:
-        """The last value of a key; None: there is none."""
-        return next(iter(reversed(self.values(key))), None)
+        """Return the last value of a key, or None if no row has one."""
+        return next(reversed(self.values(key)), None)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read run folders.
 
     Raises:
-        ReportError: one of them holds no run.
+        ReportError: if a folder holds no run or is given twice, or a JSON file is damaged.
     """
     return [_read_run(folder, label) for folder, label in zip(folders, _labels(folders), strict=True)]
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as much of what stands before them as tells them apart."""
+    """Return the folders' names, with as many parent folders as make them unique."""
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) < len(resolved):
         raise ReportError("a run is given twice; name each run once")
     depth = 1
-    while len(labels := {"/".join(folder.parts[-depth:]) for folder in resolved}) < len(resolved):
+    while True:
+        labels = ["/".join(folder.parts[-depth:]) for folder in resolved]
+        if len(set(labels)) == len(labels):
+            return labels
         depth += 1
-    assert len(labels) == len(resolved)
-    return ["/".join(folder.parts[-depth:]) for folder in resolved]
 
 
 def _read_run(folder: Path, label: str) -> Run:
     if not (folder / METRICS_FILE).is_file():
-        raise ReportError(f"{folder}: no run here, there is no {METRICS_FILE}; give what run.out_dir named")
-    return Run(label, _read_settings(folder / CONFIG_FILE), read_metrics(folder), _read_results(folder))
-
-
-def _read_settings(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    return dict(flattened(_read_json(path)))
-
-
-def _read_results(folder: Path) -> Results:
-    return {path.stem: _read_json(path) for path in sorted((folder / EVALUATION_FOLDER).glob("*.json"))}
+        raise ReportError(f"{folder}: not a run folder, it has no {METRICS_FILE}; give the folder of run.out_dir")
+    config = folder / CONFIG_FILE
+    settings = dict(flatten(_read_json(config))) if config.is_file() else {}
+    results = {path.stem: _read_json(path) for path in sorted((folder / EVALUATION_FOLDER).glob("*.json"))}
+    return Run(label, settings, read_metrics(folder), results)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -96,17 +90,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def flattened(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and JSON values of nested objects."""
+def flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted keys and JSON values of nested objects."""
     for key, value in section.items():
         if isinstance(value, dict) and value:
-            yield from flattened(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", json.dumps(value)
-
-
-def differing_settings(columns: Sequence[dict[str, str]]) -> dict[str, list[str]]:
-    """Key -> its value in each column, of the keys whose values are not the same in all."""
-    keys = dict.fromkeys(key for column in columns for key in column)
-    values = {key: [column.get(key, "") for column in columns] for key in keys}
-    return {key: found for key, found in values.items() if len(set(found)) > 1}

@@ -1,4 +1,4 @@
-"""The report shows what the run folders hold, whatever state they are in, and a browser shows the report."""
+"""The report shows what the run folders hold, in any state, and browsers show the report."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.errors import ReportError
-from pipeline.report.curves import MOST_POINTS, charts_of, thinned
+from pipeline.report.curves import MOST_POINTS, charts_of, thin_out
+from pipeline.report.page import PAGE_FILE, write_report
 from pipeline.report.runs import read_runs
-from pipeline.report.tables import duration, evaluation_table, settings_table, summary_table
-from pipeline.report.writing import PAGE_FILE, write_report
+from pipeline.report.tables import evaluation_table, format_duration, settings_table, summary_table
 from pipeline.training.run_record import RunRecord
 from tests.pipeline.conftest import tiny_config
 from tests.support.browser import DESKTOP, PHONE, look_at, needs_browser
@@ -81,7 +81,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The page of two runs under two backends, one of them moved and evaluated."""
+    """Write the page of two runs. The second changed its backend and was evaluated."""
     folder = tmp_path_factory.mktemp("report")
     first = make_run(folder / "ddp", ordinary_rows())
     moved = [*ordinary_rows(30), start_row(30, "FSDP2 with AdamW", 4), *(training_row(step) for step in range(31, 61))]
@@ -116,7 +116,7 @@ class TestReadingRuns:
         assert set(charts) == CHARTS - {"loss_by_time"}
         assert [curve.dotted for curve in charts["loss_by_steps"].curves] == [False]
 
-    def test_what_is_not_finite_leaves_a_gap(self, tmp_path: Path) -> None:
+    def test_a_value_that_is_not_finite_leaves_a_gap(self, tmp_path: Path) -> None:
         rows = [training_row(1), training_row(2, loss=None, grad_norm=None), training_row(3)]
         charts = {chart.name: chart for chart in charts_of(read_runs([make_run(tmp_path / "run", rows)]))}
         assert charts["loss_by_steps"].curves[0].x == [1, 3]
@@ -128,7 +128,7 @@ class TestReadingRuns:
         (read,) = read_runs([run])
         assert len(read.rows) == len(ordinary_rows()) - 1 and read.settings == {}
 
-    def test_a_run_that_went_back_has_one_curve(self, tmp_path: Path) -> None:
+    def test_a_rolled_back_run_has_one_curve(self, tmp_path: Path) -> None:
         folder = tmp_path / "run"
         folder.mkdir()
         record = RunRecord(tiny_config(folder, logging={"tensorboard": False}), is_main=True, resumed_step=0)
@@ -143,13 +143,13 @@ class TestReadingRuns:
         (curve,) = charts["loss_by_steps"].curves
         assert (curve.x, curve.y) == ([1, 2, 3, 4, 5, 6], [5.0, 5.0, 5.0, 4.0, 4.0, 4.0])
         (timed,) = charts["loss_by_time"].curves
-        assert timed.x == sorted(timed.x), "time goes on"
+        assert timed.x == sorted(timed.x), "time does not go back"
 
     def test_runs_of_one_name_are_told_apart(self, tmp_path: Path) -> None:
         folders = [make_run(tmp_path / name / "run", [training_row(1)]) for name in ("a", "b")]
         assert [run.label for run in read_runs(folders)] == ["a/run", "b/run"]
 
-    def test_the_difference_is_taken_where_both_have_logged(self, tmp_path: Path) -> None:
+    def test_the_difference_covers_the_steps_that_both_have_logged(self, tmp_path: Path) -> None:
         first = make_run(tmp_path / "a", [training_row(step, loss=5.0) for step in (1, 2, 4)])
         second = make_run(tmp_path / "b", [training_row(step, loss=5.5) for step in (2, 3, 4)])
         chart = next(chart for chart in charts_of(read_runs([first, second])) if chart.name == "loss_difference")
@@ -159,13 +159,13 @@ class TestReadingRuns:
         points = [(float(i), math.sin(i / 1000)) for i in range(100_000)]
         points[54_321] = (54_321.0, 9.0)
         points[65_432] = (65_432.0, -9.0)
-        kept = thinned(points, MOST_POINTS)
+        kept = thin_out(points, MOST_POINTS)
         assert len(kept) <= MOST_POINTS and kept == sorted(kept)
         assert points[54_321] in kept and points[65_432] in kept
 
 
 class TestTables:
-    def test_the_summary_says_what_it_computed_on(self, tmp_path: Path) -> None:
+    def test_the_summary_names_backends_and_devices(self, tmp_path: Path) -> None:
         rows = [*ordinary_rows(30), start_row(30, "FSDP2 with AdamW", 4), training_row(31, skipped_steps=2)]
         table = summary_table(read_runs([make_run(tmp_path / "run", rows)])).rows
         assert table["computed on"] == [
@@ -215,7 +215,7 @@ class TestTables:
         ("seconds", "said"), [(12.34, "12.3 s"), (449.6, "7 min 30 s"), (3600 * 3 + 440, "3 h 07 min")]
     )
     def test_durations(self, seconds: float, said: str) -> None:
-        assert duration(seconds) == said
+        assert format_duration(seconds) == said
 
 
 class TestWriting:
@@ -245,7 +245,7 @@ class TestWriting:
         assert "Nothing has been logged yet." in (tmp_path / "out" / PAGE_FILE).read_text()
 
     def test_a_folder_without_a_run(self, tmp_path: Path) -> None:
-        with pytest.raises(ReportError, match="no run here, there is no metrics.jsonl"):
+        with pytest.raises(ReportError, match="not a run folder, it has no metrics.jsonl"):
             write_report([tmp_path], tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
