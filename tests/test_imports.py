@@ -32,7 +32,7 @@ ROOMS: dict[str, str] = {
     "data_tools.shards": "errors arrays threads storage tokenizer",
     "data_tools.encoding": "errors arrays tokenizer",
     "data_tools.sources": "errors options storage encoding",
-    "data_tools.corpus": "errors arrays options threads storage tokenizer shards encoding sources",
+    "data_tools.corpus": "errors arrays options threads storage shards encoding sources",
     "data_tools.formats": "errors arrays threads storage tokenizer shards",
     "pipeline.errors": "",
     "pipeline.seeds": "",

@@ -1,35 +1,40 @@
-"""The work of stage 1 as a list of chunks, which any process on any machine can do in any order.
+"""The work of stage 1 as a list of chunks, which any process on any machine can encode in any order.
 
-A chunk is a part of the source and yields a part of the output: shards of its own. What chunks there are, and every
-byte that they write, depends on the request alone.
+A chunk is a range of the source that becomes shards of its own. The chunks, and every byte that they write, depend on
+the request alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.encoding.documents import Document, utf8_of
+from data_tools.errors import DataError
+from data_tools.shards import ShardRecord
 from data_tools.sources import Slice, Source
 
-#: As many chunks as keep the cores of a machine busy to the end, unless they become too small or too large.
-_CHUNKS_WANTED = 64
+#: Where records of finished chunks are kept until the folder is complete.
+RECORDS_FOLDER = "tasks/"
+#: Enough chunks to keep the cores of a machine busy to the end, unless they become too small or too large.
+_WANTED_CHUNKS = 64
 _SMALLEST_CHUNK_BYTES = 4 << 20
-# About what English text has; a chunk then fills one shard.
+# A chunk of English text, which has about 4 bytes per token, then fills one shard.
 _BYTES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of the work.
+    """A unit of the work.
 
     Attributes:
-        index: names the chunk and its shards; chunks in this order give the documents in the source's order.
-        slices: of the source.
-        limit_documents: how many documents with text to take of them; None: all.
+        index: the chunk's number in the order of the source. It names the chunk's shards.
+        slices: the slices of the source that it reads.
+        limit_documents: the number of documents with text to take from them; None takes all.
     """
 
     index: int
@@ -38,61 +43,127 @@ class Chunk:
 
     @property
     def name(self) -> str:
-        """Five digits or more; names sort as chunks do, below 100,000 of them."""
+        """The index in at least five digits. Names of the first 100,000 chunks sort as their indices do."""
         return f"{self.index:05d}"
+
+    @property
+    def record_file(self) -> str:
+        """The file that says that the chunk is finished."""
+        return f"{RECORDS_FOLDER}{self.name}.json"
+
+    @property
+    def fingerprints_file(self) -> str:
+        """The file of the documents' fingerprints: uint64 of shape (documents, 2)."""
+        return f"{RECORDS_FOLDER}{self.name}.fingerprints.npy"
+
+    @property
+    def repeated_file(self) -> str:
+        """The file of the numbers of the documents that repeat an earlier one: int64 of shape (repeated,)."""
+        return f"{RECORDS_FOLDER}{self.name}.repeated.npy"
 
     def __str__(self) -> str:
         return f"chunk {self.index} ({self.slices[0]}{', ...' if len(self.slices) > 1 else ''})"
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Chunk:
-        """What ``to_json`` gave."""
-        slices = tuple(Slice(**part) for part in value["slices"])
-        return cls(value["index"], slices, value["limit_documents"])
+        """Return the chunk that ``dataclasses.asdict`` turned into JSON values."""
+        return cls(value["index"], tuple(Slice(**item) for item in value["slices"]), value["limit_documents"])
+
+
+@dataclass(frozen=True)
+class ChunkRecord:
+    """What a finished chunk wrote.
+
+    Attributes:
+        index: the chunk's index.
+        shards: its shards, one split after the other.
+        lengths: entry k counts the documents of 2**k to 2**(k+1) - 1 tokens.
+        repeated: number of documents left out because they repeat an earlier one.
+        checked: number of documents whose tokens were compared with tiktoken's.
+    """
+
+    index: int
+    shards: tuple[ShardRecord, ...]
+    lengths: tuple[int, ...]
+    repeated: int
+    checked: int
+
+    @property
+    def progress(self) -> Progress:
+        """The sums over all shards."""
+        return sum((Progress(shard.documents, shard.tokens, shard.utf8_bytes) for shard in self.shards), Progress())
+
+    def to_bytes(self) -> bytes:
+        """Return the record as a JSON file."""
+        return json.dumps({**asdict(self), "shards": [shard.to_json() for shard in self.shards]}).encode("ascii")
+
+    @classmethod
+    def from_bytes(cls, content: bytes, place: str) -> ChunkRecord:
+        """Return the record in a JSON file; ``place`` names the file in messages.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        try:
+            value = json.loads(content)
+            shards = tuple(ShardRecord.from_json(shard, place) for shard in value.pop("shards"))
+            return cls(**{**value, "shards": shards, "lengths": tuple(value["lengths"])})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{place} is damaged; delete it to make its shards again") from error
+
+
+@dataclass(frozen=True)
+class Progress:
+    """An amount of encoded text."""
+
+    documents: int = 0
+    tokens: int = 0
+    utf8_bytes: int = 0
+
+    def __add__(self, other: Progress) -> Progress:
+        return Progress(
+            self.documents + other.documents, self.tokens + other.tokens, self.utf8_bytes + other.utf8_bytes
+        )
 
 
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
-    """Cut the work. A limit of the request is found by reading up to it, without encoding.
+    """Cut the source into chunks. A limit of the request is found by reading up to it, without encoding.
 
     Raises:
         DataError: the source cannot be read.
     """
     largest = max(request.shard_tokens * _BYTES_PER_TOKEN, _SMALLEST_CHUNK_BYTES)
     text_bytes = source.text_bytes()
-    wanted = largest if text_bytes is None else text_bytes // _CHUNKS_WANTED
+    wanted = largest if text_bytes is None else text_bytes // _WANTED_CHUNKS
     chunk_bytes = min(max(wanted, _SMALLEST_CHUNK_BYTES), largest)
-    chunks = list(_group(source.slices(chunk_bytes), chunk_bytes))
+    chunks = list(_group_slices(source.slices(chunk_bytes), chunk_bytes))
     if request.limit_documents is None and request.limit_bytes is None:
         return chunks
-    return list(_up_to_the_limit(chunks, source, request))
+    return list(_apply_limit(chunks, source, request))
 
 
 def documents_of(chunk: Chunk, source: Source) -> Iterator[Document]:
-    """The chunk's documents that have text, in order."""
-    texts = (document for part in chunk.slices for document in source.read(part) if document)
-    return islice(texts, chunk.limit_documents)
+    """Yield the chunk's documents that have text, in order."""
+    documents = (document for item in chunk.slices for document in source.read(item) if document)
+    return islice(documents, chunk.limit_documents)
 
 
-def _group(slices: Sequence[Slice], chunk_bytes: int) -> Iterator[Chunk]:
-    """Slices that follow each other, up to ``chunk_bytes``; one of unknown size is a chunk of its own."""
+def _group_slices(slices: Sequence[Slice], chunk_bytes: int) -> Iterator[Chunk]:
+    """Group consecutive slices up to ``chunk_bytes``. A slice of unknown size is a chunk of its own."""
     index, group, size = 0, list[Slice](), 0
-    for part in slices:
-        part_bytes = chunk_bytes if part.text_bytes is None else part.text_bytes
-        if group and size + part_bytes > chunk_bytes:
+    for item in slices:
+        item_bytes = chunk_bytes if item.text_bytes is None else item.text_bytes
+        if group and size + item_bytes > chunk_bytes:
             yield Chunk(index, tuple(group))
             index, group, size = index + 1, [], 0
-        group.append(part)
-        size += part_bytes
+        group.append(item)
+        size += item_bytes
     if group:
         yield Chunk(index, tuple(group))
 
 
-def _up_to_the_limit(chunks: Sequence[Chunk], source: Source, request: TokenizeRequest) -> Iterator[Chunk]:
-    """The first chunks, the last of them shortened: at ``limit_documents``, or behind what reaches ``limit_bytes``."""
+def _apply_limit(chunks: Sequence[Chunk], source: Source, request: TokenizeRequest) -> Iterator[Chunk]:
+    """Yield the chunks up to ``limit_documents``, or up to the document that reaches ``limit_bytes``."""
     documents, utf8_bytes = 0, 0
     for chunk in chunks:
         for taken, document in enumerate(documents_of(chunk, source), start=1):
@@ -102,7 +173,3 @@ def _up_to_the_limit(chunks: Sequence[Chunk], source: Source, request: TokenizeR
                 yield replace(chunk, limit_documents=taken)
                 return
         yield chunk
-
-
-#: Told by a running chunk, now and then: documents, tokens and bytes of text since it was last told.
-Report = Callable[[int, int, int], None]

@@ -1,4 +1,4 @@
-"""How much a run will write, before it starts: estimated from a sample, compared with the room on the disk."""
+"""Estimate how much a run will write, and compare it with the free disk space before the run starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_tools.sources import Source
 
 _SAMPLE_BYTES = 256 << 10
 _TOKEN_BYTES = 2
-#: Of one process while it encodes; measured, see docs/benchmarks/data.md.
+#: Memory of one process while it encodes; measured, see docs/benchmarks/data.md.
 WORKER_BYTES = 350 << 20
 
 
@@ -22,11 +22,11 @@ class Estimate:
     """What a run is about to do.
 
     Attributes:
-        text_bytes: of the source; None: not known before reading.
-        bytes_per_token: in a sample of the first documents.
-        free_bytes: room at the output; None: there is no knowing.
-        chunks: of the run, finished ones included.
-        workers: processes on this machine.
+        text_bytes: bytes of text in the source; None if that is not known before reading it.
+        bytes_per_token: bytes of text per token in a sample of the first documents.
+        free_bytes: free space at the output; None if it is not known.
+        chunks: number of chunks, finished ones included.
+        workers: number of processes on this machine.
     """
 
     text_bytes: int | None
@@ -37,72 +37,77 @@ class Estimate:
 
     @property
     def tokens(self) -> int | None:
-        """Tokens that the whole source gives."""
+        """The tokens of the whole source; None if its size is not known."""
         return None if self.text_bytes is None else int(self.text_bytes / self.bytes_per_token)
 
     @property
     def shard_bytes(self) -> int | None:
-        """Bytes that its shards take."""
+        """The bytes of the source's shards; None if its size is not known."""
         return None if self.tokens is None else self.tokens * _TOKEN_BYTES
 
     def __str__(self) -> str:
-        free = "" if self.free_bytes is None else f" of {_gigabytes(self.free_bytes)} free"
+        free = "" if self.free_bytes is None else f"{_format_bytes(self.free_bytes)} free"
         if self.tokens is None or self.text_bytes is None or self.shard_bytes is None:
-            size = f"of unknown size, {self.bytes_per_token:.1f} bytes a token{free and ', room' + free[3:]}"
+            size = f"text of unknown size, {self.bytes_per_token:.1f} bytes per token{free and f', {free}'}"
         else:
             size = (
-                f"about {_gigabytes(self.text_bytes)} of text, {self.tokens:,} tokens, "
-                f"{_gigabytes(self.shard_bytes)} in shards{free}"
+                f"about {_format_bytes(self.text_bytes)} of text, {self.tokens:,} tokens, "
+                f"{_format_bytes(self.shard_bytes)} in shards{free and f' of {free}'}"
             )
-        memory = f"{_gigabytes(self.workers * WORKER_BYTES)} of memory"
-        return f"{size}; {self.chunks:,} chunks, {self.workers} processes, up to {memory}"
+        memory = _format_bytes(self.workers * WORKER_BYTES)
+        return f"{size}; {self.chunks:,} chunks, {self.workers} processes, up to {memory} of memory"
 
 
-def estimate(
-    source: Source, chunks: Sequence[Chunk], free_bytes: int | None, workers: int, *, limited: bool
+def estimate_run(
+    source: Source, chunks: Sequence[Chunk], *, is_limited: bool, free_bytes: int | None, workers: int
 ) -> Estimate | None:
-    """Look at the first documents; None: there is not one.
+    """Return an estimate from the first documents, or None if the source has no document with text.
 
     Args:
-        limited: the chunks are not all of the source, whose size then says nothing.
+        source: the source of the run.
+        chunks: all chunks of the run.
+        is_limited: whether the chunks are less than the whole source, so that its size says nothing about them.
+        free_bytes: free space at the output; None if it is not known.
+        workers: the largest number of processes on this machine.
 
     Raises:
         DataError: the first documents cannot be read.
     """
-    text, tokens = 0, 0
-    encoder = load_encoder(REFERENCE_ENCODER)  # it is loaded anyway; a sample needs no speed
-    for chunk in chunks:
-        for document in documents_of(chunk, source):
-            text += len(utf8_of(document))
-            tokens += encode_document(encoder, document).tokens.size
-            if text >= _SAMPLE_BYTES:
-                break
-        if text >= _SAMPLE_BYTES:
+    text_bytes = tokens = 0
+    encoder = load_encoder(REFERENCE_ENCODER)  # it is loaded anyway, and a sample needs no speed
+    for document in (document for chunk in chunks for document in documents_of(chunk, source)):
+        text_bytes += len(utf8_of(document))
+        tokens += encode_document(encoder, document).tokens.size
+        if text_bytes >= _SAMPLE_BYTES:
             break
     if not tokens:
         return None
-    text_bytes = None if limited else source.text_bytes()
-    return Estimate(text_bytes, text / tokens, free_bytes, len(chunks), min(workers, len(chunks)))
+    return Estimate(
+        text_bytes=None if is_limited else source.text_bytes(),
+        bytes_per_token=text_bytes / tokens,
+        free_bytes=free_bytes,
+        chunks=len(chunks),
+        workers=min(workers, len(chunks)),
+    )
 
 
-def expect_room(estimated: Estimate, written_bytes: int, place: str) -> None:
-    """Refuse what will not fit.
+def check_free_space(estimate: Estimate, written_bytes: int, place: str) -> None:
+    """Raise DataError if the shards that are still to be written do not fit on the disk.
 
     Args:
-        written_bytes: what finished chunks have written already.
-
-    Raises:
-        DataError: names what is needed and what is there.
+        estimate: the estimate of the whole run.
+        written_bytes: what finished chunks have already written.
+        place: names the output in the message.
     """
-    if estimated.shard_bytes is None or estimated.free_bytes is None:
+    if estimate.shard_bytes is None or estimate.free_bytes is None:
         return
-    needed = estimated.shard_bytes - written_bytes
-    if needed > estimated.free_bytes:
+    needed_bytes = estimate.shard_bytes - written_bytes
+    if needed_bytes > estimate.free_bytes:
         raise DataError(
-            f"{place} needs about {_gigabytes(needed)} for shards, {_gigabytes(estimated.free_bytes)} are free; "
-            "name another --out, or tokenize less (--limit-bytes)"
+            f"{place} needs about {_format_bytes(needed_bytes)} for shards, {_format_bytes(estimate.free_bytes)} are "
+            "free; name another --out, or tokenize less (--limit-bytes)"
         )
 
 
-def _gigabytes(size: int) -> str:
+def _format_bytes(size: int) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 10_000_000 else f"{size / 1e6:,.2f} MB"

@@ -1,20 +1,25 @@
-"""The folder that a run fills: planned, continued after a crash, completed, and never mistaken for another's.
+"""The output folder of a run: planned, continued after a crash, completed, and never confused with another request's.
 
-While it is being filled it holds ``plan.json`` (who makes it, and its chunks) and, for each finished chunk, its shards
-and ``tasks/<chunk>.json``. At the end the manifest takes the place of both.
+Until it is complete the folder holds ``plan.json`` (the request's identity and its chunks) and, for each finished
+chunk, its shards and ``tasks/<chunk>.json``. The manifest replaces the plan and the records at the end.
 """
 
 from __future__ import annotations
 
 import json
+import platform
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from data_tools.corpus.chunks import Chunk
-from data_tools.corpus.records import ChunkRecord, report_of
+import numpy as np
+
+from data_tools.corpus.chunks import RECORDS_FOLDER, Chunk, ChunkRecord, Progress
+from data_tools.encoding.encoders import REFERENCE_ENCODER, encoder_version
 from data_tools.errors import DataError, one_line_write_errors
 from data_tools.shards import (
     MANIFEST_NAME,
@@ -35,39 +40,14 @@ from data_tools.storage.folders import Folder, LocalFolder, is_scratch, open_fol
 from data_tools.storage.locks import LOCK_NAME, FileLock, lock_folder
 
 PLAN_NAME = "plan.json"
-_CHUNKS = "tasks/"
 _SHARD_FILES = re.compile(rf"({TRAIN_SPLIT}|{VAL_SPLIT})_\d{{5,}}_\d{{3,}}(\.mask)?\.({'|'.join(SHARD_FORMATS)})")
 
 
-def record_name(chunk: Chunk) -> str:
-    """The file of a finished chunk's record."""
-    return f"{_CHUNKS}{chunk.name}.json"
-
-
-def fingerprints_name(chunk: Chunk) -> str:
-    """The file of what tells the documents of a chunk apart."""
-    return f"{_CHUNKS}{chunk.name}.fingerprints.npy"
-
-
-def repeated_name(chunk: Chunk) -> str:
-    """The file of the numbers of the chunk's documents that came before."""
-    return f"{_CHUNKS}{chunk.name}.repeated.npy"
-
-
-def publish_chunk(folder: Folder, chunk: Chunk, record: ChunkRecord, scratch: Path) -> None:
-    """Move the shards of a chunk from its scratch folder into place, then its record: now it is finished."""
-    for shard in record.shards:
-        for name in (shard.mask_file, shard.file):
-            if name is not None:
-                folder.take(scratch / name, name)
-    folder.write(record_name(chunk), json.dumps(record.to_json()).encode("ascii"))
-
-
 def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
-    """The manifest of a folder that the request of this identity has already completed, else None.
+    """Return the manifest of a folder that the same request has completed, or None if it is not complete.
 
     Raises:
-        DataError: the folder is complete but another request's, or a shard of it is missing or damaged.
+        DataError: another request completed the folder, or a shard is missing or damaged.
     """
     folder = open_folder(out)
     if folder.size(MANIFEST_NAME) is None:
@@ -77,157 +57,164 @@ def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
     else:
         manifest = parse_manifest(folder.read(MANIFEST_NAME), f"{out}/{MANIFEST_NAME}")
     made_by = {key: value for key, value in manifest.to_json().items() if key in identity}
-    _expect_same_request(out, made_by, identity)
+    _check_same_request(out, made_by, identity)
     for shard in manifest.shards:
-        _expect_whole(folder, shard, str(out))
-    # They are still there when the run that wrote the manifest was killed right after.
-    _remove_what_led_there(folder)
+        _check_shard(folder, shard, str(out))
+    # These are left over if the process that wrote the manifest was killed right after.
+    _remove_work_files(folder)
     folder.remove({LOCK_NAME} & folder.names())
     return manifest
 
 
 class OutputFolder:
-    """The output folder of one run; make one with ``open_output``.
+    """The output folder of one run that is not complete yet; ``open_output`` opens one.
 
     Attributes:
+        folder: the files in it.
+        chunks: all chunks of the run, once it is planned.
         finished: the records of finished chunks by index.
     """
 
-    def __init__(self, out: Path | str, identity: dict[str, Any], lock: FileLock | None) -> None:
+    def __init__(self, out: Path | str, identity: dict[str, Any], *, shared: bool, lock: FileLock | None) -> None:
         self.folder = open_folder(out)
+        self.chunks: list[Chunk] = []
+        self.finished: dict[int, ChunkRecord] = {}
         self._out = str(out)
         self._identity = identity
+        self._shared = shared
         self._lock = lock
-        self._chunks: list[Chunk] | None = None
-        self.finished: dict[int, ChunkRecord] = {}
+        self._is_planned = False
 
-    def plan(self, make_plan: Callable[[], list[Chunk]]) -> list[Chunk]:
-        """The chunks of this run: those of the run that is continued, or new ones.
+    @property
+    def progress(self) -> Progress:
+        """The sums over all finished chunks."""
+        return sum((record.progress for record in self.finished.values()), Progress())
+
+    def plan(self, make_plan: Callable[[], list[Chunk]]) -> None:
+        """Load the plan of the run that is continued and its finished chunks, or write a new plan.
 
         Raises:
             DataError: the folder is another request's, the plan is damaged, or the disk refuses.
         """
         if self.folder.size(PLAN_NAME) is None:
-            chunks = make_plan()
-            plan = {"identity": self._identity, "tasks": [chunk.to_json() for chunk in chunks]}
-            self._chunks = chunks
+            self.chunks = make_plan()
+            self._is_planned = True
+            # The key on disk is "tasks", as it has always been.
+            plan = {"identity": self._identity, "tasks": [asdict(chunk) for chunk in self.chunks]}
             self.folder.write(PLAN_NAME, json.dumps(plan).encode("ascii"))
-            return chunks
-        try:
-            plan = json.loads(self.folder.read(PLAN_NAME))
-            chunks = [Chunk.from_json(chunk) for chunk in plan["tasks"]]
-            made_by = dict(plan["identity"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{self._out}/{PLAN_NAME} is damaged; delete {self._out} and start again") from error
-        _expect_same_request(self._out, made_by, self._identity)
-        self._chunks = chunks
-        return chunks
-
-    def look_for_finished(self, chunks: Iterable[Chunk]) -> None:
-        """Find the records whose shards are there; the others' chunks are to be done again."""
-        names = self.folder.names()
-        for chunk in chunks:
-            if record_name(chunk) in names:
-                with suppress(FileNotFoundError):  # another one has just completed a remote folder
-                    content = self.folder.read(record_name(chunk))
-                    record = ChunkRecord.from_json(content, f"{self._out}/{record_name(chunk)}")
-                    if all(self._is_whole(shard) for shard in record.shards):
-                        self.finished[chunk.index] = record
+        else:
+            try:
+                plan = json.loads(self.folder.read(PLAN_NAME))
+                chunks = [Chunk.from_json(chunk) for chunk in plan["tasks"]]
+                made_by = dict(plan["identity"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise DataError(f"{self._out}/{PLAN_NAME} is damaged; delete {self._out} and start again") from error
+            _check_same_request(self._out, made_by, self._identity)
+            self.chunks = chunks
+            self._is_planned = True
+        self._find_finished()
 
     def remove_leftovers(self) -> None:
-        """Remove what unfinished chunks of killed processes left; nobody else may be writing."""
-        ours = {name for record in self.finished.values() for shard in record.shards for name in _files_of(shard)}
-        names = {name for name in self.folder.names() if name not in ours}
-        self.folder.remove({name for name in names if _SHARD_FILES.fullmatch(name)})
+        """Remove what killed processes left of unfinished chunks. No other process may be writing."""
+        finished = {name for record in self.finished.values() for shard in record.shards for name in shard.files}
+        self.folder.remove({name for name in self.folder.names() - finished if _SHARD_FILES.fullmatch(name)})
         self.folder.remove_scratch()
 
-    def complete_if_last(self, chunks: list[Chunk], made: Callable[[], dict[str, Any]]) -> Manifest | None:
-        """Complete a folder that processes share, if all chunks are finished and no other process is at work.
+    def complete(self, *, encoder: str, engine: str) -> Manifest | None:
+        """Write the manifest and remove the plan and the records.
+
+        Returns None if the folder is shared and another process is still writing or has chunks left.
 
         Raises:
-            DataError: as ``complete``.
+            DataError: the source has no document with text, or the disk refuses.
         """
-        if self._lock is not None and not self._lock.make_exclusive():
-            return None
-        self.look_for_finished(chunks)
-        if len(self.finished) < len(chunks):
-            return load_complete(self._out, self._identity)  # of a remote folder another one may have been the last
-        return self.complete(chunks, made())
-
-    def complete(self, chunks: list[Chunk], made: dict[str, Any]) -> Manifest:
-        """Write the manifest of the finished chunks, all of them; nothing but it and the shards stays.
-
-        Raises:
-            DataError: there is no document at all, or the disk refuses.
-        """
-        records = [self.finished[chunk.index] for chunk in chunks]
-        shards = tuple(shard for record in records for shard in record.shards)
+        if self._shared:
+            if self._lock is not None and not self._lock.make_exclusive():
+                return None
+            self._find_finished()
+            if len(self.finished) < len(self.chunks):
+                return load_complete(self._out, self._identity)  # another process may have completed a remote folder
+        records = [self.finished[chunk.index] for chunk in self.chunks]
+        shards = [shard for record in records for shard in record.shards]
         if not shards:
-            _remove_what_led_there(self.folder)
+            _remove_work_files(self.folder)
             raise DataError(f"--source {self._identity['source']['kind']} has no document with text in it")
         manifest = Manifest(
             tokenizer=TokenizerRecord(**self._identity["tokenizer"]),
             source=SourceRecord(**self._identity["source"]),
             settings=self._identity["settings"],
             shards=tuple(sorted(shards, key=lambda shard: shard.split)),
-            report=report_of(records),
-            made=made,
+            report=_report(records),
+            made={
+                "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "encoder": encoder_version(encoder),
+                "reference": encoder_version(REFERENCE_ENCODER),
+                "checked_documents": sum(record.checked for record in records),
+                "python": platform.python_version(),
+                "engine": engine,
+            },
         )
         self.folder.write(MANIFEST_NAME, manifest.to_bytes())
-        _remove_what_led_there(self.folder)
+        _remove_work_files(self.folder)
         return manifest
 
-    def abandon(self, *, shared: bool) -> None:
-        """Leave the finished chunks and the plan, with which the same request continues; without any, nothing.
+    def abandon(self) -> None:
+        """Keep only finished chunks and the plan, with which the same request continues; remove the plan if none is.
 
-        What processes share is left to the last of them.
+        A shared folder is left to the last process that writes to it.
         """
-        if self._chunks is None:  # it is another request's, or not begun
+        if not self._is_planned:  # it may be another request's
             return
-        if shared and (self._lock is None or not self._lock.make_exclusive()):
+        if self._shared and (self._lock is None or not self._lock.make_exclusive()):
             return
-        self.look_for_finished(self._chunks)
+        self._find_finished()
         self.remove_leftovers()
-        if not any(name.startswith(_CHUNKS) for name in self.folder.names()):
+        if not any(name.startswith(RECORDS_FOLDER) for name in self.folder.names()):
             self.folder.remove({PLAN_NAME})
 
-    def _is_whole(self, shard: ShardRecord) -> bool:
-        try:
-            _expect_whole(self.folder, shard, self._out)
-        except DataError:
-            return False
-        return True
+    def _find_finished(self) -> None:
+        """Load the records whose shards exist. Chunks without one are encoded again."""
+        names = self.folder.names()
+        for chunk in self.chunks:
+            if chunk.record_file not in names:
+                continue
+            with suppress(FileNotFoundError):  # another process has just completed a remote folder
+                content = self.folder.read(chunk.record_file)
+                record = ChunkRecord.from_bytes(content, f"{self._out}/{chunk.record_file}")
+                with suppress(DataError):
+                    for shard in record.shards:
+                        _check_shard(self.folder, shard, self._out)
+                    self.finished[chunk.index] = record
 
 
 @contextmanager
 def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> Iterator[OutputFolder]:
-    """Begin an output folder, or take it up where the same request left it; an error in the block abandons it.
+    """Open a new output folder, or one that the same request left incomplete; an error in the block abandons it.
 
     Args:
-        shared: other processes, each with chunks of its own, write to it at the same time.
+        out: a path or URL.
+        identity: the request's identity, see ``TokenizeRequest.identity``.
+        shared: whether other processes write other chunks to the folder at the same time.
 
     Raises:
-        DataError: the folder is another's, in use, or cannot be written.
+        DataError: the folder was not made by this command, is in use, or cannot be written.
     """
     folder = open_folder(out)
-    with ExitStack() as stack:
-        lock = None
-        if isinstance(folder, LocalFolder):
-            stack.enter_context(_created(folder.path))
-        _expect_ours(folder, out)
-        if isinstance(folder, LocalFolder):
-            lock = stack.enter_context(lock_folder(folder.path, shared=shared))
-        output = OutputFolder(out, identity, lock)
-        try:
-            yield output
-        except BaseException:
-            output.abandon(shared=shared)
-            raise
+    path = folder.path if isinstance(folder, LocalFolder) else None
+    with _created(path) if path else nullcontext():
+        _check_origin(folder, out)
+        with lock_folder(path, shared=shared) if path else nullcontext() as lock:
+            output = OutputFolder(out, identity, shared=shared, lock=lock)
+            try:
+                yield output
+            except BaseException:
+                output.abandon()
+                raise
 
 
 @contextmanager
 def _created(path: Path) -> Iterator[None]:
-    """See to it that a folder is there; if the block fails, what was created goes as far as it is empty."""
+    """Create a folder and its parents; if the block fails, remove those that are empty again."""
     if path.exists() and not path.is_dir():
         raise DataError(f"--out {path} is a file; name a folder")
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -244,8 +231,9 @@ def _created(path: Path) -> Iterator[None]:
         raise
 
 
-def _expect_ours(folder: Folder, out: Path | str) -> None:
-    # Of a local folder the names at its top: what is not ours may be large.
+def _check_origin(folder: Folder, out: Path | str) -> None:
+    """Raise DataError if the folder holds files but neither a plan nor a manifest."""
+    # Only the top of a local folder is listed, because a folder of other files may be large.
     names = {path.name for path in folder.path.iterdir()} if isinstance(folder, LocalFolder) else folder.names()
     others = sorted(name for name in names - {LOCK_NAME} if not is_scratch(name))
     if others and not names & {PLAN_NAME, MANIFEST_NAME}:
@@ -255,30 +243,19 @@ def _expect_ours(folder: Folder, out: Path | str) -> None:
         )
 
 
-def _files_of(shard: ShardRecord) -> list[str]:
-    return [name for name in (shard.file, shard.mask_file) if name is not None]
-
-
-def _expect_whole(folder: Folder, shard: ShardRecord, place: str) -> None:
-    """Of a local shard its size and format, of a remote one that it is there."""
+def _check_shard(folder: Folder, shard: ShardRecord, place: str) -> None:
+    """Raise DataError if a local shard has another size or format, or a remote one does not exist."""
     if isinstance(folder, LocalFolder):
         map_shard(folder.path, shard)
         if shard.mask_file is not None:
             map_mask(folder.path, shard)
         return
-    for name in _files_of(shard):
+    for name in shard.files:
         if folder.size(name) is None:
             raise DataError(f"{place}/{name} is missing, though {MANIFEST_NAME} names it; tokenize again")
 
 
-def _remove_what_led_there(folder: Folder) -> None:
-    names = folder.names()
-    folder.remove_scratch()
-    folder.remove({name for name in names if name.startswith(_CHUNKS)})
-    folder.remove({PLAN_NAME} & names)  # the last: it says whose the others are
-
-
-def _expect_same_request(out: Path | str, made_by: dict[str, Any], identity: dict[str, Any]) -> None:
+def _check_same_request(out: Path | str, made_by: dict[str, Any], identity: dict[str, Any]) -> None:
     before, now = dict(_flatten(made_by)), dict(_flatten(identity))
     for key in before | now:
         if before.get(key) != now.get(key):
@@ -294,3 +271,21 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _flatten(item, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", item
+
+
+def _remove_work_files(folder: Folder) -> None:
+    names = folder.names()
+    folder.remove_scratch()
+    folder.remove({name for name in names if name.startswith(RECORDS_FOLDER)})
+    folder.remove({PLAN_NAME} & names)  # last, because it says whose the other files are
+
+
+def _report(records: list[ChunkRecord]) -> dict[str, Any]:
+    """Return what the manifest says about all documents. It depends on the request alone."""
+    lengths = np.sum([record.lengths for record in records], axis=0).tolist()
+    while lengths and lengths[-1] == 0:
+        lengths.pop()
+    return {
+        "documents_by_log2_tokens": lengths,
+        "repeated_documents": sum(record.repeated for record in records),
+    }

@@ -1,4 +1,4 @@
-"""One function over many items in worker processes: results as they come, a worker that dies is replaced."""
+"""Apply one function to many items in worker processes, and replace workers that die."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data_tools.errors import DataError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-#: ``function(item, report)``; what it passes to ``report`` arrives at the caller.
+#: ``work(item, report)``. The arguments of ``report`` are passed on to the caller's ``on_report``.
 Work = Callable[[Item, Callable[..., None]], Result]
 
 _ATTEMPTS = 3
@@ -33,18 +33,17 @@ def unordered_map(
     on_report: Callable[..., None],
     preload: tuple[str, ...] = (),
 ) -> Generator[Result, None, None]:
-    """Yield ``work(item, report)`` for each item, as they end.
+    """Yield ``work(item, report)`` for each item, in the order in which they finish.
 
-    With one worker everything happens in this process. With more, ``work``, items and results must be picklable,
-    and a script that calls this needs the usual ``if __name__ == "__main__"``. Closing the generator ends the workers
-    at once.
+    One worker is this process. With more, ``work``, items and results must be picklable, and a script that calls this
+    needs ``if __name__ == "__main__"``. Closing the generator kills the workers.
 
     Args:
-        on_report: called in this process with what a worker reports of an item.
-        preload: modules that workers need, to be imported once for all of them.
+        on_report: called in this process with what workers report.
+        preload: modules that are imported once for all workers.
 
     Raises:
-        DataError: workers died at the same item again and again.
+        DataError: workers died repeatedly at the same item, or cannot be started.
     """
     if workers == 1:
         for item in items:
@@ -54,11 +53,11 @@ def unordered_map(
     try:
         yield from pool.results(on_report)
     finally:
-        pool.end()
+        pool.kill()
 
 
 def _context(preload: tuple[str, ...]) -> BaseContext:
-    # fork would copy the locks that threads of this process (pyarrow, datasets) may hold.
+    # fork would copy locks that threads of this process (pyarrow, datasets) may hold.
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -67,7 +66,7 @@ def _context(preload: tuple[str, ...]) -> BaseContext:
 
 
 class _Worker(Generic[Item, Result]):
-    """A process, the pipe to it, and what it works on."""
+    """A process, the pipe to it, and the item that it works on."""
 
     def __init__(self, work: Work[Item, Result], context: Any) -> None:
         self.connection, theirs = context.Pipe()
@@ -84,11 +83,13 @@ class _Worker(Generic[Item, Result]):
 
     def begin(self, item: Item) -> None:
         self.item = item
-        with suppress(OSError):  # it has just died: the next look at its pipe says so
+        with suppress(OSError):  # it has just died, which the next read from its pipe notices
             self.connection.send(item)
 
 
 class _Pool(Generic[Item, Result]):
+    """The workers and the items that wait for one."""
+
     def __init__(self, work: Work[Item, Result], items: deque[Item], workers: int, context: BaseContext) -> None:
         self._work = work
         self._items = items
@@ -104,7 +105,7 @@ class _Pool(Generic[Item, Result]):
                 worker = busy[connection]
                 try:
                     kind, value = worker.connection.recv()
-                except (EOFError, OSError):  # the latter: it died in the middle of a message
+                except (EOFError, OSError):  # OSError: it died while sending
                     self._replace(worker)
                     continue
                 if kind == _REPORT:
@@ -117,7 +118,7 @@ class _Pool(Generic[Item, Result]):
                     worker.begin(self._items.popleft())
                 yield value
 
-    def end(self) -> None:
+    def kill(self) -> None:
         for worker in self._workers:
             worker.process.kill()
             worker.connection.close()
@@ -125,7 +126,7 @@ class _Pool(Generic[Item, Result]):
             worker.process.join()
 
     def _replace(self, dead: _Worker[Item, Result]) -> None:
-        """A new process, for the same item."""
+        """Start a new process for the item at which a worker died."""
         item = dead.item
         assert item is not None
         dead.process.join()
@@ -143,8 +144,8 @@ class _Pool(Generic[Item, Result]):
 
 
 def _serve(work: Work[Any, Any], connection: Connection) -> None:
-    """Items come, reports and results go, until the other end closes."""
-    # Ctrl-C reaches the whole process group; the parent alone decides how to end.
+    """Work on the items that the pipe delivers until it is closed."""
+    # Ctrl-C reaches the whole process group, but the parent decides how to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     while True:
@@ -154,8 +155,7 @@ def _serve(work: Work[Any, Any], connection: Connection) -> None:
             return
         try:
             result = work(item, lambda *values: connection.send((_REPORT, values)))
-        # Whatever it is, it is the caller's.
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 (the parent raises it)
             connection.send((_ERROR, _picklable(error)))
         else:
             connection.send((_RESULT, result))
@@ -168,7 +168,7 @@ def _picklable(error: Exception) -> Exception:
 
 
 def _exit_with_parent() -> None:
-    """While it works a worker does not look at its pipe, so nothing else tells it that its parent was killed."""
+    """End this process when its parent is killed: a worker that is busy does not read its pipe."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""What the tokenizing stage is asked to do: every option, its default, and what it may be."""
+"""What stage 1 is asked to do: every option, its default and its limits."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ from typing import Any, get_args
 
 from data_tools.errors import DataError
 from data_tools.options import Deduplication, EncoderChoice, Engine, ShardFormat
-from data_tools.shards import FORMAT_VERSION, SourceRecord, TokenizerRecord
+from data_tools.shards import FORMAT_VERSION, SourceRecord
+from data_tools.shards.contents import gpt2_tokenizer_record
 from data_tools.sources import Source, SourceRequest
-from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, TOKENIZER_NAME, load_tokenizer
 
-_CHOICES = {
-    "format": get_args(ShardFormat),
-    "deduplicate": get_args(Deduplication),
-    "encoder": get_args(EncoderChoice),
-    "engine": get_args(Engine),
-}
+_CHOICES = {"format": ShardFormat, "deduplicate": Deduplication, "encoder": EncoderChoice, "engine": Engine}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +20,21 @@ class TokenizeRequest(SourceRequest):
     """One run of stage 1: a source (see ``SourceRequest``) and what to make of it.
 
     Attributes:
-        out: the folder that will hold the shards and their manifest.
-        format: of the shards, ``npy`` or ``arrow``.
-        val_fraction: the share of documents for validation, in [0, 1).
+        out: the folder or URL for the shards and their manifest.
+        format: the file format of the shards.
+        val_fraction: the fraction of documents for validation, in [0, 1).
         shard_tokens: a shard ends before the document that would take it past this many tokens.
-        seed: of the draw that divides documents between the splits.
-        limit_documents: stop after so many documents; None: never.
-        limit_bytes: stop after the document that reaches so many bytes of UTF-8; None: never.
-        deduplicate: ``exact`` leaves out every document that has an equal one before it.
-        workers: processes on this machine; no effect on the result. None: one for each core.
-        encoder: ``auto``, ``gigatoken`` or ``tiktoken``; no effect on the result.
-        engine: what runs the chunks, ``local`` or ``ray``; no effect on the result.
-        ray_address: of the Ray cluster; None: one is started on this machine.
+        seed: selects the division of documents between the splits.
+        limit_documents: stop after this many documents; None never stops.
+        limit_bytes: stop after the document that reaches this many bytes of UTF-8; None never stops.
+        deduplicate: ``exact`` leaves out every document that repeats an earlier one.
+        workers: number of processes on this machine; None uses one per core. No effect on the result.
+        encoder: see ``choose_encoder``. No effect on the result.
+        engine: what runs the chunks. No effect on the result.
+        ray_address: address of the Ray cluster; None starts one on this machine.
+
+    Raises:
+        DataError: an option has an impossible value.
     """
 
     out: Path | str
@@ -53,14 +51,10 @@ class TokenizeRequest(SourceRequest):
     ray_address: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            DataError: names the option and what it may be.
-        """
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise DataError(f"--{name} must be one of {', '.join(choices)}, it is {getattr(self, name)!r}")
+        for name, literal in _CHOICES.items():
+            choices, value = get_args(literal), getattr(self, name)
+            if value not in choices:
+                raise DataError(f"--{name} must be one of {', '.join(choices)}, it is {value!r}")
         if self.ray_address is not None and self.engine != "ray":
             raise DataError("--ray-address needs --engine ray")
         if not 0 <= self.val_fraction < 1:
@@ -73,12 +67,11 @@ class TokenizeRequest(SourceRequest):
                 raise DataError(f"--{name.replace('_', '-')} must be at least 1, it is {value}")
 
     def identity(self, source: Source) -> dict[str, Any]:
-        """All that decides the bytes of the result, as JSON values in the manifest's layout."""
+        """Return everything that decides the bytes of the result, as JSON values in the manifest's layout."""
         limits = {"limit_documents": self.limit_documents, "limit_bytes": self.limit_bytes}
-        tokenizer = TokenizerRecord(TOKENIZER_NAME, GPT2_VOCAB_SIZE, END_OF_TEXT, load_tokenizer().vocabulary_sha256())
         return {
             "format_version": FORMAT_VERSION,
-            "tokenizer": asdict(tokenizer),
+            "tokenizer": asdict(gpt2_tokenizer_record()),
             "source": asdict(SourceRecord(self.source, {**source.options(), **limits})),
             "settings": {
                 "format": self.format,

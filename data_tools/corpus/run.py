@@ -1,25 +1,22 @@
 """Stage 1 as a recipe: source -> chunks -> tokens in parallel -> shards and manifest.
 
-The bytes of the shards depend on the request alone, not on what ran the chunks, how many at a time, or interruptions.
+The bytes of the shards depend on the request alone: not on the engine, the number of processes, or interruptions.
 """
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import closing
-from datetime import datetime, timezone
-from typing import Any, Protocol
+from typing import Protocol
 
-from data_tools.corpus.chunks import Chunk, plan_chunks
+from data_tools.corpus.chunks import Chunk, Progress, plan_chunks
 from data_tools.corpus.duplicates import write_repeated
 from data_tools.corpus.engines import run_chunks, workers_of
-from data_tools.corpus.estimate import Estimate, estimate, expect_room
-from data_tools.corpus.output import OutputFolder, fingerprints_name, load_complete, open_output, repeated_name
-from data_tools.corpus.records import Progress, progress_of
+from data_tools.corpus.estimate import Estimate, check_free_space, estimate_run
+from data_tools.corpus.output import OutputFolder, load_complete, open_output
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.worker import Job, encode_chunk, fingerprint_chunk
-from data_tools.encoding.encoders import REFERENCE_ENCODER, choose_encoder, encoder_version
+from data_tools.encoding.encoders import choose_encoder
 from data_tools.errors import DataError
 from data_tools.shards import Manifest
 from data_tools.sources import Source, open_source
@@ -29,163 +26,131 @@ __all__ = ["Observer", "Progress", "TokenizeRequest", "find_complete", "tokenize
 
 
 class Observer(Protocol):
-    """Told how a run gets on."""
+    """Receives the estimate and the progress of a run."""
 
     def planned(self, estimate: Estimate) -> None:
-        """Before the first chunk."""
+        """Receive the estimate, before the first chunk. A share of a run has none."""
         ...
 
     def progressed(self, progress: Progress) -> None:
-        """At the start, with what an interrupted run had finished, and then a few times a second."""
+        """Receive the total progress: first that of finished chunks, then a few times per second."""
         ...
 
 
-class _Nobody:
-    """The observer of those who pass none."""
-
+class _SilentObserver:
     def planned(self, estimate: Estimate) -> None:
-        """Nothing."""
+        pass
 
     def progressed(self, progress: Progress) -> None:
-        """Nothing."""
+        pass
 
 
 def find_complete(request: TokenizeRequest) -> Manifest | None:
-    """The manifest, if the folder already holds all that the request would make.
+    """Return the manifest if the folder already holds all that the request would make, otherwise None.
 
     Raises:
-        DataError: the request is unusable, or the folder was completed by another request or damaged since.
+        DataError: the request is unusable, or the folder is another request's or damaged.
     """
     return load_complete(request.out, request.identity(open_source(request)))
 
 
 def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) -> Manifest:
-    """Tokenize a source into a folder of shards, continuing what the same request left unfinished.
+    """Tokenize a source into a folder of shards, continue where the same request stopped, and return the manifest.
 
-    Returns at once when the folder is complete already. A corpus of a single document has no validation split.
+    Returns at once if the folder is complete. A corpus of one document has no validation split.
 
     Args:
         request: what to do. With more than one worker, a calling script needs ``if __name__ == "__main__"``.
-
-    Returns:
-        The manifest that was written.
+        observer: receives the progress.
 
     Raises:
-        DataError: the request, a document or the folder is unusable, or the disk is full; one line.
+        DataError: the request, a document or the folder is unusable, or the disk is full.
     """
-    source = open_source(request)
-    identity = request.identity(source)
-    if manifest := load_complete(request.out, identity):
-        return manifest
-    with open_output(request.out, identity, shared=False) as output:
-        if manifest := load_complete(request.out, identity):  # meanwhile
-            return manifest
-        run = _Run(request, source, output, observer or _Nobody())
-        output.remove_leftovers()
-        run.expect_room()
-        run.leave_out_repeated(run.chunks)
-        run.encode(run.chunks)
-        return output.complete(run.chunks, run.made())
+    manifest = _tokenize(request, None, observer or _SilentObserver())
+    assert manifest is not None, "only a share leaves chunks to others"
+    return manifest
 
 
 def tokenize_share(
     request: TokenizeRequest, share: int, shares: int, observer: Observer | None = None
 ) -> Manifest | None:
-    """Do the chunks ``share``, ``share + shares``, ... of a request, while other processes do the others.
+    """Do chunks ``share``, ``share + shares``, ... of a request, while other processes do the others.
 
-    Whoever ends last writes the manifest. With ``deduplicate`` the documents must be compared before any is encoded:
-    the first call of each share fingerprints its documents, a second one, after all first ones, encodes them.
-
-    Returns:
-        The manifest; None: other shares are not done yet.
+    The process that finishes last writes the manifest and returns it; the others return None. With ``deduplicate``
+    every share is called twice: the first calls fingerprint the documents, and when all of them have returned, the
+    second calls encode.
 
     Raises:
         DataError: as ``tokenize_corpus``.
     """
+    return _tokenize(request, (share, shares), observer or _SilentObserver())
+
+
+def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer: Observer) -> Manifest | None:
     source = open_source(request)
     identity = request.identity(source)
     if manifest := load_complete(request.out, identity):
         return manifest
-    with open_output(request.out, identity, shared=True) as output:
-        if manifest := load_complete(request.out, identity):  # meanwhile
+    with open_output(request.out, identity, shared=share is not None) as output:
+        if manifest := load_complete(request.out, identity):  # another process completed it before the lock was ours
             return manifest
-        run = _Run(request, source, output, observer or _Nobody())
-        own = run.chunks[share::shares]
-        if not run.leave_out_repeated(own):
+        encoder = choose_encoder(request.encoder)
+        output.plan(lambda: plan_chunks(source, request))
+        job = Job(request, encoder, len(output.chunks) == 1, sha256_of_json(identity))
+        if share is None:
+            chunks = output.chunks
+            output.remove_leftovers()
+            observer.planned(_check_estimate(request, source, output))
+        else:
+            chunks = output.chunks[share[0] :: share[1]]
+        if request.deduplicate == "exact" and not _find_repeated(job, chunks, output):
             return None
-        run.encode(own)
-        return output.complete_if_last(run.chunks, run.made)
+        _encode(job, chunks, output, observer)
+        return output.complete(encoder=encoder, engine=request.engine)
 
 
-class _Run:
-    """One call, on the chunks of one request."""
-
-    def __init__(self, request: TokenizeRequest, source: Source, output: OutputFolder, observer: Observer) -> None:
-        self._request = request
-        self._source = source
-        self._output = output
-        self._observer = observer
-        self._encoder = choose_encoder(request.encoder)
-        self.chunks = output.plan(lambda: plan_chunks(source, request))
-        output.look_for_finished(self.chunks)
-        self._job = Job(request, self._encoder, len(self.chunks) == 1, sha256_of_json(request.identity(source)))
-
-    def expect_room(self) -> None:
-        """Estimate the work, tell the observer, and refuse what does not fit on the disk."""
-        request = self._request
-        limited = request.limit_documents is not None or request.limit_bytes is not None
-        free = self._output.folder.free_bytes()
-        estimated = estimate(self._source, self.chunks, free, workers_of(request), limited=limited)
-        if estimated is None:
-            raise DataError(f"--source {request.source} has no document with text in it; there is nothing to tokenize")
-        self._observer.planned(estimated)
-        expect_room(estimated, 2 * progress_of(self._output.finished.values()).tokens, f"--out {request.out}")
-
-    def leave_out_repeated(self, own: Iterable[Chunk]) -> bool:
-        """Compare documents if the request asks for it; False: others have not fingerprinted theirs yet."""
-        if self._request.deduplicate != "exact":
-            return True
-        folder = self._output.folder
-        names = folder.names()
-        missing = [chunk for chunk in own if fingerprints_name(chunk) not in names]
-        with closing(run_chunks(fingerprint_chunk, self._job, missing, _ignore)) as done:
-            for _ in done:
-                pass
-        if missing:
-            names = folder.names()
-        if any(fingerprints_name(chunk) not in names for chunk in self.chunks):
-            return False
-        if any(repeated_name(chunk) not in names for chunk in self.chunks):
-            write_repeated(folder, self.chunks)
-        return True
-
-    def encode(self, chunks: Iterable[Chunk]) -> None:
-        """Do what is not finished of these chunks."""
-        finished = self._output.finished
-        progress = progress_of(finished.values())
-        self._observer.progressed(progress)
-
-        def report(documents: int, tokens: int, utf8_bytes: int) -> None:
-            nonlocal progress
-            progress = progress.plus(documents, tokens, utf8_bytes)
-            self._observer.progressed(progress)
-
-        unfinished = [chunk for chunk in chunks if chunk.index not in finished]
-        with closing(run_chunks(encode_chunk, self._job, unfinished, report)) as records:
-            for record in records:
-                finished[record.index] = record
-
-    def made(self) -> dict[str, Any]:
-        """When and with what, for the manifest."""
-        return {
-            "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "encoder": encoder_version(self._encoder),
-            "reference": encoder_version(REFERENCE_ENCODER),
-            "checked_documents": sum(record.checked for record in self._output.finished.values()),
-            "python": platform.python_version(),
-            "engine": self._request.engine,
-        }
+def _check_estimate(request: TokenizeRequest, source: Source, output: OutputFolder) -> Estimate:
+    """Return the estimate of a run, or raise DataError if the run has no text or does not fit on the disk."""
+    estimate = estimate_run(
+        source,
+        output.chunks,
+        is_limited=request.limit_documents is not None or request.limit_bytes is not None,
+        free_bytes=output.folder.free_bytes(),
+        workers=workers_of(request),
+    )
+    if estimate is None:
+        raise DataError(f"--source {request.source} has no document with text in it; there is nothing to tokenize")
+    check_free_space(estimate, 2 * output.progress.tokens, f"--out {request.out}")
+    return estimate
 
 
-def _ignore(documents: int, tokens: int, utf8_bytes: int) -> None:
-    """Fingerprinting is not told of."""
+def _find_repeated(job: Job, chunks: Sequence[Chunk], output: OutputFolder) -> bool:
+    """Fingerprint the documents of ``chunks``, then compare all; return False while other shares lack fingerprints."""
+    folder = output.folder
+    names = folder.names()
+    missing = [chunk for chunk in chunks if chunk.fingerprints_file not in names]
+    with closing(run_chunks(fingerprint_chunk, job, missing, lambda progress: None)) as results:
+        for _ in results:
+            pass
+    names = folder.names()
+    if any(chunk.fingerprints_file not in names for chunk in output.chunks):
+        return False
+    if any(chunk.repeated_file not in names for chunk in output.chunks):
+        write_repeated(folder, output.chunks)
+    return True
+
+
+def _encode(job: Job, chunks: Sequence[Chunk], output: OutputFolder, observer: Observer) -> None:
+    """Encode those of the chunks that are not finished."""
+    progress = output.progress
+    observer.progressed(progress)
+
+    def report(new: Progress) -> None:
+        nonlocal progress
+        progress += new
+        observer.progressed(progress)
+
+    unfinished = [chunk for chunk in chunks if chunk.index not in output.finished]
+    with closing(run_chunks(encode_chunk, job, unfinished, report)) as records:
+        for record in records:
+            output.finished[record.index] = record

@@ -4,17 +4,81 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
+from data_tools.encoding.documents import Document, fingerprint_of, utf8_of
 from data_tools.shards import TRAIN_SPLIT, VAL_SPLIT
+
+_OTHER_SPLIT = {TRAIN_SPLIT: VAL_SPLIT, VAL_SPLIT: TRAIN_SPLIT}
+
+
+@dataclass(frozen=True)
+class AssignedDocument:
+    """A document with its text in UTF-8, its fingerprint and its split."""
+
+    document: Document
+    utf8: bytes
+    fingerprint: bytes
+    split: str
 
 
 def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
-    """The split of a document: a pure function of its contents.
+    """Return the split of a document as a pure function of its contents.
 
-    Equal documents are therefore never on both sides, and where a document stands does not matter.
+    Equal documents are therefore always in the same split, wherever they are in the source.
 
     Args:
-        fingerprint: of the document, see ``data_tools.encoding.documents.fingerprint_of``.
+        fingerprint: see ``data_tools.encoding.documents.fingerprint_of``.
+        val_fraction: the expected fraction of documents in the validation split.
+        seed: selects another division of the same documents.
     """
     digest = hashlib.blake2b(fingerprint, digest_size=8, key=struct.pack("<Q", seed)).digest()
     return VAL_SPLIT if int.from_bytes(digest, "little") < val_fraction * 2**64 else TRAIN_SPLIT
+
+
+def assign_splits(
+    documents: Iterable[Document], *, val_fraction: float, seed: int, fill_both: bool
+) -> Iterator[AssignedDocument]:
+    """Yield each document with its split, in order.
+
+    Args:
+        documents: documents with text.
+        val_fraction: see ``draw_split``.
+        seed: see ``draw_split``.
+        fill_both: the documents are the whole corpus, so both splits must get one even if all draws are equal.
+    """
+
+    def assign(document: Document) -> AssignedDocument:
+        utf8 = utf8_of(document)
+        fingerprint = fingerprint_of(document, utf8)
+        return AssignedDocument(
+            document, utf8, fingerprint, draw_split(fingerprint, val_fraction=val_fraction, seed=seed)
+        )
+
+    assigned = map(assign, documents)
+    return fill_both_splits(assigned) if fill_both and val_fraction > 0 else assigned
+
+
+def fill_both_splits(assigned: Iterator[AssignedDocument]) -> Iterator[AssignedDocument]:
+    """Move the last new document to the other split if all documents were drawn for the same one.
+
+    Its repeats move with it, because equal documents stay in one split. A single document is used for training.
+    Documents are held back only until both splits have one.
+    """
+    held: list[AssignedDocument] = []  # the last new document, and the repeats that follow it
+    seen: set[bytes] = set()
+    for following in assigned:
+        if held and following.split != held[0].split:
+            yield from (*held, following)
+            yield from assigned
+            return
+        if following.fingerprint not in seen:
+            yield from held
+            held = []
+        seen.add(following.fingerprint)
+        held.append(following)
+    for document in held:
+        is_last_new = document.fingerprint == held[0].fingerprint
+        split = TRAIN_SPLIT if len(seen) == 1 else _OTHER_SPLIT[document.split] if is_last_new else document.split
+        yield replace(document, split=split)

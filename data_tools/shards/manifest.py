@@ -90,6 +90,11 @@ class ShardRecord:
         """The mask's file inside the folder, or None."""
         return None if self.mask_sha256 is None else mask_file_of(self.file)
 
+    @property
+    def files(self) -> list[str]:
+        """The files of the shard inside the folder: its mask, if it has one, and its tokens."""
+        return [name for name in (self.mask_file, self.file) if name is not None]
+
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain JSON values, without keys whose value is None."""
         return {key: value for key, value in asdict(self).items() if value is not None}

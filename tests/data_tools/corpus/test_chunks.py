@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -91,7 +92,7 @@ def test_whichever_limit_comes_first_counts() -> None:
 
 def test_a_large_source_has_chunks_of_a_shard_at_most_and_a_small_one_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks_module, "_SMALLEST_CHUNK_BYTES", 1000)
-    monkeypatch.setattr(chunks_module, "_CHUNKS_WANTED", 8)
+    monkeypatch.setattr(chunks_module, "_WANTED_CHUNKS", 8)
 
     def sizes(documents: int, shard_tokens: int = 10_000) -> list[int]:
         return [sum(map(len, texts)) for texts in plan(["x" * 100] * documents, shard_tokens=shard_tokens)[1]]
@@ -103,7 +104,7 @@ def test_a_large_source_has_chunks_of_a_shard_at_most_and_a_small_one_few(monkey
 
 def test_a_chunk_survives_being_written_down() -> None:
     chunk = Chunk(7, (Slice("ü\udcff.jsonl", 5, 9, 4), Slice("b", 0, 1)), limit_documents=3)
-    assert Chunk.from_json(json.loads(json.dumps(chunk.to_json()).encode("ascii"))) == chunk
+    assert Chunk.from_json(json.loads(json.dumps(asdict(chunk)).encode("ascii"))) == chunk
     assert chunk.name == "00007"
     assert str(Chunk(7, chunk.slices[:1])) == "chunk 7 (ü\udcff.jsonl[5:9])"
     assert str(chunk).endswith("[5:9], ...)")

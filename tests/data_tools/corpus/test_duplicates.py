@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from data_tools.corpus import duplicates
 from data_tools.corpus.chunks import Chunk
 from data_tools.corpus.duplicates import write_repeated
-from data_tools.corpus.output import fingerprints_name, repeated_name
 from data_tools.corpus.run import TokenizeRequest, tokenize_corpus, tokenize_share
 from data_tools.sources import Slice
 from tests.data_tools.conftest import drawn_for, json_lines, result, sequential_tokens, tokens_of, varied_documents
@@ -49,14 +48,14 @@ def test_all_but_the_first_of_equal_documents_are_found(
     chunks = [Chunk(index, (Slice("a", index, index + 1),)) for index in range(len(corpus))]
     folder = MemoryFolder()
     for chunk, fingerprints in zip(chunks, corpus, strict=True):
-        folder.write(fingerprints_name(chunk), saved(np.array(fingerprints, dtype=np.uint64).reshape(-1, 2)))
+        folder.write(chunk.fingerprints_file, saved(np.array(fingerprints, dtype=np.uint64).reshape(-1, 2)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(duplicates, "_DOCUMENTS_AT_A_TIME", documents_at_a_time)
         write_repeated(folder, chunks)  # type: ignore[arg-type]
     seen: set[tuple[int, int]] = set()
     for chunk, fingerprints in zip(chunks, corpus, strict=True):
         expected = [n for n, one in enumerate(fingerprints) if one in seen or seen.add(one)]  # type: ignore[func-returns-value]
-        assert np.load(io.BytesIO(folder.files[repeated_name(chunk)])).tolist() == expected
+        assert np.load(io.BytesIO(folder.files[chunk.repeated_file])).tolist() == expected
 
 
 DISTINCT = varied_documents(60)

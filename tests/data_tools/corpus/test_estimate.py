@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.corpus.estimate import Estimate, expect_room
+from data_tools.corpus.estimate import Estimate, check_free_space
 from data_tools.corpus.run import Progress, TokenizeRequest, tokenize_corpus
 from data_tools.errors import DataError
 from data_tools.storage.folders import LocalFolder
@@ -56,7 +56,7 @@ def test_of_a_part_the_size_is_not_known(tmp_path: Path, options: dict[str, int]
     watcher = Watcher()
     tokenize_corpus(text_request(tmp_path, **options), watcher)
     assert watcher.estimates[0].tokens is None
-    assert str(watcher.estimates[0]).startswith("of unknown size, 4.")
+    assert str(watcher.estimates[0]).startswith("text of unknown size, 4.")
 
 
 def test_what_does_not_fit_is_refused_with_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,12 +95,12 @@ def test_what_is_written_already_needs_no_room_again(tmp_path: Path, monkeypatch
 
 
 def test_unknown_sizes_always_fit() -> None:
-    expect_room(Estimate(None, 4.0, 0, 1, 1), 0, "--out x")
-    expect_room(Estimate(10**12, 4.0, None, 1, 1), 0, "--out x")
-    expect_room(Estimate(400, 4.0, 200, 1, 1), 0, "--out x")
+    check_free_space(Estimate(None, 4.0, 0, 1, 1), 0, "--out x")
+    check_free_space(Estimate(10**12, 4.0, None, 1, 1), 0, "--out x")
+    check_free_space(Estimate(400, 4.0, 200, 1, 1), 0, "--out x")
     with pytest.raises(DataError, match=r"--out x needs about 0\.00 MB"):
-        expect_room(Estimate(404, 4.0, 200, 1, 1), 0, "--out x")
-    expect_room(Estimate(404, 4.0, 200, 1, 1), 2, "--out x")
+        check_free_space(Estimate(404, 4.0, 200, 1, 1), 0, "--out x")
+    check_free_space(Estimate(404, 4.0, 200, 1, 1), 2, "--out x")
 
 
 def test_a_corpus_without_text_is_refused_before_anything_is_made(tmp_path: Path) -> None:

@@ -200,8 +200,8 @@ def test_killed_at_any_change_of_the_folder_the_next_run_makes_it_whole(
 
 def test_a_folder_is_complete_when_its_manifest_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(output_module, "_remove_what_led_there", lambda folder: interrupted())
-        patch.setattr(output_module.OutputFolder, "abandon", lambda output, shared: None)
+        patch.setattr(output_module, "_remove_work_files", lambda folder: interrupted())
+        patch.setattr(output_module.OutputFolder, "abandon", lambda output: None)
         with pytest.raises(Interruption):
             tokenize_corpus(request_for(tmp_path))
     assert (tmp_path / "out" / "plan.json").exists()

@@ -82,7 +82,7 @@ def kill_a_busy_worker(out: Path, process: subprocess.Popen[str]) -> bool:
     deadline = time.monotonic() + 90
     while process.poll() is None and time.monotonic() < deadline:
         for worker in psutil.process_iter(["name", "cmdline"]):
-            if (worker.info["cmdline"] or [""])[0].startswith("ray::work_quietly") and any(out.glob(".scratch-*/*")):
+            if (worker.info["cmdline"] or [""])[0].startswith("ray::run_chunk") and any(out.glob(".scratch-*/*")):
                 worker.kill()
                 return True
         time.sleep(0.01)

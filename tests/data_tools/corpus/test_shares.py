@@ -186,15 +186,15 @@ def test_shares_that_end_at_the_same_time_have_one_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes | str]
 ) -> None:
     both_are_done = threading.Barrier(2, timeout=60)
-    complete_if_last = output_module.OutputFolder.complete_if_last
+    complete = output_module.OutputFolder.complete
 
-    def complete_together(output: Any, chunks: Any, made: Any) -> Any:
+    def complete_together(output: Any, **options: Any) -> Any:
         both_are_done.wait()
-        return complete_if_last(output, chunks, made)
+        return complete(output, **options)
 
     for _ in range(5):
         with monkeypatch.context() as patch:
-            patch.setattr(output_module.OutputFolder, "complete_if_last", complete_together)
+            patch.setattr(output_module.OutputFolder, "complete", complete_together)
             assert run_together(tmp_path, [0, 1]).count(None) <= 1
         assert result(tmp_path / "out") == whole
         for path in (tmp_path / "out").iterdir():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.corpus.split import draw_split
+from data_tools.corpus.split import AssignedDocument, draw_split, fill_both_splits
 
 FINGERPRINTS = st.binary(min_size=16, max_size=16)
 SEEDS = st.integers(0, 2**64 - 1)
@@ -51,3 +52,36 @@ def test_a_larger_fraction_keeps_what_was_for_validation(
 @given(fingerprint=FINGERPRINTS, seed=SEEDS)
 def test_no_fraction_no_validation(fingerprint: bytes, seed: int) -> None:
     assert draw_split(fingerprint, val_fraction=0.0, seed=seed) == "train"
+
+
+def assigned(drawn: list[tuple[int, bool]]) -> list[AssignedDocument]:
+    """Documents by number, each drawn for validation or not; the first draw of a number counts."""
+    draws = dict(reversed(drawn))
+    return [
+        AssignedDocument(str(number), b"", b"%16d" % number, "val" if draws[number] else "train") for number, _ in drawn
+    ]
+
+
+@given(drawn=st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=12))
+def test_both_splits_get_a_document_and_equal_ones_stay_together(drawn: list[tuple[int, bool]]) -> None:
+    before = assigned(drawn)
+    after = list(fill_both_splits(iter(before)))
+    assert [one.document for one in after] == [one.document for one in before]
+    sides = {one.fingerprint: one.split for one in after}
+    assert all(one.split == sides[one.fingerprint] for one in after), "equal documents are on one side"
+    if len(sides) == 1:
+        assert set(sides.values()) == {"train"}
+    elif sides:
+        assert set(sides.values()) == {"train", "val"}
+    moved = {one.fingerprint for one, now in zip(before, after, strict=True) if one.split != now.split}
+    assert len(moved) <= 1
+    if len({one.split for one in before}) == 2:
+        assert not moved, "nobody needed to move"
+
+
+def test_documents_are_held_back_only_until_both_splits_have_one() -> None:
+    endless = itertools.chain(assigned([(0, False), (1, True)]), itertools.repeat(assigned([(0, False)])[0]))
+    taken = itertools.count()
+    counted = (one for one, _ in zip(endless, taken, strict=False))
+    assert [one.document for one in itertools.islice(fill_both_splits(counted), 100)] == ["0", "1", *["0"] * 98]
+    assert next(taken) <= 101

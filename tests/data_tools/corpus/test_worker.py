@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import tempfile
@@ -21,7 +20,6 @@ from data_tools.corpus import chunks as chunks_module
 from data_tools.corpus import worker as worker_module
 from data_tools.corpus.estimate import Estimate
 from data_tools.corpus.run import Progress, TokenizeRequest, tokenize_corpus
-from data_tools.corpus.worker import _Assigned, _in_both_splits
 from data_tools.encoding.encoders import GigatokenEncoder, load_encoder
 from data_tools.errors import DataError
 from tests.data_tools.conftest import (
@@ -95,40 +93,6 @@ def documents_in(tokens: np.ndarray) -> list[np.ndarray]:
     return np.split(tokens, np.flatnonzero(tokens == 50256)[1:]) if tokens.size else []
 
 
-# A small corpus has both splits
-
-
-def assigned(drawn: list[tuple[int, bool]]) -> list[_Assigned]:
-    """Documents by number, each drawn for validation or not; the first draw of a number counts."""
-    draws = dict(reversed(drawn))
-    return [_Assigned(str(number), b"", b"%16d" % number, "val" if draws[number] else "train") for number, _ in drawn]
-
-
-@given(drawn=st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=12))
-def test_both_splits_get_a_document_and_equal_ones_stay_together(drawn: list[tuple[int, bool]]) -> None:
-    before = assigned(drawn)
-    after = list(_in_both_splits(iter(before)))
-    assert [one.document for one in after] == [one.document for one in before]
-    sides = {one.fingerprint: one.split for one in after}
-    assert all(one.split == sides[one.fingerprint] for one in after), "equal documents are on one side"
-    if len(sides) == 1:
-        assert set(sides.values()) == {"train"}
-    elif sides:
-        assert set(sides.values()) == {"train", "val"}
-    moved = {one.fingerprint for one, now in zip(before, after, strict=True) if one.split != now.split}
-    assert len(moved) <= 1
-    if len({one.split for one in before}) == 2:
-        assert not moved, "nobody needed to move"
-
-
-def test_documents_are_held_back_only_until_both_splits_have_one() -> None:
-    endless = itertools.chain(assigned([(0, False), (1, True)]), itertools.repeat(assigned([(0, False)])[0]))
-    taken = itertools.count()
-    counted = (one for one, _ in zip(endless, taken, strict=False))
-    assert [one.document for one in itertools.islice(_in_both_splits(counted), 100)] == ["0", "1", *["0"] * 98]
-    assert next(taken) <= 101
-
-
 # The sample check
 
 
@@ -154,7 +118,10 @@ def test_a_wrong_encoder_stops_the_run_and_the_document_is_named(tmp_path: Path)
         tokenize_corpus(request)
     sha256 = hashlib.sha256(texts[0].encode()).hexdigest()[:32]
     assert str(caught.value).startswith(f"chunk 0 ({tmp_path}/a.jsonl[0:")
-    assert f": document 0 (SHA-256 {sha256}...) has other tokens by gigatoken than by tiktoken" in str(caught.value)
+    expected = (
+        f": gigatoken and tiktoken encode document 0 (SHA-256 {sha256}...) differently; the chunk was not written"
+    )
+    assert expected in str(caught.value)
     assert str(caught.value).endswith("use --encoder tiktoken")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -169,7 +136,7 @@ def test_documents_within_a_chunk_are_checked_at_random_and_finished_chunks_are_
 ) -> None:
     monkeypatch.setattr(worker_module, "_CHECK_ONE_IN", 1)
     texts = [*varied_documents(60), "strawberry"]
-    with pytest.raises(DataError, match=r"chunk \d+ .*: document [1-9]\d* \(SHA-256"):
+    with pytest.raises(DataError, match=r"chunk \d+ .*: gigatoken and tiktoken encode document [1-9]\d* \(SHA-256"):
         tokenize_corpus(request_for(tmp_path, texts))
     plan = json.loads((tmp_path / "out" / "plan.json").read_bytes())
     assert len(list((tmp_path / "out" / "tasks").iterdir())) == len(plan["tasks"]) - 1
