@@ -42,7 +42,7 @@ from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE
 from pipeline.backends import create_backend
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch
-from pipeline.data.datasets import DataPart, open_parts
+from pipeline.data.datasets import TokenDataset, open_datasets
 from pipeline.data.loader import MicroBatch, TrainLoader
 from pipeline.data.prefetch import Prefetcher
 from pipeline.distributed.world import join_world
@@ -85,7 +85,7 @@ def make_shards(folder: Path, tokens: int) -> Path:
 
 def our_batches(folder: Path) -> Iterator[Batch]:
     """Shuffled windows of the whole split, from mapped files."""
-    part = DataPart("data", str(folder), 1.0, open_split(folder, TRAIN_SPLIT), None)
+    part = TokenDataset("data", str(folder), 1.0, open_split(folder, TRAIN_SPLIT), None)
     loader = TrainLoader([part], BatchPlan(BATCH, SEQ_LEN, ACCUMULATION, 1), seed=1337, rank=0)
     for step in itertools.count():
         for micro_batch in loader.micro_batches(step * loader.plan.samples_per_step):
@@ -190,8 +190,8 @@ def seek_ms(weights: tuple[float, ...]) -> float:
     times = []
     for seed in range(9):
         started = time.perf_counter()
-        parts = [DataPart(str(index), "none", weight, stream, None) for index, weight in enumerate(weights)]
-        loader = TrainLoader(parts, BatchPlan(BATCH, SEQ_LEN, 1, 1), seed, rank=0)
+        datasets = [TokenDataset(str(index), "none", weight, stream, None) for index, weight in enumerate(weights)]
+        loader = TrainLoader(datasets, BatchPlan(BATCH, SEQ_LEN, 1, 1), seed, rank=0)
         (batch,) = loader.micro_batches(FAR_SAMPLE)
         times.append(time.perf_counter() - started)
         assert batch.first_sample == FAR_SAMPLE
@@ -247,7 +247,7 @@ def waits_of(
     run_folder.mkdir()
     with join_world(config.run) as world:
         plan = plan_batch(config, world.size)
-        loader = TrainLoader(open_parts(config.data, config.model), plan, config.run.seed, world.rank)
+        loader = TrainLoader(open_datasets(config.data, config.model), plan, config.run.seed, world.rank)
         backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
         throughput = ThroughputMeter(plan.tokens_per_step, flops_per_token(config.model, config.seq_len), 1.0)
         trainer = Trainer(config, world, plan, backend, loader, throughput, data_sha256="0" * 64)

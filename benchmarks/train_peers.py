@@ -24,7 +24,7 @@ from benchmarks.transformers_model import transformers_model
 from pipeline.backends.optimizer import build_adamw, set_learning_rate
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
-from pipeline.data.datasets import open_parts
+from pipeline.data.datasets import open_datasets
 from pipeline.data.loader import TrainLoader
 from pipeline.distributed.cpu import bind_to_cores
 from pipeline.distributed.device import GIB, peak_memory_bytes
@@ -64,7 +64,7 @@ class RowClock:
 def batches(config: Config, world: World) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's inputs and targets, (B, T) int64 in host memory, step by step."""
     plan = plan_batch(config, world.size)
-    loader = TrainLoader(open_parts(config.data, config.model), plan, config.run.seed, world.rank)
+    loader = TrainLoader(open_datasets(config.data, config.model), plan, config.run.seed, world.rank)
     for step in range(config.schedule.max_steps):
         (micro_batch,) = loader.micro_batches(step * plan.samples_per_step)
         yield micro_batch.to(torch.device("cpu"))

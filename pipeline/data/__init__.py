@@ -1,1 +1,1 @@
-"""From token shards to micro-batches: data sets, mixtures, sample order, loaders."""
+"""Token shards to micro-batches: data sets, mixtures, sample order, loaders."""

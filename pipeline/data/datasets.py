@@ -1,4 +1,4 @@
-"""The data sets of a run: opened, checked against the model and each other, hashed, named for resuming."""
+"""The data sets of a run: open them, check them against the model and each other, hash and verify them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from data_tools.errors import DataError
 from data_tools.shards import (
     TRAIN_SPLIT,
     VAL_SPLIT,
-    TokenizerRecord,
     TokenStream,
     expect_unchanged,
     open_split,
 )
 from data_tools.storage.files import sha256_of_json
-from pipeline.config.schema import DataConfig, ModelConfig
+from pipeline.config.schema import DataConfig, MixtureComponent, ModelConfig
 from pipeline.data.mixture import Mixture
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
@@ -27,60 +26,59 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DataPart:
-    """One data set of a run, opened."""
+class TokenDataset:
+    """An opened data set of a run."""
 
     name: str  # in metrics
     path: str
-    weight: float  # of its samples among those of all parts
+    weight: float  # its share of the samples is weight / sum of all weights
     train: TokenStream
     validation: TokenStream | None
 
 
-def open_parts(data: DataConfig, model: ModelConfig) -> tuple[DataPart, ...]:
-    """Open what a run trains on: the data set of ``data.path``, or those of ``data.mixture``.
+def open_datasets(data: DataConfig, model: ModelConfig) -> tuple[TokenDataset, ...]:
+    """Open the data set of ``data.path``, or those of ``data.mixture``.
 
     Raises:
         DataError: a data set cannot be used.
-        ConfigError: its tokens are not the model's, or not those of the others.
+        ConfigError: the tokenizer does not fit the model, or differs between data sets.
     """
-    parts = tuple(_open_part(part.name, part.path, part.weight, model) for part in data.components)
-    for part in parts[1:]:
-        _expect_same_tokenizer(parts[0], part)
-    return parts
+    datasets = tuple(_open_dataset(component, model) for component in data.components)
+    for dataset in datasets[1:]:
+        _check_same_tokenizer(datasets[0], dataset)
+    return datasets
 
 
-def _open_part(name: str, path: str, weight: float, model: ModelConfig) -> DataPart:
+def _open_dataset(component: MixtureComponent, model: ModelConfig) -> TokenDataset:
+    path = component.path
     train = open_split(path, TRAIN_SPLIT)
-    expect_same_vocabulary(train, model, path)
+    check_same_vocabulary(train, model, path)
     validation = open_split(path, VAL_SPLIT) if train.manifest.tokens_of(VAL_SPLIT) else None
     if validation is None:
-        log.warning("%s has no validation split: no validation loss on it in this run", path)
-    return DataPart(name, path, weight, train, validation)
+        log.warning("%s has no validation split: this run has no validation loss for it", path)
+    return TokenDataset(component.name, path, component.weight, train, validation)
 
 
-def expect_same_vocabulary(stream: TokenStream, model: ModelConfig, path: str) -> None:
-    """Refuse tokens that mean something else to the model.
-
-    Raises:
-        ConfigError: names both sizes, or both tokens that end a text.
-    """
+def check_same_vocabulary(stream: TokenStream, model: ModelConfig, path: str) -> None:
+    """Raise ConfigError if the vocabulary size or the end-of-text token differs between data set and model."""
     tokenizer = stream.manifest.tokenizer
     if tokenizer.vocab_size != model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size ({model.vocab_size}) is not the vocabulary of {path} "
-            f"({tokenizer.name}: {tokenizer.vocab_size}); it must be that"
+            f"model.vocab_size ({model.vocab_size}) is not the vocabulary size of {path} "
+            f"({tokenizer.name}: {tokenizer.vocab_size}); set it to {tokenizer.vocab_size}"
         )
     if model.reset_positions_at not in (None, tokenizer.end_of_text):
         raise ConfigError(
-            f"model.reset_positions_at ({model.reset_positions_at}) is not the token between the texts of {path} "
-            f"({tokenizer.name}: {tokenizer.end_of_text}); it must be that, or null"
+            f"model.reset_positions_at ({model.reset_positions_at}) is not the end-of-text token of {path} "
+            f"({tokenizer.name}: {tokenizer.end_of_text}); set it to {tokenizer.end_of_text}, or to null"
         )
 
 
-def _expect_same_tokenizer(first: DataPart, other: DataPart) -> None:
+def _check_same_tokenizer(first: TokenDataset, other: TokenDataset) -> None:
+    """Check that every id means the same in both, whatever the tokenizers are called."""
     one, two = first.train.manifest.tokenizer, other.train.manifest.tokenizer
-    if _meaning(one) != _meaning(two):
+    keys = ("vocab_size", "end_of_text", "vocabulary_sha256")
+    if any(getattr(one, key) != getattr(two, key) for key in keys):
         raise ConfigError(
             f"data.mixture: {other.path} was tokenized with another vocabulary ({two.name}, "
             f"{two.vocabulary_sha256[:12]}) than {first.path} ({one.name}, {one.vocabulary_sha256[:12]}); "
@@ -88,31 +86,26 @@ def _expect_same_tokenizer(first: DataPart, other: DataPart) -> None:
         )
 
 
-def _meaning(tokenizer: TokenizerRecord) -> tuple[int, int, str]:
-    """What two tokenizers must have in common for an id to mean the same, whatever they are called."""
-    return tokenizer.vocab_size, tokenizer.end_of_text, tokenizer.vocabulary_sha256
+def data_sha256(datasets: Sequence[TokenDataset]) -> str:
+    """Return the hash by which a checkpoint recognizes its data: that of the manifest, or of a mixture's manifests.
 
-
-def data_sha256(parts: Sequence[DataPart]) -> str:
-    """What a checkpoint remembers of its data: the hash of the manifest; of a mixture, of its manifests and shares.
-
-    Without when and with what the data were made: the same data made again are the same.
+    A mixture's hash includes the shares. When and with which versions the data were made does not change the hash.
     """
-    manifests = [part.train.manifest.content_sha256() for part in parts]
-    if len(parts) == 1:
+    manifests = [dataset.train.manifest.content_sha256() for dataset in datasets]
+    if len(datasets) == 1:
         return manifests[0]
-    shares = [str(share) for share in Mixture([part.weight for part in parts]).shares]
+    shares = [str(share) for share in Mixture([dataset.weight for dataset in datasets]).shares]
     return sha256_of_json({"mixture": list(zip(manifests, shares, strict=True))})
 
 
-def verify_parts(parts: Sequence[DataPart], world: World) -> None:
-    """Hash every shard against its manifest, each rank its share. Collective.
+def verify_datasets(datasets: Sequence[TokenDataset], world: World) -> None:
+    """Compare the hash of every shard with its manifest; the ranks divide the shards among them. Collective.
 
     Raises:
-        DataError: the first that differs.
+        DataError: a shard differs.
     """
     started, problem = time.perf_counter(), None
-    shards = [(Path(part.path), shard) for part in parts for shard in part.train.manifest.shards]
+    shards = [(Path(dataset.path), shard) for dataset in datasets for shard in dataset.train.manifest.shards]
     try:
         for folder, shard in shards[world.rank :: world.size]:
             expect_unchanged(folder, shard)

@@ -1,8 +1,8 @@
-"""From token shards to micro-batches: which tokens this rank sees in a step, and in a validation.
+"""Token shards to micro-batches: which tokens this rank sees in a training step and in a validation.
 
-A sample is a window of ``seq_len`` inputs and the targets one token further. Windows lie end to end
-over the whole split, shard boundaries or not, so the size of the shards does not change the data.
-A target is scored where the mask of its token says so; without a mask, everywhere.
+A sample is a window of ``seq_len`` inputs and their targets, which are one token further. The windows divide the whole
+split without gaps, across shard boundaries, so the size of the shards does not change the data. A target is scored if
+its token's mask says so; without a mask, every target is scored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data_tools.shards import TokenStream
 from pipeline.data.batch_plan import BatchPlan
-from pipeline.data.datasets import DataPart
+from pipeline.data.datasets import TokenDataset
 from pipeline.data.mixture import Mixture
 from pipeline.data.sample_order import IndexArray, SampleOrder
 from pipeline.errors import TrainingError
@@ -28,72 +28,72 @@ from pipeline.seeds import derive_seed
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank computes on in one micro-step, in host memory."""
+    """The samples of one rank in one micro-step, in host memory."""
 
-    first_sample: int  # global index; names the dropout stream
+    first_sample: int  # global index; seeds dropout
     tokens: Tensor  # (B, T + 1) uint16
-    target_mask: Tensor | None = None  # (B, T) bool, True where the target is scored; None: everywhere
+    target_mask: Tensor | None = None  # (B, T) bool, True where the target is scored; None if all are
 
     @property
     def scored_targets(self) -> int:
-        """How many targets enter the loss."""
+        """Number of targets that enter the loss."""
         B, width = self.tokens.shape
         return B * (width - 1) if self.target_mask is None else int(self.target_mask.sum())
 
     def pinned(self) -> MicroBatch:
-        """The same in page-locked memory, from where a copy to a GPU runs on its own.
+        """Return a copy in pinned memory, from which copies to a GPU are asynchronous.
 
-        The memory is PyTorch's, which lends it out again only when the copies from it are done.
+        PyTorch reuses pinned memory only after the copies from it have finished.
         """
         mask = self.target_mask
         return replace(self, tokens=self.tokens.pin_memory(), target_mask=None if mask is None else mask.pin_memory())
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (B, T) int64 on the device; unscored targets are ``IGNORE_INDEX``.
+        """Return inputs and targets, (B, T) int64 on the device; unscored targets are ``IGNORE_INDEX``.
 
-        The tokens cross as one uint16 copy; shift and cast happen on the device.
+        The tokens are copied once, as uint16, then shifted and cast on the device.
         """
-        tokens = _copied_to(self.tokens, device).long()
+        tokens = _copy_to(self.tokens, device).long()
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         if self.target_mask is not None:
-            targets = torch.where(_copied_to(self.target_mask, device), targets, IGNORE_INDEX)
+            targets = torch.where(_copy_to(self.target_mask, device), targets, IGNORE_INDEX)
         return inputs.contiguous(), targets.contiguous()
 
 
-def _copied_to(array: Tensor, device: torch.device) -> Tensor:
+def _copy_to(array: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return array.pin_memory().to(device, non_blocking=True)
     return array.to(device)
 
 
 class TrainLoader:
-    """The micro-batches of a step for one rank.
+    """Reads one rank's micro-batches of a step.
 
-    Step data is a function of the seed and the number of samples consumed before: micro-batch j of a
-    step holds samples [jB, (j+1)B) after those, and goes to rank j mod world size. The samples of a
-    step, and the company each keeps in its micro-batch, are the same at every world size.
+    They are a function of the seed and the number of samples consumed before the step. Micro-batch j of a step holds
+    the next samples [jB, (j+1)B) and goes to rank j mod world size, so the samples of a step and of each micro-batch
+    are the same at every world size.
     """
 
-    def __init__(self, parts: Sequence[DataPart], plan: BatchPlan, seed: int, rank: int) -> None:
-        """Draw samples from one data set or more, by their weights.
+    def __init__(self, datasets: Sequence[TokenDataset], plan: BatchPlan, seed: int, rank: int) -> None:
+        """Prepare to draw samples from data sets by their weights.
 
         Raises:
-            TrainingError: a part is too small for its share of one step.
+            TrainingError: a data set is too small for its share of one step.
         """
-        self.parts = parts
+        self.datasets = datasets
         self.plan = plan
         self.rank = rank
-        self.has_mask = any(part.train.has_mask for part in parts)
-        self.mixture = Mixture([part.weight for part in parts])
-        # The first keeps the seed of the run: a mixture of one data set is that data set.
-        seeds = [seed, *(derive_seed(seed, "part", index) for index in range(1, len(parts)))]
-        self.orders = [SampleOrder(self._windows_of(index), seeds[index]) for index in range(len(parts))]
+        self.has_mask = any(dataset.train.has_mask for dataset in datasets)
+        self.mixture = Mixture([dataset.weight for dataset in datasets])
+        # The first data set has the run's own seed, so a mixture of one data set equals that data set.
+        seeds = [seed, *(derive_seed(seed, "part", index) for index in range(1, len(datasets)))]
+        self.orders = [SampleOrder(self._count_windows(index), seeds[index]) for index in range(len(datasets))]
 
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
-        """This rank's micro-batches of the step that follows ``consumed`` samples.
+        """Return this rank's micro-batches of the step that follows ``consumed`` samples.
 
         Raises:
-            DataError: a shard holds what it may not.
+            DataError: a shard holds an invalid token or mask.
         """
         plan = self.plan
         numbers = np.arange(self.rank, plan.accumulation * plan.world_size, plan.world_size, dtype=np.int64)
@@ -107,48 +107,48 @@ class TrainLoader:
         ]
 
     def _read(self, samples: IndexArray) -> tuple[Tensor, Tensor | None]:
-        """Tokens (samples, T + 1) uint16 and masks (samples, T) bool."""
+        """Return tokens, (samples, T + 1) uint16, and masks, (samples, T) bool or None."""
         seq_len = self.plan.seq_len
         tokens = np.empty((len(samples), seq_len + 1), dtype=np.uint16)
         masks = np.ones((len(samples), seq_len), dtype=np.bool_) if self.has_mask else None
-        chosen, ordinals = self.mixture.deal(samples)
+        chosen, ordinals = self.mixture.locate_all(samples)
         for index in np.unique(chosen).tolist():
-            stream, rows = self.parts[index].train, np.flatnonzero(chosen == index)
+            stream, rows = self.datasets[index].train, np.flatnonzero(chosen == index)
             starts = self.orders[index].windows(ordinals[rows]) * seq_len
             tokens[rows] = stream.read_windows(starts, seq_len + 1)
             if masks is not None and stream.has_mask:
                 masks[rows] = stream.read_mask_windows(starts + 1, seq_len)
         return torch.from_numpy(tokens), None if masks is None else torch.from_numpy(masks)
 
-    def _windows_of(self, index: int) -> int:
-        """How many samples a part has; not fewer than it gives to one step."""
-        part, plan, share = self.parts[index], self.plan, self.mixture.shares[index]
-        windows = (part.train.tokens - 1) // plan.seq_len
+    def _count_windows(self, index: int) -> int:
+        """Return the number of samples of a data set. Raises TrainingError if one step needs more."""
+        train, plan, share = self.datasets[index].train, self.plan, self.mixture.shares[index]
+        windows = (train.tokens - 1) // plan.seq_len
         needed = math.ceil(share * plan.samples_per_step)
         if windows >= needed:
             return windows
-        found = f"has {part.train.tokens:,} tokens = {windows:,} samples of {plan.seq_len} tokens, fewer than the"
-        if len(self.parts) == 1:
+        found = f"has {train.tokens:,} tokens = {windows:,} samples of {plan.seq_len} tokens, fewer than the"
+        if len(self.datasets) == 1:
             raise TrainingError(
-                f"the split {part.train.split!r} {found} {plan.samples_per_step:,} of one step; "
+                f"the split {train.split!r} {found} {plan.samples_per_step:,} of one step; "
                 f"lower batch.tokens_per_step to {max(windows, 1) * plan.seq_len} or less, or tokenize more text"
             )
         raise TrainingError(
-            f"data.mixture: the split {part.train.split!r} of {part.path} {found} {needed:,} of one step that a "
-            f"weight of {float(share):.2%} takes; lower its weight or batch.tokens_per_step, or tokenize more text"
+            f"data.mixture: the split {train.split!r} of {self.datasets[index].path} {found} {needed:,} per step that "
+            f"its share of {float(share):.2%} takes; lower its weight or batch.tokens_per_step, or tokenize more text"
         )
 
 
 def validation_batches(
     stream: TokenStream, seq_len: int, batch_size: int, rank: int, world_size: int, max_batches: int | None = None
 ) -> Iterator[MicroBatch]:
-    """Windows in order, each target of the split in one of them; batches are dealt to the ranks in turn.
+    """Yield this rank's validation batches: windows in order, each target of the split once.
 
-    Every rank gets equally many batches (forward passes are collective under FSDP and ZeRO-3); what
-    is missing is padded and masked.
+    Every rank gets the same number of batches, because forward passes are collective under FSDP and ZeRO-3. Missing
+    windows are padded and masked.
 
     Args:
-        max_batches: over all ranks; windows are then spread evenly over the split. None: all of it.
+        max_batches: over all ranks; the windows are spread evenly over the split. None for the whole split.
     """
     windows = -(-(stream.tokens - 1) // seq_len)
     chosen = np.arange(windows, dtype=np.int64)
@@ -172,7 +172,7 @@ def _padded_batch(stream: TokenStream, windows: IndexArray, seq_len: int, batch_
 
 
 def _scored_targets(stream: TokenStream, start: int, length: int) -> npt.NDArray[np.bool_]:
-    """Which of the targets of a window are scored, (length,)."""
+    """Return which targets of a window are scored, (length,) bool."""
     if not stream.has_mask:
         return np.ones(length, dtype=np.bool_)
     return stream.read_mask_windows(np.array([start + 1], dtype=np.int64), length)[0]

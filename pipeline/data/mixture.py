@@ -1,4 +1,4 @@
-"""Which data set of a mixture each sample of a run comes from: exact shares, constant memory, O(1) to seek."""
+"""Which data set of a mixture each sample comes from: exact shares, constant memory, O(1) seek."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.data.sample_order import IndexArray
 
 @dataclass(frozen=True)
 class _Fork:
-    """Deals the samples that reach it to its two sides: of the first n, n * left_weight / weight go left, rounded."""
+    """An inner node. Of the first n samples that reach it, round(n * left_weight / weight) go left."""
 
     left: _Fork | int
     right: _Fork | int
@@ -23,32 +23,32 @@ class _Fork:
     weight: int
 
     def left_of(self, samples: int) -> int:
-        """How many of its first ``samples`` go left."""
+        """Return how many of the first ``samples`` go left."""
         return (2 * samples * self.left_weight + self.weight) // (2 * self.weight)
 
 
 class Mixture:
-    """Deals the samples of a run to data sets in proportion to their weights.
+    """Assigns the samples of a run to data sets in proportion to their weights.
 
-    The weights are the leaves of a Huffman tree (Huffman 1952) whose inner nodes deal what reaches them as evenly as
-    whole numbers allow. So the data set of a sample, and its ordinal among the samples of that data set, follow from
-    the sample's number alone, in exact integers, without a drift at any length. After any number of samples each data
-    set has had its share to within two samples: a node is off by at most a half, what it is off by shrinks with
-    the shares below it, and over any two levels of a Huffman tree a share is at most a half.
+    The weights are the leaves of a Huffman tree (Huffman 1952), and every inner node divides its samples between two
+    sides. The data set of a sample, and its index within that data set, are a function of the sample's number alone,
+    in exact integers. After any number of samples, each data set is less than two samples away from its share: a node's
+    rounding error is at most a half, the error shrinks with the shares below the node, and over any two levels of a
+    Huffman tree a share is at most a half.
 
     Attributes:
-        shares: of the data sets, exact; their sum is 1.
+        shares: the data sets' exact shares of the samples; their sum is 1.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """Plan for weights, which are positive; 0.1 means a tenth, not the binary number next to it."""
+        """Build the tree for positive weights. A weight of 0.1 is exactly a tenth, not the nearest binary number."""
         exact = [Fraction(str(weight)) for weight in weights]
-        assert exact and min(exact) > 0, "a mixture has data sets, and each a weight"
+        assert exact and min(exact) > 0, "a mixture has data sets with positive weights"
         self.shares = [weight / sum(exact) for weight in exact]
         self._root = _huffman_tree(self.shares)
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """The data set of a sample, and how many samples before it come from the same."""
+        """Return the data set of a sample, and how many earlier samples come from the same data set."""
         node, ordinal = self._root, sample
         while isinstance(node, _Fork):
             left = node.left_of(ordinal)
@@ -58,15 +58,15 @@ class Mixture:
                 node, ordinal = node.right, ordinal - left
         return node, ordinal
 
-    def deal(self, samples: IndexArray) -> tuple[IndexArray, IndexArray]:
-        """Data sets and ordinals of samples, all int64 of shape (B,)."""
+    def locate_all(self, samples: IndexArray) -> tuple[IndexArray, IndexArray]:
+        """Return data sets and ordinals, as :meth:`locate`, of samples; all int64 of shape (B,)."""
         if not isinstance(self._root, _Fork):
             return np.zeros_like(samples), samples
         located = np.array([self.locate(sample) for sample in samples.tolist()], dtype=np.int64).reshape(-1, 2)
         return located[:, 0], located[:, 1]
 
     def counts(self, samples: int) -> list[int]:
-        """How many of the first ``samples`` come from each data set."""
+        """Return how many of the first ``samples`` come from each data set."""
         counts = [0] * len(self.shares)
         waiting: list[tuple[_Fork | int, int]] = [(self._root, samples)]
         while waiting:
@@ -80,7 +80,7 @@ class Mixture:
 
 
 def _huffman_tree(shares: Sequence[Fraction]) -> _Fork | int:
-    """Join the two smallest until one is left; the leaves are indices. Equal ones are joined in their order."""
+    """Return the root. The leaves are indices; of equal weights, the older node is joined first."""
     denominator = math.lcm(*(share.denominator for share in shares))
     heap: list[tuple[int, int, _Fork | int]] = [
         (int(share * denominator), index, index) for index, share in enumerate(shares)

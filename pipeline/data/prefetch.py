@@ -1,4 +1,4 @@
-"""Reading ahead: the next step's micro-batches come from the disk while the current step computes."""
+"""Read the next step's micro-batches from disk while the current step computes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pipeline.data.loader import MicroBatch, TrainLoader
 
 
 class Prefetcher:
-    """Hands out the micro-batches of steps, and reads those of the step after in a thread of its own.
+    """Returns the micro-batches of a step, and reads those of the next step in a thread.
 
-    One step ahead, so that memory stays at two steps of tokens. Of a jump it need not be told: when other samples
-    are asked for than were read ahead, they are read there and then.
+    It reads one step ahead, so memory holds two steps of tokens. Seeks need no notification: samples that have not
+    been read ahead are read when they are requested.
     """
 
     def __init__(self, loader: TrainLoader, device: torch.device) -> None:
@@ -23,10 +23,10 @@ class Prefetcher:
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
-        """This rank's micro-batches of the step that follows ``consumed`` samples.
+        """Return this rank's micro-batches of the step that follows ``consumed`` samples.
 
         Raises:
-            DataError: they cannot be read; in the thread that asks for them, whichever tried.
+            DataError: they cannot be read, now or by the thread.
         """
         ahead, self._ahead = self._ahead, None
         batches = ahead[1].result() if ahead and ahead[0] == consumed else self._read(consumed)
@@ -35,7 +35,7 @@ class Prefetcher:
         return batches
 
     def close(self) -> None:
-        """End the thread. What it has read ahead is dropped."""
+        """End the thread and drop what it has read."""
         self._ahead = None
         self._thread.shutdown(cancel_futures=True)
 
@@ -43,5 +43,5 @@ class Prefetcher:
         batches = self._loader.micro_batches(consumed)
         if self._device.type != "cuda":
             return batches
-        with torch.cuda.device(self._device):  # a thread begins on the first GPU
+        with torch.cuda.device(self._device):  # a new thread starts on the first GPU
             return [batch.pinned() for batch in batches]

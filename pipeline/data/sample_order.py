@@ -1,4 +1,4 @@
-"""The order of the training samples: a fixed permutation per epoch, in constant memory, O(1) to seek."""
+"""The order of the training samples: a fixed permutation per epoch, constant memory, O(1) seek."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmi
 
 
 class SampleOrder:
-    """Which of ``n`` windows the g-th sample of a run is, for any g, from the seed alone.
+    """Maps the g-th sample of a run to one of ``n`` windows, for any g, as a function of the seed alone.
 
-    Epoch ``g // n`` is a permutation of its own: a balanced Feistel network over the next power of
-    four, walked until it lands below ``n`` (Black and Rogaway 2002). The world size does not enter,
-    and nothing needs to be replayed to continue at sample g.
+    Each epoch ``g // n`` has its own permutation: a balanced Feistel network over the next power of four, applied again
+    until the result is below ``n`` (Black and Rogaway 2002). The order is the same at every world size, and a resume at
+    sample g replays nothing.
     """
 
     def __init__(self, n: int, seed: int) -> None:
@@ -27,7 +27,7 @@ class SampleOrder:
         self._half_bits = max(1, -(-(n - 1).bit_length() // 2))
 
     def windows(self, samples: IndexArray) -> IndexArray:
-        """Window indices of global samples, both int64 of shape (B,)."""
+        """Return the window indices of global samples, both int64 of shape (B,)."""
         epochs, positions = np.divmod(samples, self.n)
         windows = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -47,12 +47,12 @@ class SampleOrder:
         mask = np.uint64((1 << self._half_bits) - 1)
         left, right = values >> bits, values & mask
         for key in keys:
-            left, right = right, left ^ (_mixed(right + key) & mask)
+            left, right = right, left ^ (_mix(right + key) & mask)
         return (left << bits) | right
 
 
-def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Scatter bits; uint64 wraps around on purpose."""
+def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Mix the bits as splitmix64 does; uint64 wraps around on purpose."""
     values = (values ^ (values >> np.uint64(30))) * _MIX[0]
     values = (values ^ (values >> np.uint64(27))) * _MIX[1]
     return values ^ (values >> np.uint64(31))

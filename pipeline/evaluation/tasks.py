@@ -13,7 +13,7 @@ from data_tools.errors import DataError
 from data_tools.shards import VAL_SPLIT, load_manifest, open_split
 from data_tools.storage.atomic import write_json_durably
 from pipeline.checkpoint.loading import LoadedModel, load_model
-from pipeline.data.datasets import expect_same_vocabulary
+from pipeline.data.datasets import check_same_vocabulary
 from pipeline.distributed.cpu import configure_cpu
 from pipeline.distributed.device import matmul_dtype
 from pipeline.distributed.world import World
@@ -101,7 +101,7 @@ def _validation(loaded: LoadedModel, options: EvaluationOptions, world: World) -
 def _validation_on(path: str, loaded: LoadedModel, options: EvaluationOptions, world: World) -> dict[str, Any]:
     config = loaded.config
     stream = open_split(path, VAL_SPLIT)
-    expect_same_vocabulary(stream, config.model, path)
+    check_same_vocabulary(stream, config.model, path)
     results = evaluate_validation(
         loaded.model,
         stream,

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data_tools.shards import TokenStream
 from pipeline.backends import Backend
 from pipeline.config.schema import Config, MixtureComponent
-from pipeline.data.datasets import DataPart
+from pipeline.data.datasets import TokenDataset
 from pipeline.data.loader import MicroBatch, validation_batches
 from pipeline.distributed.device import summing_dtype
 from pipeline.distributed.world import World
@@ -27,13 +27,13 @@ from pipeline.evaluation.intervals import WINDOWS, Z_95
 from pipeline.evaluation.results import VALIDATION
 from pipeline.model.gpt2 import GPT2, IGNORE_INDEX
 from pipeline.model.precision import ComputeModel, replicated_compute
-from pipeline.run_folder.metrics import PART_LOSS_PREFIX, perplexity
+from pipeline.run_folder.metrics import DATASET_LOSS_PREFIX, perplexity
 
 PROTOCOL = "non-overlapping windows, each target scored once, mean over tokens"
 TOP_K = 5
 
 
-def validate(backend: Backend, parts: Sequence[DataPart], config: Config, world: World) -> dict[str, float]:
+def validate(backend: Backend, parts: Sequence[TokenDataset], config: Config, world: World) -> dict[str, float]:
     """Return the validation loss of a model in training, as keys of a row of metrics.
 
     Scores ``evaluation.max_batches`` batches of each data set, within ``backend.evaluation_mode()``. Collective.
@@ -48,11 +48,11 @@ def validate(backend: Backend, parts: Sequence[DataPart], config: Config, world:
     if not losses:
         return {}
     loss = mixture_loss(losses, parts)
-    by_name = {f"{PART_LOSS_PREFIX}{name}": value for name, value in losses.items()} if len(parts) > 1 else {}
+    by_name = {f"{DATASET_LOSS_PREFIX}{name}": value for name, value in losses.items()} if len(parts) > 1 else {}
     return {"val_loss": loss, "val_perplexity": perplexity(loss), **by_name}
 
 
-def mixture_loss(losses: Mapping[str, float], parts: Sequence[DataPart] | Sequence[MixtureComponent]) -> float:
+def mixture_loss(losses: Mapping[str, float], parts: Sequence[TokenDataset] | Sequence[MixtureComponent]) -> float:
     """Return the mean of losses by data set name, weighted by the data sets' shares of the mixture.
 
     Data sets without a loss are left out.

@@ -10,7 +10,7 @@ from pipeline.backends import create_backend
 from pipeline.checkpoint import read_state
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch
-from pipeline.data.datasets import data_sha256, open_parts, verify_parts
+from pipeline.data.datasets import data_sha256, open_datasets, verify_datasets
 from pipeline.data.loader import TrainLoader
 from pipeline.distributed.cpu import configure_cpu
 from pipeline.distributed.device import matmul_dtype, measure_matmul_ceiling
@@ -58,17 +58,17 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     if world.device.type == "mps" and config.backend.name != "ddp":
         raise ConfigError(f"backend.name: {config.backend.name} does not run on mps; use ddp, or run.device cpu")
     plan = plan_batch(config, world.size)
-    parts = open_parts(config.data, config.model)
-    loader = TrainLoader(parts, plan, config.run.seed, world.rank)
+    datasets = open_datasets(config.data, config.model)
+    loader = TrainLoader(datasets, plan, config.run.seed, world.rank)
 
-    sha256 = data_sha256(parts)
+    sha256 = data_sha256(datasets)
     world.call_on_main(lambda: _lock_run_folder(config, resources))
     resume_from = world.call_on_main(lambda: choose_start(config, sha256))
     if resume_from and read_state(resume_from)[0].step >= config.schedule.max_steps:
         log.info("%s: already at step %d, nothing to train", resume_from, config.schedule.max_steps)
         return None
     if config.data.verify:
-        verify_parts(parts, world)
+        verify_datasets(datasets, world)
     tasks = prepare_tasks(config, world)
 
     throughput = _throughput_meter(config, world, plan)
@@ -115,14 +115,14 @@ def _log_data(trainer: Trainer) -> None:
     """Log the size of each data set, and how many epochs of it the run trains on."""
     loader, max_steps = trainer.loader, trainer.config.schedule.max_steps
     counts = loader.mixture.counts(max_steps * trainer.plan.samples_per_step)
-    for part, order, share, count in zip(loader.parts, loader.orders, loader.mixture.shares, counts, strict=True):
+    for dataset, order, share, count in zip(loader.datasets, loader.orders, loader.mixture.shares, counts, strict=True):
         log.info(
             "data      %s: %s tokens, %s samples%s, %.3g epochs in %d steps%s",
-            part.path,
-            f"{part.train.tokens:,}",
+            dataset.path,
+            f"{dataset.train.tokens:,}",
             f"{order.n:,}",
-            f", {float(share):.2%} of the mixture" if len(loader.parts) > 1 else "",
+            f", {float(share):.2%} of the mixture" if len(loader.datasets) > 1 else "",
             count / order.n,
             max_steps,
-            ", with loss mask" if part.train.has_mask else "",
+            ", with loss mask" if dataset.train.has_mask else "",
         )

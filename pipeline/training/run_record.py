@@ -13,7 +13,8 @@ from pipeline.checkpoint import SaveOutcome
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.run_folder.layout import CONFIG_FILE
-from pipeline.run_folder.metrics import MetricsLog, format_row, read_metrics
+from pipeline.run_folder.metrics import MetricsFile, format_row, read_metrics
+from pipeline.run_folder.tensorboard import TensorBoardLog
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +34,16 @@ class RunRecord:
         self.run_folder = Path(config.run.out_dir)
         self.failed_saves = 0
         self._started = time.perf_counter()
-        self._metrics = self._open(resumed_step) if is_main else None
-
-    def _open(self, resumed_step: int) -> MetricsLog:
-        if resumed_step:
-            self._started -= max((row.get("elapsed_s", 0.0) for row in read_metrics(self.run_folder)), default=0.0)
-        write_json_durably(self.run_folder / CONFIG_FILE, dump_config(self.config))
-        return MetricsLog(self.run_folder, resumed_step=resumed_step, tensorboard=self.config.logging.tensorboard)
+        self._metrics: MetricsFile | None = None
+        self._tensorboard: TensorBoardLog | None = None
+        if is_main:
+            if resumed_step:
+                elapsed = (row.get("elapsed_s", 0.0) for row in read_metrics(self.run_folder))
+                self._started -= max(elapsed, default=0.0)
+            write_json_durably(self.run_folder / CONFIG_FILE, dump_config(config))
+            self._metrics = MetricsFile(self.run_folder, resumed_step)
+            if config.logging.tensorboard:
+                self._tensorboard = TensorBoardLog(self.run_folder, resumed_step)
 
     def write(self, row: dict[str, Any], *, console: bool = True) -> None:
         """Write one row, which must have a ``step``. NaN and infinite numbers become null, because JSON lacks them."""
@@ -47,6 +51,8 @@ class RunRecord:
             row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
             row["elapsed_s"] = round(time.perf_counter() - self._started, 3)
             self._metrics.write(row)
+            if self._tensorboard:
+                self._tensorboard.write(row)
             if console:
                 log.info(format_row(row, self.config.schedule.max_steps))
 
@@ -68,12 +74,15 @@ class RunRecord:
 
     def rewind(self, step: int) -> None:
         """Drop the rows after ``step``, to which the run has been rolled back."""
-        if self._metrics:
-            self._metrics.rewind(step)
+        for output in (self._metrics, self._tensorboard):
+            if output:
+                output.rewind(step)
 
     def close(self, results: dict[str, float]) -> None:
         """Write hyperparameters and final results for TensorBoard, and close all files."""
-        if self._metrics:
+        if self._tensorboard:
             finite = {f"final/{name}": value for name, value in results.items() if math.isfinite(value)}
-            self._metrics.write_hyperparameters(dump_config(self.config), finite)
-            self._metrics.close()
+            self._tensorboard.write_hyperparameters(dump_config(self.config), finite)
+        for output in (self._metrics, self._tensorboard):
+            if output:
+                output.close()

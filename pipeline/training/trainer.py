@@ -266,7 +266,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Measure the validation loss and the tasks, and generate a sample of text. Collective."""
         with self.throughput.paused(), self.backend.evaluation_mode():
-            if figures := validate(self.backend, self.loader.parts, self.config, self.world):
+            if figures := validate(self.backend, self.loader.datasets, self.config, self.world):
                 self.results["validation_loss"] = figures["val_loss"]
                 self.record.write({"step": self.state.step, "tokens": self.state.tokens, **figures})
             # Examples and prompts have many shapes: a compiled model would be compiled again for each of them.

@@ -1,4 +1,4 @@
-"""The data sets of a run fit the model and each other, and a checkpoint knows them again."""
+"""The data sets of a run fit the model and each other, and a checkpoint recognizes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from data_tools.errors import DataError
 from data_tools.shards import load_manifest, open_split
 from pipeline.config.schema import DataConfig, ModelConfig
-from pipeline.data.datasets import DataPart, data_sha256, expect_same_vocabulary, open_parts, verify_parts
+from pipeline.data.datasets import TokenDataset, check_same_vocabulary, data_sha256, open_datasets, verify_datasets
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
 from tests.pipeline.conftest import END_OF_TEXT, tiny_model_config, write_shards
@@ -22,7 +22,7 @@ MODEL = tiny_model_config()
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """A data set with both splits, one without validation, one of another vocabulary of the same size."""
+    """Write a data set with both splits, one without validation, and one with another vocabulary of the same size."""
     tokens = np.arange(100) % 80
     return [
         write_shards(tmp_path / "both", {"train": [tokens, tokens], "val": [tokens]}),
@@ -31,21 +31,23 @@ def folders(tmp_path: Path) -> list[Path]:
     ]
 
 
-def mixture(*parts: tuple[Path, float]) -> DataConfig:
-    return DataConfig.model_validate({"mixture": [{"path": str(path), "weight": weight} for path, weight in parts]})
+def mixture(*components: tuple[Path, float]) -> DataConfig:
+    return DataConfig.model_validate(
+        {"mixture": [{"path": str(path), "weight": weight} for path, weight in components]}
+    )
 
 
-def opened(config: DataConfig, model: ModelConfig = MODEL) -> tuple[DataPart, ...]:
-    return open_parts(config, model)
+def opened(config: DataConfig, model: ModelConfig = MODEL) -> tuple[TokenDataset, ...]:
+    return open_datasets(config, model)
 
 
-def test_one_data_set_is_a_part_alone(folders: list[Path]) -> None:
-    (part,) = opened(DataConfig(path=str(folders[0])))
-    assert part.train.tokens == 200
-    assert part.validation is not None and part.validation.tokens == 100
+def test_open_one_data_set(folders: list[Path]) -> None:
+    (dataset,) = opened(DataConfig(path=str(folders[0])))
+    assert dataset.train.tokens == 200
+    assert dataset.validation is not None and dataset.validation.tokens == 100
 
 
-def test_parts_are_named_after_their_folders(folders: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+def test_data_sets_are_named_after_their_folders(folders: list[Path], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         first, second = opened(mixture((folders[0], 0.7), (folders[1], 0.3)))
     assert (first.name, first.weight, first.path) == ("both", 0.7, str(folders[0]))
@@ -53,27 +55,29 @@ def test_parts_are_named_after_their_folders(folders: list[Path], caplog: pytest
     assert "train_only has no validation split" in caplog.text
 
 
-def test_another_vocabulary_than_the_model_s_is_refused(folders: list[Path]) -> None:
+def test_a_vocabulary_that_is_not_the_model_s_is_refused(folders: list[Path]) -> None:
     stream = open_split(folders[0], "train")
-    expect_same_vocabulary(stream, MODEL, "data/x")
-    with pytest.raises(ConfigError, match=r"vocab_size \(90\) is not the vocabulary of data/x \(test: 89\)"):
-        expect_same_vocabulary(stream, tiny_model_config(vocab_size=90), "data/x")
+    check_same_vocabulary(stream, MODEL, "data/x")
+    with pytest.raises(
+        ConfigError, match=r"vocab_size \(90\) is not the vocabulary size of data/x \(test: 89\); set it to 89"
+    ):
+        check_same_vocabulary(stream, tiny_model_config(vocab_size=90), "data/x")
 
 
-def test_another_token_between_texts_than_the_model_s_is_refused(folders: list[Path]) -> None:
+def test_an_end_of_text_token_that_is_not_the_model_s_is_refused(folders: list[Path]) -> None:
     stream = open_split(folders[0], "train")
-    expect_same_vocabulary(stream, tiny_model_config(reset_positions_at=END_OF_TEXT), "data/x")
-    message = r"model\.reset_positions_at \(7\) is not the token between the texts of data/x \(test: 88\)"
+    check_same_vocabulary(stream, tiny_model_config(reset_positions_at=END_OF_TEXT), "data/x")
+    message = r"model\.reset_positions_at \(7\) is not the end-of-text token of data/x \(test: 88\); set it to 88"
     with pytest.raises(ConfigError, match=message):
-        expect_same_vocabulary(stream, tiny_model_config(reset_positions_at=7), "data/x")
+        check_same_vocabulary(stream, tiny_model_config(reset_positions_at=7), "data/x")
 
 
-def test_parts_of_different_vocabularies_are_refused(folders: list[Path]) -> None:
+def test_data_sets_of_different_vocabularies_are_refused(folders: list[Path]) -> None:
     with pytest.raises(ConfigError, match=r"foreign was tokenized with another vocabulary .*than .*both") as caught:
         opened(mixture((folders[0], 1.0), (folders[2], 1.0)))
     assert "\n" not in str(caught.value)
-    (part,) = opened(mixture((folders[2], 1.0)))
-    assert part.name == "foreign"
+    (dataset,) = opened(mixture((folders[2], 1.0)))
+    assert dataset.name == "foreign"
 
 
 def test_the_hash_of_one_data_set_is_that_of_its_manifest(folders: list[Path]) -> None:
@@ -82,7 +86,7 @@ def test_the_hash_of_one_data_set_is_that_of_its_manifest(folders: list[Path]) -
     assert data_sha256(opened(mixture((folders[0], 5.0)))) == manifest
 
 
-def test_the_hash_of_a_mixture_knows_what_decides_its_samples(folders: list[Path], tmp_path: Path) -> None:
+def test_the_hash_of_a_mixture_includes_what_decides_its_samples(folders: list[Path], tmp_path: Path) -> None:
     a, b = folders[:2]
     original = data_sha256(opened(mixture((a, 0.7), (b, 0.3))))
     moved = tmp_path / "moved"
@@ -94,15 +98,15 @@ def test_the_hash_of_a_mixture_knows_what_decides_its_samples(folders: list[Path
     assert original not in hashes
 
 
-def test_all_shards_of_all_parts_are_verified(folders: list[Path], world: World) -> None:
-    parts = opened(mixture((folders[0], 1.0), (folders[1], 1.0)))
-    verify_parts(parts, world)
+def test_all_shards_of_all_data_sets_are_verified(folders: list[Path], world: World) -> None:
+    datasets = opened(mixture((folders[0], 1.0), (folders[1], 1.0)))
+    verify_datasets(datasets, world)
     shard = folders[1] / "train_00000.npy"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
     with pytest.raises(DataError, match=r"train_only/train_00000\.npy: its SHA-256"):
-        verify_parts(parts, world)
+        verify_datasets(datasets, world)
 
 
 class TestConfig:

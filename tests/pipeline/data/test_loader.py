@@ -11,7 +11,7 @@ import torch
 
 from data_tools.shards import TokenStream, open_split
 from pipeline.data.batch_plan import BatchPlan
-from pipeline.data.datasets import DataPart
+from pipeline.data.datasets import TokenDataset
 from pipeline.data.loader import MicroBatch, TrainLoader, validation_batches
 from pipeline.errors import TrainingError
 from pipeline.model.gpt2 import IGNORE_INDEX
@@ -47,7 +47,7 @@ def validation_stream(tmp_path: Path, tokens: int) -> TokenStream:
 
 def loader_of(stream: TokenStream, plan: BatchPlan, seed: int, rank: int) -> TrainLoader:
     """A loader of one data set."""
-    return TrainLoader([DataPart("only", "unused", 1.0, stream, None)], plan, seed, rank)
+    return TrainLoader([TokenDataset("only", "unused", 1.0, stream, None)], plan, seed, rank)
 
 
 def bytes_of(batch: MicroBatch) -> bytes:

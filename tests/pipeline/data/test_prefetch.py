@@ -12,7 +12,7 @@ import torch
 from data_tools.errors import DataError
 from data_tools.shards import open_split
 from pipeline.data.batch_plan import BatchPlan
-from pipeline.data.datasets import DataPart
+from pipeline.data.datasets import TokenDataset
 from pipeline.data.loader import MicroBatch, TrainLoader
 from pipeline.data.prefetch import Prefetcher
 from tests.pipeline.conftest import write_shards
@@ -25,7 +25,7 @@ class WatchedLoader(TrainLoader):
     """Notes what is read and where, and can be made to fail."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__([DataPart("only", str(folder), 1.0, open_split(folder, "train"), None)], PLAN, 7, 0)
+        super().__init__([TokenDataset("only", str(folder), 1.0, open_split(folder, "train"), None)], PLAN, 7, 0)
         self.reads: list[tuple[int, bool]] = []  # samples consumed, whether the training thread read
         self.broken_from: int | None = None
 

@@ -13,7 +13,8 @@ from pipeline.evaluation.prepared import Settings
 from pipeline.evaluation.tasks import EvaluationOptions, run_tasks
 from pipeline.evaluation.while_training import prepare_tasks
 from pipeline.generation.writer import continue_prompt
-from pipeline.run_folder.metrics import _tensorboard_tag, read_metrics
+from pipeline.run_folder.metrics import read_metrics
+from pipeline.run_folder.tensorboard import tensorboard_tag
 from tests.pipeline.evaluation.conftest import ALONE, LAMBADA, PIQA, write_lines
 from tests.support.runs import TINY_RUN, merged, train_run
 
@@ -69,7 +70,7 @@ def test_two_ranks_measure_what_the_checkpoint_measures(backend: str, corpus: Pa
 
 
 def test_figures_have_tags_of_their_own() -> None:
-    assert _tensorboard_tag("task_piqa_acc") == "tasks/piqa_acc"
+    assert tensorboard_tag("task_piqa_acc") == "tasks/piqa_acc"
 
 
 def test_a_mistake_is_known_before_the_start() -> None:

@@ -1,4 +1,4 @@
-"""What a run writes down says how long it has taken, over all its starts."""
+"""A run records its settings, and how long it has taken over all its starts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.config.schema import Config
+from pipeline.run_folder.layout import CONFIG_FILE, METRICS_FILE
 from pipeline.run_folder.metrics import read_metrics
 from pipeline.training import run_record
 from pipeline.training.run_record import RunRecord
@@ -77,3 +78,10 @@ def test_each_start_says_what_it_computes_on(tmp_path: Path, clock: Clock) -> No
     record.write_start(0, backend="DDP", world_size=2)
     record.close({})
     assert read_metrics(tmp_path)[0]["started"] == {"backend": "DDP", "world_size": 2}
+
+
+def test_without_tensorboard_there_are_no_event_files(tmp_path: Path) -> None:
+    record = open_record(tmp_path, resumed_step=0)
+    record.write({"step": 1, "loss": 1.0})
+    record.close({"loss": 1.0})
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG_FILE, METRICS_FILE}

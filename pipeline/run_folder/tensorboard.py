@@ -1,0 +1,125 @@
+"""TensorBoard pages of a run: scalars, generated text, charts, hyperparameters."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from pipeline.run_folder.layout import TENSORBOARD_FOLDER
+from pipeline.run_folder.metrics import DATASET_LOSS_PREFIX, SAMPLE_KEY, TASK_PREFIX
+
+log = logging.getLogger(__name__)
+
+#: Row key -> TensorBoard tag. Other keys are in metrics.jsonl only.
+TENSORBOARD_TAGS = {
+    "loss": "train/loss",
+    "val_loss": "validation/loss",
+    "val_perplexity": "validation/perplexity",
+    "lr": "optimizer/learning_rate",
+    "grad_norm": "optimizer/grad_norm",
+    "loss_scale": "optimizer/loss_scale",
+    "tokens_per_s": "throughput/tokens_per_s",
+    "mfu": "throughput/mfu",
+    "step_ms": "throughput/step_ms",
+    "data_wait_share": "throughput/data_wait_share",
+    "peak_memory_gib": "memory/peak_gib",
+    "skipped_steps": "guard/skipped_steps",
+    "save_s": "checkpoint/save_s",
+    "save_pause_s": "checkpoint/pause_s",
+    "failed_saves": "checkpoint/failed_saves",
+}
+
+#: The sections of a config that decide the result or the speed.
+HYPERPARAMETER_SECTIONS = ("run", "model", "data", "batch", "optimizer", "schedule", "backend")
+
+#: TensorBoard's CUSTOM SCALARS page: group -> chart -> regular expressions of its tags.
+TENSORBOARD_LAYOUT = {
+    "loss": {
+        "training and validation": ["Multiline", ["^train/loss$", "^validation/loss$"]],
+        "validation, each data set of a mixture": ["Multiline", ["^validation/loss"]],
+    },
+    "optimizer": {
+        "learning rate": ["Multiline", ["^optimizer/learning_rate$"]],
+        "gradient norm before clipping": ["Multiline", ["^optimizer/grad_norm$"]],
+    },
+    "speed": {
+        "tokens per second": ["Multiline", ["^throughput/tokens_per_s$"]],
+        "MFU, and the share of time spent waiting for data": [
+            "Multiline",
+            ["^throughput/mfu$", "^throughput/data_wait_share$"],
+        ],
+    },
+}
+
+
+class TensorBoardLog:
+    """Draws rows of metrics. A full or read-only disk is logged and does not stop the training.
+
+    Args:
+        resumed_step: what was drawn after this step is hidden, because the run will draw it again.
+    """
+
+    def __init__(self, run_folder: Path, resumed_step: int) -> None:
+        self._folder = str(run_folder / TENSORBOARD_FOLDER)
+        self._writer: SummaryWriter | None = self._open_writer(resumed_step + 1 if resumed_step else 0)
+
+    def _open_writer(self, purge_step: int | None) -> SummaryWriter:
+        writer = SummaryWriter(self._folder, purge_step=purge_step)
+        writer.add_custom_scalars(TENSORBOARD_LAYOUT)
+        return writer
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Draw one row. A writer whose thread has ended with an error is replaced with a new one."""
+        try:
+            if self._writer is None:
+                self._writer = self._open_writer(purge_step=None)
+            for key, value in row.items():
+                if value is not None and (tag := tensorboard_tag(key)):
+                    self._writer.add_scalar(tag, value, row["step"])
+            if SAMPLE_KEY in row:
+                self._writer.add_text("sample", _as_markdown(row[SAMPLE_KEY]), row["step"])
+        except OSError as error:
+            log.warning("cannot write TensorBoard events (%s); some are lost, metrics.jsonl has them", error.strerror)
+            self._writer = None
+
+    def rewind(self, step: int) -> None:
+        """Hide what was drawn after ``step``."""
+        self.close()
+        self._writer = self._open_writer(purge_step=step + 1)
+
+    def write_hyperparameters(self, config: dict[str, Any], results: dict[str, float]) -> None:
+        """Write the run's settings and results for the HPARAMS page."""
+        settings = {
+            f"{section}.{key}": value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            for section, keys in config.items()
+            if section in HYPERPARAMETER_SECTIONS
+            for key, value in keys.items()
+        }
+        if self._writer:
+            with suppress(OSError):  # already logged for an earlier row
+                self._writer.add_hparams(settings, results, run_name=".")
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        if self._writer:
+            with suppress(OSError):
+                self._writer.close()
+
+
+def tensorboard_tag(key: str) -> str | None:
+    """Return the tag under which a key of a row is drawn, or None."""
+    if key.startswith(DATASET_LOSS_PREFIX):
+        return f"validation/loss_{key.removeprefix(DATASET_LOSS_PREFIX)}"
+    if key.startswith(TASK_PREFIX):
+        return f"tasks/{key.removeprefix(TASK_PREFIX)}"
+    return TENSORBOARD_TAGS.get(key)
+
+
+def _as_markdown(text: str) -> str:
+    """Return a Markdown code block, the only text that TensorBoard shows unchanged."""
+    return "".join(f"    {line}\n" for line in text.splitlines())

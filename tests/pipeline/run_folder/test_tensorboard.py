@@ -1,0 +1,143 @@
+"""TensorBoard shows every logged step once, in grouped charts, with hyperparameters and generated text."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.summary.writer import event_file_writer
+
+from pipeline.run_folder.layout import TENSORBOARD_FOLDER
+from pipeline.run_folder.tensorboard import TENSORBOARD_TAGS, TensorBoardLog
+from tests.pipeline.conftest import largest_file
+
+GROUPS = {"train", "validation", "optimizer", "throughput", "memory", "guard", "checkpoint"}
+
+
+@pytest.fixture(autouse=True)
+def first_files_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Event files of one second are read in the order of a number in their names, as text: 10 comes before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+
+
+def row(step: int) -> dict[str, Any]:
+    return {"step": step, "loss": 10.0 - step, "lr": step / 1000}
+
+
+def log_steps(folder: Path, steps: range, *, resumed_step: int = 0) -> None:
+    tensorboard = TensorBoardLog(folder, resumed_step)
+    for step in steps:
+        tensorboard.write(row(step))
+    tensorboard.close()
+
+
+def events(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder / TENSORBOARD_FOLDER), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_tags_are_grouped(tmp_path: Path) -> None:
+    everything = {key: float(i) for i, key in enumerate(TENSORBOARD_TAGS)}
+    tensorboard = TensorBoardLog(tmp_path, resumed_step=0)
+    tensorboard.write({**everything, "step": 1})
+    tensorboard.close()
+    drawn = events(tmp_path)
+    tags = drawn.Tags()["scalars"]
+    assert sorted(tags) == sorted(TENSORBOARD_TAGS.values())
+    for key, tag in TENSORBOARD_TAGS.items():
+        assert [(s.step, s.value) for s in drawn.Scalars(tag)] == [(1, everything[key])], tag
+    assert {tag.split("/")[0] for tag in tags} == GROUPS
+
+
+def test_the_losses_of_a_mixture_s_data_sets_are_beside_their_mean(tmp_path: Path) -> None:
+    tensorboard = TensorBoardLog(tmp_path, resumed_step=0)
+    tensorboard.write({"step": 3, "val_loss": 2.0, "val_loss_wiki": 1.0, "val_loss_code.v2": 3.0})
+    tensorboard.close()
+    drawn = events(tmp_path)
+    tags = ["validation/loss", "validation/loss_wiki", "validation/loss_code.v2"]
+    assert {tag: drawn.Scalars(tag)[0].value for tag in tags} == dict(zip(tags, (2.0, 1.0, 3.0), strict=True))
+
+
+def test_values_are_those_of_the_rows(tmp_path: Path) -> None:
+    log_steps(tmp_path, range(1, 6))
+    scalars = events(tmp_path).Scalars("train/loss")
+    assert [(s.step, s.value) for s in scalars] == [(step, 10.0 - step) for step in range(1, 6)]
+
+
+def test_missing_figures_are_not_drawn(tmp_path: Path) -> None:
+    tensorboard = TensorBoardLog(tmp_path, resumed_step=0)
+    tensorboard.write({"step": 1, "val_loss": 2.0, "loss": None})
+    tensorboard.close()
+    assert events(tmp_path).Tags()["scalars"] == ["validation/loss"]
+
+
+@pytest.mark.parametrize(("resumed_step", "expected"), [(4, range(1, 8)), (0, range(5, 8))])
+def test_no_step_is_drawn_twice(tmp_path: Path, resumed_step: int, expected: range) -> None:
+    """After a resume, and after a fresh start over an old run."""
+    log_steps(tmp_path, range(1, 7))
+    log_steps(tmp_path, range(5, 8), resumed_step=resumed_step)
+    assert [s.step for s in events(tmp_path).Scalars("train/loss")] == list(expected)
+
+
+def test_hyperparameters_and_results(tmp_path: Path) -> None:
+    tensorboard = TensorBoardLog(tmp_path, resumed_step=0)
+    tensorboard.write(row(1))
+    config = {
+        "run": {"name": "x", "compile": False},
+        "optimizer": {"betas": [0.9, 0.95]},
+        "data": {"seq_len": None},
+        "logging": {"every_steps": 7},
+    }
+    tensorboard.write_hyperparameters(config, {"final/loss": 3.25})
+    tensorboard.close()
+    accumulator = events(tmp_path)
+    settings = accumulator.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    for text in (b"run.name", b"optimizer.betas", b"[0.9, 0.95]", b"data.seq_len"):
+        assert text in settings
+    assert b"logging" not in settings, "the section does not decide the result"
+    assert [s.value for s in accumulator.Scalars("final/loss")] == [3.25]
+
+
+def test_training_and_validation_share_a_custom_chart(tmp_path: Path) -> None:
+    log_steps(tmp_path, range(1, 3))
+    (event,) = events(tmp_path).Tensors("custom_scalars__config__")
+    layout = Layout.FromString(event.tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    assert charts["training and validation"] == ["^train/loss$", "^validation/loss$"]
+    patterns = [re.compile(pattern) for of_chart in charts.values() for pattern in of_chart]
+    assert all(any(pattern.match(tag) for tag in TENSORBOARD_TAGS.values()) for pattern in patterns)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_loses_only_what_the_writer_had_not_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The writer's thread ends with its first error, and a new writer takes over."""
+    tensorboard = TensorBoardLog(tmp_path, resumed_step=0)
+    steps = iter(range(1, 10_000))
+    with caplog.at_level(logging.WARNING), largest_file(1000):
+        until = time.monotonic() + 30
+        while "cannot write TensorBoard events" not in caplog.text and time.monotonic() < until:
+            tensorboard.write({"step": next(steps), "loss": 1.0})
+        assert "cannot write TensorBoard events (File too large)" in caplog.text
+    last = next(steps)
+    tensorboard.write(row(last))
+    tensorboard.close()
+    assert [s.step for s in events(tmp_path).Scalars("train/loss")][-1] == last
+
+
+def test_a_rewind_hides_later_steps(tmp_path: Path) -> None:
+    tensorboard = TensorBoardLog(tmp_path, resumed_step=0)
+    for step in (1, 2, 3, 4):
+        tensorboard.write(row(step))
+    tensorboard.rewind(2)
+    tensorboard.write({**row(3), "loss": 0.5})
+    tensorboard.close()
+    assert [(s.step, s.value) for s in events(tmp_path).Scalars("train/loss")] == [(1, 9.0), (2, 8.0), (3, 0.5)]
