@@ -11,7 +11,7 @@ from data_tools.arrays import TokenArray
 from data_tools.errors import DataError
 from data_tools.formats.collection import Concatenated, Split, TokenCollection, TokenFile, group_by_split, source_record
 from data_tools.formats.mapping import map_whole
-from data_tools.shards.contents import expect_in_vocabulary, gpt2_tokenizer_record
+from data_tools.shards.contents import gpt2_tokenizer_record, require_in_vocabulary
 from data_tools.shards.llmc import llmc_tokens
 
 LLMC = "llmc"
@@ -77,7 +77,7 @@ class _MappedTokens:
 
     def read(self, start: int, length: int) -> TokenArray:
         tokens = self._tokens[start : start + length]
-        expect_in_vocabulary(tokens, self._vocab_size, self._path)
+        require_in_vocabulary(tokens, self._vocab_size, self._path)
         return tokens
 
 

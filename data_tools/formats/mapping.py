@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from data_tools.errors import DataError
-from data_tools.shards.reader import map_bytes
+from data_tools.shards.mapping import map_bytes
 
 
 def map_whole(path: Path) -> pa.Buffer:

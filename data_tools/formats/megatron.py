@@ -14,7 +14,7 @@ from data_tools.errors import DataError
 from data_tools.formats.collection import Concatenated, Split, TokenCollection, TokenFile, group_by_split, source_record
 from data_tools.formats.mapping import map_whole
 from data_tools.formats.megatron_index import MegatronIndex, read_index
-from data_tools.shards.contents import expect_in_vocabulary, gpt2_tokenizer_record
+from data_tools.shards.contents import gpt2_tokenizer_record, require_in_vocabulary
 from data_tools.tokenizer import END_OF_TEXT
 
 MEGATRON = "megatron"
@@ -104,7 +104,7 @@ class MegatronTokens:
         """The text between starts and stops that follow each other, without the ``END_OF_TEXT`` in the gaps."""
         begin, end = int(starts[0]), int(stops[-1])
         text = self._text[begin:end]
-        expect_in_vocabulary(text, self._vocab_size, self.path)
+        require_in_vocabulary(text, self._vocab_size, self.path)
         gaps = stops[:-1][stops[:-1] < starts[1:]]
         return np.delete(text, gaps - begin)
 

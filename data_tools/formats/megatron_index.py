@@ -73,7 +73,7 @@ def read_index(path: Path) -> MegatronIndex:
     """
     content = map_whole(path)
     if content.size < _HEADER.size:
-        raise DataError(f"{path} is no whole index: it ends after {content.size} bytes, in the midst of its header")
+        raise DataError(f"{path} is no whole index: it ends after {content.size} bytes, within its header")
     magic, version, code, sequences, boundaries = _HEADER.unpack(memoryview(content)[: _HEADER.size])
     _expect_header(path, magic, version, code)
     size = _HEADER.size + sequences * (4 + 8) + boundaries * 8

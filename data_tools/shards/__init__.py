@@ -1,8 +1,8 @@
-"""Token shards: what stage 1 writes and every other stage reads.
+"""Token shards, which stage 1 writes and every other stage reads.
 
 A folder holds ``manifest.json`` and shards. A shard is one-dimensional uint16 tokens in a ``.npy`` file, an Arrow IPC
 stream, or a ``.bin`` with llm.c's header. The shards of a split, concatenated in the manifest's order, are one stream
-of tokens. Beside a shard there may be a mask: one uint8 a token, 1 where the token is scored as a target.
+of tokens. A shard may have a mask file beside it: one uint8 per token, 1 where the token is scored as a target.
 """
 
 from data_tools.shards.manifest import (
@@ -17,8 +17,9 @@ from data_tools.shards.manifest import (
     load_manifest,
     parse_manifest,
 )
-from data_tools.shards.reader import TokenStream, map_mask, map_shard, open_split
-from data_tools.shards.verification import expect_unchanged, verify
+from data_tools.shards.mapping import map_mask, map_shard
+from data_tools.shards.reader import TokenStream, open_split
+from data_tools.shards.verification import require_unchanged, verify
 from data_tools.shards.writer import SHARD_FORMATS, ShardWriter
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
     "SourceRecord",
     "TokenStream",
     "TokenizerRecord",
-    "expect_unchanged",
+    "require_unchanged",
     "load_manifest",
     "map_mask",
     "map_shard",

@@ -22,7 +22,7 @@ _TOKEN_BYTES = 2
 
 
 class LlmcTokenFile:
-    """A shard of llm.c, its header filled in at the end."""
+    """A shard of llm.c that is being written; a ``TokenFile``. ``finish`` fills in its header."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -30,18 +30,16 @@ class LlmcTokenFile:
         file.write(_header(0))
 
     def write(self, tokens: TokenArray) -> None:
-        """Add a batch of tokens."""
         self._file.write(tokens.astype("<u2", copy=False).data)
         self._tokens += tokens.size
 
     def finish(self) -> None:
-        """Write the count."""
         self._file.seek(0)
         self._file.write(_header(self._tokens))
 
 
 def is_llmc(path: Path) -> bool:
-    """Whether a file begins with llm.c's magic.
+    """Return whether a file begins with llm.c's magic.
 
     Raises:
         OSError: it cannot be read.
@@ -51,24 +49,21 @@ def is_llmc(path: Path) -> bool:
 
 
 def llmc_tokens(content: pa.Buffer) -> TokenArray:
-    """The tokens of a shard, where they are.
-
-    Args:
-        content: of the whole file, usually mapped.
+    """Return the tokens of a shard's bytes, usually mapped, without a copy.
 
     Raises:
-        ValueError: the header is another, or its count does not match the size; in one line.
+        ValueError: the header is wrong, or its count does not match the size; one line.
     """
     if content.size < HEADER_BYTES:
-        raise ValueError(f"it ends after {content.size} bytes, in the midst of its header")
+        raise ValueError(f"it ends after {content.size} bytes, within its header")
     magic, version, tokens = np.frombuffer(content, dtype="<i4", count=3).tolist()
     if magic != MAGIC:
         raise ValueError(f"its magic is {magic}, that of llm.c's uint16 tokens is {MAGIC}")
     if version != VERSION:
         raise ValueError(f"its version is {version}, it must be {VERSION}")
     if content.size != HEADER_BYTES + tokens * _TOKEN_BYTES:
-        room = (content.size - HEADER_BYTES) / _TOKEN_BYTES
-        raise ValueError(f"its header says {tokens} tokens, its size says {room:.15g}")
+        found = (content.size - HEADER_BYTES) / _TOKEN_BYTES
+        raise ValueError(f"its header says {tokens} tokens, its size says {found:.15g}")
     return np.frombuffer(content, dtype="<u2", count=tokens, offset=HEADER_BYTES)
 
 

@@ -22,7 +22,7 @@ _MASK_SUFFIX = ".mask.npy"
 # The hash of all other keys. A manifest that another program wrote may omit it.
 _SEAL = "sha256"
 _OPTIONAL = ("report", "made")
-_TOKENIZE_AGAIN = "delete the folder and tokenize again"
+TOKENIZE_AGAIN = "delete the folder and tokenize again"
 # What a value must be, by the kind of pydantic's error.
 _EXPECTED = {
     "string_type": "a string",
@@ -189,14 +189,14 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place} is not valid JSON: {error}; {_TOKENIZE_AGAIN}") from error
+        raise DataError(f"{place} is not valid JSON: {error}; {TOKENIZE_AGAIN}") from error
     if not isinstance(value, dict):
         raise DataError(f"{place} must be an object, it is {json.dumps(value)[:80]}")
     # The version decides what the other keys mean, so it is checked before them.
     version, dtype = value.get("format_version"), value.get("dtype")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise DataError(
-            f"{place}: format_version is {version!r}, this program reads {FORMAT_VERSION}; {_TOKENIZE_AGAIN}"
+            f"{place}: format_version is {version!r}, this program reads {FORMAT_VERSION}; {TOKENIZE_AGAIN}"
         )
     if dtype != TOKEN_DTYPE_NAME:
         raise DataError(f"{place}: dtype is {dtype!r}, it must be {TOKEN_DTYPE_NAME!r}")
@@ -204,7 +204,7 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
     fields_only = {key: item for key, item in value.items() if key not in ("format_version", "dtype")}
     manifest: Manifest = _validate(Manifest, fields_only, place)
     if seal not in (None, sha256_of_json(value)):
-        raise DataError(f"{place}: contents changed (its own SHA-256 differs); {_TOKENIZE_AGAIN}")
+        raise DataError(f"{place}: contents changed (its own SHA-256 differs); {TOKENIZE_AGAIN}")
     _require_consistent_masks(manifest, place)
     return manifest
 

@@ -1,8 +1,9 @@
-"""Writing shards: streamed to a temporary name in constant memory, fsynced, then named."""
+"""Writing shards in constant memory: streamed under a temporary name, fsynced, then renamed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -14,7 +15,7 @@ from data_tools.arrays import MaskArray, TokenArray, as_arrow
 from data_tools.errors import one_line_write_errors
 from data_tools.shards.llmc import LLMC_SUFFIX, LlmcTokenFile
 from data_tools.shards.manifest import ShardRecord, mask_file_of
-from data_tools.storage.atomic import PendingFile
+from data_tools.storage.atomic import atomic_file
 from data_tools.storage.files import sha256_of_file
 
 BATCH_TOKENS = 1 << 20
@@ -23,19 +24,19 @@ _NPY_HEADER_BYTES = 128
 
 
 class TokenFile(Protocol):
-    """How one file format lays out tokens that arrive in batches."""
+    """The layout of a file format into which batches of tokens are written."""
 
     def write(self, tokens: TokenArray) -> None:
-        """Add a batch of tokens."""
+        """Append a batch of tokens."""
         ...
 
     def finish(self) -> None:
-        """Write what the format needs once the count is known."""
+        """Write what the format needs after the last batch, for example the number of tokens in the header."""
         ...
 
 
 class NpyFile:
-    """A one-dimensional ``.npy`` file, its header filled in at the end; of tokens: little-endian uint16."""
+    """A one-dimensional ``.npy`` file, little-endian uint16 by default. ``finish`` fills in its header."""
 
     def __init__(self, file: BinaryIO, descr: str = "<u2") -> None:
         self._file = file
@@ -66,51 +67,28 @@ class ArrowTokenFile:
         self._stream.close()
 
 
-# What stage 1 writes.
-SHARD_FORMATS: dict[str, Callable[[BinaryIO], TokenFile]] = {"npy": NpyFile, "arrow": ArrowTokenFile}
-_BY_SUFFIX: dict[str, Callable[[BinaryIO], TokenFile]] = {**SHARD_FORMATS, LLMC_SUFFIX[1:]: LlmcTokenFile}
+OpenFormat = Callable[[BinaryIO], TokenFile]
+SHARD_FORMATS: dict[str, OpenFormat] = {"npy": NpyFile, "arrow": ArrowTokenFile}  # that stage 1 writes
+_BY_SUFFIX: dict[str, OpenFormat] = {**SHARD_FORMATS, LLMC_SUFFIX[1:]: LlmcTokenFile}
 
 
-class _ShardFile:
-    """A file in one of the formats, under its aside path until it is published. Write errors become ``DataError``."""
-
-    def __init__(self, path: Path, open_format: Callable[[BinaryIO], TokenFile]) -> None:
-        self._path = path
-        with one_line_write_errors(path):
-            self._pending = PendingFile(path)
-            try:
-                self._format = open_format(self._pending.file)
-            except BaseException:
-                self._pending.discard()
-                raise
-
-    def write(self, values: npt.NDArray[Any]) -> None:
-        with one_line_write_errors(self._path):
-            self._format.write(values)
-
-    def complete(self) -> str:
-        """Write everything to the disk and return the file's SHA-256."""
-        with one_line_write_errors(self._path):
-            self._format.finish()
-            self._pending.complete()
-            return sha256_of_file(self._pending.aside)
-
-    def publish(self) -> None:
-        with one_line_write_errors(self._path):
-            self._pending.publish()
-
-    def discard(self) -> None:
-        self._pending.discard()
+@contextmanager
+def _shard_file(path: Path, open_format: OpenFormat) -> Iterator[TokenFile]:
+    """Open a file that appears under its name, complete and durable, when the block ends without an error."""
+    with one_line_write_errors(path), atomic_file(path) as file:
+        token_file = open_format(file)
+        yield token_file
+        token_file.finish()
 
 
 class ShardWriter:
-    """One shard on its way to the disk. Call ``close`` when it is whole, ``abort`` when it will not be."""
+    """One shard that is being written. Call ``close`` when it is complete, or ``abort`` to remove it."""
 
-    def __init__(self, folder: Path, file: str, split: str) -> None:
-        """Open ``folder/file`` for writing; its suffix names the format.
+    def __init__(self, folder: Path, file: str, split: str, open_format: OpenFormat | None = None) -> None:
+        """Open ``folder/file`` for writing in ``open_format``, by default the format that its suffix names.
 
         Raises:
-            DataError: the file cannot be created, for the reason given.
+            DataError: the file cannot be created.
         """
         self.tokens = 0
         self._documents = 0
@@ -120,27 +98,28 @@ class ShardWriter:
         self._mask_path = folder / mask_file_of(file)
         self._batch = np.empty(BATCH_TOKENS, dtype=np.uint16)
         self._batch_size = 0
-        self._shard = _ShardFile(self._path, _BY_SUFFIX[self._path.suffix[1:]])
-        self._mask: _ShardFile | None = None
+        self._files = ExitStack()
+        self._mask: TokenFile | None = None
+        self._shard = self._open(self._path, open_format or _BY_SUFFIX[self._path.suffix[1:]])
 
     def append(self, tokens: TokenArray, *, documents: int, utf8_bytes: int, scored: MaskArray | None = None) -> None:
-        """Add whole documents.
+        """Append whole documents.
 
         Args:
             tokens: uint16 of shape (tokens,), ``END_OF_TEXT`` before each document.
-            documents: how many there are.
+            documents: the number of documents.
             utf8_bytes: bytes of their text.
-            scored: bool of shape (tokens,), which tokens are scored as targets. Given with the first documents of
-                a shard, and then with all, it becomes the shard's mask; None: there is none, all are scored.
+            scored: bool of shape (tokens,), which tokens are scored as targets. Give it for all documents of a shard,
+                and it becomes the shard's mask, or for none: then all tokens are scored.
 
         Raises:
-            DataError: the disk is full or otherwise refuses, with the reason.
+            DataError: the disk is full or cannot be written.
         """
         self._append_mask(tokens, scored)
         self.tokens += tokens.size
         self._documents += documents
         self._utf8_bytes += utf8_bytes
-        # Batches of one fixed size, so that the file does not depend on how documents were grouped.
+        # Batches have one fixed size, so that the file does not depend on how documents were grouped.
         while tokens.size:
             room = BATCH_TOKENS - self._batch_size
             piece, tokens = tokens[:room], tokens[room:]
@@ -151,48 +130,52 @@ class ShardWriter:
 
     def _append_mask(self, tokens: TokenArray, scored: MaskArray | None) -> None:
         if scored is not None and self.tokens == 0 and self._mask is None:
-            self._mask = _ShardFile(self._mask_path, lambda file: NpyFile(file, "|u1"))
-        assert (scored is None) == (self._mask is None), f"{self._path}: all of a shard has a mask, or nothing"
+            self._mask = self._open(self._mask_path, lambda file: NpyFile(file, "|u1"))
+        assert (scored is None) == (self._mask is None), f"{self._path}: a shard has a mask, or none"
         if self._mask and scored is not None:
-            assert scored.shape == tokens.shape, f"{self._path}: a mask has one flag a token"
-            self._mask.write(scored.astype(np.bool_, copy=False).view(np.uint8))
+            assert scored.shape == tokens.shape, f"{self._path}: a mask has one flag per token"
+            with one_line_write_errors(self._mask_path):
+                self._mask.write(scored.astype(np.bool_, copy=False).view(np.uint8))
 
     def close(self) -> ShardRecord:
-        """Put the shard on the disk under its name, its mask before it.
+        """Bring the shard to the disk under its name, after its mask, and return its record.
 
         Raises:
-            DataError: the disk is full or otherwise refuses, with the reason.
+            DataError: the disk is full or cannot be written.
         """
         if self._batch_size:
             self._write_batch()
-        mask_sha256 = self._mask.complete() if self._mask else None
-        sha256 = self._shard.complete()
-        if self._mask:
-            self._mask.publish()
-        self._shard.publish()
+        self._files.close()  # the mask's file first, because it was opened last
         return ShardRecord(
             file=self._path.name,
             split=self._split,
             tokens=self.tokens,
             documents=self._documents,
             utf8_bytes=self._utf8_bytes,
-            sha256=sha256,
-            mask_sha256=mask_sha256,
+            sha256=sha256_of_file(self._path),
+            mask_sha256=sha256_of_file(self._mask_path) if self._mask else None,
         )
 
     def abort(self) -> None:
         """Remove what was written so far."""
-        self._shard.discard()
-        if self._mask:
-            self._mask.discard()
+        with suppress(_AbortedError), self._files:
+            raise _AbortedError
+
+    def _open(self, path: Path, open_format: OpenFormat) -> TokenFile:
+        return self._files.enter_context(_shard_file(path, open_format))
 
     def _write_batch(self) -> None:
-        self._shard.write(self._batch[: self._batch_size])
+        with one_line_write_errors(self._path):
+            self._shard.write(self._batch[: self._batch_size])
         self._batch_size = 0
 
 
+class _AbortedError(Exception):
+    """Makes the files of an aborted shard disappear."""
+
+
 def _npy_header(size: int, descr: str) -> bytes:
-    """Version 1.0 of the format (numpy.lib.format), padded to a size that fits any count."""
+    """Return a header of version 1.0 (``numpy.lib.format``), padded so that any count fits."""
     fields = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({size},), }}"
     body_bytes = _NPY_HEADER_BYTES - len(_NPY_MAGIC) - 2
     body = fields.encode("ascii").ljust(body_bytes - 1) + b"\n"

@@ -60,37 +60,6 @@ def publish(aside: Path, target: Path) -> None:
     fsync_folder(target.parent)
 
 
-class PendingFile:
-    """A file that is open for writing under its aside path.
-
-    Call ``complete`` and then ``publish``, or ``discard``. Use ``atomic_file`` where one block writes the whole file.
-
-    Raises:
-        OSError: the folder is missing or read-only.
-    """
-
-    def __init__(self, path: Path, aside: Path | None = None) -> None:
-        self.path = path
-        self.aside = aside or partial_path(path)
-        self.file: BinaryIO = open(self.aside, "wb")  # noqa: SIM115 (stays open until complete or discard)
-
-    def complete(self) -> None:
-        """Flush, fsync and close the file."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-
-    def publish(self) -> None:
-        """Give the completed file its name."""
-        publish(self.aside, self.path)
-
-    def discard(self) -> None:
-        """Close and delete the file."""
-        with suppress(OSError):  # closing flushes the buffer, which fails again if the disk is full
-            self.file.close()
-        self.aside.unlink(missing_ok=True)
-
-
 @contextmanager
 def atomic_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
     """Yield a file to write into that replaces ``path`` when the block ends; an error in the block deletes it.
@@ -102,13 +71,18 @@ def atomic_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
     Raises:
         OSError: the disk is full, the folder is missing or read-only, ...
     """
-    pending = PendingFile(path, aside)
+    aside = aside or partial_path(path)
+    file = open(aside, "wb")  # noqa: SIM115 (closed before the rename, which can fail)
     try:
-        yield pending.file
-        pending.complete()
-        pending.publish()
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        publish(aside, path)
     except BaseException:
-        pending.discard()
+        with suppress(OSError):  # closing flushes the buffer, which fails again if the disk is full
+            file.close()
+        aside.unlink(missing_ok=True)
         raise
 
 

@@ -13,8 +13,8 @@ from data_tools.shards import (
     TRAIN_SPLIT,
     VAL_SPLIT,
     TokenStream,
-    expect_unchanged,
     open_split,
+    require_unchanged,
 )
 from data_tools.storage.files import sha256_of_json
 from pipeline.config.schema import DataConfig, MixtureComponent, ModelConfig
@@ -108,7 +108,7 @@ def verify_datasets(datasets: Sequence[TokenDataset], world: World) -> None:
     shards = [(Path(dataset.path), shard) for dataset in datasets for shard in dataset.train.manifest.shards]
     try:
         for folder, shard in shards[world.rank :: world.size]:
-            expect_unchanged(folder, shard)
+            require_unchanged(folder, shard)
     except DataError as error:
         problem = str(error)
     problems = [text for text in world.gather(problem) if text]

@@ -16,9 +16,9 @@ from data_tools.shards import (
     Manifest,
     ShardRecord,
     ShardWriter,
-    expect_unchanged,
     load_manifest,
     open_split,
+    require_unchanged,
     verify,
 )
 from data_tools.storage.atomic import write_json_durably
@@ -112,7 +112,7 @@ def test_a_shard_is_masked_from_its_first_document_or_never(tmp_path: Path, mask
     writer = ShardWriter(tmp_path, "train_000000.npy", "train")
     first, second = (random_mask(10), None) if masked_first else (None, random_mask(10))
     writer.append(random_tokens(10), documents=1, utf8_bytes=1, scored=first)
-    with pytest.raises(AssertionError, match="a mask, or nothing"):
+    with pytest.raises(AssertionError, match="has a mask, or none"):
         writer.append(random_tokens(10), documents=1, utf8_bytes=1, scored=second)
     writer.abort()
 
@@ -174,8 +174,8 @@ def test_one_changed_flag_is_noticed(tmp_path: Path) -> None:
     content[-1] ^= 1
     path.write_bytes(content)
     manifest = load_manifest(tmp_path / "data")
-    expect_unchanged(tmp_path / "data", manifest.shards[0])
-    for check in (lambda: expect_unchanged(tmp_path / "data", manifest.shards[1]), lambda: verify(tmp_path / "data")):
+    require_unchanged(tmp_path / "data", manifest.shards[0])
+    for check in (lambda: require_unchanged(tmp_path / "data", manifest.shards[1]), lambda: verify(tmp_path / "data")):
         with pytest.raises(DataError, match=f"{MASK_FILE}: its SHA-256"):
             check()
 

@@ -23,9 +23,9 @@ from data_tools.shards import (
     ShardWriter,
     SourceRecord,
     TokenizerRecord,
-    expect_unchanged,
     load_manifest,
     open_split,
+    require_unchanged,
     verify,
 )
 from data_tools.shards.writer import BATCH_TOKENS
@@ -231,7 +231,7 @@ class TestDamageOfEachFile:
         """What training does before its first step."""
         stream = open_split(folder, "train")
         for shard in stream.manifest.shards:
-            expect_unchanged(folder, shard)
+            require_unchanged(folder, shard)
 
     def expect_refused(self, path: Path, folder: Path) -> None:
         for check in (self.start_run, verify):

@@ -1,0 +1,131 @@
+"""Memory-mapping the files of shards: tokens in three formats, and masks. Nothing is read until it is used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from data_tools.arrays import TokenArray, from_arrow
+from data_tools.errors import DataError
+from data_tools.shards.llmc import LLMC_SUFFIX, llmc_tokens
+from data_tools.shards.manifest import MANIFEST_NAME, TOKENIZE_AGAIN, ShardRecord
+
+MASK_DTYPE = np.dtype("u1")
+_TOKEN_DTYPE = np.dtype("<u2")
+# The end of an Arrow IPC stream: the continuation marker and a length of zero.
+_ARROW_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+_SCAN_TOKENS = 1 << 22
+
+Mapped = npt.NDArray[Any]
+
+
+def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
+    """Memory-map one shard as the pieces that are contiguous in its file.
+
+    Raises:
+        DataError: the file is missing, unreadable, in another format, or does not hold the recorded number of tokens.
+    """
+    path = folder / shard.file
+    map_file = {".npy": _map_npy, ".arrow": _map_arrow, LLMC_SUFFIX: _map_llmc}.get(path.suffix)
+    if map_file is None:
+        raise DataError(f"{path}: a shard's name ends in .npy, .arrow or {LLMC_SUFFIX}")
+    pieces = _map_whole_file(path, map_file, "shard of uint16 tokens")
+    tokens = sum(piece.size for piece in pieces)
+    if tokens != shard.tokens:
+        raise DataError(f"{path} holds {tokens} tokens, {MANIFEST_NAME} says {shard.tokens}; {TOKENIZE_AGAIN}")
+    return pieces
+
+
+def map_mask(folder: Path, shard: ShardRecord) -> Mapped:
+    """Memory-map the mask of a shard that has one, uint8 of shape (tokens,): 1 where a token is scored.
+
+    Raises:
+        DataError: the file is missing, unreadable, not a mask, or not as long as the shard.
+    """
+    assert shard.mask_file, f"{shard.file} has no mask"
+    path = folder / shard.mask_file
+    mask: Mapped = _map_whole_file(path, lambda path: _map_npy(path, MASK_DTYPE), "mask of uint8 flags")[0]
+    if mask.size != shard.tokens:
+        raise DataError(
+            f"{path} is the mask of {mask.size} tokens, {MANIFEST_NAME} says {shard.tokens}; {TOKENIZE_AGAIN}"
+        )
+    return mask
+
+
+def require_flags(mask: Mapped, place: str) -> None:
+    """Check that a mask holds only 0 and 1.
+
+    Raises:
+        DataError: it holds another value; ``place`` says where.
+    """
+    for start in range(0, len(mask), _SCAN_TOKENS):
+        largest = int(mask[start : start + _SCAN_TOKENS].max(initial=0))
+        if largest > 1:
+            raise DataError(f"{place} holds {largest}, it may hold 0 and 1; {TOKENIZE_AGAIN}")
+
+
+def map_bytes(path: Path) -> pa.Buffer:
+    """Map a file's bytes. No file descriptor stays open, however many files are mapped.
+
+    Raises:
+        OSError: the file is missing, empty or unreadable.
+        ValueError: it is not mapped in one piece.
+    """
+    with pa.memory_map(str(path)) as file:
+        size = file.size()
+        # A longer read would make the system prefetch all of it. One byte keeps the whole mapping alive.
+        first = file.read_buffer(1)
+        file.seek(size - 1)
+        last = file.read_buffer(1)
+    if last.address - first.address != size - 1:
+        raise ValueError("it cannot be mapped as a whole")
+    return pa.foreign_buffer(first.address, size, base=first)
+
+
+def _map_whole_file(path: Path, map_file: Callable[[Path], list[Mapped]], kind: str) -> list[Mapped]:
+    try:
+        return map_file(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing, though {MANIFEST_NAME} names it; {TOKENIZE_AGAIN}") from error
+    except Exception as error:  # numpy and Arrow raise many kinds of errors for damaged files
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(f"cannot read {path}: {os.strerror(error.errno)}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is not a whole {kind} ({reason}); {TOKENIZE_AGAIN}") from error
+
+
+def _map_npy(path: Path, dtype: np.dtype[Any] = _TOKEN_DTYPE) -> list[Mapped]:
+    buffer = map_bytes(path)
+    file = pa.BufferReader(buffer)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, found_dtype = read_header(file)
+    if found_dtype != dtype or len(shape) != 1:
+        raise ValueError("its header says otherwise")
+    missing_bytes = file.tell() + shape[0] * dtype.itemsize - buffer.size
+    if missing_bytes:
+        raise ValueError("it is cut short" if missing_bytes > 0 else "it has bytes after its tokens")
+    return [np.frombuffer(buffer, dtype=dtype, offset=file.tell())]
+
+
+def _map_arrow(path: Path) -> list[Mapped]:
+    buffer = map_bytes(path)
+    file = pa.BufferReader(buffer)
+    reader = pa.ipc.open_stream(file)
+    if reader.schema.names != ["tokens"] or reader.schema.field("tokens").type != pa.uint16():
+        raise ValueError("its one column must be 'tokens' of uint16")
+    pieces = [from_arrow(batch.column(0), np.uint16) for batch in reader]
+    end = file.tell()
+    if end != buffer.size or file.read_at(8, end - 8) != _ARROW_END_OF_STREAM:
+        raise ValueError("it does not end where its tokens end")
+    return pieces
+
+
+def _map_llmc(path: Path) -> list[Mapped]:
+    return [llmc_tokens(map_bytes(path))]
