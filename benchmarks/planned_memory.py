@@ -17,7 +17,8 @@ from benchmarks.wrapped_shards import WORLD_SIZES, compare_shards
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
-from pipeline.planning.memory import host_memory, peak_memory
+from pipeline.planning.layouts import layout_of
+from pipeline.planning.planner import peak_memory
 from tests.support.rank_server import RankServer
 from tests.support.runs import CONFIGS, REPOSITORY, Sections, child_environment, merged, overrides, ranks_command
 
@@ -140,7 +141,7 @@ def compare(setting: Setting, ranks: RankServer, scratch: Path) -> Compared:
     plan = plan_batch(config, setting.world_size)
     planned = peak_memory(config, plan).total
     if not torch.cuda.is_available():
-        planned += host_memory(config, plan)  # on a CPU both are the same memory
+        planned += layout_of(config, plan).host  # on a CPU both are the same memory
     return Compared(setting, planned, _measure(setting, ranks, scratch))
 
 

@@ -21,10 +21,10 @@ def main() -> None:
     arguments = _parse_arguments()
     config = load_config(arguments.config, arguments.set)
     configs = {name: _with_backend(config, name) for name in arguments.backends}
-    from pipeline.planning.devices import find_device  # takes seconds to import torch: a wrong config is refused before
+    # Import torch late so that config errors appear at once.
+    from pipeline.planning.devices import find_device
     from pipeline.planning.planner import plan_run, plan_world_sizes
-    from pipeline.planning.plot import draw_world_sizes
-    from pipeline.planning.table import format_plans
+    from pipeline.planning.presentation import draw_world_sizes, format_plans
 
     device = find_device(arguments.device, config.run.precision)
     mfu = arguments.mfu or device.mfu

@@ -1,1 +1,1 @@
-"""Memory and speed before anything is bought: see ``docs/planning.md``."""
+"""Plan the memory and speed of a run before buying GPUs. See ``docs/planning.md``."""

@@ -1,47 +1,49 @@
-"""What one micro-batch keeps alive beside weights and gradients, found by running the real model without memory.
+"""Find the memory of one micro-batch, beside weights and gradients, by tracing the real model on fake tensors.
 
-The model of :mod:`pipeline.model.gpt2` goes through one forward and backward pass on fake tensors, which have shapes
-and dtypes but no memory, and every storage that it makes is counted until it is freed. A change of the model, of its
-loss or of its attention is therefore followed without a change here. Fake tensors stand on the CPU: other devices are
-taken to keep the same tensors.
+Fake tensors have shapes and dtypes but no memory. The GPT-2 of :mod:`pipeline.model.gpt2` runs one forward and backward
+pass on them, and every storage is counted from the operation that allocates it until it is freed. The plan therefore
+follows every change of the model, the loss or the attention. The tensors are fake CPU tensors: other devices are
+assumed to keep the same ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.config.schema import ModelConfig
 from pipeline.model.gpt2 import GPT2, padded_vocab_size
 from pipeline.model.precision import AutocastModel, Bf16ViewModel
-from pipeline.planning.live_bytes import LiveBytes
 
-#: How a backend computes: fp32 weights under autocast, bf16 copies made of fp32 weights, or weights that are bf16.
+#: How a backend computes: fp32 weights under autocast, bf16 copies of fp32 weights, or bf16 weights.
 Compute = Literal["autocast", "bf16_view", "bf16_weights"]
 
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Moment:
-    """The most that is alive at once between two finished gradients."""
+class Peak:
+    """The largest memory between two finished gradients."""
 
     finished_elements: int  # of all parameters whose gradients are finished, in the order of the backward pass
-    activation_bytes: int  # without logits; with the one gradient that is being computed, and copies of weights
-    logit_bytes: int  # whatever has the vocabulary as its last dimension
+    activation_bytes: int  # without logits; includes copies of weights and the gradient that is being computed
+    logit_bytes: int  # of tensors whose last dimension is the vocabulary
 
 
 @dataclass(frozen=True)
 class Request:
-    """One micro-batch through one model; ``precision`` only matters under autocast."""
+    """One micro-batch through one model. ``precision`` only matters under autocast."""
 
     model: ModelConfig
     compute: Compute
@@ -51,83 +53,58 @@ class Request:
 
 
 @lru_cache(maxsize=512)
-def trace_activations(request: Request) -> tuple[Moment, ...]:
-    """The moments of a forward and backward pass, from the first (nothing finished) to the last.
+def trace_activations(request: Request) -> tuple[Peak, ...]:
+    """Return the peaks of a forward and backward pass, in order. At the first, no gradient is finished.
 
-    Blocks are alike, so two models of a few are run, and what the second has more is what every further block adds:
-    between the first and the last block all grows in a straight line, and no moment in between exceeds both ends.
+    A deep model is not traced whole. Its blocks are alike, so two shallow models are traced, and every further block
+    adds the difference between them. Memory grows linearly from the first to the last block, so that no peak in between
+    exceeds both ends.
     """
     config = request.model
     period = max(1, int(config.activation_checkpointing))
     depth = 2 * period + config.n_layer % period
     if depth + period >= config.n_layer:
-        return _run(request)
+        return _trace(request)
     shallow, deeper = (
-        _run(replace(request, model=config.model_copy(update={"n_layer": layers})))
+        _trace(replace(request, model=config.model_copy(update={"n_layer": layers})))
         for layers in (depth, depth + period)
     )
-    return _extrapolated(shallow, deeper, (config.n_layer - depth) // period)
+    return _extrapolate(shallow, deeper, (config.n_layer - depth) // period)
 
 
-def _extrapolated(shallow: Sequence[Moment], deeper: Sequence[Moment], periods: int) -> tuple[Moment, ...]:
-    """The moments of a model with so many more periods of blocks than the shallow one; the deeper has one more.
+def _extrapolate(shallow: Sequence[Peak], deeper: Sequence[Peak], periods: int) -> tuple[Peak, ...]:
+    """Return the peaks of a model with this many more periods than the shallow model; the deeper model has one more.
 
-    The backward pass begins with the last block: the first half of the shallow model's moments belongs to the last
-    blocks of any deeper model, the second half to the first ones.
+    The backward pass begins at the last block. The first half of the shallow model's peaks therefore belongs to the
+    last blocks of any deeper model, and the second half to its first blocks.
     """
     half = len(shallow) // 2
     partners = [*deeper[:half], *deeper[half - len(shallow) :]]
 
-    def further(value: int, partner: int) -> int:
+    def extend(value: int, partner: int) -> int:
         return value + periods * (partner - value)
 
     return tuple(
-        Moment(
-            further(moment.finished_elements, partner.finished_elements),
-            further(moment.activation_bytes, partner.activation_bytes),
-            further(moment.logit_bytes, partner.logit_bytes),
+        Peak(
+            extend(peak.finished_elements, partner.finished_elements),
+            extend(peak.activation_bytes, partner.activation_bytes),
+            extend(peak.logit_bytes, partner.logit_bytes),
         )
-        for moment, partner in zip(shallow, partners, strict=True)
+        for peak, partner in zip(shallow, partners, strict=True)
     )
 
 
-def _run(request: Request) -> tuple[Moment, ...]:
+def _trace(request: Request) -> tuple[Peak, ...]:
     with FakeTensorMode():
         model, compute = _build(request)
         tokens = torch.zeros(request.micro_batch_size, request.seq_len, dtype=torch.int64)
-        recorder = _Recorder(request.model.vocab_size, model.wte.weight.shape)
-        recorder.live.leave_out([*model.parameters(), tokens])
+        recorder = _PeakRecorder(request.model.vocab_size, model.wte.weight.shape)
+        recorder.ignore([*model.parameters(), tokens])
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(recorder.finish_gradient)  # type: ignore[no-untyped-call]
-        with recorder.live:
+        with recorder:
             compute(tokens, tokens, method="loss").backward()
-    return tuple(recorder.moments.values())
-
-
-class _Recorder:
-    """Keeps the largest moment between two finished gradients."""
-
-    def __init__(self, vocab_size: int, tied_shape: torch.Size) -> None:
-        vocabulary = {vocab_size, padded_vocab_size(vocab_size)}
-        self.live = LiveBytes(
-            self._note,
-            is_apart=lambda tensor: tensor.dim() > 0 and tensor.shape[-1] in vocabulary,
-            sums_in_place=lambda tensor: tensor.shape == tied_shape,  # the gradients of its two uses
-        )
-        self.moments: dict[tuple[int, bool], Moment] = {}  # forward and backward pass apart: each grows by itself
-        self._finished = 0
-
-    def finish_gradient(self, parameter: Tensor) -> None:
-        """From here on the gradient counts as one, and no longer among the activations."""
-        assert parameter.grad is not None
-        self.live.leave_out([parameter.grad])
-        self._finished += parameter.numel()
-
-    def _note(self) -> None:
-        key = (self._finished, torch.is_grad_enabled())
-        live, before = self.live, self.moments.get(key)
-        if before is None or live.total > before.activation_bytes + before.logit_bytes:
-            self.moments[key] = Moment(self._finished, live.total - live.apart, live.apart)
+    return tuple(recorder.peaks.values())
 
 
 def _build(request: Request) -> tuple[GPT2, nn.Module]:
@@ -143,10 +120,84 @@ def _build(request: Request) -> tuple[GPT2, nn.Module]:
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New parameters in this dtype; fake ones cannot be converted."""
+    """Create parameters in this dtype, because fake parameters cannot be converted."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages that operations inside this mode allocate, until they are freed.
+
+    Works on real and on fake tensors. It does not see what a kernel allocates and frees internally.
+    """
+
+    def __init__(self, vocabulary: Container[int] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+        self.logits = 0  # the share of total whose last dimension is in ``vocabulary``
+        self._vocabulary = vocabulary
+        self._counted: dict[int, tuple[int, int]] = {}  # storage -> its share of total and of logits
+        self._ignored: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
+        return result
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count the storages of these tensors from now on."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._forget(storage._cdata)
+            self._ignored.add(storage._cdata)
+            weakref.finalize(storage, self._ignored.discard, storage._cdata)
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._counted or key in self._ignored:
+            return
+        size = storage.nbytes()
+        logits = size if tensor.dim() > 0 and tensor.shape[-1] in self._vocabulary else 0
+        self._counted[key] = size, logits
+        self.total += size
+        self.logits += logits
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        size, logits = self._counted.pop(key, (0, 0))
+        self.total -= size
+        self.logits -= logits
+
+
+class _PeakRecorder(LiveBytes):  # type: ignore[no-untyped-call]
+    """Records the peak between each two finished gradients."""
+
+    def __init__(self, vocab_size: int, tied_shape: torch.Size) -> None:
+        super().__init__(vocabulary={vocab_size, padded_vocab_size(vocab_size)})
+        self.peaks: dict[tuple[int, bool], Peak] = {}  # a forward peak and backward peaks, which grow independently
+        self._tied_shape = tied_shape
+        self._finished = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is torch.ops.aten.add.Tensor and result.shape == self._tied_shape:
+            # Autograd sums the two gradients of the tied weight in place, but not under a dispatch mode.
+            self._forget(args[0].untyped_storage()._cdata)
+        key = (self._finished, torch.is_grad_enabled())
+        before = self.peaks.get(key)
+        if before is None or self.total > before.activation_bytes + before.logit_bytes:
+            self.peaks[key] = Peak(self._finished, self.total - self.logits, self.logits)
+        return result
+
+    def finish_gradient(self, parameter: Tensor) -> None:
+        """Count the parameter's gradient as finished, and no longer among the activations."""
+        assert parameter.grad is not None
+        self.ignore([parameter.grad])
+        self._finished += parameter.numel()

@@ -1,4 +1,4 @@
-"""What can be bought, as its makers publish it, and this machine, measured."""
+"""The devices that a plan knows: published figures of GPUs, and this machine, measured."""
 
 from __future__ import annotations
 
@@ -17,112 +17,97 @@ THIS = "this"
 
 @dataclass(frozen=True)
 class Device:
-    """One rank's device and the links of a machine with ``per_node`` of them."""
+    """The device of one rank, and the links of a machine with ``per_node`` of them. Links are one way."""
 
     name: str
-    memory_bytes: int
-    reserved_bytes: int  # not for tensors: driver context, collectives, libraries
-    fragmentation: float  # share of the rest that an allocator is taken to lose
-    bf16_flops: float  # FLOP/s of dense matrix products, fp32 accumulation
-    fp32_flops: float  # FLOP/s without TF32
-    node_bytes_per_s: float  # one way, between devices of a node
-    network_bytes_per_s: float  # one way, of each device between nodes
-    host_bytes_per_s: float  # one way, between the device and the host's memory
-    per_node: int
-    mfu: float  # share of the FLOP/s that a training step is assumed to reach
+    memory_gib: float  # as torch reports it
+    bf16_tflops: float  # of dense matrix products with fp32 accumulation
+    fp32_tflops: float  # without TF32
+    node_gb_per_s: float  # between devices of a node
+    network_gb_per_s: float  # per device, between nodes
+    host_gb_per_s: float  # between the device and the host's memory
+    mfu: float  # assumed fraction of the FLOP/s that a training step reaches
+    per_node: int = 8
+    reserved_gib: float = 1.0  # of driver context, collectives and libraries
+    fragmentation: float = 0.05  # assumed fraction of the other memory that the allocator loses
 
     @property
     def usable_bytes(self) -> int:
-        """What is left for tensors."""
-        return int((self.memory_bytes - self.reserved_bytes) * (1 - self.fragmentation))
+        """The memory for tensors."""
+        return int((self.memory_gib - self.reserved_gib) * (1 - self.fragmentation) * GIB)
 
     def flops(self, precision: str) -> float:
-        """FLOP/s of the precision's matrix products."""
-        return self.fp32_flops if precision == "fp32" else self.bf16_flops
+        """Return the FLOP/s of matrix products in this precision."""
+        return TERA * (self.fp32_tflops if precision == "fp32" else self.bf16_tflops)
+
+    def link_bytes_per_s(self, world_size: int) -> float:
+        """Return the published bandwidth of the slowest link among this many ranks."""
+        return GB * (self.node_gb_per_s if world_size <= self.per_node else self.network_gb_per_s)
 
 
-def _gpu(
-    name: str, memory_gib: float, bf16: float, fp32: float, node: float, network: float, host: float, mfu: float
-) -> Device:
-    """From published figures: GiB as torch reports them, TFLOP/s, GB/s one way."""
-    return Device(
-        name=name,
-        memory_bytes=int(memory_gib * GIB),
-        reserved_bytes=1 * GIB,
-        fragmentation=0.05,
-        bf16_flops=bf16 * TERA,
-        fp32_flops=fp32 * TERA,
-        node_bytes_per_s=node * GB,
-        network_bytes_per_s=network * GB,
-        host_bytes_per_s=host * GB,
-        per_node=8,
-        mfu=mfu,
-    )
-
-
-#: NVIDIA's data sheets: dense TFLOP/s, NVLink or PCIe one way. Networks: DGX H100 and H200 have 400 Gbit/s a GPU,
-#: DGX A100 200; the small cards are taken to share 100 Gbit/s among eight. MFU: 0.40 is what llm.c reports for GPT-2 on
-#: eight H100, 0.5 lies below its 0.60 on eight A100; the small cards are a guess.
+#: From NVIDIA's data sheets: dense TFLOP/s, NVLink or PCIe. DGX H100 and H200 have a network of 400 Gbit/s per GPU and
+#: DGX A100 of 200. Eight of the small cards are assumed to share 100. MFU: llm.c reports 0.40 for GPT-2 on eight H100,
+#: and 0.60 on eight A100, where 0.50 is assumed; the values of the small cards are guesses.
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        _gpu("h100-80gb", 79.1, bf16=989, fp32=67, node=450, network=50, host=64, mfu=0.40),
-        _gpu("h200", 139.8, bf16=989, fp32=67, node=450, network=50, host=64, mfu=0.40),
-        _gpu("a100-80gb", 79.1, bf16=312, fp32=19.5, node=300, network=25, host=32, mfu=0.50),
-        _gpu("a100-40gb", 39.4, bf16=312, fp32=19.5, node=300, network=25, host=32, mfu=0.50),
-        _gpu("rtx4090", 23.5, bf16=165, fp32=82.6, node=32, network=1.56, host=32, mfu=0.45),
-        _gpu("l4", 22.0, bf16=121, fp32=30.3, node=32, network=1.56, host=32, mfu=0.40),
+        # name, memory, bf16, fp32, node, network, host, mfu
+        Device("h100-80gb", 79.1, 989, 67, 450, 50, 64, 0.40),
+        Device("h200", 139.8, 989, 67, 450, 50, 64, 0.40),
+        Device("a100-80gb", 79.1, 312, 19.5, 300, 25, 32, 0.50),
+        Device("a100-40gb", 39.4, 312, 19.5, 300, 25, 32, 0.50),
+        Device("rtx4090", 23.5, 165, 82.6, 32, 1.56, 32, 0.45),
+        Device("l4", 22.0, 121, 30.3, 32, 1.56, 32, 0.40),
     )
 }
-DEVICE_NAMES = (*DEVICES, THIS)
 
 
 def find_device(name: str, precision: str) -> Device:
-    """A device of the table, or this machine's.
+    """Return a device of the table, or this machine's if the name is ``this``.
 
     Raises:
-        ConfigError: no such device.
+        ConfigError: if the name is unknown.
     """
     if name == THIS:
-        return _this_machine(precision)
+        return _measure_this_machine(precision)
     if name not in DEVICES:
-        raise ConfigError(f"--device: {name} is not known; known are {', '.join(DEVICE_NAMES)}")
+        raise ConfigError(f"--device: {name} is not known; known are {', '.join((*DEVICES, THIS))}")
     return DEVICES[name]
 
 
-def _this_machine(precision: str) -> Device:
-    """The first GPU, or the CPU with all of its memory for one rank; matrix products and copies are measured."""
+def _measure_this_machine(precision: str) -> Device:
+    """Return the first GPU, or else the CPU with its whole memory for one rank. FLOP/s and copies are measured."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measured = measure_matmul_ceiling(device, matmul_dtype(precision))
-    copied = _copy_bytes_per_s(device)
-    if device.type == "cuda":
-        memory, reserved = torch.cuda.get_device_properties(device).total_memory, GIB
+    on_gpu = device.type == "cuda"
+    tflops = measure_matmul_ceiling(device, matmul_dtype(precision)) / TERA
+    gb_per_s = _measure_copy(device) / GB
+    if on_gpu:
+        memory_bytes = torch.cuda.get_device_properties(device).total_memory
     else:
-        memory, reserved = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), GIB // 2
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device(
         name=f"this {device.type}",
-        memory_bytes=memory,
-        reserved_bytes=reserved,
-        fragmentation=0.05 if device.type == "cuda" else 0.0,
-        bf16_flops=measured,
-        fp32_flops=measured,
-        node_bytes_per_s=copied,
-        network_bytes_per_s=copied,
-        host_bytes_per_s=copied,
-        per_node=max(1, torch.cuda.device_count()),
+        memory_gib=memory_bytes / GIB,
+        bf16_tflops=tflops,
+        fp32_tflops=tflops,
+        node_gb_per_s=gb_per_s,
+        network_gb_per_s=gb_per_s,
+        host_gb_per_s=gb_per_s,
         mfu=0.5,
+        per_node=max(1, torch.cuda.device_count()),
+        reserved_gib=1.0 if on_gpu else 0.5,
+        fragmentation=0.05 if on_gpu else 0.0,
     )
 
 
-def _copy_bytes_per_s(device: torch.device) -> float:
-    """Through the host's memory, which is what ranks of one machine talk through at worst."""
+def _measure_copy(device: torch.device) -> float:
+    """Return bytes/s of a copy through the host's memory, the slowest way that ranks of one machine communicate."""
     source = torch.ones(1 << 24, dtype=torch.uint8)
     target = torch.empty_like(source, device=device)
     target.copy_(source)
-    return source.numel() / min(_seconds_of_copy(target, source) for _ in range(3))
-
-
-def _seconds_of_copy(target: torch.Tensor, source: torch.Tensor) -> float:
-    started = time.perf_counter()
-    target.copy_(source)
-    return time.perf_counter() - started
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - started)
+    return source.numel() / min(times)

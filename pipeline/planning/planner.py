@@ -1,19 +1,38 @@
-"""One config on so many devices: does it fit, what is the largest micro-batch, how long does it take."""
+"""Plan one config on N devices: the peak memory, whether it fits, the largest micro-batch, the time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch
+from pipeline.planning.activations import Peak, Request, trace_activations
 from pipeline.planning.devices import Device
-from pipeline.planning.memory import Memory, host_memory, peak_memory
+from pipeline.planning.layouts import layout_of, sizes_of
 from pipeline.planning.speed import Speed, estimate_speed
 
-SECONDS_A_DAY = 86_400
-LARGEST_MICRO_BATCH = 4096  # sequences: where the search ends
+SECONDS_PER_DAY = 86_400
+LARGEST_MICRO_BATCH = 4096  # sequences, the limit of the search
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of one rank, by purpose."""
+
+    parameters: int
+    masters: int
+    optimizer: int
+    gradients: int
+    activations: int
+    logits: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
@@ -25,9 +44,9 @@ class Plan:
     memory: Memory
     host_bytes: int
     usable_bytes: int
-    largest_micro_batch: int  # 0: not even one sequence fits
+    largest_micro_batch: int  # 0 if not even one sequence fits
     speed: Speed
-    days: float | None  # to the token budget; None: it does not fit
+    days: float | None  # until the token budget is used; None if it does not fit
 
     @property
     def fits(self) -> bool:
@@ -35,12 +54,10 @@ class Plan:
         return self.memory.total <= self.usable_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; sizes in bytes."""
+        """Return plain values. Sizes are in bytes."""
         memory = {**vars(self.memory), "total": self.memory.total}
-        rest = {
-            key: getattr(self, key) for key in ("host_bytes", "usable_bytes", "fits", "largest_micro_batch", "days")
-        }
-        return {"backend": self.backend, "batch": vars(self.batch), "memory": memory, **rest, "speed": vars(self.speed)}
+        nested = {"batch": vars(self.batch), "memory": memory, "speed": vars(self.speed)}
+        return {**vars(self), **nested, "fits": self.fits}
 
 
 def plan_run(
@@ -49,14 +66,15 @@ def plan_run(
     """Plan a backend.
 
     Args:
-        name: how to call it.
-        tokens: the budget, over the whole run.
-        grow_batch: where the ranks are too many for the batch, let the batch grow to one micro-batch a rank.
+        name: the name of the plan.
+        tokens: the token budget of the whole run.
+        grow_batch: if the batch is too small for the ranks, use one micro-batch per rank, and skip the search for the
+            largest micro-batch.
 
     Raises:
-        ConfigError: the batch does not divide.
+        ConfigError: if the batch does not divide.
     """
-    batch = _grown(config, world_size) if grow_batch else plan_batch(config, world_size)
+    batch = _grow_batch(config, world_size) if grow_batch else plan_batch(config, world_size)
     memory = peak_memory(config, batch)
     speed = estimate_speed(config, batch, device, mfu)
     fits = memory.total <= device.usable_bytes
@@ -64,21 +82,54 @@ def plan_run(
         backend=name,
         batch=batch,
         memory=memory,
-        host_bytes=host_memory(config, batch),
+        host_bytes=layout_of(config, batch).host,
         usable_bytes=device.usable_bytes,
         largest_micro_batch=0 if grow_batch else largest_micro_batch(config, batch, device),
         speed=speed,
-        days=tokens / speed.tokens_per_s / SECONDS_A_DAY if fits else None,
+        days=tokens / speed.tokens_per_s / SECONDS_PER_DAY if fits else None,
     )
 
 
-def _grown(config: Config, world_size: int) -> BatchPlan:
+def plan_world_sizes(
+    configs: dict[str, Config], world_sizes: Sequence[int], device: Device, *, mfu: float, tokens: int
+) -> dict[str, list[Plan]]:
+    """Plan every config at every world size."""
+    return {
+        name: [plan_run(name, config, size, device, mfu=mfu, tokens=tokens, grow_batch=True) for size in world_sizes]
+        for name, config in configs.items()
+    }
+
+
+def _grow_batch(config: Config, world_size: int) -> BatchPlan:
     size, seq_len = config.batch.micro_batch_size, config.seq_len
     return BatchPlan(size, seq_len, max(1, config.batch.tokens_per_step // (size * seq_len * world_size)), world_size)
 
 
+def peak_memory(config: Config, plan: BatchPlan) -> Memory:
+    """Return the largest memory of a rank's device during a step that is not the first.
+
+    Optimizer state and buckets exist from the first step on.
+    """
+    layout = layout_of(config, plan)
+    request = Request(config.model, layout.compute, config.run.precision, plan.micro_batch_size, plan.seq_len)
+    before_update = Peak(sizes_of(config.model).total, activation_bytes=0, logit_bytes=0)
+
+    def memory_at(peak: Peak) -> Memory:
+        return Memory(
+            parameters=layout.parameters,
+            masters=layout.masters,
+            optimizer=layout.optimizer,
+            gradients=layout.gradients(peak.finished_elements),
+            activations=peak.activation_bytes,
+            logits=peak.logit_bytes,
+            buffers=layout.buffers(peak.finished_elements),
+        )
+
+    return max(map(memory_at, (*trace_activations(request), before_update)), key=lambda memory: memory.total)
+
+
 def largest_micro_batch(config: Config, batch: BatchPlan, device: Device) -> int:
-    """The most sequences a rank can hold at once, up to ``LARGEST_MICRO_BATCH``; the accumulation is taken to stay."""
+    """Return the most sequences per micro-batch that fit, up to ``LARGEST_MICRO_BATCH``, with the same accumulation."""
 
     def fits(size: int) -> bool:
         return peak_memory(config, replace(batch, micro_batch_size=size)).total <= device.usable_bytes
@@ -92,13 +143,3 @@ def largest_micro_batch(config: Config, batch: BatchPlan, device: Device) -> int
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return min(low, LARGEST_MICRO_BATCH)
-
-
-def plan_world_sizes(
-    configs: dict[str, Config], world_sizes: Sequence[int], device: Device, *, mfu: float, tokens: int
-) -> dict[str, list[Plan]]:
-    """The same for many world sizes, by name of the backend."""
-    return {
-        name: [plan_run(name, config, size, device, mfu=mfu, tokens=tokens, grow_batch=True) for size in world_sizes]
-        for name, config in configs.items()
-    }

@@ -1,4 +1,4 @@
-"""What a micro-batch keeps alive is what the real model keeps."""
+"""The plan of a micro-batch counts what the real model keeps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 
 import pipeline.planning.activations as activations
 from pipeline.model.gpt2 import GPT2, CausalSelfAttention
-from pipeline.planning.activations import Compute, Moment, Request, trace_activations
-from pipeline.planning.live_bytes import LiveBytes
+from pipeline.planning.activations import Compute, LiveBytes, Peak, Request, trace_activations
 from tests.pipeline.conftest import tiny_model_config
 
 
@@ -21,17 +20,17 @@ def request(compute: Compute = "autocast", precision: str = "amp_bf16", batch: i
     return Request(tiny_model_config(**model), compute, precision, batch, 12)
 
 
-def peak_bytes(of: Request) -> int:
+def peak_bytes(planned: Request) -> int:
     activations.trace_activations.cache_clear()
-    return max(moment.activation_bytes + moment.logit_bytes for moment in trace_activations(of))
+    return max(peak.activation_bytes + peak.logit_bytes for peak in trace_activations(planned))
 
 
-def largest_by_gradient(moments: Iterable[Moment]) -> dict[int, int]:
-    """Bytes at the largest moment, by how many elements' gradients are finished."""
+def largest_by_gradient(peaks: Iterable[Peak]) -> dict[int, int]:
+    """Return the bytes of the largest peak by the number of elements with finished gradients."""
     largest: dict[int, int] = {}
-    for moment in moments:
-        size = moment.activation_bytes + moment.logit_bytes
-        largest[moment.finished_elements] = max(size, largest.get(moment.finished_elements, 0))
+    for peak in peaks:
+        size = peak.activation_bytes + peak.logit_bytes
+        largest[peak.finished_elements] = max(size, largest.get(peak.finished_elements, 0))
     return largest
 
 
@@ -40,11 +39,11 @@ class TestDepth:
     @pytest.mark.parametrize(
         ("compute", "precision"), [("autocast", "amp_bf16"), ("bf16_view", "bf16"), ("bf16_weights", "bf16")]
     )
-    def test_a_deep_model_is_not_run_whole_and_comes_out_the_same(
+    def test_a_deep_model_is_not_traced_whole_and_has_the_same_peaks(
         self, compute: Compute, precision: str, recompute: bool | int
     ) -> None:
         deep = request(compute, precision, n_layer=9, activation_checkpointing=recompute)
-        whole, planned = largest_by_gradient(activations._run(deep)), largest_by_gradient(trace_activations(deep))
+        whole, planned = largest_by_gradient(activations._trace(deep)), largest_by_gradient(trace_activations(deep))
         assert len(planned) < len(whole)
         assert all(whole[finished] == size for finished, size in planned.items())
         assert max(planned.values()) == max(whole.values())
@@ -61,7 +60,7 @@ class TestWhatIsFollowed:
         assert whole < half < none
 
     def test_another_attention(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Softmax written out keeps (B, H, T, T), and the plan says so."""
+        """An explicit softmax keeps (B, H, T, T), and the plan counts it."""
         before = peak_bytes(request(batch=16, n_layer=3))
 
         def written_out(self: CausalSelfAttention, x: Tensor, attend: None) -> Tensor:
@@ -80,7 +79,7 @@ class TestWhatIsFollowed:
 
 
 class TestLiveBytes:
-    def test_what_is_freed_is_no_longer_counted(self) -> None:
+    def test_freed_and_ignored_tensors_are_not_counted(self) -> None:
         with LiveBytes() as live:
             kept = torch.zeros(10)
             gone = torch.zeros(100)
@@ -89,7 +88,7 @@ class TestLiveBytes:
             assert live.total == 40
             view = kept.view(2, 5)
             assert live.total == 40
-            live.leave_out([view])
+            live.ignore([view])
             assert live.total == 0
             del kept, view
         assert live.total == 0

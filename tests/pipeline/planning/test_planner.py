@@ -1,4 +1,4 @@
-"""Plans against what is known otherwise: arithmetic, the wrapping code, and a real run."""
+"""Compare plans with arithmetic, with the wrapping code, and with a real run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from pipeline.data.batch_plan import plan_batch
 from pipeline.model.gpt2 import parameter_count
 from pipeline.planning.devices import DEVICES, Device, find_device
 from pipeline.planning.layouts import layout_of
-from pipeline.planning.memory import peak_memory
-from pipeline.planning.planner import largest_micro_batch, plan_run
+from pipeline.planning.planner import largest_micro_batch, peak_memory, plan_run
 from pipeline.planning.speed import estimate_speed, traffic
 from tests.support.runs import CONFIGS
 
@@ -34,7 +33,7 @@ def planned(backend: str, world_size: int = 8, device: Device = H100, **options:
 
 
 class TestState:
-    """Bytes that need no trace. N: parameters with padding rows."""
+    """Bytes that need no trace. N is the number of parameters with padding rows."""
 
     N = parameter_count(config_of("ddp").model, padded=True)
 
@@ -44,7 +43,7 @@ class TestState:
         return (layout.parameters + layout.masters + layout.optimizer) / self.N
 
     @pytest.mark.parametrize(
-        ("backend", "precision", "bytes_an_element"),
+        ("backend", "precision", "bytes_per_element"),
         [
             ("ddp", "amp_bf16", 4 + 8),
             ("zero0", "bf16", 4 + 8),
@@ -56,10 +55,10 @@ class TestState:
             ("zero3_offload", "amp_bf16", 0),
         ],
     )
-    def test_weights_masters_and_moments(self, backend: str, precision: str, bytes_an_element: float) -> None:
-        assert self.persistent(backend, f"run.precision={precision}") == pytest.approx(bytes_an_element, rel=1e-3)
+    def test_weights_masters_and_moments(self, backend: str, precision: str, bytes_per_element: float) -> None:
+        assert self.persistent(backend, f"run.precision={precision}") == pytest.approx(bytes_per_element, rel=1e-3)
 
-    def test_a_peak_is_the_sum_of_its_parts(self) -> None:
+    def test_a_peak_is_the_sum_of_its_purposes(self) -> None:
         config = config_of("zero1")
         memory = peak_memory(config, plan_batch(config, 8))
         assert memory.total == sum(vars(memory).values())
@@ -84,7 +83,7 @@ class TestFitting:
             )
             assert (peak_memory(changed, plan_batch(changed, 8)).total <= H100.usable_bytes) == fits
 
-    def test_what_does_not_fit_takes_no_days(self) -> None:
+    def test_a_plan_that_does_not_fit_has_no_days(self) -> None:
         small = find_device("l4", "amp_bf16")
         config = config_of("ddp", "model.preset=gpt2-xl")
         plan = plan_run("ddp", config, 8, small, mfu=0.4, tokens=10**9)
@@ -100,7 +99,7 @@ class TestFitting:
         ],
     )
     def test_the_shipped_scales_fit_as_the_page_says(self, name: str, device: str, too_large: set[str]) -> None:
-        """On eight of them, whatever the backend, but for those named in ``docs/planning.md``."""
+        """On eight GPUs, every backend fits except those that ``docs/planning.md`` names."""
         for backend in ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"):
             config = load_config([CONFIGS / f"{backend}.json", CONFIGS / f"{name}.json"])
             memory = peak_memory(config, plan_batch(config, 8))
@@ -109,7 +108,7 @@ class TestFitting:
 
 class TestSpeed:
     def test_communication_of_a_step(self) -> None:
-        """Rings, N = 124M: all-reduce 2, reduce-scatter and all-gather 1 time the bytes, of (W-1)/W."""
+        """Rings, N = 124M: an all-reduce sends 2 (W-1)/W times the bytes, a reduce-scatter or an all-gather (W-1)/W."""
         n = TestState.N * 7 / 8
         expected = {
             "ddp": 2 * 4 * n,
@@ -128,7 +127,7 @@ class TestSpeed:
     def test_one_rank_sends_nothing_and_computes_at_the_assumed_share(self) -> None:
         plan = planned("ddp", world_size=1)
         assert plan.speed.sent_bytes == 0
-        flops = 6 * (TestState.N - 1024 * 768) + 12 * 12 * 768 * 1024  # a token, Chowdhery et al. 2022
+        flops = 6 * (TestState.N - 1024 * 768) + 12 * 12 * 768 * 1024  # per token, Chowdhery et al. 2022
         assert plan.speed.tokens_per_s == pytest.approx(0.4 * 989e12 / flops)
         assert plan.days == pytest.approx(10**10 / plan.speed.tokens_per_s / 86400)
 
@@ -145,13 +144,13 @@ class TestSpeed:
         assert across.tokens_per_s / 128 < within.tokens_per_s / 8
 
 
-class TestAgainstTheRealThing:
+class TestAgainstMeasurements:
     @pytest.mark.parametrize("world_size", [3, 64])
-    def test_what_fsdp_leaves_on_a_rank(self, world_size: int) -> None:
+    def test_shards_of_fsdp(self, world_size: int) -> None:
         self.check(list(compare_fsdp(world_size)))
 
     @pytest.mark.parametrize(("backend", "world_size"), [("ddp", 1024), ("zero1", 64), ("zero2", 4096), ("zero3", 24)])
-    def test_what_ddp_and_deepspeed_leave(self, backend: str, world_size: int) -> None:
+    def test_shards_of_ddp_and_deepspeed(self, backend: str, world_size: int) -> None:
         self.check(list(compare_small(backend, world_size)))
 
     @staticmethod
@@ -161,6 +160,6 @@ class TestAgainstTheRealThing:
             assert shards.planned_bytes == shards.wrapped_bytes, shards.row()
 
     def test_measured_peak(self, tmp_path: Path) -> None:
-        """One of the settings of ``make plan-check``, at a size that takes seconds."""
+        """Run one setting of ``make plan-check`` at a size that takes seconds."""
         compared = compare(Setting("ddp", 2, "small", checkpointing=2), start_ranks(), tmp_path)
         assert abs(compared.difference) <= LARGEST_DIFFERENCE, compared.row()

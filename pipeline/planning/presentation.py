@@ -1,0 +1,81 @@
+"""Show plans: a table of all backends, and a plot of memory and speed against the world size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pipeline.config.schema import Config
+from pipeline.distributed.device import GIB
+from pipeline.errors import ConfigError
+from pipeline.model.gpt2 import parameter_count
+from pipeline.planning.devices import Device
+from pipeline.planning.planner import Plan
+
+_COLUMNS = ("params", "masters", "optim", "grads", "activ", "logits", "buffers", "total", "host")
+
+
+def format_plans(config: Config, device: Device, plans: Sequence[Plan], *, mfu: float, tokens: int) -> str:
+    """Return the assumptions, a table of memory and a table of speed."""
+    flops = device.flops(config.run.precision)
+    lines = [
+        f"model    {config.model.preset}, {parameter_count(config.model):,} parameters, {config.run.precision}",
+        f"batch    {plans[0].batch}",
+        f"device   {device.name}: {device.usable_bytes / GIB:.1f} of {device.memory_gib:.1f} GiB for tensors, "
+        f"{flops / 1e12:,.3g} TFLOP/s x assumed MFU {mfu:.2f}",
+        f"budget   {tokens:,} tokens",
+    ]
+    if config.run.compile:
+        lines.append("note     memory is that of the uncompiled model; run.compile needs less")
+    return "\n".join([*lines, "", *_memory_table(plans), "", *_speed_table(plans)])
+
+
+def _memory_table(plans: Sequence[Plan]) -> Iterator[str]:
+    yield "GiB per rank at the peak:"
+    yield f"{'backend':15}" + "".join(f"{column:>9}" for column in _COLUMNS) + "   fits   largest micro-batch"
+    for plan in plans:
+        sizes = [*vars(plan.memory).values(), plan.memory.total, plan.host_bytes]
+        cells = "".join(f"{size / GIB:9.2f}" for size in sizes)
+        yield f"{plan.backend:15}{cells}   {'yes' if plan.fits else 'NO':4}   {plan.largest_micro_batch or '-':>6}"
+
+
+def _speed_table(plans: Sequence[Plan]) -> Iterator[str]:
+    yield f"{'backend':15}{'sent per step':>14}{'compute':>12}{'waiting':>12}{'tokens/s':>14}{'days':>10}"
+    for plan in plans:
+        speed = plan.speed
+        days = "-" if plan.days is None else f"{plan.days:,.2f}"
+        yield (
+            f"{plan.backend:15}{speed.sent_bytes / GIB:10.2f} GiB{speed.compute_s:10.3f} s"
+            f"{speed.exposed_communication_s:10.3f} s{speed.tokens_per_s:14,.0f}{days:>10}"
+        )
+
+
+def draw_world_sizes(path: Path, title: str, plans: dict[str, list[Plan]], device: Device) -> None:
+    """Draw GiB per rank with the device's limit, and the tokens/s of all ranks where the plan fits.
+
+    Raises:
+        ConfigError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install -c constraints.txt -e '.[plots]'") from None
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    memory, speed = figure.subplots(1, 2)
+    for name, of_backend in plans.items():
+        ranks = [plan.batch.world_size for plan in of_backend]
+        memory.plot(ranks, [plan.memory.total / GIB for plan in of_backend], marker=".", label=name)
+        tokens_per_s = [plan.speed.tokens_per_s if plan.fits else math.nan for plan in of_backend]
+        speed.plot(ranks, tokens_per_s, marker=".", label=name)
+    memory.axhline(device.usable_bytes / GIB, color="black", linestyle="--", label=f"{device.name}, usable")
+    memory.set(yscale="log", xlabel="ranks", ylabel="GiB per rank at the peak")
+    speed.set(yscale="log", xlabel="ranks", ylabel="tokens/s of all ranks, where it fits")
+    for axes in (memory, speed):
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
