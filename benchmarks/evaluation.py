@@ -27,13 +27,10 @@ from pipeline.config.schema import ModelConfig, Precision
 from pipeline.distributed.cpu import keep_freed_memory
 from pipeline.distributed.device import matmul_dtype
 from pipeline.distributed.world import World
-from pipeline.evaluation.catalogue import NAMED_TASKS
-from pipeline.evaluation.choices import ChoiceTask
-from pipeline.evaluation.examples import ChoiceExample, piqa
-from pipeline.evaluation.preparation import prepare_task
-from pipeline.evaluation.prepared import Settings
-from pipeline.evaluation.requests import encode_apart
+from pipeline.evaluation.examples import ChoiceExample, Settings, piqa
+from pipeline.evaluation.protocols import ChoiceTask, encode_apart
 from pipeline.evaluation.scoring import Scorer
+from pipeline.evaluation.tasks import NAMED_TASKS, prepare_task
 from pipeline.model.gpt2 import GPT2, build_model
 from pipeline.model.packed_linear import pack_linear_layers
 from pipeline.model.precision import replicated_compute

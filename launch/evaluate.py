@@ -1,4 +1,4 @@
-"""Stage 3: score a checkpoint. Plain python, or torchrun to share the work."""
+"""Stage 3: score a checkpoint. Start it with plain python, or with torchrun to share the work among processes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from launch.cli import ArgumentParser, add_checkpoint_options, positive_int, run
 from pipeline.config.schema import TASK_NAME, Precision, RunConfig, TaskName
 from pipeline.distributed.world import join_world
 from pipeline.errors import ConfigError
-from pipeline.evaluation.prepared import Settings
+from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.results import format_table
-from pipeline.evaluation.tasks import EvaluationOptions, run_tasks
+from pipeline.evaluation.run import EvaluationOptions, run_tasks
 
 
 def main() -> None:
-    """Parse, score, print the table and where it was written."""
+    """Score the checkpoint, and print the results and the paths of their files."""
     parser = ArgumentParser(
         description=__doc__, example="python launch/evaluate.py --checkpoint runs/ddp --tasks validation"
     )
     add_checkpoint_options(parser)
     names = ", ".join(get_args(TaskName))
     parser.add_argument(
-        "--tasks", nargs="+", default=["validation"], metavar="TASK", help=f"of {names}, or any name given to --data"
+        "--tasks",
+        nargs="+",
+        default=["validation"],
+        metavar="TASK",
+        help=f"{names}, or any name given to --data (default: validation)",
     )
     parser.add_argument(
         "--data",
@@ -29,25 +33,30 @@ def main() -> None:
         action="extend",
         default=[],
         metavar="TASK=PATH",
-        help="a task's file, .jsonl, .parquet or text (default: as the run's config has it, or the Hugging Face hub); "
-        "of validation: a folder of token shards (default: those the run was trained on)",
+        help="a task's .jsonl, .parquet or text file (default: from the run's config, or from the Hugging Face hub); "
+        "for validation, a folder of token shards (default: the run's data)",
     )
-    parser.add_argument("--shots", type=positive_int, default=0, metavar="N", help="solved examples before each")
-    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N examples of each task")
+    parser.add_argument(
+        "--shots", type=positive_int, default=0, metavar="N", help="solved examples before each example (default: 0)"
+    )
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="score only the first N examples of each task")
     parser.add_argument(
         "--stride",
         type=positive_int,
         metavar="N",
-        help="tokens by which windows over a text move on (default: the model's context, no overlap)",
+        help="tokens between the starts of windows over a text (default: the model's context, without overlap)",
     )
     parser.add_argument(
-        "--batch-size", type=positive_int, metavar="N", help="full sequences per forward pass; no effect on results"
+        "--batch-size",
+        type=positive_int,
+        metavar="N",
+        help="full sequences per forward pass; does not change the results (default: the run's)",
     )
     parser.add_argument("--precision", choices=get_args(Precision), help="(default: the run's)")
     arguments = parser.parse_args()
     start_logging()
     settings = Settings(arguments.shots, arguments.limit, arguments.stride)
-    options = EvaluationOptions(_paths(arguments.data), arguments.batch_size, arguments.precision, settings)
+    options = EvaluationOptions(_parse_paths(arguments.data), arguments.batch_size, arguments.precision, settings)
     with join_world(RunConfig(device=arguments.device), process_group=False) as world:
         results, folder = run_tasks(arguments.checkpoint, arguments.tasks, options, world)
     if world.is_main:
@@ -55,14 +64,14 @@ def main() -> None:
         print("wrote " + ", ".join(str(folder / f"{task}.json") for task in results))
 
 
-def _paths(assignments: list[str]) -> dict[str, str]:
+def _parse_paths(assignments: list[str]) -> dict[str, str]:
     paths = {}
     for assignment in assignments:
         task, equals, path = assignment.partition("=")
         if not (task and equals and path):
             raise ConfigError(f"--data {assignment}: expected TASK=PATH, as in --data validation=DIR")
         if not TASK_NAME.fullmatch(task):
-            raise ConfigError(f"--data {assignment}: a task is named by letters, digits and . _ -, and not {task!r}")
+            raise ConfigError(f"--data {assignment}: the task name {task!r} may have only letters, digits and . _ -")
         paths[task] = path
     return paths
 

@@ -1,1 +1,1 @@
-"""Stage 3: from a checkpoint to numbers. ``tasks`` runs them, ``catalogue`` names them, ``scoring`` scores."""
+"""Stage 3: from a checkpoint to figures. ``run`` runs tasks, ``tasks`` names them, ``scoring`` scores requests."""

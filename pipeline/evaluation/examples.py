@@ -1,25 +1,32 @@
-"""From the rows of a data set to examples: what is shown to the model, and what counts as right.
+"""From the rows of a dataset to examples: what the model is shown, what the right answer is, and few-shot prompts.
 
-Prompts, separators and choices are those of lm-evaluation-harness, by its YAML files and ``utils.py`` of each task.
+Prompts, separators and choices are those of lm-evaluation-harness (the YAML files and ``utils.py`` of its tasks).
+The first line of a reader's docstring names the columns that it expects; error messages quote it.
 """
 
 from __future__ import annotations
 
+import random
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from pipeline.evaluation.sources import Row
+from data_tools.errors import DataError
+from data_tools.tokenizer import Tokenizer
+from pipeline.evaluation.sources import Row, Rows
 
 SHOT_SEPARATOR = "\n\n"  # after each few-shot example: lm-evaluation-harness' fewshot_delimiter
+SHOTS_SEED = 1234  # lm-evaluation-harness' default fewshot_random_seed
 
 
 @dataclass(frozen=True)
 class ChoiceExample:
-    """Pairs of context and continuation, one of which is right."""
+    """Pairs of a context and a continuation, one of which is right."""
 
     pairs: tuple[tuple[str, str], ...]
     gold: int
-    choices: tuple[str, ...]  # whose lengths acc_norm divides by
+    choices: tuple[str, ...]  # acc_norm divides by their lengths
 
     def __post_init__(self) -> None:
         if not 0 <= self.gold < len(self.pairs):
@@ -27,7 +34,7 @@ class ChoiceExample:
 
     @property
     def shot(self) -> str:
-        """The solved example, as it stands before another."""
+        """The solved example, to be put before another."""
         return "".join(self.pairs[self.gold]) + SHOT_SEPARATOR
 
 
@@ -39,19 +46,27 @@ class ContinuationExample:
     continuation: str
     shot: str
 
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """The context and the continuation, in the form of a choice."""
+        return ((self.context, self.continuation),)
+
+
+Example = TypeVar("Example", ChoiceExample, ContinuationExample)
+
 
 def _choose(context: str, choices: list[str], gold: int) -> ChoiceExample:
-    """One context; a space stands before each choice, whatever it begins with, as lm-evaluation-harness has it."""
+    """Put a space before each choice, whatever it begins with, as lm-evaluation-harness does."""
     return ChoiceExample(tuple((context, " " + choice) for choice in choices), gold, tuple(choices))
 
 
 def any_choices(row: Row) -> ChoiceExample:
-    """``query``, ``choices``, ``gold``: the text, the list of its continuations, the index of the right one."""
+    """Read ``query``, ``choices``, ``gold``: the context, its continuations, and the index of the right one."""
     return _choose(row["query"], row["choices"], int(row["gold"]))
 
 
 def any_continuation(row: Row) -> ContinuationExample:
-    """``context`` and ``continuation``, with a space between them where neither has white space at the seam."""
+    """Read ``context`` and ``continuation``, joined by a space unless either has white space there."""
     context, continuation = row["context"], row["continuation"]
     if context and not context[-1].isspace() and not continuation[:1].isspace():
         continuation = " " + continuation
@@ -59,9 +74,9 @@ def any_continuation(row: Row) -> ContinuationExample:
 
 
 def piqa(row: Row) -> ChoiceExample:
-    """``goal``, ``sol1``, ``sol2``, ``label``; or ``query``, ``choices``, ``gold``, the query with or without its end.
+    """Read ``goal``, ``sol1``, ``sol2``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    Evaluation suites pass PIQA on with queries of the form "Question: ...\\n", to which the "Answer:" belongs.
+    Some evaluation suites distribute PIQA with queries that end before "Answer:".
     """
     if "query" in row:
         question = row["query"].removesuffix("Answer:").removesuffix("\n")
@@ -70,7 +85,7 @@ def piqa(row: Row) -> ChoiceExample:
 
 
 def arc(row: Row) -> ChoiceExample:
-    """``question``, ``choices`` (``text`` and ``label``), ``answerKey``; or ``query``, ``choices``, ``gold``."""
+    """Read ``question``, ``choices`` (``text`` and ``label``), ``answerKey``; or ``query``, ``choices``, ``gold``."""
     if "query" in row:
         return any_choices(row)
     texts, labels = row["choices"]["text"], row["choices"]["label"]
@@ -78,7 +93,7 @@ def arc(row: Row) -> ChoiceExample:
 
 
 def hellaswag(row: Row) -> ChoiceExample:
-    """``activity_label``, ``ctx_a``, ``ctx_b``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``."""
+    """Read ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``."""
     if "query" in row:
         return any_choices(row)
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
@@ -86,23 +101,23 @@ def hellaswag(row: Row) -> ChoiceExample:
 
 
 def _without_markup(text: str) -> str:
-    """Half of HellaSwag is from WikiHow, whose headings left brackets behind."""
+    """Remove the brackets that WikiHow's headings left in half of HellaSwag."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def hellaswag_completion(row: Row) -> ChoiceExample:
-    """``ctx``, ``endings``, ``label`` as they stand; or ``query``, ``choices``, ``gold``."""
+    """Read ``ctx``, ``endings``, ``label``, unchanged; or ``query``, ``choices``, ``gold``."""
     if "query" in row:
         return any_choices(row)
     return _choose(row["ctx"], row["endings"], int(row["label"]))
 
 
 def winogrande(row: Row) -> ChoiceExample:
-    """``sentence`` with a blank ``_``, ``option1``, ``option2``, ``answer``: either option before the same rest.
+    """Read ``sentence`` with a blank ``_``, ``option1``, ``option2``, ``answer``.
 
-    Partial scoring (Trinh and Le 2018): only what follows the blank is scored, so the option's own length and
-    frequency play no part.
+    Partial scoring (Trinh and Le 2018): each option fills the blank, and only what follows the blank is scored, so
+    the option's own length and frequency do not count.
     """
     before, blank, after = row["sentence"].partition("_")
     if not blank:
@@ -113,12 +128,99 @@ def winogrande(row: Row) -> ChoiceExample:
 
 
 def lambada(row: Row) -> ContinuationExample:
-    """``text``, whose last word is to be guessed; or ``context`` and ``continuation``, that word.
+    """Read ``text``, whose last word is the continuation; or ``context`` and ``continuation``, that word.
 
-    As a few-shot example lm-evaluation-harness puts two spaces before the word, and so does this.
+    In a few-shot example two spaces precede the word, as in lm-evaluation-harness.
     """
     if "context" in row:
         context, word = row["context"], row["continuation"].removeprefix(" ")
     else:
         context, word = row["text"].rsplit(" ", 1)
     return ContinuationExample(context, f" {word}", f"{context}  {word}{SHOT_SEPARATOR}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a task."""
+
+    shots: int = 0
+    limit: int | None = None  # score only the first examples
+    stride: int | None = None  # tokens between windows over texts; None: the model's context, without overlap
+
+    def label(self, task: str) -> str:
+        """Return the name of the results, which differs from the task's unless all options are the defaults."""
+        shots = f"_{self.shots}shot" if self.shots else ""
+        limit = f"_first{self.limit}" if self.limit else ""
+        stride = f"_stride{self.stride}" if self.stride else ""
+        return f"{task}{shots}{limit}{stride}"
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The rows of a task, the rows that few-shot examples are drawn from, and how text becomes tokens."""
+
+    rows: Rows
+    pool: Rows
+    spare_shot: bool  # see ``draw_shots``
+    tokenizer: Tokenizer
+    context_length: int
+
+
+def read_examples(
+    data: TaskData, settings: Settings, read: Callable[[Row], Example]
+) -> tuple[list[Example], list[str]]:
+    """Return the examples to score, and the few-shot text before each.
+
+    Raises:
+        DataError: a row lacks the task's columns, or there are too few rows for the few-shot examples.
+    """
+    examples = _read_rows(data.rows, read, settings.limit)
+    if not settings.shots:
+        return examples, [""] * len(examples)
+    shots = draw_shots(examples, _read_rows(data.pool, read, None), settings.shots, spare=data.spare_shot)
+    return examples, ["".join(shot.shot for shot in drawn) for drawn in shots]
+
+
+def _read_rows(rows: Rows, read: Callable[[Row], Example], limit: int | None) -> list[Example]:
+    examples = []
+    for number, row in enumerate(rows.rows[:limit]):
+        try:
+            examples.append(read(row))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            reason = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+            columns = (read.__doc__ or "").split("\n")[0].removeprefix("Read ").removesuffix(".").replace("``", "")
+            raise DataError(
+                f"{rows.where(number)} has {', '.join(row)} and is no example of this task ({reason}); "
+                f"expected {columns}"
+            ) from error
+    return examples
+
+
+def draw_shots(
+    examples: Sequence[Example], pool: Sequence[Example], count: int, *, spare: bool
+) -> list[Sequence[Example]]:
+    """Draw ``count`` few-shot examples for each example, as lm-evaluation-harness does: all from one random stream.
+
+    Args:
+        spare: draw one more than needed, so that an example is never its own few-shot example. The harness does so
+            for tasks without a test split.
+
+    Raises:
+        DataError: the pool is too small.
+    """
+    if len(pool) < count + spare:
+        raise DataError(f"--shots {count}: there are only {len(pool) - spare} examples to draw from")
+    stream = random.Random(SHOTS_SEED)
+    if not spare:
+        return [stream.sample(pool, count) for _ in examples]
+    return [_draw_others(example, stream, pool, count) for example in examples]
+
+
+def _draw_others(example: Example, stream: random.Random, pool: Sequence[Example], count: int) -> Sequence[Example]:
+    drawn = [other for other in stream.sample(pool, count + 1) if other != example][:count]
+    if len(drawn) < count:  # the pool holds the example several times
+        others = [other for other in pool if other != example]
+        if len(others) < count:
+            raise DataError(f"--shots {count}: there are only {len(others)} other examples to draw from")
+        drawn = stream.sample(others, count)
+    return drawn

@@ -1,4 +1,4 @@
-"""95% intervals: what the choice of examples leaves open about a figure."""
+"""95% confidence intervals of the figures, for the choice of examples."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ Z_95 = 1.959963984540054  # standard deviations around the mean that hold 95% of
 BOOTSTRAP_SAMPLES = 1000
 BOOTSTRAP_SEED = 1234
 
+# How results name their intervals.
 WILSON = "95%, Wilson"
 NORMAL = "95%, normal, of the mean log-likelihood"
 WINDOWS = "95%, normal, of the mean over windows"
@@ -20,7 +21,7 @@ Interval = tuple[float, float]
 
 
 def wilson(successes: int, trials: int) -> Interval:
-    """Of a share (Wilson 1927): inside [0, 1], and honest near its ends and for few trials."""
+    """Return the Wilson score interval of a proportion (Wilson 1927); it lies within [0, 1]."""
     share, spread = successes / trials, Z_95**2 / trials
     centre = share + spread / 2
     half = math.sqrt(spread * (share * (1 - share) + spread / 4))
@@ -28,14 +29,14 @@ def wilson(successes: int, trials: int) -> Interval:
 
 
 def normal_mean(values: Sequence[float]) -> Interval:
-    """Of a mean; a single value has no spread that could be known, and its interval is the value."""
+    """Return the normal interval of a mean; for a single value, whose spread is unknown, the value itself."""
     mean = float(np.mean(values))
     half = Z_95 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return mean - half, mean + half
 
 
 def bootstrap_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:
-    """Of sum(numerators) / sum(denominators) over units drawn again with replacement, with a fixed seed."""
+    """Return the percentile interval of sum(numerators) / sum(denominators), resampled with a fixed seed."""
     above, below = np.asarray(numerators), np.asarray(denominators)
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     ratios = []

@@ -1,52 +1,66 @@
-"""Requests as batches: what several of them begin with is computed once, and rows of like length go together.
+"""Scoring requests, and how they are packed into batches.
 
-The requests of one example (its choices) often share their context and more. Their tokens form a tree, whose nodes are
-laid out in one row, parents first; a mask lets each node see its ancestors alone, so it computes what it would have in
-a row of its own.
+The requests of one example (its choices) often share their context and more. Their tokens form a tree whose nodes are
+laid out in one row, parents first. A mask lets each node attend to its ancestors only, so the node computes what it
+would compute in a row of its own, and a shared beginning is computed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.requests import Request
 from pipeline.model.gpt2 import ScoringBatch
 
-LEAST_SAVING = 0.1  # of tokens, for which rows are laid out as trees, whose mask has slower attention kernels
+#: The share of tokens that a tree must save. Below it, the slower attention kernels of a masked row cost more.
+LEAST_SAVING = 0.1
+
+
+@dataclass(frozen=True)
+class Request:
+    """Tokens of a continuation, to be scored after those of a context."""
+
+    context: tuple[int, ...]  # at least one
+    continuation: tuple[int, ...]  # at least one
+
+    def inputs(self, context_length: int) -> tuple[int, ...]:
+        """Return what the model reads: all tokens but the last, cut at the beginning to the model's context."""
+        return (self.context + self.continuation)[:-1][-context_length:]
+
+    def is_truncated(self, context_length: int) -> bool:
+        """Return whether the model does not see the beginning of the context."""
+        return len(self.context) + len(self.continuation) - 1 > context_length
 
 
 @dataclass
 class Tree:
-    """The inputs of some requests, each beginning that they share kept once. A node is a token of the row."""
+    """The inputs of some requests, with each shared beginning kept once. A node is one token of the row."""
 
     tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)  # -1: of the first token
-    places: list[int] = field(default_factory=list)  # in the text
-    pairs: dict[tuple[int, int], int] = field(default_factory=dict)  # (node, token expected after it) -> number
-    scored: list[tuple[int, list[int]]] = field(default_factory=list)  # (request, numbers of its pairs)
+    parents: list[int] = field(default_factory=list)  # -1 for the first token
+    places: list[int] = field(default_factory=list)  # positions in the text
+    pairs: dict[tuple[int, int], int] = field(default_factory=dict)  # (node, token expected after it) -> index
+    scored: list[tuple[int, list[int]]] = field(default_factory=list)  # (request, indices of its pairs)
     _children: dict[tuple[int, int], int] = field(default_factory=dict)
 
     @property
     def is_chain(self) -> bool:
-        """Whether every token sees all before it."""
+        """Whether every token attends to all tokens before it."""
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     def add(self, number: int, request: Request, context_length: int, reset_at: int | None) -> None:
-        """Add a request; ``number`` is its own among all, ``reset_at`` as ``model.reset_positions_at``."""
+        """Add the request with this number; positions restart at the token ``reset_at``."""
         node, path = -1, []
         for token in request.inputs(context_length):
             node = self._child(node, token, reset_at)
             path.append(node)
-        wanted = request.continuation
-        pairs = [
-            self.pairs.setdefault(pair, len(self.pairs)) for pair in zip(path[-len(wanted) :], wanted, strict=True)
-        ]
-        self.scored.append((number, pairs))
+        targets = request.continuation
+        pairs = zip(path[-len(targets) :], targets, strict=True)
+        self.scored.append((number, [self.pairs.setdefault(pair, len(self.pairs)) for pair in pairs]))
 
     def _child(self, parent: int, token: int, reset_at: int | None) -> int:
         node = self._children.get((parent, token))
@@ -58,48 +72,50 @@ class Tree:
         return node
 
     def ancestors(self, width: int) -> np.ndarray:
-        """(width, width) bool: which nodes each node sees; padding sees itself."""
-        sees = np.eye(width, dtype=np.bool_)
+        """Return the attention mask, (width, width) bool. Padding attends to itself."""
+        mask = np.eye(width, dtype=np.bool_)
         for node, parent in enumerate(self.parents):
             if parent >= 0:
-                sees[node] |= sees[parent]
-        return sees
+                mask[node] |= mask[parent]
+        return mask
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model scores, in host memory, and which scores belong to which request."""
+    """The input of one forward pass, and links from its N scores to the requests that they belong to."""
 
-    inputs: ScoringBatch
+    inputs: ScoringBatch  # in host memory
     requests: Tensor  # (L,) int64, the request of each link
-    pairs: Tensor  # (L,) int64, the score that it adds to the request, into N
+    pairs: Tensor  # (L,) int64, the index of the score that the link adds to its request, below N
 
 
-def grow_trees(
+def build_trees(
     groups: Sequence[Sequence[int]], requests: Sequence[Request], context_length: int, reset_at: int | None
 ) -> list[Tree]:
-    """The requests as trees: one for a group (numbers of requests that may begin alike) if that saves enough."""
+    """Return one tree per group (of request numbers) where that saves enough tokens, else one per request."""
 
-    def grow(numbers: Sequence[int]) -> Tree:
+    def build(numbers: Sequence[int]) -> Tree:
         tree = Tree()
         for number in numbers:
             tree.add(number, requests[number], context_length, reset_at)
         return tree
 
     trees: list[Tree] = []
-    for group in groups:
-        together = grow(group)
-        apart = sum(len(requests[number].inputs(context_length)) for number in group)
-        saves = len(together.tokens) <= (1 - LEAST_SAVING) * apart
-        trees += [together] if saves or len(group) == 1 else [grow([number]) for number in group]
+    for group in filter(len, groups):
+        shared = build(group)
+        separate_tokens = sum(len(requests[number].inputs(context_length)) for number in group)
+        saves = len(shared.tokens) <= (1 - LEAST_SAVING) * separate_tokens
+        trees += [shared] if saves or len(group) == 1 else [build([number]) for number in group]
     return trees
 
 
 def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
-    """Trees by falling length, in batches of at most ``batch_tokens`` with padding; one tree always fits."""
-    ordered = sorted(trees, key=lambda tree: -len(tree.tokens))
+    """Sort trees by falling length and cut them into batches of at most ``batch_tokens``, padding included.
+
+    A longer tree gets a batch of its own.
+    """
     batches: list[list[Tree]] = []
-    for tree in ordered:
+    for tree in sorted(trees, key=lambda tree: -len(tree.tokens)):
         if not batches or len(batches[-1][0].tokens) * (len(batches[-1]) + 1) > batch_tokens:
             batches.append([])
         batches[-1].append(tree)
@@ -107,7 +123,7 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
 
 
 def make_batch(trees: Sequence[Tree]) -> Batch:
-    """The arrays of a batch. Rows are padded on the right, where no token of theirs looks."""
+    """Return one row per tree, padded on the right, where no other token of the row attends."""
     width = max(len(tree.tokens) for tree in trees)
     tokens = np.zeros((len(trees), width), dtype=np.int64)
     pairs: list[tuple[int, int]] = []  # (output, target)
@@ -117,17 +133,17 @@ def make_batch(trees: Sequence[Tree]) -> Batch:
         links += [(number, len(pairs) + pair) for number, numbers in tree.scored for pair in numbers]
         pairs += [(row * width + node, target) for node, target in tree.pairs]
     outputs, targets = _columns(pairs)
-    requests, scores = _columns(links)
-    inputs = ScoringBatch(torch.from_numpy(tokens), targets, outputs, *_layout(trees, width))
-    return Batch(inputs, requests, scores)
+    inputs = ScoringBatch(torch.from_numpy(tokens), targets, outputs, *_places_and_mask(trees, width))
+    return Batch(inputs, *_columns(links))
 
 
-def _columns(pairs: list[tuple[int, int]]) -> Iterator[Tensor]:
-    return iter(torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T.contiguous())
+def _columns(pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    first, second = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T.contiguous()
+    return first, second
 
 
-def _layout(trees: Sequence[Tree], width: int) -> tuple[Tensor | None, Tensor | None]:
-    """Places and mask of a batch; none where rows are plain texts, whose attention has faster kernels."""
+def _places_and_mask(trees: Sequence[Tree], width: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return (None, None) if every row is plain text: its attention then uses the faster causal kernels."""
     if all(tree.is_chain for tree in trees):
         return None, None
     places = np.zeros((len(trees), width), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Where results of stage 3 lie, and how a person reads them. Needs no torch."""
+"""The results of stage 3: their files in the run folder, and their table. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from pipeline.run_folder.layout import EVALUATION_FOLDER
 
-VALIDATION = "validation"  # the task of token shards; all others are of text
-INTERVAL = "_interval"  # ends the key of a figure's 95% interval
+VALIDATION = "validation"  # the task on token shards; all other tasks are on text
+INTERVAL = "_interval"  # the suffix of a figure's key, for its 95% interval
 
-Results = dict[str, dict[str, Any]]  # task -> what it measured
+Results = dict[str, dict[str, Any]]  # task -> its figures and where they come from
 
 
 def find_results(run_folder: Path, tasks: Sequence[str], step: int) -> Results | None:
-    """Results that were written for this step before; None if any task lacks them."""
+    """Return the results that were written for this step; None if those of any task are missing."""
     results = {}
     for task in tasks:
         path = run_folder / EVALUATION_FOLDER / f"{task}.json"
@@ -29,25 +29,25 @@ def find_results(run_folder: Path, tasks: Sequence[str], step: int) -> Results |
 
 
 def format_table(results: Results) -> str:
-    """Results as a table for a terminal: one line a number."""
+    """Return results as a table for a terminal, one line per figure."""
     lines = []
     for task, result in results.items():
         lines.append(f"{task}  (step {result['step']}, {result['checkpoint']})")
         for key, value in result.items():
             if isinstance(value, float):
-                lines.append(f"  {key:<18} {value:>14.4f}{_interval_text(result.get(key + INTERVAL))}")
+                lines.append(f"  {key:<18} {value:>14.4f}{_format_interval(result.get(key + INTERVAL))}")
             elif isinstance(value, int) and key != "step":
                 lines.append(f"  {key:<18} {value:>14,}")
-        lines.extend(_position_lines(result.get("loss_by_position", [])))
+        lines.extend(_format_losses(result.get("loss_by_position", [])))
     return "\n".join(lines)
 
 
-def _interval_text(interval: list[float] | None) -> str:
+def _format_interval(interval: list[float] | None) -> str:
     return f"   [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
 
 
-def _position_lines(losses: list[float | None]) -> list[str]:
-    """Loss by position, averaged over ranges that double: 0, 1, 2-3, 4-7, ..."""
+def _format_losses(losses: list[float | None]) -> list[str]:
+    """Return mean losses over ranges of positions that double: 0, 1, 2-3, 4-7, ..."""
     lines, low = [], 0
     while low < len(losses):
         high = min(max(2 * low, 1), len(losses))

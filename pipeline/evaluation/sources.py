@@ -1,4 +1,4 @@
-"""Where the examples of a task come from: a file, or a dataset of the Hugging Face hub."""
+"""Where the rows of a task come from: a file, or a dataset of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class HubData:
-    """A dataset on the hub, under the names that lm-evaluation-harness has for it."""
+    """A dataset on the hub, with the names that lm-evaluation-harness uses."""
 
     address: str
     config: str | None
     split: str
-    shots_split: str | None = None  # few-shot examples come from it (None: from ``split`` itself)
+    shots_split: str | None = None  # the split of few-shot examples; None: ``split`` itself
 
     def __str__(self) -> str:
         return f"{self.address}{f' ({self.config})' if self.config else ''}, {self.split}"
@@ -33,22 +33,22 @@ class HubData:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a data set, as they stand there."""
+    """The unchanged rows of a dataset."""
 
     rows: Sequence[Row]
     origin: str
-    sha256: str  # of the file's bytes; of the hub's rows as JSON lines with sorted keys
+    sha256: str  # of the file's bytes, or of the hub's rows as JSON lines with sorted keys
 
     def where(self, number: int) -> str:
-        """How a message names a row."""
+        """Return how a message names a row."""
         return f"{self.origin}: row {number + 1}"
 
 
 def read_file(path: Path) -> Rows:
-    """A ``.jsonl`` or ``.parquet`` file row by row; any other file is one text, under the key ``text``.
+    """Read a ``.jsonl`` or ``.parquet`` file by rows; any other file is one row with the key ``text``.
 
     Raises:
-        DataError: it cannot be read, or has no row.
+        DataError: the file cannot be read, or is empty.
     """
     try:
         content = path.read_bytes()
@@ -69,9 +69,9 @@ def _parse_line(line: bytes, path: Path, number: int) -> Row:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{path}: line {number + 1} is not JSON ({error}); expected one object a line") from error
+        raise DataError(f"{path}: line {number + 1} is not JSON ({error}); expected one object per line") from error
     if not isinstance(row, dict):
-        raise DataError(f"{path}: line {number + 1} is a {type(row).__name__}; expected one object a line")
+        raise DataError(f"{path}: line {number + 1} is a {type(row).__name__}; expected one object per line")
     return row
 
 
@@ -90,10 +90,10 @@ def _decode(content: bytes, path: Path) -> str:
 
 
 def read_hub(data: HubData, split: str, world: World) -> Rows:
-    """A split of a dataset on the hub; the main rank downloads it, the others find it in the cache. Collective.
+    """Read a split of a dataset on the hub. The main rank downloads it, the others read its cache. Collective.
 
     Raises:
-        DataError: it cannot be had.
+        DataError: the dataset cannot be loaded.
     """
     world.call_on_main(lambda: _download(data, split) and None)
     rows = _download(data, split)
@@ -102,12 +102,11 @@ def read_hub(data: HubData, split: str, world: World) -> Rows:
 
 
 def _download(data: HubData, split: str) -> list[Row]:
-    # Imported here because it takes a second, which only this source should cost.
-    import datasets
+    import datasets  # takes a second to import, which tasks on files need not wait for
 
     try:
         return list(datasets.load_dataset(data.address, data.config, split=split))
-    # The library lets through whatever its file systems and HTTP clients raise, without a common base.
+    # The library passes on whatever its file systems and HTTP clients raise, which has no common base class.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"cannot load {data} from the Hugging Face hub: {reason}; give a file with --data") from error

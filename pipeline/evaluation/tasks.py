@@ -1,123 +1,192 @@
-"""The run of some tasks over one checkpoint."""
+"""The named text tasks: their protocols and datasets, and their preparation from a name or a file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import cast, get_args
 
 from data_tools.errors import DataError
-from data_tools.shards import VAL_SPLIT, load_manifest, open_split
-from data_tools.storage.atomic import write_json_durably
-from pipeline.checkpoint.loading import LoadedModel, load_model
-from pipeline.data.datasets import check_same_vocabulary
-from pipeline.distributed.cpu import configure_cpu
-from pipeline.distributed.device import matmul_dtype
+from data_tools.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
+from pipeline.config.schema import ModelConfig, TaskName
 from pipeline.distributed.world import World
-from pipeline.evaluation.preparation import expect_known_tasks, prepare_task
-from pipeline.evaluation.prepared import PreparedTask, Settings
-from pipeline.evaluation.results import VALIDATION, Results
-from pipeline.evaluation.scoring import Scorer
-from pipeline.evaluation.validation import evaluate_validation, mixture_loss
-from pipeline.model.packed_linear import pack_linear_layers
-from pipeline.model.precision import replicated_compute
-from pipeline.run_folder.layout import EVALUATION_FOLDER, TENSORBOARD_FOLDER
-from pipeline.run_folder.metrics import perplexity
+from pipeline.errors import ConfigError
+from pipeline.evaluation import examples
+from pipeline.evaluation.examples import ChoiceExample, Settings, TaskData
+from pipeline.evaluation.protocols import (
+    ChoiceTask,
+    ContinuationTask,
+    PreparedTask,
+    TaskProtocol,
+    TextTask,
+    encode_apart,
+)
+from pipeline.evaluation.sources import HubData, Row, Rows, read_file, read_hub
+
+# The detokenizer of lm-evaluation-harness' wikitext, in its order. One of its rules, for numbers after an apostrophe,
+# never applies and is left out.
+_REPLACEMENTS: tuple[tuple[str, str], ...] = (
+    ("s '", "s'"),
+    (" @-@ ", "-"),
+    (" @,@ ", ","),
+    (" @.@ ", "."),
+    *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
+)
+_BRACKETED = tuple(
+    (
+        re.compile(rf"{re.escape(opening)}\s*([^{re.escape(closing)}]*?)\s*{re.escape(closing)}"),
+        rf"{opening}\1{closing}",
+    )
+    for opening, closing in ("()", "[]", "{}", '""', "''")
+)
+_LAST_REPLACEMENTS: tuple[tuple[str, str], ...] = (
+    ("= = = =", "===="),
+    ("= = =", "==="),
+    ("= =", "=="),
+    (" ° ", "°"),
+    (" \n", "\n"),
+    ("\n ", "\n"),
+    (" N ", " 1 "),
+    (" 's", "'s"),
+)
+
+
+def detokenize(page: str) -> str:
+    """Return a WikiText article as ordinary text: ``1 @.@ 5 m ( 5 ft )`` becomes ``1.5 m (5 ft)``."""
+    for old, new in _REPLACEMENTS:
+        page = page.replace(old, new)
+    for pattern, replacement in _BRACKETED:
+        page = pattern.sub(replacement, page)
+    for old, new in _LAST_REPLACEMENTS:
+        page = page.replace(old, new)
+    return page
+
+
+def split_pages(text: str) -> list[str]:
+    """Return the articles of a WikiText file; each begins with its title, `` = Title = ``."""
+    pages: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        stripped = line.strip()
+        if stripped.startswith("= ") and stripped.endswith(" =") and not stripped.startswith("= ="):
+            pages.append([])
+        pages[-1].append(line)
+    return [page for page in map("\n".join, pages) if page.strip()]
 
 
 @dataclass(frozen=True)
-class EvaluationOptions:
-    """What a person may change about an evaluation. None: as the run was trained."""
+class NamedTask:
+    """A protocol, and the dataset that it is usually run on."""
 
-    data: Mapping[str, str] = field(default_factory=dict)  # task -> path; over ``evaluation.data`` of the run
-    batch_size: int | None = None
-    precision: str | None = None
-    settings: Settings = Settings()
+    protocol: TaskProtocol
+    hub: HubData
 
 
-def run_tasks(checkpoint: Path, tasks: Sequence[str], options: EvaluationOptions, world: World) -> tuple[Results, Path]:
-    """Score a checkpoint on some tasks; the main rank writes JSON and TensorBoard.
+_HARNESS = "lm-evaluation-harness"
 
-    Returns:
-        The results by task, and the folder of the JSON files.
+
+def _multiple_choice(name: str, read: Callable[[Row], ChoiceExample]) -> ChoiceTask:
+    return ChoiceTask(f"{_HARNESS} {name}: acc by log-likelihood, acc_norm per character", read)
+
+
+_HELLASWAG = HubData("Rowan/hellaswag", None, "validation", "train")
+
+#: All tasks but ``validation``, which scores token shards.
+NAMED_TASKS: dict[TaskName, NamedTask] = {
+    "wikitext2": NamedTask(
+        TextTask(
+            f"{_HARNESS} wikitext: articles, detokenized; words and bytes of the original", detokenize, split_pages
+        ),
+        HubData("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test"),
+    ),
+    "lambada": NamedTask(
+        ContinuationTask(f"{_HARNESS} lambada_openai: the last word, greedy and by log-likelihood", examples.lambada),
+        HubData("EleutherAI/lambada_openai", "default", "test"),
+    ),
+    "hellaswag": NamedTask(_multiple_choice("hellaswag", examples.hellaswag), _HELLASWAG),
+    "hellaswag_completion": NamedTask(
+        ChoiceTask(
+            "build-nanogpt hellaswag: endings encoded apart, acc by summed and acc_norm by mean loss of tokens",
+            examples.hellaswag_completion,
+            encode_apart,
+            "tokens",
+        ),
+        _HELLASWAG,
+    ),
+    "piqa": NamedTask(_multiple_choice("piqa", examples.piqa), HubData("baber/piqa", None, "validation", "train")),
+    "arc_easy": NamedTask(
+        _multiple_choice("arc_easy", examples.arc), HubData("allenai/ai2_arc", "ARC-Easy", "test", "train")
+    ),
+    "arc_challenge": NamedTask(
+        _multiple_choice("arc_challenge", examples.arc), HubData("allenai/ai2_arc", "ARC-Challenge", "test", "train")
+    ),
+    "winogrande": NamedTask(
+        ChoiceTask(
+            f"{_HARNESS} winogrande: partial scoring of what follows the blank", examples.winogrande, normalised_by=None
+        ),
+        HubData("allenai/winogrande", "winogrande_xl", "validation", "train"),
+    ),
+}
+
+#: The protocol of a file whose task has no name above, by the columns of its rows.
+_PROTOCOLS_BY_COLUMNS: tuple[tuple[set[str], TaskProtocol], ...] = (
+    ({"query", "choices", "gold"}, _multiple_choice("multiple_choice", examples.any_choices)),
+    (
+        {"context", "continuation"},
+        ContinuationTask(
+            f"{_HARNESS} loglikelihood: continuations, greedy and by log-likelihood", examples.any_continuation
+        ),
+    ),
+    ({"text"}, TextTask(f"{_HARNESS} loglikelihood_rolling: the text as it stands")),
+)
+
+
+def check_task_names(tasks: Sequence[str], data: Mapping[str, str]) -> None:
+    """Raise ConfigError if a task has neither a known name nor a file in ``data``."""
+    for task in tasks:
+        if task not in get_args(TaskName) and task not in data:
+            raise ConfigError(
+                f"--tasks {task}: no such task; there are: {', '.join(get_args(TaskName))}; "
+                f"a file of your own takes any name with --data {task}=FILE"
+            )
+
+
+def prepare_task(name: str, path: str | None, settings: Settings, model: ModelConfig, world: World) -> PreparedTask:
+    """Read and encode a task. Collective.
+
+    Args:
+        path: the task's file; None: its dataset on the hub.
 
     Raises:
-        ConfigError: a task that does not exist, or an option that it does not have.
-        CheckpointError, DataError: what is to be scored, or scored on, cannot be used.
+        ConfigError: the model's vocabulary is not GPT-2's, or the task has no such option in ``settings``.
+        DataError: the data cannot be loaded or used.
     """
-    if world.device.type == "cpu":
-        configure_cpu(world)
-    loaded = load_model(checkpoint, world.device)
-    options = replace(options, data={**loaded.config.evaluation.data, **options.data})
-    expect_known_tasks(tasks, options.data)
-    # Data first: what cannot be read is known before hours of scoring.
-    prepared = {
-        task: prepare_task(task, options.data.get(task), options.settings, loaded.config.model, world)
-        for task in tasks
-        if task != VALIDATION
-    }
-    pack_linear_layers(loaded.model, matmul_dtype(options.precision or loaded.config.run.precision))
-    results: Results = {}
-    for task in tasks:
-        head = {"task": task, "checkpoint": str(loaded.checkpoint), "step": loaded.step}
-        if task == VALIDATION:
-            results[task] = {**head, **_validation(loaded, options, world)}
-        else:
-            results[prepared[task].name] = {**head, **_measured(prepared[task], loaded, options, world)}
-    folder = loaded.run_folder / EVALUATION_FOLDER
-    if world.is_main:
-        _write_results(results, loaded, folder)
-    return results, folder
-
-
-def _measured(task: PreparedTask, loaded: LoadedModel, options: EvaluationOptions, world: World) -> dict[str, Any]:
-    config = loaded.config
-    precision = options.precision or config.run.precision
-    compute = replicated_compute(loaded.model, precision, world.device).eval()
-    batch_tokens = (options.batch_size or config.batch.micro_batch_size) * config.seq_len
-    return {"precision": precision, **task.measure(Scorer(compute, config.model, world, batch_tokens))}
-
-
-def _validation(loaded: LoadedModel, options: EvaluationOptions, world: World) -> dict[str, Any]:
-    data = loaded.config.data
-    if VALIDATION in options.data or data.mixture is None:
-        return _validation_on(options.data.get(VALIDATION, data.components[0].path), loaded, options, world)
-    # As while training: parts without a validation split are left out.
-    parts = [part for part in data.mixture if load_manifest(part.path).tokens_of(VAL_SPLIT)]
-    if not parts:
-        raise DataError(
-            "data.mixture: no part has a validation split; name a data set that has one with --data validation=DIR"
+    if model.vocab_size != GPT2_VOCAB_SIZE:
+        raise ConfigError(
+            f"{name}: model.vocab_size is {model.vocab_size}; "
+            f"text needs a model of GPT-2's vocabulary, {GPT2_VOCAB_SIZE}"
         )
-    results = {part.name: _validation_on(part.path, loaded, options, world) for part in parts}
-    losses = {name: result["loss"] for name, result in results.items()}
-    loss = mixture_loss(losses, parts)
-    by_name = {f"{name}_loss": value for name, value in losses.items()}
-    return {"data": "data.mixture", "loss": loss, "perplexity": perplexity(loss), **by_name, "parts": results}
+    named = NAMED_TASKS.get(cast(TaskName, name))
+    if path is not None:
+        rows = pool = read_file(Path(path))
+        spare_shot = True
+    else:
+        assert named is not None, f"{name} needs a file"
+        hub = named.hub
+        rows = pool = read_hub(hub, hub.split, world)
+        if settings.shots and hub.shots_split:
+            pool = read_hub(hub, hub.shots_split, world)
+        spare_shot = pool is rows or hub.split != "test"
+    data = TaskData(rows, pool, spare_shot, load_tokenizer(), model.context_length)
+    protocol = named.protocol if named else _protocol_of(rows)
+    return protocol.prepare(settings.label(name), data, settings)
 
 
-def _validation_on(path: str, loaded: LoadedModel, options: EvaluationOptions, world: World) -> dict[str, Any]:
-    config = loaded.config
-    stream = open_split(path, VAL_SPLIT)
-    check_same_vocabulary(stream, config.model, path)
-    results = evaluate_validation(
-        loaded.model,
-        stream,
-        config.seq_len,
-        options.batch_size or config.batch.micro_batch_size,
-        options.precision or config.run.precision,
-        world,
+def _protocol_of(rows: Rows) -> TaskProtocol:
+    for columns, protocol in _PROTOCOLS_BY_COLUMNS:
+        if columns <= rows.rows[0].keys():
+            return protocol
+    raise DataError(
+        f"{rows.where(0)} has {', '.join(rows.rows[0])}; expected query, choices, gold; context, continuation; or text"
     )
-    return {"data": path, "data_sha256": stream.manifest.content_sha256(), **results}
-
-
-def _write_results(results: Results, loaded: LoadedModel, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with SummaryWriter(str(loaded.run_folder / TENSORBOARD_FOLDER)) as writer:
-        for task, result in results.items():
-            write_json_durably(folder / f"{task}.json", result)
-            for key, value in result.items():
-                if isinstance(value, float):
-                    writer.add_scalar(f"evaluation/{task}_{key}", value, loaded.step)

@@ -17,7 +17,7 @@ from pipeline.distributed.device import matmul_dtype, measure_matmul_ceiling
 from pipeline.distributed.heartbeat import heartbeat
 from pipeline.distributed.world import World, join_world
 from pipeline.errors import ConfigError
-from pipeline.evaluation.while_training import prepare_tasks
+from pipeline.evaluation.run import prepare_tasks
 from pipeline.model.attention import fastest_kernel
 from pipeline.model.gpt2 import build_model, flops_per_token, parameter_count
 from pipeline.run_folder.lock import lock_run_folder

@@ -28,9 +28,9 @@ from pipeline.data.prefetch import Prefetcher
 from pipeline.distributed.device import GIB, LateValue, device_name, peak_memory_bytes, synchronize
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted
-from pipeline.evaluation.prepared import PreparedTask
+from pipeline.evaluation.protocols import PreparedTask
+from pipeline.evaluation.run import measure_tasks
 from pipeline.evaluation.validation import validate
-from pipeline.evaluation.while_training import measure_tasks
 from pipeline.generation.samples import write_sample
 from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.metrics import SAMPLE_KEY

@@ -1,4 +1,4 @@
-"""A small model of GPT-2's vocabulary, and small files of examples."""
+"""Small models, small files of examples, and a small validation split."""
 
 from __future__ import annotations
 
@@ -7,20 +7,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from data_tools.shards import TokenStream, open_split
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from pipeline.config.schema import ModelConfig
 from pipeline.distributed.world import World
-from pipeline.evaluation.requests import Request
+from pipeline.evaluation.examples import Settings
+from pipeline.evaluation.packing import Request
 from pipeline.evaluation.scoring import Scorer
+from pipeline.evaluation.tasks import prepare_task
+from pipeline.evaluation.validation import score_split
 from pipeline.model.gpt2 import GPT2
-from pipeline.model.precision import AutocastModel
-from tests.pipeline.conftest import restless_model
+from pipeline.model.precision import replicated_compute
+from tests.pipeline.conftest import END_OF_TEXT, restless_model, tiny_model_config, write_shards
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 CONTEXT = 40
+
+T = 12  # tokens per window
+TOKENS = 131  # 10 windows, and one of 10 targets
+UTF8_BYTES = 456
 
 PIQA = [
     {"goal": "Dry wet shoes", "sol1": "Put them in paper.", "sol2": "Put them in water, at once.", "label": 0},
@@ -35,6 +44,27 @@ LAMBADA = [
     {"text": "She opened the door, and behind the door stood her brother"},
     {"text": "One, two, three, four, five, six, seven, eight, nine, ten, eleven twelve " * 4 + "thirteen"},
 ]
+
+
+HELLASWAG = {
+    "activity_label": "Skating",
+    "ctx_a": "A man stands on the ice.",
+    "ctx_b": "he [substeps] begins",
+    "ctx": "A man stands on the ice. he [substeps] begins",
+    "endings": ["to  skate. [title] Fine", "to swim in it.", "flies.", "cooks an egg."],
+    "label": "2",
+}
+ARC = {
+    "question": "What is wet?",
+    "choices": {"text": ["Stone", "Water", "Dust"], "label": ["A", "B", "C"]},
+    "answerKey": "B",
+}
+WINOGRANDE = {
+    "sentence": "The cup did not fit the box because the _ was too large.",
+    "option1": "cup",
+    "option2": "box",
+    "answer": "1",
+}
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
@@ -61,7 +91,7 @@ def scorer(text_model: GPT2) -> Scorer:
 
 
 def scorer_of(model: GPT2, batch_tokens: int = 256, world: World = ALONE) -> Scorer:
-    return Scorer(AutocastModel(model, "fp32", world.device).eval(), model.config, world, batch_tokens)
+    return Scorer(replicated_compute(model, "fp32", world.device).eval(), model.config, world, batch_tokens)
 
 
 @torch.no_grad()
@@ -75,3 +105,34 @@ def plain_score(model: GPT2, request: Request) -> tuple[float, bool]:
         total += (logits[tokens[at]] - logits.logsumexp(0)).item()
         greedy &= int(logits.argmax()) == tokens[at]
     return total, greedy
+
+
+def measure(scorer: Scorer, name: str, path: Path, **settings: Any) -> dict[str, Any]:
+    return prepare_task(name, str(path), Settings(**settings), scorer.model, ALONE).measure(scorer)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokens = np.random.default_rng(0).integers(0, END_OF_TEXT, TOKENS)
+    tokens[[0, 40, 41, 90]] = END_OF_TEXT
+    folder = tmp_path_factory.mktemp("evaluation") / "data"
+    return write_shards(folder, {"train": [tokens], "val": [tokens[:50], tokens[50:]]}, UTF8_BYTES)
+
+
+@pytest.fixture(scope="session")
+def stream(data: Path) -> TokenStream:
+    return open_split(data, "val")
+
+
+@pytest.fixture(scope="session")
+def model() -> GPT2:
+    return restless_model(tiny_model_config()).eval()
+
+
+@pytest.fixture(scope="session")
+def results(model: GPT2, stream: TokenStream) -> dict[str, Any]:
+    return score(model, stream, 4)
+
+
+def score(model: GPT2, stream: TokenStream, batch_size: int, world: World = ALONE) -> dict[str, Any]:
+    return score_split(replicated_compute(model, "fp32", world.device).eval(), stream, T, batch_size, world)

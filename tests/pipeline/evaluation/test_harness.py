@@ -1,4 +1,4 @@
-"""The numbers of lm-evaluation-harness, where it is installed (the extra ``harness``)."""
+"""Scores and figures equal those of lm-evaluation-harness, where it is installed (the extra ``harness``)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluation.preparation import prepare_task
-from pipeline.evaluation.prepared import Settings
+from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.scoring import Scorer
+from pipeline.evaluation.tasks import prepare_task
 from pipeline.model.gpt2 import GPT2
-from tests.pipeline.evaluation.conftest import ALONE, LAMBADA, PIQA
-from tests.pipeline.evaluation.test_language_tasks import ARC, HELLASWAG, WINOGRANDE
+from tests.pipeline.evaluation.conftest import ALONE, ARC, HELLASWAG, LAMBADA, PIQA, WINOGRANDE
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install -e '.[harness]'")
 

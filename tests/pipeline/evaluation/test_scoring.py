@@ -1,4 +1,4 @@
-"""Scores do not depend on how they were computed: batches, trees, ranks, the company of other requests."""
+"""Scores do not depend on batch sizes, shared beginnings, the number of ranks, or other requests."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from data_tools.errors import DataError
 from pipeline.config.schema import ModelConfig
 from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
-from pipeline.evaluation.packing import Tree, grow_trees, make_batch, pack
-from pipeline.evaluation.requests import Request, Score
-from pipeline.evaluation.scoring import Scorer
+from pipeline.evaluation.packing import Request
+from pipeline.evaluation.scoring import Score, Scorer
 from pipeline.model.gpt2 import GPT2, ScoringBatch
 from tests.pipeline.conftest import random_tokens, restless_model
 from tests.pipeline.evaluation.conftest import ALONE, CONTEXT, plain_score, scorer_of
 
 
-def some_groups() -> list[list[Request]]:
-    """Groups that share contexts, beginnings of choices, or nothing; requests that stand twice, or are too long."""
+def make_groups() -> list[list[Request]]:
+    """Return groups that share contexts, choices that begin alike, duplicates, and requests that are too long."""
     draw = random.Random(0)
 
     def tokens(count: int) -> tuple[int, ...]:
@@ -37,7 +36,7 @@ def some_groups() -> list[list[Request]]:
     return groups
 
 
-GROUPS = some_groups()
+GROUPS = make_groups()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def plain(text_model: GPT2) -> list[list[tuple[float, bool]]]:
     return [[plain_score(text_model, request) for request in group] for group in GROUPS]
 
 
-def expect_same(found: Sequence[Sequence[Score]], expected: Sequence[Sequence[tuple[float, bool]]]) -> None:
+def assert_same(found: Sequence[Sequence[Score]], expected: Sequence[Sequence[tuple[float, bool]]]) -> None:
     assert [len(group) for group in found] == [len(group) for group in expected]
     for score, (log_likelihood, is_greedy) in zip(sum(found, []), sum(expected, []), strict=True):  # type: ignore[arg-type]
         assert score.log_likelihood == pytest.approx(log_likelihood, abs=2e-5)
@@ -56,14 +55,14 @@ def expect_same(found: Sequence[Sequence[Score]], expected: Sequence[Sequence[tu
 def test_any_batch_size_gives_the_scores_of_a_plain_loop(
     text_model: GPT2, plain: list[list[tuple[float, bool]]], batch_tokens: int
 ) -> None:
-    expect_same(scorer_of(text_model, batch_tokens).score(GROUPS, "test"), plain)
+    assert_same(scorer_of(text_model, batch_tokens).score(GROUPS, "test"), plain)
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_share_the_work_and_run_equally_often(
+def test_ranks_share_the_work_and_run_equally_many_forward_passes(
     text_model: GPT2, plain: list[list[tuple[float, bool]]], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sums of all ranks, added up by hand, give the scores of one."""
+    """The sums of all ranks together give the scores of one process."""
     sums: list[torch.Tensor] = []
     forwards: list[int] = []
 
@@ -77,12 +76,12 @@ def test_ranks_share_the_work_and_run_equally_often(
         forwards.append(0)
         scorer.compute.register_forward_pre_hook(lambda *_: forwards.append(forwards.pop() + 1))
         found = scorer.score(GROUPS, "test")
-    expect_same(found, plain)
+    assert_same(found, plain)
     assert len(set(forwards)) == 1
     assert forwards[0] > 2
 
 
-def test_a_continuation_that_the_model_would_write_is_greedy(text_model: GPT2, scorer: Scorer) -> None:
+def test_a_continuation_that_the_model_would_generate_is_greedy(text_model: GPT2, scorer: Scorer) -> None:
     tokens = [1, 2, 3]
     with torch.no_grad():
         for _ in range(3):
@@ -95,7 +94,7 @@ def test_a_continuation_that_the_model_would_write_is_greedy(text_model: GPT2, s
     assert not no.is_greedy
 
 
-def test_positions_that_restart_with_a_text_do_so_in_trees() -> None:
+def test_positions_restart_in_trees() -> None:
     sizes = {
         "n_layer": 1,
         "n_head": 2,
@@ -107,44 +106,15 @@ def test_positions_that_restart_with_a_text_do_so_in_trees() -> None:
     model = restless_model(ModelConfig.model_validate(sizes)).eval()
     context = (3, 4, 5, 88, 6, 7)
     group = [Request(context, (8, 9)), Request(context, (10, 88, 11, 12))]
-    expect_same(scorer_of(model).score([group], ""), [[plain_score(model, request) for request in group]])
+    assert_same(scorer_of(model).score([group], ""), [[plain_score(model, request) for request in group]])
 
 
-def test_what_begins_alike_is_computed_once() -> None:
-    context = tuple(range(20))
-    group = [Request(context, (50, 51, 52)), Request(context, (50, 51, 53)), Request(context, (60,))]
-    (tree,) = grow_trees([[0, 1, 2]], group, CONTEXT, None)
-    assert tree.tokens == [*context, 50, 51]  # the last tokens of all three are not read
-    assert len(tree.pairs) == 5  # 50 and 51 after the context are scored once for two requests
-    assert tree.is_chain
-    forked = [Request(context, (50, 51, 52)), Request(context, (60, 61, 62))]
-    (tree,) = grow_trees([[0, 1]], forked, CONTEXT, None)
-    assert not tree.is_chain
-    assert tree.places == [*range(20), 20, 21, 20, 21]
-
-
-def test_requests_with_little_in_common_have_rows_of_their_own() -> None:
-    apart = [Request((1, *range(10, 30)), (5, 6)), Request((1, *range(40, 60)), (5, 6))]
-    assert len(grow_trees([[0, 1]], apart, CONTEXT, None)) == 2
-
-
-def test_batches_keep_to_their_tokens_and_rows_of_like_length_together() -> None:
-    trees = []
-    for length in (5, 30, 12, 31, 6, 100, 13):
-        tree = Tree()
-        tree.add(0, Request(tuple(range(length)), (1,)), 1000, None)
-        trees.append(tree)
-    batches = pack(trees, 64)
-    assert [[len(tree.tokens) for tree in batch] for batch in batches] == [[100], [31, 30], [13, 12, 6, 5]]
-    assert make_batch(batches[1]).inputs.tokens.shape == (2, 31)
-
-
-def test_a_continuation_longer_than_the_context_is_refused(scorer: Scorer) -> None:
+def test_a_continuation_longer_than_the_context_is_an_error(scorer: Scorer) -> None:
     with pytest.raises(DataError, match="more than the model's context of 40"):
         scorer.score([[Request((1,), tuple(range(CONTEXT + 1)))]], "")
 
 
-def test_weights_that_are_no_numbers_are_refused(text_model: GPT2) -> None:
+def test_weights_that_are_not_finite_are_an_error(text_model: GPT2) -> None:
     broken = restless_model(text_model.config).eval()
     with torch.no_grad():
         broken.ln_f.weight[0] = float("nan")
@@ -153,7 +123,7 @@ def test_weights_that_are_no_numbers_are_refused(text_model: GPT2) -> None:
 
 
 def test_scored_outputs_are_those_of_all_logits(text_model: GPT2) -> None:
-    """More of them than are computed at a time."""
+    """There are more outputs than are computed at a time."""
     tokens = random_tokens(5, CONTEXT, vocab_size=50257)
     outputs, targets = torch.arange(5 * CONTEXT), random_tokens(5 * CONTEXT, vocab_size=50257, seed=1)
     with torch.no_grad():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,6 @@ import pyarrow.parquet
 import pytest
 
 from data_tools.errors import DataError
-from pipeline.evaluation.preparation import prepare_task
-from pipeline.evaluation.prepared import Settings
-from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.sources import HubData, read_file, read_hub
 from tests.pipeline.evaluation.conftest import ALONE, PIQA, write_lines
 
@@ -47,15 +43,6 @@ def test_the_hub_is_asked_for_the_split(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(asked) == {("owner/name", "plain", "validation")}
     assert rows.origin == "owner/name (plain), validation"
     assert rows.sha256 == hashlib.sha256('{"a": "é", "b": 1}\n'.encode()).hexdigest()
-
-
-def test_shots_come_from_the_training_split(monkeypatch: pytest.MonkeyPatch, scorer: Scorer) -> None:
-    splits = {"validation": PIQA[:2], "train": [{"goal": "GOAL", "sol1": "ONE", "sol2": "TWO", "label": 1}] * 2}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: splits[split])
-    model = scorer.model.model_copy(update={"context_length": 1000})
-    task = prepare_task("piqa", None, Settings(shots=1), model, ALONE)
-    assert json.dumps(task.facts["data"]) == '"baber/piqa, validation"'
-    assert all(len(request.context) > 15 for group in task.groups for request in group)
 
 
 def test_no_network_is_one_line_that_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,153 @@
+"""Running tasks: on a checkpoint, and on a model while it trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from data_tools.errors import DataError
+from data_tools.shards import VAL_SPLIT, load_manifest, open_split
+from data_tools.storage.atomic import write_json_durably
+from pipeline.backends import Backend
+from pipeline.checkpoint.loading import LoadedModel, load_model
+from pipeline.config.schema import Config
+from pipeline.data.datasets import check_same_vocabulary
+from pipeline.distributed.cpu import configure_cpu
+from pipeline.distributed.device import matmul_dtype
+from pipeline.distributed.world import World
+from pipeline.evaluation.examples import Settings
+from pipeline.evaluation.protocols import PreparedTask
+from pipeline.evaluation.results import INTERVAL, VALIDATION, Results
+from pipeline.evaluation.scoring import Scorer
+from pipeline.evaluation.tasks import check_task_names, prepare_task
+from pipeline.evaluation.validation import mixture_loss, score_split
+from pipeline.model.packed_linear import pack_linear_layers
+from pipeline.model.precision import ComputeModel, replicated_compute
+from pipeline.run_folder.layout import EVALUATION_FOLDER, TENSORBOARD_FOLDER
+from pipeline.run_folder.metrics import TASK_PREFIX, perplexity
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """The options of an evaluation; None: as the run was trained."""
+
+    data: Mapping[str, str] = field(default_factory=dict)  # task -> path; replaces ``evaluation.data`` of the run
+    batch_size: int | None = None  # sequences per forward pass and rank
+    precision: str | None = None
+    settings: Settings = Settings()
+
+
+def run_tasks(checkpoint: Path, tasks: Sequence[str], options: EvaluationOptions, world: World) -> tuple[Results, Path]:
+    """Score a checkpoint on some tasks; the main rank writes JSON files and TensorBoard events. Collective.
+
+    Returns:
+        The results by task, and the folder of the JSON files.
+
+    Raises:
+        ConfigError: a task does not exist, or lacks one of the options.
+        CheckpointError, DataError: the checkpoint or the data cannot be used.
+    """
+    if world.device.type == "cpu":
+        configure_cpu(world)
+    loaded = load_model(checkpoint, world.device)
+    config = loaded.config
+    data = {**config.evaluation.data, **options.data}
+    precision = options.precision or config.run.precision
+    batch_size = options.batch_size or config.batch.micro_batch_size
+    check_task_names(tasks, data)
+    # Before any scoring, which can take hours: unreadable data must be reported at once.
+    prepared = {
+        task: prepare_task(task, data.get(task), options.settings, config.model, world)
+        for task in tasks
+        if task != VALIDATION
+    }
+    pack_linear_layers(loaded.model, matmul_dtype(precision))
+    compute = replicated_compute(loaded.model, precision, world.device).eval()
+    scorer = Scorer(compute, config.model, world, batch_size * config.seq_len)
+    results: Results = {}
+    for task in tasks:
+        if task == VALIDATION:
+            name, result = task, _measure_validation(compute, config, data.get(VALIDATION), batch_size, world)
+        else:
+            name, result = prepared[task].name, {"precision": precision, **prepared[task].measure(scorer)}
+        results[name] = {"task": task, "checkpoint": str(loaded.checkpoint), "step": loaded.step, **result}
+    folder = loaded.run_folder / EVALUATION_FOLDER
+    if world.is_main:
+        _write_results(results, loaded, folder)
+    return results, folder
+
+
+def _measure_validation(
+    compute: ComputeModel, config: Config, path: str | None, batch_size: int, world: World
+) -> dict[str, Any]:
+    """Score the validation split of ``path``, or of the run's own data set or mixture."""
+
+    def score(path: str) -> dict[str, Any]:
+        stream = open_split(path, VAL_SPLIT)
+        check_same_vocabulary(stream, config.model, path)
+        result = score_split(compute, stream, config.seq_len, batch_size, world)
+        return {"data": path, "data_sha256": stream.manifest.content_sha256(), **result}
+
+    if path is not None or config.data.mixture is None:
+        return score(path or config.data.components[0].path)
+    # As in training, components without a validation split are left out.
+    components = [c for c in config.data.mixture if load_manifest(c.path).tokens_of(VAL_SPLIT)]
+    if not components:
+        raise DataError(
+            "data.mixture: no component has a validation split; name a data set that has one with --data validation=DIR"
+        )
+    results = {component.name: score(component.path) for component in components}
+    losses = {name: result["loss"] for name, result in results.items()}
+    loss = mixture_loss(losses, {component.name: component.weight for component in components})
+    by_name = {f"{name}_loss": value for name, value in losses.items()}
+    return {"data": "data.mixture", "loss": loss, "perplexity": perplexity(loss), **by_name, "parts": results}
+
+
+def _write_results(results: Results, loaded: LoadedModel, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with SummaryWriter(str(loaded.run_folder / TENSORBOARD_FOLDER)) as writer:
+        for task, result in results.items():
+            write_json_durably(folder / f"{task}.json", result)
+            for key, value in result.items():
+                if isinstance(value, float):
+                    writer.add_scalar(f"evaluation/{task}_{key}", value, loaded.step)
+
+
+def prepare_tasks(config: Config, world: World) -> dict[str, PreparedTask]:
+    """Prepare the tasks of ``evaluation.tasks`` but ``validation``, to measure them while training. Collective.
+
+    Raises:
+        ConfigError, DataError: see ``prepare_task``.
+    """
+    options = config.evaluation
+    settings = Settings(limit=options.max_examples)
+    return {
+        name: prepare_task(name, options.data.get(name), settings, config.model, world)
+        for name in options.tasks
+        if name != VALIDATION
+    }
+
+
+def measure_tasks(
+    tasks: Mapping[str, PreparedTask], backend: Backend, config: Config, world: World
+) -> dict[str, float]:
+    """Return the figures of all tasks as keys of a row of metrics. Collective; within ``backend.evaluation_mode()``."""
+    scorer = Scorer(backend, config.model, world, config.batch.micro_batch_size * config.seq_len)
+    row: dict[str, float] = {}
+    for name, task in tasks.items():
+        result = task.measure(scorer)
+        words = [task.name]
+        for key, value in result.items():
+            if isinstance(value, float):
+                row[f"{TASK_PREFIX}{name}_{key}"] = value
+                interval = result.get(key + INTERVAL)
+                words.append(f"{key} {value:.4f}" + (" [{:.4f}, {:.4f}]".format(*interval) if interval else ""))
+        log.info("%s | %d examples", " | ".join(words), result["examples"])
+    return row

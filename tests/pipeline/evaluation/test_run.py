@@ -1,0 +1,196 @@
+"""Tasks are run on a checkpoint, and on a model while it trains, also on backends with collective forward passes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_tools.errors import DataError
+from pipeline.backends.ddp import DdpBackend
+from pipeline.checkpoint import TrainingState, save_checkpoint
+from pipeline.checkpoint.loading import load_model
+from pipeline.config.loading import dump_config
+from pipeline.config.schema import Config, SampleConfig
+from pipeline.distributed.world import World
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.evaluation import run
+from pipeline.evaluation.examples import Settings
+from pipeline.evaluation.results import find_results, format_table
+from pipeline.evaluation.run import EvaluationOptions, prepare_tasks, run_tasks
+from pipeline.generation.writer import continue_prompt
+from pipeline.run_folder.metrics import read_metrics
+from pipeline.run_folder.tensorboard import tensorboard_tag
+from tests.pipeline.conftest import restless_model, tiny_config, tiny_model_config, write_shards
+from tests.pipeline.evaluation.conftest import ALONE, LAMBADA, PIQA, write_lines
+from tests.support.runs import TINY_RUN, merged, train_run
+
+STEPS = 4
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, data: Path, world: World) -> Path:
+    """Return a run with one checkpoint."""
+    config = tiny_config(tmp_path / "run", data={"path": str(data)})
+    backend = DdpBackend(restless_model(config.model), config, world)
+    state = TrainingState(7, 28, 336, 7, 1.0, 0, config.run.seed)
+    save_checkpoint(tmp_path / "run", state, dump_config(config), backend, world, 1)
+    return tmp_path / "run"
+
+
+class TestOnACheckpoint:
+    def test_results_are_written(self, run_folder: Path, results: dict[str, Any]) -> None:
+        found, folder = run_tasks(run_folder, ["validation"], EvaluationOptions(), ALONE)
+        assert folder == run_folder / "evaluation"
+        written = json.loads((folder / "validation.json").read_text())
+        assert written == found["validation"]
+        assert find_results(run_folder, ["validation"], 7) == found
+        assert written["loss"] == pytest.approx(results["loss"], rel=1e-6)
+        assert written["step"] == 7
+        assert Path(written["checkpoint"]) == run_folder / "checkpoints" / "step_00000007"
+
+    def test_on_a_cpu_weights_are_packed_in_the_dtype_of_matrix_products(
+        self, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        packed = []
+        monkeypatch.setattr(run, "pack_linear_layers", lambda model, dtype: packed.append(dtype))
+        for precision in ("fp32", "amp_bf16", "bf16"):
+            run_tasks(run_folder, ["validation"], EvaluationOptions(precision=precision), ALONE)
+        assert packed == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+    def test_results_are_written_to_tensorboard(self, run_folder: Path) -> None:
+        found, _ = run_tasks(run_folder, ["validation"], EvaluationOptions(), ALONE)
+        events = EventAccumulator(str(run_folder / "tensorboard"))
+        events.Reload()
+        for key in ("loss", "perplexity", "bits_per_byte", "top1_accuracy", "top5_accuracy"):
+            (scalar,) = events.Scalars(f"evaluation/validation_{key}")
+            assert scalar.step == 7
+            assert scalar.value == pytest.approx(found["validation"][key], rel=1e-5)
+
+    def test_the_results_of_a_moved_checkpoint_are_written_into_it(self, run_folder: Path, tmp_path: Path) -> None:
+        moved = (run_folder / "checkpoints" / "step_00000007").rename(tmp_path / "moved")
+        _, folder = run_tasks(moved, ["validation"], EvaluationOptions(batch_size=3), ALONE)
+        assert folder == moved / "evaluation"
+        assert load_model(moved, ALONE.device).step == 7, "its results do not damage it"
+
+    def test_other_data_can_be_scored(self, run_folder: Path, tmp_path: Path) -> None:
+        other = write_shards(tmp_path / "other", {"val": [np.arange(30)]})
+        found, _ = run_tasks(run_folder, ["validation"], EvaluationOptions(data={"validation": str(other)}), ALONE)
+        assert found["validation"]["target_tokens"] == 29
+        assert found["validation"]["data"] == str(other)
+
+    def test_each_component_of_a_mixture_is_scored(self, data: Path, tmp_path: Path, world: World) -> None:
+        """The loss is the weighted mean; a component without a validation split is left out."""
+        other = write_shards(tmp_path / "other", {"val": [np.arange(60)], "train": [np.arange(60)]})
+        train_only = write_shards(tmp_path / "train_only", {"train": [np.arange(60)]})
+        parts = [(data, "first", 3.0), (other, "second", 1.0), (train_only, "third", 5.0)]
+        mixture = [{"path": str(path), "name": name, "weight": weight} for path, name, weight in parts]
+        config = tiny_config(tmp_path / "run", data={"mixture": mixture})
+        backend = DdpBackend(restless_model(config.model), config, world)
+        state = TrainingState(7, 28, 336, 7, 1.0, 0, config.run.seed)
+        save_checkpoint(tmp_path / "run", state, dump_config(config), backend, world, 1)
+
+        found, _ = run_tasks(tmp_path / "run", ["validation"], EvaluationOptions(), ALONE)
+        result = found["validation"]
+        assert set(result["parts"]) == {"first", "second"}
+        for name, path in (("first", data), ("second", other)):
+            alone, _ = run_tasks(
+                tmp_path / "run", ["validation"], EvaluationOptions(data={"validation": str(path)}), ALONE
+            )
+            assert result["parts"][name]["loss"] == alone["validation"]["loss"] == result[f"{name}_loss"]
+        assert result["loss"] == pytest.approx(0.75 * result["first_loss"] + 0.25 * result["second_loss"])
+        assert "first_loss" in format_table(found)
+
+    def test_the_loaded_model_is_the_saved_one(self, run_folder: Path) -> None:
+        loaded = load_model(run_folder, ALONE.device)
+        expected = restless_model(tiny_model_config())
+        assert all(torch.equal(loaded.model.get_parameter(name), p) for name, p in expected.named_parameters())
+        assert not loaded.model.training
+        loaded.model.assert_tied()
+
+    def test_an_unknown_task_names_the_known_ones(self, run_folder: Path) -> None:
+        with pytest.raises(ConfigError, match="--tasks squad: no such task; there are: validation"):
+            run_tasks(run_folder, ["squad"], EvaluationOptions(), ALONE)
+
+    def test_no_checkpoint(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="no checkpoint here"):
+            run_tasks(tmp_path, ["validation"], EvaluationOptions(), ALONE)
+
+    def test_data_without_a_validation_split(self, run_folder: Path, tmp_path: Path) -> None:
+        only_train = write_shards(tmp_path / "other", {"train": [np.arange(30)]})
+        with pytest.raises(DataError, match="no split 'val'"):
+            run_tasks(run_folder, ["validation"], EvaluationOptions(data={"validation": str(only_train)}), ALONE)
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "zero3"])
+def test_two_ranks_measure_what_the_checkpoint_measures(backend: str, corpus: Path, tmp_path: Path) -> None:
+    """Five examples, one per batch: one of the two ranks has a batch less, and must run as many forward passes."""
+    files = {
+        "piqa": str(write_lines(tmp_path / "piqa.jsonl", PIQA)),
+        "lambada": str(write_lines(tmp_path / "lambada.jsonl", LAMBADA)),
+    }
+    sections = merged(
+        TINY_RUN,
+        {
+            "data": {"path": str(corpus)},
+            "schedule": {"max_steps": STEPS, "warmup_steps": 1},
+            "batch": {"tokens_per_step": 192, "micro_batch_size": 1},
+            "evaluation": {
+                "tasks": ["piqa", "lambada"],
+                "data": files,
+                "max_examples": 5,
+                "every_steps": 2,
+                "sample": True,
+            },
+            "sample": {"prompt": "The", "max_new_tokens": 6, "temperature": 0},
+            "logging": {"tensorboard": True},
+        },
+    )
+    run_folder = tmp_path / "run"
+    result = train_run(backend, run_folder, sections, 2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "piqa_first5 | acc 0." in result.stdout
+    rows = [row for row in read_metrics(run_folder) if "task_piqa_acc" in row]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert not [row for row in read_metrics(run_folder) if "val_loss" in row], "validation is not among the tasks"
+    options = EvaluationOptions(settings=Settings(limit=5))
+    results, _ = run_tasks(run_folder, ["piqa", "lambada"], options, ALONE)
+    for name in ("piqa", "lambada"):
+        for key, value in results[f"{name}_first5"].items():
+            if isinstance(value, float):
+                assert rows[-1][f"task_{name}_{key}"] == pytest.approx(value, rel=1e-4), key
+    samples = [row["sample"] for row in read_metrics(run_folder) if "sample" in row]
+    assert len(samples) == 3
+    greedy = SampleConfig(prompt="The", max_new_tokens=6, temperature=0)
+    assert samples[-1] == continue_prompt(run_folder, greedy, seed=0, device=ALONE.device)
+    events = EventAccumulator(str(run_folder / "tensorboard")).Reload()
+    texts = events.Tensors("sample/text_summary")
+    assert [event.step for event in texts] == [0, 2, 4]
+    assert texts[-1].tensor_proto.string_val[0].decode() == f"    {samples[-1]}\n"
+    assert rows[0]["task_lambada_perplexity"] != pytest.approx(rows[-1]["task_lambada_perplexity"], rel=1e-3)
+
+
+def test_figures_have_tensorboard_tags() -> None:
+    assert tensorboard_tag("task_piqa_acc") == "tasks/piqa_acc"
+
+
+def test_a_mistake_is_an_error_before_the_first_step() -> None:
+    sections = {"model": {"vocab_size": 89}, "evaluation": {"tasks": ["piqa"], "data": {"piqa": "nowhere.jsonl"}}}
+    with pytest.raises(ConfigError, match="piqa: model.vocab_size is 89"):
+        prepare_tasks(Config.model_validate(sections), ALONE)
+
+
+def test_a_sample_needs_the_vocabulary_of_its_prompt() -> None:
+    with pytest.raises(ValueError, match="evaluation.sample needs GPT-2's vocabulary: model.vocab_size is 89"):
+        Config.model_validate({"model": {"vocab_size": 89}, "evaluation": {"sample": True}})
+
+
+def test_a_task_of_any_name_needs_a_file() -> None:
+    with pytest.raises(ValueError, match="no such task 'own'; there are validation, wikitext2"):
+        Config.model_validate({"evaluation": {"tasks": ["own"]}})
+    Config.model_validate({"evaluation": {"tasks": ["own"], "data": {"own": "own.txt"}}})
