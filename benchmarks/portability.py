@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 
 from pipeline.checkpoint import list_checkpoints
-from pipeline.checkpoint.folder import checkpoint_folder
+from pipeline.checkpoint.layout import checkpoint_folder
 from tests.support.agreement import LOSS_TOLERANCE
 from tests.support.runs import (
     BACKENDS,

@@ -1,4 +1,4 @@
-"""Write a checkpoint as a Hugging Face folder, or make a run of such a folder."""
+"""Export a checkpoint as a Hugging Face folder, or import such a folder as a new run."""
 
 from __future__ import annotations
 
@@ -10,31 +10,29 @@ from pipeline.interop.hugging_face.importing import import_folder
 
 
 def main() -> None:
-    """Parse, and go the one way or the other."""
+    """Parse the arguments, then export or import."""
     parser = ArgumentParser(
         description=__doc__, example="python launch/export.py --checkpoint runs/ddp --out exported/ddp"
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="to export: a checkpoint, or a run folder (its newest good one)"
+        "--checkpoint", type=Path, metavar="DIR", help="export a checkpoint, or a run folder's newest good one"
     )
     source.add_argument(
         "--from-hf",
         metavar="DIR_OR_NAME",
-        help="to import: a folder of GPT2LMHeadModel, or a name on the hub, as openai-community/gpt2",
+        help="import a folder of GPT2LMHeadModel, or a model on the hub by its name, e.g. openai-community/gpt2",
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="the folder to make; with --from-hf it is a run folder"
+        "--out", required=True, type=Path, metavar="DIR", help="the folder to create; with --from-hf, a run folder"
     )
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), help="of the exported weights (default: float32, as they were trained)"
-    )
+    parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the exported weights (default: float32)")
     arguments = parser.parse_args()
     start_logging()
     if arguments.from_hf is None:
         print(export_checkpoint(arguments.checkpoint, arguments.out, arguments.dtype or "float32"))
     elif arguments.dtype:
-        parser.error("--dtype: says how to export; an import is always in float32")
+        parser.error("--dtype: only for exporting; an import is always in float32")
     else:
         print(import_folder(arguments.from_hf, arguments.out))
 

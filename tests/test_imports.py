@@ -51,7 +51,7 @@ ROOMS: dict[str, str] = {
     "pipeline.planning": "errors config distributed model data",
     "pipeline.report": "errors config run_folder evaluation",
     "pipeline.doctor": "config distributed model backends",
-    "pipeline.interop": "errors config run_folder distributed model checkpoint report",
+    "pipeline.interop": "errors config run_folder model checkpoint report",
 }
 
 
@@ -201,9 +201,10 @@ def test_deepspeed_is_imported_in_one_file() -> None:
     assert importers_of("deepspeed") == {"pipeline.backends.deepspeed_zero"}
 
 
-def test_transformers_is_for_tests_and_the_hub_is_asked_in_one_file() -> None:
+def test_only_hugging_face_imports_the_hub_and_nothing_imports_transformers() -> None:
     assert importers_of("transformers") == set()
-    assert importers_of("huggingface_hub") == {"pipeline.interop.hugging_face.hub"}
+    hub_importers = importers_of("huggingface_hub")
+    assert hub_importers and all(is_within(name, "pipeline.interop.hugging_face") for name in hub_importers)
 
 
 def test_only_backends_wrap_models() -> None:

@@ -1,4 +1,4 @@
-"""Portable checkpoints: saved from any backend and world size, loaded into any other.
+"""Portable checkpoints: saved by any backend and world size, loaded into any other.
 
 A checkpoint is a folder ``checkpoints/step_00000100``:
 
@@ -7,28 +7,25 @@ A checkpoint is a folder ``checkpoints/step_00000100``:
 ``state.json``                        step, samples, loss scale, seed, resolved config, versions
 ``manifest.json``                     format version, parameter shapes, size and SHA-256 of every file and itself
 
-Each rank writes the pieces that it holds and nothing is gathered; loading copies the overlap of
-stored pieces and local ones, so no rank ever holds the whole state. No pickle is written or read.
+Each rank writes the pieces that it holds; nothing is gathered. Loading copies the overlap of stored pieces and local
+ones, so no rank ever holds the whole state. Nothing is pickled.
+
+A save goes through ``background`` (starts a thread), ``snapshot`` (copies to host memory), ``saving`` (writes the
+files) and ``retention`` (deletes older checkpoints).
 """
 
 from pipeline.checkpoint.background import BackgroundSaver, SaveOutcome
-from pipeline.checkpoint.folder import (
-    TrainingState,
-    bytes_of_tensors,
-    config_section,
-    list_checkpoints,
-    read_manifest,
-    read_state,
-    read_state_file,
-    step_of,
-)
-from pipeline.checkpoint.loading import load_training_state, load_weights
+from pipeline.checkpoint.layout import bytes_of_tensors, list_checkpoints, read_manifest, step_of
+from pipeline.checkpoint.loading import LoadedModel, load_model, load_training_state, load_weights
 from pipeline.checkpoint.retention import remove_leftovers, set_aside_after
 from pipeline.checkpoint.saving import SavedCheckpoint, save_checkpoint
+from pipeline.checkpoint.state import GuardState, TrainingState, config_section, read_state, read_state_file
 from pipeline.checkpoint.verification import find_damage, locate_checkpoint, newest_good_checkpoint
 
 __all__ = [
     "BackgroundSaver",
+    "GuardState",
+    "LoadedModel",
     "SaveOutcome",
     "SavedCheckpoint",
     "TrainingState",
@@ -36,6 +33,7 @@ __all__ = [
     "config_section",
     "find_damage",
     "list_checkpoints",
+    "load_model",
     "load_training_state",
     "load_weights",
     "locate_checkpoint",

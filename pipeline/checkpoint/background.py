@@ -1,4 +1,4 @@
-"""Saving while training goes on: a snapshot is taken at once and written by another thread."""
+"""Saving while training continues: a snapshot is taken at once, and a thread writes it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backends import Backend
-from pipeline.checkpoint.folder import TrainingState
 from pipeline.checkpoint.saving import SavedCheckpoint, write_checkpoint
-from pipeline.checkpoint.snapshot import Snapshot, SnapshotTaker
+from pipeline.checkpoint.snapshot import SnapshotTaker
+from pipeline.checkpoint.state import TrainingState
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class SaveOutcome:
-    """How a save ended: the same on every rank, but for the pause."""
+    """The result of a save. All fields except the pause are the same on every rank."""
 
     step: int
-    pause_s: float  # that training on this rank waited: for the save before, and for the copy
+    pause_s: float  # that training on this rank waited for the previous save and for the copy
     saved: SavedCheckpoint | None
-    problem: str | None  # why it failed, in one line
+    problem: str | None  # why the save failed, in one line
 
 
 class BackgroundSaver:
-    """Saves one checkpoint at a time in a thread of its own, with collectives in a group of its own.
+    """Saves one checkpoint at a time in its own thread, with collectives in its own process group.
 
     Args:
-        world: the ranks, for the copy; the writing threads talk through ``world.with_cpu_group()``.
-        asynchronous: False: ``start`` returns when the checkpoint stands.
+        config: the resolved config to store.
+        asynchronous: if False, ``start`` returns when the checkpoint is complete.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class BackgroundSaver:
     ) -> None:
         self.run_folder = run_folder
         self.config = config
-        self.host_world = world.with_cpu_group()
+        self.cpu_world = world.with_cpu_group()
         self.keep_last = keep_last
         self.asynchronous = asynchronous
         self.last_step: int | None = None  # of the last save that was started
@@ -58,26 +58,26 @@ class BackgroundSaver:
         """Copy the state and begin to write it. Collective.
 
         Returns:
-            The outcome of the save before, if it was still in flight.
+            The outcome of the previous save if it was still in flight.
         """
         started = time.perf_counter()
         outcomes = self.wait()
-        future = self._thread.submit(self._write, self._taker.take(state))
+        snapshot = self._taker.take(state)
+        future = self._thread.submit(
+            write_checkpoint, self.run_folder, snapshot, self.config, self.cpu_world, self.keep_last
+        )
         if not self.asynchronous:
             future.exception()
         self._in_flight = (state.step, time.perf_counter() - started, future)
         self.last_step = state.step
         return outcomes
 
-    def _write(self, snapshot: Snapshot) -> SavedCheckpoint:
-        return write_checkpoint(self.run_folder, snapshot, self.config, self.host_world, self.keep_last)
-
     def poll(self) -> list[SaveOutcome]:
-        """The outcome of a save that has ended since; never waits. Ranks may see it at different steps."""
+        """Return the outcome of a save that has ended since the last call, without waiting. Ranks may differ."""
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 
     def wait(self) -> list[SaveOutcome]:
-        """Wait for the save in flight, if there is one, and give its outcome."""
+        """Wait for the save in flight, if any, and return its outcome."""
         if self._in_flight is None:
             return []
         step, pause_s, future = self._in_flight

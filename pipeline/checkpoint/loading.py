@@ -1,4 +1,4 @@
-"""Loading: each rank copies the overlap of stored pieces and its own, reading nothing else."""
+"""Loading a checkpoint: each rank copies the overlap of the stored pieces with its own, and reads nothing else."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.backends import Backend
-from pipeline.checkpoint.folder import TrainingState, read_manifest, read_state
+from pipeline.checkpoint.layout import STATE_FILE, read_manifest
 from pipeline.checkpoint.pieces import KINDS, WEIGHT, Piece, PieceIndex, index_pieces
+from pipeline.checkpoint.state import TrainingState, read_state
 from pipeline.checkpoint.verification import locate_checkpoint
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config
@@ -22,42 +23,41 @@ from pipeline.run_folder.layout import run_folder_of
 
 
 def load_training_state(folder: Path, backend: Backend) -> TrainingState:
-    """Fill the backend's local state from a checkpoint, piece by overlapping piece.
+    """Copy a checkpoint into this rank's weights and moments, and restore AdamW's step count and the loss scale.
 
     Raises:
-        CheckpointError: it belongs to another model, or its tensors are not what they should be; the
-            backend is as it was then.
+        CheckpointError: the checkpoint belongs to another model, or is malformed. The backend is unchanged.
     """
     state, _ = read_state(folder)
-    index = _index_of_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
+    index = _index_for_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
     for kind in KINDS:
         for fragment in backend.fragments():
-            _fill(getattr(fragment, kind), fragment.start, index[kind][fragment.name])
+            _copy_overlap(getattr(fragment, kind), fragment.start, index[kind][fragment.name])
     backend.state_was_loaded(state.updates)
     backend.loss_scaler.restore(state.loss_scale, state.loss_scale_good_steps)
     return state
 
 
 def load_weights(folder: Path, parameters: dict[str, Tensor]) -> None:
-    """Fill whole parameters by canonical name, weights only, in place.
+    """Copy a checkpoint's weights into whole parameters, given by canonical name.
 
     Raises:
-        CheckpointError: it belongs to another model, or its tensors are not what they should be.
+        CheckpointError: the checkpoint belongs to another model, or is malformed.
     """
-    index = _index_of_model(folder, {name: list(parameter.shape) for name, parameter in parameters.items()})
+    index = _index_for_model(folder, {name: list(parameter.shape) for name, parameter in parameters.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():
-            _fill(parameter.view(-1), 0, index[WEIGHT][name])
+            _copy_overlap(parameter.view(-1), 0, index[WEIGHT][name])
 
 
 def read_parameter(shape: list[int], pieces: list[Piece]) -> Tensor:
-    """One whole parameter in fp32, put together from its pieces."""
+    """Return one whole fp32 parameter, assembled from its pieces."""
     parameter = torch.empty(shape)
-    _fill(parameter.view(-1), 0, pieces)
+    _copy_overlap(parameter.view(-1), 0, pieces)
     return parameter
 
 
-def _index_of_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
+def _index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
     manifest = read_manifest(folder)
     stored = manifest["parameters"]
     for name in [*shapes, *stored]:
@@ -69,8 +69,8 @@ def _index_of_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
     return index_pieces(folder, manifest)
 
 
-def _fill(target: Tensor, start: int, pieces: list[Piece]) -> None:
-    """Copy into ``target``, elements ``start`` on of a flattened parameter, what the pieces hold of them."""
+def _copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
+    """Fill ``target``, which holds the elements of a flattened parameter from ``start`` on, from the pieces."""
     for piece in pieces:
         low, high = max(piece.start, start), min(piece.stop, start + target.numel())
         if low < high:
@@ -79,7 +79,7 @@ def _fill(target: Tensor, start: int, pieces: list[Piece]) -> None:
 
 
 def _read_elements(file: Any, piece: Piece, low: int, high: int) -> Tensor:
-    """Elements low to high of a flattened parameter, reading only the rows that hold them."""
+    """Read elements ``low`` to ``high`` of a flattened parameter, and only the rows that hold them."""
     stored = file.get_slice(piece.key)
     row = torch.Size(stored.get_shape()[1:]).numel()
     low, high = low - piece.start, high - piece.start
@@ -90,7 +90,7 @@ def _read_elements(file: Any, piece: Piece, low: int, high: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model read from a checkpoint, ready to score, on every rank."""
+    """A model that was read from a checkpoint, in evaluation mode."""
 
     model: GPT2
     config: Config  # of the run that trained it
@@ -99,19 +99,20 @@ class LoadedModel:
 
     @property
     def run_folder(self) -> Path:
-        """Where results go: the run that holds the checkpoint, or the checkpoint itself when it was moved."""
+        """The folder for results: the run that holds the checkpoint, or the checkpoint itself outside a run."""
         return run_folder_of(self.checkpoint)
 
 
 def load_model(path: Path, device: torch.device) -> LoadedModel:
-    """The fp32 model of a checkpoint folder, or of the newest good checkpoint of a run folder.
+    """Load the fp32 model of a checkpoint folder, or of the newest good checkpoint of a run folder.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or its config is not one of this program.
+        CheckpointError: there is no checkpoint, or it is damaged.
+        ConfigError: its config is not valid for this program.
     """
     folder = locate_checkpoint(path)
     state, stored = read_state(folder)
-    config = config_from_json(stored, origin=str(folder / "state.json"))
+    config = config_from_json(stored, origin=str(folder / STATE_FILE))
     model = allocate_model(config.model, device)
     load_weights(folder, {name: parameter.detach() for name, parameter in model.named_parameters()})
     model.assert_tied()

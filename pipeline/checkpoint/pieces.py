@@ -1,7 +1,7 @@
-"""Runs of a parameter's elements inside the safetensors files: how they are named, and an index of them.
+"""Ranges of a parameter's elements in safetensors files: their keys, and an index of them.
 
-A whole parameter stands under its canonical name and in its shape; a run of its elements is flat,
-under ``name[start:stop]``. Moments have the prefix ``exp_avg/`` or ``exp_avg_sq/``, in files of their own.
+A whole parameter is stored under its canonical name, in its shape. A range of its elements is stored flat, under
+``name[start:stop]``. The keys of moments have the prefix ``exp_avg/`` or ``exp_avg_sq/``.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pipeline.checkpoint.folder import part_of_file
+from pipeline.checkpoint.layout import parse_tensor_file
 from pipeline.errors import CheckpointError
 
 #: Kinds of tensor, by the name of the ``Fragment`` attribute that holds them.
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
 KINDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
 
-_RUN = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
-_DTYPE = "F32"  # as safetensors names it
+#: Each rank writes one file per group.
+GROUPS = {"weights": (WEIGHT,), "moments": (EXP_AVG, EXP_AVG_SQ)}
+
+_RANGE_KEY = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
+_DTYPE = "F32"  # the name in safetensors
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stored run of elements: ``key`` in ``file``."""
+    """A stored range of elements: ``key`` in ``file``."""
 
     file: Path
     key: str
@@ -36,80 +39,80 @@ class Piece:
     stop: int
 
 
-#: kind -> parameter -> its pieces by position, which cover it once
+#: kind -> parameter -> its pieces in order, which cover every element once
 PieceIndex = dict[str, dict[str, list[Piece]]]
 
 
-def piece_key(kind: str, name: str, run: tuple[int, int] | None) -> str:
-    """The key of elements ``run`` of a flattened parameter; None: all of them, in their shape."""
-    label = name if run is None else f"{name}[{run[0]}:{run[1]}]"
+def piece_key(kind: str, name: str, elements: tuple[int, int] | None = None) -> str:
+    """Return the key of a range of a flattened parameter, or of the whole parameter if ``elements`` is None."""
+    label = name if elements is None else f"{name}[{elements[0]}:{elements[1]}]"
     return label if kind == WEIGHT else f"{kind}/{label}"
 
 
-def parse_key(key: str, part: str) -> tuple[str, str, tuple[int, int] | None]:
-    """Kind, parameter and run of a key in a file of ``weights`` or ``moments``.
+def parse_key(key: str, group: str) -> tuple[str, str, tuple[int, int] | None]:
+    """Return the kind, the parameter and the range of a key in a file of ``weights`` or ``moments``.
 
     Raises:
-        ValueError: a moment without its kind.
+        ValueError: a key of a moment lacks its kind.
     """
     kind, label = WEIGHT, key
-    if part == "moments":
+    if group == "moments":
         kind, _, label = key.partition("/")
-        if kind not in (EXP_AVG, EXP_AVG_SQ):
-            raise ValueError(f"{key!r} is no moment")
-    match = _RUN.fullmatch(label)
+        if kind not in GROUPS[group]:
+            raise ValueError(f"{key!r} is not a moment")
+    match = _RANGE_KEY.fullmatch(label)
     return (kind, match["name"], (int(match["start"]), int(match["stop"]))) if match else (kind, label, None)
 
 
 def index_pieces(folder: Path, manifest: dict[str, Any]) -> PieceIndex:
-    """Every stored piece, by reading headers only; all that loading relies on is checked.
+    """Return an index of every stored piece. Only headers are read; all that loading relies on is checked.
 
     Raises:
-        CheckpointError: a file that is no safetensors; a name, shape or dtype that the manifest does not
-            allow; elements that are missing, or there twice.
+        CheckpointError: a file is not in the safetensors format; a name, shape or dtype contradicts the
+            manifest; elements are missing or stored twice.
     """
     shapes = {name: torch.Size(shape) for name, shape in manifest["parameters"].items()}
     index: PieceIndex = {kind: {name: [] for name in shapes} for kind in KINDS}
     for file in manifest["files"]:
-        if part := part_of_file(file):
-            for kind, name, piece in _pieces_of(folder / file, part[1], shapes):
+        if rank_and_group := parse_tensor_file(file):
+            for kind, name, piece in _read_pieces(folder / file, rank_and_group[1], shapes):
                 index[kind][name].append(piece)
     for kind, by_name in index.items():
         for name, pieces in by_name.items():
             pieces.sort(key=lambda piece: piece.start)
-            _expect_whole(folder, f"{kind} of {name}", pieces, shapes[name].numel())
+            _require_complete(folder, f"{kind} of {name}", pieces, shapes[name].numel())
     return index
 
 
-def _pieces_of(path: Path, part: str, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, str, Piece]]:
+def _read_pieces(path: Path, group: str, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, str, Piece]]:
     try:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                 stored = file.get_slice(key)
-                yield _checked_piece(path, part, key, stored.get_shape(), stored.get_dtype(), shapes)
+                yield _check_piece(path, group, key, stored.get_shape(), stored.get_dtype(), shapes)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
-def _checked_piece(
-    path: Path, part: str, key: str, shape: list[int], dtype: str, shapes: dict[str, torch.Size]
+def _check_piece(
+    path: Path, group: str, key: str, shape: list[int], dtype: str, shapes: dict[str, torch.Size]
 ) -> tuple[str, str, Piece]:
     try:
-        kind, name, run = parse_key(key, part)
+        kind, name, elements = parse_key(key, group)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     if name not in shapes:
         raise CheckpointError(f"{path}: holds {key!r}, which the manifest does not name")
     if dtype != _DTYPE:
         raise CheckpointError(f"{path}: {key} is {dtype}, expected {_DTYPE}")
-    start, stop = run or (0, shapes[name].numel())
-    expected = [stop - start] if run else list(shapes[name])
+    start, stop = elements or (0, shapes[name].numel())
+    expected = [stop - start] if elements else list(shapes[name])
     if not start < stop <= shapes[name].numel() or shape != expected:
         raise CheckpointError(f"{path}: {key} has shape {shape}, expected {expected} within {list(shapes[name])}")
     return kind, name, Piece(path, key, start, stop)
 
 
-def _expect_whole(folder: Path, what: str, pieces: list[Piece], numel: int) -> None:
+def _require_complete(folder: Path, what: str, pieces: list[Piece], numel: int) -> None:
     position = 0
     for piece in pieces:
         if piece.start < position:

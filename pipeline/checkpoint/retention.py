@@ -1,56 +1,61 @@
-"""What goes and what stays: older checkpoints, what crashed saves left, and branches that a run went back from."""
+"""Deleting checkpoints, and setting aside those that a run has gone back from."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import shutil
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.storage.atomic import fsync_folder
-from pipeline.checkpoint.folder import list_checkpoints, step_of
+from pipeline.checkpoint.layout import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    format_size,
+    is_checkpoint,
+    list_checkpoints,
+    size_of_folder,
+    step_of,
+)
+from pipeline.checkpoint.verification import find_damage
+from pipeline.errors import CheckpointError
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
+from pipeline.run_folder.lock import lock_run_folder
 
 log = logging.getLogger(__name__)
 
 ABANDONED_SUFFIX = ".abandoned"
 
 
-def aside_path(folder: Path) -> Path:
-    """The name under which a checkpoint is written until it is whole."""
-    return folder.with_name(f".{folder.name}.partial")
-
-
-def _doomed_path(folder: Path) -> Path:
-    """The name under which a checkpoint is deleted; a new one of its step may be written meanwhile."""
-    return folder.with_name(f".{folder.name}.deleted.partial")
-
-
 def list_leftovers(run_folder: Path) -> list[Path]:
-    """What interrupted saves and deletions left."""
+    """Return what interrupted saves and deletions left behind."""
     return sorted((run_folder / CHECKPOINTS_FOLDER).glob(".step_*.partial"))
 
 
 def list_abandoned(run_folder: Path) -> list[Path]:
-    """Checkpoints that a run set aside when it went back to an earlier one."""
+    """Return the checkpoints that a run set aside when it went back to an earlier one."""
     return sorted((run_folder / CHECKPOINTS_FOLDER).glob(f"step_*{ABANDONED_SUFFIX}*"))
 
 
 def remove_leftovers(run_folder: Path) -> None:
-    """Delete what interrupted saves and deletions left. No save may be under way.
+    """Delete what interrupted saves and deletions left behind. No save may be in progress.
 
     Raises:
         OSError: a leftover cannot be deleted.
     """
     for leftover in list_leftovers(run_folder):
-        remove_folder(leftover)
+        _remove_folder(leftover)
 
 
 def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> None:
-    """Rename the checkpoints after ``step``: the run goes on from there, and must not be taken for their origin.
+    """Rename the checkpoints after ``step``, because the run continues from there and will write others.
 
     Args:
-        origin: what the run goes on from; another checkpoint of that step is of another branch, and goes too.
+        origin: the checkpoint that the run continues from. Another checkpoint of the same step belongs to another
+            branch and is renamed too.
 
     Raises:
         OSError: a folder cannot be renamed.
@@ -58,48 +63,41 @@ def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> 
     for folder in list_checkpoints(run_folder):
         other_branch = origin is not None and step_of(folder) == step and folder.resolve() != origin.resolve()
         if step_of(folder) > step or other_branch:
-            abandoned = _free_name(folder)
+            abandoned = _unused_abandoned_path(folder)
             folder.rename(abandoned)
             fsync_folder(folder.parent)
             log.warning("set aside as %s: the run continues from step %d", abandoned, max(step, 0))
 
 
-def _free_name(folder: Path) -> Path:
-    for number in itertools.count(1):
-        path = folder.with_name(folder.name + ABANDONED_SUFFIX + (f"-{number}" if number > 1 else ""))
-        if not path.exists():
-            return path
-    raise AssertionError
+def _unused_abandoned_path(folder: Path) -> Path:
+    names = (f"{folder.name}{ABANDONED_SUFFIX}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+    return next(path for path in map(folder.with_name, names) if not path.exists())
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint so that no crash leaves a part of it under its name.
+    """Delete a checkpoint. A crash meanwhile leaves it under its name either complete or not at all.
 
     Raises:
         OSError: it cannot be renamed or deleted.
     """
-    doomed = _doomed_path(folder)
-    if doomed.exists():
-        remove_folder(doomed)
-    folder.rename(doomed)
+    # Not the name that a new checkpoint of this step is written under, which may exist at the same time.
+    temporary = folder.with_name(f".{folder.name}.deleted.partial")
+    if temporary.exists():
+        _remove_folder(temporary)
+    folder.rename(temporary)
     fsync_folder(folder.parent)
-    remove_folder(doomed)
+    _remove_folder(temporary)
 
 
-def remove_folder(folder: Path) -> None:
-    """Delete a folder under a temporary name. It may be a link to another disk: then the link goes.
-
-    Raises:
-        OSError: it cannot be deleted.
-    """
-    if folder.is_symlink():
+def _remove_folder(folder: Path) -> None:
+    if folder.is_symlink():  # to a checkpoint that the user moved to another disk
         folder.unlink()
     else:
         shutil.rmtree(folder)
 
 
 def delete_older(run_folder: Path, verified: Path, keep_last: int) -> None:
-    """Delete the oldest beyond ``keep_last``, ``verified`` being the newest, which has proven good.
+    """Delete the checkpoints before ``verified``, which has just been read back, except ``keep_last - 1`` of them.
 
     Raises:
         OSError: one cannot be deleted.
@@ -107,3 +105,94 @@ def delete_older(run_folder: Path, verified: Path, keep_last: int) -> None:
     until_verified = [folder for folder in list_checkpoints(run_folder) if step_of(folder) <= step_of(verified)]
     for folder in until_verified[:-keep_last]:
         delete_checkpoint(folder)
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """A folder to delete, and the reason."""
+
+    folder: Path
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """The folders that pruning keeps and deletes."""
+
+    kept: list[Path]  # newest first
+    deletions: list[Deletion]  # in the order of deletion
+    done: bool  # False for a dry run
+
+    def __str__(self) -> str:
+        lines = [f"keep    {folder.name:<26}{format_size(size_of_folder(folder)):>10}" for folder in self.kept]
+        lines += [
+            f"delete  {deletion.folder.name:<26}{format_size(deletion.bytes):>10}  {deletion.reason}"
+            for deletion in self.deletions
+        ]
+        freed = format_size(sum(deletion.bytes for deletion in self.deletions))
+        return "\n".join([*lines, f"freed {freed}" if self.done else f"would free {freed}; nothing was deleted"])
+
+
+def prune(run_folder: Path, keep: int, *, dry_run: bool) -> Pruning:
+    """Delete everything in a run's ``checkpoints`` except the newest ``keep`` checkpoints that verify.
+
+    Raises:
+        ConfigError: a run is using the folder.
+        CheckpointError: the folder is not a run folder; none of its checkpoints verifies, in which case nothing is
+            deleted; or a folder cannot be deleted.
+    """
+    if is_checkpoint(run_folder):
+        raise CheckpointError(f"{run_folder}: is a checkpoint; give the run folder that holds it")
+    if not list_checkpoints(run_folder):
+        raise CheckpointError(f"{run_folder}: no checkpoint here; expected a run folder")
+    with lock_run_folder(run_folder):
+        kept, deletions = _plan_pruning(run_folder, keep)
+        for deletion in [] if dry_run else deletions:
+            _delete(deletion.folder)
+    return Pruning(kept, deletions, done=not dry_run)
+
+
+def _plan_pruning(run_folder: Path, keep: int) -> tuple[list[Path], list[Deletion]]:
+    """Return what to keep and what to delete: leftovers first, whose names are needed to delete a checkpoint."""
+    kept: list[Path] = []
+    surplus: list[tuple[Path, str]] = []
+    for folder in reversed(list_checkpoints(run_folder)):
+        if len(kept) == keep:
+            surplus.append((folder, "older than what is kept"))
+            continue
+        _require_known_format(folder)
+        if problem := find_damage(folder):
+            surplus.append((folder, f"damaged: {problem}"))
+        else:
+            kept.append(folder)
+    if not kept:
+        raise CheckpointError(
+            f"{run_folder}: none of its checkpoints verifies, so nothing was deleted; check them with verify, "
+            "and delete by hand those that you do not need"
+        )
+    unneeded = [(folder, "left by an interrupted save or deletion") for folder in list_leftovers(run_folder)]
+    unneeded += [(folder, "set aside when the run went back") for folder in list_abandoned(run_folder)]
+    unneeded += reversed(surplus)
+    return kept, [Deletion(folder, size_of_folder(folder), reason) for folder, reason in unneeded]
+
+
+def _require_known_format(folder: Path) -> None:
+    """Raise CheckpointError if another version of this program wrote a checkpoint: that alone is not damage."""
+    with suppress(OSError, ValueError, AttributeError):
+        found = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("format_version")
+        if found != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder}: format version {found!r}, this program knows {FORMAT_VERSION} and cannot verify it; "
+                "prune with the program that wrote it"
+            )
+
+
+def _delete(folder: Path) -> None:
+    try:
+        if folder.name.startswith("."):
+            _remove_folder(folder)
+        else:
+            delete_checkpoint(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be deleted ({error.strerror or error})") from None

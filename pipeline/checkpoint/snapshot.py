@@ -1,4 +1,4 @@
-"""This rank's part of a training state, copied to host memory so that training can go on while it is written."""
+"""Copying the training state of this rank to host memory, so that training can continue while it is written."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 
 from pipeline.backends import Backend, Fragment
-from pipeline.checkpoint.folder import TrainingState
-from pipeline.checkpoint.pieces import KINDS, WEIGHT, piece_key
+from pipeline.checkpoint.pieces import GROUPS, piece_key
+from pipeline.checkpoint.state import TrainingState
 from pipeline.distributed.device import synchronize
 from pipeline.distributed.world import World
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A training state that no longer changes."""
+    """A copy of what this rank writes of a training state."""
 
     state: TrainingState
     shapes: dict[str, list[int]]  # of all parameters, by canonical name
-    parts: dict[str, dict[str, Tensor]]  # weights or moments -> key -> fp32 tensor in host memory
+    groups: dict[str, dict[str, Tensor]]  # weights or moments -> key -> fp32 tensor in host memory
 
 
 class SnapshotTaker:
-    """Copies a rank's share into buffers that it keeps from one snapshot to the next.
+    """Copies what a rank writes into buffers that it reuses for every snapshot.
 
-    A snapshot is valid until the next one is taken: at most one is in use. The buffers take as much host
-    memory as the share, 12 bytes an element; on CUDA they are pinned.
+    A snapshot is valid until the next one is taken. The buffers take 12 bytes of host memory per element that this
+    rank writes. They are pinned if the state is on a GPU.
     """
 
     def __init__(self, backend: Backend, world: World) -> None:
@@ -36,23 +36,21 @@ class SnapshotTaker:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, state: TrainingState) -> Snapshot:
-        """Copy what this rank has to write."""
+        """Copy what this rank writes."""
         shapes = {name: list(shape) for name, shape in self.backend.parameter_shapes.items()}
-        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "moments": {}}
-        for fragment in own_share(self.backend, self.world):
-            n = fragment.weight.numel()
-            whole = n == torch.Size(shapes[fragment.name]).numel()
-            run = None if whole else (fragment.start, fragment.start + n)
-            for kind in KINDS:
-                key = piece_key(kind, fragment.name, run)
-                copy = self._copied(key, getattr(fragment, kind))
-                parts["weights" if kind == WEIGHT else "moments"][key] = (
-                    copy.view(shapes[fragment.name]) if whole else copy
-                )
+        groups: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
+        for fragment in fragments_to_write(self.backend, self.world):
+            n, shape = fragment.weight.numel(), shapes[fragment.name]
+            is_whole = n == torch.Size(shape).numel()
+            for group, kinds in GROUPS.items():
+                for kind in kinds:
+                    key = piece_key(kind, fragment.name, None if is_whole else (fragment.start, fragment.start + n))
+                    copy = self._copy(key, getattr(fragment, kind))
+                    groups[group][key] = copy.view(shape) if is_whole else copy
         synchronize(self.world.device)
-        return Snapshot(state, shapes, parts)
+        return Snapshot(state, shapes, groups)
 
-    def _copied(self, key: str, source: Tensor) -> Tensor:
+    def _copy(self, key: str, source: Tensor) -> Tensor:
         buffer = self._buffers.get(key)
         if buffer is None:
             buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
@@ -60,8 +58,8 @@ class SnapshotTaker:
         return buffer.copy_(source, non_blocking=True)
 
 
-def own_share(backend: Backend, world: World) -> list[Fragment]:
-    """What this rank writes: all that it holds, or its even part of what every rank holds."""
+def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:
+    """Return all fragments of this rank, or an equal share of them if every rank holds the same."""
     fragments = backend.fragments()
     if not backend.replicated or world.size == 1:
         return fragments
@@ -72,13 +70,13 @@ def own_share(backend: Backend, world: World) -> list[Fragment]:
         n = fragment.weight.numel()
         low, high = max(begin - position, 0), min(end - position, n)
         if low < high:
-            share.append(cut(fragment, low, high))
+            share.append(slice_fragment(fragment, low, high))
         position += n
     return share
 
 
-def cut(fragment: Fragment, low: int, high: int) -> Fragment:
-    """Elements ``low`` to ``high`` of a fragment, counted in the fragment."""
+def slice_fragment(fragment: Fragment, low: int, high: int) -> Fragment:
+    """Return elements ``low`` to ``high`` of a fragment, counted from its first element."""
     return Fragment(
         fragment.name,
         fragment.start + low,

@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor: the library wants all of them at once."""
+"""Writing a safetensors file tensor by tensor. The library's own functions need all tensors in memory."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_tools.storage.atomic import fsync_file
+
 _HEADER_ALIGNMENT = 8
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # as safetensors has them
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # the names in safetensors
 
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor that is read when its turn comes, in parts."""
+    """A tensor that is read when it is written."""
 
     shape: list[int]
     dtype: torch.dtype
-    read: Callable[[], Iterable[Tensor]]  # its elements in order
+    read: Callable[[], Iterable[Tensor]]  # returns its elements in order, in one or more slices
 
 
 def write_tensors(path: Path, tensors: dict[str, StreamedTensor], metadata: dict[str, str] | None = None) -> str:
-    """Write a file in the format of safetensors, one part of one tensor in memory at a time.
+    """Write and fsync a safetensors file with one slice of one tensor in memory at a time.
 
-    That is the length of a header in 8 bytes, the header in JSON, and all elements in its order.
+    The format is the length of the header in 8 bytes, the header in JSON, and the elements of all tensors.
 
     Args:
-        tensors: by key, in the order in which they will stand.
-        metadata: of the file, if any.
+        tensors: by key, in the order in the file.
+        metadata: of the file.
 
     Returns:
         The SHA-256 of what was written.
@@ -43,14 +45,15 @@ def write_tensors(path: Path, tensors: dict[str, StreamedTensor], metadata: dict
         for content in _file_contents(tensors, metadata):
             digest.update(content)
             file.write(content)
+    fsync_file(path)
     return digest.hexdigest()
 
 
 def _file_contents(tensors: dict[str, StreamedTensor], metadata: dict[str, str] | None) -> Iterator[bytes | memoryview]:
     yield _header(tensors, metadata)
     for tensor in tensors.values():
-        for part in tensor.read():
-            yield part.to(tensor.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
+        for elements in tensor.read():
+            yield elements.to(tensor.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _header(tensors: dict[str, StreamedTensor], metadata: dict[str, str] | None) -> bytes:

@@ -14,7 +14,7 @@ from data_tools.errors import DataError
 from data_tools.shards import VAL_SPLIT, load_manifest, open_split
 from data_tools.storage.atomic import write_json_durably
 from pipeline.backends import Backend
-from pipeline.checkpoint.loading import LoadedModel, load_model
+from pipeline.checkpoint import LoadedModel, load_model
 from pipeline.config.schema import Config
 from pipeline.data.datasets import check_same_vocabulary
 from pipeline.distributed.cpu import configure_cpu

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, load_tokenizer
-from pipeline.checkpoint.loading import load_model
+from pipeline.checkpoint import load_model
 from pipeline.config.schema import SampleConfig
 from pipeline.errors import CheckpointError
 from pipeline.generation.generate import generate_batch

@@ -1,4 +1,4 @@
-"""``launch/export.py``: out to a folder, back into a run, and on with training."""
+"""``launch/export.py`` exports to a folder and imports it as a run that can be trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Done = tuple[int, str, str]  # status, output, errors
 
 @pytest.fixture
 def run_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """``launch/export.py`` without the seconds that a process takes to start."""
+    """Return a function that runs ``launch/export.py`` in this process, which saves the start of a new one."""
     monkeypatch.setattr(launch.export, "start_logging", lambda: None)  # would outlive the call
 
     def run(*arguments: object) -> Done:
@@ -35,7 +35,7 @@ def run_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
 
 def test_exported_imported_and_trained_on(corpus: Path, tmp_path: Path, run_export: Callable[..., Done]) -> None:
-    """The imported run's first loss is what the exported model has, and it goes on from there."""
+    """The imported run starts with the loss of the exported model, and training continues from there."""
     run = save_in_pieces(restless(text_config()), text_config(tmp_path / "run"), tmp_path / "run")
 
     def command(*arguments: object) -> str:
@@ -78,12 +78,12 @@ def test_a_mistake_is_one_line(tmp_path: Path, run_export: Callable[..., Done]) 
         (("--checkpoint", run, "--from-hf", "x", "--out", new), "--from-hf: not allowed with argument --checkpoint"),
         (("--checkpoint", run), "required: --out"),
         (("--checkpoint", run, "--out", new, "--dtype", "int8"), "--dtype: invalid choice: 'int8' (choose from"),
-        (("--from-hf", used, "--out", new, "--dtype", "bfloat16"), "--dtype: says how to export"),
+        (("--from-hf", used, "--out", new, "--dtype", "bfloat16"), "--dtype: only for exporting"),
         (("--checkpoint", run, "--out", used), f"{used} already exists and is not an empty folder"),
         (("--checkpoint", run, "--out", tmp_path / "file"), "file already exists and is not an empty folder"),
         (("--checkpoint", run, "--out", tmp_path / "file" / "out"), "cannot write"),
         (("--checkpoint", used, "--out", new), f"{used}: no checkpoint here; expected a run folder"),
-        (("--from-hf", used, "--out", new), "used/config.json: cannot be read"),
+        (("--from-hf", used, "--out", new), "used/config.json: missing; expected a folder"),
         (("--from-hf", f"{tmp_path}/no", "--out", new), "no: no such folder; expected one with config.json, or a hub"),
         (("--from-hf", used, "--out", run), f"{run} already has checkpoints"),
     ]

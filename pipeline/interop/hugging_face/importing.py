@@ -1,133 +1,142 @@
-"""Reading a folder of ``GPT2LMHeadModel`` (or ``GPT2Model``) as the checkpoint of a run that has not begun.
+"""Importing a ``GPT2LMHeadModel`` or ``GPT2Model`` from a folder, or from the Hugging Face hub, as a new run.
 
-Weights lie in ``model.safetensors``, in ``pytorch_model.bin``, or in several such files with an index of them.
+Its weights are in ``model.safetensors``, in ``pytorch_model.bin``, or in several such files with an index.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.checkpoint.folder import TrainingState
+from pipeline.checkpoint import TrainingState
+from pipeline.checkpoint.conversion import Conversion, NewCheckpoint, require_new_run_folder, write_new_run
+from pipeline.checkpoint.layout import read_json_object
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError
-from pipeline.interop.conversion import Conversion, expect_unused, write_foreign
 from pipeline.interop.foreign import (
-    ForeignCheckpoint,
-    canonical_keys,
-    expect_floats,
-    expect_shapes,
     load_pickled_tensors,
     model_shapes,
-    streamed_parts,
-    without_head,
+    read_named_weights,
+    require_shapes,
+    stream_tensors,
 )
-from pipeline.interop.hugging_face.hub import folder_of
 from pipeline.interop.hugging_face.layout import CONFIG_FILE, WEIGHTS_FILE, from_config_json, is_transposed
+
+log = logging.getLogger(__name__)
 
 _PICKLED_FILE = "pytorch_model.bin"
 _INDEX_SUFFIX = ".index.json"
 
+# The files to download, best choice first. The second choice is the format before safetensors.
+_WEIGHT_PATTERNS = (["model*.safetensors", "model.safetensors.index.json"], ["pytorch_model*.bin*"])
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
 
 def import_folder(source: str, run_folder: Path) -> Conversion:
-    """Make a run folder of a Hugging Face folder: step 0, zero moments, ``config.json`` to go on with.
+    """Write a Hugging Face model into a new run folder: step 0, zero moments, and a ``config.json`` to train with.
 
     Args:
         source: a folder, or a name on the hub.
-        run_folder: has no checkpoints yet.
 
     Raises:
-        CheckpointError: it cannot be had, is not GPT-2, is damaged, or could not be written; nothing is left then.
-        ConfigError: one of its settings is no valid one here.
+        CheckpointError: the model cannot be found, is not a GPT-2, or is damaged; or as for ``write_new_run``.
+        ConfigError: one of its settings is not valid here, or a run is using the folder.
     """
-    expect_unused(run_folder)
-    return write_foreign(read_folder(folder_of(source), run_folder), run_folder)
+    require_new_run_folder(run_folder)
+    return write_new_run(_read_folder(find_folder(source), run_folder), run_folder)
 
 
-def read_folder(folder: Path, run_folder: Path) -> ForeignCheckpoint:
-    """Translate a folder; ``run_folder`` becomes ``run.out_dir``. Raises as ``import_folder``."""
-    where = str(folder / CONFIG_FILE)
-    notes = [f"step 0: {folder} says nothing of its training; moments are zero, the schedule begins"]
-    model_section = from_config_json(_read_json(folder / CONFIG_FILE), where, notes)
-    config = config_from_json({"run": {"out_dir": str(run_folder)}, "model": model_section}, origin=where)
+def find_folder(source: str) -> Path:
+    """Return a local folder as it is, or download a model from the hub into its cache.
+
+    Raises:
+        CheckpointError: there is no such folder, and the hub does not have the model or cannot be reached.
+    """
+    path = Path(source)
+    if path.exists() or not _HUB_NAME.fullmatch(source) or source.startswith("."):
+        if not path.is_dir():
+            raise CheckpointError(f"--from-hf {source}: no such folder; expected one with config.json, or a hub name")
+        return path
+    # Imported here because it is slow, and a local folder does not need it.
+    from huggingface_hub import snapshot_download
+
+    log.info("%s: not a local folder, asking the Hugging Face hub", source)
+    try:
+        for patterns in _WEIGHT_PATTERNS:
+            folder = Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, *patterns]))
+            if any(folder.glob(patterns[0])):
+                return folder
+    except Exception as error:  # the client raises dozens of types: no network, no such name, no access, ...
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(
+            f"--from-hf {source}: no such folder here, and the hub does not provide it "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+    raise CheckpointError(f"--from-hf {source}: the model on the hub has neither {WEIGHTS_FILE} nor {_PICKLED_FILE}")
+
+
+def _read_folder(folder: Path, run_folder: Path) -> NewCheckpoint:
+    """Translate a folder. ``run_folder`` becomes ``run.out_dir``."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; expected a folder of a Hugging Face model")
+    notes = [f"step 0: {folder} does not say how it was trained; moments are zero, the schedule starts"]
+    model_section = from_config_json(read_json_object(path), str(path), notes)
+    config = config_from_json({"run": {"out_dir": str(run_folder)}, "model": model_section}, origin=str(path))
     weights = _read_weights(folder, config)
     shapes = model_shapes(config.model)
     state = TrainingState(
         step=0, samples=0, tokens=0, updates=0, loss_scale=None, loss_scale_good_steps=0, seed=config.run.seed
     )
-    return ForeignCheckpoint(state, shapes, streamed_parts(shapes, weights, {}), config, notes)
+    return NewCheckpoint(state, shapes, stream_tensors(shapes, weights, {}), config, notes=notes)
 
 
 def _read_weights(folder: Path, config: Config) -> dict[str, Tensor]:
-    """Parameters by canonical name, in our orientation, without padding rows."""
-    stored = {**model_shapes(config.model), "wte.weight": [config.model.vocab_size, config.model.n_embd]}
-    lying = {name: shape[::-1] if is_transposed(name) else shape for name, shape in stored.items()}
-    tensors = dict(_tensors_of(folder))
-    keys = canonical_keys(str(folder), tensors)
-    weights = {name: expect_floats(f"{folder}: {key!r}", tensors[key]) for name, key in keys.items()}
-    weights = without_head(str(folder), weights)
-    expect_shapes(str(folder), f"'{CONFIG_FILE}'", weights, lying)
+    """Return the parameters by canonical name, in our orientation, without padding rows."""
+    shapes = {**model_shapes(config.model), "wte.weight": [config.model.vocab_size, config.model.n_embd]}
+    stored_shapes = {name: shape[::-1] if is_transposed(name) else shape for name, shape in shapes.items()}
+    tensors: dict[str, Any] = {}
+    for path in _weight_files(folder):
+        tensors |= _read_tensors(path)
+    weights = read_named_weights(str(folder), tensors)
+    require_shapes(str(folder), f"'{CONFIG_FILE}'", weights, stored_shapes)
     return {name: weight.t() if is_transposed(name) else weight for name, weight in weights.items()}
 
 
-def _tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a folder's weight files, mapped."""
-    for path in _weight_files(folder):
-        if path.suffix == ".bin":
-            for key, tensor in load_pickled_tensors(path, f"the weights of a {_PICKLED_FILE}").items():
-                if not isinstance(tensor, Tensor):
-                    raise CheckpointError(f"{path}: {key!r} is {type(tensor).__name__}, expected a tensor")
-                yield str(key), tensor
-        else:
-            yield from _tensors_of_file(path)
-
-
-def _tensors_of_file(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _read_tensors(path: Path) -> dict[str, Any]:
+    """Return the tensors of one file by key, mapped."""
+    if path.suffix == ".bin":
+        return load_pickled_tensors(path, f"the weights of a {_PICKLED_FILE}")
     try:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                yield key, file.get_tensor(key)
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights; safetensors where there are both."""
+    """Return the files that hold the weights, safetensors if the folder has both formats."""
     for name in (WEIGHTS_FILE, _PICKLED_FILE):
         if (folder / name).is_file():
             return [folder / name]
         index = folder / (name + _INDEX_SUFFIX)
         if index.is_file():
-            return [folder / shard for shard in _shards_of(index)]
-    raise CheckpointError(f"{folder}: holds no {WEIGHTS_FILE} and no {_PICKLED_FILE}, nor an index of several")
+            return _indexed_files(index)
+    raise CheckpointError(f"{folder}: holds neither {WEIGHTS_FILE} nor {_PICKLED_FILE}, nor an index of several")
 
 
-def _shards_of(index: Path) -> list[str]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: 'weight_map' must be an object of file names")
-    shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        if Path(shard).name != shard or not (index.parent / shard).is_file():
-            raise CheckpointError(f"{index}: names {shard!r}, which is no file beside it")
-    return shards
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); expected a folder of a Hugging Face model"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
-    return content
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise CheckpointError(f"{index}: names {name!r}, which is not a file beside it")
+    return [index.parent / name for name in names]

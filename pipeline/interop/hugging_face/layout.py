@@ -1,14 +1,13 @@
-"""How ``transformers`` lays out a GPT-2: names of tensors, which of them lie the other way round, ``config.json``."""
+"""The layout of a GPT-2 in ``transformers``: tensor names, transposed tensors, and ``config.json``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import CheckpointError
-from pipeline.interop.foreign import preset_of
+from pipeline.interop.foreign import TRANSFORMER_PREFIX, preset_of
 from pipeline.model.gpt2 import INIT_STD, LAYER_NORM_EPS
 
 WEIGHTS_FILE = "model.safetensors"
@@ -18,31 +17,41 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 MODEL_TYPE = "gpt2"
 ARCHITECTURE = "GPT2LMHeadModel"
 
-_PREFIX = "transformer."
 _TRANSPOSED_SUFFIXES = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # of its Conv1D: (in, out)
 
-#: Its keys -> ours.
+#: Keys of config.json -> keys of our model section.
 _SIZE_KEYS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_positions": "context_length"}
 _DROPOUT_KEYS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
+#: Keys of config.json that change what the model computes, with the values of GPT-2.
+_GPT2_SETTINGS = {
+    "model_type": MODEL_TYPE,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": LAYER_NORM_EPS,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+
 
 def hugging_face_name(name: str) -> str:
-    """The key of a parameter in the files of ``GPT2LMHeadModel``."""
-    return _PREFIX + name
+    """Return the key of a parameter in the files of ``GPT2LMHeadModel``."""
+    return TRANSFORMER_PREFIX + name
 
 
 def is_transposed(name: str) -> bool:
-    """Whether a parameter is stored as the transpose of ours."""
+    """Return whether a parameter is stored as the transpose of ours."""
     return name.endswith(_TRANSPOSED_SUFFIXES)
 
 
 def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """``config.json`` of a model whose weights are stored in ``dtype``."""
+    """Return ``config.json`` of a model whose weights are stored in ``dtype``."""
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         **{theirs: getattr(config, ours) for theirs, ours in _SIZE_KEYS.items()},
-        "n_ctx": config.context_length,  # an older name, which OpenAI's own files have too
+        "n_ctx": config.context_length,  # the older name, which OpenAI's own files have too
         "n_inner": None,
         "vocab_size": config.vocab_size,
         "activation_function": "gelu_new",
@@ -61,44 +70,22 @@ def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def to_generation_json(config: ModelConfig) -> dict[str, Any]:
-    """``generation_config.json``: texts begin and end with ``<|endoftext|>``, where the vocabulary has it."""
-    if config.vocab_size != GPT2_VOCAB_SIZE:
-        return {"bos_token_id": None, "eos_token_id": None}
-    return {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
-
-
-@dataclass(frozen=True)
-class _Requirement:
-    """A key that changes what the model computes, its default, and what GPT-2 has."""
-
-    key: str
-    default: Any
-    of_gpt2: Any
-
-
-_REQUIREMENTS = (
-    _Requirement("model_type", None, MODEL_TYPE),
-    _Requirement("activation_function", "gelu_new", "gelu_new"),
-    _Requirement("layer_norm_epsilon", LAYER_NORM_EPS, LAYER_NORM_EPS),
-    _Requirement("scale_attn_weights", True, True),
-    _Requirement("scale_attn_by_inverse_layer_idx", False, False),
-    _Requirement("add_cross_attention", False, False),
-    _Requirement("tie_word_embeddings", True, True),
-)
+    """Return ``generation_config.json``. Texts begin and end with ``<|endoftext|>`` if the vocabulary has it."""
+    token = END_OF_TEXT if config.vocab_size == GPT2_VOCAB_SIZE else None
+    return {"bos_token_id": token, "eos_token_id": token}
 
 
 def from_config_json(content: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    """Our model section of a ``config.json``; what a person should know goes to ``notes``.
+    """Return our model section for a ``config.json``, and append to ``notes`` what the user should know.
 
     Raises:
-        CheckpointError: the model is none of GPT-2's kind, in one line that names the key.
+        CheckpointError: the model is not a GPT-2. The message names the key.
     """
-    for requirement in _REQUIREMENTS:
-        found = content.get(requirement.key, requirement.default)
-        if found != requirement.of_gpt2:
-            raise CheckpointError(
-                f"{where}: '{requirement.key}' is {found!r}; GPT-2 has {requirement.of_gpt2!r}, and no other is read"
-            )
+    for key, expected in _GPT2_SETTINGS.items():
+        # Files may leave out a key with GPT-2's value, but must name the type.
+        found = content.get(key, None if key == "model_type" else expected)
+        if found != expected:
+            raise CheckpointError(f"{where}: '{key}' is {found!r}; GPT-2 has {expected!r}, which is required")
     sizes = {ours: _positive(content, theirs, where) for theirs, ours in _SIZE_KEYS.items()}
     if content.get("n_inner") not in (None, 4 * sizes["n_embd"]):
         raise CheckpointError(
@@ -120,11 +107,11 @@ def _positive(content: dict[str, Any], key: str, where: str) -> int:
 
 
 def _dropout(content: dict[str, Any], notes: list[str]) -> float:
-    """Ours is one number for three places; it matters in training only."""
+    """Return the dropout rate, or 0 if the three rates differ. It matters only in training."""
     rates = [content.get(key, 0.0) for key in _DROPOUT_KEYS]
     if len(set(map(str, rates))) > 1 or not isinstance(rates[0], (int, float)):
         notes.append(f"dropout: {', '.join(_DROPOUT_KEYS)} are {rates}, here it is one number; set to 0")
         return 0.0
     if rates[0]:
-        notes.append(f"dropout: {rates[0]} in training, as the folder says; model.dropout=0 turns it off")
+        notes.append(f"dropout: {rates[0]} in training, as in the folder; model.dropout=0 turns it off")
     return float(rates[0])

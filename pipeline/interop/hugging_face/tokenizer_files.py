@@ -1,7 +1,8 @@
-"""GPT-2's tokenizer as the files that ``AutoTokenizer`` and other programs read, made from its ranks."""
+"""The files of GPT-2's tokenizer that ``AutoTokenizer`` and other programs read."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -11,13 +12,12 @@ END_OF_TEXT_TOKEN = "<|endoftext|>"
 
 
 def tokenizer_files(context_length: int) -> dict[str, str]:
-    """Contents of the files by name."""
+    """Return the contents of the files by name."""
     vocabulary, merges = _vocabulary_and_merges()
+    special_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT_TOKEN)
     settings = {
         "add_prefix_space": False,
-        "bos_token": END_OF_TEXT_TOKEN,
-        "eos_token": END_OF_TEXT_TOKEN,
-        "unk_token": END_OF_TEXT_TOKEN,
+        **special_tokens,
         "model_max_length": context_length,
         "tokenizer_class": "GPT2Tokenizer",
     }
@@ -26,15 +26,12 @@ def tokenizer_files(context_length: int) -> dict[str, str]:
         "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges), ""]),
         "tokenizer.json": json.dumps(_tokenizer_json(vocabulary, merges), indent=1, ensure_ascii=False),
         "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(
-            {key: END_OF_TEXT_TOKEN for key in ("bos_token", "eos_token", "unk_token")}, indent=2
-        )
-        + "\n",
+        "special_tokens_map.json": json.dumps(special_tokens, indent=2) + "\n",
     }
 
 
 def _vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Tokens in printable characters -> ids, and the pairs whose merging makes each but the single bytes."""
+    """Return the ids of all tokens in printable characters, and the pair that each longer token is merged from."""
     tokens = load_tokenizer().token_bytes
     printable = {byte: char for char, byte in byte_of_printable().items()}
     ranks = {token: rank for rank, token in enumerate(tokens)}
@@ -49,17 +46,17 @@ def _vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that a token is merged from: what byte-pair encoding makes of it with the earlier ranks."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        pair_ranks = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:], strict=False)]
+    """Return the two tokens that a token is merged from, by byte-pair encoding it with the ranks before its own."""
+    pieces = [bytes([byte]) for byte in token]
+    while len(pieces) > 2:
+        pair_ranks = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(pieces)]
         at = pair_ranks.index(min(pair_ranks))
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts[0], parts[1]
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    return pieces[0], pieces[1]
 
 
 def _tokenizer_json(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> dict[str, Any]:
-    """The format of the library ``tokenizers``."""
+    """Return the contents of ``tokenizer.json``, in the format of the library ``tokenizers``."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     end_of_text = {
         "id": END_OF_TEXT,

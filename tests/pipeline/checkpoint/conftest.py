@@ -1,9 +1,11 @@
-"""A small trained backend, its checkpoints, and ways to craft others. All in one process."""
+"""A small trained backend in one process, its checkpoints, and functions that craft malformed ones."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,20 +13,25 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.backends import Backend
 from pipeline.backends.ddp import DdpBackend
-from pipeline.checkpoint import TrainingState, save_checkpoint
+from pipeline.checkpoint import TrainingState, find_damage, load_training_state, load_weights, save_checkpoint
+from pipeline.checkpoint.pieces import KINDS, index_pieces
 from pipeline.config.loading import dump_config
-from pipeline.distributed.world import World
+from pipeline.distributed.world import World, join_world
+from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import build_model
 from tests.pipeline.conftest import random_tokens, tiny_config
 
 MANIFEST, STATE = "manifest.json", "state.json"
 WEIGHTS, MOMENTS = "rank_00000_weights.safetensors", "rank_00000_moments.safetensors"
 FILES = [MANIFEST, MOMENTS, WEIGHTS, STATE]
+
+POSITIONS = "wpe.weight"
 
 Save = Callable[..., Path]
 
@@ -42,7 +49,7 @@ def train_steps(backend: Backend, steps: int, first_seed: int = 0) -> None:
 
 
 def updates_of(backend: DdpBackend) -> int:
-    """AdamW's own step count, the same for all parameters."""
+    """Return AdamW's step count, which is the same for all parameters."""
     counts = {state["step"].item() for state in backend.optimizer.state.values()} or {0}
     assert len(counts) == 1
     return int(counts.pop())
@@ -53,7 +60,7 @@ def state_of(backend: DdpBackend, step: int) -> TrainingState:
 
 
 def contents(backend: Backend) -> dict[str, Tensor]:
-    """Weights and moments by name, as copies."""
+    """Return copies of the weights and moments by name."""
     return {
         f"{fragment.name} {kind}": getattr(fragment, kind).clone()
         for fragment in backend.fragments()
@@ -69,7 +76,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 @contextmanager
 def unchanged(backend: DdpBackend) -> Iterator[None]:
-    """What happens inside leaves the training state as it was."""
+    """Assert that the block leaves the training state unchanged."""
     before, updates, scaler = contents(backend), updates_of(backend), vars(backend.loss_scaler).copy()
     yield
     assert_same(contents(backend), before)
@@ -78,7 +85,7 @@ def unchanged(backend: DdpBackend) -> Iterator[None]:
 
 @pytest.fixture
 def backend(world: World) -> DdpBackend:
-    """A model with three steps of training behind it."""
+    """Return a backend after three training steps."""
     trained = make_backend(world, seed=1)
     train_steps(trained, 3)
     return trained
@@ -92,8 +99,22 @@ def save(tmp_path: Path, world: World, backend: DdpBackend) -> Save:
     return save_step
 
 
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the whole tensors of a checkpoint by kind and name."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    tensors = {}
+    for kind in KINDS:
+        for name, pieces in index_pieces(folder, manifest)[kind].items():
+            elements = []
+            for piece in pieces:
+                with safe_open(piece.file, framework="pt") as file:
+                    elements.append(file.get_tensor(piece.key).reshape(-1))
+            tensors[f"{kind} {name}"] = torch.cat(elements).view(manifest["parameters"][name])
+    return tensors
+
+
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest as someone would who knows how to seal it."""
+    """Change the manifest and give it its correct hash."""
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["sha256"]
     change(manifest)
@@ -115,7 +136,7 @@ def seal(folder: Path) -> None:
 
 
 def edit_tensors(folder: Path, file: str, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Change the tensors of one file, and seal."""
+    """Change the tensors of one file, and update the manifest."""
     tensors = load_file(folder / file)
     change(tensors)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / file)
@@ -123,8 +144,45 @@ def edit_tensors(folder: Path, file: str, change: Callable[[dict[str, Tensor]], 
 
 
 def edit_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change ``state.json``, and seal."""
+    """Change ``state.json``, and update the manifest."""
     state = json.loads((folder / STATE).read_text())
     change(state)
     (folder / STATE).write_text(json.dumps(state))
     seal(folder)
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint to copy, so that each test saves the time of training and saving."""
+    run_folder = tmp_path_factory.mktemp("run")
+    config = tiny_config()
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("DS_ACCELERATOR", "cpu")):
+            environment.setenv(name, value)
+        with join_world(config.run) as world:
+            trained = make_backend(world, seed=1)
+            train_steps(trained, 1)
+            return save_checkpoint(run_folder, state_of(trained, 3), dump_config(config), trained, world, 1)
+
+
+@pytest.fixture
+def folder(untouched: Path, tmp_path: Path) -> Path:
+    """Return a checkpoint to change."""
+    return Path(shutil.copytree(untouched, tmp_path / "checkpoints" / untouched.name))
+
+
+def assert_rejected(folder: Path, world: World, place: Path, message: str, *, weights_too: bool = True) -> None:
+    """Assert that verifying and loading fail with one line that names ``place``, and that loading changes nothing."""
+    found = find_damage(folder)
+    assert found is not None
+    target = make_backend(world, seed=2)
+    with unchanged(target):
+        with pytest.raises(CheckpointError) as loading:
+            load_training_state(folder, target)
+        lines = [found, str(loading.value)]
+        if weights_too:
+            with pytest.raises(CheckpointError) as loading:
+                load_weights(folder, {name: p.detach() for name, p in target.model.named_parameters()})
+            lines.append(str(loading.value))
+    for line in lines:
+        assert line.startswith(f"{place}: ") and re.search(message, line) and "\n" not in line, line

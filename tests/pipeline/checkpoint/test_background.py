@@ -1,4 +1,4 @@
-"""Saving while training goes on writes the state of the moment when it began, one checkpoint at a time."""
+"""A background save writes the state at its start, one checkpoint at a time, while training continues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint import BackgroundSaver, background, find_damage, list_checkpoints, load_training_state
-from pipeline.checkpoint.folder import checkpoint_folder
+from pipeline.checkpoint.layout import checkpoint_folder
 from pipeline.checkpoint.snapshot import SnapshotTaker
 from pipeline.distributed.world import World
 from tests.pipeline.checkpoint.conftest import (
@@ -38,22 +38,22 @@ def make_saver(tmp_path: Path, backend: DdpBackend, world: World) -> MakeSaver:
 
 
 class SlowDisk:
-    """Writing waits until it is let go on; says how many writes there were at most at the same time."""
+    """Blocks every write until ``released`` is set, and counts concurrent writes."""
 
     def __init__(self) -> None:
-        self.goes_on = threading.Event()
-        self.begun: list[int] = []
-        self.most_at_once = 0
+        self.released = threading.Event()
+        self.started: list[int] = []
+        self.max_concurrent = 0
         self._now = 0
         self._lock = threading.Lock()
         self._write = background.write_checkpoint
 
     def write(self, run_folder: Path, snapshot: Any, *rest: Any) -> Any:
         with self._lock:
-            self.begun.append(snapshot.state.step)
+            self.started.append(snapshot.state.step)
             self._now += 1
-            self.most_at_once = max(self.most_at_once, self._now)
-        assert self.goes_on.wait(30)
+            self.max_concurrent = max(self.max_concurrent, self._now)
+        assert self.released.wait(30)
         try:
             return self._write(run_folder, snapshot, *rest)
         finally:
@@ -66,12 +66,12 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDisk]:
     disk = SlowDisk()
     monkeypatch.setattr(background, "write_checkpoint", disk.write)
     yield disk
-    disk.goes_on.set()
+    disk.released.set()
 
 
 class TestWhatIsSaved:
     @pytest.mark.parametrize("precision", ["fp32", "amp_fp16"])
-    def test_it_is_the_state_of_the_moment_though_training_goes_on(
+    def test_it_is_the_state_at_the_start_although_training_continues(
         self, tmp_path: Path, world: World, slow_disk: SlowDisk, precision: str
     ) -> None:
         trained = make_backend(world, seed=1, run={"precision": precision})
@@ -80,7 +80,7 @@ class TestWhatIsSaved:
         before, state = contents(trained), state_of(trained, 3)
         saver.start(state)
         train_steps(trained, 3, first_seed=50)
-        slow_disk.goes_on.set()
+        slow_disk.released.set()
         (outcome,) = saver.wait()
         assert outcome.saved is not None and outcome.saved.folder == checkpoint_folder(tmp_path, 3)
         other = make_backend(world, seed=2, run={"precision": precision})
@@ -89,8 +89,8 @@ class TestWhatIsSaved:
         assert updates_of(other) == 3
         assert not all(before[name].equal(tensor) for name, tensor in contents(trained).items())
 
-    def test_the_next_one_is_of_its_own_moment(self, make_saver: MakeSaver, backend: DdpBackend, world: World) -> None:
-        """Though both are copied into the same buffers."""
+    def test_each_save_has_its_own_state(self, make_saver: MakeSaver, backend: DdpBackend, world: World) -> None:
+        """All snapshots are copied into the same buffers."""
         saver, moments = make_saver(), []
         for step in (4, 5, 6):
             train_steps(backend, 1, first_seed=step)
@@ -102,7 +102,7 @@ class TestWhatIsSaved:
             assert load_training_state(checkpoint_folder(saver.run_folder, state.step), other) == state
             assert_same(contents(other), expected)
 
-    def test_it_is_what_saving_without_a_thread_writes(self, make_saver: MakeSaver, backend: DdpBackend) -> None:
+    def test_it_writes_the_same_files_as_a_synchronous_save(self, make_saver: MakeSaver, backend: DdpBackend) -> None:
         files = []
         for asynchronous in (True, False):
             saver = make_saver(asynchronous=asynchronous)
@@ -112,7 +112,7 @@ class TestWhatIsSaved:
             files.append([path.read_bytes() for path in sorted(outcome.saved.folder.glob("*.safetensors"))])
         assert files[0] == files[1] and len(files[0]) == 2
 
-    def test_older_ones_go(self, make_saver: MakeSaver, backend: DdpBackend) -> None:
+    def test_older_checkpoints_are_deleted(self, make_saver: MakeSaver, backend: DdpBackend) -> None:
         saver = make_saver(keep_last=2)
         for step in (1, 2, 3, 4):
             saver.start(state_of(backend, step))
@@ -121,11 +121,15 @@ class TestWhatIsSaved:
 
 
 class TestBuffers:
-    def test_they_are_used_again_and_are_not_the_models(self, backend: DdpBackend, world: World) -> None:
+    def test_they_are_reused_and_do_not_share_memory_with_the_model(self, backend: DdpBackend, world: World) -> None:
         taker = SnapshotTaker(backend, world)
         first, second = taker.take(state_of(backend, 1)), taker.take(state_of(backend, 2))
         places = [
-            {(part, key): tensor.data_ptr() for part, tensors in taken.parts.items() for key, tensor in tensors.items()}
+            {
+                (group, key): tensor.data_ptr()
+                for group, tensors in taken.groups.items()
+                for key, tensor in tensors.items()
+            }
             for taken in (first, second)
         ]
         assert places[0] == places[1]
@@ -145,15 +149,15 @@ class TestOneAtATime:
         with ThreadPoolExecutor(1) as training:
             second = training.submit(saver.start, state_of(backend, 2))
             assert wait([second], timeout=0.2).not_done
-            assert slow_disk.begun == [1]
-            slow_disk.goes_on.set()
+            assert slow_disk.started == [1]
+            slow_disk.released.set()
             (outcome,) = second.result(timeout=30)
         assert outcome.step == 1 and outcome.saved is not None and find_damage(outcome.saved.folder) is None
         (outcome,) = saver.wait()
         assert outcome.step == 2
-        assert outcome.pause_s >= 0.2, "the wait for the save before belongs to the pause"
-        assert slow_disk.begun == [1, 2]
-        assert slow_disk.most_at_once == 1
+        assert outcome.pause_s >= 0.2, "the wait for the previous save is part of the pause"
+        assert slow_disk.started == [1, 2]
+        assert slow_disk.max_concurrent == 1
 
     def test_poll_never_waits_and_gives_an_outcome_once(
         self, make_saver: MakeSaver, backend: DdpBackend, slow_disk: SlowDisk
@@ -164,7 +168,7 @@ class TestOneAtATime:
         assert saver.last_step == 1
         assert saver.poll() == saver.poll() == []
         assert list_checkpoints(saver.run_folder) == []
-        slow_disk.goes_on.set()
+        slow_disk.released.set()
         outcomes = saver.poll()
         for _ in range(3000):
             if outcomes:
@@ -179,7 +183,7 @@ class TestOneAtATime:
 
 
 class TestSynchronous:
-    def test_the_checkpoint_stands_when_start_returns(self, make_saver: MakeSaver, backend: DdpBackend) -> None:
+    def test_the_checkpoint_is_complete_when_start_returns(self, make_saver: MakeSaver, backend: DdpBackend) -> None:
         saver = make_saver(asynchronous=False)
         for step in (1, 2):
             saver.start(state_of(backend, step))
@@ -198,7 +202,7 @@ class TestSynchronous:
 
 class TestFailure:
     @pytest.mark.parametrize("asked", ["wait", "the next start"])
-    def test_a_failing_save_is_told_and_later_ones_work(
+    def test_a_failed_save_is_reported_and_later_ones_work(
         self, make_saver: MakeSaver, backend: DdpBackend, asked: str
     ) -> None:
         saver = make_saver(keep_last=1)

@@ -1,4 +1,4 @@
-"""What goes and what stays: never the last one that verifies, and never a part of one under its name."""
+"""Deletion always leaves a checkpoint that verifies, and never an incomplete one under its name."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ class TestKeepLast:
         assert steps(tmp_path) == [5, 9, 10, 11, 100][-keep_last:]
         assert len(names(tmp_path)) == keep_last
 
-    def test_they_are_ordered_by_step_and_not_by_name(self, save: Save, tmp_path: Path) -> None:
+    def test_they_are_ordered_by_step_not_by_name(self, save: Save, tmp_path: Path) -> None:
         for step in (99_999_999, 100_000_000, 100_000_001):
             save(step, keep_last=2)
         assert steps(tmp_path) == [100_000_000, 100_000_001]
 
-    def test_a_run_that_went_back_keeps_what_it_writes(self, save: Save, tmp_path: Path) -> None:
+    def test_a_run_that_went_back_keeps_its_new_checkpoints(self, save: Save, tmp_path: Path) -> None:
         for step in (5, 10, 15, 6, 7):
             save(step, keep_last=3)
         assert steps(tmp_path) == [5, 6, 7, 10, 15]
         save(8, keep_last=1)
         assert steps(tmp_path) == [8, 10, 15]
 
-    def test_nothing_is_deleted_until_the_newer_one_is_read_back(
+    def test_nothing_is_deleted_until_the_new_one_is_read_back(
         self, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A disk that keeps other bytes than it was given."""
+        """The disk stores other bytes than were written."""
         older = save(1)
 
         def flip_a_bit(path: Path) -> None:
@@ -70,14 +70,14 @@ class TestKeepLast:
             path.write_bytes(content)
 
         monkeypatch.setattr(saving, "fsync_file", flip_a_bit)
-        with pytest.raises(CheckpointError, match=r"step_00000002: rank 0: rank_00000_weights.* not written as it sh"):
+        with pytest.raises(CheckpointError, match=r"step_00000002: rank 0: rank_00000_weights.* not written corr"):
             save(2, keep_last=1)
         assert list((tmp_path / "checkpoints").iterdir()) == [older]
         assert newest_good_checkpoint(tmp_path) == older
 
     @pytest.mark.parametrize("keep_last", [1, 2])
-    def test_one_that_verifies_is_always_left(self, save: Save, tmp_path: Path, keep_last: int) -> None:
-        """Though others were damaged since they were written."""
+    def test_a_good_one_is_always_kept(self, save: Save, tmp_path: Path, keep_last: int) -> None:
+        """The older ones were damaged after they were written."""
         for step in (1, 2, 3, 4):
             for folder in list_checkpoints(tmp_path):
                 (folder / WEIGHTS).write_bytes(b"")
@@ -87,7 +87,7 @@ class TestKeepLast:
             delete_older(tmp_path, newest, keep_last)
         assert newest_good_checkpoint(tmp_path) == newest
 
-    def test_an_older_one_that_cannot_be_deleted_does_not_fail_the_save(
+    def test_a_failed_deletion_does_not_fail_the_save(
         self, save: Save, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         older = save(1)
@@ -100,7 +100,7 @@ class TestKeepLast:
 
 
 class TestDeletion:
-    def test_a_part_of_a_checkpoint_never_stands_under_its_name(
+    def test_an_incomplete_checkpoint_never_has_its_final_name(
         self, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         older, newer = save(1), save(2)
@@ -118,17 +118,21 @@ class TestDeletion:
         remove_leftovers(tmp_path)
         assert names(tmp_path) == [older.name]
 
-    def test_a_process_killed_while_it_deletes_leaves_no_part_under_a_name(self, save: Save, tmp_path: Path) -> None:
+    def test_a_process_killed_while_it_deletes_leaves_only_complete_checkpoints(
+        self, save: Save, tmp_path: Path
+    ) -> None:
         for step in (1, 2, 3):
             save(step)
         script = (
-            "import os, signal, sys; from pathlib import Path; from pipeline.checkpoint import retention\n"
+            "import os, signal, sys\n"
+            "from pathlib import Path\n"
+            "from pipeline.checkpoint import list_checkpoints, retention\n"
             "unlink, removed = os.unlink, []\n"
             "def die_after_two(*args, **options):\n"
             "    unlink(*args, **options); removed.append(args)\n"
             "    if len(removed) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
             "os.unlink = die_after_two\n"
-            "run = Path(sys.argv[1]); retention.delete_older(run, retention.list_checkpoints(run)[-1], 1)\n"
+            "run = Path(sys.argv[1]); retention.delete_older(run, list_checkpoints(run)[-1], 1)\n"
         )
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, check=False, timeout=60)
@@ -139,7 +143,7 @@ class TestDeletion:
             (3, None),
         ]
 
-    def test_of_a_checkpoint_on_another_disk_the_link_goes(self, save: Save, tmp_path: Path) -> None:
+    def test_for_a_checkpoint_on_another_disk_only_the_link_is_deleted(self, save: Save, tmp_path: Path) -> None:
         linked, newer = save(1), save(2)
         elsewhere = linked.rename(tmp_path / "elsewhere")
         linked.symlink_to(elsewhere)
@@ -159,7 +163,7 @@ class TestLeftovers:
         remove_leftovers(tmp_path)
         assert list((tmp_path / "checkpoints").iterdir()) == [folder]
 
-    def test_a_leftover_of_the_same_step_is_written_over(self, save: Save, tmp_path: Path) -> None:
+    def test_a_leftover_of_the_same_step_is_replaced(self, save: Save, tmp_path: Path) -> None:
         leftover = tmp_path / "checkpoints" / ".step_00000003.partial"
         leftover.mkdir(parents=True)
         (leftover / "rank_00007_weights.safetensors").write_bytes(b"of more ranks")
@@ -168,7 +172,7 @@ class TestLeftovers:
         assert list((tmp_path / "checkpoints").iterdir()) == [folder]
         assert len(list(folder.iterdir())) == 4
 
-    def test_what_is_none_is_left_alone(self, save: Save, tmp_path: Path) -> None:
+    def test_other_files_are_kept(self, save: Save, tmp_path: Path) -> None:
         folder = save()
         (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
         (tmp_path / "checkpoints" / "step_00000009.keep").mkdir()
@@ -183,7 +187,7 @@ class TestLeftovers:
 
 
 class TestSettingAside:
-    def test_later_ones_are_renamed_and_stay_whole(
+    def test_later_ones_are_renamed_and_stay_good(
         self, save: Save, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         kept = [save(1), save(2)]
@@ -204,14 +208,14 @@ class TestSettingAside:
         save(2, keep_last=1)
         assert names(tmp_path) == ["step_00000002", "step_00000002.abandoned", "step_00000003.abandoned"]
 
-    def test_none_set_aside_before_is_lost(self, save: Save, tmp_path: Path) -> None:
+    def test_one_set_aside_before_is_kept(self, save: Save, tmp_path: Path) -> None:
         for _ in range(2):
             save(1)
             set_aside_after(tmp_path, 0)
         assert names(tmp_path) == ["step_00000001.abandoned", "step_00000001.abandoned-2"]
         assert [find_damage(folder) for folder in list_abandoned(tmp_path)] == [None, None]
 
-    def test_of_the_step_that_is_the_origin_the_other_branch_goes(self, save: Save, tmp_path: Path) -> None:
+    def test_another_branch_of_the_same_step_is_set_aside(self, save: Save, tmp_path: Path) -> None:
         origin = save(2).rename(tmp_path / "checkpoints" / "step_00000002.abandoned")
         other = save(2)
         set_aside_after(tmp_path, 2, other)
@@ -220,7 +224,7 @@ class TestSettingAside:
         assert list_checkpoints(tmp_path) == []
         assert names(tmp_path) == ["step_00000002.abandoned", "step_00000002.abandoned-2"]
 
-    def test_one_set_aside_can_be_named_again(self, save: Save, tmp_path: Path) -> None:
+    def test_one_set_aside_can_be_renamed_back(self, save: Save, tmp_path: Path) -> None:
         abandoned = save(2).with_name("step_00000002.abandoned")
         set_aside_after(tmp_path, 1)
         assert find_damage(abandoned) is None

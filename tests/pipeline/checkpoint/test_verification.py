@@ -1,4 +1,4 @@
-"""A damaged checkpoint is found, named, and passed over."""
+"""A damaged checkpoint is found, named and skipped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.pipeline.checkpoint.conftest import FILES, MANIFEST, STATE, WEIGHTS, 
 def truncate(path: Path) -> None:
     content = path.read_bytes()
     if path.name == MANIFEST:
-        content = content.rstrip()  # its last byte means nothing, and no hash is kept of it elsewhere
+        content = content.rstrip()  # its last byte is a newline, which its own hash does not cover
     path.write_bytes(content[:-1])
 
 
@@ -45,7 +45,7 @@ def make_a_folder(path: Path) -> None:
 
 
 def link_to_a_copy(path: Path) -> None:
-    """The contents are right, but another file's, which may change at any time."""
+    """The contents are right, but belong to another file, which may change at any time."""
     elsewhere = path.parent.parent.parent / f"elsewhere_{path.name}"
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
@@ -81,8 +81,8 @@ def test_a_link_to_nothing_is_found(save: Save) -> None:
     assert str(folder / WEIGHTS) in str(find_damage(folder))
 
 
-def test_a_checkpoint_on_another_disk_may_be_linked_to(save: Save, tmp_path: Path) -> None:
-    """The folder is the user's to place; what is in it stays together."""
+def test_a_checkpoint_folder_may_be_a_link(save: Save, tmp_path: Path) -> None:
+    """The folder may be a link; the files in it may not."""
     folder = save()
     elsewhere = folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(elsewhere)
@@ -113,7 +113,7 @@ def test_no_bit_of_another_file_can_change_unnoticed(save: Save, file: str) -> N
         assert str(path) in str(find_damage(path.parent)), at
 
 
-def test_all_damaged_is_none_at_all(save: Save, tmp_path: Path) -> None:
+def test_if_all_are_damaged_there_is_no_checkpoint(save: Save, tmp_path: Path) -> None:
     (save() / STATE).unlink()
     assert newest_good_checkpoint(tmp_path) is None
     with pytest.raises(CheckpointError, match="no checkpoint here"):
@@ -121,7 +121,7 @@ def test_all_damaged_is_none_at_all(save: Save, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["nowhere", "a_file", "an_empty_folder"])
-def test_a_place_without_checkpoints(tmp_path: Path, place: str) -> None:
+def test_a_path_without_checkpoints(tmp_path: Path, place: str) -> None:
     (tmp_path / "a_file").write_text("x")
     (tmp_path / "an_empty_folder").mkdir()
     assert newest_good_checkpoint(tmp_path / place) is None
@@ -140,12 +140,12 @@ def test_another_format_version_is_refused(save: Save) -> None:
 def test_a_malformed_manifest_is_one_line(save: Save, key: str, value: Any) -> None:
     folder = save()
     edit_manifest(folder, lambda manifest: manifest.update({key: value}))
-    with pytest.raises(CheckpointError, match=r"manifest\.json: (malformed|'a' is no file)"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json: (malformed|'a' is not a file)"):
         read_manifest(folder)
     assert "\n" not in str(find_damage(folder))
 
 
-def test_a_manifest_of_what_is_no_checkpoint_is_one_line(save: Save, corpus: Path) -> None:
+def test_a_manifest_of_something_else_is_one_line(save: Save, corpus: Path) -> None:
     """Token shards have a manifest.json too."""
     with pytest.raises(CheckpointError, match=r"manifest\.json: "):
         locate_checkpoint(corpus)

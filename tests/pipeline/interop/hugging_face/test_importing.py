@@ -1,4 +1,4 @@
-"""A folder of ``transformers`` becomes a run: the same weights, and what is not GPT-2 is refused."""
+"""A folder of ``transformers`` is imported with the same weights, and anything but GPT-2 is rejected."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.checkpoint import read_state
-from pipeline.checkpoint.loading import LoadedModel, load_model
+from pipeline.checkpoint import LoadedModel, load_model, read_state
 from pipeline.config.loading import load_config
 from pipeline.errors import CheckpointError
-from pipeline.interop.hugging_face import hub
 from pipeline.interop.hugging_face.exporting import export_checkpoint
-from pipeline.interop.hugging_face.importing import import_folder
+from pipeline.interop.hugging_face.importing import find_folder, import_folder
 from pipeline.model.gpt2 import GPT2
 from tests.pipeline.conftest import largest_file, random_tokens
 
@@ -44,7 +42,7 @@ def test_export_and_import_are_the_identity(text_model: GPT2, exported: Path, tm
     assert (again / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
 
 
-def test_the_run_begins_at_step_0(exported: Path, tmp_path: Path) -> None:
+def test_the_run_starts_at_step_0(exported: Path, tmp_path: Path) -> None:
     conversion = import_folder(str(exported), tmp_path / "run")
     state, _ = read_state(conversion.saved.folder)
     assert (state.step, state.samples, state.tokens, state.updates) == (0, 0, 0, 0)
@@ -56,14 +54,14 @@ def test_the_run_begins_at_step_0(exported: Path, tmp_path: Path) -> None:
     assert "step 0: " in str(conversion)
 
 
-def test_what_transformers_saves_whole_or_in_shards(theirs: Any, text_model: GPT2, tmp_path: Path) -> None:
+def test_a_model_that_transformers_saved_in_shards(theirs: Any, text_model: GPT2, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     assert_same(imported(tmp_path / "shards", tmp_path / "run").model, text_model)
 
 
 def as_openai_published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without a prefix, with the causal masks, without the head: as openai-community/gpt2 has them."""
+    """Return the tensors as in openai-community/gpt2: no prefix, with the causal masks, no output layer."""
     bare = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
     masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
     return {**bare, **masks, "h.0.attn.masked_bias": torch.tensor(-1e4)}
@@ -107,7 +105,7 @@ def test_logits_of_their_model_are_ours(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small folder to break."""
+    """Return a small folder to copy and damage."""
     folder = tmp_path_factory.mktemp("small")
     transformers = pytest.importorskip("transformers")
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES)).save_pretrained(folder)
@@ -142,17 +140,23 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
     (setting("n_inner", 99), "'n_inner' is 99; GPT-2 has 32, 4 n_embd"),
     (setting("n_layer", None), "'n_layer' must be a whole number from 1, it is None"),
     (setting("n_head", 3), r"n_embd \(8\) must be a multiple of n_head \(3\)"),
-    (setting("n_layer", 2), "'transformer.h.1.ln_1.weight' is missing; 'config.json' ask"),
+    (setting("n_layer", 2), "'transformer.h.1.ln_1.weight' is missing; 'config.json' requires it"),
     (setting("n_embd", 16), r"has shape \[89, 8\], expected \[89, 16\]"),
     (setting("vocab_size", 90), r"'transformer.wte.weight' has shape \[89, 8\], expected \[90, 8\]"),
-    (lambda folder: (folder / "config.json").write_text("{"), "config.json: is not valid JSON"),
-    (lambda folder: (folder / "config.json").write_text("[]"), "config.json: must hold a JSON object"),
-    (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors and no pytorch_model.bin"),
+    (lambda folder: (folder / "config.json").write_text("{"), "config.json: cannot be read .Expecting property name"),
+    (lambda folder: (folder / "config.json").write_text("[]"), "config.json: expected a JSON object"),
+    (
+        lambda folder: (folder / "config.json").unlink(),
+        "config.json: missing; expected a folder of a Hugging Face model",
+    ),
+    (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors nor pytorch_model.bin"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"12"), "model.safetensors: cannot be read"),
     (tensors(lambda t: t.update({"lm_head.weight": torch.ones(89, 8)})), "'lm_head.weight' differs from"),
-    (tensors(lambda t: t.update({"score.weight": torch.ones(2, 8)})), "'transformer.score.weight' has no place"),
-    (tensors(lambda t: t.update({"wpe.weight": torch.ones(16, 8)})), "stands twice, with and without a prefix"),
+    (
+        tensors(lambda t: t.update({"score.weight": torch.ones(2, 8)})),
+        "'transformer.score.weight' does not exist in the GPT-2",
+    ),
+    (tensors(lambda t: t.update({"wpe.weight": torch.ones(16, 8)})), "is stored twice, with and without a prefix"),
     (
         tensors(lambda t: t.update({"transformer.wpe.weight": torch.ones(16, 8, dtype=torch.int8)})),
         "'transformer.wpe.weight' is torch.int8",
@@ -162,7 +166,7 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
             (folder / "model.safetensors").rename(folder / "other.safetensors")
             and (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}')
         ),
-        "names '../b', which is no file beside it",
+        "names '../b', which is not a file beside it",
     ),
     (
         lambda folder: (
@@ -175,12 +179,14 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN)
-def test_what_is_not_gpt2_is_one_line(damage: Callable[[Path], Any], message: str, small: Path, tmp_path: Path) -> None:
+def test_anything_but_gpt2_is_one_line(
+    damage: Callable[[Path], Any], message: str, small: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(small, tmp_path / "small")
     damage(folder)
     with pytest.raises(Exception, match=message) as caught:
         import_folder(str(folder), tmp_path / "run")
-    assert hasattr(caught.value, "exit_status")  # a user's mistake, and no defect
+    assert hasattr(caught.value, "exit_status")  # a user's mistake, not a defect
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
@@ -196,7 +202,7 @@ def test_a_full_disk_leaves_no_checkpoint(small: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_a_name_is_asked_of_the_hub(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_is_downloaded_from_the_hub(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     asked = []
@@ -218,6 +224,6 @@ def test_without_a_network_a_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(CheckpointError, match="no such folder here, and the hub .*ConnectionError: no route to host"):
-        hub.folder_of("openai-community/gpt2")
+        find_folder("openai-community/gpt2")
     with pytest.raises(CheckpointError, match="--from-hf ./nowhere: no such folder"):
-        hub.folder_of("./nowhere")
+        find_folder("./nowhere")

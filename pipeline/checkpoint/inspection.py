@@ -1,0 +1,218 @@
+"""Describing a checkpoint, or the checkpoints of a run. Nothing is hashed or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint.layout import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    format_size,
+    is_checkpoint,
+    list_checkpoints,
+    parse_tensor_file,
+    read_manifest,
+    size_of_file,
+    size_of_folder,
+)
+from pipeline.checkpoint.pieces import GROUPS
+from pipeline.checkpoint.retention import list_abandoned, list_leftovers
+from pipeline.checkpoint.state import config_section, read_state_file
+from pipeline.checkpoint.verification import find_size_damage, no_checkpoint_error
+from pipeline.errors import CheckpointError
+
+_MAX_RANKS_SHOWN = 8
+_MODEL_SIZES = ("preset", "n_layer", "n_head", "n_embd", "context_length", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The contents of a checkpoint's JSON files, and the sizes of its files in bytes."""
+
+    step: int
+    samples: int
+    tokens: int
+    updates: int
+    loss_scale: float | None
+    skipped_samples: tuple[tuple[int, int], ...]  # [first, stop) of batches that rollbacks skip
+    rollbacks: int
+    precision: str
+    backend: str
+    world_size: int  # of the run that wrote it
+    model: dict[str, Any]  # preset and sizes
+    parameters: int  # counts the tied weight once and no padding rows
+    versions: dict[str, str]
+    ranks: list[dict[str, int]]  # per rank: rank, weights, moments
+    state_bytes: int  # the JSON files
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """A description of one checkpoint."""
+
+    path: Path
+    bytes: int
+    problem: str | None  # a file that is missing or has the wrong size, or JSON that cannot be read
+    contents: Contents | None  # None if the JSON cannot be read
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {**asdict(self), "path": str(self.path)}
+
+    def __str__(self) -> str:
+        rows = [*_content_rows(self.contents)] if self.contents else []
+        rows += [("total", format_size(self.bytes)), ("files", self.problem or "all there, of the right sizes")]
+        return "\n".join([str(self.path), *(f"  {label:<11}{text}" for label, text in rows)])
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """A description of all checkpoints of a run, oldest first, and of other folders beside them."""
+
+    path: Path
+    checkpoints: list[CheckpointReport]
+    leftovers: list[Path]  # of interrupted saves and deletions
+    abandoned: list[Path]  # set aside when the run went back
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "path": str(self.path),
+            "checkpoints": [report.to_json() for report in self.checkpoints],
+            **{
+                kind: [{"path": str(folder), "bytes": size_of_folder(folder)} for folder in folders]
+                for kind, folders in (("leftovers", self.leftovers), ("abandoned", self.abandoned))
+            },
+        }
+
+    def __str__(self) -> str:
+        total = sum(report.bytes for report in self.checkpoints)
+        lines = [f"{self.path}: checkpoints {len(self.checkpoints)}, {format_size(total)}"]
+        if self.checkpoints:
+            lines.append(f"  {'checkpoint':<24}{'size':>10}  {'ranks':>5}  {'backend':<20}files")
+        lines += [_table_row(report) for report in self.checkpoints]
+        for what, folders in (
+            ("left by an interrupted save or deletion", self.leftovers),
+            ("set aside when the run went back", self.abandoned),
+        ):
+            lines += [f"  {folder.name:<24}{format_size(size_of_folder(folder)):>10}  {what}" for folder in folders]
+        return "\n".join(lines)
+
+
+def inspect(path: Path) -> CheckpointReport | RunReport:
+    """Describe a checkpoint folder, or a run folder with its checkpoints.
+
+    Raises:
+        CheckpointError: the path is neither, or the checkpoint's JSON cannot be read.
+    """
+    if is_checkpoint(path):
+        report = _inspect_checkpoint(path)
+        if report.contents is None:
+            raise CheckpointError(f"{report.problem}; give another checkpoint")
+        return report
+    checkpoints = [_inspect_checkpoint(folder) for folder in list_checkpoints(path)]
+    run = RunReport(path, checkpoints, list_leftovers(path), list_abandoned(path))
+    if not (run.checkpoints or run.leftovers or run.abandoned):
+        raise no_checkpoint_error(path)
+    return run
+
+
+def _inspect_checkpoint(folder: Path) -> CheckpointReport:
+    problem, contents = None, None
+    try:
+        manifest = read_manifest(folder)
+        contents = _read_contents(folder, manifest)
+        problems = (find_size_damage(folder / name, entry) for name, entry in manifest["files"].items())
+        problem = next(filter(None, problems), None)
+    except CheckpointError as error:
+        problem = str(error)
+    return CheckpointReport(folder, size_of_folder(folder), problem, contents)
+
+
+def _read_contents(folder: Path, manifest: dict[str, Any]) -> Contents:
+    state = read_state_file(folder)
+    training, model = state.training, config_section(state.config, "model")
+    return Contents(
+        training.step,
+        training.samples,
+        training.tokens,
+        training.updates,
+        training.loss_scale,
+        training.guard.skipped_samples,
+        training.guard.rollbacks,
+        str(config_section(state.config, "run").get("precision", "unknown")),
+        _backend_name(config_section(state.config, "backend")),
+        state.world_size,
+        {key: model[key] for key in _MODEL_SIZES if key in model},
+        _count_parameters(manifest["parameters"], model.get("vocab_size")),
+        state.versions,
+        _sizes_per_rank(folder, manifest["files"]),
+        sum(size_of_file(folder / name) for name in (STATE_FILE, MANIFEST_FILE)),
+    )
+
+
+def _backend_name(backend: dict[str, Any]) -> str:
+    name = str(backend.get("name", "unknown"))
+    stage = config_section(config_section(backend, "deepspeed"), "zero_optimization").get("stage")
+    return name if stage is None else f"{name} ZeRO-{stage}"
+
+
+def _count_parameters(shapes: dict[str, list[int]], vocab_size: Any) -> int:
+    """Return the same count as ``pipeline.model.gpt2.parameter_count``, but without a valid config."""
+    counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    if isinstance(vocab_size, int) and "wte.weight" in shapes:
+        counts["wte.weight"] = vocab_size * shapes["wte.weight"][-1]
+    return sum(counts.values())
+
+
+def _sizes_per_rank(folder: Path, files: dict[str, Any]) -> list[dict[str, int]]:
+    sizes: dict[int, dict[str, int]] = {}
+    for name in files:
+        if rank_and_group := parse_tensor_file(name):
+            rank, group = rank_and_group
+            sizes.setdefault(rank, {"rank": rank, **dict.fromkeys(GROUPS, 0)})[group] += size_of_file(folder / name)
+    return [sizes[rank] for rank in sorted(sizes)]
+
+
+def _content_rows(contents: Contents) -> Iterator[tuple[str, str]]:
+    """Yield the label and the text of each line."""
+    without_update = contents.step - contents.updates
+    yield "step", f"{contents.step:,}" + (f", {without_update:,} of them without an update" if without_update else "")
+    yield "updates", f"{contents.updates:,}"
+    yield "samples", f"{contents.samples:,}"
+    yield "tokens", f"{contents.tokens:,}"
+    yield "loss scale", "none" if contents.loss_scale is None else f"{contents.loss_scale:g}"
+    if contents.rollbacks:
+        skipped = ", ".join(f"{first} to {stop - 1}" for first, stop in contents.skipped_samples)
+        yield "rollbacks", f"{contents.rollbacks}, samples left out: {skipped}"
+    sizes = ", ".join(f"{key} {value}" for key, value in contents.model.items() if key != "preset")
+    yield "model", f"{contents.model.get('preset', 'unknown')}, {contents.parameters:,} parameters ({sizes})"
+    yield "precision", contents.precision
+    yield "written by", f"{contents.backend}, world size {contents.world_size}"
+    yield "versions", ", ".join(f"{package} {version}" for package, version in contents.versions.items())
+    yield from _rank_rows(contents.ranks)
+    yield "state", format_size(contents.state_bytes)
+
+
+def _rank_rows(ranks: list[dict[str, int]]) -> Iterator[tuple[str, str]]:
+    if len(ranks) <= _MAX_RANKS_SHOWN:
+        for sizes in ranks:
+            yield f"rank {sizes['rank']}", ", ".join(f"{group} {format_size(sizes[group])}" for group in GROUPS)
+        return
+    extremes = {group: (min(s[group] for s in ranks), max(s[group] for s in ranks)) for group in GROUPS}
+    yield (
+        f"{len(ranks)} ranks",
+        ", ".join(f"{group} {format_size(low)} to {format_size(high)} each" for group, (low, high) in extremes.items()),
+    )
+
+
+def _table_row(report: CheckpointReport) -> str:
+    contents = report.contents
+    world_size, backend = (str(contents.world_size), contents.backend) if contents else ("", "")
+    size = format_size(report.bytes)
+    return f"  {report.path.name:<24}{size:>10}  {world_size:>5}  {backend:<20}{report.problem or 'sizes match'}"

@@ -1,0 +1,138 @@
+"""A checkpoint folder on disk: the names of its files, and its manifest."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from data_tools.storage.files import sha256_of_json
+from pipeline.errors import CheckpointError
+from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+STATE_FILE = "state.json"
+_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+_TENSOR_FILE = re.compile(r"rank_(\d{5,})_(weights|moments)\.safetensors")
+_MAX_ELEMENTS = 1 << 48
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """Return the finished checkpoint folders of a run, oldest first. Nothing is verified."""
+    parent = run_folder / CHECKPOINTS_FOLDER
+    if not parent.is_dir():
+        return []
+    return sorted((folder for folder in parent.iterdir() if _STEP_FOLDER.fullmatch(folder.name)), key=step_of)
+
+
+def checkpoint_folder(run_folder: Path, step: int) -> Path:
+    """Return the path of a step's checkpoint, whether it exists or not."""
+    return run_folder / CHECKPOINTS_FOLDER / f"step_{step:08d}"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a folder is a checkpoint, possibly a damaged one, rather than a run folder."""
+    return any((path / name).is_file() for name in (MANIFEST_FILE, STATE_FILE))
+
+
+def step_of(folder: Path) -> int:
+    """Return the step that a checkpoint folder's name states."""
+    match = _STEP_FOLDER.fullmatch(folder.name)
+    assert match, folder
+    return int(match[1])
+
+
+def tensor_file(rank: int, group: str) -> str:
+    """Return the name of a rank's file of ``weights`` or ``moments``."""
+    return f"rank_{rank:05d}_{group}.safetensors"
+
+
+def parse_tensor_file(name: str) -> tuple[int, str] | None:
+    """Return the rank and the group (``weights`` or ``moments``) in a file name, or None for any other file."""
+    match = _TENSOR_FILE.fullmatch(name)
+    return (int(match[1]), match[2]) if match else None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest and check everything in it that other code relies on.
+
+    Raises:
+        CheckpointError: the manifest is missing, damaged, of another format version, or names a file that is
+            outside the folder or does not belong to a checkpoint.
+    """
+    path = folder / MANIFEST_FILE
+    if path.is_symlink():
+        raise CheckpointError(f"{path}: is a link, which may point outside the folder; expected a file")
+    manifest = read_json_object(path)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        found = manifest.get("format_version")
+        raise CheckpointError(f"{path}: format version {found!r}, this program reads {FORMAT_VERSION}")
+    if manifest.pop("sha256", None) != sha256_of_json(manifest):
+        raise CheckpointError(f"{path}: contents changed (its own SHA-256 differs)")
+    try:
+        for name, entry in manifest["files"].items():
+            if Path(name).name != name:
+                raise CheckpointError(f"{path}: the file name {name!r} points outside the folder")
+            if name != STATE_FILE and parse_tensor_file(name) is None:
+                raise CheckpointError(f"{path}: {name!r} is not a file of a checkpoint")
+            if not isinstance(entry["bytes"], int) or not _SHA256.fullmatch(entry["sha256"]):
+                raise ValueError(f"{name}: expected its size and SHA-256")
+        for shape in manifest["parameters"].values():
+            if not all(isinstance(size, int) and size > 0 for size in shape) or math.prod(shape) > _MAX_ELEMENTS:
+                raise ValueError(f"{shape} is not a shape")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path}: malformed ({error})") from None
+    if STATE_FILE not in manifest["files"]:
+        raise CheckpointError(f"{path}: malformed (does not name {STATE_FILE})")
+    return manifest
+
+
+def bytes_of_tensors(folder: Path) -> int:
+    """Return the size of all ranks' tensor files as stated in the manifest.
+
+    Raises:
+        CheckpointError: the manifest cannot be used.
+    """
+    files = read_manifest(folder)["files"]
+    return sum(entry["bytes"] for name, entry in files.items() if parse_tensor_file(name))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        CheckpointError: the file is missing, cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return content
+
+
+def size_of_file(path: Path) -> int:
+    """Return the size of a file in bytes, or 0 if it does not exist."""
+    with suppress(OSError):
+        return path.lstat().st_size
+    return 0
+
+
+def size_of_folder(folder: Path) -> int:
+    """Return the size of all files below a folder in bytes. A file that disappears meanwhile counts as 0."""
+    return sum(size_of_file(Path(parent, name)) for parent, _, files in os.walk(folder) for name in files)
+
+
+def format_size(size: int) -> str:
+    """Return a number of bytes in the unit that leaves one to three digits before the point."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"

@@ -1,0 +1,97 @@
+"""The position of a run that a checkpoint stores in ``state.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from pipeline.checkpoint.layout import STATE_FILE, read_json_object
+from pipeline.errors import CheckpointError
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """The step guard's memory."""
+
+    bad_in_a_row: Count = 0
+    rollbacks: Count = 0
+    skipped_samples: tuple[tuple[Count, Count], ...] = ()  # [first, stop) of batches that rollbacks skip
+    recent: tuple[tuple[float, float], ...] = ()  # loss and gradient norm of the last steps, oldest first
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """The position of a run. ``seed`` and ``samples`` determine the data order and dropout: no RNG state is stored."""
+
+    step: Count  # finished optimizer steps, skipped ones included
+    samples: Count  # consumed by all ranks: the position in the data order
+    tokens: Count  # target tokens trained on
+    updates: Count  # applied optimizer steps: AdamW's step count
+    loss_scale: Positive | None  # None if the precision uses no loss scale
+    loss_scale_good_steps: Count
+    seed: Count
+    data_sha256: str | None = None  # of the data set's manifest
+    guard: GuardState = field(default_factory=GuardState)
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """The whole ``state.json``, in which the fields of ``training`` are top-level keys."""
+
+    training: TrainingState
+    config: dict[str, Any]  # resolved
+    world_size: Annotated[int, Field(ge=1)]  # of the run that wrote the checkpoint
+    versions: dict[str, str]
+    launch_id: str | None = None  # of the launcher's start that wrote the checkpoint
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the contents of the file."""
+        return {**asdict(self.training), **{key: getattr(self, key) for key in _KEYS_BESIDE_TRAINING}}
+
+
+_KEYS_BESIDE_TRAINING = ("world_size", "launch_id", "versions", "config")
+_STATE_FILE_SCHEMA = TypeAdapter(StateFile)
+
+
+def read_state_file(folder: Path) -> StateFile:
+    """Read all of a checkpoint's ``state.json``.
+
+    Raises:
+        CheckpointError: the file is missing or malformed.
+    """
+    path = folder / STATE_FILE
+    content = read_json_object(path)
+    beside = {key: content.pop(key) for key in _KEYS_BESIDE_TRAINING if key in content}
+    try:
+        # Strict validation accepts a list for a tuple only if it comes from JSON.
+        return _STATE_FILE_SCHEMA.validate_json(json.dumps({"training": content, **beside}), strict=True)
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        key = ".".join(map(str, mistake["loc"]))
+        raise CheckpointError(f"{path}: malformed ({key}: {mistake['msg']})") from None
+
+
+def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
+    """Read a checkpoint's training state and its resolved config.
+
+    Raises:
+        CheckpointError: the file is missing or malformed.
+    """
+    content = read_state_file(folder)
+    return content.training, content.config
+
+
+def config_section(content: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return a section of a stored config, or an empty one if ``content`` holds anything else there.
+
+    Another version of this program may have written the config.
+    """
+    section = content.get(key)
+    return section if isinstance(section, dict) else {}

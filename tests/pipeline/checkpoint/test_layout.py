@@ -1,0 +1,77 @@
+"""A manifest that is malformed or names files outside the checkpoint is rejected, even with a correct hash."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.checkpoint import find_damage
+from pipeline.distributed.world import World
+from tests.pipeline.checkpoint.conftest import MANIFEST, POSITIONS, STATE, WEIGHTS, assert_rejected, edit_manifest
+
+OUTSIDE = ["../outside.safetensors", "/etc/passwd", "sub/file", f"./{WEIGHTS}", f"sub/../{WEIGHTS}", "..", "."]
+OTHER_NAMES = ["", "model.pt", "rank_0_weights.safetensors", f"{WEIGHTS}.bak", "rank_00000_loss.safetensors"]
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, *OTHER_NAMES], ids=repr)
+def test_a_file_name_that_does_not_belong_to_a_checkpoint_is_rejected(folder: Path, world: World, name: str) -> None:
+    outside = folder.parent / "outside.safetensors"
+    outside.write_bytes((folder / WEIGHTS).read_bytes())
+    edit_manifest(folder, lambda manifest: manifest["files"].update({name: manifest["files"].pop(WEIGHTS)}))
+    assert_rejected(folder, world, folder / MANIFEST, re.escape(repr(name)))
+
+
+@pytest.mark.parametrize(
+    "entry", [None, 7, [], {}, {"bytes": 1}, {"sha256": "0" * 64}], ids=lambda value: json.dumps(value)[:16]
+)
+def test_a_file_without_size_or_hash_is_rejected(folder: Path, world: World, entry: Any) -> None:
+    edit_manifest(folder, lambda manifest: manifest["files"].update({WEIGHTS: entry}))
+    assert_rejected(folder, world, folder / MANIFEST, "malformed")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("bytes", "12"), ("bytes", 1.5), ("bytes", None), ("sha256", 3), ("sha256", "0" * 63), ("sha256", "G" * 64)],
+)
+def test_a_malformed_size_or_hash_is_rejected(folder: Path, world: World, key: str, value: Any) -> None:
+    edit_manifest(folder, lambda manifest: manifest["files"][WEIGHTS].update({key: value}))
+    assert_rejected(folder, world, folder / MANIFEST, "malformed")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        None,
+        12,
+        "12",
+        [12, "21"],
+        [12, 0],
+        [12, -21],
+        [12.0, 21],
+        [12, None],
+        [[12], 21],
+        [2**80, 21],
+        [2**62, 8],
+        [2**40, 2**40],
+    ],
+    ids=lambda value: json.dumps(value)[:16],
+)
+def test_a_malformed_shape_is_rejected(folder: Path, world: World, shape: Any) -> None:
+    edit_manifest(folder, lambda manifest: manifest["parameters"].update({POSITIONS: shape}))
+    found = find_damage(folder)
+    assert found is not None and found.startswith(f"{folder / MANIFEST}: malformed") and "\n" not in found
+    assert_rejected(folder, world, folder / MANIFEST, "malformed")
+
+
+def test_a_manifest_without_the_state_is_rejected(folder: Path, world: World) -> None:
+    edit_manifest(folder, lambda manifest: manifest["files"].pop(STATE))
+    assert_rejected(folder, world, folder / MANIFEST, "does not name state.json")
+
+
+def test_endless_nesting_is_rejected(folder: Path, world: World) -> None:
+    (folder / MANIFEST).write_text("[" * 100_000)
+    assert_rejected(folder, world, folder / MANIFEST, "cannot be read")
