@@ -1,1 +1,1 @@
-"""The commands: each parses, calls one function, and ends with a status."""
+"""The commands. Each one parses its arguments, calls one function, and ends with an exit status."""

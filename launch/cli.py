@@ -1,4 +1,4 @@
-"""What every command shares: one line for a user's mistake, a status, no traceback."""
+"""What all commands share: options, one-line errors without a traceback, exit statuses."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from pipeline.config.schema import Device
 from pipeline.distributed.environment import launched_rank, launched_world_size
 from pipeline.errors import Interrupted, LostRankError
 
-OWN_ERRORS = (DataError, LostRankError)
+#: Errors that can differ between ranks. All ranks report the other errors alike.
+ERRORS_OF_ONE_RANK = (DataError, LostRankError)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with a worked example under ``--help`` and one-line errors; sub-commands are of this class too."""
+    """argparse with an example under ``--help`` and one-line errors. Sub-commands use this class too."""
 
-    def __init__(self, *, description: str, example: str, **of_subcommand: Any) -> None:
+    def __init__(self, *, description: str, example: str, **options: Any) -> None:
         super().__init__(
             description=description,
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
-            **of_subcommand,  # argparse's own: under which name it runs
+            **options,  # argparse passes some when it creates a sub-command
         )
 
     def error(self, message: str) -> NoReturn:
@@ -38,9 +39,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """``--config`` and ``--set``, as every command with a run config has them."""
+    """Add ``--config`` and ``--set``, the options of every command with a run config."""
     parser.add_argument(
-        "--config", nargs="+", required=True, metavar="FILE", help="JSON run configs, later ones over earlier ones"
+        "--config", nargs="+", required=True, metavar="FILE", help="JSON run configs; later ones win over earlier ones"
     )
     parser.add_argument(
         "--set",
@@ -48,24 +49,24 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="overrides over all files, as schedule.max_steps=100",
+        help="values that win over all files, such as schedule.max_steps=100",
     )
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """``--checkpoint`` and ``--device``, as every command that reads a trained model has them."""
+    """Add ``--checkpoint`` and ``--device``, the options of every command that reads a trained model."""
     parser.add_argument(
         "--checkpoint",
         required=True,
         type=Path,
         metavar="DIR",
-        help="a checkpoint, or a run folder (its newest good one)",
+        help="a checkpoint, or a run folder, whose newest good checkpoint is used",
     )
-    parser.add_argument("--device", default="auto", choices=get_args(Device), help="(default: %(default)s)")
+    parser.add_argument("--device", default="auto", choices=get_args(Device), help="the device (default: %(default)s)")
 
 
 def positive_int(text: str) -> int:
-    """An argparse type: a whole number from 1."""
+    """Parse a whole number from 1, as an argparse type."""
     try:
         value = int(text)
     except ValueError:
@@ -76,7 +77,7 @@ def positive_int(text: str) -> int:
 
 
 def non_negative_float(text: str) -> float:
-    """An argparse type: a finite number from 0."""
+    """Parse a finite number from 0, as an argparse type."""
     try:
         value = float(text)
     except ValueError:
@@ -87,24 +88,22 @@ def non_negative_float(text: str) -> float:
 
 
 def probability(text: str) -> float:
-    """An argparse type: a number above 0, up to 1."""
+    """Parse a number above 0 and at most 1, as an argparse type."""
     value = non_negative_float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, it is {text!r}")
     return value
 
 
-def some_text(text: str) -> str:
-    """An argparse type: at least one character."""
+def non_empty_text(text: str) -> str:
+    """Parse a text of at least one character, as an argparse type."""
     if not text:
-        raise argparse.ArgumentTypeError(
-            "an empty text has nothing to find or to continue; give at least one character"
-        )
+        raise argparse.ArgumentTypeError("the text is empty; give at least one character")
     return text
 
 
 def start_logging() -> None:
-    """Plain lines on standard output from rank 0; other ranks say only what is an error."""
+    """Log plain lines to standard output from rank 0. The other ranks only log errors."""
     rank = launched_rank()
     prefix = f"[rank {rank}] " if rank else ""
     handler = logging.StreamHandler(sys.stdout)
@@ -116,36 +115,32 @@ def start_logging() -> None:
 
 
 def run_command(command: Callable[[], None]) -> NoReturn:
-    """Run a command to its exit status: 0 done, otherwise what ``exit_status`` of the error says.
+    """Run a command and exit: with 0 if it succeeds, else with the ``exit_status`` of its error.
 
-    2: a mistake, or a run that cannot go on; 3: another rank was lost; 128 + n: signal n asked to stop.
-
-    Args:
-        command: parses ``sys.argv`` and calls one function of a stage.
+    2 is a mistake or a run that cannot continue, 3 a lost rank, and 128 + n a stop by signal n.
     """
     try:
         command()
     except UserError as error:
-        # Of a shard or a lost rank each rank has its own to say; the others are the same everywhere.
-        quiet = launched_rank() > 0 and not isinstance(error, OWN_ERRORS)
+        quiet = launched_rank() > 0 and not isinstance(error, ERRORS_OF_ONE_RANK)
         prefix = "" if isinstance(error, Interrupted) else "error: "
-        status = fail(str(error), error.exit_status, prefix=prefix, quiet=quiet)
+        status = _fail(str(error), error.exit_status, prefix=prefix, quiet=quiet)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
             raise
-        status = fail(f"{error.strerror}: {error.filename or 'the output folder'}")
+        status = _fail(f"{error.strerror}: {error.filename or 'the output folder'}")
     except KeyboardInterrupt:
-        status = fail("interrupted", 128 + signal.SIGINT)
+        status = _fail("interrupted", 128 + signal.SIGINT)
     else:
         status = 0
-    _leave(status)
+    _exit(status)
 
 
-def _leave(status: int) -> NoReturn:
-    """End the process with a status; all files are closed by now.
+def _exit(status: int) -> NoReturn:
+    """End the process after all files are closed.
 
-    A rank among several skips the interpreter's teardown: a gloo thread that still frees a tensor then asks for the
-    GIL, and aborts a process that had finished (pytorch/pytorch#179291, #190489).
+    One of several ranks skips the interpreter's teardown, because a gloo thread that still frees a tensor then requests
+    the GIL, which aborts the finished process (pytorch/pytorch#179291, #190489).
     """
     if launched_world_size() == 1:
         sys.exit(status)
@@ -155,8 +150,8 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def fail(message: str, status: int = UserError.exit_status, *, prefix: str = "error: ", quiet: bool = False) -> int:
-    """Print the one line of an error, unless ``quiet``, and return its exit status."""
+def _fail(message: str, status: int = UserError.exit_status, *, prefix: str = "error: ", quiet: bool = False) -> int:
+    """Print an error as one line, unless ``quiet``, and return the exit status."""
     if not quiet:
         print(f"{prefix}{' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     return status

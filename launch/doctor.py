@@ -1,6 +1,6 @@
-"""Examine this machine: packages, devices, compilers, disk, tokenizer, ranks. Each finding with its cure.
+"""Check this machine: packages, devices, compilers, disk, tokenizer, ranks. Each problem is printed with its cure.
 
-Ends with status 1 if something that training needs is broken.
+The exit status is 1 if something that training needs is broken.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ try:
     from launch.cli import ArgumentParser, run_command
     from pipeline.doctor.findings import findings_as_json, format_findings, has_problem
     from pipeline.doctor.packages import check_packages
-except ImportError as broken:  # the very thing that this command is there to name
+except ImportError as broken:  # a missing package is one of the problems that this command names
     sys.exit(f"error: {broken}; this environment lacks the project: python -m pip install -c constraints.txt -e .")
 
 
 def main() -> None:
-    """Parse, examine, print; the status says whether training can work."""
+    """Parse, check, print, exit."""
     parser = ArgumentParser(description=__doc__, example="python launch/doctor.py --folder runs")
     parser.add_argument(
-        "--folder", type=Path, default=Path(), metavar="DIR", help="where runs will be written (default: here)"
+        "--folder", type=Path, default=Path(), metavar="DIR", help="folder for runs (default: the current folder)"
     )
     parser.add_argument(
-        "--thorough", action="store_true", help="also compile, and let two ranks meet; a minute or two the first time"
+        "--thorough", action="store_true", help="also compile, and start two ranks; a minute or two the first time"
     )
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     findings = check_packages()
     if not has_problem(findings):
-        from pipeline.doctor.checks import run_checks  # needs torch, which the packages' check has found
+        from pipeline.doctor.checks import run_checks  # needs torch, which check_packages has found
 
         findings += run_checks(arguments.folder, thorough=arguments.thorough)
     print(findings_as_json(findings) if arguments.json else format_findings(findings))

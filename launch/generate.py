@@ -8,11 +8,11 @@ import sys
 from launch.cli import (
     ArgumentParser,
     add_checkpoint_options,
+    non_empty_text,
     non_negative_float,
     positive_int,
     probability,
     run_command,
-    some_text,
     start_logging,
 )
 from pipeline.config.schema import RunConfig, SampleConfig
@@ -58,7 +58,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         action="append",
-        type=some_text,
+        type=non_empty_text,
         help=f"what the model continues; given several times, all side by side (default: {SampleConfig().prompt})",
     )
     parser.add_argument(
@@ -98,7 +98,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop",
         action="append",
-        type=some_text,
+        type=non_empty_text,
         default=[],
         metavar="TEXT",
         help="end before this text; may be given several times",

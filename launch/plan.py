@@ -1,4 +1,4 @@
-"""Plan a run before buying GPUs: memory, whether it fits, communication, tokens/s, days. Needs no GPU and no data."""
+"""Plan a run before buying GPUs: memory, communication, tokens/s, days. It needs neither a GPU nor data."""
 
 from __future__ import annotations
 
@@ -38,9 +38,8 @@ def main() -> None:
         title = (
             f"{config.model.preset}, {config.run.precision}, micro-batch {config.batch.micro_batch_size}, {device.name}"
         )
-        draw_world_sizes(
-            arguments.plot, title, plan_world_sizes(configs, sizes, device, mfu=mfu, tokens=tokens), device
-        )
+        by_backend = plan_world_sizes(configs, sizes, device, mfu=mfu, tokens=tokens)
+        draw_world_sizes(arguments.plot, title, by_backend, device)
     if arguments.json:
         print(json.dumps([plan.to_json() for plan in plans], indent=2))
     else:
@@ -53,42 +52,44 @@ def _parse_arguments() -> argparse.Namespace:
         example="python launch/plan.py --config ds_configs/gpt2_774m.json --world-size 8 --device h100-80gb",
     )
     add_config_options(parser)
-    parser.add_argument("--world-size", required=True, type=positive_int, metavar="N", help="ranks, one a device")
+    parser.add_argument(
+        "--world-size", required=True, type=positive_int, metavar="N", help="number of ranks, one per device"
+    )
     parser.add_argument(
         "--device",
         default="h100-80gb",
         metavar="NAME",
-        help="h100-80gb, h200, a100-80gb, a100-40gb, rtx4090, l4, or this: what this machine has, measured "
+        help="h100-80gb, h200, a100-80gb, a100-40gb, rtx4090, l4, or this, which measures this machine "
         "(default: %(default)s)",
     )
     parser.add_argument(
-        "--backends", nargs="+", default=BACKENDS, choices=BACKENDS, help="which to plan (default: all of them)"
+        "--backends", nargs="+", default=BACKENDS, choices=BACKENDS, help="backends to plan (default: all)"
     )
     parser.add_argument(
-        "--tokens", type=positive_int, metavar="N", help="the budget (default: all steps of the config's schedule)"
+        "--tokens", type=positive_int, metavar="N", help="token budget (default: all steps of the config's schedule)"
     )
     parser.add_argument(
         "--mfu",
         type=probability,
-        metavar="SHARE",
-        help="of the device's FLOP/s, over 0 to 1 (default: the device's own)",
+        metavar="FRACTION",
+        help="assumed fraction of the device's FLOP/s, from 0 to 1 (default: the device's own)",
     )
     parser.add_argument(
-        "--plot", type=_new_picture, metavar="FILE", help="also draw 1 to 4096 ranks; needs the extra plots"
+        "--plot", type=_picture_path, metavar="FILE", help="also draw a plot of 1 to 4096 ranks; needs the extra plots"
     )
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args()
 
 
-def _new_picture(text: str) -> Path:
+def _picture_path(text: str) -> Path:
     path = Path(text)
     if path.suffix not in PICTURES or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a {', '.join(PICTURES)} in a folder that exists, it is {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a {', '.join(PICTURES)} file in an existing folder, it is {text!r}")
     return path
 
 
 def _with_backend(config: Config, name: str) -> Config:
-    """The config under another backend: its own settings where they are for this one, else those of ``ds_configs``."""
+    """Return the config with another backend, configured as in the config itself or else as in ``ds_configs``."""
     backend = load_config([CONFIGS / f"{name}.json"]).backend
     if config.backend.name == "deepspeed" and backend.name == "deepspeed":
         own, other = (each.deepspeed.get("zero_optimization", {}) for each in (config.backend, backend))

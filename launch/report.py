@@ -1,4 +1,4 @@
-"""Show runs: one HTML page that needs no network, and a PNG a chart. Several runs are drawn over each other."""
+"""Show runs as one HTML page that needs no network, and one PNG file per chart. Several runs share the charts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pipeline.report.page import write_report
 
 
 def main() -> None:
-    """Parse, write, say where."""
-    parser = ArgumentParser(description=__doc__, example="python launch/report.py runs/ddp runs/z1 --out report")
+    """Parse, write the report, print where."""
+    parser = ArgumentParser(description=__doc__, example="python launch/report.py runs/ddp runs/zero1 --out report")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, finished or in progress")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="(default: report/ in the folder of the first run)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to write to (default: report/ in the first run folder)"
+    )
     arguments = parser.parse_args()
     start_logging()
     page, *pictures = write_report(arguments.runs, arguments.out or arguments.runs[0] / "report")

@@ -1,6 +1,6 @@
-"""All stages of one config: tokenize, train, evaluate, sample. Finished stages are skipped.
+"""Run all stages of one config: tokenize, train, evaluate, sample. Finished stages are skipped.
 
-Each stage is the command that a person would give, in a process of its own.
+Each stage runs its own command in its own process.
 """
 
 from __future__ import annotations
@@ -19,8 +19,19 @@ LAUNCH = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    """Parse, load the config, run what is missing."""
-    arguments = parse_arguments()
+    """Parse, load the config, run the stages."""
+    parser = ArgumentParser(
+        description=__doc__, example="python launch/run.py --config ds_configs/ddp.json ds_configs/quickstart.json"
+    )
+    add_config_options(parser)
+    parser.add_argument(
+        "--processes",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="number of training processes on this machine (default: 1)",
+    )
+    arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.set)
     tokenize(config)
     train(arguments)
@@ -28,33 +39,20 @@ def main() -> None:
     sample(config)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """``--config``, ``--set`` and the number of processes."""
-    parser = ArgumentParser(
-        description=__doc__, example="python launch/run.py --config ds_configs/ddp.json ds_configs/quickstart.json"
-    )
-    add_config_options(parser)
-    parser.add_argument(
-        "--processes", type=positive_int, default=1, metavar="N", help="training processes on this machine (default: 1)"
-    )
-    return parser.parse_args()
-
-
 def tokenize(config: Config) -> None:
-    """Stage 1, into ``data.path``; the command itself knows whether that is complete. A mixture is of finished ones."""
+    """Write the shards to ``data.path``. The command skips a corpus that is complete."""
     if config.data.path is None:
         print("\n== tokenize: nothing to do, data.mixture names finished data sets", flush=True)
         return
-    options = []
-    for key, value in config.tokenize.model_dump(exclude={"input"}, exclude_none=True).items():
-        options += [f"--{key.replace('_', '-')}", str(value)]
-    if config.tokenize.input:
-        options += ["--input", *config.tokenize.input]
-    run_stage("tokenize", [sys.executable], "tokenize_corpus.py", [*options, "--out", config.data.path])
+    settings = config.tokenize.model_dump(exclude={"input"}, exclude_none=True)
+    inputs = ["--input", *config.tokenize.input] if config.tokenize.input else []
+    run_stage(
+        "tokenize", [sys.executable], "tokenize_corpus.py", [*_options(settings), *inputs, "--out", config.data.path]
+    )
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Stage 2; the command itself continues a run, or finds it finished."""
+    """Train. The command resumes the run, or finds that it is finished."""
     launcher = [sys.executable]
     if arguments.processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.processes}"]
@@ -63,7 +61,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(config: Config) -> None:
-    """Stage 3, the tasks of ``evaluation.tasks`` on the last checkpoint."""
+    """Run the tasks of ``evaluation.tasks`` on the last checkpoint, unless their results exist."""
     results = find_results(Path(config.run.out_dir), config.evaluation.tasks, config.schedule.max_steps)
     if results is not None:
         print(f"\n== evaluate: done before\n{format_table(results)}", flush=True)
@@ -73,18 +71,19 @@ def evaluate(config: Config) -> None:
 
 
 def sample(config: Config) -> None:
-    """Let the model speak."""
-    options = [
-        f"--{key.replace('_', '-')}={value}"
-        for key, value in config.sample.model_dump(exclude_none=True, exclude={"stop"}).items()
-    ]
-    options += [f"--stop={text}" for text in config.sample.stop]
-    options += ["--checkpoint", config.run.out_dir, "--seed", str(config.run.seed), "--device", config.run.device]
-    run_stage("sample", [sys.executable], "generate.py", options)
+    """Generate a completion with the settings of ``sample``."""
+    settings = config.sample.model_dump(exclude={"stop"}, exclude_none=True)
+    stops = [f"--stop={text}" for text in config.sample.stop]
+    rest = ["--checkpoint", config.run.out_dir, "--seed", str(config.run.seed), "--device", config.run.device]
+    run_stage("sample", [sys.executable], "generate.py", [*_options(settings), *stops, *rest])
+
+
+def _options(settings: dict[str, object]) -> list[str]:
+    return [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
 
 
 def run_stage(stage: str, launcher: list[str], script: str, options: list[str]) -> None:
-    """Run one command; a failing one has said why, and ends this one with its status."""
+    """Run one command, and exit with its status if it fails. The command prints the reason itself."""
     print(f"\n== {stage}", flush=True)
     status = subprocess.run([*launcher, str(LAUNCH / script), *options]).returncode
     if status:

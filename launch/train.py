@@ -1,4 +1,4 @@
-"""Stage 2: train a run. Plain python for one process; torchrun or deepspeed for more."""
+"""Stage 2: train a run. Start it with python for one process, and with torchrun or deepspeed for several."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def main() -> None:
     )
     add_config_options(parser)
     parser.add_argument(
-        "--resume", metavar="auto|none|PATH", help="the same as --set checkpoint.resume=... (default: auto)"
+        "--resume",
+        metavar="auto|none|PATH",
+        help="the checkpoint to resume from; short for --set checkpoint.resume=... (default: auto)",
     )
     parser.add_argument(
         "--profile",
@@ -24,15 +26,18 @@ def main() -> None:
         const=DEFAULT_PROFILE_STEPS,
         type=positive_int,
         metavar="STEPS",
-        help="trace so many steps into the run folder, a Chrome trace and a table; the same as --set "
-        "logging.profile_steps=... (default: %(const)s)",
+        help="write a Chrome trace and a table of this many steps into the run folder; short for --set "
+        "logging.profile_steps=... (default: %(const)s steps)",
     )
-    parser.add_argument("--local_rank", help="given by the deepspeed launcher; the environment says the same")
+    parser.add_argument("--local_rank", help="ignored; the deepspeed launcher adds it")
     arguments = parser.parse_args()
-    resume = [] if arguments.resume is None else [f"checkpoint.resume={arguments.resume}"]
-    profile = [] if arguments.profile is None else [f"logging.profile_steps={arguments.profile}"]
-    config = load_config(arguments.config, [*arguments.set, *resume, *profile])
-    from pipeline.training.run import train  # takes seconds to import torch: a wrong config is refused before
+    overrides = list(arguments.set)
+    if arguments.resume is not None:
+        overrides.append(f"checkpoint.resume={arguments.resume}")
+    if arguments.profile is not None:
+        overrides.append(f"logging.profile_steps={arguments.profile}")
+    config = load_config(arguments.config, overrides)
+    from pipeline.training.run import train  # import torch late so that config errors appear at once
 
     start_logging()
     train(config)
