@@ -35,9 +35,8 @@ def main() -> None:
     ]
     if arguments.plot:
         sizes = [1 << power for power in range(LARGEST_WORLD.bit_length())]
-        title = (
-            f"{config.model.preset}, {config.run.precision}, micro-batch {config.batch.micro_batch_size}, {device.name}"
-        )
+        size = f"micro-batch {config.batch.micro_batch_size}"
+        title = f"{config.model.preset}, {config.run.precision}, {size}, {device.name}"
         by_backend = plan_world_sizes(configs, sizes, device, mfu=mfu, tokens=tokens)
         draw_world_sizes(arguments.plot, title, by_backend, device)
     if arguments.json:
@@ -52,9 +51,7 @@ def _parse_arguments() -> argparse.Namespace:
         example="python launch/plan.py --config ds_configs/gpt2_774m.json --world-size 8 --device h100-80gb",
     )
     add_config_options(parser)
-    parser.add_argument(
-        "--world-size", required=True, type=positive_int, metavar="N", help="number of ranks, one per device"
-    )
+    parser.add_argument("--world-size", required=True, type=positive_int, metavar="N", help="ranks, one per device")
     parser.add_argument(
         "--device",
         default="h100-80gb",

@@ -46,9 +46,8 @@ def tokenize(config: Config) -> None:
         return
     settings = config.tokenize.model_dump(exclude={"input"}, exclude_none=True)
     inputs = ["--input", *config.tokenize.input] if config.tokenize.input else []
-    run_stage(
-        "tokenize", [sys.executable], "tokenize_corpus.py", [*_options(settings), *inputs, "--out", config.data.path]
-    )
+    options = [*_options(settings), *inputs, "--out", config.data.path]
+    run_stage("tokenize", [sys.executable], "tokenize_corpus.py", options)
 
 
 def train(arguments: argparse.Namespace) -> None:
