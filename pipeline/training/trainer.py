@@ -141,9 +141,9 @@ class Trainer:
                 self.log_step(trained)
             if evaluates:
                 self.evaluate()
+            self.record.write_saves(self.saver.poll())
             if saves:
                 self.save()
-            self.record.write_saves(self.saver.poll())
             if received:
                 return received
         return None

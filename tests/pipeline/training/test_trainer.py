@@ -1,0 +1,293 @@
+"""The training loop: what happens at which step, and what a stop, a bad step, a spike and a failed save do to a run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.backends import create_backend
+from pipeline.checkpoint import background, find_damage, list_checkpoints, read_state, step_of
+from pipeline.config.schema import Config
+from pipeline.data.batch_plan import plan_batch
+from pipeline.data.datasets import data_sha256, open_datasets
+from pipeline.data.loader import TrainLoader
+from pipeline.distributed.world import World
+from pipeline.errors import CheckpointError, Interrupted, TrainingError
+from pipeline.model.gpt2 import build_model
+from pipeline.run_folder.metrics import read_metrics
+from pipeline.training.schedule import lr_at
+from pipeline.training.throughput import ThroughputMeter
+from pipeline.training.trainer import Trainer
+from tests.pipeline.conftest import END_OF_TEXT, random_tokens, tiny_config, write_shards
+
+STEPS, SAMPLES_PER_STEP = 10, 4
+TOKENS_PER_STEP = 12 * SAMPLES_PER_STEP
+
+MakeTrainer = Callable[..., Trainer]
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path, world: World) -> MakeTrainer:
+    """Build trainers of a run over 400 tokens, one process, DDP, dropout; a keyword is a section of its config."""
+    tokens = random_tokens(400, vocab_size=END_OF_TEXT).numpy()
+    masks = {"train": [np.arange(400) % 3 > 0], "val": [np.ones(80, dtype=bool)]}
+    for name, of_splits in (("plain", None), ("masked", masks)):
+        write_shards(tmp_path / name, {"train": [tokens], "val": [tokens[:80]]}, masks=of_splits)
+
+    def make(name: str = "run", data: str = "plain", resume_from: Path | None = None, **sections: Any) -> Trainer:
+        defaults: dict[str, dict[str, Any]] = {
+            "model": {"dropout": 0.1},
+            "data": {"path": str(tmp_path / data)},
+            "schedule": {"max_steps": STEPS},
+            "checkpoint": {"every_steps": 4, "keep_last": 9},
+            "evaluation": {"every_steps": 5},
+            "logging": {"every_steps": 3, "tensorboard": False},
+        }
+        changed = {section: {**defaults.get(section, {}), **keys} for section, keys in sections.items()}
+        config = tiny_config(tmp_path / name, **{**defaults, **changed})
+        plan = plan_batch(config, world.size)
+        datasets = open_datasets(config.data, config.model)
+        loader = TrainLoader(datasets, plan, config.run.seed, world.rank)
+        backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
+        (tmp_path / name).mkdir(exist_ok=True)
+        meter = ThroughputMeter(plan.tokens_per_step, 1, 1.0)
+        return Trainer(config, world, plan, backend, loader, meter, data_sha256(datasets), resume_from)
+
+    return make
+
+
+def rows_with(trainer: Trainer, key: str) -> dict[int, Any]:
+    """Return the values of a key in a run's metrics, by step."""
+    return {row["step"]: row[key] for row in read_metrics(trainer.run_folder) if key in row}
+
+
+def before_step(trainer: Trainer, step: int, action: Callable[[], object]) -> None:
+    """Call an action right before an optimizer step, whenever the run reaches it."""
+    plain = trainer.train_step
+
+    def train_step() -> Any:
+        if trainer.state.step == step - 1:
+            action()
+        return plain()
+
+    trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+def multiply_loss(trainer: Trainer, factor: float, samples: range) -> None:
+    """Multiply the gradients of the steps that begin in a range of samples."""
+    plain = trainer.backend.accumulate
+
+    def accumulate(tokens: torch.Tensor, targets: torch.Tensor, loss_weight: Any, *, is_last: bool) -> torch.Tensor:
+        consumed = trainer.guard.next_sample(trainer.state.samples, SAMPLES_PER_STEP)
+        return plain(tokens, targets, loss_weight * (factor if consumed in samples else 1), is_last=is_last)
+
+    trainer.backend.accumulate = accumulate  # type: ignore[method-assign]
+
+
+def samples_of_step(step: int) -> range:
+    return range((step - 1) * SAMPLES_PER_STEP, step * SAMPLES_PER_STEP)
+
+
+class TestLoop:
+    def test_every_step_is_trained_and_what_is_due_happens(self, make_trainer: MakeTrainer) -> None:
+        """Logged every 3 steps, at the first, the last and each checkpoint; all is due at the last step."""
+        trainer = make_trainer()
+        trainer.fit()
+        state = trainer.state
+        assert (state.step, state.updates) == (STEPS, STEPS)
+        assert (state.samples, state.tokens) == (STEPS * SAMPLES_PER_STEP, STEPS * TOKENS_PER_STEP)
+        assert list(rows_with(trainer, "loss")) == [1, 3, 4, 6, 8, 9, 10]
+        assert list(rows_with(trainer, "val_loss")) == [0, 5, 10]
+        assert [step_of(folder) for folder in list_checkpoints(trainer.run_folder)] == [4, 8, 10]
+        assert [read_state(folder)[0].step for folder in list_checkpoints(trainer.run_folder)] == [4, 8, 10]
+
+    def test_rows_hold_the_figures_of_their_step(self, make_trainer: MakeTrainer) -> None:
+        trainer = make_trainer()
+        trainer.fit()
+        for step, learning_rate in rows_with(trainer, "lr").items():
+            assert learning_rate == lr_at(step - 1, trainer.config.optimizer, trainer.config.schedule)
+        assert rows_with(trainer, "tokens")[6] == 6 * TOKENS_PER_STEP
+        assert all(norm > 0 for norm in rows_with(trainer, "grad_norm").values())
+        assert trainer.results == {
+            "loss": rows_with(trainer, "loss")[STEPS],
+            "validation_loss": rows_with(trainer, "val_loss")[STEPS],
+        }
+
+    def test_the_start_is_recorded(self, make_trainer: MakeTrainer) -> None:
+        trainer = make_trainer()
+        trainer.fit()
+        started = rows_with(trainer, "started")[0]
+        assert started["world_size"] == 1
+        assert started["backend"] == trainer.backend.describe()
+
+    @pytest.mark.parametrize("data", ["plain", "masked"])
+    def test_the_batch_decides_and_not_how_it_is_divided(self, make_trainer: MakeTrainer, data: str) -> None:
+        """The loss is the mean over the scored targets of the global batch, not a mean of means."""
+        losses = {}
+        for size in (1, 2, 4):
+            trainer = make_trainer(
+                f"size_{size}", data, batch={"micro_batch_size": size}, model={"dropout": 0.0}, evaluation={"tasks": []}
+            )
+            trainer.fit()
+            losses[size] = list(rows_with(trainer, "loss").values())
+        assert losses[1] == pytest.approx(losses[4], abs=1e-5)
+        assert losses[2] == pytest.approx(losses[4], abs=1e-5)
+
+    def test_an_evaluation_does_not_change_the_training(self, make_trainer: MakeTrainer) -> None:
+        often = make_trainer("often", evaluation={"every_steps": 1})
+        never = make_trainer("never", evaluation={"tasks": []})
+        for trainer in (often, never):
+            trainer.fit()
+        assert rows_with(often, "loss") == rows_with(never, "loss")
+        assert rows_with(never, "val_loss") == {}
+
+
+class TestResume:
+    def test_a_resumed_run_repeats_what_followed_the_checkpoint(self, make_trainer: MakeTrainer) -> None:
+        whole = make_trainer("whole")
+        whole.fit()
+        fourth = list_checkpoints(whole.run_folder)[0]
+        resumed = make_trainer("resumed", resume_from=fourth)
+        assert resumed.state.step == 4
+        resumed.fit()
+        losses = rows_with(whole, "loss")
+        assert rows_with(resumed, "loss") == {step: loss for step, loss in losses.items() if step > 4}
+        assert list(rows_with(resumed, "val_loss")) == [5, 10], "only step 0 is evaluated before training"
+
+    def test_a_checkpoint_knows_its_data(self, make_trainer: MakeTrainer) -> None:
+        trainer = make_trainer()
+        trainer.fit()
+        state, _ = read_state(list_checkpoints(trainer.run_folder)[-1])
+        assert state.data_sha256 == data_sha256(trainer.loader.datasets)
+        assert state.seed == trainer.config.run.seed
+
+
+class TestStop:
+    def test_a_signal_stops_after_the_step_with_a_checkpoint(self, make_trainer: MakeTrainer) -> None:
+        trainer = make_trainer()
+        before_step(trainer, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted, match=f"SIGTERM received: stopped after step 6 of {STEPS}, ") as caught:
+            trainer.fit()
+        assert caught.value.exit_status == 128 + signal.SIGTERM
+        newest = list_checkpoints(trainer.run_folder)[-1]
+        assert step_of(newest) == 6 and find_damage(newest) is None
+        assert 6 in rows_with(trainer, "loss")
+
+    def test_an_error_leaves_no_thread_and_finishes_the_save_in_flight(self, make_trainer: MakeTrainer) -> None:
+        def fail() -> None:
+            raise ValueError("broken")
+
+        trainer = make_trainer()
+        before_step(trainer, 5, fail)
+        with pytest.raises(ValueError, match="broken"):
+            trainer.fit()
+        (saved,) = list_checkpoints(trainer.run_folder)
+        assert step_of(saved) == 4 and find_damage(saved) is None
+        assert list(rows_with(trainer, "save_s")) == [4]
+
+
+class TestFailedSaves:
+    @staticmethod
+    def break_saves(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+        plain = background.write_checkpoint
+
+        def write(run_folder: Path, snapshot: Any, *rest: Any) -> Any:
+            if snapshot.state.step in steps:
+                raise CheckpointError(f"step {snapshot.state.step}: no space left")
+            return plain(run_folder, snapshot, *rest)
+
+        monkeypatch.setattr(background, "write_checkpoint", write)
+
+    def test_an_earlier_one_is_counted_and_training_continues(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        trainer = make_trainer()
+        self.break_saves(monkeypatch, {4, 8})
+        trainer.fit()
+        assert rows_with(trainer, "failed_saves") == {4: 1, 8: 2}
+        assert [step_of(folder) for folder in list_checkpoints(trainer.run_folder)] == [STEPS]
+
+    @pytest.mark.parametrize("asynchronous", [True, False])
+    def test_the_last_one_is_an_error(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+    ) -> None:
+        trainer = make_trainer(checkpoint={"asynchronous": asynchronous})
+        self.break_saves(monkeypatch, {STEPS})
+        with pytest.raises(CheckpointError, match=f"step {STEPS}: no space left"):
+            trainer.fit()
+        assert rows_with(trainer, "failed_saves") == {STEPS: 1}
+
+
+class TestBadSteps:
+    def test_a_skipped_step_is_recorded_and_is_no_update(self, make_trainer: MakeTrainer) -> None:
+        trainer = make_trainer()
+        multiply_loss(trainer, math.nan, samples_of_step(6))
+        trainer.fit()
+        assert rows_with(trainer, "skipped_samples") == {6: [20, 24]}
+        assert rows_with(trainer, "grad_norm")[6] is None
+        assert (trainer.state.step, trainer.state.updates) == (STEPS, STEPS - 1)
+        assert rows_with(trainer, "skipped_steps") == {1: 0, 3: 0, 4: 0, 6: 1, 8: 1, 9: 1, 10: 1}
+        assert [read_state(folder)[0].updates for folder in list_checkpoints(trainer.run_folder)] == [4, 7, 9]
+
+    def test_too_many_in_a_row_stop_the_run(self, make_trainer: MakeTrainer) -> None:
+        trainer = make_trainer(guard={"max_bad_steps": 2})
+        multiply_loss(trainer, math.nan, range(5 * SAMPLES_PER_STEP, 1000))
+        with pytest.raises(TrainingError, match=r"step 7: .* 2 steps in a row were not finite"):
+            trainer.fit()
+        assert [step_of(folder) for folder in list_checkpoints(trainer.run_folder)] == [4]
+
+    def test_a_row_of_bad_steps_continues_after_a_resume(self, make_trainer: MakeTrainer) -> None:
+        trainer = make_trainer()
+        multiply_loss(trainer, math.nan, samples_of_step(4))
+        trainer.fit()
+        fourth = list_checkpoints(trainer.run_folder)[0]
+        resumed = make_trainer("resumed", resume_from=fourth, guard={"max_bad_steps": 2})
+        multiply_loss(resumed, math.nan, samples_of_step(5))
+        with pytest.raises(TrainingError, match=r"step 5: .* 2 steps in a row"):
+            resumed.fit()
+
+
+class TestSpikes:
+    GUARD = {"spike_zscore": 50.0, "spike_window": 10}
+    LONGER = {"max_steps": 16}
+
+    def test_the_run_is_rolled_back_and_the_batch_left_out(
+        self, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        trainer = make_trainer(guard=self.GUARD, schedule=self.LONGER, logging={"every_steps": 1})
+        multiply_loss(trainer, 1000.0, samples_of_step(14))
+        with caplog.at_level(logging.WARNING):
+            trainer.fit()
+        assert "rolled back to" in caplog.text and "samples 52 to 55 are left out" in caplog.text
+        assert rows_with(trainer, "left_out_samples") == {12: [52, 56]}
+        logged = [row["step"] for row in read_metrics(trainer.run_folder) if "loss" in row]
+        assert logged == list(range(1, 17)), "every step once"
+        state, _ = read_state(list_checkpoints(trainer.run_folder)[-1])
+        assert (state.step, state.updates, state.samples) == (16, 16, 17 * SAMPLES_PER_STEP)
+        assert (state.guard.rollbacks, state.guard.skipped_samples) == (1, ((52, 56),))
+
+    def test_without_a_checkpoint_the_run_continues(
+        self, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        trainer = make_trainer(guard=self.GUARD, schedule=self.LONGER, checkpoint={"every_steps": 100})
+        multiply_loss(trainer, 1000.0, samples_of_step(14))
+        with caplog.at_level(logging.WARNING):
+            trainer.fit()
+        assert "no checkpoint yet to roll back to" in caplog.text
+        assert (trainer.state.step, trainer.state.updates, trainer.state.samples) == (16, 16, 16 * SAMPLES_PER_STEP)
+        assert rows_with(trainer, "left_out_samples") == {}
+
+
+def test_a_config_reaches_the_run_folder(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    trainer.fit()
+    assert Config.model_validate_json((trainer.run_folder / "config.json").read_text()) == trainer.config
