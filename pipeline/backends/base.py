@@ -1,99 +1,102 @@
-"""What the trainer, the checkpoint and the evaluation know of a backend."""
+"""The interface of a backend, which is all that the trainer, the checkpoint and the evaluation know of it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from pipeline.backends.loss_scaling import LossScaler
+from pipeline.backends.optimizer import set_learning_rate
+from pipeline.backends.optimizer_state import Fragment, OptimizerState
+from pipeline.config.schema import Config
 from pipeline.model.gpt2 import GPT2, ScoringBatch
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """A run of one parameter's elements whose training state is on this rank.
-
-    The tensors are views: writing into them changes the state. A replicated backend has one
-    fragment a parameter; FSDP has rows, ZeRO any run of elements.
-    """
-
-    name: str  # canonical, as GPT2.named_parameters() gives it
-    start: int  # the first element, counted in the flattened parameter
-    weight: Tensor  # (n,) fp32 master weights
-    exp_avg: Tensor  # (n,) fp32 first moment of AdamW
-    exp_avg_sq: Tensor  # (n,) fp32 second moment of AdamW
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step."""
-
-    grad_norm: Tensor | float  # global L2 norm of the unscaled gradients, before clipping; the same on every rank
-    # Not finite: the update was not applied, and weights, moments and AdamW's count are as they were.
-
-
 class Backend(ABC):
-    """A wrapped model with its optimizer: forward, backward, synchronisation, clipping, step.
+    """A wrapped model with its optimizer: forward, backward, gradient synchronisation, clipping, step.
 
-    The trainer calls ``accumulate`` once a micro-step and ``step`` once a step. Gradients are
-    averaged over the ranks by every backend, so the trainer's loss weight carries the world size.
+    The trainer calls ``accumulate`` once per micro-step and ``step`` once per step. Every backend averages gradients
+    over the ranks, so the trainer's loss weight includes the world size.
     """
 
     #: Whether every rank holds all fragments, so that a checkpoint may divide them among ranks.
     replicated: bool = False
 
-    def __init__(self, model: GPT2, loss_scaler: LossScaler) -> None:
+    compute: nn.Module  # the wrapped module; its forward is that of GPT2
+    optimizer: torch.optim.Optimizer
+    state: OptimizerState
+
+    def __init__(self, model: GPT2, config: Config) -> None:
         self.model = model
         self.parameter_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.loss_scaler = loss_scaler
-
-    @property
-    @abstractmethod
-    def compute(self) -> nn.Module:
-        """The wrapped module; its ``forward`` is that of :class:`GPT2`."""
+        self.precision = config.run.precision
+        self.max_norm = config.optimizer.grad_clip
+        self.loss_scaler = LossScaler.for_precision(config.run.precision)
 
     @abstractmethod
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
-        """Forward and backward of one micro-batch.
+        """Run forward and backward pass of one micro-batch, and return the unweighted summed loss, detached.
 
         Args:
             tokens: (B, T) int64 ids on the device.
             targets: (B, T) int64 ids, ``IGNORE_INDEX`` where nothing is scored.
             loss_weight: factor on the summed loss before the backward pass.
             is_last: whether this micro-step ends the step; only then do ranks synchronise gradients.
+        """
+
+    def step(self, learning_rate: float) -> Tensor | float:
+        """Unscale and clip the gradients, update the weights, and clear the gradients.
+
+        If gradients are not finite on any rank, only the loss scale changes: weights, moments and AdamW's step count
+        stay as they are. ``accumulate(..., is_last=True)`` must come before.
 
         Returns:
-            The unweighted summed loss, detached.
+            The global L2 norm of the unscaled gradients before clipping, the same on every rank.
         """
+        set_learning_rate(self.optimizer.param_groups, learning_rate)
+        norm = self._update()
+        self.loss_scaler.update(norm)
+        return norm
 
     @abstractmethod
-    def step(self, learning_rate: float) -> StepResult:
-        """Unscale, clip, update, zero. ``accumulate(..., is_last=True)`` comes before.
+    def _update(self) -> Tensor | float:
+        """Do the work of ``step`` at the learning rate that is set, and return the norm."""
 
-        Gradients that are not finite on any rank change nothing but the loss scale.
-        """
-
-    @abstractmethod
     def fragments(self) -> list[Fragment]:
-        """The training state on this rank. Moments that do not exist yet are made, as zeros."""
+        """Return the training state on this rank. Moments that do not exist yet are created as zeros."""
+        return self.state.fragments()
 
-    @abstractmethod
     def state_was_loaded(self, updates: int) -> None:
-        """Take over fragments that were written from outside, and AdamW's step count."""
+        """Use fragments that were written from outside, and set AdamW's step count."""
+        for state in self.state.adam_states():
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(float(updates))
+            else:
+                state["step"] = updates
+        self.state.publish_masters()
 
-    @abstractmethod
     def dtypes(self) -> dict[str, torch.dtype]:
-        """The dtypes really in use: master weights, compute weights, gradient accumulation, moments."""
+        """Return the dtypes in use: master weights, compute weights, gradient accumulation, moments."""
+        fragment = self.fragments()[0]
+        return {
+            "master weights": fragment.weight.dtype,
+            "compute weights": torch.bfloat16 if self.precision == "bf16" else fragment.weight.dtype,
+            "gradient accumulation": self._accumulation_dtype() or fragment.weight.dtype,
+            "moments": fragment.exp_avg.dtype,
+        }
+
+    def _accumulation_dtype(self) -> torch.dtype | None:
+        """Return the dtype of accumulated gradients, or None for that of the master weights."""
+        return None
 
     @abstractmethod
     def describe(self) -> str:
-        """The library, its variant and the optimizer, as logged at the start of a run."""
+        """Return the library, its variant and the optimizer, as logged at the start of a run."""
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -115,15 +118,15 @@ class Backend(ABC):
 
     @staticmethod
     def weighted(loss: Tensor, factor: Tensor | float) -> Tensor:
-        """What to call ``backward`` on: a loss that is not finite makes all gradients so, on every rank."""
+        """Return the loss to call ``backward`` on. If it is not finite, no gradient on any rank will be."""
         return loss * (factor + loss.detach() * 0.0)
 
-    def close(self) -> None:  # noqa: B027 - most backends have nothing to let go of
-        """Let go of what outlives a run. Collectives are over; the last call."""
+    def close(self) -> None:  # noqa: B027 - most backends have nothing to release
+        """Release what would outlive the run. This is the last call; it makes no collectives."""
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
-        """No dropout inside."""
+        """Switch dropout off inside."""
         self.compute.eval()
         try:
             yield

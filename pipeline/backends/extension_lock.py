@@ -1,6 +1,7 @@
-"""The lock of a C++ extension that torch builds at first use: a build that was killed leaves it behind.
+"""The lock of a C++ extension that torch builds at first use.
 
-torch waits for it to go, without an end (``torch.utils.file_baton``), so every later run would hang.
+A build that was killed leaves its lock behind, and torch waits for that lock without a limit
+(``torch.utils.file_baton``), so every later run would hang.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from torch.utils.cpp_extension import _get_build_directory
 
 log = logging.getLogger(__name__)
 
-#: A build takes a minute; whoever has had the lock for longer, and is not seen to hold it, is gone.
+#: A build takes about a minute. A lock that is older, and that no process on this host has open, is dead.
 LONGEST_BUILD_S = 300.0
 _POLL_S = 0.5
 
 
-def expect_no_dead_build(extension: str) -> None:
-    """Return once nobody builds the extension, or somebody on this host does, for whom torch can wait."""
+def wait_for_build_elsewhere(extension: str) -> None:
+    """Return once nobody, or a live process on this host, builds the extension; remove the lock of a dead build."""
     clear_dead_lock(Path(_get_build_directory(extension, verbose=False)) / "lock")
 
 
 def clear_dead_lock(lock: Path) -> None:
-    """Remove a lock whose owner is gone; one of another host, on a shared home, is given time to go by itself."""
+    """Remove the lock if its owner is gone. Another host's lock, in a shared home, gets time to disappear."""
     while (age_s := _age_s(lock)) is not None and not _is_open_on_this_host(lock):
         if age_s > LONGEST_BUILD_S:
-            log.warning("removed %s: the build that left it there is gone", lock)
+            log.warning("removed %s, which a build that is gone left behind", lock)
             lock.unlink(missing_ok=True)
             return
         time.sleep(_POLL_S)
@@ -42,11 +43,11 @@ def _age_s(lock: Path) -> float | None:
 
 
 def _is_open_on_this_host(lock: Path) -> bool:
-    """Whether a process has it open, as its owner does; without /proc nobody is seen."""
+    """Return whether a process has the lock open, as its owner does; always False without /proc."""
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if os.path.samestat(descriptor.stat(), lock.stat()):
                 return True
-        except OSError:  # it has just been closed, is another user's, or the lock is gone
+        except OSError:  # the descriptor was closed or is another user's, or the lock is gone
             continue
     return False

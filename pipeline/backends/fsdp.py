@@ -1,10 +1,11 @@
-"""FSDP2 (``fully_shard``): each block's weights, gradients and moments divided among the ranks."""
+"""FSDP2 (``fully_shard``): each block's weights, gradients and moments are sharded over the ranks."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn as nn
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -14,62 +15,37 @@ from pipeline.config.schema import Config
 from pipeline.distributed.world import World
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.precision import AutocastModel
+from pipeline.model.recomputation import recompute_blocks
 
 
 class FsdpBackend(TorchBackend):
-    """See :class:`pipeline.backends.base.Backend`."""
-
     label = "FSDP2"
 
     def __init__(self, model: GPT2, config: Config, world: World) -> None:
-        self.policy = _mixed_precision(config.run.precision)
-        self.root = _shard(model, config, world, self.policy)
-        super().__init__(model, config, world)
+        super().__init__(model, _wrap(model, config, world), config, world)
 
-    @property
-    def compute(self) -> nn.Module:
-        """The sharded root."""
-        return self.root
-
-    def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
-        """See :meth:`Backend.accumulate`."""
-        assert isinstance(self.root, FSDPModule)
-        self.root.set_requires_gradient_sync(is_last)
-        loss = self.root(tokens, targets)
-        self._backward(loss, loss_weight)
-        return loss.detach()
-
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """See :meth:`Backend.dtypes`."""
-        fragment = self.fragments()[0]
-        return {
-            "master weights": fragment.weight.dtype,
-            "compute weights": self.policy.param_dtype or fragment.weight.dtype,
-            "gradient accumulation": self.policy.reduce_dtype or fragment.weight.dtype,
-            "moments": fragment.exp_avg.dtype,
-        }
+    def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
+        assert isinstance(self.compute, FSDPModule)
+        self.compute.set_requires_gradient_sync(enabled)
+        return nullcontext()
 
 
-def _mixed_precision(precision: str) -> MixedPrecisionPolicy:
-    if precision == "bf16":
-        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    return MixedPrecisionPolicy()
+def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
+    """Apply recomputation, compilation per module, and sharding; collectives stay outside the compiled graphs.
 
-
-def _shard(model: GPT2, config: Config, world: World, policy: MixedPrecisionPolicy) -> nn.Module:
-    """Shard block by block, then the embeddings and the last LayerNorm with the root.
-
-    ``wte`` and ``lm_head`` share one group, so the tie holds through gather and reshard. That group is needed at the
-    end of the forward and at the beginning of the backward pass, so between them it stays gathered.
+    Each block is one group of weights; the embeddings, the last LayerNorm and the output layer are the root's. ``wte``
+    and ``lm_head`` are therefore in one group and stay tied. The end of the forward pass and the beginning of the
+    backward pass need that group, so it stays gathered in between.
     """
+    recompute_blocks(model)
+    if config.run.compile is True:
+        for module in (*model.h, model.lm_head):
+            module.compile(dynamic=False)
     mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = _mixed_precision(config.run.precision)
     reshard = config.backend.fsdp.reshard_after_forward
     for block in model.h:
-        if config.run.compile is True:
-            block.compile(dynamic=False)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    if config.run.compile is True:
-        model.lm_head.compile(dynamic=False)
     root = AutocastModel(model, config.run.precision, world.device)
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if world.device.type == "cpu":
@@ -78,3 +54,9 @@ def _shard(model: GPT2, config: Config, world: World, policy: MixedPrecisionPoli
                 module.set_custom_all_gather(AllGather())  # type: ignore[arg-type]
                 module.set_custom_reduce_scatter(ReduceScatter())  # type: ignore[arg-type]
     return root
+
+
+def _mixed_precision(precision: str) -> MixedPrecisionPolicy:
+    if precision == "bf16":
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return MixedPrecisionPolicy()

@@ -1,7 +1,7 @@
-"""All-gather and reduce-scatter for FSDP on CPUs, which copy less than gloo's own.
+"""All-gather and reduce-scatter for FSDP2 on CPUs, with fewer copies than gloo's own.
 
-Gloo gathers into a buffer that is then copied, and reduce-scatters by an all-reduce of everything. See
-``FSDPModule.set_custom_all_gather`` for the interface.
+Gloo gathers into a buffer that is then copied, and implements reduce-scatter as an all-reduce of everything. The
+interface is that of ``FSDPModule.set_custom_all_gather``.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from torch import Tensor
 
 class _Buffers:
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory to send from or to receive into."""
+        """Return memory to send from or to receive into."""
         return torch.empty(*size, dtype=dtype, device=device)
 
 
 class AllGather(_Buffers):
-    """Each rank broadcasts its part, straight to where the others want it."""
+    """An all-gather in which each rank broadcasts its shard straight into the others' output."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
-        """Gather (n,) of each rank into (ranks * n,), in the order of the ranks; finished on return."""
-        assert not async_op, "FSDP asks for it only where streams do not order the work"
-        parts = output_tensor.chunk(group.size())
-        own = parts[group.rank()]
-        if not own.is_set_to(input_tensor):  # FSDP has it in place
+        """Gather (n,) of each rank into (ranks * n,), in the order of the ranks."""
+        assert not async_op, "FSDP2 asks for async_op only where streams do not order the work"
+        shards = output_tensor.chunk(group.size())
+        own = shards[group.rank()]
+        if not own.is_set_to(input_tensor):  # FSDP2 may have it in place
             own.copy_(input_tensor)
-        under_way = [
-            dist.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(parts)
+        broadcasts = [
+            dist.broadcast(shard, group=group, group_src=rank, async_op=True) for rank, shard in enumerate(shards)
         ]
-        for work in under_way:
-            work.wait()
+        for broadcast in broadcasts:
+            broadcast.wait()
 
 
 class ReduceScatter(_Buffers):
-    """Each rank gets its part of all others and adds them up, in the order of the ranks."""
+    """A reduce-scatter in which each rank receives its shard from all others and sums in the order of the ranks."""
 
     def __call__(
         self,
@@ -49,7 +49,7 @@ class ReduceScatter(_Buffers):
         op: dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> None:
-        """Sum or average of (ranks * n,), of which this rank gets its (n,); finished on return."""
+        """Reduce (ranks * n,) of each rank by sum or average, and keep this rank's (n,)."""
         assert not async_op
         assert op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG), op
         received = torch.empty_like(input_tensor)

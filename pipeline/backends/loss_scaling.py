@@ -14,9 +14,8 @@ GROWTH_INTERVAL = 2000  # steps without overflow before the scale doubles (Micik
 class LossScaler:
     """The factor on the loss that keeps small fp16 gradients from vanishing.
 
-    A step whose gradient norm is not finite is skipped and halves the scale; ``GROWTH_INTERVAL``
-    good steps in a row double it. Powers of two, so unscaling is exact. With ``dynamic=False`` the
-    scale stays 1 (precisions other than fp16).
+    A step whose gradient norm is not finite is skipped and halves the scale; ``GROWTH_INTERVAL`` good steps in a row
+    double it. The scale is a power of two, so unscaling is exact. Without ``dynamic`` it stays 1.
     """
 
     dynamic: bool
@@ -25,11 +24,11 @@ class LossScaler:
 
     @classmethod
     def for_precision(cls, precision: str) -> LossScaler:
-        """Scaling from 2**16 for ``amp_fp16``, none for the others."""
+        """Return a dynamic scale that starts at 2**16 for ``amp_fp16``, and a constant 1 for the others."""
         return cls(dynamic=True, scale=2.0**16) if precision == "amp_fp16" else cls(dynamic=False)
 
     def update(self, grad_norm: Tensor | float) -> None:
-        """Learn from one step. Only a dynamic scale waits for the device to know."""
+        """Adjust the scale after a step. Only a dynamic scale waits for the device to compute the norm."""
         if not self.dynamic:
             return
         overflowed = not math.isfinite(grad_norm)
@@ -41,11 +40,11 @@ class LossScaler:
             self.good_steps = 0
 
     def restore(self, scale: float | None, good_steps: int) -> None:
-        """Take over what a checkpoint says (None: it had no scale) where this precision has a scale."""
+        """Use the values of a checkpoint, if both it and this precision have a scale (else ``scale`` is None)."""
         if self.dynamic and scale is not None:
             self.scale, self.good_steps = scale, good_steps
 
     @property
     def state(self) -> tuple[float | None, int]:
-        """What ``restore`` takes."""
+        """The arguments of ``restore``."""
         return (self.scale if self.dynamic else None), self.good_steps

@@ -1,4 +1,4 @@
-"""AdamW over the right groups, and the one global gradient norm."""
+"""AdamW with its parameter groups, the global gradient norm, and clipping."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ log = logging.getLogger(__name__)
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")
 _CACHED_ELEMENTS = 1 << 16  # 512 KiB in fp64
-CLIP_EPS = 1e-6  # in the divisor, as torch and DeepSpeed have it
+CLIP_EPS = 1e-6  # in the divisor, as in torch and DeepSpeed
 
 
 def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: tensors of two dimensions or more decay, biases and LayerNorm weights do not."""
-    decayed: list[Tensor] = []
-    spared: list[Tensor] = []
-    for parameter in parameters:
-        (decayed if parameter.dim() >= 2 else spared).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    """Return two groups: matrices with weight decay, biases and LayerNorm weights without."""
+    every = list(parameters)
+    return [
+        {"params": [parameter for parameter in every if parameter.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in every if parameter.dim() < 2], "weight_decay": 0.0},
+    ]
 
 
 def build_adamw(parameters: Iterable[Tensor], config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
-    """torch's AdamW, fused where the device has it; a fallback is logged."""
+    """Return torch's AdamW, fused where the device supports it; a fallback is logged."""
     fused = device.type in FUSED_DEVICES
     if not fused:
         log.warning("fused AdamW is not available on %s; using the plain one", device.type)
@@ -45,16 +45,15 @@ def build_adamw(parameters: Iterable[Tensor], config: OptimizerConfig, device: t
 
 
 def set_learning_rate(param_groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
-    """The schedule's rate for every group."""
+    """Set the learning rate of every group."""
     for group in param_groups:
         group["lr"] = learning_rate
 
 
 def global_grad_norm(gradients: list[Tensor]) -> Tensor:
-    """The L2 norm over all gradients of all ranks, a scalar on their device.
+    """Return the L2 norm of the gradients, a scalar on their device; sharded ones (DTensor) count from all ranks.
 
-    Squares are summed in fp64: the order of summation then does not show, and backends agree. Sharded
-    gradients (DTensor) are summed over the ranks.
+    Squares are summed in fp64, so the order of summation does not matter and backends agree.
     """
     sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
@@ -65,7 +64,7 @@ def global_grad_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:
-    """In fp64. A CPU converts piece by piece, in memory that stays cached; torch would convert the whole first."""
+    """Return the sum in fp64. A CPU converts in pieces that fit its cache; torch would convert the whole first."""
     dtype = summing_dtype(gradient.device)
     if gradient.device.type != "cpu":
         return torch.linalg.vector_norm(gradient, dtype=dtype).square()
@@ -78,10 +77,10 @@ def _sum_of_squares(gradient: Tensor) -> Tensor:
 
 
 def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float) -> Tensor:
-    """Divide gradients by the loss scale and bring their norm down to ``max_norm`` (0: do not), in place.
+    """Divide gradients by the loss scale and clip their norm to ``max_norm`` (0: no clipping), in place.
 
     Returns:
-        The global norm of the unscaled gradients, before clipping.
+        The global norm of the unscaled gradients before clipping, a scalar.
     """
     norm = global_grad_norm(gradients) / loss_scale
     factor = torch.full_like(norm, 1.0 / loss_scale)
@@ -92,16 +91,23 @@ def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float
     return norm
 
 
-def skip_unless_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
-    """Keep gradients that are not finite from changing anything.
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Update the weights, unless the gradients' norm is not finite; then weights, moments and step count stay.
 
-    Fused AdamW looks at a flag on the device, so that a GPU is not waited for; it then leaves weights, moments and
-    its step count alone.
-
-    Returns:
-        Whether the caller must skip the update.
+    Fused AdamW on a GPU skips the update by a flag on the device, so the host does not wait for the norm.
     """
     if norm.is_cuda and optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-        return False
-    return not torch.isfinite(norm).item()
+        optimizer.step()
+    elif torch.isfinite(norm).item():
+        optimizer.step()
+
+
+def clip_and_step(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], loss_scale: float, max_norm: float
+) -> Tensor:
+    """Unscale and clip the gradients, update the weights if they are finite, and return the norm before clipping."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = unscale_and_clip(gradients, loss_scale, max_norm)
+    step_if_finite(optimizer, norm)
+    return norm

@@ -22,7 +22,7 @@ from pipeline.data.datasets import TokenDataset
 from pipeline.data.mixture import Mixture
 from pipeline.data.sample_order import IndexArray, SampleOrder
 from pipeline.errors import TrainingError
-from pipeline.model.gpt2 import IGNORE_INDEX
+from pipeline.model.output_layer import IGNORE_INDEX
 from pipeline.seeds import derive_seed
 
 

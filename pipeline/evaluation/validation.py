@@ -25,7 +25,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.intervals import WINDOWS, Z_95
 from pipeline.evaluation.results import VALIDATION
-from pipeline.model.gpt2 import IGNORE_INDEX
+from pipeline.model.output_layer import IGNORE_INDEX
 from pipeline.model.precision import ComputeModel
 from pipeline.run_folder.metrics import DATASET_LOSS_PREFIX, perplexity
 

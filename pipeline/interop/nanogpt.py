@@ -31,7 +31,7 @@ from pipeline.interop.foreign import (
     require_shapes,
     stream_tensors,
 )
-from pipeline.model.gpt2 import padded_vocab_size
+from pipeline.model.output_layer import padded_vocab_size
 
 _EXPECTED = "the ckpt.pt of nanoGPT's train.py"
 _SIZE_KEYS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "context_length"}

@@ -1,4 +1,4 @@
-"""Causal self-attention: which of torch's ways is the fastest here. The mathematics is the same."""
+"""Causal self-attention by the fastest of torch's kernels. All of them compute the same."""
 
 from __future__ import annotations
 
@@ -14,29 +14,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 log = logging.getLogger(__name__)
 
-#: Compiled for a CPU, attention takes its queries in so many blocks; keys that all lie ahead are left out.
+#: Blocks of queries in attention that is compiled for a CPU. A block skips the keys after its last query.
 QUERY_BLOCKS = 4
-#: Tokens up to which the blocks were measured to be faster; their memory grows with the square.
+#: The longest window for which blocks were measured to be faster; their memory grows with its square.
 LONGEST_IN_BLOCKS = 1024
 
 _FLASH, _CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 _SLOWER = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_HOPPER = (9, 0)  # compute capability; from here on cuDNN's kernel is ahead of flash attention 2
+_HOPPER = (9, 0)  # compute capability from which cuDNN's kernel is faster than flash attention 2
 
-
-#: (layer, queries, keys, values) -> what they attend to; all (B, H, T, D).
+#: (layer, queries, keys, values) -> attention output; all tensors (B, H, T, D).
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, where no token sees a later one.
+    """Return softmax(q k^T / sqrt(D)) v, where no token sees a later one.
 
     Args:
-        q: queries, (B, H, T, D); ``k`` and ``v`` likewise.
-        dropout: on the attention weights.
-
-    Returns:
-        (B, H, T, D) in the dtype of ``q``.
+        q, k, v: (B, H, T, D), as the result.
+        dropout: probability, on the attention weights.
     """
     T = q.shape[2]
     in_blocks = torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout
@@ -46,7 +42,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
 
 
 def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same as plain matrix products, block of queries by block; the compiler fuses what is between them."""
+    """Return causal attention as matrix products, one block of queries at a time, for the compiler to fuse."""
     T, D = q.shape[2:]
     width = T // QUERY_BLOCKS
     blocks = []
@@ -60,16 +56,15 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_under(mask: Tensor) -> Attend:
-    """Attention under a mask of its own, (B, 1, T, T) bool, True where a token sees another; the same in all layers."""
+    """Return attention under a mask, (B, 1, T, T) bool, True where a token sees another; the same in all layers."""
     return lambda layer, q, k, v: F.scaled_dot_product_attention(q, k, v, mask)
 
 
 @contextmanager
 def fastest_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Iterator[str]:
-    """Inside, torch's attention runs its fastest kernel that this device has for such heads.
+    """Run attention with the fastest kernel that the device has for this dtype and head size; yield its name.
 
-    Yields:
-        The kernel's name, as torch itself says it will choose; ``MATH`` is none, and logged as a warning.
+    The name is the one that torch reports. ``MATH`` means that there is no fused kernel, and is logged as a warning.
     """
     q = torch.zeros(1, 1, 128, head_dim, device=device, dtype=dtype, requires_grad=True)
     fused = next((kernel for kernel in _preferred(device) if _runs(kernel, q)), None)
@@ -78,7 +73,7 @@ def fastest_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> I
         chosen = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
         assert fused in (None, chosen), f"torch chose {chosen} where {fused} runs"
         if chosen == SDPBackend.MATH:
-            log.warning("attention has no fused kernel for this device and dtype: plain matrix products")
+            log.warning("attention has no fused kernel for this device and dtype; using plain matrix products")
         yield chosen.name
 
 
@@ -88,7 +83,7 @@ def _preferred(device: torch.device) -> list[SDPBackend]:
 
 
 def _runs(kernel: SDPBackend, q: Tensor) -> bool:
-    """Whether forward and backward work; a kernel that is not built in, or not for such heads, raises."""
+    """Return whether the kernel's forward and backward pass work; one that torch was built without raises."""
     try:
         with sdpa_kernel([kernel]):
             F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""GPT-2 as published (Radford et al. 2019), with GPT-2's own names. It knows no backend.
+"""GPT-2 as published (Radford et al. 2019), with GPT-2's own names.
 
 Shapes: B sequences, T tokens, C = n_embd, H heads, V = vocabulary of the tokenizer.
 """
@@ -6,8 +6,6 @@ Shapes: B sequences, T tokens, C = n_embd, H heads, V = vocabulary of the tokeni
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,14 +13,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from pipeline.config.schema import ModelConfig
 from pipeline.model.attention import Attend, attention_under, causal_attention
 from pipeline.model.key_value_cache import KeyValueCache
-from pipeline.model.output_layer import IGNORE_INDEX as IGNORE_INDEX
-from pipeline.model.output_layer import Method, OutputLayer
-from pipeline.model.output_layer import padded_vocab_size as padded_vocab_size
+from pipeline.model.output_layer import Method, OutputLayer, padded_vocab_size
 from pipeline.seeds import derive_seed
 
 INIT_STD = 0.02
@@ -53,8 +48,8 @@ class CausalSelfAttention(nn.Module):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU by tanh, as GPT-2 has it: x/2 (1 + tanh u) (Hendrycks and Gimpel 2016)."""
-    if torch.compiler.is_compiling():  # x sigmoid(2u) is the same, and an exponential is cheaper than tanh
+    """Return GELU in the tanh approximation that GPT-2 uses, x/2 (1 + tanh u) (Hendrycks and Gimpel 2016)."""
+    if torch.compiler.is_compiling():  # x sigmoid(2u) is equal, and exp is cheaper than tanh
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * torch.sigmoid(wide * (_GELU_LINEAR + _GELU_CUBIC * wide * wide))).to(x.dtype)
     return F.gelu(x, approximate="tanh")
@@ -73,57 +68,23 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-LayerNorm: the residual stream itself is never normalised."""
+    """A transformer block with pre-LayerNorm: the residual stream itself is never normalised."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.recompute = config.recomputes_block(layer)
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            if torch.compiler.is_compiling():  # which has both passes in one graph
-                return checkpoint(self._residual_branches, x, attend, use_reentrant=False)
-            return checkpoint(
-                self._residual_branches, x, attend, use_reentrant=False, context_fn=self._contexts_of_passes()
-            )
-        return self._residual_branches(x, attend)
-
-    def _contexts_of_passes(self) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
-        """Around the first pass and the second: what a caller puts in place of the parameters is there in both.
-
-        ``functional_call`` puts the parameters back before the backward pass.
-        """
-        stand_ins = {name: weight for name, weight in self.named_parameters() if not isinstance(weight, nn.Parameter)}
-        if not stand_ins:
-            return noop_context_fn
-        return lambda: (nullcontext(), self._standing_in(stand_ins))
-
-    @contextmanager
-    def _standing_in(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        parameters = dict(self.named_parameters())
-        self._put(weights)
-        try:
-            yield
-        finally:
-            self._put(parameters)
-
-    def _put(self, weights: Mapping[str, Tensor]) -> None:
-        for name, weight in weights.items():
-            owner, _, leaf = name.rpartition(".")
-            self.get_submodule(owner)._parameters[leaf] = weight  # type: ignore[assignment]
-
-    def _residual_branches(self, x: Tensor, attend: Attend | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), attend)
         return x + self.mlp(self.ln_2(x))
 
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """Tokens, and the single predictions of them that are scored."""
+    """Tokens and the predictions among them that are scored."""
 
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (N,) int64
@@ -140,7 +101,7 @@ class ScoringBatch:
 
 
 class GPT2(nn.Module):
-    """The language model; ``lm_head.weight`` is ``wte.weight``, one parameter under the name ``wte.weight``."""
+    """The language model. ``lm_head.weight`` and ``wte.weight`` are one parameter, named ``wte.weight``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -186,28 +147,27 @@ class GPT2(nn.Module):
         return scores
 
     def next_token_logits(self, tokens: Tensor, lengths: list[int], cache: KeyValueCache) -> Tensor:
-        """Logits of the token that follows each row, (B, V), in the compute dtype.
+        """Return the logits of the token that follows each row, (B, V) in the compute dtype.
 
         Args:
-            tokens: (B, T): into an empty cache whole rows, padded on the right; then (B, 1), what follows them.
-            lengths: of the rows in ``tokens`` without the padding.
-            cache: remembers the tokens.
+            tokens: (B, T) whole rows, padded on the right, if the cache is empty; else (B, 1), the tokens that follow.
+            lengths: tokens per row, without the padding.
+            cache: the tokens are appended to it.
         """
-        cache.expect(lengths)
-        x = self.hidden_states(tokens, self._positions(tokens, cache), cache.attend)  # (B, T, C)
-        cache.advance()
+        with cache.append(lengths):
+            x = self.hidden_states(tokens, self._positions(tokens, cache), cache.attend)  # (B, T, C)
         rows = torch.arange(len(lengths), device=x.device)
         last = torch.tensor(lengths, device=x.device) - 1
         logits: Tensor = self.lm_head(x[rows, last], method="logits")
         return logits
 
     def hidden_states(self, tokens: Tensor, places: Tensor | None = None, attend: Attend | None = None) -> Tensor:
-        """The normalised residual stream after the last block, (B, T, C).
+        """Return the normalised residual stream after the last block, (B, T, C).
 
         Args:
             tokens: (B, T) integer ids below ``vocab_size``.
             places: (B, T) int64, see ``ScoringBatch``.
-            attend: takes the place of causal attention over the row.
+            attend: used instead of causal attention over the row.
         """
         x = self.wte(tokens) + self.wpe(self._positions(tokens) if places is None else places)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -216,7 +176,7 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def _positions(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Places in the window, (T,); or in the text, (B, T), where positions start at 0 again with each."""
+        """Return each token's position in the window, (T,), or in its text, (B, T), if texts restart at 0."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
         if cache is not None:
             places = places + cache.first_slots()  # (B, T)
@@ -228,21 +188,21 @@ class GPT2(nn.Module):
         return places - starts
 
     def assert_tied(self) -> None:
-        """The output layer and the embedding must be one tensor after wrapping, stepping and loading."""
+        """Assert that the output layer and the embedding are still one tensor."""
         assert self.lm_head.weight is self.wte.weight, "lm_head.weight and wte.weight came apart"
 
 
 def allocate_model(config: ModelConfig, device: torch.device | str) -> GPT2:
-    """An fp32 model whose weights are memory as found: to be initialised or loaded into."""
+    """Return an fp32 model with uninitialised weights."""
     with torch.device("meta"):
         model = GPT2(config)
     model.to_empty(device=device)
-    model.lm_head.weight = model.wte.weight  # to_empty gives each name a tensor of its own
+    model.lm_head.weight = model.wte.weight  # to_empty makes one tensor per name
     return model
 
 
 def build_model(config: ModelConfig, seed: int) -> GPT2:
-    """An initialised fp32 model on the CPU, the same on every rank and machine for one seed."""
+    """Return an initialised fp32 model on the CPU. One seed gives the same weights on every rank and machine."""
     model = allocate_model(config, "cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -251,9 +211,9 @@ def build_model(config: ModelConfig, seed: int) -> GPT2:
 
 
 def initialise(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
-    """Fill one parameter in place. Each draws from a stream of its own, so their order does not matter.
+    """Fill one parameter in place, from its own random stream.
 
-    Weights are normal with deviation 0.02, those that write to the residual stream with
+    Weights are normal with standard deviation 0.02, or for those that write to the residual stream
     0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3); biases are 0, LayerNorm weights 1.
     """
     if name.endswith("bias"):
@@ -265,11 +225,11 @@ def initialise(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> 
         generator = torch.Generator().manual_seed(derive_seed(seed, "weights", name))
         parameter.normal_(0.0, std, generator=generator)
         if name == "wte.weight":
-            parameter[config.vocab_size :].zero_()  # padding rows: no input, no gradient, no norm
+            parameter[config.vocab_size :].zero_()  # the padding rows add nothing to any norm
 
 
 def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
-    """Parameters with the tied weight counted once; ``padded`` includes the surplus vocabulary rows."""
+    """Return the number of parameters. The tied weight counts once; ``padded`` includes the padding rows of it."""
     C, V = config.n_embd, config.vocab_size
     rows = padded_vocab_size(V) if padded else V
     block = 12 * C * C + 13 * C  # 4 matrices of 3, 1, 4, 4 C*C; their biases; two LayerNorms
@@ -277,9 +237,9 @@ def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Model FLOPs of one token, forward and backward: 6 N + 12 L C T.
+    """Return the model FLOPs of one token, forward and backward: 6 N + 12 L C T.
 
-    N leaves out the position embedding, which multiplies nothing; the second term is attention
+    N excludes the position embedding, which is only looked up; the second term is attention
     (Chowdhery et al. 2022, appendix B). Recomputation is not counted.
     """
     n = parameter_count(config, padded=True) - config.context_length * config.n_embd

@@ -1,6 +1,9 @@
-"""Keys and values of tokens that the model has seen, so that one more token costs one token's work."""
+"""Keys and values of the tokens that the model has seen, so that one more token costs one token's work."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +13,14 @@ from pipeline.config.schema import ModelConfig
 
 
 class KeyValueCache:
-    """Room for a batch of texts, allocated once. Rows begin at slot 0 and may differ in length.
+    """The keys and values of a batch of texts, allocated once. Rows begin at slot 0 and may differ in length.
 
-    It is filled once with whole rows, padded on the right: what the padding left behind is never seen, and is
-    overwritten by the tokens that follow. After that it takes one token a row at a time.
+    The cache is filled once with whole rows, padded on the right. Attention never reads the padding's entries, and the
+    tokens that follow overwrite them. After that the cache takes one token per row at a time.
 
     Args:
-        config: of the model.
         rows: texts side by side, B.
-        capacity: tokens a row, S; at most ``context_length``.
+        capacity: tokens per row, S; at most ``context_length``.
     """
 
     def __init__(
@@ -27,8 +29,8 @@ class KeyValueCache:
         assert capacity <= config.context_length, (capacity, config.context_length)
         shape = (config.n_layer, 2, rows, config.n_head, capacity, config.n_embd // config.n_head)
         self._memory = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = [0] * rows  # tokens that are remembered of each row
-        self._expected = [0] * rows
+        self.lengths = [0] * rows  # tokens per row
+        self._new = [0] * rows  # tokens per row that are being appended
         self._text_starts = torch.zeros(rows, 1, dtype=torch.int64, device=device)
 
     def clear(self) -> None:
@@ -37,39 +39,43 @@ class KeyValueCache:
         self._text_starts.zero_()
 
     def keep(self, rows: list[int]) -> None:
-        """Forget all rows but these, which move together."""
+        """Keep these rows only, in this order."""
         self._memory = self._memory[:, :, rows]
         self._text_starts = self._text_starts[rows]
         self.lengths = [self.lengths[row] for row in rows]
 
+    @contextmanager
+    def append(self, lengths: list[int]) -> Iterator[None]:
+        """Append tokens to the rows: inside, every layer calls ``attend`` once with the new tokens.
+
+        Args:
+            lengths: new tokens per row, without padding; all 1 unless the cache is empty.
+        """
+        assert lengths == [1] * len(self.lengths) or not any(self.lengths), "only an empty cache takes whole rows"
+        self._new = lengths
+        yield
+        self.lengths = [seen + new for seen, new in zip(self.lengths, lengths, strict=True)]
+
     def first_slots(self) -> Tensor:
-        """Where the next token of each row goes, (B, 1)."""
+        """Return the slot of each row's next token, (B, 1)."""
         return torch.tensor(self.lengths, device=self._memory.device)[:, None]
 
-    def expect(self, lengths: list[int]) -> None:
-        """Announce how many tokens of each row come next, padding left out."""
-        assert lengths == [1] * len(self.lengths) or not any(self.lengths), "only an empty cache takes whole rows"
-        self._expected = lengths
-
     def carry_text_starts(self, starts: Tensor) -> Tensor:
-        """Slots where the texts of the new tokens start, (B, T), if need be before these; the last are kept."""
+        """Return the slots where the texts of the new tokens start, (B, T), and remember those of the last tokens.
+
+        Args:
+            starts: the same from the new tokens alone, 0 where the text started before them.
+        """
         starts = torch.maximum(starts, self._text_starts)
-        last = torch.tensor(self._expected, device=starts.device)[:, None] - 1
+        last = torch.tensor(self._new, device=starts.device)[:, None] - 1
         self._text_starts = starts.gather(1, last)
         return starts
 
-    def advance(self) -> None:
-        """All layers have seen the expected tokens."""
-        self.lengths = [seen + new for seen, new in zip(self.lengths, self._expected, strict=True)]
-
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of new tokens over themselves and what is remembered; remembers their keys and values.
+        """Store the new keys and values, and return causal attention over all that are stored, (B, H, T, C/H).
 
         Args:
             q, k, v: (B, H, T, C/H); T is 1 unless the cache is empty.
-
-        Returns:
-            (B, H, T, C/H).
         """
         keys, values = self._memory[layer]  # (B, H, S, C/H) each
         if q.shape[2] > 1:

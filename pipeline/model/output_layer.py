@@ -1,4 +1,4 @@
-"""The output layer and the loss on it: where a small model spends half of its time, and most of its memory."""
+"""The output layer and the loss, which take half of a small model's time and most of its memory."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 IGNORE_INDEX = -100  # a target that is not scored; torch's own default
 VOCAB_MULTIPLE = 128  # matrix products are faster on round sizes: 50257 becomes 50304
-SCORED_AT_ONCE = 128  # targets whose logits exist at a time: 26 MB in fp32, which stay in the caches of a CPU
+SCORED_AT_ONCE = 128  # targets whose logits are in memory at a time: 26 MB in fp32, which fit the caches of a CPU
 
 Method = Literal["loss", "logits", "score"]
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up. The surplus never enters the softmax."""
+    """Return the rows of the embedding: the vocabulary rounded up. The padding rows never enter the softmax."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
@@ -68,10 +68,10 @@ class OutputLayer(nn.Linear):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Each target's own, in nats, 0 where it is ``IGNORE_INDEX``; computed in fp32.
+    """Return each target's cross-entropy in nats, (N,) fp32; 0 where the target is ``IGNORE_INDEX``.
 
     Args:
-        logits: (N, padded vocabulary) in any dtype; from ``vocab_size`` on columns are padding.
+        logits: (N, padded vocabulary) in any dtype; columns from ``vocab_size`` on are padding.
         targets: (N,) int64.
     """
     if torch.compiler.is_compiling():
@@ -81,7 +81,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
 
 
 class _CompiledCrossEntropy(torch.autograd.Function):
-    """What the compiler should fuse; of torch's own it also sums the rows of one-hot targets in the backward pass."""
+    """Cross-entropy for the compiler: the backward pass of torch's own also sums the rows of the one-hot targets."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -98,10 +98,10 @@ class _CompiledCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
         logits, columns, scored, log_totals = ctx.saved_tensors
         weights = torch.where(scored, grad_losses, 0.0).unsqueeze(1)
-        at = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
-        shares = (logits.float() - log_totals.unsqueeze(1)).exp()  # the softmax, (N, padded vocabulary)
-        hits = (at == columns.int().unsqueeze(1)).float()
-        gradient = torch.where(at < ctx.vocab_size, (shares - hits) * weights, 0.0)
+        ids = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
+        softmax = (logits.float() - log_totals.unsqueeze(1)).exp()  # (N, padded vocabulary)
+        one_hot = (ids == columns.int().unsqueeze(1)).float()
+        gradient = torch.where(ids < ctx.vocab_size, (softmax - one_hot) * weights, 0.0)
         return gradient.to(logits.dtype), None, None
 
 

@@ -1,7 +1,6 @@
-"""Linear layers for a model on a CPU that trains no more: weights laid out once as oneDNN's products read them.
+"""Linear layers for inference on a CPU: weights are reordered once into the layout of oneDNN's matrix products.
 
-torch's own products find weights as the checkpoint has them, and read them at half of what memory gives when the rows
-are few, as in generation; docs/benchmarks has the figures.
+With few rows, as in generation, torch's own products reach half of the memory bandwidth; see docs/benchmarks.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from torch import Tensor
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.output_layer import OutputLayer
 
-# oneDNN's product of four rows reads fp32 weights faster than those of one to three rows do.
+# oneDNN reads fp32 weights faster in a product of four rows than of one to three.
 FEWEST_ROWS = {torch.float32: 4, torch.bfloat16: 1}
 
 
 class PackedLinear(nn.Module):
-    """What a linear layer computes, in one dtype; without parameters, and without a backward pass."""
+    """A linear layer in one dtype, without parameters and without a backward pass."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -28,7 +27,7 @@ class PackedLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) in any dtype -> (..., out) in the layer's own, as under autocast."""
+        """Return (..., out) in the layer's dtype from (..., in) in any dtype, as autocast does."""
         rows = x.shape[:-1].numel()
         missing = FEWEST_ROWS[self.dtype] - rows
         if missing <= 0:
@@ -37,21 +36,20 @@ class PackedLinear(nn.Module):
         return y[:rows].view(*x.shape[:-1], y.shape[-1])
 
     def product(self, x: Tensor) -> Tensor:
-        """The same of rows as they are, in the layer's dtype."""
+        """Return the same without padding the rows; ``x`` is in the layer's dtype."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
 
 def pack_linear_layers(model: GPT2, dtype: torch.dtype) -> None:
-    """Replace the linear layers, one by one, of a model on a CPU whose oneDNN has products in this dtype.
+    """Replace the linear layers of a model on a CPU, if oneDNN has products in this dtype there.
 
-    Any other model stays as it is. The weights of the blocks are freed. That of the output layer stays beside its
-    packed copy: it is the embedding.
+    The weights of the blocks are freed. The weight of the output layer stays because it is also the embedding.
     """
     if model.wte.weight.device.type != "cpu" or not can_pack(dtype):
         return
     model.lm_head.packed_product = PackedLinear(model.lm_head, dtype)
-    # Without the layers themselves: a list that held them would keep all their weights until the end.
+    # The list must not hold the linear layers, or all their weights would stay in memory until the end.
     for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and not isinstance(child, OutputLayer):
@@ -59,7 +57,7 @@ def pack_linear_layers(model: GPT2, dtype: torch.dtype) -> None:
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this torch has packed products, and this CPU the instructions for them."""
+    """Return whether this torch has packed products and this CPU the instructions for them."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     operators = torch.ops.mkldnn
@@ -71,6 +69,6 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def _packed(weight: Tensor) -> Tensor:
-    """(out, in) -> the same in oneDNN's layout, which is its own for each processor."""
+    """Return an (out, in) weight in oneDNN's layout for this processor."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return packed

@@ -1,4 +1,4 @@
-"""In which dtypes the model computes, the same in every backend.
+"""The dtypes in which the model computes, the same in every backend.
 
 ``fp32``                  everything in fp32
 ``amp_bf16``, ``amp_fp16``  fp32 weights, ``torch.autocast``; fp16 also scales the loss
@@ -22,7 +22,7 @@ AUTOCAST_DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """The autocast of an ``amp_*`` precision; nothing for the others."""
+    """Return the autocast of an ``amp_*`` precision, or a context that does nothing."""
     dtype = AUTOCAST_DTYPES.get(precision)
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
@@ -51,10 +51,10 @@ class ComputeModel(nn.Module):
 
 
 class AutocastModel(ComputeModel):
-    """The model with autocast *inside* its forward, so that no wrapper around it can switch it off.
+    """The model with autocast *inside* its forward, where no wrapper can switch it off.
 
-    DeepSpeed disables an autocast that it finds around its engine, and its own
-    (``torch_autocast``) clips scaled gradients before unscaling them under fp16.
+    DeepSpeed disables an autocast around its engine, and its own (``torch_autocast``) clips gradients before it
+    unscales them under fp16.
     """
 
     def __init__(self, model: GPT2, precision: str, device: torch.device) -> None:
@@ -70,10 +70,9 @@ class AutocastModel(ComputeModel):
 
 
 class Bf16ViewModel(ComputeModel):
-    """The model computing with bf16 copies of its fp32 parameters.
+    """The model with bf16 copies in place of its fp32 parameters, for backends that replicate the weights.
 
-    The parameters are the master weights; the cast is part of the graph, so gradients arrive,
-    accumulate and are reduced in fp32. For backends that replicate the weights.
+    The parameters are the master weights. The cast is in the graph, so gradients accumulate and are reduced in fp32.
     """
 
     def __init__(self, model: GPT2) -> None:

@@ -23,8 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.config.schema import ModelConfig
-from pipeline.model.gpt2 import GPT2, padded_vocab_size
+from pipeline.model.gpt2 import GPT2
+from pipeline.model.output_layer import padded_vocab_size
 from pipeline.model.precision import AutocastModel, Bf16ViewModel
+from pipeline.model.recomputation import recompute_blocks
 
 #: How a backend computes: fp32 weights under autocast, bf16 copies of fp32 weights, or bf16 weights.
 Compute = Literal["autocast", "bf16_view", "bf16_weights"]
@@ -110,6 +112,7 @@ def _trace(request: Request) -> tuple[Peak, ...]:
 def _build(request: Request) -> tuple[GPT2, nn.Module]:
     with _default_dtype(torch.bfloat16 if request.compute == "bf16_weights" else torch.float32):
         model = GPT2(request.model).train()
+    recompute_blocks(model)
     builders: dict[Compute, Callable[[], nn.Module]] = {
         "autocast": lambda: AutocastModel(model, request.precision, _CPU),
         "bf16_view": lambda: Bf16ViewModel(model),

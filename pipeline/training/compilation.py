@@ -1,4 +1,4 @@
-"""Whether a run compiles its model: where it pays, and where a compiler works."""
+"""The choice whether a run compiles its model."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from pipeline.config.schema import Config
 from pipeline.distributed.device import compiler_works
 from pipeline.distributed.world import World
 
-#: On a CPU, Inductor takes one to three minutes for forward, backward and validation, and saves a third of a step.
+#: On a CPU, Inductor takes one to three minutes to compile training and validation, and saves a third of each step.
 SHORTEST_CPU_RUN_S = 600.0
 
 
 def choose_compilation(config: Config, world: World, ideal_s: float) -> Config:
-    """The config with ``run.compile`` decided, the same on every rank. Collective.
+    """Return the config with ``run.compile`` true or false, the same on every rank. Collective.
 
     Args:
-        ideal_s: how long the whole run would take at the ceiling of matrix products.
+        ideal_s: duration of the whole run at the device's matrix-product throughput.
     """
     wanted = config.run.compile
     if wanted == "auto":

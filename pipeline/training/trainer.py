@@ -159,7 +159,7 @@ class Trainer:
         loss_scale = self.backend.loss_scaler.scale
         loss_share = self._accumulate(micro_batches)
         learning_rate = lr_at(self.state.step, self.config.optimizer, self.config.schedule)
-        grad_norm = LateValue(self.backend.step(learning_rate).grad_norm)
+        grad_norm = LateValue(self.backend.step(learning_rate))
         self.throughput.count_step()
         self.profile.count_step()
         self._advance(first_sample)

@@ -1,4 +1,4 @@
-"""Decay where it belongs, one gradient norm, clipping after unscaling."""
+"""AdamW decays matrices only, backends share one gradient norm, and clipping comes after unscaling."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 from pipeline.backends import optimizer as optimizer_module
 from pipeline.backends.optimizer import (
     build_adamw,
+    clip_and_step,
     global_grad_norm,
     parameter_groups,
     set_learning_rate,
-    skip_unless_finite,
+    step_if_finite,
     unscale_and_clip,
 )
 from pipeline.config.schema import OptimizerConfig
@@ -158,20 +159,27 @@ class TestClipping:
 
     @pytest.mark.parametrize("loss_scale", [1.0, 2.0**16])
     @pytest.mark.parametrize("value", [math.inf, math.nan])
-    def test_gradients_that_are_not_finite_are_to_be_skipped(self, value: float, loss_scale: float) -> None:
+    def test_gradients_that_are_not_finite_are_skipped(self, value: float, loss_scale: float) -> None:
         """With a loss scale and without one."""
         norm = unscale_and_clip([torch.ones(3), torch.tensor([1.0, value])], loss_scale, 1.0)
         assert not math.isfinite(norm)
-        assert skip_unless_finite(build_adamw([torch.nn.Parameter(torch.ones(2))], OptimizerConfig(), CPU), norm)
+        assert not self.steps(norm)
 
-    def test_finite_ones_are_not(self) -> None:
-        adamw = build_adamw([torch.nn.Parameter(torch.ones(2))], OptimizerConfig(), CPU)
+    def test_every_finite_norm_is_stepped(self) -> None:
         for value in (0.0, 1e-300, 1.0, 1e300):
-            assert not skip_unless_finite(adamw, torch.tensor(value, dtype=torch.float64))
+            assert self.steps(torch.tensor(value, dtype=torch.float64))
+
+    @staticmethod
+    def steps(norm: Tensor) -> bool:
+        """Whether a parameter with a gradient moves."""
+        parameter = torch.nn.Parameter(torch.ones(2))
+        parameter.grad = torch.ones(2)
+        step_if_finite(build_adamw([parameter], OptimizerConfig(), CPU), norm)
+        return not torch.equal(parameter, torch.ones(2))
 
 
 class TestSkipping:
-    """What the backends do: a step whose gradients are not finite is none."""
+    """A step whose gradients are not finite changes nothing."""
 
     @staticmethod
     def state(model: torch.nn.Module, adamw: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -184,9 +192,7 @@ class TestSkipping:
     def step(model: torch.nn.Module, adamw: torch.optim.AdamW, gradients: list[Tensor]) -> None:
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             parameter.grad = gradient
-        norm = unscale_and_clip(gradients, 1.0, 1.0)
-        if not skip_unless_finite(adamw, norm):
-            adamw.step()
+        clip_and_step(adamw, model.parameters(), 1.0, 1.0)
         adamw.zero_grad(set_to_none=True)
 
     @pytest.mark.parametrize("where", ["one element", "everywhere"])
@@ -195,7 +201,7 @@ class TestSkipping:
         "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")])]
     )
     def test_nothing_moves(self, device: str, value: float, where: str) -> None:
-        """Neither weights nor moments nor the step count, first or later, and the next good step is as without."""
+        """Weights, moments and step count stay, and the next good step is as if the bad ones had not been."""
 
         def gradients(seed: int) -> list[Tensor]:
             generator = torch.Generator().manual_seed(seed)

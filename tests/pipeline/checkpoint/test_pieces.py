@@ -52,10 +52,10 @@ def cut_into_ranges(fragments: list[Fragment], length: int) -> list[Fragment]:
 class ShardedBackend(Backend):
     """Holds every second range of another backend's elements, like one of two ranks under ZeRO."""
 
-    compute = accumulate = step = dtypes = describe = None  # type: ignore[assignment]
+    accumulate = _update = describe = None  # type: ignore[assignment]
 
     def __init__(self, whole: DdpBackend, length: int, rank: int) -> None:
-        super().__init__(whole.model, whole.loss_scaler)
+        vars(self).update(vars(whole))
         self.whole, self.mine = whole, cut_into_ranges(whole.fragments(), length)[rank::2]
 
     def fragments(self) -> list[Fragment]:

@@ -14,7 +14,7 @@ from pipeline.data.batch_plan import BatchPlan
 from pipeline.data.datasets import TokenDataset
 from pipeline.data.loader import MicroBatch, TrainLoader, validation_batches
 from pipeline.errors import TrainingError
-from pipeline.model.gpt2 import IGNORE_INDEX
+from pipeline.model.output_layer import IGNORE_INDEX
 from tests.pipeline.conftest import VOCAB_SIZE, write_shards
 
 T = 5

@@ -14,14 +14,12 @@ from torch import Tensor
 from pipeline.config.schema import MODEL_PRESETS, ModelConfig, Preset
 from pipeline.model.gpt2 import (
     GPT2,
-    IGNORE_INDEX,
-    MLP,
     allocate_model,
     build_model,
     flops_per_token,
-    padded_vocab_size,
     parameter_count,
 )
+from pipeline.model.output_layer import IGNORE_INDEX, padded_vocab_size
 from tests.pipeline.conftest import VOCAB_SIZE, random_tokens, restless_model, tiny_model_config
 
 PUBLISHED_COUNTS: dict[Preset, int] = {
@@ -269,53 +267,6 @@ class TestForward:
         assert torch.equal(model.eval().logits(inputs), model.logits(inputs))
         plain = build_model(tiny_model_config(), 1)
         assert torch.equal(model.logits(inputs), plain.logits(inputs))
-
-
-class TestActivationCheckpointing:
-    @pytest.fixture
-    def forwards(self, monkeypatch: pytest.MonkeyPatch) -> list[MLP]:
-        """The MLPs that ran forward, in order."""
-        ran: list[MLP] = []
-        forward = MLP.forward
-
-        def counted(self: MLP, x: Tensor) -> Tensor:
-            ran.append(self)
-            return forward(self, x)
-
-        monkeypatch.setattr(MLP, "forward", counted)
-        return ran
-
-    @pytest.mark.parametrize("recompute", [True, 2])
-    @pytest.mark.parametrize("dropout", [0.0, 0.3])
-    def test_same_loss_and_gradients(self, dropout: float, recompute: bool | int) -> None:
-        inputs, targets = shift(random_tokens(3, 12))
-        found = []
-        for setting in (False, recompute):
-            config = tiny_model_config(n_layer=3, dropout=dropout, activation_checkpointing=setting)
-            model = restless_model(config).train()
-            torch.manual_seed(5)
-            loss = model.loss(inputs, targets)
-            found.append((loss.item(), gradients(model, loss)))
-        assert found[0][0] == pytest.approx(found[1][0], rel=1e-7)
-        for name, gradient in found[0][1].items():
-            torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-5, atol=1e-6)
-
-    @pytest.mark.parametrize(
-        ("recompute", "again"),
-        [(False, []), (True, [4, 3, 2, 1, 0]), (1, [4, 3, 2, 1, 0]), (2, [4, 2, 0]), (3, [3, 0])],
-    )
-    def test_which_blocks_run_again_in_the_backward_pass(
-        self, recompute: bool | int, again: list[int], forwards: list[MLP]
-    ) -> None:
-        model = build_model(tiny_model_config(n_layer=5, activation_checkpointing=recompute), 1)
-        model.loss(*shift(random_tokens(2, 5))).backward()
-        blocks = [block.mlp for block in model.h]
-        assert [blocks.index(mlp) for mlp in forwards] == [0, 1, 2, 3, 4, *again]
-
-    @pytest.mark.parametrize("wrong", [0, -1, 3, "all", 1.5])
-    def test_what_is_no_number_of_blocks_is_refused(self, wrong: Any) -> None:
-        with pytest.raises(ValueError, match="activation_checkpointing"):
-            tiny_model_config(activation_checkpointing=wrong)
 
 
 class TestPositions:

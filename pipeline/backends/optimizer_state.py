@@ -1,0 +1,85 @@
+"""AdamW's state and the fp32 master weights on one rank, in one form for every backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous range of one parameter's elements whose training state is on this rank.
+
+    The tensors are views: writing into them changes the state. A replicated backend has one fragment per parameter;
+    FSDP2 has rows of it, ZeRO any range.
+    """
+
+    name: str  # canonical, as GPT2.named_parameters() gives it
+    start: int  # the first element, counted in the flattened parameter
+    weight: Tensor  # (n,) fp32 master weights
+    exp_avg: Tensor  # (n,) fp32 first moment of AdamW
+    exp_avg_sq: Tensor  # (n,) fp32 second moment of AdamW
+
+
+class OptimizerState(Protocol):
+    """Where a backend keeps its master weights and AdamW's state."""
+
+    def fragments(self) -> list[Fragment]:
+        """Return views of masters and moments. Moments that do not exist yet are created as zeros."""
+
+    def adam_states(self) -> list[dict[str, Any]]:
+        """Return AdamW's state of each tensor that it updates."""
+
+    def publish_masters(self) -> None:
+        """Copy masters that were written through fragments to the weights that the model computes with."""
+
+
+class ParameterState:
+    """The state of a torch optimizer whose parameters are the masters: whole tensors, or rows of them (DTensor)."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> None:
+        self.optimizer = optimizer
+        self.parameters = parameters
+
+    def fragments(self) -> list[Fragment]:
+        fragments = []
+        for name, parameter in self.parameters.items():
+            state = adam_state(self.optimizer, parameter)
+            tensors = (parameter, state["exp_avg"], state["exp_avg_sq"])
+            fragments.append(Fragment(name, _first_element(parameter), *map(_local_elements, tensors)))
+        return fragments
+
+    def adam_states(self) -> list[dict[str, Any]]:
+        return [adam_state(self.optimizer, parameter) for parameter in self.parameters.values()]
+
+    def publish_masters(self) -> None:
+        """Do nothing: the model computes with the masters."""
+
+
+def adam_state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Any]:
+    """Return AdamW's state of one tensor, created as zeros if no step has created it yet."""
+    state = optimizer.state[master]
+    if not state:
+        counts_in_tensor = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's CPUAdam counts in an int
+        state["step"] = torch.zeros((), dtype=torch.float32, device=master.device) if counts_in_tensor else 0
+        state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
+        state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
+    return state
+
+
+def _first_element(parameter: Tensor) -> int:
+    """Return where this rank's rows begin in the flattened parameter."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return int(offset[0]) * (parameter.numel() // parameter.shape[0])
+
+
+def _local_elements(tensor: Tensor) -> Tensor:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach().view(-1)
