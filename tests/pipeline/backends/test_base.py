@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from pipeline.backends import Backend, create_backend
-from pipeline.data.batch_plan import plan_batch
-from pipeline.distributed.world import World, join_world
-from pipeline.model.gpt2 import build_model
-from tests.pipeline.conftest import random_tokens, tiny_config
+from pipeline.backends import Backend
+from pipeline.distributed.world import World
+from tests.pipeline.backends.conftest import make_backend
+from tests.pipeline.conftest import random_tokens
 
 BACKENDS = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """One for all tests: DeepSpeed keeps the groups of the first that it meets."""
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("DS_ACCELERATOR", "cpu")):
-            environment.setenv(name, value)
-        with join_world(tiny_config().run) as joined:
-            yield joined
-
-
-def make_backend(name: str, precision: str, world: World) -> Backend:
-    if name.startswith("zero"):
-        section = {"name": "deepspeed", "deepspeed": {"zero_optimization": {"stage": int(name[-1])}}}
-    else:
-        section = {"name": name}
-    config = tiny_config(run={"precision": precision}, backend=section)
-    return create_backend(build_model(config.model, 1), config, world, plan_batch(config, 1))
 
 
 def contents(backend: Backend) -> dict[str, Tensor]:
@@ -97,7 +77,7 @@ BAD_STEPS: dict[str, Callable[[Backend], float]] = {
     [(name, bad) for name in BACKENDS for bad in BAD_STEPS if name in ("ddp", "fsdp") or bad == "one of two"],
 )
 def test_the_next_good_step_is_as_if_the_bad_one_had_not_been(world: World, name: str, bad: str) -> None:
-    steady, disturbed = (make_backend(name, "fp32", world) for _ in range(2))
+    steady, disturbed = (make_backend(name, world) for _ in range(2))
     for seed in range(2):
         before, steps = contents(disturbed), adam_steps(disturbed)
         assert not math.isfinite(BAD_STEPS[bad](disturbed))
@@ -112,7 +92,7 @@ def test_the_next_good_step_is_as_if_the_bad_one_had_not_been(world: World, name
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_a_loss_that_is_not_finite_is_such_a_step(world: World, name: str, value: float) -> None:
-    steady, disturbed = (make_backend(name, "fp32", world) for _ in range(2))
+    steady, disturbed = (make_backend(name, world) for _ in range(2))
     for backend in (steady, disturbed):
         train_step(backend, 0)
     assert not math.isfinite(poisoned(value)(disturbed))
@@ -127,7 +107,7 @@ def test_a_loss_that_is_not_finite_is_such_a_step(world: World, name: str, value
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_in_every_precision(world: World, name: str, precision: str) -> None:
     """Where there is a loss scale it is halved, and nothing else changes."""
-    backend = make_backend(name, precision, world)
+    backend = make_backend(name, world, run={"precision": precision})
     train_step(backend, 0)
     before, scale = contents(backend), backend.loss_scaler.scale
     for _ in range(2):

@@ -1,0 +1,68 @@
+"""Backends around a tiny model, in a world of one or as one rank of two that do not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from pipeline.backends import Backend, create_backend
+from pipeline.config.schema import Config
+from pipeline.data.batch_plan import plan_batch
+from pipeline.distributed.world import World, join_world
+from pipeline.model.gpt2 import build_model
+from tests.pipeline.conftest import random_tokens, tiny_config
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """One world per test file, because DeepSpeed keeps the process groups of the first that it meets."""
+    deepspeed = pytest.importorskip("deepspeed")
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("DS_ACCELERATOR", "cpu")):
+            environment.setenv(name, value)
+        with join_world(tiny_config().run) as joined:
+            yield joined
+            if deepspeed.comm.is_initialized():
+                deepspeed.comm.destroy_process_group()
+
+
+@contextmanager
+def rank_of_two(rank: int) -> Iterator[World]:
+    """One of two ranks without the other: collectives return at once and leave the tensors as they are."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+    try:
+        yield World(rank, 2, rank, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def backend_section(name: str, **native: Any) -> dict[str, Any]:
+    """The config section of ``ddp``, ``fsdp`` or ``zero0`` to ``zero3``; ``native`` are DeepSpeed's further keys."""
+    if not name.startswith("zero"):
+        return {"name": name}
+    return {"name": "deepspeed", "deepspeed": {"zero_optimization": {"stage": int(name[-1])}, **native}}
+
+
+def backend_config(name: str, **sections: dict[str, Any]) -> Config:
+    return tiny_config(backend=backend_section(name), **sections)
+
+
+def make_backend(name: str, world: World, **sections: dict[str, Any]) -> Backend:
+    config = backend_config(name, **sections)
+    return create_backend(build_model(config.model, 1), config, world, plan_batch(config, world.size))
+
+
+def micro_batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and targets, (2, 8)."""
+    tokens = random_tokens(2, 9, seed=seed)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    return module._compiled_call_impl is not None

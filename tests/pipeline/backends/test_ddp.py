@@ -1,0 +1,106 @@
+"""DDP: no wrapper for one process, one reduction per step, and gradients that stay in their buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.backends.ddp import DdpBackend
+from pipeline.distributed.world import World
+from pipeline.model.gpt2 import build_model
+from tests.pipeline.backends.conftest import backend_config, is_compiled, micro_batch, rank_of_two
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def make_ddp(world: World, **sections: Any) -> DdpBackend:
+    config = backend_config("ddp", **sections)
+    return DdpBackend(build_model(config.model, 1), config, world)
+
+
+@pytest.fixture
+def reduced() -> list[int]:
+    """The buckets that ``ddp`` has reduced, in order."""
+    return []
+
+
+@pytest.fixture
+def ddp(reduced: list[int]) -> Iterator[DdpBackend]:
+    """As rank 0 of two; the other rank's gradients are zero."""
+
+    def reduce(bucket: Any) -> torch.futures.Future[Tensor]:
+        reduced.append(bucket.index())
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer().div_(2))
+        return done
+
+    with rank_of_two(0) as world:
+        backend = make_ddp(world)
+        assert isinstance(backend.compute, DistributedDataParallel)
+        backend.compute.register_comm_hook(None, lambda _, bucket: reduce(bucket))
+        yield backend
+
+
+def gradients(backend: DdpBackend) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in backend.parameters.items() if p.grad is not None}
+
+
+def test_one_process_needs_no_process_group_and_has_no_wrapper() -> None:
+    backend = make_ddp(ALONE)
+    assert not isinstance(backend.compute, DistributedDataParallel)
+    backend.accumulate(*micro_batch(), 1 / 16, is_last=True)
+    backend.step(1e-3)
+    assert gradients(backend) == {}
+
+
+def test_every_bucket_is_reduced_once_per_step(ddp: DdpBackend, reduced: list[int]) -> None:
+    for seed in range(2):
+        ddp.accumulate(*micro_batch(seed), 1 / 48, is_last=False)
+    assert reduced == []
+    ddp.accumulate(*micro_batch(2), 1 / 48, is_last=True)
+    assert reduced
+    assert sorted(reduced) == list(range(len(reduced)))
+
+
+def test_micro_steps_add_up(ddp: DdpBackend) -> None:
+    """The gradient is the mean over the ranks of their sums over micro-steps."""
+    alone = make_ddp(ALONE)
+    for backend in (ddp, alone):
+        for seed in range(3):
+            backend.accumulate(*micro_batch(seed), 1 / 48, is_last=seed == 2)
+    expected = gradients(alone)
+    for name, gradient in gradients(ddp).items():
+        torch.testing.assert_close(gradient, expected[name] / 2, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_stay_in_their_buckets(ddp: DdpBackend) -> None:
+    """Cleared gradients that were released would be allocated again beside the buckets."""
+    places = []
+    for seed in range(3):
+        ddp.accumulate(*micro_batch(seed), 1 / 16, is_last=True)
+        ddp.step(1e-3)
+        assert all(gradient.count_nonzero() == 0 for gradient in gradients(ddp).values())
+        places.append([p.grad.data_ptr() for p in ddp.parameters.values() if p.grad is not None])
+    # DDP lays its buckets out anew after the first step, in the order in which gradients were ready.
+    assert len(places[1]) == len(ddp.parameters)
+    assert places[1] == places[2]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16"])
+def test_masters_gradients_and_moments_are_fp32(precision: str) -> None:
+    dtypes = make_ddp(ALONE, run={"precision": precision}).dtypes()
+    assert dtypes.pop("compute weights") == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert set(dtypes.values()) == {torch.float32}
+
+
+def test_the_wrapper_is_compiled_as_a_whole() -> None:
+    with rank_of_two(0) as world:
+        backend = make_ddp(world, run={"compile": True})
+        assert is_compiled(backend.compute)
+        assert not any(is_compiled(module) for module in backend.model.modules())
+    assert not is_compiled(make_ddp(ALONE).compute)

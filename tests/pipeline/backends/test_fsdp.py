@@ -1,0 +1,97 @@
+"""FSDP2: every rank holds its rows, the norm counts all rows, and gradients are synchronised once per step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from pipeline.backends.fsdp import FsdpBackend
+from pipeline.distributed.world import World
+from pipeline.model.gpt2 import build_model
+from tests.pipeline.backends.conftest import backend_config, is_compiled, micro_batch
+from tests.support.runs import run_ranks
+
+#: Two ranks gather their fragments, and compute the norm of gradients that are known as a whole.
+PROGRAM = """
+import torch
+import torch.distributed as dist
+
+from pipeline.backends.fsdp import FsdpBackend
+from pipeline.backends.optimizer import global_grad_norm
+from pipeline.distributed.world import join_world
+from pipeline.model.gpt2 import build_model
+from tests.pipeline.backends.conftest import backend_config
+
+config = backend_config("fsdp")
+whole = {name: p.detach().flatten() for name, p in build_model(config.model, 1).named_parameters()}
+with join_world(config.run) as world:
+    backend = FsdpBackend(build_model(config.model, 1), config, world)
+    fragments = {fragment.name: fragment for fragment in backend.fragments()}
+    found = world.gather({name: (fragment.start, fragment.weight) for name, fragment in fragments.items()})
+    for name, weight in whole.items():
+        assert [start for start, _ in (rank[name] for rank in found)] == [0, len(found[0][name][1])], name
+        assert torch.equal(torch.cat([rank[name][1] for rank in found]), weight), name
+    assert len(found[0]["wte.weight"][1]) == len(found[1]["wte.weight"][1])
+
+    gradients = []
+    for name, parameter in backend.parameters.items():
+        gradient, start = torch.zeros_like(parameter), fragments[name].start
+        gradient.to_local().view(-1).copy_(whole[name][start : start + gradient.to_local().numel()])
+        gradients.append(gradient)
+    torch.testing.assert_close(global_grad_norm(gradients), global_grad_norm(list(whole.values())), rtol=1e-12, atol=0)
+    dist.barrier()
+    print(f"rank {world.rank} agrees", flush=True)
+"""
+
+
+def test_two_ranks_hold_every_element_once_and_the_norm_counts_them_all(tmp_path: Path) -> None:
+    program = tmp_path / "shards.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    result = run_ranks(2, program, [])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("agrees") == 2
+
+
+def make_fsdp(world: World, **sections: Any) -> FsdpBackend:
+    config = backend_config("fsdp", **sections)
+    return FsdpBackend(build_model(config.model, 1), config, world)
+
+
+def test_gradients_are_synchronised_at_the_end_of_a_step(world: World) -> None:
+    backend = make_fsdp(world)
+    for seed in range(3):
+        assert all(parameter.grad is None for parameter in backend.parameters.values())
+        backend.accumulate(*micro_batch(seed), 1 / 48, is_last=seed == 2)
+    assert all(isinstance(parameter.grad, DTensor) for parameter in backend.parameters.values())
+    assert backend.step(1e-3) > 0
+    assert all(parameter.grad is None for parameter in backend.parameters.values())
+
+
+@pytest.mark.parametrize(("precision", "computed"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_masters_gradients_and_moments_are_fp32(world: World, precision: str, computed: torch.dtype) -> None:
+    backend = make_fsdp(world, run={"precision": precision})
+    assert backend.logits(micro_batch()[0]).dtype == computed
+    assert backend.evaluate(*micro_batch()).dtype == torch.float32
+    backend.accumulate(*micro_batch(), 1 / 16, is_last=True)
+    assert {p.grad.dtype for p in backend.parameters.values() if p.grad is not None} == {torch.float32}
+    dtypes = backend.dtypes()
+    assert dtypes.pop("compute weights") == computed
+    assert set(dtypes.values()) == {torch.float32}
+
+
+def test_each_block_is_sharded_by_itself_and_the_tied_weight_by_the_root(world: World) -> None:
+    backend = make_fsdp(world)
+    sharded = [name for name, module in backend.compute.named_modules() if isinstance(module, FSDPModule)]
+    assert sharded == ["", "model.h.0", "model.h.1"]
+    backend.model.assert_tied()
+
+
+def test_blocks_and_output_layer_are_compiled_one_by_one(world: World) -> None:
+    backend = make_fsdp(world, run={"compile": True})
+    compiled = [name for name, module in backend.compute.named_modules() if is_compiled(module)]
+    assert compiled == ["model.h.0", "model.h.1", "model.lm_head"]
