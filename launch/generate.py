@@ -1,4 +1,4 @@
-"""Let a trained model continue prompts."""
+"""Complete prompts with a trained model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.generation.writer import DTYPES, load_writer, prompt_loop
 
 
 def main() -> None:
-    """Parse, load, write."""
+    """Load the model, and complete the prompts of the command line or the terminal."""
     parser = ArgumentParser(
         description=__doc__, example='python launch/generate.py --checkpoint runs/ddp --prompt "The meaning of life is"'
     )
@@ -30,7 +30,7 @@ def main() -> None:
     _add_sampling(parser)
     arguments = parser.parse_args()
     if arguments.interactive and arguments.prompt:
-        parser.error("--prompt: with --interactive prompts come from the terminal; give one of the two")
+        parser.error("--prompt: with --interactive prompts come from the terminal; give only one of the two")
     start_logging()
     sample = SampleConfig(
         max_new_tokens=arguments.max_new_tokens,
@@ -50,7 +50,7 @@ def main() -> None:
                 _show(piece)
             _show("\n")
         else:
-            for number, text in enumerate(writer.continue_all(prompts, sample, arguments.seed)):
+            for number, text in enumerate(writer.complete(prompts, sample, arguments.seed)):
                 _show(f"== {number + 1}/{len(prompts)}\n{prompts[number]}{text}\n")
 
 
@@ -59,10 +59,10 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         action="append",
         type=non_empty_text,
-        help=f"what the model continues; given several times, all side by side (default: {SampleConfig().prompt})",
+        help=f"the text to continue; may be given several times (default: {SampleConfig().prompt})",
     )
     parser.add_argument(
-        "--interactive", action="store_true", help="ask for one prompt after the other; Ctrl-D ends, Ctrl-C ends a text"
+        "--interactive", action="store_true", help="ask for prompts; Ctrl-C stops a completion, Ctrl-D ends the program"
     )
 
 
@@ -73,27 +73,27 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=defaults.max_new_tokens,
         metavar="N",
-        help="(default: %(default)s)",
+        help="tokens per completion (default: %(default)s)",
     )
     parser.add_argument(
         "--temperature",
         type=non_negative_float,
         default=defaults.temperature,
-        help="0: the likeliest token each time (default: %(default)s)",
+        help="divides the logits; 0: always the likeliest token (default: %(default)s)",
     )
     parser.add_argument(
         "--top-k",
         type=positive_int,
         default=defaults.top_k,
         metavar="K",
-        help="draw from the K likeliest (default: %(default)s)",
+        help="draw from the K likeliest tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--top-p",
         type=probability,
         default=defaults.top_p,
         metavar="P",
-        help="draw from the likeliest that together reach this probability (default: all)",
+        help="draw from the likeliest tokens that together reach this probability (default: all)",
     )
     parser.add_argument(
         "--stop",
@@ -101,9 +101,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         type=non_empty_text,
         default=[],
         metavar="TEXT",
-        help="end before this text; may be given several times",
+        help="stop before this text; may be given several times",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random draws (default: %(default)s)")
     parser.add_argument(
         "--precision", choices=list(DTYPES), default="fp32", help="of weights and products (default: %(default)s)"
     )

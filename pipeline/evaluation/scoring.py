@@ -108,7 +108,7 @@ class Scorer:
 
 
 def _number_new(group: Sequence[Request], numbers: dict[Request, int]) -> range:
-    """Number the requests of a group that have no number yet, and return the range of their numbers."""
+    """Give numbers to the requests of a group that have none yet, and return the range of these numbers."""
     first = len(numbers)
     for request in group:
         numbers.setdefault(request, len(numbers))

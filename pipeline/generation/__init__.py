@@ -1,1 +1,1 @@
-"""Text from a model: sampling, key-value caching, streaming."""
+"""Generating text: sampling, key-value caching, streaming."""

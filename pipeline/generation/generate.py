@@ -1,8 +1,9 @@
-"""Text from a model: token by token, several texts side by side."""
+"""Generating token ids for several prompts side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import Tensor
@@ -12,24 +13,7 @@ from pipeline.model.gpt2 import GPT2
 from pipeline.model.key_value_cache import KeyValueCache
 from pipeline.seeds import derive_seed
 
-PADDING = 0  # any id will do: nothing looks at it
-
-
-def generate(
-    model: GPT2,
-    prompt: list[int],
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    end_of_text: int | None = None,
-) -> Iterator[int]:
-    """Continue a prompt, one token id at a time; see ``generate_batch`` and ``Sampling``."""
-    sampling = Sampling(temperature, top_k, top_p)
-    for tokens in generate_batch(model, [prompt], max_new_tokens, sampling, seed=seed, end_of_text=end_of_text):
-        yield tokens[0]
+PADDING = 0  # any id: no token attends to it
 
 
 def generate_batch(
@@ -40,22 +24,22 @@ def generate_batch(
     *,
     seed: int = 0,
     end_of_text: int | None = None,
-    is_last: Callable[[int, int], bool] = lambda row, token: False,
+    stopped: AbstractSet[int] = frozenset(),
 ) -> Iterator[dict[int, int]]:
-    """Continue several prompts together, one token each at a time.
+    """Generate one token per prompt at a time.
 
-    A row's text does not depend on the others, but for rounding: each draws from a stream of its own.
+    Each row draws from a random stream of its own, so up to rounding it does not depend on the other rows.
 
     Args:
         model: in evaluation mode.
-        prompts: at least one id each; of a long one the last are seen, from ``window_start`` on.
+        prompts: at least one id each. The model sees a long prompt from ``window_start`` on.
         end_of_text: a row stops before this id; None: never.
-        is_last: told of each row's token; true ends the row after it.
+        stopped: rows in it get no further tokens. The caller may add rows between two tokens.
 
     Yields:
         The new token of each row that goes on.
     """
-    assert prompts and all(prompts), "an empty prompt has nothing to continue"
+    assert prompts and all(prompts), "a prompt is empty"
     generators = [torch.Generator().manual_seed(derive_seed(seed, "generate", str(row))) for row in range(len(prompts))]
     texts = {row: list(prompt) for row, prompt in enumerate(prompts)}
     decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
@@ -63,44 +47,37 @@ def generate_batch(
         logits = decoder.next_token_logits(list(texts.values()))
         drawn = {row: draw(logits[i], sampling, generators[row]) for i, row in enumerate(texts)}
         tokens = {row: token for row, token in drawn.items() if token != end_of_text}
-        going_on = {row: token for row, token in tokens.items() if not is_last(row, token)}
         if tokens:
             yield tokens
+        going_on = {row: [*texts[row], token] for row, token in tokens.items() if row not in stopped}
         if not going_on:
             return
         if len(going_on) < len(texts):
             decoder.keep([i for i, row in enumerate(texts) if row in going_on])
-        texts = {row: texts[row] for row in going_on}
-        for row, token in going_on.items():
-            texts[row].append(token)
+        texts = going_on
 
 
 class Decoder:
-    """A model with a memory of the texts that it continues.
+    """A model with a key-value cache of the texts that it continues.
 
     Args:
-        rows: texts side by side.
-        longest: tokens that any of them will have at the end.
+        rows: number of texts.
+        longest: the length in tokens that the longest of them will have at the end.
     """
 
     def __init__(self, model: GPT2, rows: int, longest: int) -> None:
         weight = model.wte.weight
+        length = min(longest, model.config.context_length)
         self.model = model
-        self.cache = KeyValueCache(
-            model.config,
-            rows,
-            min(longest, model.config.context_length),
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        self._starts: list[int] = []  # of the windows in the cache; none yet
+        self.cache = KeyValueCache(model.config, rows, length, device=weight.device, dtype=weight.dtype)
+        self._starts: list[int] = []  # of the windows in the cache
 
     @torch.inference_mode()
     def next_token_logits(self, texts: list[list[int]]) -> Tensor:
-        """Logits of the token after each text, (B, V) fp32 on the CPU.
+        """Return the logits of the token after each text, (B, V) fp32 on the CPU.
 
         Args:
-            texts: those of the last call with one more token each, or the first ones.
+            texts: those of the previous call with one more token each, or new ones at the first call.
         """
         starts = [window_start(len(text), self.model.config.context_length) for text in texts]
         if starts == self._starts:
@@ -116,17 +93,16 @@ class Decoder:
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
-        """Go on with these texts only."""
+        """Drop all texts but these from the cache."""
         self.cache.keep(rows)
         self._starts = [self._starts[row] for row in rows]
 
 
 def window_start(length: int, context_length: int) -> int:
-    """The first token of a text that the model sees when it looks for the next one.
+    """Return the index of the first token that the model sees when it predicts the token after a text.
 
-    0 while the text fits. Then the window starts later in jumps of half a context, so that what is remembered
-    serves for half a context of new tokens: positions are learned by place, and one that slides with each token would
-    have to be computed anew with each.
+    It is 0 while the text fits, and then moves in jumps of half a context. Positions are absolute, so a window that
+    moved with every token would invalidate the key-value cache with every token.
     """
     half = max(context_length // 2, 1)
     surplus = max(length - context_length, 0)

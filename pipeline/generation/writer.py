@@ -1,4 +1,4 @@
-"""Prompts continued by a checkpoint: tokenizer, model and sampling together."""
+"""Completing prompts as text: with a checkpoint, and with a model while it trains."""
 
 from __future__ import annotations
 
@@ -8,32 +8,30 @@ from pathlib import Path
 import torch
 
 from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, load_tokenizer
+from pipeline.backends import Backend
 from pipeline.checkpoint import load_model
-from pipeline.config.schema import SampleConfig
+from pipeline.config.schema import Config, SampleConfig
+from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
 from pipeline.generation.generate import generate_batch
-from pipeline.generation.sampling import Sampling
+from pipeline.generation.sampling import Sampling, draw
 from pipeline.generation.text_stream import TextStream
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.packed_linear import pack_linear_layers
+from pipeline.seeds import derive_seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def continue_prompt(checkpoint: Path, sample: SampleConfig, seed: int, device: torch.device) -> str:
-    """The prompt and what the model writes after it, up to ``<|endoftext|>``; raises as ``load_writer``."""
-    return sample.prompt + load_writer(checkpoint, device).continue_all([sample.prompt], sample, seed)[0]
-
-
 def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32") -> Writer:
-    """A checkpoint that writes.
+    """Load a checkpoint to complete prompts.
 
     Args:
-        checkpoint: a checkpoint, or a run folder (its newest good one).
-        dtype: of ``DTYPES``, in which weights are kept and products computed.
+        checkpoint: a checkpoint, or a run folder for its newest good checkpoint.
+        dtype: a key of ``DTYPES``, for weights and matrix products.
 
     Raises:
-        CheckpointError: there is no good checkpoint at ``checkpoint``, or its ids are not GPT-2's.
+        CheckpointError: no good checkpoint was found, or its vocabulary is not GPT-2's.
     """
     loaded = load_model(checkpoint, device)
     if loaded.config.model.vocab_size != GPT2_VOCAB_SIZE:
@@ -48,41 +46,41 @@ def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32") -> 
 
 
 class Writer:
-    """A model of GPT-2's vocabulary, and the tokenizer."""
+    """A model with GPT-2's vocabulary, and the tokenizer. ``sample.prompt`` is not used."""
 
     def __init__(self, model: GPT2) -> None:
         self.model = model
         self.tokenizer = load_tokenizer()
 
     def stream(self, prompt: str, sample: SampleConfig, seed: int) -> Iterator[str]:
-        """What comes after one prompt, in pieces as it is written."""
-        for _, piece in self._write([prompt], sample, seed):
+        """Yield the completion of one prompt in pieces, as they are generated."""
+        for _, piece in self._generate([prompt], sample, seed):
             yield piece
 
-    def continue_all(self, prompts: Sequence[str], sample: SampleConfig, seed: int) -> list[str]:
-        """What comes after each of several prompts, written side by side."""
-        texts = [""] * len(prompts)
-        for row, piece in self._write(prompts, sample, seed):
-            texts[row] += piece
-        return texts
+    def complete(self, prompts: Sequence[str], sample: SampleConfig, seed: int) -> list[str]:
+        """Return the completions of several prompts, generated side by side."""
+        completions = [""] * len(prompts)
+        for row, piece in self._generate(prompts, sample, seed):
+            completions[row] += piece
+        return completions
 
-    def _write(self, prompts: Sequence[str], sample: SampleConfig, seed: int) -> Iterator[tuple[int, str]]:
-        """Pieces of text with their prompts' numbers; ``sample.prompt`` has no part in it."""
+    def _generate(self, prompts: Sequence[str], sample: SampleConfig, seed: int) -> Iterator[tuple[int, str]]:
+        """Yield (index of the prompt, piece of its completion)."""
         streams = [TextStream(self.tokenizer.token_bytes, sample.stop) for _ in prompts]
-        pieces: list[tuple[int, str]] = []
-
-        def is_last(row: int, token: int) -> bool:
-            pieces.append((row, streams[row].feed(token)))
-            return streams[row].stopped
-
-        rows = [self.tokenizer.encode(prompt).tolist() for prompt in prompts]
-        sampling = Sampling(sample.temperature, sample.top_k, sample.top_p)
-        tokens = generate_batch(
-            self.model, rows, sample.max_new_tokens, sampling, seed=seed, end_of_text=END_OF_TEXT, is_last=is_last
-        )
-        for _ in tokens:
-            yield from pieces
-            pieces.clear()
+        stopped: set[int] = set()
+        for tokens in generate_batch(
+            self.model,
+            [self.tokenizer.encode(prompt).tolist() for prompt in prompts],
+            sample.max_new_tokens,
+            _sampling(sample),
+            seed=seed,
+            end_of_text=END_OF_TEXT,
+            stopped=stopped,
+        ):
+            for row, token in tokens.items():
+                yield row, streams[row].feed(token)
+                if streams[row].stopped:
+                    stopped.add(row)
         for row, stream in enumerate(streams):
             yield row, stream.finish()
 
@@ -90,12 +88,12 @@ class Writer:
 def prompt_loop(
     writer: Writer, sample: SampleConfig, seed: int, ask: Callable[[], str], show: Callable[[str], None]
 ) -> None:
-    """Continue one prompt after the other until there are no more; Ctrl-C ends a text, and at the prompt the loop.
+    """Complete one prompt after the other until ``ask`` raises EOFError. Ctrl-C ends the current completion.
 
     Args:
-        seed: of the first prompt; each has the next one.
-        ask: the next prompt.
-        show: is given each piece of text when it is written, the prompt first.
+        seed: of the first prompt; it grows by 1 per prompt.
+        ask: returns the next prompt.
+        show: gets the prompt, then each piece of text as it is generated.
 
     Raises:
         KeyboardInterrupt: Ctrl-C at the prompt.
@@ -115,3 +113,23 @@ def prompt_loop(
             show(" [interrupted]")
         show("\n")
         seed += 1
+
+
+def complete_while_training(backend: Backend, config: Config, world: World) -> str:
+    """Return the prompt of ``sample`` and its completion up to ``<|endoftext|>``. Collective.
+
+    Call it within ``backend.evaluation_mode()``. Each token takes a forward pass over the whole text, because a
+    wrapped model has no key-value cache. All ranks run all ``max_new_tokens`` passes, also after ``<|endoftext|>``.
+    """
+    sample, tokenizer = config.sample, load_tokenizer()
+    generator = torch.Generator().manual_seed(derive_seed(config.run.seed, "sample"))
+    text = tokenizer.encode(sample.prompt).tolist()
+    new: list[int] = []
+    for _ in range(sample.max_new_tokens):
+        window = torch.tensor([[*text, *new][-config.model.context_length :]], device=world.device)
+        new.append(draw(backend.logits(window)[0, -1].float().cpu(), _sampling(sample), generator))
+    return sample.prompt + tokenizer.decode(new[: new.index(END_OF_TEXT)] if END_OF_TEXT in new else new)
+
+
+def _sampling(sample: SampleConfig) -> Sampling:
+    return Sampling(sample.temperature, sample.top_k, sample.top_p)

@@ -31,7 +31,7 @@ from pipeline.errors import CheckpointError, Interrupted
 from pipeline.evaluation.protocols import PreparedTask
 from pipeline.evaluation.run import measure_tasks
 from pipeline.evaluation.validation import validate
-from pipeline.generation.samples import write_sample
+from pipeline.generation.writer import complete_while_training
 from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.metrics import SAMPLE_KEY
 from pipeline.seeds import derive_seed
@@ -275,7 +275,7 @@ class Trainer:
                     figures = measure_tasks(self.tasks, self.backend, self.config, self.world)
                     self.record.write({"step": self.state.step, **figures}, console=False)
                 if self.config.evaluation.sample:
-                    text = write_sample(self.backend, self.config, self.world)
+                    text = complete_while_training(self.backend, self.config, self.world)
                     self.record.write({"step": self.state.step, SAMPLE_KEY: text}, console=False)
 
     def save(self) -> None:

@@ -17,7 +17,7 @@ import torch
 import launch.generate
 from data_tools.tokenizer import load_tokenizer
 from launch.cli import run_command
-from pipeline.generation import writer as continuation
+from pipeline.generation import writer as generation_writer
 from pipeline.model.packed_linear import PackedLinear, can_pack
 from tests.pipeline.interop.hugging_face.conftest import restless, save_in_pieces, text_config
 from tests.support.runs import REPOSITORY, child_environment
@@ -27,20 +27,20 @@ GREEDY = ["--temperature", "0", "--max-new-tokens", "12"]
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose model writes anything."""
+    """Return a run whose model has random weights."""
     folder = tmp_path_factory.mktemp("generate") / "run"
     return save_in_pieces(restless(text_config()), text_config(folder), folder)
 
 
 class Command:
-    """``launch/generate.py`` without the seconds that a process takes to start."""
+    """Runs ``launch/generate.py`` in this process, which saves the seconds of a start."""
 
     def __init__(self, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.run_folder, self.monkeypatch, self.capsys = run_folder, monkeypatch, capsys
-        monkeypatch.setattr(launch.generate, "start_logging", lambda: None)  # would outlive the call
+        monkeypatch.setattr(launch.generate, "start_logging", lambda: None)  # it would outlive the call
 
     def __call__(self, *arguments: str, typed: str = "", status: int = 0) -> str:
-        """What it prints, given what is typed; its error, if it fails."""
+        """Return what the command prints, or its error message if ``status`` is not 0."""
         command = ["generate.py", "--checkpoint", str(self.run_folder), "--device", "cpu", *arguments]
         self.monkeypatch.setattr(sys, "argv", command)
         self.monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
@@ -56,7 +56,7 @@ def command(run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     return Command(run_folder, monkeypatch, capsys)
 
 
-def test_several_prompts_are_each_continued_as_alone(command: Command) -> None:
+def test_several_prompts_are_completed_as_each_alone(command: Command) -> None:
     prompts = ["Hello", "Grüße from a longer text"]
     alone = [command(*GREEDY, "--prompt", prompt) for prompt in prompts]
     assert all(
@@ -66,32 +66,32 @@ def test_several_prompts_are_each_continued_as_alone(command: Command) -> None:
     assert together == f"== 1/2\n{alone[0]}== 2/2\n{alone[1]}"
 
 
-def test_it_ends_before_a_stop_text(command: Command) -> None:
+def test_a_completion_ends_before_a_stop_text(command: Command) -> None:
     written = command(*GREEDY, "--prompt", "Hello").removeprefix("Hello").removesuffix("\n")
     stop = written[len(written) // 2 :][:3]
     stopped = command(*GREEDY, "--prompt", "Hello", "--stop", stop, "--stop", "never to be found")
     assert stopped == f"Hello{written[: written.index(stop)]}\n"
 
 
-def test_the_likeliest_alone_are_greedy(command: Command) -> None:
+def test_a_small_top_p_is_greedy(command: Command) -> None:
     options = ["--prompt", "Hello", "--max-new-tokens", "12"]
     assert command(*options, "--top-p", "1e-9", "--seed", "5") == command(*options, "--temperature", "0")
     assert command(*options, "--seed", "5") != command(*options, "--seed", "6")
 
 
-def test_in_bf16(command: Command) -> None:
+def test_bf16(command: Command) -> None:
     assert command(*GREEDY, "--prompt", "Hello", "--precision", "bf16").startswith("Hello")
 
 
 def test_on_a_cpu_the_weights_are_packed(run_folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = continuation.load_writer(run_folder, torch.device("cpu"))
+    writer = generation_writer.load_writer(run_folder, torch.device("cpu"))
     assert isinstance(writer.model.h[0].mlp.c_fc, PackedLinear) == can_pack(torch.float32)
     packed = command(*GREEDY, "--prompt", "Hello")
-    monkeypatch.setattr(continuation, "pack_linear_layers", lambda model, dtype: None)
+    monkeypatch.setattr(generation_writer, "pack_linear_layers", lambda model, dtype: None)
     assert command(*GREEDY, "--prompt", "Hello") == packed
 
 
-def test_a_mistake_is_one_line(command: Command) -> None:
+def test_an_error_is_one_line(command: Command) -> None:
     for arguments, expected in (
         (("--stop", ""), "--stop: the text is empty; give at least one character"),
         (("--prompt", "a", "--interactive"), "--prompt: with --interactive prompts come from the terminal"),
@@ -102,21 +102,21 @@ def test_a_mistake_is_one_line(command: Command) -> None:
         assert error.startswith("error: ") and expected in error and len(error.splitlines()) == 1, error
 
 
-def test_one_prompt_after_the_other(command: Command) -> None:
-    """From a pipe no question is shown; empty lines are passed over."""
+def test_interactive_completes_one_prompt_after_the_other(command: Command) -> None:
+    """Without a terminal, no "> " is shown. Empty lines are ignored."""
     alone = [command(*GREEDY, "--prompt", prompt) for prompt in ("Hello", "Grüße")]
     assert command(*GREEDY, "--interactive", typed="Hello\n\nGrüße\n") == "".join(alone)
     assert command(*GREEDY, "--interactive") == ""
 
 
-def test_the_same_prompt_again_is_continued_otherwise(command: Command) -> None:
+def test_the_seed_grows_with_each_prompt(command: Command) -> None:
     options = ["--max-new-tokens", "12", "--seed", "3"]
     assert command(*options, "--interactive", typed="Hello\nHello\n") == "".join(
         command("--max-new-tokens", "12", "--seed", seed, "--prompt", "Hello") for seed in ("3", "4")
     )
 
 
-def test_the_text_appears_while_it_is_written(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_completion_is_shown_while_it_is_generated(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = []
     monkeypatch.setattr(launch.generate, "_show", pieces.append)
     command(*GREEDY, "--prompt", "Hello")
@@ -125,8 +125,8 @@ def test_the_text_appears_while_it_is_written(command: Command, monkeypatch: pyt
     assert pieces[0] == "Hello" and pieces[-1] == "\n"
 
 
-def test_on_a_terminal(run_folder: Path) -> None:
-    """It asks, writes, asks again; Ctrl-C ends a text, Ctrl-D ends it."""
+def test_interactive_on_a_terminal(run_folder: Path) -> None:
+    """The command asks for a prompt again after Ctrl-C, and ends after Ctrl-D."""
     controller, terminal = pty.openpty()
     options = ["--checkpoint", str(run_folder), "--device", "cpu", "--interactive", "--max-new-tokens", "100000"]
     process = subprocess.Popen(
@@ -143,7 +143,7 @@ def test_on_a_terminal(run_folder: Path) -> None:
     try:
         read_until(controller, "> ")
         os.write(controller, b"Hello\n")
-        assert read_until(controller, "Hello", "Hello").count("Hello") >= 2  # what was typed, and the text's beginning
+        assert read_until(controller, "Hello", "Hello").count("Hello") >= 2  # the echo, and the beginning of the text
         os.write(controller, b"\x03")
         read_until(controller, "[interrupted]", "> ")
         os.write(controller, b"\x04")
@@ -155,7 +155,7 @@ def test_on_a_terminal(run_folder: Path) -> None:
 
 
 def take_terminal() -> None:
-    """The new session's keys are those of its terminal."""
+    """Make the terminal the controlling one of the new session, so that Ctrl-C reaches it."""
     import fcntl
     import termios
 
@@ -163,7 +163,7 @@ def take_terminal() -> None:
 
 
 def read_until(controller: int, *expected: str) -> str:
-    """What is shown until all of these have come, one after the other."""
+    """Return the output once it contains all of these texts in this order."""
     shown, deadline = "", time.monotonic() + 90
     while True:
         rest, complete = shown, True

@@ -68,7 +68,7 @@ WINOGRANDE = {
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """A file of JSON lines."""
+    """Write a file of JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -80,7 +80,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def text_model() -> GPT2:
-    """Every weight of it counts, and none of two words is equally likely."""
+    """Return a model in which every weight has an effect, and no two tokens are equally likely."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 12, "context_length": CONTEXT}
     return restless_model(ModelConfig.model_validate(sizes)).eval()
 
@@ -96,7 +96,7 @@ def scorer_of(model: GPT2, batch_tokens: int = 256, world: World = ALONE) -> Sco
 
 @torch.no_grad()
 def plain_score(model: GPT2, request: Request) -> tuple[float, bool]:
-    """The slowest way: a forward pass for each token, over all that the model may see of what is before it."""
+    """Score a request the slow way: one forward pass per token, over all tokens before it that fit the context."""
     tokens = [*request.context, *request.continuation]
     tokens = tokens[-(model.config.context_length + 1) :]
     total, greedy = 0.0, True

@@ -22,7 +22,7 @@ from pipeline.evaluation import run
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.results import find_results, format_table
 from pipeline.evaluation.run import EvaluationOptions, prepare_tasks, run_tasks
-from pipeline.generation.writer import continue_prompt
+from pipeline.generation.writer import load_writer
 from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.tensorboard import tensorboard_tag
 from tests.pipeline.conftest import restless_model, tiny_config, tiny_model_config, write_shards
@@ -166,7 +166,7 @@ def test_two_ranks_measure_what_the_checkpoint_measures(backend: str, corpus: Pa
     samples = [row["sample"] for row in read_metrics(run_folder) if "sample" in row]
     assert len(samples) == 3
     greedy = SampleConfig(prompt="The", max_new_tokens=6, temperature=0)
-    assert samples[-1] == continue_prompt(run_folder, greedy, seed=0, device=ALONE.device)
+    assert samples[-1] == "The" + load_writer(run_folder, ALONE.device).complete(["The"], greedy, seed=0)[0]
     events = EventAccumulator(str(run_folder / "tensorboard")).Reload()
     texts = events.Tensors("sample/text_summary")
     assert [event.step for event in texts] == [0, 2, 4]

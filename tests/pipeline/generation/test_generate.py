@@ -1,4 +1,4 @@
-"""Text from a model: what is drawn, from what, and when it ends."""
+"""Generated tokens are drawn from the model's distribution, with a cache that does not change them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.generation.generate import Decoder, generate, generate_batch, window_start
+from pipeline.generation.generate import Decoder, generate_batch, window_start
 from pipeline.generation.sampling import Sampling
 from pipeline.model.gpt2 import GPT2
 from tests.pipeline.conftest import VOCAB_SIZE, restless_model, tiny_model_config
+from tests.pipeline.generation.conftest import generate
 
 PROMPT = [3, 1, 4]
 
@@ -26,7 +27,7 @@ def likeliest(model: GPT2, tokens: list[int]) -> int:
         return int(model.logits(torch.tensor([tokens]))[0, -1].argmax())
 
 
-def test_without_temperature_each_token_is_the_likeliest(model: GPT2) -> None:
+def test_temperature_0_is_greedy(model: GPT2) -> None:
     text = list(PROMPT)
     for token in generate(model, PROMPT, 6, temperature=0):
         assert token == likeliest(model, text)
@@ -34,27 +35,27 @@ def test_without_temperature_each_token_is_the_likeliest(model: GPT2) -> None:
     assert len(text) == 9
 
 
-def test_the_one_likeliest_is_greedy(model: GPT2) -> None:
+def test_top_k_of_1_is_greedy(model: GPT2) -> None:
     greedy = list(generate(model, PROMPT, 20, temperature=0))
     assert list(generate(model, PROMPT, 20, top_k=1, seed=5)) == greedy
     assert len(greedy) == 20
 
 
-def test_one_seed_one_text(model: GPT2) -> None:
+def test_the_seed_decides_the_tokens(model: GPT2) -> None:
     texts = []
     for seed in (1, 1, 2):
-        torch.manual_seed(len(texts))  # the global stream has no part in it
+        torch.manual_seed(len(texts))  # the global random stream has no effect
         texts.append(list(generate(model, PROMPT, 20, seed=seed)))
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_it_stops_before_the_end_of_text(model: GPT2) -> None:
+def test_generation_stops_before_end_of_text(model: GPT2) -> None:
     endless = list(generate(model, PROMPT, 12, seed=3))
     end = endless[7]
     assert list(generate(model, PROMPT, 12, seed=3, end_of_text=end)) == endless[: endless.index(end)]
 
 
-def test_it_goes_on_beyond_the_context(model: GPT2) -> None:
+def test_generation_continues_beyond_the_context(model: GPT2) -> None:
     """With 12 positions the window starts at 6 from the 13th token on, at 12 from the 19th on, ..."""
     prompt = [int(i * 7 % 89) for i in range(40)]
     text = list(prompt)
@@ -64,7 +65,7 @@ def test_it_goes_on_beyond_the_context(model: GPT2) -> None:
     assert len(text) == 70
 
 
-def test_the_window_holds_at_least_half_a_context_and_moves_seldom() -> None:
+def test_the_window_holds_at_least_half_a_context_and_moves_rarely() -> None:
     for context in (1, 2, 12, 13):
         starts = [window_start(length, context) for length in range(1, 80)]
         seen = [length - start for length, start in enumerate(starts, 1)]
@@ -74,11 +75,11 @@ def test_the_window_holds_at_least_half_a_context_and_moves_seldom() -> None:
         assert len(set(starts)) <= 1 + 80 // max(context // 2, 1)
 
 
-def test_what_is_remembered_changes_nothing(model: GPT2) -> None:
-    """Logits with the cache, of texts side by side that differ in length, are those of each text alone."""
+def test_the_cache_does_not_change_the_logits(model: GPT2) -> None:
+    """Cached logits of texts with different lengths, side by side, equal those of each text alone."""
     texts = [[5], [3, 1, 4, 1, 5], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]]
     decoder = Decoder(model, len(texts), 40)
-    for step in range(25):  # the windows of all three move on the way
+    for step in range(25):  # the windows of all three texts move meanwhile
         logits = decoder.next_token_logits(texts)
         for text, row in zip(texts, logits, strict=True):
             with torch.no_grad():
@@ -88,7 +89,7 @@ def test_what_is_remembered_changes_nothing(model: GPT2) -> None:
             text.append((step * 31 + len(text)) % VOCAB_SIZE)
 
 
-def test_texts_side_by_side_are_those_written_alone(model: GPT2) -> None:
+def test_rows_equal_those_generated_alone(model: GPT2) -> None:
     prompts = [[3, 1, 4], [88], [9, 2, 6, 5, 3, 5, 8, 9]]
     together = batch_texts(model, prompts, 20, Sampling(temperature=0))
     assert together == [list(generate(model, prompt, 20, temperature=0)) for prompt in prompts]
@@ -97,18 +98,18 @@ def test_texts_side_by_side_are_those_written_alone(model: GPT2) -> None:
     assert drawn != together
 
 
-def test_equal_prompts_get_texts_of_their_own(model: GPT2) -> None:
+def test_equal_prompts_get_different_completions(model: GPT2) -> None:
     first, second = batch_texts(model, [PROMPT, PROMPT], 20, Sampling())
     assert first != second
 
 
-def test_each_row_ends_for_itself_and_the_others_go_on(model: GPT2) -> None:
+def test_each_row_stops_on_its_own(model: GPT2) -> None:
     prompts = [[3, 1, 4], [88], [9, 2, 6, 5]]
     endless = batch_texts(model, prompts, 20, Sampling(temperature=0))
     end = endless[1][4]
     expected = [text[: text.index(end)] if end in text else text for text in endless]
     assert batch_texts(model, prompts, 20, Sampling(temperature=0), end_of_text=end) == expected
-    ended = batch_texts(model, prompts, 20, Sampling(temperature=0), is_last=lambda row, token: row == 0)
+    ended = batch_texts(model, prompts, 20, Sampling(temperature=0), stopped={0})
     assert ended == [endless[0][:1], *endless[1:]]
 
 
@@ -135,24 +136,24 @@ def test_draws_follow_the_model_and_the_temperature(model: GPT2) -> None:
         assert share == pytest.approx(expected[token].item(), abs=4 * deviation)
 
 
-def test_only_the_k_likeliest_are_drawn(model: GPT2) -> None:
+def test_only_the_top_k_are_drawn(model: GPT2) -> None:
     with torch.no_grad():
         best = model.logits(torch.tensor([PROMPT]))[0, -1].topk(3).indices.tolist()
     assert set(draws(model, 200, top_k=3, temperature=50.0)) == set(best)
 
 
-def test_k_beyond_the_vocabulary_is_all_of_it(model: GPT2) -> None:
+def test_top_k_beyond_the_vocabulary_has_no_effect(model: GPT2) -> None:
     assert list(generate(model, PROMPT, 10, top_k=10**6, seed=1)) == list(generate(model, PROMPT, 10, seed=1))
 
 
-def test_no_gradients_are_kept(model: GPT2) -> None:
+def test_no_gradients_are_computed(model: GPT2) -> None:
     list(generate(model, PROMPT, 2))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.is_grad_enabled()
 
 
-def test_positions_start_again_as_in_training() -> None:
-    """A text that is written after another one is written with the positions that it was learned with."""
+def test_positions_restart_as_in_training() -> None:
+    """A text after another one is generated with the positions that training used."""
     model = restless_model(tiny_model_config(reset_positions_at=88)).eval()
     prompt = [3, 1, 88, 4]
     written = list(generate(model, prompt, 6, temperature=0))
@@ -162,8 +163,8 @@ def test_positions_start_again_as_in_training() -> None:
     assert written != list(generate(plain, prompt, 6, temperature=0))
 
 
-def test_positions_start_again_in_the_middle_of_writing() -> None:
-    """Beside a text of another length, and with the token that begins a text among those written."""
+def test_positions_restart_within_generated_tokens() -> None:
+    """The other text has another length, and the token that restarts positions is among the new ones."""
     model = restless_model(tiny_model_config(reset_positions_at=88)).eval()
     texts = [[3, 1, 4, 1, 5], [88, 7]]
     decoder = Decoder(model, 2, 12)

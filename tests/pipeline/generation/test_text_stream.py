@@ -1,4 +1,4 @@
-"""Tokens become text as they come, and the pieces together are the whole."""
+"""Tokens are decoded as they are generated, and the pieces together are the text."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import pytest
 from data_tools.tokenizer import load_tokenizer
 from pipeline.generation.text_stream import TextStream
 
-BYTES = [bytes([byte]) for byte in range(256)]  # a token a byte: every character is cut in as many places as can be
+BYTES = [bytes([byte]) for byte in range(256)]  # one token per byte cuts every character as often as possible
 
 
 def pieces(text: bytes, *stops: str) -> list[str]:
-    """What each byte of a text lets be shown, then what is left at the end."""
+    """Return the text that is released after each byte, then the rest."""
     stream = TextStream(BYTES, stops)
     shown = [stream.feed(byte) for byte in text]
     return [*shown, stream.finish()]
 
 
-def test_a_character_appears_when_it_is_whole() -> None:
+def test_a_character_is_released_when_it_is_complete() -> None:
     assert pieces("aß🎉".encode()) == ["a", "", "ß", "", "", "", "🎉", ""]
 
 
-def test_what_is_no_utf8_is_replaced() -> None:
+def test_invalid_utf8_is_replaced() -> None:
     for broken in (b"\xf0\x9f", b"a\xffb", b"\xc3a", b"\xe2\x82"):
         assert "".join(pieces(broken)) == broken.decode(errors="replace")
 
@@ -32,7 +32,7 @@ def test_the_pieces_of_tokens_are_the_text() -> None:
     tokens = tokenizer.encode(text).tolist()
     stream = TextStream(tokenizer.token_bytes)
     assert "".join([*map(stream.feed, tokens), stream.finish()]) == text
-    assert len(tokens) < len(text.encode())  # some tokens have several bytes of several characters
+    assert len(tokens) < len(text.encode())  # some tokens hold bytes of several characters
 
 
 @pytest.mark.parametrize(
@@ -49,17 +49,17 @@ def test_the_pieces_of_tokens_are_the_text() -> None:
         ("stop", ["stop"], ""),
     ],
 )
-def test_it_ends_before_the_first_stop_text(text: str, stops: list[str], expected: str) -> None:
+def test_the_text_ends_before_the_first_stop_text(text: str, stops: list[str], expected: str) -> None:
     shown = pieces(text.encode(), *stops)
     assert "".join(shown) == expected
 
 
-def test_nothing_is_shown_that_a_stop_text_may_take_back() -> None:
+def test_a_possible_beginning_of_a_stop_text_is_held_back() -> None:
     assert pieces(b"abcx", "bcd") == ["a", "", "", "bcx", ""]
     assert pieces(b"abcd!", "bcd") == ["a", "", "", "", "", ""]
 
 
-def test_it_says_when_it_has_stopped() -> None:
+def test_stopped() -> None:
     stream = TextStream(BYTES, ["b"])
     stream.feed(ord("a"))
     assert not stream.stopped

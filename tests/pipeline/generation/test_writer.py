@@ -1,4 +1,4 @@
-"""A prompt and what a checkpoint writes after it, as text."""
+"""A checkpoint completes prompts as text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.config.loading import dump_config
 from pipeline.config.schema import SampleConfig
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
-from pipeline.generation.writer import continue_prompt
+from pipeline.generation.writer import load_writer
 from pipeline.model.gpt2 import build_model
 from tests.pipeline.conftest import VOCAB_SIZE, tiny_config
 
@@ -39,21 +39,24 @@ def sample(**options: Any) -> SampleConfig:
     return SampleConfig(prompt=PROMPT, **{"max_new_tokens": 5, **options})
 
 
-def test_the_prompt_is_continued_by_so_many_tokens(run_folder: Path) -> None:
-    text = continue_prompt(run_folder, sample(temperature=0.0), seed=0, device=CPU)
-    assert text.startswith(PROMPT)
-    shorter = continue_prompt(run_folder, sample(temperature=0.0, max_new_tokens=2), seed=0, device=CPU)
-    assert len(PROMPT) < len(shorter) < len(text)
+def complete(run_folder: Path, options: SampleConfig, seed: int) -> str:
+    return load_writer(run_folder, CPU).complete([options.prompt], options, seed)[0]
 
 
-def test_the_seed_and_the_settings_reach_the_draws(run_folder: Path) -> None:
-    texts = [continue_prompt(run_folder, sample(), seed, CPU) for seed in (1, 1, 2)]
+def test_max_new_tokens_limits_the_completion(run_folder: Path) -> None:
+    text = complete(run_folder, sample(temperature=0.0), seed=0)
+    shorter = complete(run_folder, sample(temperature=0.0, max_new_tokens=2), seed=0)
+    assert 0 < len(shorter) < len(text)
+
+
+def test_the_seed_and_the_sampling_options_decide_the_draws(run_folder: Path) -> None:
+    texts = [complete(run_folder, sample(), seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
-    greedy = continue_prompt(run_folder, sample(temperature=0.0), seed=0, device=CPU)
-    assert continue_prompt(run_folder, sample(top_k=1), seed=3, device=CPU) == greedy
+    greedy = complete(run_folder, sample(temperature=0.0), seed=0)
+    assert complete(run_folder, sample(top_k=1), seed=3) == greedy
 
 
-def test_a_model_of_another_vocabulary_is_refused(tmp_path: Path, world: World) -> None:
+def test_a_model_with_another_vocabulary_is_an_error(tmp_path: Path, world: World) -> None:
     run_folder = save_model(tmp_path, world, VOCAB_SIZE)
     with pytest.raises(CheckpointError, match=f"vocab_size is {VOCAB_SIZE}; .* 50257"):
-        continue_prompt(run_folder, sample(), seed=0, device=CPU)
+        complete(run_folder, sample(), seed=0)

@@ -10,12 +10,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from pipeline.generation.generate import generate
 from pipeline.model import packed_linear
 from pipeline.model.gpt2 import GPT2, ScoringBatch
 from pipeline.model.packed_linear import PackedLinear, can_pack, pack_linear_layers
 from pipeline.model.precision import replicated_compute
 from tests.pipeline.conftest import random_tokens, restless_model, tiny_model_config
+from tests.pipeline.generation.conftest import generate
 
 if not can_pack(torch.float32):
     pytest.skip("this torch has no oneDNN", allow_module_level=True)

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from data_tools.errors import DataError
 from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
 from pipeline.errors import CheckpointError
-from pipeline.generation.generate import generate, generate_batch
+from pipeline.generation.generate import generate_batch
 from pipeline.generation.sampling import Sampling
 from pipeline.interop.hugging_face.exporting import export_checkpoint
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.packed_linear import pack_linear_layers
 from tests.pipeline.conftest import VOCAB_SIZE, largest_file, random_tokens
+from tests.pipeline.generation.conftest import generate
 from tests.pipeline.interop.hugging_face.conftest import restless, save_in_pieces, text_config
 
 FILES = ["README.md", "config.json", "generation_config.json", "loss.png", "merges.txt"]
