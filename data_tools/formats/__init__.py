@@ -1,15 +1,14 @@
-"""Token files of other programs, and folders of ours, as one kind of thing: look into them, convert them.
+"""Token files of other programs, and folders in our format: inspect and convert them through one interface.
 
-Imported and exported are nanoGPT's ``train.bin`` and the shards of llm.c and modded-nanogpt; imported only is the
-``.bin`` with ``.idx`` of Megatron-LM and gpt-neox.
+Read and written are nanoGPT's ``train.bin`` and the shards of llm.c and modded-nanogpt; read only is the ``.bin`` with
+``.idx`` of Megatron-LM and gpt-neox. ``open_collection`` opens them, ``plan_files`` plans the new files and ``convert``
+writes them.
 """
 
-from data_tools.formats.conversion import Conversion, convert
-from data_tools.formats.detection import AUTO, INPUT_FORMATS, open_collection
-from data_tools.formats.in_place import adopt_in_place
-from data_tools.formats.inspection import FolderReport, SplitReport, inspect
-from data_tools.formats.preview import DocumentPreview, first_documents
-from data_tools.formats.request import DEFAULT_SHARD_TOKENS, OUTPUT_FORMATS, ConvertRequest
+from data_tools.formats.conversion import Conversion, adopt_in_place, convert
+from data_tools.formats.inspection import DocumentPreview, FolderReport, SplitReport, first_documents, inspect
+from data_tools.formats.opening import AUTO, INPUT_FORMATS, open_collection
+from data_tools.formats.plan import DEFAULT_SHARD_TOKENS, OUTPUT_FORMATS, ConvertRequest
 
 __all__ = [
     "AUTO",

@@ -1,21 +1,25 @@
-"""Tokens of any format: splits, each one stream that is read anywhere."""
+"""Tokens of any format as a collection: splits, each one stream that can be read anywhere."""
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from data_tools.arrays import TokenArray
 from data_tools.errors import DataError
 from data_tools.shards import TRAIN_SPLIT, VAL_SPLIT, Manifest, ShardRecord, SourceRecord, TokenizerRecord
+from data_tools.shards.contents import gpt2_tokenizer_record
+from data_tools.shards.mapping import map_bytes
 
 _SPLIT_WORDS = {
     "train": TRAIN_SPLIT,
@@ -28,15 +32,15 @@ _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Tokens(Protocol):
-    """A stream of tokens of known length, read anywhere; ``data_tools.shards.TokenStream`` is one."""
+    """A stream of tokens of known length; ``data_tools.shards.TokenStream`` is one."""
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """The number of tokens."""
         ...
 
     def read(self, start: int, length: int) -> TokenArray:
-        """Tokens ``start`` to ``start + length``, uint16 of shape (length,); all must exist.
+        """Return ``length`` tokens from ``start`` on, uint16 of shape (length,). All must exist.
 
         Raises:
             DataError: one is outside the vocabulary.
@@ -44,9 +48,15 @@ class Tokens(Protocol):
         ...
 
 
+class FileTokens(Tokens, Protocol):
+    """The tokens of one file of another program; errors name the file."""
+
+    path: Path
+
+
 @dataclass(frozen=True)
 class TokenFile:
-    """One file of a split: what it takes on the disk, and what is known of its contents without reading them."""
+    """One file of a split: its size on the disk and the number of its tokens, known without reading them."""
 
     path: Path
     bytes: int
@@ -55,7 +65,7 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class Split:
-    """The tokens of one split, and the files that hold them in the order of the tokens."""
+    """The tokens of one split, and its files in the order of the tokens."""
 
     stream: Tokens
     files: tuple[TokenFile, ...]
@@ -68,10 +78,10 @@ class TokenCollection:
     Attributes:
         path: as the user named it.
         format: one of ``INPUT_FORMATS``.
-        tokenizer: whose ids these are; foreign files do not say, they are taken for GPT-2's.
-        source: where a manifest will say that its tokens came from.
+        tokenizer: made the ids. Files of other programs do not name it; GPT-2's is assumed.
+        source: the source that a manifest of these tokens will name.
         splits: by name.
-        manifest: of a folder of ours, else None.
+        manifest: the manifest of a folder in our format, else None.
     """
 
     path: Path
@@ -82,12 +92,12 @@ class TokenCollection:
     manifest: Manifest | None = None
 
     def records_of(self, split: str) -> tuple[ShardRecord, ...]:
-        """The shards of a split of a folder of ours; none for other formats."""
+        """Return the shards of a split; empty for formats other than ours."""
         return self.manifest.shards_of(split) if self.manifest else ()
 
 
 class Concatenated:
-    """Streams end to end as one."""
+    """Several streams as one."""
 
     def __init__(self, streams: Sequence[Tokens]) -> None:
         self._streams = streams
@@ -95,7 +105,6 @@ class Concatenated:
         self.tokens = self._starts[-1]
 
     def read(self, start: int, length: int) -> TokenArray:
-        """As in ``Tokens``."""
         assert start >= 0 and length >= 0 and start + length <= self.tokens
         pieces = [np.empty(0, dtype=np.uint16)]
         index = bisect_right(self._starts, start) - 1
@@ -107,57 +116,90 @@ class Concatenated:
         return np.concatenate(pieces)
 
 
-def source_record(path: Path, format: str, files: Sequence[Path]) -> SourceRecord:
-    """Where imported tokens came from, for their manifest."""
-    size = sum(file.stat().st_size for file in files)
-    options: dict[str, Any] = {"input": path.as_posix(), "files": len(files), "bytes": size}
-    return SourceRecord(format, options)
+def open_foreign(
+    path: Path,
+    format: str,
+    files: Sequence[Path],
+    split_of: Mapping[str, str],
+    open_file: Callable[[Path, int], FileTokens],
+    files_on_disk: Sequence[Path] | None = None,
+) -> TokenCollection:
+    """Open files of another program as a collection, in the order of their names.
+
+    Args:
+        path: the folder or file that the user named.
+        format: one of ``INPUT_FORMATS``.
+        files: the files to open.
+        split_of: splits by file name, for names that do not tell.
+        open_file: opens one file; also gets the size of the vocabulary.
+        files_on_disk: the files that the source record counts, if they are not ``files``.
+
+    Raises:
+        DataError: a file is damaged, or its split is unknown.
+    """
+    tokenizer = gpt2_tokenizer_record()
+    splits = {}
+    for split, members in _group_by_split(files, split_of).items():
+        streams = [open_file(file, tokenizer.vocab_size) for file in members]
+        described = tuple(TokenFile(stream.path, stream.path.stat().st_size, stream.tokens) for stream in streams)
+        splits[split] = Split(Concatenated(streams), described)
+    counted = files_on_disk or files
+    size = sum(file.stat().st_size for file in counted)
+    source = SourceRecord(format, {"input": path.as_posix(), "files": len(counted), "bytes": size})
+    return TokenCollection(path, format, tokenizer, source, splits)
 
 
-def conversion_record(format: str) -> dict[str, Any]:
-    """When tokens of a format were converted, for the manifest."""
-    return {"converted_at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "converted_from": format}
+def map_file(path: Path) -> pa.Buffer:
+    """Memory-map the bytes of a file, which may be empty.
+
+    Raises:
+        DataError: it is missing or cannot be read.
+    """
+    if path.is_dir():
+        raise DataError(f"cannot read {path}: {os.strerror(errno.EISDIR)}")
+    try:
+        return map_bytes(path) if path.stat().st_size else pa.py_buffer(b"")
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
+        raise DataError(f"cannot read {path}: {reason}") from error
 
 
-def expect_split_name(name: str, place: str) -> None:
-    """Check that a split's name can stand in a file name.
+def require_split_name(name: str, place: str) -> None:
+    """Check that a split's name can be part of a file name.
 
     Raises:
         DataError: it cannot; ``place`` says where it was found.
     """
     if not _SPLIT_NAME.fullmatch(name):
-        raise DataError(f"{place}: {name!r} is no name of a split; it may have letters, digits and . _ -")
+        raise DataError(f"{place}: {name!r} is not a name for a split; use letters, digits and . _ -")
 
 
-def group_by_split(paths: Sequence[Path], split_of: Mapping[str, str]) -> dict[str, list[Path]]:
-    """Files by split, in their order; training first.
+def _group_by_split(paths: Sequence[Path], split_of: Mapping[str, str]) -> dict[str, list[Path]]:
+    """Return the files by split, in their order, training first.
 
-    The split of a file is what ``split_of`` says of its name (with or without the ending), else the last of the
-    words train, val, valid, validation, test in it. A single file that has none of them is for training.
+    A file's split is what ``split_of`` says for its name (with or without the ending), else the last of the words
+    train, val, valid, validation, test in its name. A single file without such a word is for training.
 
     Raises:
-        DataError: the split of a file is unknown, or ``split_of`` names a file that is not there.
+        DataError: the split of a file is unknown, or ``split_of`` names a file that does not exist.
     """
     for name, split in split_of.items():
-        expect_split_name(split, f"--split-of {name}={split}")
+        require_split_name(split, f"--split-of {name}={split}")
         if name not in {known for path in paths for known in (path.name, path.stem)}:
-            raise DataError(f"--split-of {name}={split}: there is no such file; there are {_listed(paths)}")
+            names = [path.name for path in paths]
+            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise DataError(f"--split-of {name}={split}: this file does not exist; the files are {listed}")
     groups: dict[str, list[Path]] = {}
     for path in paths:
-        told = split_of.get(path.name) or split_of.get(path.stem) or _split_in_name(path)
-        if told is None and len(paths) > 1:
+        split_or_none = split_of.get(path.name) or split_of.get(path.stem) or _split_in_name(path)
+        if split_or_none is None and len(paths) > 1:
             raise DataError(
                 f"{path}: its name does not tell its split; add --split-of {path.name}={TRAIN_SPLIT} (or {VAL_SPLIT})"
             )
-        groups.setdefault(told or TRAIN_SPLIT, []).append(path)
+        groups.setdefault(split_or_none or TRAIN_SPLIT, []).append(path)
     return dict(sorted(groups.items(), key=lambda group: group[0] != TRAIN_SPLIT))
 
 
 def _split_in_name(path: Path) -> str | None:
     words = [_SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", path.stem.lower()) if word in _SPLIT_WORDS]
     return words[-1] if words else None
-
-
-def _listed(paths: Sequence[Path]) -> str:
-    names = [path.name for path in paths]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,29 +1,36 @@
-"""What a folder or file of tokens says about itself. Nothing is changed, and no token is read."""
+"""Inspecting a folder or file of tokens without changing it: a report, and its first documents as text."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from data_tools.arrays import TokenArray
 from data_tools.errors import DataError
-from data_tools.formats.collection import TokenCollection
-from data_tools.formats.detection import AUTO, open_collection, recognise
-from data_tools.formats.native import NATIVE
+from data_tools.formats.collection import TokenCollection, Tokens
+from data_tools.formats.opening import AUTO, NATIVE, open_collection, recognize
 from data_tools.shards import Manifest, TokenStream, load_manifest
+from data_tools.shards.contents import gpt2_tokenizer_record
+from data_tools.tokenizer import load_tokenizer
 
 _HEADINGS = ("split", "shards", "tokens", "documents", "bytes", "bytes/token", "largest shard", "smallest")
 _UNKNOWN = "-"
 _LONGEST_VALUE = 100
-# Keys of a manifest that have a row of their own, or say nothing to a person.
+_READ_TOKENS = 1 << 16
+_LARGEST_CHARACTER_BYTES = 4
+# Keys of a manifest that have their own row, or are of no interest to a reader.
 _SHOWN_APART = ("format_version", "dtype", "tokenizer", "source", "settings", "shards", "sha256")
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """A split in numbers; documents and bytes of text are None where only reading all tokens would tell."""
+    """The numbers of a split. Documents and bytes of text are None if only reading all tokens would tell them."""
 
     shards: int
     tokens: int
@@ -34,19 +41,19 @@ class SplitReport:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes of text a token, ``END_OF_TEXT`` included; None where it is unknown or there is no token."""
+        """Bytes of text per token, ``END_OF_TEXT`` included; None if unknown or without tokens."""
         return None if self.utf8_bytes is None or not self.tokens else self.utf8_bytes / self.tokens
 
 
 @dataclass(frozen=True)
 class FolderReport:
-    """Tokens of any format at a glance.
+    """A summary of tokens of any format; its text is a table.
 
     Attributes:
         path: as the user named it.
         format: one of ``INPUT_FORMATS``.
-        problem: why the files are not those of the manifest; None: they are all there, of the right sizes.
-        about: what else the manifest says, as JSON values; of a foreign format, what is assumed.
+        problem: the first difference between files and manifest; None if all exist with the right sizes.
+        about: the rest of the manifest as JSON values; for other programs' formats, what is assumed.
         splits: by name.
     """
 
@@ -57,7 +64,7 @@ class FolderReport:
     splits: dict[str, SplitReport]
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON values."""
+        """Return the report as JSON values."""
         return {**asdict(self), "path": str(self.path)}
 
     def __str__(self) -> str:
@@ -68,15 +75,15 @@ class FolderReport:
 
 
 def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> FolderReport:
-    """Look at a folder of ours, or at foreign files; a folder of ours with damaged shards is shown all the same.
+    """Return a report of tokens of any format, without reading any token. Arguments are those of ``open_collection``.
 
-    Args:
-        path, format, split_of: as in ``open_collection``.
+    A folder in our format with damaged shards is reported too.
 
     Raises:
-        DataError: nothing is there, the format cannot be told, the manifest or a foreign file is damaged.
+        DataError: nothing exists there, the format cannot be recognized, or the manifest or another program's file is
+            damaged.
     """
-    format = recognise(path) if format == AUTO else format
+    format = recognize(path) if format == AUTO else format
     if format == NATIVE and not split_of:
         return _report_manifest(path, load_manifest(path))
     return _report_foreign(open_collection(path, format, split_of))
@@ -145,3 +152,64 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
         + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
+
+
+@dataclass(frozen=True)
+class DocumentPreview:
+    """A document: the number of its tokens without ``END_OF_TEXT``, and the beginning of its text."""
+
+    tokens: int
+    text: str
+    is_cut: bool
+
+
+def first_documents(
+    collection: TokenCollection, split: str, *, documents: int, characters: int
+) -> Iterator[DocumentPreview]:
+    """Yield the first documents of a split as text.
+
+    Formats write ``END_OF_TEXT`` before or after each document; both are read.
+
+    Args:
+        collection: from ``open_collection``.
+        split: the name of a split.
+        documents: the largest number of documents.
+        characters: the largest number of characters per document.
+
+    Raises:
+        DataError: the split does not exist, its ids are not GPT-2's, or a token is outside the vocabulary.
+    """
+    if split not in collection.splits:
+        raise DataError(f"{collection.path} has no split {split!r}; it has {', '.join(collection.splits) or 'none'}")
+    if collection.tokenizer != gpt2_tokenizer_record():
+        raise DataError(
+            f"{collection.path} is of the tokenizer {collection.tokenizer.name!r}; only gpt2 can be decoded"
+        )
+    # A character takes at most one token per byte; one more character may be cut in two.
+    kept_tokens = _LARGEST_CHARACTER_BYTES * (characters + 1)
+    found = _split_documents(collection.splits[split].stream, collection.tokenizer.end_of_text, kept_tokens)
+    return (_preview(tokens, beginning, characters) for tokens, beginning in islice(found, documents))
+
+
+def _preview(tokens: int, beginning: TokenArray, characters: int) -> DocumentPreview:
+    text = load_tokenizer().decode(beginning)
+    return DocumentPreview(tokens, text[:characters], is_cut=len(text) > characters or beginning.size < tokens)
+
+
+def _split_documents(stream: Tokens, end_of_text: int, kept_tokens: int) -> Iterator[tuple[int, TokenArray]]:
+    """Yield the size of each document and its first tokens."""
+    size = 0
+    kept: list[TokenArray] = []
+    for start in range(0, stream.tokens, _READ_TOKENS):
+        tokens = stream.read(start, min(_READ_TOKENS, stream.tokens - start))
+        ends = np.flatnonzero(tokens == end_of_text)
+        for number, piece in enumerate(np.split(tokens, ends)):
+            if number:
+                # An END_OF_TEXT at the beginning of the stream ends no document.
+                if size or start + int(ends[number - 1]):
+                    yield size, np.concatenate([*kept, tokens[:0]])
+                size, kept, piece = 0, [], piece[1:]
+            kept.append(piece[: max(0, kept_tokens - size)])
+            size += piece.size
+    if size:
+        yield size, np.concatenate(kept)

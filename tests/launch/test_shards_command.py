@@ -173,12 +173,14 @@ def test_mistakes_are_one_line(run: Run, ours: Path, tmp_path: Path) -> None:
     )
     refused(run("convert", ours, "--out", out, "--to", "npy", "--split-of", "x"), "must be NAME=SPLIT, it is 'x'")
     refused(
-        run("convert", ours, "--out", out, "--to", "nanogpt", "--shard-tokens", 5), "--shard-tokens", "one file a split"
+        run("convert", ours, "--out", out, "--to", "nanogpt", "--shard-tokens", 5),
+        "--shard-tokens",
+        "one file per split",
     )
     refused(run("convert", ours, "--out", out, "--to", "npy", "--name", "x"), "--name is for --to llmc")
     refused(run("convert", ours, "--out", out, "--to", "llmc", "--name", "../x"), "--name", "'../x'")
     refused(run("convert", ours, "--in-place", "--out", out), "--in-place", "takes no --out")
-    refused(run("convert", ours, "--in-place"), "has a manifest.json already")
+    refused(run("convert", ours, "--in-place"), "already has a manifest.json")
     refused(run("convert", ours, "--out", ours, "--to", "npy"), "is not empty")
     assert not out.exists()
 

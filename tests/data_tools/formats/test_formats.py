@@ -26,10 +26,10 @@ from data_tools.formats import (
     convert,
     first_documents,
     inspect,
-    layout,
+    inspection,
     megatron,
     open_collection,
-    preview,
+    plan,
 )
 from data_tools.shards import (
     Manifest,
@@ -60,9 +60,9 @@ def small_pieces(tokens: int = 16) -> Iterator[Path]:
     """An empty folder, while everything is read and written in pieces of so many tokens."""
     with (
         TemporaryDirectory() as folder,
-        mock.patch.object(layout, "CHUNK_TOKENS", tokens),
+        mock.patch.object(plan, "CHUNK_TOKENS", tokens),
         mock.patch.object(megatron, "BLOCK_DOCUMENTS", 3),
-        mock.patch.object(preview, "_READ_TOKENS", tokens),
+        mock.patch.object(inspection, "_READ_TOKENS", tokens),
     ):
         yield Path(folder)
 
@@ -315,7 +315,9 @@ class TestForeignFiles:
             open_collection(tmp_path)
         collection = open_collection(tmp_path, split_of={"a.bin": "val", "b": "train"})
         assert [file.path.name for file in collection.splits["val"].files] == ["a.bin"]
-        with pytest.raises(DataError, match=r"--split-of c\.bin=val: there is no such file; there are a\.bin, b\.bin"):
+        with pytest.raises(
+            DataError, match=r"--split-of c\.bin=val: this file does not exist; the files are a\.bin, b\.bin"
+        ):
             open_collection(tmp_path, split_of={"c.bin": "val"})
         with pytest.raises(DataError, match=r"--split-of a\.bin=\.\./x: '\.\./x' is no name of a split"):
             open_collection(tmp_path, split_of={"a.bin": "../x"})
@@ -428,11 +430,16 @@ def empty(folder: Path) -> None:
 
 # Offsets in an index of 3 sequences and 3 boundaries: sizes from 34 on, pointers from 46, boundaries from 70.
 DAMAGE: list[tuple[str, str, Damage, str]] = [
-    ("nanogpt", "odd_size", cut("train.bin", 1), r"train\.bin is no whole file of uint16 tokens.*odd number of bytes"),
+    (
+        "nanogpt",
+        "odd_size",
+        cut("train.bin", 1),
+        r"train\.bin is not a whole file of uint16 tokens.*odd number of bytes",
+    ),
     ("nanogpt", "id", put("train.bin", 4, "<H", 50257), r"train\.bin holds token 50257, the vocabulary ends at 50256"),
     ("nanogpt", "id_of_val", put("val.bin", 2, "<H", 65535), r"val\.bin holds token 65535, the vocabulary ends"),
     ("nanogpt", "folder", replace_by_folder("train.bin"), r"cannot read \S*train\.bin: Is a directory"),
-    ("nanogpt", "empty_folder", empty, "there is no file"),
+    ("nanogpt", "empty_folder", empty, "no file ends in"),
     ("llmc", "cut", cut("x_train_000001.bin", 2), r"x_train_000001\.bin.*header says 100 tokens, its size says 99"),
     (
         "llmc",
@@ -450,22 +457,27 @@ DAMAGE: list[tuple[str, str, Damage, str]] = [
     ("llmc", "id", put("x_val_000000.bin", 1030, "<H", 60000), r"x_val_000000\.bin holds token 60000"),
     ("llmc", "folder", replace_by_folder("x_val_000000.bin"), r"cannot read \S*x_val_000000\.bin: Is a directory"),
     ("megatron", "no_tokens", remove("x.bin"), r"cannot read \S*x\.bin: No such file"),
-    ("megatron", "no_index", remove("x.idx"), r"there is no file that ends in \.idx"),
+    ("megatron", "no_index", remove("x.idx"), r"no file ends in \.idx"),
     (
         "megatron",
         "header",
         edit("x.idx", lambda content: content[:33]),
-        r"x\.idx is no whole index: it ends after 33 bytes",
+        r"x\.idx is not a whole index: it ends after 33 bytes",
     ),
     (
         "megatron",
         "cut",
         cut("x.idx", 8),
-        r"x\.idx is no whole index: 3 sequences and 3 document boundaries take 94 bytes",
+        r"x\.idx is not a whole index: 3 sequences and 3 document boundaries take 94 bytes",
     ),
-    ("megatron", "grown", grow("x.idx", b"\0\0\0"), r"x\.idx is no whole index.*take 94 bytes, it has 97"),
-    ("megatron", "counts", put("x.idx", 18, "<Q", 1 << 62), r"x\.idx is no whole index: 4611686018427387904 sequences"),
-    ("megatron", "magic", put("x.idx", 0, "<B", 0), r"x\.idx is no index of Megatron: its magic is"),
+    ("megatron", "grown", grow("x.idx", b"\0\0\0"), r"x\.idx is not a whole index.*take 94 bytes, it has 97"),
+    (
+        "megatron",
+        "counts",
+        put("x.idx", 18, "<Q", 1 << 62),
+        r"x\.idx is not a whole index: 4611686018427387904 sequences",
+    ),
+    ("megatron", "magic", put("x.idx", 0, "<B", 0), r"x\.idx is not an index of Megatron: its magic is"),
     (
         "megatron",
         "older",
@@ -587,12 +599,12 @@ class TestInPlace:
 
     def test_only_llmcs_folders_without_a_manifest(self, folder: Path) -> None:
         adopt_in_place(folder)
-        with pytest.raises(DataError, match=r"has a manifest\.json already"):
+        with pytest.raises(DataError, match=r"already has a manifest\.json"):
             adopt_in_place(folder)
-        with pytest.raises(DataError, match="is no folder"):
+        with pytest.raises(DataError, match="is not a folder"):
             adopt_in_place(folder / "fineweb_val_000000.bin")
         write_sound(folder / "other", "nanogpt")
-        with pytest.raises(DataError, match="are of nanogpt; only llm.c's are used as they are"):
+        with pytest.raises(DataError, match="are in the format nanogpt; only llm.c's can stay in place"):
             adopt_in_place(folder / "other")
 
 

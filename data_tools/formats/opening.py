@@ -1,4 +1,4 @@
-"""Which format a file or a folder has: by its content, not by a guess."""
+"""Opening tokens of any format: recognizing the format by content, and listing its files."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_tools.errors import DataError
-from data_tools.formats.collection import TokenCollection
+from data_tools.formats.collection import Split, TokenCollection, TokenFile
 from data_tools.formats.flat_files import LLMC, NANOGPT, NANOGPT_NAMES, open_llmc, open_nanogpt
-from data_tools.formats.megatron import MEGATRON, open_megatron
-from data_tools.formats.megatron_index import INDEX_SUFFIX, is_index
-from data_tools.formats.native import NATIVE, open_native
-from data_tools.shards import MANIFEST_NAME
+from data_tools.formats.megatron import INDEX_SUFFIX, MEGATRON, is_index, open_megatron
+from data_tools.shards import MANIFEST_NAME, TokenStream, load_manifest
 from data_tools.shards.llmc import LLMC_SUFFIX, is_llmc
 
 AUTO = "auto"
+NATIVE = "native"
 _OPEN_FOREIGN: dict[str, Callable[[Path, Sequence[Path], Mapping[str, str]], TokenCollection]] = {
     NANOGPT: open_nanogpt,
     LLMC: open_llmc,
@@ -25,32 +24,33 @@ INPUT_FORMATS = (NATIVE, *_OPEN_FOREIGN)
 
 
 def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> TokenCollection:
-    """Open a folder, a file, or (Megatron) the common part of the names of a pair of files.
+    """Open a folder, a file, or (Megatron) the common prefix of the names of a pair of files.
 
     Args:
-        path: where the tokens are.
-        format: one of ``INPUT_FORMATS``, or ``auto``: a folder with a manifest is ours, Megatron's and llm.c's files
-            begin with their magic, and raw tokens are taken for nanoGPT's when they are named ``train.bin`` or
-            ``val.bin``.
-        split_of: the split of a foreign file by its name, where the name itself does not tell.
+        path: a folder, file or prefix.
+        format: one of ``INPUT_FORMATS``, or ``auto`` to recognize it as ``recognize`` does.
+        split_of: splits of another program's files by name, for names that do not tell.
 
     Raises:
-        DataError: nothing is there, the format cannot be told, or a file is damaged; one line that names it.
+        DataError: nothing exists there, the format cannot be recognized, or a file is damaged; one line that names it.
     """
-    format = recognise(path) if format == AUTO else format
+    format = recognize(path) if format == AUTO else format
     if format == NATIVE:
         if split_of:
             raise DataError(f"--split-of: the manifest of {path} names its splits")
-        return open_native(path)
+        return _open_native(path)
     with _one_line_read_errors(path):
-        return _OPEN_FOREIGN[format](path, list_files(path, format), split_of or {})
+        return _OPEN_FOREIGN[format](path, _list_files(path, format), split_of or {})
 
 
-def recognise(path: Path) -> str:
-    """The format of a file or folder.
+def recognize(path: Path) -> str:
+    """Return the format of a file or folder.
+
+    A folder with a manifest is ours. Megatron's and llm.c's files begin with their magic. Bare tokens count as
+    nanoGPT's if the file is named ``train.bin`` or ``val.bin``.
 
     Raises:
-        DataError: it cannot be told, or a file cannot be read.
+        DataError: the format cannot be recognized, or a file cannot be read.
     """
     with _one_line_read_errors(path):
         if path.is_dir() and (path / MANIFEST_NAME).exists():
@@ -68,17 +68,23 @@ def recognise(path: Path) -> str:
     )
 
 
-def list_files(path: Path, format: str) -> list[Path]:
-    """The files of a foreign format, sorted by name: those of a folder, or the one named.
+def _open_native(folder: Path) -> TokenCollection:
+    """Open a folder with a manifest. Raises DataError if a shard is missing, short or long."""
+    manifest = load_manifest(folder)
+    splits = {}
+    for split in manifest.splits():
+        stream = TokenStream(folder, manifest, split)
+        paths = [(folder / shard.file, shard.tokens) for shard in manifest.shards_of(split)]
+        splits[split] = Split(stream, tuple(TokenFile(path, path.stat().st_size, tokens) for path, tokens in paths))
+    return TokenCollection(folder, NATIVE, manifest.tokenizer, manifest.source, splits, manifest)
 
-    Raises:
-        DataError: there are none.
-        OSError: the folder cannot be read.
-    """
+
+def _list_files(path: Path, format: str) -> list[Path]:
+    """Return the files of another program's format, sorted by name: those of a folder, or the one named."""
     suffix = INDEX_SUFFIX if format == MEGATRON else LLMC_SUFFIX
     files = _candidates(path, suffix)
     if not files:
-        raise DataError(f"{path}: there is no file that ends in {suffix}, as those of {format} do")
+        raise DataError(f"{path}: no file ends in {suffix}, as those of {format} do")
     return files
 
 
@@ -94,7 +100,7 @@ def _candidates(path: Path, suffix: str) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.suffix == suffix and not file.name.startswith("."))
     if suffix == INDEX_SUFFIX:
-        # The index, the tokens that it belongs to, or what Megatron calls the prefix.
+        # The user may name the index, its file of tokens, or what Megatron calls the prefix.
         named = [path if path.suffix == suffix else path.with_suffix(suffix), path.with_name(path.name + suffix)]
         return [file for file in named if file.exists()][:1]
     if not path.exists():

@@ -1,29 +1,84 @@
-"""Which tokens go into which file of a new folder."""
+"""The options of a conversion, and the plan of which tokens go into which new file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import count
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from data_tools.errors import DataError
-from data_tools.formats.collection import TokenCollection, Tokens, expect_split_name
+from data_tools.formats.collection import TokenCollection, Tokens, require_split_name
 from data_tools.formats.flat_files import LLMC, NANOGPT
-from data_tools.formats.request import DEFAULT_SHARD_TOKENS, ConvertRequest
+from data_tools.formats.opening import AUTO, INPUT_FORMATS
 from data_tools.shards import SHARD_FORMATS, TRAIN_SPLIT, VAL_SPLIT, ShardRecord
-from data_tools.shards.llmc import LLMC_SUFFIX
+from data_tools.shards.llmc import LLMC_SUFFIX, MAX_TOKENS
 
+DEFAULT_SHARD_TOKENS = 100_000_000
+OUTPUT_FORMATS = (*SHARD_FORMATS, NANOGPT, LLMC)
 CHUNK_TOKENS = 1 << 20
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertRequest:
+    """A conversion of a folder or file of tokens into a new folder.
+
+    Attributes:
+        source: a folder, a file, or the common prefix of a pair of Megatron's files.
+        out: a new or empty folder.
+        to: one of ``OUTPUT_FORMATS``.
+        source_format: one of ``INPUT_FORMATS``, or ``auto``.
+        split_of: splits of another program's files by name, for names that do not tell.
+        shard_tokens: tokens per shard. None keeps the shards of a folder in our format if ``to`` is npy or arrow,
+            and otherwise means 100 million.
+        name: the prefix of llm.c's file names; None means the name of ``out``.
+        workers: number of threads, which does not affect the result; None means one per core.
+
+    Raises:
+        DataError: names an option and its possible values.
+    """
+
+    source: Path
+    out: Path
+    to: str
+    source_format: str = AUTO
+    split_of: Mapping[str, str] = field(default_factory=dict)
+    shard_tokens: int | None = None
+    name: str | None = None
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.to not in OUTPUT_FORMATS:
+            raise DataError(f"--to must be one of {', '.join(OUTPUT_FORMATS)}, it is {self.to!r}")
+        if self.source_format not in (AUTO, *INPUT_FORMATS):
+            raise DataError(f"--from must be one of {', '.join((AUTO, *INPUT_FORMATS))}, it is {self.source_format!r}")
+        if self.shard_tokens is not None and self.to == NANOGPT:
+            raise DataError("--shard-tokens: nanoGPT reads one file per split")
+        if self.shard_tokens is not None and not 1 <= self.shard_tokens <= MAX_TOKENS:
+            raise DataError(f"--shard-tokens must be at least 1 and at most {MAX_TOKENS}, it is {self.shard_tokens}")
+        if self.workers is not None and self.workers < 1:
+            raise DataError(f"--workers must be at least 1, it is {self.workers}")
+        if self.name is not None and self.to != LLMC:
+            raise DataError("--name is for --to llmc; other files are named by their split alone")
+        if self.to == LLMC and not _FILE_NAME.fullmatch(self.file_name):
+            raise DataError(f"--name: {self.file_name!r} must have letters, digits and . _ - only")
+
+    @property
+    def file_name(self) -> str:
+        """The prefix of llm.c's file names."""
+        return self.name or Path(os.path.abspath(self.out)).name
 
 
 @dataclass(frozen=True)
 class PlannedFile:
     """A file to write: tokens ``start`` to ``stop`` of its split.
 
-    ``record`` is that of the shard of ours that holds the same tokens, where there is one.
+    ``record`` is the record of the shard in our format that holds the same tokens, if one does.
     """
 
     name: str
@@ -34,23 +89,23 @@ class PlannedFile:
 
 
 def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_bytes: bool) -> list[PlannedFile]:
-    """The files that a conversion writes.
+    """Return the files that a conversion writes.
 
     Args:
-        request: of the conversion.
-        collection: what it converts.
+        request: the conversion.
+        collection: the tokens to convert.
         knows_bytes: whether bytes of text can be counted in the collection's vocabulary.
 
     Raises:
-        DataError: what the collection holds cannot be kept in the format asked for.
+        DataError: the requested format would lose something that the collection holds.
     """
     for split in collection.splits:
-        expect_split_name(split, str(collection.path))
+        require_split_name(split, str(collection.path))
     if keeps_shards(request, collection):
         return list(_same_shards(collection, request.to))
-    _expect_nothing_lost(request, collection, knows_bytes)
+    _require_nothing_lost(request, collection, knows_bytes)
     if request.to == NANOGPT:
-        return list(_whole_splits(collection))
+        return [PlannedFile(f"{name}.bin", name, 0, it.stream.tokens) for name, it in collection.splits.items()]
     shard_tokens = request.shard_tokens or DEFAULT_SHARD_TOKENS
     if request.to == LLMC:
         return list(_llmc_shards(collection, request.file_name, shard_tokens))
@@ -58,16 +113,16 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
 
 
 def keeps_shards(request: ConvertRequest, collection: TokenCollection) -> bool:
-    """Whether the shards of a folder of ours are written again one by one."""
+    """Return whether each shard of a folder in our format becomes one shard of the new folder."""
     return collection.manifest is not None and request.to in SHARD_FORMATS and request.shard_tokens is None
 
 
 def chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Start and length of the successive reads that cover a range."""
+    """Yield start and length of the consecutive reads that cover a range."""
     return ((at, min(CHUNK_TOKENS, stop - at)) for at in range(start, stop, CHUNK_TOKENS))
 
 
-def _expect_nothing_lost(request: ConvertRequest, collection: TokenCollection, knows_bytes: bool) -> None:
+def _require_nothing_lost(request: ConvertRequest, collection: TokenCollection, knows_bytes: bool) -> None:
     instead = f"--to {' or '.join(SHARD_FORMATS)} without --shard-tokens keeps the shards as they are"
     for split in collection.splits:
         for shard in collection.records_of(split):
@@ -85,7 +140,7 @@ def _expect_nothing_lost(request: ConvertRequest, collection: TokenCollection, k
 def _same_shards(collection: TokenCollection, suffix: str) -> Iterator[PlannedFile]:
     records = collection.manifest.shards if collection.manifest else ()
     stems = [PurePosixPath(record.file).stem for record in records]
-    if len(set(stems)) < len(stems):  # of several folders within the folder
+    if len(set(stems)) < len(stems):  # shards in several subfolders have equal names
         stems = [f"{record.split}_{index:06d}" for index, record in enumerate(records)]
     ends = dict.fromkeys(collection.splits, 0)
     for record, stem in zip(records, stems, strict=True):
@@ -96,13 +151,13 @@ def _same_shards(collection: TokenCollection, suffix: str) -> Iterator[PlannedFi
 
 def _document_shards(collection: TokenCollection, suffix: str, shard_tokens: int) -> Iterator[PlannedFile]:
     for split, tokens in collection.splits.items():
-        spans = _document_spans(tokens.stream, shard_tokens, collection.tokenizer.end_of_text)
-        for index, (start, stop) in enumerate(spans):
+        ranges = _document_ranges(tokens.stream, shard_tokens, collection.tokenizer.end_of_text)
+        for index, (start, stop) in enumerate(ranges):
             yield PlannedFile(f"{split}_{index:06d}.{suffix}", split, start, stop)
 
 
 def _llmc_shards(collection: TokenCollection, name: str, shard_tokens: int) -> Iterator[PlannedFile]:
-    """Shards of exactly so many tokens, numbered as llm.c does: validation from 000000, training from 000001 on."""
+    """Yield shards of exactly ``shard_tokens``, numbered as in llm.c: validation from 000000, training from 000001."""
     splits = sorted(collection.splits, key=lambda split: [VAL_SPLIT, TRAIN_SPLIT, split].index(split))
     numbers = count(0 if VAL_SPLIT in splits else 1)
     for split in splits:
@@ -112,13 +167,8 @@ def _llmc_shards(collection: TokenCollection, name: str, shard_tokens: int) -> I
             yield PlannedFile(file, split, start, min(start + shard_tokens, tokens))
 
 
-def _whole_splits(collection: TokenCollection) -> Iterator[PlannedFile]:
-    for split, tokens in collection.splits.items():
-        yield PlannedFile(f"{split}.bin", split, 0, tokens.stream.tokens)
-
-
-def _document_spans(stream: Tokens, shard_tokens: int, end_of_text: int) -> Iterator[tuple[int, int]]:
-    """Spans that end before the document that would take them past ``shard_tokens``; none cuts a document."""
+def _document_ranges(stream: Tokens, shard_tokens: int, end_of_text: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges of at most ``shard_tokens`` that end before a document; a larger document gets its own range."""
     start = 0
     while stream.tokens - start > shard_tokens:
         limit = start + shard_tokens
@@ -141,7 +191,7 @@ def _last_document_start(stream: Tokens, start: int, stop: int, end_of_text: int
 
 
 def _first_document_start(stream: Tokens, start: int, end_of_text: int) -> int:
-    """The end of the stream, if none follows."""
+    """Return where the first document from ``start`` on begins, or the end of the stream."""
     for at, length in chunks(start, stream.tokens):
         found = np.flatnonzero(stream.read(at, length) == end_of_text)
         if found.size:
