@@ -315,11 +315,9 @@ class TestForeignFiles:
             open_collection(tmp_path)
         collection = open_collection(tmp_path, split_of={"a.bin": "val", "b": "train"})
         assert [file.path.name for file in collection.splits["val"].files] == ["a.bin"]
-        with pytest.raises(
-            DataError, match=r"--split-of c\.bin=val: this file does not exist; the files are a\.bin, b\.bin"
-        ):
+        with pytest.raises(DataError, match=r"--split-of c\.bin=val: this file does not exist; .* a\.bin, b\.bin"):
             open_collection(tmp_path, split_of={"c.bin": "val"})
-        with pytest.raises(DataError, match=r"--split-of a\.bin=\.\./x: '\.\./x' is no name of a split"):
+        with pytest.raises(DataError, match=r"--split-of a\.bin=\.\./x: '\.\./x' is not a name for a split"):
             open_collection(tmp_path, split_of={"a.bin": "../x"})
         assert list(open_collection(tmp_path / "a.bin").splits) == ["train"]
 
