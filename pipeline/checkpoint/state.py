@@ -7,22 +7,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from pipeline.checkpoint.layout import STATE_FILE, read_json_object
 from pipeline.errors import CheckpointError
-
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
 class GuardState:
     """The step guard's memory."""
 
-    bad_in_a_row: Count = 0
-    rollbacks: Count = 0
-    skipped_samples: tuple[tuple[Count, Count], ...] = ()  # [first, stop) of batches that rollbacks skip
+    bad_in_a_row: NonNegativeInt = 0
+    rollbacks: NonNegativeInt = 0
+    skipped_samples: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()  # [first, stop) of skipped batches
     recent: tuple[tuple[float, float], ...] = ()  # loss and gradient norm of the last steps, oldest first
 
 
@@ -30,13 +27,13 @@ class GuardState:
 class TrainingState:
     """The position of a run. ``seed`` and ``samples`` determine the data order and dropout: no RNG state is stored."""
 
-    step: Count  # finished optimizer steps, skipped ones included
-    samples: Count  # consumed by all ranks: the position in the data order
-    tokens: Count  # target tokens trained on
-    updates: Count  # applied optimizer steps: AdamW's step count
-    loss_scale: Positive | None  # None if the precision uses no loss scale
-    loss_scale_good_steps: Count
-    seed: Count
+    step: NonNegativeInt  # finished optimizer steps, skipped ones included
+    samples: NonNegativeInt  # consumed by all ranks: the position in the data order
+    tokens: NonNegativeInt  # target tokens trained on
+    updates: NonNegativeInt  # applied optimizer steps: AdamW's step count
+    loss_scale: Annotated[PositiveFloat, AllowInfNan(False)] | None  # None if the precision uses no loss scale
+    loss_scale_good_steps: NonNegativeInt
+    seed: NonNegativeInt
     data_sha256: str | None = None  # of the data set's manifest
     guard: GuardState = field(default_factory=GuardState)
 
@@ -47,7 +44,7 @@ class StateFile:
 
     training: TrainingState
     config: dict[str, Any]  # resolved
-    world_size: Annotated[int, Field(ge=1)]  # of the run that wrote the checkpoint
+    world_size: PositiveInt  # of the run that wrote the checkpoint
     versions: dict[str, str]
     launch_id: str | None = None  # of the launcher's start that wrote the checkpoint
 
