@@ -15,10 +15,11 @@ quickstart: .venv/run ## fresh machine to a trained, evaluated, sampled small GP
 test: .venv/dev ## the whole test suite, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-lint: .venv/dev ## ruff and types
+lint: .venv/dev ## ruff, types, and the line length of Markdown
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/test_docs.py::test_prose_fits_120_columns
 
 parity: .venv/dev ## the table backends x processes: largest differences in loss and gradient norm
 	$(BIN)/python -m benchmarks.parity

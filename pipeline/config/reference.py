@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
@@ -10,6 +11,8 @@ from pydantic import BaseModel
 
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import MODEL_PRESETS, Config
+
+LINE_COLUMNS = 120
 
 _INTRODUCTION = """# Config keys
 
@@ -31,7 +34,8 @@ def config_reference() -> str:
 
 def _section(name: str, section: type[BaseModel], defaults: dict[str, Any]) -> Iterator[str]:
     yield f"## {name}\n"
-    yield " ".join((section.__doc__ or "").split()).replace("``", "`") + "\n"
+    meaning = " ".join((section.__doc__ or "").split()).replace("``", "`")
+    yield textwrap.fill(meaning, LINE_COLUMNS, break_long_words=False, break_on_hyphens=False) + "\n"
     yield "| key | default | meaning |"
     yield "|---|---|---|"
     yield from _rows(f"{name}.", section, defaults)
