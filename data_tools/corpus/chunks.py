@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.encoding.documents import Document, utf8_of
 from data_tools.errors import DataError
@@ -105,11 +107,12 @@ class ChunkRecord:
             DataError: the file is damaged.
         """
         try:
-            value = json.loads(content)
-            shards = tuple(ShardRecord.from_json(shard, place) for shard in value.pop("shards"))
-            return cls(**{**value, "shards": shards, "lengths": tuple(value["lengths"])})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return _RECORD.validate_json(content)
+        except ValidationError as error:
             raise DataError(f"{place} is damaged; delete it to make its shards again") from error
+
+
+_RECORD = TypeAdapter(ChunkRecord)
 
 
 @dataclass(frozen=True)

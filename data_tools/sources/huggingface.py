@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from data_tools.errors import DataError
-from data_tools.sources.files import describe_files, list_files
+from data_tools.sources.files import Slice, describe_files, find_files
 from data_tools.sources.jsonl import text_of_record
-from data_tools.sources.slices import Slice
+from data_tools.sources.reading import describe_error
 
-# What Dataset.save_to_disk and DatasetDict.save_to_disk leave behind.
+# The files that Dataset.save_to_disk and DatasetDict.save_to_disk write.
 _SAVED_DATASET = "state.json"
 _SAVED_DATASET_DICT = "dataset_dict.json"
-_PARTS_ON_DISK = 64
+_SLICES_ON_DISK = 64
 
 
 class HuggingFaceSource:
-    """One split of a dataset, streamed: nothing is copied to a cache first."""
+    """One split of a dataset, streamed without a copy in a cache."""
 
-    def __init__(self, dataset: str, *, config: str | None, split: str, text_field: str) -> None:
-        """Name the dataset: on the hub, or a local folder (data files, or made by ``save_to_disk``)."""
-        self._dataset = dataset
-        self._config = config
-        self._split = split
+    def __init__(self, inputs: Sequence[str], text_field: str, dataset_config: str | None, dataset_split: str) -> None:
+        """Name the dataset: on the hub, or a local folder (data files, or made by ``save_to_disk``).
+
+        Raises:
+            DataError: there is not exactly one input.
+        """
+        if len(inputs) != 1:
+            raise DataError(f"--source hf takes one --input, a dataset's name or folder, not {len(inputs)}")
+        self._dataset = inputs[0]
         self._text_field = text_field
+        self._config = dataset_config
+        self._split = dataset_split
 
     def options(self) -> dict[str, Any]:
         is_local = os.path.isdir(self._dataset)
@@ -37,48 +43,48 @@ class HuggingFaceSource:
             "config": self._config,
             "split": self._split,
             "text_field": self._text_field,
-            **(describe_files(list_files((self._dataset,), suffixes=()).files) if is_local else {}),
+            **(describe_files(find_files((self._dataset,), suffixes=())) if is_local else {}),
         }
 
     def text_bytes(self) -> int | None:
         return None
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        """One a data file of a streamed dataset, and 64 of one on the disk; bytes are not known before."""
+        """Return one slice per data file of a streamed dataset, or 64 of one that ``save_to_disk`` wrote."""
         with self._one_line_errors():
             rows = self._open()
             if hasattr(rows, "num_shards"):
                 return [Slice(self._dataset, shard, shard + 1) for shard in range(rows.num_shards)]
-            bounds = [len(rows) * part // _PARTS_ON_DISK for part in range(_PARTS_ON_DISK + 1)]
+            bounds = [len(rows) * index // _SLICES_ON_DISK for index in range(_SLICES_ON_DISK + 1)]
             return [Slice(self._dataset, start, stop) for start, stop in pairwise(bounds) if start < stop]
 
-    def read(self, part: Slice) -> Iterator[str]:
-        with self._one_line_errors(part):
+    def read(self, piece: Slice) -> Iterator[str]:
+        with self._one_line_errors(piece):
             rows = self._open()
             if hasattr(rows, "num_shards"):
-                rows = rows.shard(num_shards=rows.num_shards, index=part.start)
+                rows = rows.shard(num_shards=rows.num_shards, index=piece.start)
                 first = 0
             else:
-                rows, first = rows.select(range(part.start, part.stop)), part.start
+                rows, first = rows.select(range(piece.start, piece.stop)), piece.start
             for number, row in enumerate(rows, start=first):
-                yield text_of_record(row, self._text_field, f"{part}: row {number}")
+                yield text_of_record(row, self._text_field, f"{piece}: row {number}")
 
     @contextmanager
-    def _one_line_errors(self, part: Slice | None = None) -> Iterator[None]:
+    def _one_line_errors(self, piece: Slice | None = None) -> Iterator[None]:
         try:
             yield
         except DataError:
             raise
-        # The library lets through whatever its file systems and HTTP clients raise, without a common base.
+        # The library passes on the errors of file systems and HTTP clients, which have no common base class.
         except Exception as error:
             raise DataError(
-                f"cannot read dataset {part or self._dataset} (config {self._config}, split {self._split}): "
-                f"{_first_line(error)}"
+                f"cannot read dataset {piece or self._dataset} (config {self._config}, split {self._split}): "
+                f"{describe_error(error)}"
             ) from error
 
     def _open(self) -> Any:
-        """A ``Dataset`` of a folder that ``save_to_disk`` made, or an ``IterableDataset``, which is streamed."""
-        # Imported here because it takes a second, which only this source should cost.
+        """Return a ``Dataset`` of a folder that ``save_to_disk`` wrote, otherwise a streamed ``IterableDataset``."""
+        # Imported here because it takes a second, which only this source needs.
         import datasets
 
         folder = Path(self._dataset)
@@ -90,8 +96,3 @@ class HuggingFaceSource:
         if (folder / _SAVED_DATASET).is_file():
             return datasets.load_from_disk(os.fspath(folder))
         return datasets.load_dataset(self._dataset, self._config, split=self._split, streaming=True)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"

@@ -1,7 +1,8 @@
-"""JSON Lines: one object a line, compressed or not."""
+"""JSON Lines: one JSON object per line, compressed or not."""
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
@@ -9,117 +10,106 @@ from typing import Any, BinaryIO
 import orjson
 
 from data_tools.errors import DataError
-from data_tools.sources.files import compression_of, decode_utf8, list_files, open_decompressed
-from data_tools.sources.slices import Slice
+from data_tools.sources.files import FileSource, Slice
+from data_tools.sources.reading import READ_BYTES, compression_of, decode_utf8, open_decompressed
 
 JSONL_SUFFIXES = tuple(
     name + compression for name in (".jsonl", ".ndjson", ".json") for compression in ("", ".gz", ".zst")
 )
-_READ_BYTES = 1 << 20
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-class JsonlSource:
-    """Files with a JSON object a line, one string field of which is the document."""
+class JsonlSource(FileSource):
+    """Files with one JSON object per line, of which one string field is the document."""
 
     def __init__(self, inputs: Sequence[str], text_field: str) -> None:
-        """List the files.
-
-        Raises:
-            DataError: an input does not exist.
-        """
-        self._files = list_files(inputs, JSONL_SUFFIXES)
+        super().__init__(inputs, JSONL_SUFFIXES)
         self._text_field = text_field
 
     def options(self) -> dict[str, Any]:
-        return {**self._files.options(), "text_field": self._text_field}
+        return {**super().options(), "text_field": self._text_field}
 
-    def text_bytes(self) -> int:
-        return self._files.text_bytes()
-
-    def slices(self, slice_bytes: int) -> list[Slice]:
-        return self._files.cut(slice_bytes)
-
-    def read(self, part: Slice) -> Iterator[str]:
-        for line in read_lines(part):
-            record = line.parse()
-            text = record.get(self._text_field)
-            yield text if type(text) is str else text_of_record(record, self._text_field, line.place())
+    def read(self, piece: Slice) -> Iterator[str]:
+        for line in read_lines(piece):
+            yield text_of_record(line.parse(), self._text_field, line)
 
 
 class Line:
-    """One line of a file, and where it stands."""
+    """One line of a file and its offset in the decompressed file. As a string it is ``<file>:<line number>``."""
 
     __slots__ = ("content", "offset", "path")
 
     def __init__(self, path: str, offset: int, content: bytes) -> None:
         self.path = path
-        self.offset = offset  # in the decompressed file
+        self.offset = offset
         self.content = content
 
+    def __str__(self) -> str:
+        number, left = 1, self.offset
+        with open_decompressed(self.path) as file:
+            while left and (content := file.read(min(left, READ_BYTES))):
+                number += content.count(b"\n")
+                left -= len(content)
+        return f"{self.path}:{number}"
+
     def parse(self) -> dict[str, Any]:
-        """Its JSON object.
+        """Return the line's JSON object.
 
         Raises:
-            DataError: it is no UTF-8, no JSON, or no object; names the place.
+            DataError: the line is not UTF-8, not JSON, or not an object.
         """
         try:
             record = orjson.loads(self.content)
         except orjson.JSONDecodeError:
             record = self._parse_leniently()
         if not isinstance(record, dict):
-            raise DataError(f"{self.place()}: holds a {type(record).__name__}; each line must be one JSON object")
+            raise DataError(f"{self}: holds a {type(record).__name__}; each line must be one JSON object")
         return record
 
-    def place(self) -> str:
-        """The file and the number of the line, found by counting."""
-        number, left = 1, self.offset
-        with open_decompressed(self.path) as file:
-            while left and (content := file.read(min(left, _READ_BYTES))):
-                number += content.count(b"\n")
-                left -= len(content)
-        return f"{self.path}:{number}"
-
     def _parse_leniently(self) -> Any:
-        """What the standard library reads and orjson does not: lone surrogates, NaN; or the error, in detail."""
+        """Parse with the standard library, which also reads lone surrogates and NaN, and explains errors better."""
         text = decode_utf8(self.content, self.path, self.offset)
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.place()}: not valid JSON ({error}); each line must be one JSON object") from error
+            raise DataError(f"{self}: not valid JSON ({error}); each line must be one JSON object") from error
 
 
-def read_lines(part: Slice) -> Iterator[Line]:
-    """The lines that begin in a range of bytes, blank ones and a byte order mark left out."""
-    with open_decompressed(part.path) as file:
-        offset = part.start
+def read_lines(piece: Slice) -> Iterator[Line]:
+    """Yield the lines that begin in a range of bytes, without blank lines and a byte order mark."""
+    with open_decompressed(piece.path) as file:
+        offset = piece.start
         if offset:
-            # A line that begins right at the range is its first one; one that began before is another's.
+            # The slice before reads the line that crosses the start, but not one that begins exactly there.
             file.seek(offset - 1)
-            offset += _skip_line(file, part.stop - offset + 1) - 1
-        to_the_end = compression_of(part.path) is not None  # never cut, and of unknown length
-        while (to_the_end or offset < part.stop) and (line := file.readline()):
-            content = line.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else line
+            offset += _skip_line(file, piece.stop - offset + 1) - 1
+        to_the_end = compression_of(piece.path) is not None  # a compressed file is one slice of unknown length
+        while (to_the_end or offset < piece.stop) and (line := file.readline()):
+            content = line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
             if content.strip():
-                yield Line(part.path, offset + len(line) - len(content), content)
+                yield Line(piece.path, offset + len(line) - len(content), content)
             offset += len(line)
 
 
 def _skip_line(file: BinaryIO, at_least: int) -> int:
-    """Read the rest of a line, in constant memory; of a long one no more than what was asked for. Bytes read."""
+    """Read to the end of the line, or until ``at_least`` bytes are read, in constant memory; return the bytes read."""
     skipped = 0
-    while skipped < at_least and (piece := file.readline(_READ_BYTES)):
-        skipped += len(piece)
-        if piece.endswith(b"\n"):
+    while skipped < at_least and (content := file.readline(READ_BYTES)):
+        skipped += len(content)
+        if content.endswith(b"\n"):
             break
     return skipped
 
 
-def text_of_record(record: dict[str, Any], text_field: str, place: str) -> str:
-    """The document in a record.
+def text_of_record(record: dict[str, Any], text_field: str, place: object) -> str:
+    """Return the document in a record.
+
+    Args:
+        record: a JSON object or a row of a dataset.
+        text_field: the field with the document.
+        place: names the record in messages; it becomes a string only then.
 
     Raises:
-        DataError: the field is missing or no string; names the place and the fields that are there.
+        DataError: the field is missing or not a string.
     """
     if text_field not in record:
         names = ", ".join(map(str, record)) or "none"

@@ -10,47 +10,43 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.errors import DataError
-from data_tools.sources.files import list_files, one_line_read_errors, open_file
-from data_tools.sources.slices import Slice
+from data_tools.sources.files import FileSource, Slice, group_sizes
+from data_tools.sources.reading import one_line_read_errors, open_file
 
-# Few enough that a batch of long documents stays small, enough to make the cost per batch vanish.
+# Few enough that a batch of long documents stays small, and enough that the cost per batch does not matter.
 _BATCH_ROWS = 512
 
 
-class ParquetSource:
-    """Parquet files, one string column of which holds the documents."""
+class ParquetSource(FileSource):
+    """Parquet files, of which one string column holds the documents. A slice is a range of row groups."""
 
     def __init__(self, inputs: Sequence[str], text_field: str) -> None:
-        """List the files.
-
-        Raises:
-            DataError: an input does not exist.
-        """
-        self._files = list_files(inputs, (".parquet",))
+        super().__init__(inputs, (".parquet",))
         self._text_field = text_field
 
     def options(self) -> dict[str, Any]:
-        return {**self._files.options(), "text_field": self._text_field}
+        return {**super().options(), "text_field": self._text_field}
 
     def text_bytes(self) -> int:
-        return sum(size for path in self._paths() for size in self._row_group_bytes(path))
+        return sum(size for path, _ in self.files for size in self._row_group_bytes(path))
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        return [part for path in self._paths() for part in _group_rows(path, self._row_group_bytes(path), slice_bytes)]
+        return [
+            Slice(path, start, stop, size)
+            for path, _ in self.files
+            for start, stop, size in group_sizes(self._row_group_bytes(path), slice_bytes)
+        ]
 
-    def read(self, part: Slice) -> Iterator[str]:
-        groups = range(part.start, part.stop)
-        with _open_parquet(part.path) as file:
-            row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
+    def read(self, piece: Slice) -> Iterator[str]:
+        groups = range(piece.start, piece.stop)
+        with _open_parquet(piece.path) as file:
+            row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
             for batch in file.iter_batches(_BATCH_ROWS, groups, columns=[self._text_field], use_threads=False):
-                yield from _texts_of(batch.column(0), part.path, row, self._text_field)
+                yield from _texts_of(batch.column(0), piece.path, row, self._text_field)
                 row += batch.num_rows
 
-    def _paths(self) -> list[str]:
-        return [path for path, _ in self._files.files]
-
     def _row_group_bytes(self, path: str) -> list[int]:
-        """Bytes of text in each row group."""
+        """Return the bytes of text in each row group."""
         with _open_parquet(path) as file:
             _check_column(file.schema_arrow, self._text_field, path)
             metadata = file.metadata
@@ -65,20 +61,8 @@ def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-def _group_rows(path: str, group_bytes: list[int], slice_bytes: int) -> Iterator[Slice]:
-    """Row groups that follow each other, up to about ``slice_bytes`` together."""
-    start, size = 0, 0
-    for group, group_size in enumerate(group_bytes):
-        if size and size + group_size > slice_bytes:
-            yield Slice(path, start, group, size)
-            start, size = group, 0
-        size += group_size
-    if group_bytes:
-        yield Slice(path, start, len(group_bytes), size)
-
-
 def _texts_of(values: pa.Array, path: str, first_row: int, column: str) -> list[str]:
-    """The strings of a batch; if one is none, the first such row is named."""
+    """Return the strings of a batch, or raise DataError that names the first row without one."""
     try:
         texts: list[str] = values.to_pylist()
         if values.null_count == 0:

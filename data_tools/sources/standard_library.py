@@ -9,20 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_tools.sources.files import describe_files, group_files, one_line_read_errors, raise_error
-from data_tools.sources.slices import Slice
+from data_tools.sources.files import Slice, describe_files, group_files, raise_error
+from data_tools.sources.reading import one_line_read_errors
 
-# Installed packages, tests (repetitive, and absent from some distributions), caches. The topics of pydoc_data
-# are documents of their own, so the module that holds them as string literals is left out.
+# Installed packages, tests (repetitive, and absent from some distributions) and caches. pydoc_data holds the topics as
+# string literals, which are read as documents of their own.
 _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data", "__pycache__"}
 )
-
 _TOPICS = "pydoc_data.topics"
 
 
 class StandardLibrarySource:
-    """The running Python's library sources, then the topics of its language reference.
+    """The sources of the running Python's library, then the topics of its language reference.
 
     A document is a ``.py`` file, in the order of sorted paths, or a topic. Files that are not UTF-8 are skipped.
     """
@@ -39,11 +38,11 @@ class StandardLibrarySource:
     def slices(self, slice_bytes: int) -> list[Slice]:
         return [*group_files(self._files(), slice_bytes), Slice(_TOPICS, 0, 1, 0)]
 
-    def read(self, part: Slice) -> Iterator[str]:
-        if part.path == _TOPICS:
+    def read(self, piece: Slice) -> Iterator[str]:
+        if piece.path == _TOPICS:
             yield from _reference_topics()
             return
-        for path, _ in self._files()[part.start : part.stop]:
+        for path, _ in self._files()[piece.start : piece.stop]:
             with one_line_read_errors(path):
                 content = (self._root / path).read_bytes()
             try:
@@ -52,19 +51,17 @@ class StandardLibrarySource:
                 continue
 
     def _files(self) -> list[tuple[str, int]]:
-        with one_line_read_errors(self._root):
-            return [(path.as_posix(), (self._root / path).stat().st_size) for path in self._relative_paths()]
-
-    def _relative_paths(self) -> list[Path]:
+        """Return path, relative to the library, and size of each file."""
         paths: list[Path] = []
-        for parent, folders, names in os.walk(self._root, onerror=raise_error):
-            folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
-            paths.extend(Path(parent, name) for name in names if name.endswith(".py"))
-        return sorted(path.relative_to(self._root) for path in paths)
+        with one_line_read_errors(self._root):
+            for parent, folders, names in os.walk(self._root, onerror=raise_error):
+                folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+                paths.extend(Path(parent, name).relative_to(self._root) for name in names if name.endswith(".py"))
+            return [(path.as_posix(), (self._root / path).stat().st_size) for path in sorted(paths)]
 
 
 def _reference_topics() -> Iterator[str]:
-    # Imported here: it is half a megabyte of text.
+    # Imported here because it is half a megabyte of text.
     from pydoc_data.topics import topics
 
     for name in sorted(topics):

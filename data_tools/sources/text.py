@@ -6,45 +6,39 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from data_tools.errors import DataError
-from data_tools.sources.files import compression_of, decode_utf8, group_files, list_files, open_decompressed
-from data_tools.sources.slices import Slice
-
-_READ_BYTES = 1 << 20
+from data_tools.sources.files import FileSource, Slice, group_files
+from data_tools.sources.reading import READ_BYTES, compression_of, decode_utf8, open_decompressed
 
 
-class TextSource:
-    """UTF-8 files; a file is a document, or several with a separator between them.
+class TextSource(FileSource):
+    """UTF-8 files, each of which is one document, or several with a separator between them.
 
     Bytes are taken as they are: no newline is translated, nothing is stripped.
     """
 
     def __init__(self, inputs: Sequence[str], document_separator: str | None) -> None:
-        """List the files.
+        """Find the files.
 
         Raises:
-            DataError: an input does not exist, or the separator is empty or no text.
+            DataError: an input does not exist, or the separator is empty or not valid Unicode.
         """
         self._separator = _encode_separator(document_separator)
         self._document_separator = document_separator
-        self._files = list_files(inputs, suffixes=())
+        super().__init__(inputs, suffixes=())
 
     def options(self) -> dict[str, Any]:
-        return {**self._files.options(), "document_separator": self._document_separator}
-
-    def text_bytes(self) -> int:
-        return self._files.text_bytes()
+        return {**super().options(), "document_separator": self._document_separator}
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        if self._separator is not None:
-            return self._files.cut(slice_bytes)
-        return group_files(self._files.files, slice_bytes)
+        """Return ranges of bytes if there is a separator, otherwise ranges of whole files."""
+        return group_files(self.files, slice_bytes) if self._separator is None else super().slices(slice_bytes)
 
-    def read(self, part: Slice) -> Iterator[str]:
+    def read(self, piece: Slice) -> Iterator[str]:
         if self._separator is not None:
-            for offset, content in _pieces_of_range(part, self._separator):
-                yield decode_utf8(content, part.path, offset)
+            for offset, content in _documents_of_range(piece, self._separator):
+                yield decode_utf8(content, piece.path, offset)
             return
-        for path, _ in self._files.files[part.start : part.stop]:
+        for path, _ in self.files[piece.start : piece.stop]:
             with open_decompressed(path) as file:
                 content = file.read()
             yield decode_utf8(content, path, 0)
@@ -62,50 +56,54 @@ def _encode_separator(separator: str | None) -> bytes | None:
     return encoded
 
 
-def _pieces_of_range(part: Slice, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """The documents that begin in a range of bytes; ranges that follow each other have each document once."""
-    if compression_of(part.path) is not None:  # never cut, and of unknown length
-        yield from _pieces(part.path, separator)
+def _documents_of_range(piece: Slice, separator: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield offset and bytes of the documents that begin in a range of bytes.
+
+    Consecutive ranges yield each document once.
+    """
+    if compression_of(piece.path) is not None:  # one slice of unknown length
+        yield from _split(piece.path, separator)
         return
-    start = part.start and _first_beginning(part, separator)
-    if start >= part.stop:
+    start = piece.start and _first_beginning(piece, separator)
+    if start >= piece.stop:
         return
-    for offset, content in _pieces(part.path, separator, start):
-        if offset >= part.stop:
+    for offset, content in _split(piece.path, separator, start):
+        if offset >= piece.stop:
             return
         yield offset, content
 
 
-def _first_beginning(part: Slice, separator: bytes) -> int:
-    """Where the first document begins in or behind a range, or the range's end; in constant memory."""
-    with open_decompressed(part.path) as file:
-        position = _search_from(file, max(0, part.start - len(separator)), separator)
+def _first_beginning(piece: Slice, separator: bytes) -> int:
+    """Return where the first document begins in or after a range, or the range's end, in constant memory."""
+    with open_decompressed(piece.path) as file:
+        position = _safe_search_start(file, max(0, piece.start - len(separator)), separator)
         file.seek(position)
         rest = b""
-        while position < part.stop and (chunk := file.read(_READ_BYTES)):
-            rest += chunk
+        while position < piece.stop and (content := file.read(READ_BYTES)):
+            rest += content
             searched = 0
             while (found := rest.find(separator, searched)) >= 0:
                 searched = found + len(separator)
-                if position + searched >= part.start:
+                if position + searched >= piece.start:
                     return position + searched
             searched = max(searched, len(rest) - len(separator) + 1)  # a separator may straddle two reads
             position += searched
             rest = rest[searched:]
-    return part.stop
+    return piece.stop
 
 
-def _search_from(file: BinaryIO, position: int, separator: bytes) -> int:
-    """The last place up to ``position`` over which no separator reaches.
+def _safe_search_start(file: BinaryIO, position: int, separator: bytes) -> int:
+    """Return the last offset up to ``position`` that lies inside no separator.
 
-    A search from there finds what one from the file's beginning does, also where separators could overlap.
+    A search from there finds the same separators as a search from the beginning of the file, even if separators can
+    overlap.
     """
     overlap = len(separator) - 1
     while position > 0:
-        begin = max(0, position - _READ_BYTES - overlap)
+        begin = max(0, position - READ_BYTES - overlap)
         file.seek(begin)
         window = file.read(position - begin + overlap)
-        earliest = begin + overlap if begin else 0  # before it the window does not show all that reaches over
+        earliest = begin + overlap if begin else 0  # separators around earlier offsets may begin before the window
         while position >= earliest:
             at = position - begin
             found = window.rfind(separator, max(0, at - overlap), at + overlap)
@@ -115,23 +113,24 @@ def _search_from(file: BinaryIO, position: int, separator: bytes) -> int:
     return 0
 
 
-def _pieces(path: str, separator: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Offset and bytes of what lies between separators from ``start`` on, holding one piece and one read.
+def _split(path: str, separator: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Yield offset and bytes of what is between separators from ``start`` on.
 
-    Cutting bytes is cutting text: in UTF-8 no character's bytes occur inside another's.
+    Holds one document and one read in memory. Splitting bytes is the same as splitting text, because the bytes of a
+    UTF-8 character never occur inside another one.
     """
     with open_decompressed(path) as file:
         if start:
             file.seek(start)
         offset, rest = start, bytearray()
-        while chunk := file.read(_READ_BYTES):
+        while content := file.read(READ_BYTES):
             # A separator may straddle two reads, so the search resumes a little before the new bytes.
             search_from = max(0, len(rest) - len(separator) + 1)
-            rest += chunk
-            piece = 0
+            rest += content
+            begin = 0
             while (end := rest.find(separator, search_from)) >= 0:
-                yield offset + piece, bytes(rest[piece:end])
-                piece = search_from = end + len(separator)
-            del rest[:piece]
-            offset += piece
+                yield offset + begin, bytes(rest[begin:end])
+                begin = search_from = end + len(separator)
+            del rest[:begin]
+            offset += begin
         yield offset, bytes(rest)

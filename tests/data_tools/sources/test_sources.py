@@ -85,7 +85,7 @@ def test_a_separator_divides_as_str_split_does_wherever_files_are_cut(
     pieces: list[str], separator: str, slice_bytes: int, read_bytes: int, compressed: bool
 ) -> None:
     texts = ["".join(pieces), separator.join(pieces), "".join(pieces[::2]) + separator + separator[:-1]]
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(text_module, "_READ_BYTES", read_bytes):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(text_module, "READ_BYTES", read_bytes):
         for index, text in enumerate(texts):
             content = text.encode()
             name = f"{index}.txt.gz" if compressed else f"{index}.txt"
