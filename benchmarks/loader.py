@@ -43,8 +43,7 @@ from pipeline.backends import create_backend
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch
 from pipeline.data.datasets import TokenDataset, open_datasets
-from pipeline.data.loader import MicroBatch, TrainLoader
-from pipeline.data.prefetch import Prefetcher
+from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader
 from pipeline.distributed.world import join_world
 from pipeline.model.gpt2 import build_model, flops_per_token
 from pipeline.training.throughput import ThroughputMeter

@@ -9,16 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.errors import DataError
-from data_tools.shards import (
-    TRAIN_SPLIT,
-    VAL_SPLIT,
-    TokenStream,
-    open_split,
-    require_unchanged,
-)
+from data_tools.shards import TRAIN_SPLIT, VAL_SPLIT, TokenStream, open_split, require_unchanged
 from data_tools.storage.files import sha256_of_json
 from pipeline.config.schema import DataConfig, MixtureComponent, ModelConfig
-from pipeline.data.mixture import Mixture
+from pipeline.data.sample_order import Mixture
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
 

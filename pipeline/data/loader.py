@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from data_tools.shards import TokenStream
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.data.datasets import TokenDataset
-from pipeline.data.mixture import Mixture
-from pipeline.data.sample_order import IndexArray, SampleOrder
+from pipeline.data.sample_order import IndexArray, Mixture, SampleOrder
 from pipeline.errors import TrainingError
 from pipeline.model.output_layer import IGNORE_INDEX
 from pipeline.seeds import derive_seed
@@ -139,6 +138,44 @@ class TrainLoader:
         )
 
 
+class Prefetcher:
+    """Returns the micro-batches of a step, and reads those of the next step in a thread.
+
+    It reads one step ahead, so memory holds two steps of tokens. Seeks need no notification: samples that have not
+    been read ahead are read when they are requested.
+    """
+
+    def __init__(self, loader: TrainLoader, device: torch.device) -> None:
+        self._loader = loader
+        self._device = device
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
+
+    def micro_batches(self, consumed: int) -> list[MicroBatch]:
+        """Return this rank's micro-batches of the step that follows ``consumed`` samples.
+
+        Raises:
+            DataError: they cannot be read, now or by the thread.
+        """
+        ahead, self._ahead = self._ahead, None
+        batches = ahead[1].result() if ahead and ahead[0] == consumed else self._read(consumed)
+        following = consumed + self._loader.plan.samples_per_step
+        self._ahead = following, self._thread.submit(self._read, following)
+        return batches
+
+    def close(self) -> None:
+        """End the thread and drop what it has read."""
+        self._ahead = None
+        self._thread.shutdown(cancel_futures=True)
+
+    def _read(self, consumed: int) -> list[MicroBatch]:
+        batches = self._loader.micro_batches(consumed)
+        if self._device.type != "cuda":
+            return batches
+        with torch.cuda.device(self._device):  # a new thread starts on the first GPU
+            return [batch.pinned() for batch in batches]
+
+
 def validation_batches(
     stream: TokenStream, seq_len: int, batch_size: int, rank: int, world_size: int, max_batches: int | None = None
 ) -> Iterator[MicroBatch]:
@@ -167,12 +204,8 @@ def _padded_batch(stream: TokenStream, windows: IndexArray, seq_len: int, batch_
         start = window * seq_len
         length = min(seq_len, stream.tokens - 1 - start)  # targets
         tokens[row, : length + 1] = stream.read(start, length + 1)
-        scored[row, :length] = _scored_targets(stream, start, length)
+        if stream.has_mask:
+            scored[row, :length] = stream.read_mask_windows(np.array([start + 1], dtype=np.int64), length)[0]
+        else:
+            scored[row, :length] = True
     return MicroBatch(first_sample=0, tokens=torch.from_numpy(tokens), target_mask=torch.from_numpy(scored))
-
-
-def _scored_targets(stream: TokenStream, start: int, length: int) -> npt.NDArray[np.bool_]:
-    """Return which targets of a window are scored, (length,) bool."""
-    if not stream.has_mask:
-        return np.ones(length, dtype=np.bool_)
-    return stream.read_mask_windows(np.array([start + 1], dtype=np.int64), length)[0]

@@ -1,6 +1,15 @@
-"""The order of the training samples: a fixed permutation per epoch, constant memory, O(1) seek."""
+"""Which data set and which of its windows each sample of a run is: constant memory, O(1) seek.
+
+A mixture assigns each sample to a data set in exact shares. Within a data set, every epoch is a fixed permutation.
+"""
 
 from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -56,3 +65,84 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     values = (values ^ (values >> np.uint64(30))) * _MIX[0]
     values = (values ^ (values >> np.uint64(27))) * _MIX[1]
     return values ^ (values >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class _Fork:
+    """An inner node. Of the first n samples that reach it, round(n * left_weight / weight) go left."""
+
+    left: _Fork | int
+    right: _Fork | int
+    left_weight: int
+    weight: int
+
+    def left_of(self, samples: int) -> int:
+        """Return how many of the first ``samples`` go left."""
+        return (2 * samples * self.left_weight + self.weight) // (2 * self.weight)
+
+
+class Mixture:
+    """Assigns the samples of a run to data sets in proportion to their weights.
+
+    The weights are the leaves of a Huffman tree (Huffman 1952), and every inner node divides its samples between two
+    sides. The data set of a sample, and its index within that data set, are a function of the sample's number alone,
+    in exact integers. After any number of samples, each data set is less than two samples away from its share: a node's
+    rounding error is at most a half, the error shrinks with the shares below the node, and over any two levels of a
+    Huffman tree a share is at most a half.
+
+    Attributes:
+        shares: the data sets' exact shares of the samples; their sum is 1.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        """Build the tree for positive weights. A weight of 0.1 is exactly a tenth, not the nearest binary number."""
+        exact = [Fraction(str(weight)) for weight in weights]
+        assert exact and min(exact) > 0, "a mixture has data sets with positive weights"
+        self.shares = [weight / sum(exact) for weight in exact]
+        self._root = _huffman_tree(self.shares)
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Return the data set of a sample, and how many earlier samples come from the same data set."""
+        node, ordinal = self._root, sample
+        while isinstance(node, _Fork):
+            left = node.left_of(ordinal)
+            if node.left_of(ordinal + 1) > left:
+                node, ordinal = node.left, left
+            else:
+                node, ordinal = node.right, ordinal - left
+        return node, ordinal
+
+    def locate_all(self, samples: IndexArray) -> tuple[IndexArray, IndexArray]:
+        """Return data sets and ordinals, as :meth:`locate`, of samples; all int64 of shape (B,)."""
+        if not isinstance(self._root, _Fork):
+            return np.zeros_like(samples), samples
+        located = np.array([self.locate(sample) for sample in samples.tolist()], dtype=np.int64).reshape(-1, 2)
+        return located[:, 0], located[:, 1]
+
+    def counts(self, samples: int) -> list[int]:
+        """Return how many of the first ``samples`` come from each data set."""
+        counts = [0] * len(self.shares)
+        waiting: list[tuple[_Fork | int, int]] = [(self._root, samples)]
+        while waiting:
+            node, reached = waiting.pop()
+            if isinstance(node, _Fork):
+                left = node.left_of(reached)
+                waiting += [(node.left, left), (node.right, reached - left)]
+            else:
+                counts[node] = reached
+        return counts
+
+
+def _huffman_tree(shares: Sequence[Fraction]) -> _Fork | int:
+    """Return the root. The leaves are indices; of equal weights, the older node is joined first."""
+    denominator = math.lcm(*(share.denominator for share in shares))
+    heap: list[tuple[int, int, _Fork | int]] = [
+        (int(share * denominator), index, index) for index, share in enumerate(shares)
+    ]
+    heapq.heapify(heap)
+    for age in range(len(shares), 2 * len(shares) - 1):
+        left_weight, _, left = heapq.heappop(heap)
+        right_weight, _, right = heapq.heappop(heap)
+        weight = left_weight + right_weight
+        heapq.heappush(heap, (weight, age, _Fork(left, right, left_weight, weight)))
+    return heap[0][2]

@@ -23,8 +23,7 @@ from pipeline.checkpoint import (
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan
-from pipeline.data.loader import MicroBatch, TrainLoader
-from pipeline.data.prefetch import Prefetcher
+from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader
 from pipeline.distributed.device import GIB, LateValue, device_name, peak_memory_bytes, synchronize
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted
@@ -175,7 +174,8 @@ class Trainer:
         loss_weight = self.world.size / scored_targets
         loss_sum = torch.zeros((), device=self.world.device)
         for i, micro_batch in enumerate(micro_batches):
-            self._seed_dropout(micro_batch)
+            if self.config.model.dropout:  # the same after a resume, on any backend and at any world size
+                torch.manual_seed(derive_seed(self.config.run.seed, "dropout", micro_batch.first_sample))
             tokens, targets = micro_batch.to(self.world.device)
             loss_sum += self.backend.accumulate(tokens, targets, loss_weight, is_last=i == len(micro_batches) - 1)
         return loss_sum / scored_targets
@@ -187,11 +187,6 @@ class Trainer:
         local = sum(micro_batch.scored_targets for micro_batch in micro_batches)
         total = self.world.sum(torch.tensor(local, device=self.world.device))
         return torch.clamp(total, min=1)  # a step without targets has gradients of zero
-
-    def _seed_dropout(self, micro_batch: MicroBatch) -> None:
-        """Make dropout a function of seed and sample: the same after a resume, on any backend and at any world size."""
-        if self.config.model.dropout:
-            torch.manual_seed(derive_seed(self.config.run.seed, "dropout", micro_batch.first_sample))
 
     def _advance(self, first_sample: int) -> None:
         loss_scale, good_steps = self.backend.loss_scaler.state

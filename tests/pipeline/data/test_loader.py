@@ -1,7 +1,8 @@
-"""Which tokens a step sees does not depend on the ranks, and validation sees every target once."""
+"""Tokens of a step under any ranks, mixtures and reading ahead; every validation target once."""
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from data_tools.errors import DataError
 from data_tools.shards import TokenStream, open_split
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.data.datasets import TokenDataset
-from pipeline.data.loader import MicroBatch, TrainLoader, validation_batches
+from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader, validation_batches
+from pipeline.data.sample_order import SampleOrder
 from pipeline.errors import TrainingError
 from pipeline.model.output_layer import IGNORE_INDEX
 from tests.pipeline.conftest import VOCAB_SIZE, write_shards
@@ -20,10 +23,11 @@ from tests.pipeline.conftest import VOCAB_SIZE, write_shards
 T = 5
 TRAIN_TOKENS = 331  # 66 windows
 CPU = torch.device("cpu")
+MIXTURE_T = 4
 
 
 def numbered(count: int) -> np.ndarray:
-    """Tokens from which their place in the stream can be read: no two runs of three are equal."""
+    """Return tokens that identify their place in the stream: no two ranges of three tokens are equal."""
     numbers = np.arange(count)
     return np.where(numbers % 2 == 0, numbers // 2 % 80, numbers // 160)
 
@@ -46,7 +50,7 @@ def validation_stream(tmp_path: Path, tokens: int) -> TokenStream:
 
 
 def loader_of(stream: TokenStream, plan: BatchPlan, seed: int, rank: int) -> TrainLoader:
-    """A loader of one data set."""
+    """Return a loader of one data set."""
     return TrainLoader([TokenDataset("only", "unused", 1.0, stream, None)], plan, seed, rank)
 
 
@@ -55,7 +59,7 @@ def bytes_of(batch: MicroBatch) -> bytes:
 
 
 def step_of_all_ranks(train: TokenStream, world_size: int, consumed: int, samples_per_step: int = 8) -> list[bytes]:
-    """The micro-batches of a step, in the order of their samples."""
+    """Return the micro-batches of a step, in the order of their samples."""
     plan = BatchPlan(2, T, samples_per_step // 2 // world_size, world_size)
     batches: list[MicroBatch] = []
     for rank in range(world_size):
@@ -86,7 +90,7 @@ class TestTraining:
 
         assert samples(1) == samples(2) == samples(4) == samples(8)
 
-    def test_consumed_samples_are_all_there_is_to_continue(self, train: TokenStream) -> None:
+    def test_the_number_of_consumed_samples_is_all_that_a_resume_needs(self, train: TokenStream) -> None:
         plan = BatchPlan(2, T, 2, 1)
         running = loader_of(train, plan, 7, 0)
         steps = [running.micro_batches(consumed) for consumed in range(0, 400, 4)]
@@ -101,7 +105,7 @@ class TestTraining:
             windows = [numbered(TRAIN_TOKENS)[at * T : at * T + T + 1].tolist() for at in range(66)]
             assert sorted(row.tolist() for row in rows) == sorted(windows)
 
-    def test_the_last_input_of_a_window_has_its_target_in_the_data(self, tmp_path: Path) -> None:
+    def test_a_window_without_its_last_target_is_left_out(self, tmp_path: Path) -> None:
         exact = open_split(write_shards(tmp_path / "exact", {"train": [numbered(6 * T)]}), "train")
         loader = loader_of(exact, BatchPlan(1, T, 5, 1), 7, 0)  # the sixth window would lack a token
         starts = {batch.tokens[0, :2].numpy().tobytes() for batch in loader.micro_batches(0)}
@@ -123,6 +127,89 @@ class TestTraining:
         assert loader_of(val, BatchPlan(2, T, 1, 1), 7, 0).micro_batches(0)[0].tokens.shape == (2, T + 1)
         with pytest.raises(TrainingError, match=r"13 tokens = 2 samples of 5 .* the 3 of one step; .* to 10 or less"):
             loader_of(val, BatchPlan(3, T, 1, 1), 7, 0)
+
+
+class TestMixture:
+    """Three data sets with different tokens: 10 to 19, 20 to 29, 30 to 39."""
+
+    WEIGHTS = (0.5, 0.3, 0.2)
+    WINDOWS = (11, 30, 7)
+
+    @pytest.fixture
+    def datasets(self, tmp_path: Path) -> list[TokenDataset]:
+        made = []
+        for index, (weight, windows) in enumerate(zip(self.WEIGHTS, self.WINDOWS, strict=True)):
+            # The first two tokens of a window name it.
+            tokens = np.full((windows, MIXTURE_T), 10 * (index + 1))
+            tokens[:, 0] += np.arange(windows) % 10
+            tokens[:, 1] += np.arange(windows) // 10
+            folder = write_shards(tmp_path / f"data_{index}", {"train": [np.append(tokens, 0)]})
+            made.append(TokenDataset(f"data_{index}", str(folder), weight, open_split(folder, "train"), None))
+        return made
+
+    @staticmethod
+    def step(datasets: list[TokenDataset], world_size: int, consumed: int, seed: int = 7) -> list[MicroBatch]:
+        """Return the micro-batches of 8 samples over all ranks, in the order of their samples."""
+        plan = BatchPlan(2, MIXTURE_T, 4 // world_size, world_size)
+        batches = [
+            batch
+            for rank in range(world_size)
+            for batch in TrainLoader(datasets, plan, seed, rank).micro_batches(consumed)
+        ]
+        return sorted(batches, key=lambda batch: batch.first_sample)
+
+    @staticmethod
+    def windows_of(batches: list[MicroBatch]) -> list[tuple[int, int]]:
+        """Return the data set and window of each sample."""
+        rows = [row for batch in batches for row in batch.tokens.tolist()]
+        return [(row[0] // 10 - 1, row[0] % 10 + row[1] % 10 * 10) for row in rows]
+
+    @pytest.mark.parametrize("consumed", [0, 8, 64, 8 * 10**9])
+    def test_a_step_is_the_same_at_every_world_size(self, datasets: list[TokenDataset], consumed: int) -> None:
+        alone = [batch.tokens.tolist() for batch in self.step(datasets, 1, consumed)]
+        assert [batch.tokens.tolist() for batch in self.step(datasets, 2, consumed)] == alone
+        assert [batch.tokens.tolist() for batch in self.step(datasets, 4, consumed)] == alone
+
+    def test_each_data_set_is_read_epoch_by_epoch(self, datasets: list[TokenDataset]) -> None:
+        samples = self.windows_of([batch for at in range(0, 400, 8) for batch in self.step(datasets, 1, at)])
+        assert Counter(index for index, _ in samples) == Counter({0: 200, 1: 120, 2: 80})
+        for index, windows in enumerate(self.WINDOWS):
+            own = [window for dataset, window in samples if dataset == index]
+            epochs = [own[at : at + windows] for at in range(0, len(own) - windows + 1, windows)]
+            assert len(epochs) >= 4
+            assert all(sorted(epoch) == list(range(windows)) for epoch in epochs)
+            assert len({tuple(epoch) for epoch in epochs}) == len(epochs), "every epoch has its own order"
+
+    def test_seeds_differ_and_repeat(self, datasets: list[TokenDataset]) -> None:
+        first, again, other = (self.windows_of(self.step(datasets, 1, 16, seed)) for seed in (1, 1, 2))
+        assert first == again != other
+        assert [index for index, _ in first] == [index for index, _ in other]
+
+    def test_a_mixture_of_one_is_that_data_set(self, datasets: list[TokenDataset]) -> None:
+        order = SampleOrder(self.WINDOWS[1], 7)
+        expected = order.windows(np.arange(16, 24, dtype=np.int64)).tolist()
+        assert self.windows_of(self.step(datasets[1:2], 1, 16)) == [(1, window) for window in expected]
+
+    def test_a_data_set_without_a_mask_is_scored_everywhere(self, datasets: list[TokenDataset], tmp_path: Path) -> None:
+        tokens, mask = np.full(41, 50), np.arange(41) % MIXTURE_T == 0  # the last target of a window
+        folder = write_shards(tmp_path / "masked", {"train": [tokens]}, masks={"train": [mask]})
+        masked = TokenDataset("masked", str(folder), 1.0, open_split(folder, "train"), None)
+        batches = self.step([*datasets, masked], 1, 0)
+        for batch in batches:
+            assert batch.target_mask is not None
+            for row, scored in zip(batch.tokens.tolist(), batch.target_mask.tolist(), strict=True):
+                assert scored == ([False, False, False, True] if row[0] == 50 else [True] * MIXTURE_T)
+        assert {row[0] // 10 for batch in batches for row in batch.tokens.tolist()} >= {1, 2, 5}
+
+    def test_a_data_set_that_is_too_small_for_its_share_is_refused(self, datasets: list[TokenDataset]) -> None:
+        TrainLoader(datasets, BatchPlan(22, MIXTURE_T, 1, 1), 7, 0)  # 11, 6.6 and 4.4 samples per step
+        message = (
+            r"data\.mixture: the split 'train' of .*data_0 has 45 tokens = 11 samples of 4 tokens, fewer than the 12 "
+            r"per step that its share of 50\.00% takes; lower its weight or batch\.tokens_per_step"
+        )
+        with pytest.raises(TrainingError, match=message) as caught:
+            TrainLoader(datasets, BatchPlan(23, MIXTURE_T, 1, 1), 7, 0)
+        assert "\n" not in str(caught.value)
 
 
 class TestMicroBatch:
@@ -157,8 +244,8 @@ class TestMicroBatch:
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-    def test_page_locked_batches_arrive_whole_though_their_memory_is_used_again(self) -> None:
-        """Copies are queued behind a busy GPU while later batches are pinned and earlier ones forgotten."""
+    def test_pinned_memory_is_not_reused_before_it_is_copied(self) -> None:
+        """Copies wait in the queue of a busy GPU while later batches are pinned and earlier ones are freed."""
         device = torch.device("cuda")
         a = torch.randn(4096, 4096, device=device)
         arrived = []
@@ -186,7 +273,7 @@ class TestMasks:
         )
 
     def scored_places(self, batch: MicroBatch) -> Counter[int]:
-        """Places in the split of the targets that a batch scores; checks that all others are ignored."""
+        """Return the places in the split of a batch's scored targets; check that all others are ignored."""
         text = numbered(self.TOKENS).tolist()
         inputs, targets = batch.to(CPU)
         places: Counter[int] = Counter()
@@ -252,7 +339,7 @@ class TestValidation:
     ) -> None:
         stream = validation_stream(tmp_path, tokens)
         of_rank = [list(validation_batches(stream, T, batch_size, rank, world_size)) for rank in range(world_size)]
-        assert len({len(batches) for batches in of_rank}) == 1, "every rank must run equally many forward passes"
+        assert len({len(batches) for batches in of_rank}) == 1, "every rank must run the same number of forward passes"
         scored: Counter[tuple[int, int]] = Counter()
         for batches in of_rank:
             for batch in batches:
@@ -264,7 +351,7 @@ class TestValidation:
         text = numbered(tokens).tolist()
         assert scored == Counter(zip(text[:-1], text[1:], strict=True))
 
-    def test_a_window_continues_where_the_one_before_ended(self, tmp_path: Path) -> None:
+    def test_a_window_continues_where_the_previous_one_ends(self, tmp_path: Path) -> None:
         stream = validation_stream(tmp_path, 83)
         rows = [row for batch in validation_batches(stream, T, 3, 0, 1) for row in batch.tokens.tolist()]
         assert rows[0] == numbered(83)[0:6].tolist()
@@ -272,7 +359,7 @@ class TestValidation:
         assert rows[16] == [*numbered(83)[80:83].tolist(), 0, 0, 0]
 
     @pytest.mark.parametrize("world_size", [1, 2, 4])
-    def test_a_part_of_the_split_is_spread_over_all_of_it(self, tmp_path: Path, world_size: int) -> None:
+    def test_max_batches_are_spread_over_the_whole_split(self, tmp_path: Path, world_size: int) -> None:
         stream = validation_stream(tmp_path, 501)  # 100 windows
         starts = []
         text = numbered(501).tolist()
@@ -295,3 +382,112 @@ class TestValidation:
         inputs, _ = batch.to(CPU)
         assert inputs.min() >= 0
         assert inputs.max() < VOCAB_SIZE
+
+
+PREFETCH_PLAN = BatchPlan(2, 5, 2, 1)  # 4 samples per step
+
+
+class WatchedLoader(TrainLoader):
+    """Records what is read in which thread, and can be made to fail."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            [TokenDataset("only", str(folder), 1.0, open_split(folder, "train"), None)], PREFETCH_PLAN, 7, 0
+        )
+        self.reads: list[tuple[int, bool]] = []  # samples consumed, whether the training thread read
+        self.broken_from: int | None = None
+
+    def micro_batches(self, consumed: int) -> list[MicroBatch]:
+        self.reads.append((consumed, threading.current_thread() is threading.main_thread()))
+        if self.broken_from is not None and consumed >= self.broken_from:
+            raise DataError(f"cannot read the samples after {consumed}")
+        return super().micro_batches(consumed)
+
+
+@pytest.fixture
+def loader(tmp_path: Path) -> WatchedLoader:
+    return WatchedLoader(write_shards(tmp_path / "data", {"train": [np.arange(331) % 80]}))
+
+
+def tokens_of(batches: list[MicroBatch]) -> list[list[list[int]]]:
+    return [batch.tokens.tolist() for batch in batches]
+
+
+def prefetch_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def settle(prefetcher: Prefetcher) -> None:
+    """Wait until the next step has been read."""
+    assert prefetcher._ahead is not None
+    prefetcher._ahead[1].exception()
+
+
+def test_batches_are_those_of_the_loader_in_any_order(loader: WatchedLoader) -> None:
+    prefetcher = Prefetcher(loader, CPU)
+    for consumed in (0, 4, 8, 40, 44, 8, 12, 12, 0):  # forward, a seek, back as after a rollback, the same again
+        expected = TrainLoader.micro_batches(loader, consumed)
+        assert tokens_of(prefetcher.micro_batches(consumed)) == tokens_of(expected)
+    prefetcher.close()
+
+
+def test_exactly_one_step_is_read_ahead(loader: WatchedLoader) -> None:
+    prefetcher = Prefetcher(loader, CPU)
+    assert loader.reads == []
+    prefetcher.micro_batches(20)
+    settle(prefetcher)
+    assert loader.reads == [(20, True), (24, False)]
+    prefetcher.micro_batches(24)
+    settle(prefetcher)
+    assert loader.reads == [(20, True), (24, False), (28, False)]
+    prefetcher.micro_batches(100)  # a seek
+    settle(prefetcher)
+    assert loader.reads[3:] == [(100, True), (104, False)]
+    prefetcher.close()
+
+
+def test_an_error_while_reading_ahead_is_raised_when_the_step_is_requested(loader: WatchedLoader) -> None:
+    loader.broken_from = 8
+    prefetcher = Prefetcher(loader, CPU)
+    prefetcher.micro_batches(0)
+    prefetcher.micro_batches(4)
+    settle(prefetcher)
+    with pytest.raises(DataError, match="cannot read the samples after 8"):
+        prefetcher.micro_batches(8)
+    prefetcher.close()
+
+
+def test_an_error_in_a_step_that_is_never_requested_is_ignored(loader: WatchedLoader) -> None:
+    """A rollback may leave it out, or it is the step after the last."""
+    loader.broken_from = 8
+    prefetcher = Prefetcher(loader, CPU)
+    prefetcher.micro_batches(4)
+    settle(prefetcher)
+    assert tokens_of(prefetcher.micro_batches(0)) == tokens_of(TrainLoader.micro_batches(loader, 0))
+    prefetcher.close()
+
+
+def test_no_thread_is_left_after_close(loader: WatchedLoader) -> None:
+    prefetcher = Prefetcher(loader, CPU)
+    assert prefetch_threads() == []
+    prefetcher.micro_batches(0)
+    assert len(prefetch_threads()) == 1
+    prefetcher.micro_batches(400)
+    assert len(prefetch_threads()) == 1
+    prefetcher.close()
+    assert prefetch_threads() == []
+    Prefetcher(loader, CPU).close()  # never used
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_batches_for_a_gpu_are_in_pinned_memory(loader: WatchedLoader) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    prefetcher = Prefetcher(loader, device)
+    for consumed in range(0, 80, 4):
+        expected = TrainLoader.micro_batches(loader, consumed)
+        batches = prefetcher.micro_batches(consumed)
+        assert all(batch.tokens.is_pinned() for batch in batches)
+        for batch, plain in zip(batches, expected, strict=True):
+            assert [t.tolist() for t in batch.to(device)] == [t.tolist() for t in plain.to(CPU)]
+    prefetcher.close()
