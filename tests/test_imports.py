@@ -1,4 +1,4 @@
-"""Check that imports point one way, and that what only one file may touch is touched in one file."""
+"""Check that imports point one way, and that what belongs in one file is used in one file only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("data_tools", "pipeline", "launch")
 
-#: What pipeline may use of stage 1.
+#: The rooms of stage 1 that pipeline may import.
 OPEN_TO_PIPELINE = (
     "data_tools.options",
     "data_tools.shards",
@@ -21,7 +21,7 @@ OPEN_TO_PIPELINE = (
     "data_tools.errors",
 )
 
-#: The rooms in order: a room imports only from itself and from the rooms listed with it. All of them stand above it.
+#: The rooms in order. A room imports only itself and the rooms in its line, all of which come earlier in the list.
 ROOMS: dict[str, str] = {
     "data_tools.errors": "",
     "data_tools.arrays": "",
@@ -65,12 +65,12 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in PAT
 
 
 def room_of(module: str) -> str:
-    """``pipeline.model.gpt2`` lives in ``pipeline.model``, ``pipeline.errors`` in ``pipeline.errors``."""
+    """Return the first two names: ``pipeline.model`` for ``pipeline.model.gpt2``."""
     return ".".join(module.split(".")[:2])
 
 
 def imported_names(tree: ast.Module) -> Iterator[str]:
-    """Everything imported anywhere in a file, ``from a import b`` as ``a.b``."""
+    """Yield all imported names of a file, also of imports inside functions. ``from a import b`` gives ``a.b``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -78,11 +78,11 @@ def imported_names(tree: ast.Module) -> Iterator[str]:
             assert not node.level, "imports are absolute"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            yield ast.literal_eval(node.args[0])  # fails, as it should, on a name made at run time
+            yield ast.literal_eval(node.args[0])  # fails on a name computed at run time, as it should
 
 
 def as_module(name: str) -> str:
-    """``pipeline.model.gpt2.GPT2`` as ``pipeline.model.gpt2``; names of others as they are."""
+    """Return ``pipeline.model.gpt2`` for ``pipeline.model.gpt2.GPT2``, and names of other packages unchanged."""
     while name not in TREES and "." in name and name.split(".")[0] in PACKAGES:
         name = name.rpartition(".")[0]
     return name
@@ -99,15 +99,21 @@ def importers_of(package: str) -> set[str]:
     return {name for name, imports in IMPORTS.items() if any(is_within(imported, package) for imported in imports)}
 
 
-def reached_from(start: str) -> set[str]:
-    """A module and all that importing it imports; a package's ``__init__`` runs too."""
+def reached_from(start: str, *, with_packages: bool) -> set[str]:
+    """Return a module and all modules that it imports, directly or not.
+
+    Args:
+        with_packages: also follow the ``__init__`` of each module's package, which runs when the module is imported.
+    """
     reached: set[str] = set()
     waiting = [start]
     while waiting:
         name = waiting.pop()
         if name not in reached:
             reached.add(name)
-            waiting += [*IMPORTS.get(name, ()), *([name.rpartition(".")[0]] if "." in name else [])]
+            waiting += IMPORTS.get(name, ())
+            if with_packages and "." in name:
+                waiting.append(name.rpartition(".")[0])
     return reached
 
 
@@ -117,7 +123,7 @@ def test_the_sources_were_found() -> None:
     assert "deepspeed" in IMPORTS["pipeline.backends.deepspeed_zero"]
 
 
-def test_stage_1_knows_no_other_stage() -> None:
+def test_stage_1_imports_no_other_stage() -> None:
     for name, imports in IMPORTS.items():
         if is_within(name, "data_tools"):
             strangers = [i for i in imports if is_within(i, "pipeline") or is_within(i, "launch")]
@@ -126,19 +132,19 @@ def test_stage_1_knows_no_other_stage() -> None:
 
 def test_stage_1_starts_without_torch() -> None:
     assert not [name for name in importers_of("torch") if is_within(name, "data_tools")]
-    assert not [name for name in reached_from("launch.tokenize_corpus") if is_within(name, "torch")]
+    assert not [name for name in reached_from("launch.tokenize_corpus", with_packages=True) if is_within(name, "torch")]
 
 
 def test_the_config_and_the_run_command_start_without_torch() -> None:
     for start in ("pipeline.config.loading", "launch.run", "launch.shards"):
-        assert not [name for name in reached_from(start) if is_within(name, "torch")], start
+        assert not [name for name in reached_from(start, with_packages=True) if is_within(name, "torch")], start
 
 
-def test_pipeline_uses_the_open_part_of_stage_1() -> None:
+def test_pipeline_imports_only_open_rooms_of_stage_1() -> None:
     for name, imports in IMPORTS.items():
         if is_within(name, "pipeline"):
             inner = [i for i in imports if is_within(i, "data_tools") and room_of(i) not in OPEN_TO_PIPELINE]
-            assert not inner, f"{name} imports {inner}; open to it are {OPEN_TO_PIPELINE}"
+            assert not inner, f"{name} imports {inner}, but only {OPEN_TO_PIPELINE} are open to it"
 
 
 def test_nothing_below_launch_imports_launch() -> None:
@@ -150,11 +156,11 @@ def test_every_module_has_a_room() -> None:
     assert {room_of(name) for name in strangers} == set(ROOMS)
 
 
-def test_rooms_import_only_rooms_above_them() -> None:
+def test_rooms_import_only_earlier_rooms() -> None:
     order = list(ROOMS)
     for number, (room, others) in enumerate(ROOMS.items()):
         allowed = {f"{room.partition('.')[0]}.{other}" for other in others.split()}
-        assert allowed <= set(order[:number]), f"{room}: {allowed - set(order[:number])} stand below it"
+        assert allowed <= set(order[:number]), f"{room}: {allowed - set(order[:number])} come later"
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -173,20 +179,9 @@ def test_a_room_imports_what_its_line_says(room: str) -> None:
 def test_no_import_cycles() -> None:
     for name in TREES:
         for imported in IMPORTS[name] & TREES.keys():
-            # A package's __init__ may gather its own modules; they must not import it back.
-            assert name not in _following_imports(imported), f"{name} and {imported} import each other"
-
-
-def _following_imports(start: str) -> set[str]:
-    """A module and all that its import statements lead to."""
-    reached: set[str] = set()
-    waiting = [start]
-    while waiting:
-        name = waiting.pop()
-        if name not in reached:
-            reached.add(name)
-            waiting += IMPORTS.get(name, ())
-    return reached
+            # A package's __init__ may import its own modules, which must not import it back.
+            reached = reached_from(imported, with_packages=False)
+            assert name not in reached, f"{name} and {imported} import each other"
 
 
 def test_no_concrete_backend_outside_backends() -> None:
@@ -194,7 +189,7 @@ def test_no_concrete_backend_outside_backends() -> None:
     for name, imports in IMPORTS.items():
         if not is_within(name, "pipeline.backends"):
             concrete = {i for i in imports if is_within(i, "pipeline.backends")} - interface
-            assert not concrete, f"{name} imports {concrete}; it may know {interface}"
+            assert not concrete, f"{name} imports {concrete}, but may only import {interface}"
 
 
 def test_deepspeed_is_imported_in_one_file() -> None:
@@ -223,6 +218,6 @@ def test_environment_variables_are_read_in_one_file() -> None:
 
 
 def test_no_module_is_named_like_one_of_the_standard_library() -> None:
-    """A script's own folder comes first on the path: ``launch/tokenize.py`` would be imported for ``tokenize``."""
+    """A script's own folder comes first on the path, so ``launch/tokenize.py`` would be imported as ``tokenize``."""
     names = {part for module in TREES for part in module.split(".")}
     assert not names & sys.stdlib_module_names
