@@ -1,6 +1,6 @@
-"""A user's mistakes, each made for real: one line that names the culprit and what is right, no traceback.
+"""Each mistake of a user ends with one line that names the culprit and what is right, and with no traceback.
 
-A command takes seconds to start, so all of the table run once, two at a time, and each test looks at its own.
+A command takes seconds to start. All commands of the table therefore run once, two at a time, before the tests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 from data_tools.errors import UserError
 from tests.support.runs import REPOSITORY
 
-#: A run that is right, of one step: every broken config below is this one with one mistake on top.
+#: A correct run of one step. Every broken config below is this one with one mistake on top.
 GOOD: dict[str, dict[str, Any]] = {
     "run": {"precision": "fp32", "device": "cpu", "out_dir": "out"},
     "model": {"preset": "gpt2-tiny", "n_layer": 1, "n_head": 2, "n_embd": 16, "context_length": 32},
@@ -36,7 +36,7 @@ STEP = "checkpoints/step_00000001"
 
 @dataclass(frozen=True)
 class Case:
-    """A command line, and two pieces of its one line: the culprit and what is right."""
+    """A command line, and two texts that its error line must contain: the culprit and what is right."""
 
     name: str
     arguments: tuple[str, ...]
@@ -45,25 +45,25 @@ class Case:
 
 
 def command(name: str, line: str, culprit: str, right: str) -> Case:
-    """A command line without spaces in its arguments."""
+    """Return the case of a command line without spaces in its arguments."""
     return Case(name, tuple(line.split()), culprit, right)
 
 
 def settings(name: str, overrides: str, culprit: str, right: str, script: str = "train.py") -> Case:
-    """The good run with ``--set`` on top. ``run.py`` reads the same config, and starts fast."""
+    """Return the good run with ``--set`` on top. ``run.py`` reads the same config and starts faster than ``train.py``."""
     return command(name, f"{script} --config good.json --set {overrides}", culprit, right)
 
 
 def config(
     name: str, content: dict[str, Any] | str | bytes, culprit: str, right: str, script: str = "train.py"
 ) -> Case:
-    """The good run with ``<name>.json`` on top, whose text or JSON content is given."""
+    """Return the good run with ``<name>.json`` on top, a file with this text or JSON content."""
     CONFIG_FILES[f"{name}.json"] = content
     return Case(name, (script, "--config", "good.json", f"{name}.json"), culprit, right)
 
 
 def deepspeed(name: str, native: Any, culprit: str, right: str, script: str = "run.py") -> Case:
-    """The good run under DeepSpeed with this native JSON."""
+    """Return the good run under DeepSpeed with this native JSON."""
     return config(name, {"backend": {"name": "deepspeed", "deepspeed": native}}, culprit, right, script)
 
 
@@ -339,18 +339,18 @@ def test_a_mistake_is_one_line_that_says_what_and_what_is_right(
     assert "Traceback" not in result.stdout + result.stderr
 
 
-def test_nothing_started(work_folder: Path, results: dict[str, subprocess.CompletedProcess[str]]) -> None:
+def test_no_command_wrote_anything(work_folder: Path, results: dict[str, subprocess.CompletedProcess[str]]) -> None:
     assert not list(work_folder.glob("out/*"))
     assert not (work_folder / "new").exists()
 
 
-def test_the_run_below_all_mistakes_is_good(work_folder: Path) -> None:
+def test_the_run_without_a_mistake_works(work_folder: Path) -> None:
     assert (work_folder / "trained" / STEP / "manifest.json").is_file()
 
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest, work_folder: Path) -> dict[str, subprocess.CompletedProcess[str]]:
-    """What every selected command did, by the name of its case."""
+    """Run every selected command. Returns the results by the names of the cases."""
     specs = [getattr(item, "callspec", None) for item in request.session.items]
     selected = [spec.params["case"] for spec in specs if spec and isinstance(spec.params.get("case"), Case)]
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -360,7 +360,7 @@ def results(request: pytest.FixtureRequest, work_folder: Path) -> dict[str, subp
 
 @pytest.fixture(scope="module")
 def work_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    """The folder in which the commands run: good and broken configs, data, runs and texts."""
+    """Make the folder in which the commands run: good and broken configs, data, runs and texts."""
     folder = tmp_path_factory.mktemp("bad_input")
     for name, content in CONFIG_FILES.items():
         text = json.dumps(content) if isinstance(content, dict) else content
@@ -403,13 +403,13 @@ def _make_runs(folder: Path) -> None:
 
 def _edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(path.read_text())
-    content.pop("sha256", None)  # as a manifest of another program
+    content.pop("sha256", None)  # like the manifest of another program
     change(content)
     path.write_text(json.dumps(content))
 
 
 def run_when_free(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command, again while the one beside it holds the run folder that both name."""
+    """Run a command. Repeat it while another one holds the lock of the same run folder."""
     result = run(folder, *arguments)
     while "is in use by another run" in result.stderr:
         result = run(folder, *arguments)
@@ -417,7 +417,7 @@ def run_when_free(folder: Path, *arguments: str) -> subprocess.CompletedProcess[
 
 
 def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command as a person gives it, on one core and without a GPU."""
+    """Run a command as a user does, on one core and without a GPU."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(REPOSITORY),

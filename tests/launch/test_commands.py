@@ -1,4 +1,4 @@
-"""The commands as a person gives them, from end to end."""
+"""The commands from end to end, as a user runs them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tiny_run(corpus: Path, run_folder: Path, steps: int = 4) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder of a few steps."""
+    """Train a few steps. Returns the run folder."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     result = run_ranks(1, TRAIN, ["--config", str(CONFIGS / "ddp.json"), *tiny_run(corpus, folder)])
     assert result.returncode == 0, result.stderr
@@ -49,7 +49,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_deepspeed_launcher(corpus: Path, trained: Path, tmp_path: Path) -> None:
-    """``deepspeed --num_gpus 2 launch/train.py`` works without a GPU and gives the curve of plain python."""
+    """``deepspeed --num_gpus 2 launch/train.py`` works without a GPU and gives the same curve as one process."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
     arguments = ["--config", str(CONFIGS / "zero1.json"), *tiny_run(corpus, tmp_path / "run")]
     result = subprocess.run(
@@ -66,7 +66,7 @@ def test_the_deepspeed_launcher(corpus: Path, trained: Path, tmp_path: Path) -> 
 
 
 def test_the_resolved_config_is_a_config(trained: Path, tmp_path: Path) -> None:
-    """``config.json`` of a run, given back, is the same run."""
+    """A run with the ``config.json`` of another run has the same curve."""
     result = run_ranks(1, TRAIN, ["--config", str(trained / "config.json"), "--set", f"run.out_dir={tmp_path}"])
     assert result.returncode == 0, result.stderr
     assert read_curve(tmp_path) == read_curve(trained)
@@ -94,7 +94,7 @@ def test_generate_repeats_itself(trained: Path) -> None:
 
 
 def test_all_stages_interrupted_continued_and_skipped(tmp_path: Path) -> None:
-    """``launch/run.py``: killed in training, the repeated command continues; a third time all is skipped."""
+    """``launch/run.py`` resumes when it is killed in training and started again. A third start skips all stages."""
     sections = merged(
         TINY_RUN,
         {
@@ -128,7 +128,7 @@ def test_all_stages_interrupted_continued_and_skipped(tmp_path: Path) -> None:
 
 
 def kill_in_training(command: list[str], run_folder: Path) -> None:
-    """Start a command in a process group of its own, and SIGKILL all of it once a checkpoint stands."""
+    """Start a command in its own process group, and kill the whole group after the first checkpoint."""
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=child_environment(), stdout=subprocess.DEVNULL, start_new_session=True
     )
@@ -145,8 +145,8 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, env=child_environment(), capture_output=True, text=True, timeout=300)
 
 
-def test_what_was_asked_for_is_logged(corpus: Path, tmp_path: Path) -> None:
-    """The start of a run says which dtypes, optimizer and batch are really in use."""
+def test_dtypes_optimizer_and_batch_are_logged(corpus: Path, tmp_path: Path) -> None:
+    """A run logs at its start which dtypes, optimizer and batch it uses."""
     bf16 = {"run": {"precision": "bf16"}}
     result = train_run(
         "zero2", tmp_path, merged(TINY_RUN, {"data": {"path": str(corpus)}, "schedule": {"max_steps": 5}}, bf16), 1

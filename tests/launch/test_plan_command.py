@@ -1,4 +1,4 @@
-"""``launch/plan.py`` as a person gives it."""
+"""``launch/plan.py`` as a user runs it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_table_of_every_backend(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "assumed MFU 0.30" in printed
     assert "1,000,000 tokens" in printed
     for backend in launch.plan.BACKENDS:
-        assert printed.count(f"\n{backend} ") == 2  # memory, speed
+        assert printed.count(f"\n{backend} ") == 2  # once for memory and once for speed
 
 
 def test_json_and_picture(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

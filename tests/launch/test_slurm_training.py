@@ -1,4 +1,4 @@
-"""The training jobs, with Slurm's part played by two small scripts: two nodes that are this machine."""
+"""The training jobs on two nodes. Two small scripts replace Slurm, and both nodes are this machine."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tests.support.runs import (
 )
 
 SLURM = REPOSITORY / "launch" / "slurm"
-STEPS = 100_000  # more than can be trained: the run ends by the signal
+STEPS = 100_000  # more than can be trained, so that the signal ends the run
 
 SRUN = """#!/usr/bin/env bash
-# One task a node, in a process group of its own, as a step of Slurm's.
+# One task per node, in its own process group, like a job step of Slurm.
 echo $BASHPID > "$GROUP_FILE"
 for node in 0 1; do SLURM_NODEID=$node "$@" & done
 status=0
@@ -38,7 +38,7 @@ SCONTROL = "#!/usr/bin/env bash\nprintf '%s\\n' localhost 127.0.0.1\n"
 
 
 @pytest.mark.parametrize(("script", "backend"), [("train_torchrun", "fsdp"), ("train_deepspeed", "zero1")])
-def test_two_nodes_train_and_a_warning_of_slurm_saves(
+def test_two_nodes_train_and_save_at_the_signal_of_slurm(
     script: str, backend: str, byte_corpus: Path, tmp_path: Path
 ) -> None:
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -87,13 +87,13 @@ def wait_for_steps(job: subprocess.Popen[bytes], run_folder: Path) -> None:
 
 
 def warn(step: int) -> None:
-    """SIGUSR1 to every process of a job's step, as Slurm gives it; not to the batch script."""
+    """Send SIGUSR1 to every process of a job step, but not to the batch script, as Slurm does."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             pid, parent = int(stat.parent.name), int(stat.read_text().rpartition(")")[2].split()[1])
         except OSError:
-            continue  # ended meanwhile
+            continue  # has ended meanwhile
         children.setdefault(parent, []).append(pid)
     waiting = children.get(step, [])
     while waiting:

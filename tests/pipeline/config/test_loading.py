@@ -1,4 +1,4 @@
-"""From files and ``--set`` to one config: who wins, what comes back, and what a mistake says."""
+"""Files and ``--set`` become one config: which value wins, and what a mistake says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHIPPED = sorted(CONFIGS.glob("*.json"))
 
 @pytest.fixture
 def write(tmp_path: Path) -> Any:
-    """Write a config file into the test's folder; returns its path."""
+    """Return a function that writes a config file into the test's folder and returns its path."""
 
     def write_config(name: str, content: dict[str, Any] | str) -> Path:
         path = tmp_path / name
@@ -29,7 +29,7 @@ def write(tmp_path: Path) -> Any:
 
 
 def mistake(files: list[Path], *overrides: str) -> str:
-    """The line that loading these ends with."""
+    """Return the one line of the error that loading these raises."""
     with pytest.raises(ConfigError) as caught:
         load_config(files, overrides)
     line = str(caught.value)
@@ -38,7 +38,7 @@ def mistake(files: list[Path], *overrides: str) -> str:
 
 
 class TestMerging:
-    def test_no_file_is_the_recipe(self) -> None:
+    def test_no_file_gives_the_defaults(self) -> None:
         assert load_config([]) == Config()
 
     def test_a_later_file_wins_key_by_key(self, write: Any) -> None:
@@ -48,13 +48,13 @@ class TestMerging:
         assert (config.schedule.max_steps, config.schedule.warmup_steps, config.run.seed) == (200, 7, 1)
         assert load_config([second, first]).schedule.max_steps == 100
 
-    def test_set_wins_over_files_and_the_last_set_over_all(self, write: Any) -> None:
+    def test_set_wins_over_files_and_the_last_set_wins(self, write: Any) -> None:
         file = write("a.json", {"schedule": {"max_steps": 5000}})
         config = load_config([file], ["schedule.max_steps=900", "schedule.max_steps=800", "run.out_dir=runs/a b"])
         assert config.schedule.max_steps == 800
         assert config.run.out_dir == "runs/a b"
 
-    def test_set_takes_json_and_else_text(self) -> None:
+    def test_set_takes_json_or_else_text(self) -> None:
         overrides = ["optimizer.betas=[0.8, 0.9]", "run.compile=true", "run.name=gpt=2", "evaluation.max_batches=null"]
         config = load_config([], [*overrides, "optimizer.learning_rate=3e-4"])
         assert config.optimizer.betas == (0.8, 0.9)
@@ -68,7 +68,7 @@ class TestMerging:
         zero = config.backend.deepspeed["zero_optimization"]
         assert (zero["stage"], zero["overlap_comm"]) == (2, False)
 
-    def test_loading_leaves_no_trace_in_the_next(self, write: Any) -> None:
+    def test_loading_does_not_affect_the_next_loading(self, write: Any) -> None:
         file = write("a.json", {"backend": {"name": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 1}}}})
         load_config([file], ["backend.deepspeed.zero_optimization.stage=2"])
         assert load_config([file]).backend.deepspeed["zero_optimization"]["stage"] == 1
@@ -76,7 +76,7 @@ class TestMerging:
 
 class TestResolvedConfig:
     @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-    def test_it_comes_back_as_it_was(self, path: Path, write: Any) -> None:
+    def test_it_loads_as_the_same_config(self, path: Path, write: Any) -> None:
         config = load_config([path], ["model.n_layer=3", "optimizer.betas=[0.85,0.9]"])
         resolved = dump_config(config)
         assert load_config([write("config.json", resolved)]) == config
@@ -89,7 +89,7 @@ class TestResolvedConfig:
             for part in key.split("."):
                 section = section[part]
 
-    def test_a_stored_config_that_does_not_fit_names_where_it_stands(self) -> None:
+    def test_an_invalid_stored_config_names_its_file(self) -> None:
         with pytest.raises(ConfigError, match=r"run\.sed: no such key \(set in old/state\.json\)"):
             config_from_json({"run": {"sed": 1}}, "old/state.json")
 
@@ -100,7 +100,7 @@ class TestShippedConfigs:
         assert {"ddp", "fsdp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"} <= names
 
     @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-    def test_each_is_a_whole_run_and_takes_the_quickstart_on_top(self, path: Path) -> None:
+    def test_each_is_a_whole_run_and_combines_with_the_quickstart(self, path: Path) -> None:
         alone = load_config([path])
         assert alone.run.name == path.stem
         assert alone.run.out_dir == f"runs/{path.stem}"
@@ -161,18 +161,18 @@ class TestMistakes:
         bad, good = write("bad.json", {"run": {"seed": "x"}}), write("good.json", {"run": {"name": "b"}})
         assert "(set in " + str(bad) in mistake([bad, good])
         assert "(set in --set)" in mistake([bad, good], "run.seed=y")
-        load_config([bad, good], ["run.seed=2"])  # mended on top
+        load_config([bad, good], ["run.seed=2"])  # corrected by the override
 
-    def test_an_unknown_key_is_told_before_what_follows_from_it(self, write: Any) -> None:
+    def test_an_unknown_key_is_reported_first(self, write: Any) -> None:
         line = mistake([write("a.json", {"run": {"seed": "x"}, "zzz": {}})])
         assert line.startswith("zzz: no such key")
         assert "(and 1 more)" in line
 
-    def test_a_mixture_takes_the_place_of_the_path_of_a_file_below_when_that_is_null(self, write: Any) -> None:
-        below, above = write("a.json", {"data": {"path": "x"}}), write("b.json", {"data": {"path": None}})
+    def test_a_mixture_replaces_the_path_of_an_earlier_file_if_that_is_set_to_null(self, write: Any) -> None:
+        earlier, later = write("a.json", {"data": {"path": "x"}}), write("b.json", {"data": {"path": None}})
         mixture = 'data.mixture=[{"path": "a", "weight": 1}]'
-        assert mistake([below], mixture).startswith("data: path (x) and mixture are both given")
-        assert [component.path for component in load_config([below, above], [mixture]).data.components] == ["a"]
+        assert mistake([earlier], mixture).startswith("data: path (x) and mixture are both given")
+        assert [component.path for component in load_config([earlier, later], [mixture]).data.components] == ["a"]
         line = mistake([], 'data.mixture=[{"path": "a", "weight": 0}]')
         assert line == "data.mixture.0.weight: Input should be greater than 0, found 0 (set in --set)"
 
@@ -197,7 +197,7 @@ class TestMistakes:
             ('{"run": {"seed": NaN}}', "run.seed: "),
         ],
     )
-    def test_a_file_that_is_no_config(self, write: Any, text: str, message: str) -> None:
+    def test_a_file_that_is_not_a_config(self, write: Any, text: str, message: str) -> None:
         assert message in mistake([write("a.json", text)])
 
     def test_a_missing_file_names_a_near_one_or_all(self, write: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The page of config keys is the schema's."""
+"""``docs/config.md`` agrees with the schema."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.support.runs import REPOSITORY
 
 
 def test_the_page_is_up_to_date() -> None:
-    """If this fails: ``python -m pipeline.config.reference > docs/config.md``."""
+    """If this fails, run ``python -m pipeline.config.reference > docs/config.md``."""
     assert (REPOSITORY / "docs" / "config.md").read_text(encoding="utf-8") == config_reference()
 
 

@@ -1,4 +1,4 @@
-"""The run config: its defaults are the GPT-2 124M recipe, and what cannot be is refused."""
+"""The schema's defaults are the GPT-2 124M recipe, and it refuses values that cannot be right."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ class TestRefusals:
             ({"data": {"seq_len": 2048}}, r"data.seq_len \(2048\) must not exceed model.context_length \(1024\)"),
         ],
     )
-    def test_numbers_that_do_not_fit_together(self, content: dict[str, Any], message: str) -> None:
+    def test_numbers_that_contradict_each_other(self, content: dict[str, Any], message: str) -> None:
         with pytest.raises(ValidationError, match=message):
             Config.model_validate(content)
 
-    def test_the_bounds_themselves_are_fine(self) -> None:
+    def test_bounds_are_inclusive(self) -> None:
         Config.model_validate({"schedule": {"warmup_steps": 5, "max_steps": 5, "min_lr_ratio": 1}})
         Config.model_validate({"data": {"seq_len": 1024}})
         Config.model_validate({"optimizer": {"learning_rate": 1, "grad_clip": 0, "betas": [0, 0]}})
