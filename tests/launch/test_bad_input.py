@@ -50,7 +50,7 @@ def command(name: str, line: str, culprit: str, right: str) -> Case:
 
 
 def settings(name: str, overrides: str, culprit: str, right: str, script: str = "train.py") -> Case:
-    """Return the good run with ``--set`` on top. ``run.py`` reads the same config and starts faster than ``train.py``."""
+    """Return the good run with ``--set`` on top. ``run.py`` reads the same config and starts faster."""
     return command(name, f"{script} --config good.json --set {overrides}", culprit, right)
 
 
