@@ -52,7 +52,9 @@ def main() -> None:
         metavar="N",
         help="full sequences per forward pass; does not change the results (default: the run's)",
     )
-    parser.add_argument("--precision", choices=get_args(Precision), help="(default: the run's)")
+    parser.add_argument(
+        "--precision", choices=get_args(Precision), help="precision of forward passes (default: the run's)"
+    )
     arguments = parser.parse_args()
     start_logging()
     settings = Settings(arguments.shots, arguments.limit, arguments.stride)

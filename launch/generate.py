@@ -19,26 +19,23 @@ from pipeline.config.schema import RunConfig, SampleConfig
 from pipeline.distributed.world import join_world
 from pipeline.generation.writer import DTYPES, load_writer, prompt_loop
 
+DEFAULTS = SampleConfig()
+
+#: Options of the config section ``sample``: their types, metavars and descriptions.
+SAMPLING_OPTIONS = {
+    "max_new_tokens": (positive_int, "N", "tokens per completion (default: %(default)s)"),
+    "temperature": (non_negative_float, "T", "divides the logits; 0: the likeliest token (default: %(default)s)"),
+    "top_k": (positive_int, "K", "draw from the K likeliest tokens (default: %(default)s)"),
+    "top_p": (probability, "P", "draw from the likeliest tokens that together reach this probability (default: all)"),
+}
+
 
 def main() -> None:
     """Load the model, and complete the prompts of the command line or the terminal."""
-    parser = ArgumentParser(
-        description=__doc__, example='python launch/generate.py --checkpoint runs/ddp --prompt "The meaning of life is"'
-    )
-    add_checkpoint_options(parser)
-    _add_prompts(parser)
-    _add_sampling(parser)
-    arguments = parser.parse_args()
-    if arguments.interactive and arguments.prompt:
-        parser.error("--prompt: with --interactive prompts come from the terminal; give only one of the two")
+    arguments = parse_arguments()
     start_logging()
-    sample = SampleConfig(
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        stop=arguments.stop,
-    )
+    sampling = {key: getattr(arguments, key) for key in SAMPLING_OPTIONS}
+    sample = SampleConfig(**sampling, stop=arguments.stop)
     with join_world(RunConfig(device=arguments.device), process_group=False) as world:
         writer = load_writer(arguments.checkpoint, world.device, arguments.precision)
         prompts = arguments.prompt or [sample.prompt]
@@ -54,47 +51,25 @@ def main() -> None:
                 _show(f"== {number + 1}/{len(prompts)}\n{prompts[number]}{text}\n")
 
 
-def _add_prompts(parser: argparse.ArgumentParser) -> None:
+def parse_arguments() -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = ArgumentParser(
+        description=__doc__, example='python launch/generate.py --checkpoint runs/ddp --prompt "The meaning of life is"'
+    )
+    add_checkpoint_options(parser)
     parser.add_argument(
         "--prompt",
         action="append",
         type=non_empty_text,
-        help=f"the text to continue; may be given several times (default: {SampleConfig().prompt})",
+        metavar="TEXT",
+        help=f"the text to continue; may be given several times (default: {DEFAULTS.prompt})",
     )
     parser.add_argument(
         "--interactive", action="store_true", help="ask for prompts; Ctrl-C stops a completion, Ctrl-D ends the program"
     )
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    defaults = SampleConfig()
-    parser.add_argument(
-        "--max-new-tokens",
-        type=positive_int,
-        default=defaults.max_new_tokens,
-        metavar="N",
-        help="tokens per completion (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=non_negative_float,
-        default=defaults.temperature,
-        help="divides the logits; 0: always the likeliest token (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--top-k",
-        type=positive_int,
-        default=defaults.top_k,
-        metavar="K",
-        help="draw from the K likeliest tokens (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=probability,
-        default=defaults.top_p,
-        metavar="P",
-        help="draw from the likeliest tokens that together reach this probability (default: all)",
-    )
+    for key, (parse, metavar, description) in SAMPLING_OPTIONS.items():
+        option = "--" + key.replace("_", "-")
+        parser.add_argument(option, type=parse, default=getattr(DEFAULTS, key), metavar=metavar, help=description)
     parser.add_argument(
         "--stop",
         action="append",
@@ -103,10 +78,14 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="stop before this text; may be given several times",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random draws (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws (default: %(default)s)")
     parser.add_argument(
-        "--precision", choices=list(DTYPES), default="fp32", help="of weights and products (default: %(default)s)"
+        "--precision", choices=list(DTYPES), default="fp32", help="dtype of weights and products (default: %(default)s)"
     )
+    arguments = parser.parse_args()
+    if arguments.interactive and arguments.prompt:
+        parser.error("--prompt: with --interactive prompts come from the terminal; give only one of the two")
+    return arguments
 
 
 def _ask() -> str:

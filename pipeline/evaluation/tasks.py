@@ -25,41 +25,24 @@ from pipeline.evaluation.protocols import (
 )
 from pipeline.evaluation.sources import HubData, Row, Rows, read_file, read_hub
 
-# The detokenizer of lm-evaluation-harness' wikitext, in its order. One of its rules, for numbers after an apostrophe,
-# never applies and is left out.
-_REPLACEMENTS: tuple[tuple[str, str], ...] = (
-    ("s '", "s'"),
-    (" @-@ ", "-"),
-    (" @,@ ", ","),
-    (" @.@ ", "."),
-    *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
-)
-_BRACKETED = tuple(
-    (
-        re.compile(rf"{re.escape(opening)}\s*([^{re.escape(closing)}]*?)\s*{re.escape(closing)}"),
-        rf"{opening}\1{closing}",
-    )
-    for opening, closing in ("()", "[]", "{}", '""', "''")
-)
-_LAST_REPLACEMENTS: tuple[tuple[str, str], ...] = (
-    ("= = = =", "===="),
-    ("= = =", "==="),
-    ("= =", "=="),
-    (" ° ", "°"),
-    (" \n", "\n"),
-    ("\n ", "\n"),
-    (" N ", " 1 "),
-    (" 's", "'s"),
-)
-
 
 def detokenize(page: str) -> str:
-    """Return a WikiText article as ordinary text: ``1 @.@ 5 m ( 5 ft )`` becomes ``1.5 m (5 ft)``."""
-    for old, new in _REPLACEMENTS:
-        page = page.replace(old, new)
-    for pattern, replacement in _BRACKETED:
-        page = pattern.sub(replacement, page)
-    for old, new in _LAST_REPLACEMENTS:
+    """Return a WikiText article as ordinary text: ``1 @.@ 5 m ( 5 ft )`` becomes ``1.5 m (5 ft)``.
+
+    The rules and their order are those of lm-evaluation-harness' wikitext, without one that never applies (for numbers
+    after an apostrophe).
+    """
+    page = page.replace("s '", "s'")
+    for mark in "-,.":
+        page = page.replace(f" @{mark}@ ", mark)
+    for mark in ":;.!?,":
+        page = page.replace(f" {mark} ", f"{mark} ")
+    for opening, closing in ("()", "[]", "{}", '""', "''"):
+        spaced = rf"{re.escape(opening)}\s*([^{re.escape(closing)}]*?)\s*{re.escape(closing)}"
+        page = re.sub(spaced, rf"{opening}\1{closing}", page)
+    for heading in ("= = = =", "= = =", "= ="):
+        page = page.replace(heading, heading.replace(" ", ""))
+    for old, new in ((" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")):
         page = page.replace(old, new)
     return page
 

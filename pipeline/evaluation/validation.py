@@ -7,8 +7,7 @@ Each target token is scored once, in windows of ``seq_len`` that do not overlap.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from data_tools.shards import TokenStream
 from pipeline.backends import Backend
 from pipeline.config.schema import Config
 from pipeline.data.datasets import TokenDataset
-from pipeline.data.loader import MicroBatch, validation_batches
+from pipeline.data.loader import validation_batches
 from pipeline.distributed.device import summing_dtype
 from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
@@ -69,28 +68,7 @@ def _mean_loss(backend: Backend, stream: TokenStream, config: Config, world: Wor
     return float(loss_sum / targets) if targets else math.nan
 
 
-@dataclass
-class _Sums:
-    """Sums over targets, by position in the window, fp64 (T,)."""
-
-    loss: Tensor
-    targets: Tensor
-    top1: Tensor
-    top5: Tensor
-    end_of_text_loss: Tensor  # scalar
-    windows: Tensor  # (4,): the number of windows, and their sums of loss^2, loss * targets, targets^2
-
-    @classmethod
-    def zeros(cls, seq_len: int, device: torch.device) -> _Sums:
-        dtype = summing_dtype(device)
-        loss, targets, top1, top5 = torch.zeros(4, seq_len, dtype=dtype, device=device)
-        rest = torch.zeros(5, dtype=dtype, device=device)
-        return cls(loss, targets, top1, top5, rest[0], rest[1:])
-
-    def over_ranks(self, world: World) -> _Sums:
-        return _Sums(*(world.sum(values).cpu() for values in vars(self).values()))
-
-
+@torch.no_grad()
 def score_split(
     compute: ComputeModel, stream: TokenStream, seq_len: int, batch_size: int, world: World
 ) -> dict[str, Any]:
@@ -105,54 +83,54 @@ def score_split(
     Raises:
         TrainingError: the loss is not finite, or the split has no scored target.
     """
-    batches = tqdm(
+    device, dtype = world.device, summing_dtype(world.device)
+    by_position = torch.zeros(4, seq_len, dtype=dtype, device=device)
+    overall = torch.zeros(5, dtype=dtype, device=device)
+    for batch in tqdm(
         validation_batches(stream, seq_len, batch_size, world.rank, world.size),
         total=math.ceil((stream.tokens - 1) / (seq_len * batch_size * world.size)),
         desc="validation",
         unit="batch",
         leave=False,
         disable=None if world.is_main else True,  # None: shown on a terminal only
-    )
-    sums = _Sums.zeros(seq_len, world.device)
-    _add_batches(sums, compute, batches, stream.manifest.tokenizer.end_of_text, world.device)
-    return _figures(sums.over_ranks(world), stream)
-
-
-@torch.no_grad()
-def _add_batches(
-    sums: _Sums, compute: ComputeModel, batches: Iterable[MicroBatch], end_of_text: int, device: torch.device
-) -> None:
-    dtype = sums.loss.dtype
-    for batch in batches:
+    ):
         tokens, targets = batch.to(device)
-        logits = compute.logits(tokens).float()  # (B, T, V)
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-        )
-        losses = losses.view_as(targets).to(dtype)  # (B, T)
-        scored = (targets != IGNORE_INDEX).to(dtype)  # (B, T)
-        matches = (logits.topk(TOP_K, dim=-1).indices == targets.unsqueeze(-1)).to(dtype)  # (B, T, 5)
-        sums.loss += losses.sum(0)
-        sums.targets += scored.sum(0)
-        sums.top1 += matches[..., 0].sum(0)
-        sums.top5 += matches.sum((0, 2))
-        sums.end_of_text_loss += losses[targets == end_of_text].sum()
-        loss, count = losses.sum(1), scored.sum(1)  # (B,), by window
-        sums.windows += torch.stack(
-            ((count > 0).to(dtype).sum(), (loss**2).sum(), (loss * count).sum(), (count**2).sum())
-        )
+        sums = _sum_batch(compute.logits(tokens).float(), targets, stream.manifest.tokenizer.end_of_text, dtype)
+        by_position += sums[0]
+        overall += sums[1]
+    return _figures(world.sum(by_position).cpu(), world.sum(overall).cpu(), stream)
 
 
-def _figures(sums: _Sums, stream: TokenStream) -> dict[str, Any]:
-    targets = sums.targets.sum().item()
+def _sum_batch(logits: Tensor, targets: Tensor, end_of_text: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return sums over the targets of a batch.
+
+    Returns:
+        By position in the window, (4, T): losses, targets, top-1 matches, top-5 matches.
+        Overall, (5,): the loss on ``end_of_text`` targets; the number of windows, and sums over windows of loss^2,
+        loss * targets and targets^2.
+    """
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    losses = losses.view_as(targets).to(dtype)  # (B, T)
+    scored = (targets != IGNORE_INDEX).to(dtype)  # (B, T)
+    matches = (logits.topk(TOP_K, dim=-1).indices == targets.unsqueeze(-1)).to(dtype)  # (B, T, 5)
+    by_position = torch.stack((losses, scored, matches[..., 0], matches.sum(-1))).sum(1)
+    loss, count = losses.sum(1), scored.sum(1)  # (B,), by window
+    windows = ((count > 0).to(dtype), loss**2, loss * count, count**2)
+    overall = torch.stack((losses[targets == end_of_text].sum(), *(values.sum() for values in windows)))
+    return by_position, overall
+
+
+def _figures(by_position: Tensor, overall: Tensor, stream: TokenStream) -> dict[str, Any]:
+    loss_sum, targets, top1, top5 = by_position.sum(1).tolist()
+    end_of_text_loss, *windows = overall.tolist()
     if not targets:
         raise TrainingError(f"the split {stream.split!r} has no scored target: its mask leaves out all tokens")
-    loss = sums.loss.sum().item() / targets
+    loss = loss_sum / targets
     if not math.isfinite(loss):
         raise TrainingError(f"the loss on the split {stream.split!r} is {loss}; the checkpoint's weights are unusable")
-    text_nats = (sums.loss.sum() - sums.end_of_text_loss).item()
-    by_position = (sums.loss / sums.targets).tolist()
-    bounds = _loss_interval(sums, loss, targets)
+    bounds = _loss_interval(loss, targets, *windows)
     return {
         "protocol": PROTOCOL,
         "loss": loss,
@@ -161,19 +139,20 @@ def _figures(sums: _Sums, stream: TokenStream) -> dict[str, Any]:
         "perplexity_interval": [perplexity(bound) for bound in bounds],
         "interval": WINDOWS,
         # The bytes of the scored tokens alone are unknown, so masked text has no bits per byte.
-        "bits_per_byte": None if stream.has_mask else text_nats / math.log(2) / stream.utf8_bytes,
-        "top1_accuracy": sums.top1.sum().item() / targets,
-        "top5_accuracy": sums.top5.sum().item() / targets,
+        "bits_per_byte": None if stream.has_mask else (loss_sum - end_of_text_loss) / math.log(2) / stream.utf8_bytes,
+        "top1_accuracy": top1 / targets,
+        "top5_accuracy": top5 / targets,
         "target_tokens": int(targets),
         "utf8_bytes": stream.utf8_bytes,
         "documents": stream.documents,
-        "loss_by_position": [None if math.isnan(value) else value for value in by_position],
+        "loss_by_position": [None if math.isnan(mean) else mean for mean in (by_position[0] / by_position[1]).tolist()],
     }
 
 
-def _loss_interval(sums: _Sums, loss: float, targets: float) -> list[float]:
-    """Return the 95% interval of the loss as a ratio of sums over windows, from the spread of the windows."""
-    windows, squared_loss, loss_by_targets, squared_targets = sums.windows.tolist()
+def _loss_interval(
+    loss: float, targets: float, windows: float, squared_loss: float, loss_by_targets: float, squared_targets: float
+) -> list[float]:
+    """Return the 95% interval of the loss, a ratio of sums over windows, from the spread of the windows."""
     spread = max(squared_loss - 2 * loss * loss_by_targets + loss**2 * squared_targets, 0.0)
     half = Z_95 * math.sqrt(spread * windows / max(windows - 1, 1)) / targets
     return [loss - half, loss + half]
