@@ -7,7 +7,7 @@ import logging
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import deepspeed
@@ -57,17 +57,20 @@ _configure_process()
 class DeepSpeedBackend(Backend):
     """The common base of all stages: the engine."""
 
+    in_precision: Callable[[GPT2, str, torch.device], ComputeModel]  # makes the module that the engine wraps
+
     def __init__(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> None:
         super().__init__(model, config)
         _check_version()
         self.stage = zero_stage(config.backend.deepspeed)
         self.engine = self._start_engine(model, config, world, plan)
-        self.compute, self.optimizer = self.engine, self.engine.optimizer
+        self.compute: Any = self.engine
+        self.optimizer: Any = self.engine.optimizer
 
     def _start_engine(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> Any:
         """Apply recomputation, precision, the engine and then compilation."""
         recompute_blocks(model)
-        compute = self._in_precision(model, world.device)
+        compute = self.in_precision(model, self.precision, world.device)
         if _offloads_optimizer(config.backend.deepspeed):
             optimizer = _build_cpu_adam(model.parameters(), config.optimizer)
         else:
@@ -83,10 +86,6 @@ class DeepSpeedBackend(Backend):
             engine.compile(compile_kwargs={"dynamic": False})
         return engine
 
-    @abstractmethod
-    def _in_precision(self, model: GPT2, device: torch.device) -> ComputeModel:
-        """Return the module that the engine wraps."""
-
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(is_last)
         scale = self._loss_scale_outside_engine()
@@ -98,7 +97,7 @@ class DeepSpeedBackend(Backend):
 
     @abstractmethod
     def _loss_scale_outside_engine(self) -> float:
-        """Return the factor on the loss that the engine does not apply by itself."""
+        """Return the factor on the loss that the engine does not apply, and tell it what to apply."""
 
     def state_was_loaded(self, updates: int) -> None:
         super().state_was_loaded(updates)
@@ -126,13 +125,11 @@ class Zero0Backend(DeepSpeedBackend):
     """
 
     replicated = True
+    in_precision = staticmethod(replicated_compute)
 
     def __init__(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> None:
         super().__init__(model, config, world, plan)
         self.state = ParameterState(self.optimizer, dict(model.named_parameters()))
-
-    def _in_precision(self, model: GPT2, device: torch.device) -> ComputeModel:
-        return replicated_compute(model, self.precision, device)
 
     def _loss_scale_outside_engine(self) -> float:
         return self.loss_scaler.scale
@@ -146,6 +143,8 @@ class Zero0Backend(DeepSpeedBackend):
 
 class ZeroBackend(DeepSpeedBackend):
     """Stages 1 to 3: moments, then gradients, then weights are sharded over the ranks."""
+
+    in_precision = AutocastModel
 
     def __init__(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> None:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -166,20 +165,13 @@ class ZeroBackend(DeepSpeedBackend):
             fragment.weight.copy_(source[fragment.start : fragment.start + fragment.weight.numel()])
         self.state.publish_masters()
 
-    def _in_precision(self, model: GPT2, device: torch.device) -> ComputeModel:
-        return AutocastModel(model, self.precision, device)
-
     def _loss_scale_outside_engine(self) -> float:
-        self._set_loss_scale()
-        return 1.0
-
-    def _set_loss_scale(self) -> None:
         if self.loss_scaler.dynamic:
-            self.engine.optimizer.override_loss_scale(self.loss_scaler.scale)
+            self.optimizer.override_loss_scale(self.loss_scaler.scale)
+        return 1.0
 
     def _update(self) -> float:
         """Let the engine step; it skips an update whose norm is not finite."""
-        self._set_loss_scale()
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         assert norm is not None, "DeepSpeed computed no gradient norm"

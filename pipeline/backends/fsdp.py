@@ -17,6 +17,8 @@ from pipeline.model.gpt2 import GPT2
 from pipeline.model.precision import AutocastModel
 from pipeline.model.recomputation import recompute_blocks
 
+_BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
 
 class FsdpBackend(TorchBackend):
     label = "FSDP2"
@@ -42,7 +44,7 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
         for module in (*model.h, model.lm_head):
             module.compile(dynamic=False)
     mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = _mixed_precision(config.run.precision)
+    policy = _BF16 if config.run.precision == "bf16" else MixedPrecisionPolicy()
     reshard = config.backend.fsdp.reshard_after_forward
     for block in model.h:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
@@ -54,9 +56,3 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
                 module.set_custom_all_gather(AllGather())  # type: ignore[arg-type]
                 module.set_custom_reduce_scatter(ReduceScatter())  # type: ignore[arg-type]
     return root
-
-
-def _mixed_precision(precision: str) -> MixedPrecisionPolicy:
-    if precision == "bf16":
-        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    return MixedPrecisionPolicy()

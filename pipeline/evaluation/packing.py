@@ -42,7 +42,7 @@ class Tree:
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)  # -1 for the first token
-    places: list[int] = field(default_factory=list)  # positions in the text
+    positions: list[int] = field(default_factory=list)  # positions in the text
     pairs: dict[tuple[int, int], int] = field(default_factory=dict)  # (node, token expected after it) -> index
     scored: list[tuple[int, list[int]]] = field(default_factory=list)  # (request, indices of its pairs)
     _children: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Tree:
             node = self._children[parent, token] = len(self.tokens)
             self.tokens.append(token)
             self.parents.append(parent)
-            self.places.append(0 if parent < 0 or token == reset_at else self.places[parent] + 1)
+            self.positions.append(0 if parent < 0 or token == reset_at else self.positions[parent] + 1)
         return node
 
     def ancestors(self, width: int) -> np.ndarray:
@@ -133,7 +133,7 @@ def make_batch(trees: Sequence[Tree]) -> Batch:
         links += [(number, len(pairs) + pair) for number, numbers in tree.scored for pair in numbers]
         pairs += [(row * width + node, target) for node, target in tree.pairs]
     outputs, targets = _columns(pairs)
-    inputs = ScoringBatch(torch.from_numpy(tokens), targets, outputs, *_places_and_mask(trees, width))
+    inputs = ScoringBatch(torch.from_numpy(tokens), targets, outputs, *_positions_and_mask(trees, width))
     return Batch(inputs, *_columns(links))
 
 
@@ -142,12 +142,12 @@ def _columns(pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _places_and_mask(trees: Sequence[Tree], width: int) -> tuple[Tensor | None, Tensor | None]:
+def _positions_and_mask(trees: Sequence[Tree], width: int) -> tuple[Tensor | None, Tensor | None]:
     """Return (None, None) if every row is plain text: its attention then uses the faster causal kernels."""
     if all(tree.is_chain for tree in trees):
         return None, None
-    places = np.zeros((len(trees), width), dtype=np.int64)
+    positions = np.zeros((len(trees), width), dtype=np.int64)
     for row, tree in enumerate(trees):
-        places[row, : len(tree.places)] = tree.places
+        positions[row, : len(tree.positions)] = tree.positions
     mask = np.stack([tree.ancestors(width) for tree in trees])
-    return torch.from_numpy(places), torch.from_numpy(mask).unsqueeze(1)
+    return torch.from_numpy(positions), torch.from_numpy(mask).unsqueeze(1)

@@ -117,4 +117,4 @@ def _number_new(group: Sequence[Request], numbers: dict[Request, int]) -> range:
 
 def _idle_tree() -> Tree:
     """Return what a rank computes while others run the last batches: one token, scored for no request."""
-    return Tree(tokens=[0], parents=[-1], places=[0], pairs={(0, 0): 0})
+    return Tree(tokens=[0], parents=[-1], positions=[0], pairs={(0, 0): 0})

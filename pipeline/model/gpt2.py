@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, C = n_embd, H heads, V = vocabulary of the tokeni
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,7 +90,7 @@ class ScoringBatch:
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (N,) int64
     outputs: Tensor  # (N,) int64, the tokens after which the targets are expected, as indices into the flat B*T
-    places: Tensor | None = None  # (B, T) int64, each token's place in its text; None: each row is one text
+    positions: Tensor | None = None  # (B, T) int64, each token's position in its text; None: each row is one text
     mask: Tensor | None = None  # (B, 1, T, T) bool, True where a row's token sees a column's; None: causal
 
     def to(self, device: torch.device) -> ScoringBatch:
@@ -102,6 +103,8 @@ class ScoringBatch:
 
 class GPT2(nn.Module):
     """The language model. ``lm_head.weight`` and ``wte.weight`` are one parameter, named ``wte.weight``."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -131,20 +134,17 @@ class GPT2(nn.Module):
             tokens: (B, T) integer ids below ``vocab_size``.
             targets: (B, T) int64 ids; ``IGNORE_INDEX`` where nothing is scored.
         """
-        loss: Tensor = self.lm_head(self.hidden_states(tokens), targets, method="loss")
-        return loss
+        return self.lm_head(self.hidden_states(tokens), targets, method="loss")
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return the logits, (B, T, V) in the compute dtype."""
-        logits: Tensor = self.lm_head(self.hidden_states(tokens), method="logits")
-        return logits
+        return self.lm_head(self.hidden_states(tokens), method="logits")
 
     def score(self, batch: ScoringBatch) -> Tensor:
         """Return each target's log-probability in nats and whether it is the argmax (1 or 0), (2, N) fp32."""
         attend = None if batch.mask is None else attention_under(batch.mask)
-        hidden = self.hidden_states(batch.tokens, batch.places, attend)
-        scores: Tensor = self.lm_head(hidden.flatten(0, 1)[batch.outputs], batch.targets, method="score")
-        return scores
+        hidden = self.hidden_states(batch.tokens, batch.positions, attend)
+        return self.lm_head(hidden.flatten(0, 1)[batch.outputs], batch.targets, method="score")
 
     def next_token_logits(self, tokens: Tensor, lengths: list[int], cache: KeyValueCache) -> Tensor:
         """Return the logits of the token that follows each row, (B, V) in the compute dtype.
@@ -158,18 +158,17 @@ class GPT2(nn.Module):
             x = self.hidden_states(tokens, self._positions(tokens, cache), cache.attend)  # (B, T, C)
         rows = torch.arange(len(lengths), device=x.device)
         last = torch.tensor(lengths, device=x.device) - 1
-        logits: Tensor = self.lm_head(x[rows, last], method="logits")
-        return logits
+        return self.lm_head(x[rows, last], method="logits")
 
-    def hidden_states(self, tokens: Tensor, places: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """Return the normalised residual stream after the last block, (B, T, C).
 
         Args:
             tokens: (B, T) integer ids below ``vocab_size``.
-            places: (B, T) int64, see ``ScoringBatch``.
+            positions: (B, T) int64, see ``ScoringBatch``.
             attend: used instead of causal attention over the row.
         """
-        x = self.wte(tokens) + self.wpe(self._positions(tokens) if places is None else places)  # (B, T, C)
+        x = self.wte(tokens) + self.wpe(self._positions(tokens) if positions is None else positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
             x = block(x, attend)
@@ -177,15 +176,15 @@ class GPT2(nn.Module):
 
     def _positions(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Return each token's position in the window, (T,), or in its text, (B, T), if texts restart at 0."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
         if cache is not None:
-            places = places + cache.first_slots()  # (B, T)
+            positions = positions + cache.first_slots()  # (B, T)
         if self.config.reset_positions_at is None:
-            return places
-        starts = torch.where(tokens == self.config.reset_positions_at, places, 0).cummax(dim=1).values
+            return positions
+        starts = torch.where(tokens == self.config.reset_positions_at, positions, 0).cummax(dim=1).values
         if cache is not None:
             starts = cache.carry_text_starts(starts)
-        return places - starts
+        return positions - starts
 
     def assert_tied(self) -> None:
         """Assert that the output layer and the embedding are still one tensor."""

@@ -28,6 +28,8 @@ class OutputLayer(nn.Linear):
     The loss is in the same module, so that a backend that compiles module by module fuses it with the projection.
     """
 
+    __call__: Callable[..., Tensor]
+
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__(width, padded_vocab_size(vocab_size), bias=False)
         self.vocab_size = vocab_size

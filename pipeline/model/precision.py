@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,26 +29,17 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 
 class ComputeModel(nn.Module):
-    """A model in one precision, with the methods of :class:`GPT2`; each enters through ``forward``."""
+    """A model in one precision; its ``forward`` is that of :class:`GPT2`."""
 
-    def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
-        """Call the model's method in this precision."""
-        raise NotImplementedError
-
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Return what ``GPT2.loss`` returns."""
-        loss: Tensor = self(tokens, targets, method="loss")
-        return loss
+    __call__: Callable[..., Tensor]
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Return what ``GPT2.logits`` returns."""
-        logits: Tensor = self(tokens, method="logits")
-        return logits
+        """Return ``GPT2.logits`` in this precision."""
+        return self(tokens, method="logits")
 
     def score(self, batch: ScoringBatch) -> Tensor:
-        """Return what ``GPT2.score`` returns."""
-        scores: Tensor = self(batch, method="score")
-        return scores
+        """Return ``GPT2.score`` in this precision."""
+        return self(batch, method="score")
 
 
 class AutocastModel(ComputeModel):
@@ -65,8 +57,7 @@ class AutocastModel(ComputeModel):
 
     def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
         with autocast(self.precision, self.device):
-            result: Tensor = self.model(*inputs, method=method)
-        return result
+            return self.model(*inputs, method=method)
 
 
 class Bf16ViewModel(ComputeModel):

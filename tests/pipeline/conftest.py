@@ -43,8 +43,8 @@ def tiny_config(run_folder: Path | str = "unused", **sections: dict[str, Any]) -
     return Config.model_validate(defaults)
 
 
-def restless_model(config: ModelConfig, seed: int = 1) -> GPT2:
-    """A model none of whose weights is 0 or 1: biases and LayerNorms count too."""
+def randomised_model(config: ModelConfig, seed: int = 1) -> GPT2:
+    """Return a model with noise on every weight, so that no bias is 0 and no LayerNorm weight is 1."""
     model = build_model(config, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

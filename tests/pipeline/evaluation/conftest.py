@@ -22,7 +22,7 @@ from pipeline.evaluation.tasks import prepare_task
 from pipeline.evaluation.validation import score_split
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.precision import replicated_compute
-from tests.pipeline.conftest import END_OF_TEXT, restless_model, tiny_model_config, write_shards
+from tests.pipeline.conftest import END_OF_TEXT, randomised_model, tiny_model_config, write_shards
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 CONTEXT = 40
@@ -82,7 +82,7 @@ def tokenizer() -> Tokenizer:
 def text_model() -> GPT2:
     """Return a model in which every weight has an effect, and no two tokens are equally likely."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 12, "context_length": CONTEXT}
-    return restless_model(ModelConfig.model_validate(sizes)).eval()
+    return randomised_model(ModelConfig.model_validate(sizes)).eval()
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +126,7 @@ def stream(data: Path) -> TokenStream:
 
 @pytest.fixture(scope="session")
 def model() -> GPT2:
-    return restless_model(tiny_model_config()).eval()
+    return randomised_model(tiny_model_config()).eval()
 
 
 @pytest.fixture(scope="session")

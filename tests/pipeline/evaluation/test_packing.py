@@ -16,7 +16,7 @@ def test_a_shared_beginning_is_computed_once() -> None:
     forked = [Request(context, (50, 51, 52)), Request(context, (60, 61, 62))]
     (tree,) = build_trees([[0, 1]], forked, CONTEXT, None)
     assert not tree.is_chain
-    assert tree.places == [*range(20), 20, 21, 20, 21]
+    assert tree.positions == [*range(20), 20, 21, 20, 21]
 
 
 def test_requests_with_little_in_common_get_separate_rows() -> None:

@@ -25,7 +25,7 @@ from pipeline.evaluation.run import EvaluationOptions, prepare_tasks, run_tasks
 from pipeline.generation.writer import load_writer
 from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.tensorboard import tensorboard_tag
-from tests.pipeline.conftest import restless_model, tiny_config, tiny_model_config, write_shards
+from tests.pipeline.conftest import randomised_model, tiny_config, tiny_model_config, write_shards
 from tests.pipeline.evaluation.conftest import ALONE, LAMBADA, PIQA, write_lines
 from tests.support.runs import TINY_RUN, merged, train_run
 
@@ -36,7 +36,7 @@ STEPS = 4
 def run_folder(tmp_path: Path, data: Path, world: World) -> Path:
     """Return a run with one checkpoint."""
     config = tiny_config(tmp_path / "run", data={"path": str(data)})
-    backend = DdpBackend(restless_model(config.model), config, world)
+    backend = DdpBackend(randomised_model(config.model), config, world)
     state = TrainingState(7, 28, 336, 7, 1.0, 0, config.run.seed)
     save_checkpoint(tmp_path / "run", state, dump_config(config), backend, world, 1)
     return tmp_path / "run"
@@ -90,7 +90,7 @@ class TestOnACheckpoint:
         parts = [(data, "first", 3.0), (other, "second", 1.0), (train_only, "third", 5.0)]
         mixture = [{"path": str(path), "name": name, "weight": weight} for path, name, weight in parts]
         config = tiny_config(tmp_path / "run", data={"mixture": mixture})
-        backend = DdpBackend(restless_model(config.model), config, world)
+        backend = DdpBackend(randomised_model(config.model), config, world)
         state = TrainingState(7, 28, 336, 7, 1.0, 0, config.run.seed)
         save_checkpoint(tmp_path / "run", state, dump_config(config), backend, world, 1)
 
@@ -107,7 +107,7 @@ class TestOnACheckpoint:
 
     def test_the_loaded_model_is_the_saved_one(self, run_folder: Path) -> None:
         loaded = load_model(run_folder, ALONE.device)
-        expected = restless_model(tiny_model_config())
+        expected = randomised_model(tiny_model_config())
         assert all(torch.equal(loaded.model.get_parameter(name), p) for name, p in expected.named_parameters())
         assert not loaded.model.training
         loaded.model.assert_tied()

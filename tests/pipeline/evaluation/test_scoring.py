@@ -15,7 +15,7 @@ from pipeline.errors import TrainingError
 from pipeline.evaluation.packing import Request
 from pipeline.evaluation.scoring import Score, Scorer
 from pipeline.model.gpt2 import GPT2, ScoringBatch
-from tests.pipeline.conftest import random_tokens, restless_model
+from tests.pipeline.conftest import random_tokens, randomised_model
 from tests.pipeline.evaluation.conftest import ALONE, CONTEXT, plain_score, scorer_of
 
 
@@ -103,7 +103,7 @@ def test_positions_restart_in_trees() -> None:
         "vocab_size": 89,
         "reset_positions_at": 88,
     }
-    model = restless_model(ModelConfig.model_validate(sizes)).eval()
+    model = randomised_model(ModelConfig.model_validate(sizes)).eval()
     context = (3, 4, 5, 88, 6, 7)
     group = [Request(context, (8, 9)), Request(context, (10, 88, 11, 12))]
     assert_same(scorer_of(model).score([group], ""), [[plain_score(model, request) for request in group]])
@@ -115,7 +115,7 @@ def test_a_continuation_longer_than_the_context_is_an_error(scorer: Scorer) -> N
 
 
 def test_weights_that_are_not_finite_are_an_error(text_model: GPT2) -> None:
-    broken = restless_model(text_model.config).eval()
+    broken = randomised_model(text_model.config).eval()
     with torch.no_grad():
         broken.ln_f.weight[0] = float("nan")
     with pytest.raises(TrainingError, match="mytask: log-likelihoods are not finite"):

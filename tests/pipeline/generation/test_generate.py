@@ -11,7 +11,7 @@ import torch
 from pipeline.generation.generate import Decoder, generate_batch, window_start
 from pipeline.generation.sampling import Sampling
 from pipeline.model.gpt2 import GPT2
-from tests.pipeline.conftest import VOCAB_SIZE, restless_model, tiny_model_config
+from tests.pipeline.conftest import VOCAB_SIZE, randomised_model, tiny_model_config
 from tests.pipeline.generation.conftest import generate
 
 PROMPT = [3, 1, 4]
@@ -19,7 +19,7 @@ PROMPT = [3, 1, 4]
 
 @pytest.fixture(scope="module")
 def model() -> GPT2:
-    return restless_model(tiny_model_config()).eval()
+    return randomised_model(tiny_model_config()).eval()
 
 
 def likeliest(model: GPT2, tokens: list[int]) -> int:
@@ -154,18 +154,18 @@ def test_no_gradients_are_computed(model: GPT2) -> None:
 
 def test_positions_restart_as_in_training() -> None:
     """A text after another one is generated with the positions that training used."""
-    model = restless_model(tiny_model_config(reset_positions_at=88)).eval()
+    model = randomised_model(tiny_model_config(reset_positions_at=88)).eval()
     prompt = [3, 1, 88, 4]
     written = list(generate(model, prompt, 6, temperature=0))
     for length in range(6):
         assert written[length] == likeliest(model, [*prompt, *written[:length]])
-    plain = restless_model(tiny_model_config()).eval()
+    plain = randomised_model(tiny_model_config()).eval()
     assert written != list(generate(plain, prompt, 6, temperature=0))
 
 
 def test_positions_restart_within_generated_tokens() -> None:
     """The other text has another length, and the token that restarts positions is among the new ones."""
-    model = restless_model(tiny_model_config(reset_positions_at=88)).eval()
+    model = randomised_model(tiny_model_config(reset_positions_at=88)).eval()
     texts = [[3, 1, 4, 1, 5], [88, 7]]
     decoder = Decoder(model, 2, 12)
     for token in (9, 88, 2, 6, 5):

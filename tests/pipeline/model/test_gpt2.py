@@ -20,7 +20,7 @@ from pipeline.model.gpt2 import (
     parameter_count,
 )
 from pipeline.model.output_layer import IGNORE_INDEX, padded_vocab_size
-from tests.pipeline.conftest import VOCAB_SIZE, random_tokens, restless_model, tiny_model_config
+from tests.pipeline.conftest import VOCAB_SIZE, random_tokens, randomised_model, tiny_model_config
 
 PUBLISHED_COUNTS: dict[Preset, int] = {
     "gpt2": 124_439_808,
@@ -59,7 +59,7 @@ class TestAgainstTransformers:
 
     @pytest.fixture(scope="class")
     def ours(self) -> GPT2:
-        return restless_model(self.CONFIG).eval()
+        return randomised_model(self.CONFIG).eval()
 
     @pytest.fixture(scope="class")
     def theirs(self, ours: GPT2) -> Any:
@@ -217,7 +217,7 @@ class TestPadding:
 
 class TestForward:
     def test_a_later_token_does_not_change_earlier_logits(self) -> None:
-        model = restless_model(tiny_model_config()).eval()
+        model = randomised_model(tiny_model_config()).eval()
         tokens = random_tokens(1, 12)
         for position in range(1, 12):
             changed = tokens.clone()
@@ -227,7 +227,7 @@ class TestForward:
             assert not torch.allclose(before[:, position:], after[:, position:], atol=1e-2)
 
     def test_every_earlier_token_has_a_say(self) -> None:
-        model = restless_model(tiny_model_config()).eval()
+        model = randomised_model(tiny_model_config()).eval()
         tokens = random_tokens(1, 12)
         for position in range(12):
             changed = tokens.clone()
@@ -235,14 +235,14 @@ class TestForward:
             assert not torch.allclose(model.logits(tokens)[:, -1], model.logits(changed)[:, -1], atol=1e-3)
 
     def test_loss_is_the_sum_of_cross_entropies(self) -> None:
-        model = restless_model(tiny_model_config()).eval()
+        model = randomised_model(tiny_model_config()).eval()
         inputs, targets = shift(random_tokens(3, 9))
         log_probabilities = F.log_softmax(model.logits(inputs).double(), dim=-1)
         expected = -log_probabilities.gather(-1, targets.unsqueeze(-1)).sum()
         assert model.loss(inputs, targets).item() == pytest.approx(expected.item(), rel=1e-6)
 
     def test_ignored_targets_add_nothing(self) -> None:
-        model = restless_model(tiny_model_config()).eval()
+        model = randomised_model(tiny_model_config()).eval()
         inputs, targets = shift(random_tokens(2, 9))
         masked = targets.clone()
         masked[0, 3:] = IGNORE_INDEX
@@ -254,7 +254,7 @@ class TestForward:
             torch.testing.assert_close(gradient, of_short[name], rtol=1e-4, atol=1e-5)
 
     def test_a_batch_without_targets_costs_nothing(self) -> None:
-        model = restless_model(tiny_model_config())
+        model = randomised_model(tiny_model_config())
         inputs = random_tokens(2, 5)
         loss = model.loss(inputs, torch.full_like(inputs, IGNORE_INDEX))
         assert loss.item() == 0.0
@@ -284,15 +284,15 @@ class TestPositions:
         return asked[0].broadcast_to(tokens.shape)
 
     def test_by_default_they_are_those_of_the_window(self) -> None:
-        model = restless_model(tiny_model_config())
+        model = randomised_model(tiny_model_config())
         assert self.positions(model, self.TOKENS).tolist() == [list(range(10))] * 2
 
     def test_they_start_again_with_each_text(self) -> None:
-        model = restless_model(tiny_model_config(reset_positions_at=88))
+        model = randomised_model(tiny_model_config(reset_positions_at=88))
         assert self.positions(model, self.TOKENS).tolist() == [[0, 0, 1, 2, 0, 0, 1, 2, 3, 4], list(range(10))]
 
     def test_no_position_beyond_the_longest_text_is_used(self) -> None:
-        model = restless_model(tiny_model_config(reset_positions_at=88)).eval()
+        model = randomised_model(tiny_model_config(reset_positions_at=88)).eval()
         logits = model.logits(self.TOKENS[:1])
         with torch.no_grad():
             model.wpe.weight[5:].fill_(1e6)
@@ -301,13 +301,13 @@ class TestPositions:
             assert not torch.equal(model.logits(self.TOKENS[:1]), logits)
 
     def test_texts_before_are_still_seen(self) -> None:
-        model = restless_model(tiny_model_config(reset_positions_at=88)).eval()
+        model = randomised_model(tiny_model_config(reset_positions_at=88)).eval()
         changed = self.TOKENS[:1].clone()
         changed[0, 2] = 9
         assert not torch.equal(model.logits(self.TOKENS[:1])[0, 6:], model.logits(changed)[0, 6:])
 
     def test_where_no_text_begins_nothing_changes(self) -> None:
-        plain, resetting = (restless_model(tiny_model_config(reset_positions_at=at)).eval() for at in (None, 88))
+        plain, resetting = (randomised_model(tiny_model_config(reset_positions_at=at)).eval() for at in (None, 88))
         assert torch.equal(plain.logits(self.TOKENS[1:]), resetting.logits(self.TOKENS[1:]))
 
     def test_the_token_must_exist(self) -> None:

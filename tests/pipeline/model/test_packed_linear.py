@@ -14,7 +14,7 @@ from pipeline.model import packed_linear
 from pipeline.model.gpt2 import GPT2, ScoringBatch
 from pipeline.model.packed_linear import PackedLinear, can_pack, pack_linear_layers
 from pipeline.model.precision import replicated_compute
-from tests.pipeline.conftest import random_tokens, restless_model, tiny_model_config
+from tests.pipeline.conftest import random_tokens, randomised_model, tiny_model_config
 from tests.pipeline.generation.conftest import generate
 
 if not can_pack(torch.float32):
@@ -26,7 +26,7 @@ DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)]
 
 @pytest.fixture
 def model() -> GPT2:
-    return restless_model(tiny_model_config()).eval()
+    return randomised_model(tiny_model_config()).eval()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.precision import AutocastModel, Bf16ViewModel, ComputeModel, replicated_compute
-from tests.pipeline.conftest import random_tokens, restless_model, tiny_model_config
+from tests.pipeline.conftest import random_tokens, randomised_model, tiny_model_config
 
 CPU = torch.device("cpu")
 TOKENS = random_tokens(2, 10)
@@ -26,7 +26,7 @@ PRODUCT_DTYPES = {
 
 @pytest.fixture
 def model() -> GPT2:
-    return restless_model(tiny_model_config())
+    return randomised_model(tiny_model_config())
 
 
 def product_dtypes(model: GPT2, compute: ComputeModel) -> set[torch.dtype]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.model.gpt2 import GPT2, MLP, build_model
 from pipeline.model.precision import Bf16ViewModel
 from pipeline.model.recomputation import recompute_blocks
-from tests.pipeline.conftest import random_tokens, restless_model, tiny_model_config
+from tests.pipeline.conftest import random_tokens, randomised_model, tiny_model_config
 
 TOKENS = random_tokens(3, 12)
 BATCH = TOKENS[:, :-1], TOKENS[:, 1:]
@@ -42,7 +42,7 @@ def test_same_loss_and_gradients(dropout: float, recompute: bool | int) -> None:
     found = []
     for setting in (False, recompute):
         config = tiny_model_config(n_layer=3, dropout=dropout, activation_checkpointing=setting)
-        model = restless_model(config).train()
+        model = randomised_model(config).train()
         recompute_blocks(model)
         torch.manual_seed(5)
         loss = model.loss(*BATCH)
@@ -76,8 +76,8 @@ def test_what_is_no_number_of_blocks_is_refused(wrong: Any) -> None:
 @pytest.mark.parametrize("recompute", [True, 2])
 def test_bf16_blocks_compute_twice_with_the_same_weights(recompute: bool | int) -> None:
     """The bf16 copies are no longer in the modules when the backward pass begins; the blocks still use them."""
-    model = restless_model(tiny_model_config())
-    recomputing = restless_model(tiny_model_config(activation_checkpointing=recompute))
+    model = randomised_model(tiny_model_config())
+    recomputing = randomised_model(tiny_model_config(activation_checkpointing=recompute))
     recompute_blocks(recomputing)
     expected, found = (gradients(each, Bf16ViewModel(each)(*BATCH)) for each in (model, recomputing))
     assert expected.keys() == found.keys() == dict(model.named_parameters()).keys()
@@ -88,7 +88,7 @@ def test_bf16_blocks_compute_twice_with_the_same_weights(recompute: bool | int) 
 
 @pytest.mark.parametrize("view", [False, True], ids=["fp32", "bf16 view"])
 def test_compiled_in_one_graph(view: bool) -> None:
-    models = [restless_model(tiny_model_config(activation_checkpointing=setting)) for setting in (False, True)]
+    models = [randomised_model(tiny_model_config(activation_checkpointing=setting)) for setting in (False, True)]
     recompute_blocks(models[1])
     found = []
     for model in models:

@@ -19,7 +19,7 @@ from pipeline.config.schema import Config
 from pipeline.distributed.world import World
 from pipeline.interop.hugging_face.exporting import export_checkpoint
 from pipeline.model.gpt2 import GPT2
-from tests.pipeline.conftest import restless_model, tiny_config
+from tests.pipeline.conftest import randomised_model, tiny_config
 
 STEP = 7
 CONTEXT = 256
@@ -33,7 +33,7 @@ def text_config(run_folder: Path | str = "unused", **model: Any) -> Config:
 
 def restless(config: Config) -> GPT2:
     """Return a model with random weights everywhere except padding rows of zeros."""
-    model = restless_model(config.model).eval()
+    model = randomised_model(config.model).eval()
     with torch.no_grad():
         model.wte.weight[config.model.vocab_size :] = 0
     return model
