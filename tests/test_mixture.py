@@ -1,4 +1,4 @@
-"""A run on a weighted mixture, one part of it masked: the same at any world size, and after a break."""
+"""A run on a weighted mixture, of which one data set has a mask: the same at any world size and after a resume."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ STEPS, SAVED_AT = 8, 4
 
 
 @pytest.fixture(scope="module")
-def parts(byte_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def components(byte_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("mixture")
     masked = copy_with_masks(make_byte_corpus(folder / "few", documents=9), folder / "answers")
     return [{"path": str(byte_corpus), "weight": 0.7, "name": "text"}, {"path": str(masked), "weight": 0.3}]
 
 
-def run_sections(parts: list[dict[str, Any]]) -> Sections:
+def run_sections(components: list[dict[str, Any]]) -> Sections:
     return merged(
         TINY_BYTE_RUN,
         {
-            "data": {"mixture": parts},
+            "data": {"mixture": components},
             "model": {"dropout": 0.1, "reset_positions_at": 256},
             "schedule": {"max_steps": STEPS},
             "checkpoint": {"every_steps": SAVED_AT, "keep_last": 5},
@@ -45,20 +45,20 @@ def run_sections(parts: list[dict[str, Any]]) -> Sections:
 
 
 @pytest.fixture(scope="module")
-def alone(parts: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Curve:
-    """The curve of one process."""
-    return curve_of("ddp", tmp_path_factory.mktemp("alone"), run_sections(parts))
+def alone(components: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Curve:
+    """Return the curve of one process."""
+    return curve_of("ddp", tmp_path_factory.mktemp("alone"), run_sections(components))
 
 
 def test_two_processes_have_the_curve_of_one_and_continue_it_bit_for_bit(
-    parts: list[dict[str, Any]], alone: Curve, tmp_path: Path
+    components: list[dict[str, Any]], alone: Curve, tmp_path: Path
 ) -> None:
-    whole = curve_of("fsdp", tmp_path, run_sections(parts), processes=2)
+    whole = curve_of("fsdp", tmp_path, run_sections(components), processes=2)
     weights = weights_of(tmp_path)
     assert whole.largest_loss_difference(alone) <= LOSS_TOLERANCE["fp32"]
 
     forget_after(tmp_path, SAVED_AT)
-    assert curve_of("fsdp", tmp_path, run_sections(parts), processes=2) == whole
+    assert curve_of("fsdp", tmp_path, run_sections(components), processes=2) == whole
     assert weights_of(tmp_path) == weights
 
     rows = read_metrics(tmp_path)
@@ -70,12 +70,12 @@ def test_two_processes_have_the_curve_of_one_and_continue_it_bit_for_bit(
     assert validations[-1]["val_loss_text"] < validations[0]["val_loss_text"]
 
 
-def test_other_weights_are_another_run(parts: list[dict[str, Any]], alone: Curve, tmp_path: Path) -> None:
-    """They change the curve, and no checkpoint of the first is continued with them."""
-    other = [{**parts[0], "weight": 0.3}, {**parts[1], "weight": 0.7}]
+def test_other_weights_are_another_run(components: list[dict[str, Any]], alone: Curve, tmp_path: Path) -> None:
+    """Other weights change the curve, and do not continue a checkpoint of the first weights."""
+    other = [{**components[0], "weight": 0.3}, {**components[1], "weight": 0.7}]
     curve = curve_of("ddp", tmp_path, run_sections(other))
     assert curve.largest_loss_difference(alone) > 1e-3
     forget_after(tmp_path, SAVED_AT)
-    result = train_run("ddp", tmp_path, run_sections(parts))
+    result = train_run("ddp", tmp_path, run_sections(components))
     assert result.returncode == 2
     assert "was trained on other data than data.mixture now has" in result.stderr.splitlines()[-1]

@@ -27,14 +27,14 @@ def run_sections(byte_corpus: Path, *layers: dict[str, dict[str, object]]) -> di
 
 
 def forget_after(run_folder: Path, step: int) -> None:
-    """Leave the folder as a crash right before the last checkpoint would have left it."""
+    """Delete later checkpoints, as if the run had crashed right before it wrote them."""
     for folder in list_checkpoints(run_folder):
         if int(folder.name.removeprefix("step_")) > step:
             shutil.rmtree(folder)
 
 
 def steps_logged(run_folder: Path) -> list[tuple[int, bool]]:
-    """Of training and validation rows; a save is written down when it ends, a step or two later."""
+    """Return the steps of training and validation rows. Rows of saves come when the save ends, a step or two later."""
     return [(row["step"], "loss" in row) for row in read_metrics(run_folder) if "loss" in row or "val_loss" in row]
 
 
@@ -49,7 +49,7 @@ def weights_of(run_folder: Path) -> dict[str, bytes]:
 def test_the_same_run_continues_bit_for_bit(
     backend: str, processes: int, precision: str, byte_corpus: Path, tmp_path: Path
 ) -> None:
-    """Losses, weights and moments equal those of the run that was never interrupted; dropout is active."""
+    """Losses, weights and moments equal those of the uninterrupted run; dropout is active."""
     sections = run_sections(byte_corpus, {"run": {"precision": precision}, "model": {"dropout": 0.1}})
     whole = curve_of(backend, tmp_path, sections, processes)
     weights = weights_of(tmp_path)
@@ -97,7 +97,7 @@ def whole(byte_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve:
     return curve_of("ddp", tmp_path_factory.mktemp("whole"), run_sections(byte_corpus))
 
 
-def test_a_finished_run_is_left_alone(byte_corpus: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_changed(byte_corpus: Path, tmp_path: Path) -> None:
     sections = run_sections(byte_corpus)
     curve_of("ddp", tmp_path, sections)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""TensorBoard over two runs, looked at in a real browser: layout, curves, samples as text, hyper-parameters."""
+"""TensorBoard pages of two runs in a real browser: layout, curves, generated text, hyperparameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.runs import child_environment
 PAGE = "/look"
 STARTS_WITHIN_S = 60.0
 
-# TensorBoard keeps its pages in shadow roots, which a browser does not print; a page of the same origin can read them.
+# A browser does not print TensorBoard's shadow roots, but a page of the same origin can read them.
 LOOKING_PAGE = """<!doctype html><body><iframe id="frame" style="border: 0; width: {width}px; height: 2000px"
 src="/#{tab}"></iframe><pre id="measured"></pre><script>
 const everything = (node, found = []) => {{
@@ -62,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Relay(BaseHTTPRequestHandler):
-    """TensorBoard at another port, and one page beside it."""
+    """Forwards to TensorBoard on another port, and serves one more page."""
 
     def __init__(self, *arguments: Any, port: int, page: str) -> None:
         self.tensorboard, self.page = f"http://127.0.0.1:{port}", page
@@ -93,7 +93,7 @@ class Relay(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +117,13 @@ def _wait_for_runs(port: int) -> None:
                 if len(json.load(answer)) == 2:
                     return
         except OSError:
-            pass  # it does not listen yet
+            pass  # it is not listening yet
         assert time.monotonic() < deadline, "TensorBoard has not found the runs"
         time.sleep(0.2)
 
 
 def look(port: int, tab: str, width: int) -> dict[str, Any]:
-    """Text and curves of a tab in a window of a width. No script may have failed."""
+    """Return the text and curves of a tab at a window width; check that no script failed."""
     page = LOOKING_PAGE.format(tab=tab, width=width)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Relay, port=port, page=page))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -147,14 +147,14 @@ def test_the_layout_shows_both_runs(tensorboard_port: int, width: int) -> None:
 
 
 @needs_browser
-def test_samples_are_on_the_page_of_texts(tensorboard_port: int) -> None:
+def test_generated_text_is_on_the_text_page(tensorboard_port: int) -> None:
     text = look(tensorboard_port, "text", DESKTOP)["text"]
     assert "Once upon a time a small run" in text
     assert "Once upon a time a large run" in text
 
 
 @needs_browser
-def test_hyper_parameters_stand_beside_final_metrics(tensorboard_port: int) -> None:
+def test_hyperparameters_are_beside_final_metrics(tensorboard_port: int) -> None:
     text = look(tensorboard_port, "hparams", DESKTOP)["text"]
     for column in ("optimizer.learning_rate", "backend.name", "final/loss", "final/validation_loss"):
         assert column in text

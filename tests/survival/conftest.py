@@ -1,4 +1,4 @@
-"""A short run, its uninterrupted curve, and what is said of every run that came to its end in spite of something."""
+"""A short run and its uninterrupted curve, with which interrupted runs are compared."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ SHORT_RUN: Sections = {
 
 @pytest.fixture(scope="session")
 def sections(byte_corpus: Path) -> Sections:
-    """A run of a few seconds."""
+    """Return the config of a run that takes a few seconds."""
     return merged(TINY_BYTE_RUN, SHORT_RUN, {"data": {"path": str(byte_corpus)}})
 
 
 @pytest.fixture(scope="session")
 def large_sections(corpus: Path) -> Sections:
-    """The same with GPT-2's vocabulary: a checkpoint takes 32 MB, everything else in the folder next to nothing."""
+    """Return the same config with GPT-2's vocabulary: a checkpoint takes 32 MB, other files very little."""
     return merged(TINY_RUN, SHORT_RUN, {"data": {"path": str(corpus)}})
 
 
 @pytest.fixture(scope="session")
 def whole(sections: Sections, tmp_path_factory: pytest.TempPathFactory) -> Curve:
-    """Of the run that nothing happened to."""
+    """Return the curve of the uninterrupted run."""
     return curve_of("ddp", tmp_path_factory.mktemp("whole"), sections)
 
 
 def steps_of(run_folder: Path) -> list[int]:
-    """The steps of a run's checkpoints."""
+    """Return the steps of a run's checkpoints."""
     return [read_state(folder)[0].step for folder in list_checkpoints(run_folder)]
 
 
 def assert_same_curve(run_folder: Path, whole: Curve) -> None:
-    """Every step once, within the tolerance between backends."""
+    """Check that every step was logged once, with losses within the tolerance between backends."""
     curve = read_curve(run_folder)
     assert len(curve.losses) == len(whole.losses), "a gap or a duplicate"
     assert curve.largest_loss_difference(whole) <= LOSS_TOLERANCE["fp32"]

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, or far from what they were."""
+"""Losses and gradients that are not finite, or that spike."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def train(backend: str, processes: int, folder: Path, sections: Sections, sample
 def test_a_step_that_is_not_finite_is_skipped(
     backend: str, processes: int, precision: str, sections: Sections, tmp_path: Path
 ) -> None:
-    """Step 3 has samples 8 to 11; 9 is bad, on one rank only."""
+    """Step 3 has samples 8 to 11; sample 9 is bad, on one rank only."""
     sections = merged(sections, {"run": {"precision": precision}, "schedule": {"max_steps": 5}})
     status, output = train(backend, processes, tmp_path / "run", sections, "9", "nan")
     assert status == 0, output
@@ -68,13 +68,13 @@ def test_too_many_in_a_row_stop_the_run(backend: str, processes: int, sections: 
     assert status != 0
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "step 7" in line and "samples 24 to 27" in line and "3 steps in a row were not finite" in line
-    assert "Traceback" not in output or processes > 1  # torchrun shows one of its own
+    assert "Traceback" not in output or processes > 1  # torchrun prints its own
     assert steps_of(tmp_path / "run") == [4]
     assert find_damage(list_checkpoints(tmp_path / "run")[0]) is None
 
 
 @pytest.mark.parametrize(("backend", "processes"), [("ddp", 1), ("fsdp", 2), ("zero2", 2)])
-def test_a_spike_goes_back_and_leaves_the_batch_out(
+def test_a_spike_rolls_the_run_back_and_leaves_the_batch_out(
     backend: str, processes: int, sections: Sections, tmp_path: Path
 ) -> None:
     guarded = merged(

@@ -1,4 +1,4 @@
-"""Training outlives a disk that is full or read-only. A checkpoint of the run here takes 32 MB."""
+"""Training continues on a disk that is full or read-only. A checkpoint of this run takes 32 MB."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.survival.conftest import STEPS
 
 
 def in_small_tmpfs(folder: Path, size: str, script: str) -> subprocess.CompletedProcess[str]:
-    """A shell script with a small disk of its own at ``folder``; root's mounts need a namespace, no real root."""
+    """Run a shell script with a small file system at ``folder``, mounted in a user namespace."""
     mounted = f"mount -t tmpfs -o size={size} tmpfs {folder} && {script}"
     return subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted],
@@ -33,7 +33,7 @@ def can_mount_tmpfs() -> bool:
     return probe.returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not can_mount_tmpfs(), reason="this machine lets nobody mount a tmpfs in a namespace")
+pytestmark = pytest.mark.skipif(not can_mount_tmpfs(), reason="this machine does not allow a tmpfs in a user namespace")
 
 
 def train_command(folder: Path, sections: Sections, after: str = "") -> str:
@@ -42,20 +42,20 @@ def train_command(folder: Path, sections: Sections, after: str = "") -> str:
     return f"{after} {sys.executable} {TRAIN} {arguments}; echo status $?; {look}"
 
 
-def test_training_goes_on_and_the_end_is_an_error(large_sections: Sections, tmp_path: Path) -> None:
-    """Room for one checkpoint; the second, the third and the last cannot be written."""
+def test_training_continues_and_a_failed_last_save_is_an_error(large_sections: Sections, tmp_path: Path) -> None:
+    """One checkpoint fits; the second, the third and the last cannot be written."""
     result = in_small_tmpfs(tmp_path, "40m", train_command(tmp_path / "run", large_sections))
     output = result.stdout + result.stderr
     assert "No space left on device" in output and "failed saves in this run: 1" in output
     assert "failed saves in this run: 2" in output
-    assert f"step {STEPS}/{STEPS} | loss" in output, "training went on to its last step"
+    assert f"step {STEPS}/{STEPS} | loss" in output, "training continued to its last step"
     assert "error: cannot save" in output and "status 2" in output
     assert "\nstep_00000004\n" in output and ".partial" not in output.split("status 2")[1]
     assert "Traceback" not in output
 
 
-def test_room_again_is_no_error(large_sections: Sections, tmp_path: Path) -> None:
-    """A file of someone else fills the disk while the first saves are due, and goes."""
+def test_space_that_is_freed_in_time_is_no_error(large_sections: Sections, tmp_path: Path) -> None:
+    """Another file fills the disk while the first saves are due, and is then deleted."""
     folder = tmp_path / "run"
     filler = f"{tmp_path}/filler"
     freed = (

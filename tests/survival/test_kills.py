@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, and what the documentation says about ends."""
+"""SIGKILL at random moments, and the documented exit statuses."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.support.runs import REPOSITORY, Curve, curve_of
 
 
 @pytest.mark.parametrize("seed", [11, 12, 13])
-def test_a_run_killed_at_random_comes_to_the_same_end(
+def test_a_run_killed_at_random_reaches_the_same_end(
     seed: int, corpus: Path, tmp_path: Path, uninterrupted: Callable[[], Curve]
 ) -> None:
-    """A short, seeded part of ``make chaos``."""
+    """A short, seeded version of ``make chaos``."""
     outcome: Outcome = survive(0, seed, corpus, tmp_path, uninterrupted())
     assert outcome.problems == [], outcome
 

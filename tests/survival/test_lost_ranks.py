@@ -1,4 +1,4 @@
-"""A rank that is killed or hangs ends the others, by name; the launcher starts all again."""
+"""If a rank is killed or hangs, the others exit and name it, and the launcher restarts all ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HELD_AFTER = 2 * EVERY_STEPS + 1  # the second save has begun by then, so the fi
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_torchrun_continues_by_itself_after_a_rank_was_killed(
+def test_torchrun_restarts_after_a_rank_was_killed(
     victim: int, sections: Sections, tmp_path: Path, whole: Curve
 ) -> None:
     folder = tmp_path / "run"
@@ -52,8 +52,8 @@ def test_a_rank_that_hangs_is_named_in_time(victim: int, sections: Sections, tmp
         assert f"silent for {timeout_s} s" in run.output
 
 
-def test_none_starts_from_scratch_once_only(sections: Sections, tmp_path: Path, whole: Curve) -> None:
-    """With --resume none, too, a restart by the launcher continues."""
+def test_none_starts_from_scratch_only_once(sections: Sections, tmp_path: Path, whole: Curve) -> None:
+    """A restart by the launcher continues the run even with --resume none."""
     folder = tmp_path / "run"
     fresh = merged(sections, {"checkpoint": {"resume": "none"}})
     restarting = ["--max-restarts=1"]
@@ -66,15 +66,15 @@ def test_none_starts_from_scratch_once_only(sections: Sections, tmp_path: Path, 
     assert_same_curve(folder, whole)
 
 
-def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(sections: Sections, tmp_path: Path, whole: Curve) -> None:
-    """Two agents of torchrun --nnodes 1:2; one is killed with its rank."""
+def test_an_elastic_run_continues_on_the_remaining_nodes(sections: Sections, tmp_path: Path, whole: Curve) -> None:
+    """Start two agents of torchrun --nnodes 1:2, and kill one of them with its rank."""
     folder = tmp_path / "run"
     port = free_port()
     rendezvous = f"--rdzv-backend=c10d --rdzv-endpoint=localhost:{port} --rdzv-id=elastic --max-restarts=3"
     options = "--rdzv-conf=last_call_timeout=15,join_timeout=120 --nnodes=1:2 --nproc-per-node=1 --local-addr=localhost"
     launcher = [sys.executable, "-m", "torch.distributed.run", *rendezvous.split(), *options.split()]
     with LiveRun("fsdp", folder, sections, command=launcher, hold_after=HELD_AFTER) as first:
-        first.wait_until(lambda: is_open(port))  # who comes first serves the rendezvous, and must not be the one killed
+        first.wait_until(lambda: is_open(port))  # the first one serves the rendezvous, and must not be killed
         second = LiveRun("fsdp", folder, sections, command=launcher, name="second", hold_after=HELD_AFTER)
         with second:
             first.wait_for_step(HELD_AFTER)

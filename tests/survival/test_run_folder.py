@@ -1,4 +1,4 @@
-"""A second run in the folder, and data that changed under a run."""
+"""A second run in the same folder, and data that changed between two starts of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_second_run_in_the_folder_is_refused(sections: Sections, tmp_path: Pat
         assert second.stderr.startswith("error: run.out_dir: ") and f"pid {run.process.pid}" in second.stderr
         assert len(second.stderr.splitlines()) == 1
         run.release()
-        run.wait_for_step(reached + 2)  # the first is not disturbed
+        run.wait_for_step(reached + 2)  # the first run is not disturbed
 
 
 def test_other_data_under_the_same_path_is_refused(sections: Sections, tmp_path: Path) -> None:

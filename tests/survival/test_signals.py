@@ -1,4 +1,4 @@
-"""A signal ends a run after the step and a save; the same command continues it."""
+"""A signal ends a run after the current step and a save; the same command continues it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_signal_ends_the_run_after_a_save(
     assert find_damage(last) is None
     assert read_state(last)[0].step == max(row["step"] for row in read_metrics(folder))
     continued = curve_of("ddp", folder, sections)
-    assert continued == whole, "continued on the same side: bit by bit"
+    assert continued == whole, "on the same backend and world size, bit for bit"
 
 
 @pytest.mark.parametrize("backend", ["fsdp", "zero3"])
@@ -67,7 +67,7 @@ def test_ctrl_c_under_deepspeed(sections: Sections, tmp_path: Path) -> None:
     with LiveRun("zero2", folder, sections, command=deepspeed, hold_after=2) as run:
         run.wait_for_step(2)
         ranks = run.ranks()
-        os.killpg(run.process.pid, signal.SIGINT)  # a terminal signals all of its processes
+        os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
         run.wait()
         run.wait_until_gone(ranks)
         assert "SIGINT received: stopped after step" in run.output

@@ -1,4 +1,4 @@
-"""A batch in tokens becomes accumulation for the world size there is, or says which batches would fit."""
+"""A batch in tokens determines the accumulation at any world size, or the error lists batches that fit."""
 
 from __future__ import annotations
 

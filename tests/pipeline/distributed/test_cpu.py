@@ -15,7 +15,6 @@ import torch
 
 from pipeline.distributed import cpu
 from pipeline.distributed.cpu import CpuBinding, bind_to_cores, split_cores
-from pipeline.distributed.environment import requested_threads
 from pipeline.distributed.world import World
 
 
@@ -65,28 +64,6 @@ def test_the_users_threads_are_kept(monkeypatch: pytest.MonkeyPatch, bound: list
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert bind_to_cores(World(0, 1, 0, torch.device("cpu"))) == CpuBinding(5, None)
     assert bound == []
-
-
-@pytest.mark.parametrize(
-    ("variables", "threads"),
-    [
-        ({}, None),
-        ({"OMP_NUM_THREADS": "4"}, 4),
-        ({"OMP_NUM_THREADS": "1"}, 1),
-        ({"OMP_NUM_THREADS": "many"}, None),
-        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}, None),
-        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "1"}, 1),
-        ({"OMP_NUM_THREADS": "3", "TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}, 3),
-    ],
-)
-def test_torchruns_default_of_one_thread_is_ignored(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], threads: int | None
-) -> None:
-    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert requested_threads() == threads
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the device can do, measured."""
+"""Properties of the device agree with direct measurements."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.distributed import device as hardware
+from pipeline.distributed import device
 from pipeline.distributed.device import (
     compiler_works,
     matmul_dtype,
@@ -29,8 +29,8 @@ def test_dtype_of_matrix_products(precision: str, dtype: torch.dtype) -> None:
     assert matmul_dtype(precision) is dtype
 
 
-def test_the_ceiling_is_what_a_large_product_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(hardware._CEILING_SIZE, "cpu", 512)
+def test_the_ceiling_is_the_speed_of_a_large_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(device._CEILING_SIZE, "cpu", 512)
     ceiling = measure_matmul_ceiling(CPU, torch.float32)
     a = torch.randn(512, 512)
     durations_s = []
@@ -49,9 +49,7 @@ def test_peak_memory_is_in_bytes() -> None:
     assert peak_memory_bytes(CPU) == pytest.approx(int(peak_kib) * 1024, rel=0.05)
 
 
-def test_a_broken_compiler_is_reported_and_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_broken_compiler_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def broken(function: object) -> object:
         raise RuntimeError("no C++ compiler\nfound")
 

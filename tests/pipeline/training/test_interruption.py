@@ -1,4 +1,4 @@
-"""A signal is noted and obeyed after the step; a person who insists gets through."""
+"""A signal is recorded and all ranks agree on it; a second Ctrl-C ends the process."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pipeline.training.interruption import STOP_SIGNALS, StopRequest
 
 
 def send(number: signal.Signals) -> None:
-    """A real signal to this process, handled before this returns."""
+    """Send a real signal to this process, and return after it has been handled."""
     os.kill(os.getpid(), number)
     time.sleep(0.001)
 
 
 @pytest.fixture(autouse=True)
-def handlers_as_before() -> Iterator[None]:
+def handlers_are_restored() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     after = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -31,17 +31,17 @@ def handlers_as_before() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
-def test_a_signal_is_noted_and_agreed_on(world: World, number: signal.Signals) -> None:
+def test_a_signal_is_recorded_and_agreed_on(world: World, number: signal.Signals) -> None:
     request = StopRequest(world)
     with request.listening():
         assert request.agreed() is None
         send(number)
         assert request.agreed() is number
         assert request.agreed() is number
-    assert request.agreed() is number, "the end of listening does not forget it"
+    assert request.agreed() is number, "still recorded after listening"
 
 
-def test_without_a_signal_nothing_is_asked(world: World) -> None:
+def test_without_a_signal_there_is_no_request(world: World) -> None:
     request = StopRequest(world)
     with request.listening():
         pass
@@ -49,7 +49,7 @@ def test_without_a_signal_nothing_is_asked(world: World) -> None:
 
 
 def test_the_first_of_several_is_the_reason(world: World) -> None:
-    """A scheduler warns first, and asks again before the time is up."""
+    """A scheduler sends a warning first, and another signal at the time limit."""
     request = StopRequest(world)
     with request.listening():
         send(signal.SIGUSR1)
@@ -58,20 +58,23 @@ def test_the_first_of_several_is_the_reason(world: World) -> None:
         assert request.agreed() is signal.SIGUSR1
 
 
-def test_handlers_of_before_are_put_back(world: World) -> None:
-    heard: list[int] = []
-    before = {number: signal.signal(number, lambda received, frame: heard.append(received)) for number in STOP_SIGNALS}
+def test_earlier_handlers_are_restored(world: World) -> None:
+    received_signals: list[int] = []
+    before = {
+        number: signal.signal(number, lambda received, frame: received_signals.append(received))
+        for number in STOP_SIGNALS
+    }
     with StopRequest(world).listening():
         send(signal.SIGTERM)
-    assert heard == []
+    assert received_signals == []
     for number in STOP_SIGNALS:
         send(number)
-    assert heard == list(STOP_SIGNALS)
+    assert received_signals == list(STOP_SIGNALS)
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def test_handlers_are_put_back_after_an_error(world: World) -> None:
+def test_earlier_handlers_are_restored_after_an_error(world: World) -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(ValueError, match="the step failed"), StopRequest(world).listening():
         assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
@@ -79,8 +82,8 @@ def test_handlers_are_put_back_after_an_error(world: World) -> None:
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
-def test_who_lost_another_rank_is_not_cut_off(world: World) -> None:
-    """The launcher's SIGTERM comes while this rank finds out whom it lost, to say so."""
+def test_handlers_stay_after_the_error_of_a_lost_rank(world: World) -> None:
+    """The launcher sends SIGTERM while this rank is still finding out which rank was lost."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     with pytest.raises(RuntimeError, match="connection closed by peer"), StopRequest(world).listening():
         raise RuntimeError("connection closed by peer")
@@ -89,8 +92,8 @@ def test_who_lost_another_rank_is_not_cut_off(world: World) -> None:
         signal.signal(number, handler)
 
 
-class TestInsisting:
-    def test_the_same_ctrl_c_passed_on_by_a_launcher_is_one_request(self, world: World) -> None:
+class TestRepeatedSignals:
+    def test_a_ctrl_c_that_the_launcher_forwards_is_one_request(self, world: World) -> None:
         request = StopRequest(world)
         with request.listening():
             send(signal.SIGINT)
@@ -100,7 +103,7 @@ class TestInsisting:
             assert request.agreed() is signal.SIGINT
 
     @pytest.mark.parametrize("first", STOP_SIGNALS, ids=lambda number: number.name)
-    def test_a_later_ctrl_c_is_an_ordinary_one(
+    def test_a_later_ctrl_c_ends_the_process(
         self, world: World, monkeypatch: pytest.MonkeyPatch, first: signal.Signals
     ) -> None:
         monkeypatch.setattr(interruption, "_ONE_REQUEST_S", 0.05)
@@ -110,11 +113,11 @@ class TestInsisting:
             time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
-            pytest.fail("the second Ctrl-C was not heard")
+            pytest.fail("the second Ctrl-C had no effect")
         assert request.agreed() is first
 
     @pytest.mark.parametrize("later", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-    def test_a_scheduler_that_asks_again_changes_nothing(
+    def test_a_second_signal_of_a_scheduler_changes_nothing(
         self, world: World, monkeypatch: pytest.MonkeyPatch, later: signal.Signals
     ) -> None:
         monkeypatch.setattr(interruption, "_ONE_REQUEST_S", 0.0)

@@ -1,4 +1,4 @@
-"""A run starts where its user means it to, and never takes one history for another."""
+"""A run starts where the user asks it to, and never continues a different run by mistake."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def config_of(run_folder: Path, resume: str | Path = "auto", **sections: dict[st
 
 @pytest.fixture
 def save(run_folder: Path, world: World) -> Save:
-    """A checkpoint of a step, as a run that was started with ``resume`` writes it."""
+    """Save a checkpoint of a step, as a run started with ``resume`` does."""
     config = config_of(run_folder)
     backend = DdpBackend(build_model(config.model, 1), config, world)
 
@@ -67,8 +67,8 @@ def names(run_folder: Path) -> list[str]:
     return sorted(path.name for path in (run_folder / "checkpoints").iterdir())
 
 
-def expect_refused(message: str, run_folder: Path, resume: str | Path = "auto", **options: Any) -> None:
-    """In one line, and the checkpoints are as they were."""
+def assert_refused(message: str, run_folder: Path, resume: str | Path = "auto", **options: Any) -> None:
+    """Check that the start is refused in one line, and that no checkpoint is changed."""
     before = names(run_folder)
     with pytest.raises(CheckpointError, match=message) as caught:
         start(run_folder, resume, **options)
@@ -89,7 +89,7 @@ class TestAuto:
         assert start(run_folder) == newest
         assert names(run_folder) == ["step_00000002", "step_00000004"]
 
-    def test_damaged_ones_are_passed_over_and_set_aside(
+    def test_damaged_ones_are_skipped_and_set_aside(
         self, save: Save, run_folder: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         good = save(2)
@@ -107,7 +107,7 @@ class TestAuto:
         assert names(run_folder) == ["step_00000002", "step_00000004"]
 
     def test_all_damaged_is_a_start_from_scratch(self, save: Save, run_folder: Path) -> None:
-        """They are set aside, so that they are not taken for what the run writes next."""
+        """They are set aside, so that a later start does not take them for this run's newest."""
         for step in (2, 4):
             damage(save(step))
         assert start(run_folder) is None
@@ -131,9 +131,9 @@ class TestNone:
         folder = save(2)
         if harm:
             damage(folder)
-        expect_refused(f"{run_folder} already holds checkpoints of a run; .*--resume auto", run_folder, "none")
+        assert_refused(f"{run_folder} already holds checkpoints of a run; .*--resume auto", run_folder, "none")
 
-    def test_a_launcher_that_starts_it_anew_continues_it(
+    def test_a_restart_by_the_launcher_continues(
         self, save: Save, run_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
@@ -143,7 +143,7 @@ class TestNone:
         damage(newest)
         assert start(run_folder, "none") == newest.with_name("step_00000002")
 
-    def test_a_launcher_that_was_refused_does_not_continue_an_older_run(
+    def test_a_restart_does_not_continue_an_older_launch(
         self, save: Save, run_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "an older launch")
@@ -151,14 +151,14 @@ class TestNone:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
         for restarts in ("0", "1", "2"):
             monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-            expect_refused("already holds checkpoints", run_folder, "none")
+            assert_refused("already holds checkpoints", run_folder, "none")
 
     def test_the_launchers_first_start_is_none(
         self, save: Save, run_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         save(2)
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-        expect_refused("already holds checkpoints", run_folder, "none")
+        assert_refused("already holds checkpoints", run_folder, "none")
 
     def test_a_launcher_may_start_anew_before_the_first_checkpoint(
         self, run_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -205,7 +205,7 @@ class TestGoingBack:
         older = save(2)
         save(4)
         damage(older)
-        expect_refused("rank_00000_moments.safetensors: .*give another checkpoint", run_folder, older)
+        assert_refused("rank_00000_moments.safetensors: .*give another checkpoint", run_folder, older)
 
     def test_one_set_aside_can_be_named(self, save: Save, run_folder: Path) -> None:
         older = [save(step) for step in (2, 4)][0]
@@ -214,7 +214,7 @@ class TestGoingBack:
         assert start(run_folder, abandoned) == abandoned
         assert find_damage(abandoned) is None
 
-    def test_from_one_set_aside_the_same_step_of_the_other_branch_is_not_preferred(
+    def test_one_set_aside_is_preferred_to_the_same_step_of_the_other_branch(
         self, save: Save, run_folder: Path
     ) -> None:
         older = [save(step) for step in (2, 4)][0]
@@ -223,7 +223,7 @@ class TestGoingBack:
         abandoned = older.with_name("step_00000004.abandoned")
         assert start(run_folder, abandoned) == abandoned
         assert older.with_name("step_00000004") not in list_checkpoints(run_folder)
-        assert find_damage(abandoned) is None, "it is what the run goes on from"
+        assert find_damage(abandoned) is None, "the run continues from it"
         newer = save(5, abandoned)
         assert start(run_folder, abandoned) == start(run_folder) == newer
 
@@ -243,7 +243,7 @@ class TestAnotherRun:
     def other(self, save: Save, tmp_path: Path) -> Path:
         return [save(step, folder=tmp_path / "other") for step in (6, 8)][0]
 
-    def test_a_new_run_begins_from_it_and_leaves_it_alone(self, other: Path, run_folder: Path) -> None:
+    def test_a_new_run_starts_from_it_and_does_not_change_it(self, other: Path, run_folder: Path) -> None:
         assert start(run_folder, other) == other
         assert start(run_folder, other.parent.parent) == other.with_name("step_00000008")
         assert names(other.parent.parent) == ["step_00000006", "step_00000008"]
@@ -257,18 +257,18 @@ class TestAnotherRun:
 
     def test_a_folder_that_holds_a_run_is_refused(self, save: Save, other: Path, run_folder: Path) -> None:
         save(2)
-        expect_refused(f"{run_folder} already holds checkpoints of another run than {other};", run_folder, other)
+        assert_refused(f"{run_folder} already holds checkpoints of another run than {other};", run_folder, other)
 
     def test_a_branch_of_a_third_one_is_refused_too(
         self, save: Save, other: Path, run_folder: Path, tmp_path: Path
     ) -> None:
         save(7, other)
         third = save(3, folder=tmp_path / "third")
-        expect_refused("already holds checkpoints of another run", run_folder, third)
+        assert_refused("already holds checkpoints of another run", run_folder, third)
 
-    def test_what_is_no_checkpoint_is_refused(self, save: Save, run_folder: Path, tmp_path: Path) -> None:
+    def test_a_path_without_a_checkpoint_is_refused(self, save: Save, run_folder: Path, tmp_path: Path) -> None:
         save(2)
-        expect_refused("nowhere: no checkpoint here", run_folder, tmp_path / "nowhere")
+        assert_refused("nowhere: no checkpoint here", run_folder, tmp_path / "nowhere")
 
 
 class TestOrderOfTheData:
@@ -290,22 +290,22 @@ class TestOrderOfTheData:
         ],
         ids=["seed", "sample length", "data", "mixture", "positions"],
     )
-    def test_another_one_is_refused(
+    def test_a_changed_order_is_refused(
         self, save: Save, run_folder: Path, change: dict[str, Any], message: str, named: bool
     ) -> None:
         older = [save(step) for step in (2, 4)][0]
-        expect_refused(message, run_folder, older if named else "auto", **change)
+        assert_refused(message, run_folder, older if named else "auto", **change)
 
-    def test_the_sample_length_may_be_said_in_another_way(self, save: Save, run_folder: Path) -> None:
+    def test_the_sample_length_may_be_given_by_another_key(self, save: Save, run_folder: Path) -> None:
         """12 is the model's context length."""
         newest = save(2)
         assert start(run_folder, data={"seq_len": 12}) == newest
 
-    def test_before_the_first_sample_all_may_change(self, save: Save, run_folder: Path) -> None:
+    def test_everything_may_change_before_the_first_sample(self, save: Save, run_folder: Path) -> None:
         newest = save(0)
         assert start(run_folder, sha256="cd" * 32, run={"seed": 7}, data={"seq_len": 6}) == newest
 
-    def test_a_checkpoint_that_knows_no_data_is_continued(self, save: Save, run_folder: Path) -> None:
+    def test_a_checkpoint_without_a_data_hash_is_continued(self, save: Save, run_folder: Path) -> None:
         newest = save(2, sha256=None)
         assert start(run_folder) == newest
 
@@ -335,19 +335,19 @@ class TestLeftovers:
         assert [step_of(folder) for folder in list_checkpoints(run_folder)] == [2]
         assert names(run_folder) == ["step_00000002"]
 
-    def test_what_cannot_be_removed_is_one_line(self, save: Save, run_folder: Path) -> None:
+    def test_a_leftover_that_cannot_be_removed_is_a_one_line_error(self, save: Save, run_folder: Path) -> None:
         leftover = save(2).parent / ".step_00000004.partial"
         leftover.write_text("a file where a folder should be")
-        expect_refused(f"{run_folder}: cannot be prepared .*{leftover.name}", run_folder)
+        assert_refused(f"{run_folder}: cannot be prepared .*{leftover.name}", run_folder)
 
 
 class TestRunFolder:
-    def test_it_is_made(self, tmp_path: Path) -> None:
+    def test_it_is_created(self, tmp_path: Path) -> None:
         for _ in range(2):
             make_run_folder(tmp_path / "new" / "run")
         assert (tmp_path / "new" / "run").is_dir()
 
-    def test_a_place_where_none_can_be_is_one_line(self, tmp_path: Path) -> None:
+    def test_a_folder_that_cannot_be_created_is_a_one_line_error(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("x")
         for place in (tmp_path / "file", tmp_path / "file" / "run"):
             with pytest.raises(ConfigError) as caught:

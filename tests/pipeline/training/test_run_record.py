@@ -15,7 +15,7 @@ from pipeline.training.run_record import RunRecord
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock that the test moves."""
 
     now = 1000.0
 
@@ -45,8 +45,8 @@ def elapsed(folder: Path) -> dict[int, float]:
     return {row["step"]: row["elapsed_s"] for row in read_metrics(folder)}
 
 
-def test_time_goes_on_where_the_run_goes_on(tmp_path: Path, clock: Clock) -> None:
-    """Ten seconds a step; steps 4 and 5 are lost to a crash but took their time; the night between does not count."""
+def test_elapsed_time_continues_with_the_run(tmp_path: Path, clock: Clock) -> None:
+    """Ten seconds per step. Steps 4 and 5 are lost in a crash but count; the hours until the next start do not."""
     first = open_record(tmp_path, resumed_step=0)
     log_steps(first, clock, range(1, 6), 10.0)
     first.close({})
@@ -57,7 +57,7 @@ def test_time_goes_on_where_the_run_goes_on(tmp_path: Path, clock: Clock) -> Non
     assert elapsed(tmp_path) == {1: 10.0, 2: 20.0, 3: 30.0, 4: 60.0, 5: 70.0, 6: 80.0}
 
 
-def test_a_run_from_scratch_begins_at_nought(tmp_path: Path, clock: Clock) -> None:
+def test_a_run_from_scratch_starts_at_zero(tmp_path: Path, clock: Clock) -> None:
     for _ in range(2):
         record = open_record(tmp_path, resumed_step=0)
         log_steps(record, clock, range(1, 3), 10.0)
@@ -65,7 +65,7 @@ def test_a_run_from_scratch_begins_at_nought(tmp_path: Path, clock: Clock) -> No
     assert elapsed(tmp_path) == {1: 10.0, 2: 20.0}
 
 
-def test_rows_of_a_run_without_the_key(tmp_path: Path, clock: Clock) -> None:
+def test_rows_without_elapsed_time_count_as_zero(tmp_path: Path, clock: Clock) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     record = open_record(tmp_path, resumed_step=1)
     log_steps(record, clock, range(2, 3), 10.0)
@@ -73,7 +73,7 @@ def test_rows_of_a_run_without_the_key(tmp_path: Path, clock: Clock) -> None:
     assert read_metrics(tmp_path)[1]["elapsed_s"] == 10.0
 
 
-def test_each_start_says_what_it_computes_on(tmp_path: Path, clock: Clock) -> None:
+def test_each_start_records_its_hardware(tmp_path: Path, clock: Clock) -> None:
     record = open_record(tmp_path, resumed_step=0)
     record.write_start(0, backend="DDP", world_size=2)
     record.close({})

@@ -1,4 +1,4 @@
-"""The learning rate: up in a straight line, down on half a cosine, a function of the step alone."""
+"""The learning rate rises linearly, falls along half a cosine, and depends on the step alone."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ SCHEDULE = ScheduleConfig(warmup_steps=10, max_steps=110, min_lr_ratio=0.1)
 @pytest.mark.parametrize(
     ("step", "share_of_peak"),
     [
-        (0, 0.1),  # the first update is not wasted
+        (0, 0.1),  # the first step has a rate above zero
         (4, 0.5),
         (9, 1.0),
         (10, 1.0),
-        (35, 0.1 + 0.9 * 0.8535533905932737),  # a quarter of the way: (1 + cos 45 degrees) / 2
+        (35, 0.1 + 0.9 * 0.8535533905932737),  # a quarter of the decay: (1 + cos 45 degrees) / 2
         (60, 0.55),
         (110, 0.1),
         (111, 0.1),
         (100_000, 0.1),
     ],
 )
-def test_values_on_the_way(step: int, share_of_peak: float) -> None:
+def test_values(step: int, share_of_peak: float) -> None:
     assert lr_at(step, OPTIMIZER, SCHEDULE) == pytest.approx(share_of_peak * PEAK, rel=1e-12)
 
 

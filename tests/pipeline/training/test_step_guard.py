@@ -1,4 +1,4 @@
-"""Which steps count as gone wrong, what is done about each, and when a run stops."""
+"""Which steps are skipped or spike, and when the run stops."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def judge_all(judge: StepGuard, norms: Iterable[float], **more: Any) -> list[Ver
 
 
 def fill_window(judge: StepGuard, steps: int = WINDOW) -> None:
-    """Losses around 3 with a deviation of 0.1, norms around 1 with one of 0.01."""
+    """Judge losses around 3 with a deviation of 0.1, and norms around 1 with a deviation of 0.01."""
     for step in range(1, steps + 1):
         sign = 1 if step % 2 else -1
         verdict = judge.judge(finished(step, loss=3.0 + sign * 0.1, norm=1.0 + sign * 0.01))
@@ -51,19 +51,19 @@ def fill_window(judge: StepGuard, steps: int = WINDOW) -> None:
 
 class TestSkips:
     @pytest.mark.parametrize("norm", [math.nan, math.inf, -math.inf])
-    def test_a_step_that_is_not_finite_was_skipped(self, norm: float, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_step_that_is_not_finite_is_skipped(self, norm: float, caplog: pytest.LogCaptureFixture) -> None:
         judge = guard()
         with caplog.at_level(logging.WARNING):
             assert judge.judge(finished(7, norm=norm)) is Verdict.SKIPPED
         assert judge.state.bad_in_a_row == 1
         assert "step 7: " in caplog.text and "samples 24 to 27" in caplog.text
 
-    def test_a_finite_step_is_good_and_leaves_no_trace(self) -> None:
+    def test_a_finite_step_is_good_and_does_not_change_the_state(self) -> None:
         judge = guard()
         assert judge_all(judge, [1.0, 1e30, 0.0], loss=None) == [Verdict.GOOD] * 3
         assert judge.state == GuardState()
 
-    def test_so_many_in_a_row_stop_the_run(self) -> None:
+    def test_too_many_in_a_row_stop_the_run(self) -> None:
         judge = guard(max_bad_steps=3)
         judge_all(judge, [math.nan] * 2)
         with pytest.raises(TrainingError) as caught:
@@ -72,23 +72,23 @@ class TestSkips:
         assert line.startswith("step 3: loss nan, gradient norm nan (samples 8 to 11): 3 steps in a row")
         assert "learning_rate" in line and "guard.max_bad_steps" in line and "\n" not in line
 
-    def test_one_may_be_too_many(self) -> None:
+    def test_a_limit_of_one(self) -> None:
         with pytest.raises(TrainingError, match=r"step 1: .*1 steps in a row"):
             guard(max_bad_steps=1).judge(finished(norm=math.inf))
 
-    def test_a_finite_step_ends_the_row(self) -> None:
+    def test_a_finite_step_resets_the_count(self) -> None:
         judge = guard(max_bad_steps=3)
         verdicts = judge_all(judge, [math.nan, math.nan, 1.0] * 5)
         assert verdicts == [Verdict.SKIPPED, Verdict.SKIPPED, Verdict.GOOD] * 5
         assert judge.state.bad_in_a_row == 0
 
-    def test_a_row_goes_on_after_a_restart(self) -> None:
+    def test_the_count_continues_after_a_restart(self) -> None:
         judge = guard(GuardState(bad_in_a_row=2), max_bad_steps=3)
         with pytest.raises(TrainingError, match="3 steps in a row"):
             judge.judge(finished(norm=math.nan))
 
-    def test_looking_for_the_loss_scale_does_not_count(self) -> None:
-        """fp16 begins far too high, and halves after each overflow."""
+    def test_overflows_of_a_high_loss_scale_do_not_count(self) -> None:
+        """fp16 starts with a high loss scale and halves it after each overflow."""
         judge = guard(max_bad_steps=2)
         for step in range(1, 17):
             assert judge.judge(finished(step, norm=math.inf, loss_scale=2.0 ** (17 - step))) is Verdict.SKIPPED
@@ -97,7 +97,7 @@ class TestSkips:
         with pytest.raises(TrainingError, match="2 steps in a row"):
             judge.judge(finished(18, norm=math.inf, loss_scale=0.5))
 
-    def test_a_skip_at_a_high_loss_scale_does_not_end_the_row(self) -> None:
+    def test_a_skip_at_a_high_loss_scale_does_not_reset_the_count(self) -> None:
         judge = guard(max_bad_steps=3)
         judge.judge(finished(1, norm=math.nan))
         judge.judge(finished(2, norm=math.nan, loss_scale=2.0))
@@ -110,13 +110,13 @@ class TestSkips:
 
 
 class TestSpikes:
-    def test_without_a_threshold_none_are_looked_for(self) -> None:
+    def test_without_a_threshold_no_step_is_a_spike(self) -> None:
         judge = guard()
         assert not judge.watches_spikes
         assert judge_all(judge, [1.0] * 200 + [1e9], loss=None)[-1] is Verdict.GOOD
 
     @pytest.mark.parametrize("spike", [{"loss": 3.5}, {"norm": 1.05}], ids=["loss", "norm"])
-    def test_a_loss_or_a_norm_far_above_the_last_ones_is_one(
+    def test_a_loss_or_norm_far_above_the_last_ones_is_a_spike(
         self, spike: dict[str, float], caplog: pytest.LogCaptureFixture
     ) -> None:
         judge = spike_guard()
@@ -127,22 +127,22 @@ class TestSpikes:
         what = "loss" if "loss" in spike else "gradient norm"
         assert f"step 11: loss {spike.get('loss', 3.0):.4g}" in caplog.text
         assert f"its {what} is 5.0 standard deviations above the last 10 steps" in caplog.text
-        assert judge.state == before, "a spike is no measure for the steps after it"
+        assert judge.state == before, "a spike does not enter the window"
 
     @pytest.mark.parametrize("usual", [{"loss": 3.39}, {"norm": 1.039}, {"loss": 0.1}, {"norm": 0.0}])
-    def test_what_is_below_the_threshold_is_none(self, usual: dict[str, float]) -> None:
-        """Downwards nothing is."""
+    def test_below_the_threshold_no_step_is_a_spike(self, usual: dict[str, float]) -> None:
+        """A fall is never a spike."""
         judge = spike_guard()
         fill_window(judge)
         assert judge.judge(finished(11, **usual)) is Verdict.GOOD
 
     @pytest.mark.parametrize("loss", [math.nan, math.inf])
-    def test_a_loss_that_is_not_finite_is_one(self, loss: float) -> None:
+    def test_a_loss_that_is_not_finite_is_a_spike(self, loss: float) -> None:
         judge = spike_guard()
         fill_window(judge)
         assert judge.judge(finished(11, loss=loss)) is Verdict.SPIKE
 
-    def test_nothing_is_one_before_the_window_is_full(self) -> None:
+    def test_no_step_is_a_spike_before_the_window_is_full(self) -> None:
         judge = spike_guard()
         fill_window(judge, WINDOW - 1)
         assert judge.judge(finished(10, loss=1e6, norm=1e6)) is Verdict.GOOD
@@ -153,29 +153,29 @@ class TestSpikes:
         for step in range(11, 21):
             judge.judge(finished(step, loss=2.0 + 0.01 * (step % 2), norm=1.0))
         assert len(judge.state.recent) == WINDOW
-        assert judge.judge(finished(21, loss=2.9)) is Verdict.SPIKE, "3 is long ago"
+        assert judge.judge(finished(21, loss=2.9)) is Verdict.SPIKE, "the losses of 3 have left the window"
 
     @pytest.mark.parametrize("value", [3.0, 1e-30, 1e6, 0.0])
-    def test_rounding_in_a_flat_window_is_none(self, value: float) -> None:
+    def test_rounding_in_a_flat_window_is_no_spike(self, value: float) -> None:
         judge = spike_guard()
         judge_all(judge, [value] * WINDOW, loss=value)
         assert judge.judge(finished(11, loss=math.nextafter(value, -1), norm=value * (1 + 1e-7))) is Verdict.GOOD
         if value:
             assert judge.judge(finished(12, loss=value * 1.01, norm=value)) is Verdict.SPIKE
 
-    def test_in_a_window_of_zeros_anything_more_is_one(self) -> None:
+    def test_in_a_window_of_zeros_any_increase_is_a_spike(self) -> None:
         judge = spike_guard()
         judge_all(judge, [1.0] * WINDOW, loss=0.0)
         assert judge.judge(finished(11, loss=1e-9)) is Verdict.SPIKE
 
-    def test_a_deviation_by_hand(self) -> None:
+    def test_z_scores_computed_by_hand(self) -> None:
         assert z_score(10.0, (2.0, 4.0, 4.0, 4.0, 5.0, 5.0, 7.0, 9.0)) == pytest.approx(2.5)
         assert z_score(0.0, (-1.0, 1.0)) == 0.0
         assert math.isnan(z_score(math.nan, (1.0, 2.0)))
 
 
 class TestRollbacks:
-    def test_so_many_rollbacks_stop_the_run(self) -> None:
+    def test_too_many_rollbacks_stop_the_run(self) -> None:
         judge = spike_guard(max_rollbacks=2)
         fill_window(judge)
         stored = judge.state
@@ -190,13 +190,13 @@ class TestRollbacks:
         assert line.startswith("step 13: loss 9,") and "after 2 rollbacks" in line and "\n" not in line
         assert "guard.max_rollbacks" in line and "samples 48 to 51" in line
 
-    def test_none_may_be_allowed(self) -> None:
+    def test_a_limit_of_zero(self) -> None:
         judge = spike_guard(max_rollbacks=0)
         fill_window(judge)
         with pytest.raises(TrainingError, match="after 0 rollbacks"):
             judge.judge(finished(11, loss=9.0))
 
-    def test_the_window_goes_back_and_what_was_learned_stays(self) -> None:
+    def test_a_rollback_restores_the_window_and_keeps_the_skipped_samples(self) -> None:
         judge = spike_guard()
         fill_window(judge)
         stored = GuardState(bad_in_a_row=1, recent=judge.state.recent[:4])
@@ -234,13 +234,13 @@ class TestLeftOutSamples:
         ],
     )
     def test_no_step_touches_them(self, left_out: tuple[tuple[int, int], ...], starts: list[int]) -> None:
-        """Also where another batch size has come since: ranges need not begin where steps do."""
+        """Ranges need not begin where steps do, because the batch size may have changed."""
         judge = guard(GuardState(skipped_samples=left_out))
         assert self.steps_from(judge, 0, 4, 5) == starts
         used = {sample for start in starts for sample in range(start, start + 4)}
         assert not used & {sample for first, stop in left_out for sample in range(first, stop)}
 
-    def test_a_run_that_went_back_does_not_meet_the_batch_again(self) -> None:
+    def test_a_run_does_not_repeat_the_batch_after_a_rollback(self) -> None:
         judge = spike_guard()
         judge.after_rollback(GuardState(), finished(3))
         assert self.steps_from(judge, 4, 4, 3) == [4, 12, 16]
@@ -263,7 +263,7 @@ class TestQueue:
         assert [f.step for f, _ in judge.judge_queued(self.WORLD)] == [3]
         assert list(judge.judge_queued(self.WORLD)) == []
 
-    def test_the_loss_is_read_where_spikes_count(self) -> None:
+    def test_the_loss_is_read_if_spikes_are_watched(self) -> None:
         judge = spike_guard()
         self.enqueue(judge, 7, norm=2.0, loss=5.0)
         (judged,) = judge.judge_queued(self.WORLD)
@@ -288,11 +288,11 @@ class TestState:
     ]
 
     @pytest.mark.parametrize("state", STATES, ids=["new", "used"])
-    def test_it_goes_through_json_unchanged(self, state: GuardState) -> None:
+    def test_it_is_unchanged_by_json(self, state: GuardState) -> None:
         text = json.dumps(asdict(state), allow_nan=False)
         assert TypeAdapter(GuardState).validate_json(text, strict=True) == state
 
-    def test_a_guard_goes_on_from_it_as_if_never_stopped(self) -> None:
+    def test_a_restored_guard_reaches_the_same_verdicts(self) -> None:
         whole = spike_guard(max_bad_steps=100)
         norms = [1.0 + 0.01 * (step % 3) for step in range(25)] + [math.nan, 1.01, 1.5]
         verdicts = judge_all(whole, norms)

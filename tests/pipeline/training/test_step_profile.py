@@ -1,4 +1,4 @@
-"""A profile has the steps that were asked for, and nothing happens where none was."""
+"""A profile covers the requested steps; without a request nothing is written."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def test_trace_and_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     assert "aten::mm" in caplog.text
 
 
-def test_a_run_that_ends_before_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_that_ends_too_early_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(StepProfile(tmp_path, CPU, steps=2), SETTLING_STEPS - 1)
     assert "no profile was written" in caplog.text
     assert not (tmp_path / PROFILE_FOLDER).exists()
 
 
-def test_without_being_asked_nothing_is_traced(tmp_path: Path) -> None:
+def test_nothing_is_profiled_by_default(tmp_path: Path) -> None:
     train(StepProfile(tmp_path, CPU, steps=0), SETTLING_STEPS + 4)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Rates count training time only, since the last reading only."""
+"""Rates cover the training time since the last reading only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.training.throughput import ThroughputMeter
 
 
 class Clock:
-    """A clock that a test moves by hand; it starts far from zero, as real ones do."""
+    """A clock that the test moves; it starts far from zero, as real ones do."""
 
     def __init__(self) -> None:
         self.now_s = 12345.0
@@ -38,7 +38,7 @@ def test_rates(clock: Clock) -> None:
     assert meter.read() == pytest.approx(rates)
 
 
-def test_each_reading_stands_for_itself(clock: Clock) -> None:
+def test_each_reading_starts_at_the_last_one(clock: Clock) -> None:
     meter = ThroughputMeter(1000, 1, 1.0)
     train(meter, clock, steps=10, step_s=5.0)
     meter.read()
@@ -46,7 +46,7 @@ def test_each_reading_stands_for_itself(clock: Clock) -> None:
     assert meter.read()["tokens_per_s"] == pytest.approx(4000.0)
 
 
-def test_what_came_before_the_first_step_does_not_count(clock: Clock) -> None:
+def test_time_before_the_first_step_does_not_count(clock: Clock) -> None:
     meter = ThroughputMeter(1000, 1, 1.0)
     clock.now_s += 100.0
     meter.restart()
@@ -63,7 +63,7 @@ def test_validation_and_checkpoints_do_not_count(clock: Clock) -> None:
     assert meter.read()["step_ms"] == pytest.approx(1000.0)
 
 
-def test_the_clock_runs_again_after_a_pause_that_failed(clock: Clock) -> None:
+def test_the_clock_continues_after_an_error_in_a_pause(clock: Clock) -> None:
     meter = ThroughputMeter(1000, 1, 1.0)
     with pytest.raises(OSError), meter.paused():
         clock.now_s += 100.0

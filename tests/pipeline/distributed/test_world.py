@@ -1,0 +1,74 @@
+"""The ranks of a run agree on what the main rank decides, and a device that is missing is a clear error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config.schema import RunConfig
+from pipeline.distributed.world import World, join_world
+from pipeline.errors import CheckpointError, ConfigError, LostRankError, MainRankError
+
+CPU = torch.device("cpu")
+
+
+class SecondRank(World):
+    """Rank 1 of two, which receives what rank 0 has broadcast."""
+
+    received: Any
+
+    def broadcast(self, item: Any) -> Any:
+        assert item == (None, "None", None), "only rank 0 decides"
+        return SecondRank.received
+
+
+def test_the_main_rank_returns_its_result() -> None:
+    assert World(0, 1, 0, CPU).call_on_main(lambda: 7) == 7
+
+
+def test_an_error_of_the_main_rank_is_raised_there() -> None:
+    def fail() -> None:
+        raise CheckpointError("damaged")
+
+    with pytest.raises(CheckpointError, match="damaged"):
+        World(0, 1, 0, CPU).call_on_main(fail)
+
+
+def test_other_ranks_return_the_result_of_the_main_rank() -> None:
+    SecondRank.received = (7, "None", None)
+    assert SecondRank(1, 2, 1, CPU).call_on_main(lambda: pytest.fail("called on rank 1")) == 7
+
+
+@pytest.mark.parametrize("status", [2, LostRankError.exit_status])
+def test_other_ranks_exit_with_the_status_of_the_main_rank(status: int) -> None:
+    SecondRank.received = (None, "damaged", status)
+    with pytest.raises(MainRankError, match="damaged") as caught:
+        SecondRank(1, 2, 1, CPU).call_on_main(lambda: None)
+    assert caught.value.exit_status == status
+
+
+def test_collectives_of_one_rank(world: World) -> None:
+    values = torch.tensor([1.0, 2.0])
+    assert world.sum(values).tolist() == [1.0, 2.0] and world.sum(values) is not values
+    assert world.max(3) == 3
+    assert world.gather("a") == ["a"]
+    assert world.broadcast("a") == "a"
+    world.barrier()
+    assert world.with_cpu_group().device == CPU
+
+
+def test_a_missing_device_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = r"run\.device \(--device\): this machine has no cuda; available: .*cpu, or auto"
+    with pytest.raises(ConfigError, match=message), join_world(RunConfig(device="cuda")):
+        pass
+
+
+def test_a_rank_without_a_gpu_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="local rank 2 has no GPU: this machine has 2"), join_world(RunConfig()):
+        pass
