@@ -31,34 +31,13 @@ _MODEL_SIZES = ("preset", "n_layer", "n_head", "n_embd", "context_length", "voca
 
 
 @dataclass(frozen=True)
-class Contents:
-    """The contents of a checkpoint's JSON files, and the sizes of its files in bytes."""
-
-    step: int
-    samples: int
-    tokens: int
-    updates: int
-    loss_scale: float | None
-    skipped_samples: tuple[tuple[int, int], ...]  # [first, stop) of batches that rollbacks skip
-    rollbacks: int
-    precision: str
-    backend: str
-    world_size: int  # of the run that wrote it
-    model: dict[str, Any]  # preset and sizes
-    parameters: int  # counts the tied weight once and no padding rows
-    versions: dict[str, str]
-    ranks: list[dict[str, int]]  # per rank: rank, weights, moments
-    state_bytes: int  # the JSON files
-
-
-@dataclass(frozen=True)
 class CheckpointReport:
     """A description of one checkpoint."""
 
     path: Path
     bytes: int
     problem: str | None  # a file that is missing or has the wrong size, or JSON that cannot be read
-    contents: Contents | None  # None if the JSON cannot be read
+    contents: dict[str, Any] | None  # of the JSON files, and bytes per rank; None if the JSON cannot be read
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -134,26 +113,22 @@ def _inspect_checkpoint(folder: Path) -> CheckpointReport:
     return CheckpointReport(folder, size_of_folder(folder), problem, contents)
 
 
-def _read_contents(folder: Path, manifest: dict[str, Any]) -> Contents:
+def _read_contents(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     state = read_state_file(folder)
-    training, model = state.training, config_section(state.config, "model")
-    return Contents(
-        training.step,
-        training.samples,
-        training.tokens,
-        training.updates,
-        training.loss_scale,
-        training.guard.skipped_samples,
-        training.guard.rollbacks,
-        str(config_section(state.config, "run").get("precision", "unknown")),
-        _backend_name(config_section(state.config, "backend")),
-        state.world_size,
-        {key: model[key] for key in _MODEL_SIZES if key in model},
-        _count_parameters(manifest["parameters"], model.get("vocab_size")),
-        state.versions,
-        _sizes_per_rank(folder, manifest["files"]),
-        sum(size_of_file(folder / name) for name in (STATE_FILE, MANIFEST_FILE)),
-    )
+    model = config_section(state.config, "model")
+    return {
+        **{key: getattr(state, key) for key in ("step", "samples", "tokens", "updates", "loss_scale")},
+        "skipped_samples": state.guard.skipped_samples,
+        "rollbacks": state.guard.rollbacks,
+        "precision": str(config_section(state.config, "run").get("precision", "unknown")),
+        "backend": _backend_name(config_section(state.config, "backend")),
+        "world_size": state.world_size,
+        "model": {key: model[key] for key in _MODEL_SIZES if key in model},
+        "parameters": _count_parameters(manifest["parameters"], model.get("vocab_size")),
+        "versions": state.versions,
+        "ranks": _sizes_per_rank(folder, manifest["files"]),
+        "state_bytes": sum(size_of_file(folder / name) for name in (STATE_FILE, MANIFEST_FILE)),
+    }
 
 
 def _backend_name(backend: dict[str, Any]) -> str:
@@ -163,7 +138,7 @@ def _backend_name(backend: dict[str, Any]) -> str:
 
 
 def _count_parameters(shapes: dict[str, list[int]], vocab_size: Any) -> int:
-    """Return the same count as ``pipeline.model.gpt2.parameter_count``, but without a valid config."""
+    """Count the tied weight once and no padding rows, like ``pipeline.model.gpt2.parameter_count``."""
     counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     if isinstance(vocab_size, int) and "wte.weight" in shapes:
         counts["wte.weight"] = vocab_size * shapes["wte.weight"][-1]
@@ -179,24 +154,24 @@ def _sizes_per_rank(folder: Path, files: dict[str, Any]) -> list[dict[str, int]]
     return [sizes[rank] for rank in sorted(sizes)]
 
 
-def _content_rows(contents: Contents) -> Iterator[tuple[str, str]]:
+def _content_rows(contents: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the label and the text of each line."""
-    without_update = contents.step - contents.updates
-    yield "step", f"{contents.step:,}" + (f", {without_update:,} of them without an update" if without_update else "")
-    yield "updates", f"{contents.updates:,}"
-    yield "samples", f"{contents.samples:,}"
-    yield "tokens", f"{contents.tokens:,}"
-    yield "loss scale", "none" if contents.loss_scale is None else f"{contents.loss_scale:g}"
-    if contents.rollbacks:
-        skipped = ", ".join(f"{first} to {stop - 1}" for first, stop in contents.skipped_samples)
-        yield "rollbacks", f"{contents.rollbacks}, samples left out: {skipped}"
-    sizes = ", ".join(f"{key} {value}" for key, value in contents.model.items() if key != "preset")
-    yield "model", f"{contents.model.get('preset', 'unknown')}, {contents.parameters:,} parameters ({sizes})"
-    yield "precision", contents.precision
-    yield "written by", f"{contents.backend}, world size {contents.world_size}"
-    yield "versions", ", ".join(f"{package} {version}" for package, version in contents.versions.items())
-    yield from _rank_rows(contents.ranks)
-    yield "state", format_size(contents.state_bytes)
+    step, without_update = contents["step"], contents["step"] - contents["updates"]
+    yield "step", f"{step:,}" + (f", {without_update:,} of them without an update" if without_update else "")
+    for key in ("updates", "samples", "tokens"):
+        yield key, f"{contents[key]:,}"
+    yield "loss scale", "none" if contents["loss_scale"] is None else f"{contents['loss_scale']:g}"
+    if contents["rollbacks"]:
+        skipped = ", ".join(f"{first} to {stop - 1}" for first, stop in contents["skipped_samples"])
+        yield "rollbacks", f"{contents['rollbacks']}, samples left out: {skipped}"
+    model = contents["model"]
+    sizes = ", ".join(f"{key} {value}" for key, value in model.items() if key != "preset")
+    yield "model", f"{model.get('preset', 'unknown')}, {contents['parameters']:,} parameters ({sizes})"
+    yield "precision", contents["precision"]
+    yield "written by", f"{contents['backend']}, world size {contents['world_size']}"
+    yield "versions", ", ".join(f"{package} {version}" for package, version in contents["versions"].items())
+    yield from _rank_rows(contents["ranks"])
+    yield "state", format_size(contents["state_bytes"])
 
 
 def _rank_rows(ranks: list[dict[str, int]]) -> Iterator[tuple[str, str]]:
@@ -213,6 +188,6 @@ def _rank_rows(ranks: list[dict[str, int]]) -> Iterator[tuple[str, str]]:
 
 def _table_row(report: CheckpointReport) -> str:
     contents = report.contents
-    world_size, backend = (str(contents.world_size), contents.backend) if contents else ("", "")
+    world_size, backend = (contents["world_size"], contents["backend"]) if contents else ("", "")
     size = format_size(report.bytes)
     return f"  {report.path.name:<24}{size:>10}  {world_size:>5}  {backend:<20}{report.problem or 'sizes match'}"

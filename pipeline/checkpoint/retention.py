@@ -108,29 +108,19 @@ def delete_older(run_folder: Path, verified: Path, keep_last: int) -> None:
 
 
 @dataclass(frozen=True)
-class Deletion:
-    """A folder to delete, and the reason."""
-
-    folder: Path
-    bytes: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class Pruning:
     """The folders that pruning keeps and deletes."""
 
     kept: list[Path]  # newest first
-    deletions: list[Deletion]  # in the order of deletion
+    deletions: list[tuple[Path, int, str]]  # folder, bytes and reason, in the order of deletion
     done: bool  # False for a dry run
 
     def __str__(self) -> str:
         lines = [f"keep    {folder.name:<26}{format_size(size_of_folder(folder)):>10}" for folder in self.kept]
         lines += [
-            f"delete  {deletion.folder.name:<26}{format_size(deletion.bytes):>10}  {deletion.reason}"
-            for deletion in self.deletions
+            f"delete  {folder.name:<26}{format_size(size):>10}  {reason}" for folder, size, reason in self.deletions
         ]
-        freed = format_size(sum(deletion.bytes for deletion in self.deletions))
+        freed = format_size(sum(size for _, size, _ in self.deletions))
         return "\n".join([*lines, f"freed {freed}" if self.done else f"would free {freed}; nothing was deleted"])
 
 
@@ -148,12 +138,12 @@ def prune(run_folder: Path, keep: int, *, dry_run: bool) -> Pruning:
         raise CheckpointError(f"{run_folder}: no checkpoint here; expected a run folder")
     with lock_run_folder(run_folder):
         kept, deletions = _plan_pruning(run_folder, keep)
-        for deletion in [] if dry_run else deletions:
-            _delete(deletion.folder)
+        for folder, _, _ in [] if dry_run else deletions:
+            _delete(folder)
     return Pruning(kept, deletions, done=not dry_run)
 
 
-def _plan_pruning(run_folder: Path, keep: int) -> tuple[list[Path], list[Deletion]]:
+def _plan_pruning(run_folder: Path, keep: int) -> tuple[list[Path], list[tuple[Path, int, str]]]:
     """Return what to keep and what to delete: leftovers first, whose names are needed to delete a checkpoint."""
     kept: list[Path] = []
     surplus: list[tuple[Path, str]] = []
@@ -174,7 +164,7 @@ def _plan_pruning(run_folder: Path, keep: int) -> tuple[list[Path], list[Deletio
     unneeded = [(folder, "left by an interrupted save or deletion") for folder in list_leftovers(run_folder)]
     unneeded += [(folder, "set aside when the run went back") for folder in list_abandoned(run_folder)]
     unneeded += reversed(surplus)
-    return kept, [Deletion(folder, size_of_folder(folder), reason) for folder, reason in unneeded]
+    return kept, [(folder, size_of_folder(folder), reason) for folder, reason in unneeded]
 
 
 def _require_known_format(folder: Path) -> None:

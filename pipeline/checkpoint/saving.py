@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,17 +120,24 @@ def write_new_checkpoint(
     folder = checkpoint_folder(run_folder, state.step)
     aside = hidden_partial_path(folder)
 
-    def finish(files: Files) -> None:
-        _write_state_and_manifest(aside, StateFile(state, config, world.size, _versions(), launch_id()), shapes, files)
+    def publish(files: Files) -> None:
+        content = StateFile(
+            **vars(state), world_size=world.size, launch_id=launch_id(), versions=_versions(), config=config
+        )
+        _write_state_and_manifest(aside, content, shapes, files)
         if folder.exists():  # it is damaged, because the run continued from an older one
             delete_checkpoint(folder)
         publish_folder(aside, folder)
 
-    save = _CollectiveSave(world, folder, aside)
-    save.on_main_rank(lambda: make_empty_folder(aside))
-    own_files = save.on_every_rank(lambda: write_tensor_files(aside))
-    files = {name: entry for files_of_rank in world.gather(own_files) for name, entry in files_of_rank.items()}
-    save.on_main_rank(lambda: finish(files))
+    try:
+        _on_main_rank(world, lambda: make_empty_folder(aside))
+        own_files = _on_every_rank(world, lambda: write_tensor_files(aside))
+        files = {name: entry for files_of_rank in world.gather(own_files) for name, entry in files_of_rank.items()}
+        _on_main_rank(world, lambda: publish(files))
+    except CheckpointError as error:
+        if world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"cannot save {folder}: {error}") from None
     bytes_of_rank = dict.fromkeys(range(world.size), 0)
     for name, entry in files.items():
         if rank_and_group := parse_tensor_file(name):
@@ -138,39 +145,28 @@ def write_new_checkpoint(
     return SavedCheckpoint(folder, bytes_of_rank, time.perf_counter() - started)
 
 
-class _CollectiveSave:
-    """The steps of a save. A step that fails on one rank fails on every rank, so that none waits for another."""
+def _on_main_rank(world: World, step: Callable[[], None]) -> None:
+    _on_every_rank(world, step if world.is_main else lambda: None)
 
-    def __init__(self, world: World, folder: Path, aside: Path) -> None:
-        self.world = world
-        self.folder = folder
-        self.aside = aside
 
-    def on_main_rank(self, action: Callable[[], None]) -> None:
-        """Run a step on the main rank. Raises like ``on_every_rank``."""
-        self.on_every_rank(action if self.world.is_main else lambda: None)
+def _on_every_rank(world: World, step: Callable[[], Result]) -> Result:
+    """Run a step and return its result. If it fails on one rank, it fails on all, so that none waits. Collective.
 
-    def on_every_rank(self, action: Callable[[], Result]) -> Result:
-        """Run a step on every rank and return this rank's result.
-
-        Raises:
-            CheckpointError: names the ranks that failed and the reasons. The incomplete folder is removed.
-        """
-        result: Result | None = None
-        problem = None
-        try:
-            result = action()
-        except (OSError, SafetensorError, CheckpointError) as error:
-            problem = f"rank {self.world.rank}: {getattr(error, 'strerror', None) or error}"
-        except Exception as error:
-            self.world.gather(f"rank {self.world.rank}: {error!r}")  # the other ranks must not wait
-            raise
-        problems = [text for text in self.world.gather(problem) if text]
-        if problems:
-            if self.world.is_main:
-                shutil.rmtree(self.aside, ignore_errors=True)
-            raise CheckpointError(f"cannot save {self.folder}: {'; '.join(problems)}")
-        return result  # type: ignore[return-value] # without a problem there is a result
+    Raises:
+        CheckpointError: names the ranks that failed and the reasons.
+    """
+    result: Result | None = None
+    problem = None
+    try:
+        result = step()
+    except (OSError, SafetensorError, CheckpointError) as error:
+        problem = f"rank {world.rank}: {getattr(error, 'strerror', None) or error}"
+    except Exception as error:
+        world.gather(f"rank {world.rank}: {error!r}")  # the other ranks must not wait
+        raise
+    if problems := [text for text in world.gather(problem) if text]:
+        raise CheckpointError("; ".join(problems))
+    return result  # type: ignore[return-value] # without a problem there is a result
 
 
 def _write_pieces(aside: Path, snapshot: Snapshot, world: World) -> Files:
@@ -194,7 +190,7 @@ def _require_written(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _write_state_and_manifest(aside: Path, state: StateFile, shapes: Shapes, files: Files) -> None:
     """Write both files, then read back the manifest and the headers of all tensor files."""
-    write_json_durably(aside / STATE_FILE, state.to_json())
+    write_json_durably(aside / STATE_FILE, asdict(state))
     manifest = {
         "format_version": FORMAT_VERSION,
         "parameters": shapes,

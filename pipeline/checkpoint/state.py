@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,22 +38,16 @@ class TrainingState:
     guard: GuardState = field(default_factory=GuardState)
 
 
-@dataclass(frozen=True)
-class StateFile:
-    """The whole ``state.json``, in which the fields of ``training`` are top-level keys."""
+@dataclass(frozen=True, kw_only=True)
+class StateFile(TrainingState):
+    """All fields of ``state.json``."""
 
-    training: TrainingState
-    config: dict[str, Any]  # resolved
     world_size: PositiveInt  # of the run that wrote the checkpoint
-    versions: dict[str, str]
     launch_id: str | None = None  # of the launcher's start that wrote the checkpoint
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the contents of the file."""
-        return {**asdict(self.training), **{key: getattr(self, key) for key in _KEYS_BESIDE_TRAINING}}
+    versions: dict[str, str]
+    config: dict[str, Any]  # resolved
 
 
-_KEYS_BESIDE_TRAINING = ("world_size", "launch_id", "versions", "config")
 _STATE_FILE_SCHEMA = TypeAdapter(StateFile)
 
 
@@ -65,10 +59,9 @@ def read_state_file(folder: Path) -> StateFile:
     """
     path = folder / STATE_FILE
     content = read_json_object(path)
-    beside = {key: content.pop(key) for key in _KEYS_BESIDE_TRAINING if key in content}
     try:
         # Strict validation accepts a list for a tuple only if it comes from JSON.
-        return _STATE_FILE_SCHEMA.validate_json(json.dumps({"training": content, **beside}), strict=True)
+        return _STATE_FILE_SCHEMA.validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         mistake = error.errors()[0]
         key = ".".join(map(str, mistake["loc"]))
@@ -82,7 +75,8 @@ def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
         CheckpointError: the file is missing or malformed.
     """
     content = read_state_file(folder)
-    return content.training, content.config
+    state = TrainingState(**{field.name: getattr(content, field.name) for field in fields(TrainingState)})
+    return state, content.config
 
 
 def config_section(content: dict[str, Any], key: str) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import TrainingState
+from pipeline.checkpoint.layout import read_json_object
 from pipeline.config.schema import Config
+from pipeline.errors import CheckpointError
 from pipeline.interop.hugging_face.layout import MODEL_TYPE
 from pipeline.model.gpt2 import parameter_count
 from pipeline.report.curves import STEPS, loss_chart
@@ -118,23 +120,14 @@ def _format_loss(value: float | None) -> str:
 
 def _evaluation(run_folder: Path, step: int) -> str:
     """Return a table of the tasks that were evaluated at this step."""
-    cells = [
-        (task, key.replace("_", " "), f"{value:.4f}")
-        for task, result in _results_of_step(run_folder, step)
-        for key, value in result.items()
-        if isinstance(value, float)
-    ]
-    return _table("Evaluation", ("task", "measure", "value"), cells) if cells else ""
-
-
-def _results_of_step(run_folder: Path, step: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    cells: list[tuple[str, ...]] = []
     for path in sorted((run_folder / EVALUATION_FOLDER).glob("*.json")):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            continue  # a crash cut the file short
-        if isinstance(result, dict) and result.get("step") == step:
-            yield path.stem, result
+        with suppress(CheckpointError):  # a crash can cut a file short
+            result = read_json_object(path)
+            if result.get("step") == step:
+                values = {key.replace("_", " "): value for key, value in result.items() if isinstance(value, float)}
+                cells += [(path.stem, key, f"{value:.4f}") for key, value in values.items()]
+    return _table("Evaluation", ("task", "measure", "value"), cells) if cells else ""
 
 
 def _table(title: str, head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -61,10 +61,7 @@ def _tokenizer_json(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -
     end_of_text = {
         "id": END_OF_TEXT,
         "content": END_OF_TEXT_TOKEN,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
+        **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
         "special": True,
     }
     return {

@@ -33,11 +33,19 @@ def sha256_of_tensors(tensors: list[torch.Tensor]) -> str:
 def test_inspect() -> None:
     report = inspect(CHECKPOINT)
     assert isinstance(report, CheckpointReport) and report.problem is None and report.contents is not None
-    found = report.contents
-    assert (found.step, found.samples, found.tokens, found.updates) == (3, 12, 192, 3)
-    assert (found.backend, found.world_size, found.precision) == ("deepspeed ZeRO-1", 2, "fp32")
-    assert (found.parameters, found.model["n_embd"], found.model["vocab_size"]) == (3944, 8, 257)
-    assert found.ranks == [
+    found = {**report.contents, **report.contents["model"]}
+    expected: dict[str, object] = {
+        "step": 3,
+        "samples": 12,
+        "tokens": 192,
+        "updates": 3,
+        "parameters": 3944,
+        "n_embd": 8,
+        "vocab_size": 257,
+    }
+    expected |= {"backend": "deepspeed ZeRO-1", "world_size": 2, "precision": "fp32", "loss_scale": None}
+    assert {key: found[key] for key in expected} == expected
+    assert found["ranks"] == [
         {"rank": 0, "weights": 10656, "moments": 21536},
         {"rank": 1, "weights": 11392, "moments": 23176},
     ]
