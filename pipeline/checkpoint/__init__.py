@@ -18,7 +18,7 @@ from pipeline.checkpoint.background import BackgroundSaver, SaveOutcome
 from pipeline.checkpoint.layout import bytes_of_tensors, list_checkpoints, read_manifest, step_of
 from pipeline.checkpoint.loading import LoadedModel, load_model, load_training_state, load_weights
 from pipeline.checkpoint.retention import remove_leftovers, set_aside_after
-from pipeline.checkpoint.saving import SavedCheckpoint, save_checkpoint
+from pipeline.checkpoint.saving import SavedCheckpoint
 from pipeline.checkpoint.state import GuardState, TrainingState, config_section, read_state, read_state_file
 from pipeline.checkpoint.verification import find_damage, locate_checkpoint, newest_good_checkpoint
 
@@ -42,7 +42,6 @@ __all__ = [
     "read_state",
     "read_state_file",
     "remove_leftovers",
-    "save_checkpoint",
     "set_aside_after",
     "step_of",
 ]

@@ -25,7 +25,6 @@ from data_tools.storage.atomic import (
     write_json_durably,
 )
 from data_tools.storage.files import sha256_of_file, sha256_of_json
-from pipeline.backends import Backend
 from pipeline.checkpoint.layout import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -37,7 +36,7 @@ from pipeline.checkpoint.layout import (
 )
 from pipeline.checkpoint.pieces import index_pieces
 from pipeline.checkpoint.retention import delete_checkpoint, delete_older
-from pipeline.checkpoint.snapshot import Snapshot, SnapshotTaker
+from pipeline.checkpoint.snapshot import Snapshot
 from pipeline.checkpoint.state import StateFile, TrainingState
 from pipeline.distributed.environment import launch_id
 from pipeline.distributed.world import World
@@ -70,14 +69,6 @@ class SavedCheckpoint:
             smallest, largest = min(self.bytes_of_rank.values()), max(self.bytes_of_rank.values())
             sizes = [f"{len(sizes)} ranks, {smallest / 1e6:,.1f} to {largest / 1e6:,.1f} MB each"]
         return f"saved {self.folder} in {self.seconds:.2f} s, {rate:,.0f} MB/s ({', '.join(sizes)})"
-
-
-def save_checkpoint(
-    run_folder: Path, state: TrainingState, config: dict[str, Any], backend: Backend, world: World, keep_last: int
-) -> Path:
-    """Save and wait until the checkpoint is complete. Collective. Raises like ``write_checkpoint``."""
-    snapshot = SnapshotTaker(backend, world).take(state)
-    return write_checkpoint(run_folder, snapshot, config, world, keep_last).folder
 
 
 def write_checkpoint(

@@ -25,7 +25,6 @@ from pipeline.checkpoint import (
     list_checkpoints,
     load_training_state,
     read_state,
-    save_checkpoint,
     set_aside_after,
 )
 from pipeline.checkpoint.conversion import convert_checkpoint
@@ -41,6 +40,7 @@ from pipeline.model.gpt2 import build_model
 from pipeline.run_folder.lock import lock_run_folder
 from pipeline.run_folder.metrics import read_metrics
 from tests.pipeline.checkpoint.conftest import stored_tensors
+from tests.support.checkpoints import save_checkpoint
 from tests.support.runs import REPOSITORY, TINY_RUN, TRAIN, child_environment, merged, run_ranks, train_run
 
 LAUNCH = REPOSITORY / "launch"

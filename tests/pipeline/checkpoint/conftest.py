@@ -19,13 +19,14 @@ from torch import Tensor
 
 from pipeline.backends import Backend
 from pipeline.backends.ddp import DdpBackend
-from pipeline.checkpoint import TrainingState, find_damage, load_training_state, load_weights, save_checkpoint
+from pipeline.checkpoint import TrainingState, find_damage, load_training_state, load_weights
 from pipeline.checkpoint.pieces import KINDS, index_pieces
 from pipeline.config.loading import dump_config
 from pipeline.distributed.world import World, join_world
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import build_model
 from tests.pipeline.conftest import random_tokens, tiny_config
+from tests.support.checkpoints import save_checkpoint
 
 MANIFEST, STATE = "manifest.json", "state.json"
 WEIGHTS, MOMENTS = "rank_00000_weights.safetensors", "rank_00000_moments.safetensors"

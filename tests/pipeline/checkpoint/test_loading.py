@@ -18,7 +18,6 @@ from pipeline.checkpoint import (
     load_training_state,
     load_weights,
     read_state,
-    save_checkpoint,
 )
 from pipeline.config.loading import dump_config
 from pipeline.distributed.world import World
@@ -35,6 +34,7 @@ from tests.pipeline.checkpoint.conftest import (
     updates_of,
 )
 from tests.pipeline.conftest import tiny_config, tiny_model_config
+from tests.support.checkpoints import save_checkpoint
 
 
 class TestRoundTrip:

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data_tools.errors import DataError
 from pipeline.backends.ddp import DdpBackend
-from pipeline.checkpoint import TrainingState, load_model, save_checkpoint
+from pipeline.checkpoint import TrainingState, load_model
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config, SampleConfig
 from pipeline.distributed.world import World
@@ -27,6 +27,7 @@ from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.tensorboard import tensorboard_tag
 from tests.pipeline.conftest import randomised_model, tiny_config, tiny_model_config, write_shards
 from tests.pipeline.evaluation.conftest import ALONE, LAMBADA, PIQA, write_lines
+from tests.support.checkpoints import save_checkpoint
 from tests.support.runs import TINY_RUN, merged, train_run
 
 STEPS = 4

@@ -10,7 +10,7 @@ import torch
 
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
 from pipeline.backends.ddp import DdpBackend
-from pipeline.checkpoint import TrainingState, save_checkpoint
+from pipeline.checkpoint import TrainingState
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import SampleConfig
 from pipeline.distributed.world import World
@@ -18,6 +18,7 @@ from pipeline.errors import CheckpointError
 from pipeline.generation.writer import load_writer
 from pipeline.model.gpt2 import build_model
 from tests.pipeline.conftest import VOCAB_SIZE, tiny_config
+from tests.support.checkpoints import save_checkpoint
 
 CPU = torch.device("cpu")
 PROMPT = "Grüße, world"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.backends.ddp import DdpBackend
-from pipeline.checkpoint import TrainingState, find_damage, list_checkpoints, save_checkpoint, step_of
+from pipeline.checkpoint import TrainingState, find_damage, list_checkpoints, step_of
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
@@ -18,6 +18,7 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.model.gpt2 import build_model
 from pipeline.training.resuming import choose_start, make_run_folder
 from tests.pipeline.conftest import tiny_config
+from tests.support.checkpoints import save_checkpoint
 
 DATA = "ab" * 32
 MAX_STEPS = 100

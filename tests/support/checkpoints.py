@@ -1,0 +1,20 @@
+"""Saving a checkpoint at once and without a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.backends import Backend
+from pipeline.checkpoint import TrainingState
+from pipeline.checkpoint.saving import write_checkpoint
+from pipeline.checkpoint.snapshot import SnapshotTaker
+from pipeline.distributed.world import World
+
+
+def save_checkpoint(
+    run_folder: Path, state: TrainingState, config: dict[str, Any], backend: Backend, world: World, keep_last: int
+) -> Path:
+    """Save and return the checkpoint's folder. Collective. Raises like ``write_checkpoint``."""
+    snapshot = SnapshotTaker(backend, world).take(state)
+    return write_checkpoint(run_folder, snapshot, config, world, keep_last).folder
