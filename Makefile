@@ -34,7 +34,7 @@ chaos: .venv/dev ## runs killed at random moments, continued under random backen
 	$(BIN)/python -m benchmarks.chaos
 
 chaos-data: .venv/dev ## stage 1 killed at random moments and repeated: same bytes
-	$(BIN)/python -m benchmarks.interrupted_data
+	$(BIN)/python -m benchmarks.chaos_data
 
 checkpoint-cost: .venv/dev ## pause, throughput and memory of saving and loading GPT-2 124M
 	$(BIN)/python -m benchmarks.checkpoint_cost

@@ -1,1 +1,1 @@
-"""What is measured, and how: real runs, compared."""
+"""Measure speed, memory and agreement with real runs. docs/benchmarks has the results."""

@@ -1,4 +1,4 @@
-"""Does the way a batch is cut matter? One batch in tokens, cut into micro-batches and ranks in six ways.
+"""Compare curves of the same batch split into micro-batches and ranks in six ways.
 
 python -m benchmarks.accumulation      # what `make accumulation` runs
 """
@@ -26,7 +26,7 @@ def compare(
     backends: Sequence[str] = ("ddp",),
     base: Sections = TINY_RUN,
 ) -> Iterator[Agreement]:
-    """Train ``base`` with each cut, in fp32; yields a row a run."""
+    """Train ``base`` with each split of the batch, in fp32; yield one comparison per run."""
     if masked:
         data = copy_with_masks(data, scratch / "masked_data")
 
@@ -46,13 +46,13 @@ def compare(
     for backend in backends:
         for micro_batch_size in MICRO_BATCHES:
             for processes in PROCESSES:
-                cut = (backend, micro_batch_size, processes)
-                if cut != ("ddp", 1, 1):
-                    yield Agreement.of(("masked" if masked else "all", *cut), "fp32", curve(*cut), reference)
+                run = (backend, micro_batch_size, processes)
+                if run != ("ddp", 1, 1):
+                    yield Agreement.of(("masked" if masked else "all", *run), "fp32", curve(*run), reference)
 
 
 def main() -> None:
-    """Print the tables; a non-zero status if a run does not agree."""
+    """Print the tables; exit with a non-zero status if a run does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--backends", nargs="+", default=["ddp", "fsdp", "zero1"])

@@ -1,4 +1,4 @@
-"""Does a run survive SIGKILL? Runs killed at random moments, each continued under a random backend and world size.
+"""Kill runs with SIGKILL at random moments and continue each under a random backend and world size.
 
 python -m benchmarks.chaos --runs 60        # what `make chaos` runs
 """
@@ -32,22 +32,24 @@ from tests.support.runs import (
 )
 
 STEPS, EVERY_STEPS = 30, 5
-LONGEST_S = 14.0  # about what a run takes from its start to its last step
-IN_A_SAVE_S = 0.25  # about what a save takes
+LONGEST_S = 14.0  # about the time from the start of a run to its last step
+IN_A_SAVE_S = 0.25  # about the time of a save
 
 _CONTINUES = re.compile(r"^start +(?:continues \S*step_(\d+)|from scratch)", re.MULTILINE)
 
 
 @dataclass
 class Outcome:
-    """One run from its start through its kills to its end."""
+    """What happened to one run from its start to its end."""
 
     number: int
     history: list[str] = field(default_factory=list)
     kills: int = 0
-    lost_steps: list[int] = field(default_factory=list)  # logged before a kill and trained again, a kill
-    lost_saves: list[int] = field(default_factory=list)  # begun before a kill and not continued from, a kill
-    loss_difference: float = 0.0  # largest over all steps against the uninterrupted run, nats
+    lost_steps: list[int] = field(default_factory=list)  # per kill: steps that were logged before it and trained again
+    lost_saves: list[int] = field(
+        default_factory=list
+    )  # per kill: saves that were started before it and not continued from
+    loss_difference: float = 0.0  # largest over all steps from the uninterrupted run, in nats
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -55,7 +57,7 @@ class Outcome:
         return f"run {self.number}: {', '.join(self.history)}: difference {self.loss_difference:.1e}, {verdict}"
 
     def note_continuation(self, output: str, reached: int) -> None:
-        """What a start continued from, when the one before had logged ``reached`` steps."""
+        """Record what a start continued from, if the previous start had logged ``reached`` steps."""
         match = _CONTINUES.search(output)
         if not reached or not match:
             return
@@ -66,15 +68,15 @@ class Outcome:
         if lost_saves > 1:
             self.problems.append(f"reached step {reached}, continued from {continued_from}: more than one save lost")
 
-    def judge_end(self, folder: Path, reference: Curve) -> None:
-        """Compare the finished run with the uninterrupted one, and look for what should not be there."""
+    def check_end(self, folder: Path, reference: Curve) -> None:
+        """Compare the finished run with the uninterrupted one, and look for files that should not exist."""
         rows = [row["step"] for row in read_metrics(folder) if "loss" in row]
         if rows != list(range(1, STEPS + 1)):
             self.problems.append(f"logged steps {rows}")
             return
         self.loss_difference = read_curve(folder).largest_loss_difference(reference)
         if self.loss_difference > LOSS_TOLERANCE["fp32"]:
-            self.problems.append("another curve than the uninterrupted run's")
+            self.problems.append("the curve differs from that of the uninterrupted run")
         left = [path.name for path in folder.rglob("*") if path.name.endswith((".partial", ".lock", ".tmp"))]
         if left:
             self.problems.append(f"left behind: {left}")
@@ -84,7 +86,7 @@ class Outcome:
 
 
 def sections_of(data: Path) -> Sections:
-    """A run of some seconds with a save every few steps."""
+    """Return the overrides of a run of a few seconds that saves every few steps."""
     return merged(
         TINY_RUN,
         {
@@ -98,7 +100,7 @@ def sections_of(data: Path) -> Sections:
 
 
 def survive(number: int, seed: int, data: Path, scratch: Path, reference: Curve) -> Outcome:
-    """Start a run, kill it once or more, let it come to its end, and look at what it left."""
+    """Start a run, kill and continue it one to three times, let it finish, and check what it left."""
     chance = random.Random(f"{seed}-{number}")
     outcome = Outcome(number)
     folder = scratch / f"run-{number}"
@@ -108,7 +110,7 @@ def survive(number: int, seed: int, data: Path, scratch: Path, reference: Curve)
         backend, processes = chance.choice(BACKENDS), chance.choice((1, 2))
         reached = last_logged_step(folder)
         with LiveRun(backend, folder, sections_of(data), processes) as run:
-            killed = outcome.kills < kills_wanted and kill_somehow(run, processes, chance)
+            killed = outcome.kills < kills_wanted and kill_at_random(run, processes, chance)
             status = run.wait()
             outcome.note_continuation(run.output, reached)
             outcome.history.append(f"{backend} x{processes} {killed or 'to the end'}")
@@ -116,15 +118,15 @@ def survive(number: int, seed: int, data: Path, scratch: Path, reference: Curve)
             ended = not killed
             if ended and status:
                 outcome.problems.append(f"ended with status {status}: {run.output[-2000:]}")
-    outcome.judge_end(folder, reference)
+    outcome.check_end(folder, reference)
     return outcome
 
 
-def kill_somehow(run: LiveRun, processes: int, chance: random.Random) -> str | None:
-    """SIGKILL at a random moment, or inside a save, to all ranks or to one of two.
+def kill_at_random(run: LiveRun, processes: int, chance: random.Random) -> str | None:
+    """Send SIGKILL at a random moment, or inside a save, to all ranks or to one of two.
 
     Returns:
-        What was done; None: the run had ended before.
+        A description of the kill, or None if the run had already ended.
     """
     in_a_save, one_rank = chance.random() < 0.4, processes > 1 and chance.random() < 0.4
     save_number, delay_share = chance.randrange(STEPS // EVERY_STEPS), chance.random()
@@ -139,25 +141,25 @@ def kill_somehow(run: LiveRun, processes: int, chance: random.Random) -> str | N
         run.kill()
     else:
         victim.kill()
-    whom = "whole" if victim is None else f"of pid {victim.pid} only"
+    whom = "all ranks" if victim is None else f"pid {victim.pid} only"
     return f"killed {whom} {'in a save' if in_a_save else 'at any moment'}, step {run.last_step()}"
 
 
 def is_in_save_after(run: LiveRun, step: int) -> bool:
-    """Whether a checkpoint of a step beyond ``step`` is being written right now."""
+    """Return whether a checkpoint of a later step is being written now."""
     names = [path.name for path in run.run_folder.glob("checkpoints/.step_*.partial")]
     return any(int(name.split("_")[1].split(".")[0]) > step for name in names)
 
 
 def run_all(runs: int, seed: int, data: Path, scratch: Path, jobs: int) -> Iterator[Outcome]:
-    """Several runs, ``jobs`` at a time."""
+    """Run several runs, ``jobs`` at a time, and yield their outcomes."""
     reference = curve_of("ddp", scratch / "uninterrupted", sections_of(data))
     with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(lambda number: survive(number, seed, data, scratch, reference), range(runs))
 
 
 def main() -> None:
-    """Print a line a run and a summary; a non-zero status if one did not survive."""
+    """Print one line per run and a summary; exit with a non-zero status if a run has a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
@@ -174,12 +176,12 @@ def main() -> None:
 
 
 def print_summary(outcomes: list[Outcome]) -> None:
-    """The figures that ``docs/benchmarks/checkpoints.md`` quotes."""
+    """Print the figures of ``docs/benchmarks/checkpoints.md``."""
     lost = [steps for outcome in outcomes for steps in outcome.lost_steps]
     saves = [count for outcome in outcomes for count in outcome.lost_saves]
     survived = sum(not outcome.problems for outcome in outcomes)
     kills = sum(outcome.kills for outcome in outcomes)
-    print(f"\n{survived} of {len(outcomes)} runs came to the uninterrupted run's end, after {kills} kills")
+    print(f"\n{survived} of {len(outcomes)} runs ended like the uninterrupted run, after {kills} kills")
     print(f"largest loss difference: {max(outcome.loss_difference for outcome in outcomes):.1e}")
     print(f"saves lost by a kill: at most {max(saves, default=0)}, {sum(count > 0 for count in saves)} kills lost one")
     beyond = sum(steps > EVERY_STEPS for steps in lost)

@@ -1,4 +1,4 @@
-"""What checkpoints of GPT-2 124M cost: the pause of a save, throughput of saving and loading, peak memory by rank.
+"""Measure checkpoints of GPT-2 124M: the pause of a save, throughput of saving and loading, peak memory.
 
 python -m benchmarks.checkpoint_cost        # what `make checkpoint-cost` runs; alone on the machine
 """
@@ -12,12 +12,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
+from benchmarks.memory import status_bytes
 from pipeline.distributed.device import GIB
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.live_run import LiveRun
 from tests.support.runs import Sections, make_corpus, merged
+from tests.support.tables import print_header, print_row
 
 STEPS, SAVED_AT = 6, 2
 SIDES = (("ddp", 1), ("fsdp", 2), ("zero2", 2), ("zero3", 2), ("ddp", 2))
@@ -36,48 +36,38 @@ _LOADED = re.compile(r"loaded \S+ in ([\d.]+) s, ([\d,]+) MB/s")
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: its rows, what it printed, and the peak resident memory of each rank."""
+    """The metrics rows, the output and the peak resident memory per rank of one run."""
 
     rows: list[dict[str, float]]
     output: str
     peak_bytes: dict[int, int]
 
     def step_ms(self, steps: range) -> float:
-        """The median time of a training step."""
+        """Return the median time of the given training steps."""
         times = sorted(row["step_ms"] for row in self.rows if "step_ms" in row and row["step"] in steps)
         return times[len(times) // 2]
 
     @property
     def largest_peak_gib(self) -> float:
-        """Of the rank that used most."""
+        """Return the peak of the rank that used most."""
         return max(self.peak_bytes.values()) / GIB
 
 
 def measure(backend: str, processes: int, folder: Path, sections: Sections) -> Measured:
-    """Run to the end, watching the memory of the ranks."""
+    """Run to the end and watch the memory of the ranks."""
     peaks: dict[int, int] = {}
     with LiveRun(backend, folder, sections, processes) as run:
         while run.process.poll() is None:
             for rank, process in run.ranks().items():
-                peaks[rank] = max(peaks.get(rank, 0), peak_resident_bytes(process))
+                peaks[rank] = max(peaks.get(rank, 0), status_bytes("VmHWM", process.pid))
             time.sleep(0.3)
         if run.wait():
             raise RuntimeError(run.output)
         return Measured(read_metrics(folder), run.output, peaks)
 
 
-def peak_resident_bytes(process: psutil.Process) -> int:
-    """The kernel's high-water mark; 0: the process has ended."""
-    try:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-    except OSError:
-        return 0
-    match = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return int(match[1]) * 1024 if match else 0
-
-
-def row_of(backend: str, processes: int, data: Path, scratch: Path) -> str:
-    """Three runs: without a save before the last step, with one in the middle, and continued from that one."""
+def row_of(backend: str, processes: int, data: Path, scratch: Path) -> list[str]:
+    """Measure three runs: with a save at the end only, with saves in the middle, and continued from the latter."""
     base = merged(GPT2_RUN, {"data": {"path": str(data)}})
 
     def run(name: str, sections: Sections) -> Measured:
@@ -92,7 +82,7 @@ def row_of(backend: str, processes: int, data: Path, scratch: Path) -> str:
     first, later = saves[0], saves[1]
     loaded = _LOADED.search(loading.output)
     assert loaded, loading.output
-    cells = [
+    return [
         backend,
         str(processes),
         f"{first['save_bytes'] / 1e6:,.0f} MB",
@@ -106,11 +96,10 @@ def row_of(backend: str, processes: int, data: Path, scratch: Path) -> str:
         f"{saving.largest_peak_gib:.2f} GiB",
         f"{loading.largest_peak_gib:.2f} GiB",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def last_step_peak(measured: Measured) -> float:
-    """The main rank's peak before anything was saved, as the run logged it."""
+    """Return the main rank's peak before the first save, as the run logged it."""
     return max(row["peak_memory_gib"] for row in measured.rows if "peak_memory_gib" in row)
 
 
@@ -120,11 +109,11 @@ def main() -> None:
     parser.parse_args()
     columns = ["backend", "processes", "state", "step", "step while saving", "pause, first save", "pause, later saves"]
     columns += ["save", "load", "peak without a save", "peak with saves", "peak of a resumed run"]
-    print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|", flush=True)
+    print_header(*columns)
     with tempfile.TemporaryDirectory() as scratch:
         data = make_corpus(Path(scratch) / "data")
         for backend, processes in SIDES:
-            print(row_of(backend, processes, data, Path(scratch)), flush=True)
+            print_row(*row_of(backend, processes, data, Path(scratch)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""How fast is text turned into shards? The whole stage against what people use today, on the same documents.
+"""Compare the speed of stage 1 with what people use today, on the same documents; ids must be identical.
 
 python -m benchmarks.data                       # what `make bench-data` runs
 python -m benchmarks.data --megabytes 100 --memory-megabytes 50 200
 
-Each contender is a process of its own, in turn, on all cores; the table shows medians. A whole stage is timed from the
-start of its process, or of its commands, to the end; encoders alone are timed on documents that are in memory. Ids must
-be identical.
+Contenders run one after the other on all cores, each in its own process; the table shows medians. A whole stage is
+timed from the start of its process, or of its commands, to the end. Encoders alone are timed on documents in memory.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ import pyarrow.parquet as pq
 
 from data_tools.shards import TRAIN_SPLIT, open_split
 from data_tools.threads import available_cores
-from data_tools.tokenizer import END_OF_TEXT
+from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
 from tests.support.runs import REPOSITORY
+from tests.support.tables import print_header, print_row
 
 _SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".c", ".cpp", ".js", ".json", ".html", ".css", ".yaml")
 _LARGEST_DOCUMENT_BYTES = 1 << 20
@@ -45,10 +46,10 @@ _POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Measured:
-    """What one process of a contender did."""
+    """The time, memory and result of one process of a contender."""
 
     seconds: float
-    peak_mb: float | None  # of all its processes together, shared pages once; None: not looked at
+    peak_mb: float | None  # of all its processes, shared pages counted once; None if not measured
     tokens: int
     sha256: str  # of all tokens, uint16, in the order of the documents
 
@@ -57,7 +58,7 @@ class Measured:
 
 
 def distinct_documents(megabytes: float) -> Iterator[str]:
-    """Texts of this Python installation until they are enough, each once; in a second round with a number in front."""
+    """Yield distinct texts of this Python installation; if they are too few, again with a number in front."""
     left, lap = megabytes * 1e6, 0
     while left > 0:
         seen: set[bytes] = set()
@@ -84,7 +85,7 @@ def _text_files() -> Iterator[Path]:
 
 
 def write_inputs(folder: Path, megabytes: float) -> dict[str, Path]:
-    """The same documents as JSON Lines and as Parquet."""
+    """Write the same documents as JSON Lines and as Parquet."""
     paths = {"jsonl": folder / "documents.jsonl", "parquet": folder / "documents.parquet"}
     schema = pa.schema([("text", pa.string())])
     with paths["jsonl"].open("w", encoding="utf-8") as lines, pq.ParquetWriter(paths["parquet"], schema) as rows:
@@ -101,7 +102,7 @@ def write_inputs(folder: Path, megabytes: float) -> dict[str, Path]:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The documents, as a plain program reads them."""
+    """Yield the documents as a simple program reads them."""
     if path.suffix == ".parquet":
         for batch in pq.ParquetFile(path).iter_batches(1000, columns=["text"]):
             yield from batch.column(0).to_pylist()
@@ -111,14 +112,14 @@ def read_texts(path: Path) -> Iterator[str]:
                 yield json.loads(line)["text"]
 
 
-# --- contenders: each says how its tokens are read back afterwards, and how many seconds count (None: all)
+# --- contenders: each returns a function that reads its tokens back, and the seconds that count (None: all)
 
 Tokens = npt.NDArray[np.uint16]
 Done = tuple[Callable[[], Tokens], float | None]
 
 
 def ours(source: Path, out: Path) -> Done:
-    """The commands as a person gives them: tokenize, then verify every hash and count."""
+    """Run the commands of a user: tokenize, then verify every hash and count."""
     started = time.perf_counter()
     tokenize = ["tokenize_corpus.py", "--source", source.suffix[1:], "--input", str(source), "--val-fraction", "0"]
     for command in ([*tokenize, "--out", str(out)], ["shards.py", "verify", str(out)]):
@@ -130,7 +131,7 @@ def ours(source: Path, out: Path) -> Done:
 
 
 def pool_of_tiktoken(source: Path, out: Path) -> Done:
-    """Documents through a pool of processes, one shard array that is filled and saved: as build-nanogpt does it."""
+    """Encode in a pool of processes, fill one shard array and save it, as build-nanogpt does."""
     shard_tokens = 100_000_000
     shard: Tokens = np.empty((shard_tokens,), dtype=np.uint16)
     filled, shards = 0, 0
@@ -155,20 +156,14 @@ def _tokenize_one(text: str) -> Tokens:
     return np.array(ids).astype(np.uint16)
 
 
-_ENCODING: list[Any] = []
-
-
+@cache
 def _tiktoken() -> Any:
-    """The same vocabulary as ours, without a network."""
-    if not _ENCODING:
-        from data_tools.tokenizer import load_tokenizer
-
-        _ENCODING.append(load_tokenizer()._encoding)
-    return _ENCODING[0]
+    """Return tiktoken's encoding with our vocabulary, without a network."""
+    return load_tokenizer()._encoding
 
 
 def datasets_map(source: Path, out: Path) -> Done:
-    """``datasets.map`` on all cores, then a memory map filled batch by batch: as nanoGPT's prepare.py does it."""
+    """Encode with ``datasets.map`` on all cores and fill a memory map batch by batch, as nanoGPT's prepare.py does."""
     import datasets
 
     kind = "parquet" if source.suffix == ".parquet" else "json"
@@ -193,7 +188,7 @@ def _tokenize_row(row: dict[str, str]) -> dict[str, Any]:
 
 
 def bare_tiktoken(source: Path, out: Path) -> Done:
-    """``encode_ordinary_batch`` with all threads, on documents in memory."""
+    """Run ``encode_ordinary_batch`` with all threads on documents in memory."""
     texts = list(read_texts(source))
     encoding = _tiktoken()
     started = time.perf_counter()
@@ -203,13 +198,11 @@ def bare_tiktoken(source: Path, out: Path) -> Done:
 
 
 def bare_gigatoken(source: Path, out: Path) -> Done:
-    """``encode_batch`` with all threads, on documents in memory."""
+    """Run ``encode_batch`` with all threads on documents in memory."""
     import gigatoken
 
     texts = list(read_texts(source))
     with tempfile.TemporaryDirectory() as folder:
-        from data_tools.tokenizer import load_tokenizer
-
         path = Path(folder, "gpt2.tiktoken")
         path.write_bytes(load_tokenizer().rank_file)
         tokenizer = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {})
@@ -221,7 +214,7 @@ def bare_gigatoken(source: Path, out: Path) -> Done:
 
 def _flat(documents: Iterator[Tokens]) -> Tokens:
     start = np.array([END_OF_TEXT], dtype=np.uint16)
-    return np.concatenate([part for tokens in documents for part in (start, tokens)])
+    return np.concatenate([piece for tokens in documents for piece in (start, tokens)])
 
 
 _OURS = "this project"
@@ -238,10 +231,10 @@ CONTENDERS: dict[str, Callable[[Path, Path], Done]] = {
 
 
 def run_contender(name: str, source: Path, scratch: Path, *, watch_memory: bool = False) -> Measured:
-    """One process from start to end; its tokens are hashed after the time is taken. Watching memory slows it down."""
+    """Run one process; hash its tokens after the time is taken. Watching memory slows it down."""
     command = [sys.executable, "-m", "benchmarks.data", "--contender", name, "--input", str(source)]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        os.sync()  # what others wrote before is not to be waited for
+        os.sync()  # so that the contender does not wait for earlier writes
         started = time.perf_counter()
         process = subprocess.Popen(
             [*command, "--out", str(Path(folder, "out"))],
@@ -250,7 +243,7 @@ def run_contender(name: str, source: Path, scratch: Path, *, watch_memory: bool 
             stdout=subprocess.PIPE,
             text=True,
         )
-        peak = _Peak(process.pid) if watch_memory else None
+        peak = _PeakMemory(process.pid) if watch_memory else None
         assert process.stdout
         done = process.stdout.readline()  # printed when the work is done, before hashing
         seconds = time.perf_counter() - started
@@ -263,8 +256,8 @@ def run_contender(name: str, source: Path, scratch: Path, *, watch_memory: bool 
     return Measured(own_seconds or seconds, peak_mb, value["tokens"], value["sha256"])
 
 
-class _Peak:
-    """The largest proportional set size of a process and its children, sampled."""
+class _PeakMemory:
+    """Samples the proportional set size of a process and its children, and keeps the largest sum."""
 
     def __init__(self, pid: int) -> None:
         self._process = psutil.Process(pid)
@@ -293,7 +286,7 @@ class _Peak:
 
 
 def be_contender(name: str, source: Path, out: Path) -> None:
-    """What a contender's process does."""
+    """Run a contender in this process and print its time, then its tokens' hash."""
     read_back, seconds = CONTENDERS[name](source, out)
     print(json.dumps({"seconds": seconds}), flush=True)
     tokens = read_back()
@@ -301,12 +294,12 @@ def be_contender(name: str, source: Path, out: Path) -> None:
 
 
 def compare(inputs: dict[str, Path], megabytes: float, rounds: int, against: Sequence[str], scratch: Path) -> bool:
-    """Print a table; whether all ids are identical."""
+    """Print a table per input format; return whether all ids are identical."""
     hashes: set[str] = set()
     for kind, source in inputs.items():
         medians: dict[str, float] = {}
-        print(f"\n| {kind}, {megabytes:.0f} MB of text | s | MB/s | spread | this project is |")
-        print("| --- | --- | --- | --- | --- |", flush=True)
+        print()
+        print_header(f"{kind}, {megabytes:.0f} MB of text", "s", "MB/s", "spread", "this project is")
         for name in (_OURS, *against):
             results = [run_contender(name, source, scratch) for _ in range(rounds)]
             hashes |= {result.sha256 for result in results}
@@ -314,30 +307,28 @@ def compare(inputs: dict[str, Path], megabytes: float, rounds: int, against: Seq
             medians[name] = statistics.median(seconds)
             spread = (max(seconds) - min(seconds)) / medians[name]
             ratio = medians[name] / medians[_OURS]
-            print(
-                f"| {name} | {medians[name]:.2f} | {megabytes / medians[name]:.1f} | {spread:.0%} "
-                f"| {ratio:.2f} x as fast |",
-                flush=True,
-            )
-    print(f"\nidentical ids in all of them: {'yes' if len(hashes) == 1 else 'NO'}")
+            rate = megabytes / medians[name]
+            print_row(name, f"{medians[name]:.2f}", f"{rate:.1f}", f"{spread:.0%}", f"{ratio:.2f} x as fast")
+    print(f"\nidentical ids in all contenders: {'yes' if len(hashes) == 1 else 'NO'}")
     return len(hashes) == 1
 
 
 def print_memory(sizes: Sequence[float], scratch: Path) -> None:
-    """Peak memory of the stage by size of the input."""
-    print("\n| input | peak MB, all processes |\n| --- | --- |")
+    """Print the peak memory of stage 1 by size of the input."""
+    print()
+    print_header("input", "peak MB, all processes")
     for megabytes in sizes:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             source = write_inputs(Path(folder), megabytes)["jsonl"]
             measured = run_contender(_OURS, source, scratch, watch_memory=True)
-            print(f"| {megabytes:.0f} MB | {measured.peak_mb:.0f} |", flush=True)
+            print_row(f"{megabytes:.0f} MB", f"{measured.peak_mb:.0f}")
 
 
 def main() -> None:
-    """Print the tables; a non-zero status if ids differ."""
+    """Print the tables; exit with a non-zero status if ids differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=400, help="of documents (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="processes a contender (default: %(default)s)")
+    parser.add_argument("--megabytes", type=float, default=400, help="size of the documents (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each contender (default: %(default)s)")
     others = [name for name in CONTENDERS if name != _OURS]
     parser.add_argument(
         "--against",
@@ -345,7 +336,7 @@ def main() -> None:
         choices=others,
         default=others,
         metavar="NAME",
-        help=f"of {', '.join(others)} (default: all)",
+        help=f"contenders to compare with: {', '.join(others)} (default: all)",
     )
     parser.add_argument("--memory-megabytes", nargs="*", type=float, default=[50, 250, 1000], metavar="MB")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)

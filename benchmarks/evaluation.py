@@ -1,7 +1,9 @@
-"""The scorer against what people use today: lm-evaluation-harness for its numbers, build-nanogpt's loop for its speed.
+"""Compare the scorer with lm-evaluation-harness (its numbers) and with build-nanogpt's loop (its speed).
 
-``python -m benchmarks.evaluation --piqa FILE --lambada FILE`` (JSON lines as ``launch/evaluate.py --data`` takes them).
-The first part needs the extra ``harness``.
+python -m benchmarks.evaluation --piqa FILE --lambada FILE     # what `make bench-evaluation` runs
+
+The files are JSON lines as ``launch/evaluate.py --data`` takes them. The comparison of numbers needs the extra
+``harness``.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ from pipeline.model.gpt2 import GPT2, build_model
 from pipeline.model.packed_linear import pack_linear_layers
 from pipeline.model.precision import replicated_compute
 from tests.support.runs import make_corpus, merged, train_run
+from tests.support.tables import print_header, print_row
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 BATCH_TOKENS = 2048
-CONTEXT_WORDS, ENDING_WORDS = 55, 22  # about HellaSwag's own
+CONTEXT_WORDS, ENDING_WORDS = 55, 22  # about as in HellaSwag
 
 #: Models by name; the middle one has 30 million parameters.
 MODELS: dict[str, dict[str, Any]] = {
@@ -47,7 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"preset": "gpt2"},
 }
 
-#: A run of a few steps on real text, whose model has left its initial weights.
+#: A run of a few steps on real text, so that the weights are no longer the initial ones.
 BRIEF_RUN: dict[str, dict[str, Any]] = {
     "run": {"precision": "fp32", "device": "cpu"},
     "model": {"preset": "gpt2-tiny"},
@@ -59,12 +62,12 @@ BRIEF_RUN: dict[str, dict[str, Any]] = {
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines."""
+    """Return the rows of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def hub_rows(task: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of query, choices, gold or context, continuation in the form of the hub's datasets."""
+    """Convert rows of query, choices, gold or context, continuation to the form of the hub's datasets."""
     if task == "lambada":
         return [row if "text" in row else {"text": f"{row['context']} {row['continuation']}"} for row in rows]
     return [
@@ -81,24 +84,24 @@ def hub_rows(task: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def as_evaluated(model: GPT2, precision: str = "fp32") -> GPT2:
-    """A copy with its weights packed, as ``launch/evaluate.py`` scores it on a CPU."""
+    """Return a copy with packed weights, as ``launch/evaluate.py`` uses on a CPU."""
     packed = copy.deepcopy(model)
     pack_linear_layers(packed, matmul_dtype(precision))
     return packed
 
 
 def scorer_of(model: GPT2, precision: str = "fp32") -> Scorer:
-    """A scorer on this CPU alone."""
+    """Return a scorer for a single process on this CPU."""
     return Scorer(replicated_compute(model, precision, ALONE.device).eval(), model.config, ALONE, BATCH_TOKENS)
 
 
 def print_agreement(files: dict[str, Path], limit: int, scratch: Path) -> None:
-    """Both programs on the same weights and rows, example by example."""
-    from benchmarks.harness import evaluate_with_harness
+    """Print the agreement of both programs on the same weights and rows, example by example."""
+    from benchmarks.lm_evaluation_harness import evaluate_with_harness
 
     print(f"\nAgreement with lm-evaluation-harness, the first {limit} examples, gpt2-tiny in fp32\n")
-    print_row("weights", "task", "requests", "largest difference in log-likelihood", "same choices", "acc", "harness")
-    print_row(*["---"] * 7)
+    columns = ("task", "requests", "largest difference in log-likelihood", "same choices", "acc", "harness")
+    print_header("weights", *columns)
     for weights, model in (("random", random_model("gpt2-tiny")), ("60 steps", trained_model(scratch))):
         for task, path in files.items():
             rows = hub_rows(task, read_lines(path)[:limit])
@@ -124,17 +127,17 @@ def print_agreement(files: dict[str, Path], limit: int, scratch: Path) -> None:
 
 
 def chosen(answers: Sequence[tuple[float, bool]]) -> Any:
-    """What the model answers: the likeliest choice, or whether it writes the only one."""
+    """Return the most likely choice, or for a single choice whether it is the greedy continuation."""
     return int(np.argmax([answer[0] for answer in answers])) if len(answers) > 1 else answers[0][1]
 
 
 def random_model(name: str) -> GPT2:
-    """Initial weights of one of ``MODELS``."""
+    """Build one of ``MODELS`` with its initial weights."""
     return build_model(ModelConfig.model_validate(MODELS[name]), 1337).eval()
 
 
 def trained_model(scratch: Path) -> GPT2:
-    """The model of a brief run."""
+    """Train ``BRIEF_RUN`` and return its model."""
     corpus = make_corpus(scratch / "data")
     result = train_run("ddp", scratch / "run", merged(BRIEF_RUN, {"data": {"path": str(corpus)}}))
     assert result.returncode == 0, result.stderr
@@ -142,7 +145,7 @@ def trained_model(scratch: Path) -> GPT2:
 
 
 def like_hellaswag(texts: Sequence[str]) -> list[ChoiceExample]:
-    """Four endings of a passage, of which three are from other passages."""
+    """Return examples with the ending of the passage and three endings of other passages as choices."""
     words = [text.split() for text in texts]
     words = [text for text in words if len(text) >= CONTEXT_WORDS + ENDING_WORDS]
     endings = [" ".join(text[CONTEXT_WORDS : CONTEXT_WORDS + ENDING_WORDS]) for text in words]
@@ -156,10 +159,10 @@ def like_hellaswag(texts: Sequence[str]) -> list[ChoiceExample]:
 
 @torch.no_grad()
 def one_at_a_time(model: GPT2, examples: Sequence[ChoiceExample], precision: str) -> list[tuple[int, int]]:
-    """As build-nanogpt scores HellaSwag: an example a forward pass, logits everywhere, cross-entropy, a mask.
+    """Score as build-nanogpt does for HellaSwag: one example per forward pass, logits everywhere, a masked loss.
 
     Returns:
-        The choice by summed and by mean loss of each example.
+        The choices of each example by summed and by mean loss.
     """
     tokenizer, compute = load_tokenizer(), replicated_compute(model, precision, ALONE.device).eval()
     answers = []
@@ -185,7 +188,7 @@ def one_at_a_time(model: GPT2, examples: Sequence[ChoiceExample], precision: str
 def together(
     model: GPT2, examples: Sequence[ChoiceExample], precision: str, *, shared: bool = True
 ) -> list[tuple[int, int]]:
-    """The same by our scorer, encoding included; ``shared``: what choices begin with is computed once."""
+    """Score with our scorer, including encoding; ``shared``: the common beginning of choices is computed once."""
     tokenizer = load_tokenizer()
     task = ChoiceTask("", piqa, encode_apart, "tokens")
     groups = [[encode_apart(tokenizer, *pair) for pair in example.pairs] for example in examples]
@@ -196,15 +199,15 @@ def together(
 
 
 def print_speed(files: dict[str, Path], models: Sequence[str], count: int, precision: str, loop_precision: str) -> None:
-    """Examples a second of the scorer and of the loop, and whether they answer alike."""
+    """Print the examples per second of the scorer and of the loop, and how many answers are equal."""
     questions = [piqa(row) for row in read_lines(files["piqa"])[:count]]
     passages = like_hellaswag([row["text"] for row in hub_rows("lambada", read_lines(files["lambada"]))])[:count]
     print(
         f"\nSpeed on this CPU with {torch.get_num_threads()} threads, the loop in {loop_precision}, the scorer in "
         f"{precision}, {count} examples, random weights\n"
     )
-    print_row("model", "data", "one at a time", "together, beginnings not shared", "together", "ratio", "same answers")
-    print_row(*["---"] * 7)
+    columns = ("one at a time", "scorer, beginnings not shared", "scorer", "ratio", "same answers")
+    print_header("model", "data", *columns)
     runs = [
         (name, data, model, examples)
         for name, model in ((name, random_model(name)) for name in models)
@@ -214,7 +217,7 @@ def print_speed(files: dict[str, Path], models: Sequence[str], count: int, preci
     for *_, model, examples in runs:
         one_at_a_time(model, examples[:2], loop_precision)  # warms up
         loops.append(timed(one_at_a_time, model, examples, loop_precision))
-    keep_freed_memory()  # as launch/evaluate.py does, and such a loop does not; it stays
+    keep_freed_memory()  # as launch/evaluate.py does; the loop does not, and this cannot be undone
     for (name, data, model, examples), (slow, expected) in zip(runs, loops, strict=True):
         packed = as_evaluated(model, precision)
         together(packed, examples[:2], precision)
@@ -231,15 +234,10 @@ def timed(
     examples: Sequence[ChoiceExample],
     precision: str,
 ) -> tuple[float, list[tuple[int, int]]]:
-    """Seconds, and what the action gives."""
+    """Return the seconds and the result of an action."""
     started = time.perf_counter()
     result = action(model, examples, precision)
     return time.perf_counter() - started, result
-
-
-def print_row(*cells: object) -> None:
-    """A row of a Markdown table."""
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def main() -> None:
@@ -247,11 +245,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--piqa", type=Path, required=True)
     parser.add_argument("--lambada", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=300, help="examples of the comparison with the harness; 0: none")
-    parser.add_argument("--examples", type=int, default=32, help="of the speeds; 0: none")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="of the speeds")
-    parser.add_argument("--precision", default="fp32", choices=get_args(Precision), help="of the scorer's speed")
-    parser.add_argument("--loop-precision", choices=get_args(Precision), help="of the loop's (default: the scorer's)")
+    parser.add_argument("--limit", type=int, default=300, help="examples to compare with the harness; 0 for none")
+    parser.add_argument("--examples", type=int, default=32, help="examples to measure the speed; 0 for none")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="models to measure the speed"
+    )
+    parser.add_argument("--precision", default="fp32", choices=get_args(Precision), help="precision of the scorer")
+    parser.add_argument(
+        "--loop-precision", choices=get_args(Precision), help="precision of the loop (default: the scorer's)"
+    )
     arguments = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     files = {"piqa": arguments.piqa, "lambada": arguments.lambada}

@@ -1,10 +1,10 @@
-"""Generation against ``transformers``: tokens per second on this machine's CPU, the same greedy texts.
+"""Compare generation with ``transformers``: tokens per second on this machine's CPU, and the greedy texts.
 
-python -m benchmarks.generation      # alone on the machine
+python -m benchmarks.generation      # what `make bench-generation` runs; alone on the machine
 
-Both have the same random weights of GPT-2 124M and continue the same prompts by as many tokens. ``transformers`` runs
-in each of its settings that could be its best: attention by scaled_dot_product_attention or its own, its growing
-cache, and its static cache under ``torch.compile``. Prefill is part of the time, compiling is not.
+Both have the same random weights of GPT-2 124M and continue the same prompts by the same number of tokens.
+``transformers`` runs in each setting that could be its best: attention by scaled_dot_product_attention or its own code,
+its growing cache, and its static cache under ``torch.compile``. The time includes prefill and excludes compilation.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import CompileConfig
 
+from benchmarks.transformers_model import transformers_model
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
 from pipeline.config.schema import ModelConfig
 from pipeline.generation.generate import generate_batch
 from pipeline.generation.sampling import Sampling
 from pipeline.generation.writer import DTYPES
-from pipeline.interop.hugging_face.layout import hugging_face_name, is_transposed, to_config_json
 from pipeline.model.gpt2 import GPT2, build_model
 from pipeline.model.packed_linear import PackedLinear, pack_linear_layers
 
@@ -36,14 +37,14 @@ PRODUCT_ROWS = (1, 2, 4, 512)  # of one to four texts, and of a prompt
 ROUNDS = 3
 PRODUCT_ROUNDS = 20
 
-Texts = list[list[int]]
+Texts = list[list[int]]  # token ids
 Product = Callable[[nn.Linear], Tensor]
-Contender = Callable[[Texts, int], Texts]  # prompts and a number of tokens -> what comes after them
+Contender = Callable[[Texts, int], Texts]  # prompts and a number of tokens -> the new tokens
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One contender on one batch."""
+    """The result of one contender on one batch."""
 
     name: str
     tokens_per_s: float
@@ -51,14 +52,18 @@ class Measurement:
 
 
 def main() -> None:
-    """Print a table a precision and batch size."""
+    """Print one table per precision and batch size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="gpt2", help="the model (default: %(default)s)")
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument(
-        "--batch", nargs="*", type=int, default=[1, 4], help="prompts side by side; none: products alone (default: 1 4)"
+        "--batch",
+        nargs="*",
+        type=int,
+        default=[1, 4],
+        help="prompts per batch; without a number only the matrix products (default: 1 4)",
     )
-    parser.add_argument("--tokens", type=int, default=100, help="new ones a prompt (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=100, help="new tokens per prompt (default: %(default)s)")
     arguments = parser.parse_args()
     model = build_model(ModelConfig.model_validate({"preset": arguments.preset}), 1).eval()
     print(
@@ -72,7 +77,7 @@ def main() -> None:
 
 
 def print_products(model: GPT2, precision: str) -> None:
-    """Milliseconds of the products of all blocks: what a token costs but for attention and the output layer."""
+    """Print the milliseconds of the linear layers of all blocks, without attention and the output layer."""
     dtype = DTYPES[precision]
     layers = [layer for layer in copy.deepcopy(model.h).to(dtype).modules() if isinstance(layer, nn.Linear)]
     for rows in PRODUCT_ROWS:
@@ -82,7 +87,7 @@ def print_products(model: GPT2, precision: str) -> None:
 
 
 def product_ways(layers: list[nn.Linear], rows: int, dtype: torch.dtype) -> dict[str, Product]:
-    """That of nn.Linear, that of transformers' Conv1D, and ours, also without filling up to the fewest rows."""
+    """Return the product of nn.Linear, that of transformers' Conv1D, and ours with and without padding of rows."""
     inputs = {layer.in_features: torch.randn(rows, layer.in_features).to(dtype) for layer in layers}
     transposed = {layer: layer.weight.detach().t().contiguous() for layer in layers}
     packed = {layer: PackedLinear(layer, dtype) for layer in layers}
@@ -90,7 +95,7 @@ def product_ways(layers: list[nn.Linear], rows: int, dtype: torch.dtype) -> dict
         "F.linear": lambda layer: F.linear(inputs[layer.in_features], layer.weight, layer.bias),
         "addmm": lambda layer: torch.addmm(layer.bias, inputs[layer.in_features], transposed[layer]),
         "packed": lambda layer: packed[layer](inputs[layer.in_features]),
-        "packed, as it is": lambda layer: packed[layer].product(inputs[layer.in_features]),
+        "packed, unpadded": lambda layer: packed[layer].product(inputs[layer.in_features]),
     }
 
 
@@ -106,14 +111,14 @@ def _median_ms(layers: list[nn.Linear], product: Product) -> float:
 
 
 def own_contender(model: GPT2, dtype: torch.dtype) -> Contender:
-    """What ``launch/generate.py`` does."""
+    """Return a contender that does what ``launch/generate.py`` does."""
     own = copy.deepcopy(model).to(dtype)
     pack_linear_layers(own, dtype)
     return lambda prompts, count: own_texts(own, prompts, count)
 
 
 def own_texts(model: GPT2, prompts: Texts, count: int) -> Texts:
-    """Greedy, and never at an end."""
+    """Generate greedily, without a stop token."""
     texts: Texts = [[] for _ in prompts]
     for tokens in generate_batch(model, prompts, count, Sampling(temperature=0)):
         for row, token in tokens.items():
@@ -122,7 +127,7 @@ def own_texts(model: GPT2, prompts: Texts, count: int) -> Texts:
 
 
 def their_contenders(model: GPT2, dtype: torch.dtype) -> dict[str, Contender]:
-    """``transformers`` in its settings."""
+    """Return ``transformers`` in each setting."""
     settings = {
         "transformers, sdpa": ("sdpa", False),
         "transformers, eager": ("eager", False),
@@ -132,26 +137,14 @@ def their_contenders(model: GPT2, dtype: torch.dtype) -> dict[str, Contender]:
 
 
 def their_contender(model: GPT2, dtype: torch.dtype, attention: str, compiled: bool) -> Contender:
-    """Its model with our weights under its own ``generate``."""
-    import transformers
-
-    sizes = to_config_json(model.config, "float32")
-    config = transformers.GPT2Config(**{key: sizes[key] for key in ("n_layer", "n_head", "n_embd", "n_positions")})
-    config._attn_implementation = attention
-    theirs: Any = transformers.GPT2LMHeadModel(config)
-    theirs.eval()
-    for name, weight in model.named_parameters():
-        stored = weight.detach()[: model.config.vocab_size] if name == "wte.weight" else weight.detach()
-        parameter = theirs.get_parameter(hugging_face_name(name))
-        with torch.no_grad():
-            parameter.copy_(stored.t() if is_transposed(name) else stored)
-    theirs.to(dtype)
-    theirs.generation_config.eos_token_id = None  # it goes on, as ours does
+    """Return a contender that runs ``transformers``' own ``generate`` with our weights."""
+    theirs = transformers_model(model, attn_implementation=attention).to(dtype).eval()
+    theirs.generation_config.eos_token_id = None  # it does not stop, as ours
     options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
     if compiled:
         options["cache_implementation"] = "static"
-        options["compile_config"] = transformers.CompileConfig(mode="default", fullgraph=False, dynamic=False)
-        options["compile_config"]._compile_all_devices = True  # by itself it compiles on GPUs only
+        options["compile_config"] = CompileConfig(mode="default", fullgraph=False, dynamic=False)
+        options["compile_config"]._compile_all_devices = True  # by default it compiles on GPUs only
 
     def run(prompts: Texts, count: int) -> Texts:
         tokens = torch.tensor(prompts)
@@ -162,7 +155,7 @@ def their_contender(model: GPT2, dtype: torch.dtype, attention: str, compiled: b
 
 
 def measure_all(contenders: dict[str, Contender], batch: int, count: int) -> list[Measurement]:
-    """Each once to warm up, then in rounds, so that a slower moment meets all; medians."""
+    """Run each contender once to warm up, then in rounds, so that a slow moment affects all; return medians."""
     generator = torch.Generator().manual_seed(0)
     prompts: Texts = torch.randint(GPT2_VOCAB_SIZE, (batch, PROMPT_TOKENS), generator=generator).tolist()
     texts = {name: run(prompts, count) for name, run in contenders.items()}
@@ -176,11 +169,11 @@ def measure_all(contenders: dict[str, Contender], batch: int, count: int) -> lis
 
 
 def print_table(precision: str, batch: int, measurements: list[Measurement]) -> None:
-    """One line a contender; the factor is over the best of ``transformers``."""
+    """Print one line per contender; the factor is over the best of ``transformers``."""
     peer = max((m for m in measurements if m.name.startswith("transformers")), key=lambda m: m.tokens_per_s)
     print(f"\n{precision}, batch {batch}\n{'':<34}{'tokens/s':>10}{'factor':>8}  text")
     for m in measurements:
-        same = "as transformers" if m.texts == peer.texts else "another"
+        same = "as transformers" if m.texts == peer.texts else "different"
         print(f"{m.name:<34}{m.tokens_per_s:>10.1f}{m.tokens_per_s / peer.tokens_per_s:>8.2f}  {same}", flush=True)
 
 

@@ -1,8 +1,8 @@
-"""What reading the training data costs: batches, memory, a seek, and the share of a step that waits for data.
+"""Measure the data loader: batches per second, memory, a seek, and the share of a step that waits for data.
 
-python -m benchmarks.loader      # alone on the machine; about five minutes
+python -m benchmarks.loader      # what `make bench-loader` runs; alone on the machine; about five minutes
 
-Compared with a loader as in build-nanogpt: a whole shard in memory as int64, batches are slices of it in order.
+The peer is a loader like the one of build-nanogpt: it holds a whole shard in memory as int64 and slices it in order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import itertools
 import logging
 import multiprocessing
 import os
-import re
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from benchmarks.memory import status_bytes
 from data_tools.shards import (
     MANIFEST_NAME,
     TRAIN_SPLIT,
@@ -48,11 +48,12 @@ from pipeline.distributed.world import join_world
 from pipeline.model.gpt2 import build_model, flops_per_token
 from pipeline.training.throughput import ThroughputMeter
 from pipeline.training.trainer import Trainer
+from tests.support.tables import print_header, print_row
 
 MB = 10**6
-SHARD_TOKENS = 100_000_000  # as build-nanogpt cuts its data, and stage 1 by default
+SHARD_TOKENS = 100_000_000  # the default of build-nanogpt and of stage 1
 BATCH, SEQ_LEN, ACCUMULATION = 16, 1024, 32  # 524,288 tokens a step, as in the GPT-2 recipe
-BATCHES = SHARD_TOKENS // (BATCH * SEQ_LEN) - 1  # of one shard, but for its end
+BATCHES = SHARD_TOKENS // (BATCH * SEQ_LEN) - 1  # of one shard, without its end
 CPU = torch.device("cpu")
 FAR_SAMPLE, FAR_TOKENS = 10**9, 10**10
 MIXTURE = (0.5, 0.25, 0.15, 0.07, 0.03)
@@ -61,7 +62,7 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) int64
 
 
 def make_shards(folder: Path, tokens: int) -> Path:
-    """Random tokens, a text every thousand."""
+    """Write shards of random tokens with an end of text every thousand tokens."""
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
     records = []
@@ -83,7 +84,7 @@ def make_shards(folder: Path, tokens: int) -> Path:
 
 
 def our_batches(folder: Path) -> Iterator[Batch]:
-    """Shuffled windows of the whole split, from mapped files."""
+    """Yield shuffled windows of the whole split, from memory-mapped files."""
     part = TokenDataset("data", str(folder), 1.0, open_split(folder, TRAIN_SPLIT), None)
     loader = TrainLoader([part], BatchPlan(BATCH, SEQ_LEN, ACCUMULATION, 1), seed=1337, rank=0)
     for step in itertools.count():
@@ -92,7 +93,7 @@ def our_batches(folder: Path) -> Iterator[Batch]:
 
 
 def slices_in_order(folder: Path) -> Iterator[Batch]:
-    """One shard after the other, each loaded as a whole and cut from its beginning on."""
+    """Load one shard after the other as a whole and yield its slices in order."""
     length = BATCH * SEQ_LEN
     while True:
         for path in sorted(folder.glob("*.npy")):
@@ -107,16 +108,16 @@ LOADERS: dict[str, Callable[[Path], Iterator[Batch]]] = {"this loader": our_batc
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one loader, in a process of its own."""
+    """The speed and memory of one loader in its own process."""
 
-    first_s: float  # until the first batch is there
-    others_s: float  # for all others of a shard
-    own_mb: float  # memory that nothing else can use, grown since the start
-    mapped_mb: float  # pages of the files, which the system takes back when it needs them
+    first_s: float  # until the first batch
+    others_s: float  # for all other batches of a shard
+    own_mb: float  # growth of anonymous memory since the start
+    mapped_mb: float  # growth of file pages, which the system can reclaim
 
 
 def speed_of(name: str, folder: Path) -> Speed:
-    """Take the batches of one shard's worth of tokens."""
+    """Read as many batches as one shard contains."""
     own, mapped = resident_bytes()
     started = time.perf_counter()
     batches = LOADERS[name](folder)
@@ -132,15 +133,12 @@ def speed_of(name: str, folder: Path) -> Speed:
 
 
 def resident_bytes() -> tuple[int, int]:
-    """Anonymous and file-backed resident memory of this process (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    own, mapped = (re.search(rf"{key}:\s+(\d+) kB", status) for key in ("RssAnon", "RssFile"))
-    assert own and mapped
-    return int(own[1]) * 1024, int(mapped[1]) * 1024
+    """Return the anonymous and the file-backed resident memory of this process."""
+    return status_bytes("RssAnon"), status_bytes("RssFile")
 
 
 def forget_cache(folder: Path) -> None:
-    """Let the system drop what it keeps of the files in memory."""
+    """Ask the system to drop the files from its cache."""
     for path in folder.glob("*.npy"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -148,10 +146,10 @@ def forget_cache(folder: Path) -> None:
 
 
 def print_speeds(folder: Path) -> None:
-    """Each loader from a cold disk, then from a warm cache."""
+    """Print the speed of each loader from a cold disk, then from a warm cache."""
     print(f"{BATCHES:,} batches of {BATCH} x {SEQ_LEN} tokens: one shard\n")
-    print_row("loader", "files", "first batch", "batches/s after it", "batches/s in all", "own memory", "mapped files")
-    print_row(*["---"] * 7)
+    columns = ("files", "first batch", "batches/s after it", "batches/s in all", "own memory", "mapped files")
+    print_header("loader", *columns)
     spawn = multiprocessing.get_context("spawn")
     for files in ("on disk", "cached"):
         for name in LOADERS:
@@ -171,20 +169,20 @@ def print_speeds(folder: Path) -> None:
 
 
 class EndlessStream:
-    """As many tokens as it is told to have, all zero: there is no such file."""
+    """A stand-in for a token stream of any size; all tokens are zero."""
 
     has_mask = False
     split = TRAIN_SPLIT
     tokens = FAR_TOKENS
 
     def read_windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.uint16]:
-        """Zeros, (B, T)."""
+        """Return zeros, (B, T)."""
         assert starts.min() >= 0 and starts.max() + length <= self.tokens
         return np.zeros((len(starts), length), dtype=np.uint16)
 
 
 def seek_ms(weights: tuple[float, ...]) -> float:
-    """From nothing to the batch at ``FAR_SAMPLE``, the loader's construction included; the median of nine."""
+    """Return the median time of nine to construct a loader and read the batch at ``FAR_SAMPLE``."""
     stream = cast(TokenStream, EndlessStream())
     times = []
     for seed in range(9):
@@ -198,30 +196,28 @@ def seek_ms(weights: tuple[float, ...]) -> float:
 
 
 def print_seeks() -> None:
-    """One data set, and a mixture."""
+    """Print the time of a seek in one data set and in a mixture."""
     print(f"\nThe batch at sample {FAR_SAMPLE:,}, of data sets of {FAR_TOKENS:,} tokens\n")
-    print_row("data", "seek")
-    print_row("---", "---")
+    print_header("data", "seek")
     print_row("one data set", f"{seek_ms((1.0,)):.2f} ms")
     print_row(f"mixture of {len(MIXTURE)}", f"{seek_ms(MIXTURE):.2f} ms")
 
 
 class Unprefetched:
-    """Stands in for the prefetcher: reads when asked."""
+    """A replacement for the prefetcher that reads only when asked."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self.loader = loader
 
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
-        """As ``Prefetcher.micro_batches``."""
+        """Read the micro-batches now."""
         return self.loader.micro_batches(consumed)
 
 
 def print_waits(folder: Path, scratch: Path, rounds: int) -> None:
-    """Real steps of the trainer in fp32, batch 1 x 256 tokens, with and without reading ahead in turns."""
-    print("\nTraining steps of 1 x 256 tokens in fp32 on this CPU, the median of rounds in turns\n")
-    print_row("model", "reading ahead", "step", "of it waiting for data")
-    print_row(*["---"] * 4)
+    """Print the wait for data in real training steps, alternating with and without reading ahead."""
+    print("\nTraining steps of 1 x 256 tokens in fp32 on this CPU, median of alternating rounds\n")
+    print_header("model", "reading ahead", "step", "of it waiting for data")
     for preset, steps in (("gpt2-tiny", 20), ("gpt2", 3)):
         for ahead, readings in waits_of(preset, steps, folder, scratch / preset, rounds).items():
             step_ms = statistics.median(reading["step_ms"] for reading in readings)
@@ -232,7 +228,7 @@ def print_waits(folder: Path, scratch: Path, rounds: int) -> None:
 def waits_of(
     preset: str, steps: int, folder: Path, run_folder: Path, rounds: int
 ) -> dict[bool, list[dict[str, float]]]:
-    """What the trainer's meter reads after each round of steps, by whether there was reading ahead."""
+    """Return the readings of the trainer's throughput meter per round, with and without reading ahead."""
     config = Config.model_validate(
         {
             "run": {"out_dir": str(run_folder), "device": "cpu", "precision": "fp32"},
@@ -264,16 +260,13 @@ def waits_of(
     return readings
 
 
-def print_row(*cells: str) -> None:
-    """A row of a Markdown table."""
-    print(f"| {' | '.join(cells)} |", flush=True)
-
-
 def main() -> None:
-    """Make the shards and print the tables."""
+    """Write the shards and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=100_000_000, help="of the synthetic data set")
-    parser.add_argument("--rounds", type=int, default=5, help="of training steps, with and without reading ahead")
+    parser.add_argument("--tokens", type=int, default=100_000_000, help="size of the synthetic data set")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds of training steps, with and without reading ahead"
+    )
     arguments = parser.parse_args()
     logging.getLogger("pipeline").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,6 +1,6 @@
-"""What a machine can do at most: FLOP/s of matrix products and bytes/s of copies, by all processes at the same time.
+"""Measure FLOP/s of matrix products and bytes/s of copies, with all processes at the same time.
 
-Run as a script by :mod:`benchmarks.train`, as the contenders are; prints one JSON object.
+:mod:`benchmarks.train` runs this script in the same way as the contenders. It prints one JSON object.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _ROUNDS = 5
 
 
 def measure_copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second read and written by copies from and to the device's own memory: the best of five."""
+    """Return the bytes per second read and written by copies within the device's memory, the best of five."""
     source = torch.ones(_COPIED_BYTES // 4, device=device)
     target = torch.empty_like(source)
     fastest_s = float("inf")
-    for _ in range(_ROUNDS + 1):  # the first touches the target's pages
+    for _ in range(_ROUNDS + 1):  # the first run allocates the target's pages
         synchronize(device)
         start = time.perf_counter()
         target.copy_(source)
@@ -35,7 +35,7 @@ def measure_copy_bandwidth(device: torch.device) -> float:
 
 
 def main() -> None:
-    """Measure and print, on the main process."""
+    """Measure, and print the result on the main process."""
     setting = Setting.from_json(sys.argv[1])
     with join_world(setting.config().run) as world:
         if world.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""One rank of ``benchmarks.planned_memory``: a few steps of a config's backend on random tokens, and their peak.
+"""Train a few steps of a config's backend on random tokens and write the peak memory; for ``planned_memory``.
 
 python benchmarks/memory_rank.py OUT.json --config FILE ... --set ...        # under torchrun, or alone
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import re
 from pathlib import Path
 
 import torch
 
+from benchmarks.memory import status_bytes
 from pipeline.backends import Backend, create_backend
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
@@ -21,11 +21,10 @@ from pipeline.distributed.world import World, join_world
 from pipeline.model.gpt2 import build_model
 
 STEPS = 3  # moments exist from the second on, DDP's final buckets from the third
-_KIB = 1024
 
 
 def main() -> None:
-    """Measure, and write the largest peak of all ranks."""
+    """Measure and write the largest peak of all ranks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--config", nargs="+", required=True)
@@ -33,10 +32,10 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.set)
     with join_world(config.run) as world:
-        _train(_tiny(config), world)  # what libraries load, build and allocate once is not the run's
+        _train(_tiny(config), world)  # so that one-time allocations of libraries are not counted
         gc.collect()
         before = _used_bytes(world.device)
-        _forget_peak(world.device)
+        _reset_peak(world.device)
         held = _train(config, world)
         peak = _peak_bytes(world.device) - before
         largest = max(world.gather(peak))
@@ -46,13 +45,13 @@ def main() -> None:
 
 
 def _tiny(config: Config) -> Config:
-    """The same backend and precision around a model of no size."""
+    """Return the config with a tiny model, the same backend and the same precision."""
     model = config.model.model_copy(update={"n_layer": 1, "n_head": 2, "n_embd": 64, "activation_checkpointing": False})
     return config.model_copy(update={"model": model})
 
 
 def _train(config: Config, world: World) -> Backend:
-    """Build the backend as a run does, and take some steps."""
+    """Build the backend as a run does and train some steps."""
     plan = plan_batch(config, world.size)
     backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
     for _ in range(STEPS):
@@ -70,24 +69,18 @@ def _step(backend: Backend, config: Config, plan: BatchPlan, world: World) -> No
 
 
 def _used_bytes(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else status_bytes("VmRSS")
 
 
 def _peak_bytes(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status_bytes("VmHWM")
 
 
-def _forget_peak(device: torch.device) -> None:
+def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to what is resident now
-
-
-def _status(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, f"/proc/self/status has no {field}"
-    return int(found[1]) * _KIB
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Does the backend matter? Curves of every backend at 1 and 2 processes against single-process DDP.
+"""Compare curves of every backend at 1 and 2 processes with single-process DDP.
 
 python -m benchmarks.parity            # 60 steps, fp32, amp_bf16 and bf16; what `make parity` runs
 python -m benchmarks.parity --compile  # the same compiled, against the uncompiled reference
@@ -20,7 +20,7 @@ PROCESSES = (1, 2)
 def compare(
     data: Path, scratch: Path, precisions: Sequence[str], steps: int, *, compiled: bool = False
 ) -> Iterator[Agreement]:
-    """Train each backend at each number of processes, against an uncompiled reference; yields a row a run."""
+    """Train each backend at each number of processes; yield one comparison with the uncompiled reference per run."""
 
     def curve(precision: str, backend: str, processes: int, compiled: bool) -> Curve:
         sections = merged(
@@ -33,7 +33,7 @@ def compare(
     for precision in precisions:
         reference = curve(precision, "ddp", 1, compiled=False)
         clipped = sum(norm > TINY_RUN["optimizer"]["grad_clip"] for norm in reference.grad_norms)
-        assert clipped > steps // 2, "clipping is hardly active: the comparison would prove little"
+        assert clipped > steps // 2, "clipping is inactive at most steps: the comparison would prove little"
         for backend in BACKENDS:
             for processes in PROCESSES:
                 if compiled or (backend, processes) != ("ddp", 1):
@@ -42,11 +42,11 @@ def compare(
 
 
 def main() -> None:
-    """Print the table; a non-zero status if a run does not agree."""
+    """Print the table; exit with a non-zero status if a run does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "amp_bf16", "bf16"], choices=LOSS_TOLERANCE)
-    parser.add_argument("--compile", action="store_true", help="all but the reference")
+    parser.add_argument("--compile", action="store_true", help="compile all runs except the reference")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         data = make_corpus(Path(scratch) / "data")

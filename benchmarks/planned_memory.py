@@ -1,4 +1,4 @@
-"""Planned memory against measured peaks, and against the real wrapping code at world sizes that nobody has here.
+"""Compare planned memory with measured peaks, and with the real wrapping code at large world sizes.
 
 python -m benchmarks.planned_memory            # what `make plan-check` runs; alone on the machine
 """
@@ -21,15 +21,16 @@ from pipeline.planning.layouts import layout_of
 from pipeline.planning.planner import peak_memory
 from tests.support.rank_server import RankServer
 from tests.support.runs import CONFIGS, REPOSITORY, Sections, child_environment, merged, overrides, ranks_command
+from tests.support.tables import print_header, print_row
 
 MIB = 1 << 20
 LARGEST_DIFFERENCE = 0.10
 RANK_SCRIPT = REPOSITORY / "benchmarks" / "memory_rank.py"
 
-#: glibc then returns every freed tensor at once: resident memory is what is alive.
+#: With these glibc returns every freed tensor at once, so resident memory is live memory.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
-#: What dominates differs: weights and their state; logits; activations. The small one is for the tests.
+#: Models in which different memory dominates: weights and their state; logits; activations. "small" is for the tests.
 MODELS: dict[str, Sections] = {
     "state": {"model": {"preset": "gpt2", "context_length": 128}, "batch": {"micro_batch_size": 2}},
     "logits": {
@@ -45,13 +46,13 @@ MODELS: dict[str, Sections] = {
         "batch": {"micro_batch_size": 4},
     },
 }
-#: A bucket that is never filled is not resident on a CPU.
+#: Small enough to be filled: an unfilled bucket is not resident on a CPU.
 SMALL_BUCKETS = {"zero_optimization.reduce_bucket_size": 4_000_000}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One comparison."""
+    """One run to plan and measure."""
 
     backend: str
     world_size: int
@@ -61,11 +62,11 @@ class Setting:
     checkpointing: bool | int = False
 
     def config(self) -> Config:
-        """As a run would have it."""
+        """Return the config of the run."""
         return load_config([CONFIGS / f"{self.backend}.json"], self.overrides())
 
     def overrides(self) -> list[str]:
-        """What ``--set`` takes."""
+        """Return the overrides for ``--set``."""
         size = MODELS[self.model]
         tokens = size["batch"]["micro_batch_size"] * size["model"]["context_length"] * self.world_size
         own: Sections = {
@@ -102,7 +103,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Compared:
-    """Planned and measured bytes of the rank with most."""
+    """Planned and measured bytes of the rank that uses most."""
 
     setting: Setting
     planned_bytes: int
@@ -110,18 +111,18 @@ class Compared:
 
     @property
     def difference(self) -> float:
-        """Planned over measured, minus 1."""
+        """Return the relative difference, planned / measured - 1."""
         return self.planned_bytes / self.measured_bytes - 1
 
     @property
     def agrees(self) -> bool:
-        """Within ``LARGEST_DIFFERENCE``."""
+        """Return whether the difference is within ``LARGEST_DIFFERENCE``."""
         return abs(self.difference) <= LARGEST_DIFFERENCE
 
-    def row(self) -> str:
-        """Of a Markdown table."""
+    def cells(self) -> list[str]:
+        """Return the cells of a table row."""
         setting = self.setting
-        cells = [
+        return [
             setting.backend,
             str(setting.world_size),
             setting.model,
@@ -132,21 +133,20 @@ class Compared:
             f"{self.measured_bytes / MIB:,.0f}",
             f"{self.difference:+.1%}",
         ]
-        return f"| {' | '.join(cells)} |"
 
 
 def compare(setting: Setting, ranks: RankServer, scratch: Path) -> Compared:
-    """Plan a setting and run it."""
+    """Plan a run and measure it."""
     config = setting.config()
     plan = plan_batch(config, setting.world_size)
     planned = peak_memory(config, plan).total
     if not torch.cuda.is_available():
-        planned += layout_of(config, plan).host  # on a CPU both are the same memory
+        planned += layout_of(config, plan).host  # on a CPU, host and device share memory
     return Compared(setting, planned, _measure(setting, ranks, scratch))
 
 
 def start_ranks() -> RankServer:
-    """Ranks whose resident memory is what is alive."""
+    """Return a rank server whose ranks return freed memory at once."""
     return RankServer(REPOSITORY, {**child_environment(), **RETURN_FREED_MEMORY})
 
 
@@ -164,25 +164,24 @@ def _measure(setting: Setting, ranks: RankServer, scratch: Path) -> int:
 
 
 def main() -> None:
-    """Print both tables; a non-zero status if something does not agree."""
+    """Print both tables; exit with a non-zero status if a row does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    columns = (
-        "backend | ranks | model | precision | micro-steps | checkpointing | planned MiB | measured MiB | difference"
-    )
-    print(f"| {columns} |\n{'| --- ' * 9}|", flush=True)
+    columns = ["backend", "ranks", "model", "precision", "micro-steps", "checkpointing"]
+    print_header(*columns, "planned MiB", "measured MiB", "difference")
     failures = 0
     with tempfile.TemporaryDirectory() as scratch:
         ranks = start_ranks()
         for setting in SETTINGS:
             compared = compare(setting, ranks, Path(scratch))
             failures += not compared.agrees
-            print(compared.row(), flush=True)
-    print("\n| backend | ranks | what | planned | wrapped |\n| --- | --- | --- | --- | --- |", flush=True)
+            print_row(*compared.cells())
+    print()
+    print_header("backend", "ranks", "state", "planned", "wrapped")
     for world_size in WORLD_SIZES:
         for shards in compare_shards(world_size):
             failures += not shards.agrees
-            print(shards.row(), flush=True)
+            print_row(*shards.cells())
     raise SystemExit(f"{failures} settings do not agree" if failures else 0)
 
 

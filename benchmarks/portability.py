@@ -1,4 +1,4 @@
-"""Can any backend continue what any other saved? All pairs, at other world sizes, against the run that never stopped.
+"""Continue every backend's checkpoint under every other backend and world size; compare with uninterrupted runs.
 
 python -m benchmarks.portability            # fp32 and bf16; what `make portability` runs
 """
@@ -27,6 +27,7 @@ from tests.support.runs import (
     merged,
     read_curve,
 )
+from tests.support.tables import print_header, print_row
 
 SAVED_AT, STEPS_AFTER = 10, 30
 
@@ -44,24 +45,24 @@ class Side:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A run that one side saved and another continued, against the first side's uninterrupted run."""
+    """A run that one side saved and another continued, compared with the first side's uninterrupted run."""
 
     saved_by: Side
     continued_by: Side
     precision: str
-    loss_difference: float  # largest over the steps after the switch, nats
-    same_bits: bool  # losses, and the weights and moments of the last checkpoint
+    loss_difference: float  # largest over the continued steps, in nats
+    same_bits: bool  # of the losses, and of weights and moments in the last checkpoint
 
     @property
     def agrees(self) -> bool:
-        """Bit by bit on the same side, within tolerance on another."""
+        """Return whether the same side agrees bit by bit, or another side within tolerance."""
         if self.saved_by == self.continued_by:
             return self.same_bits
         return self.loss_difference <= LOSS_TOLERANCE[self.precision]
 
 
 class Portability:
-    """Trains and continues in one precision; the runs are in ``scratch``."""
+    """Trains and continues runs in one precision, in the folder ``scratch``."""
 
     def __init__(self, data: Path, scratch: Path, precision: str, dropout: float = 0.1) -> None:
         self.scratch = scratch
@@ -79,15 +80,15 @@ class Portability:
         )
 
     def folder(self, *sides: Side) -> Path:
-        """Of the uninterrupted run of one side, or of a continuation."""
+        """Return the run folder of one side's uninterrupted run, or of a continuation."""
         return self.scratch / "-".join([self.precision, *(f"{side.backend}{side.processes}" for side in sides)])
 
     def train(self, side: Side) -> Curve:
-        """The uninterrupted run, which leaves a checkpoint at ``SAVED_AT``."""
+        """Train the uninterrupted run, which also saves at ``SAVED_AT``."""
         return curve_of(side.backend, self.folder(side), self.sections, side.processes)
 
     def continue_run(self, saved_by: Side, continued_by: Side) -> Continuation:
-        """Continue one side's checkpoint under another, and compare."""
+        """Continue one side's checkpoint under another side and compare."""
         start: Sections = {"checkpoint": {"resume": str(checkpoint_folder(self.folder(saved_by), SAVED_AT))}}
         folder = self.folder(saved_by, continued_by)
         curve = curve_of(continued_by.backend, folder, merged(self.sections, start), continued_by.processes)
@@ -98,12 +99,12 @@ class Portability:
 
 
 def last_tensors(run_folder: Path) -> dict[str, bytes]:
-    """The bytes of all tensors of the last checkpoint."""
+    """Return the bytes of all tensor files of the last checkpoint."""
     return {path.name: path.read_bytes() for path in list_checkpoints(run_folder)[-1].glob("*.safetensors")}
 
 
 def every_pair() -> list[tuple[Side, Side]]:
-    """All pairs of backends from one process to two and back, and each side with itself."""
+    """Return all pairs of backends from one process to two and back, and each side with itself."""
     pairs = [
         (Side(saved_by, processes), Side(continued_by, 3 - processes))
         for processes, saved_by, continued_by in product((1, 2), BACKENDS, BACKENDS)
@@ -114,7 +115,7 @@ def every_pair() -> list[tuple[Side, Side]]:
 def compare(
     data: Path, scratch: Path, precision: str, pairs: Sequence[tuple[Side, Side]], dropout: float = 0.1
 ) -> Iterator[Continuation]:
-    """Run what the pairs need; yields a result a pair. Single processes run side by side, one a core."""
+    """Run all pairs and yield one result per pair. Single-process runs use one core each, in parallel."""
     runs = Portability(data, scratch, precision, dropout)
     sources = list(dict.fromkeys(saved_by for saved_by, _ in pairs))
     for processes in (1, 2):
@@ -127,17 +128,17 @@ def compare(
 
 
 def print_matrices(results: list[Continuation]) -> None:
-    """Rows: who saved; columns: who continued; cells: the largest loss difference."""
+    """Print the largest loss differences. Rows: who saved; columns: who continued."""
     for processes in (1, 2):
-        print(f"\n| {results[0].precision}: {processes} -> {3 - processes} | {' | '.join(BACKENDS)} |")
-        print("| --- " * (len(BACKENDS) + 1) + "|")
+        print()
+        print_header(f"{results[0].precision}: {processes} -> {3 - processes}", *BACKENDS)
         for saved_by in BACKENDS:
             cells = {
                 result.continued_by.backend: f"{result.loss_difference:.1e}"
                 for result in results
                 if result.saved_by == Side(saved_by, processes) and result.continued_by.processes != processes
             }
-            print(f"| {saved_by} | {' | '.join(cells[backend] for backend in BACKENDS)} |")
+            print_row(saved_by, *(cells[backend] for backend in BACKENDS))
     same = [result for result in results if result.saved_by == result.continued_by]
     print(f"\nthe same side continues bit by bit: {sum(result.same_bits for result in same)} of {len(same)}")
     worst = max(result.loss_difference for result in results)
@@ -145,7 +146,7 @@ def print_matrices(results: list[Continuation]) -> None:
 
 
 def main() -> None:
-    """Print the matrices; a non-zero status if a continuation does not agree."""
+    """Print the matrices; exit with a non-zero status if a continuation does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=LOSS_TOLERANCE)
     arguments = parser.parse_args()

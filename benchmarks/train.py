@@ -1,13 +1,13 @@
-"""How fast is training? This project against what people use, one process (or group) after another, in one run.
+"""Compare the training speed of this project with transformers and other trainers, one after the other.
 
 python -m benchmarks.train                                             # what `make bench-train` runs: 30M parameters
 python -m benchmarks.train --layers 12 --heads 12 --width 768 --seq-len 1024 --batch 2
 python -m benchmarks.train --processes 2 --contenders ddp fsdp zero1
 python -m benchmarks.train --peer-command 'nanoGPT=cd ~/nanoGPT && python train.py --device={device} ...'
 
-All train on the same tokens, batch for batch, from the same weights, with AdamW, clipping and the same learning rate;
-what a --peer-command trains on and from is its own. Their losses must agree, or the run fails. FLOP/s of matrix
-products and the speed of copies are measured first and last. The table has medians over rows of steps, and quartiles.
+All contenders train on the same batches from the same weights, with AdamW, clipping and the same learning rate, except
+those of a --peer-command, which have their own. The losses must agree, or the command fails. FLOP/s of matrix products
+and the bandwidth of copies are measured before and after. The table has medians over rows of steps, and quartiles.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from pipeline.distributed.device import GIB
 from pipeline.model.gpt2 import flops_per_token, parameter_count
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.runs import REPOSITORY, TRAIN, make_corpus, ranks_command, train_arguments
+from tests.support.tables import print_header, print_row
 
 OURS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
 PEERS = {
@@ -44,14 +45,14 @@ PEERS = {
 DEFAULT_CONTENDERS = ("ddp", "transformers-loop", "transformers-trainer")
 ALL_DOCUMENTS = 1_000_000
 
-#: Largest difference in nats between mean losses that counts as agreement: with the same batches and weights; and with
-#: batches and weights of one's own, where only the text is the same.
+#: Largest difference between mean losses, in nats, that counts as agreement: with the same batches and weights, and for
+#: a command with its own batches and weights.
 LOSS_TOLERANCE, LOSS_TOLERANCE_OF_COMMANDS = 0.02, 0.5
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine reached at one moment."""
+    """The speed of the machine at one moment."""
 
     flops: float
     bytes_per_s: float
@@ -64,7 +65,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Contender:
-    """A name and how it is measured."""
+    """A trainer to measure."""
 
     name: str
     measure: Callable[[Setting], Measured]
@@ -72,7 +73,7 @@ class Contender:
 
 
 def train_ours(config: str, setting: Setting) -> Measured:
-    """A run of ``launch/train.py`` as a person gives it, read from its ``metrics.jsonl``."""
+    """Run ``launch/train.py`` as a user does and read its ``metrics.jsonl``."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "run")
         _run_script(setting.processes, TRAIN, train_arguments(config, folder, setting.sections()))
@@ -80,7 +81,7 @@ def train_ours(config: str, setting: Setting) -> Measured:
 
 
 def train_peer(arguments: Sequence[str], setting: Setting) -> Measured:
-    """A run of ``train_peers.py``."""
+    """Run ``train_peers.py`` and read its rows."""
     kind, *options = arguments
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch, "rows.jsonl")
@@ -90,13 +91,13 @@ def train_peer(arguments: Sequence[str], setting: Setting) -> Measured:
 
 
 def measure_limits(setting: Setting) -> Limits:
-    """The machine's, by as many processes as train."""
+    """Measure the machine with as many processes as train."""
     output = _run_script(setting.processes, REPOSITORY / "benchmarks" / "machine_limits.py", [setting.to_json()])
     return Limits(**json.loads(output.strip().splitlines()[-1]))
 
 
 def _run_script(processes: int, script: Path, arguments: Sequence[str]) -> str:
-    """What a script prints; threads are its own matter."""
+    """Run a script and return its output. The script chooses its own threads."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
     command = ranks_command(processes, script, arguments)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -106,7 +107,7 @@ def _run_script(processes: int, script: Path, arguments: Sequence[str]) -> str:
 
 
 def contenders_of(names: Sequence[str], commands: Sequence[PeerCommand]) -> list[Contender]:
-    """In the order of the command line; commands come last."""
+    """Return the contenders in the order of the command line, commands last."""
     named = [
         Contender(name, partial(train_ours, name) if name in OURS else partial(train_peer, PEERS[name]))
         for name in names
@@ -115,7 +116,7 @@ def contenders_of(names: Sequence[str], commands: Sequence[PeerCommand]) -> list
 
 
 def run_rounds(contenders: Sequence[Contender], setting: Setting, rounds: int) -> dict[str, Measured]:
-    """Each contender once a round, every second round in reverse; rows of all rounds together."""
+    """Measure each contender once per round, every second round in reverse order, and combine the rows."""
     found: dict[str, Measured] = {}
     for number in range(rounds):
         for contender in contenders if number % 2 == 0 else reversed(contenders):
@@ -131,7 +132,7 @@ def run_rounds(contenders: Sequence[Contender], setting: Setting, rounds: int) -
 
 
 def disagreements(contenders: Sequence[Contender], found: dict[str, Measured], warmup_steps: int) -> list[str]:
-    """One line for each contender whose losses are not those of the first."""
+    """Return one line per contender whose losses differ from those of the first."""
     reference = found[contenders[0].name].losses
     lines = []
     for contender in contenders[1:]:
@@ -144,13 +145,13 @@ def disagreements(contenders: Sequence[Contender], found: dict[str, Measured], w
         if not difference <= contender.loss_tolerance:
             lines.append(
                 f"{contender.name}: mean loss differs from {contenders[0].name} by {difference:.3f} nats over "
-                f"{len(steps)} rows, allowed are {contender.loss_tolerance}"
+                f"{len(steps)} rows; the tolerance is {contender.loss_tolerance}"
             )
     return lines
 
 
-def table(contenders: Sequence[Contender], found: dict[str, Measured], setting: Setting, ceiling: float) -> list[str]:
-    """Markdown, a row a contender."""
+def print_table(contenders: Sequence[Contender], found: dict[str, Measured], setting: Setting, ceiling: float) -> None:
+    """Print one row per contender."""
     config = setting.config()
     flops = flops_per_token(config.model, config.seq_len)
 
@@ -158,15 +159,13 @@ def table(contenders: Sequence[Contender], found: dict[str, Measured], setting: 
         return setting.tokens_per_step / milliseconds * 1e3
 
     fastest_ms = statistics.median(found[contenders[0].name].step_ms)
-    lines = [
-        f"| contender | tokens/s | quartiles | of the ceiling | peak memory | last loss | {contenders[0].name} is |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ("tokens/s", "quartiles", "of the ceiling", "peak memory", "last loss", f"{contenders[0].name} is")
+    print_header("contender", *columns)
     for contender in contenders:
         measured = found[contender.name]
         low, median, high = statistics.quantiles(measured.step_ms, n=4, method="inclusive")
         peak = "not known" if measured.peak_bytes is None else f"{measured.peak_bytes / GIB:.2f} GiB"
-        cells = [
+        print_row(
             contender.name,
             f"{rate(median):,.0f}",
             f"{rate(high):,.0f} - {rate(low):,.0f}",
@@ -174,13 +173,11 @@ def table(contenders: Sequence[Contender], found: dict[str, Measured], setting: 
             peak,
             f"{measured.losses[max(measured.losses)]:.4f}",
             f"{median / fastest_ms:.2f}x as fast",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        )
 
 
 def compare(contenders: Sequence[Contender], setting: Setting, rounds: int) -> int:
-    """Measure everything, print it; returns how many contenders' losses do not agree."""
+    """Measure and print everything; return the number of contenders whose losses do not agree."""
     before = measure_limits(setting)
     found = run_rounds(contenders, setting, rounds)
     after = measure_limits(setting)
@@ -191,14 +188,14 @@ def compare(contenders: Sequence[Contender], setting: Setting, rounds: int) -> i
         f"process(es), {setting.precision}, {setting.steps - setting.warmup_steps} steps after {setting.warmup_steps}, "
         f"{rounds} round(s), torch {torch.__version__}\nfirst: {before}\nlast:  {after}\n"
     )
-    print("\n".join(table(contenders, found, setting, max(before.flops, after.flops))))
+    print_table(contenders, found, setting, max(before.flops, after.flops))
     wrong = disagreements(contenders, found, setting.warmup_steps)
     print("\n" + ("\n".join(wrong) if wrong else "The losses agree."), flush=True)
     return len(wrong)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=6)
@@ -207,11 +204,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--batch", type=int, default=8, help="sequences per process and step")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--precision", default="amp_bf16", choices=["fp32", "amp_bf16", "bf16"], help="of this project")
-    parser.add_argument("--steps", type=int, default=20, help="that are counted")
-    parser.add_argument("--warmup-steps", type=int, default=5, help="that come before")
+    parser.add_argument(
+        "--precision", default="amp_bf16", choices=["fp32", "amp_bf16", "bf16"], help="precision of this project"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="steps that are counted")
+    parser.add_argument("--warmup-steps", type=int, default=5, help="steps before them")
     parser.add_argument("--steps-per-row", type=int, help="(default: 1 on a CPU, 5 on a GPU)")
-    parser.add_argument("--rounds", type=int, default=1, help="of all contenders; every second one in reverse")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="rounds of all contenders, every second one in reverse order"
+    )
     parser.add_argument("--data", type=Path, help="a folder of token shards (default: the standard library's sources)")
     parser.add_argument(
         "--contenders",
@@ -232,7 +233,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def setting_of(arguments: argparse.Namespace, data: Path) -> Setting:
-    """What the command line asks for."""
+    """Return the setting that the command line asks for."""
     return Setting(
         data=str(data.absolute()),
         n_layer=arguments.layers,
@@ -250,7 +251,7 @@ def setting_of(arguments: argparse.Namespace, data: Path) -> Setting:
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
-    """Compare; a non-zero status if losses do not agree."""
+    """Compare the contenders; return a non-zero status if losses do not agree."""
     arguments = parse_arguments(argv)
     contenders = contenders_of(arguments.contenders, arguments.peer_command)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,14 +1,14 @@
-"""Peers that only a command can start: it trains, prints a line a step, and the lines are read.
+"""Run another trainer by its own command and read the steps that it prints, one line per step.
 
-The command is a template; in it stand ``{data}`` (a folder with ``train.bin`` and ``val.bin``, uint16 as nanoGPT has
-them), ``{n_layer}``, ``{n_head}``, ``{n_embd}``, ``{seq_len}``, ``{batch}`` (sequences per process and step),
+The command is a template with ``{data}`` (a folder with ``train.bin`` and ``val.bin``, uint16 in nanoGPT's format),
+``{n_layer}``, ``{n_head}``, ``{n_embd}``, ``{seq_len}``, ``{batch}`` (sequences per process and step),
 ``{tokens_per_step}``, ``{steps}``, ``{learning_rate}``, ``{processes}``, ``{device}`` and ``{out}`` (an empty folder).
-A line counts as a step when it has a loss, and a time or a rate, in any of the forms
+A line is a step if it has a loss, and a time or a rate, in any of the forms
 
     iter 7: loss 9.1234, time 1717.38ms, mfu 0.40%
     step    7 | loss: 9.123400 | dt: 1717.38ms | tok/sec: 1192.49
 
-Its weights and batches are its own: its losses must come near the others', not equal them.
+The command has its own weights and batches, so its losses only have to be close to the others'.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.checkpoint_cost import peak_resident_bytes
+from benchmarks.memory import status_bytes
 from benchmarks.train_setting import Measured, Setting
 from data_tools.formats import ConvertRequest, convert
 
@@ -39,24 +39,24 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True)
 class PeerCommand:
-    """A name for the table, and the template."""
+    """The name of a peer in the table, and its template."""
 
     name: str
     template: str
 
     @classmethod
     def parse(cls, text: str) -> PeerCommand:
-        """``NAME=COMMAND``, as on the command line."""
+        """Parse ``NAME=COMMAND`` of the command line."""
         name, equals, template = text.partition("=")
         if not (name and equals and template):
             raise ValueError
         return cls(name, template)
 
     def run(self, setting: Setting) -> Measured:
-        """Train to the end.
+        """Train to the end and return the measured steps.
 
         Raises:
-            RuntimeError: it failed, or printed no steps; with what it said.
+            RuntimeError: the command failed or printed no steps; the message contains its output.
         """
         with tempfile.TemporaryDirectory() as scratch:
             data, out, log = Path(scratch, "data"), Path(scratch, "out"), Path(scratch, "log")
@@ -76,7 +76,7 @@ class PeerCommand:
         return Measured({step: loss for step, loss, _ in steps}, counted, peak if on_cpu else None)
 
     def filled(self, setting: Setting, data: Path, out: Path) -> str:
-        """The command line of a setting."""
+        """Return the command for a setting."""
         return self.template.format(
             data=data,
             out=out,
@@ -94,7 +94,7 @@ class PeerCommand:
 
 
 def read_steps(lines: Iterable[str], tokens_per_step: int) -> Iterator[tuple[int, float, float]]:
-    """Step from 1, loss and milliseconds of the lines that have all three; the first such line is step 1."""
+    """Yield step, loss and milliseconds of each line that has all three; the first such line is step 1."""
     first: int | None = None
     for line in lines:
         step, loss, milliseconds, rate = (_number(p, line) for p in (_STEP, _LOSS, _MILLISECONDS, _RATE))
@@ -112,19 +112,19 @@ def _number(pattern: re.Pattern[str], line: str) -> float | None:
 
 
 def _environment() -> dict[str, str]:
-    """In which ``python`` and ``torchrun`` are those of this project."""
+    """Return an environment in which ``python`` and ``torchrun`` are those of this project."""
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 def _watch(process: subprocess.Popen[bytes]) -> int:
-    """Wait; the largest resident memory of any of its processes, in bytes."""
+    """Wait for the end; return the peak resident memory, in bytes, of the process that used most."""
     peak = 0
     while process.poll() is None:
         try:
             children = psutil.Process(process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             break
-        peak = max([peak, *map(peak_resident_bytes, children)])
+        peak = max([peak, *(status_bytes("VmHWM", child.pid) for child in children)])
         time.sleep(_POLL_S)
     process.wait()
     return peak

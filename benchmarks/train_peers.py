@@ -1,7 +1,7 @@
-"""transformers' GPT-2, trained as its users train it, on the batches and from the weights that this project has.
+"""Train transformers' GPT-2 as its users do, on the batches and from the weights of this project.
 
-Run as a script by :mod:`benchmarks.train`, in processes of its own: a plain loop, or Hugging Face's ``Trainer``; each
-with bf16 autocast, fused AdamW and torch.compile, or eager.
+:mod:`benchmarks.train` runs this script in separate processes: a plain loop, or Hugging Face's ``Trainer``, each with
+bf16 autocast, fused AdamW and torch.compile, or eager.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from pipeline.training.schedule import lr_at
 
 
 class RowClock:
-    """Writes a row after the first step and then once in ``steps_per_row``, as the trainer of this project does.
+    """Writes a row after the first step and then every ``steps_per_row`` steps, as the trainer of this project does.
 
     Args:
-        path: None: on the other ranks, which only take part in the sums.
+        path: the file for the rows; None on ranks that only take part in the sums.
     """
 
     def __init__(self, setting: Setting, world: World, path: Path | None) -> None:
@@ -46,7 +46,7 @@ class RowClock:
         self.started, self.counted = time.perf_counter(), 0
 
     def count(self, loss: Tensor) -> None:
-        """One more step was queued; ``loss`` is this rank's mean, on the device."""
+        """Count a step that was queued; ``loss`` is this rank's mean, on the device."""
         self.counted += 1
         step = self.counted
         if step != 1 and step % self.setting.steps_per_row:
@@ -62,7 +62,7 @@ class RowClock:
 
 
 def batches(config: Config, world: World) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's inputs and targets, (B, T) int64 in host memory, step by step."""
+    """Yield this rank's inputs and targets of each step, (B, T) int64 in host memory."""
     plan = plan_batch(config, world.size)
     loader = TrainLoader(open_datasets(config.data, config.model), plan, config.run.seed, world.rank)
     for step in range(config.schedule.max_steps):
@@ -71,13 +71,13 @@ def batches(config: Config, world: World) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def build_peer(config: Config) -> Any:
-    """``GPT2LMHeadModel`` with the weights that this project starts from."""
+    """Return a ``GPT2LMHeadModel`` with the initial weights of this project."""
     model = build_model(config.model, config.run.seed)
     return transformers_model(model, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
 
 
 def plain_loop(config: Config, world: World, clock: RowClock, *, compiled: bool) -> None:
-    """Forward with labels, backward, clip, step: what the documentation of transformers shows."""
+    """Train with forward with labels, backward, clip and step, as the documentation of transformers shows."""
     model = build_peer(config).to(world.device).train()
     module = DistributedDataParallel(model) if world.size > 1 else model
     if compiled:
@@ -85,7 +85,7 @@ def plain_loop(config: Config, world: World, clock: RowClock, *, compiled: bool)
     optimizer = build_adamw(model.parameters(), config.optimizer, world.device)
     lower = "fp32" if config.run.precision == "fp32" else "amp_bf16"
     for step, (inputs, targets) in enumerate(batches(config, world)):
-        inputs, targets = (part.to(world.device, non_blocking=True) for part in (inputs, targets))
+        inputs, targets = (t.to(world.device, non_blocking=True) for t in (inputs, targets))
         set_learning_rate(optimizer.param_groups, lr_at(step, config.optimizer, config.schedule))
         with autocast(lower, world.device):
             loss = module(input_ids=inputs, labels=targets, shift_labels=targets).loss
@@ -97,7 +97,7 @@ def plain_loop(config: Config, world: World, clock: RowClock, *, compiled: bool)
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """What ``Trainer`` reads: it deals whole batches to the ranks in turn, and each rank has stored its own."""
+    """A dataset for ``Trainer``, which gives whole batches to the ranks in turn; each rank stores its own batches."""
 
     def __init__(self, config: Config, world: World) -> None:
         self.size, self.world_size = config.batch.micro_batch_size, world.size
@@ -113,7 +113,7 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 class TimedTrainer(transformers.Trainer):
-    """``Trainer`` that reads samples in order and shows its losses to a clock."""
+    """A ``Trainer`` that reads samples in order and keeps its last loss."""
 
     def __init__(self, clock: RowClock, **options: Any) -> None:
         super().__init__(**options)
@@ -124,29 +124,29 @@ class TimedTrainer(transformers.Trainer):
         return SequentialSampler(self.train_dataset)
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
-        """The loss of the step before is complete when the next begins; of the last, when training ends."""
+        """Run a step and keep its loss for the callback."""
         self.last_loss = super().training_step(*arguments, **options)
         return self.last_loss
 
 
 class StepEnd(transformers.TrainerCallback):
-    """Told by ``Trainer`` of each optimizer step."""
+    """A callback that counts optimizer steps."""
 
     def __init__(self) -> None:
         self.trainer: TimedTrainer | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count it."""
+        """Count the step that has ended."""
         assert self.trainer
         self.trainer.clock.count(self.trainer.last_loss.detach())
 
 
 def hugging_face_trainer(config: Config, world: World, clock: RowClock, folder: Path, *, compiled: bool) -> None:
-    """The same steps by ``transformers.Trainer``, with its own loop, autocast and compilation."""
+    """Train the same steps with ``transformers.Trainer``: its own loop, autocast and compilation."""
     on_cpu = world.device.type == "cpu"
     model = build_peer(config)
     optimizer = build_adamw(model.parameters(), config.optimizer, world.device)
-    share = partial(_share_of_peak, config)
+    lr_factor = partial(_lr_factor, config)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=config.batch.micro_batch_size,
@@ -170,14 +170,14 @@ def hugging_face_trainer(config: Config, world: World, clock: RowClock, folder: 
         model=model,
         args=arguments,
         train_dataset=Windows(config, world),
-        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)),
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)),
         callbacks=[callback],
     )
     clock.started = time.perf_counter()
     callback.trainer.train()
 
 
-def _share_of_peak(config: Config, step: int) -> float:
+def _lr_factor(config: Config, step: int) -> float:
     return lr_at(step, config.optimizer, config.schedule) / config.optimizer.learning_rate
 
 
@@ -191,7 +191,9 @@ def main() -> None:
     arguments = parser.parse_args()
     setting: Setting = arguments.setting
     config = setting.config()
-    needs_group = setting.processes > 1 or arguments.kind == "trainer"  # a variable of ours makes Trainer look for one
+    needs_group = (
+        setting.processes > 1 or arguments.kind == "trainer"
+    )  # join_world sets variables that make Trainer expect one
     with join_world(config.run, process_group=needs_group) as world:
         if world.device.type == "cpu":
             bind_to_cores(world)

@@ -1,4 +1,4 @@
-"""What every contender of a training benchmark is given: model, batch, tokens, optimizer, steps."""
+"""Define the setting of a training benchmark and the result of a contender, as JSON for other processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.runs import Sections, merged
 
 @dataclass(frozen=True)
 class Setting:
-    """One comparison. It travels to the processes of contenders as JSON."""
+    """Model, batch, data, optimizer and steps of one comparison."""
 
     data: str  # a folder of token shards
     n_layer: int
@@ -26,18 +26,18 @@ class Setting:
     device: str
     precision: str
     steps: int  # with the warm-up
-    warmup_steps: int  # not counted: compilers and caches settle
-    steps_per_row: int  # losses are read, and clocks with them, once in so many steps
+    warmup_steps: int  # not counted, because of compilers and caches
+    steps_per_row: int  # losses and clocks are read every so many steps
     learning_rate: float = 6e-4
     seed: int = 1337
 
     @property
     def tokens_per_step(self) -> int:
-        """Over all processes."""
+        """Return the tokens of a step over all processes."""
         return self.processes * self.micro_batch_size * self.seq_len
 
     def sections(self) -> Sections:
-        """The same as a run config: constant learning rate after a few steps, no validation."""
+        """Return the setting as a run config: constant learning rate after a few steps, no validation."""
         return {
             "run": {"device": self.device, "precision": self.precision, "seed": self.seed, "compile": True},
             "model": {
@@ -56,30 +56,30 @@ class Setting:
         }
 
     def config(self, *layers: Sections) -> Config:
-        """The config that ``sections`` stand for, with others over them."""
+        """Return the config of ``sections`` with ``layers`` merged over it."""
         return Config.model_validate(merged(self.sections(), *layers))
 
     def to_json(self) -> str:
-        """For the command line of a contender."""
+        """Return the setting for the command line of a contender."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Setting:
-        """What ``to_json`` wrote."""
+        """Parse the result of ``to_json``."""
         return cls(**json.loads(text))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a contender did, row by row; a row stands for ``steps_per_row`` steps."""
+    """The rows of a contender; each row covers ``steps_per_row`` steps."""
 
-    losses: dict[int, float]  # by step: the mean over a step's targets, in nats
+    losses: dict[int, float]  # by step: the mean over its targets, in nats
     step_ms: list[float]  # of the rows after the warm-up
-    peak_bytes: int | None  # of the process that used most: resident on a CPU, allocated on a GPU; None: not known
+    peak_bytes: int | None  # of the process that used most: resident on a CPU, allocated on a GPU; None if unknown
 
     @classmethod
     def of_rows(cls, rows: list[dict[str, Any]], setting: Setting) -> Measured:
-        """From rows as ``metrics.jsonl`` has them."""
+        """Return the result from rows in the form of ``metrics.jsonl``."""
         trained = [row for row in rows if "loss" in row]
         counted = [row["step_ms"] for row in trained if row["step"] > setting.warmup_steps]
         peak = max(row["peak_memory_gib"] for row in trained)
@@ -87,6 +87,6 @@ class Measured:
 
 
 def write_row(path: Path, **row: float) -> None:
-    """Add a row to a file that ``Measured.of_rows`` will be given."""
+    """Append a row for ``Measured.of_rows`` to a file."""
     with path.open("a", encoding="utf-8") as rows:
         rows.write(json.dumps(row) + "\n")

@@ -1,4 +1,4 @@
-"""``transformers``' GPT-2 with the weights of ours, to compare with."""
+"""Build ``transformers``' GPT-2 with our weights, to compare with it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pipeline.model.gpt2 import GPT2
 
 
 def transformers_model(model: GPT2, **settings: Any) -> Any:
-    """``GPT2LMHeadModel``, a copy in fp32 and in training mode.
+    """Return a ``GPT2LMHeadModel`` with a copy of the weights, in fp32 and in training mode.
 
     Args:
-        settings: keys of ``GPT2Config`` in place of those that the export writes.
+        settings: keys of ``GPT2Config`` that override those of an export.
     """
     config = GPT2Config(**{**to_config_json(model.config, "float32"), **settings})
     theirs: Any = GPT2LMHeadModel(config)

@@ -1,6 +1,6 @@
-"""What the real wrapping code leaves on rank 0 at any world size, under a process group that only pretends.
+"""Measure what the real wrapping code keeps on rank 0 at any world size, under a fake process group.
 
-FSDP2 shards fake tensors of GPT-2's own shapes. DDP and DeepSpeed need memory to work on: they wrap a small model.
+FSDP2 shards fake tensors in GPT-2's shapes. DDP and DeepSpeed read their tensors, so they wrap a small model.
 """
 
 from __future__ import annotations
@@ -41,36 +41,35 @@ SMALL_BUCKET = "backend.deepspeed.zero_optimization.reduce_bucket_size=1000000"
 
 @dataclass(frozen=True)
 class Shards:
-    """One kind of state of one backend: planned bytes and those of the wrapped model."""
+    """Planned bytes of one kind of state of one backend, and those of the wrapped model."""
 
     backend: str
     world_size: int
-    what: str
+    state: str  # parameters, gradients or moments
     planned_bytes: int
     wrapped_bytes: int
 
     @property
     def agrees(self) -> bool:
-        """Exactly: rank 0 has no less than any other rank."""
+        """Return whether both are equal to the byte; rank 0 has the largest shard."""
         return self.planned_bytes == self.wrapped_bytes
 
-    def row(self) -> str:
-        """Of a Markdown table."""
-        cells = (self.backend, f"{self.world_size:,}", self.what, f"{self.planned_bytes:,}", f"{self.wrapped_bytes:,}")
-        return f"| {' | '.join(cells)} |"
+    def cells(self) -> tuple[str, ...]:
+        """Return the cells of a table row."""
+        return (self.backend, f"{self.world_size:,}", self.state, f"{self.planned_bytes:,}", f"{self.wrapped_bytes:,}")
 
 
 def compare_shards(world_size: int) -> Iterator[Shards]:
-    """Every backend at one world size."""
+    """Compare every backend at one world size."""
     yield from compare_fsdp(world_size)
     for backend in SMALL_BACKENDS:
         yield from compare_small(backend, world_size)
 
 
 def compare_fsdp(world_size: int) -> Iterator[Shards]:
-    """Wrap fake tensors, take a step, add up what stays."""
+    """Wrap fake tensors, take a step and add up the local bytes."""
     config, plan = _planned("fsdp", world_size, REAL_MODEL)
-    with _pretended_world(world_size) as world, _mesh_of_real_tensors(), FakeTensorMode():
+    with _fake_world(world_size) as world, _mesh_of_real_tensors(), FakeTensorMode():
         backend: Any = create_backend(GPT2(config.model), config, world, plan)
         tokens = torch.zeros(1, SEQ_LEN, dtype=torch.int64)
         backend.compute(tokens, tokens).backward()
@@ -87,10 +86,10 @@ def compare_fsdp(world_size: int) -> Iterator[Shards]:
 
 
 def compare_small(name: str, world_size: int) -> Iterator[Shards]:
-    """Wrap a small model in memory, and look at what its optimizer keeps."""
+    """Wrap a small model in memory and add up the state of its optimizer."""
     config, plan = _planned(name, world_size, [*SMALL_MODEL, *([SMALL_BUCKET] if name.startswith("zero") else [])])
     layout = layout_of(config, plan)
-    with _pretended_world(world_size) as world:
+    with _fake_world(world_size) as world:
         backend = create_backend(build_model(config.model, seed=1), config, world, plan)
         if name == "ddp":
             yield Shards(name, world_size, "gradients", layout.gradients(0), _bucket_bytes(backend))
@@ -104,7 +103,7 @@ def compare_small(name: str, world_size: int) -> Iterator[Shards]:
 
 
 def _adam_states(backend: Any) -> list[dict[str, Tensor]]:
-    states: list[dict[str, Tensor]] = backend.state.adam_states()  # makes moments where no step has
+    states: list[dict[str, Tensor]] = backend.state.adam_states()  # creates moments if no step has
     return states
 
 
@@ -116,20 +115,20 @@ def _planned(name: str, world_size: int, sets: list[str]) -> tuple[Config, Batch
 
 
 @contextmanager
-def _pretended_world(world_size: int) -> Iterator[World]:
-    """Rank 0 among ranks that do not exist: collectives return at once, with whatever was in the tensors."""
+def _fake_world(world_size: int) -> Iterator[World]:
+    """Join a fake process group as rank 0: collectives return at once and leave the tensors unchanged."""
     set_launcher_variables("cpu")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         yield World(0, world_size, 0, torch.device("cpu"))
     finally:
-        if dist.is_initialized():  # DeepSpeed takes it down by itself
+        if dist.is_initialized():  # DeepSpeed destroys it
             dist.destroy_process_group()
 
 
 @contextmanager
 def _mesh_of_real_tensors() -> Iterator[None]:
-    """A mesh reads its ranks, which fake tensors do not have."""
+    """Create device meshes of real tensors, because a mesh reads its ranks and fake tensors have no values."""
 
     def make(*arguments: Any, **options: Any) -> DeviceMesh:
         with unset_fake_temporarily():
@@ -141,11 +140,11 @@ def _mesh_of_real_tensors() -> Iterator[None]:
 
 def _local_bytes(tensor: Tensor | None) -> int:
     assert isinstance(tensor, DTensor)
-    return tensor.to_local().nbytes  # not its storage, which the gradients of a group share
+    return tensor.to_local().nbytes  # not the storage, which the gradients of a group share
 
 
 def _bucket_bytes(backend: Backend) -> int:
-    """What DDP says of its gradient buckets: their sizes in bytes, as one string."""
+    """Return the bytes of DDP's gradient buckets; DDP logs their sizes as one string."""
     wrapper: Any = backend.compute
     sizes = wrapper._get_ddp_logging_data()["bucket_sizes"]
     return sum(int(size) for size in str(sizes).split(","))

@@ -1,4 +1,4 @@
-"""Whether two curves are the same, and the tables that say so."""
+"""Compare curves within tolerances, and print the comparisons as a table."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tests.support.runs import Curve
+from tests.support.tables import print_header, print_row
 
-#: precision -> largest |loss difference| in nats that counts as agreement
+#: Precision -> largest absolute loss difference, in nats, that counts as agreement.
 LOSS_TOLERANCE = {"fp32": 5e-6, "amp_bf16": 5e-3, "amp_fp16": 5e-3, "bf16": 5e-3}
-GRAD_NORM_TOLERANCE = 1e-4  # relative, fp32 only
+
+#: Largest relative difference in gradient norm that counts as agreement, in fp32 only.
+GRAD_NORM_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """One run against its reference."""
+    """The largest differences between a run and its reference."""
 
-    run: tuple[str, ...]  # what distinguishes it: the first cells of its row
+    run: tuple[str, ...]  # the first cells of its table row
     precision: str
     loss_difference: float  # largest over all steps, nats
     grad_norm_difference: float  # largest over all steps, relative
 
     @classmethod
     def of(cls, run: tuple[object, ...], precision: str, curve: Curve, reference: Curve) -> Agreement:
-        """Compare step by step."""
+        """Compare a curve with its reference, step by step."""
         return cls(
             tuple(map(str, run)),
             precision,
@@ -33,22 +36,17 @@ class Agreement:
 
     @property
     def agrees(self) -> bool:
-        """Whether the differences are within tolerance."""
+        """Return whether the differences are within the tolerances."""
         norm_agrees = self.precision != "fp32" or self.grad_norm_difference <= GRAD_NORM_TOLERANCE
         return self.loss_difference <= LOSS_TOLERANCE[self.precision] and norm_agrees
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Agreement]) -> int:
-    """Print a Markdown table, each row as soon as its run is over; returns how many do not agree."""
+    """Print each comparison as soon as its run has ended; return the number of runs that do not agree."""
     failures = 0
-    _print_row([*columns, "largest loss difference", "largest relative norm difference", "agrees"])
-    _print_row(["---"] * (len(columns) + 3))
+    print_header(*columns, "largest loss difference", "largest relative norm difference", "agrees")
     for row in rows:
         failures += not row.agrees
         verdict = "yes" if row.agrees else "NO"
-        _print_row([*row.run, f"{row.loss_difference:.1e}", f"{row.grad_norm_difference:.1e}", verdict])
+        print_row(*row.run, f"{row.loss_difference:.1e}", f"{row.grad_norm_difference:.1e}", verdict)
     return failures
-
-
-def _print_row(cells: Sequence[str]) -> None:
-    print(f"| {' | '.join(cells)} |", flush=True)

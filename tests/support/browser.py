@@ -1,4 +1,4 @@
-"""Pages looked at in a real browser, without a driver: chromium's own command line and one measuring page."""
+"""Measure HTML pages in a real browser, with chromium's command line and a page that measures another one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OPTIONS = [
 ]
 _DARK = ["--blink-settings=preferredColorScheme=0"]
 
-# A window has a least width, a frame has not.
+# The page is measured in a frame because a window has a minimum width.
 _MEASURING_PAGE = """<!doctype html><body><iframe id="frame" style="border: 0; width: {width}px; height: 900px"
 srcdoc="{page}"></iframe><pre id="measured"></pre><script>
 frame.onload = () => {{
@@ -55,18 +55,18 @@ frame.onload = () => {{
 
 @dataclass(frozen=True)
 class Seen:
-    """What a browser made of a page."""
+    """How a browser rendered a page."""
 
-    width: float  # of the page; more than the window's: it scrolls sideways
+    width: float  # of the page; if it is larger than the window's, the page scrolls sideways
     background: str
     ink: str
     smallest_text: float  # height of a line in a picture, in CSS pixels
     pictures: list[dict[str, Any]]
-    console: list[str]  # what the page, or the browser about it, complained of
+    console: list[str]  # messages of the page and the browser
 
 
 def look_at(page: str, width: int, *, dark: bool = False) -> Seen:
-    """Open an HTML page in a window of a width and measure it."""
+    """Open an HTML page in a window of the given width and measure it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "measure.html"
         file.write_text(_MEASURING_PAGE.format(width=width, page=escape(page)), encoding="utf-8")
@@ -75,7 +75,7 @@ def look_at(page: str, width: int, *, dark: bool = False) -> Seen:
 
 
 def measured_by(address: str, *options: str) -> tuple[dict[str, Any], list[str]]:
-    """What a page has written into its ``<pre id="measured">`` as JSON, and the lines of its console."""
+    """Return the JSON that a page wrote into its ``<pre id="measured">``, and the lines of its console."""
     result = open_in_browser(address, "--dump-dom", *options)
     measured = result.stdout.partition('<pre id="measured">')[2].partition("</pre>")[0]
     assert measured, result.stdout[-2000:] + result.stderr
@@ -83,7 +83,7 @@ def measured_by(address: str, *options: str) -> tuple[dict[str, Any], list[str]]
 
 
 def open_in_browser(address: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Open an address in a browser of its own and let it come to rest."""
+    """Open an address in a new browser and wait until it is idle."""
     assert CHROMIUM
     with tempfile.TemporaryDirectory() as profile:
         return subprocess.run(

@@ -1,6 +1,6 @@
-"""``launch/train.py`` with a fault in one micro-batch: its loss is multiplied on the rank that has it.
+"""Run ``launch/train.py`` with a fault: multiply the loss of micro-batches that begin with given samples.
 
-Environment: FAULTY_SAMPLES, global indices ("12" or "12,13"), and FAULT, the factor ("nan", "inf", "50").
+Environment: FAULTY_SAMPLES, global sample indices ("12" or "12,13"), and FAULT, the factor ("nan", "inf", "50").
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ current: list[MicroBatch] = []
 
 
 def remember_micro_batch() -> None:
-    """The model sees tokens and no sample numbers."""
+    """Remember the current micro-batch, because the model sees tokens but no sample numbers."""
     plain_to = MicroBatch.to
 
     def to(self: MicroBatch, *arguments: Any) -> Any:
@@ -33,7 +33,7 @@ def remember_micro_batch() -> None:
 
 
 def break_the_loss() -> None:
-    """In training only: validation batches all begin at sample 0."""
+    """Multiply the loss in training only, because all validation batches begin at sample 0."""
     plain_loss = GPT2.loss
 
     def faulty_loss(self: GPT2, tokens: Tensor, targets: Tensor) -> Tensor:

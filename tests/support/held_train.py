@@ -1,6 +1,6 @@
-"""``launch/train.py`` that waits after a step for what a test does to it.
+"""Run ``launch/train.py`` and wait after a given step, so that a test can interfere.
 
-Environment: HOLD_AFTER, the step; HOLD_FILE: ranks wait as long as it exists and no signal asks them to stop.
+Environment: HOLD_AFTER, the step; HOLD_FILE: ranks wait while this file exists and no signal has asked them to stop.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ POLL_S = 0.02
 
 
 def hold_before_the_next_step() -> None:
-    """The step before is logged by then."""
+    """Wait before a step, because the previous step is logged by then."""
     plain_train_step = Trainer.train_step
 
     def train_step(self: Trainer) -> TrainedStep:

@@ -1,4 +1,4 @@
-"""A training run in the background, to be watched, signalled and killed. Used by benchmarks and tests."""
+"""Start a training run in the background, to watch, signal and kill it. Used by benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ HELD_TRAIN = REPOSITORY / "tests" / "support" / "held_train.py"
 
 
 class LiveRun:
-    """A run of ``launch/train.py`` in a process group of its own; its output goes to a file.
+    """A run of ``launch/train.py`` in its own process group; its output goes to a file.
 
-    Use as a context manager: nothing of the run is left afterwards.
+    Use it as a context manager: on exit, all processes of the run are killed.
 
     Args:
-        launcher: further options of torchrun; given, a single process runs under it too.
-        environment: variables beside the caller's.
-        command: a launcher in place of python and torchrun, without the script.
-        name: tells the output of several launchers of one run apart.
+        launcher: more options for torchrun; if given, a single process also runs under torchrun.
+        environment: variables in addition to the caller's.
+        command: a launcher to use instead of python and torchrun, without the script.
+        name: the suffix of the output file, if several launchers start one run.
         hold_after: every rank waits after this step, until a signal asks it to stop or ``release`` is called.
     """
 
@@ -81,23 +81,25 @@ class LiveRun:
 
     @property
     def output(self) -> str:
-        """What all processes have printed so far."""
+        """Return what all processes have printed so far."""
         return self.output_path.read_text(errors="replace")
 
     def last_step(self) -> int:
-        """The last training step that the run has logged; 0: none."""
+        """Return the last training step that the run has logged, or 0."""
         return last_logged_step(self.run_folder)
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
         """Poll until the condition holds.
 
         Raises:
-            RuntimeError: the run ended before, or time is up; with its output.
+            RuntimeError: the run ended, or the time is up; the message contains the run's output.
         """
         deadline = time.monotonic() + timeout_s
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"waited in vain (status {self.process.returncode}):\n{self.output}")
+                raise RuntimeError(
+                    f"the condition did not become true (status {self.process.returncode}):\n{self.output}"
+                )
             time.sleep(POLL_S)
 
     def wait_for_step(self, step: int) -> None:
@@ -105,11 +107,11 @@ class LiveRun:
         self.wait_until(lambda: self.last_step() >= step)
 
     def release(self) -> None:
-        """Let a held run go on, also after a restart by its launcher."""
+        """Let a held run continue, also after a restart by its launcher."""
         self.hold_path.unlink()
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The training processes by rank."""
+        """Return the training processes by rank."""
         found = {}
         try:
             processes = [psutil.Process(self.process.pid)]
@@ -123,20 +125,20 @@ class LiveRun:
         return found
 
     def wait_until_gone(self, ranks: dict[int, psutil.Process], timeout_s: float = 60) -> None:
-        """Wait for processes to end, launched ones or not.
+        """Wait for the given processes to end, whether or not the launcher still exists.
 
         Raises:
-            RuntimeError: one does not end in time; with the run's output.
+            RuntimeError: one does not end in time; the message contains the run's output.
         """
         _, alive = psutil.wait_procs(ranks.values(), timeout_s)
         if alive:
-            raise RuntimeError(f"{alive} still there after {timeout_s} s:\n{self.output}")
+            raise RuntimeError(f"{alive} still running after {timeout_s} s:\n{self.output}")
 
     def wait(self, timeout_s: float = 120) -> int:
-        """The exit status of the launcher.
+        """Wait for the launcher to end and return its exit status.
 
         Raises:
-            RuntimeError: it does not end in time; with its output.
+            RuntimeError: it does not end in time; the message contains its output.
         """
         try:
             return self.process.wait(timeout_s)
@@ -144,7 +146,7 @@ class LiveRun:
             raise RuntimeError(f"still running after {timeout_s} s:\n{self.output}") from None
 
     def kill(self) -> None:
-        """SIGKILL to every process of the run, ranks in sessions of their own included."""
+        """Send SIGKILL to every process of the run, including ranks in sessions of their own."""
         victims = list(self.ranks().values())
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)

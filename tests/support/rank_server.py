@@ -1,7 +1,7 @@
-"""Ranks without the seconds that importing torch takes: a process that has imported it forks them.
+"""Start ranks without importing torch each time: a server process that has imported it forks them.
 
-``RankServer`` starts ``python -m tests.support.rank_server`` and talks to it in lines of JSON. A rank runs as it would
-under torchrun: the script is ``__main__``, with its arguments and environment, in a process of its own.
+``RankServer`` starts ``python -m tests.support.rank_server`` and exchanges lines of JSON with it. A rank runs as under
+torchrun: the script is ``__main__``, with its own arguments and environment, in its own process.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-#: What takes long to import; nothing of it may start a thread.
+#: Modules that take long to import. They must not start threads, because the server forks.
 PRELOADED = ("pipeline.training.run", "torch.distributed.fsdp", "deepspeed")
-GRACE_S = 30.0  # torchrun's, between SIGTERM and SIGKILL for the ranks that are left
+GRACE_S = 30.0  # between SIGTERM and SIGKILL for the remaining ranks, as in torchrun
 
 
 class RankServer:
-    """The caller's side. Threads may share it; it ends with the process that made it. For ranks on the CPU.
+    """A client that runs scripts on CPU ranks. Threads may share it. The server ends with the client's process.
 
     Args:
-        folder: where ranks run, and what they import.
-        environment: theirs; of it what torch reads at its import cannot be changed later.
+        folder: the working directory of the ranks; they import the project from it.
+        environment: the environment of the server. Variables that torch reads at import cannot be changed later.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
@@ -57,16 +57,16 @@ class RankServer:
         outputs: Path,
         timeout_s: float,
     ) -> int:
-        """Run a script to its end, as ``processes`` ranks if there are several.
+        """Run a script to its end on one or several ranks.
 
         Args:
-            outputs: a folder for ``stdout`` and ``stderr``, which the ranks share.
+            outputs: a folder for the files ``stdout`` and ``stderr``, which the ranks share.
 
         Returns:
-            The exit status; of several ranks the first that is not 0.
+            The exit status, or the first status other than 0 if there are several ranks.
 
         Raises:
-            TimeoutError: they are killed.
+            TimeoutError: the ranks did not end in time and were killed.
         """
         port = str(free_port())
         pids: list[int] = []
@@ -108,7 +108,7 @@ class RankServer:
 
 
 def _first_failure(pids: list[int], statuses: list[Future[int]], timeout_s: float) -> int:
-    """Wait for all ranks; once one has failed, the others get SIGTERM and then SIGKILL, as under torchrun."""
+    """Wait for all ranks; if one fails, send the others SIGTERM and then SIGKILL, as torchrun does."""
     pending = set(statuses)
     failed = 0
     while pending:
@@ -117,7 +117,7 @@ def _first_failure(pids: list[int], statuses: list[Future[int]], timeout_s: floa
             _signal(pids, statuses, signal.SIGKILL)
             wait(pending)
             if not failed:
-                raise TimeoutError(f"not at its end after {timeout_s} s")
+                raise TimeoutError(f"still running after {timeout_s} s")
             return failed
         failures = [status.result() for status in done if status.result()]
         if failures and not failed:
@@ -129,12 +129,12 @@ def _first_failure(pids: list[int], statuses: list[Future[int]], timeout_s: floa
 def _signal(pids: list[int], statuses: list[Future[int]], number: int) -> None:
     for pid, status in zip(pids, statuses, strict=True):
         if not status.done():
-            with suppress(ProcessLookupError):  # it has just ended
+            with suppress(ProcessLookupError):  # the rank has just ended
                 os.kill(pid, number)
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
+    """Return a port of this machine on which no process listens now."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port: int = probe.getsockname()[1]
@@ -142,7 +142,7 @@ def free_port() -> int:
 
 
 def serve() -> None:
-    """Fork a rank for each line of standard input; say its pid, and its status when it has ended."""
+    """Fork a rank for each line of standard input; answer with its pid, and with its status when it has ended."""
     import importlib
 
     for module in PRELOADED:
@@ -164,7 +164,7 @@ def serve() -> None:
         numbers[pid] = request["number"]
         _answer(answers, {"pid": pid})
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-    for pid in list(numbers):  # the caller is gone
+    for pid in list(numbers):  # the client has ended
         os.kill(pid, signal.SIGKILL)
 
 
@@ -172,7 +172,7 @@ def _report_ended(numbers: dict[int, int], answers: int) -> None:
     while numbers:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:  # another signal came in between, and its handler has seen to the rest
+        except ChildProcessError:  # the handler of a later signal has already reported all ranks
             return
         if pid == 0:
             return
@@ -184,7 +184,7 @@ def _answer(answers: int, value: dict[str, int]) -> None:
 
 
 def _become_rank(argv: list[str], variables: dict[str, str], outputs: Path) -> NoReturn:
-    """Run the script, and leave as the interpreter would."""
+    """Run the script in this forked process and exit as the interpreter would."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(outputs / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()

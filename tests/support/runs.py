@@ -1,4 +1,4 @@
-"""Real runs of ``launch/train.py`` in processes of their own, and their curves. Used by benchmarks and tests."""
+"""Run ``launch/train.py`` in separate processes on small data, and read its curve. Used by benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "ds_configs"
 TRAIN = REPOSITORY / "launch" / "train.py"
 
-#: The six backends whose curves must agree, by the name of their config.
+#: The backends whose curves must agree, by the name of their config.
 BACKENDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
 
 #: Overrides of a config: section -> key -> value.
 Sections = dict[str, dict[str, Any]]
 
-#: A model that trains a step in a fraction of a second on one core, with clipping active.
+#: A run whose steps take a fraction of a second on one core, with clipping active.
 TINY_RUN: Sections = {
     "run": {"precision": "fp32", "device": "cpu"},
     "model": {"preset": "gpt2-tiny", "n_layer": 2, "n_head": 3, "n_embd": 51, "context_length": 48},
@@ -55,35 +55,35 @@ TINY_RUN: Sections = {
     "logging": {"every_steps": 1, "tensorboard": False},
 }
 
-#: One token a byte, and END_OF_TEXT.
+#: One token per byte value, and END_OF_TEXT.
 BYTE_VOCAB_SIZE = 257
 
-#: The same with data of ``make_byte_corpus``: its output layer costs next to nothing.
+#: The same for the data of ``make_byte_corpus``. The output layer is small, so steps are several times faster.
 TINY_BYTE_RUN: Sections = {**TINY_RUN, "model": {**TINY_RUN["model"], "vocab_size": BYTE_VOCAB_SIZE}}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run logged, step by step."""
+    """The losses and gradient norms that a run logged, one per step."""
 
     losses: list[float]
     grad_norms: list[float]
 
     def after(self, step: int) -> Curve:
-        """The steps after the first ``step`` of a curve from scratch."""
+        """Return the steps after the first ``step`` steps."""
         return Curve(self.losses[step:], self.grad_norms[step:])
 
     def largest_loss_difference(self, other: Curve) -> float:
-        """The largest |difference| in loss over all steps, in nats."""
+        """Return the largest absolute difference in loss over all steps, in nats."""
         return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
 
     def largest_grad_norm_difference(self, other: Curve) -> float:
-        """The largest difference in gradient norm over all steps, relative to ``other``."""
+        """Return the largest difference in gradient norm over all steps, relative to ``other``."""
         return max(abs(a - b) / b for a, b in zip(self.grad_norms, other.grad_norms, strict=True))
 
 
 def make_corpus(folder: Path, documents: int = 60) -> Path:
-    """Real text: the first sources of the embedded corpus as token shards."""
+    """Write token shards of real text: the first files of the Python standard library."""
     tokenize_corpus(
         TokenizeRequest(source="python-stdlib", out=folder, limit_documents=documents, val_fraction=0.05, workers=1)
     )
@@ -91,7 +91,7 @@ def make_corpus(folder: Path, documents: int = 60) -> Path:
 
 
 def make_byte_corpus(folder: Path, documents: int = 60) -> Path:
-    """The same text in a vocabulary of bytes, for runs of many short steps: see ``TINY_BYTE_RUN``."""
+    """Write the same text with one token per byte, for ``TINY_BYTE_RUN``."""
     folder.mkdir(parents=True)
     texts = [path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:documents]]
     records = []
@@ -113,17 +113,17 @@ def make_byte_corpus(folder: Path, documents: int = 60) -> Path:
     return folder
 
 
-def copy_with_masks(data: Path, folder: Path, longest_run: int = 100) -> Path:
-    """A copy of a data set in which prompts and answers take turns, of 1 to ``longest_run`` tokens; answers are scored.
+def copy_with_masks(data: Path, folder: Path, longest_tokens: int = 100) -> Path:
+    """Copy a data set with masks: prompts and answers of 1 to ``longest_tokens`` tokens alternate, answers are scored.
 
-    Windows shorter than a run hold anything from no scored target to all.
+    Short windows therefore contain any number of scored targets, from none to all.
     """
     folder.mkdir(parents=True)
     manifest = load_manifest(data)
     records = []
     for split in manifest.splits():
         stream = open_split(data, split)
-        ends = np.random.default_rng(0).integers(1, longest_run, stream.tokens, endpoint=True).cumsum()
+        ends = np.random.default_rng(0).integers(1, longest_tokens, stream.tokens, endpoint=True).cumsum()
         scored = np.searchsorted(ends, np.arange(stream.tokens), side="right") % 2 == 1
         writer = ShardWriter(folder, f"{split}_000000.npy", split)
         writer.append(
@@ -135,7 +135,7 @@ def copy_with_masks(data: Path, folder: Path, longest_run: int = 100) -> Path:
 
 
 def ranks_command(processes: int, script: Path, arguments: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
-    """A script with one process, or under torchrun with more; ``launcher`` are torchrun's further options."""
+    """Return the command for a script: plain python for one process, torchrun (with options ``launcher``) for more."""
     command = [sys.executable]
     if processes > 1 or launcher:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher]
@@ -145,7 +145,7 @@ def ranks_command(processes: int, script: Path, arguments: Sequence[str], launch
 def run_ranks(
     processes: int, script: Path, arguments: Sequence[str], timeout_s: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end, one thread a process; the ranks of one run are real processes, forked."""
+    """Run a script to its end on forked ranks with one thread per process."""
     environment = child_environment()
     with tempfile.TemporaryDirectory() as outputs:
         folder = Path(outputs)
@@ -160,17 +160,17 @@ def _rank_server() -> RankServer:
 
 
 def child_environment() -> dict[str, str]:
-    """What the caller has; this checkout, one thread, and no warnings of libraries on top."""
+    """Return the caller's environment with this checkout on the path, one thread, and no warnings of libraries."""
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def overrides(sections: Sections) -> list[str]:
-    """``{"run": {"seed": 1}}`` as ``["run.seed=1"]``."""
+    """Return ``{"run": {"seed": 1}}`` as ``["run.seed=1"]``."""
     return [f"{section}.{key}={json.dumps(value)}" for section, keys in sections.items() for key, value in keys.items()]
 
 
 def train_arguments(config: str, run_folder: Path, sections: Sections) -> list[str]:
-    """``ds_configs/<config>.json`` with overrides, as a person would give them to ``launch/train.py``."""
+    """Return the options of ``launch/train.py`` for ``ds_configs/<config>.json`` with overrides."""
     sets = [*overrides(sections), f"run.out_dir={run_folder}"]
     return ["--config", str(CONFIGS / f"{config}.json"), "--set", *sets]
 
@@ -178,15 +178,15 @@ def train_arguments(config: str, run_folder: Path, sections: Sections) -> list[s
 def train_run(
     config: str, run_folder: Path, sections: Sections, processes: int = 1, script: Path = TRAIN
 ) -> subprocess.CompletedProcess[str]:
-    """Train to the end."""
+    """Train to the last step; return the exit status and the output."""
     return run_ranks(processes, script, train_arguments(config, run_folder, sections))
 
 
 def curve_of(config: str, run_folder: Path, sections: Sections, processes: int = 1, script: Path = TRAIN) -> Curve:
-    """Train, and read the curve from ``metrics.jsonl``.
+    """Train to the last step and return the curve from ``metrics.jsonl``.
 
     Raises:
-        RuntimeError: the run failed; with its output.
+        RuntimeError: the run failed; the message contains its output.
     """
     result = train_run(config, run_folder, sections, processes, script)
     if result.returncode:
@@ -195,18 +195,18 @@ def curve_of(config: str, run_folder: Path, sections: Sections, processes: int =
 
 
 def read_curve(run_folder: Path) -> Curve:
-    """The training rows of a run folder."""
+    """Return the curve of a run folder."""
     rows = [row for row in read_metrics(run_folder) if "loss" in row]
     return Curve([row["loss"] for row in rows], [row["grad_norm"] for row in rows])
 
 
 def last_logged_step(run_folder: Path) -> int:
-    """The last training step in ``metrics.jsonl``; 0: none."""
+    """Return the last training step in ``metrics.jsonl``, or 0."""
     return max((row["step"] for row in read_metrics(run_folder) if "loss" in row), default=0)
 
 
 def merged(*layers: Sections) -> Sections:
-    """Sections of later layers over those of earlier ones, key by key."""
+    """Merge sections key by key; later layers override earlier ones."""
     result: Sections = {}
     for layer in layers:
         for section, keys in layer.items():

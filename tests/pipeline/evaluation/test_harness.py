@@ -48,10 +48,10 @@ SPLITS: dict[str, dict[str, list[dict[str, Any]]]] = {
 def test_scores_and_figures(
     task: str, shots: int, text_model: GPT2, scorer: Scorer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from benchmarks.harness import as_hub, evaluate_with_harness
+    from benchmarks.lm_evaluation_harness import evaluate_with_harness, replaced_hub
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with as_hub(SPLITS[task]):
+    with replaced_hub(SPLITS[task]):
         prepared = prepare_task(task, None, Settings(shots=shots), scorer.model, ALONE)
     theirs = evaluate_with_harness(text_model, task, SPLITS[task], shots=shots)
     ours = prepared.measure(scorer)

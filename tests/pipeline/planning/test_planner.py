@@ -157,9 +157,9 @@ class TestAgainstMeasurements:
     def check(compared: list[Shards]) -> None:
         assert compared
         for shards in compared:
-            assert shards.planned_bytes == shards.wrapped_bytes, shards.row()
+            assert shards.planned_bytes == shards.wrapped_bytes, shards
 
     def test_measured_peak(self, tmp_path: Path) -> None:
         """Run one setting of ``make plan-check`` at a size that takes seconds."""
         compared = compare(Setting("ddp", 2, "small", checkpointing=2), start_ranks(), tmp_path)
-        assert abs(compared.difference) <= LARGEST_DIFFERENCE, compared.row()
+        assert abs(compared.difference) <= LARGEST_DIFFERENCE, compared

@@ -1,6 +1,6 @@
-"""Does stage 1 survive SIGKILL? The same corpus again and again, killed at random moments and repeated to the end.
+"""Kill stage 1 with SIGKILL at random moments, repeat it to the end, and compare the bytes.
 
-python -m benchmarks.interrupted_data       # what `make chaos-data` runs
+python -m benchmarks.chaos_data       # what `make chaos-data` runs
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _TOKENIZE = str(REPOSITORY / "launch" / "tokenize_corpus.py")
 
 @dataclass
 class Outcome:
-    """One folder from its first start to its manifest.
+    """What happened to one output folder from its first start to its manifest.
 
     Attributes:
-        kills: when each start was killed, in seconds.
-        kept: finished shards that were there after each kill.
-        problems: what is not as it has to be.
+        kills: the time of each kill after its start, in seconds.
+        kept: the number of finished shards after each kill.
+        problems: differences from an uninterrupted run.
     """
 
     kills: list[float] = field(default_factory=list)
@@ -42,11 +42,13 @@ class Outcome:
 
     def __str__(self) -> str:
         history = ", ".join(f"{at:.2f} s ({n} shards kept)" for at, n in zip(self.kills, self.kept, strict=True))
-        return f"killed at {history or 'no moment'}: {'; '.join(self.problems) or 'same bytes, kept shards untouched'}"
+        return (
+            f"killed at {history or 'no moment'}: {'; '.join(self.problems) or 'same bytes, finished shards untouched'}"
+        )
 
 
 def start(source: Path, out: Path) -> subprocess.Popen[bytes]:
-    """The command in a process group of its own."""
+    """Start the command in its own process group."""
     arguments = ["--source", "jsonl", "--input", str(source), "--out", str(out)]
     return subprocess.Popen(
         [sys.executable, _TOKENIZE, *arguments],
@@ -57,7 +59,7 @@ def start(source: Path, out: Path) -> subprocess.Popen[bytes]:
 
 
 def run_to_the_end(source: Path, out: Path) -> float:
-    """Seconds that it took."""
+    """Run the command and return the seconds that it took."""
     started = time.monotonic()
     process = start(source, out)
     _, errors = process.communicate()
@@ -67,16 +69,16 @@ def run_to_the_end(source: Path, out: Path) -> float:
 
 
 def hashes_of(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the manifest, which says when it was made."""
+    """Return the SHA-256 of every file except the manifest, which contains the time."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-State = tuple[int, int]  # inode and time of change
+State = tuple[int, int]  # inode and modification time in ns
 
 
 def finished_shards(out: Path) -> dict[Path, State]:
-    """The shards that a record, or the manifest that replaces the records, vouches for."""
+    """Return the states of the shards in the chunks' records, or in the manifest that replaces the records."""
     manifest = out / MANIFEST_NAME
     records = [manifest] if manifest.exists() else list(out.glob("tasks/*.json"))
     shards = [shard for record in records for shard in json.loads(record.read_bytes())["shards"]]
@@ -84,42 +86,42 @@ def finished_shards(out: Path) -> dict[Path, State]:
 
 
 def states(paths: Iterable[Path]) -> dict[Path, State]:
-    """Equal states, untouched files."""
+    """Return the state of each file; a file with an equal state was not written again."""
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
 def interrupt(source: Path, out: Path, moments: list[float], whole: dict[str, str]) -> Outcome:
-    """Start, kill all its processes at once, start again; after the last moment to the end."""
+    """Start the command and kill all its processes at each moment; then run it to its end and compare."""
     outcome = Outcome()
     kept: dict[Path, State] = {}
     for moment in moments:
         process = start(source, out)
         try:
             process.wait(moment)
-            break  # it came to its end before the kill
+            break  # it ended before the kill
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
         if states(kept) != kept:
-            outcome.problems.append("a finished shard was made again")
+            outcome.problems.append("a finished shard was written again")
         kept = finished_shards(out)
         outcome.kills.append(moment)
         outcome.kept.append(len(kept))
     run_to_the_end(source, out)
     if hashes_of(out) != whole:
-        outcome.problems.append("other bytes, or something left behind")
+        outcome.problems.append("other bytes or additional files")
     if states(kept) != kept:
-        outcome.problems.append("a finished shard was made again")
+        outcome.problems.append("a finished shard was written again")
     return outcome
 
 
 def main() -> None:
-    """Print a line a folder; a non-zero status if one is not as it has to be."""
+    """Print one line per folder; exit with a non-zero status if one has a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=10, help="in all (default: %(default)s)")
-    parser.add_argument("--kills-a-folder", type=int, default=3, help="at most (default: %(default)s)")
-    parser.add_argument("--megabytes", type=float, default=100, help="of documents (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=10, help="kills in all (default: %(default)s)")
+    parser.add_argument("--kills-per-folder", type=int, default=3, help="at most (default: %(default)s)")
+    parser.add_argument("--megabytes", type=float, default=100, help="size of the documents (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: %(default)s)")
     arguments = parser.parse_args()
     drawn = random.Random(arguments.seed)
     kills, problems = 0, 0
@@ -130,7 +132,9 @@ def main() -> None:
         print(f"{arguments.megabytes:.0f} MB, {len(whole)} shards, {seconds:.1f} s without a kill", flush=True)
         folder = 0
         while kills < arguments.kills:
-            moments = [drawn.uniform(0, seconds) for _ in range(min(arguments.kills_a_folder, arguments.kills - kills))]
+            moments = [
+                drawn.uniform(0, seconds) for _ in range(min(arguments.kills_per_folder, arguments.kills - kills))
+            ]
             outcome = interrupt(source, Path(scratch, f"out{folder}"), moments, whole)
             print(outcome, flush=True)
             kills, problems, folder = kills + len(outcome.kills), problems + len(outcome.problems), folder + 1

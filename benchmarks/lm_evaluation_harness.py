@@ -1,6 +1,6 @@
-"""lm-evaluation-harness (the extra ``harness``) on our weights and on rows of our own, for comparison.
+"""Run lm-evaluation-harness (the extra ``harness``) on our weights and our rows, to compare with it.
 
-Its tasks are taken as they are; only the download of their data is replaced.
+Its tasks are unchanged; only the download of their data is replaced.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.transformers_model import transformers_model
 from pipeline.model.gpt2 import GPT2
 
-#: Our task -> the harness' name and the folder that defines it.
+#: Our task -> the harness' name of it and the folder that defines it.
 TASKS = {
     "piqa": ("piqa", "piqa"),
     "lambada": ("lambada_openai", "lambada"),
@@ -36,19 +36,19 @@ TASKS = {
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """What the harness found."""
+    """The scores and figures of the harness."""
 
-    scores: list[list[tuple[float, bool]]]  # of each example's requests; of texts the log-likelihood alone
+    scores: list[list[tuple[float, bool]]]  # (log-likelihood, is greedy) per request of each example; for texts False
     figures: dict[str, float]
 
 
 def evaluate_with_harness(
     model: GPT2, task: str, splits: dict[str, list[dict[str, Any]]], *, shots: int = 0, limit: int | None = None
 ) -> HarnessResult:
-    """Run one of ``TASKS`` on rows, given as its dataset on the hub has them, by split."""
+    """Run one of ``TASKS`` on rows in the form of its dataset on the hub, by split."""
     name, folder = TASKS[task]
     manager = TaskManager(include_defaults=False, include_path=str(Path(lm_eval.__file__).parent / "tasks" / folder))
-    with as_hub(splits):
+    with replaced_hub(splits):
         found = lm_eval.simple_evaluate(
             HFLM(pretrained=transformers_model(model).eval(), tokenizer=_tokenizer(), batch_size=8),
             tasks=[name],
@@ -69,8 +69,8 @@ def _scores(responses: Sequence[Any]) -> list[tuple[float, bool]]:
 
 
 @contextmanager
-def as_hub(splits: dict[str, list[dict[str, Any]]]) -> Iterator[None]:
-    """Whatever dataset is loaded from the hub, it is this one."""
+def replaced_hub(splits: dict[str, list[dict[str, Any]]]) -> Iterator[None]:
+    """Make every load from the hub return these rows."""
     data = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
 
     def load_dataset(*_: Any, split: str | None = None, **__: Any) -> Any:
