@@ -1,4 +1,4 @@
-"""The training benchmark compares like with like; and compiled training is the training."""
+"""Test that the training benchmark compares equal settings, and that compiled training has the eager curve."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ step    1 | loss: 9.5 | lr 1.6783e-06 | norm: 15.3 | tok/sec: 512.0
 
 @pytest.fixture
 def setting(corpus: Path) -> Setting:
-    """Seconds on one core."""
+    """Return a setting that takes seconds on one core."""
     return Setting(
         data=str(corpus),
         n_layer=1,
@@ -56,14 +56,14 @@ def setting(corpus: Path) -> Setting:
         ("loss is 3, time 4ms\nno step here\n", []),
     ],
 )
-def test_lines_of_peers_are_read(text: str, steps: list[tuple[int, float, float]]) -> None:
+def test_printed_steps_of_peers_are_parsed(text: str, steps: list[tuple[int, float, float]]) -> None:
     assert list(read_steps(text.splitlines(), tokens_per_step=2048)) == steps
 
 
 def test_compiled_training_and_transformers_follow_the_eager_curve(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same batches and weights; blocks of queries and the fused loss change nothing."""
+    """All use the same batches and weights; blocked attention and the fused loss do not change the curve."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     eager = curve_of("ddp", tmp_path / "eager", merged(setting.sections(), {"run": {"compile": False}}))
     compiled = train_ours("ddp", setting)
@@ -77,7 +77,7 @@ def test_compiled_training_and_transformers_follow_the_eager_curve(
 
 
 def peer_that_prints(losses: list[float], folder: Path) -> PeerCommand:
-    """Not a trainer; it also writes down what it was given."""
+    """Return a command that prints losses without training and records its arguments."""
     script = folder / "peer.py"
     lines = [f"step {step} | loss: {loss} | dt: {100 + step}ms" for step, loss in enumerate(losses)]
     script.write_text(
@@ -95,7 +95,7 @@ def test_a_command_gets_sizes_and_tokens_and_is_measured(setting: Setting, tmp_p
     assert measured.losses[8] == 5.0
 
 
-def test_a_command_that_fails_is_shown(setting: Setting) -> None:
+def test_the_output_of_a_failed_command_is_shown(setting: Setting) -> None:
     with pytest.raises(RuntimeError, match="no such trainer"):
         PeerCommand.parse("peer=echo no such trainer; false").run(setting)
 
@@ -108,7 +108,7 @@ def test_losses_must_agree(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And the table says what was measured: medians, shares, ratios."""
+    """The table shows medians, quartiles, shares and ratios, and the losses are compared."""
 
     def contender(name: str, loss: float, step_ms: list[float]) -> Contender:
         return Contender(name, lambda _: Measured(dict.fromkeys(range(1, 9), loss), step_ms, 3 << 30))

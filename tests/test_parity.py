@@ -1,4 +1,4 @@
-"""The backend is an implementation detail: real runs of every backend give one curve."""
+"""Test that real runs of every backend give the same curve."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tiny_run(byte_corpus: Path, **sections: dict[str, object]) -> dict[str, dict
 
 
 class References:
-    """Curves of single-process DDP, one a precision, trained when first asked for."""
+    """Curves of single-process DDP, one per precision, trained at first use."""
 
     def __init__(self, byte_corpus: Path, folder: Path) -> None:
         self.corpus, self.folder = byte_corpus, folder
@@ -37,8 +37,8 @@ def references(byte_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> R
     return References(byte_corpus, tmp_path_factory.mktemp("references"))
 
 
-def test_the_comparison_means_something(references: References) -> None:
-    """The reference learns, and clipping is active at most steps."""
+def test_the_reference_learns_and_clips(references: References) -> None:
+    """Without this, equal curves would prove little: the loss falls, and clipping is active at most steps."""
     curve = references["fp32"]
     assert len(curve.losses) == STEPS
     assert curve.losses[-1] < curve.losses[0] - 0.5
@@ -93,28 +93,28 @@ def test_curves_agree_in_lower_precision(
 
 @pytest.mark.parametrize("precision", ["amp_bf16", "amp_fp16", "bf16"])
 def test_lower_precision_is_really_in_use(precision: str, references: References) -> None:
-    """Close to fp32, and not fp32: autocast or the bf16 weights are engaged."""
+    """The curve is close to fp32 but differs from it: autocast or the bf16 weights are in use."""
     difference = references[precision].largest_loss_difference(references["fp32"])
     assert LOSS_TOLERANCE["fp32"] < difference < 0.1
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all targets", "masked targets"])
-def test_the_cut_of_the_batch_does_not_change_the_curve(masked: bool, byte_corpus: Path, tmp_path: Path) -> None:
-    """Micro-batches of 1, 2, 4 and processes 1, 2; masked targets are of very unequal counts."""
+def test_the_split_of_the_batch_does_not_change_the_curve(masked: bool, byte_corpus: Path, tmp_path: Path) -> None:
+    """Micro-batches of 1, 2, 4 on 1 and 2 processes; with masks, their numbers of targets differ widely."""
     rows = list(compare_accumulation(byte_corpus, tmp_path, masked=masked, steps=STEPS, base=TINY_BYTE_RUN))
     assert len(rows) == 5
     assert [row for row in rows if not row.agrees] == []
 
 
 def test_masked_targets_change_the_curve(byte_corpus: Path, references: References, tmp_path: Path) -> None:
-    """The mask of the test above is not ignored."""
+    """The mask of the test above is in use."""
     curve = curve_of("ddp", tmp_path / "run", tiny_run(copy_with_masks(byte_corpus, tmp_path / "data")))
     assert curve.largest_loss_difference(references["fp32"]) > 1e-2
 
 
 @pytest.mark.parametrize(("backend", "processes"), [("fsdp", 2), ("zero3", 2)])
 def test_dropout_and_recomputation_agree_too(backend: str, processes: int, byte_corpus: Path, tmp_path: Path) -> None:
-    """Dropout is a function of seed and samples, so it is the same on any backend and world size."""
+    """Dropout depends on seed and samples only, so it is the same on every backend and world size."""
     sections = tiny_run(byte_corpus, model={"dropout": 0.1, "activation_checkpointing": True})
     reference = curve_of("ddp", tmp_path / "reference", tiny_run(byte_corpus, model={"dropout": 0.1}))
     curve = curve_of(backend, tmp_path / "other", sections, processes)
