@@ -1,4 +1,4 @@
-"""The array types that stages exchange."""
+"""The array types that stages exchange, and conversions to and from Arrow without a copy."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-# Token ids. GPT-2's 50,257 fit into 16 bits.
-TokenArray = npt.NDArray[np.uint16]
-# Which tokens are scored.
-MaskArray = npt.NDArray[np.bool_]
-# Numbers of things, and positions.
-CountArray = npt.NDArray[np.int64]
+TokenArray = npt.NDArray[np.uint16]  # token ids; GPT-2's 50,257 fit into 16 bits
+MaskArray = npt.NDArray[np.bool_]  # which tokens are scored
+CountArray = npt.NDArray[np.int64]  # counts and positions
 
 
 def as_arrow(values: npt.NDArray[Any]) -> pa.Array:
-    """The same memory as an Arrow array without nulls; ``values`` of shape (n,), contiguous, of whole numbers.
+    """Return contiguous integers of shape (n,) as an Arrow array without nulls that shares their memory.
 
-    ``pa.array`` does the same, and imports pandas first, which takes longer than starting the program.
+    ``pa.array`` would import pandas, which takes longer than starting the program.
     """
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), values.size, [None, pa.py_buffer(values)])
 
 
 def from_arrow(array: pa.Array, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """The same memory as a numpy array, (n,), read-only; ``array.to_numpy`` would import pandas too.
+    """Return an Arrow array as a read-only numpy array of shape (n,) that shares its memory, without importing pandas.
 
     Raises:
-        ValueError: it has nulls.
+        ValueError: the array has nulls.
     """
     if array.null_count:
         raise ValueError("it has nulls")

@@ -1,4 +1,4 @@
-"""Work shared among threads. Hashing, numpy, Arrow and files all work without the interpreter's lock."""
+"""Work on several threads: hashing, numpy, Arrow and file access release the GIL."""
 
 from __future__ import annotations
 
@@ -10,32 +10,31 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# Told, from any thread, how many bytes were done since the last call.
-Advance = Callable[[int], None]
+Advance = Callable[[int], None]  # called from any thread with the bytes done since its last call
 
 
 def available_cores() -> int:
-    """Processor cores that this process may use."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def no_progress(done_bytes: int) -> None:
-    """An ``Advance`` for those who do not want to know."""
+    """Ignore progress; an ``Advance``."""
 
 
 def map_threads(
     work: Callable[[Item, Advance], Result], items: Sequence[Item], workers: int | None, advance: Advance
 ) -> list[Result]:
-    """Results of ``work(item, advance)`` in the order of the items.
+    """Return the results of ``work(item, advance)`` in the order of the items.
 
     Args:
-        work: calls its ``advance`` every few megabytes; after a failure elsewhere that call ends it.
-        items: taken up in order.
-        workers: threads at most; None: one for each core.
-        advance: is called by one thread at a time, first of all with 0.
+        work: calls its ``advance`` every few megabytes; after another item failed, that call raises and ends the work.
+        items: started in order.
+        workers: the largest number of threads; None means one per core.
+        advance: called by one thread at a time, first with 0.
 
     Raises:
-        BaseException: that of the first item, in their order, that failed; those behind it are given up.
+        BaseException: the exception of the first item that failed; later items are abandoned.
     """
     advance(0)
     abandoned = threading.Event()
@@ -58,4 +57,4 @@ def map_threads(
 
 
 class _AbandonedError(Exception):
-    """Ends a thread whose result nobody waits for."""
+    """Ends the work on an abandoned item."""

@@ -1,4 +1,4 @@
-"""Look at token shards, verify them, read in them, and convert them from and to the formats of other programs."""
+"""Inspect, verify and read token shards, and convert them from and to the formats of other programs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data_tools.errors import UserError
 from data_tools.formats import (
     AUTO,
     INPUT_FORMATS,
@@ -27,7 +28,7 @@ _LINE_EVERY_S = 10.0
 
 
 def main() -> None:
-    """Parse, and do what the sub-command says."""
+    """Parse the arguments and run the sub-command."""
     parser = ArgumentParser(description=__doc__, example="python launch/shards.py inspect data/corpus")
     commands = parser.add_subparsers(required=True, metavar="inspect|verify|head|convert")
     _add_inspect(commands)
@@ -39,69 +40,59 @@ def main() -> None:
 
 
 def _add_inspect(commands: Any) -> None:
-    def act(arguments: argparse.Namespace) -> None:
-        report = inspect(arguments.source, arguments.source_format, arguments.split_of)
-        print(json.dumps(report.to_json(), indent=2) if arguments.json else report)
-
-    description = "Show what a folder or file of tokens holds, of any format. Nothing is changed, and no token is read."
-    example = "python launch/shards.py inspect data/fineweb10B"
-    parser = commands.add_parser("inspect", help="what is in it", description=description, example=example)
+    parser = commands.add_parser(
+        "inspect",
+        help="show a summary",
+        description="Show a summary of a folder or file of tokens in any format. Changes nothing and reads no token.",
+        example="python launch/shards.py inspect data/fineweb10B",
+    )
     _add_source(parser)
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
-    parser.set_defaults(act=act)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(act=_inspect)
 
 
 def _add_verify(commands: Any) -> None:
-    def act(arguments: argparse.Namespace) -> None:
-        progress = ProgressLines("verified")
-        manifest = verify(arguments.folder, arguments.workers, progress.advance)
-        print(f"{arguments.folder}: all {len(manifest.shards):,} shards are what the manifest says")
-        print(progress.summary())
-
-    description = "Recompute all that the manifest says: every hash, count, and id inside the vocabulary."
-    example = "python launch/shards.py verify data/corpus"
-    parser = commands.add_parser("verify", help="whether it is whole", description=description, example=example)
+    parser = commands.add_parser(
+        "verify",
+        help="check the shards against their manifest",
+        description="Recompute everything that the manifest says: hashes, counts, and that ids are in the vocabulary.",
+        example="python launch/shards.py verify data/corpus",
+    )
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder with a manifest.json")
     _add_workers(parser)
-    parser.set_defaults(act=act)
+    parser.set_defaults(act=_verify)
 
 
 def _add_head(commands: Any) -> None:
-    def act(arguments: argparse.Namespace) -> None:
-        collection = open_collection(arguments.source, arguments.source_format, arguments.split_of)
-        found = first_documents(
-            collection, arguments.split, documents=arguments.documents, characters=arguments.characters
-        )
-        for number, document in enumerate(found):
-            print(f"--- {arguments.split}, document {number}: {document.tokens:,} tokens")
-            print(printable(document.text) + (" [...]" if document.is_cut else ""))
-
-    description = "Show the first documents as text, with the number of their tokens (<|endoftext|> not counted)."
-    example = "python launch/shards.py head data/corpus --split val --documents 2 --characters 500"
-    parser = commands.add_parser("head", help="how it begins", description=description, example=example)
-    _add_source(parser)
-    parser.add_argument("--split", default=TRAIN_SPLIT, metavar="NAME", help="(default: %(default)s)")
-    parser.add_argument("--documents", type=positive_int, default=3, metavar="N", help="(default: %(default)s)")
-    parser.add_argument(
-        "--characters", type=positive_int, default=300, metavar="M", help="of each at most (default: %(default)s)"
+    parser = commands.add_parser(
+        "head",
+        help="show the first documents",
+        description="Show the first documents as text, with their numbers of tokens without <|endoftext|>.",
+        example="python launch/shards.py head data/corpus --split val --documents 2 --characters 500",
     )
-    parser.set_defaults(act=act)
+    _add_source(parser)
+    parser.add_argument("--split", default=TRAIN_SPLIT, metavar="NAME", help="the split (default: %(default)s)")
+    parser.add_argument(
+        "--documents", type=positive_int, default=3, metavar="N", help="how many documents (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--characters", type=positive_int, default=300, metavar="M", help="at most, per document (default: %(default)s)"
+    )
+    parser.set_defaults(act=_head)
 
 
 def _add_convert(commands: Any) -> None:
-    def act(arguments: argparse.Namespace) -> None:
-        if arguments.in_place:
-            _convert_in_place(parser, arguments)
-        else:
-            _convert(parser, arguments)
-
-    description = (
-        "Write tokens as a new folder of another format: npy and arrow are ours, nanogpt is train.bin and val.bin, "
-        "llmc is of llm.c and modded-nanogpt. Read are these and the .bin with .idx of Megatron-LM and gpt-neox. With "
-        "--in-place, llm.c's shards get a manifest and are trained from as they are."
+    parser = commands.add_parser(
+        "convert",
+        help="convert to another format",
+        description=(
+            "Write tokens to a new folder in another format: npy and arrow are our own, nanogpt is train.bin and "
+            "val.bin, llmc is the format of llm.c and modded-nanogpt. The source may have any of these formats, or be "
+            "the .bin with .idx of Megatron-LM and gpt-neox. --in-place writes a manifest beside llm.c's shards, so "
+            "that training can read them where they are."
+        ),
+        example="python launch/shards.py convert nanoGPT/data/openwebtext --to npy --out data/openwebtext",
     )
-    example = "python launch/shards.py convert nanoGPT/data/openwebtext --to npy --out data/openwebtext"
-    parser = commands.add_parser("convert", help="write it in another format", description=description, example=example)
     _add_source(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new or empty folder")
     parser.add_argument("--to", choices=OUTPUT_FORMATS, help="the format to write")
@@ -110,21 +101,22 @@ def _add_convert(commands: Any) -> None:
         "--shard-tokens",
         type=positive_int,
         metavar="N",
-        help="tokens in a shard at most (default: 100000000; npy and arrow from a folder of ours: its own shards)",
+        help="the largest number of tokens per shard (default: 100000000; npy and arrow keep the shards of a source "
+        "that has a manifest)",
     )
-    parser.add_argument("--name", help="what llmc's files begin with (default: the name of --out)")
+    parser.add_argument("--name", help="the prefix of llmc's file names (default: the name of --out)")
     _add_workers(parser)
-    parser.set_defaults(act=act)
+    parser.set_defaults(act=_convert)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="SRC", help="a folder, or a file of a foreign format")
+    parser.add_argument("source", type=Path, metavar="SRC", help="a folder, or a file of another program")
     parser.add_argument(
         "--from",
         dest="source_format",
         choices=(AUTO, *INPUT_FORMATS),
         default=AUTO,
-        help="its format (default: %(default)s, by the content)",
+        help="the format of SRC (default: %(default)s, which recognizes it by its content)",
     )
     parser.add_argument(
         "--split-of",
@@ -132,16 +124,16 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         action=_StoreSplits,
         default={},
         metavar="NAME=SPLIT",
-        help="the split of a foreign file whose name does not tell, as corpus.bin=train",
+        help="the split of a file of another program whose name does not tell, such as corpus.bin=train",
     )
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=positive_int, metavar="N", help="threads (default: one for each core)")
+    parser.add_argument("--workers", type=positive_int, metavar="N", help="how many threads (default: one per core)")
 
 
 class _StoreSplits(argparse.Action):
-    """``NAME=SPLIT ...`` as a dictionary."""
+    """Stores ``NAME=SPLIT ...`` as a dictionary."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
         splits = dict(getattr(namespace, self.dest))
@@ -153,19 +145,34 @@ class _StoreSplits(argparse.Action):
         setattr(namespace, self.dest, splits)
 
 
-def _convert(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def _inspect(arguments: argparse.Namespace) -> None:
+    report = inspect(arguments.source, arguments.source_format, arguments.split_of)
+    print(json.dumps(report.to_json(), indent=2) if arguments.json else report)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    progress = ProgressLines("verified")
+    manifest = verify(arguments.folder, arguments.workers, progress.advance)
+    print(f"{arguments.folder}: all {len(manifest.shards):,} shards match the manifest")
+    print(progress.summary())
+
+
+def _head(arguments: argparse.Namespace) -> None:
+    collection = open_collection(arguments.source, arguments.source_format, arguments.split_of)
+    found = first_documents(collection, arguments.split, documents=arguments.documents, characters=arguments.characters)
+    for number, document in enumerate(found):
+        print(f"--- {arguments.split}, document {number}: {document.tokens:,} tokens")
+        print(printable(document.text) + (" [...]" if document.is_cut else ""))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    if arguments.in_place:
+        _convert_in_place(arguments)
+        return
     if arguments.out is None or arguments.to is None:
-        parser.error("--out and --to are needed, or --in-place")
-    request = ConvertRequest(
-        source=arguments.source,
-        out=arguments.out,
-        to=arguments.to,
-        source_format=arguments.source_format,
-        split_of=arguments.split_of,
-        shard_tokens=arguments.shard_tokens,
-        name=arguments.name,
-        workers=arguments.workers,
-    )
+        raise UserError("give --out and --to, or --in-place")
+    options = ("source", "out", "to", "source_format", "split_of", "shard_tokens", "name", "workers")
+    request = ConvertRequest(**{option: getattr(arguments, option) for option in options})
     written, verified = ProgressLines("written"), ProgressLines("verified")
     conversion = convert(request, written.advance, verified.advance)
     print(f"{request.out}: {request.to}, from {conversion.source_format}")
@@ -173,10 +180,10 @@ def _convert(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
     print(written.summary())
 
 
-def _convert_in_place(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def _convert_in_place(arguments: argparse.Namespace) -> None:
     for option in ("out", "to", "shard_tokens", "name"):
         if getattr(arguments, option) is not None:
-            parser.error(f"--in-place copies nothing, so it takes no --{option.replace('_', '-')}")
+            raise UserError(f"--in-place copies nothing, so it takes no --{option.replace('_', '-')}")
     progress = ProgressLines("read")
     manifest = adopt_in_place(arguments.source, arguments.split_of, arguments.workers, progress.advance)
     print(f"{arguments.source}: manifest.json written")
@@ -195,17 +202,17 @@ def _print_splits(files: tuple[ShardRecord, ...]) -> None:
 
 
 class ProgressLines:
-    """How far a long command is: a line on standard error now and then."""
+    """Progress of a long command: a line on standard error every ten seconds."""
 
     def __init__(self, done: str) -> None:
-        """Prepare to count; ``done`` is what happens to the bytes. Time runs from the first call of ``advance``."""
+        """Create a counter whose lines begin with ``done``. Time runs from the first call of ``advance``."""
         self._done = done
         self._bytes = 0
         self._started_s: float | None = None
         self._next_line_s = 0.0
 
     def advance(self, done_bytes: int) -> None:
-        """Count bytes."""
+        """Add bytes."""
         if self._started_s is None:
             self._started_s = time.monotonic()
             self._next_line_s = self._started_s + _LINE_EVERY_S
@@ -215,14 +222,14 @@ class ProgressLines:
             print(self.summary(), file=sys.stderr, flush=True)
 
     def summary(self) -> str:
-        """Bytes, time and speed so far."""
+        """Return bytes, time and speed so far as one line."""
         megabytes = self._bytes / 1e6
         elapsed_s = 0.0 if self._started_s is None else time.monotonic() - self._started_s
         return f"{self._done} {megabytes:,.1f} MB in {elapsed_s:.1f} s, {megabytes / max(elapsed_s, 1e-9):,.0f} MB/s"
 
 
 def printable(text: str) -> str:
-    """The text with control characters, which a terminal would obey, as escapes; lines and tabs stay."""
+    """Return text with control characters as escapes, so that a terminal ignores them. Line breaks and tabs stay."""
     escaped = (c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     encoding = sys.stdout.encoding or "utf-8"
     return "".join(escaped).encode(encoding, "backslashreplace").decode(encoding)

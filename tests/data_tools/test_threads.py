@@ -1,4 +1,4 @@
-"""Threads give results in order, and a failure of one ends them all."""
+"""Threads return results in order, and a failure of one ends them all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_results_are_in_the_order_of_the_items(workers: int | None) -> None:
     assert map_threads(work, [], workers, no_progress) == []
 
 
-def test_progress_is_told_by_one_thread_at_a_time() -> None:
+def test_progress_is_reported_by_one_thread_at_a_time() -> None:
     inside = threading.Semaphore(1)
 
     def advance(done_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""``launch/shards.py`` as a person gives it; where only its words matter, in this process."""
+"""``launch/shards.py`` as a user runs it; in this process if only its output matters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VAL_TEXTS = ["For validation."]
 
 
 def command(*arguments: object, **environment: str) -> Done:
-    """``launch/shards.py`` in a process of its own."""
+    """Run ``launch/shards.py`` in a process of its own."""
     return subprocess.run(
         [sys.executable, str(REPOSITORY / "launch" / "shards.py"), *map(str, arguments)],
         cwd=REPOSITORY,
@@ -42,7 +42,7 @@ def command(*arguments: object, **environment: str) -> Done:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The same in this process."""
+    """Return a function that runs the command in this process."""
 
     def run_here(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["shards.py", *map(str, arguments)])
@@ -61,7 +61,7 @@ def succeeded(done: Done) -> str:
 
 
 def refused(done: Done, *pieces: str) -> None:
-    """It ended with status 2 and one line that has these pieces."""
+    """Check that the command ended with status 2 and one line that has these pieces."""
     assert done.returncode == 2, done
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -84,7 +84,7 @@ def ours(tmp_path: Path) -> Path:
 
 
 def test_from_nanogpt_to_a_folder_that_verifies(tmp_path: Path) -> None:
-    """Files of another program, seen, read in, converted, verified: each command in a process of its own."""
+    """Inspect, read, convert and verify files of another program, each in a process of its own."""
     source, out = tmp_path / "openwebtext", tmp_path / "data" / "owt"
     source.mkdir()
     tokens_of(TEXTS).tofile(source / "train.bin")
@@ -103,13 +103,13 @@ def test_from_nanogpt_to_a_folder_that_verifies(tmp_path: Path) -> None:
     assert re.search(r"train: [\d,]+ tokens, 3 documents, [\d,]+ bytes of text, 1 files", written)
     assert re.search(r"written 0\.0 MB in \d+\.\d s, [\d,]+ MB/s", written)
     verified = succeeded(command("verify", out))
-    assert "all 2 shards are what the manifest says" in verified and re.search(r"[\d,]+ MB/s", verified)
+    assert "all 2 shards match the manifest" in verified and re.search(r"[\d,]+ MB/s", verified)
     np.testing.assert_array_equal(open_split(out, "train").read(0, tokens_of(TEXTS).size), tokens_of(TEXTS))
     assert load_manifest(out).shards[0].utf8_bytes == sum(len(text.encode()) for text in TEXTS)
 
 
-def test_training_from_llmcs_shards_where_they_are(run: Run, tmp_path: Path) -> None:
-    """The curve is that of the same tokens as npy."""
+def test_training_from_llmcs_shards_in_place(run: Run, tmp_path: Path) -> None:
+    """The loss curve equals that of the same tokens as npy."""
     folder = tmp_path / "fineweb10B"
     folder.mkdir()
     tokens = np.random.default_rng(0).integers(0, END_OF_TEXT, 3000).astype(np.uint16)
@@ -142,7 +142,7 @@ def test_inspect_shows_a_table_and_json(run: Run, ours: Path) -> None:
     assert report["splits"]["train"]["utf8_bytes"] == sum(len(text.encode()) for text in TEXTS)
 
 
-def test_head_does_not_let_a_document_command_the_terminal(run: Run, ours: Path) -> None:
+def test_head_escapes_control_characters_of_a_document(run: Run, ours: Path) -> None:
     shown = succeeded(run("head", ours, "--documents", 3))
     assert "\\x1b[31mred\\x1b[0m\ttab, 漢字" in shown and "\x1b" not in shown
     assert succeeded(run("head", ours, "--split", "val")).splitlines()[1:] == VAL_TEXTS
@@ -166,7 +166,7 @@ def test_mistakes_are_one_line(run: Run, ours: Path, tmp_path: Path) -> None:
     refused(run("verify", tmp_path), "has no manifest.json")
     refused(run("head", ours, "--split", "test"), "has no split 'test'; it has train, val")
     refused(run("head", ours, "--documents", "0"), "--documents", "at least 1")
-    refused(run("convert", ours), "--out and --to are needed, or --in-place")
+    refused(run("convert", ours), "give --out and --to, or --in-place")
     refused(run("convert", ours, "--out", out, "--to", "tfrecord"), "--to", "npy", "llmc")
     refused(
         run("convert", ours, "--out", out, "--to", "npy", "--split-of", "x=val"), "the manifest", "names its splits"
