@@ -56,10 +56,9 @@ class FileTokens(Tokens, Protocol):
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One file of a split: its size on the disk and the number of its tokens, known without reading them."""
+    """One file of a split, and the number of its tokens."""
 
     path: Path
-    bytes: int
     tokens: int
 
 
@@ -91,9 +90,10 @@ class TokenCollection:
     splits: dict[str, Split]
     manifest: Manifest | None = None
 
-    def records_of(self, split: str) -> tuple[ShardRecord, ...]:
-        """Return the shards of a split; empty for formats other than ours."""
-        return self.manifest.shards_of(split) if self.manifest else ()
+    @property
+    def shards(self) -> tuple[ShardRecord, ...]:
+        """Return the shards of all splits; empty for formats other than ours."""
+        return self.manifest.shards if self.manifest else ()
 
 
 class Concatenated:
@@ -124,12 +124,9 @@ def open_foreign(
     open_file: Callable[[Path, int], FileTokens],
     files_on_disk: Sequence[Path] | None = None,
 ) -> TokenCollection:
-    """Open files of another program as a collection, in the order of their names.
+    """Open the files of another program, found at ``path``, as a collection.
 
     Args:
-        path: the folder or file that the user named.
-        format: one of ``INPUT_FORMATS``.
-        files: the files to open.
         split_of: splits by file name, for names that do not tell.
         open_file: opens one file; also gets the size of the vocabulary.
         files_on_disk: the files that the source record counts, if they are not ``files``.
@@ -141,7 +138,7 @@ def open_foreign(
     splits = {}
     for split, members in _group_by_split(files, split_of).items():
         streams = [open_file(file, tokenizer.vocab_size) for file in members]
-        described = tuple(TokenFile(stream.path, stream.path.stat().st_size, stream.tokens) for stream in streams)
+        described = tuple(TokenFile(stream.path, stream.tokens) for stream in streams)
         splits[split] = Split(Concatenated(streams), described)
     counted = files_on_disk or files
     size = sum(file.stat().st_size for file in counted)

@@ -14,12 +14,13 @@ from typing import Any
 from data_tools.arrays import TokenArray
 from data_tools.errors import DataError, one_line_write_errors
 from data_tools.formats.collection import TokenCollection
-from data_tools.formats.flat_files import LLMC, NANOGPT, NanogptTokenFile, map_llmc_file
+from data_tools.formats.flat_files import LLMC, NANOGPT, map_llmc_file
 from data_tools.formats.opening import open_collection
 from data_tools.formats.plan import DEFAULT_SHARD_TOKENS, ConvertRequest, PlannedFile, chunks, keeps_shards, plan_files
 from data_tools.shards import MANIFEST_NAME, Manifest, ShardRecord, ShardWriter, SourceRecord, verify
 from data_tools.shards.contents import Contents, Vocabulary
 from data_tools.shards.manifest import mask_file_of
+from data_tools.shards.writer import FlatFile
 from data_tools.storage.atomic import atomic_folder, write_json_durably
 from data_tools.storage.files import sha256_of_file
 from data_tools.threads import Advance, map_threads, no_progress
@@ -39,10 +40,8 @@ def convert(request: ConvertRequest, written: Advance = no_progress, verified: A
     Tokens and their order do not change, except for the separators of Megatron's files (see ``MegatronTokens``). A
     source folder in our format is verified first. All formats but nanoGPT's get a manifest.
 
-    Args:
-        request: the conversion.
-        written: called with the bytes of tokens that were written.
-        verified: called with the bytes of a folder in our format that were verified.
+    ``written`` is called with the bytes of tokens that were written, ``verified`` with those of the source that were
+    verified.
 
     Raises:
         DataError: an input is damaged, the requested format would lose something, or the folder cannot be written.
@@ -68,7 +67,6 @@ def adopt_in_place(
     """Write a manifest beside llm.c's shards, which makes their folder a data set; the shards are not changed.
 
     Args:
-        folder: the folder with llm.c's shards.
         split_of: splits of files by name, for names that do not tell.
         workers: number of threads; None means one per core.
         advance: called with the bytes of files that were read.
@@ -115,7 +113,7 @@ class _FileWriter:
         self._folder = folder
         self._collection = collection
         self._vocabulary = vocabulary
-        self._open_format = NanogptTokenFile if raw else None
+        self._open_format = partial(FlatFile, header=lambda tokens: b"") if raw else None  # nanoGPT's has no header
 
     def write(self, planned: PlannedFile, advance: Advance) -> ShardRecord:
         """Write one file in constant memory. Raises DataError if a token is outside the vocabulary."""
@@ -175,8 +173,5 @@ def _describe_llmc_shard(vocabulary: Vocabulary, file: tuple[str, Path], advance
         sha256 = sha256_of_file(path, advance)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    contents = Contents()
-    for start, length in chunks(0, tokens.size):
-        contents += vocabulary.count(tokens[start : start + length], path)
-        advance(0)
+    contents = vocabulary.count(tokens, path, advance)
     return ShardRecord(path.name, split, tokens.size, contents.documents, contents.utf8_bytes, sha256)

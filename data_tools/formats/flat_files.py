@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -19,19 +18,6 @@ NANOGPT = "nanogpt"
 NANOGPT_NAMES = ("train.bin", "val.bin")
 # nanoGPT writes this pickle beside data with a vocabulary of its own. It is never opened.
 _OWN_VOCABULARY = "meta.pkl"
-
-
-class NanogptTokenFile:
-    """A file of bare little-endian uint16 tokens that is being written; a ``data_tools.shards.writer.TokenFile``."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def write(self, tokens: TokenArray) -> None:
-        self._file.write(tokens.astype("<u2", copy=False).data)
-
-    def finish(self) -> None:
-        pass
 
 
 class _MappedTokens:

@@ -94,10 +94,8 @@ def _report_manifest(folder: Path, manifest: Manifest) -> FolderReport:
     splits = {}
     for split in manifest.splits():
         shards = manifest.shards_of(split)
-        sizes = [shard.tokens for shard in shards]
-        documents = sum(shard.documents for shard in shards)
-        utf8_bytes = sum(shard.utf8_bytes for shard in shards)
-        splits[split] = SplitReport(len(shards), sum(sizes), documents, utf8_bytes, max(sizes), min(sizes))
+        documents, utf8_bytes = sum(shard.documents for shard in shards), sum(shard.utf8_bytes for shard in shards)
+        splits[split] = _report_split([shard.tokens for shard in shards], documents, utf8_bytes)
     about = {key: value[key] for key in ("tokenizer", "source", "settings")}
     about |= {key: item for key, item in value.items() if key not in _SHOWN_APART}
     if masked := sum(shard.mask_sha256 is not None for shard in manifest.shards):
@@ -115,13 +113,14 @@ def _find_problem(folder: Path, manifest: Manifest) -> str | None:
 
 
 def _report_foreign(collection: TokenCollection) -> FolderReport:
-    splits = {}
-    for name, split in collection.splits.items():
-        sizes = [file.tokens for file in split.files]
-        splits[name] = SplitReport(len(sizes), sum(sizes), None, None, max(sizes), min(sizes))
+    splits = {name: _report_split([file.tokens for file in it.files]) for name, it in collection.splits.items()}
     tokenizer = f"{collection.tokenizer.name} is assumed; the files do not say"
     about = {"tokenizer": tokenizer, "source": collection.source.options}
     return FolderReport(collection.path, collection.format, None, about, splits)
+
+
+def _report_split(sizes: list[int], documents: int | None = None, utf8_bytes: int | None = None) -> SplitReport:
+    return SplitReport(len(sizes), sum(sizes), documents, utf8_bytes, max(sizes), min(sizes))
 
 
 def _as_text(value: Any) -> str:
@@ -166,15 +165,9 @@ class DocumentPreview:
 def first_documents(
     collection: TokenCollection, split: str, *, documents: int, characters: int
 ) -> Iterator[DocumentPreview]:
-    """Yield the first documents of a split as text.
+    """Yield at most ``documents`` documents of a split as text, with at most ``characters`` characters each.
 
     Formats write ``END_OF_TEXT`` before or after each document; both are read.
-
-    Args:
-        collection: from ``open_collection``.
-        split: the name of a split.
-        documents: the largest number of documents.
-        characters: the largest number of characters per document.
 
     Raises:
         DataError: the split does not exist, its ids are not GPT-2's, or a token is outside the vocabulary.

@@ -27,7 +27,6 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
     """Open a folder, a file, or (Megatron) the common prefix of the names of a pair of files.
 
     Args:
-        path: a folder, file or prefix.
         format: one of ``INPUT_FORMATS``, or ``auto`` to recognize it as ``recognize`` does.
         split_of: splits of another program's files by name, for names that do not tell.
 
@@ -73,9 +72,8 @@ def _open_native(folder: Path) -> TokenCollection:
     manifest = load_manifest(folder)
     splits = {}
     for split in manifest.splits():
-        stream = TokenStream(folder, manifest, split)
-        paths = [(folder / shard.file, shard.tokens) for shard in manifest.shards_of(split)]
-        splits[split] = Split(stream, tuple(TokenFile(path, path.stat().st_size, tokens) for path, tokens in paths))
+        files = tuple(TokenFile(folder / shard.file, shard.tokens) for shard in manifest.shards_of(split))
+        splits[split] = Split(TokenStream(folder, manifest, split), files)
     return TokenCollection(folder, NATIVE, manifest.tokenizer, manifest.source, splits, manifest)
 
 

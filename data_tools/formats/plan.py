@@ -91,10 +91,7 @@ class PlannedFile:
 def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_bytes: bool) -> list[PlannedFile]:
     """Return the files that a conversion writes.
 
-    Args:
-        request: the conversion.
-        collection: the tokens to convert.
-        knows_bytes: whether bytes of text can be counted in the collection's vocabulary.
+    ``knows_bytes`` says whether bytes of text can be counted in the collection's vocabulary.
 
     Raises:
         DataError: the requested format would lose something that the collection holds.
@@ -124,12 +121,11 @@ def chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 def _require_nothing_lost(request: ConvertRequest, collection: TokenCollection, knows_bytes: bool) -> None:
     instead = f"--to {' or '.join(SHARD_FORMATS)} without --shard-tokens keeps the shards as they are"
-    for split in collection.splits:
-        for shard in collection.records_of(split):
-            if shard.mask_file:
-                raise DataError(
-                    f"{collection.path / shard.mask_file} says which tokens are scored, which would be lost; {instead}"
-                )
+    for shard in collection.shards:
+        if shard.mask_file:
+            raise DataError(
+                f"{collection.path / shard.mask_file} says which tokens are scored, which would be lost; {instead}"
+            )
     if request.to != NANOGPT and not knows_bytes:
         raise DataError(
             f"{collection.path} is of the tokenizer {collection.tokenizer.name!r}; bytes of text in shards of other "
@@ -138,12 +134,11 @@ def _require_nothing_lost(request: ConvertRequest, collection: TokenCollection, 
 
 
 def _same_shards(collection: TokenCollection, suffix: str) -> Iterator[PlannedFile]:
-    records = collection.manifest.shards if collection.manifest else ()
-    stems = [PurePosixPath(record.file).stem for record in records]
+    stems = [PurePosixPath(record.file).stem for record in collection.shards]
     if len(set(stems)) < len(stems):  # shards in several subfolders have equal names
-        stems = [f"{record.split}_{index:06d}" for index, record in enumerate(records)]
+        stems = [f"{record.split}_{index:06d}" for index, record in enumerate(collection.shards)]
     ends = dict.fromkeys(collection.splits, 0)
-    for record, stem in zip(records, stems, strict=True):
+    for record, stem in zip(collection.shards, stems, strict=True):
         start = ends[record.split]
         ends[record.split] += record.tokens
         yield PlannedFile(f"{stem}.{suffix}", record.split, start, ends[record.split], record)

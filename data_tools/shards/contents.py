@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from data_tools.arrays import TokenArray, as_arrow
 from data_tools.errors import DataError
 from data_tools.shards.manifest import TokenizerRecord
+from data_tools.threads import Advance, no_progress
 from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, TOKENIZER_NAME, load_tokenizer
 
 _SCAN_TOKENS = 1 << 18  # small enough for the processor's cache
@@ -47,12 +48,13 @@ class Vocabulary:
         self.knows_bytes = tokenizer.name == TOKENIZER_NAME and tokenizer == gpt2_tokenizer_record()
         self._byte_lengths = as_arrow(token_byte_lengths()) if self.knows_bytes else None
 
-    def count(self, tokens: TokenArray, place: object) -> Contents:
+    def count(self, tokens: TokenArray, place: object, advance: Advance = no_progress) -> Contents:
         """Count documents and bytes of text; 0 bytes if they cannot be counted.
 
         Args:
             tokens: uint16 of shape (tokens,).
             place: the file or folder that an error names.
+            advance: called now and then with 0, so that it can end the work.
 
         Raises:
             DataError: an id is outside the vocabulary.
@@ -60,6 +62,7 @@ class Vocabulary:
         contents = Contents()
         for start in range(0, tokens.size, _SCAN_TOKENS):
             contents += self._count_piece(tokens[start : start + _SCAN_TOKENS], place)
+            advance(0)
         return contents
 
     def _count_piece(self, tokens: TokenArray, place: object) -> Contents:

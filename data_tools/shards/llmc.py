@@ -6,7 +6,6 @@ Layout: ``dev/data/data_common.py`` of llm.c.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -19,23 +18,6 @@ VERSION = 1
 HEADER_BYTES = 256 * 4
 MAX_TOKENS = (1 << 31) - 1  # the count is an int32
 _TOKEN_BYTES = 2
-
-
-class LlmcTokenFile:
-    """A shard of llm.c that is being written; a ``TokenFile``. ``finish`` fills in its header."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._tokens = 0
-        file.write(_header(0))
-
-    def write(self, tokens: TokenArray) -> None:
-        self._file.write(tokens.astype("<u2", copy=False).data)
-        self._tokens += tokens.size
-
-    def finish(self) -> None:
-        self._file.seek(0)
-        self._file.write(_header(self._tokens))
 
 
 def is_llmc(path: Path) -> bool:
@@ -67,7 +49,12 @@ def llmc_tokens(content: pa.Buffer) -> TokenArray:
     return np.frombuffer(content, dtype="<u2", count=tokens, offset=HEADER_BYTES)
 
 
-def _header(tokens: int) -> bytes:
+def llmc_header(tokens: int) -> bytes:
+    """Return the header of a shard.
+
+    Raises:
+        ValueError: more tokens than the count can hold.
+    """
     if tokens > MAX_TOKENS:
         raise ValueError(f"a shard of llm.c holds at most {MAX_TOKENS} tokens, not {tokens}")
     fields = np.zeros(HEADER_BYTES // 4, dtype="<i4")

@@ -12,8 +12,6 @@ from data_tools.shards.mapping import map_mask, map_shard, require_flags
 from data_tools.storage.files import sha256_of_file
 from data_tools.threads import Advance, map_threads, no_progress
 
-_SCAN_TOKENS = 1 << 22  # between two checks whether another thread has failed
-
 
 def verify(folder: Path | str, workers: int | None = None, advance: Advance = no_progress) -> Manifest:
     """Recompute everything that the manifest says about its shards: hashes, counts, ids in the vocabulary, mask flags.
@@ -62,9 +60,7 @@ def _check_shard(folder: Path, vocabulary: Vocabulary, shard: ShardRecord, advan
     require_unchanged(folder, shard, advance)
     contents = Contents()
     for piece in pieces:
-        for start in range(0, piece.size, _SCAN_TOKENS):
-            contents += vocabulary.count(piece[start : start + _SCAN_TOKENS], path)
-            advance(0)
+        contents += vocabulary.count(piece, path, advance)
     if contents.documents != shard.documents:
         raise DataError(f"{path} holds {contents.documents} documents, {MANIFEST_NAME} says {shard.documents}")
     if shard.mask_file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 
 from data_tools.arrays import MaskArray, TokenArray, as_arrow
 from data_tools.errors import one_line_write_errors
-from data_tools.shards.llmc import LLMC_SUFFIX, LlmcTokenFile
+from data_tools.shards.llmc import LLMC_SUFFIX, llmc_header
 from data_tools.shards.manifest import ShardRecord, mask_file_of
 from data_tools.storage.atomic import atomic_file
 from data_tools.storage.files import sha256_of_file
@@ -35,22 +36,29 @@ class TokenFile(Protocol):
         ...
 
 
-class NpyFile:
-    """A one-dimensional ``.npy`` file, little-endian uint16 by default. ``finish`` fills in its header."""
+class FlatFile:
+    """Values of one dtype after a header that holds their number. ``finish`` fills in the header.
 
-    def __init__(self, file: BinaryIO, descr: str = "<u2") -> None:
+    Args:
+        file: open for writing.
+        header: returns the header for a number of values; its length does not depend on the number.
+        dtype: the dtype of the values.
+    """
+
+    def __init__(self, file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2") -> None:
         self._file = file
-        self._descr = descr
+        self._header = header
+        self._dtype = dtype
         self._size = 0
-        file.write(_npy_header(0, descr))
+        file.write(header(0))
 
     def write(self, values: npt.NDArray[Any]) -> None:
-        self._file.write(values.astype(self._descr, copy=False).data)
+        self._file.write(values.astype(self._dtype, copy=False).data)
         self._size += values.size
 
     def finish(self) -> None:
         self._file.seek(0)
-        self._file.write(_npy_header(self._size, self._descr))
+        self._file.write(self._header(self._size))
 
 
 class ArrowTokenFile:
@@ -68,8 +76,19 @@ class ArrowTokenFile:
 
 
 OpenFormat = Callable[[BinaryIO], TokenFile]
-SHARD_FORMATS: dict[str, OpenFormat] = {"npy": NpyFile, "arrow": ArrowTokenFile}  # that stage 1 writes
-_BY_SUFFIX: dict[str, OpenFormat] = {**SHARD_FORMATS, LLMC_SUFFIX[1:]: LlmcTokenFile}
+
+
+def _npy_header(size: int, descr: str = "<u2") -> bytes:
+    """Return a header of version 1.0 (``numpy.lib.format``), padded so that any count fits."""
+    fields = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({size},), }}"
+    body_bytes = _NPY_HEADER_BYTES - len(_NPY_MAGIC) - 2
+    body = fields.encode("ascii").ljust(body_bytes - 1) + b"\n"
+    return _NPY_MAGIC + body_bytes.to_bytes(2, "little") + body
+
+
+SHARD_FORMATS: dict[str, OpenFormat] = {"npy": partial(FlatFile, header=_npy_header), "arrow": ArrowTokenFile}
+_MASK_FORMAT: OpenFormat = partial(FlatFile, header=partial(_npy_header, descr="|u1"), dtype="|u1")
+_BY_SUFFIX: dict[str, OpenFormat] = {**SHARD_FORMATS, LLMC_SUFFIX[1:]: partial(FlatFile, header=llmc_header)}
 
 
 @contextmanager
@@ -130,7 +149,7 @@ class ShardWriter:
 
     def _append_mask(self, tokens: TokenArray, scored: MaskArray | None) -> None:
         if scored is not None and self.tokens == 0 and self._mask is None:
-            self._mask = self._open(self._mask_path, lambda file: NpyFile(file, "|u1"))
+            self._mask = self._open(self._mask_path, _MASK_FORMAT)
         assert (scored is None) == (self._mask is None), f"{self._path}: a shard has a mask, or none"
         if self._mask and scored is not None:
             assert scored.shape == tokens.shape, f"{self._path}: a mask has one flag per token"
@@ -172,11 +191,3 @@ class ShardWriter:
 
 class _AbortedError(Exception):
     """Makes the files of an aborted shard disappear."""
-
-
-def _npy_header(size: int, descr: str) -> bytes:
-    """Return a header of version 1.0 (``numpy.lib.format``), padded so that any count fits."""
-    fields = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({size},), }}"
-    body_bytes = _NPY_HEADER_BYTES - len(_NPY_MAGIC) - 2
-    body = fields.encode("ascii").ljust(body_bytes - 1) + b"\n"
-    return _NPY_MAGIC + body_bytes.to_bytes(2, "little") + body

@@ -3,9 +3,7 @@
 Everything is written under a temporary name (the *aside* path), fsynced and then renamed. After a crash only the aside
 path is left; its name says that it is incomplete, and the next write to the same target replaces it.
 
-- ``atomic_file``, ``write_bytes_durably``, ``write_json_durably``: one file.
-- ``atomic_folder``: a folder that one process writes.
-- ``make_empty_folder``, then ``publish_folder``: a folder into which several processes write; one of them publishes it.
+If several processes write one folder, call ``make_empty_folder`` first and ``publish_folder`` last, in one of them.
 """
 
 from __future__ import annotations
