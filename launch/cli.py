@@ -11,12 +11,14 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 from data_tools.errors import DataError, UserError
 from pipeline.config.schema import Device
 from pipeline.distributed.environment import launched_rank, launched_world_size
 from pipeline.errors import Interrupted, LostRankError
+
+_T = TypeVar("_T")
 
 #: Errors that can differ between ranks. All ranks report the other errors alike.
 ERRORS_OF_ONE_RANK = (DataError, LostRankError)
@@ -65,41 +67,25 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=get_args(Device), help="the device (default: %(default)s)")
 
 
-def positive_int(text: str) -> int:
-    """Parse a whole number from 1, as an argparse type."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, it is {text!r}") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, it is {value}")
-    return value
+def _option_type(parse: Callable[[str], _T], is_valid: Callable[[_T], bool], expected: str) -> Callable[[str], _T]:
+    """Return an argparse type that parses and checks a value."""
+
+    def parse_option(text: str) -> _T:
+        try:
+            value = parse(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {expected}, it is {text!r}") from None
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"must be {expected}, it is {text!r}")
+        return value
+
+    return parse_option
 
 
-def non_negative_float(text: str) -> float:
-    """Parse a finite number from 0, as an argparse type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number from 0, it is {text!r}")
-    return value
-
-
-def probability(text: str) -> float:
-    """Parse a number above 0 and at most 1, as an argparse type."""
-    value = non_negative_float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, it is {text!r}")
-    return value
-
-
-def non_empty_text(text: str) -> str:
-    """Parse a text of at least one character, as an argparse type."""
-    if not text:
-        raise argparse.ArgumentTypeError("the text is empty; give at least one character")
-    return text
+positive_int = _option_type(int, lambda value: value >= 1, "a whole number from 1")
+non_negative_float = _option_type(float, lambda value: 0 <= value < math.inf, "a number from 0")
+probability = _option_type(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
+non_empty_text = _option_type(str, bool, "at least one character")
 
 
 def start_logging() -> None:
@@ -119,20 +105,21 @@ def run_command(command: Callable[[], None]) -> NoReturn:
 
     2 is a mistake or a run that cannot continue, 3 a lost rank, and 128 + n a stop by signal n.
     """
+    status = 0
     try:
         command()
     except UserError as error:
-        quiet = launched_rank() > 0 and not isinstance(error, ERRORS_OF_ONE_RANK)
-        prefix = "" if isinstance(error, Interrupted) else "error: "
-        status = _fail(str(error), error.exit_status, prefix=prefix, quiet=quiet)
+        if launched_rank() == 0 or isinstance(error, ERRORS_OF_ONE_RANK):
+            _print_line(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}")
+        status = error.exit_status
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
             raise
-        status = _fail(f"{error.strerror}: {error.filename or 'the output folder'}")
+        _print_line(f"error: {error.strerror}: {error.filename or 'the output folder'}")
+        status = UserError.exit_status
     except KeyboardInterrupt:
-        status = _fail("interrupted", 128 + signal.SIGINT)
-    else:
-        status = 0
+        _print_line("error: interrupted")
+        status = 128 + signal.SIGINT
     _exit(status)
 
 
@@ -150,8 +137,5 @@ def _exit(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _fail(message: str, status: int = UserError.exit_status, *, prefix: str = "error: ", quiet: bool = False) -> int:
-    """Print an error as one line, unless ``quiet``, and return the exit status."""
-    if not quiet:
-        print(f"{prefix}{' '.join(message.splitlines())}", file=sys.stderr, flush=True)
-    return status
+def _print_line(message: str) -> None:
+    print(" ".join(message.splitlines()), file=sys.stderr, flush=True)

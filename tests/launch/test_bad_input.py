@@ -305,7 +305,9 @@ COMMAND_LINE_CASES = [
         "shapeless.jsonl: row 1 has question",
         "query, choices, gold",
     ),
-    command("batch_of_none", "evaluate.py --checkpoint trained --batch-size 0", "--batch-size", "must be at least 1"),
+    command(
+        "batch_of_none", "evaluate.py --checkpoint trained --batch-size 0", "--batch-size", "a whole number from 1"
+    ),
     command(
         "batch_of_text", "evaluate.py --checkpoint trained --batch-size x", "--batch-size", "a whole number from 1"
     ),
@@ -319,7 +321,7 @@ COMMAND_LINE_CASES = [
     ),
     command("hot", "generate.py --checkpoint trained --top-p 1.5", "--top-p", "must be above 0 and at most 1"),
     command("import_of_a_path", "export.py --from-hf ./no --out new", "--from-hf ./no: no such folder", "a hub name"),
-    command("no_processes", "run.py --config good.json --processes 0", "--processes", "must be at least 1, it is 0"),
+    command("no_processes", "run.py --config good.json --processes 0", "--processes", "from 1, it is '0'"),
     command("unknown_source", "tokenize_corpus.py --source csv --out new", "'csv'", "'jsonl'"),
 ]
 

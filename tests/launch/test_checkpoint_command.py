@@ -344,7 +344,7 @@ def test_a_mistake_is_one_line(
         ((), "required: inspect|verify|prune|convert (see checkpoint.py --help)"),
         (("look", nowhere), "invalid choice: 'look' (choose from"),
         (("inspect",), "required: DIR (see checkpoint.py inspect --help)"),
-        (("prune", used, "--keep", "0"), "--keep: must be at least 1, it is 0"),
+        (("prune", used, "--keep", "0"), "--keep: must be a whole number from 1, it is '0'"),
         (("convert", used), "required: --out (see checkpoint.py convert --help)"),
         (("inspect", nowhere), f"{nowhere}: no checkpoint here; expected a run folder"),
         (("verify", nowhere), f"{nowhere}: no checkpoint here; expected a run folder"),

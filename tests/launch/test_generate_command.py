@@ -93,7 +93,7 @@ def test_on_a_cpu_the_weights_are_packed(run_folder: Path, command: Command, mon
 
 def test_an_error_is_one_line(command: Command) -> None:
     for arguments, expected in (
-        (("--stop", ""), "--stop: the text is empty; give at least one character"),
+        (("--stop", ""), "--stop: must be at least one character, it is ''"),
         (("--prompt", "a", "--interactive"), "--prompt: with --interactive prompts come from the terminal"),
         (("--top-p", "0"), "--top-p: must be above 0 and at most 1"),
         (("--precision", "fp8"), "--precision: invalid choice: 'fp8'"),

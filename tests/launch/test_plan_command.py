@@ -58,7 +58,7 @@ def test_the_settings_of_the_configs_own_backend_count(
     [
         (["--device", "h1000"], "--device: h1000 is not known; known are h100-80gb"),
         (["--world-size", "3"], "batch.tokens_per_step .* is not a multiple"),
-        (["--world-size", "0"], "at least 1"),
+        (["--world-size", "0"], "--world-size: must be a whole number from 1, it is '0'"),
         (["--mfu", "1.5"], "--mfu"),
         (["--plot", "no/such/folder/plan.png"], "--plot"),
     ],

@@ -165,7 +165,7 @@ def test_mistakes_are_one_line(run: Run, ours: Path, tmp_path: Path) -> None:
     refused(run("inspect", tmp_path), str(tmp_path), "--from says what it is")
     refused(run("verify", tmp_path), "has no manifest.json")
     refused(run("head", ours, "--split", "test"), "has no split 'test'; it has train, val")
-    refused(run("head", ours, "--documents", "0"), "--documents", "at least 1")
+    refused(run("head", ours, "--documents", "0"), "--documents", "a whole number from 1, it is '0'")
     refused(run("convert", ours), "give --out and --to, or --in-place")
     refused(run("convert", ours, "--out", out, "--to", "tfrecord"), "--to", "npy", "llmc")
     refused(

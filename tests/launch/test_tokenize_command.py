@@ -205,7 +205,10 @@ def test_on_a_terminal_there_is_one_line_that_changes(monkeypatch: pytest.Monkey
         ("--source text --input a.txt --out data --ray-address x:1", "--ray-address needs --engine ray"),
         ("--source text --input a.txt --out data --task 1", "--task and --tasks go together"),
         ("--source text --input a.txt --out data --task 2 --tasks 2", "--task must be from 0 to 1 with --tasks 2, it"),
-        ("--source text --input a.txt --out data --task 0 --tasks 0", "--tasks: must be at least 1, it is 0"),
+        (
+            "--source text --input a.txt --out data --task 0 --tasks 0",
+            "--tasks: must be a whole number from 1, it is '0'",
+        ),
         ("--source text --input a.txt --out data --text-field body", "--source text takes no --text-field"),
         ("--source text --input a.txt --out a.txt", "--out a.txt is a file; name a folder"),
         ("--source text --input a.txt --out .", "--out . is not empty (it holds a.txt)"),
