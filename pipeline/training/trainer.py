@@ -259,12 +259,12 @@ class Trainer:
         self.record.write(row)
 
     def evaluate(self) -> None:
-        """Measure the validation loss and the tasks, and generate a sample of text. Collective."""
+        """Measure the validation loss and the tasks, and generate a completion. Collective."""
         with self.throughput.paused(), self.backend.evaluation_mode():
             if figures := validate(self.backend, self.loader.datasets, self.config, self.world):
                 self.results["validation_loss"] = figures["val_loss"]
                 self.record.write({"step": self.state.step, "tokens": self.state.tokens, **figures})
-            # Examples and prompts have many shapes: a compiled model would be compiled again for each of them.
+            # Examples and prompts have many shapes, and a compiled model would be compiled again for each.
             with torch.compiler.set_stance("force_eager"):
                 if self.tasks:
                     figures = measure_tasks(self.tasks, self.backend, self.config, self.world)

@@ -1,4 +1,4 @@
-"""95% intervals, against published values and simulation."""
+"""95% intervals equal published values, and cover the truth in a simulation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.evaluation.intervals import bootstrap_ratio, normal_mean, wilson
 
 
 @pytest.mark.parametrize(
-    ("hits", "trials", "expected"),
+    ("successes", "trials", "expected"),
     [
         (0, 10, (0.0, 0.2775)),  # Newcombe 1998, Statistics in Medicine 17, table I and formula
         (81, 263, (0.2553, 0.3662)),
@@ -18,17 +18,17 @@ from pipeline.evaluation.intervals import bootstrap_ratio, normal_mean, wilson
         (10, 10, (0.7225, 1.0)),
     ],
 )
-def test_wilson(hits: int, trials: int, expected: tuple[float, float]) -> None:
-    assert wilson(hits, trials) == pytest.approx(expected, abs=1e-4)
+def test_wilson(successes: int, trials: int, expected: tuple[float, float]) -> None:
+    assert wilson(successes, trials) == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_mean_of_a_hundred() -> None:
+def test_normal_mean() -> None:
     low, high = normal_mean([0.0] * 50 + [2.0] * 50)
     assert (low, high) == pytest.approx((1 - 1.96 * 0.1005, 1 + 1.96 * 0.1005), abs=1e-4)
     assert normal_mean([3.0]) == (3.0, 3.0)
 
 
-def test_a_ratio_covers_the_truth_and_repeats_itself() -> None:
+def test_bootstrap_ratio_covers_the_truth_and_is_reproducible() -> None:
     draw = np.random.default_rng(0)
     inside = 0
     for _ in range(40):

@@ -161,13 +161,12 @@ def test_figures_of_a_text(
     assert low < result["token_perplexity"] < high
 
 
-class TestMistakes:
-    def test_texts_refuse_what_they_cannot_use(self, scorer: Scorer, tmp_path: Path) -> None:
-        (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-        with pytest.raises(DataError, match="latin.txt is not UTF-8 text"):
-            measure(scorer, "own", tmp_path / "latin.txt")
-        (tmp_path / "own.txt").write_text("text")
-        with pytest.raises(ConfigError, match="--shots 1: a text has no examples"):
-            measure(scorer, "own", tmp_path / "own.txt", shots=1)
-        with pytest.raises(ConfigError, match="--stride 41 skips tokens"):
-            measure(scorer, "own", tmp_path / "own.txt", stride=41)
+def test_texts_refuse_what_they_cannot_use(scorer: Scorer, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(DataError, match="latin.txt is not UTF-8 text"):
+        measure(scorer, "own", tmp_path / "latin.txt")
+    (tmp_path / "own.txt").write_text("text")
+    with pytest.raises(ConfigError, match="--shots 1: a text has no examples"):
+        measure(scorer, "own", tmp_path / "own.txt", shots=1)
+    with pytest.raises(ConfigError, match="--stride 41 skips tokens"):
+        measure(scorer, "own", tmp_path / "own.txt", stride=41)

@@ -113,7 +113,7 @@ class TestOnACheckpoint:
         assert not loaded.model.training
         loaded.model.assert_tied()
 
-    def test_an_unknown_task_names_the_known_ones(self, run_folder: Path) -> None:
+    def test_an_unknown_task_is_an_error_that_lists_the_tasks(self, run_folder: Path) -> None:
         with pytest.raises(ConfigError, match="--tasks squad: no such task; there are: validation"):
             run_tasks(run_folder, ["squad"], EvaluationOptions(), ALONE)
 
@@ -179,13 +179,13 @@ def test_figures_have_tensorboard_tags() -> None:
     assert tensorboard_tag("task_piqa_acc") == "tasks/piqa_acc"
 
 
-def test_a_mistake_is_an_error_before_the_first_step() -> None:
+def test_an_unusable_task_is_an_error_before_the_first_step() -> None:
     sections = {"model": {"vocab_size": 89}, "evaluation": {"tasks": ["piqa"], "data": {"piqa": "nowhere.jsonl"}}}
     with pytest.raises(ConfigError, match="piqa: model.vocab_size is 89"):
         prepare_tasks(Config.model_validate(sections), ALONE)
 
 
-def test_a_sample_needs_the_vocabulary_of_its_prompt() -> None:
+def test_a_sample_needs_gpt2s_vocabulary() -> None:
     with pytest.raises(ValueError, match="evaluation.sample needs GPT-2's vocabulary: model.vocab_size is 89"):
         Config.model_validate({"model": {"vocab_size": 89}, "evaluation": {"sample": True}})
 

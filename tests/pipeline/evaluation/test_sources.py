@@ -1,4 +1,4 @@
-"""Rows from files and from the hub, and their hashes."""
+"""Rows and their hashes are read from files and from the hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_parquet_holds_the_same_rows_as_json_lines(tmp_path: Path) -> None:
     )
 
 
-def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
+def test_an_invalid_parquet_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR")
     with pytest.raises(DataError, match="a.parquet is not a Parquet file"):
         read_file(tmp_path / "a.parquet")
@@ -45,7 +45,7 @@ def test_the_hub_is_asked_for_the_split(monkeypatch: pytest.MonkeyPatch) -> None
     assert rows.sha256 == hashlib.sha256('{"a": "é", "b": 1}\n'.encode()).hexdigest()
 
 
-def test_no_network_is_one_line_that_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_error_suggests_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route\nto host")
 

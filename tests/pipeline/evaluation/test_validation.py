@@ -13,6 +13,7 @@ import torch
 from data_tools.shards import TokenStream, open_split
 from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
+from pipeline.evaluation.validation import mixture_loss
 from pipeline.model.gpt2 import GPT2
 from tests.pipeline.conftest import END_OF_TEXT, write_shards
 from tests.pipeline.evaluation.conftest import ALONE, TOKENS, UTF8_BYTES, T, score
@@ -20,7 +21,7 @@ from tests.pipeline.evaluation.conftest import ALONE, TOKENS, UTF8_BYTES, T, sco
 
 @pytest.fixture(scope="module")
 def direct(model: GPT2, stream: TokenStream) -> list[tuple[int, int, float, int]]:
-    """(position, target, loss, rank of the target among the guesses) of each target, one by one."""
+    """Return (position, target, loss, number of likelier tokens) of each target, from one forward pass per target."""
     text = stream.read(0, stream.tokens).astype(int).tolist()
     found = []
     for at in range(1, len(text)):
@@ -42,7 +43,7 @@ class TestValidation:
         assert results["loss"] == pytest.approx(expected, rel=1e-6)
         assert results["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
 
-    def test_the_interval_is_that_of_the_windows(self, results: dict[str, Any], direct: list[Any]) -> None:
+    def test_the_interval_reflects_the_spread_of_the_windows(self, results: dict[str, Any], direct: list[Any]) -> None:
         losses = np.array([loss for _, _, loss, _ in direct])
         windows = [losses[start : start + T] for start in range(0, len(losses), T)]
         residues = [window.sum() - len(window) * losses.mean() for window in windows]
@@ -54,7 +55,7 @@ class TestValidation:
         assert results["target_tokens"] == TOKENS - 1
         assert results["documents"] == 4
 
-    def test_bits_per_byte_are_of_the_text_alone(self, results: dict[str, Any], direct: list[Any]) -> None:
+    def test_bits_per_byte_leave_out_end_of_text(self, results: dict[str, Any], direct: list[Any]) -> None:
         assert sum(target == END_OF_TEXT for _, target, _, _ in direct) >= 3
         nats = sum(loss for _, target, loss, _ in direct if target != END_OF_TEXT)
         assert results["bits_per_byte"] == pytest.approx(nats / math.log(2) / UTF8_BYTES, rel=1e-6)
@@ -82,12 +83,16 @@ class TestValidation:
     def test_the_ranks_share_the_work(
         self, model: GPT2, stream: TokenStream, results: dict[str, Any], size: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The sums of all ranks, added up by hand, give the result of one."""
+        """The sums of all ranks together give the result of one process."""
         sums: list[list[torch.Tensor]] = []
 
         def collect(_world: World, values: torch.Tensor) -> torch.Tensor:
             sums[-1].append(values)
-            return torch.ones_like(values) if len(sums) < size else torch.stack([part.pop(0) for part in sums]).sum(0)
+            return (
+                torch.ones_like(values)
+                if len(sums) < size
+                else torch.stack([values_of_rank.pop(0) for values_of_rank in sums]).sum(0)
+            )
 
         monkeypatch.setattr(World, "sum", collect)
         for rank in range(size):
@@ -96,7 +101,7 @@ class TestValidation:
         assert together["loss"] == pytest.approx(results["loss"], rel=1e-6)
         assert together["target_tokens"] == TOKENS - 1
 
-    def test_a_position_that_no_window_reaches_has_no_loss(self, model: GPT2, data: Path, tmp_path: Path) -> None:
+    def test_a_position_beyond_all_windows_has_no_loss(self, model: GPT2, data: Path, tmp_path: Path) -> None:
         folder = write_shards(tmp_path / "short", {"val": [np.arange(6)]})
         losses = score(model, open_split(folder, "val"), 2)["loss_by_position"]
         assert all(isinstance(loss, float) for loss in losses[:5])
@@ -119,8 +124,12 @@ class TestMasks:
         assert results["target_tokens"] == len(scored) == self.MASK[1:].sum()
         assert results["bits_per_byte"] is None
 
-    def test_a_split_without_a_scored_target_has_no_loss(self, model: GPT2, tmp_path: Path) -> None:
+    def test_a_split_without_a_scored_target_is_an_error(self, model: GPT2, tmp_path: Path) -> None:
         tokens = np.arange(40)
         folder = write_shards(tmp_path / "none", {"val": [tokens]}, masks={"val": [np.zeros(40, dtype=np.bool_)]})
         with pytest.raises(TrainingError, match="the split 'val' has no scored target"):
             score(model, open_split(folder, "val"), 4)
+
+
+def test_mixture_loss_is_the_weighted_mean() -> None:
+    assert mixture_loss({"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 1.0, "without a loss": 5.0}) == pytest.approx(1.25)
