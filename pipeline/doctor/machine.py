@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import shutil
@@ -21,6 +22,7 @@ from pipeline.model.attention import fastest_kernel
 LEAST_DISK_BYTES = 1 * GIB
 #: Three checkpoints of GPT-2 124M at 12 bytes per parameter (two are kept while a third is written), and metrics.
 COMFORTABLE_DISK_BYTES = 6 * GIB
+COMFORTABLE_MEMORY_BYTES = 2 * GIB
 COMFORTABLE_SHARED_MEMORY_BYTES = 1 * GIB
 COMFORTABLE_OPEN_FILES = 4096
 LEAST_OPEN_FILES = 256
@@ -46,10 +48,8 @@ def _check_devices() -> Iterator[Finding]:
         device = torch.device("cuda", index)
         free, total = torch.cuda.mem_get_info(device)
         says = f"{device_name(device)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
-        if free < total / 2:
-            yield Finding(f"cuda:{index}", "note", f"{says}: another process uses it", "nvidia-smi shows the process")
-        else:
-            yield Finding(f"cuda:{index}", "ok", says)
+        cure = "another process uses it; nvidia-smi shows which one"
+        yield _rate(f"cuda:{index}", says, cure, size=free, comfortable=total / 2)
     if torch.cuda.get_device_capability() < (8, 0):
         cure = "use run.precision amp_fp16 or fp32"
         yield Finding("bf16", "note", "this GPU is older than Ampere, so bf16 is slow or missing", cure)
@@ -72,46 +72,42 @@ def _check_without_gpu() -> Finding:
     return Finding("device", "ok", says)
 
 
+def _rate(subject: str, says: str, cure: str, *, size: float, comfortable: float, least: float = 0) -> Finding:
+    """Return a problem if the size is below the least one, a note if it is below the comfortable one, else ok."""
+    level: Level = "problem" if size < least else "note" if size < comfortable else "ok"
+    return Finding(subject, level, says, "" if level == "ok" else cure)
+
+
 def _check_memory() -> Finding:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-    if total < 2:
-        cure = "use model.preset gpt2-tiny, or another machine"
-        return Finding("memory", "note", f"{total:.1f} GiB is little: torch and DeepSpeed alone take one", cure)
-    return Finding("memory", "ok", f"{total:.1f} GiB")
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cure = "torch and DeepSpeed alone take one GiB: use model.preset gpt2-tiny, or another machine"
+    return _rate("memory", f"{size / GIB:.1f} GiB", cure, size=size, comfortable=COMFORTABLE_MEMORY_BYTES)
 
 
 def _check_disk(folder: Path) -> Finding:
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    says = f"{free / GIB:,.1f} GiB free at {existing}"
     if not os.access(existing, os.W_OK):
         return Finding("disk", "problem", f"{existing} is not writable", "use another folder: run.out_dir, --out")
-    if free < LEAST_DISK_BYTES:
-        cure = "python launch/checkpoint.py prune RUN --dry-run shows what can be deleted"
-        return Finding("disk", "problem", says, cure)
-    if free < COMFORTABLE_DISK_BYTES:
-        cure = "enough for small models; checkpoints of GPT-2 124M need 6 GiB: set run.out_dir to another disk"
-        return Finding("disk", "note", says, cure)
-    return Finding("disk", "ok", says)
+    free = shutil.disk_usage(existing).free
+    says = f"{free / GIB:,.1f} GiB free at {existing}"
+    cure = (
+        "checkpoints of GPT-2 124M need 6 GiB: set run.out_dir to another disk; "
+        "python launch/checkpoint.py prune RUN --dry-run shows what can be deleted"
+    )
+    return _rate("disk", says, cure, size=free, comfortable=COMFORTABLE_DISK_BYTES, least=LEAST_DISK_BYTES)
 
 
 def _check_limits() -> Iterator[Finding]:
     if SHARED_MEMORY.is_dir():
         size = shutil.disk_usage(SHARED_MEMORY).total
+        cure = "ranks under NCCL communicate through it; in a container: docker run --shm-size=8g (or --ipc=host)"
         says = f"{size / GIB:.2f} GiB"
-        if size < COMFORTABLE_SHARED_MEMORY_BYTES:
-            cure = (
-                "in a container: docker run --shm-size=8g (or --ipc=host), because NCCL's ranks communicate through it"
-            )
-            yield Finding("shared memory", "note", says, cure)
-        else:
-            yield Finding("shared memory", "ok", says)
-    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if open_files == resource.RLIM_INFINITY or open_files >= COMFORTABLE_OPEN_FILES:
-        yield Finding("open files", "ok", "no limit" if open_files == resource.RLIM_INFINITY else f"{open_files:,}")
-    else:
-        level: Level = "problem" if open_files < LEAST_OPEN_FILES else "note"
-        yield Finding("open files", level, f"limited to {open_files:,}", f"ulimit -n {COMFORTABLE_OPEN_FILES}")
+        yield _rate("shared memory", says, cure, size=size, comfortable=COMFORTABLE_SHARED_MEMORY_BYTES)
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = math.inf if limit == resource.RLIM_INFINITY else limit
+    cure = f"ulimit -n {COMFORTABLE_OPEN_FILES}"
+    says = f"a process can open {count:,}"
+    yield _rate("open files", says, cure, size=count, comfortable=COMFORTABLE_OPEN_FILES, least=LEAST_OPEN_FILES)
 
 
 def check_compilers() -> Iterator[Finding]:
