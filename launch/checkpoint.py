@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def main() -> None:
 def _add_inspect(commands: Any) -> None:
     def run(arguments: argparse.Namespace) -> None:
         report = inspect(arguments.folder)
-        print(json.dumps(report.to_json(), indent=2) if arguments.json else report)
+        print(json.dumps(asdict(report), indent=2, default=str) if arguments.json else report)
 
     description = "Show the contents of a checkpoint, or list the checkpoints of a run. Nothing is changed or hashed."
     example = "python launch/checkpoint.py inspect runs/ddp/checkpoints/step_00001000"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,21 @@ class CheckpointReport:
     problem: str | None  # a file that is missing or has the wrong size, or JSON that cannot be read
     contents: dict[str, Any] | None  # of the JSON files, and bytes per rank; None if the JSON cannot be read
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return {**asdict(self), "path": str(self.path)}
-
     def __str__(self) -> str:
         rows = [*_content_rows(self.contents)] if self.contents else []
         rows += [("total", format_size(self.bytes)), ("files", self.problem or "all there, of the right sizes")]
         return "\n".join([str(self.path), *(f"  {label:<11}{text}" for label, text in rows)])
+
+
+@dataclass(frozen=True)
+class SizedFolder:
+    """A folder and the size of its files."""
+
+    path: Path
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"  {self.path.name:<24}{format_size(self.bytes):>10}"
 
 
 @dataclass(frozen=True)
@@ -55,19 +62,8 @@ class RunReport:
 
     path: Path
     checkpoints: list[CheckpointReport]
-    leftovers: list[Path]  # of interrupted saves and deletions
-    abandoned: list[Path]  # set aside when the run went back
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return {
-            "path": str(self.path),
-            "checkpoints": [report.to_json() for report in self.checkpoints],
-            **{
-                kind: [{"path": str(folder), "bytes": size_of_folder(folder)} for folder in folders]
-                for kind, folders in (("leftovers", self.leftovers), ("abandoned", self.abandoned))
-            },
-        }
+    leftovers: list[SizedFolder]  # of interrupted saves and deletions
+    abandoned: list[SizedFolder]  # set aside when the run went back
 
     def __str__(self) -> str:
         total = sum(report.bytes for report in self.checkpoints)
@@ -75,11 +71,8 @@ class RunReport:
         if self.checkpoints:
             lines.append(f"  {'checkpoint':<24}{'size':>10}  {'ranks':>5}  {'backend':<20}files")
         lines += [_table_row(report) for report in self.checkpoints]
-        for what, folders in (
-            ("left by an interrupted save or deletion", self.leftovers),
-            ("set aside when the run went back", self.abandoned),
-        ):
-            lines += [f"  {folder.name:<24}{format_size(size_of_folder(folder)):>10}  {what}" for folder in folders]
+        lines += [f"{folder}  left by an interrupted save or deletion" for folder in self.leftovers]
+        lines += [f"{folder}  set aside when the run went back" for folder in self.abandoned]
         return "\n".join(lines)
 
 
@@ -95,10 +88,14 @@ def inspect(path: Path) -> CheckpointReport | RunReport:
             raise CheckpointError(f"{report.problem}; give another checkpoint")
         return report
     checkpoints = [_inspect_checkpoint(folder) for folder in list_checkpoints(path)]
-    run = RunReport(path, checkpoints, list_leftovers(path), list_abandoned(path))
+    run = RunReport(path, checkpoints, _with_sizes(list_leftovers(path)), _with_sizes(list_abandoned(path)))
     if not (run.checkpoints or run.leftovers or run.abandoned):
         raise no_checkpoint_error(path)
     return run
+
+
+def _with_sizes(folders: list[Path]) -> list[SizedFolder]:
+    return [SizedFolder(folder, size_of_folder(folder)) for folder in folders]
 
 
 def _inspect_checkpoint(folder: Path) -> CheckpointReport:

@@ -94,21 +94,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def bytes_of_tensors(folder: Path) -> int:
-    """Return the size of all ranks' tensor files as stated in the manifest.
-
-    Raises:
-        CheckpointError: the manifest cannot be used.
-    """
+    """Return the size of all ranks' tensor files as stated in the manifest, which is checked."""
     files = read_manifest(folder)["files"]
     return sum(entry["bytes"] for name, entry in files.items() if parse_tensor_file(name))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        CheckpointError: the file is missing, cannot be read, or holds something else.
-    """
+    """Read a JSON object, or raise CheckpointError if the file is missing or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -39,11 +39,7 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
 
 
 def load_weights(folder: Path, parameters: dict[str, Tensor]) -> None:
-    """Copy a checkpoint's weights into whole parameters, given by canonical name.
-
-    Raises:
-        CheckpointError: the checkpoint belongs to another model, or is malformed.
-    """
+    """Copy a checkpoint's weights into whole parameters by canonical name. Raises like ``load_training_state``."""
     index = _index_for_model(folder, {name: list(parameter.shape) for name, parameter in parameters.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():

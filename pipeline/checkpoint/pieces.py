@@ -50,11 +50,7 @@ def piece_key(kind: str, name: str, elements: tuple[int, int] | None = None) -> 
 
 
 def parse_key(key: str, group: str) -> tuple[str, str, tuple[int, int] | None]:
-    """Return the kind, the parameter and the range of a key in a file of ``weights`` or ``moments``.
-
-    Raises:
-        ValueError: a key of a moment lacks its kind.
-    """
+    """Return kind, parameter and range of a key in a file of a group. Raise ValueError if a moment lacks its kind."""
     kind, label = WEIGHT, key
     if group == "moments":
         kind, _, label = key.partition("/")
@@ -85,6 +81,7 @@ def index_pieces(folder: Path, manifest: dict[str, Any]) -> PieceIndex:
 
 
 def _read_pieces(path: Path, group: str, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, str, Piece]]:
+    """Yield kind, parameter and piece for each tensor of a file."""
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping

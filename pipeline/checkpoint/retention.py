@@ -41,11 +41,7 @@ def list_abandoned(run_folder: Path) -> list[Path]:
 
 
 def remove_leftovers(run_folder: Path) -> None:
-    """Delete what interrupted saves and deletions left behind. No save may be in progress.
-
-    Raises:
-        OSError: a leftover cannot be deleted.
-    """
+    """Delete what interrupted saves and deletions left behind, or raise OSError. No save may be in progress."""
     for leftover in list_leftovers(run_folder):
         _remove_folder(leftover)
 
@@ -75,11 +71,7 @@ def _unused_abandoned_path(folder: Path) -> Path:
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint. A crash meanwhile leaves it under its name either complete or not at all.
-
-    Raises:
-        OSError: it cannot be renamed or deleted.
-    """
+    """Delete a checkpoint, or raise OSError. After a crash it is either complete or no longer under its name."""
     # Not the name that a new checkpoint of this step is written under, which may exist at the same time.
     temporary = folder.with_name(f".{folder.name}.deleted.partial")
     if temporary.exists():
@@ -97,11 +89,7 @@ def _remove_folder(folder: Path) -> None:
 
 
 def delete_older(run_folder: Path, verified: Path, keep_last: int) -> None:
-    """Delete the checkpoints before ``verified``, which has just been read back, except ``keep_last - 1`` of them.
-
-    Raises:
-        OSError: one cannot be deleted.
-    """
+    """Delete the checkpoints before ``verified``, which has just been read back, except ``keep_last - 1`` of them."""
     until_verified = [folder for folder in list_checkpoints(run_folder) if step_of(folder) <= step_of(verified)]
     for folder in until_verified[:-keep_last]:
         delete_checkpoint(folder)

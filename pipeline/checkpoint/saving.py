@@ -30,7 +30,6 @@ from pipeline.checkpoint.layout import (
     MANIFEST_FILE,
     STATE_FILE,
     checkpoint_folder,
-    parse_tensor_file,
     read_manifest,
     tensor_file,
 )
@@ -74,10 +73,9 @@ class SavedCheckpoint:
 def write_checkpoint(
     run_folder: Path, snapshot: Snapshot, config: dict[str, Any], world: World, keep_last: int
 ) -> SavedCheckpoint:
-    """Write a snapshot with all ranks, then delete the oldest checkpoints beyond ``keep_last``. Collective.
+    """Write a snapshot, then delete the oldest checkpoints beyond ``keep_last``. Collective.
 
-    Raises:
-        CheckpointError: as for ``write_new_checkpoint``.
+    Raises like ``write_new_checkpoint``.
     """
     saved = write_new_checkpoint(
         run_folder, snapshot.state, snapshot.shapes, config, world, lambda aside: _write_pieces(aside, snapshot, world)
@@ -123,16 +121,15 @@ def write_new_checkpoint(
     try:
         _on_main_rank(world, lambda: make_empty_folder(aside))
         own_files = _on_every_rank(world, lambda: write_tensor_files(aside))
-        files = {name: entry for files_of_rank in world.gather(own_files) for name, entry in files_of_rank.items()}
-        _on_main_rank(world, lambda: publish(files))
+        files_of_ranks: list[Files] = world.gather(own_files)
+        _on_main_rank(
+            world, lambda: publish({name: entry for files in files_of_ranks for name, entry in files.items()})
+        )
     except CheckpointError as error:
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"cannot save {folder}: {error}") from None
-    bytes_of_rank = dict.fromkeys(range(world.size), 0)
-    for name, entry in files.items():
-        if rank_and_group := parse_tensor_file(name):
-            bytes_of_rank[rank_and_group[0]] += entry["bytes"]
+    bytes_of_rank = {rank: sum(entry["bytes"] for entry in files.values()) for rank, files in enumerate(files_of_ranks)}
     return SavedCheckpoint(folder, bytes_of_rank, time.perf_counter() - started)
 
 

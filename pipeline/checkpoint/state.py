@@ -52,11 +52,7 @@ _STATE_FILE_SCHEMA = TypeAdapter(StateFile)
 
 
 def read_state_file(folder: Path) -> StateFile:
-    """Read all of a checkpoint's ``state.json``.
-
-    Raises:
-        CheckpointError: the file is missing or malformed.
-    """
+    """Read all of a checkpoint's ``state.json``, or raise CheckpointError if it is missing or malformed."""
     path = folder / STATE_FILE
     content = read_json_object(path)
     try:
@@ -69,11 +65,7 @@ def read_state_file(folder: Path) -> StateFile:
 
 
 def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
-    """Read a checkpoint's training state and its resolved config.
-
-    Raises:
-        CheckpointError: the file is missing or malformed.
-    """
+    """Read a checkpoint's training state and its resolved config. Raises like ``read_state_file``."""
     content = read_state_file(folder)
     state = TrainingState(**{field.name: getattr(content, field.name) for field in fields(TrainingState)})
     return state, content.config

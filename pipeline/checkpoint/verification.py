@@ -80,11 +80,7 @@ def newest_good_checkpoint(run_folder: Path) -> Path | None:
 
 
 def locate_checkpoint(path: Path) -> Path:
-    """Return the good checkpoint at a path: a checkpoint folder, or a run folder (its newest good one).
-
-    Raises:
-        CheckpointError: there is no checkpoint, or it is damaged.
-    """
+    """Return the checkpoint at a path, or a run folder's newest good one. Raise CheckpointError if none is good."""
     if (path / MANIFEST_FILE).is_file():
         if problem := find_damage(path):
             raise CheckpointError(f"{problem}; give another checkpoint, or the run folder for its newest good one")

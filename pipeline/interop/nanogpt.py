@@ -42,7 +42,7 @@ _WEIGHTS_ONLY = "remove 'optimizer' from the file to import its weights alone"
 
 
 def import_nanogpt(path: Path, run_folder: Path) -> Conversion:
-    """Write the contents of a ``ckpt.pt`` into a new run folder.
+    """Write the contents of a ``ckpt.pt`` into a new run folder. Tensors are read when they are written.
 
     Raises:
         CheckpointError: the file is something else, is damaged, would run code, or holds a wrong tensor; or as for
@@ -50,11 +50,6 @@ def import_nanogpt(path: Path, run_folder: Path) -> Conversion:
         ConfigError: one of its settings is not valid here, or a run is using the folder.
     """
     require_new_run_folder(run_folder)
-    return write_new_run(_read_nanogpt(path, run_folder), run_folder)
-
-
-def _read_nanogpt(path: Path, run_folder: Path) -> NewCheckpoint:
-    """Translate a ``ckpt.pt``. Its fp32 tensors stay mapped from the file."""
     file = _Section(str(path), load_pickled_tensors(path, _EXPECTED))
     model_args = file.section("model_args")
     settings = file.section("config") if "config" in file.content else _Section(f"{path}: config", {})
@@ -74,7 +69,8 @@ def _read_nanogpt(path: Path, run_folder: Path) -> NewCheckpoint:
         notes.append("biases: none in the file; they are zero, and training changes them from there")
     if not moments:
         notes.append("moments: none in the file; they are zero")
-    return NewCheckpoint(state, shapes, stream_tensors(shapes, weights, moments), config, notes=notes)
+    tensors = stream_tensors(shapes, weights, moments)
+    return write_new_run(NewCheckpoint(state, shapes, tensors, config, notes=notes), run_folder)
 
 
 @dataclass(frozen=True)

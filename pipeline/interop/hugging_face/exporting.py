@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,17 +103,14 @@ def _stream_weights(source: Path, config: ModelConfig, dtype: torch.dtype) -> di
     for name, shape in manifest["parameters"].items():
         unpadded = [config.vocab_size, *shape[1:]] if name == "wte.weight" else list(shape)
         stored = unpadded[::-1] if is_transposed(name) else unpadded
-        read = _parameter_reader(name, shape, unpadded[0], pieces[name])
+        read = partial(_read_stored, name, shape, unpadded[0], pieces[name])
         tensors[hugging_face_name(name)] = StreamedTensor(stored, dtype, read)
     return dict(sorted(tensors.items()))
 
 
-def _parameter_reader(name: str, shape: list[int], rows: int, pieces: list[Piece]) -> Callable[[], list[Tensor]]:
-    def read() -> list[Tensor]:
-        parameter = read_parameter(shape, pieces)[:rows]
-        return [parameter.t() if is_transposed(name) else parameter]
-
-    return read
+def _read_stored(name: str, shape: list[int], rows: int, pieces: list[Piece]) -> list[Tensor]:
+    parameter = read_parameter(shape, pieces)[:rows]
+    return [parameter.t() if is_transposed(name) else parameter]
 
 
 def _as_json(value: dict[str, Any]) -> bytes:

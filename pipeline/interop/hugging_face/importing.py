@@ -49,7 +49,19 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
         ConfigError: one of its settings is not valid here, or a run is using the folder.
     """
     require_new_run_folder(run_folder)
-    return write_new_run(_read_folder(find_folder(source), run_folder), run_folder)
+    folder = find_folder(source)
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; expected a folder of a Hugging Face model")
+    notes = [f"step 0: {folder} does not say how it was trained; moments are zero, the schedule starts"]
+    model_section = from_config_json(read_json_object(path), str(path), notes)
+    config = config_from_json({"run": {"out_dir": str(run_folder)}, "model": model_section}, origin=str(path))
+    shapes = model_shapes(config.model)
+    tensors = stream_tensors(shapes, _read_weights(folder, config), {})
+    state = TrainingState(
+        step=0, samples=0, tokens=0, updates=0, loss_scale=None, loss_scale_good_steps=0, seed=config.run.seed
+    )
+    return write_new_run(NewCheckpoint(state, shapes, tensors, config, notes=notes), run_folder)
 
 
 def find_folder(source: str) -> Path:
@@ -79,22 +91,6 @@ def find_folder(source: str) -> Path:
             f"({type(error).__name__}: {reason})"
         ) from error
     raise CheckpointError(f"--from-hf {source}: the model on the hub has neither {WEIGHTS_FILE} nor {_PICKLED_FILE}")
-
-
-def _read_folder(folder: Path, run_folder: Path) -> NewCheckpoint:
-    """Translate a folder. ``run_folder`` becomes ``run.out_dir``."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; expected a folder of a Hugging Face model")
-    notes = [f"step 0: {folder} does not say how it was trained; moments are zero, the schedule starts"]
-    model_section = from_config_json(read_json_object(path), str(path), notes)
-    config = config_from_json({"run": {"out_dir": str(run_folder)}, "model": model_section}, origin=str(path))
-    weights = _read_weights(folder, config)
-    shapes = model_shapes(config.model)
-    state = TrainingState(
-        step=0, samples=0, tokens=0, updates=0, loss_scale=None, loss_scale_good_steps=0, seed=config.run.seed
-    )
-    return NewCheckpoint(state, shapes, stream_tensors(shapes, weights, {}), config, notes=notes)
 
 
 def _read_weights(folder: Path, config: Config) -> dict[str, Tensor]:
