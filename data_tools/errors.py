@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,3 +33,18 @@ def one_line_write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def one_line_read_errors(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` of the block into one line that names the file, or ``path`` if the error does not.
+
+    Raises:
+        DataError: with the path and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        # Arrow's errors have a long text, and some have no number.
+        reason = os.strerror(error.errno) if error.errno else str(error).partition("\n")[0]
+        raise DataError(f"cannot read {error.filename or path}: {reason}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_tools.arrays import TokenArray
-from data_tools.errors import DataError
+from data_tools.errors import DataError, one_line_read_errors
 from data_tools.shards import TRAIN_SPLIT, VAL_SPLIT, Manifest, ShardRecord, SourceRecord, TokenizerRecord
 from data_tools.shards.contents import gpt2_tokenizer_record
 from data_tools.shards.mapping import map_bytes
@@ -152,13 +151,10 @@ def map_file(path: Path) -> pa.Buffer:
     Raises:
         DataError: it is missing or cannot be read.
     """
-    if path.is_dir():
-        raise DataError(f"cannot read {path}: {os.strerror(errno.EISDIR)}")
-    try:
+    with one_line_read_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "", str(path))
         return map_bytes(path) if path.stat().st_size else pa.py_buffer(b"")
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
-        raise DataError(f"cannot read {path}: {reason}") from error
 
 
 def require_split_name(name: str, place: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.arrays import TokenArray
-from data_tools.errors import DataError, one_line_write_errors
+from data_tools.errors import DataError, one_line_read_errors, one_line_write_errors
 from data_tools.formats.collection import TokenCollection
 from data_tools.formats.flat_files import LLMC, NANOGPT, map_llmc_file
 from data_tools.formats.opening import open_collection
@@ -169,9 +169,7 @@ def _conversion_record(format: str) -> dict[str, Any]:
 def _describe_llmc_shard(vocabulary: Vocabulary, file: tuple[str, Path], advance: Advance) -> ShardRecord:
     split, path = file
     tokens = map_llmc_file(path)
-    try:
+    with one_line_read_errors(path):
         sha256 = sha256_of_file(path, advance)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
     contents = vocabulary.count(tokens, path, advance)
     return ShardRecord(path.name, split, tokens.size, contents.documents, contents.utf8_bytes, sha256)

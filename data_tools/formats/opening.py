@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, one_line_read_errors
 from data_tools.formats.collection import Split, TokenCollection, TokenFile
 from data_tools.formats.flat_files import LLMC, NANOGPT, NANOGPT_NAMES, open_llmc, open_nanogpt
 from data_tools.formats.megatron import INDEX_SUFFIX, MEGATRON, is_index, open_megatron
@@ -38,7 +37,7 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
         if split_of:
             raise DataError(f"--split-of: the manifest of {path} names its splits")
         return _open_native(path)
-    with _one_line_read_errors(path):
+    with one_line_read_errors(path):
         return _OPEN_FOREIGN[format](path, _list_files(path, format), split_of or {})
 
 
@@ -51,7 +50,7 @@ def recognize(path: Path) -> str:
     Raises:
         DataError: the format cannot be recognized, or a file cannot be read.
     """
-    with _one_line_read_errors(path):
+    with one_line_read_errors(path):
         if path.is_dir() and (path / MANIFEST_NAME).exists():
             return NATIVE
         if any(is_index(file) for file in _candidates(path, INDEX_SUFFIX)):
@@ -84,14 +83,6 @@ def _list_files(path: Path, format: str) -> list[Path]:
     if not files:
         raise DataError(f"{path}: no file ends in {suffix}, as those of {format} do")
     return files
-
-
-@contextmanager
-def _one_line_read_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
 
 
 def _candidates(path: Path, suffix: str) -> list[Path]:

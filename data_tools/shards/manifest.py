@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, StrictInt, StrictStr, TypeAdapter, ValidationError, with_config
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, one_line_read_errors
 from data_tools.storage.files import sha256_of_json
 
 FORMAT_VERSION = 1
@@ -171,13 +171,11 @@ def load_manifest(folder: Path | str) -> Manifest:
             and what would be right.
     """
     path = Path(folder) / MANIFEST_NAME
-    try:
-        content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{path.parent} has no {MANIFEST_NAME}; make one with launch/tokenize_corpus.py") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    return parse_manifest(content, str(path))
+    with one_line_read_errors(path):
+        try:
+            return parse_manifest(path.read_bytes(), str(path))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"{path.parent} has no {MANIFEST_NAME}; make one with launch/tokenize_corpus.py") from error
 
 
 def parse_manifest(content: bytes, place: str) -> Manifest:

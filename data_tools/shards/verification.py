@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, one_line_read_errors
 from data_tools.shards.contents import Contents, Vocabulary
 from data_tools.shards.manifest import MANIFEST_NAME, TOKENIZE_AGAIN, Manifest, ShardRecord, load_manifest
 from data_tools.shards.mapping import map_mask, map_shard, require_flags
@@ -45,10 +45,8 @@ def require_unchanged(folder: Path, shard: ShardRecord, advance: Advance = no_pr
 
 
 def _require_sha256(path: Path, sha256: str, advance: Advance) -> None:
-    try:
+    with one_line_read_errors(path):
         unchanged = sha256_of_file(path, advance) == sha256
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
     if not unchanged:
         raise DataError(f"{path}: its SHA-256 is not the one in {MANIFEST_NAME}; {TOKENIZE_AGAIN}")
 
