@@ -17,8 +17,8 @@ import launch.shards
 from data_tools.shards import load_manifest, open_split
 from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
 from launch.cli import run_command
-from tests.data_tools.formats.test_formats import write_llmc, write_megatron, write_ours
 from tests.support.runs import REPOSITORY, TINY_RUN, Sections, child_environment, curve_of, merged
+from tests.support.token_files import write_llmc, write_megatron, write_ours
 
 Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]

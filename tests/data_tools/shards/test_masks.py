@@ -1,4 +1,4 @@
-"""Which tokens are scored stands beside the tokens, and is guarded as they are."""
+"""Masks say which tokens are scored, and are checked like the tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from data_tools.shards import (
     verify,
 )
 from data_tools.storage.atomic import write_json_durably
-from tests.data_tools.shards.test_shards import edit_manifest, random_tokens, write_folder
+from tests.support.shard_folders import edit_manifest, random_tokens, write_folder
 
 SIZES = (1000, 3, 1, 50, 700)
 
@@ -32,7 +32,7 @@ def random_mask(size: int, seed: int = 0) -> np.ndarray:
 
 
 def write_masked_folder(folder: Path, format: str = "npy", pieces: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Shards of ``SIZES`` with masks, appended in pieces; returns all tokens and all flags."""
+    """Write shards of ``SIZES`` with masks, appended in pieces, and return all tokens and all flags."""
     folder.mkdir()
     tokens = [random_tokens(size, size) for size in SIZES]
     masks = [random_mask(size, size) for size in SIZES]
@@ -47,11 +47,6 @@ def write_masked_folder(folder: Path, format: str = "npy", pieces: int = 1) -> t
     manifest = Manifest(plain.tokenizer, plain.source, plain.settings, tuple(records))
     write_json_durably(folder / "manifest.json", manifest.to_json())
     return np.concatenate(tokens), np.concatenate(masks)
-
-
-@pytest.fixture(params=["npy", "arrow"])
-def format(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def test_windows_of_the_mask_fit_those_of_the_tokens(tmp_path: Path, format: str) -> None:

@@ -1,0 +1,188 @@
+"""Formats and splits are recognized, and damaged files are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.errors import DataError
+from data_tools.formats import (
+    ConvertRequest,
+    convert,
+    open_collection,
+)
+from tests.support.token_files import (
+    Damage,
+    cut,
+    edit,
+    put,
+    write_llmc,
+    write_sound,
+)
+
+
+class TestRecognition:
+    def test_splits_are_told_by_names(self, tmp_path: Path) -> None:
+        names = {
+            "fineweb_train_000002.bin": 3,
+            "fineweb_train_000001.bin": 2,
+            "fineweb_val_000000.bin": 1,
+            "tiny_shakespeare_val.bin": 4,
+            "train-and-others_TEST.bin": 5,
+        }
+        for name, token in names.items():
+            write_llmc(tmp_path / name, [token])
+        splits = open_collection(tmp_path).splits
+        found = {name: split.stream.read(0, split.stream.tokens).tolist() for name, split in splits.items()}
+        assert found == {"train": [2, 3], "test": [5], "val": [1, 4]}
+
+    def test_a_name_that_tells_nothing_needs_split_of(self, tmp_path: Path) -> None:
+        for name in ("a.bin", "b.bin"):
+            write_llmc(tmp_path / name, [1])
+        with pytest.raises(DataError, match=r"a\.bin: its name does not tell its split; add --split-of a\.bin=train"):
+            open_collection(tmp_path)
+        collection = open_collection(tmp_path, split_of={"a.bin": "val", "b": "train"})
+        assert [file.path.name for file in collection.splits["val"].files] == ["a.bin"]
+        with pytest.raises(DataError, match=r"--split-of c\.bin=val: this file does not exist; .* a\.bin, b\.bin"):
+            open_collection(tmp_path, split_of={"c.bin": "val"})
+        with pytest.raises(DataError, match=r"--split-of a\.bin=\.\./x: '\.\./x' is not a name for a split"):
+            open_collection(tmp_path, split_of={"a.bin": "../x"})
+        assert list(open_collection(tmp_path / "a.bin").splits) == ["train"]
+
+    def test_nanogpts_characters_are_not_taken_for_gpt2(self, tmp_path: Path) -> None:
+        np.array([1, 2], dtype="<u2").tofile(tmp_path / "train.bin")
+        (tmp_path / "meta.pkl").write_bytes(b"a pickle that nobody opens")
+        with pytest.raises(DataError, match="meta.pkl says that the ids are of a vocabulary of their own"):
+            open_collection(tmp_path)
+
+    def test_raw_tokens_are_taken_for_nanogpts_by_name_only(self, tmp_path: Path) -> None:
+        np.array([1, 2], dtype="<u2").tofile(tmp_path / "tokens.bin")
+        with pytest.raises(DataError, match=r"--from says what it is \(native, nanogpt, llmc, megatron\)"):
+            open_collection(tmp_path / "tokens.bin")
+        assert open_collection(tmp_path / "tokens.bin", "nanogpt").splits["train"].stream.tokens == 2
+
+
+def grow(name: str, extra: bytes) -> Damage:
+    return edit(name, lambda content: content + extra)
+
+
+def remove(name: str) -> Damage:
+    return lambda folder: (folder / name).unlink()
+
+
+def replace_by_folder(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return damage
+
+
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+# Offsets in an index of 3 sequences and 3 boundaries: sizes from 34 on, pointers from 46, boundaries from 70.
+DAMAGE: list[tuple[str, str, Damage, str]] = [
+    (
+        "nanogpt",
+        "odd_size",
+        cut("train.bin", 1),
+        r"train\.bin is not a whole file of uint16 tokens.*odd number of bytes",
+    ),
+    ("nanogpt", "id", put("train.bin", 4, "<H", 50257), r"train\.bin holds token 50257, the vocabulary ends at 50256"),
+    ("nanogpt", "id_of_val", put("val.bin", 2, "<H", 65535), r"val\.bin holds token 65535, the vocabulary ends"),
+    ("nanogpt", "folder", replace_by_folder("train.bin"), r"cannot read \S*train\.bin: Is a directory"),
+    ("nanogpt", "empty_folder", empty, "no file ends in"),
+    ("llmc", "cut", cut("x_train_000001.bin", 2), r"x_train_000001\.bin.*header says 100 tokens, its size says 99"),
+    (
+        "llmc",
+        "odd_size",
+        cut("x_train_000001.bin", 1),
+        r"x_train_000001\.bin.*header says 100 tokens, its size says 99\.5",
+    ),
+    ("llmc", "grown", grow("x_train_000001.bin", b"\0\0"), r"header says 100 tokens, its size says 101"),
+    ("llmc", "count", put("x_train_000001.bin", 8, "<i", 101), r"header says 101 tokens, its size says 100"),
+    ("llmc", "negative", put("x_train_000001.bin", 8, "<i", -1), r"header says -1 tokens, its size says 100"),
+    ("llmc", "magic", put("x_val_000000.bin", 0, "<i", 20240801), r"x_val_000000\.bin.*magic is 20240801.*is 20240520"),
+    ("llmc", "version", put("x_val_000000.bin", 4, "<i", 7), r"x_val_000000\.bin.*its version is 7, it must be 1"),
+    ("llmc", "header", edit("x_val_000000.bin", lambda content: content[:1000]), "ends after 1000 bytes.*its header"),
+    ("llmc", "empty", edit("x_val_000000.bin", lambda content: b""), r"x_val_000000\.bin.*ends after 0 bytes"),
+    ("llmc", "id", put("x_val_000000.bin", 1030, "<H", 60000), r"x_val_000000\.bin holds token 60000"),
+    ("llmc", "folder", replace_by_folder("x_val_000000.bin"), r"cannot read \S*x_val_000000\.bin: Is a directory"),
+    ("megatron", "no_tokens", remove("x.bin"), r"cannot read \S*x\.bin: No such file"),
+    ("megatron", "no_index", remove("x.idx"), r"no file ends in \.idx"),
+    (
+        "megatron",
+        "header",
+        edit("x.idx", lambda content: content[:33]),
+        r"x\.idx is not a whole index: it ends after 33 bytes",
+    ),
+    (
+        "megatron",
+        "cut",
+        cut("x.idx", 8),
+        r"x\.idx is not a whole index: 3 sequences and 3 document boundaries take 94 bytes",
+    ),
+    ("megatron", "grown", grow("x.idx", b"\0\0\0"), r"x\.idx is not a whole index.*take 94 bytes, it has 97"),
+    (
+        "megatron",
+        "counts",
+        put("x.idx", 18, "<Q", 1 << 62),
+        r"x\.idx is not a whole index: 4611686018427387904 sequences",
+    ),
+    ("megatron", "magic", put("x.idx", 0, "<B", 0), r"x\.idx is not an index of Megatron: its magic is"),
+    (
+        "megatron",
+        "older",
+        edit("x.idx", lambda content: b"TNTIDX\0\0" + content),
+        r"x\.idx is an index of the older kind",
+    ),
+    ("megatron", "version", put("x.idx", 9, "<Q", 2), r"x\.idx: its version is 2, it must be 1"),
+    (
+        "megatron",
+        "float",
+        put("x.idx", 17, "<B", 6),
+        r"x\.idx: its tokens are of type 6 \(floating point\), they must be",
+    ),
+    ("megatron", "double", put("x.idx", 17, "<B", 7), r"x\.idx: its tokens are of type 7 \(floating point\)"),
+    ("megatron", "int64", put("x.idx", 17, "<B", 5), r"x\.idx: its tokens are of type 5 \(int64\)"),
+    ("megatron", "dtype", put("x.idx", 17, "<B", 99), r"x\.idx: its tokens are of type 99 \(unknown\)"),
+    ("megatron", "wider", put("x.idx", 17, "<B", 4), r"x\.idx: sequence 1 is said to begin at byte 4"),
+    ("megatron", "size", put("x.idx", 38, "<i", -3), r"x\.idx: sequence 1 has the size -3, it must be 0 or more"),
+    (
+        "megatron",
+        "pointer",
+        put("x.idx", 62, "<q", 1 << 40),
+        r"x\.idx: sequence 2 is said to begin at byte 1099511627776",
+    ),
+    ("megatron", "last_size", put("x.idx", 42, "<i", 9), r"x\.bin has 12 bytes, its index accounts for 24"),
+    ("megatron", "text_cut", cut("x.bin", 2), r"x\.bin has 10 bytes, its index accounts for 12 \(6 tokens of uint16\)"),
+    ("megatron", "text_grown", grow("x.bin", b"\0"), r"x\.bin has 13 bytes, its index accounts for 12"),
+    (
+        "megatron",
+        "first",
+        put("x.idx", 70, "<q", 1),
+        r"x\.idx: its document boundaries must go from 0 to 3, they are from 1",
+    ),
+    ("megatron", "last", put("x.idx", 86, "<q", 2), r"document boundaries must go from 0 to 3, they are from 0 to 2"),
+    ("megatron", "backwards", put("x.idx", 78, "<q", 9), r"x\.idx: document 1 ends before it begins"),
+    ("megatron", "id", put("x.bin", 4, "<H", 50257), r"x\.bin holds token 50257, the vocabulary ends at 50256"),
+]
+
+
+@pytest.mark.parametrize(("format", "name", "damage", "message"), DAMAGE, ids=[f"{it[0]}-{it[1]}" for it in DAMAGE])
+def test_a_damaged_file_is_refused_by_name(
+    tmp_path: Path, format: str, name: str, damage: Damage, message: str
+) -> None:
+    source = tmp_path / "source"
+    write_sound(source, format)
+    convert(ConvertRequest(source=source, source_format=format, out=tmp_path / "sound", to="npy"))
+    damage(source)
+    with pytest.raises(DataError, match=message) as caught:
+        convert(ConvertRequest(source=source, source_format=format, out=tmp_path / "out", to="npy"))
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sound", "source"]
