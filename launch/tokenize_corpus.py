@@ -23,14 +23,15 @@ from data_tools.storage.files import is_remote
 from launch.cli import ArgumentParser, positive_int, run_command, start_logging
 
 _LINE_EVERY_S = 30.0
-_BAR_WIDTH = 40
+_HISTOGRAM_WIDTH = 40
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
 
 def main() -> None:
-    """Parse the command line, tokenize, and say what was written."""
+    """Parse the command line, tokenize, and print what was written."""
     start_logging()
-    request, share = parse_request()
+    arguments = build_parser().parse_args()
+    request, share = request_of(arguments), share_of(arguments)
     if manifest := find_complete(request):
         print(f"{request.out} is already complete")
         print_shards(manifest, request)
@@ -41,19 +42,16 @@ def main() -> None:
     if tokenized is not None:
         print_shards(tokenized, request)
         print_lengths(tokenized)
-    elif share is not None and request.deduplicate != "off":
-        print(f"{share_name(*share)} is done as far as it goes; when all {share[1]} are, run what is missing again")
     elif share is not None:
-        print(f"{share_name(*share)} is done; whichever ends last writes the manifest")
+        if request.deduplicate == "off":
+            then = "the share that finishes last writes the manifest"
+        else:
+            then = "if there is no manifest when all shares are done, run them again to encode the compared documents"
+        print(f"share {share[0]} of {share[1]} is done; {then}")
 
 
-def share_name(share: int, shares: int) -> str:
-    """How messages call the work of one process among several."""
-    return f"share {share} of {shares}"
-
-
-def parse_request() -> tuple[TokenizeRequest, tuple[int, int] | None]:
-    """The request of the command line, and which share of how many is wanted; every default is the request's own."""
+def build_parser() -> ArgumentParser:
+    """Return the parser of the command line. The defaults are those of ``TokenizeRequest``."""
     defaults = {field.name: field.default for field in fields(TokenizeRequest)}
     parser = ArgumentParser(
         description="Tokenize documents with GPT-2's vocabulary into shards for training.",
@@ -61,8 +59,7 @@ def parse_request() -> tuple[TokenizeRequest, tuple[int, int] | None]:
     )
 
     def add(option: str, help: str, **settings: Any) -> None:
-        name = option[2:].replace("-", "_")
-        default = defaults[name]
+        default = defaults[option[2:].replace("-", "_")]
         suffix = "" if default is None else f" (default: {default})"
         parser.add_argument(option, help=help + suffix, default=default, **settings)
 
@@ -71,37 +68,41 @@ def parse_request() -> tuple[TokenizeRequest, tuple[int, int] | None]:
         "--input",
         dest="inputs",
         nargs="+",
+        default=[],
         metavar="PATH",
         help="files, folders, glob patterns, or URLs of them; for hf the name or folder of one dataset",
     )
     parser.add_argument(
         "--out",
         required=True,
-        type=place,
+        type=path_or_url,
         metavar="DIR",
-        help="a new folder for the shards, or a URL as s3://bucket/folder",
+        help="a new folder for the shards, or a URL such as s3://bucket/folder",
     )
     add("--format", "file format of the shards", choices=get_args(ShardFormat))
-    add("--val-fraction", "share of documents for validation", type=float, metavar="X")
-    add("--shard-tokens", "tokens in a shard, at most", type=int, metavar="N")
+    add("--val-fraction", "fraction of the documents for validation", type=float, metavar="X")
+    add("--shard-tokens", "largest number of tokens in a shard", type=int, metavar="N")
+    add("--deduplicate", "exact leaves out documents that repeat an earlier one", choices=get_args(Deduplication))
     add(
-        "--deduplicate",
-        "exact: leave out documents that repeat an earlier one",
-        choices=get_args(Deduplication),
+        "--encoder",
+        "all encoders give the same tokens; auto uses gigatoken if it is installed",
+        choices=get_args(EncoderChoice),
     )
-    add("--encoder", "all give the same tokens; auto: gigatoken if it is installed", choices=get_args(EncoderChoice))
-    add("--workers", "processes on this machine (default: all cores)", type=int, metavar="N")
-    add("--engine", "what runs the work: processes of this machine, or a Ray cluster", choices=get_args(Engine))
-    add("--ray-address", "of the cluster, with --engine ray (default: start one here)", metavar="ADDRESS")
+    add("--workers", "number of processes on this machine (default: all cores)", type=int, metavar="N")
+    add("--engine", "encode in processes of this machine, or on a Ray cluster", choices=get_args(Engine))
+    add("--ray-address", "address of the Ray cluster (default: start a cluster here)", metavar="ADDRESS")
     parser.add_argument(
-        "--task", type=int, metavar="I", help="do only this share of the work, from 0 on; needs --tasks"
+        "--task",
+        type=int,
+        metavar="I",
+        help="for job arrays: do only share I of the work, from 0 to N - 1; needs --tasks N",
     )
-    parser.add_argument("--tasks", type=positive_int, metavar="N", help="how many shares there are, as in a job array")
-    add("--seed", "of the division into splits", type=int, metavar="N")
-    add("--text-field", "field or column with the text, for jsonl, parquet, hf", metavar="NAME")
+    parser.add_argument("--tasks", type=positive_int, metavar="N", help="for job arrays: the number of shares")
+    add("--seed", "seed of the division into splits", type=int, metavar="N")
+    add("--text-field", "field or column with the text, for jsonl, parquet and hf", metavar="NAME")
     add(
         "--document-separator",
-        r"what divides a text file into documents; \n, \t, \r and \\ are understood",
+        r"text between the documents of a text file; may contain the escapes \n, \t, \r and \\",
         type=unescape,
         metavar="TEXT",
     )
@@ -109,15 +110,20 @@ def parse_request() -> tuple[TokenizeRequest, tuple[int, int] | None]:
     add("--dataset-split", "split of a Hugging Face dataset", metavar="NAME")
     add("--limit-documents", "stop after N documents", type=int, metavar="N")
     add("--limit-bytes", "stop after about N bytes of text", type=int, metavar="N")
-    arguments = parser.parse_args()
-    return request_of(arguments), share_of(arguments)
+    return parser
+
+
+def request_of(arguments: argparse.Namespace) -> TokenizeRequest:
+    """Return the request of parsed arguments."""
+    values = {key: value for key, value in vars(arguments).items() if key not in ("task", "tasks")}
+    return TokenizeRequest(**{**values, "inputs": tuple(arguments.inputs)})
 
 
 def share_of(arguments: argparse.Namespace) -> tuple[int, int] | None:
-    """``--task`` and ``--tasks``.
+    """Return ``--task`` and ``--tasks``, or None if this process does all of the work.
 
     Raises:
-        DataError: one without the other, or a task that is not among them.
+        DataError: one of them is given without the other, or the task is not one of the tasks.
     """
     share, shares = arguments.task, arguments.tasks
     if share is None and shares is None:
@@ -131,15 +137,9 @@ def share_of(arguments: argparse.Namespace) -> tuple[int, int] | None:
     return share, shares
 
 
-def place(text: str) -> Path | str:
-    """A local path, or a URL as it stands."""
+def path_or_url(text: str) -> Path | str:
+    """Parse a local path or a URL, as an argparse type."""
     return text if is_remote(text) else Path(text)
-
-
-def request_of(arguments: argparse.Namespace) -> TokenizeRequest:
-    """The request of parsed arguments."""
-    values = {key: value for key, value in vars(arguments).items() if key not in ("task", "tasks")}
-    return TokenizeRequest(**{**values, "inputs": tuple(values["inputs"] or ())})
 
 
 def unescape(text: str) -> str:
@@ -148,7 +148,7 @@ def unescape(text: str) -> str:
 
 
 class ProgressDisplay:
-    """What is planned, then a bar on a terminal or a line now and then elsewhere; all on standard error."""
+    """Shows the estimate and the progress on standard error: a bar on a terminal, otherwise a line every 30 seconds."""
 
     def __init__(self) -> None:
         self._started_s = time.monotonic()
@@ -161,15 +161,17 @@ class ProgressDisplay:
         )
 
     def planned(self, estimate: Estimate) -> None:
-        """Say what is about to be done."""
+        """Print the estimate."""
         self._estimate = estimate
         tqdm.write(str(estimate), file=sys.stderr)
 
     def progressed(self, progress: Progress) -> None:
-        """Show the progress; the first call tells what an interrupted run had finished."""
+        """Show the progress. The first call gives the progress of an interrupted run that this one continues."""
         self._now = progress
         if self._at_start is None:
-            self._begin(progress)
+            self._at_start = progress
+            if progress.documents:
+                tqdm.write(f"continuing after {progress.documents:,} documents in finished shards", file=sys.stderr)
         if self._bar is not None:
             self._bar.set_description_str(self._line())
         elif time.monotonic() >= self._next_line_s:
@@ -177,33 +179,27 @@ class ProgressDisplay:
             print(self._line(), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is and end its line."""
+        """Leave the bar on the terminal and end its line."""
         if self._bar is not None:
             self._bar.close()
 
     def encoded_megabytes(self) -> float:
-        """Millions of bytes of text that this run encoded."""
+        """Return the megabytes of text that this run has encoded."""
         return (self._now.utf8_bytes - (self._at_start or Progress()).utf8_bytes) / 1e6
 
     def elapsed_s(self) -> float:
-        """Seconds since the display was made."""
+        """Return the seconds since the display was created."""
         return time.monotonic() - self._started_s
 
     def speed(self) -> str:
-        """Text per second of this run, in words."""
+        """Return the encoded text per second, with its unit."""
         return f"{self.encoded_megabytes() / max(self.elapsed_s(), 1e-9):.1f} MB/s"
-
-    def _begin(self, progress: Progress) -> None:
-        self._at_start = progress
-        if progress.documents:
-            message = f"continuing after {progress.documents:,} documents in finished shards"
-            tqdm.write(message, file=sys.stderr)
 
     def _line(self) -> str:
         return f"{self._now.documents:,} documents, {self._now.tokens:,} tokens, {self.speed()}{self._time_left()}"
 
     def _time_left(self) -> str:
-        """By the speed so far; the size of the text is an estimate."""
+        """Return the time for the rest of the estimated text at the speed so far, or nothing if it is not known."""
         done = self.encoded_megabytes()
         if self._estimate is None or self._estimate.text_bytes is None or not done:
             return ""
@@ -212,7 +208,7 @@ class ProgressDisplay:
 
 
 def print_shards(manifest: Manifest, request: TokenizeRequest) -> None:
-    """Say what the folder holds, and warn when there is nothing to validate on."""
+    """Print what each split of the folder holds, and warn if a validation split was requested but is empty."""
     print(f"{request.out}:")
     for split in manifest.splits():
         shards = manifest.shards_of(split)
@@ -224,23 +220,23 @@ def print_shards(manifest: Manifest, request: TokenizeRequest) -> None:
         )
     if request.val_fraction > 0 and VAL_SPLIT not in manifest.splits():
         print(
-            "warning: no document was drawn for validation, so there is no such split; raise --val-fraction, "
-            "or cut a text file into documents with --document-separator",
+            "warning: no document was drawn for validation, so there is no validation split; raise --val-fraction, "
+            "or divide a text file into documents with --document-separator",
             file=sys.stderr,
         )
 
 
 def print_lengths(manifest: Manifest) -> None:
-    """How long documents are, and how many were left out."""
+    """Print a histogram of document lengths, and how many documents were left out."""
     report = manifest.report or {}
     counts = report.get("documents_by_log2_tokens", [])
     first = next((k for k, count in enumerate(counts) if count), 0)
-    print("  tokens in a document:")
+    print("  tokens per document:")
     for k, count in enumerate(counts[first:], start=first):
-        bar = "#" * math.ceil(_BAR_WIDTH * count / max(counts))
+        bar = "#" * math.ceil(_HISTOGRAM_WIDTH * count / max(counts))
         print(f"  {1 << k:>11,} to {(2 << k) - 1:>11,}: {count:>12,} {bar}".rstrip())
     if repeated := report.get("repeated_documents"):
-        print(f"  left out: {repeated:,} documents that have an equal one before them")
+        print(f"  left out: {repeated:,} documents that repeat an earlier one")
 
 
 if __name__ == "__main__":

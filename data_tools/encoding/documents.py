@@ -1,4 +1,4 @@
-"""What sources yield: a text, or a dialogue of which only some parts are to be learned."""
+"""What sources yield: a text, or a dialogue of which only some segments are scored."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from data_tools.tokenizer import END_OF_TEXT, replace_lone_surrogates
 
 @dataclass(frozen=True)
 class Dialogue:
-    """An instruction or a chat as it is laid out in text.
+    """An instruction or a chat, laid out as text.
 
     Attributes:
-        segments: pieces of the text in order, and whether the model is to learn to say each.
+        segments: the text in consecutive segments, and whether the tokens of each are scored.
     """
 
     segments: tuple[tuple[str, bool], ...]
@@ -28,7 +28,7 @@ class Dialogue:
         return "".join(text for text, _ in self.segments)
 
     def __bool__(self) -> bool:
-        """Whether there is any text, as for a ``str``."""
+        """Return whether there is any text, as for a ``str``."""
         return any(text for text, _ in self.segments)
 
 
@@ -37,11 +37,11 @@ Document = str | Dialogue
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """A document on its way into a shard.
+    """The tokens of a document.
 
     Attributes:
         tokens: uint16 of shape (tokens,), ``END_OF_TEXT`` first.
-        scored: bool of the same shape; None: all tokens are.
+        scored: bool of the same shape, or None if all tokens are scored.
     """
 
     tokens: TokenArray
@@ -49,7 +49,7 @@ class EncodedDocument:
 
 
 def utf8_of(document: Document) -> bytes:
-    """The document's text in UTF-8, lone surrogates replaced as encoders do."""
+    """Return the document's text in UTF-8, with lone surrogates replaced as encoders do."""
     text = document if isinstance(document, str) else document.text
     try:
         return text.encode()
@@ -58,10 +58,11 @@ def utf8_of(document: Document) -> bytes:
 
 
 def fingerprint_of(document: Document, utf8: bytes) -> bytes:
-    """16 bytes of a SHA-256 that tell documents apart: equal for equal documents, and for no others.
+    """Return the first 16 bytes of a SHA-256 over a document, which are equal only for equal documents.
 
     Args:
-        utf8: the document's text, see ``utf8_of``.
+        document: the document.
+        utf8: its text, see ``utf8_of``.
     """
     digest = hashlib.sha256(utf8)
     if isinstance(document, Dialogue):
@@ -70,9 +71,9 @@ def fingerprint_of(document: Document, utf8: bytes) -> bytes:
 
 
 def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
-    """Encode a text as a whole, or each segment of a dialogue by itself.
+    """Encode a text as a whole, or each segment of a dialogue by itself, so that no token crosses their boundary.
 
-    Of a dialogue ``END_OF_TEXT`` is scored: it ends what the model says in the dialogue before.
+    The ``END_OF_TEXT`` before a dialogue is scored, because it ends the answer of the dialogue before it.
     """
     if isinstance(document, str):
         tokens = encoder.encode(document)

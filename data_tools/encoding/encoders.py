@@ -1,4 +1,4 @@
-"""Encoders of text into tokens. All are exact; tiktoken is the reference, gigatoken several times faster."""
+"""Encoders of text into tokens. All give tiktoken's tokens; gigatoken is several times faster."""
 
 from __future__ import annotations
 
@@ -21,56 +21,59 @@ from data_tools.tokenizer import load_tokenizer, replace_lone_surrogates
 
 log = logging.getLogger(__name__)
 
-# Between them nothing is assigned, and from the end of the second on all is for private use.
+REFERENCE_ENCODER = "tiktoken"
+
+# The ranges of code points with assigned characters. The last range is followed by private use only.
 _ASSIGNED_PLANES = ((0, 0x40000), (0xE0000, 0xF0000))
-# First and last: letters and numbers to gigatoken 0.10, not yet to tiktoken 0.14.
+# First and last code points that are letters or numbers to gigatoken 0.10, but not yet to tiktoken 0.14.
 _NEW_IN_UNICODE_17 = (
     *((0x88F, 0x88F), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0xA7CE, 0xA7CF), (0xA7D2, 0xA7D2), (0xA7D4, 0xA7D4)),
     *((0xA7F1, 0xA7F1), (0x10940, 0x1095F), (0x10EC5, 0x10EC7), (0x11DB0, 0x11DEF), (0x16EA0, 0x16EDF)),
     *((0x16FF2, 0x16FF6), (0x187F8, 0x187FF), (0x18D09, 0x18D1E), (0x18D80, 0x18DFF), (0x1E6C0, 0x1E6FF)),
     *((0x2B73A, 0x2B73F), (0x2CEA2, 0x2CEAD), (0x323B0, 0x3347F)),
 )
-REFERENCE_ENCODER = "tiktoken"
 
 
 class Encoder(Protocol):
-    """What the tokenizing stage needs of an encoder."""
+    """The interface of an encoder."""
 
     name: str
 
     def encode(self, text: str) -> TokenArray:
-        """Tokens of a text, uint16 of shape (tokens,); the literal ``<|endoftext|>`` is ordinary text."""
+        """Return the tokens of a text, uint16 of shape (tokens,).
+
+        The literal ``<|endoftext|>`` is ordinary text. Lone surrogates become U+FFFD.
+        """
         ...
 
 
 class TiktokenEncoder:
-    """The reference."""
+    """tiktoken, the reference."""
 
-    name = "tiktoken"
+    name = REFERENCE_ENCODER
 
     def __init__(self) -> None:
         self._tokenizer = load_tokenizer()
 
     def encode(self, text: str) -> TokenArray:
-        """Tokens of a text, uint16 of shape (tokens,); lone surrogates become U+FFFD."""
         return self._tokenizer.encode(text)
 
 
 class GigatokenEncoder:
-    """The same ids from the same ranks, by gigatoken.
+    """gigatoken with tiktoken's ranks.
 
-    What is a letter or a number both know from a version of Unicode, and not from the same: of texts with characters
-    that are new there, the reference has the say.
+    gigatoken and tiktoken classify characters (letter, number) by different versions of Unicode. tiktoken therefore
+    encodes texts with characters that are new in either version.
     """
 
     name = "gigatoken"
 
     def __init__(self) -> None:
         self._reference = load_tokenizer()
-        # Imported here: it is not there for every platform.
+        # Imported here because it does not exist for every platform.
         import gigatoken
 
-        # It reads ranks from a file only. No special tokens: in a document they are ordinary text.
+        # It reads ranks only from a file. It gets no special tokens, because in a document they are ordinary text.
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "gpt2.tiktoken")
             with one_line_write_errors(path):
@@ -78,7 +81,6 @@ class GigatokenEncoder:
             self._encode = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {}).backend.encode
 
     def encode(self, text: str) -> TokenArray:
-        """Tokens of a text, uint16 of shape (tokens,); lone surrogates become U+FFFD."""
         text = replace_lone_surrogates(text)
         if not text.isascii() and self._has_new_characters(text):
             return self._reference.encode(text)
@@ -91,7 +93,7 @@ class GigatokenEncoder:
 
 @functools.cache
 def _new_characters() -> npt.NDArray[np.bool_]:
-    """Flags of all code points: what this Python's Unicode does not have yet, and what Unicode 17 added."""
+    """Flag all code points that this Python's Unicode does not assign yet or that Unicode 17 added."""
     is_new = np.ones(sys.maxunicode + 1, dtype=np.bool_)
     is_new[_ASSIGNED_PLANES[-1][1] :] = False
     for start, stop in _ASSIGNED_PLANES:
@@ -102,27 +104,26 @@ def _new_characters() -> npt.NDArray[np.bool_]:
 
 
 def choose_encoder(name: str) -> str:
-    """The encoder that a name stands for: ``auto`` is gigatoken where it is installed, otherwise tiktoken.
+    """Return the name of the encoder to use. ``auto`` is gigatoken if it is installed, otherwise tiktoken.
 
     Raises:
-        DataError: gigatoken is asked for and not installed.
+        DataError: gigatoken is requested but not installed.
     """
     installed = importlib.util.find_spec("gigatoken") is not None
-    if name == "gigatoken" and not installed:
+    if name == "tiktoken" or installed:
+        return "tiktoken" if name == "tiktoken" else "gigatoken"
+    if name == "gigatoken":
         raise DataError("--encoder gigatoken: it is not installed; pip install gigatoken, or use --encoder tiktoken")
-    if name != "auto":
-        return name
-    if not installed:
-        log.info("gigatoken is not installed: encoding with tiktoken, several times slower")
-    return "gigatoken" if installed else "tiktoken"
+    log.info("gigatoken is not installed: encoding with tiktoken, which is several times slower")
+    return "tiktoken"
 
 
 @functools.cache
 def load_encoder(name: str) -> Encoder:
-    """An encoder by its own name, ``gigatoken`` or ``tiktoken``, one per process: loading takes most of a second."""
+    """Return the encoder ``gigatoken`` or ``tiktoken``, one per process because loading takes most of a second."""
     return GigatokenEncoder() if name == "gigatoken" else TiktokenEncoder()
 
 
 def encoder_version(name: str) -> str:
-    """Name and version, for the record."""
+    """Return an encoder's name and version."""
     return f"{name} {importlib.metadata.version(name)}"

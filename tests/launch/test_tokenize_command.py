@@ -43,7 +43,7 @@ def test_it_says_what_it_is_about_to_do_what_it_wrote_and_where(tmp_path: Path, 
         "data:",
         "  train: 4 tokens, 2 documents, 6 bytes of text, 1 npy shards",
         "  val: 2 tokens, 1 documents, 5 bytes of text, 1 npy shards",
-        "  tokens in a document:",
+        "  tokens per document:",
         f"            2 to           3:            3 {'#' * 40}",
     ]
     before = contents(tmp_path / "data")
@@ -84,7 +84,7 @@ def test_options_reach_the_shards(tmp_path: Path, run_process: Command, referenc
     np.testing.assert_array_equal(
         tokens_of(tmp_path / "x" / "y"), sequential_tokens(reference, ["three", "one", "four"])
     )
-    assert ended.stdout.splitlines()[-1] == "  left out: 1 documents that have an equal one before them"
+    assert ended.stdout.splitlines()[-1] == "  left out: 1 documents that repeat an earlier one"
     assert manifest.made is not None
     assert manifest.made["encoder"].startswith("tiktoken")
 
@@ -94,7 +94,7 @@ def test_shares_of_the_work(tmp_path: Path, run_process: Command) -> None:
     options = ["--source", "jsonl", "--input", "a.jsonl", "--shard-tokens", 500, "--workers", 1]
     first = run_process(*options, "--out", "out", "--task", 0, "--tasks", 2, chunk_bytes=CHUNK_BYTES)
     assert first.returncode == 0, first.stderr
-    assert first.stdout.splitlines()[-1] == "share 0 of 2 is done; whichever ends last writes the manifest"
+    assert first.stdout.splitlines()[-1] == "share 0 of 2 is done; the share that finishes last writes the manifest"
     last = run_process(*options, "--out", "out", "--task", 1, "--tasks", 2, chunk_bytes=CHUNK_BYTES)
     assert "out:\n  train: " in last.stdout
     assert documents_of(tmp_path / "out") == 20
