@@ -15,7 +15,7 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from data_tools.corpus.estimate import Estimate
-from data_tools.corpus.run import Progress, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
+from data_tools.corpus.run import Observer, Progress, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
 from data_tools.errors import DataError
 from data_tools.options import Deduplication, EncoderChoice, Engine, ShardFormat, SourceKind
 from data_tools.shards import VAL_SPLIT, Manifest
@@ -81,14 +81,14 @@ def build_parser() -> ArgumentParser:
     )
     add("--format", "file format of the shards", choices=get_args(ShardFormat))
     add("--val-fraction", "fraction of the documents for validation", type=float, metavar="X")
-    add("--shard-tokens", "largest number of tokens in a shard", type=int, metavar="N")
+    add("--shard-tokens", "maximum tokens per shard", type=int, metavar="N")
     add("--deduplicate", "exact leaves out documents that repeat an earlier one", choices=get_args(Deduplication))
     add(
         "--encoder",
         "all encoders give the same tokens; auto uses gigatoken if it is installed",
         choices=get_args(EncoderChoice),
     )
-    add("--workers", "number of processes on this machine (default: all cores)", type=int, metavar="N")
+    add("--workers", "processes on this machine (default: all cores)", type=int, metavar="N")
     add("--engine", "encode in processes of this machine, or on a Ray cluster", choices=get_args(Engine))
     add("--ray-address", "address of the Ray cluster (default: start a cluster here)", metavar="ADDRESS")
     parser.add_argument(
@@ -147,7 +147,7 @@ def unescape(text: str) -> str:
     return re.sub(r"\\[nrt\\]", lambda match: _ESCAPES[match.group()], text)
 
 
-class ProgressDisplay:
+class ProgressDisplay(Observer):
     """Shows the estimate and the progress on standard error: a bar on a terminal, otherwise a line every 30 seconds."""
 
     def __init__(self) -> None:

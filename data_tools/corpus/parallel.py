@@ -49,11 +49,43 @@ def unordered_map(
         for item in items:
             yield work(item, on_report)
         return
-    pool = _Pool(work, deque(items), workers, _context(preload))
+    waiting = deque(items)
+    deaths: list[Item | None] = []
+    context = _context(preload)
+    pool: list[_Worker[Item, Result]] = []
     try:
-        yield from pool.results(on_report)
+        for _ in range(min(workers, len(waiting))):
+            pool.append(_Worker(work, context))
+            pool[-1].begin(waiting.popleft())
+        while busy := {worker.connection: worker for worker in pool if worker.item is not None}:
+            for connection in wait(list(busy)):
+                worker = busy[connection]
+                try:
+                    kind, value = worker.connection.recv()
+                except (EOFError, OSError):  # OSError: it died while sending
+                    deaths.append(worker.item)
+                    if deaths.count(worker.item) == _ATTEMPTS:
+                        raise DataError(
+                            f"the worker process died {_ATTEMPTS} times at {worker.item} (killed, or out of memory?); "
+                            "repeat the command to continue, with fewer --workers if memory is short"
+                        ) from None
+                    worker.restart()
+                    continue
+                if kind == _REPORT:
+                    on_report(*value)
+                    continue
+                worker.item = None
+                if kind == _ERROR:
+                    raise value
+                if waiting:
+                    worker.begin(waiting.popleft())
+                yield value
     finally:
-        pool.kill()
+        for worker in pool:
+            worker.process.kill()
+            worker.connection.close()
+        for worker in pool:
+            worker.process.join()
 
 
 def _context(preload: tuple[str, ...]) -> BaseContext:
@@ -69,78 +101,36 @@ class _Worker(Generic[Item, Result]):
     """A process, the pipe to it, and the item that it works on."""
 
     def __init__(self, work: Work[Item, Result], context: Any) -> None:
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(work, theirs), daemon=True)
-        try:
-            self.process.start()
-        except OSError as error:
-            raise DataError(
-                f"cannot start a worker process: {error} (memory short, or the path of TMPDIR too long: "
-                f"{tempfile.gettempdir()}?); --workers 1 needs none"
-            ) from error
-        theirs.close()
+        self._work = work
+        self._context = context
         self.item: Item | None = None
+        self._start()
 
     def begin(self, item: Item) -> None:
         self.item = item
         with suppress(OSError):  # it has just died, which the next read from its pipe notices
             self.connection.send(item)
 
+    def restart(self) -> None:
+        """Start a new process for the item at which the process died."""
+        assert self.item is not None
+        self.process.join()
+        self.connection.close()
+        self._start()
+        self.begin(self.item)
 
-class _Pool(Generic[Item, Result]):
-    """The workers and the items that wait for one."""
-
-    def __init__(self, work: Work[Item, Result], items: deque[Item], workers: int, context: BaseContext) -> None:
-        self._work = work
-        self._items = items
-        self._context = context
-        self._deaths: list[Item] = []
-        self._workers = [_Worker(work, context) for _ in range(min(workers, len(items)))]
-
-    def results(self, on_report: Callable[..., None]) -> Generator[Result, None, None]:
-        for worker in self._workers:
-            worker.begin(self._items.popleft())
-        while busy := {worker.connection: worker for worker in self._workers if worker.item is not None}:
-            for connection in wait(list(busy)):
-                worker = busy[connection]
-                try:
-                    kind, value = worker.connection.recv()
-                except (EOFError, OSError):  # OSError: it died while sending
-                    self._replace(worker)
-                    continue
-                if kind == _REPORT:
-                    on_report(*value)
-                    continue
-                worker.item = None
-                if kind == _ERROR:
-                    raise value
-                if self._items:
-                    worker.begin(self._items.popleft())
-                yield value
-
-    def kill(self) -> None:
-        for worker in self._workers:
-            worker.process.kill()
-            worker.connection.close()
-        for worker in self._workers:
-            worker.process.join()
-
-    def _replace(self, dead: _Worker[Item, Result]) -> None:
-        """Start a new process for the item at which a worker died."""
-        item = dead.item
-        assert item is not None
-        dead.process.join()
-        dead.connection.close()
-        self._deaths.append(item)
-        if self._deaths.count(item) == _ATTEMPTS:
+    def _start(self) -> None:
+        connection, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(self._work, theirs), daemon=True)
+        try:
+            process.start()
+        except OSError as error:
             raise DataError(
-                f"the worker process died {_ATTEMPTS} times at {item} (killed, or out of memory?); "
-                "repeat the command to continue, with fewer --workers if memory is short"
-            )
-        self._workers.remove(dead)
-        worker = _Worker(self._work, self._context)
-        self._workers.append(worker)
-        worker.begin(item)
+                f"cannot start a worker process: {error} (memory short, or the path of TMPDIR too long: "
+                f"{tempfile.gettempdir()}?); --workers 1 needs none"
+            ) from error
+        theirs.close()
+        self.connection, self.process = connection, process
 
 
 def _serve(work: Work[Any, Any], connection: Connection) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from typing import Protocol
 
 from data_tools.corpus.chunks import Chunk, Progress, plan_chunks
 from data_tools.corpus.duplicates import write_repeated
@@ -25,24 +24,14 @@ from data_tools.storage.files import sha256_of_json
 __all__ = ["Observer", "Progress", "TokenizeRequest", "find_complete", "tokenize_corpus", "tokenize_share"]
 
 
-class Observer(Protocol):
-    """Receives the estimate and the progress of a run."""
+class Observer:
+    """Receives the estimate and the progress of a run. This one ignores them."""
 
     def planned(self, estimate: Estimate) -> None:
         """Receive the estimate, before the first chunk. A share of a run has none."""
-        ...
 
     def progressed(self, progress: Progress) -> None:
         """Receive the total progress: first that of finished chunks, then a few times per second."""
-        ...
-
-
-class _SilentObserver:
-    def planned(self, estimate: Estimate) -> None:
-        pass
-
-    def progressed(self, progress: Progress) -> None:
-        pass
 
 
 def find_complete(request: TokenizeRequest) -> Manifest | None:
@@ -66,7 +55,7 @@ def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) 
     Raises:
         DataError: the request, a document or the folder is unusable, or the disk is full.
     """
-    manifest = _tokenize(request, None, observer or _SilentObserver())
+    manifest = _tokenize(request, None, observer or Observer())
     assert manifest is not None, "only a share leaves chunks to others"
     return manifest
 
@@ -83,7 +72,7 @@ def tokenize_share(
     Raises:
         DataError: as ``tokenize_corpus``.
     """
-    return _tokenize(request, (share, shares), observer or _SilentObserver())
+    return _tokenize(request, (share, shares), observer or Observer())
 
 
 def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer: Observer) -> Manifest | None:

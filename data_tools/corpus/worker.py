@@ -15,7 +15,7 @@ from data_tools.corpus.chunks import Chunk, ChunkRecord, Progress, documents_of
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.split import AssignedDocument, assign_splits
 from data_tools.encoding.documents import EncodedDocument, encode_document, fingerprint_of, utf8_of
-from data_tools.encoding.encoders import REFERENCE_ENCODER, Encoder, load_encoder
+from data_tools.encoding.encoders import REFERENCE_ENCODER, load_encoder
 from data_tools.errors import DataError
 from data_tools.shards import TRAIN_SPLIT, VAL_SPLIT, ShardRecord, ShardWriter
 from data_tools.sources import Source, open_source
@@ -25,6 +25,7 @@ from data_tools.storage.folders import open_folder, scratch_of
 #: Called by a running chunk with the progress since the last call.
 Report = Callable[[Progress], None]
 
+#: A report costs more than encoding a short document, so it waits for this much text.
 _REPORT_BYTES = 1 << 20
 #: tiktoken encodes one of this many documents too, besides the first of each chunk.
 _CHECK_ONE_IN = 512
@@ -57,8 +58,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
     request = job.request
     folder = open_folder(request.out)
     encoder = load_encoder(job.encoder)
-    check = _ReferenceCheck(encoder, chunk)
-    pending = _PendingReport(report)
+    check = _ReferenceCheck(job.encoder, chunk)
     repeated = _load_repeated(request, chunk)
     lengths: CountArray = np.zeros(_LENGTH_CLASSES, dtype=np.int64)
     documents = assign_splits(
@@ -68,6 +68,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
         fill_both=job.is_one_chunk,
     )
     with scratch_of(folder) as scratch:
+        documents_done = tokens_done = bytes_done = 0  # since the last report
         writers = {split: _SplitWriter(scratch, split, chunk, request) for split in (TRAIN_SPLIT, VAL_SPLIT)}
         for number, assigned in enumerate(documents):
             if number in repeated:
@@ -77,9 +78,12 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
             tokens, utf8_bytes = encoded.tokens.size, len(assigned.utf8)
             writers[assigned.split].append(encoded, utf8_bytes)
             lengths[tokens.bit_length() - 1] += 1
-            pending.add(tokens, utf8_bytes)
+            documents_done, tokens_done, bytes_done = documents_done + 1, tokens_done + tokens, bytes_done + utf8_bytes
+            if bytes_done >= _REPORT_BYTES:
+                report(Progress(documents_done, tokens_done, bytes_done))
+                documents_done = tokens_done = bytes_done = 0
         shards = tuple(shard for writer in writers.values() for shard in writer.close())
-        pending.flush()
+        report(Progress(documents_done, tokens_done, bytes_done))
         record = ChunkRecord(chunk.index, shards, tuple(lengths.tolist()), len(repeated), check.checked)
         for shard in shards:
             for name in shard.files:
@@ -118,31 +122,12 @@ def _load_repeated(request: TokenizeRequest, chunk: Chunk) -> set[int]:
     return set(np.load(io.BytesIO(content), allow_pickle=False).tolist())
 
 
-class _PendingReport:
-    """Collects progress into larger reports, because sending one costs more than encoding a short document."""
-
-    def __init__(self, report: Report) -> None:
-        self._report = report
-        self._documents = self._tokens = self._utf8_bytes = 0
-
-    def add(self, tokens: int, utf8_bytes: int) -> None:
-        self._documents += 1
-        self._tokens += tokens
-        self._utf8_bytes += utf8_bytes
-        if self._utf8_bytes >= _REPORT_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        self._report(Progress(self._documents, self._tokens, self._utf8_bytes))
-        self._documents = self._tokens = self._utf8_bytes = 0
-
-
 class _ReferenceCheck:
     """Compares an encoder with tiktoken on the first document of a chunk and on a random sample of the others."""
 
-    def __init__(self, encoder: Encoder, chunk: Chunk) -> None:
+    def __init__(self, encoder: str, chunk: Chunk) -> None:
         self.checked = 0
-        self._reference = None if encoder.name == REFERENCE_ENCODER else load_encoder(REFERENCE_ENCODER)
+        self._reference = None if encoder == REFERENCE_ENCODER else load_encoder(REFERENCE_ENCODER)
         self._encoder = encoder
         self._chunk = chunk
 
@@ -154,7 +139,7 @@ class _ReferenceCheck:
         expected = encode_document(self._reference, assigned.document).tokens
         if not np.array_equal(expected, encoded.tokens):
             raise DataError(
-                f"{self._chunk}: {self._encoder.name} and tiktoken encode document {number} (SHA-256 "
+                f"{self._chunk}: {self._encoder} and tiktoken encode document {number} (SHA-256 "
                 f"{assigned.fingerprint.hex()}...) differently; the chunk was not written: use --encoder tiktoken"
             )
 

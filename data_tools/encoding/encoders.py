@@ -35,9 +35,7 @@ _NEW_IN_UNICODE_17 = (
 
 
 class Encoder(Protocol):
-    """The interface of an encoder."""
-
-    name: str
+    """The interface of an encoder. tiktoken's is ``data_tools.tokenizer.Tokenizer``."""
 
     def encode(self, text: str) -> TokenArray:
         """Return the tokens of a text, uint16 of shape (tokens,).
@@ -47,26 +45,12 @@ class Encoder(Protocol):
         ...
 
 
-class TiktokenEncoder:
-    """tiktoken, the reference."""
-
-    name = REFERENCE_ENCODER
-
-    def __init__(self) -> None:
-        self._tokenizer = load_tokenizer()
-
-    def encode(self, text: str) -> TokenArray:
-        return self._tokenizer.encode(text)
-
-
 class GigatokenEncoder:
     """gigatoken with tiktoken's ranks.
 
     gigatoken and tiktoken classify characters (letter, number) by different versions of Unicode. tiktoken therefore
     encodes texts with characters that are new in either version.
     """
-
-    name = "gigatoken"
 
     def __init__(self) -> None:
         self._reference = load_tokenizer()
@@ -121,7 +105,7 @@ def choose_encoder(name: str) -> str:
 @functools.cache
 def load_encoder(name: str) -> Encoder:
     """Return the encoder ``gigatoken`` or ``tiktoken``, one per process because loading takes most of a second."""
-    return GigatokenEncoder() if name == "gigatoken" else TiktokenEncoder()
+    return GigatokenEncoder() if name == "gigatoken" else load_tokenizer()
 
 
 def encoder_version(name: str) -> str:

@@ -94,14 +94,14 @@ def test_characters_of_another_unicode_are_what_they_are_to_tiktoken(
 @pytest.mark.parametrize("unit", PATHOLOGICAL.values(), ids=PATHOLOGICAL)
 def test_pathological_text_is_exact_and_takes_time_in_proportion(gigatoken: Encoder, unit: str) -> None:
     tokens, elapsed_s = {}, {}
-    for encoder in (gigatoken, load_encoder("tiktoken")):
+    for name, encoder in (("gigatoken", gigatoken), ("tiktoken", load_encoder("tiktoken"))):
         for characters in (250_000, 1_000_000):
             text = (unit * characters)[:characters]
             started_s = time.process_time()
-            tokens[encoder.name] = encoder.encode(text)
+            tokens[name] = encoder.encode(text)
             elapsed_s[characters] = time.process_time() - started_s
         # Four times the text; quadratic would be sixteen times the time, and minutes.
-        assert elapsed_s[1_000_000] < 12 * elapsed_s[250_000] + 0.5, encoder.name
+        assert elapsed_s[1_000_000] < 12 * elapsed_s[250_000] + 0.5, name
     np.testing.assert_array_equal(tokens["gigatoken"], tokens["tiktoken"])
 
 
@@ -118,7 +118,8 @@ def test_encoders_are_chosen_by_what_is_installed(
             choose_encoder("gigatoken")
 
 
-def test_the_version_is_on_record(encoder: Encoder) -> None:
-    name, version = encoder_version(encoder.name).split()
-    assert name == encoder.name
+@pytest.mark.parametrize("encoder", ["gigatoken", "tiktoken"])
+def test_the_version_is_on_record(encoder: str) -> None:
+    name, version = encoder_version(encoder).split()
+    assert name == encoder
     assert version[0].isdigit()
