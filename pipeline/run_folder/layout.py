@@ -1,4 +1,4 @@
-"""The names of the files and folders in a run folder, each defined once."""
+"""The names of the files and folders in a run folder."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ LOCK_FILE = "run.lock"
 
 
 def run_folder_of(checkpoint: Path) -> Path:
-    """Return the run folder that holds a checkpoint, or the checkpoint itself if it stands outside a run folder."""
+    """Return the run folder that holds a checkpoint, or the checkpoint if it is in none."""
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS_FOLDER else checkpoint

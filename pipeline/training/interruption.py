@@ -32,16 +32,14 @@ class StopRequest:
         sends SIGTERM to the remaining ranks, which must not end before they have named the lost rank.
         """
         before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
-        may_have_lost_a_rank = False
         try:
             yield
         except RuntimeError:
-            may_have_lost_a_rank = True
+            before.clear()
             raise
         finally:
-            if not may_have_lost_a_rank:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
