@@ -57,7 +57,7 @@ class TestRoundTrips:
         to=st.sampled_from(["npy", "arrow", "nanogpt", "llmc"]),
         size=st.integers(10, 60),
     )
-    def test_there_and_back(self, train: Tokens, val: Tokens, to: str, size: int) -> None:
+    def test_round_trip(self, train: Tokens, val: Tokens, to: str, size: int) -> None:
         with small_pieces() as folder:
             write_ours(folder / "ours", {"train": [train[:7], train[7:]], "val": [val]})
             shard_tokens = None if to == "nanogpt" else size
@@ -75,7 +75,7 @@ class TestRoundTrips:
 
     @pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 32, 33])
     @pytest.mark.parametrize("to", ["npy", "arrow", "nanogpt", "llmc"])
-    def test_sizes_around_those_of_the_pieces(self, to: str, size: int) -> None:
+    def test_sizes_around_the_chunk_size(self, to: str, size: int) -> None:
         tokens: Tokens = np.arange(size, dtype=np.uint16)
         with small_pieces() as folder:
             write_ours(folder / "ours", {"train": [tokens]})
@@ -93,7 +93,7 @@ class TestRoundTrips:
         for shard in ours.shards:
             assert (tmp_path / "npy" / shard.file).read_bytes() == (tmp_path / "ours" / shard.file).read_bytes()
 
-    def test_through_nanogpt_the_shards_are_those_of_stage_1(self, tmp_path: Path) -> None:
+    def test_shards_after_nanogpt_are_cut_as_in_stage_1(self, tmp_path: Path) -> None:
         """Shards end before the document that would exceed their size, whatever file it came from."""
         everything = documents(100)
         starts = [*np.flatnonzero(everything == END).tolist(), everything.size]
@@ -110,7 +110,7 @@ class TestRoundTrips:
             at = stop
         assert at == everything.size
 
-    def test_a_document_larger_than_a_shard_has_one_of_its_own(self) -> None:
+    def test_a_document_larger_than_a_shard_gets_its_own_shard(self) -> None:
         large = np.full(100, 7, dtype=np.uint16)
         tokens = np.concatenate([[END, 1], [END], large, [END, 2], [END, 3]]).astype(np.uint16)
         with small_pieces() as folder:
@@ -214,7 +214,7 @@ class TestInPlace:
         write_llmc(tmp_path / "llmc" / "fineweb_val_000000.bin", val)
         return tmp_path / "llmc"
 
-    def test_training_reads_what_it_reads_from_npy(self, folder: Path) -> None:
+    def test_training_reads_the_same_as_from_npy(self, folder: Path) -> None:
         before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
         adopt_in_place(folder)
         assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.bin")} == before

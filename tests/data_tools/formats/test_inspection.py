@@ -46,7 +46,7 @@ class TestInspect:
         assert str(report.problem) in str(report) and report.splits["train"].documents == 20
 
     @pytest.mark.parametrize("format", ["nanogpt", "llmc", "megatron"])
-    def test_foreign_files_are_recognised(self, tmp_path: Path, format: str) -> None:
+    def test_files_of_other_programs_are_recognized(self, tmp_path: Path, format: str) -> None:
         write_sound(tmp_path / "source", format)
         report = inspect(tmp_path / "source")
         assert report.format == format
@@ -66,7 +66,7 @@ class TestPreview:
         return [(document.tokens, document.text, document.is_cut) for document in found]
 
     @pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
-    def test_documents_wherever_the_separator_stands(self, behind: bool) -> None:
+    def test_documents_with_the_separator_before_or_after(self, behind: bool) -> None:
         texts = ["Hello world", "x", "The quick brown fox jumps over the lazy dog. " * 5]
         encoded = [load_tokenizer().encode(text) for text in texts]
         parts = [part for tokens in encoded for part in ([*tokens, END] if behind else [END, *tokens])]

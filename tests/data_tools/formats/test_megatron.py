@@ -58,7 +58,7 @@ class TestMegatron:
             )
             assert totals(folder / "out") == {"train": (expected, expected.count(END), utf8_bytes_of(expected))}
 
-    def test_pairs_of_a_folder_are_put_end_to_end(self, tmp_path: Path) -> None:
+    def test_pairs_of_a_folder_are_concatenated(self, tmp_path: Path) -> None:
         write_megatron(tmp_path / "b_train", [[[1, 2]]])
         write_megatron(tmp_path / "a_train", [[[3], [4]]], append_eod=True)
         write_megatron(tmp_path / "valid", [[[5]]])

@@ -24,7 +24,7 @@ from tests.support.token_files import (
 
 
 class TestRecognition:
-    def test_splits_are_told_by_names(self, tmp_path: Path) -> None:
+    def test_splits_are_recognized_by_file_names(self, tmp_path: Path) -> None:
         names = {
             "fineweb_train_000002.bin": 3,
             "fineweb_train_000001.bin": 2,
@@ -38,7 +38,7 @@ class TestRecognition:
         found = {name: split.stream.read(0, split.stream.tokens).tolist() for name, split in splits.items()}
         assert found == {"train": [2, 3], "test": [5], "val": [1, 4]}
 
-    def test_a_name_that_tells_nothing_needs_split_of(self, tmp_path: Path) -> None:
+    def test_a_name_without_a_split_needs_split_of(self, tmp_path: Path) -> None:
         for name in ("a.bin", "b.bin"):
             write_llmc(tmp_path / name, [1])
         with pytest.raises(DataError, match=r"a\.bin: its name does not tell its split; add --split-of a\.bin=train"):
@@ -51,13 +51,13 @@ class TestRecognition:
             open_collection(tmp_path, split_of={"a.bin": "../x"})
         assert list(open_collection(tmp_path / "a.bin").splits) == ["train"]
 
-    def test_nanogpts_characters_are_not_taken_for_gpt2(self, tmp_path: Path) -> None:
+    def test_nanogpts_character_vocabulary_is_refused(self, tmp_path: Path) -> None:
         np.array([1, 2], dtype="<u2").tofile(tmp_path / "train.bin")
         (tmp_path / "meta.pkl").write_bytes(b"a pickle that nobody opens")
         with pytest.raises(DataError, match="meta.pkl says that the ids are of a vocabulary of their own"):
             open_collection(tmp_path)
 
-    def test_raw_tokens_are_taken_for_nanogpts_by_name_only(self, tmp_path: Path) -> None:
+    def test_bare_tokens_are_recognized_by_name_only(self, tmp_path: Path) -> None:
         np.array([1, 2], dtype="<u2").tofile(tmp_path / "tokens.bin")
         with pytest.raises(DataError, match=r"--from says what it is \(native, nanogpt, llmc, megatron\)"):
             open_collection(tmp_path / "tokens.bin")

@@ -61,7 +61,7 @@ def test_windows_of_the_mask_fit_those_of_the_tokens(tmp_path: Path, format: str
     assert stream.read_mask_windows(np.array([], dtype=np.int64), 4).shape == (0, 4)
 
 
-def test_a_mask_is_what_numpy_itself_loads(tmp_path: Path, format: str) -> None:
+def test_numpy_loads_a_mask(tmp_path: Path, format: str) -> None:
     _, mask = write_masked_folder(tmp_path / "data", format)
     loaded = [np.load(path) for path in sorted((tmp_path / "data").glob("*.mask.npy"))]
     assert {array.dtype for array in loaded} == {np.dtype(np.uint8)}
@@ -77,8 +77,8 @@ def test_the_manifest_has_the_hash_of_the_mask(tmp_path: Path) -> None:
     assert verify(tmp_path / "data").shards[0] == record
 
 
-def test_a_manifest_without_masks_says_nothing_of_them(tmp_path: Path) -> None:
-    """The manifests of before, and their hashes, stay as they are."""
+def test_a_manifest_without_masks_has_no_mask_keys(tmp_path: Path) -> None:
+    """Manifests of earlier versions and their hashes do not change."""
     manifest = write_folder(tmp_path / "data", [random_tokens(10)])
     keys = ["file", "split", "tokens", "documents", "utf8_bytes", "sha256"]
     assert list(manifest.to_json()["shards"][0]) == keys
@@ -94,7 +94,7 @@ def test_an_aborted_shard_leaves_no_mask(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_of_a_shard_has_its_name_before_it_is_whole(tmp_path: Path) -> None:
+def test_no_file_of_a_shard_has_its_name_before_it_is_complete(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "train_000000.npy", "train")
     writer.append(random_tokens(10), documents=1, utf8_bytes=1, scored=random_mask(10))
     assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
@@ -120,7 +120,7 @@ def without_masks(*indices: int) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def test_a_split_is_masked_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_all_shards_of_a_split_have_masks_or_none(tmp_path: Path) -> None:
     write_masked_folder(tmp_path / "data")
     edit_manifest(without_masks(3))(tmp_path / "data")
     with pytest.raises(DataError, match=r"train_000000.npy has a mask and train_000003.npy has none") as caught:
@@ -189,7 +189,7 @@ def test_anything_but_0_and_1_is_refused_when_read(tmp_path: Path) -> None:
         verify(tmp_path / "data")
 
 
-def test_a_mask_on_the_disk_that_the_manifest_does_not_name_is_none(tmp_path: Path) -> None:
+def test_a_mask_that_the_manifest_does_not_name_is_ignored(tmp_path: Path) -> None:
     write_folder(tmp_path / "data", [random_tokens(10)])
     np.save(tmp_path / "data" / "train_000000.mask.npy", np.zeros(10, dtype=np.uint8))
     assert not open_split(tmp_path / "data", "train").has_mask

@@ -111,7 +111,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", list(EXPECTED))
 class TestOlderShards:
-    def test_the_manifest_says_what_it_said(self, name: str) -> None:
+    def test_the_manifest_is_read_as_before(self, name: str) -> None:
         manifest = load_manifest(FOLDERS / name)
         assert manifest.shards == EXPECTED[name].shards
         assert manifest.splits() == ("train", "val")

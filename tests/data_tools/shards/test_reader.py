@@ -39,7 +39,7 @@ def test_reads_equal_slices_of_the_concatenation(tmp_path: Path, format: str) ->
     np.testing.assert_array_equal(stream.read(0, stream.tokens), everything)
 
 
-def test_what_was_read_may_be_changed_without_harm(tmp_path: Path, format: str) -> None:
+def test_reads_return_copies(tmp_path: Path, format: str) -> None:
     write_folder(tmp_path / "data", [random_tokens(10)], format)
     stream = open_split(tmp_path / "data", "train")
     stream.read(0, 10)[:] = 1
@@ -52,7 +52,7 @@ def test_no_windows_are_an_empty_array(tmp_path: Path) -> None:
     assert stream.read_windows(np.array([], dtype=np.int64), 4).shape == (0, 4)
 
 
-def test_another_process_gets_the_files_not_a_copy_of_the_tokens(tmp_path: Path, format: str) -> None:
+def test_pickling_does_not_copy_the_tokens(tmp_path: Path, format: str) -> None:
     write_folder(tmp_path / "data", [random_tokens(100_000)], format)
     pickled = pickle.dumps(open_split(tmp_path / "data", "train"))
     assert len(pickled) < 1000

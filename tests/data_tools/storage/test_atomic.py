@@ -11,7 +11,7 @@ from data_tools.errors import DataError, one_line_write_errors
 from data_tools.storage import atomic as storage
 
 
-def test_json_is_whole_and_alone_in_its_folder(tmp_path: Path) -> None:
+def test_json_is_written_and_nothing_else_is_left(tmp_path: Path) -> None:
     path = tmp_path / "value.json"
     storage.write_json_durably(path, {"b": 1, "a": ["é"]})
     storage.write_json_durably(path, {"b": 2, "a": ["é"]})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -122,3 +124,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     message = f"cannot write {tmp_path}/none/writing.lock: No such file"
     with pytest.raises(DataError, match=message), lock_folder(tmp_path / "none", shared=False):
         pass
+
+
+def test_a_lock_that_cannot_be_written_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(DataError, match="writing.lock: No space left"), lock_folder(tmp_path, shared=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
