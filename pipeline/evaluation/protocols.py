@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -24,6 +24,7 @@ Groups = list[list[Request]]  # the requests of a group may begin alike
 Scores = list[list[Score]]  # in the shape of the groups
 Figures = dict[str, Any]
 Encode = Callable[[Tokenizer, str, str], Request]
+TaskProtocol: TypeAlias = "ChoiceTask | ContinuationTask | TextTask"
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,7 @@ class ChoiceTask:
     normalised_by: str | None = "characters"
 
     def prepare(self, name: str, data: TaskData, settings: Settings) -> PreparedTask:
-        """Read and encode the examples.
-
-        Raises:
-            DataError: a row cannot be used.
-        """
+        """Read and encode the examples. Raises DataError if a row cannot be used."""
         examples, groups = _read_and_encode(data, settings, self.read, self.encode)
         facts = _facts(self.protocol, data, len(examples), settings)
         return PreparedTask(name, facts, groups, lambda scores: self._figures(examples, groups, scores))
@@ -154,11 +151,7 @@ class ContinuationTask:
     read: Callable[[Row], ContinuationExample]
 
     def prepare(self, name: str, data: TaskData, settings: Settings) -> PreparedTask:
-        """Read and encode the examples.
-
-        Raises:
-            DataError: a row cannot be used.
-        """
+        """Read and encode the examples. Raises DataError if a row cannot be used."""
         examples, groups = _read_and_encode(data, settings, self.read, encode_pair)
         return PreparedTask(name, _facts(self.protocol, data, len(examples), settings), groups, _continuation_figures)
 
@@ -243,9 +236,6 @@ def _text_figures(texts: Sequence[str], windows: list[list[Request]], scores: Sc
         "utf8_bytes": size,
         "interval": f"{BOOTSTRAP} of {'texts' if len(texts) > 1 else 'windows'}, counts of words and bytes fixed",
     }
-
-
-TaskProtocol = ChoiceTask | ContinuationTask | TextTask
 
 
 def _read_and_encode(

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from data_tools.errors import DataError
+from pipeline.backends import Backend
 from pipeline.config.schema import ModelConfig
 from pipeline.distributed.device import summing_dtype
 from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.packing import Request, Tree, build_trees, make_batch, pack
-from pipeline.model.gpt2 import ScoringBatch
-
-
-class ScoringModel(Protocol):
-    """A backend, a model, or a model in one precision."""
-
-    def score(self, batch: ScoringBatch) -> Tensor:
-        """Return what ``GPT2.score`` returns."""
+from pipeline.model.precision import ComputeModel
 
 
 @dataclass(frozen=True)
@@ -39,12 +31,12 @@ class Scorer:
     """A model that scores requests.
 
     Args:
-        compute: a backend or a model, in evaluation mode.
+        compute: in evaluation mode.
         model: its config.
         batch_tokens: tokens per forward pass and rank, padding included. It does not change the result.
     """
 
-    compute: ScoringModel
+    compute: Backend | ComputeModel
     model: ModelConfig
     world: World
     batch_tokens: int

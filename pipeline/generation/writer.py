@@ -88,15 +88,10 @@ class Writer:
 def prompt_loop(
     writer: Writer, sample: SampleConfig, seed: int, ask: Callable[[], str], show: Callable[[str], None]
 ) -> None:
-    """Complete one prompt after the other until ``ask`` raises EOFError. Ctrl-C ends the current completion.
+    """Complete each prompt that ``ask`` returns, until it raises EOFError; the seed grows by 1 per prompt.
 
-    Args:
-        seed: of the first prompt; it grows by 1 per prompt.
-        ask: returns the next prompt.
-        show: gets the prompt, then each piece of text as it is generated.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C at the prompt.
+    ``show`` gets the prompt, then each piece of text as it is generated. Ctrl-C ends the current completion; at the
+    prompt it raises KeyboardInterrupt.
     """
     while True:
         try:
