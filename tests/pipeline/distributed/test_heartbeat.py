@@ -1,0 +1,75 @@
+"""A rank that sends no heartbeat is found and named."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._C._distributed_c10d import HashStore
+
+from pipeline.distributed import heartbeat
+from pipeline.distributed.heartbeat import Heartbeat
+from pipeline.distributed.world import World
+from pipeline.errors import LostRankError
+
+
+class SharedStore(HashStore):
+    """A store whose clones share its keys, as those of a TCPStore do."""
+
+    def clone(self) -> SharedStore:
+        return self
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> list[Heartbeat]:
+    """Three ranks in this process with a short interval."""
+    monkeypatch.setattr(heartbeat, "INTERVAL_S", 0.3)
+    world = World(0, 3, 0, torch.device("cpu"), SharedStore())
+    return [Heartbeat(replace(world, rank=rank), timeout_s=60.0) for rank in range(3)]
+
+
+def test_no_rank_is_lost_while_all_send_heartbeats(ranks: list[Heartbeat]) -> None:
+    for rank in ranks:
+        rank.start()
+    assert ranks[1].find_lost() is None
+    for rank in ranks:
+        rank.stop()
+
+
+def test_a_silent_rank_is_named(ranks: list[Heartbeat]) -> None:
+    for rank in ranks[:2]:
+        rank.start()
+    lost = ranks[0].find_lost()
+    assert lost is not None and lost.startswith("rank 2 (") and ", pid " in lost
+    for rank in ranks[:2]:
+        rank.stop()
+
+
+def test_a_silent_rank_ends_the_others(
+    ranks: list[Heartbeat], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 finds that rank 2 is silent, and rank 1 reads it from the store."""
+    statuses: list[int] = []
+
+    def stop_thread(status: int) -> None:
+        statuses.append(status)
+        next(rank for rank in ranks if rank._thread is threading.current_thread()).stop()
+
+    monkeypatch.setattr(heartbeat.os, "_exit", stop_thread)
+    for rank in ranks[:2]:
+        rank.timeout_s = 3.0
+        rank.start()
+    for rank in ranks[:2]:
+        rank._thread.join(30)
+    assert statuses == [LostRankError.exit_status] * 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(
+        line.startswith("error: lost rank 2 (") and "silent for 3 s" in line for line in lines
+    )
+
+
+def test_a_world_of_one_sends_none() -> None:
+    with heartbeat.heartbeat(World(0, 1, 0, torch.device("cpu")), timeout_s=0.0):
+        pass

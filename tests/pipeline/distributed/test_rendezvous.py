@@ -1,0 +1,52 @@
+"""All ranks of a start agree on its id, whatever an earlier start has left in the launcher's store."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from torch._C._distributed_c10d import HashStore, Store
+
+from pipeline.distributed import rendezvous
+from pipeline.distributed.rendezvous import open_store
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The launcher's store, which outlives its ranks."""
+    store = HashStore()
+    monkeypatch.setattr(rendezvous, "rendezvous", lambda url, timeout: iter([(store, None, None)]))
+    return store
+
+
+def start(ranks: int, timeout_s: float = 20.0) -> list[Store]:
+    """Return the store of each rank of a start."""
+    with ThreadPoolExecutor(ranks) as threads:
+        opened = [threads.submit(open_store, rank, ranks, timedelta(seconds=timeout_s)) for rank in range(ranks)]
+        return [future.result() for future in opened]
+
+
+def test_one_rank_needs_no_launcher() -> None:
+    open_store(0, 1, timedelta(seconds=1)).set("key", "value")
+
+
+def test_the_ranks_of_a_start_share_keys_that_no_other_start_sees(shared: Store) -> None:
+    first = start(3)
+    first[0].set("address", "of the first start")
+    assert all(store.get("address") == b"of the first start" for store in first)
+    for ranks in (3, 2):
+        again = start(ranks)
+        assert not any(store.check(["address"]) for store in again)
+        again[1].set("address", "of this start")
+        assert all(store.get("address") == b"of this start" for store in again)
+
+
+def test_a_missing_rank_is_named(shared: Store) -> None:
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"waiting for ranks \[1, 2\]"):
+        open_store(0, 3, timedelta(seconds=0.1))
+    with pytest.raises(TimeoutError, match="waiting for rank 0"):
+        open_store(1, 3, timedelta(seconds=0.1))
+    assert time.monotonic() - started < 10
