@@ -89,7 +89,7 @@ def _remove_folder(folder: Path) -> None:
 
 
 def delete_older(run_folder: Path, verified: Path, keep_last: int) -> None:
-    """Delete the checkpoints before ``verified``, which has just been read back, except ``keep_last - 1`` of them."""
+    """Keep ``verified``, which was just read back, and the ``keep_last - 1`` before it. Delete the older ones."""
     until_verified = [folder for folder in list_checkpoints(run_folder) if step_of(folder) <= step_of(verified)]
     for folder in until_verified[:-keep_last]:
         delete_checkpoint(folder)

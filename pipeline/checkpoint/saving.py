@@ -102,8 +102,8 @@ def write_new_checkpoint(
         write_tensor_files: writes the files of this rank into the given folder and returns their manifest entries.
 
     Raises:
-        CheckpointError: a rank could not write (disk full, read-only, ...) or read back something else than it wrote.
-            The incomplete folder is removed, and older checkpoints are untouched.
+        CheckpointError: a rank could not write (disk full, read-only, ...), or read back other bytes than it wrote.
+            The incomplete folder is removed, and older checkpoints are unchanged.
     """
     started = time.perf_counter()
     folder = checkpoint_folder(run_folder, state.step)
@@ -122,9 +122,8 @@ def write_new_checkpoint(
         _on_main_rank(world, lambda: make_empty_folder(aside))
         own_files = _on_every_rank(world, lambda: write_tensor_files(aside))
         files_of_ranks: list[Files] = world.gather(own_files)
-        _on_main_rank(
-            world, lambda: publish({name: entry for files in files_of_ranks for name, entry in files.items()})
-        )
+        all_files = {name: entry for files in files_of_ranks for name, entry in files.items()}
+        _on_main_rank(world, lambda: publish(all_files))
     except CheckpointError as error:
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)

@@ -13,7 +13,7 @@ import launch.export
 from launch.cli import run_command
 from pipeline.checkpoint import list_checkpoints
 from pipeline.run_folder.metrics import read_metrics
-from tests.pipeline.interop.hugging_face.conftest import restless, save_in_pieces, text_config
+from tests.pipeline.interop.hugging_face.conftest import random_text_model, save_in_pieces, text_config
 from tests.support.runs import TRAIN, overrides, run_ranks
 
 Done = tuple[int, str, str]  # status, output, errors
@@ -36,7 +36,7 @@ def run_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
 def test_exported_imported_and_trained_on(corpus: Path, tmp_path: Path, run_export: Callable[..., Done]) -> None:
     """The imported run starts with the loss of the exported model, and training continues from there."""
-    run = save_in_pieces(restless(text_config()), text_config(tmp_path / "run"), tmp_path / "run")
+    run = save_in_pieces(random_text_model(text_config()), text_config(tmp_path / "run"), tmp_path / "run")
 
     def command(*arguments: object) -> str:
         status, output, errors = run_export(*arguments)
@@ -69,7 +69,7 @@ def test_exported_imported_and_trained_on(corpus: Path, tmp_path: Path, run_expo
 
 def test_a_mistake_is_one_line(tmp_path: Path, run_export: Callable[..., Done]) -> None:
     run, used, new = tmp_path / "run", tmp_path / "used", tmp_path / "new"
-    save_in_pieces(restless(text_config()), text_config(run), run)
+    save_in_pieces(random_text_model(text_config()), text_config(run), run)
     used.mkdir()
     (used / "precious").touch()
     (tmp_path / "file").touch()

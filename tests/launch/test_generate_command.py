@@ -19,7 +19,7 @@ from data_tools.tokenizer import load_tokenizer
 from launch.cli import run_command
 from pipeline.generation import writer as generation_writer
 from pipeline.model.packed_linear import PackedLinear, can_pack
-from tests.pipeline.interop.hugging_face.conftest import restless, save_in_pieces, text_config
+from tests.pipeline.interop.hugging_face.conftest import random_text_model, save_in_pieces, text_config
 from tests.support.runs import REPOSITORY, child_environment
 
 GREEDY = ["--temperature", "0", "--max-new-tokens", "12"]
@@ -29,7 +29,7 @@ GREEDY = ["--temperature", "0", "--max-new-tokens", "12"]
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run whose model has random weights."""
     folder = tmp_path_factory.mktemp("generate") / "run"
-    return save_in_pieces(restless(text_config()), text_config(folder), folder)
+    return save_in_pieces(random_text_model(text_config()), text_config(folder), folder)
 
 
 class Command:

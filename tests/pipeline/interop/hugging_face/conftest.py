@@ -31,7 +31,7 @@ def text_config(run_folder: Path | str = "unused", **model: Any) -> Config:
     return tiny_config(run_folder, run={"name": 'a "quoted" name'}, model={**sizes, **model}, data={"seq_len": 12})
 
 
-def restless(config: Config) -> GPT2:
+def random_text_model(config: Config) -> GPT2:
     """Return a model with random weights everywhere except padding rows of zeros."""
     model = randomised_model(config.model).eval()
     with torch.no_grad():
@@ -60,7 +60,7 @@ def save_in_pieces(model: GPT2, config: Config, run_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def text_model() -> GPT2:
     """Return the model of ``run_folder``. Tests must not change it."""
-    return restless(text_config())
+    return random_text_model(text_config())
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from pipeline.model.gpt2 import GPT2
 from pipeline.model.packed_linear import pack_linear_layers
 from tests.pipeline.conftest import VOCAB_SIZE, largest_file, random_tokens
 from tests.pipeline.generation.conftest import generate
-from tests.pipeline.interop.hugging_face.conftest import restless, save_in_pieces, text_config
+from tests.pipeline.interop.hugging_face.conftest import random_text_model, save_in_pieces, text_config
 
 FILES = ["README.md", "config.json", "generation_config.json", "loss.png", "merges.txt"]
 FILES += ["model.safetensors", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_nothing(run_folder: Path, tmp_path: Path) -> None:
 
 def test_what_the_format_cannot_express_is_reported(tmp_path: Path) -> None:
     config = text_config(vocab_size=VOCAB_SIZE, reset_positions_at=3)
-    run = save_in_pieces(restless(config), config, tmp_path / "run")
+    run = save_in_pieces(random_text_model(config), config, tmp_path / "run")
     export = export_checkpoint(run, tmp_path / "out", "float32")
     assert "tokenizer: none written, the vocabulary has 89 tokens" in str(export)
     assert "positions: transformers does not restart them at token 3" in str(export)
