@@ -119,7 +119,7 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
 def byte_of_printable() -> dict[str, int]:
     """Return the byte for each printable character with which GPT-2 writes the bytes of a token.
 
-    A printable byte stands for itself, the others for characters from U+0100 on.
+    A printable byte is written as itself, the others as characters from U+0100 on.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]

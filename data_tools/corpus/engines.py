@@ -15,6 +15,7 @@ from data_tools.corpus.parallel import unordered_map
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.worker import Job, Report
 from data_tools.errors import DataError
+from data_tools.sources.reading import describe_error
 from data_tools.threads import available_cores
 
 Result = TypeVar("Result")
@@ -78,7 +79,7 @@ def _get(ray: Any, reference: Any) -> Any:
         return ray.get(reference)
     except ray.exceptions.RayError as error:
         raise DataError(
-            f"--engine ray: a chunk failed {_RAY_RETRIES + 1} times ({type(error).__name__}: {_first_line(error)}); "
+            f"--engine ray: a chunk failed {_RAY_RETRIES + 1} times ({describe_error(error)}); "
             "repeat the command to continue"
         ) from error
 
@@ -98,7 +99,9 @@ def _ray_cluster(request: TokenizeRequest) -> Iterator[Any]:
     try:
         ray.init(address, **cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise DataError(f"--engine ray: cannot join or start a cluster at {address} ({_first_line(error)})") from error
+        raise DataError(
+            f"--engine ray: cannot join or start a cluster at {address} ({describe_error(error)})"
+        ) from error
     try:
         yield ray
     finally:
@@ -114,7 +117,3 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_REACHABLE_S).close()
     except (OSError, OverflowError) as error:
         raise DataError(f"--ray-address {address}: cannot be reached ({error}); is a Ray cluster there?") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]

@@ -66,9 +66,9 @@ def estimate_run(
     Args:
         source: the source of the run.
         chunks: all chunks of the run.
-        is_limited: whether the chunks are less than the whole source, so that its size says nothing about them.
-        free_bytes: free space at the output; None if it is not known.
-        workers: the largest number of processes on this machine.
+        is_limited: whether the chunks are only a beginning of the source, so that its size says nothing about them.
+        free_bytes: see ``Estimate``.
+        workers: maximum number of processes on this machine.
 
     Raises:
         DataError: the first documents cannot be read.

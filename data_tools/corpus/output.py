@@ -94,7 +94,7 @@ class OutputFolder:
         """Load the plan of the run that is continued and its finished chunks, or write a new plan.
 
         Raises:
-            DataError: the folder is another request's, the plan is damaged, or the disk refuses.
+            DataError: the folder is another request's, the plan is damaged, or the folder cannot be written.
         """
         if self.folder.size(PLAN_NAME) is None:
             self.chunks = make_plan()
@@ -126,7 +126,7 @@ class OutputFolder:
         Returns None if the folder is shared and another process is still writing or has chunks left.
 
         Raises:
-            DataError: the source has no document with text, or the disk refuses.
+            DataError: the source has no document with text, or the folder cannot be written.
         """
         if self._shared:
             if self._lock is not None and not self._lock.make_exclusive():
@@ -173,7 +173,7 @@ class OutputFolder:
             self.folder.remove({PLAN_NAME})
 
     def _find_finished(self) -> None:
-        """Load the records whose shards exist. Chunks without one are encoded again."""
+        """Load the records whose shards exist. The other chunks are encoded again."""
         names = self.folder.names()
         for chunk in self.chunks:
             if chunk.record_file not in names:
@@ -277,7 +277,7 @@ def _remove_work_files(folder: Folder) -> None:
     names = folder.names()
     folder.remove_scratch()
     folder.remove({name for name in names if name.startswith(RECORDS_FOLDER)})
-    folder.remove({PLAN_NAME} & names)  # last, because it says whose the other files are
+    folder.remove({PLAN_NAME} & names)  # last, because it names the request that wrote the other files
 
 
 def _report(records: list[ChunkRecord]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
     """Write the shards of a chunk and then its record. They replace what an earlier attempt left.
 
     Raises:
-        DataError: a document cannot be read, tokens differ from tiktoken's, or the disk refuses.
+        DataError: a document cannot be read, tokens differ from tiktoken's, or the folder cannot be written.
     """
     request = job.request
     folder = open_folder(request.out)
@@ -96,7 +96,7 @@ def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
     """Write the fingerprints of the chunk's documents, by which ``find_repeated`` compares them.
 
     Raises:
-        DataError: a document cannot be read, or the disk refuses.
+        DataError: a document cannot be read, or the folder cannot be written.
     """
     documents = documents_of(chunk, _open_source(job))
     fingerprints = b"".join(fingerprint_of(document, utf8_of(document)) for document in documents)

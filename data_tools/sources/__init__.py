@@ -1,6 +1,6 @@
 """Where documents come from. Each source yields the same documents in the same order every time."""
 
 from data_tools.sources.files import Slice
-from data_tools.sources.registry import SOURCE_KINDS, Source, SourceRequest, open_source, read_documents
+from data_tools.sources.registry import SOURCE_KINDS, Source, SourceRequest, open_source
 
-__all__ = ["SOURCE_KINDS", "Slice", "Source", "SourceRequest", "open_source", "read_documents"]
+__all__ = ["SOURCE_KINDS", "Slice", "Source", "SourceRequest", "open_source"]

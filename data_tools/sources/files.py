@@ -103,10 +103,11 @@ def describe_files(files: FileSizes) -> dict[str, Any]:
 
 
 def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
-    """Return path and size of the files that files, folders and glob patterns stand for.
+    """Return path and size of each input file, in the order of the inputs and sorted within each input.
 
-    The order is that of the inputs, and sorted within each. A folder stands for the files below it that end in one of
-    ``suffixes`` (all files if there are none), without hidden ones.
+    Args:
+        inputs: files, folders and glob patterns. A folder contributes the files below it that are not hidden.
+        suffixes: the suffixes of the files that a folder contributes; empty for all files.
 
     Raises:
         DataError: an input does not exist, has no such file, or names a file a second time.

@@ -27,7 +27,7 @@ class HuggingFaceSource:
         """Name the dataset: on the hub, or a local folder (data files, or made by ``save_to_disk``).
 
         Raises:
-            DataError: there is not exactly one input.
+            DataError: the number of inputs is not one.
         """
         if len(inputs) != 1:
             raise DataError(f"--source hf takes one --input, a dataset's name or folder, not {len(inputs)}")

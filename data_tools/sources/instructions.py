@@ -64,8 +64,8 @@ def dialogue_of(record: Any) -> Dialogue:
     """Lay out a record as text with one heading per turn. Only what the model has to say is scored.
 
     Raises:
-        WrongRecordError: the record is not an object, a field is missing or not a string, a role is unknown, or there
-            is no answer.
+        WrongRecordError: the record is not an object, a field is missing or not a string, a role is unknown, or no
+            message is an answer.
     """
     if isinstance(record, dict) and "messages" in record:
         return Dialogue(tuple(_segments_of_chat(record["messages"])))

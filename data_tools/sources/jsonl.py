@@ -106,7 +106,7 @@ def text_of_record(record: dict[str, Any], text_field: str, place: object) -> st
     Args:
         record: a JSON object or a row of a dataset.
         text_field: the field with the document.
-        place: names the record in messages; it becomes a string only then.
+        place: names the record in messages. It is converted to a string only for a message.
 
     Raises:
         DataError: the field is missing or not a string.

@@ -21,7 +21,7 @@ _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 def compression_of(path: str) -> str | None:
-    """Return Arrow's name of the compression that a file's name says, or None."""
+    """Return Arrow's name of the compression that the suffix of a path says, or None."""
     return _COMPRESSIONS.get(os.path.splitext(path)[1])
 
 
@@ -47,7 +47,7 @@ def open_decompressed(path: str) -> Iterator[BinaryIO]:
     """Open a file for reading bytes, and decompress ``.gz`` and ``.zst`` in constant memory.
 
     Raises:
-        DataError: the file cannot be opened, or turns out to be damaged or cut short in the block.
+        DataError: the file cannot be opened, or reading it in the block shows that it is damaged or cut short.
     """
     with open_file(path) as file, one_line_read_errors(path):
         compression = compression_of(path)

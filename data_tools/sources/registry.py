@@ -106,11 +106,5 @@ def open_source(request: SourceRequest) -> Source:
     return kind.open(**{name: getattr(request, name) for name in kind.reads})
 
 
-def read_documents(source: Source, slice_bytes: int = 1 << 30) -> Iterator[Document]:
-    """Yield all documents of a source in order."""
-    for piece in source.slices(slice_bytes):
-        yield from source.read(piece)
-
-
 def _option(field: str) -> str:
     return "--input" if field == "inputs" else "--" + field.replace("_", "-")

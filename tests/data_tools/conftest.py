@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,14 @@ import tiktoken
 
 from data_tools.corpus import chunks
 from data_tools.corpus.split import draw_split
-from data_tools.encoding.documents import fingerprint_of, utf8_of
+from data_tools.encoding.documents import Document, fingerprint_of, utf8_of
 from data_tools.shards import load_manifest, open_split
+from data_tools.sources import Source
 from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMAND = REPOSITORY / "launch" / "tokenize_corpus.py"
-#: Stage 1 as a user runs it, but with work cut so small that a tiny corpus has many chunks.
+#: The command of stage 1, but with chunks so small that a tiny corpus has many of them.
 COMMAND_WITH_SMALL_CHUNKS = """
 import runpy, sys
 from data_tools.corpus import chunks
@@ -37,19 +38,19 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def environment() -> dict[str, str]:
-    """The environment of a child process that imports this checkout."""
+    """Return the environment of a child process that imports this checkout."""
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 def command_line(*arguments: object, chunk_bytes: int | None = None) -> list[str]:
-    """The command of stage 1 with arguments; ``chunk_bytes`` is the size to which chunks are cut."""
+    """Return the command of stage 1 with arguments; ``chunk_bytes`` is the smallest size of a chunk."""
     start = ["-c", COMMAND_WITH_SMALL_CHUNKS, str(chunk_bytes)] if chunk_bytes else []
     return [sys.executable, *start, str(COMMAND), *map(str, arguments)]
 
 
 @pytest.fixture
 def run_process(tmp_path: Path) -> Command:
-    """Run stage 1 as a user does, in a fresh folder."""
+    """Return a function that runs the command of stage 1 in an empty folder."""
 
     def run(*arguments: object, chunk_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -67,18 +68,18 @@ def run_process(tmp_path: Path) -> Command:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut the work of this process into chunks of ``CHUNK_BYTES`` of text."""
+    """Make this process cut sources into chunks of ``CHUNK_BYTES`` of text."""
     monkeypatch.setattr(chunks, "_SMALLEST_CHUNK_BYTES", CHUNK_BYTES)
 
 
 @pytest.fixture(scope="session")
 def reference() -> tiktoken.Encoding:
-    """tiktoken itself, whose ``encode_ordinary`` is what tokens must equal."""
+    """Return tiktoken itself. All tokens must equal those of its ``encode_ordinary``."""
     return load_tokenizer()._encoding
 
 
 def sequential_tokens(reference: tiktoken.Encoding, documents: Iterable[str]) -> np.ndarray:
-    """The tokens of documents by the plainest loop there is."""
+    """Return the tokens of documents, encoded one after the other."""
     tokens: list[int] = []
     for document in documents:
         tokens += [END_OF_TEXT, *reference.encode_ordinary(document)]
@@ -86,7 +87,7 @@ def sequential_tokens(reference: tiktoken.Encoding, documents: Iterable[str]) ->
 
 
 def drawn_for(split: str, documents: Iterable[str], val_fraction: float, seed: int = 0) -> list[str]:
-    """The documents that the draw puts into a split."""
+    """Return the documents that are drawn for a split."""
 
     def drawn(document: str) -> str:
         fingerprint = fingerprint_of(document, utf8_of(document))
@@ -96,26 +97,32 @@ def drawn_for(split: str, documents: Iterable[str], val_fraction: float, seed: i
 
 
 def tokens_of(folder: Path, split: str = "train") -> np.ndarray:
-    """All tokens of a split; none if it is not there."""
+    """Return all tokens of a split, or an empty array if the split does not exist."""
     if split not in load_manifest(folder).splits():
         return np.empty(0, dtype=np.uint16)
     stream = open_split(folder, split)
     return stream.read(0, stream.tokens)
 
 
+def read_documents(source: Source, slice_bytes: int = 1 << 30) -> Iterator[Document]:
+    """Yield all documents of a source in order."""
+    for piece in source.slices(slice_bytes):
+        yield from source.read(piece)
+
+
 def documents_of(folder: Path) -> int:
-    """Documents of all splits."""
+    """Return the number of documents in all splits."""
     return sum(shard.documents for shard in load_manifest(folder).shards)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder by name."""
+    """Return the contents of every file below a folder by name."""
     paths = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def result(folder: Path) -> dict[str, bytes | str]:
-    """What a finished folder holds, but when and with what it was made; nothing else may be in it."""
+    """Return the shards and the manifest's content hash of a complete folder. It must not hold other files."""
     manifest = load_manifest(folder)
     assert {path.name for path in folder.iterdir()} == {"manifest.json", *(shard.file for shard in manifest.shards)}
     shards = {shard.file: (folder / shard.file).read_bytes() for shard in manifest.shards}
@@ -123,31 +130,31 @@ def result(folder: Path) -> dict[str, bytes | str]:
 
 
 def states(paths: Iterable[Path]) -> dict[Path, tuple[int, int]]:
-    """Inode and time of change of files: equal states, untouched files."""
+    """Return inode and modification time of files. Equal states mean that no file was written again."""
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], timeout_s: float = 30) -> None:
-    """Wait for what a process does; fails if it ends before."""
+    """Wait until a condition holds; fail if the process ends before."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
-        assert process.poll() is None or condition(), "it ended too early"
-        assert time.monotonic() < deadline_s, "it took too long"
+        assert process.poll() is None or condition(), "the process ended before the condition held"
+        assert time.monotonic() < deadline_s, "timeout"
         time.sleep(0.002)
 
 
 def json_lines(texts: Sequence[str]) -> bytes:
-    """JSON Lines with the texts under ``text``."""
+    """Return JSON Lines with the texts in the field ``text``."""
     return b"".join(json.dumps({"id": n, "text": text}).encode() + b"\n" for n, text in enumerate(texts))
 
 
 def zstd(content: bytes) -> bytes:
-    """Compressed as a ``.zst`` file."""
+    """Return the bytes compressed as a ``.zst`` file."""
     return bytes(pa.compress(content, codec="zstd", asbytes=True))
 
 
 def varied_documents(count: int) -> list[str]:
-    """Distinct documents of many lengths and scripts, none of them empty."""
+    """Return distinct documents of many lengths and scripts, none of them empty."""
     snippets = [
         "The quick brown fox jumps over the lazy dog. ",
         "def f(x):\n\treturn x ** 2\r\n",

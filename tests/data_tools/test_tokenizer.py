@@ -1,4 +1,4 @@
-"""Tokens are tiktoken's, from a vocabulary that needs no network."""
+"""Check that tokens are tiktoken's, from a vocabulary that needs no network."""
 
 from __future__ import annotations
 

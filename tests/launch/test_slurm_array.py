@@ -1,4 +1,4 @@
-"""The job array: its elements, started as Slurm starts them, write the folder that one command writes."""
+"""Check that the elements of a job array write the same folder as one command."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_element(element: int, of: int, source: Path, out: Path, *options: str) -
 
 
 def write_documents(path: Path) -> Path:
-    """Three tasks of 4 MB at most, every fifth document one that came before."""
+    """Write documents for three chunks of at most 4 MB; every fifth document repeats an earlier one."""
     chance = random.Random(5)
     words = ["alpha", "beta", "gamma", "délta", "\n", "print(x)", "0123"]
     texts: list[str] = []
@@ -56,7 +56,9 @@ def test_elements_in_any_order_write_what_one_command_writes(tmp_path: Path) -> 
     for element in (2, 0, 1):
         result = run_element(element, 3, source, tmp_path / "array")
         assert result.returncode == 0, result.stderr
-        assert (tmp_path / "array" / "manifest.json").exists() == (element == 1), "whoever ends last writes it"
+        assert (tmp_path / "array" / "manifest.json").exists() == (element == 1), (
+            "the element that finishes last writes it"
+        )
     assert len(whole.shards_of("train")) >= 2
     assert contents(tmp_path / "array") == contents(tmp_path / "whole")
     again = run_element(0, 3, source, tmp_path / "array")

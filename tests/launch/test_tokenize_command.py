@@ -1,4 +1,4 @@
-"""The command line of stage 1, as a user meets it."""
+"""Check the command line of stage 1."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.data_tools.conftest import (
 )
 
 
-def test_it_says_what_it_is_about_to_do_what_it_wrote_and_where(tmp_path: Path, run_process: Command) -> None:
+def test_it_prints_the_estimate_and_what_it_wrote_and_where(tmp_path: Path, run_process: Command) -> None:
     (tmp_path / "corpus.txt").write_text("one\n\ntwo\n\nthree")
     command = ["--source", "text", "--input", "corpus.txt", "--document-separator", r"\n\n", "--out", "data"]
     ended = run_process(*command, "--workers", 1)
@@ -61,7 +61,7 @@ def test_without_validation_documents_it_warns(tmp_path: Path, run_process: Comm
     assert warning.startswith("warning: no document was drawn for validation")
     assert "--document-separator" in warning
     assert load_manifest(tmp_path / "data").splits() == ("train",)
-    # Of a corpus of several chunks each decides for itself, so that one may be left without.
+    # In a corpus of several chunks no document is moved to an empty split.
     (tmp_path / "a.jsonl").write_bytes(json_lines(varied_documents(20)))
     options = ["--source", "jsonl", "--input", "a.jsonl", "--out", "c", "--workers", 1, "--val-fraction", 1e-9]
     several = run_process(*options, "--shard-tokens", 500, chunk_bytes=CHUNK_BYTES)
@@ -112,7 +112,7 @@ def test_help_shows_an_example_and_the_defaults(run_process: Command) -> None:
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock that the test sets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 1000.0
@@ -122,7 +122,7 @@ class Clock:
 ESTIMATE = Estimate(text_bytes=40_000_000, bytes_per_token=4.0, free_bytes=None, chunks=10, workers=2)
 
 
-def test_a_line_now_and_then_tells_how_far_it_is(
+def test_a_line_every_30_seconds_shows_the_progress(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock(monkeypatch)
@@ -144,7 +144,7 @@ def test_a_line_now_and_then_tells_how_far_it_is(
     display.close()
 
 
-def test_what_an_interrupted_run_had_finished_is_not_this_ones_speed(
+def test_the_speed_excludes_what_an_interrupted_run_had_finished(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock(monkeypatch)
@@ -158,7 +158,7 @@ def test_what_an_interrupted_run_had_finished_is_not_this_ones_speed(
     assert display.encoded_megabytes() == 4.0
 
 
-def test_on_a_terminal_there_is_one_line_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_one_line_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -261,7 +261,7 @@ def test_a_real_process_ends_with_one_line_too(
 def test_workers_that_cannot_be_started_are_one_line(
     tmp_path: Path, run_process: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    temporary = tmp_path / ("x" * 100)  # sockets have short names
+    temporary = tmp_path / ("x" * 100)  # too long for the name of a socket
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     (tmp_path / "a.jsonl").write_bytes(json_lines(varied_documents(20)))

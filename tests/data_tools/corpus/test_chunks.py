@@ -1,4 +1,4 @@
-"""The work is cut the same way every time: every document in one chunk, in order, up to the limit and no further."""
+"""Check that chunks are reproducible and hold every document once, in order, up to the limit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data_tools.sources import Slice
 
 
 class ListSource:
-    """Documents of a list, in slices of one."""
+    """A source of the documents in a list, one per slice."""
 
     def __init__(self, documents: Sequence[str], *, sizes_known: bool = True) -> None:
         self._documents = documents
@@ -35,12 +35,12 @@ class ListSource:
         sizes = [len(utf8_of(document)) if self._sizes_known else None for document in self._documents]
         return [Slice("list", index, index + 1, size) for index, size in enumerate(sizes)]
 
-    def read(self, part: Slice) -> Iterator[str]:
-        yield from self._documents[part.start : part.stop]
+    def read(self, piece: Slice) -> Iterator[str]:
+        yield from self._documents[piece.start : piece.stop]
 
 
 def plan(documents: Sequence[str], *, sizes_known: bool = True, **options: Any) -> tuple[list[Chunk], list[list[str]]]:
-    """The chunks, and the documents that each of them yields."""
+    """Return the chunks, and the documents that each of them yields."""
     source = ListSource(documents, sizes_known=sizes_known)
     request = TokenizeRequest(source="jsonl", inputs=("a",), out="out", **options)
     chunks = plan_chunks(source, request)
@@ -84,13 +84,13 @@ def test_the_limit_of_bytes_is_reached_by_the_last_document(documents: list[str]
     assert sum(sizes) >= limit or len(taken) == len(everything)
 
 
-def test_whichever_limit_comes_first_counts() -> None:
+def test_the_limit_that_is_reached_first_applies() -> None:
     documents = ["aa", "bb", "cc", "dd"]
     assert plan(documents, limit_documents=3, limit_bytes=4)[1] == [["aa", "bb"]]
     assert sum(plan(documents, limit_documents=1, limit_bytes=4)[1], []) == ["aa"]
 
 
-def test_a_large_source_has_chunks_of_a_shard_at_most_and_a_small_one_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_of_a_large_source_fills_a_shard_and_a_small_source_has_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks_module, "_SMALLEST_CHUNK_BYTES", 1000)
     monkeypatch.setattr(chunks_module, "_WANTED_CHUNKS", 8)
 
@@ -102,7 +102,7 @@ def test_a_large_source_has_chunks_of_a_shard_at_most_and_a_small_one_few(monkey
     assert sizes(8000, shard_tokens=500) == [2000] * 400  # 500 tokens are about 2000 bytes
 
 
-def test_a_chunk_survives_being_written_down() -> None:
+def test_a_chunk_survives_json() -> None:
     chunk = Chunk(7, (Slice("ü\udcff.jsonl", 5, 9, 4), Slice("b", 0, 1)), limit_documents=3)
     assert Chunk.from_json(json.loads(json.dumps(asdict(chunk)).encode("ascii"))) == chunk
     assert chunk.name == "00007"

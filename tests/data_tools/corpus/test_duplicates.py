@@ -1,4 +1,4 @@
-"""Of equal documents the first stays, wherever they are."""
+"""Check that only the first of equal documents is kept, in whichever chunks they are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.data_tools.conftest import drawn_for, json_lines, result, sequential_
 
 
 class MemoryFolder:
-    """As much of a folder as comparing needs."""
+    """The methods of a folder that the comparison needs."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -59,7 +59,7 @@ def test_all_but_the_first_of_equal_documents_are_found(
 
 
 DISTINCT = varied_documents(60)
-#: Each of the first twenty comes again, some in their own chunk and most in a later one.
+#: Each of the first twenty is repeated, some in the same chunk and most in a later one.
 REPEATING = [
     *DISTINCT[:20],
     *DISTINCT[10:20],
@@ -88,7 +88,7 @@ def request_for(tmp_path: Path, name: str = "out", workers: int = 1, deduplicate
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_first_of_equal_documents_stays_across_chunks(
+def test_the_first_of_equal_documents_is_kept_across_chunks(
     tmp_path: Path, reference: tiktoken.Encoding, workers: int
 ) -> None:
     manifest = tokenize_corpus(request_for(tmp_path, workers=workers))
@@ -102,7 +102,7 @@ def test_the_first_of_equal_documents_stays_across_chunks(
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_what_is_left_out_is_part_of_the_request(tmp_path: Path) -> None:
+def test_deduplication_belongs_to_the_identity_of_the_request(tmp_path: Path) -> None:
     manifest = tokenize_corpus(request_for(tmp_path, "all", deduplicate="off"))
     assert manifest.report is not None
     assert manifest.report["repeated_documents"] == 0
@@ -115,7 +115,7 @@ def test_what_is_left_out_is_part_of_the_request(tmp_path: Path) -> None:
 def test_shares_take_two_rounds(tmp_path: Path) -> None:
     tokenize_corpus(request_for(tmp_path, "whole"))
     request = request_for(tmp_path)
-    # None is encoded before all are known.
+    # No document is encoded before all are fingerprinted.
     assert [tokenize_share(request, share, 3) for share in (2, 0)] == [None, None]
     assert not list((tmp_path / "out").glob("*.npy"))
     assert tokenize_share(request, 1, 3) is None

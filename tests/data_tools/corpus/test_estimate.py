@@ -1,4 +1,4 @@
-"""Before it starts, a run says how much it will write, and refuses what cannot fit."""
+"""Check the estimate of a run, and that a run that does not fit on the disk is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 20_000
 
 
 class Watcher:
-    """Keeps what it is told."""
+    """Records the calls of the run."""
 
     def __init__(self) -> None:
         self.estimates: list[Estimate] = []
@@ -52,14 +52,14 @@ def test_the_estimate_is_near_what_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"limit_documents": 1}, {"limit_bytes": 5}])
-def test_of_a_part_the_size_is_not_known(tmp_path: Path, options: dict[str, int]) -> None:
+def test_a_limited_source_has_no_known_size(tmp_path: Path, options: dict[str, int]) -> None:
     watcher = Watcher()
     tokenize_corpus(text_request(tmp_path, **options), watcher)
     assert watcher.estimates[0].tokens is None
     assert str(watcher.estimates[0]).startswith("text of unknown size, 4.")
 
 
-def test_what_does_not_fit_is_refused_with_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 123_456, 123_456))
     with pytest.raises(DataError) as caught:
         tokenize_corpus(text_request(tmp_path))
@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_refused_with_numbers(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_what_is_written_already_needs_no_room_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_chunks_need_no_more_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines([f"{n} {TEXT[:500]}" for n in range(60)]))
     request = TokenizeRequest(
         source="jsonl", inputs=(str(tmp_path / "a.jsonl"),), out=tmp_path / "out", shard_tokens=500, workers=1
@@ -86,7 +86,7 @@ def test_what_is_written_already_needs_no_room_again(tmp_path: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         tokenize_corpus(request, Stop())
     finished = states((tmp_path / "out").glob("*.npy"))
-    # All of it needs nearly half of the text's bytes, the rest of it less than a quarter.
+    # All shards need nearly half of the text's bytes, the unfinished ones less than a quarter.
     free_bytes = (tmp_path / "a.jsonl").stat().st_size // 3
     monkeypatch.setattr(LocalFolder, "free_bytes", lambda folder: free_bytes)
     tokenize_corpus(request)

@@ -1,4 +1,4 @@
-"""Processes that are killed, for real: the repeated command makes the same bytes, and nothing is left behind."""
+"""Kill real processes: the repeated command writes the same bytes, and no other files or processes remain."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ SHARD_TOKENS = 15_000
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus of about fifty chunks, and what an uninterrupted run makes of it."""
+    """A corpus of about fifty chunks, and the result of an uninterrupted run."""
 
     path: Path
     whole: dict[str, bytes | str]
 
     def request(self, out: Path) -> TokenizeRequest:
-        """In this process. Chunks are as large as those of the run that it continues."""
+        """Return a request for this process. It continues a run with the chunks of that run."""
         return TokenizeRequest(
             source="jsonl",
             inputs=(str(self.path),),
@@ -55,7 +55,7 @@ class Corpus:
         return ["--source", "jsonl", *options, "--workers", workers, "--out", out]
 
     def start(self, out: Path, workers: int) -> subprocess.Popen[str]:
-        """Stage 1 as a process of its own, in a process group of its own."""
+        """Start the command in a process and a process group of its own."""
         return subprocess.Popen(
             command_line(*self.options(out, workers), chunk_bytes=CHUNK_BYTES),
             env=environment(),
@@ -96,7 +96,7 @@ def wait_for_the_end_of(processes: list[psutil.Process]) -> None:
 
 
 def workers_of(pid: int) -> Iterator[psutil.Process]:
-    """The processes that do chunks: children of the fork server."""
+    """Yield the worker processes, which are children of the fork server."""
     for child in descendants(pid):
         if "forkserver" in " ".join(child.cmdline()) and child.ppid() != pid:
             yield child
@@ -114,11 +114,11 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path,
             process.kill()
             process.wait()
             wait_for_the_end_of(processes)
-        assert not (out / "manifest.json").exists(), "it was killed too late"
-        assert kept.items() <= states(finished_shards(out)).items(), "a finished shard was made again"
+        assert not (out / "manifest.json").exists(), "the run was complete before it was killed"
+        assert kept.items() <= states(finished_shards(out)).items(), "a finished shard was written again"
         kept = states(finished_shards(out))
     tokenize_corpus(corpus.request(out))
-    assert kept.items() <= states(out.iterdir()).items(), "a finished shard was made again"
+    assert kept.items() <= states(out.iterdir()).items(), "a finished shard was written again"
     assert result(out) == corpus.whole
 
 
@@ -151,7 +151,7 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path, corpus: Corpus) -> 
     assert result(out) == corpus.whole
 
 
-#: Workers import the script that started them, and so this defect with it.
+#: Workers import the script that started them, and therefore also this defect.
 DEADLY = """
 import os, signal, sys
 from data_tools.corpus import chunks, worker
@@ -219,7 +219,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(
     (tmp_path / "b.jsonl").write_bytes(json_lines([" word" * 60_000]))
     options = ["--input", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--format", format, "--val-fraction", 0]
     arguments = command_line("--source", "jsonl", *options, "--workers", 1, "--out", tmp_path / "out")[1:]
-    arguments += ["--encoder", "tiktoken"]  # the other one writes to the disk itself, though not there
+    arguments += ["--encoder", "tiktoken"]  # gigatoken writes a temporary file of its own
     ended = subprocess.run(
         [sys.executable, "-c", DISK_FULL.format(limit=limit, chunk_bytes=CHUNK_BYTES, arguments=arguments)],
         env=environment(),

@@ -1,4 +1,4 @@
-"""An output folder is begun, continued, completed, or refused untouched; whatever a crash left is made whole."""
+"""Check that an output folder is started, continued after any crash, completed, or refused without a change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 def request_for(tmp_path: Path, name: str = "out", **options: Any) -> TokenizeRequest:
-    """A request for a corpus of several chunks."""
+    """Return a request for a corpus of several chunks."""
     path = tmp_path / "all.jsonl"
     if not path.exists():
         path.write_bytes(json_lines(DOCUMENTS))
@@ -33,11 +33,11 @@ def request_for(tmp_path: Path, name: str = "out", **options: Any) -> TokenizeRe
 
 
 class Interruption(Exception):
-    """Stands for whatever ends a run early."""
+    """Ends a run early."""
 
 
 class StopAfter:
-    """Interrupts a run when so many of its chunks are finished; keeps what it was told."""
+    """Interrupts a run when a number of chunks is finished, and records the progress."""
 
     def __init__(self, folder: Path, chunks: int) -> None:
         self.seen: list[Progress] = []
@@ -54,14 +54,14 @@ class StopAfter:
 
 
 def interrupt(request: TokenizeRequest, after_chunks: int = 3) -> None:
-    """Run until some chunks are finished."""
+    """Run until a number of chunks is finished."""
     with pytest.raises(Interruption):
         tokenize_corpus(request, StopAfter(Path(request.out), after_chunks))
 
 
 @pytest.fixture
 def whole(tmp_path: Path) -> dict[str, bytes | str]:
-    """What a run without interruption makes."""
+    """Return the result of a run without interruption."""
     tokenize_corpus(request_for(tmp_path, "whole"))
     return result(tmp_path / "whole")
 
@@ -125,7 +125,7 @@ def leave_what_a_killed_worker_leaves(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("crash", [lose_a_shard, cut_a_shard, lose_a_record, leave_what_a_killed_worker_leaves])
-def test_whatever_a_crash_left_is_made_whole(
+def test_a_run_recovers_from_whatever_a_crash_left(
     tmp_path: Path, whole: dict[str, bytes | str], crash: Callable[[Path], None]
 ) -> None:
     interrupt(request_for(tmp_path), 4)
@@ -146,10 +146,10 @@ def test_a_damaged_record_is_named(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("deduplicate", ["off", "exact"])
-def test_killed_at_any_change_of_the_folder_the_next_run_makes_it_whole(
+def test_a_run_killed_at_any_change_of_the_folder_is_completed_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deduplicate: str
 ) -> None:
-    """Every change goes through these functions; the process is gone before the n-th of them, for every fourth n."""
+    """Kill the process before its n-th call of a function that changes the disk, for every fourth n."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     (tmp_path / "all.jsonl").write_bytes(json_lines([text[:900] for text in DOCUMENTS[:8]]))
     request = request_for(tmp_path, deduplicate=deduplicate)
@@ -240,7 +240,7 @@ def test_a_complete_folder_can_be_on_a_read_only_disk(tmp_path: Path, monkeypatc
     assert tokenize_share(request_for(tmp_path), 0, 2) == manifest
 
 
-# Folders of others
+# Folders of other requests
 
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"seed": 5}, "settings.seed was 0, now it is 5"),
@@ -325,7 +325,7 @@ def test_a_bad_document_before_the_first_finished_chunk_leaves_nothing(tmp_path:
 def test_a_bad_document_later_leaves_finished_chunks_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr(estimate_module, "_SAMPLE_BYTES", 1)  # the sample is not all there is
+    monkeypatch.setattr(estimate_module, "_SAMPLE_BYTES", 1)  # the estimate reads only the first document
     (tmp_path / "bad.jsonl").write_bytes(json_lines(DOCUMENTS) + b"{\n")
     request = request_for(tmp_path, inputs=(str(tmp_path / "bad.jsonl"),), workers=workers)
     with pytest.raises(DataError, match=rf"bad\.jsonl:{len(DOCUMENTS) + 1}: not valid JSON"):
@@ -366,10 +366,10 @@ def test_a_disk_that_is_full_for_a_moment_costs_no_finished_chunk(
     assert result(tmp_path / "out") == whole
 
 
-def test_a_chunk_that_is_finished_but_not_yet_told_of_is_kept(
+def test_a_chunk_that_is_written_but_not_yet_reported_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes | str]
 ) -> None:
-    """As when Ctrl-C comes just after a chunk was written."""
+    """Interrupt just after a chunk was written."""
     encode_chunk = worker_module.encode_chunk
 
     def interrupt_after(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Every item gives one result, whatever happens to workers, and no process is left behind."""
+"""Check that every item gives one result even if workers die, and that no process remains."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def square(number: int, report: Report) -> int:
 
 
 def die_once(folder: Path, number: int, report: Report) -> int:
-    """Be killed the first time an even number comes, as when memory is short."""
+    """Kill the process the first time that it gets an even number."""
     first = folder / str(number)
     if number % 2 == 0 and not first.exists():
         first.touch()
@@ -144,7 +144,7 @@ import os, time
 from data_tools.corpus.parallel import unordered_map
 
 def work(number, report):
-    os.write(1, b"%d\\n" % os.getpid())  # at once: print may let another worker in before the end of the line
+    os.write(1, b"%d\\n" % os.getpid())  # print can mix the lines of two workers
     time.sleep(60)  # it does not look at its pipe
 
 if __name__ == "__main__":

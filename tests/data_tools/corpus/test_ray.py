@@ -1,4 +1,4 @@
-"""A Ray cluster writes the bytes that local processes write, also when a worker is killed."""
+"""Check that a Ray cluster writes the same bytes as local processes, also if a worker is killed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def local_shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A cluster of one machine, as ``ray start`` makes it."""
+    """Start a cluster of one machine with ``ray start``, and yield its address."""
     port = free_port()
     start = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
     cluster = subprocess.Popen(
@@ -68,7 +68,7 @@ def test_a_cluster_writes_the_same_bytes(address: str, local_shards: dict[str, b
 
 
 def test_a_killed_worker_is_replaced(address: str, local_shards: dict[str, bytes], tmp_path: Path) -> None:
-    """tiktoken is slow enough that a chunk can be met while it runs."""
+    """Use tiktoken, which is slow enough that the test can find a worker at work."""
     with tokenize_on_ray(tmp_path / "out", "--ray-address", address, "--encoder", "tiktoken") as process:
         killed = kill_a_busy_worker(tmp_path / "out", process)
         output, _ = process.communicate(timeout=120)
@@ -78,7 +78,7 @@ def test_a_killed_worker_is_replaced(address: str, local_shards: dict[str, bytes
 
 
 def kill_a_busy_worker(out: Path, process: subprocess.Popen[str]) -> bool:
-    """SIGKILL to a Ray worker that has a scratch folder open."""
+    """Kill a Ray worker that has a scratch folder open; return whether there was one."""
     deadline = time.monotonic() + 90
     while process.poll() is None and time.monotonic() < deadline:
         for worker in psutil.process_iter(["name", "cmdline"]):

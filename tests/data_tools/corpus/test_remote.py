@@ -1,4 +1,4 @@
-"""Input and output at URLs: the same shards as on the disk, by one process or several."""
+"""Check that input and output at URLs give the same shards as on the disk, with one process or several."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("small_chunks")
 
 @pytest.fixture
 def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of an output folder; scratch goes where it can be seen."""
+    """Yield the URL of an output folder, and check that no scratch folder remains."""
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     yield "memory://bucket/corpora/out"
@@ -47,7 +47,7 @@ def request_for(tmp_path: Path, out: Path | str, **options: Any) -> TokenizeRequ
 
 @pytest.fixture
 def whole(tmp_path: Path) -> dict[str, bytes | str]:
-    """What is made on the disk."""
+    """Return the result of the same request on the disk."""
     tokenize_corpus(request_for(tmp_path, tmp_path / "whole"))
     return result(tmp_path / "whole")
 
@@ -58,14 +58,14 @@ def names(out: str) -> set[str]:
 
 
 def remote_result(out: str) -> dict[str, bytes | str]:
-    """As ``result``, of a URL."""
+    """Return the same as ``result`` for a URL."""
     files, root = fsspec.core.url_to_fs(out)
     found = {name: files.cat_file(f"{root}/{name}") for name in names(out)}
     return {**found, "manifest.json": parse_manifest(found["manifest.json"], "manifest.json").content_sha256()}
 
 
 class StopAfter:
-    """Interrupts a run after so many documents."""
+    """Interrupts a run after a number of documents."""
 
     def __init__(self, documents: int) -> None:
         self._documents = documents
@@ -141,7 +141,7 @@ def test_shards_at_a_url_of_input_at_a_url(out: str, tmp_path: Path, whole: dict
 def test_several_processes_write_to_a_url(
     tmp_path: Path, run_process: Command, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes | str]
 ) -> None:
-    """To fsspec a folder of the disk is remote storage too; that it makes folders is its only option."""
+    """Use a folder of the disk through fsspec, which needs an option to create folders."""
     monkeypatch.setenv("FSSPEC_FILE_AUTO_MKDIR", "1")
     options = ["--source", "jsonl", "--input", tmp_path / "a.jsonl", "--val-fraction", 0.2, "--shard-tokens", 2000]
     ended = run_process(*options, "--workers", 2, "--out", f"file://{tmp_path}/out", chunk_bytes=CHUNK_BYTES)
@@ -178,7 +178,7 @@ class RangeHandler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """The address of a web server of this machine, of the folder ``served``."""
+    """Serve the folder ``served`` on this machine, and yield the address."""
     (tmp_path / "served").mkdir()
     handler = functools.partial(RangeHandler, directory=str(tmp_path / "served"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:

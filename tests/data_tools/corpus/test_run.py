@@ -1,4 +1,4 @@
-"""Stage 1 as a whole: tokens are tiktoken's, and bytes depend on the request alone."""
+"""Check that the tokens of stage 1 are tiktoken's, and that its bytes depend on the request alone."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from data_tools.corpus.run import Progress, TokenizeRequest, find_complete, toke
 from data_tools.encoding.documents import utf8_of
 from data_tools.errors import DataError
 from data_tools.shards import load_manifest, open_split, verify
-from data_tools.sources import SourceRequest, open_source, read_documents
+from data_tools.sources import SourceRequest, open_source
 from tests.data_tools.conftest import (
     documents_of,
     drawn_for,
     json_lines,
+    read_documents,
     result,
     sequential_tokens,
     states,
@@ -94,7 +95,7 @@ SOURCES: dict[str, tuple[Callable[[Path], dict[str, Any]], list[str] | None]] = 
 }
 
 
-#: Of datasets each worker imports the library, which takes seconds: once is enough.
+#: Each worker imports the library for datasets, which takes seconds, so one combination with workers is enough.
 RUNS = [
     (kind, workers, format)
     for kind in SOURCES
@@ -135,7 +136,7 @@ def test_tokens_are_those_of_a_sequential_encode_ordinary_split_by_split(
 
 
 def request_for(tmp_path: Path, name: str = "out", **options: Any) -> TokenizeRequest:
-    """A request for the JSON Lines corpus, which is written if it is not there."""
+    """Return a request for the JSON Lines corpus, which is written if it does not exist."""
     folder = tmp_path / "corpus"
     if not folder.exists():
         folder.mkdir()
@@ -178,7 +179,7 @@ def test_npy_and_arrow_hold_the_same(tmp_path: Path) -> None:
 
 
 def test_a_shard_ends_before_the_document_that_would_not_fit(tmp_path: Path) -> None:
-    # Each "a " * n is n tokens and a space, END_OF_TEXT comes before it: 4, 4, 4, 21, 4, 4 tokens.
+    # With END_OF_TEXT the documents have 4, 4, 4, 21, 4 and 4 tokens.
     texts = ["a a a", "b b b", "c c c", " x" * 20, "d d d", "e e e"]
     (tmp_path / "all.jsonl").write_bytes(json_lines(texts))
     options = {"inputs": (str(tmp_path / "all.jsonl"),), "val_fraction": 0, "shard_tokens": 8}
@@ -219,7 +220,7 @@ def test_a_limit_ends_at_the_same_document_whatever_the_chunks(
 
 
 class Watcher:
-    """Keeps what it is told."""
+    """Records the progress."""
 
     def __init__(self) -> None:
         self.seen: list[Progress] = []
@@ -295,7 +296,7 @@ def test_a_changed_input_is_another_request(tmp_path: Path) -> None:
 def test_files_that_came_since_the_last_run_of_this_process_are_read(
     tmp_path: Path, reference: tiktoken.Encoding, source: str
 ) -> None:
-    """As in a notebook: the same request, the folder made anew, and more files in the input."""
+    """Repeat a request in the same process, as in a notebook, with an empty output folder and more input files."""
 
     def write(name: str) -> None:
         path = tmp_path / "corpus" / name

@@ -1,4 +1,4 @@
-"""Processes that do a share each make the same folder, in any order and at the same time."""
+"""Check that processes with one share each write the same folder, in any order and at the same time."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_shares_in_any_order_make_the_same_folder(
     tmp_path: Path, whole: dict[str, bytes | str], shares: int, order: list[int]
 ) -> None:
     manifests = [tokenize_share(request_for(tmp_path), share, shares) for share in order]
-    # Of more shares than there are chunks the last ones have nothing to do.
+    # If there are more shares than chunks, the last shares have nothing to do.
     complete = [manifest is not None for manifest in manifests]
     assert complete == sorted(complete)
     assert complete[-1]
@@ -126,7 +126,7 @@ def test_the_number_of_shares_may_change(tmp_path: Path, whole: dict[str, bytes 
 
 
 class Hold:
-    """Holds a run while it is at work, until it is let go."""
+    """Pauses a run while it is at work."""
 
     def __init__(self) -> None:
         self.at_work = threading.Event()
@@ -141,7 +141,7 @@ class Hold:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_run_of_its_own_shares_with_nobody(tmp_path: Path, whole: dict[str, bytes | str], shared: bool) -> None:
+def test_a_whole_run_does_not_share_the_folder(tmp_path: Path, whole: dict[str, bytes | str], shared: bool) -> None:
     hold = Hold()
     request = request_for(tmp_path)
     run = (lambda: tokenize_share(request, 0, 2, hold)) if shared else (lambda: tokenize_corpus(request, hold))
@@ -160,14 +160,14 @@ def test_a_run_of_its_own_shares_with_nobody(tmp_path: Path, whole: dict[str, by
     hold.go_on.set()
     thread.join(60)
     if shared:
-        assert find_complete(request) is not None, "the one that ended last completes it"
+        assert find_complete(request) is not None, "the process that finishes last completes it"
     assert result(tmp_path / "out") == whole
 
 
 def test_shares_that_plan_at_the_same_time_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes | str]
 ) -> None:
-    """Both find no plan, and both write it."""
+    """Let two shares find no plan, so that both write one."""
     both_have_planned = threading.Barrier(2, timeout=60)
     take = LocalFolder.take
 
@@ -202,7 +202,7 @@ def test_shares_that_end_at_the_same_time_have_one_last(
 
 
 def run_together(tmp_path: Path, shares: list[int]) -> list[Any]:
-    """Two shares in threads; what they returned or raised."""
+    """Run the shares in threads, and return what each of them returned."""
     outcomes: list[Any] = []
 
     def run(share: int) -> None:
@@ -221,13 +221,13 @@ def run_together(tmp_path: Path, shares: list[int]) -> list[Any]:
 
 
 @pytest.mark.parametrize("run", [tokenize_corpus, lambda request: tokenize_share(request, 0, 1)], ids=["run", "share"])
-def test_who_comes_just_when_another_one_has_completed_the_folder_makes_nothing_again(
+def test_a_folder_that_another_process_completes_meanwhile_is_not_written_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     whole: dict[str, bytes | str],
     run: Callable[[TokenizeRequest], Manifest | None],
 ) -> None:
-    """It looked for a manifest before there was one."""
+    """Complete the folder just after the run has looked for a manifest."""
     request = request_for(tmp_path)
     load_complete = output_module.load_complete
     finished: dict[Path, tuple[int, int]] = {}
@@ -263,7 +263,7 @@ def test_shares_have_as_much_to_do_as_each_other(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out" / "tasks").glob("*.json"))) == -(-chunks // 3)
 
 
-def test_a_lock_that_a_killed_process_left_hinders_nobody(tmp_path: Path, whole: dict[str, bytes | str]) -> None:
+def test_a_lock_that_a_killed_process_left_is_ignored(tmp_path: Path, whole: dict[str, bytes | str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / LOCK_NAME).write_bytes(b"not shared")
     assert tokenize_share(request_for(tmp_path), 0, 2) is None

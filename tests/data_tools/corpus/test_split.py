@@ -1,4 +1,4 @@
-"""Documents are divided by their contents, the same way every time."""
+"""Check that documents are divided by their contents, the same way every time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def splits(count: int, val_fraction: float, seed: int = 0) -> list[str]:
     return [draw_split(fingerprint(number), val_fraction=val_fraction, seed=seed) for number in range(count)]
 
 
-def test_the_draw_is_fixed_for_ever() -> None:
+def test_the_draw_never_changes() -> None:
     validation = [number for number, split in enumerate(splits(1000, 0.01)) if split == "val"]
     assert validation[:12] == [8, 71, 167, 211, 242, 391, 454, 463, 547, 563, 593, 609]
 
@@ -55,7 +55,7 @@ def test_no_fraction_no_validation(fingerprint: bytes, seed: int) -> None:
 
 
 def assigned(drawn: list[tuple[int, bool]]) -> list[AssignedDocument]:
-    """Documents by number, each drawn for validation or not; the first draw of a number counts."""
+    """Return documents by number with the split that the first draw of each number gives."""
     draws = dict(reversed(drawn))
     return [
         AssignedDocument(str(number), b"", b"%16d" % number, "val" if draws[number] else "train") for number, _ in drawn
@@ -68,7 +68,7 @@ def test_both_splits_get_a_document_and_equal_ones_stay_together(drawn: list[tup
     after = list(fill_both_splits(iter(before)))
     assert [one.document for one in after] == [one.document for one in before]
     sides = {one.fingerprint: one.split for one in after}
-    assert all(one.split == sides[one.fingerprint] for one in after), "equal documents are on one side"
+    assert all(one.split == sides[one.fingerprint] for one in after), "equal documents are in one split"
     if len(sides) == 1:
         assert set(sides.values()) == {"train"}
     elif sides:
@@ -76,7 +76,7 @@ def test_both_splits_get_a_document_and_equal_ones_stay_together(drawn: list[tup
     moved = {one.fingerprint for one, now in zip(before, after, strict=True) if one.split != now.split}
     assert len(moved) <= 1
     if len({one.split for one in before}) == 2:
-        assert not moved, "nobody needed to move"
+        assert not moved, "no document had to move"
 
 
 def test_documents_are_held_back_only_until_both_splits_have_one() -> None:

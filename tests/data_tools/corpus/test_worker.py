@@ -1,4 +1,4 @@
-"""One chunk: its documents are read, encoded, checked against tiktoken, divided and written."""
+"""Check how the documents of a chunk are encoded, compared with tiktoken, divided and written."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from data_tools.corpus.estimate import Estimate
 from data_tools.corpus.run import Progress, TokenizeRequest, tokenize_corpus
 from data_tools.encoding.encoders import GigatokenEncoder, load_encoder
 from data_tools.errors import DataError
+from data_tools.tokenizer import END_OF_TEXT
 from tests.data_tools.conftest import (
     contents,
     drawn_for,
@@ -67,7 +68,7 @@ def test_any_documents_in_any_cut_are_encoded_as_one_after_the_other(
     documents = [text for text in texts if text]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks_module, "_SMALLEST_CHUNK_BYTES", chunk_bytes)
-        patch.setattr(os, "fsync", lambda descriptor: None)  # what is tested here needs no disk
+        patch.setattr(os, "fsync", lambda descriptor: None)  # this test needs no durability
         request = request_for(
             Path(folder), texts, shard_tokens=shard_tokens, val_fraction=val_fraction, encoder=encoder
         )
@@ -84,20 +85,20 @@ def test_any_documents_in_any_cut_are_encoded_as_one_after_the_other(
         np.testing.assert_array_equal(train, sequential_tokens(reference, expected[0]))
         np.testing.assert_array_equal(val, sequential_tokens(reference, expected[1]))
     each = [tuple(sequential_tokens(reference, [document])) for document in documents]
-    divided = [{tuple(part) for part in documents_in(tokens)} for tokens in (train, val)]
-    assert not divided[0] & divided[1], "equal documents are on one side"
+    divided = [{tuple(document) for document in documents_in(tokens)} for tokens in (train, val)]
+    assert not divided[0] & divided[1], "equal documents are in one split"
     assert sorted(map(tuple, [*documents_in(train), *documents_in(val)])) == sorted(each)
 
 
 def documents_in(tokens: np.ndarray) -> list[np.ndarray]:
-    return np.split(tokens, np.flatnonzero(tokens == 50256)[1:]) if tokens.size else []
+    return np.split(tokens, np.flatnonzero(tokens == END_OF_TEXT)[1:]) if tokens.size else []
 
 
 # The sample check
 
 
 class WrongEncoder(GigatokenEncoder):
-    """Wrong about one kind of text."""
+    """Encodes texts about strawberries wrongly."""
 
     def encode(self, text: str) -> TokenArray:
         tokens = super().encode(text)

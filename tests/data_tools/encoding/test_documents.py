@@ -1,4 +1,4 @@
-"""What tells documents apart, and how they become tokens and flags."""
+"""Check the fingerprints of documents, and how documents become tokens and flags."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def test_texts_have_the_same_fingerprint_exactly_if_they_are_encoded_the_same(fi
 
 @given(first=DIALOGUES, second=DIALOGUES)
 def test_dialogues_differ_when_their_segments_do(first: Dialogue, second: Dialogue) -> None:
-    def parts(dialogue: Dialogue) -> list[tuple[bytes, bool]]:
+    def segments(dialogue: Dialogue) -> list[tuple[bytes, bool]]:
         return [(utf8_of(text), scored) for text, scored in dialogue.segments]
 
-    if parts(first) != parts(second):
+    if segments(first) != segments(second):
         assert fingerprint(first) != fingerprint(second)
     assert fingerprint(first) == fingerprint(Dialogue(first.segments))
     assert fingerprint(first) != fingerprint(first.text)

@@ -1,4 +1,4 @@
-"""Every encoder gives tiktoken's tokens, for any text, in time that grows with it."""
+"""Check that every encoder gives tiktoken's tokens for any text, in time proportional to its length."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_gigatoken_agrees_with_tiktoken_on_any_text(
 
 @pytest.mark.parametrize("context", ["{}'s", "a{}b1{}2", "  {} \n {}!", "漢{}漢"])
 def test_gigatoken_agrees_on_every_character(gigatoken: GigatokenEncoder, context: str) -> None:
-    """To which class (letter, number, white space) a character belongs is a matter of tables, which have versions."""
+    """Compare all characters, because each library has its own version of the tables of character classes."""
     tiktoken_encoder = load_encoder("tiktoken")
     is_new = _new_characters()
     points = [point for point in range(0xF0000) if not is_new[point] and not 0xD800 <= point < 0xE000]
@@ -84,7 +84,7 @@ def test_gigatoken_agrees_on_every_character(gigatoken: GigatokenEncoder, contex
 
 
 @pytest.mark.parametrize("new", ["\u088f", "\ua7f1", "\U00010940", "\U0003241a", "\U000323da"], ids=ascii)
-def test_characters_of_another_unicode_are_what_they_are_to_tiktoken(
+def test_characters_of_another_unicode_version_are_encoded_as_by_tiktoken(
     gigatoken: Encoder, reference: tiktoken.Encoding, new: str
 ) -> None:
     for text in [f"{new}'s", f" {new}'ll go", f"{new}醒", f"a{new}b", "x" * 1000 + new + "'s"]:
@@ -119,7 +119,7 @@ def test_encoders_are_chosen_by_what_is_installed(
 
 
 @pytest.mark.parametrize("encoder", ["gigatoken", "tiktoken"])
-def test_the_version_is_on_record(encoder: str) -> None:
+def test_an_encoder_has_a_version(encoder: str) -> None:
     name, version = encoder_version(encoder).split()
     assert name == encoder
     assert version[0].isdigit()

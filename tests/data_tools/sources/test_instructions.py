@@ -1,4 +1,4 @@
-"""Instruction data: what is laid out, and which of it a model learns to say."""
+"""Check the layout of instruction data, and which of its tokens are scored."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 from data_tools.corpus.run import TokenizeRequest, tokenize_corpus
 from data_tools.errors import DataError
 from data_tools.shards import TRAIN_SPLIT, open_split, verify
-from data_tools.sources import SourceRequest, open_source, read_documents
+from data_tools.sources import SourceRequest, open_source
 from data_tools.sources.instructions import dialogue_of
 from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
+from tests.data_tools.conftest import read_documents
 
 RECORDS: list[dict[str, Any]] = [
     {"instruction": "Name a colour.", "output": "Blue."},
@@ -44,7 +45,7 @@ def tokenized(path: Path, out: Path, **options: Any) -> Path:
 
 
 def learned_and_all(folder: Path) -> tuple[str, str]:
-    """The text of the scored tokens, and of all."""
+    """Return the text of the scored tokens, and of all tokens."""
     stream = open_split(folder, TRAIN_SPLIT)
     tokens = stream.read(0, stream.tokens)
     mask = stream.read_mask_windows(np.array([0]), stream.tokens)[0].astype(bool)
@@ -68,8 +69,8 @@ def test_only_answers_and_their_ends_are_learned(tmp_path: Path) -> None:
     verify(out)
 
 
-def test_tokens_of_prompt_and_answer_do_not_melt_together(tmp_path: Path) -> None:
-    """Each segment is encoded by itself, so the mask never cuts a token."""
+def test_no_token_crosses_from_the_prompt_to_the_answer(tmp_path: Path) -> None:
+    """Encode each segment by itself, so that the mask never cuts a token."""
     out = tokenized(write_lines(tmp_path / "a.jsonl", RECORDS[:1]), tmp_path / "out")
     stream, tokenizer = open_split(out, TRAIN_SPLIT), load_tokenizer()
     prompt = tokenizer.encode("### Instruction:\nName a colour.\n\n### Response:\n")

@@ -1,4 +1,4 @@
-"""Each source yields exactly the documents that are there, in order, and names what it cannot read."""
+"""Check that each source yields exactly its documents, in order, and names what it cannot read."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.errors import DataError
-from data_tools.sources import SOURCE_KINDS, Slice, Source, SourceRequest, open_source, read_documents
+from data_tools.sources import SOURCE_KINDS, Slice, Source, SourceRequest, open_source
 from data_tools.sources import text as text_module
 from data_tools.sources.registry import _KINDS
-from tests.data_tools.conftest import json_lines, varied_documents, zstd
+from tests.data_tools.conftest import json_lines, read_documents, varied_documents, zstd
 
 DOCUMENTS = varied_documents(30)
 WHOLE = 1 << 30
@@ -91,7 +91,7 @@ def test_a_separator_divides_as_str_split_does_wherever_files_are_cut(
             name = f"{index}.txt.gz" if compressed else f"{index}.txt"
             Path(folder, name).write_bytes(gzip.compress(content) if compressed else content)
         found = documents("text", folder, document_separator=separator, slice_bytes=slice_bytes)
-    # Empty ones are no documents; how many there are does not matter.
+    # Empty pieces are not documents, so their number does not matter.
     assert list(filter(None, found)) == [piece for text in texts for piece in text.split(separator) if piece]
 
 
@@ -115,10 +115,10 @@ def test_small_files_are_grouped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("source", "options"), [("jsonl", {}), ("text", {"document_separator": "\n\n"})])
-def test_a_range_without_a_beginning_is_passed_over_in_constant_memory(
+def test_a_range_in_which_no_document_begins_is_skipped_in_constant_memory(
     tmp_path: Path, source: str, options: dict[str, Any]
 ) -> None:
-    """As where the separator is the wrong one, and a file of gigabytes is one document."""
+    """Read a range of a large file without the separator, as with a wrong separator."""
     (tmp_path / "a.jsonl").write_bytes(b" " * (32 << 20))
     opened = source_of(source, tmp_path, **options)
     parts = opened.slices(16 << 20)
@@ -156,7 +156,7 @@ def test_invalid_utf8_is_named_with_its_offset(
     ],
 )
 def test_json_lines_plain_and_compressed(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
-    # Several gzip members or zstd frames one after the other are one stream.
+    # Consecutive gzip members or zstd frames are one stream.
     content = compress(json_lines(DOCUMENTS[:10])) + compress(json_lines(DOCUMENTS[10:]))
     (tmp_path / f"a{suffix}").write_bytes(content)
     (tmp_path / "other.txt").write_text("no JSON")
@@ -474,7 +474,7 @@ def test_a_file_at_a_url_that_grew_is_another_source(bucket: Callable[[str, byte
     assert before != source_of("jsonl", bucket("a.jsonl", json_lines(DOCUMENTS[:4]))).options()
 
 
-# What all have in common
+# All sources
 
 
 @pytest.mark.parametrize("source", ["text", "hf"])
