@@ -1,4 +1,4 @@
-"""Backends around a tiny model, in a world of one or as one rank of two that do not exist."""
+"""Backends around a tiny model, in a world of one rank or as one of two pretended ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.pipeline.conftest import random_tokens, tiny_config
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    """One world per test file, because DeepSpeed keeps the process groups of the first that it meets."""
+    """Yield a world of one rank; one per test file because DeepSpeed keeps process groups in globals."""
     deepspeed = pytest.importorskip("deepspeed")
     with pytest.MonkeyPatch.context() as environment:
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("DS_ACCELERATOR", "cpu")):
@@ -34,7 +34,7 @@ def world() -> Iterator[World]:
 
 @contextmanager
 def rank_of_two(rank: int) -> Iterator[World]:
-    """One of two ranks without the other: collectives return at once and leave the tensors as they are."""
+    """Yield one of two ranks without the other: collectives return at once and leave the tensors as they are."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
     try:
         yield World(rank, 2, rank, torch.device("cpu"))
@@ -43,7 +43,7 @@ def rank_of_two(rank: int) -> Iterator[World]:
 
 
 def backend_section(name: str, **native: Any) -> dict[str, Any]:
-    """The config section of ``ddp``, ``fsdp`` or ``zero0`` to ``zero3``; ``native`` are DeepSpeed's further keys."""
+    """Return the config section of ddp, fsdp or zero0 to zero3; ``native`` are further keys for DeepSpeed."""
     if not name.startswith("zero"):
         return {"name": name}
     return {"name": "deepspeed", "deepspeed": {"zero_optimization": {"stage": int(name[-1])}, **native}}
@@ -59,7 +59,7 @@ def make_backend(name: str, world: World, **sections: dict[str, Any]) -> Backend
 
 
 def micro_batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and targets, (2, 8)."""
+    """Return tokens and targets, (2, 8) each."""
     tokens = random_tokens(2, 9, seed=seed)
     return tokens[:, :-1], tokens[:, 1:]
 

@@ -1,13 +1,14 @@
-"""A step whose loss or gradient is not finite changes nothing, in every backend; ranks of several processes apart."""
+"""In every backend, a step whose loss or gradient is not finite changes nothing. Worlds of one rank only."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.backends import Backend
 from pipeline.distributed.world import World
@@ -18,7 +19,7 @@ BACKENDS = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
 
 
 def contents(backend: Backend) -> dict[str, Tensor]:
-    """Weights and moments, as copies."""
+    """Return copies of weights and moments."""
     return {
         f"{fragment.name} {fragment.start} {kind}": getattr(fragment, kind).clone()
         for fragment in backend.fragments()
@@ -27,7 +28,7 @@ def contents(backend: Backend) -> dict[str, Tensor]:
 
 
 def adam_steps(backend: Backend) -> set[float]:
-    """AdamW's own step counts."""
+    """Return AdamW's step counts."""
     return {float(state["step"]) for state in backend.state.adam_states()}
 
 
@@ -38,7 +39,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 
 def train_step(backend: Backend, seed: int, loss_weights: tuple[float, ...] = (1 / 32, 1 / 32)) -> float:
-    """One step of some micro-batches; returns its gradient norm."""
+    """Train a step of one micro-batch per loss weight, and return its gradient norm."""
     for i, loss_weight in enumerate(loss_weights):
         tokens = random_tokens(2, 9, seed=10 * seed + i)
         is_last = i == len(loss_weights) - 1
@@ -51,7 +52,7 @@ def bad_weight(*loss_weights: float) -> Callable[[Backend], float]:
 
 
 def poisoned(value: float) -> Callable[[Backend], float]:
-    """A weight that is not finite during a step, and is put back after it."""
+    """Return a step with a weight that is not finite and is restored afterwards."""
 
     def step(backend: Backend) -> float:
         elements = next(f.weight for f in backend.fragments() if f.name == "wpe.weight")
@@ -76,7 +77,7 @@ BAD_STEPS: dict[str, Callable[[Backend], float]] = {
     ("name", "bad"),
     [(name, bad) for name in BACKENDS for bad in BAD_STEPS if name in ("ddp", "fsdp") or bad == "one of two"],
 )
-def test_the_next_good_step_is_as_if_the_bad_one_had_not_been(world: World, name: str, bad: str) -> None:
+def test_a_bad_step_leaves_no_trace(world: World, name: str, bad: str) -> None:
     steady, disturbed = (make_backend(name, world) for _ in range(2))
     for seed in range(2):
         before, steps = contents(disturbed), adam_steps(disturbed)
@@ -91,7 +92,7 @@ def test_the_next_good_step_is_as_if_the_bad_one_had_not_been(world: World, name
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_a_loss_that_is_not_finite_is_such_a_step(world: World, name: str, value: float) -> None:
+def test_a_step_with_a_loss_that_is_not_finite_leaves_no_trace(world: World, name: str, value: float) -> None:
     steady, disturbed = (make_backend(name, world) for _ in range(2))
     for backend in (steady, disturbed):
         train_step(backend, 0)
@@ -106,7 +107,7 @@ def test_a_loss_that_is_not_finite_is_such_a_step(world: World, name: str, value
 @pytest.mark.parametrize("precision", ["amp_bf16", "amp_fp16", "bf16"])
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_in_every_precision(world: World, name: str, precision: str) -> None:
-    """Where there is a loss scale it is halved, and nothing else changes."""
+    """The loss scale is halved if there is one, and nothing else changes."""
     backend = make_backend(name, world, run={"precision": precision})
     train_step(backend, 0)
     before, scale = contents(backend), backend.loss_scaler.scale
@@ -121,10 +122,10 @@ def test_in_every_precision(world: World, name: str, precision: str) -> None:
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_makes_every_gradient_so(loss: float) -> None:
-    """Else a rank without scored targets, or a loss that overflowed, would go unnoticed."""
+    """Otherwise a rank without scored targets, or a loss that overflowed, would go unnoticed."""
     weight = torch.ones(3, requires_grad=True)
     (weight.sum() * 0.0 + torch.tensor(loss)).backward()
-    assert (weight.grad == 0.0).all(), "as plain backward has it"
+    assert (weight.grad == 0.0).all(), "a plain backward pass hides it"
     weight.grad = None
     Backend.weighted(weight.sum() + torch.tensor(loss), 0.5).backward()
     assert weight.grad is not None and weight.grad.isnan().all()
@@ -136,3 +137,27 @@ def test_a_finite_loss_is_weighted_exactly() -> None:
     plain = torch.tensor([0.1, 3.0], requires_grad=True)
     ((plain * plain).sum() * (1 / 3)).backward()
     assert weight.grad is not None and plain.grad is not None and torch.equal(weight.grad, plain.grad)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("ddp", "bf16"), ("fsdp", "bf16"), ("zero1", "fp32"), ("zero3", "fp32")],
+)
+def test_recomputation_and_compilation_do_not_change_a_step(
+    world: World, name: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_module = nn.Module.compile
+
+    def without_code_generation(module: nn.Module, **_options: Any) -> None:
+        """Trace and split the graph as ever, but run its operators eagerly."""
+        compile_module(module, backend="aot_eager", dynamic=False)
+
+    monkeypatch.setattr(nn.Module, "compile", without_code_generation)
+    plain = make_backend(name, world, run={"precision": precision})
+    recomputing = make_backend(
+        name, world, run={"precision": precision, "compile": True}, model={"activation_checkpointing": True}
+    )
+    tolerance = 1e-6 if precision == "fp32" else 1e-2
+    for seed in range(2):
+        norms = [train_step(backend, seed) for backend in (plain, recomputing)]
+        assert norms[1] == pytest.approx(norms[0], rel=tolerance)

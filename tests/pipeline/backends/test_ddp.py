@@ -25,13 +25,13 @@ def make_ddp(world: World, **sections: Any) -> DdpBackend:
 
 @pytest.fixture
 def reduced() -> list[int]:
-    """The buckets that ``ddp`` has reduced, in order."""
+    """Return the list of buckets that ``ddp`` reduces, in order."""
     return []
 
 
 @pytest.fixture
 def ddp(reduced: list[int]) -> Iterator[DdpBackend]:
-    """As rank 0 of two; the other rank's gradients are zero."""
+    """Yield a backend on rank 0 of two; the other rank's gradients are zero."""
 
     def reduce(bucket: Any) -> torch.futures.Future[Tensor]:
         reduced.append(bucket.index())
@@ -79,16 +79,16 @@ def test_micro_steps_add_up(ddp: DdpBackend) -> None:
 
 
 def test_gradients_stay_in_their_buckets(ddp: DdpBackend) -> None:
-    """Cleared gradients that were released would be allocated again beside the buckets."""
-    places = []
+    """If cleared gradients were released, the next micro-step would allocate new ones beside the buckets."""
+    addresses = []
     for seed in range(3):
         ddp.accumulate(*micro_batch(seed), 1 / 16, is_last=True)
         ddp.step(1e-3)
         assert all(gradient.count_nonzero() == 0 for gradient in gradients(ddp).values())
-        places.append([p.grad.data_ptr() for p in ddp.parameters.values() if p.grad is not None])
-    # DDP lays its buckets out anew after the first step, in the order in which gradients were ready.
-    assert len(places[1]) == len(ddp.parameters)
-    assert places[1] == places[2]
+        addresses.append([p.grad.data_ptr() for p in ddp.parameters.values() if p.grad is not None])
+    # After the first step DDP rebuilds its buckets in the order in which gradients became ready.
+    assert len(addresses[1]) == len(ddp.parameters)
+    assert addresses[1] == addresses[2]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16"])

@@ -1,4 +1,4 @@
-"""DeepSpeed: a class for stage 0 and one for stages 1 to 3, the keys of its config, and what it refuses."""
+"""DeepSpeed: one class for stage 0, one for stages 1 to 3, the keys of its config, and refused configs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_classes_of_the_stages(world: World, stage: int, backend_class: type[Bac
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_fragments_are_the_initial_fp32_weights(world: World, stage: int, precision: str) -> None:
-    """DeepSpeed's bf16 engines would begin with masters that were rounded to bf16."""
+    """DeepSpeed's own bf16 masters would be rounded to bf16."""
     backend = make_backend(f"zero{stage}", world, run={"precision": precision})
     whole = dict(build_model(backend_config("ddp").model, 1).named_parameters())
     fragments = {fragment.name: fragment for fragment in backend.fragments()}

@@ -1,4 +1,4 @@
-"""A build of a C++ extension that was killed does not make later runs wait for ever."""
+"""A killed build of a C++ extension does not make later runs wait forever."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def age(lock: Path, seconds: float) -> None:
     os.utime(lock, (time.time() - seconds,) * 2)
 
 
-def test_what_a_dead_build_left_is_removed(lock: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_lock_of_a_dead_build_is_removed(lock: Path, caplog: pytest.LogCaptureFixture) -> None:
     age(lock, LONGEST_BUILD_S + 1)
     with caplog.at_level(logging.WARNING):
         clear_dead_lock(lock)
@@ -47,7 +47,7 @@ def test_a_build_elsewhere_is_waited_for(lock: Path) -> None:
     assert time.monotonic() - started_s > 0.9
 
 
-def test_one_that_does_not_go_is_removed_in_the_end(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_of_a_build_elsewhere_is_removed_after_the_limit(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension_lock, "LONGEST_BUILD_S", 0.7)
     clear_dead_lock(lock)
     assert not lock.exists()

@@ -1,4 +1,4 @@
-"""FSDP's collectives on CPUs, to the bit: what gloo gathers, and the sum in the order of the ranks."""
+"""FSDP2's collectives on CPUs equal gloo's gather and the sum in the order of the ranks, bit for bit."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
 random = torch.Generator().manual_seed(rank)
 for length in (1, 7, 4096):
     for dtype in (torch.float32, torch.bfloat16):
-        part = torch.randn(length, generator=random).to(dtype)
+        shard = torch.randn(length, generator=random).to(dtype)
         expected = torch.empty(size * length, dtype=dtype)
-        dist.all_gather_into_tensor(expected, part)
-        gathered = AllGather().allocate((size * length,), dtype=dtype, device=part.device)
-        AllGather()(gathered, part, group)
+        dist.all_gather_into_tensor(expected, shard)
+        gathered = AllGather().allocate((size * length,), dtype=dtype, device=shard.device)
+        AllGather()(gathered, shard, group)
         assert torch.equal(gathered, expected)
         in_place = torch.zeros_like(expected)
-        own = in_place.narrow(0, rank * length, length).copy_(part)
+        own = in_place.narrow(0, rank * length, length).copy_(shard)
         AllGather()(in_place, own, group)
         assert torch.equal(in_place, expected)
 
     whole = torch.randn(size * length, generator=random)
     kept = whole.clone()
     for op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
-        everyones = torch.empty(size, size * length)
-        dist.all_gather_into_tensor(everyones.view(-1), whole)
-        expected = everyones.sum(0)[rank * length : (rank + 1) * length]
+        from_all = torch.empty(size, size * length)
+        dist.all_gather_into_tensor(from_all.view(-1), whole)
+        expected = from_all.sum(0)[rank * length : (rank + 1) * length]
         expected = expected / size if op == dist.ReduceOp.AVG else expected
         reduced = torch.empty(length)
         ReduceScatter()(reduced, whole, group, op)
         assert torch.equal(reduced, expected), (reduced, expected)
-        assert torch.equal(whole, kept), "the input is not touched"
+        assert torch.equal(whole, kept), "the input must not change"
 dist.barrier()
 print(f"rank {rank} agrees", flush=True)
 dist.destroy_process_group()

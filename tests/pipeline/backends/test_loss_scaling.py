@@ -1,4 +1,4 @@
-"""The loss scale of fp16: down after an overflow, up after a long good time."""
+"""The loss scale of fp16 is halved after an overflow, and doubled after many good steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_an_overflow_halves(norm: float, on_device: bool) -> None:
     assert scaler.scale == 16384.0
 
 
-def test_good_steps_in_a_row_double_and_count_anew() -> None:
+def test_good_steps_in_a_row_double_the_scale() -> None:
     scaler = LossScaler.for_precision("amp_fp16")
     for _ in range(GROWTH_INTERVAL - 1):
         scaler.update(GOOD)
@@ -45,7 +45,7 @@ def test_good_steps_in_a_row_double_and_count_anew() -> None:
     assert scaler.scale == 131072.0
 
 
-def test_an_overflow_ends_the_row() -> None:
+def test_an_overflow_resets_the_count_of_good_steps() -> None:
     scaler = LossScaler.for_precision("amp_fp16")
     for norm in [GOOD] * 10 + [OVERFLOW] + [GOOD] * (GROWTH_INTERVAL - 1):
         scaler.update(norm)
@@ -54,14 +54,14 @@ def test_an_overflow_ends_the_row() -> None:
     assert scaler.scale == 65536.0
 
 
-def test_a_dynamic_scale_goes_on_where_a_checkpoint_stood() -> None:
+def test_a_dynamic_scale_continues_from_a_checkpoint() -> None:
     scaler = LossScaler.for_precision("amp_fp16")
     scaler.restore(1024.0, GROWTH_INTERVAL - 1)
     scaler.update(GOOD)
     assert (scaler.scale, scaler.good_steps) == (2048.0, 0)
 
 
-def test_a_scale_does_not_pass_to_a_precision_without_one() -> None:
+def test_a_precision_without_a_scale_ignores_that_of_a_checkpoint() -> None:
     scaler = LossScaler.for_precision("amp_bf16")
     scaler.restore(1024.0, 5)
     assert (scaler.scale, scaler.good_steps) == (1.0, 0)

@@ -63,7 +63,7 @@ class TestGroups:
         assert (defaults["lr"], defaults["betas"], defaults["eps"]) == (3e-4, (0.8, 0.9), 1e-6)
         assert defaults["fused"]
 
-    def test_a_device_without_fused_adamw_says_so(
+    def test_a_device_without_fused_adamw_is_logged(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setattr(optimizer_module, "FUSED_DEVICES", ())
@@ -83,7 +83,7 @@ class TestNorm:
         norm = global_grad_norm([torch.tensor([[3.0, 0.0]]), torch.tensor([4.0, 12.0])])
         assert norm.item() == pytest.approx(13.0, rel=1e-14)
 
-    def test_the_order_of_gradients_does_not_show(self) -> None:
+    def test_the_order_of_gradients_does_not_matter(self) -> None:
         gradients = [gradient * 10.0 ** (3 * i) for i, gradient in enumerate(some_gradients() * 20)][:12]
         norms = {
             float(global_grad_norm(order)) for order in (gradients, gradients[::-1], gradients[5:] + gradients[:5])
@@ -91,11 +91,11 @@ class TestNorm:
         assert max(norms) / min(norms) - 1 < 1e-15
 
     def test_a_long_sum_is_exact(self) -> None:
-        """In fp32, squares of this size would no longer add to the sum."""
+        """In fp32, adding 1 to this sum would not change it."""
         gradients = [torch.full((1,), 4096.0), *[torch.ones(1)] * 2000]
         assert global_grad_norm(gradients).item() == math.sqrt(4096.0**2 + 2000)
 
-    def test_the_cut_of_a_gradient_does_not_show(self) -> None:
+    def test_splitting_a_gradient_does_not_matter(self) -> None:
         (gradient, *_) = some_gradients()
         whole = global_grad_norm([gradient]).item()
         assert global_grad_norm(list(gradient.flatten().split(4))).item() == pytest.approx(whole, rel=1e-14)
@@ -110,7 +110,7 @@ class TestNorm:
         assert global_grad_norm([p.grad for p in model.parameters()]).item() == pytest.approx(math.sqrt(squares))
 
     @pytest.mark.parametrize("value", [math.inf, math.nan])
-    def test_what_is_not_finite_shows(self, value: float) -> None:
+    def test_it_is_not_finite_if_a_gradient_is_not(self, value: float) -> None:
         assert not math.isfinite(global_grad_norm([torch.ones(3), torch.tensor([1.0, value])]))
 
 
@@ -142,7 +142,7 @@ class TestClipping:
 
     @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
     def test_scaled_gradients_end_as_if_never_scaled(self, max_norm: float) -> None:
-        """Unscaling comes before clipping: the limit is for the true norm."""
+        """Unscaling comes before clipping, so the limit applies to the true norm."""
         scale = 2.0**16
         plain, scaled = some_gradients(), [gradient * scale for gradient in some_gradients()]
         unscale_and_clip(plain, 1.0, max_norm)
@@ -160,7 +160,7 @@ class TestClipping:
     @pytest.mark.parametrize("loss_scale", [1.0, 2.0**16])
     @pytest.mark.parametrize("value", [math.inf, math.nan])
     def test_gradients_that_are_not_finite_are_skipped(self, value: float, loss_scale: float) -> None:
-        """With a loss scale and without one."""
+        """This holds with a loss scale and without."""
         norm = unscale_and_clip([torch.ones(3), torch.tensor([1.0, value])], loss_scale, 1.0)
         assert not math.isfinite(norm)
         assert not self.steps(norm)
@@ -171,7 +171,7 @@ class TestClipping:
 
     @staticmethod
     def steps(norm: Tensor) -> bool:
-        """Whether a parameter with a gradient moves."""
+        """Return whether a parameter with a gradient changes."""
         parameter = torch.nn.Parameter(torch.ones(2))
         parameter.grad = torch.ones(2)
         step_if_finite(build_adamw([parameter], OptimizerConfig(), CPU), norm)

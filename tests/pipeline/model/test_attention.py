@@ -1,4 +1,4 @@
-"""Whichever way attention is computed, it is the same; and which way is said as it is."""
+"""Every way to compute attention gives the same result, and the log names the kernel that is used."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def heads(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As it is written, in fp64."""
-    q, k, v = (part.double() for part in (q, k, v))
+    """Return attention by its definition, in fp64."""
+    q, k, v = (tensor.double() for tensor in (q, k, v))
     later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
     scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(later, -math.inf)
     return scores.softmax(-1) @ v
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_blocks_of_queries_change_nothing(dtype: torch.dtype, tolerance: float) -> None:
+def test_attention_in_blocks_is_attention(dtype: torch.dtype, tolerance: float) -> None:
     q, k, v = heads(12, dtype)
     found, expected = attention_in_blocks(q, k, v), plain(q, k, v)
     assert found.dtype == dtype
@@ -54,7 +54,7 @@ def test_blocks_of_queries_change_nothing(dtype: torch.dtype, tolerance: float) 
         (True, 12, 0.1, False),
     ],
 )
-def test_blocks_only_where_they_pay_and_fit(
+def test_when_attention_is_computed_in_blocks(
     monkeypatch: pytest.MonkeyPatch, compiling: bool, tokens: int, dropout: float, blocks: bool
 ) -> None:
     used: list[Tensor] = []
@@ -64,7 +64,7 @@ def test_blocks_only_where_they_pay_and_fit(
     assert bool(used) == blocks
 
 
-def test_the_kernel_is_named_as_torch_chooses_it() -> None:
+def test_the_named_kernel_is_the_one_that_runs() -> None:
     with fastest_kernel(CPU, torch.float32, head_dim=64) as name:
         assert name == "FLASH_ATTENTION"
         q = torch.zeros(1, 1, 8, 64)
@@ -73,7 +73,7 @@ def test_the_kernel_is_named_as_torch_chooses_it() -> None:
     assert any("flash_attention" in event.key for event in profiled.key_averages())
 
 
-def test_without_a_fused_kernel_it_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_fused_kernel_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(attention, "_runs", lambda kernel, q: False)
     with caplog.at_level(logging.WARNING), fastest_kernel(CPU, torch.float32, head_dim=64) as name:
         assert name == "MATH"

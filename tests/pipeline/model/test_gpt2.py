@@ -1,4 +1,4 @@
-"""The model is GPT-2: its numbers, its size, its initial weights."""
+"""The model computes what GPT-2 computes, and has its size and its initial weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def preset_config(preset: Preset) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def gpt2_124m() -> GPT2:
-    """The real thing as training starts with it."""
+    """Return GPT-2 124M with the initial weights of training."""
     return build_model(preset_config("gpt2"), seed=1337).eval()
 
 
@@ -51,7 +51,7 @@ def gradients(model: GPT2, loss: Tensor) -> dict[str, Tensor]:
 
 
 class TestAgainstTransformers:
-    """transformers' GPT-2 with our weights in it computes what ours computes."""
+    """The GPT-2 of transformers computes the same with the same weights."""
 
     CONFIG = ModelConfig.model_validate(
         {"n_layer": 3, "n_head": 5, "n_embd": 35, "context_length": 23, "vocab_size": 50257}
@@ -140,8 +140,8 @@ class TestInitialWeights:
         for name, parameter in flat.items():
             assert (parameter == (0.0 if name.endswith("bias") else 1.0)).all(), name
 
-    def test_initial_loss_is_that_of_a_guess(self, gpt2_124m: GPT2) -> None:
-        """ln V, and half the variance of the logits: C terms of 0.02 x 1, which no wise choice of words removes."""
+    def test_initial_loss(self, gpt2_124m: GPT2) -> None:
+        """The loss is ln V plus half the variance of the logits, which are sums of C products of 0.02 and 1."""
         inputs, targets = shift(random_tokens(8, 129, vocab_size=50257))
         with torch.no_grad():
             loss = gpt2_124m.loss(inputs, targets).item() / targets.numel()
@@ -157,7 +157,7 @@ class TestInitialWeights:
     def test_one_seed_one_model(self) -> None:
         torch.manual_seed(1)
         first = build_model(tiny_model_config(), seed=7)
-        torch.manual_seed(2)  # the global stream has no part in it
+        torch.manual_seed(2)  # the global random stream must not matter
         second = build_model(tiny_model_config(), seed=7)
         for name, parameter in first.named_parameters():
             assert torch.equal(parameter, second.get_parameter(name)), name
@@ -167,7 +167,7 @@ class TestInitialWeights:
         drawn = [name for name, parameter in first.named_parameters() if parameter.dim() == 2]
         assert not any(torch.equal(first.get_parameter(name), second.get_parameter(name)) for name in drawn)
 
-    def test_no_two_weights_share_their_draws(self) -> None:
+    def test_no_two_weights_share_a_random_stream(self) -> None:
         model = build_model(tiny_model_config(), seed=7)
         begins = [p.flatten()[:4] / p.flatten()[:4].norm() for p in model.parameters() if p.dim() == 2]
         assert not any(torch.allclose(a, b, atol=1e-3) for a, b in itertools.combinations(begins, 2))
@@ -183,7 +183,7 @@ class TestTie:
         assert "wte.weight" in names
         assert "lm_head.weight" not in names
 
-    def test_a_broken_tie_is_noticed(self) -> None:
+    def test_a_broken_tie_is_detected(self) -> None:
         model = build_model(tiny_model_config(), 1)
         model.lm_head.weight = torch.nn.Parameter(model.wte.weight.detach().clone())
         with pytest.raises(AssertionError, match="came apart"):
@@ -191,7 +191,7 @@ class TestTie:
 
 
 class TestPadding:
-    """The rows that round the vocabulary up take no part."""
+    """The padding rows of the vocabulary have no effect."""
 
     def test_logits_are_over_the_vocabulary(self) -> None:
         logits = build_model(tiny_model_config(), 1).logits(random_tokens(2, 7))
@@ -226,7 +226,7 @@ class TestForward:
             torch.testing.assert_close(before[:, :position], after[:, :position], rtol=0, atol=1e-5)
             assert not torch.allclose(before[:, position:], after[:, position:], atol=1e-2)
 
-    def test_every_earlier_token_has_a_say(self) -> None:
+    def test_every_earlier_token_changes_the_logits(self) -> None:
         model = randomised_model(tiny_model_config()).eval()
         tokens = random_tokens(1, 12)
         for position in range(12):
@@ -270,20 +270,20 @@ class TestForward:
 
 
 class TestPositions:
-    """Places in the window, or in the text where a token begins one."""
+    """Positions count from the start of the window, or of the text if a token starts one."""
 
     TOKENS = torch.tensor([[5, 88, 7, 8, 88, 88, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
 
     @staticmethod
     def positions(model: GPT2, tokens: Tensor) -> Tensor:
-        """What is looked up in the table of positions."""
-        asked: list[Tensor] = []
-        handle = model.wpe.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0]))
+        """Return the positions that the model looks up."""
+        looked_up: list[Tensor] = []
+        handle = model.wpe.register_forward_pre_hook(lambda _, inputs: looked_up.append(inputs[0]))
         model.logits(tokens)
         handle.remove()
-        return asked[0].broadcast_to(tokens.shape)
+        return looked_up[0].broadcast_to(tokens.shape)
 
-    def test_by_default_they_are_those_of_the_window(self) -> None:
+    def test_by_default_they_count_from_the_start_of_the_window(self) -> None:
         model = randomised_model(tiny_model_config())
         assert self.positions(model, self.TOKENS).tolist() == [list(range(10))] * 2
 
@@ -300,7 +300,7 @@ class TestPositions:
             model.wpe.weight[4] += 1.0
             assert not torch.equal(model.logits(self.TOKENS[:1]), logits)
 
-    def test_texts_before_are_still_seen(self) -> None:
+    def test_earlier_texts_are_still_seen(self) -> None:
         model = randomised_model(tiny_model_config(reset_positions_at=88)).eval()
         changed = self.TOKENS[:1].clone()
         changed[0, 2] = 9

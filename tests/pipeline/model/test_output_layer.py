@@ -1,4 +1,4 @@
-"""What is compiled is written otherwise, and must be the same: loss, gradients, padding, unscored targets."""
+"""The variants for the compiler give the same loss and gradients, also for padding and unscored targets."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.pipeline.conftest import tiny_config
 VOCABULARY, PADDED, ROWS = 50, 64, 9
 
 
-def summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss, and the gradient of it in the logits' dtype, in which an upstream factor has its part."""
+def losses_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the losses, and the gradient of three times their sum in the logits' dtype."""
     leaf = logits.clone().requires_grad_()
     losses = cross_entropy(leaf, targets, VOCABULARY)
     (3.0 * losses.sum()).backward()
@@ -44,7 +44,7 @@ def test_cross_entropy_is_that_of_torch(
     logits = logits.to(dtype)
     expected = F.cross_entropy(logits[:, :VOCABULARY].double(), targets, ignore_index=IGNORE_INDEX, reduction="none")
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    losses, _ = summed(logits, targets)
+    losses, _ = losses_and_gradient(logits, targets)
     torch.testing.assert_close(losses, expected.float(), rtol=1e-6, atol=1e-6)
     assert losses[2] == 0
 
@@ -54,9 +54,9 @@ def test_compiled_gradients_are_those_of_eager(
     monkeypatch: pytest.MonkeyPatch, logits: Tensor, targets: Tensor, dtype: torch.dtype
 ) -> None:
     logits = logits.to(dtype)
-    _, eager = summed(logits, targets)
+    _, eager = losses_and_gradient(logits, targets)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    _, compiled = summed(logits, targets)
+    _, compiled = losses_and_gradient(logits, targets)
     torch.testing.assert_close(compiled, eager, rtol=8e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
     assert compiled[2].count_nonzero() == 0, "a target that is not scored"
     assert compiled[:, VOCABULARY:].count_nonzero() == 0, "padding"
@@ -67,7 +67,7 @@ def test_logits_that_are_not_finite_are_not_hidden(
 ) -> None:
     logits[0, 0] = torch.nan
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    losses, gradient = summed(logits, targets)
+    losses, gradient = losses_and_gradient(logits, targets)
     assert losses[0].isnan()
     assert gradient[0, :VOCABULARY].isnan().all()
 

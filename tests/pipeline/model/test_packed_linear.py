@@ -1,4 +1,4 @@
-"""A packed model computes what it did; only the layout of its weights is another."""
+"""A packed model computes the same as before; only the layout of its weights differs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model() -> GPT2:
 
 @pytest.fixture
 def packed_model(model: GPT2) -> GPT2:
-    """The same in fp32, beside the model."""
+    """Return a packed fp32 copy of ``model``."""
     return packed_copy(model, torch.float32)
 
 
@@ -45,7 +45,7 @@ def packed_copy(model: GPT2, dtype: torch.dtype) -> GPT2:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(37,), (1, 37), (3, 1, 37), (4, 37), (2, 40, 37)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_it_is_the_product_of_the_layer(dtype: torch.dtype, shape: tuple[int, ...], bias: bool) -> None:
+def test_a_packed_layer_computes_the_product(dtype: torch.dtype, shape: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(37, 50, bias=bias)
     x = torch.randn(shape)
@@ -58,13 +58,13 @@ def test_it_is_the_product_of_the_layer(dtype: torch.dtype, shape: tuple[int, ..
     assert (found.double() - exact).abs().max() <= tolerance * exact.abs().max()
 
 
-def test_the_model_writes_the_same(model: GPT2, packed_model: GPT2) -> None:
+def test_generated_tokens_are_the_same(model: GPT2, packed_model: GPT2) -> None:
     expected = list(generate(model, [3, 1, 4], 20, temperature=0))
     assert list(generate(packed_model, [3, 1, 4], 20, temperature=0)) == expected
 
 
 @torch.no_grad()
-def test_losses_and_single_scores_are_the_same(model: GPT2, packed_model: GPT2) -> None:
+def test_losses_and_scores_are_the_same(model: GPT2, packed_model: GPT2) -> None:
     tokens = random_tokens(2, 12)
     targets, outputs = tokens.roll(-1, 1), torch.tensor([0, 5, 17])
     torch.testing.assert_close(packed_model.loss(tokens, targets), model.loss(tokens, targets), rtol=1e-6, atol=0)
@@ -85,7 +85,7 @@ def test_the_weights_of_the_blocks_are_freed(model: GPT2) -> None:
 @pytest.mark.parametrize("precision", ["amp_bf16", "bf16"])
 @needs_bf16
 @torch.no_grad()
-def test_in_lower_precision_it_is_as_near_to_fp32(model: GPT2, precision: str) -> None:
+def test_in_lower_precision_the_error_is_not_larger(model: GPT2, precision: str) -> None:
     tokens = random_tokens(2, 12)
     exact = model.logits(tokens)
     usual = replicated_compute(model, precision, torch.device("cpu")).logits(tokens).float()
@@ -94,7 +94,7 @@ def test_in_lower_precision_it_is_as_near_to_fp32(model: GPT2, precision: str) -
     assert 0 < (found.float() - exact).abs().max() <= 1.5 * (usual - exact).abs().max()
 
 
-def test_where_there_are_no_such_products_the_model_stays(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_packed_products_the_model_is_unchanged(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not can_pack(torch.float16)
     pack_linear_layers(model, torch.float16)
     monkeypatch.setattr(packed_linear, "can_pack", lambda dtype: False)
@@ -102,7 +102,7 @@ def test_where_there_are_no_such_products_the_model_stays(model: GPT2, monkeypat
     assert_not_packed(model)
 
 
-def test_on_another_device_the_model_stays() -> None:
+def test_on_another_device_the_model_is_unchanged() -> None:
     with torch.device("meta"):
         model = GPT2(tiny_model_config())
     pack_linear_layers(model, torch.float32)

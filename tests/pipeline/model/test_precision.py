@@ -30,7 +30,7 @@ def model() -> GPT2:
 
 
 def product_dtypes(model: GPT2, compute: ComputeModel) -> set[torch.dtype]:
-    """Of the results of all matrix products with weights."""
+    """Return the dtypes of the results of all matrix products with weights."""
     seen: set[torch.dtype] = set()
 
     def record(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
@@ -82,7 +82,7 @@ class TestBf16View:
         return lowered
 
     def test_gradients_are_those_of_a_bf16_model(self, model: GPT2) -> None:
-        """Also of the tied weight, to which embedding and output layer both contribute."""
+        """This includes the tied weight, whose gradient comes from the embedding and from the output layer."""
         lowered = self.truly_bf16(model)
         assert Bf16ViewModel(model)(*BATCH).item() == lowered(*BATCH).item()
         Bf16ViewModel(model)(*BATCH).backward()
@@ -108,7 +108,7 @@ class TestBf16View:
             expected = sum(gradients[name] for gradients in alone)
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-6, atol=1e-6)
         rounded = model.wte.weight.grad.to(torch.bfloat16).float()
-        assert not torch.equal(rounded, model.wte.weight.grad), "the sum has digits that bf16 lacks"
+        assert not torch.equal(rounded, model.wte.weight.grad), "the sum has more digits than bf16"
 
 
 def test_autocast_does_not_leak(model: GPT2) -> None:

@@ -1,4 +1,4 @@
-"""A run is compiled where it was asked for, or where it pays; and nowhere without a compiler."""
+"""A run is compiled if the config asks for it or if it saves time, but never without a compiler."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_choice(
     assert chosen.model_copy(update={"run": config.run}) == config, "nothing else changes"
 
 
-def test_one_rank_without_a_compiler_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rank_without_a_compiler_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
     class TwoRanks(World):
         def gather(self, item: Any) -> list[Any]:
             return [item, False]
