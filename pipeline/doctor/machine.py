@@ -106,7 +106,7 @@ def _check_limits() -> Iterator[Finding]:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     count = math.inf if limit == resource.RLIM_INFINITY else limit
     cure = f"ulimit -n {COMFORTABLE_OPEN_FILES}"
-    says = f"a process can open {count:,}"
+    says = "no limit" if count == math.inf else f"at most {count:,} per process"
     yield _rate("open files", says, cure, size=count, comfortable=COMFORTABLE_OPEN_FILES, least=LEAST_OPEN_FILES)
 
 
