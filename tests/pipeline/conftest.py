@@ -96,7 +96,7 @@ def one_thread() -> None:
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    """This process alone, with a gloo group of one; the environment is put back afterwards."""
+    """Join a gloo group of this process alone, and restore the environment afterwards."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("DS_ACCELERATOR", "cpu")):
         monkeypatch.setenv(name, value)
     with join_world(tiny_config().run) as joined:
