@@ -12,7 +12,6 @@ from pipeline.config.schema import Config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 BACKENDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-LARGEST_WORLD = 4096
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -23,7 +22,7 @@ def main() -> None:
     configs = {name: _with_backend(config, name) for name in arguments.backends}
     # Import torch late so that config errors appear at once.
     from pipeline.planning.devices import find_device
-    from pipeline.planning.planner import plan_run, plan_world_sizes
+    from pipeline.planning.planner import plan_run
     from pipeline.planning.presentation import draw_world_sizes, format_plans
 
     device = find_device(arguments.device, config.run.precision)
@@ -34,11 +33,7 @@ def main() -> None:
         for name, of_backend in configs.items()
     ]
     if arguments.plot:
-        sizes = [1 << power for power in range(LARGEST_WORLD.bit_length())]
-        size = f"micro-batch {config.batch.micro_batch_size}"
-        title = f"{config.model.preset}, {config.run.precision}, {size}, {device.name}"
-        by_backend = plan_world_sizes(configs, sizes, device, mfu=mfu, tokens=tokens)
-        draw_world_sizes(arguments.plot, title, by_backend, device)
+        draw_world_sizes(arguments.plot, configs, device, mfu=mfu, tokens=tokens)
     if arguments.json:
         print(json.dumps([plan.to_json() for plan in plans], indent=2))
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -88,16 +87,6 @@ def plan_run(
         speed=speed,
         days=tokens / speed.tokens_per_s / SECONDS_PER_DAY if fits else None,
     )
-
-
-def plan_world_sizes(
-    configs: dict[str, Config], world_sizes: Sequence[int], device: Device, *, mfu: float, tokens: int
-) -> dict[str, list[Plan]]:
-    """Plan every config at every world size."""
-    return {
-        name: [plan_run(name, config, size, device, mfu=mfu, tokens=tokens, grow_batch=True) for size in world_sizes]
-        for name, config in configs.items()
-    }
 
 
 def _grow_batch(config: Config, world_size: int) -> BatchPlan:

@@ -11,9 +11,10 @@ from pipeline.distributed.device import GIB
 from pipeline.errors import ConfigError
 from pipeline.model.gpt2 import parameter_count
 from pipeline.planning.devices import Device
-from pipeline.planning.planner import Plan
+from pipeline.planning.planner import Plan, plan_run
 
 _COLUMNS = ("params", "masters", "optim", "grads", "activ", "logits", "buffers", "total", "host")
+_WORLD_SIZES = [1 << power for power in range(13)]
 
 
 def format_plans(config: Config, device: Device, plans: Sequence[Plan], *, mfu: float, tokens: int) -> str:
@@ -51,8 +52,12 @@ def _speed_table(plans: Sequence[Plan]) -> Iterator[str]:
         )
 
 
-def draw_world_sizes(path: Path, title: str, plans: dict[str, list[Plan]], device: Device) -> None:
-    """Draw GiB per rank with the device's limit, and the tokens/s of all ranks where the plan fits.
+def draw_world_sizes(path: Path, configs: dict[str, Config], device: Device, *, mfu: float, tokens: int) -> None:
+    """Plan configs for 1 to 4096 ranks, and draw GiB per rank and the tokens/s of all ranks.
+
+    Args:
+        path: the picture to write; its suffix selects the format.
+        configs: configs that only differ in the backend, by name.
 
     Raises:
         ConfigError: if matplotlib is not installed.
@@ -65,11 +70,11 @@ def draw_world_sizes(path: Path, title: str, plans: dict[str, list[Plan]], devic
     figure = Figure(figsize=(12, 5), layout="constrained")
     FigureCanvasAgg(figure)
     memory, speed = figure.subplots(1, 2)
-    for name, of_backend in plans.items():
-        ranks = [plan.batch.world_size for plan in of_backend]
-        memory.plot(ranks, [plan.memory.total / GIB for plan in of_backend], marker=".", label=name)
-        tokens_per_s = [plan.speed.tokens_per_s if plan.fits else math.nan for plan in of_backend]
-        speed.plot(ranks, tokens_per_s, marker=".", label=name)
+    for name, config in configs.items():
+        plans = [plan_run(name, config, n, device, mfu=mfu, tokens=tokens, grow_batch=True) for n in _WORLD_SIZES]
+        memory.plot(_WORLD_SIZES, [plan.memory.total / GIB for plan in plans], marker=".", label=name)
+        tokens_per_s = [plan.speed.tokens_per_s if plan.fits else math.nan for plan in plans]
+        speed.plot(_WORLD_SIZES, tokens_per_s, marker=".", label=name)
     memory.axhline(device.usable_bytes / GIB, color="black", linestyle="--", label=f"{device.name}, usable")
     memory.set(yscale="log", xlabel="ranks", ylabel="GiB per rank at the peak")
     speed.set(yscale="log", xlabel="ranks", ylabel="tokens/s of all ranks, where it fits")
@@ -77,5 +82,6 @@ def draw_world_sizes(path: Path, title: str, plans: dict[str, list[Plan]], devic
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.suptitle(title)
+    size = f"micro-batch {config.batch.micro_batch_size}"
+    figure.suptitle(f"{config.model.preset}, {config.run.precision}, {size}, {device.name}")
     figure.savefig(path, dpi=120)
