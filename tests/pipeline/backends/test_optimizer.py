@@ -160,7 +160,7 @@ class TestClipping:
     @pytest.mark.parametrize("loss_scale", [1.0, 2.0**16])
     @pytest.mark.parametrize("value", [math.inf, math.nan])
     def test_gradients_that_are_not_finite_are_skipped(self, value: float, loss_scale: float) -> None:
-        """This holds with a loss scale and without."""
+        """They are skipped with a loss scale and without."""
         norm = unscale_and_clip([torch.ones(3), torch.tensor([1.0, value])], loss_scale, 1.0)
         assert not math.isfinite(norm)
         assert not self.steps(norm)

@@ -82,7 +82,7 @@ class TestBf16View:
         return lowered
 
     def test_gradients_are_those_of_a_bf16_model(self, model: GPT2) -> None:
-        """This includes the tied weight, whose gradient comes from the embedding and from the output layer."""
+        """They include the tied weight, whose gradient comes from the embedding and from the output layer."""
         lowered = self.truly_bf16(model)
         assert Bf16ViewModel(model)(*BATCH).item() == lowered(*BATCH).item()
         Bf16ViewModel(model)(*BATCH).backward()
