@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_tools.storage.atomic import write_json_durably
 from data_tools.storage.files import sha256_of_file
 from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, list_checkpoints, read_manifest, tensor_file
-from pipeline.checkpoint.pieces import GROUPS, Piece, index_pieces, piece_key
+from pipeline.checkpoint.pieces import GROUPS, Piece, index_pieces, open_tensors, piece_key
 from pipeline.checkpoint.saving import Files, SavedCheckpoint, Shapes, write_new_checkpoint
 from pipeline.checkpoint.state import TrainingState, read_state
 from pipeline.checkpoint.tensor_stream import StreamedTensor, write_tensors
@@ -142,8 +141,5 @@ def _stream_pieces(shape: list[int], pieces: list[Piece]) -> StreamedTensor:
 
 
 def _read_piece(piece: Piece) -> Tensor:
-    try:
-        with safe_open(piece.file, framework="pt") as file:
-            return file.get_tensor(piece.key)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{piece.file}: cannot be read ({error})") from None
+    with open_tensors(piece.file) as file:
+        return file.get_tensor(piece.key)

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.backends import Backend
 from pipeline.checkpoint.layout import STATE_FILE, read_manifest
-from pipeline.checkpoint.pieces import KINDS, WEIGHT, Piece, PieceIndex, index_pieces
+from pipeline.checkpoint.pieces import KINDS, WEIGHT, Piece, PieceIndex, index_pieces, open_tensors
 from pipeline.checkpoint.state import TrainingState, read_state
 from pipeline.checkpoint.verification import locate_checkpoint
 from pipeline.config.loading import config_from_json
@@ -26,7 +25,8 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
     """Copy a checkpoint into this rank's weights and moments, and restore AdamW's step count and the loss scale.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another model, or is malformed. The backend is unchanged.
+        CheckpointError: the checkpoint belongs to another model or is malformed, and the backend is unchanged; or a
+            file cannot be read.
     """
     state, _ = read_state(folder)
     index = _index_for_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
@@ -70,7 +70,7 @@ def _copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
     for piece in pieces:
         low, high = max(piece.start, start), min(piece.stop, start + target.numel())
         if low < high:
-            with safe_open(piece.file, framework="pt") as file:
+            with open_tensors(piece.file) as file:
                 target[low - start : high - start].copy_(_read_elements(file, piece, low, high))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,16 @@ def parse_key(key: str, group: str) -> tuple[str, str, tuple[int, int] | None]:
     return (kind, match["name"], (int(match["start"]), int(match["stop"]))) if match else (kind, label, None)
 
 
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file with its tensors mapped, or raise CheckpointError if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+
+
 def index_pieces(folder: Path, manifest: dict[str, Any]) -> PieceIndex:
     """Return an index of every stored piece. Only headers are read; all that loading relies on is checked.
 
@@ -82,13 +93,10 @@ def index_pieces(folder: Path, manifest: dict[str, Any]) -> PieceIndex:
 
 def _read_pieces(path: Path, group: str, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, str, Piece]]:
     """Yield kind, parameter and piece for each tensor of a file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                stored = file.get_slice(key)
-                yield _check_piece(path, group, key, stored.get_shape(), stored.get_dtype(), shapes)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    with open_tensors(path) as file:
+        for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+            stored = file.get_slice(key)
+            yield _check_piece(path, group, key, stored.get_shape(), stored.get_dtype(), shapes)
 
 
 def _check_piece(

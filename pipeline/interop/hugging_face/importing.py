@@ -10,12 +10,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.checkpoint import TrainingState
 from pipeline.checkpoint.conversion import Conversion, NewCheckpoint, require_new_run_folder, write_new_run
 from pipeline.checkpoint.layout import read_json_object
+from pipeline.checkpoint.pieces import open_tensors
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError
@@ -109,11 +109,8 @@ def _read_tensors(path: Path) -> dict[str, Any]:
     """Return the tensors of one file by key, mapped."""
     if path.suffix == ".bin":
         return load_pickled_tensors(path, f"the weights of a {_PICKLED_FILE}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    with open_tensors(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
 
 
 def _weight_files(folder: Path) -> list[Path]:
