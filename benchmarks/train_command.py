@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -77,20 +77,8 @@ class PeerCommand:
 
     def filled(self, setting: Setting, data: Path, out: Path) -> str:
         """Return the command for a setting."""
-        return self.template.format(
-            data=data,
-            out=out,
-            n_layer=setting.n_layer,
-            n_head=setting.n_head,
-            n_embd=setting.n_embd,
-            seq_len=setting.seq_len,
-            batch=setting.micro_batch_size,
-            tokens_per_step=setting.tokens_per_step,
-            steps=setting.steps,
-            learning_rate=setting.learning_rate,
-            processes=setting.processes,
-            device=setting.device,
-        )
+        sizes = {**asdict(setting), "batch": setting.micro_batch_size, "tokens_per_step": setting.tokens_per_step}
+        return self.template.format(**{**sizes, "data": data, "out": out})
 
 
 def read_steps(lines: Iterable[str], tokens_per_step: int) -> Iterator[tuple[int, float, float]]:
