@@ -16,8 +16,47 @@ from pipeline.model.gpt2 import build_model
 from tests.pipeline.backends.conftest import backend_config, is_compiled, micro_batch
 from tests.support.runs import run_ranks
 
+#: The custom collectives against gloo's gather, and against a sum in the order of the ranks, bit for bit.
+COLLECTIVES = """
+import torch
+import torch.distributed as dist
+
+from pipeline.backends.fsdp import AllGather, ReduceScatter
+
+dist.init_process_group("gloo")
+group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+random = torch.Generator().manual_seed(rank)
+for length in (1, 7, 4096):
+    for dtype in (torch.float32, torch.bfloat16):
+        shard = torch.randn(length, generator=random).to(dtype)
+        expected = torch.empty(size * length, dtype=dtype)
+        dist.all_gather_into_tensor(expected, shard)
+        gathered = AllGather().allocate((size * length,), dtype=dtype, device=shard.device)
+        AllGather()(gathered, shard, group)
+        assert torch.equal(gathered, expected)
+        in_place = torch.zeros_like(expected)
+        own = in_place.narrow(0, rank * length, length).copy_(shard)
+        AllGather()(in_place, own, group)
+        assert torch.equal(in_place, expected)
+
+    whole = torch.randn(size * length, generator=random)
+    kept = whole.clone()
+    for op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+        from_all = torch.empty(size, size * length)
+        dist.all_gather_into_tensor(from_all.view(-1), whole)
+        expected = from_all.sum(0)[rank * length : (rank + 1) * length]
+        expected = expected / size if op == dist.ReduceOp.AVG else expected
+        reduced = torch.empty(length)
+        ReduceScatter()(reduced, whole, group, op)
+        assert torch.equal(reduced, expected), (reduced, expected)
+        assert torch.equal(whole, kept), "the input must not change"
+dist.barrier()
+print(f"rank {rank} agrees", flush=True)
+dist.destroy_process_group()
+"""
+
 #: Two ranks gather their fragments, and compute the norm of gradients that are known as a whole.
-PROGRAM = """
+SHARDS = """
 import torch
 import torch.distributed as dist
 
@@ -51,7 +90,7 @@ with join_world(config.run) as world:
 
 def test_two_ranks_hold_every_element_once_and_the_norm_counts_them_all(tmp_path: Path) -> None:
     program = tmp_path / "shards.py"
-    program.write_text(PROGRAM, encoding="utf-8")
+    program.write_text(SHARDS, encoding="utf-8")
     result = run_ranks(2, program, [])
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("agrees") == 2
@@ -95,3 +134,12 @@ def test_blocks_and_output_layer_are_compiled_one_by_one(world: World) -> None:
     backend = make_fsdp(world, run={"compile": True})
     compiled = [name for name, module in backend.compute.named_modules() if is_compiled(module)]
     assert compiled == ["model.h.0", "model.h.1", "model.lm_head"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_collectives_on_cpus_equal_those_of_gloo(ranks: int, tmp_path: Path) -> None:
+    program = tmp_path / "collectives.py"
+    program.write_text(COLLECTIVES, encoding="utf-8")
+    result = run_ranks(ranks, program, [])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("agrees") == ranks
