@@ -77,10 +77,12 @@ def atomic_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
         file.close()
         publish(aside, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):  # closing flushes the buffer, which fails again if the disk is full
             file.close()
-        aside.unlink(missing_ok=True)
+        # If the block never ended, this runs at garbage collection, when another writer may use the same path.
+        if not isinstance(error, GeneratorExit):
+            aside.unlink(missing_ok=True)
         raise
 
 

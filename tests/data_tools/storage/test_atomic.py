@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -57,6 +58,16 @@ def test_a_file_has_its_name_only_after_the_block(tmp_path: Path) -> None:
         assert [file.name for file in tmp_path.iterdir()] == ["value.partial"]
     assert path.read_bytes() == b"content"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_block_that_never_ends_leaves_the_file_to_the_next_writer(tmp_path: Path) -> None:
+    abandoned = storage.atomic_file(tmp_path / "value")
+    abandoned.__enter__().write(b"old")
+    with storage.atomic_file(tmp_path / "value") as file:
+        del abandoned
+        gc.collect()
+        file.write(b"new")
+    assert (tmp_path / "value").read_bytes() == b"new"
 
 
 def test_a_file_can_be_written_in_another_folder(tmp_path: Path) -> None:
