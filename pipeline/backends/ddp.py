@@ -45,7 +45,6 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
             compute,
             device_ids=[world.device] if world.device.type == "cuda" else None,
             bucket_cap_mb=config.backend.ddp.bucket_cap_mb,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
     if config.run.compile is True:
