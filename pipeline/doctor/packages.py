@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, version
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def check_packages() -> list[Finding]:
         project = distribution(PROJECT)
     except PackageNotFoundError:
         return [Finding("packages", "problem", f"{PROJECT} is not installed in this environment", INSTALL)]
-    return [_check_python(project), *_check_required(project), _check_tested(), *_check_extras(project)]
+    return [_check_python(project), _check_required(project), _check_tested(), *_check_extras(project)]
 
 
 def _check_python(project: Distribution) -> Finding:
@@ -34,27 +34,24 @@ def _check_python(project: Distribution) -> Finding:
     return Finding("python", "problem", f"{here}; {needed} is needed", "make a virtual environment with a newer Python")
 
 
-def _check_required(project: Distribution) -> Iterator[Finding]:
-    wrong = [fault for requirement in requirements(project, extra="") if (fault := _fault(requirement))]
-    if wrong:
-        yield Finding("packages", "problem", "; ".join(wrong), INSTALL)
-    else:
-        main = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "numpy"))
-        yield Finding("packages", "ok", main)
+def _check_required(project: Distribution) -> Finding:
+    if faults := _faults(requirements(project, extra="")):
+        return Finding("packages", "problem", "; ".join(faults), INSTALL)
+    main = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "numpy"))
+    return Finding("packages", "ok", main)
 
 
 def _check_tested() -> Finding:
     """Check for versions other than the tested ones. They are allowed, but may explain a problem."""
     if not CONSTRAINTS.is_file():
-        return Finding(
-            "tested versions", "note", f"{CONSTRAINTS} is missing", "run from a checkout to compare versions"
-        )
+        cure = "run from a checkout to compare versions"
+        return Finding("tested versions", "note", f"{CONSTRAINTS} is missing", cure)
     lines = [line.partition("#")[0].strip() for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines()]
     pinned = [requirement for line in lines if line and _applies(requirement := Requirement(line), extra="")]
-    others = [fault for requirement in pinned if _version(requirement.name) and (fault := _fault(requirement))]
-    if not others:
+    faults = _faults(pinned, ignore_missing=True)
+    if not faults:
         return Finding("tested versions", "ok", "all packages are as in constraints.txt")
-    shown = "; ".join(others[:5]) + (f"; and {len(others) - 5} more" if len(others) > 5 else "")
+    shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
     return Finding("tested versions", "note", f"not those of constraints.txt: {shown}", INSTALL)
 
 
@@ -62,10 +59,9 @@ def _check_extras(project: Distribution) -> Iterator[Finding]:
     for extra in project.metadata.get_all("Provides-Extra", []):
         if extra in DEVELOPMENT_EXTRAS:
             continue
-        missing = [fault for requirement in requirements(project, extra) if (fault := _fault(requirement))]
-        if missing:
+        if faults := _faults(requirements(project, extra)):
             cure = f"python -m pip install -c constraints.txt -e '.[{extra}]'"
-            yield Finding(f"extra {extra}", "note", f"not complete: {'; '.join(missing)}", cure)
+            yield Finding(f"extra {extra}", "note", f"not complete: {'; '.join(faults)}", cure)
         else:
             yield Finding(f"extra {extra}", "ok", "installed")
 
@@ -80,18 +76,16 @@ def _applies(requirement: Requirement, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
-def _fault(requirement: Requirement) -> str | None:
-    """Return what is wrong with the installed version, or None if it satisfies the requirement."""
-    found = _version(requirement.name)
-    if found is None:
-        return f"{requirement.name} is not installed"
-    if not requirement.specifier.contains(found, prereleases=True):
-        return f"{requirement.name} is {found}, wanted {requirement.specifier}"
-    return None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def _faults(requirements: Iterable[Requirement], *, ignore_missing: bool = False) -> list[str]:
+    """Return what is wrong with the installed versions."""
+    faults = []
+    for requirement in requirements:
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            if not ignore_missing:
+                faults.append(f"{requirement.name} is not installed")
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            faults.append(f"{requirement.name} is {found}, wanted {requirement.specifier}")
+    return faults

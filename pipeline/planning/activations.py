@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -82,16 +82,8 @@ def _extrapolate(shallow: Sequence[Peak], deeper: Sequence[Peak], periods: int) 
     """
     half = len(shallow) // 2
     partners = [*deeper[:half], *deeper[half - len(shallow) :]]
-
-    def extend(value: int, partner: int) -> int:
-        return value + periods * (partner - value)
-
     return tuple(
-        Peak(
-            extend(peak.finished_elements, partner.finished_elements),
-            extend(peak.activation_bytes, partner.activation_bytes),
-            extend(peak.logit_bytes, partner.logit_bytes),
-        )
+        Peak(*(low + periods * (high - low) for low, high in zip(astuple(peak), astuple(partner), strict=True)))
         for peak, partner in zip(shallow, partners, strict=True)
     )
 
