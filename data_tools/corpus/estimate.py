@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_tools.corpus.chunks import Chunk, documents_of
+from data_tools.corpus.engines import workers_of
+from data_tools.corpus.request import TokenizeRequest
 from data_tools.encoding.documents import encode_document, utf8_of
 from data_tools.encoding.encoders import REFERENCE_ENCODER, load_encoder
 from data_tools.errors import DataError
@@ -58,20 +60,11 @@ class Estimate:
         return f"{size}; {self.chunks:,} chunks, {self.workers} processes, up to {memory} of memory"
 
 
-def estimate_run(
-    source: Source, chunks: Sequence[Chunk], *, is_limited: bool, free_bytes: int | None, workers: int
-) -> Estimate | None:
-    """Return an estimate from the first documents, or None if the source has no document with text.
-
-    Args:
-        source: the source of the run.
-        chunks: all chunks of the run.
-        is_limited: whether the chunks are only a beginning of the source, so that its size says nothing about them.
-        free_bytes: see ``Estimate``.
-        workers: maximum number of processes on this machine.
+def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chunk], free_bytes: int | None) -> Estimate:
+    """Return an estimate of all chunks of a run from its first documents.
 
     Raises:
-        DataError: the first documents cannot be read.
+        DataError: the first documents cannot be read, or no document has text.
     """
     text_bytes = tokens = 0
     encoder = load_encoder(REFERENCE_ENCODER)  # it is loaded anyway, and a sample needs no speed
@@ -81,13 +74,14 @@ def estimate_run(
         if text_bytes >= _SAMPLE_BYTES:
             break
     if not tokens:
-        return None
+        raise DataError(f"--source {request.source} has no document with text in it; there is nothing to tokenize")
+    is_limited = request.limit_documents is not None or request.limit_bytes is not None
     return Estimate(
         text_bytes=None if is_limited else source.text_bytes(),
         bytes_per_token=text_bytes / tokens,
         free_bytes=free_bytes,
         chunks=len(chunks),
-        workers=min(workers, len(chunks)),
+        workers=min(workers_of(request), len(chunks)),
     )
 
 

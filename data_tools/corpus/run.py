@@ -10,15 +10,14 @@ from contextlib import closing
 
 from data_tools.corpus.chunks import Chunk, Progress, plan_chunks
 from data_tools.corpus.duplicates import write_repeated
-from data_tools.corpus.engines import run_chunks, workers_of
+from data_tools.corpus.engines import run_chunks
 from data_tools.corpus.estimate import Estimate, check_free_space, estimate_run
 from data_tools.corpus.output import OutputFolder, load_complete, open_output
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.worker import Job, encode_chunk, fingerprint_chunk
 from data_tools.encoding.encoders import choose_encoder
-from data_tools.errors import DataError
 from data_tools.shards import Manifest
-from data_tools.sources import Source, open_source
+from data_tools.sources import open_source
 from data_tools.storage.files import sha256_of_json
 
 __all__ = ["Observer", "Progress", "TokenizeRequest", "find_complete", "tokenize_corpus", "tokenize_share"]
@@ -89,28 +88,15 @@ def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer:
         if share is None:
             chunks = output.chunks
             output.remove_leftovers()
-            observer.planned(_check_estimate(request, source, output))
+            estimate = estimate_run(request, source, chunks, output.folder.free_bytes())
+            observer.planned(estimate)
+            check_free_space(estimate, 2 * output.progress.tokens, f"--out {request.out}")
         else:
             chunks = output.chunks[share[0] :: share[1]]
         if request.deduplicate == "exact" and not _find_repeated(job, chunks, output):
             return None
         _encode(job, chunks, output, observer)
         return output.complete(encoder=encoder, engine=request.engine)
-
-
-def _check_estimate(request: TokenizeRequest, source: Source, output: OutputFolder) -> Estimate:
-    """Return the estimate of a run, or raise DataError if the run has no text or does not fit on the disk."""
-    estimate = estimate_run(
-        source,
-        output.chunks,
-        is_limited=request.limit_documents is not None or request.limit_bytes is not None,
-        free_bytes=output.folder.free_bytes(),
-        workers=workers_of(request),
-    )
-    if estimate is None:
-        raise DataError(f"--source {request.source} has no document with text in it; there is nothing to tokenize")
-    check_free_space(estimate, 2 * output.progress.tokens, f"--out {request.out}")
-    return estimate
 
 
 def _find_repeated(job: Job, chunks: Sequence[Chunk], output: OutputFolder) -> bool:

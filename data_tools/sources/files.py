@@ -51,13 +51,14 @@ class FileSource:
         files: path and size in bytes of each file, in the order in which they are read.
     """
 
-    def __init__(self, inputs: Sequence[str], suffixes: tuple[str, ...]) -> None:
-        """Find the files, see ``find_files``."""
+    def __init__(self, inputs: Sequence[str], suffixes: tuple[str, ...], **settings: str | None) -> None:
+        """Find the files, see ``find_files``; ``settings`` are the other options that decide which documents come."""
         self._inputs = inputs
+        self._settings = settings
         self.files = find_files(inputs, suffixes)
 
     def options(self) -> dict[str, Any]:
-        return {"inputs": list(self._inputs), **describe_files(self.files)}
+        return {"inputs": list(self._inputs), **describe_files(self.files), **self._settings}
 
     def text_bytes(self) -> int:
         return sum(_estimate_text_bytes(path, size) for path, size in self.files)

@@ -22,11 +22,8 @@ class JsonlSource(FileSource):
     """Files with one JSON object per line, of which one string field is the document."""
 
     def __init__(self, inputs: Sequence[str], text_field: str) -> None:
-        super().__init__(inputs, JSONL_SUFFIXES)
+        super().__init__(inputs, JSONL_SUFFIXES, text_field=text_field)
         self._text_field = text_field
-
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "text_field": self._text_field}
 
     def read(self, piece: Slice) -> Iterator[str]:
         for line in read_lines(piece):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,11 +20,8 @@ class ParquetSource(FileSource):
     """Parquet files, of which one string column holds the documents. A slice is a range of row groups."""
 
     def __init__(self, inputs: Sequence[str], text_field: str) -> None:
-        super().__init__(inputs, (".parquet",))
+        super().__init__(inputs, (".parquet",), text_field=text_field)
         self._text_field = text_field
-
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "text_field": self._text_field}
 
     def text_bytes(self) -> int:
         return sum(size for path, _ in self.files for size in self._row_group_bytes(path))

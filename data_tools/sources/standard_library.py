@@ -40,7 +40,10 @@ class StandardLibrarySource:
 
     def read(self, piece: Slice) -> Iterator[str]:
         if piece.path == _TOPICS:
-            yield from _reference_topics()
+            # Imported here because it is half a megabyte of text.
+            from pydoc_data.topics import topics
+
+            yield from (topics[name] for name in sorted(topics))
             return
         for path, _ in self._files()[piece.start : piece.stop]:
             with one_line_read_errors(path):
@@ -58,11 +61,3 @@ class StandardLibrarySource:
                 folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
                 paths.extend(Path(parent, name).relative_to(self._root) for name in names if name.endswith(".py"))
             return [(path.as_posix(), (self._root / path).stat().st_size) for path in sorted(paths)]
-
-
-def _reference_topics() -> Iterator[str]:
-    # Imported here because it is half a megabyte of text.
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        yield topics[name]

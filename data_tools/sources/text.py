@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from data_tools.errors import DataError
 from data_tools.sources.files import FileSource, Slice, group_files
@@ -23,11 +23,7 @@ class TextSource(FileSource):
             DataError: an input does not exist, or the separator is empty or not valid Unicode.
         """
         self._separator = _encode_separator(document_separator)
-        self._document_separator = document_separator
-        super().__init__(inputs, suffixes=())
-
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "document_separator": self._document_separator}
+        super().__init__(inputs, suffixes=(), document_separator=document_separator)
 
     def slices(self, slice_bytes: int) -> list[Slice]:
         """Return ranges of bytes if there is a separator, otherwise ranges of whole files."""
