@@ -27,17 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import status_bytes
-from data_tools.shards import (
-    MANIFEST_NAME,
-    TRAIN_SPLIT,
-    Manifest,
-    ShardWriter,
-    SourceRecord,
-    TokenizerRecord,
-    TokenStream,
-    open_split,
-)
-from data_tools.storage.atomic import write_json_durably
+from data_tools.shards import TRAIN_SPLIT, ShardWriter, TokenizerRecord, TokenStream, open_split
 from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE
 from pipeline.backends import create_backend
 from pipeline.config.schema import Config
@@ -48,11 +38,12 @@ from pipeline.distributed.world import join_world
 from pipeline.model.gpt2 import build_model, flops_per_token
 from pipeline.training.throughput import ThroughputMeter
 from pipeline.training.trainer import Trainer
+from tests.support.runs import write_manifest
 from tests.support.tables import print_header, print_row
 
 MB = 10**6
 SHARD_TOKENS = 100_000_000  # the default of build-nanogpt and of stage 1
-BATCH, SEQ_LEN, ACCUMULATION = 16, 1024, 32  # 524,288 tokens a step, as in the GPT-2 recipe
+BATCH, SEQ_LEN, ACCUMULATION = 16, 1024, 32  # 524,288 tokens per step, as in the GPT-2 recipe
 BATCHES = SHARD_TOKENS // (BATCH * SEQ_LEN) - 1  # of one shard, without its end
 CPU = torch.device("cpu")
 FAR_SAMPLE, FAR_TOKENS = 10**9, 10**10
@@ -73,13 +64,7 @@ def make_shards(folder: Path, tokens: int) -> Path:
         writer = ShardWriter(folder, f"{TRAIN_SPLIT}_{index:06d}.npy", TRAIN_SPLIT)
         writer.append(shard, documents=len(shard[::1000]), utf8_bytes=0)
         records.append(writer.close())
-    manifest = Manifest(
-        tokenizer=TokenizerRecord("random", GPT2_VOCAB_SIZE, END_OF_TEXT, "0" * 64),
-        source=SourceRecord("random", {}),
-        settings={},
-        shards=tuple(records),
-    )
-    write_json_durably(folder / MANIFEST_NAME, manifest.to_json())
+    write_manifest(folder, "random", TokenizerRecord("random", GPT2_VOCAB_SIZE, END_OF_TEXT, "0" * 64), records)
     return folder
 
 

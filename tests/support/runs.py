@@ -23,6 +23,7 @@ from data_tools.shards import (
     TRAIN_SPLIT,
     VAL_SPLIT,
     Manifest,
+    ShardRecord,
     ShardWriter,
     SourceRecord,
     TokenizerRecord,
@@ -103,14 +104,15 @@ def make_byte_corpus(folder: Path, documents: int = 60) -> Path:
                 np.concatenate([[BYTE_VOCAB_SIZE - 1], tokens]).astype(np.uint16), documents=1, utf8_bytes=len(text)
             )
         records.append(writer.close())
-    manifest = Manifest(
-        tokenizer=TokenizerRecord("bytes", BYTE_VOCAB_SIZE, BYTE_VOCAB_SIZE - 1, "0" * 64),
-        source=SourceRecord("python-stdlib", {}),
-        settings={},
-        shards=tuple(records),
-    )
-    write_json_durably(folder / MANIFEST_NAME, manifest.to_json())
+    tokenizer = TokenizerRecord("bytes", BYTE_VOCAB_SIZE, BYTE_VOCAB_SIZE - 1, "0" * 64)
+    write_manifest(folder, "python-stdlib", tokenizer, records)
     return folder
+
+
+def write_manifest(folder: Path, source: str, tokenizer: TokenizerRecord, records: Sequence[ShardRecord]) -> None:
+    """Write the manifest of shards that were not made by stage 1."""
+    manifest = Manifest(tokenizer=tokenizer, source=SourceRecord(source, {}), settings={}, shards=tuple(records))
+    write_json_durably(folder / MANIFEST_NAME, manifest.to_json())
 
 
 def copy_with_masks(data: Path, folder: Path, longest_tokens: int = 100) -> Path:
