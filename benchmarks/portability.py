@@ -64,14 +64,14 @@ class Continuation:
 class Portability:
     """Trains and continues runs in one precision, in the folder ``scratch``."""
 
-    def __init__(self, data: Path, scratch: Path, precision: str, dropout: float = 0.1) -> None:
+    def __init__(self, data: Path, scratch: Path, precision: str) -> None:
         self.scratch = scratch
         self.precision = precision
         self.sections = merged(
             TINY_BYTE_RUN,
             {
                 "run": {"precision": precision},
-                "model": {"dropout": dropout},
+                "model": {"dropout": 0.1},
                 "data": {"path": str(data)},
                 "batch": {"tokens_per_step": 192, "micro_batch_size": 1},
                 "schedule": {"max_steps": SAVED_AT + STEPS_AFTER},
@@ -112,11 +112,9 @@ def every_pair() -> list[tuple[Side, Side]]:
     return pairs + [(Side(backend, processes),) * 2 for processes, backend in product((1, 2), BACKENDS)]
 
 
-def compare(
-    data: Path, scratch: Path, precision: str, pairs: Sequence[tuple[Side, Side]], dropout: float = 0.1
-) -> Iterator[Continuation]:
+def compare(data: Path, scratch: Path, precision: str, pairs: Sequence[tuple[Side, Side]]) -> Iterator[Continuation]:
     """Run all pairs and yield one result per pair. Single-process runs use one core each, in parallel."""
-    runs = Portability(data, scratch, precision, dropout)
+    runs = Portability(data, scratch, precision)
     sources = list(dict.fromkeys(saved_by for saved_by, _ in pairs))
     for processes in (1, 2):
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // processes)) as pool:
