@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.data import write_inputs
-from data_tools.shards import MANIFEST_NAME
+from data_tools.shards.manifest import MANIFEST_NAME
 from tests.support.runs import REPOSITORY
 
 _TOKENIZE = str(REPOSITORY / "launch" / "tokenize_corpus.py")

@@ -33,7 +33,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.shards import TRAIN_SPLIT, open_split
+from data_tools.shards.manifest import TRAIN_SPLIT
+from data_tools.shards.reader import open_split
 from data_tools.threads import available_cores
 from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
 from tests.support.runs import REPOSITORY

@@ -27,7 +27,8 @@ import psutil
 
 from benchmarks.memory import status_bytes
 from benchmarks.train_setting import Measured, Setting
-from data_tools.formats import ConvertRequest, convert
+from data_tools.formats.conversion import convert
+from data_tools.formats.plan import ConvertRequest
 
 _NUMBER = r"[:=\s]+([\d.,]+(?:e[+-]?\d+)?)"
 _STEP = re.compile(rf"\b(?:iter|step){_NUMBER}", re.IGNORECASE)

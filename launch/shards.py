@@ -10,18 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError
-from data_tools.formats import (
-    AUTO,
-    INPUT_FORMATS,
-    OUTPUT_FORMATS,
-    ConvertRequest,
-    adopt_in_place,
-    convert,
-    first_documents,
-    inspect,
-    open_collection,
-)
-from data_tools.shards import TRAIN_SPLIT, ShardRecord, verify
+from data_tools.formats.conversion import adopt_in_place, convert
+from data_tools.formats.inspection import first_documents, inspect
+from data_tools.formats.opening import AUTO, INPUT_FORMATS, open_collection
+from data_tools.formats.plan import OUTPUT_FORMATS, ConvertRequest
+from data_tools.shards.manifest import TRAIN_SPLIT, ShardRecord
+from data_tools.shards.verification import verify
 from launch.cli import ArgumentParser, positive_int, run_command
 
 _LINE_EVERY_S = 10.0

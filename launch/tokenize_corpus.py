@@ -18,7 +18,7 @@ from data_tools.corpus.estimate import Estimate
 from data_tools.corpus.run import Observer, Progress, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
 from data_tools.errors import DataError
 from data_tools.options import Deduplication, EncoderChoice, Engine, ShardFormat, SourceKind
-from data_tools.shards import VAL_SPLIT, Manifest
+from data_tools.shards.manifest import VAL_SPLIT, Manifest
 from data_tools.storage.files import is_remote
 from launch.cli import ArgumentParser, positive_int, run_command, start_logging
 

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.encoding.documents import Document, utf8_of
 from data_tools.errors import DataError
-from data_tools.shards import ShardRecord
+from data_tools.shards.manifest import ShardRecord
 from data_tools.sources import Slice, Source
 
 #: Where records of finished chunks are kept until the folder is complete.

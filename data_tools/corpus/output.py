@@ -21,9 +21,8 @@ import numpy as np
 from data_tools.corpus.chunks import RECORDS_FOLDER, Chunk, ChunkRecord, Progress
 from data_tools.encoding.encoders import REFERENCE_ENCODER, encoder_version
 from data_tools.errors import DataError, one_line_write_errors
-from data_tools.shards import (
+from data_tools.shards.manifest import (
     MANIFEST_NAME,
-    SHARD_FORMATS,
     TRAIN_SPLIT,
     VAL_SPLIT,
     Manifest,
@@ -31,10 +30,10 @@ from data_tools.shards import (
     SourceRecord,
     TokenizerRecord,
     load_manifest,
-    map_mask,
-    map_shard,
     parse_manifest,
 )
+from data_tools.shards.mapping import map_mask, map_shard
+from data_tools.shards.writer import SHARD_FORMATS
 from data_tools.storage.atomic import fsync_folder
 from data_tools.storage.folders import Folder, LocalFolder, is_scratch, open_folder
 from data_tools.storage.locks import LOCK_NAME, FileLock, lock_folder

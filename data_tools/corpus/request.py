@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 from data_tools.errors import DataError
 from data_tools.options import Deduplication, EncoderChoice, Engine, ShardFormat
-from data_tools.shards import FORMAT_VERSION, SourceRecord
 from data_tools.shards.contents import gpt2_tokenizer_record
+from data_tools.shards.manifest import FORMAT_VERSION, SourceRecord
 from data_tools.sources import Source, SourceRequest
 
 _CHOICES = {"format": ShardFormat, "deduplicate": Deduplication, "encoder": EncoderChoice, "engine": Engine}

@@ -16,7 +16,7 @@ from data_tools.corpus.output import OutputFolder, load_complete, open_output
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.worker import Job, encode_chunk, fingerprint_chunk
 from data_tools.encoding.encoders import choose_encoder
-from data_tools.shards import Manifest
+from data_tools.shards.manifest import Manifest
 from data_tools.sources import open_source
 from data_tools.storage.files import sha256_of_json
 

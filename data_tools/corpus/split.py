@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from data_tools.encoding.documents import Document, fingerprint_of, utf8_of
-from data_tools.shards import TRAIN_SPLIT, VAL_SPLIT
+from data_tools.shards.manifest import TRAIN_SPLIT, VAL_SPLIT
 
 _OTHER_SPLIT = {TRAIN_SPLIT: VAL_SPLIT, VAL_SPLIT: TRAIN_SPLIT}
 

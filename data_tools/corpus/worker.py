@@ -17,7 +17,8 @@ from data_tools.corpus.split import AssignedDocument, assign_splits
 from data_tools.encoding.documents import EncodedDocument, encode_document, fingerprint_of, utf8_of
 from data_tools.encoding.encoders import REFERENCE_ENCODER, load_encoder
 from data_tools.errors import DataError
-from data_tools.shards import TRAIN_SPLIT, VAL_SPLIT, ShardRecord, ShardWriter
+from data_tools.shards.manifest import TRAIN_SPLIT, VAL_SPLIT, ShardRecord
+from data_tools.shards.writer import ShardWriter
 from data_tools.sources import Source, open_source
 from data_tools.storage.files import sha256_of_json
 from data_tools.storage.folders import open_folder, scratch_of

@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from data_tools.arrays import TokenArray
 from data_tools.errors import DataError, one_line_read_errors
-from data_tools.shards import TRAIN_SPLIT, VAL_SPLIT, Manifest, ShardRecord, SourceRecord, TokenizerRecord
 from data_tools.shards.contents import gpt2_tokenizer_record
+from data_tools.shards.manifest import TRAIN_SPLIT, VAL_SPLIT, Manifest, ShardRecord, SourceRecord, TokenizerRecord
 from data_tools.shards.mapping import map_bytes
 
 _SPLIT_WORDS = {
@@ -31,7 +31,7 @@ _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Tokens(Protocol):
-    """A stream of tokens of known length; ``data_tools.shards.TokenStream`` is one."""
+    """A stream of tokens of known length; ``TokenStream`` is one."""
 
     @property
     def tokens(self) -> int:

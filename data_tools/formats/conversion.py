@@ -17,10 +17,10 @@ from data_tools.formats.collection import TokenCollection
 from data_tools.formats.flat_files import LLMC, NANOGPT, map_llmc_file
 from data_tools.formats.opening import open_collection
 from data_tools.formats.plan import DEFAULT_SHARD_TOKENS, ConvertRequest, PlannedFile, chunks, keeps_shards, plan_files
-from data_tools.shards import MANIFEST_NAME, Manifest, ShardRecord, ShardWriter, SourceRecord, verify
 from data_tools.shards.contents import Contents, Vocabulary
-from data_tools.shards.manifest import mask_file_of
-from data_tools.shards.writer import FlatFile
+from data_tools.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, SourceRecord, mask_file_of
+from data_tools.shards.verification import verify
+from data_tools.shards.writer import FlatFile, ShardWriter
 from data_tools.storage.atomic import atomic_folder, write_json_durably
 from data_tools.storage.files import sha256_of_file
 from data_tools.threads import Advance, map_threads, no_progress

@@ -15,8 +15,9 @@ from data_tools.arrays import TokenArray
 from data_tools.errors import DataError
 from data_tools.formats.collection import TokenCollection, Tokens
 from data_tools.formats.opening import AUTO, NATIVE, open_collection, recognize
-from data_tools.shards import Manifest, TokenStream, load_manifest
 from data_tools.shards.contents import gpt2_tokenizer_record
+from data_tools.shards.manifest import Manifest, load_manifest
+from data_tools.shards.reader import TokenStream
 from data_tools.tokenizer import load_tokenizer
 
 _HEADINGS = ("split", "shards", "tokens", "documents", "bytes", "bytes/token", "largest shard", "smallest")

@@ -9,8 +9,9 @@ from data_tools.errors import DataError, one_line_read_errors
 from data_tools.formats.collection import Split, TokenCollection, TokenFile
 from data_tools.formats.flat_files import LLMC, NANOGPT, NANOGPT_NAMES, open_llmc, open_nanogpt
 from data_tools.formats.megatron import INDEX_SUFFIX, MEGATRON, is_index, open_megatron
-from data_tools.shards import MANIFEST_NAME, TokenStream, load_manifest
 from data_tools.shards.llmc import LLMC_SUFFIX, is_llmc
+from data_tools.shards.manifest import MANIFEST_NAME, load_manifest
+from data_tools.shards.reader import TokenStream
 
 AUTO = "auto"
 NATIVE = "native"

@@ -15,8 +15,9 @@ from data_tools.errors import DataError
 from data_tools.formats.collection import TokenCollection, Tokens, require_split_name
 from data_tools.formats.flat_files import LLMC, NANOGPT
 from data_tools.formats.opening import AUTO, INPUT_FORMATS
-from data_tools.shards import SHARD_FORMATS, TRAIN_SPLIT, VAL_SPLIT, ShardRecord
 from data_tools.shards.llmc import LLMC_SUFFIX, MAX_TOKENS
+from data_tools.shards.manifest import TRAIN_SPLIT, VAL_SPLIT, ShardRecord
+from data_tools.shards.writer import SHARD_FORMATS
 
 DEFAULT_SHARD_TOKENS = 100_000_000
 OUTPUT_FORMATS = (*SHARD_FORMATS, NANOGPT, LLMC)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.errors import DataError
-from data_tools.shards import TRAIN_SPLIT, VAL_SPLIT, TokenStream, open_split, require_unchanged
+from data_tools.shards.manifest import TRAIN_SPLIT, VAL_SPLIT
+from data_tools.shards.reader import TokenStream, open_split
+from data_tools.shards.verification import require_unchanged
 from data_tools.storage.files import sha256_of_json
 from pipeline.config.schema import DataConfig, MixtureComponent, ModelConfig
 from pipeline.data.sample_order import Mixture

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.shards import TokenStream
+from data_tools.shards.reader import TokenStream
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.data.datasets import TokenDataset
 from pipeline.data.sample_order import IndexArray, Mixture, SampleOrder

@@ -11,7 +11,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from data_tools.errors import DataError
-from data_tools.shards import VAL_SPLIT, load_manifest, open_split
+from data_tools.shards.manifest import VAL_SPLIT, load_manifest
+from data_tools.shards.reader import open_split
 from data_tools.storage.atomic import write_json_durably
 from pipeline.backends import Backend
 from pipeline.checkpoint import LoadedModel, load_model

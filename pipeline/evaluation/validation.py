@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_tools.shards import TokenStream
+from data_tools.shards.reader import TokenStream
 from pipeline.backends import Backend
 from pipeline.config.schema import Config
 from pipeline.data.datasets import TokenDataset

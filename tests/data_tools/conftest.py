@@ -18,7 +18,8 @@ import tiktoken
 from data_tools.corpus import chunks
 from data_tools.corpus.split import draw_split
 from data_tools.encoding.documents import Document, fingerprint_of, utf8_of
-from data_tools.shards import load_manifest, open_split
+from data_tools.shards.manifest import load_manifest
+from data_tools.shards.reader import open_split
 from data_tools.sources import Source
 from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
 

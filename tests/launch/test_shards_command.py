@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import launch.shards
-from data_tools.shards import load_manifest, open_split
+from data_tools.shards.manifest import load_manifest
+from data_tools.shards.reader import open_split
 from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
 from launch.cli import run_command
 from tests.support.runs import REPOSITORY, TINY_RUN, Sections, child_environment, curve_of, merged

@@ -12,7 +12,7 @@ import tiktoken
 
 from data_tools.corpus.estimate import Estimate
 from data_tools.corpus.run import Progress
-from data_tools.shards import load_manifest
+from data_tools.shards.manifest import load_manifest
 from launch import tokenize_corpus as command_module
 from launch.cli import run_command
 from launch.tokenize_corpus import ProgressDisplay, main

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.shards import MANIFEST_NAME, Manifest, ShardWriter, SourceRecord, TokenizerRecord
+from data_tools.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, TokenizerRecord
+from data_tools.shards.writer import ShardWriter
 from data_tools.storage.atomic import write_json_durably
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.distributed.world import World, join_world

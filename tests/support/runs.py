@@ -18,18 +18,18 @@ import numpy as np
 
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.run import tokenize_corpus
-from data_tools.shards import (
+from data_tools.shards.manifest import (
     MANIFEST_NAME,
     TRAIN_SPLIT,
     VAL_SPLIT,
     Manifest,
     ShardRecord,
-    ShardWriter,
     SourceRecord,
     TokenizerRecord,
     load_manifest,
-    open_split,
 )
+from data_tools.shards.reader import open_split
+from data_tools.shards.writer import ShardWriter
 from data_tools.storage.atomic import write_json_durably
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.rank_server import RankServer

@@ -11,13 +11,9 @@ import numpy as np
 import pytest
 
 from data_tools.errors import DataError
-from data_tools.shards import (
-    Manifest,
-    ShardWriter,
-    SourceRecord,
-    TokenizerRecord,
-    open_split,
-)
+from data_tools.shards.manifest import Manifest, SourceRecord, TokenizerRecord
+from data_tools.shards.reader import open_split
+from data_tools.shards.writer import ShardWriter
 from data_tools.storage.atomic import write_json_durably
 
 END = 50256

@@ -14,19 +14,11 @@ import numpy.typing as npt
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from data_tools.formats import (
-    inspection,
-    megatron,
-    plan,
-)
-from data_tools.shards import (
-    Manifest,
-    ShardWriter,
-    SourceRecord,
-    load_manifest,
-    open_split,
-)
+from data_tools.formats import inspection, megatron, plan
 from data_tools.shards.contents import gpt2_tokenizer_record
+from data_tools.shards.manifest import Manifest, SourceRecord, load_manifest
+from data_tools.shards.reader import open_split
+from data_tools.shards.writer import ShardWriter
 from data_tools.storage.atomic import write_json_durably
 from data_tools.tokenizer import load_tokenizer
 

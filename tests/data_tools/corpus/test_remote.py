@@ -18,7 +18,7 @@ import pytest
 from data_tools.corpus.estimate import Estimate
 from data_tools.corpus.run import Progress, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
 from data_tools.errors import DataError
-from data_tools.shards import parse_manifest
+from data_tools.shards.manifest import parse_manifest
 from data_tools.storage.folders import RemoteFolder
 from tests.data_tools.conftest import CHUNK_BYTES, Command, json_lines, result, varied_documents
 

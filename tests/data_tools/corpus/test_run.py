@@ -19,7 +19,9 @@ from data_tools.corpus.estimate import Estimate
 from data_tools.corpus.run import Progress, TokenizeRequest, find_complete, tokenize_corpus
 from data_tools.encoding.documents import utf8_of
 from data_tools.errors import DataError
-from data_tools.shards import load_manifest, open_split, verify
+from data_tools.shards.manifest import load_manifest
+from data_tools.shards.reader import open_split
+from data_tools.shards.verification import verify
 from data_tools.sources import SourceRequest, open_source
 from tests.data_tools.conftest import (
     documents_of,

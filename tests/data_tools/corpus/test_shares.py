@@ -15,7 +15,7 @@ from data_tools.corpus.chunks import plan_chunks
 from data_tools.corpus.estimate import Estimate
 from data_tools.corpus.run import Progress, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
 from data_tools.errors import DataError
-from data_tools.shards import Manifest, load_manifest
+from data_tools.shards.manifest import Manifest, load_manifest
 from data_tools.sources import open_source
 from data_tools.storage.folders import LocalFolder
 from data_tools.storage.locks import LOCK_NAME, lock_folder

@@ -13,21 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.errors import DataError
-from data_tools.formats import (
-    ConvertRequest,
-    adopt_in_place,
-    convert,
-    open_collection,
-)
-from data_tools.shards import (
-    Manifest,
-    ShardWriter,
-    SourceRecord,
-    load_manifest,
-    open_split,
-    verify,
-)
+from data_tools.formats.conversion import adopt_in_place, convert
+from data_tools.formats.opening import open_collection
+from data_tools.formats.plan import ConvertRequest
 from data_tools.shards.contents import gpt2_tokenizer_record
+from data_tools.shards.manifest import Manifest, SourceRecord, load_manifest
+from data_tools.shards.reader import open_split
+from data_tools.shards.verification import verify
+from data_tools.shards.writer import ShardWriter
 from data_tools.storage.atomic import write_json_durably
 from tests.data_tools.conftest import environment
 from tests.support.token_files import (
@@ -285,7 +278,8 @@ class TestNothingHalfWritten:
         script = (
             "import os, signal, sys\n"
             "from pathlib import Path\n"
-            "from data_tools.formats import ConvertRequest, convert\n"
+            "from data_tools.formats.conversion import convert\n"
+            "from data_tools.formats.plan import ConvertRequest\n"
             "request = ConvertRequest(source=Path(sys.argv[1]), out=Path(sys.argv[2]), to=sys.argv[3], workers=1)\n"
             "convert(request, written=lambda done_bytes: done_bytes and os.kill(os.getpid(), signal.SIGKILL))\n"
         )

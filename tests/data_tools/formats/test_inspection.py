@@ -9,11 +9,8 @@ import numpy as np
 import pytest
 
 from data_tools.errors import DataError
-from data_tools.formats import (
-    first_documents,
-    inspect,
-    open_collection,
-)
+from data_tools.formats.inspection import first_documents, inspect
+from data_tools.formats.opening import open_collection
 from data_tools.tokenizer import load_tokenizer
 from tests.support.token_files import (
     END,

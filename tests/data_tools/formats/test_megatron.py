@@ -9,11 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.errors import DataError
-from data_tools.formats import (
-    ConvertRequest,
-    convert,
-    open_collection,
-)
+from data_tools.formats.conversion import convert
+from data_tools.formats.opening import open_collection
+from data_tools.formats.plan import ConvertRequest
 from tests.support.token_files import (
     END,
     few_examples,

@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from data_tools.errors import DataError
-from data_tools.shards import (
-    load_manifest,
-    verify,
-)
+from data_tools.shards.manifest import load_manifest
+from data_tools.shards.verification import verify
 from tests.support.shard_folders import (
     edit_manifest,
     edit_sealed_manifest,

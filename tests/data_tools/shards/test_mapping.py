@@ -12,13 +12,9 @@ import pyarrow as pa
 import pytest
 
 from data_tools.errors import DataError
-from data_tools.shards import (
-    Manifest,
-    ShardRecord,
-    open_split,
-    require_unchanged,
-    verify,
-)
+from data_tools.shards.manifest import Manifest, ShardRecord
+from data_tools.shards.reader import open_split
+from data_tools.shards.verification import require_unchanged, verify
 from data_tools.storage.atomic import write_json_durably
 from tests.data_tools.conftest import environment
 from tests.support.shard_folders import (
@@ -175,7 +171,7 @@ def test_opening_does_not_read_the_tokens(tmp_path: Path) -> None:
 MANY_SHARDS = """
 import os, resource, sys
 import numpy as np
-from data_tools.shards import open_split
+from data_tools.shards.reader import open_split
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 stream = open_split(sys.argv[1], "train")

@@ -12,15 +12,10 @@ import numpy as np
 import pytest
 
 from data_tools.errors import DataError
-from data_tools.shards import (
-    Manifest,
-    ShardRecord,
-    ShardWriter,
-    load_manifest,
-    open_split,
-    require_unchanged,
-    verify,
-)
+from data_tools.shards.manifest import Manifest, ShardRecord, load_manifest
+from data_tools.shards.reader import open_split
+from data_tools.shards.verification import require_unchanged, verify
+from data_tools.shards.writer import ShardWriter
 from data_tools.storage.atomic import write_json_durably
 from tests.support.shard_folders import edit_manifest, random_tokens, write_folder
 

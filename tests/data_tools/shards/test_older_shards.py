@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.formats import first_documents, open_collection
-from data_tools.shards import ShardRecord, load_manifest, open_split, verify
+from data_tools.formats.inspection import first_documents
+from data_tools.formats.opening import open_collection
+from data_tools.shards.manifest import ShardRecord, load_manifest
+from data_tools.shards.reader import open_split
+from data_tools.shards.verification import verify
 
 FOLDERS = Path(__file__).resolve().parents[2] / "data" / "before_rooms"
 

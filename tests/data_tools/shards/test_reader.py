@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from data_tools.errors import DataError
-from data_tools.shards import (
-    ShardRecord,
-    open_split,
-    verify,
-)
+from data_tools.shards.manifest import ShardRecord
+from data_tools.shards.reader import open_split
+from data_tools.shards.verification import verify
 from data_tools.shards.writer import BATCH_TOKENS
 from tests.support.shard_folders import (
     edit_manifest,

@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_tools.errors import DataError
-from data_tools.shards import (
-    open_split,
-    verify,
-)
+from data_tools.shards.reader import open_split
+from data_tools.shards.verification import verify
 from tests.support.shard_folders import edit_manifest, random_tokens, write_folder
 from tests.support.token_files import (
     documents,

@@ -9,10 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from data_tools.shards import (
-    ShardWriter,
-)
-from data_tools.shards.writer import BATCH_TOKENS
+from data_tools.shards.writer import BATCH_TOKENS, ShardWriter
 from tests.data_tools.conftest import environment
 from tests.support.shard_folders import (
     random_tokens,
@@ -57,7 +54,7 @@ WRITE_AND_COUNT = """
 import sys
 from pathlib import Path
 import numpy as np
-from data_tools.shards import ShardWriter
+from data_tools.shards.writer import ShardWriter
 from data_tools.shards.contents import Vocabulary, gpt2_tokenizer_record
 tokens = np.array([50256, 15496], dtype=np.uint16)
 writer = ShardWriter(Path(sys.argv[1]), "train_000000.arrow", "train")

@@ -11,7 +11,9 @@ import pytest
 
 from data_tools.corpus.run import TokenizeRequest, tokenize_corpus
 from data_tools.errors import DataError
-from data_tools.shards import TRAIN_SPLIT, open_split, verify
+from data_tools.shards.manifest import TRAIN_SPLIT
+from data_tools.shards.reader import open_split
+from data_tools.shards.verification import verify
 from data_tools.sources import SourceRequest, open_source
 from data_tools.sources.instructions import dialogue_of
 from data_tools.tokenizer import END_OF_TEXT, load_tokenizer

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from data_tools.errors import DataError
-from data_tools.shards import load_manifest, open_split
+from data_tools.shards.manifest import load_manifest
+from data_tools.shards.reader import open_split
 from pipeline.config.schema import DataConfig, ModelConfig
 from pipeline.data.datasets import TokenDataset, check_same_vocabulary, data_sha256, open_datasets, verify_datasets
 from pipeline.distributed.world import World

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_tools.errors import DataError
-from data_tools.shards import TokenStream, open_split
+from data_tools.shards.reader import TokenStream, open_split
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.data.datasets import TokenDataset
 from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader, validation_batches

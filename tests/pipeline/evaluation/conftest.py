@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.shards import TokenStream, open_split
+from data_tools.shards.reader import TokenStream, open_split
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from pipeline.config.schema import ModelConfig
 from pipeline.distributed.world import World

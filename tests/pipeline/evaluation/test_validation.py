@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.shards import TokenStream, open_split
+from data_tools.shards.reader import TokenStream, open_split
 from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.validation import mixture_loss
