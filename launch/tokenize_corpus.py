@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import sys
@@ -30,8 +29,10 @@ _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 def main() -> None:
     """Parse the command line, tokenize, and print what was written."""
     start_logging()
-    arguments = build_parser().parse_args()
-    request, share = request_of(arguments), share_of(arguments)
+    options = vars(build_parser().parse_args())
+    task, tasks = options.pop("task"), options.pop("tasks")
+    request = TokenizeRequest(**{**options, "inputs": tuple(options["inputs"])})
+    share = share_of(task, tasks, request)
     if manifest := find_complete(request):
         print(f"{request.out} is already complete")
         print_shards(manifest, request)
@@ -46,12 +47,12 @@ def main() -> None:
         if request.deduplicate == "off":
             then = "the share that finishes last writes the manifest"
         else:
-            then = "if there is no manifest when all shares are done, run them again to encode the compared documents"
+            then = "if all shares are done and the folder has no manifest, run all of them once more to encode"
         print(f"share {share[0]} of {share[1]} is done; {then}")
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line. The defaults are those of ``TokenizeRequest``."""
+    """Return the parser of the command line. Its defaults are those of ``TokenizeRequest``."""
     defaults = {field.name: field.default for field in fields(TokenizeRequest)}
     parser = ArgumentParser(
         description="Tokenize documents with GPT-2's vocabulary into shards for training.",
@@ -75,7 +76,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--out",
         required=True,
-        type=path_or_url,
+        type=lambda text: text if is_remote(text) else Path(text),
         metavar="DIR",
         help="a new folder for the shards, or a URL such as s3://bucket/folder",
     )
@@ -113,33 +114,21 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def request_of(arguments: argparse.Namespace) -> TokenizeRequest:
-    """Return the request of parsed arguments."""
-    values = {key: value for key, value in vars(arguments).items() if key not in ("task", "tasks")}
-    return TokenizeRequest(**{**values, "inputs": tuple(arguments.inputs)})
-
-
-def share_of(arguments: argparse.Namespace) -> tuple[int, int] | None:
-    """Return ``--task`` and ``--tasks``, or None if this process does all of the work.
+def share_of(share: int | None, shares: int | None, request: TokenizeRequest) -> tuple[int, int] | None:
+    """Return the checked values of ``--task`` and ``--tasks``, or None if this process does all of the work.
 
     Raises:
-        DataError: one of them is given without the other, or the task is not one of the tasks.
+        DataError: one of them is given without the other, the share does not exist, or Ray divides the work.
     """
-    share, shares = arguments.task, arguments.tasks
     if share is None and shares is None:
         return None
     if share is None or shares is None:
         raise DataError("--task and --tasks go together, as --task 0 --tasks 8")
     if not 0 <= share < shares:
         raise DataError(f"--task must be from 0 to {shares - 1} with --tasks {shares}, it is {share}")
-    if arguments.engine != "local":
+    if request.engine != "local":
         raise DataError("--task is for processes that are started by hand; --engine ray divides the work itself")
     return share, shares
-
-
-def path_or_url(text: str) -> Path | str:
-    """Parse a local path or a URL, as an argparse type."""
-    return text if is_remote(text) else Path(text)
 
 
 def unescape(text: str) -> str:
@@ -153,35 +142,31 @@ class ProgressDisplay(Observer):
     def __init__(self) -> None:
         self._started_s = time.monotonic()
         self._next_line_s = self._started_s + _LINE_EVERY_S
-        self._estimate: Estimate | None = None
+        self._text_bytes: int | None = None
         self._at_start: Progress | None = None
         self._now = Progress()
-        self._bar: tqdm[Any] | None = (
-            tqdm(bar_format="{desc} [{elapsed}]", file=sys.stderr) if sys.stderr.isatty() else None
-        )
+        self._bar = tqdm(bar_format="{desc} [{elapsed}]", file=sys.stderr, disable=not sys.stderr.isatty())
 
     def planned(self, estimate: Estimate) -> None:
         """Print the estimate."""
-        self._estimate = estimate
+        self._text_bytes = estimate.text_bytes
         tqdm.write(str(estimate), file=sys.stderr)
 
     def progressed(self, progress: Progress) -> None:
-        """Show the progress. The first call gives the progress of an interrupted run that this one continues."""
+        """Show the progress. At the first call it is that of the interrupted run that this one continues."""
         self._now = progress
         if self._at_start is None:
             self._at_start = progress
             if progress.documents:
                 tqdm.write(f"continuing after {progress.documents:,} documents in finished shards", file=sys.stderr)
-        if self._bar is not None:
-            self._bar.set_description_str(self._line())
-        elif time.monotonic() >= self._next_line_s:
+        self._bar.set_description_str(self._line())
+        if self._bar.disable and time.monotonic() >= self._next_line_s:
             self._next_line_s += _LINE_EVERY_S
             print(self._line(), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar on the terminal and end its line."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def encoded_megabytes(self) -> float:
         """Return the megabytes of text that this run has encoded."""
@@ -196,15 +181,12 @@ class ProgressDisplay(Observer):
         return f"{self.encoded_megabytes() / max(self.elapsed_s(), 1e-9):.1f} MB/s"
 
     def _line(self) -> str:
-        return f"{self._now.documents:,} documents, {self._now.tokens:,} tokens, {self.speed()}{self._time_left()}"
-
-    def _time_left(self) -> str:
-        """Return the time for the rest of the estimated text at the speed so far, or nothing if it is not known."""
+        line = f"{self._now.documents:,} documents, {self._now.tokens:,} tokens, {self.speed()}"
         done = self.encoded_megabytes()
-        if self._estimate is None or self._estimate.text_bytes is None or not done:
-            return ""
-        left = max(0.0, (self._estimate.text_bytes - self._now.utf8_bytes) / 1e6)
-        return f", {tqdm.format_interval(left * self.elapsed_s() / done)} left"
+        if self._text_bytes is None or not done:
+            return line
+        left = max(0.0, (self._text_bytes - self._now.utf8_bytes) / 1e6)
+        return f"{line}, {tqdm.format_interval(left * self.elapsed_s() / done)} left"
 
 
 def print_shards(manifest: Manifest, request: TokenizeRequest) -> None:

@@ -1,7 +1,7 @@
 """The work of stage 1 as a list of chunks, which any process on any machine can encode in any order.
 
-A chunk is a range of the source that becomes shards of its own. The chunks, and every byte that they write, depend on
-the request alone.
+A chunk is a range of the source with shards of its own. The request alone decides the chunks and every byte that they
+write.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from data_tools.encoding.documents import Document, utf8_of
 from data_tools.errors import DataError
 from data_tools.shards.manifest import ShardRecord
 from data_tools.sources import Slice, Source
+from data_tools.sources.files import group_sizes
 
 #: Where records of finished chunks are kept until the folder is complete.
 RECORDS_FOLDER = "tasks/"
@@ -130,7 +131,7 @@ class Progress:
 
 
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
-    """Cut the source into chunks. A limit of the request is found by reading up to it, without encoding.
+    """Cut the source into chunks. If the request has a limit, read the documents up to it to find where it is.
 
     Raises:
         DataError: the source cannot be read.
@@ -139,7 +140,11 @@ def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
     text_bytes = source.text_bytes()
     wanted = largest if text_bytes is None else text_bytes // _WANTED_CHUNKS
     chunk_bytes = min(max(wanted, _SMALLEST_CHUNK_BYTES), largest)
-    chunks = list(_group_slices(source.slices(chunk_bytes), chunk_bytes))
+    slices = source.slices(chunk_bytes)
+    # A slice of unknown size is a chunk of its own.
+    sizes = [chunk_bytes if item.text_bytes is None else item.text_bytes for item in slices]
+    groups = enumerate(group_sizes(sizes, chunk_bytes))
+    chunks = [Chunk(index, tuple(slices[start:stop])) for index, (start, stop, _) in groups]
     if request.limit_documents is None and request.limit_bytes is None:
         return chunks
     return list(_apply_limit(chunks, source, request))
@@ -149,20 +154,6 @@ def documents_of(chunk: Chunk, source: Source) -> Iterator[Document]:
     """Yield the chunk's documents that have text, in order."""
     documents = (document for item in chunk.slices for document in source.read(item) if document)
     return islice(documents, chunk.limit_documents)
-
-
-def _group_slices(slices: Sequence[Slice], chunk_bytes: int) -> Iterator[Chunk]:
-    """Group consecutive slices up to ``chunk_bytes``. A slice of unknown size is a chunk of its own."""
-    index, group, size = 0, list[Slice](), 0
-    for item in slices:
-        item_bytes = chunk_bytes if item.text_bytes is None else item.text_bytes
-        if group and size + item_bytes > chunk_bytes:
-            yield Chunk(index, tuple(group))
-            index, group, size = index + 1, [], 0
-        group.append(item)
-        size += item_bytes
-    if group:
-        yield Chunk(index, tuple(group))
 
 
 def _apply_limit(chunks: Sequence[Chunk], source: Source, request: TokenizeRequest) -> Iterator[Chunk]:

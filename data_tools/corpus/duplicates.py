@@ -15,15 +15,13 @@ from data_tools.storage.folders import Folder
 #: Documents whose fingerprints are compared at a time. Sorting them takes a quarter of a gigabyte.
 _DOCUMENTS_AT_A_TIME = 4 << 20
 
-Fingerprints = npt.NDArray[np.uint64]
-
 
 def write_repeated(folder: Folder, chunks: Sequence[Chunk]) -> None:
     """Write, for each chunk, the numbers of its documents that repeat one in it or in an earlier chunk.
 
     The first of equal documents, in the order of the source, is not repeated.
     """
-    fingerprints = [_load_fingerprints(folder, chunk) for chunk in chunks]
+    fingerprints = [np.load(io.BytesIO(folder.read(chunk.fingerprints_file)), allow_pickle=False) for chunk in chunks]
     repeated = _find_repeated(np.concatenate([np.empty((0, 2), np.uint64), *fingerprints]))
     start = 0
     for chunk, rows in zip(chunks, fingerprints, strict=True):
@@ -35,15 +33,10 @@ def write_repeated(folder: Folder, chunks: Sequence[Chunk]) -> None:
         start = stop
 
 
-def _load_fingerprints(folder: Folder, chunk: Chunk) -> Fingerprints:
-    loaded: Fingerprints = np.load(io.BytesIO(folder.read(chunk.fingerprints_file)), allow_pickle=False)
-    return loaded
-
-
-def _find_repeated(fingerprints: Fingerprints) -> CountArray:
+def _find_repeated(fingerprints: npt.NDArray[np.uint64]) -> CountArray:
     """Return the sorted positions of rows that are equal to an earlier row.
 
-    Rows are compared in groups with the same first number modulo the number of groups, which bounds the memory.
+    To bound the memory, rows are compared in groups. The first number modulo the number of groups decides the group.
     """
     groups = 1 + len(fingerprints) // _DOCUMENTS_AT_A_TIME
     group_of = fingerprints[:, 0] % np.uint64(groups)

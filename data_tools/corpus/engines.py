@@ -1,4 +1,4 @@
-"""Run chunks in processes of this machine or on a Ray cluster. The result is the same."""
+"""Run chunks in processes of this machine or on a Ray cluster. Both write the same shards."""
 
 from __future__ import annotations
 
@@ -66,22 +66,18 @@ def _run_on_ray(
         while pending:
             (done, *_), pending = ray.wait(pending, num_returns=1)
             pending += [remote.remote(chunk) for chunk in islice(waiting, 1)]
-            result, error = _get(ray, done)
+            try:
+                result, error = ray.get(done)
+            except ray.exceptions.RayError as ray_error:
+                raise DataError(
+                    f"--engine ray: a chunk failed {_RAY_RETRIES + 1} times ({describe_error(ray_error)}); "
+                    "repeat the command to continue"
+                ) from ray_error
             if error is not None:
                 raise error
             if isinstance(result, ChunkRecord):
                 on_report(result.progress)
             yield result
-
-
-def _get(ray: Any, reference: Any) -> Any:
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayError as error:
-        raise DataError(
-            f"--engine ray: a chunk failed {_RAY_RETRIES + 1} times ({describe_error(error)}); "
-            "repeat the command to continue"
-        ) from error
 
 
 @contextmanager
@@ -109,7 +105,7 @@ def _ray_cluster(request: TokenizeRequest) -> Iterator[Any]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise DataError at once where Ray itself would retry for minutes."""
+    """Raise DataError if nothing listens at the address, because Ray would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal():
         return  # "auto", which Ray resolves

@@ -25,7 +25,7 @@ class Estimate:
 
     Attributes:
         text_bytes: bytes of text in the source; None if that is not known before reading it.
-        bytes_per_token: bytes of text per token in a sample of the first documents.
+        bytes_per_token: bytes of text per token in the first documents.
         free_bytes: free space at the output; None if it is not known.
         chunks: number of chunks, finished ones included.
         workers: number of processes on this machine.
@@ -67,7 +67,7 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
         DataError: the first documents cannot be read, or no document has text.
     """
     text_bytes = tokens = 0
-    encoder = load_encoder(REFERENCE_ENCODER)  # it is loaded anyway, and a sample needs no speed
+    encoder = load_encoder(REFERENCE_ENCODER)  # it is loaded anyway, and fast enough for a few documents
     for document in (document for chunk in chunks for document in documents_of(chunk, source)):
         text_bytes += len(utf8_of(document))
         tokens += encode_document(encoder, document).tokens.size
@@ -86,12 +86,9 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
 
 
 def check_free_space(estimate: Estimate, written_bytes: int, place: str) -> None:
-    """Raise DataError if the shards that are still to be written do not fit on the disk.
+    """Raise DataError if the disk has no space for the shards, of which ``written_bytes`` are already written.
 
-    Args:
-        estimate: the estimate of the whole run.
-        written_bytes: what finished chunks have already written.
-        place: names the output in the message.
+    ``place`` names the output in the message.
     """
     if estimate.shard_bytes is None or estimate.free_bytes is None:
         return

@@ -1,6 +1,6 @@
-"""The output folder of a run: planned, continued after a crash, completed, and never confused with another request's.
+"""The output folder of a run: plan it, continue it after a crash, complete it, and refuse another request's folder.
 
-Until it is complete the folder holds ``plan.json`` (the request's identity and its chunks) and, for each finished
+Until it is complete, the folder holds ``plan.json`` (the request's identity and its chunks) and, for each finished
 chunk, its shards and ``tasks/<chunk>.json``. The manifest replaces the plan and the records at the end.
 """
 
@@ -59,14 +59,14 @@ def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
     _check_same_request(out, made_by, identity)
     for shard in manifest.shards:
         _check_shard(folder, shard, str(out))
-    # These are left over if the process that wrote the manifest was killed right after.
+    # These are left over if the process that wrote the manifest was killed right after it.
     _remove_work_files(folder)
     folder.remove({LOCK_NAME} & folder.names())
     return manifest
 
 
 class OutputFolder:
-    """The output folder of one run that is not complete yet; ``open_output`` opens one.
+    """The folder of a run that is not complete yet. ``open_output`` opens it.
 
     Attributes:
         folder: the files in it.
@@ -90,7 +90,7 @@ class OutputFolder:
         return sum((record.progress for record in self.finished.values()), Progress())
 
     def plan(self, make_plan: Callable[[], list[Chunk]]) -> None:
-        """Load the plan of the run that is continued and its finished chunks, or write a new plan.
+        """Load the plan and the finished chunks of an interrupted run, or write a new plan.
 
         Raises:
             DataError: the folder is another request's, the plan is damaged, or the folder cannot be written.
@@ -158,9 +158,9 @@ class OutputFolder:
         return manifest
 
     def abandon(self) -> None:
-        """Keep only finished chunks and the plan, with which the same request continues; remove the plan if none is.
+        """Keep the plan and the finished chunks, so that the same request can continue; remove everything else.
 
-        A shared folder is left to the last process that writes to it.
+        Removes the plan too if no chunk is finished. Does nothing while other processes write to the folder.
         """
         if not self._is_planned:  # it may be another request's
             return
@@ -188,7 +188,7 @@ class OutputFolder:
 
 @contextmanager
 def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> Iterator[OutputFolder]:
-    """Open a new output folder, or one that the same request left incomplete; an error in the block abandons it.
+    """Open a new output folder, or one that the same request left incomplete. An error in the block abandons it.
 
     Args:
         out: a path or URL.
@@ -213,7 +213,7 @@ def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> I
 
 @contextmanager
 def _created(path: Path) -> Iterator[None]:
-    """Create a folder and its parents; if the block fails, remove those that are empty again."""
+    """Create a folder and its parents. If the block fails, remove those that are empty again."""
     if path.exists() and not path.is_dir():
         raise DataError(f"--out {path} is a file; name a folder")
     created = [folder for folder in (path, *path.parents) if not folder.exists()]

@@ -135,7 +135,7 @@ class _Worker(Generic[Item, Result]):
 
 def _serve(work: Work[Any, Any], connection: Connection) -> None:
     """Work on the items that the pipe delivers until it is closed."""
-    # Ctrl-C reaches the whole process group, but the parent decides how to end.
+    # Ctrl-C reaches the whole process group. The parent handles it and then kills its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     while True:
@@ -145,20 +145,17 @@ def _serve(work: Work[Any, Any], connection: Connection) -> None:
             return
         try:
             result = work(item, lambda *values: connection.send((_REPORT, values)))
-        except Exception as error:  # noqa: BLE001 (the parent raises it)
-            connection.send((_ERROR, _picklable(error)))
+        except (DataError, OSError) as error:
+            connection.send((_ERROR, error))
+        except Exception as error:  # noqa: BLE001 (not every error can be pickled; the parent raises this one)
+            traceback_text = "".join(traceback.format_exception(error))
+            connection.send((_ERROR, RuntimeError(f"in a worker process:\n{traceback_text}")))
         else:
             connection.send((_RESULT, result))
 
 
-def _picklable(error: Exception) -> Exception:
-    if isinstance(error, (DataError, OSError)):
-        return error
-    return RuntimeError("in a worker process:\n" + "".join(traceback.format_exception(error)))
-
-
 def _exit_with_parent() -> None:
-    """End this process when its parent is killed: a worker that is busy does not read its pipe."""
+    """End this process when its parent is killed. A busy worker would notice only when it reads from its pipe."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""Dividing documents between training and validation, the same way every time."""
+"""Divide documents between training and validation, the same way every time."""
 
 from __future__ import annotations
 
@@ -24,14 +24,9 @@ class AssignedDocument:
 
 
 def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
-    """Return the split of a document as a pure function of its contents.
+    """Return the split of a document from its fingerprint, so that equal documents are always in the same split.
 
-    Equal documents are therefore always in the same split, wherever they are in the source.
-
-    Args:
-        fingerprint: see ``data_tools.encoding.documents.fingerprint_of``.
-        val_fraction: the expected fraction of documents in the validation split.
-        seed: selects another division of the same documents.
+    ``val_fraction`` is the expected fraction of documents in the validation split. Each seed gives another division.
     """
     digest = hashlib.blake2b(fingerprint, digest_size=8, key=struct.pack("<Q", seed)).digest()
     return VAL_SPLIT if int.from_bytes(digest, "little") < val_fraction * 2**64 else TRAIN_SPLIT
@@ -40,21 +35,16 @@ def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
 def assign_splits(
     documents: Iterable[Document], *, val_fraction: float, seed: int, fill_both: bool
 ) -> Iterator[AssignedDocument]:
-    """Yield each document with its split, in order.
+    """Yield each document with the split that ``draw_split`` returns, in order. Every document must have text.
 
-    Args:
-        documents: documents with text.
-        val_fraction: see ``draw_split``.
-        seed: see ``draw_split``.
-        fill_both: the documents are the whole corpus, so both splits must get one even if all draws are equal.
+    ``fill_both`` says that the documents are the whole corpus, so that ``fill_both_splits`` can change the draw.
     """
 
     def assign(document: Document) -> AssignedDocument:
         utf8 = utf8_of(document)
         fingerprint = fingerprint_of(document, utf8)
-        return AssignedDocument(
-            document, utf8, fingerprint, draw_split(fingerprint, val_fraction=val_fraction, seed=seed)
-        )
+        split = draw_split(fingerprint, val_fraction=val_fraction, seed=seed)
+        return AssignedDocument(document, utf8, fingerprint, split)
 
     assigned = map(assign, documents)
     return fill_both_splits(assigned) if fill_both and val_fraction > 0 else assigned
@@ -64,7 +54,7 @@ def fill_both_splits(assigned: Iterator[AssignedDocument]) -> Iterator[AssignedD
     """Move the last new document to the other split if all documents were drawn for the same one.
 
     Its repeats move with it, because equal documents stay in one split. A single document is used for training.
-    Documents are held back only until both splits have one.
+    No document is held back after both splits have one.
     """
     held: list[AssignedDocument] = []  # the last new document, and the repeats that follow it
     seen: set[bytes] = set()

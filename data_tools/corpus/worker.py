@@ -1,4 +1,4 @@
-"""What a process does with one chunk: read, encode, check, divide, write."""
+"""What a process does with one chunk: read, divide, encode, check and write its documents."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from data_tools.storage.folders import open_folder, scratch_of
 #: Called by a running chunk with the progress since the last call.
 Report = Callable[[Progress], None]
 
-#: A report costs more than encoding a short document, so it waits for this much text.
+#: Bytes of text between two reports. A report costs more than encoding a short document.
 _REPORT_BYTES = 1 << 20
 #: tiktoken encodes one of this many documents too, besides the first of each chunk.
 _CHECK_ONE_IN = 512
@@ -51,7 +51,7 @@ class Job:
 
 
 def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
-    """Write the shards of a chunk and then its record. They replace what an earlier attempt left.
+    """Write the shards of a chunk, then its record. They replace the files of an earlier attempt.
 
     Raises:
         DataError: a document cannot be read, tokens differ from tiktoken's, or the folder cannot be written.
@@ -94,7 +94,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
 
 
 def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
-    """Write the fingerprints of the chunk's documents, by which ``find_repeated`` compares them.
+    """Write the fingerprints of the chunk's documents, which ``write_repeated`` compares.
 
     Raises:
         DataError: a document cannot be read, or the folder cannot be written.

@@ -27,11 +27,11 @@ FileSizes = Sequence[tuple[str, int]]
 
 @dataclass(frozen=True)
 class Slice:
-    """A range of a source that can be read by itself.
+    """A range of a source that a process can read without reading the others.
 
     Attributes:
         path: the file, or the first of several.
-        start, stop: a half-open range of bytes, row groups, rows or files, whichever the source counts.
+        start, stop: a half-open range of bytes, row groups, rows or files; the source decides which.
         text_bytes: about how many bytes of text the range holds; None if that is not known.
     """
 
@@ -45,14 +45,14 @@ class Slice:
 
 
 class FileSource:
-    """The common base of sources that read files.
+    """The base class of the sources that read files.
 
     Attributes:
         files: path and size in bytes of each file, in the order in which they are read.
     """
 
     def __init__(self, inputs: Sequence[str], suffixes: tuple[str, ...], **settings: str | None) -> None:
-        """Find the files, see ``find_files``; ``settings`` are the other options that decide which documents come."""
+        """Find the files with ``find_files``. ``settings`` are the other options that decide the documents."""
         self._inputs = inputs
         self._settings = settings
         self.files = find_files(inputs, suffixes)
@@ -116,26 +116,31 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
     files: dict[str, int] = {}
     for text in inputs:
         with one_line_read_errors(text):
-            find = _find_remote if is_remote(text) else _find_local
-            for path, size in find(text, suffixes):
-                if path in files:
-                    raise DataError(f"--input names {path} twice")
-                files[path] = size
+            found = _find_remote(text, suffixes) if is_remote(text) else _find_local(text, suffixes)
+        if not found:
+            problem = f"holds no file that ends in {', '.join(suffixes)}" if suffixes else "holds no file"
+            if glob.has_magic(text) and not os.path.isdir(text):
+                problem = "matches no file"
+            elif is_remote(text):
+                problem = f"does not exist, or {problem}"
+            elif not os.path.exists(text):
+                problem = "does not exist"
+            raise DataError(f"--input {text} {problem}")
+        for path, size in found:
+            if path in files:
+                raise DataError(f"--input names {path} twice")
+            files[path] = size
     return tuple(files.items())
 
 
 def _find_local(text: str, suffixes: tuple[str, ...]) -> FileSizes:
-    if os.path.isfile(text):
-        paths = [Path(text)]
-    elif os.path.isdir(text):
-        paths = sorted(_walk(Path(text), suffixes))
-        _require_any(paths, f"--input {text} holds no file{_that_ends_in(suffixes)}")
-    elif glob.has_magic(text):
-        paths = sorted(Path(match) for match in glob.glob(text, recursive=True) if os.path.isfile(match))
-        _require_any(paths, f"--input {text} matches no file")
+    if os.path.isdir(text):
+        paths = walk_files(Path(text), suffixes)
     else:
-        raise DataError(f"--input {text} does not exist")
-    return [(path.as_posix(), path.stat().st_size) for path in paths]
+        # The name of a file may contain *, ? or [.
+        matches = [text] if os.path.isfile(text) else glob.glob(text, recursive=True)
+        paths = (Path(match) for match in matches if os.path.isfile(match))
+    return [(path.as_posix(), path.stat().st_size) for path in sorted(paths)]
 
 
 def _find_remote(text: str, suffixes: tuple[str, ...]) -> FileSizes:
@@ -144,42 +149,34 @@ def _find_remote(text: str, suffixes: tuple[str, ...]) -> FileSizes:
     if glob.has_magic(root):
         matches = (path for path in file_system.glob(root) if file_system.isfile(path))
         paths = sorted(path for path in matches if _is_visible(path, root))
-        _require_any(paths, f"--input {text} matches no file")
     elif file_system.isfile(root):
         paths = [root]
     else:
         names = (path for path in file_system.find(root) if _is_visible(path, root))
         paths = sorted(path for path in names if not suffixes or path.endswith(suffixes))
-        _require_any(paths, f"--input {text} does not exist, or holds no file{_that_ends_in(suffixes)}")
     return [(file_system.unstrip_protocol(path), int(file_system.size(path))) for path in paths]
 
 
-def _walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+def walk_files(
+    folder: Path, suffixes: tuple[str, ...], skipped_folders: frozenset[str] = frozenset()
+) -> Iterator[Path]:
+    """Yield the files below a folder that have one of the suffixes and are not hidden. Without suffixes, yield all."""
+
+    def raise_error(error: OSError) -> None:
+        raise error
+
+    # Without onerror, os.walk skips the folders that it cannot read.
     for parent, folders, names in os.walk(folder, onerror=raise_error):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped_folders]
         for name in names:
             if not name.startswith(".") and (not suffixes or name.endswith(suffixes)):
                 yield Path(parent, name)
-
-
-def raise_error(error: OSError) -> None:
-    """Raise the error, for ``os.walk``, which otherwise skips what it cannot read."""
-    raise error
 
 
 def _is_visible(path: str, root: str) -> bool:
     """Return whether neither the file nor a folder between it and ``root``, a folder or a pattern, is hidden."""
     common = os.path.commonprefix((path, root)).rpartition("/")[0]
     return "/." not in path[len(common) :]
-
-
-def _require_any(paths: Sequence[object], problem: str) -> None:
-    if not paths:
-        raise DataError(problem)
-
-
-def _that_ends_in(suffixes: tuple[str, ...]) -> str:
-    return f" that ends in {', '.join(suffixes)}" if suffixes else ""
 
 
 def _estimate_text_bytes(path: str, size: int) -> int:

@@ -39,46 +39,37 @@ class InstructionSource(FileSource):
         ]
 
     def read(self, piece: Slice) -> Iterator[Dialogue]:
-        for place, record in self._records(piece):
-            try:
-                dialogue = dialogue_of(record)
-            except WrongRecordError as error:
-                raise DataError(f"{place}: {error}") from None
-            yield dialogue
-
-    def _records(self, piece: Slice) -> Iterator[tuple[object, Any]]:
-        """Yield each record, and before it an object that as a string names its place."""
         if piece.path in self._arrays:
             for index, record in enumerate(_load_array(piece.path)):
-                yield f"{piece.path}: record {index}", record
+                yield dialogue_of(record, f"{piece.path}: record {index}")
         else:
             for line in read_lines(piece):
-                yield line, line.parse()
+                yield dialogue_of(line.parse(), line)
 
 
-class WrongRecordError(ValueError):
-    """Says what is wrong with a record, but not which record it is."""
+def dialogue_of(record: Any, place: object) -> Dialogue:
+    """Lay out a record as text with one heading per turn. Only the answers, which the model has to learn, are scored.
 
-
-def dialogue_of(record: Any) -> Dialogue:
-    """Lay out a record as text with one heading per turn. Only what the model has to say is scored.
+    Args:
+        record: a parsed JSON value.
+        place: names the record in messages. It is converted to a string only for a message.
 
     Raises:
-        WrongRecordError: the record is not an object, a field is missing or not a string, a role is unknown, or no
-            message is an answer.
+        DataError: the record is not an object, a field is missing or not a string, a role is unknown, or no message is
+            an answer.
     """
     if isinstance(record, dict) and "messages" in record:
-        return Dialogue(tuple(_segments_of_chat(record["messages"])))
-    return Dialogue(tuple(_segments_of_instruction(record)))
+        return Dialogue(tuple(_segments_of_chat(record["messages"], place)))
+    return Dialogue(tuple(_segments_of_instruction(record, place)))
 
 
-def _segments_of_instruction(record: Any) -> Iterator[tuple[str, bool]]:
+def _segments_of_instruction(record: Any, place: object) -> Iterator[tuple[str, bool]]:
     if not isinstance(record, dict) or "instruction" not in record or "output" not in record:
-        raise WrongRecordError("needs instruction and output (input may be left out), or messages")
+        raise DataError(f"{place}: needs instruction and output (input may be left out), or messages")
     given = {name: record.get(name, "") for name in ("instruction", "input", "output")}
     for name, text in given.items():
         if not isinstance(text, str):
-            raise WrongRecordError(f"{name} is a {type(text).__name__}, it must be a string")
+            raise DataError(f"{place}: {name} is a {type(text).__name__}, it must be a string")
     prompt = _heading("Instruction") + given["instruction"] + _END_OF_TURN
     if given["input"]:
         prompt += _heading("Input") + given["input"] + _END_OF_TURN
@@ -86,17 +77,17 @@ def _segments_of_instruction(record: Any) -> Iterator[tuple[str, bool]]:
     yield given["output"], True
 
 
-def _segments_of_chat(messages: Any) -> Iterator[tuple[str, bool]]:
+def _segments_of_chat(messages: Any, place: object) -> Iterator[tuple[str, bool]]:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise WrongRecordError("messages must be a list of objects with role and content")
+        raise DataError(f"{place}: messages must be a list of objects with role and content")
     if not any(message.get("role") == _ANSWERING_ROLE for message in messages):
-        raise WrongRecordError(f"no message has the role {_ANSWERING_ROLE}; there is nothing to learn")
+        raise DataError(f"{place}: no message has the role {_ANSWERING_ROLE}; there is nothing to learn")
     for index, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES:
-            raise WrongRecordError(f"message {index} has the role {role!r}; it must be one of {', '.join(_ROLES)}")
+            raise DataError(f"{place}: message {index} has the role {role!r}; it must be one of {', '.join(_ROLES)}")
         if not isinstance(content, str):
-            raise WrongRecordError(f"content of message {index} is a {type(content).__name__}, it must be a string")
+            raise DataError(f"{place}: content of message {index} is a {type(content).__name__}, it must be a string")
         is_last = index == len(messages) - 1
         yield _heading(role.capitalize()), False
         # The end of the turn is scored with the answer, so that the model learns where to stop.

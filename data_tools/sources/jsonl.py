@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
@@ -30,15 +30,12 @@ class JsonlSource(FileSource):
             yield text_of_record(line.parse(), self._text_field, line)
 
 
-class Line:
+class Line(NamedTuple):
     """One line of a file and its offset in the decompressed file. As a string it is ``<file>:<line number>``."""
 
-    __slots__ = ("content", "offset", "path")
-
-    def __init__(self, path: str, offset: int, content: bytes) -> None:
-        self.path = path
-        self.offset = offset
-        self.content = content
+    path: str
+    offset: int
+    content: bytes
 
     def __str__(self) -> str:
         number, left = 1, self.offset
@@ -57,18 +54,15 @@ class Line:
         try:
             record = orjson.loads(self.content)
         except orjson.JSONDecodeError:
-            record = self._parse_leniently()
+            # The standard library also reads lone surrogates and NaN, and explains errors better.
+            text = decode_utf8(self.content, self.path, self.offset)
+            try:
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{self}: not valid JSON ({error}); each line must be one JSON object") from error
         if not isinstance(record, dict):
             raise DataError(f"{self}: holds a {type(record).__name__}; each line must be one JSON object")
         return record
-
-    def _parse_leniently(self) -> Any:
-        """Parse with the standard library, which also reads lone surrogates and NaN, and explains errors better."""
-        text = decode_utf8(self.content, self.path, self.offset)
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{self}: not valid JSON ({error}); each line must be one JSON object") from error
 
 
 def read_lines(piece: Slice) -> Iterator[Line]:
@@ -88,7 +82,10 @@ def read_lines(piece: Slice) -> Iterator[Line]:
 
 
 def _skip_line(file: BinaryIO, at_least: int) -> int:
-    """Read to the end of the line, or until ``at_least`` bytes are read, in constant memory; return the bytes read."""
+    """Read to the end of the line, or at least ``at_least`` bytes of it; return the bytes read.
+
+    It takes constant memory.
+    """
     skipped = 0
     while skipped < at_least and (content := file.readline(READ_BYTES)):
         skipped += len(content)
@@ -98,15 +95,10 @@ def _skip_line(file: BinaryIO, at_least: int) -> int:
 
 
 def text_of_record(record: dict[str, Any], text_field: str, place: object) -> str:
-    """Return the document in a record.
-
-    Args:
-        record: a JSON object or a row of a dataset.
-        text_field: the field with the document.
-        place: names the record in messages. It is converted to a string only for a message.
+    """Return the document in a JSON object or in a row of a dataset.
 
     Raises:
-        DataError: the field is missing or not a string.
+        DataError: the field is missing or not a string. ``place``, as a string, names the record in the message.
     """
     if text_field not in record:
         names = ", ".join(map(str, record)) or "none"

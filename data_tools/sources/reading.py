@@ -21,13 +21,13 @@ _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 def compression_of(path: str) -> str | None:
-    """Return Arrow's name of the compression that the suffix of a path says, or None."""
+    """Return Arrow's name of the compression that the suffix of a path stands for, or None."""
     return _COMPRESSIONS.get(os.path.splitext(path)[1])
 
 
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
-    """Open a file, local or at a URL, for reading and seeking in its bytes.
+    """Open a file, local or at a URL, for reading bytes and seeking.
 
     Raises:
         DataError: the file cannot be opened, or reading it fails in the block.
@@ -79,15 +79,10 @@ def describe_error(error: Exception) -> str:
 
 
 def decode_utf8(content: bytes, path: str, offset: int) -> str:
-    """Decode the bytes of a document or a line strictly.
-
-    Args:
-        content: the bytes.
-        path: the file that holds them.
-        offset: the position of the first byte in the decompressed file.
+    """Decode a document or a line that begins at ``offset`` bytes in the decompressed file.
 
     Raises:
-        DataError: names the file and the offset of the first byte that is not UTF-8.
+        DataError: a byte is not UTF-8. The message names the file and the byte's offset.
     """
     try:
         return content.decode("utf-8")

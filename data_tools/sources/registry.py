@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 from data_tools.encoding.documents import Document
 from data_tools.errors import DataError
@@ -23,10 +24,10 @@ FINEWEB_EDU_CONFIG = "sample-10BT"
 
 
 class Source(Protocol):
-    """A repeatable sequence of documents, cut into slices that any process can read by themselves."""
+    """A sequence of documents, cut into slices. Any process can read any slice, and always gets the same documents."""
 
     def options(self) -> dict[str, Any]:
-        """Return everything that decides which documents come, as JSON values. Equal options, equal documents."""
+        """Return, as JSON values, everything that decides which documents the source yields."""
         ...
 
     def text_bytes(self) -> int | None:
@@ -38,16 +39,15 @@ class Source(Protocol):
         ...
 
     def read(self, piece: Slice) -> Iterator[Document]:
-        """Yield the documents of a slice in the source's fixed order. Some may be empty."""
+        """Yield the documents of a slice, in the same order every time. Some may be empty."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRequest:
-    """What a user says about where documents come from.
+    """The user's choice of a source.
 
     Attributes:
-        source: the kind of source.
         inputs: files, folders or glob patterns; for ``hf`` one dataset name or local folder.
         text_field: the field or column that holds a document's text.
         document_separator: for ``text``, the separator between documents of a file; None if a file is one document.
@@ -63,25 +63,19 @@ class SourceRequest:
     dataset_split: str = "train"
 
 
-class _Kind(NamedTuple):
-    """How to open a kind of source, and the fields of the request that ``open`` takes as arguments."""
-
-    open: Callable[..., Source]
-    reads: tuple[str, ...]
-
-
 def _open_fineweb_edu(text_field: str, dataset_config: str | None, dataset_split: str) -> Source:
     return HuggingFaceSource((FINEWEB_EDU_DATASET,), text_field, dataset_config or FINEWEB_EDU_CONFIG, dataset_split)
 
 
-_KINDS: dict[SourceKind, _Kind] = {
-    "text": _Kind(TextSource, ("inputs", "document_separator")),
-    "jsonl": _Kind(JsonlSource, ("inputs", "text_field")),
-    "instructions": _Kind(InstructionSource, ("inputs",)),
-    "parquet": _Kind(ParquetSource, ("inputs", "text_field")),
-    "hf": _Kind(HuggingFaceSource, ("inputs", "text_field", "dataset_config", "dataset_split")),
-    "fineweb-edu": _Kind(_open_fineweb_edu, ("text_field", "dataset_config", "dataset_split")),
-    "python-stdlib": _Kind(StandardLibrarySource, ()),
+#: How to open each kind of source. The parameters are fields of ``SourceRequest``: those that the kind reads.
+_KINDS: dict[SourceKind, Callable[..., Source]] = {
+    "text": TextSource,
+    "jsonl": JsonlSource,
+    "instructions": InstructionSource,
+    "parquet": ParquetSource,
+    "hf": HuggingFaceSource,
+    "fineweb-edu": _open_fineweb_edu,
+    "python-stdlib": StandardLibrarySource,
 }
 
 
@@ -94,17 +88,15 @@ def open_source(request: SourceRequest) -> Source:
     """
     if request.source not in _KINDS:
         raise DataError(f"--source {request.source} is not one of {', '.join(SOURCE_KINDS)}")
-    kind = _KINDS[request.source]
+    fields_of = {kind: inspect.signature(opener).parameters for kind, opener in _KINDS.items()}
+    read = fields_of[request.source]
     for field in fields(SourceRequest):
         is_set = field.name != "source" and getattr(request, field.name) != field.default
-        if is_set and field.name not in kind.reads:
-            readers = [name for name, other in _KINDS.items() if field.name in other.reads]
+        if is_set and field.name not in read:
+            readers = [kind for kind, names in fields_of.items() if field.name in names]
             others = f"{', '.join(readers)} do" if len(readers) > 1 else f"only {readers[0]} does"
-            raise DataError(f"--source {request.source} takes no {_option(field.name)}; {others}")
-    if "inputs" in kind.reads and not request.inputs:
+            option = "--input" if field.name == "inputs" else "--" + field.name.replace("_", "-")
+            raise DataError(f"--source {request.source} takes no {option}; {others}")
+    if "inputs" in read and not request.inputs:
         raise DataError(f"--source {request.source} needs --input")
-    return kind.open(**{name: getattr(request, name) for name in kind.reads})
-
-
-def _option(field: str) -> str:
-    return "--input" if field == "inputs" else "--" + field.replace("_", "-")
+    return _KINDS[request.source](**{name: getattr(request, name) for name in read})

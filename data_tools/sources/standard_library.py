@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_tools.sources.files import Slice, describe_files, group_files, raise_error
+from data_tools.sources.files import Slice, describe_files, group_files, walk_files
 from data_tools.sources.reading import one_line_read_errors
 
 # Installed packages, tests (repetitive, and absent from some distributions) and caches. pydoc_data holds the topics as
-# string literals, which are read as documents of their own.
+# string literals; they are read as separate documents.
 _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data", "__pycache__"}
 )
@@ -28,15 +28,18 @@ class StandardLibrarySource:
 
     def __init__(self) -> None:
         self._root = Path(sysconfig.get_path("stdlib"))
+        with one_line_read_errors(self._root):
+            paths = sorted(walk_files(self._root, (".py",), _SKIPPED_FOLDERS))
+            self._files = [(path.relative_to(self._root).as_posix(), path.stat().st_size) for path in paths]
 
     def options(self) -> dict[str, Any]:
-        return {"python": platform.python_version(), **describe_files(self._files())}
+        return {"python": platform.python_version(), **describe_files(self._files)}
 
     def text_bytes(self) -> int:
-        return sum(size for _, size in self._files())
+        return sum(size for _, size in self._files)
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        return [*group_files(self._files(), slice_bytes), Slice(_TOPICS, 0, 1, 0)]
+        return [*group_files(self._files, slice_bytes), Slice(_TOPICS, 0, 1, 0)]
 
     def read(self, piece: Slice) -> Iterator[str]:
         if piece.path == _TOPICS:
@@ -45,19 +48,6 @@ class StandardLibrarySource:
 
             yield from (topics[name] for name in sorted(topics))
             return
-        for path, _ in self._files()[piece.start : piece.stop]:
-            with one_line_read_errors(path):
-                content = (self._root / path).read_bytes()
-            try:
-                yield content.decode("utf-8")
-            except UnicodeDecodeError:
-                continue
-
-    def _files(self) -> list[tuple[str, int]]:
-        """Return path, relative to the library, and size of each file."""
-        paths: list[Path] = []
-        with one_line_read_errors(self._root):
-            for parent, folders, names in os.walk(self._root, onerror=raise_error):
-                folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
-                paths.extend(Path(parent, name).relative_to(self._root) for name in names if name.endswith(".py"))
-            return [(path.as_posix(), (self._root / path).stat().st_size) for path in sorted(paths)]
+        for path, _ in self._files[piece.start : piece.stop]:
+            with one_line_read_errors(path), suppress(UnicodeDecodeError):
+                yield (self._root / path).read_bytes().decode("utf-8")

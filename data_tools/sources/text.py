@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
@@ -11,18 +12,18 @@ from data_tools.sources.reading import READ_BYTES, compression_of, decode_utf8, 
 
 
 class TextSource(FileSource):
-    """UTF-8 files, each of which is one document, or several with a separator between them.
+    """UTF-8 files. Each is one document, or several documents with a separator between them.
 
-    Bytes are taken as they are: no newline is translated, nothing is stripped.
+    Newlines are not translated, and nothing is stripped.
     """
 
     def __init__(self, inputs: Sequence[str], document_separator: str | None) -> None:
-        """Find the files.
-
-        Raises:
-            DataError: an input does not exist, or the separator is empty or not valid Unicode.
-        """
-        self._separator = _encode_separator(document_separator)
+        if document_separator == "":
+            raise DataError("--document-separator is empty; it must be at least one character")
+        try:
+            self._separator = None if document_separator is None else document_separator.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"--document-separator {document_separator!a} is not valid UTF-8") from error
         super().__init__(inputs, suffixes=(), document_separator=document_separator)
 
     def slices(self, slice_bytes: int) -> list[Slice]:
@@ -30,47 +31,26 @@ class TextSource(FileSource):
         return group_files(self.files, slice_bytes) if self._separator is None else super().slices(slice_bytes)
 
     def read(self, piece: Slice) -> Iterator[str]:
-        if self._separator is not None:
-            for offset, content in _documents_of_range(piece, self._separator):
-                yield decode_utf8(content, piece.path, offset)
+        """Yield the documents that begin in the slice, so that consecutive slices yield each document once."""
+        if self._separator is None:
+            for path, _ in self.files[piece.start : piece.stop]:
+                with open_decompressed(path) as file:
+                    content = file.read()
+                yield decode_utf8(content, path, 0)
             return
-        for path, _ in self.files[piece.start : piece.stop]:
-            with open_decompressed(path) as file:
-                content = file.read()
-            yield decode_utf8(content, path, 0)
-
-
-def _encode_separator(separator: str | None) -> bytes | None:
-    if separator is None:
-        return None
-    try:
-        encoded = separator.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"--document-separator {separator!a} is not valid UTF-8") from error
-    if not encoded:
-        raise DataError("--document-separator is empty; it must be at least one character")
-    return encoded
-
-
-def _documents_of_range(piece: Slice, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield offset and bytes of the documents that begin in a range of bytes.
-
-    Consecutive ranges yield each document once.
-    """
-    if compression_of(piece.path) is not None:  # one slice of unknown length
-        yield from _split(piece.path, separator)
-        return
-    start = piece.start and _first_beginning(piece, separator)
-    if start >= piece.stop:
-        return
-    for offset, content in _split(piece.path, separator, start):
-        if offset >= piece.stop:
+        # A compressed file is one slice, and the number of its decompressed bytes is not known.
+        stop = math.inf if compression_of(piece.path) else piece.stop
+        start = piece.start and _first_beginning(piece, self._separator)
+        if start >= stop:
             return
-        yield offset, content
+        for offset, content in _split(piece.path, self._separator, start):
+            if offset >= stop:
+                return
+            yield decode_utf8(content, piece.path, offset)
 
 
 def _first_beginning(piece: Slice, separator: bytes) -> int:
-    """Return where the first document begins in or after a range, or the range's end, in constant memory."""
+    """Return where the first document of a range begins, or the range's end if none does. It takes constant memory."""
     with open_decompressed(piece.path) as file:
         position = _safe_search_start(file, max(0, piece.start - len(separator)), separator)
         file.seek(position)
@@ -89,7 +69,7 @@ def _first_beginning(piece: Slice, separator: bytes) -> int:
 
 
 def _safe_search_start(file: BinaryIO, position: int, separator: bytes) -> int:
-    """Return the last offset up to ``position`` that lies inside no separator.
+    """Return the last offset up to ``position`` that is not inside a separator.
 
     A search from there finds the same separators as a search from the beginning of the file, even if separators can
     overlap.
@@ -109,14 +89,14 @@ def _safe_search_start(file: BinaryIO, position: int, separator: bytes) -> int:
     return 0
 
 
-def _split(path: str, separator: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Yield offset and bytes of what is between separators from ``start`` on.
+def _split(path: str, separator: bytes, start: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the offset and the bytes of each document from ``start`` on.
 
-    Holds one document and one read in memory. Splitting bytes is the same as splitting text, because the bytes of a
+    One document and one read are in memory. Splitting bytes is the same as splitting text, because the bytes of a
     UTF-8 character never occur inside another one.
     """
     with open_decompressed(path) as file:
-        if start:
+        if start:  # a compressed file, which is read from the beginning, cannot seek
             file.seek(start)
         offset, rest = start, bytearray()
         while content := file.read(READ_BYTES):

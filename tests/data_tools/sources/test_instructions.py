@@ -56,7 +56,7 @@ def learned_and_all(folder: Path) -> tuple[str, str]:
 
 
 def test_an_instruction_with_and_without_input() -> None:
-    plain, with_input = (dialogue_of(record).text for record in RECORDS[:2])
+    plain, with_input = (dialogue_of(record, "a record").text for record in RECORDS[:2])
     assert plain == "### Instruction:\nName a colour.\n\n### Response:\nBlue."
     assert with_input == "### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n3"
 
@@ -93,7 +93,7 @@ def test_an_array_and_lines_are_the_same(tmp_path: Path) -> None:
 def test_any_cut_has_every_record_once(slice_bytes: int, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", RECORDS * 5)
     source = open_source(SourceRequest(source="instructions", inputs=(str(path),)))
-    assert list(read_documents(source, slice_bytes)) == [dialogue_of(record) for record in RECORDS * 5]
+    assert list(read_documents(source, slice_bytes)) == [dialogue_of(record, "a record") for record in RECORDS * 5]
 
 
 def test_arrow_shards_have_masks_too(tmp_path: Path) -> None:
