@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.checkpoint import find_damage, list_checkpoints
+from pipeline.checkpoint.layout import list_checkpoints
+from pipeline.checkpoint.verification import find_damage
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.agreement import LOSS_TOLERANCE
 from tests.support.live_run import LiveRun

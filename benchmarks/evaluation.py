@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from data_tools.tokenizer import load_tokenizer
-from pipeline.checkpoint import load_model
+from pipeline.checkpoint.loading import load_model
 from pipeline.config.schema import ModelConfig, Precision
 from pipeline.distributed.cpu import keep_freed_memory
 from pipeline.distributed.device import matmul_dtype

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from pipeline.checkpoint import list_checkpoints
-from pipeline.checkpoint.layout import checkpoint_folder
+from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints
 from tests.support.agreement import LOSS_TOLERANCE
 from tests.support.runs import (
     BACKENDS,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import list_checkpoints
+from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.agreement import LOSS_TOLERANCE
 from tests.support.runs import TINY_BYTE_RUN, Curve, curve_of, merged, read_curve, train_run

@@ -15,7 +15,7 @@ from data_tools.shards.manifest import VAL_SPLIT, load_manifest
 from data_tools.shards.reader import open_split
 from data_tools.storage.atomic import write_json_durably
 from pipeline.backends import Backend
-from pipeline.checkpoint import LoadedModel, load_model
+from pipeline.checkpoint.loading import LoadedModel, load_model
 from pipeline.config.schema import Config
 from pipeline.data.datasets import check_same_vocabulary
 from pipeline.distributed.cpu import configure_cpu

@@ -9,7 +9,7 @@ import torch
 
 from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, load_tokenizer
 from pipeline.backends import Backend
-from pipeline.checkpoint import load_model
+from pipeline.checkpoint.loading import load_model
 from pipeline.config.schema import Config, SampleConfig
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError

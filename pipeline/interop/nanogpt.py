@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
-from pipeline.checkpoint import TrainingState
 from pipeline.checkpoint.conversion import Conversion, NewCheckpoint, require_new_run_folder, write_new_run
 from pipeline.checkpoint.pieces import EXP_AVG, EXP_AVG_SQ
+from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config, OptimizerConfig, ScheduleConfig
 from pipeline.errors import CheckpointError

@@ -7,17 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import (
-    TrainingState,
-    config_section,
-    list_checkpoints,
-    locate_checkpoint,
-    newest_good_checkpoint,
-    read_state,
-    read_state_file,
-    remove_leftovers,
-    set_aside_after,
-)
+from pipeline.checkpoint.layout import list_checkpoints
+from pipeline.checkpoint.retention import remove_leftovers, set_aside_after
+from pipeline.checkpoint.state import TrainingState, config_section, read_state, read_state_file
+from pipeline.checkpoint.verification import locate_checkpoint, newest_good_checkpoint
 from pipeline.config.schema import Config
 from pipeline.distributed.environment import launch_id, launcher_restarts
 from pipeline.errors import CheckpointError, ConfigError

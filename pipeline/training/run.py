@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.backends import create_backend
-from pipeline.checkpoint import read_state
+from pipeline.checkpoint.state import read_state
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch
 from pipeline.data.datasets import data_sha256, open_datasets, verify_datasets

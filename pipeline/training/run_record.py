@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.storage.atomic import write_json_durably
-from pipeline.checkpoint import SaveOutcome
+from pipeline.checkpoint.background import SaveOutcome
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.run_folder.layout import CONFIG_FILE

@@ -12,7 +12,7 @@ from enum import Enum
 
 from torch import Tensor
 
-from pipeline.checkpoint import GuardState
+from pipeline.checkpoint.state import GuardState
 from pipeline.config.schema import GuardConfig
 from pipeline.distributed.device import LateValue
 from pipeline.distributed.world import World

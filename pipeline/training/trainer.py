@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from pipeline.backends import Backend
-from pipeline.checkpoint import (
-    BackgroundSaver,
-    TrainingState,
-    bytes_of_tensors,
-    load_training_state,
-    newest_good_checkpoint,
-)
+from pipeline.checkpoint.background import BackgroundSaver
+from pipeline.checkpoint.layout import bytes_of_tensors
+from pipeline.checkpoint.loading import load_training_state
+from pipeline.checkpoint.state import TrainingState
+from pipeline.checkpoint.verification import newest_good_checkpoint
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan

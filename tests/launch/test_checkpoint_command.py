@@ -19,18 +19,14 @@ from safetensors import safe_open
 import launch.checkpoint
 from launch.cli import run_command
 from pipeline.backends import create_backend
-from pipeline.checkpoint import (
-    conversion,
-    find_damage,
-    list_checkpoints,
-    load_training_state,
-    read_state,
-    set_aside_after,
-)
+from pipeline.checkpoint import conversion
 from pipeline.checkpoint.conversion import convert_checkpoint
 from pipeline.checkpoint.inspection import inspect
-from pipeline.checkpoint.layout import format_size
-from pipeline.checkpoint.retention import prune
+from pipeline.checkpoint.layout import format_size, list_checkpoints
+from pipeline.checkpoint.loading import load_training_state
+from pipeline.checkpoint.retention import prune, set_aside_after
+from pipeline.checkpoint.state import read_state
+from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import config_from_json, load_config
 from pipeline.config.schema import Config, RunConfig
 from pipeline.data.batch_plan import plan_batch

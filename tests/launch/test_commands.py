@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import list_checkpoints
+from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.runs import (
     CONFIGS,

@@ -11,7 +11,7 @@ import pytest
 
 import launch.export
 from launch.cli import run_command
-from pipeline.checkpoint import list_checkpoints
+from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.run_folder.metrics import read_metrics
 from tests.pipeline.interop.hugging_face.conftest import random_text_model, save_in_pieces, text_config
 from tests.support.runs import TRAIN, overrides, run_ranks

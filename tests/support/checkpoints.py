@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backends import Backend
-from pipeline.checkpoint import TrainingState
 from pipeline.checkpoint.saving import write_checkpoint
 from pipeline.checkpoint.snapshot import SnapshotTaker
+from pipeline.checkpoint.state import TrainingState
 from pipeline.distributed.world import World
 
 

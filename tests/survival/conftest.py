@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import list_checkpoints, read_state
+from pipeline.checkpoint.layout import list_checkpoints
+from pipeline.checkpoint.state import read_state
 from tests.support.agreement import LOSS_TOLERANCE
 from tests.support.runs import TINY_BYTE_RUN, TINY_RUN, Curve, Sections, curve_of, merged, read_curve
 

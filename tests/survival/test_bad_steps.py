@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.checkpoint import find_damage, list_checkpoints, read_state
+from pipeline.checkpoint.layout import list_checkpoints
+from pipeline.checkpoint.state import read_state
+from pipeline.checkpoint.verification import find_damage
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.agreement import LOSS_TOLERANCE
 from tests.support.live_run import LiveRun

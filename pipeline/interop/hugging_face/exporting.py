@@ -14,11 +14,12 @@ from torch import Tensor
 from data_tools.errors import one_line_write_errors
 from data_tools.storage.atomic import atomic_folder, partial_path
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
-from pipeline.checkpoint import locate_checkpoint, read_manifest, read_state
-from pipeline.checkpoint.layout import STATE_FILE
+from pipeline.checkpoint.layout import STATE_FILE, read_manifest
 from pipeline.checkpoint.loading import read_parameter
 from pipeline.checkpoint.pieces import WEIGHT, Piece, index_pieces
+from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.tensor_stream import StreamedTensor, write_tensors
+from pipeline.checkpoint.verification import locate_checkpoint
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import CheckpointError

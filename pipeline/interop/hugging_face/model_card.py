@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import TrainingState
 from pipeline.checkpoint.layout import read_json_object
+from pipeline.checkpoint.state import TrainingState
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError
 from pipeline.interop.hugging_face.layout import MODEL_TYPE

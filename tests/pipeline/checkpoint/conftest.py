@@ -19,8 +19,10 @@ from torch import Tensor
 
 from pipeline.backends import Backend
 from pipeline.backends.ddp import DdpBackend
-from pipeline.checkpoint import TrainingState, find_damage, load_training_state, load_weights
+from pipeline.checkpoint.loading import load_training_state, load_weights
 from pipeline.checkpoint.pieces import KINDS, index_pieces
+from pipeline.checkpoint.state import TrainingState
+from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import dump_config
 from pipeline.distributed.world import World, join_world
 from pipeline.errors import CheckpointError

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from pipeline.backends.ddp import DdpBackend
-from pipeline.checkpoint import BackgroundSaver, background, find_damage, list_checkpoints, load_training_state
-from pipeline.checkpoint.layout import checkpoint_folder
+from pipeline.checkpoint import background
+from pipeline.checkpoint.background import BackgroundSaver
+from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints
+from pipeline.checkpoint.loading import load_training_state
 from pipeline.checkpoint.snapshot import SnapshotTaker
+from pipeline.checkpoint.verification import find_damage
 from pipeline.distributed.world import World
 from tests.pipeline.checkpoint.conftest import (
     WEIGHTS,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.checkpoint import find_damage
+from pipeline.checkpoint.verification import find_damage
 from pipeline.distributed.world import World
 from tests.pipeline.checkpoint.conftest import MANIFEST, POSITIONS, STATE, WEIGHTS, assert_rejected, edit_manifest
 

@@ -13,12 +13,8 @@ import pytest
 import torch
 
 from pipeline.backends.ddp import DdpBackend
-from pipeline.checkpoint import (
-    GuardState,
-    load_training_state,
-    load_weights,
-    read_state,
-)
+from pipeline.checkpoint.loading import load_training_state, load_weights
+from pipeline.checkpoint.state import GuardState, read_state
 from pipeline.config.loading import dump_config
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError

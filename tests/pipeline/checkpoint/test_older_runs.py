@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint import load_model, load_training_state, locate_checkpoint
 from pipeline.checkpoint.inspection import CheckpointReport, inspect
-from pipeline.checkpoint.verification import verify_checkpoints
+from pipeline.checkpoint.loading import load_model, load_training_state
+from pipeline.checkpoint.verification import locate_checkpoint, verify_checkpoints
 from pipeline.config.loading import load_config
 from pipeline.distributed.world import World
 from tests.pipeline.checkpoint.conftest import contents, make_backend, updates_of

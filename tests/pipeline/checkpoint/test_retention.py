@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import (
-    find_damage,
-    list_checkpoints,
-    newest_good_checkpoint,
-    read_state,
+from pipeline.checkpoint import retention, saving
+from pipeline.checkpoint.layout import list_checkpoints, step_of
+from pipeline.checkpoint.retention import (
+    delete_checkpoint,
+    delete_older,
+    list_abandoned,
+    list_leftovers,
     remove_leftovers,
-    retention,
-    saving,
     set_aside_after,
-    step_of,
 )
-from pipeline.checkpoint.retention import delete_checkpoint, delete_older, list_abandoned, list_leftovers
+from pipeline.checkpoint.state import read_state
+from pipeline.checkpoint.verification import find_damage, newest_good_checkpoint
 from pipeline.errors import CheckpointError
 from tests.pipeline.checkpoint.conftest import STATE, WEIGHTS, Save
 
@@ -126,7 +126,8 @@ class TestDeletion:
         script = (
             "import os, signal, sys\n"
             "from pathlib import Path\n"
-            "from pipeline.checkpoint import list_checkpoints, retention\n"
+            "from pipeline.checkpoint import retention\n"
+            "from pipeline.checkpoint.layout import list_checkpoints\n"
             "unlink, removed = os.unlink, []\n"
             "def die_after_two(*args, **options):\n"
             "    unlink(*args, **options); removed.append(args)\n"

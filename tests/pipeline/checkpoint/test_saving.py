@@ -11,7 +11,9 @@ import torch
 from safetensors import safe_open
 
 from pipeline.backends.ddp import DdpBackend
-from pipeline.checkpoint import find_damage, newest_good_checkpoint, read_manifest, saving
+from pipeline.checkpoint import saving
+from pipeline.checkpoint.layout import read_manifest
+from pipeline.checkpoint.verification import find_damage, newest_good_checkpoint
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import build_model
 from tests.pipeline.checkpoint.conftest import FILES, WEIGHTS, Save, unchanged

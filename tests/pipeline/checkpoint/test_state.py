@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.checkpoint import find_damage, load_training_state
+from pipeline.checkpoint.loading import load_training_state
+from pipeline.checkpoint.verification import find_damage
 from pipeline.distributed.world import World
 from tests.pipeline.checkpoint.conftest import STATE, assert_rejected, edit_state, make_backend, seal
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.checkpoint import find_damage, locate_checkpoint, newest_good_checkpoint, read_manifest, read_state
+from pipeline.checkpoint.layout import read_manifest
+from pipeline.checkpoint.state import read_state
+from pipeline.checkpoint.verification import find_damage, locate_checkpoint, newest_good_checkpoint
 from pipeline.errors import CheckpointError
 from tests.pipeline.checkpoint.conftest import FILES, MANIFEST, STATE, WEIGHTS, Save, edit_manifest
 

@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data_tools.errors import DataError
 from pipeline.backends.ddp import DdpBackend
-from pipeline.checkpoint import TrainingState, load_model
+from pipeline.checkpoint.loading import load_model
+from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config, SampleConfig
 from pipeline.distributed.world import World

@@ -10,7 +10,7 @@ import torch
 
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
 from pipeline.backends.ddp import DdpBackend
-from pipeline.checkpoint import TrainingState
+from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import SampleConfig
 from pipeline.distributed.world import World

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.backends import create_backend
-from pipeline.checkpoint import find_damage, load_model, load_training_state, read_state
+from pipeline.checkpoint.loading import load_model, load_training_state
+from pipeline.checkpoint.state import read_state
+from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config, RunConfig
 from pipeline.data.batch_plan import plan_batch

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from pipeline.backends.ddp import DdpBackend
-from pipeline.checkpoint import TrainingState, find_damage, list_checkpoints, step_of
+from pipeline.checkpoint.layout import list_checkpoints, step_of
+from pipeline.checkpoint.state import TrainingState
+from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from pipeline.checkpoint import GuardState
+from pipeline.checkpoint.state import GuardState
 from pipeline.config.schema import GuardConfig
 from pipeline.distributed.device import LateValue
 from pipeline.distributed.world import World

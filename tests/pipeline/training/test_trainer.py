@@ -15,7 +15,10 @@ import pytest
 import torch
 
 from pipeline.backends import create_backend
-from pipeline.checkpoint import background, find_damage, list_checkpoints, read_state, step_of
+from pipeline.checkpoint import background
+from pipeline.checkpoint.layout import list_checkpoints, step_of
+from pipeline.checkpoint.state import read_state
+from pipeline.checkpoint.verification import find_damage
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import data_sha256, open_datasets

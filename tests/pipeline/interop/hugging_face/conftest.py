@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import TrainingState
 from pipeline.checkpoint.pieces import KINDS, WEIGHT, piece_key
 from pipeline.checkpoint.saving import write_checkpoint
 from pipeline.checkpoint.snapshot import Snapshot
+from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World

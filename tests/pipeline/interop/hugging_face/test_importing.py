@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.checkpoint import LoadedModel, load_model, read_state
+from pipeline.checkpoint.loading import LoadedModel, load_model
+from pipeline.checkpoint.state import read_state
 from pipeline.config.loading import load_config
 from pipeline.errors import CheckpointError
 from pipeline.interop.hugging_face.exporting import export_checkpoint
