@@ -12,18 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
-from data_tools.storage.atomic import (
-    fsync_file,
-    hidden_partial_path,
-    make_empty_folder,
-    publish_folder,
-    write_json_durably,
-)
+from data_tools.storage.atomic import hidden_partial_path, make_empty_folder, publish_folder, write_json_durably
 from data_tools.storage.files import sha256_of_file, sha256_of_json
 from pipeline.checkpoint.layout import (
     FORMAT_VERSION,
@@ -37,6 +26,7 @@ from pipeline.checkpoint.pieces import index_pieces
 from pipeline.checkpoint.retention import delete_checkpoint, delete_older
 from pipeline.checkpoint.snapshot import Snapshot
 from pipeline.checkpoint.state import StateFile, TrainingState
+from pipeline.checkpoint.tensor_stream import TensorGroups, in_memory, write_tensors
 from pipeline.distributed.environment import launch_id
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
@@ -45,7 +35,6 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Files = dict[str, dict[str, Any]]  # name -> size and SHA-256, as in the manifest
-Shapes = dict[str, list[int]]  # of all parameters, by canonical name
 
 
 @dataclass(frozen=True)
@@ -77,9 +66,10 @@ def write_checkpoint(
 
     Raises like ``write_new_checkpoint``.
     """
-    saved = write_new_checkpoint(
-        run_folder, snapshot.state, snapshot.shapes, config, world, lambda aside: _write_pieces(aside, snapshot, world)
-    )
+    groups = {
+        group: {key: in_memory(tensor) for key, tensor in tensors.items()} for group, tensors in snapshot.groups.items()
+    }
+    saved = write_new_checkpoint(run_folder, snapshot.state, snapshot.shapes, groups, config, world)
     if world.is_main:
         try:
             delete_older(run_folder, saved.folder, keep_last)
@@ -91,15 +81,17 @@ def write_checkpoint(
 def write_new_checkpoint(
     run_folder: Path,
     state: TrainingState,
-    shapes: Shapes,
+    shapes: dict[str, list[int]],
+    groups: TensorGroups,
     config: dict[str, Any],
     world: World,
-    write_tensor_files: Callable[[Path], Files],
 ) -> SavedCheckpoint:
     """Write a checkpoint under a temporary name, fsync it, read it back, and rename it. Collective.
 
     Args:
-        write_tensor_files: writes the files of this rank into the given folder and returns their manifest entries.
+        shapes: of all parameters, by canonical name.
+        groups: what this rank writes.
+        config: the resolved config to store.
 
     Raises:
         CheckpointError: a rank could not write (disk full, read-only, ...), or read back other bytes than it wrote.
@@ -108,22 +100,15 @@ def write_new_checkpoint(
     started = time.perf_counter()
     folder = checkpoint_folder(run_folder, state.step)
     aside = hidden_partial_path(folder)
-
-    def publish(files: Files) -> None:
-        content = StateFile(
-            **vars(state), world_size=world.size, launch_id=launch_id(), versions=_versions(), config=config
-        )
-        _write_state_and_manifest(aside, content, shapes, files)
-        if folder.exists():  # it is damaged, because the run continued from an older one
-            delete_checkpoint(folder)
-        publish_folder(aside, folder)
-
+    content = StateFile(
+        **vars(state), world_size=world.size, launch_id=launch_id(), versions=_versions(), config=config
+    )
     try:
         _on_main_rank(world, lambda: make_empty_folder(aside))
-        own_files = _on_every_rank(world, lambda: write_tensor_files(aside))
+        own_files = _on_every_rank(world, lambda: _write_tensor_files(aside, groups, world.rank))
         files_of_ranks: list[Files] = world.gather(own_files)
         all_files = {name: entry for files in files_of_ranks for name, entry in files.items()}
-        _on_main_rank(world, lambda: publish(all_files))
+        _on_main_rank(world, lambda: _complete_and_publish(aside, folder, content, shapes, all_files))
     except CheckpointError as error:
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -146,7 +131,7 @@ def _on_every_rank(world: World, step: Callable[[], Result]) -> Result:
     problem = None
     try:
         result = step()
-    except (OSError, SafetensorError, CheckpointError) as error:
+    except (OSError, CheckpointError) as error:
         problem = f"rank {world.rank}: {getattr(error, 'strerror', None) or error}"
     except Exception as error:
         world.gather(f"rank {world.rank}: {error!r}")  # the other ranks must not wait
@@ -156,39 +141,28 @@ def _on_every_rank(world: World, step: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value] # without a problem there is a result
 
 
-def _write_pieces(aside: Path, snapshot: Snapshot, world: World) -> Files:
-    files = {}
-    for group, tensors in snapshot.groups.items():
-        path = aside / tensor_file(world.rank, group)
-        save_file(tensors, path)
-        fsync_file(path)
-        files[path.name] = _size_and_hash(path)
-        _require_written(path, tensors)
-    return files
+def _write_tensor_files(aside: Path, groups: TensorGroups, rank: int) -> Files:
+    names = {group: tensor_file(rank, group) for group in groups}
+    return {names[group]: write_tensors(aside / names[group], tensors) for group, tensors in groups.items()}
 
 
-def _require_written(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Compare a file with what was to be written into it, bit by bit. The file is mapped, not loaded."""
-    with safe_open(path, framework="pt") as file:
-        for key, tensor in tensors.items():
-            if not torch.equal(file.get_tensor(key).view(torch.int32), tensor.view(torch.int32)):
-                raise CheckpointError(f"{path.name}: {key} was not written correctly")
-
-
-def _write_state_and_manifest(aside: Path, state: StateFile, shapes: Shapes, files: Files) -> None:
-    """Write both files, then read back the manifest and the headers of all tensor files."""
-    write_json_durably(aside / STATE_FILE, asdict(state))
+def _complete_and_publish(
+    aside: Path, folder: Path, state: StateFile, shapes: dict[str, list[int]], tensor_files: Files
+) -> None:
+    """Write the JSON files, read back the manifest and all headers, and give the folder its name."""
+    state_path = aside / STATE_FILE
+    write_json_durably(state_path, asdict(state))
+    state_entry = {"bytes": state_path.stat().st_size, "sha256": sha256_of_file(state_path)}
     manifest = {
         "format_version": FORMAT_VERSION,
         "parameters": shapes,
-        "files": {**files, STATE_FILE: _size_and_hash(aside / STATE_FILE)},
+        "files": {**tensor_files, STATE_FILE: state_entry},
     }
     write_json_durably(aside / MANIFEST_FILE, {**manifest, "sha256": sha256_of_json(manifest)})
     index_pieces(aside, read_manifest(aside))
-
-
-def _size_and_hash(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+    if folder.exists():  # it is damaged, because the run continued from an older one
+        delete_checkpoint(folder)
+    publish_folder(aside, folder)
 
 
 def _versions() -> dict[str, str]:

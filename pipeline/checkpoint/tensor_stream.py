@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from data_tools.storage.atomic import fsync_file
+from data_tools.storage.files import sha256_of_file
+from pipeline.errors import CheckpointError
 
 _HEADER_ALIGNMENT = 8
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # the names in safetensors
@@ -24,44 +26,52 @@ class StreamedTensor:
     """A tensor that is read when it is written."""
 
     shape: list[int]
-    dtype: torch.dtype
-    read: Callable[[], Iterable[Tensor]]  # returns its elements in order, in one or more slices
+    dtype: torch.dtype  # in the file
+    read: Callable[[], Tensor]
 
 
-def write_tensors(path: Path, tensors: dict[str, StreamedTensor], metadata: dict[str, str] | None = None) -> str:
-    """Write and fsync a safetensors file with one slice of one tensor in memory at a time.
+TensorGroups = dict[str, dict[str, StreamedTensor]]  # weights or moments -> key -> tensor
 
-    The format is the length of the header in 8 bytes, the header in JSON, and the elements of all tensors.
 
-    Args:
-        tensors: by key, in the order in the file.
-        metadata: of the file.
+def in_memory(tensor: Tensor) -> StreamedTensor:
+    """Return a tensor that is in memory already."""
+    return StreamedTensor(list(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, StreamedTensor], metadata: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Write and fsync a safetensors file with one tensor in memory at a time, then read it back.
+
+    The file holds the length of the header in 8 bytes, the header in JSON, and the elements of all tensors. The
+    tensors are sorted by key. The library writes the same bytes if all tensors have one dtype.
 
     Returns:
-        The SHA-256 of what was written.
+        The entry of the file in a checkpoint's manifest: its size and its SHA-256.
+
+    Raises:
+        CheckpointError: the file holds other bytes than those that were written.
+        OSError: the disk is full, the folder is missing or read-only, ...
     """
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for content in _file_contents(tensors, metadata):
+        for content in _file_contents(dict(sorted(tensors.items())), metadata):
             digest.update(content)
             file.write(content)
     fsync_file(path)
-    return digest.hexdigest()
+    if sha256_of_file(path) != digest.hexdigest():
+        raise CheckpointError(f"{path.name}: was not written correctly")
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def _file_contents(tensors: dict[str, StreamedTensor], metadata: dict[str, str] | None) -> Iterator[bytes | memoryview]:
-    yield _header(tensors, metadata)
-    for tensor in tensors.values():
-        for elements in tensor.read():
-            yield elements.to(tensor.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-def _header(tensors: dict[str, StreamedTensor], metadata: dict[str, str] | None) -> bytes:
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for key, tensor in tensors.items():
         begin, end = end, end + tensor.dtype.itemsize * torch.Size(tensor.shape).numel()
         entries[key] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % _HEADER_ALIGNMENT)
+    yield struct.pack("<Q", len(header)) + header
+    for tensor in tensors.values():
+        yield tensor.read().to(tensor.dtype).flatten().view(torch.uint8).numpy().data

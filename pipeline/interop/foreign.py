@@ -6,6 +6,8 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint.conversion import TensorGroups
-from pipeline.checkpoint.pieces import GROUPS, WEIGHT, piece_key
-from pipeline.checkpoint.tensor_stream import StreamedTensor
+from pipeline.checkpoint.pieces import GROUPS, piece_key
+from pipeline.checkpoint.saving import SavedCheckpoint
+from pipeline.checkpoint.tensor_stream import StreamedTensor, TensorGroups
 from pipeline.config.schema import MODEL_PRESETS, ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import allocate_model
@@ -25,7 +27,16 @@ TRANSFORMER_PREFIX = "transformer."
 _COMPILED_PREFIX = "_orig_mod."  # torch.compile adds it
 _MASK_SUFFIXES = (".attn.bias", ".attn.masked_bias")  # some versions store the causal mask as buffers
 
-Moments = dict[str, dict[str, Tensor]]  # exp_avg or exp_avg_sq -> parameter -> tensor
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint that was written into a new run folder."""
+
+    saved: SavedCheckpoint
+    notes: list[str]  # for the user, about what was translated
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.saved), *self.notes])
 
 
 def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
@@ -120,12 +131,18 @@ def preset_of(sizes: dict[str, int]) -> dict[str, str]:
     return next(({"preset": name} for name, preset in MODEL_PRESETS.items() if preset == sizes), {})
 
 
-def stream_tensors(shapes: dict[str, list[int]], weights: Mapping[str, Tensor], moments: Moments) -> TensorGroups:
-    """Return the tensors of a checkpoint in our shapes, with zeros for what is missing. Nothing is read yet."""
-    tensors = {**moments, WEIGHT: weights}
+def stream_tensors(shapes: dict[str, list[int]], tensors: Mapping[str, Mapping[str, Tensor]]) -> TensorGroups:
+    """Return the tensors of a checkpoint in our shapes, with zeros for what is missing. Nothing is read yet.
+
+    Args:
+        shapes: of our parameters, by canonical name.
+        tensors: kind (``weight``, ``exp_avg`` or ``exp_avg_sq``) -> canonical name -> tensor.
+    """
     return {
         group: {
-            piece_key(kind, name): _stream_padded(tensors.get(kind, {}).get(name), shape)
+            piece_key(kind, name): StreamedTensor(
+                shape, torch.float32, partial(_pad_rows, tensors.get(kind, {}).get(name), shape)
+            )
             for kind in kinds
             for name, shape in shapes.items()
         }
@@ -133,12 +150,8 @@ def stream_tensors(shapes: dict[str, list[int]], weights: Mapping[str, Tensor], 
     }
 
 
-def _stream_padded(tensor: Tensor | None, shape: list[int]) -> StreamedTensor:
-    return StreamedTensor(shape, torch.float32, lambda: [_pad_rows(tensor, shape)])
-
-
 def _pad_rows(tensor: Tensor | None, shape: list[int]) -> Tensor:
-    """Append rows of zeros until the tensor has the given shape. None stands for no rows."""
+    """Append rows of zeros until the tensor has the given shape. A missing tensor has no rows."""
     if tensor is not None and list(tensor.shape) == shape:
         return tensor
     padded = torch.zeros(shape)

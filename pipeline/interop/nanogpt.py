@@ -14,15 +14,15 @@ from typing import Any
 from torch import Tensor
 
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
-from pipeline.checkpoint.conversion import Conversion, NewCheckpoint, require_new_run_folder, write_new_run
-from pipeline.checkpoint.pieces import EXP_AVG, EXP_AVG_SQ
+from pipeline.checkpoint.conversion import require_new_run_folder, write_new_run
+from pipeline.checkpoint.pieces import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config, OptimizerConfig, ScheduleConfig
 from pipeline.errors import CheckpointError
 from pipeline.interop.foreign import (
     TRANSFORMER_PREFIX,
-    Moments,
+    Conversion,
     load_pickled_tensors,
     model_shapes,
     preset_of,
@@ -69,8 +69,8 @@ def import_nanogpt(path: Path, run_folder: Path) -> Conversion:
         notes.append("biases: none in the file; they are zero, and training changes them from there")
     if not moments:
         notes.append("moments: none in the file; they are zero")
-    tensors = stream_tensors(shapes, weights, moments)
-    return write_new_run(NewCheckpoint(state, shapes, tensors, config, notes=notes), run_folder)
+    tensors = stream_tensors(shapes, {WEIGHT: weights, **moments})
+    return Conversion(write_new_run(run_folder, config, state, shapes, tensors), notes)
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,9 @@ def _training_state(
     )
 
 
-def _read_moments(file: _Section, stored_shapes: dict[str, list[int]]) -> tuple[Moments, int | None]:
+def _read_moments(
+    file: _Section, stored_shapes: dict[str, list[int]]
+) -> tuple[dict[str, dict[str, Tensor]], int | None]:
     """Return AdamW's moments by canonical name and its step count, or nothing if the file has none.
 
     AdamW numbers the parameters across its groups: those with at least two dimensions first, then the others, each in
@@ -226,7 +228,7 @@ def _read_moments(file: _Section, stored_shapes: dict[str, list[int]]) -> tuple[
         raise CheckpointError(
             f"{optimizer.where}: has {len(numbers)} parameters, the model {len(names)}; {_WEIGHTS_ONLY}"
         )
-    moments: Moments = {EXP_AVG: {}, EXP_AVG_SQ: {}}
+    moments: dict[str, dict[str, Tensor]] = {EXP_AVG: {}, EXP_AVG_SQ: {}}
     counts = set()
     for number, name in zip(numbers, names, strict=True):
         entry = state.section(number)

@@ -288,7 +288,6 @@ class TestConvert:
         assert [row["step"] for row in read_metrics(out) if "loss" in row] == [4]
 
     def test_the_bytes_are_those_that_one_rank_saves(self, trained: Path, tmp_path: Path) -> None:
-        """The safetensors library writes the same bytes for a model with the same state."""
         convert_checkpoint(trained / LAST, tmp_path / "out")
         config = config_from_json(read_state(trained / LAST)[1], "state.json")
         config = config.model_copy(update={"backend": Config().backend})
@@ -310,7 +309,7 @@ class TestConvert:
         def vanished(*_: object) -> None:
             raise CheckpointError("rank_00001_weights.safetensors: cannot be read (no such file)")
 
-        monkeypatch.setattr(conversion, "_read_piece", vanished)
+        monkeypatch.setattr(conversion, "read_parameter", vanished)
         with pytest.raises(CheckpointError, match=r"cannot save .*step_00000003: rank 0: rank_00001.*cannot be read"):
             convert_checkpoint(trained, tmp_path / "out")
         assert not list((tmp_path / "out" / "checkpoints").iterdir())

@@ -97,7 +97,7 @@ def _notes(config: ModelConfig) -> list[str]:
 
 
 def _stream_weights(source: Path, config: ModelConfig, dtype: torch.dtype) -> dict[str, StreamedTensor]:
-    """Return all parameters by their names in ``transformers``, in the order of the file."""
+    """Return all parameters by their names in ``transformers``."""
     manifest = read_manifest(source)
     pieces = index_pieces(source, manifest)[WEIGHT]
     tensors = {}
@@ -106,12 +106,12 @@ def _stream_weights(source: Path, config: ModelConfig, dtype: torch.dtype) -> di
         stored = unpadded[::-1] if is_transposed(name) else unpadded
         read = partial(_read_stored, name, shape, unpadded[0], pieces[name])
         tensors[hugging_face_name(name)] = StreamedTensor(stored, dtype, read)
-    return dict(sorted(tensors.items()))
+    return tensors
 
 
-def _read_stored(name: str, shape: list[int], rows: int, pieces: list[Piece]) -> list[Tensor]:
+def _read_stored(name: str, shape: list[int], rows: int, pieces: list[Piece]) -> Tensor:
     parameter = read_parameter(shape, pieces)[:rows]
-    return [parameter.t() if is_transposed(name) else parameter]
+    return parameter.t() if is_transposed(name) else parameter
 
 
 def _as_json(value: dict[str, Any]) -> bytes:

@@ -12,14 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.checkpoint.conversion import Conversion, NewCheckpoint, require_new_run_folder, write_new_run
+from pipeline.checkpoint.conversion import require_new_run_folder, write_new_run
 from pipeline.checkpoint.layout import read_json_object
-from pipeline.checkpoint.pieces import open_tensors
+from pipeline.checkpoint.pieces import WEIGHT, open_tensors
 from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import config_from_json
-from pipeline.config.schema import Config
+from pipeline.config.schema import ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.interop.foreign import (
+    Conversion,
     load_pickled_tensors,
     model_shapes,
     read_named_weights,
@@ -57,11 +58,11 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
     model_section = from_config_json(read_json_object(path), str(path), notes)
     config = config_from_json({"run": {"out_dir": str(run_folder)}, "model": model_section}, origin=str(path))
     shapes = model_shapes(config.model)
-    tensors = stream_tensors(shapes, _read_weights(folder, config), {})
+    tensors = stream_tensors(shapes, {WEIGHT: _read_weights(folder, config.model)})
     state = TrainingState(
         step=0, samples=0, tokens=0, updates=0, loss_scale=None, loss_scale_good_steps=0, seed=config.run.seed
     )
-    return write_new_run(NewCheckpoint(state, shapes, tensors, config, notes=notes), run_folder)
+    return Conversion(write_new_run(run_folder, config, state, shapes, tensors), notes)
 
 
 def find_folder(source: str) -> Path:
@@ -93,9 +94,9 @@ def find_folder(source: str) -> Path:
     raise CheckpointError(f"--from-hf {source}: the model on the hub has neither {WEIGHTS_FILE} nor {_PICKLED_FILE}")
 
 
-def _read_weights(folder: Path, config: Config) -> dict[str, Tensor]:
+def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     """Return the parameters by canonical name, in our orientation, without padding rows."""
-    shapes = {**model_shapes(config.model), "wte.weight": [config.model.vocab_size, config.model.n_embd]}
+    shapes = {**model_shapes(config), "wte.weight": [config.vocab_size, config.n_embd]}
     stored_shapes = {name: shape[::-1] if is_transposed(name) else shape for name, shape in shapes.items()}
     tensors: dict[str, Any] = {}
     for path in _weight_files(folder):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import retention, saving
+from pipeline.checkpoint import retention, tensor_stream
 from pipeline.checkpoint.layout import list_checkpoints, step_of
 from pipeline.checkpoint.retention import (
     delete_checkpoint,
@@ -69,7 +69,7 @@ class TestKeepLast:
             content[-1] ^= 1
             path.write_bytes(content)
 
-        monkeypatch.setattr(saving, "fsync_file", flip_a_bit)
+        monkeypatch.setattr(tensor_stream, "fsync_file", flip_a_bit)
         with pytest.raises(CheckpointError, match=r"step_00000002: rank 0: rank_00000_weights.* not written corr"):
             save(2, keep_last=1)
         assert list((tmp_path / "checkpoints").iterdir()) == [older]

@@ -1,0 +1,43 @@
+"""A file written tensor by tensor has the bytes that the safetensors library writes, and is read back."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.checkpoint import tensor_stream
+from pipeline.checkpoint.tensor_stream import StreamedTensor, in_memory, write_tensors
+from pipeline.errors import CheckpointError
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_are_those_of_the_library(
+    tmp_path: Path, dtype: torch.dtype, metadata: dict[str, str] | None
+) -> None:
+    tensors = {
+        "wte.weight": torch.randn(5, 3, dtype=dtype),
+        "h.0.c_fc.weight[2:9]": torch.randn(7, dtype=dtype),
+        "exp_avg/ln_f.bias": torch.tensor([torch.nan, -0.0], dtype=dtype),
+    }
+    save_file(tensors, tmp_path / "theirs", metadata)
+    entry = write_tensors(tmp_path / "ours", {key: in_memory(tensor) for key, tensor in tensors.items()}, metadata)
+    content = (tmp_path / "ours").read_bytes()
+    assert content == (tmp_path / "theirs").read_bytes()
+    assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_a_tensor_is_converted_and_need_not_be_contiguous(tmp_path: Path) -> None:
+    tensor = torch.randn(4, 6)
+    write_tensors(tmp_path / "file", {"x": StreamedTensor([6, 4], torch.bfloat16, tensor.t)})
+    assert torch.equal(load_file(tmp_path / "file")["x"], tensor.t().bfloat16())
+
+
+def test_other_bytes_on_the_disk_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_stream, "fsync_file", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\1"))
+    with pytest.raises(CheckpointError, match=r"^file: was not written correctly$"):
+        write_tensors(tmp_path / "file", {"x": in_memory(torch.zeros(2))})
