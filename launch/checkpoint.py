@@ -20,10 +20,8 @@ def main() -> None:
     """Parse the arguments and run the sub-command."""
     parser = ArgumentParser(description=__doc__, example="python launch/checkpoint.py inspect runs/ddp")
     commands = parser.add_subparsers(required=True, metavar="inspect|verify|prune|convert")
-    _add_inspect(commands)
-    _add_verify(commands)
-    _add_prune(commands)
-    _add_convert(commands)
+    for add_command in (_add_inspect, _add_verify, _add_prune, _add_convert):
+        add_command(commands)
     arguments = parser.parse_args()
     start_logging()
     arguments.run(arguments)

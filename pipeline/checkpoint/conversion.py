@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data_tools.storage.atomic import write_json_durably
 from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, list_checkpoints, read_manifest
 from pipeline.checkpoint.loading import read_parameter
 from pipeline.checkpoint.pieces import GROUPS, index_pieces, piece_key
-from pipeline.checkpoint.saving import SavedCheckpoint, write_new_checkpoint
+from pipeline.checkpoint.saving import SavedCheckpoint, Snapshot, write_checkpoint
 from pipeline.checkpoint.state import TrainingState, read_state
-from pipeline.checkpoint.tensor_stream import StreamedTensor, TensorGroups
+from pipeline.checkpoint.tensor_stream import StreamedTensor
 from pipeline.checkpoint.verification import locate_checkpoint
 from pipeline.config.loading import config_from_json, dump_config
 from pipeline.config.schema import Config
@@ -45,17 +47,11 @@ def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
     config = config_from_json(stored_config, origin=str(folder / STATE_FILE))
     config = config.model_copy(update={"run": config.run.model_copy(update={"out_dir": str(run_folder)})})
     pieces, shapes = index_pieces(folder, manifest), manifest["parameters"]
-    groups = {
-        group: {
-            piece_key(kind, name): StreamedTensor(
-                shape, torch.float32, partial(read_parameter, shape, pieces[kind][name])
-            )
-            for kind in kinds
-            for name, shape in shapes.items()
-        }
-        for group, kinds in GROUPS.items()
-    }
-    return write_new_run(run_folder, config, state, shapes, groups, stored_config)
+
+    def read(kind: str, name: str) -> Tensor:
+        return read_parameter(shapes[name], pieces[kind][name])
+
+    return write_new_run(run_folder, config, state, shapes, read, stored_config)
 
 
 def write_new_run(
@@ -63,19 +59,29 @@ def write_new_run(
     config: Config,
     state: TrainingState,
     shapes: dict[str, list[int]],
-    groups: TensorGroups,
+    read: Callable[[str, str], Tensor],
     stored_config: dict[str, Any] | None = None,
 ) -> SavedCheckpoint:
     """Write ``config.json`` and a checkpoint into a run folder, which is created if it does not exist.
 
     Args:
         shapes: of all parameters, by canonical name.
+        read: returns the weight or a moment for its kind (as in ``KINDS``) and the parameter's canonical name. It is
+            called when the tensor is written.
         stored_config: the config in the checkpoint if it is not ``config``.
 
     Raises:
         CheckpointError: the folder has checkpoints, or writing failed. No incomplete checkpoint is left.
         ConfigError: a run is using the folder.
     """
+    groups = {
+        group: {
+            piece_key(kind, name): StreamedTensor(shape, torch.float32, partial(read, kind, name))
+            for kind in kinds
+            for name, shape in shapes.items()
+        }
+        for group, kinds in GROUPS.items()
+    }
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -84,7 +90,8 @@ def write_new_run(
     with lock_run_folder(run_folder):
         require_new_run_folder(run_folder)
         write_json_durably(run_folder / CONFIG_FILE, content)
-        return write_new_checkpoint(run_folder, state, shapes, groups, stored_config or content, _SINGLE_RANK)
+        snapshot = Snapshot(state, shapes, groups)
+        return write_checkpoint(run_folder, snapshot, stored_config or content, _SINGLE_RANK, keep_last=1)
 
 
 def require_new_run_folder(run_folder: Path) -> None:

@@ -172,15 +172,13 @@ def _content_rows(contents: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _rank_rows(ranks: list[dict[str, int]]) -> Iterator[tuple[str, str]]:
-    if len(ranks) <= _MAX_RANKS_SHOWN:
-        for sizes in ranks:
-            yield f"rank {sizes['rank']}", ", ".join(f"{group} {format_size(sizes[group])}" for group in GROUPS)
+    if len(ranks) > _MAX_RANKS_SHOWN:
+        columns = {group: [sizes[group] for sizes in ranks] for group in GROUPS}
+        ranges = [f"{group} {format_size(min(c))} to {format_size(max(c))} each" for group, c in columns.items()]
+        yield f"{len(ranks)} ranks", ", ".join(ranges)
         return
-    extremes = {group: (min(s[group] for s in ranks), max(s[group] for s in ranks)) for group in GROUPS}
-    yield (
-        f"{len(ranks)} ranks",
-        ", ".join(f"{group} {format_size(low)} to {format_size(high)} each" for group, (low, high) in extremes.items()),
-    )
+    for sizes in ranks:
+        yield f"rank {sizes['rank']}", ", ".join(f"{group} {format_size(sizes[group])}" for group in GROUPS)
 
 
 def _table_row(report: CheckpointReport) -> str:

@@ -29,7 +29,7 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
             file cannot be read.
     """
     state, _ = read_state(folder)
-    index = _index_for_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
+    index = index_for_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
     for kind in KINDS:
         for fragment in backend.fragments():
             _copy_overlap(getattr(fragment, kind), fragment.start, index[kind][fragment.name])
@@ -40,7 +40,7 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
 
 def load_weights(folder: Path, parameters: dict[str, Tensor]) -> None:
     """Copy a checkpoint's weights into whole parameters by canonical name. Raises like ``load_training_state``."""
-    index = _index_for_model(folder, {name: list(parameter.shape) for name, parameter in parameters.items()})
+    index = index_for_model(folder, {name: list(parameter.shape) for name, parameter in parameters.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():
             _copy_overlap(parameter.view(-1), 0, index[WEIGHT][name])
@@ -53,7 +53,12 @@ def read_parameter(shape: list[int], pieces: list[Piece]) -> Tensor:
     return parameter
 
 
-def _index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
+def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
+    """Return an index of the pieces of a checkpoint.
+
+    Raises:
+        CheckpointError: the model with these parameters is not the one in the checkpoint, or as for ``index_pieces``.
+    """
     manifest = read_manifest(folder)
     stored = manifest["parameters"]
     for name in [*shapes, *stored]:

@@ -50,17 +50,6 @@ def piece_key(kind: str, name: str, elements: tuple[int, int] | None = None) -> 
     return label if kind == WEIGHT else f"{kind}/{label}"
 
 
-def parse_key(key: str, group: str) -> tuple[str, str, tuple[int, int] | None]:
-    """Return kind, parameter and range of a key in a file of a group. Raise ValueError if a moment lacks its kind."""
-    kind, label = WEIGHT, key
-    if group == "moments":
-        kind, _, label = key.partition("/")
-        if kind not in GROUPS[group]:
-            raise ValueError(f"{key!r} is not a moment")
-    match = _RANGE_KEY.fullmatch(label)
-    return (kind, match["name"], (int(match["start"]), int(match["stop"]))) if match else (kind, label, None)
-
-
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file with its tensors mapped, or raise CheckpointError if it cannot be read."""
@@ -92,29 +81,36 @@ def index_pieces(folder: Path, manifest: dict[str, Any]) -> PieceIndex:
 
 
 def _read_pieces(path: Path, group: str, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, str, Piece]]:
-    """Yield kind, parameter and piece for each tensor of a file."""
+    """Yield kind, parameter and piece for each tensor of a file. Raises like ``index_pieces``."""
     with open_tensors(path) as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
             stored = file.get_slice(key)
-            yield _check_piece(path, group, key, stored.get_shape(), stored.get_dtype(), shapes)
+            shape, dtype = stored.get_shape(), stored.get_dtype()
+            try:
+                kind, name, elements = _parse_key(key, group)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {error}") from None
+            if name not in shapes:
+                raise CheckpointError(f"{path}: holds {key!r}, which the manifest does not name")
+            if dtype != _DTYPE:
+                raise CheckpointError(f"{path}: {key} is {dtype}, expected {_DTYPE}")
+            whole = shapes[name]
+            start, stop = elements or (0, whole.numel())
+            expected = [stop - start] if elements else list(whole)
+            if not start < stop <= whole.numel() or shape != expected:
+                raise CheckpointError(f"{path}: {key} has shape {shape}, expected {expected} within {list(whole)}")
+            yield kind, name, Piece(path, key, start, stop)
 
 
-def _check_piece(
-    path: Path, group: str, key: str, shape: list[int], dtype: str, shapes: dict[str, torch.Size]
-) -> tuple[str, str, Piece]:
-    try:
-        kind, name, elements = parse_key(key, group)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    if name not in shapes:
-        raise CheckpointError(f"{path}: holds {key!r}, which the manifest does not name")
-    if dtype != _DTYPE:
-        raise CheckpointError(f"{path}: {key} is {dtype}, expected {_DTYPE}")
-    start, stop = elements or (0, shapes[name].numel())
-    expected = [stop - start] if elements else list(shapes[name])
-    if not start < stop <= shapes[name].numel() or shape != expected:
-        raise CheckpointError(f"{path}: {key} has shape {shape}, expected {expected} within {list(shapes[name])}")
-    return kind, name, Piece(path, key, start, stop)
+def _parse_key(key: str, group: str) -> tuple[str, str, tuple[int, int] | None]:
+    """Return kind, parameter and range of a key in a file of a group. Raise ValueError if a moment lacks its kind."""
+    kind, label = WEIGHT, key
+    if group == "moments":
+        kind, _, label = key.partition("/")
+        if kind not in GROUPS[group]:
+            raise ValueError(f"{key!r} is not a moment")
+    match = _RANGE_KEY.fullmatch(label)
+    return (kind, match["name"], (int(match["start"]), int(match["stop"]))) if match else (kind, label, None)
 
 
 def _require_complete(folder: Path, what: str, pieces: list[Piece], numel: int) -> None:

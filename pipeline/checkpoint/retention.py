@@ -27,8 +27,6 @@ from pipeline.run_folder.lock import lock_run_folder
 
 log = logging.getLogger(__name__)
 
-ABANDONED_SUFFIX = ".abandoned"
-
 
 def list_leftovers(run_folder: Path) -> list[Path]:
     """Return what interrupted saves and deletions left behind."""
@@ -37,7 +35,7 @@ def list_leftovers(run_folder: Path) -> list[Path]:
 
 def list_abandoned(run_folder: Path) -> list[Path]:
     """Return the checkpoints that a run set aside when it went back to an earlier one."""
-    return sorted((run_folder / CHECKPOINTS_FOLDER).glob(f"step_*{ABANDONED_SUFFIX}*"))
+    return sorted((run_folder / CHECKPOINTS_FOLDER).glob("step_*.abandoned*"))
 
 
 def remove_leftovers(run_folder: Path) -> None:
@@ -66,13 +64,13 @@ def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> 
 
 
 def _unused_abandoned_path(folder: Path) -> Path:
-    names = (f"{folder.name}{ABANDONED_SUFFIX}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+    names = (f"{folder.name}.abandoned" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
     return next(path for path in map(folder.with_name, names) if not path.exists())
 
 
 def delete_checkpoint(folder: Path) -> None:
     """Delete a checkpoint, or raise OSError. After a crash it is either complete or no longer under its name."""
-    # Not the name that a new checkpoint of this step is written under, which may exist at the same time.
+    # A new checkpoint of this step may be in hidden_partial_path(folder) at the same time.
     temporary = folder.with_name(f".{folder.name}.deleted.partial")
     if temporary.exists():
         _remove_folder(temporary)
@@ -105,9 +103,8 @@ class Pruning:
 
     def __str__(self) -> str:
         lines = [f"keep    {folder.name:<26}{format_size(size_of_folder(folder)):>10}" for folder in self.kept]
-        lines += [
-            f"delete  {folder.name:<26}{format_size(size):>10}  {reason}" for folder, size, reason in self.deletions
-        ]
+        for folder, size, reason in self.deletions:
+            lines.append(f"delete  {folder.name:<26}{format_size(size):>10}  {reason}")
         freed = format_size(sum(size for _, size, _ in self.deletions))
         return "\n".join([*lines, f"freed {freed}" if self.done else f"would free {freed}; nothing was deleted"])
 
@@ -127,7 +124,11 @@ def prune(run_folder: Path, keep: int, *, dry_run: bool) -> Pruning:
     with lock_run_folder(run_folder):
         kept, deletions = _plan_pruning(run_folder, keep)
         for folder, _, _ in [] if dry_run else deletions:
-            _delete(folder)
+            delete = _remove_folder if folder.name.startswith(".") else delete_checkpoint
+            try:
+                delete(folder)
+            except OSError as error:
+                raise CheckpointError(f"{folder}: cannot be deleted ({error.strerror or error})") from None
     return Pruning(kept, deletions, done=not dry_run)
 
 
@@ -164,13 +165,3 @@ def _require_known_format(folder: Path) -> None:
                 f"{folder}: format version {found!r}, this program knows {FORMAT_VERSION} and cannot verify it; "
                 "prune with the program that wrote it"
             )
-
-
-def _delete(folder: Path) -> None:
-    try:
-        if folder.name.startswith("."):
-            _remove_folder(folder)
-        else:
-            delete_checkpoint(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be deleted ({error.strerror or error})") from None

@@ -24,9 +24,8 @@ from pipeline.checkpoint.layout import (
 )
 from pipeline.checkpoint.pieces import index_pieces
 from pipeline.checkpoint.retention import delete_checkpoint, delete_older
-from pipeline.checkpoint.snapshot import Snapshot
 from pipeline.checkpoint.state import StateFile, TrainingState
-from pipeline.checkpoint.tensor_stream import TensorGroups, in_memory, write_tensors
+from pipeline.checkpoint.tensor_stream import TensorGroups, write_tensors
 from pipeline.distributed.environment import launch_id
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
@@ -35,6 +34,15 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Files = dict[str, dict[str, Any]]  # name -> size and SHA-256, as in the manifest
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What this rank writes into a checkpoint."""
+
+    state: TrainingState
+    shapes: dict[str, list[int]]  # of all parameters, by canonical name
+    groups: TensorGroups
 
 
 @dataclass(frozen=True)
@@ -62,35 +70,11 @@ class SavedCheckpoint:
 def write_checkpoint(
     run_folder: Path, snapshot: Snapshot, config: dict[str, Any], world: World, keep_last: int
 ) -> SavedCheckpoint:
-    """Write a snapshot, then delete the oldest checkpoints beyond ``keep_last``. Collective.
-
-    Raises like ``write_new_checkpoint``.
-    """
-    groups = {
-        group: {key: in_memory(tensor) for key, tensor in tensors.items()} for group, tensors in snapshot.groups.items()
-    }
-    saved = write_new_checkpoint(run_folder, snapshot.state, snapshot.shapes, groups, config, world)
-    if world.is_main:
-        try:
-            delete_older(run_folder, saved.folder, keep_last)
-        except OSError as error:  # the new checkpoint is good nevertheless
-            log.warning("cannot delete older checkpoints of %s: %s", run_folder, error)
-    return saved
-
-
-def write_new_checkpoint(
-    run_folder: Path,
-    state: TrainingState,
-    shapes: dict[str, list[int]],
-    groups: TensorGroups,
-    config: dict[str, Any],
-    world: World,
-) -> SavedCheckpoint:
     """Write a checkpoint under a temporary name, fsync it, read it back, and rename it. Collective.
 
+    Then delete the oldest checkpoints beyond ``keep_last``.
+
     Args:
-        shapes: of all parameters, by canonical name.
-        groups: what this rank writes.
         config: the resolved config to store.
 
     Raises:
@@ -98,23 +82,29 @@ def write_new_checkpoint(
             The incomplete folder is removed, and older checkpoints are unchanged.
     """
     started = time.perf_counter()
-    folder = checkpoint_folder(run_folder, state.step)
+    folder = checkpoint_folder(run_folder, snapshot.state.step)
     aside = hidden_partial_path(folder)
-    content = StateFile(
-        **vars(state), world_size=world.size, launch_id=launch_id(), versions=_versions(), config=config
+    state = StateFile(
+        **vars(snapshot.state), world_size=world.size, launch_id=launch_id(), versions=_versions(), config=config
     )
     try:
         _on_main_rank(world, lambda: make_empty_folder(aside))
-        own_files = _on_every_rank(world, lambda: _write_tensor_files(aside, groups, world.rank))
+        own_files = _on_every_rank(world, lambda: _write_tensor_files(aside, snapshot, world.rank))
         files_of_ranks: list[Files] = world.gather(own_files)
         all_files = {name: entry for files in files_of_ranks for name, entry in files.items()}
-        _on_main_rank(world, lambda: _complete_and_publish(aside, folder, content, shapes, all_files))
+        _on_main_rank(world, lambda: _complete_and_publish(aside, folder, state, snapshot.shapes, all_files))
     except CheckpointError as error:
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"cannot save {folder}: {error}") from None
     bytes_of_rank = {rank: sum(entry["bytes"] for entry in files.values()) for rank, files in enumerate(files_of_ranks)}
-    return SavedCheckpoint(folder, bytes_of_rank, time.perf_counter() - started)
+    saved = SavedCheckpoint(folder, bytes_of_rank, time.perf_counter() - started)
+    if world.is_main:
+        try:
+            delete_older(run_folder, folder, keep_last)
+        except OSError as error:  # the new checkpoint is good nevertheless
+            log.warning("cannot delete older checkpoints of %s: %s", run_folder, error)
+    return saved
 
 
 def _on_main_rank(world: World, step: Callable[[], None]) -> None:
@@ -141,9 +131,9 @@ def _on_every_rank(world: World, step: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value] # without a problem there is a result
 
 
-def _write_tensor_files(aside: Path, groups: TensorGroups, rank: int) -> Files:
-    names = {group: tensor_file(rank, group) for group in groups}
-    return {names[group]: write_tensors(aside / names[group], tensors) for group, tensors in groups.items()}
+def _write_tensor_files(aside: Path, snapshot: Snapshot, rank: int) -> Files:
+    names = {group: tensor_file(rank, group) for group in snapshot.groups}
+    return {name: write_tensors(aside / name, snapshot.groups[group]) for group, name in names.items()}
 
 
 def _complete_and_publish(

@@ -43,7 +43,7 @@ class StateFile(TrainingState):
     """All fields of ``state.json``."""
 
     world_size: PositiveInt  # of the run that wrote the checkpoint
-    launch_id: str | None = None  # of the launcher's start that wrote the checkpoint
+    launch_id: str | None = None  # of the launch that wrote the checkpoint
     versions: dict[str, str]
     config: dict[str, Any]  # resolved
 

@@ -37,9 +37,8 @@ def find_damage(folder: Path) -> str | None:
         entries = manifest["files"].items()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing releases the GIL
             problems = list(threads.map(lambda item: _find_file_damage(folder / item[0], item[1]), entries))
-        for problem in problems:
-            if problem:
-                return problem
+        if problem := next(filter(None, problems), None):
+            return problem
         read_state_file(folder)
         index_pieces(folder, manifest)
     except CheckpointError as error:
@@ -48,7 +47,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def find_size_damage(path: Path, entry: dict[str, Any]) -> str | None:
-    """Return why a file cannot be the one of its manifest entry, or None if it exists in the right size."""
+    """Return what is wrong if a file is a link, is missing, or has another size than in the manifest; else None."""
     if path.is_symlink():
         return f"{path}: is a link, which may point outside the folder; expected a file"
     if not path.is_file():

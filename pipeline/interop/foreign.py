@@ -7,7 +7,6 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint.pieces import GROUPS, piece_key
 from pipeline.checkpoint.saving import SavedCheckpoint
-from pipeline.checkpoint.tensor_stream import StreamedTensor, TensorGroups
 from pipeline.config.schema import MODEL_PRESETS, ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import allocate_model
@@ -131,30 +128,18 @@ def preset_of(sizes: dict[str, int]) -> dict[str, str]:
     return next(({"preset": name} for name, preset in MODEL_PRESETS.items() if preset == sizes), {})
 
 
-def stream_tensors(shapes: dict[str, list[int]], tensors: Mapping[str, Mapping[str, Tensor]]) -> TensorGroups:
-    """Return the tensors of a checkpoint in our shapes, with zeros for what is missing. Nothing is read yet.
+def read_padded(
+    tensors: Mapping[str, Mapping[str, Tensor]], shapes: dict[str, list[int]], kind: str, name: str
+) -> Tensor:
+    """Return a tensor in our shape, with rows of zeros for our padding. A missing tensor is all zeros.
 
     Args:
-        shapes: of our parameters, by canonical name.
         tensors: kind (``weight``, ``exp_avg`` or ``exp_avg_sq``) -> canonical name -> tensor.
     """
-    return {
-        group: {
-            piece_key(kind, name): StreamedTensor(
-                shape, torch.float32, partial(_pad_rows, tensors.get(kind, {}).get(name), shape)
-            )
-            for kind in kinds
-            for name, shape in shapes.items()
-        }
-        for group, kinds in GROUPS.items()
-    }
-
-
-def _pad_rows(tensor: Tensor | None, shape: list[int]) -> Tensor:
-    """Append rows of zeros until the tensor has the given shape. A missing tensor has no rows."""
-    if tensor is not None and list(tensor.shape) == shape:
+    tensor = tensors.get(kind, {}).get(name)
+    if tensor is not None and list(tensor.shape) == shapes[name]:
         return tensor
-    padded = torch.zeros(shape)
+    padded = torch.zeros(shapes[name])
     if tensor is not None:
         padded[: tensor.shape[0]] = tensor
     return padded

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from pipeline.interop.foreign import (
     model_shapes,
     preset_of,
     read_named_weights,
+    read_padded,
     require_floats,
     require_shapes,
-    stream_tensors,
 )
 from pipeline.model.output_layer import padded_vocab_size
 
@@ -69,8 +70,8 @@ def import_nanogpt(path: Path, run_folder: Path) -> Conversion:
         notes.append("biases: none in the file; they are zero, and training changes them from there")
     if not moments:
         notes.append("moments: none in the file; they are zero")
-    tensors = stream_tensors(shapes, {WEIGHT: weights, **moments})
-    return Conversion(write_new_run(run_folder, config, state, shapes, tensors), notes)
+    read = partial(read_padded, {WEIGHT: weights, **moments}, shapes)
+    return Conversion(write_new_run(run_folder, config, state, shapes, read), notes)
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,9 @@ class _Section:
     content: dict[Any, Any]
 
     def get(self, key: Any, kind: type[Any]) -> Any | None:
-        """Return an item, or None if there is none. An int is accepted as a float.
+        """Return an item, or None if it is missing. Raise CheckpointError if it has another type.
 
-        Raises:
-            CheckpointError: the item has another type.
+        An int is accepted as a float.
         """
         if key not in self.content:
             return None
@@ -130,7 +130,7 @@ def _stored_shapes(shapes: dict[str, list[int]], model_args: _Section) -> dict[s
 def _translate_config(
     path: Path, model_args: _Section, settings: _Section, run_folder: Path, notes: list[str]
 ) -> Config:
-    """Return our defaults, changed by the settings in the file."""
+    """Return the run config with the file's settings, and our defaults for all others."""
     given = settings.content
     beta1, beta2 = OptimizerConfig().betas
     sections: dict[str, dict[str, Any]] = {
@@ -196,7 +196,7 @@ def _training_state(
         raise CheckpointError(f"{file.where}: 'iter_num' must be at least 0, it is {step}")
     tokens = _tokens_per_step(settings)
     if tokens is None:
-        notes.append("tokens: the file does not say how many a step has; they count from 0")
+        notes.append("tokens: the file does not say how many tokens a step has; the count starts at 0")
     return TrainingState(
         step=step,
         samples=0,
@@ -222,7 +222,11 @@ def _read_moments(
     state = optimizer.section("state")
     if not state.content:
         return {}, None
-    numbers = [n for group in optimizer.require("param_groups", list) for n in _parameter_numbers(optimizer, group)]
+    numbers: list[Any] = []
+    for group in optimizer.require("param_groups", list):
+        if not isinstance(group, dict):
+            raise CheckpointError(f"{optimizer.where}: 'param_groups' must hold dicts, found {type(group).__name__}")
+        numbers += _Section(f"{optimizer.where}: param_groups", group).require("params", list)
     names = sorted(stored_shapes, key=lambda name: len(stored_shapes[name]) < 2)  # a stable sort
     if len(numbers) != len(names):
         raise CheckpointError(
@@ -243,13 +247,6 @@ def _read_moments(
     if len(counts) != 1:
         raise CheckpointError(f"{state.where}: 'step' differs among parameters: {sorted(counts)}; {_WEIGHTS_ONLY}")
     return moments, counts.pop()
-
-
-def _parameter_numbers(optimizer: _Section, group: Any) -> list[Any]:
-    if not isinstance(group, dict):
-        raise CheckpointError(f"{optimizer.where}: 'param_groups' must hold dicts, found {type(group).__name__}")
-    numbers: list[Any] = _Section(f"{optimizer.where}: param_groups", group).require("params", list)
-    return numbers
 
 
 def _step_count(entry: _Section) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backends import Backend
+from pipeline.checkpoint.background import SnapshotTaker
 from pipeline.checkpoint.saving import write_checkpoint
-from pipeline.checkpoint.snapshot import SnapshotTaker
 from pipeline.checkpoint.state import TrainingState
 from pipeline.distributed.world import World
 

@@ -14,21 +14,23 @@ from torch import Tensor
 from data_tools.errors import one_line_write_errors
 from data_tools.storage.atomic import atomic_folder, partial_path
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
-from pipeline.checkpoint.layout import STATE_FILE, read_manifest
-from pipeline.checkpoint.loading import read_parameter
-from pipeline.checkpoint.pieces import WEIGHT, Piece, index_pieces
+from pipeline.checkpoint.layout import STATE_FILE
+from pipeline.checkpoint.loading import index_for_model, read_parameter
+from pipeline.checkpoint.pieces import WEIGHT
 from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.tensor_stream import StreamedTensor, write_tensors
 from pipeline.checkpoint.verification import locate_checkpoint
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import CheckpointError
+from pipeline.interop.foreign import model_shapes
 from pipeline.interop.hugging_face.layout import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
     WEIGHTS_FILE,
     hugging_face_name,
     is_transposed,
+    stored_shapes,
     to_config_json,
     to_generation_json,
 )
@@ -98,20 +100,17 @@ def _notes(config: ModelConfig) -> list[str]:
 
 def _stream_weights(source: Path, config: ModelConfig, dtype: torch.dtype) -> dict[str, StreamedTensor]:
     """Return all parameters by their names in ``transformers``."""
-    manifest = read_manifest(source)
-    pieces = index_pieces(source, manifest)[WEIGHT]
-    tensors = {}
-    for name, shape in manifest["parameters"].items():
-        unpadded = [config.vocab_size, *shape[1:]] if name == "wte.weight" else list(shape)
-        stored = unpadded[::-1] if is_transposed(name) else unpadded
-        read = partial(_read_stored, name, shape, unpadded[0], pieces[name])
-        tensors[hugging_face_name(name)] = StreamedTensor(stored, dtype, read)
-    return tensors
+    shapes, exported_shapes = model_shapes(config), stored_shapes(config)
+    pieces = index_for_model(source, shapes)[WEIGHT]
 
+    def read(name: str) -> Tensor:
+        parameter = read_parameter(shapes[name], pieces[name])
+        return parameter.t() if is_transposed(name) else parameter[: exported_shapes[name][0]]
 
-def _read_stored(name: str, shape: list[int], rows: int, pieces: list[Piece]) -> Tensor:
-    parameter = read_parameter(shape, pieces)[:rows]
-    return parameter.t() if is_transposed(name) else parameter
+    return {
+        hugging_face_name(name): StreamedTensor(shape, dtype, partial(read, name))
+        for name, shape in exported_shapes.items()
+    }
 
 
 def _as_json(value: dict[str, Any]) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,20 @@ from pipeline.interop.foreign import (
     load_pickled_tensors,
     model_shapes,
     read_named_weights,
+    read_padded,
     require_shapes,
-    stream_tensors,
 )
-from pipeline.interop.hugging_face.layout import CONFIG_FILE, WEIGHTS_FILE, from_config_json, is_transposed
+from pipeline.interop.hugging_face.layout import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    from_config_json,
+    is_transposed,
+    stored_shapes,
+)
 
 log = logging.getLogger(__name__)
 
 _PICKLED_FILE = "pytorch_model.bin"
-_INDEX_SUFFIX = ".index.json"
 
 # The files to download, best choice first. The second choice is the format before safetensors.
 _WEIGHT_PATTERNS = (["model*.safetensors", "model.safetensors.index.json"], ["pytorch_model*.bin*"])
@@ -54,15 +60,15 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; expected a folder of a Hugging Face model")
-    notes = [f"step 0: {folder} does not say how it was trained; moments are zero, the schedule starts"]
+    notes = [f"step 0: {folder} does not say how it was trained; its moments and its schedule start from zero"]
     model_section = from_config_json(read_json_object(path), str(path), notes)
     config = config_from_json({"run": {"out_dir": str(run_folder)}, "model": model_section}, origin=str(path))
     shapes = model_shapes(config.model)
-    tensors = stream_tensors(shapes, {WEIGHT: _read_weights(folder, config.model)})
+    read = partial(read_padded, {WEIGHT: _read_weights(folder, config.model)}, shapes)
     state = TrainingState(
         step=0, samples=0, tokens=0, updates=0, loss_scale=None, loss_scale_good_steps=0, seed=config.run.seed
     )
-    return Conversion(write_new_run(run_folder, config, state, shapes, tensors), notes)
+    return Conversion(write_new_run(run_folder, config, state, shapes, read), notes)
 
 
 def find_folder(source: str) -> Path:
@@ -95,23 +101,17 @@ def find_folder(source: str) -> Path:
 
 
 def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Return the parameters by canonical name, in our orientation, without padding rows."""
-    shapes = {**model_shapes(config), "wte.weight": [config.vocab_size, config.n_embd]}
-    stored_shapes = {name: shape[::-1] if is_transposed(name) else shape for name, shape in shapes.items()}
+    """Return the parameters by canonical name, in our orientation, without padding rows. All are mapped."""
     tensors: dict[str, Any] = {}
     for path in _weight_files(folder):
-        tensors |= _read_tensors(path)
+        if path.suffix == ".bin":
+            tensors |= load_pickled_tensors(path, f"the weights of a {_PICKLED_FILE}")
+        else:
+            with open_tensors(path) as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     weights = read_named_weights(str(folder), tensors)
-    require_shapes(str(folder), f"'{CONFIG_FILE}'", weights, stored_shapes)
+    require_shapes(str(folder), f"'{CONFIG_FILE}'", weights, stored_shapes(config))
     return {name: weight.t() if is_transposed(name) else weight for name, weight in weights.items()}
-
-
-def _read_tensors(path: Path) -> dict[str, Any]:
-    """Return the tensors of one file by key, mapped."""
-    if path.suffix == ".bin":
-        return load_pickled_tensors(path, f"the weights of a {_PICKLED_FILE}")
-    with open_tensors(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -119,7 +119,7 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in (WEIGHTS_FILE, _PICKLED_FILE):
         if (folder / name).is_file():
             return [folder / name]
-        index = folder / (name + _INDEX_SUFFIX)
+        index = folder / f"{name}.index.json"
         if index.is_file():
             return _indexed_files(index)
     raise CheckpointError(f"{folder}: holds neither {WEIGHTS_FILE} nor {_PICKLED_FILE}, nor an index of several")

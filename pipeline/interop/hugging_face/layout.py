@@ -7,7 +7,7 @@ from typing import Any
 from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import CheckpointError
-from pipeline.interop.foreign import TRANSFORMER_PREFIX, preset_of
+from pipeline.interop.foreign import TRANSFORMER_PREFIX, model_shapes, preset_of
 from pipeline.model.gpt2 import INIT_STD, LAYER_NORM_EPS
 
 WEIGHTS_FILE = "model.safetensors"
@@ -15,7 +15,6 @@ CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 MODEL_TYPE = "gpt2"
-ARCHITECTURE = "GPT2LMHeadModel"
 
 _TRANSPOSED_SUFFIXES = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # of its Conv1D: (in, out)
 
@@ -45,23 +44,24 @@ def is_transposed(name: str) -> bool:
     return name.endswith(_TRANSPOSED_SUFFIXES)
 
 
+def stored_shapes(config: ModelConfig) -> dict[str, list[int]]:
+    """Return the shapes of all parameters as stored, by canonical name: without padding rows, some transposed."""
+    shapes = {**model_shapes(config), "wte.weight": [config.vocab_size, config.n_embd]}
+    return {name: shape[::-1] if is_transposed(name) else shape for name, shape in shapes.items()}
+
+
 def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Return ``config.json`` of a model whose weights are stored in ``dtype``."""
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        "architectures": ["GPT2LMHeadModel"],
+        **_GPT2_SETTINGS,
         **{theirs: getattr(config, ours) for theirs, ours in _SIZE_KEYS.items()},
         "n_ctx": config.context_length,  # the older name, which OpenAI's own files have too
         "n_inner": None,
         "vocab_size": config.vocab_size,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": LAYER_NORM_EPS,
         "initializer_range": INIT_STD,
         **dict.fromkeys(_DROPOUT_KEYS, config.dropout),
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
         "reorder_and_upcast_attn": False,
-        "tie_word_embeddings": True,
         "use_cache": True,
         **to_generation_json(config),
         "dtype": dtype,

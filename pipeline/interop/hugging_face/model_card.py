@@ -56,10 +56,7 @@ def model_card(checkpoint: Path, state: TrainingState, config: Config) -> dict[s
     rows = [row for row in read_metrics(run_folder) if row["step"] <= state.step]
     picture = _draw_curve(rows, config.run.name)
     metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=[MODEL_TYPE],
-        model_name=config.run.name,
+        library_name="transformers", pipeline_tag="text-generation", tags=[MODEL_TYPE], model_name=config.run.name
     )
     sections = [_training(state, config), _curve(rows, has_picture=bool(picture)), _evaluation(run_folder, state.step)]
     text = _CARD.format(
@@ -102,20 +99,17 @@ def _training(state: TrainingState, config: Config) -> str:
 
 def _curve(rows: list[dict[str, Any]], *, has_picture: bool) -> str:
     """Return a table of losses at steps spread evenly over the run, including the last one."""
-    train = {row["step"]: row["loss"] for row in rows if row.get("loss") is not None}
-    validation = {row["step"]: row["val_loss"] for row in rows if row.get("val_loss") is not None}
+    train, validation = (
+        {row["step"]: f"{row[key]:.4f}" for row in rows if row.get(key) is not None} for key in ("loss", "val_loss")
+    )
     steps = sorted(validation if len(validation) > 1 else validation | train)
     if not steps:
         return ""
     if len(steps) > _MAX_CURVE_ROWS:
         steps = [steps[i * (len(steps) - 1) // (_MAX_CURVE_ROWS - 1)] for i in range(_MAX_CURVE_ROWS)]
-    cells = [(f"{step:,}", _format_loss(train.get(step)), _format_loss(validation.get(step))) for step in steps]
+    cells = [(f"{step:,}", train.get(step, ""), validation.get(step, "")) for step in steps]
     table = _table("Curve", ("step", "training loss", "validation loss"), cells)
     return f"{table}\n![Loss against steps]({CURVE_FILE})\n" if has_picture else table
-
-
-def _format_loss(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _evaluation(run_folder: Path, step: int) -> str:

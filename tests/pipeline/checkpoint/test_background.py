@@ -12,10 +12,9 @@ import pytest
 
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint import background
-from pipeline.checkpoint.background import BackgroundSaver
+from pipeline.checkpoint.background import BackgroundSaver, SnapshotTaker
 from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints
 from pipeline.checkpoint.loading import load_training_state
-from pipeline.checkpoint.snapshot import SnapshotTaker
 from pipeline.checkpoint.verification import find_damage
 from pipeline.distributed.world import World
 from tests.pipeline.checkpoint.conftest import (
@@ -129,7 +128,7 @@ class TestBuffers:
         first, second = taker.take(state_of(backend, 1)), taker.take(state_of(backend, 2))
         places = [
             {
-                (group, key): tensor.data_ptr()
+                (group, key): tensor.read().data_ptr()
                 for group, tensors in taken.groups.items()
                 for key, tensor in tensors.items()
             }

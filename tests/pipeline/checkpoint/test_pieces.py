@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pipeline.backends import Backend, Fragment
 from pipeline.backends.ddp import DdpBackend
+from pipeline.checkpoint.background import fragments_to_write, slice_fragment
 from pipeline.checkpoint.layout import tensor_file
 from pipeline.checkpoint.loading import load_training_state, load_weights
 from pipeline.checkpoint.pieces import KINDS, WEIGHT, piece_key
-from pipeline.checkpoint.snapshot import fragments_to_write, slice_fragment
 from pipeline.checkpoint.verification import find_damage
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError

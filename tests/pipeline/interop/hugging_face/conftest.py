@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from pipeline.checkpoint.pieces import KINDS, WEIGHT, piece_key
-from pipeline.checkpoint.saving import write_checkpoint
-from pipeline.checkpoint.snapshot import Snapshot
+from pipeline.checkpoint.saving import Snapshot, write_checkpoint
 from pipeline.checkpoint.state import TrainingState
+from pipeline.checkpoint.tensor_stream import TensorGroups, in_memory
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
@@ -43,14 +42,14 @@ def save_in_pieces(model: GPT2, config: Config, run_folder: Path) -> Path:
     """Save a checkpoint whose parameters are split in two pieces within a row."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
-    groups: dict[str, dict[str, Tensor]] = {"weights": {}, "moments": {}}
+    groups: TensorGroups = {"weights": {}, "moments": {}}
     for kind in KINDS:
         for name, weight in weights.items():
             flat = weight.reshape(-1) if kind == WEIGHT else torch.zeros(weight.numel())
             middle = flat.numel() // 2 + 1
             for low, high in ((0, middle), (middle, flat.numel())):
                 group = groups["weights" if kind == WEIGHT else "moments"]
-                group[piece_key(kind, name, (low, high))] = flat[low:high].clone()
+                group[piece_key(kind, name, (low, high))] = in_memory(flat[low:high])
     state = TrainingState(STEP, 28, 336, STEP, None, 0, 1337)
     alone = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     write_checkpoint(run_folder, Snapshot(state, shapes, groups), dump_config(config), alone, keep_last=1)
