@@ -7,7 +7,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, StrictInt, StrictStr, TypeAdapter, ValidationError, with_config
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
 
 from data_tools.errors import DataError, one_line_read_errors
 from data_tools.storage.files import sha256_of_json
@@ -43,6 +53,8 @@ def _require_inside_folder(file: str) -> str:
     return file
 
 
+# An object that may be missing, which makes it None, but not null.
+OptionalObject = Annotated[dict[str, Any] | None, GetPydanticSchema(lambda _, schema_of: schema_of(dict[str, Any]))]
 Count = Annotated[StrictInt, Field(ge=0)]
 Sha256 = Annotated[StrictStr, Field(pattern="^[0-9a-f]{64}$")]
 FileInside = Annotated[StrictStr, AfterValidator(_require_inside_folder)]
@@ -99,16 +111,6 @@ class ShardRecord:
         """Return the record as plain JSON values, without keys whose value is None."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
-    @classmethod
-    def from_json(cls, value: Any, place: str) -> ShardRecord:
-        """Return the record of a parsed JSON object; ``place`` names it in an error.
-
-        Raises:
-            DataError: a key is missing or unknown, or a value has the wrong type or is impossible.
-        """
-        record: ShardRecord = _validate(cls, value, place)
-        return record
-
 
 @_forbid_unknown_keys
 @dataclass(frozen=True)
@@ -128,8 +130,8 @@ class Manifest:
     source: SourceRecord
     settings: dict[str, Any]
     shards: tuple[ShardRecord, ...]
-    report: dict[str, Any] | None = None
-    made: dict[str, Any] | None = None
+    report: OptionalObject = None
+    made: OptionalObject = None
 
     def splits(self) -> tuple[str, ...]:
         """Return the names of the splits, in the order of their first shards."""
@@ -159,7 +161,7 @@ class Manifest:
         return sha256_of_json({key: value for key, value in self.to_json().items() if key not in ("made", _SEAL)})
 
 
-_SCHEMAS: dict[type, TypeAdapter[Any]] = {record: TypeAdapter(record) for record in (Manifest, ShardRecord)}
+_SCHEMA = TypeAdapter(Manifest)
 _NESTED_RECORDS: dict[Any, type[Any]] = {"tokenizer": TokenizerRecord, "source": SourceRecord, "shards": ShardRecord}
 
 
@@ -200,7 +202,7 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
         raise DataError(f"{place}: dtype is {dtype!r}, it must be {TOKEN_DTYPE_NAME!r}")
     seal = value.pop(_SEAL, None)
     fields_only = {key: item for key, item in value.items() if key not in ("format_version", "dtype")}
-    manifest: Manifest = _validate(Manifest, fields_only, place)
+    manifest = _validate(fields_only, place)
     if seal not in (None, sha256_of_json(value)):
         raise DataError(f"{place}: contents changed (its own SHA-256 differs); {TOKENIZE_AGAIN}")
     _require_consistent_masks(manifest, place)
@@ -225,17 +227,17 @@ def _require_consistent_masks(manifest: Manifest, place: str) -> None:
             )
 
 
-def _validate(record_type: type, value: Any, place: str) -> Any:
-    """Return the checked record, or raise ``DataError`` with the first mistake in one line."""
+def _validate(value: dict[str, Any], place: str) -> Manifest:
+    """Return the checked manifest, or raise ``DataError`` with the first mistake in one line."""
     try:
-        return _SCHEMAS[record_type].validate_python(value)
+        return _SCHEMA.validate_python(value)
     except ValidationError as error:
         mistake = error.errors(include_url=False)[0]
     kind, location = mistake["type"], mistake["loc"]
     if kind == "missing":
         raise DataError(f"{place}{_as_path(location[:-1])}: missing key {location[-1]!r}")
     if kind == "unexpected_keyword_argument":
-        keys = fields(record_type if len(location) == 1 else _NESTED_RECORDS[location[0]])
+        keys = fields(Manifest if len(location) == 1 else _NESTED_RECORDS[location[0]])
         raise DataError(
             f"{place}{_as_path(location[:-1])}: unknown key {location[-1]!r}; "
             f"the keys are {', '.join(key.name for key in keys)}"

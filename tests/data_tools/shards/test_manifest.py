@@ -86,6 +86,8 @@ MANIFEST_DAMAGE: list[tuple[Callable[[Path], None], str]] = [
     (edit_manifest(lambda m: m["tokenizer"].update(vocab_size="many")), "vocab_size must be an integer"),
     (edit_manifest(lambda m: m["source"].pop("kind")), "source: missing key 'kind'"),
     (edit_manifest(lambda m: m.update(shards={})), "shards must be a list"),
+    (edit_manifest(lambda m: m.update(report=None)), "report must be an object, it is null"),
+    (edit_manifest(lambda m: m.update(made=None)), "made must be an object, it is null"),
     (edit_manifest(lambda m: m["shards"][1].pop("tokens")), r"shards\[1\]: missing key 'tokens'"),
     (edit_manifest(lambda m: m["shards"][1].update(tokens=True)), r"shards\[1\]: tokens must be an integer"),
     (edit_manifest(lambda m: m["shards"][1].update(tokens=-1)), "tokens must be 0 or more"),
