@@ -60,7 +60,7 @@ def publish(aside: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
-    """Yield a file to write into that replaces ``path`` when the block ends; an error in the block deletes it.
+    """Yield a file to write into. It replaces ``path`` when the block ends. If the block fails, it is deleted.
 
     Args:
         path: the final name. Its folder must exist.
@@ -87,30 +87,23 @@ def atomic_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def write_bytes_durably(path: Path, content: bytes) -> None:
-    """Write a whole file atomically.
-
-    Raises:
-        OSError: the disk is full, the folder is missing or read-only, ...; the old file, if any, is unchanged.
-    """
+    """Write a whole file atomically. If an ``OSError`` prevents that, the old file is unchanged."""
     with atomic_file(path) as file:
         file.write(content)
 
 
 def write_json_durably(path: Path, value: Any) -> None:
-    """Write a value atomically as indented ASCII JSON with a final newline. Keys keep their order.
-
-    Raises:
-        OSError: as for ``write_bytes_durably``.
-    """
+    """Write a value atomically as indented ASCII JSON with a final newline. Keys keep their order."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_bytes_durably(path, text.encode("ascii"))
 
 
 @contextmanager
 def atomic_folder(target: Path, aside: Path | None = None) -> Iterator[Path]:
-    """Yield an empty folder to write into that becomes ``target`` when the block ends; an error deletes it.
+    """Yield an empty folder to write into. It becomes ``target`` when the block ends.
 
-    The folder is locked while the block runs. A leftover of a killed process is emptied first.
+    The folder is locked while the block runs, and deleted if the block fails. A leftover of a killed process is
+    emptied first.
 
     Args:
         target: the final name; absent, or an empty folder.
@@ -135,11 +128,7 @@ def atomic_folder(target: Path, aside: Path | None = None) -> Iterator[Path]:
 
 
 def make_empty_folder(folder: Path) -> None:
-    """Create a folder with its parents, or empty it if an interrupted write left it behind.
-
-    Raises:
-        OSError: it is a file, or cannot be created or emptied.
-    """
+    """Create a folder with its parents, or empty it if an interrupted write left it behind."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():

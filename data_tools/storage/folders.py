@@ -1,4 +1,4 @@
-"""The folder that stage 1 writes: local, or at a URL that fsspec knows. A file appears complete or not at all."""
+"""The folder that stage 1 writes, local or at a URL that fsspec knows. A file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
 
 import fsspec
 from fsspec.implementations.dirfs import DirFileSystem
@@ -22,53 +21,14 @@ from data_tools.storage.files import is_remote
 _SCRATCH_PREFIX = ".scratch-"
 
 
-class Folder(Protocol):
-    """Named files. A name may contain folders, as ``tasks/00000.json``."""
-
-    def names(self) -> set[str]:
-        """Return the names of all files; an empty set if the folder does not exist."""
-        ...
-
-    def size(self, name: str) -> int | None:
-        """Return a file's size in bytes, or None if it does not exist."""
-        ...
-
-    def read(self, name: str) -> bytes:
-        """Return a file's content. Raises ``FileNotFoundError`` if it does not exist."""
-        ...
-
-    def write(self, name: str, content: bytes) -> None:
-        """Write a whole file atomically and durably."""
-        ...
-
-    def take(self, path: Path, name: str) -> None:
-        """Move a complete local file into the folder, atomically and durably."""
-        ...
-
-    def remove(self, names: set[str]) -> None:
-        """Remove those of the files that exist, and folders that become empty."""
-        ...
-
-    def scratch(self) -> Path:
-        """Create a local folder from which ``take`` is fast. The caller removes it."""
-        ...
-
-    def remove_scratch(self) -> None:
-        """Remove the scratch folders that killed processes left."""
-        ...
-
-    def free_bytes(self) -> int | None:
-        """Return the free space on the disk, or None if it is unknown."""
-        ...
-
-
 class LocalFolder:
-    """A folder on this machine or on a network file system."""
+    """A folder on this machine or on a network file system. A file's name may contain folders: ``tasks/00000.json``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def names(self) -> set[str]:
+        """Return the names of all files; an empty set if the folder does not exist."""
         return {
             Path(parent, name).relative_to(self.path).as_posix()
             for parent, _, names in os.walk(self.path)
@@ -76,6 +36,7 @@ class LocalFolder:
         }
 
     def size(self, name: str) -> int | None:
+        """Return a file's size in bytes, or None if it does not exist."""
         with one_line_write_errors(self.path / name):
             try:
                 return (self.path / name).stat().st_size
@@ -83,9 +44,11 @@ class LocalFolder:
                 return None
 
     def read(self, name: str) -> bytes:
+        """Return a file's content. Raises ``FileNotFoundError`` if it does not exist."""
         return (self.path / name).read_bytes()
 
     def write(self, name: str, content: bytes) -> None:
+        """Write a whole file atomically and durably."""
         path = self.path / name
         # Several processes may write the same file, so each uses an aside path of its own.
         with one_line_write_errors(path), scratch_of(self) as scratch, atomic_file(path, scratch / path.name) as file:
@@ -93,10 +56,12 @@ class LocalFolder:
             path.parent.mkdir(exist_ok=True)
 
     def take(self, path: Path, name: str) -> None:
+        """Move a complete local file into the folder, atomically and durably."""
         with one_line_write_errors(self.path / name):
             publish(path, self.path / name)
 
     def remove(self, names: set[str]) -> None:
+        """Remove those of the files that exist, and folders that become empty."""
         if not names:
             return
         with one_line_write_errors(self.path):
@@ -108,21 +73,27 @@ class LocalFolder:
                         folder.rmdir()
 
     def scratch(self) -> Path:
+        """Create a local folder from which ``take`` is fast. The caller removes it."""
         path = self.path / f"{_SCRATCH_PREFIX}{uuid.uuid4().hex}"
         with one_line_write_errors(path):
             path.mkdir(parents=True)
         return path
 
     def remove_scratch(self) -> None:
+        """Remove the scratch folders that killed processes left."""
         _remove_folders(self.path, _SCRATCH_PREFIX)
 
     def free_bytes(self) -> int | None:
+        """Return the free space on the disk, or None if it is unknown."""
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         return shutil.disk_usage(existing).free
 
 
 class RemoteFolder:
-    """A folder at a URL. Object stores show a file under its name only after all of it has arrived."""
+    """A folder at a URL, with the methods of ``LocalFolder``.
+
+    Object stores show a file under its name only after all of it has arrived.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
@@ -197,7 +168,10 @@ class RemoteFolder:
             raise DataError(f"cannot use {self._url}: {type(error).__name__}: {reason}") from error
 
 
-def open_folder(place: str | Path) -> LocalFolder | RemoteFolder:
+Folder = LocalFolder | RemoteFolder
+
+
+def open_folder(place: str | Path) -> Folder:
     """Return the folder at a path or URL. It need not exist."""
     return RemoteFolder(str(place)) if is_remote(str(place)) else LocalFolder(Path(place))
 
