@@ -1,4 +1,4 @@
-"""The array types that stages exchange, and conversions to and from Arrow without a copy."""
+"""The array types that stages exchange, and their conversion to Arrow without a copy."""
 
 from __future__ import annotations
 
@@ -19,14 +19,3 @@ def as_arrow(values: npt.NDArray[Any]) -> pa.Array:
     ``pa.array`` would import pandas, which takes longer than starting the program.
     """
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), values.size, [None, pa.py_buffer(values)])
-
-
-def from_arrow(array: pa.Array, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Return an Arrow array as a read-only numpy array of shape (n,) that shares its memory, without importing pandas.
-
-    Raises:
-        ValueError: the array has nulls.
-    """
-    if array.null_count:
-        raise ValueError("it has nulls")
-    return np.frombuffer(array.buffers()[1], dtype=dtype)[array.offset : array.offset + len(array)]

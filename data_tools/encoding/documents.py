@@ -60,9 +60,7 @@ def utf8_of(document: Document) -> bytes:
 def fingerprint_of(document: Document, utf8: bytes) -> bytes:
     """Return the first 16 bytes of a SHA-256 over a document, which are equal only for equal documents.
 
-    Args:
-        document: the document.
-        utf8: its text, see ``utf8_of``.
+    ``utf8`` is the document's text as ``utf8_of`` returns it.
     """
     digest = hashlib.sha256(utf8)
     if isinstance(document, Dialogue):
@@ -75,14 +73,10 @@ def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
 
     The ``END_OF_TEXT`` before a dialogue is scored, because it ends the answer of the dialogue before it.
     """
+    segments = ((document, True),) if isinstance(document, str) else document.segments
+    pieces = [np.array([END_OF_TEXT], dtype=np.uint16), *(encoder.encode(text) for text, _ in segments)]
+    tokens = np.concatenate(pieces)
     if isinstance(document, str):
-        tokens = encoder.encode(document)
-        with_start = np.empty(tokens.size + 1, dtype=np.uint16)
-        with_start[0], with_start[1:] = END_OF_TEXT, tokens
-        return EncodedDocument(with_start, None)
-    pieces = [np.array([END_OF_TEXT], dtype=np.uint16)]
-    flags = [np.ones(1, dtype=np.bool_)]
-    for text, scored in document.segments:
-        pieces.append(encoder.encode(text))
-        flags.append(np.full(pieces[-1].size, scored))
-    return EncodedDocument(np.concatenate(pieces), np.concatenate(flags))
+        return EncodedDocument(tokens, None)
+    flags = [True, *(is_scored for _, is_scored in segments)]
+    return EncodedDocument(tokens, np.repeat(flags, [piece.size for piece in pieces]))

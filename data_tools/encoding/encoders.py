@@ -93,9 +93,10 @@ def choose_encoder(name: str) -> str:
     Raises:
         DataError: gigatoken is requested but not installed.
     """
-    installed = importlib.util.find_spec("gigatoken") is not None
-    if name == "tiktoken" or installed:
-        return "tiktoken" if name == "tiktoken" else "gigatoken"
+    if name == "tiktoken":
+        return name
+    if importlib.util.find_spec("gigatoken") is not None:
+        return "gigatoken"
     if name == "gigatoken":
         raise DataError("--encoder gigatoken: it is not installed; pip install gigatoken, or use --encoder tiktoken")
     log.info("gigatoken is not installed: encoding with tiktoken, which is several times slower")

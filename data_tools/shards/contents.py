@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_tools.arrays import TokenArray, as_arrow
@@ -46,7 +47,9 @@ class Vocabulary:
         self.size = tokenizer.vocab_size
         self.end_of_text = tokenizer.end_of_text
         self.knows_bytes = tokenizer.name == TOKENIZER_NAME and tokenizer == gpt2_tokenizer_record()
-        self._byte_lengths = as_arrow(token_byte_lengths()) if self.knows_bytes else None
+        self._byte_lengths: pa.Array | None = None  # of each token by id; END_OF_TEXT, the last, has none
+        if self.knows_bytes:
+            self._byte_lengths = as_arrow(np.array([*map(len, load_tokenizer().token_bytes), 0], dtype=np.uint8))
 
     def count(self, tokens: TokenArray, place: object, advance: Advance = no_progress) -> Contents:
         """Count documents and bytes of text; 0 bytes if they cannot be counted.
@@ -61,18 +64,15 @@ class Vocabulary:
         """
         contents = Contents()
         for start in range(0, tokens.size, _SCAN_TOKENS):
-            contents += self._count_piece(tokens[start : start + _SCAN_TOKENS], place)
+            piece = tokens[start : start + _SCAN_TOKENS]
+            require_in_vocabulary(piece, self.size, place)
+            utf8_bytes = 0
+            if self._byte_lengths is not None:
+                # Two to three times as fast as numpy, which converts 16-bit indices to 64 bits first.
+                utf8_bytes = pc.sum(pc.array_take(self._byte_lengths, as_arrow(piece), boundscheck=False)).as_py()
+            contents += Contents(int(np.count_nonzero(piece == self.end_of_text)), utf8_bytes)
             advance(0)
         return contents
-
-    def _count_piece(self, tokens: TokenArray, place: object) -> Contents:
-        require_in_vocabulary(tokens, self.size, place)
-        documents = int(np.count_nonzero(tokens == self.end_of_text))
-        if self._byte_lengths is None:
-            return Contents(documents)
-        # Two to three times as fast as numpy, which converts 16-bit indices to 64 bits first.
-        lengths = pc.array_take(self._byte_lengths, as_arrow(tokens), boundscheck=False)
-        return Contents(documents, pc.sum(lengths).as_py())
 
 
 def require_in_vocabulary(tokens: npt.NDArray[np.integer], vocab_size: int, place: object) -> None:
@@ -95,8 +95,3 @@ def gpt2_tokenizer_record() -> TokenizerRecord:
         DataError: it cannot be loaded.
     """
     return TokenizerRecord(TOKENIZER_NAME, GPT2_VOCAB_SIZE, END_OF_TEXT, load_tokenizer().vocabulary_sha256())
-
-
-def token_byte_lengths() -> npt.NDArray[np.uint8]:
-    """Return the number of bytes of each GPT-2 token, uint8 of shape (vocab_size,), 0 for ``END_OF_TEXT``."""
-    return np.array([*map(len, load_tokenizer().token_bytes), 0], dtype=np.uint8)

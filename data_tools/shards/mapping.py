@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_tools.arrays import TokenArray, from_arrow
+from data_tools.arrays import TokenArray
 from data_tools.errors import DataError
 from data_tools.shards.llmc import LLMC_SUFFIX, llmc_tokens
 from data_tools.shards.manifest import MANIFEST_NAME, TOKENIZE_AGAIN, ShardRecord
@@ -32,10 +33,9 @@ def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
         DataError: the file is missing, unreadable, in another format, or does not hold the recorded number of tokens.
     """
     path = folder / shard.file
-    map_file = {".npy": _map_npy, ".arrow": _map_arrow, LLMC_SUFFIX: _map_llmc}.get(path.suffix)
-    if map_file is None:
+    if path.suffix not in _PIECES_BY_SUFFIX:
         raise DataError(f"{path}: a shard's name ends in .npy, .arrow or {LLMC_SUFFIX}")
-    pieces = _map_whole_file(path, map_file, "shard of uint16 tokens")
+    pieces = _map_whole_file(path, _PIECES_BY_SUFFIX[path.suffix], "shard of uint16 tokens")
     tokens = sum(piece.size for piece in pieces)
     if tokens != shard.tokens:
         raise DataError(f"{path} holds {tokens} tokens, {MANIFEST_NAME} says {shard.tokens}; {TOKENIZE_AGAIN}")
@@ -50,7 +50,7 @@ def map_mask(folder: Path, shard: ShardRecord) -> Mapped:
     """
     assert shard.mask_file, f"{shard.file} has no mask"
     path = folder / shard.mask_file
-    mask: Mapped = _map_whole_file(path, lambda path: _map_npy(path, MASK_DTYPE), "mask of uint8 flags")[0]
+    (mask,) = _map_whole_file(path, partial(_npy_pieces, dtype=MASK_DTYPE), "mask of uint8 flags")
     if mask.size != shard.tokens:
         raise DataError(
             f"{path} is the mask of {mask.size} tokens, {MANIFEST_NAME} says {shard.tokens}; {TOKENIZE_AGAIN}"
@@ -88,9 +88,9 @@ def map_bytes(path: Path) -> pa.Buffer:
     return pa.foreign_buffer(first.address, size, base=first)
 
 
-def _map_whole_file(path: Path, map_file: Callable[[Path], list[Mapped]], kind: str) -> list[Mapped]:
+def _map_whole_file(path: Path, pieces_of: Callable[[pa.Buffer], list[Mapped]], kind: str) -> list[Mapped]:
     try:
-        return map_file(path)
+        return pieces_of(map_bytes(path))
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing, though {MANIFEST_NAME} names it; {TOKENIZE_AGAIN}") from error
     except Exception as error:  # numpy and Arrow raise many kinds of errors for damaged files
@@ -100,8 +100,7 @@ def _map_whole_file(path: Path, map_file: Callable[[Path], list[Mapped]], kind: 
         raise DataError(f"{path} is not a whole {kind} ({reason}); {TOKENIZE_AGAIN}") from error
 
 
-def _map_npy(path: Path, dtype: np.dtype[Any] = _TOKEN_DTYPE) -> list[Mapped]:
-    buffer = map_bytes(path)
+def _npy_pieces(buffer: pa.Buffer, dtype: np.dtype[Any] = _TOKEN_DTYPE) -> list[Mapped]:
     file = pa.BufferReader(buffer)
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -114,18 +113,23 @@ def _map_npy(path: Path, dtype: np.dtype[Any] = _TOKEN_DTYPE) -> list[Mapped]:
     return [np.frombuffer(buffer, dtype=dtype, offset=file.tell())]
 
 
-def _map_arrow(path: Path) -> list[Mapped]:
-    buffer = map_bytes(path)
+def _arrow_pieces(buffer: pa.Buffer) -> list[Mapped]:
     file = pa.BufferReader(buffer)
     reader = pa.ipc.open_stream(file)
     if reader.schema.names != ["tokens"] or reader.schema.field("tokens").type != pa.uint16():
         raise ValueError("its one column must be 'tokens' of uint16")
-    pieces = [from_arrow(batch.column(0), np.uint16) for batch in reader]
+    columns = [batch.column(0) for batch in reader]
+    if any(column.null_count for column in columns):
+        raise ValueError("it has nulls")
     end = file.tell()
     if end != buffer.size or file.read_at(8, end - 8) != _ARROW_END_OF_STREAM:
         raise ValueError("it does not end where its tokens end")
-    return pieces
+    # Arrow's own conversion to numpy would import pandas, which takes longer than starting the program.
+    return [np.frombuffer(it.buffers()[1], dtype=_TOKEN_DTYPE, count=len(it), offset=2 * it.offset) for it in columns]
 
 
-def _map_llmc(path: Path) -> list[Mapped]:
-    return [llmc_tokens(map_bytes(path))]
+_PIECES_BY_SUFFIX: dict[str, Callable[[pa.Buffer], list[Mapped]]] = {
+    ".npy": _npy_pieces,
+    ".arrow": _arrow_pieces,
+    LLMC_SUFFIX: lambda buffer: [llmc_tokens(buffer)],
+}

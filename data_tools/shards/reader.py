@@ -36,9 +36,6 @@ class TokenStream:
         self._token_pieces = _Pieces([piece for shard in shards for piece in map_shard(folder, shard)])
         self._mask_pieces = _Pieces([map_mask(folder, shard) for shard in shards if shard.mask_sha256])
 
-    def __len__(self) -> int:
-        return self.tokens
-
     def __reduce__(self) -> tuple[object, ...]:
         # Pickling a memory map would copy its data, so another process maps the files again.
         return open_split, (self._folder, self.split)

@@ -39,16 +39,13 @@ def require_unchanged(folder: Path, shard: ShardRecord, advance: Advance = no_pr
     Raises:
         DataError: one differs, or a file cannot be read.
     """
-    _require_sha256(folder / shard.file, shard.sha256, advance)
-    if shard.mask_file and shard.mask_sha256:
-        _require_sha256(folder / shard.mask_file, shard.mask_sha256, advance)
-
-
-def _require_sha256(path: Path, sha256: str, advance: Advance) -> None:
-    with one_line_read_errors(path):
-        unchanged = sha256_of_file(path, advance) == sha256
-    if not unchanged:
-        raise DataError(f"{path}: its SHA-256 is not the one in {MANIFEST_NAME}; {TOKENIZE_AGAIN}")
+    for name, sha256 in ((shard.file, shard.sha256), (shard.mask_file, shard.mask_sha256)):
+        if name is None:
+            continue
+        with one_line_read_errors(folder / name):
+            unchanged = sha256_of_file(folder / name, advance) == sha256
+        if not unchanged:
+            raise DataError(f"{folder / name}: its SHA-256 is not the one in {MANIFEST_NAME}; {TOKENIZE_AGAIN}")
 
 
 def _check_shard(folder: Path, vocabulary: Vocabulary, shard: ShardRecord, advance: Advance) -> None:

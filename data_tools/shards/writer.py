@@ -119,7 +119,8 @@ class ShardWriter:
         self._batch_size = 0
         self._files = ExitStack()
         self._mask: TokenFile | None = None
-        self._shard = self._open(self._path, open_format or _BY_SUFFIX[self._path.suffix[1:]])
+        open_format = open_format or _BY_SUFFIX[self._path.suffix[1:]]
+        self._shard = self._files.enter_context(_shard_file(self._path, open_format))
 
     def append(self, tokens: TokenArray, *, documents: int, utf8_bytes: int, scored: MaskArray | None = None) -> None:
         """Append whole documents.
@@ -149,7 +150,7 @@ class ShardWriter:
 
     def _append_mask(self, tokens: TokenArray, scored: MaskArray | None) -> None:
         if scored is not None and self.tokens == 0 and self._mask is None:
-            self._mask = self._open(self._mask_path, _MASK_FORMAT)
+            self._mask = self._files.enter_context(_shard_file(self._mask_path, _MASK_FORMAT))
         assert (scored is None) == (self._mask is None), f"{self._path}: a shard has a mask, or none"
         if self._mask and scored is not None:
             assert scored.shape == tokens.shape, f"{self._path}: a mask has one flag per token"
@@ -179,9 +180,6 @@ class ShardWriter:
         """Remove what was written so far."""
         with suppress(_AbortedError), self._files:
             raise _AbortedError
-
-    def _open(self, path: Path, open_format: OpenFormat) -> TokenFile:
-        return self._files.enter_context(_shard_file(path, open_format))
 
     def _write_batch(self) -> None:
         with one_line_write_errors(self._path):
