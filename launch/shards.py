@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +166,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         return
     if arguments.out is None or arguments.to is None:
         raise UserError("give --out and --to, or --in-place")
-    options = ("source", "out", "to", "source_format", "split_of", "shard_tokens", "name", "workers")
-    request = ConvertRequest(**{option: getattr(arguments, option) for option in options})
+    request = ConvertRequest(**{option.name: getattr(arguments, option.name) for option in fields(ConvertRequest)})
     written, verified = ProgressLines("written"), ProgressLines("verified")
     conversion = convert(request, written.advance, verified.advance)
     print(f"{request.out}: {request.to}, from {conversion.source_format}")

@@ -47,26 +47,12 @@ class Tokens(Protocol):
         ...
 
 
-class FileTokens(Tokens, Protocol):
-    """The tokens of one file of another program; errors name the file."""
-
-    path: Path
-
-
-@dataclass(frozen=True)
-class TokenFile:
-    """One file of a split, and the number of its tokens."""
-
-    path: Path
-    tokens: int
-
-
 @dataclass(frozen=True)
 class Split:
-    """The tokens of one split, and its files in the order of the tokens."""
+    """The tokens of one split, and the number of tokens in each of its files (Megatron's: by index), in their order."""
 
     stream: Tokens
-    files: tuple[TokenFile, ...]
+    tokens_of_file: dict[Path, int]
 
 
 @dataclass(frozen=True)
@@ -120,7 +106,7 @@ def open_foreign(
     format: str,
     files: Sequence[Path],
     split_of: Mapping[str, str],
-    open_file: Callable[[Path, int], FileTokens],
+    open_file: Callable[[Path, int], Tokens],
     files_on_disk: Sequence[Path] | None = None,
 ) -> TokenCollection:
     """Open the files of another program, found at ``path``, as a collection.
@@ -136,9 +122,9 @@ def open_foreign(
     tokenizer = gpt2_tokenizer_record()
     splits = {}
     for split, members in _group_by_split(files, split_of).items():
-        streams = [open_file(file, tokenizer.vocab_size) for file in members]
-        described = tuple(TokenFile(stream.path, stream.tokens) for stream in streams)
-        splits[split] = Split(Concatenated(streams), described)
+        streams = {file: open_file(file, tokenizer.vocab_size) for file in members}
+        tokens_of_file = {file: stream.tokens for file, stream in streams.items()}
+        splits[split] = Split(Concatenated(list(streams.values())), tokens_of_file)
     counted = files_on_disk or files
     size = sum(file.stat().st_size for file in counted)
     source = SourceRecord(format, {"input": path.as_posix(), "files": len(counted), "bytes": size})
@@ -170,8 +156,8 @@ def require_split_name(name: str, place: str) -> None:
 def _group_by_split(paths: Sequence[Path], split_of: Mapping[str, str]) -> dict[str, list[Path]]:
     """Return the files by split, in their order, training first.
 
-    A file's split is what ``split_of`` says for its name (with or without the ending), else the last of the words
-    train, val, valid, validation, test in its name. A single file without such a word is for training.
+    A file's split is the one that ``split_of`` gives for its name (with or without the suffix), otherwise the last of
+    the words train, val, valid, validation, test in its name. A single file without such a word is for training.
 
     Raises:
         DataError: the split of a file is unknown, or ``split_of`` names a file that does not exist.
@@ -184,15 +170,11 @@ def _group_by_split(paths: Sequence[Path], split_of: Mapping[str, str]) -> dict[
             raise DataError(f"--split-of {name}={split}: this file does not exist; the files are {listed}")
     groups: dict[str, list[Path]] = {}
     for path in paths:
-        split_or_none = split_of.get(path.name) or split_of.get(path.stem) or _split_in_name(path)
-        if split_or_none is None and len(paths) > 1:
+        words = [_SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", path.stem.lower()) if word in _SPLIT_WORDS]
+        named = split_of.get(path.name) or split_of.get(path.stem) or (words[-1] if words else None)
+        if named is None and len(paths) > 1:
             raise DataError(
                 f"{path}: its name does not tell its split; add --split-of {path.name}={TRAIN_SPLIT} (or {VAL_SPLIT})"
             )
-        groups.setdefault(split_or_none or TRAIN_SPLIT, []).append(path)
+        groups.setdefault(named or TRAIN_SPLIT, []).append(path)
     return dict(sorted(groups.items(), key=lambda group: group[0] != TRAIN_SPLIT))
-
-
-def _split_in_name(path: Path) -> str | None:
-    words = [_SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", path.stem.lower()) if word in _SPLIT_WORDS]
-    return words[-1] if words else None

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_tools.arrays import TokenArray
 from data_tools.errors import DataError, one_line_read_errors, one_line_write_errors
 from data_tools.formats.collection import TokenCollection
 from data_tools.formats.flat_files import LLMC, NANOGPT, map_llmc_file
 from data_tools.formats.opening import open_collection
 from data_tools.formats.plan import DEFAULT_SHARD_TOKENS, ConvertRequest, PlannedFile, chunks, keeps_shards, plan_files
-from data_tools.shards.contents import Contents, Vocabulary
+from data_tools.shards.contents import Vocabulary
 from data_tools.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, SourceRecord, mask_file_of
 from data_tools.shards.verification import verify
-from data_tools.shards.writer import FlatFile, ShardWriter
+from data_tools.shards.writer import FlatFile, OpenFormat, ShardWriter
 from data_tools.storage.atomic import atomic_folder, write_json_durably
 from data_tools.storage.files import sha256_of_file
 from data_tools.threads import Advance, map_threads, no_progress
@@ -54,8 +53,10 @@ def convert(request: ConvertRequest, written: Advance = no_progress, verified: A
         verify(collection.path, request.workers, verified)
         _require_new(request.out)  # again, because verifying can take long
     with one_line_write_errors(request.out), atomic_folder(request.out) as folder:
-        writer = _FileWriter(folder, collection, vocabulary, raw=request.to == NANOGPT)
-        files = tuple(map_threads(writer.write, planned, request.workers, written))
+        # nanoGPT's files have no header. The suffix of other files names their format.
+        open_format = partial(FlatFile, header=lambda tokens: b"") if request.to == NANOGPT else None
+        write = partial(_write_file, folder, collection, vocabulary, open_format)
+        files = tuple(map_threads(write, planned, request.workers, written))
         if request.to != NANOGPT:
             _write_manifest(folder, _manifest_of(request, collection, files))
     return Conversion(collection.format, files)
@@ -83,7 +84,7 @@ def adopt_in_place(
         raise DataError(
             f"--in-place: the files of {folder} are in the format {collection.format}; only llm.c's can stay in place"
         )
-    files = [(split, file.path) for split, members in collection.splits.items() for file in members.files]
+    files = [(name, path) for name, split in collection.splits.items() for path in split.tokens_of_file]
     describe = partial(_describe_llmc_shard, Vocabulary(collection.tokenizer))
     shards = tuple(map_threads(describe, files, workers, advance))
     # The folder may be moved, so its path says nothing about the origin of the tokens.
@@ -106,44 +107,41 @@ def _require_new(out: Path) -> None:
         raise DataError(f"--out {out} is not empty (it holds {names[0]}); name a new or empty folder")
 
 
-class _FileWriter:
-    """Writes planned files into a folder; safe to call from several threads."""
-
-    def __init__(self, folder: Path, collection: TokenCollection, vocabulary: Vocabulary, *, raw: bool) -> None:
-        self._folder = folder
-        self._collection = collection
-        self._vocabulary = vocabulary
-        self._open_format = partial(FlatFile, header=lambda tokens: b"") if raw else None  # nanoGPT's has no header
-
-    def write(self, planned: PlannedFile, advance: Advance) -> ShardRecord:
-        """Write one file in constant memory. Raises DataError if a token is outside the vocabulary."""
-        writer = ShardWriter(self._folder, planned.name, planned.split, self._open_format)
-        try:
-            for tokens, contents in self._read(planned, advance):
-                writer.append(tokens, documents=contents.documents, utf8_bytes=contents.utf8_bytes)
-            record = writer.close()
-        except BaseException:
-            writer.abort()
-            raise
-        return self._keep_record(planned.record, record) if planned.record else record
-
-    def _read(self, planned: PlannedFile, advance: Advance) -> Iterator[tuple[TokenArray, Contents]]:
-        stream = self._collection.splits[planned.split].stream
+def _write_file(
+    folder: Path,
+    collection: TokenCollection,
+    vocabulary: Vocabulary,
+    open_format: OpenFormat | None,
+    planned: PlannedFile,
+    advance: Advance,
+) -> ShardRecord:
+    """Write one file in constant memory. Raises DataError if a token is outside the vocabulary."""
+    stream = collection.splits[planned.split].stream
+    writer = ShardWriter(folder, planned.name, planned.split, open_format)
+    try:
         for start, length in chunks(planned.start, planned.stop):
             tokens = stream.read(start, length)
-            yield tokens, self._vocabulary.count(tokens, self._collection.path)
+            contents = vocabulary.count(tokens, collection.path)
+            writer.append(tokens, documents=contents.documents, utf8_bytes=contents.utf8_bytes)
             advance(tokens.nbytes)
-
-    def _keep_record(self, original: ShardRecord, record: ShardRecord) -> ShardRecord:
-        """Return the new record with the counts of the original shard, and copy its mask."""
-        # Bytes of text can be counted again only for GPT-2's ids.
-        record = replace(record, documents=original.documents, utf8_bytes=original.utf8_bytes)
-        if original.mask_file is None:
-            return record
-        path = self._folder / mask_file_of(record.file)
-        with one_line_write_errors(path):
-            shutil.copyfile(self._collection.path / original.mask_file, path)
-        return replace(record, mask_sha256=original.mask_sha256)
+        record = writer.close()
+    except BaseException:
+        writer.abort()
+        raise
+    original = planned.record
+    if original is None:
+        return record
+    if original.mask_file is not None:
+        mask_path = folder / mask_file_of(record.file)
+        with one_line_write_errors(mask_path):
+            shutil.copyfile(collection.path / original.mask_file, mask_path)
+    # Bytes of text can be counted again only for GPT-2's ids.
+    return replace(
+        record,
+        documents=original.documents,
+        utf8_bytes=original.utf8_bytes,
+        mask_sha256=original.mask_sha256,
+    )
 
 
 def _manifest_of(request: ConvertRequest, collection: TokenCollection, files: tuple[ShardRecord, ...]) -> Manifest:

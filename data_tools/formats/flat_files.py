@@ -24,14 +24,14 @@ class _MappedTokens:
     """The tokens of one mapped file."""
 
     def __init__(self, path: Path, tokens: TokenArray, vocab_size: int) -> None:
-        self.path = path
+        self._path = path
         self.tokens = tokens.size
         self._tokens = tokens
         self._vocab_size = vocab_size
 
     def read(self, start: int, length: int) -> TokenArray:
         tokens = self._tokens[start : start + length]
-        require_in_vocabulary(tokens, self._vocab_size, self.path)
+        require_in_vocabulary(tokens, self._vocab_size, self._path)
         return tokens
 
 

@@ -87,7 +87,10 @@ def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None =
     format = recognize(path) if format == AUTO else format
     if format == NATIVE and not split_of:
         return _report_manifest(path, load_manifest(path))
-    return _report_foreign(open_collection(path, format, split_of))
+    collection = open_collection(path, format, split_of)
+    splits = {name: _report_split(list(split.tokens_of_file.values())) for name, split in collection.splits.items()}
+    tokenizer = f"{collection.tokenizer.name} is assumed; the files do not say"
+    return FolderReport(path, format, None, {"tokenizer": tokenizer, "source": collection.source.options}, splits)
 
 
 def _report_manifest(folder: Path, manifest: Manifest) -> FolderReport:
@@ -111,13 +114,6 @@ def _find_problem(folder: Path, manifest: Manifest) -> str | None:
     except DataError as error:
         return str(error)
     return None
-
-
-def _report_foreign(collection: TokenCollection) -> FolderReport:
-    splits = {name: _report_split([file.tokens for file in it.files]) for name, it in collection.splits.items()}
-    tokenizer = f"{collection.tokenizer.name} is assumed; the files do not say"
-    about = {"tokenizer": tokenizer, "source": collection.source.options}
-    return FolderReport(collection.path, collection.format, None, about, splits)
 
 
 def _report_split(sizes: list[int], documents: int | None = None, utf8_bytes: int | None = None) -> SplitReport:
@@ -182,12 +178,9 @@ def first_documents(
     # A character takes at most one token per byte; one more character may be cut in two.
     kept_tokens = _LARGEST_CHARACTER_BYTES * (characters + 1)
     found = _split_documents(collection.splits[split].stream, collection.tokenizer.end_of_text, kept_tokens)
-    return (_preview(tokens, beginning, characters) for tokens, beginning in islice(found, documents))
-
-
-def _preview(tokens: int, beginning: TokenArray, characters: int) -> DocumentPreview:
-    text = load_tokenizer().decode(beginning)
-    return DocumentPreview(tokens, text[:characters], is_cut=len(text) > characters or beginning.size < tokens)
+    for tokens, beginning in islice(found, documents):
+        text = load_tokenizer().decode(beginning)
+        yield DocumentPreview(tokens, text[:characters], is_cut=len(text) > characters or beginning.size < tokens)
 
 
 def _split_documents(stream: Tokens, end_of_text: int, kept_tokens: int) -> Iterator[tuple[int, TokenArray]]:

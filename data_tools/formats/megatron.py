@@ -62,7 +62,6 @@ class MegatronTokens:
     next document replaces it.
 
     Attributes:
-        path: the file with the tokens.
         tokens: the length of the stream, one ``END_OF_TEXT`` per document included.
     """
 
@@ -72,7 +71,7 @@ class MegatronTokens:
         Raises:
             DataError: a file is missing, damaged, or has tokens of another type.
         """
-        self.path = _tokens_file_of(index)
+        self._path = _tokens_file_of(index)
         self._vocab_size = vocab_size
         self._index = _read_index(index)
         self._text = self._map_text()
@@ -94,11 +93,11 @@ class MegatronTokens:
         return tokens
 
     def _map_text(self) -> npt.NDArray[np.integer[Any]]:
-        content = map_file(self.path)
+        content = map_file(self._path)
         index = self._index
         if content.size != index.tokens * index.dtype.itemsize:
             raise DataError(
-                f"{self.path} has {content.size} bytes, its index accounts for {index.tokens * index.dtype.itemsize} "
+                f"{self._path} has {content.size} bytes, its index accounts for {index.tokens * index.dtype.itemsize} "
                 f"({index.tokens} tokens of {index.dtype.name})"
             )
         return np.frombuffer(content, index.dtype) if content.size else np.empty(0, index.dtype)
@@ -125,7 +124,7 @@ class MegatronTokens:
         """Return the text between consecutive starts and stops, without the ``END_OF_TEXT`` in the gaps."""
         begin, end = int(starts[0]), int(stops[-1])
         text = self._text[begin:end]
-        require_in_vocabulary(text, self._vocab_size, self.path)
+        require_in_vocabulary(text, self._vocab_size, self._path)
         gaps = stops[:-1][stops[:-1] < starts[1:]]
         return np.delete(text, gaps - begin)
 

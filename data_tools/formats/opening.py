@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from data_tools.errors import DataError, one_line_read_errors
-from data_tools.formats.collection import Split, TokenCollection, TokenFile
+from data_tools.formats.collection import Split, TokenCollection
 from data_tools.formats.flat_files import LLMC, NANOGPT, NANOGPT_NAMES, open_llmc, open_nanogpt
 from data_tools.formats.megatron import INDEX_SUFFIX, MEGATRON, is_index, open_megatron
 from data_tools.shards.llmc import LLMC_SUFFIX, is_llmc
@@ -37,9 +37,21 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
     if format == NATIVE:
         if split_of:
             raise DataError(f"--split-of: the manifest of {path} names its splits")
-        return _open_native(path)
+        manifest = load_manifest(path)
+        splits = {
+            split: Split(
+                TokenStream(path, manifest, split),
+                {path / shard.file: shard.tokens for shard in manifest.shards_of(split)},
+            )
+            for split in manifest.splits()
+        }
+        return TokenCollection(path, NATIVE, manifest.tokenizer, manifest.source, splits, manifest)
+    suffix = INDEX_SUFFIX if format == MEGATRON else LLMC_SUFFIX
     with one_line_read_errors(path):
-        return _OPEN_FOREIGN[format](path, _list_files(path, format), split_of or {})
+        files = _candidates(path, suffix)
+        if not files:
+            raise DataError(f"{path}: no file ends in {suffix}, as those of {format} do")
+        return _OPEN_FOREIGN[format](path, files, split_of or {})
 
 
 def recognize(path: Path) -> str:
@@ -67,26 +79,8 @@ def recognize(path: Path) -> str:
     )
 
 
-def _open_native(folder: Path) -> TokenCollection:
-    """Open a folder with a manifest. Raises DataError if a shard is missing, short or long."""
-    manifest = load_manifest(folder)
-    splits = {}
-    for split in manifest.splits():
-        files = tuple(TokenFile(folder / shard.file, shard.tokens) for shard in manifest.shards_of(split))
-        splits[split] = Split(TokenStream(folder, manifest, split), files)
-    return TokenCollection(folder, NATIVE, manifest.tokenizer, manifest.source, splits, manifest)
-
-
-def _list_files(path: Path, format: str) -> list[Path]:
-    """Return the files of another program's format, sorted by name: those of a folder, or the one named."""
-    suffix = INDEX_SUFFIX if format == MEGATRON else LLMC_SUFFIX
-    files = _candidates(path, suffix)
-    if not files:
-        raise DataError(f"{path}: no file ends in {suffix}, as those of {format} do")
-    return files
-
-
 def _candidates(path: Path, suffix: str) -> list[Path]:
+    """Return the files of another program, sorted by name: those of a folder with this suffix, or the one named."""
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.suffix == suffix and not file.name.startswith("."))
     if suffix == INDEX_SUFFIX:

@@ -42,7 +42,7 @@ class TestRecognition:
         with pytest.raises(DataError, match=r"a\.bin: its name does not tell its split; add --split-of a\.bin=train"):
             open_collection(tmp_path)
         collection = open_collection(tmp_path, split_of={"a.bin": "val", "b": "train"})
-        assert [file.path.name for file in collection.splits["val"].files] == ["a.bin"]
+        assert [file.name for file in collection.splits["val"].tokens_of_file] == ["a.bin"]
         with pytest.raises(DataError, match=r"--split-of c\.bin=val: this file does not exist; .* a\.bin, b\.bin"):
             open_collection(tmp_path, split_of={"c.bin": "val"})
         with pytest.raises(DataError, match=r"--split-of a\.bin=\.\./x: '\.\./x' is not a name for a split"):
