@@ -38,6 +38,7 @@ from pipeline.data.datasets import TokenDataset, open_datasets
 from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader
 from pipeline.distributed.world import join_world
 from pipeline.model.gpt2 import build_model, flops_per_token
+from pipeline.training.resuming import load_start
 from pipeline.training.throughput import ThroughputMeter
 from pipeline.training.trainer import Trainer
 from tests.support.runs import write_manifest
@@ -232,7 +233,8 @@ def waits_of(
         loader = TrainLoader(open_datasets(config.data, config.model), plan, config.run.seed, world.rank)
         backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
         throughput = ThroughputMeter(plan.tokens_per_step, flops_per_token(config.model, config.seq_len), 1.0)
-        trainer = Trainer(config, world, plan, backend, loader, throughput, data_sha256="0" * 64)
+        state = load_start(None, config, "0" * 64, backend, world)
+        trainer = Trainer(config, world, backend, loader, throughput, state, tasks={})
         prefetcher = trainer.prefetcher
         trainer.train_step().loss_share.item()  # the first step allocates
         for _ in range(rounds):

@@ -85,7 +85,7 @@ def _check_same_tokenizer(first: TokenDataset, other: TokenDataset) -> None:
 def data_sha256(datasets: Sequence[TokenDataset]) -> str:
     """Return the hash by which a checkpoint recognizes its data: that of the manifest, or of a mixture's manifests.
 
-    A mixture's hash includes the shares. When and with which versions the data were made does not change the hash.
+    A mixture's hash includes the shares. The hash does not depend on when, or with which versions, the data were made.
     """
     manifests = [dataset.train.manifest.content_sha256() for dataset in datasets]
     if len(datasets) == 1:
@@ -95,11 +95,7 @@ def data_sha256(datasets: Sequence[TokenDataset]) -> str:
 
 
 def verify_datasets(datasets: Sequence[TokenDataset], world: World) -> None:
-    """Compare the hash of every shard with its manifest; the ranks divide the shards among them. Collective.
-
-    Raises:
-        DataError: a shard differs.
-    """
+    """Raise DataError if a shard's hash differs from its manifest. The ranks divide the shards. Collective."""
     started, problem = time.perf_counter(), None
     shards = [(Path(dataset.path), shard) for dataset in datasets for shard in dataset.train.manifest.shards]
     try:

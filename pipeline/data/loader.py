@@ -74,11 +74,7 @@ class TrainLoader:
     """
 
     def __init__(self, datasets: Sequence[TokenDataset], plan: BatchPlan, seed: int, rank: int) -> None:
-        """Prepare to draw samples from data sets by their weights.
-
-        Raises:
-            TrainingError: a data set is too small for its share of one step.
-        """
+        """Raise TrainingError if a data set is too small for its share of one step."""
         self.datasets = datasets
         self.plan = plan
         self.rank = rank
@@ -91,15 +87,13 @@ class TrainLoader:
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of the step that follows ``consumed`` samples.
 
-        Raises:
-            DataError: a shard holds an invalid token or mask.
+        Raises DataError if a shard holds an invalid token or mask.
         """
         plan = self.plan
-        numbers = np.arange(self.rank, plan.accumulation * plan.world_size, plan.world_size, dtype=np.int64)
-        firsts = consumed + numbers * plan.micro_batch_size  # (accumulation,)
-        samples = firsts[:, None] + np.arange(plan.micro_batch_size, dtype=np.int64)
-        tokens, masks = self._read(samples.ravel())
         size = plan.micro_batch_size
+        numbers = np.arange(self.rank, plan.accumulation * plan.world_size, plan.world_size, dtype=np.int64)
+        firsts = consumed + numbers * size  # (accumulation,)
+        tokens, masks = self._read((firsts[:, None] + np.arange(size, dtype=np.int64)).ravel())
         return [
             MicroBatch(first, tokens[at : at + size], None if masks is None else masks[at : at + size])
             for first, at in zip(firsts.tolist(), range(0, len(tokens), size), strict=True)
@@ -152,11 +146,7 @@ class Prefetcher:
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of the step that follows ``consumed`` samples.
-
-        Raises:
-            DataError: they cannot be read, now or by the thread.
-        """
+        """Return what :meth:`TrainLoader.micro_batches` returns, or raise what it raised in the thread."""
         ahead, self._ahead = self._ahead, None
         batches = ahead[1].result() if ahead and ahead[0] == consumed else self._read(consumed)
         following = consumed + self._loader.plan.samples_per_step

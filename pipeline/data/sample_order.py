@@ -69,7 +69,7 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class _Fork:
-    """An inner node. Of the first n samples that reach it, round(n * left_weight / weight) go left."""
+    """An inner node. It sends round(n * left_weight / weight) of its first n samples to the left."""
 
     left: _Fork | int
     right: _Fork | int
@@ -134,7 +134,7 @@ class Mixture:
 
 
 def _huffman_tree(shares: Sequence[Fraction]) -> _Fork | int:
-    """Return the root. The leaves are indices; of equal weights, the older node is joined first."""
+    """Return the root. Leaves are indices of data sets. If weights are equal, the older node is joined first."""
     denominator = math.lcm(*(share.denominator for share in shares))
     heap: list[tuple[int, int, _Fork | int]] = [
         (int(share * denominator), index, index) for index, share in enumerate(shares)

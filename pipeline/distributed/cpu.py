@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -16,36 +15,24 @@ from pipeline.distributed.world import World
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
-@dataclass(frozen=True)
-class CpuBinding:
-    """The threads and cores that a rank computes with."""
+def configure_cpu(world: World) -> str:
+    """Configure the memory allocator, threads and cores, and describe threads and cores in words. Collective.
 
-    threads: int
-    cores: tuple[int, ...] | None  # None if the process is not bound
-
-    def __str__(self) -> str:
-        cores = "" if self.cores is None else f", bound to cores {', '.join(map(str, self.cores))}"
-        return f"{self.threads} per process{cores}"
-
-
-def configure_cpu(world: World) -> CpuBinding:
-    """Configure the memory allocator, threads and cores of this process. Call it before the first large computation.
-
-    Collective.
+    Call it before the first large computation.
     """
     keep_freed_memory()
     return bind_to_cores(world)
 
 
-def bind_to_cores(world: World) -> CpuBinding:
-    """Set this rank's number of threads, and bind the ranks of a host to separate cores. Collective.
+def bind_to_cores(world: World) -> str:
+    """Set this rank's number of threads, bind the ranks of a host to separate cores, and describe both. Collective.
 
     Without binding, threads move between cores and lose their caches, and ranks compete for the same core. If the
     user has set ``OMP_NUM_THREADS``, or a launcher has given each rank its own cores, that choice is kept.
     """
     if threads := requested_threads():
         torch.set_num_threads(threads)
-        return CpuBinding(threads, None)
+        return f"{threads} per process"
     cores = _usable_cores()
     cores_of_ranks = _cores_of_local_ranks(world, cores)
     ranks = len(cores_of_ranks)
@@ -54,8 +41,8 @@ def bind_to_cores(world: World) -> CpuBinding:
     torch.set_num_threads(len(own))
     if are_shared and len(cores) >= ranks and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, own)
-        return CpuBinding(len(own), tuple(own))
-    return CpuBinding(len(own), None)
+        return f"{len(own)} per process, bound to cores {', '.join(map(str, own))}"
+    return f"{len(own)} per process"
 
 
 def split_cores(cores: Sequence[int], index: int, ranks: int) -> Sequence[int]:
@@ -77,8 +64,8 @@ def _cores_of_local_ranks(world: World, cores: list[int]) -> list[list[int]]:
     return [cores for _, cores in gathered[first:next_host]]
 
 
-def keep_freed_memory() -> bool:
-    """Make malloc keep freed memory for the next allocation. Returns False, without effect, where glibc is missing.
+def keep_freed_memory() -> None:
+    """Make malloc keep freed memory for the next allocation. This has no effect without glibc.
 
     By default, glibc maps every block of more than 32 MiB and unmaps it when it is freed. Logits and gradients are such
     blocks, so the kernel would clear their pages in every step, which costs a fifth of the step. All threads use
@@ -87,6 +74,6 @@ def keep_freed_memory() -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # macOS, musl; Windows
-        return False
-    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))
-    return all([bool(mallopt(setting, value)) for setting, value in settings])
+        return
+    for setting, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
+        mallopt(setting, value)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 
 _RANK, _WORLD_SIZE, _LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
-_RESTARTS, _LAUNCH = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"
-_THREADS = "OMP_NUM_THREADS"
 
 
 def launched_rank() -> int:
@@ -26,12 +24,12 @@ def launched_local_rank() -> int:
 
 def launcher_restarts() -> int:
     """Return how often the launcher has restarted the processes after a failure; 0 on the first start."""
-    return int(os.environ.get(_RESTARTS, "0"))
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def launch_id() -> str | None:
     """Return the id that all restarts by one launcher share. Returns None without a launcher that restarts."""
-    return os.environ.get(_LAUNCH)
+    return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def requested_threads() -> int | None:
@@ -39,7 +37,7 @@ def requested_threads() -> int | None:
 
     torchrun sets ``OMP_NUM_THREADS=1`` by default if it starts several processes, so that value is ignored.
     """
-    text = os.environ.get(_THREADS, "")
+    text = os.environ.get("OMP_NUM_THREADS", "")
     is_torchrun_default = text == "1" and launch_id() is not None and launched_world_size() > 1
     return int(text) if text.isdecimal() and int(text) > 0 and not is_torchrun_default else None
 

@@ -19,6 +19,7 @@ INTERVAL_S = 1.0
 _KEY_PREFIX = "heartbeat"
 _LOST = "lost"
 _LOST_STORE = "rank 0, or the launcher on its node"
+_LOST_MESSAGE = "lost {}; run the same command again to continue from the last checkpoint"
 
 
 class Heartbeat:
@@ -95,22 +96,16 @@ class Heartbeat:
         """End the process after a delay in which the other ranks can read the same message from the store."""
         if self._stopped.wait(3 * INTERVAL_S):
             return
-        print(f"error: {lost_message(lost)}: silent for {self.timeout_s:.0f} s", file=sys.stderr, flush=True)
+        print(f"error: {_LOST_MESSAGE.format(lost)}: silent for {self.timeout_s:.0f} s", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(LostRankError.exit_status)
-
-
-def lost_message(lost: str) -> str:
-    """Return the line that every remaining rank prints."""
-    return f"lost {lost}; run the same command again to continue from the last checkpoint"
 
 
 @contextmanager
 def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
     """Watch the other ranks inside the block. All ranks leave it together.
 
-    Raises:
-        LostRankError: a collective failed because a rank is gone.
+    Raises LostRankError if a collective failed because a rank is gone.
     """
     if world.size == 1:
         yield
@@ -123,7 +118,7 @@ def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
         world.barrier()
     except RuntimeError as error:
         if lost := watch.find_lost():
-            raise LostRankError(lost_message(lost)) from error
+            raise LostRankError(_LOST_MESSAGE.format(lost)) from error
         raise
     finally:
         watch.stop()

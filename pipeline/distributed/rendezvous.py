@@ -18,8 +18,7 @@ def open_store(rank: int, size: int, timeout: timedelta) -> Store:
     torchrun keeps one store across restarts. If the ranks found the addresses of their dead predecessors in it, they
     would wait for them. A single process needs no port: its store is in memory.
 
-    Raises:
-        TimeoutError: a rank is missing.
+    Raises TimeoutError if a rank is missing.
     """
     if size == 1:
         return HashStore()
@@ -30,9 +29,9 @@ def open_store(rank: int, size: int, timeout: timedelta) -> Store:
 
 
 def _publish_start_id(store: Store, size: int, deadline: float) -> str:
-    """Choose an id for this start, answer every rank's request, and return when all ranks have confirmed it.
+    """Choose an id for this start, send it to every rank that asks, and return it when all ranks have confirmed it.
 
-    Each request has an id of its own, so that requests of an earlier start are not mistaken for this one's.
+    Each request has an id of its own, so that an answer to an earlier start's request is recognized as old.
     """
     start_id = uuid.uuid4().hex
     answered: dict[int, str] = {}
@@ -45,7 +44,7 @@ def _publish_start_id(store: Store, size: int, deadline: float) -> str:
                 answered[rank] = request
             if _get(store, f"confirmed_{rank}") == start_id:
                 waiting.remove(rank)
-        _sleep_until(deadline, f"ranks {sorted(waiting)}")
+        _sleep_or_time_out(deadline, f"ranks {sorted(waiting)}")
     return start_id
 
 
@@ -57,7 +56,7 @@ def _request_start_id(store: Store, rank: int, deadline: float) -> str:
         if answered == request:
             store.set(f"confirmed_{rank}", start_id)
             return start_id
-        _sleep_until(deadline, "rank 0")
+        _sleep_or_time_out(deadline, "rank 0")
 
 
 def _get(store: Store, key: str) -> str:
@@ -65,7 +64,7 @@ def _get(store: Store, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
 
 
-def _sleep_until(deadline: float, missing: str) -> None:
+def _sleep_or_time_out(deadline: float, missing: str) -> None:
     if time.monotonic() > deadline:
         raise TimeoutError(f"timed out at the start of the run, waiting for {missing}")
     time.sleep(_POLL_S)

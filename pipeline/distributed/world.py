@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -81,8 +82,7 @@ class World:
     def call_on_main(self, function: Callable[[], Result]) -> Result:
         """Call a function on the main rank and broadcast its small result. Collective.
 
-        Raises:
-            UserError: the function raised it on the main rank; the other ranks raise ``MainRankError``.
+        If the function raises a ``UserError``, the other ranks raise ``MainRankError``.
         """
         result: Result | None = None
         failure: UserError | None = None
@@ -115,8 +115,7 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
     Args:
         process_group: create torch's process group even for one rank, because DDP, FSDP and DeepSpeed need it.
 
-    Raises:
-        ConfigError: this machine does not have the device, or MPS is to run in several processes.
+    Raises ConfigError if this machine does not have the device, or if MPS is to run in several processes.
     """
     rank, size, local_rank = launched_rank(), launched_world_size(), launched_local_rank()
     device = _choose_device(run.device, local_rank)
@@ -130,18 +129,10 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
         world = replace(world, store=_start_process_group(world))
     try:
         yield world
-    except LostRankError:
-        raise  # destroying a process group with a dead rank can hang
-    except BaseException:
-        _destroy_process_group()
-        raise
-    else:
-        _destroy_process_group()
-
-
-def _destroy_process_group() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    finally:
+        has_lost_rank = isinstance(sys.exc_info()[1], LostRankError)  # destroying its process group can hang
+        if dist.is_initialized() and not has_lost_rank:
+            dist.destroy_process_group()
 
 
 def _choose_device(wanted: str, local_rank: int) -> torch.device:

@@ -16,10 +16,9 @@ from pipeline.run_folder.layout import LOCK_FILE
 
 @contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder exclusively for the block. The lock of a process that dies is released.
+    """Hold the folder exclusively for the block. The kernel releases the lock of a process that dies.
 
-    Raises:
-        ConfigError: another run is writing there; the message names its host and process.
+    Raises ConfigError if another run is writing there; the message names its host and process.
     """
     holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
     try:

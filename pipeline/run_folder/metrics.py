@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +37,15 @@ _CONSOLE_FORMATS = {
 
 
 class MetricsFile:
-    """Appends rows to ``metrics.jsonl``. If the disk is full or read-only, rows wait in memory until it is not.
+    """Appends rows to ``metrics.jsonl``. If the disk is full or read-only, rows wait in memory until they fit.
 
-    Args:
-        resumed_step: rows after this step are dropped, because the run will write them again.
+    Earlier rows after ``resumed_step`` are dropped, because the run will write them again.
     """
 
     def __init__(self, run_folder: Path, resumed_step: int) -> None:
         run_folder.mkdir(parents=True, exist_ok=True)
-        self._path = run_folder / METRICS_FILE
-        _drop_rows_after(self._path, resumed_step)
-        self._file = self._path.open("ab", buffering=0)
+        self._run_folder = run_folder
+        _drop_rows_after(run_folder, resumed_step)
         self._waiting: list[dict[str, Any]] = []
         self._rewind_to: int | None = None  # a step to rewind to once the disk can be written
 
@@ -56,9 +53,11 @@ class MetricsFile:
         """Append one row, which must have a ``step``."""
         self._waiting.append(row)
         try:
-            self._rewind_file()
+            if self._rewind_to is not None:
+                _drop_rows_after(self._run_folder, self._rewind_to)
+                self._rewind_to = None
             while self._waiting:
-                self._append(self._waiting[0])
+                _append_row(self._run_folder, self._waiting[0])
                 self._waiting.pop(0)
         except OSError as error:
             if len(self._waiting) <= 1:
@@ -69,34 +68,29 @@ class MetricsFile:
         self._waiting = [row for row in self._waiting if row["step"] <= step]
         self._rewind_to = step
 
-    def _rewind_file(self) -> None:
-        if self._rewind_to is not None:
-            _drop_rows_after(self._path, self._rewind_to)  # replaces the file
-            self._file.close()
-            self._file = self._path.open("ab", buffering=0)
-            self._rewind_to = None
+    def close(self) -> None:
+        """Log how many rows could not be written."""
+        if self._waiting:
+            log.warning("%d rows of metrics could not be written", len(self._waiting))
 
-    def _append(self, row: dict[str, Any]) -> None:
-        """Write the whole line or nothing."""
-        line = (json.dumps(row, allow_nan=False) + "\n").encode()
-        end = self._file.seek(0, os.SEEK_END)
+
+def _append_row(run_folder: Path, row: dict[str, Any]) -> None:
+    """Write the whole line or nothing."""
+    line = (json.dumps(row, allow_nan=False) + "\n").encode()
+    with (run_folder / METRICS_FILE).open("ab", buffering=0) as file:
+        end = file.tell()
         written = 0
         try:
             while written < len(line):
-                written += self._file.write(line[written:]) or 0
+                written += file.write(line[written:]) or 0
         except OSError:
-            self._file.truncate(end)
+            file.truncate(end)
             raise
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._waiting:
-            log.warning("%d rows of metrics could not be written", len(self._waiting))
-        self._file.close()
 
-
-def _drop_rows_after(path: Path, step: int) -> None:
-    kept = "".join(json.dumps(row) + "\n" for row in read_metrics(path.parent) if step and row["step"] <= step).encode()
+def _drop_rows_after(run_folder: Path, step: int) -> None:
+    path = run_folder / METRICS_FILE
+    kept = "".join(json.dumps(row) + "\n" for row in read_metrics(run_folder) if step and row["step"] <= step).encode()
     if path.exists() and path.read_bytes() != kept:  # also to drop an incomplete last line
         write_bytes_durably(path, kept)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import textwrap
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -60,29 +61,28 @@ TENSORBOARD_LAYOUT = {
 class TensorBoardLog:
     """Draws rows of metrics. A full or read-only disk is logged and does not stop the training.
 
-    Args:
-        resumed_step: what was drawn after this step is hidden, because the run will draw it again.
+    What was drawn after ``resumed_step`` is hidden, because the run will draw it again.
     """
 
     def __init__(self, run_folder: Path, resumed_step: int) -> None:
         self._folder = str(run_folder / TENSORBOARD_FOLDER)
-        self._writer: SummaryWriter | None = self._open_writer(resumed_step + 1 if resumed_step else 0)
-
-    def _open_writer(self, purge_step: int | None) -> SummaryWriter:
-        writer = SummaryWriter(self._folder, purge_step=purge_step)
-        writer.add_custom_scalars(TENSORBOARD_LAYOUT)
-        return writer
+        self._writer: SummaryWriter | None = None
+        self._purge_step: int | None = resumed_step + 1 if resumed_step else 0  # hide older events from this step on
 
     def write(self, row: dict[str, Any]) -> None:
         """Draw one row. A writer whose thread has ended with an error is replaced with a new one."""
         try:
             if self._writer is None:
-                self._writer = self._open_writer(purge_step=None)
+                self._writer = SummaryWriter(self._folder, purge_step=self._purge_step)
+                self._writer.add_custom_scalars(TENSORBOARD_LAYOUT)
+                self._purge_step = None
             for key, value in row.items():
                 if value is not None and (tag := tensorboard_tag(key)):
                     self._writer.add_scalar(tag, value, row["step"])
             if SAMPLE_KEY in row:
-                self._writer.add_text("sample", _as_markdown(row[SAMPLE_KEY]), row["step"])
+                # A Markdown code block is the only text that TensorBoard shows unchanged.
+                block = textwrap.indent(row[SAMPLE_KEY], "    ", predicate=lambda line: True)
+                self._writer.add_text("sample", block, row["step"])
         except OSError as error:
             log.warning("cannot write TensorBoard events (%s); some are lost, metrics.jsonl has them", error.strerror)
             self._writer = None
@@ -90,7 +90,7 @@ class TensorBoardLog:
     def rewind(self, step: int) -> None:
         """Hide what was drawn after ``step``."""
         self.close()
-        self._writer = self._open_writer(purge_step=step + 1)
+        self._writer, self._purge_step = None, step + 1
 
     def write_hyperparameters(self, config: dict[str, Any], results: dict[str, float]) -> None:
         """Write the run's settings and results for the HPARAMS page."""
@@ -118,8 +118,3 @@ def tensorboard_tag(key: str) -> str | None:
     if key.startswith(TASK_PREFIX):
         return f"tasks/{key.removeprefix(TASK_PREFIX)}"
     return TENSORBOARD_TAGS.get(key)
-
-
-def _as_markdown(text: str) -> str:
-    """Return a Markdown code block, the only text that TensorBoard shows unchanged."""
-    return "".join(f"    {line}\n" for line in text.splitlines())

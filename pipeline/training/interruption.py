@@ -21,7 +21,7 @@ class StopRequest:
 
     def __init__(self, world: World) -> None:
         self._world = world.with_cpu_group()
-        self._number = 0
+        self.received = 0  # number of the signal that this rank has received, or 0; other ranks may not know it yet
         self._received_at = 0.0
 
     @contextmanager
@@ -43,17 +43,12 @@ class StopRequest:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if number == signal.SIGINT and self._number and now - self._received_at > _ONE_REQUEST_S:
+        if number == signal.SIGINT and self.received and now - self._received_at > _ONE_REQUEST_S:
             raise KeyboardInterrupt
-        if not self._number:
-            self._number, self._received_at = number, now
-
-    @property
-    def received(self) -> bool:
-        """Whether this rank has received a signal. The other ranks may not know yet."""
-        return self._number != 0
+        if not self.received:
+            self.received, self._received_at = number, now
 
     def agreed(self) -> signal.Signals | None:
         """Return the signal that any rank has received, the same on all ranks, or None. Collective."""
-        number = self._world.max(self._number)
+        number = self._world.max(self.received)
         return signal.Signals(number) if number else None

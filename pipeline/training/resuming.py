@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.layout import list_checkpoints
+from pipeline.backends import Backend
+from pipeline.checkpoint.layout import bytes_of_tensors, list_checkpoints
+from pipeline.checkpoint.loading import load_training_state
 from pipeline.checkpoint.retention import remove_leftovers, set_aside_after
 from pipeline.checkpoint.state import TrainingState, config_section, read_state, read_state_file
 from pipeline.checkpoint.verification import locate_checkpoint, newest_good_checkpoint
 from pipeline.config.schema import Config
 from pipeline.distributed.environment import launch_id, launcher_restarts
+from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -35,11 +40,9 @@ def make_run_folder(folder: Path) -> None:
 def choose_start(config: Config, data_sha256: str) -> Path | None:
     """Return the checkpoint to continue from, or None to start from scratch. The caller holds the run folder's lock.
 
-    Removes what crashed saves have left, and sets aside checkpoints later than the chosen one: the next start would
-    otherwise continue from them.
-
-    Raises:
-        CheckpointError: the named checkpoint cannot be used, its data order differs, or the folder holds another run.
+    Remove what crashed saves have left, and set aside checkpoints later than the chosen one: the next start would
+    otherwise continue from them. Raises CheckpointError if the named checkpoint cannot be used, its data order
+    differs, or the folder holds another run.
     """
     run_folder = Path(config.run.out_dir)
     try:
@@ -92,7 +95,7 @@ def _find_named_start(run_folder: Path, named: Path) -> Path:
 def _check_same_run(
     config: Config, data_sha256: str, folder: Path, state: TrainingState, stored_config: dict[str, Any]
 ) -> None:
-    """Check that the model and, once samples have been consumed, the order of the data are those of the checkpoint."""
+    """Check that the model is the checkpoint's, and that the order of the data is, if samples have been consumed."""
     model = config_section(stored_config, "model")
     settings: list[tuple[str, Any, Any, str]] = [
         ("model.reset_positions_at", model.get("reset_positions_at"), config.model.reset_positions_at, "model")
@@ -118,3 +121,22 @@ def _check_same_run(
             f"{folder}: was trained on other data than {change}; "
             f"set {key} to the data it was trained on, or use another run.out_dir"
         )
+
+
+def load_start(start: Path | None, config: Config, data_sha256: str, backend: Backend, world: World) -> TrainingState:
+    """Return the state to train from, and load its checkpoint, if there is one, into the backend. Collective."""
+    if start is None:
+        state = TrainingState(0, 0, 0, 0, *backend.loss_scaler.state, config.run.seed)
+    else:
+        state = load_checkpoint(start, backend, world)
+    return replace(state, seed=config.run.seed, data_sha256=data_sha256)
+
+
+def load_checkpoint(folder: Path, backend: Backend, world: World) -> TrainingState:
+    """Load a checkpoint into the backend, log how fast, and return its state. Collective."""
+    started = time.perf_counter()
+    state = load_training_state(folder, backend)
+    world.barrier()
+    seconds, size = time.perf_counter() - started, bytes_of_tensors(folder)
+    log.info("loaded %s in %.2f s, %s MB/s", folder, seconds, f"{size / seconds / 1e6:,.0f}")
+    return state

@@ -9,11 +9,11 @@ from pathlib import Path
 from pipeline.backends import create_backend
 from pipeline.checkpoint.state import read_state
 from pipeline.config.schema import Config
-from pipeline.data.batch_plan import BatchPlan, plan_batch
+from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import data_sha256, open_datasets, verify_datasets
 from pipeline.data.loader import TrainLoader
 from pipeline.distributed.cpu import configure_cpu
-from pipeline.distributed.device import matmul_dtype, measure_matmul_ceiling
+from pipeline.distributed.device import compiler_works, matmul_dtype, measure_matmul_ceiling
 from pipeline.distributed.heartbeat import heartbeat
 from pipeline.distributed.world import World, join_world
 from pipeline.errors import ConfigError
@@ -21,12 +21,14 @@ from pipeline.evaluation.run import prepare_tasks
 from pipeline.model.attention import fastest_kernel
 from pipeline.model.gpt2 import build_model, flops_per_token, parameter_count
 from pipeline.run_folder.lock import lock_run_folder
-from pipeline.training.compilation import choose_compilation
-from pipeline.training.resuming import choose_start, make_run_folder
+from pipeline.training.resuming import choose_start, load_start, make_run_folder
 from pipeline.training.throughput import ThroughputMeter
 from pipeline.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+#: On a CPU, Inductor takes one to three minutes to compile training and validation, and saves a third of each step.
+SHORTEST_COMPILED_CPU_RUN_S = 600.0
 
 
 def train(config: Config) -> None:
@@ -62,40 +64,53 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     loader = TrainLoader(datasets, plan, config.run.seed, world.rank)
 
     sha256 = data_sha256(datasets)
-    world.call_on_main(lambda: _lock_run_folder(config, resources))
-    resume_from = world.call_on_main(lambda: choose_start(config, sha256))
-    if resume_from and read_state(resume_from)[0].step >= config.schedule.max_steps:
-        log.info("%s: already at step %d, nothing to train", resume_from, config.schedule.max_steps)
+    start = world.call_on_main(lambda: _open_run_folder(config, sha256, resources))
+    if start and read_state(start)[0].step >= config.schedule.max_steps:
+        log.info("%s: already at step %d, nothing to train", start, config.schedule.max_steps)
         return None
     if config.data.verify:
         verify_datasets(datasets, world)
     tasks = prepare_tasks(config, world)
 
-    throughput = _throughput_meter(config, world, plan)
+    dtype = matmul_dtype(config.run.precision)
+    # All ranks measure at the same time, because on a CPU they share the cores.
+    ceiling_flops = sum(world.gather(measure_matmul_ceiling(world.device, dtype)))
+    throughput = ThroughputMeter(plan.tokens_per_step, flops_per_token(config.model, config.seq_len), ceiling_flops)
     config = choose_compilation(config, world, throughput.ideal_step_s * config.schedule.max_steps)
     head_dim = config.model.n_embd // config.model.n_head
-    kernel = resources.enter_context(fastest_kernel(world.device, matmul_dtype(config.run.precision), head_dim))
+    kernel = resources.enter_context(fastest_kernel(world.device, dtype, head_dim))
     backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
     backend.model.assert_tied()
-    trainer = Trainer(config, world, plan, backend, loader, throughput, sha256, resume_from, tasks)
-    _log_settings(trainer, kernel, resume_from)
+    state = load_start(start, config, sha256, backend, world)
+    trainer = Trainer(config, world, backend, loader, throughput, state, tasks)
+    _log_settings(trainer, kernel, start)
     return trainer
 
 
-def _lock_run_folder(config: Config, resources: ExitStack) -> None:
+def _open_run_folder(config: Config, data_sha256: str, resources: ExitStack) -> Path | None:
+    """Create and lock the run folder, and return the checkpoint to continue from."""
     folder = Path(config.run.out_dir)
     make_run_folder(folder)
     resources.enter_context(lock_run_folder(folder))
+    return choose_start(config, data_sha256)
 
 
-def _throughput_meter(config: Config, world: World, plan: BatchPlan) -> ThroughputMeter:
-    """Measure the ceiling on all ranks at the same time, because on a CPU they share the cores."""
-    ceiling = measure_matmul_ceiling(world.device, matmul_dtype(config.run.precision))
-    flops = flops_per_token(config.model, config.seq_len)
-    return ThroughputMeter(plan.tokens_per_step, flops, sum(world.gather(ceiling)))
+def choose_compilation(config: Config, world: World, ideal_s: float) -> Config:
+    """Return the config with ``run.compile`` true or false, the same on every rank. Collective.
+
+    Args:
+        ideal_s: duration of the whole run at the device's matrix-product throughput.
+    """
+    wanted = config.run.compile
+    if wanted == "auto":
+        is_long = ideal_s > SHORTEST_COMPILED_CPU_RUN_S
+        wanted = world.device.type == "cuda" or (world.device.type == "cpu" and is_long)
+    if wanted:
+        wanted = all(world.gather(compiler_works(world.device)))
+    return config.model_copy(update={"run": config.run.model_copy(update={"compile": wanted})})
 
 
-def _log_settings(trainer: Trainer, attention_kernel: str, resume_from: Path | None) -> None:
+def _log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -> None:
     """Log what the run really uses, before the first step."""
     config, backend, device = trainer.config, trainer.backend, trainer.world.device
     dtypes = ", ".join(f"{what} {str(dtype).removeprefix('torch.')}" for what, dtype in backend.dtypes().items())
@@ -108,7 +123,7 @@ def _log_settings(trainer: Trainer, attention_kernel: str, resume_from: Path | N
     log.info("compile   %s", "on" if config.run.compile else "off")
     log.info("attention %s", attention_kernel)
     log.info("ceiling   %.3g FLOP/s in matrix products, measured (MFU 100%%)", trainer.throughput.ceiling_flops)
-    log.info("start     %s", f"continues {resume_from}" if resume_from else "from scratch")
+    log.info("start     %s", f"continues {start}" if start else "from scratch")
 
 
 def _log_data(trainer: Trainer) -> None:

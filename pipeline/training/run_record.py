@@ -22,11 +22,8 @@ log = logging.getLogger(__name__)
 class RunRecord:
     """Writes rows to ``metrics.jsonl``, TensorBoard and the console, on the main rank only.
 
-    Each row has ``elapsed_s``, the wall-clock seconds of the run over all its starts. It includes logged steps
-    that were lost in a crash, but not the time between two starts.
-
-    Args:
-        resumed_step: rows after this step are dropped, because the run will write them again.
+    Each row has ``elapsed_s``, the wall-clock seconds of the run over all its starts. It includes logged steps that
+    were lost in a crash, but not the time between two starts. Earlier rows after ``resumed_step`` are dropped.
     """
 
     def __init__(self, config: Config, *, is_main: bool, resumed_step: int) -> None:
@@ -34,31 +31,27 @@ class RunRecord:
         self.run_folder = Path(config.run.out_dir)
         self.failed_saves = 0
         self._started = time.perf_counter()
-        self._metrics: MetricsFile | None = None
+        self._outputs: list[MetricsFile | TensorBoardLog] = []  # none on the other ranks
         self._tensorboard: TensorBoardLog | None = None
         if is_main:
             if resumed_step:
                 elapsed = (row.get("elapsed_s", 0.0) for row in read_metrics(self.run_folder))
                 self._started -= max(elapsed, default=0.0)
             write_json_durably(self.run_folder / CONFIG_FILE, dump_config(config))
-            self._metrics = MetricsFile(self.run_folder, resumed_step)
+            self._outputs.append(MetricsFile(self.run_folder, resumed_step))
             if config.logging.tensorboard:
                 self._tensorboard = TensorBoardLog(self.run_folder, resumed_step)
+                self._outputs.append(self._tensorboard)
 
     def write(self, row: dict[str, Any], *, console: bool = True) -> None:
         """Write one row, which must have a ``step``. NaN and infinite numbers become null, because JSON lacks them."""
-        if self._metrics:
+        if self._outputs:
             row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
             row["elapsed_s"] = round(time.perf_counter() - self._started, 3)
-            self._metrics.write(row)
-            if self._tensorboard:
-                self._tensorboard.write(row)
+            for output in self._outputs:
+                output.write(row)
             if console:
                 log.info(format_row(row, self.config.schedule.max_steps))
-
-    def write_start(self, step: int, **started: str | int) -> None:
-        """Record the backend and hardware of this start of the run, which may differ from the last one's."""
-        self.write({"step": step, "started": started}, console=False)
 
     def write_saves(self, outcomes: list[SaveOutcome]) -> None:
         """Record the outcomes of saves. A failed save is logged and counted, and does not stop the run."""
@@ -74,15 +67,13 @@ class RunRecord:
 
     def rewind(self, step: int) -> None:
         """Drop the rows after ``step``, to which the run has been rolled back."""
-        for output in (self._metrics, self._tensorboard):
-            if output:
-                output.rewind(step)
+        for output in self._outputs:
+            output.rewind(step)
 
     def close(self, results: dict[str, float]) -> None:
         """Write hyperparameters and final results for TensorBoard, and close all files."""
         if self._tensorboard:
             finite = {f"final/{name}": value for name, value in results.items() if math.isfinite(value)}
             self._tensorboard.write_hyperparameters(dump_config(self.config), finite)
-        for output in (self._metrics, self._tensorboard):
-            if output:
-                output.close()
+        for output in self._outputs:
+            output.close()

@@ -25,7 +25,7 @@ _LEAST_RELATIVE_SPREAD = 1e-3
 
 
 class Verdict(Enum):
-    """The judgement of a step."""
+    """What became of a step."""
 
     GOOD = "good"
     SKIPPED = "skipped"  # its update was not applied
@@ -57,7 +57,7 @@ class FinishedStep:
     first_sample: int
     stop_sample: int
     grad_norm: float
-    loss_scale: float  # of the loss that its gradients were computed from
+    loss_scale: float  # that its loss was multiplied by
     loss: float | None  # of the global batch; None if the run does not watch for spikes
 
     def __str__(self) -> str:
@@ -84,11 +84,7 @@ class StepGuard:
         self._queue.append(trained)
 
     def judge_queued(self, world: World, *, leave: int = 0) -> Iterator[tuple[FinishedStep, Verdict]]:
-        """Yield queued steps with their verdicts, oldest first, until ``leave`` steps remain. Collective.
-
-        Raises:
-            TrainingError: see :meth:`judge`.
-        """
+        """Yield queued steps with their verdicts, oldest first, until ``leave`` steps remain. Collective."""
         while len(self._queue) > leave:
             queued = self._queue.popleft()
             loss = queued.loss(world) if self.watches_spikes else None
@@ -101,8 +97,7 @@ class StepGuard:
     def judge(self, finished: FinishedStep) -> Verdict:
         """Return the verdict on a step and update the state.
 
-        Raises:
-            TrainingError: too many steps in a row were skipped, or the run has been rolled back too often.
+        Raises TrainingError if too many steps in a row were skipped, or if the run has been rolled back too often.
         """
         if not math.isfinite(finished.grad_norm):
             self._count_skipped(finished)
@@ -111,7 +106,11 @@ class StepGuard:
         if not self.watches_spikes:
             return Verdict.GOOD
         if spike := self._describe_spike(finished):
-            self._require_rollbacks_left(finished, spike)
+            if self.state.rollbacks >= self.config.max_rollbacks:
+                raise TrainingError(
+                    f"{finished}: {spike}, after {self.state.rollbacks} rollbacks; the run has stopped, its "
+                    "checkpoints are intact; lower optimizer.learning_rate, or raise guard.max_rollbacks or guard.spike_zscore"
+                )
             log.warning("%s: %s", finished, spike)
             return Verdict.SPIKE
         assert finished.loss is not None
@@ -138,7 +137,7 @@ class StepGuard:
 
     def _count_skipped(self, finished: FinishedStep) -> None:
         log.warning("%s: not finite, the step is skipped", finished)
-        if finished.loss_scale > 1:  # an overflow by which fp16 finds its loss scale
+        if finished.loss_scale > 1:  # fp16 lowers its loss scale when gradients overflow
             return
         in_a_row = self.state.bad_in_a_row + 1
         self.state = replace(self.state, bad_in_a_row=in_a_row)
@@ -160,13 +159,6 @@ class StepGuard:
             if not zscore <= threshold:
                 return f"its {what} is {zscore:.1f} standard deviations above the last {len(window)} steps"
         return None
-
-    def _require_rollbacks_left(self, finished: FinishedStep, spike: str) -> None:
-        if self.state.rollbacks >= self.config.max_rollbacks:
-            raise TrainingError(
-                f"{finished}: {spike}, after {self.state.rollbacks} rollbacks; the run has stopped, its checkpoints "
-                "are intact; lower optimizer.learning_rate, or raise guard.max_rollbacks or guard.spike_zscore"
-            )
 
 
 def z_score(value: float, window: tuple[float, ...]) -> float:

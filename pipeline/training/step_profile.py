@@ -19,12 +19,9 @@ _ROWS, _LOGGED_ROWS, _LONGEST_NAME = 40, 8, 90
 
 
 class StepProfile:
-    """Profiles steps of this process with torch's profiler.
+    """Profiles a number of steps of this process, none if 0: the CPU's operators and the device's kernels.
 
-    Args:
-        run_folder: receives ``profile/`` with a Chrome trace (chrome://tracing, ui.perfetto.dev) and a table.
-        device: its kernels are traced in addition to the CPU's operators.
-        steps: how many steps to profile; 0 for none, at no cost.
+    It writes a Chrome trace (chrome://tracing, ui.perfetto.dev) and a table to ``profile/`` in the run folder.
     """
 
     def __init__(self, run_folder: Path, device: torch.device, steps: int) -> None:

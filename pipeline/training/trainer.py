@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +13,10 @@ from torch import Tensor
 
 from pipeline.backends import Backend
 from pipeline.checkpoint.background import BackgroundSaver
-from pipeline.checkpoint.layout import bytes_of_tensors
-from pipeline.checkpoint.loading import load_training_state
 from pipeline.checkpoint.state import TrainingState
 from pipeline.checkpoint.verification import newest_good_checkpoint
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
-from pipeline.data.batch_plan import BatchPlan
 from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader
 from pipeline.distributed.device import GIB, LateValue, device_name, peak_memory_bytes, synchronize
 from pipeline.distributed.world import World
@@ -33,6 +29,7 @@ from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.metrics import SAMPLE_KEY
 from pipeline.seeds import derive_seed
 from pipeline.training.interruption import StopRequest
+from pipeline.training.resuming import load_checkpoint
 from pipeline.training.run_record import RunRecord
 from pipeline.training.schedule import lr_at
 from pipeline.training.step_guard import FinishedStep, StepGuard, TrainedStep, Verdict
@@ -47,34 +44,33 @@ class Trainer:
 
     It owns the loop: micro-batches, learning rate, logging, evaluation, checkpoints. The backend owns everything that
     is distributed. :func:`pipeline.training.run.train` builds what a trainer needs.
+
+    Args:
+        state: the state that the backend's weights and moments are in.
+        tasks: those of ``evaluation.tasks``, except the validation.
     """
 
     def __init__(
         self,
         config: Config,
         world: World,
-        plan: BatchPlan,
         backend: Backend,
         loader: TrainLoader,
         throughput: ThroughputMeter,
-        data_sha256: str,
-        resume_from: Path | None = None,
-        tasks: Mapping[str, PreparedTask] | None = None,
+        state: TrainingState,
+        tasks: Mapping[str, PreparedTask],
     ) -> None:
         self.config = config
         self.world = world
-        self.plan = plan
         self.backend = backend
+        self.plan = loader.plan
         self.loader = loader
         self.prefetcher = Prefetcher(loader, world.device)
         self.throughput = throughput
-        self.tasks = tasks or {}  # of evaluation.tasks, except the validation
+        self.state = state
+        self.tasks = tasks
         self.run_folder = Path(config.run.out_dir)
-        self.state = TrainingState(0, 0, 0, 0, *backend.loss_scaler.state, config.run.seed)
-        if resume_from:
-            self.state = self._load(resume_from)
-        self.state = replace(self.state, seed=config.run.seed, data_sha256=data_sha256)
-        self.guard = StepGuard(config.guard, self.state.guard)
+        self.guard = StepGuard(config.guard, state.guard)
         self.stop_request = StopRequest(world)
         options = config.checkpoint
         self.saver = BackgroundSaver(
@@ -85,15 +81,8 @@ class Trainer:
             keep_last=options.keep_last,
             asynchronous=options.asynchronous,
         )
-        self.record = RunRecord(config, is_main=world.is_main, resumed_step=self.state.step)
+        self.record = RunRecord(config, is_main=world.is_main, resumed_step=state.step)
         self.profile = StepProfile(self.run_folder, world.device, config.logging.profile_steps if world.is_main else 0)
-        self.record.write_start(
-            self.state.step,
-            backend=backend.describe(),
-            world_size=world.size,
-            device=device_name(world.device),
-            parameters=parameter_count(config.model),
-        )
         self.results: dict[str, float] = {}  # the latest loss and validation loss
 
     def fit(self) -> None:
@@ -107,7 +96,10 @@ class Trainer:
         try:
             with self.stop_request.listening(), self.profile.recording():
                 received = self._train()
-                self._finish_saving()
+                for outcome in self.saver.wait():
+                    self.record.write_saves([outcome])
+                    if outcome.problem:
+                        raise CheckpointError(outcome.problem)
         finally:
             self.prefetcher.close()
             self.record.write_saves(self.saver.wait())  # finish and verify saves in flight, also after an error
@@ -122,6 +114,7 @@ class Trainer:
     def _train(self) -> signal.Signals | None:
         """Run the training loop. Returns the signal that ended it early, or None."""
         config = self.config
+        self._record_start()
         if self.state.step == 0:
             self.evaluate()
         self.throughput.restart()
@@ -144,6 +137,16 @@ class Trainer:
             if received:
                 return received
         return None
+
+    def _record_start(self) -> None:
+        """Record the backend and hardware of this start of the run, which may differ from the last one's."""
+        started = {
+            "backend": self.backend.describe(),
+            "world_size": self.world.size,
+            "device": device_name(self.world.device),
+            "parameters": parameter_count(self.config.model),
+        }
+        self.record.write({"step": self.state.step, "started": started}, console=False)
 
     def _is_due(self, every_steps: int) -> bool:
         return self.state.step % every_steps == 0 or self.state.step == self.config.schedule.max_steps
@@ -219,7 +222,7 @@ class Trainer:
         if folder is None:
             log.warning("no checkpoint yet to roll back to: training continues")
             return False
-        self.state = self._load(folder)
+        self.state = load_checkpoint(folder, self.backend, self.world)
         self.guard.after_rollback(self.state.guard, spike)
         log.warning(
             "rolled back to %s; samples %d to %d are left out", folder, spike.first_sample, spike.stop_sample - 1
@@ -229,14 +232,6 @@ class Trainer:
         self.record.write({"step": self.state.step, "left_out_samples": samples}, console=False)
         self.throughput.restart()
         return True
-
-    def _load(self, folder: Path) -> TrainingState:
-        started = time.perf_counter()
-        state = load_training_state(folder, self.backend)
-        self.world.barrier()
-        seconds, size = time.perf_counter() - started, bytes_of_tensors(folder)
-        log.info("loaded %s in %.2f s, %s MB/s", folder, seconds, f"{size / seconds / 1e6:,.0f}")
-        return state
 
     def log_step(self, trained: TrainedStep) -> None:
         """Wait for a step's loss and gradient norm, and write a row of metrics. Collective."""
@@ -276,10 +271,3 @@ class Trainer:
         with self.throughput.paused():
             self.backend.model.assert_tied()
             self.record.write_saves(self.saver.start(replace(self.state, guard=self.guard.state)))
-
-    def _finish_saving(self) -> None:
-        """Wait for the last checkpoint. Raises CheckpointError if it could not be written."""
-        for outcome in self.saver.wait():
-            self.record.write_saves([outcome])
-            if outcome.problem:
-                raise CheckpointError(outcome.problem)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipeline.distributed import cpu
-from pipeline.distributed.cpu import CpuBinding, bind_to_cores, split_cores
+from pipeline.distributed.cpu import bind_to_cores, split_cores
 from pipeline.distributed.world import World
 
 
@@ -44,25 +44,26 @@ OFFERED = [(0, SHARED), (1, SHARED), (2, SHARED), (0, [0, 1]), (1, [2, 3]), (0, 
 
 @pytest.mark.parametrize(
     ("rank", "threads", "cores_of_rank"),
-    [(0, 2, (0, 1)), (1, 3, (2, 3, 4)), (2, 3, (5, 6, 7)), (3, 2, None), (4, 2, None), (5, 3, None)],
+    [(0, 2, [0, 1]), (1, 3, [2, 3, 4]), (2, 3, [5, 6, 7]), (3, 2, None), (4, 2, None), (5, 3, None)],
 )
 def test_the_ranks_of_a_host_split_its_cores(
     monkeypatch: pytest.MonkeyPatch,
     bound: list[list[int]],
     rank: int,
     threads: int,
-    cores_of_rank: tuple[int, ...] | None,
+    cores_of_rank: list[int] | None,
 ) -> None:
     local_rank, usable = OFFERED[rank]
     monkeypatch.setattr(cpu, "_usable_cores", lambda: usable)
     world = Hosts(rank, len(OFFERED), local_rank, torch.device("cpu"))
-    assert bind_to_cores(world) == CpuBinding(threads, cores_of_rank)
-    assert bound == ([list(cores_of_rank)] if cores_of_rank else [])
+    cores = f", bound to cores {', '.join(map(str, cores_of_rank))}" if cores_of_rank else ""
+    assert bind_to_cores(world) == f"{threads} per process{cores}"
+    assert bound == ([cores_of_rank] if cores_of_rank else [])
 
 
 def test_the_users_threads_are_kept(monkeypatch: pytest.MonkeyPatch, bound: list[list[int]]) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert bind_to_cores(World(0, 1, 0, torch.device("cpu"))) == CpuBinding(5, None)
+    assert bind_to_cores(World(0, 1, 0, torch.device("cpu"))) == "5 per process"
     assert bound == []
 
 

@@ -141,3 +141,19 @@ def test_a_rewind_hides_later_steps(tmp_path: Path) -> None:
     tensorboard.write({**row(3), "loss": 0.5})
     tensorboard.close()
     assert [(s.step, s.value) for s in events(tmp_path).Scalars("train/loss")] == [(1, 9.0), (2, 8.0), (3, 0.5)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_rewind_while_the_disk_is_full_does_not_stop_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensorboard = TensorBoardLog(tmp_path, resumed_step=0)
+    for step in (1, 2, 3):
+        tensorboard.write(row(step))
+    with caplog.at_level(logging.WARNING), largest_file(0):
+        tensorboard.rewind(1)
+        tensorboard.write(row(2))
+    assert "cannot write TensorBoard events (File too large)" in caplog.text
+    tensorboard.write({**row(3), "loss": 0.5})
+    tensorboard.close()
+    assert [s.value for s in events(tmp_path).Scalars("train/loss") if s.step >= 2] == [0.5], "step 3 is hidden"

@@ -73,13 +73,6 @@ def test_rows_without_elapsed_time_count_as_zero(tmp_path: Path, clock: Clock) -
     assert read_metrics(tmp_path)[1]["elapsed_s"] == 10.0
 
 
-def test_each_start_records_its_hardware(tmp_path: Path, clock: Clock) -> None:
-    record = open_record(tmp_path, resumed_step=0)
-    record.write_start(0, backend="DDP", world_size=2)
-    record.close({})
-    assert read_metrics(tmp_path)[0]["started"] == {"backend": "DDP", "world_size": 2}
-
-
 def test_without_tensorboard_there_are_no_event_files(tmp_path: Path) -> None:
     record = open_record(tmp_path, resumed_step=0)
     record.write({"step": 1, "loss": 1.0})

@@ -27,6 +27,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted, TrainingError
 from pipeline.model.gpt2 import build_model
 from pipeline.run_folder.metrics import read_metrics
+from pipeline.training.resuming import load_start
 from pipeline.training.schedule import lr_at
 from pipeline.training.throughput import ThroughputMeter
 from pipeline.training.trainer import Trainer
@@ -63,7 +64,8 @@ def make_trainer(tmp_path: Path, world: World) -> MakeTrainer:
         backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
         (tmp_path / name).mkdir(exist_ok=True)
         meter = ThroughputMeter(plan.tokens_per_step, 1, 1.0)
-        return Trainer(config, world, plan, backend, loader, meter, data_sha256(datasets), resume_from)
+        state = load_start(resume_from, config, data_sha256(datasets), backend, world)
+        return Trainer(config, world, backend, loader, meter, state, tasks={})
 
     return make
 

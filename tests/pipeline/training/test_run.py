@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pipeline.distributed.world import World
-from pipeline.training import compilation
-from pipeline.training.compilation import SHORTEST_CPU_RUN_S, choose_compilation
+from pipeline.training import run
+from pipeline.training.run import SHORTEST_COMPILED_CPU_RUN_S, choose_compilation
 from tests.pipeline.conftest import tiny_config
 
-LONG_S, SHORT_S = SHORTEST_CPU_RUN_S + 1, SHORTEST_CPU_RUN_S - 1
+LONG_S, SHORT_S = SHORTEST_COMPILED_CPU_RUN_S + 1, SHORTEST_COMPILED_CPU_RUN_S - 1
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ LONG_S, SHORT_S = SHORTEST_CPU_RUN_S + 1, SHORTEST_CPU_RUN_S - 1
 def test_choice(
     monkeypatch: pytest.MonkeyPatch, wanted: Any, device: str, ideal_s: float, works: bool, compiled: bool
 ) -> None:
-    monkeypatch.setattr(compilation, "compiler_works", lambda device: works)
+    monkeypatch.setattr(run, "compiler_works", lambda device: works)
     config = tiny_config(run={"compile": wanted})
     chosen = choose_compilation(config, World(0, 1, 0, torch.device(device)), ideal_s)
     assert chosen.run.compile is compiled
@@ -43,6 +43,6 @@ def test_one_rank_without_a_compiler_turns_it_off(monkeypatch: pytest.MonkeyPatc
         def gather(self, item: Any) -> list[Any]:
             return [item, False]
 
-    monkeypatch.setattr(compilation, "compiler_works", lambda device: True)
+    monkeypatch.setattr(run, "compiler_works", lambda device: True)
     config = tiny_config(run={"compile": True})
     assert choose_compilation(config, TwoRanks(0, 2, 0, torch.device("cpu")), LONG_S).run.compile is False
