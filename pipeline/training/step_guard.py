@@ -108,8 +108,9 @@ class StepGuard:
         if spike := self._describe_spike(finished):
             if self.state.rollbacks >= self.config.max_rollbacks:
                 raise TrainingError(
-                    f"{finished}: {spike}, after {self.state.rollbacks} rollbacks; the run has stopped, its "
-                    "checkpoints are intact; lower optimizer.learning_rate, or raise guard.max_rollbacks or guard.spike_zscore"
+                    f"{finished}: {spike}, after {self.state.rollbacks} rollbacks; the run has stopped, "
+                    "its checkpoints are intact; lower optimizer.learning_rate, "
+                    "or raise guard.max_rollbacks or guard.spike_zscore"
                 )
             log.warning("%s: %s", finished, spike)
             return Verdict.SPIKE
