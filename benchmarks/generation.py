@@ -25,9 +25,8 @@ from transformers import CompileConfig
 
 from benchmarks.transformers_model import transformers_model
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
-from pipeline.config.schema import ModelConfig
+from pipeline.config.schema import ModelConfig, SampleConfig
 from pipeline.generation.generate import generate_batch
-from pipeline.generation.sampling import Sampling
 from pipeline.generation.writer import DTYPES
 from pipeline.model.gpt2 import GPT2, build_model
 from pipeline.model.packed_linear import PackedLinear, pack_linear_layers
@@ -120,7 +119,7 @@ def own_contender(model: GPT2, dtype: torch.dtype) -> Contender:
 def own_texts(model: GPT2, prompts: Texts, count: int) -> Texts:
     """Generate greedily, without a stop token."""
     texts: Texts = [[] for _ in prompts]
-    for tokens in generate_batch(model, prompts, count, Sampling(temperature=0)):
+    for tokens in generate_batch(model, prompts, SampleConfig(temperature=0, max_new_tokens=count)):
         for row, token in tokens.items():
             texts[row].append(token)
     return texts

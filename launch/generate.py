@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from launch.cli import (
     ArgumentParser,
@@ -24,7 +25,7 @@ DEFAULTS = SampleConfig()
 #: Options of the config section ``sample``: their types, metavars and descriptions.
 SAMPLING_OPTIONS = {
     "max_new_tokens": (positive_int, "N", "tokens per completion (default: %(default)s)"),
-    "temperature": (non_negative_float, "T", "divides the logits; 0: the likeliest token (default: %(default)s)"),
+    "temperature": (non_negative_float, "T", "divides the logits; 0 takes the likeliest token (default: %(default)s)"),
     "top_k": (positive_int, "K", "draw from the K likeliest tokens (default: %(default)s)"),
     "top_p": (probability, "P", "draw from the likeliest tokens that together reach this probability (default: all)"),
 }
@@ -40,7 +41,8 @@ def main() -> None:
         writer = load_writer(arguments.checkpoint, world.device, arguments.precision)
         prompts = arguments.prompt or [sample.prompt]
         if arguments.interactive:
-            prompt_loop(writer, sample, arguments.seed, _ask, _show)
+            ask = partial(input, "> " if sys.stdin.isatty() else "")
+            prompt_loop(writer, sample, arguments.seed, ask, _show)
         elif len(prompts) == 1:
             _show(prompts[0])
             for piece in writer.stream(prompts[0], sample, arguments.seed):
@@ -86,10 +88,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.interactive and arguments.prompt:
         parser.error("--prompt: with --interactive prompts come from the terminal; give only one of the two")
     return arguments
-
-
-def _ask() -> str:
-    return input("> " if sys.stdin.isatty() else "")
 
 
 def _show(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Generating token ids for several prompts side by side."""
+"""Generating token ids: drawing one from logits, and continuing several prompts side by side."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor
 
-from pipeline.generation.sampling import Sampling, draw
+from pipeline.config.schema import SampleConfig
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.key_value_cache import KeyValueCache
 from pipeline.seeds import derive_seed
@@ -16,45 +16,70 @@ from pipeline.seeds import derive_seed
 PADDING = 0  # any id: no token attends to it
 
 
+def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> int:
+    """Return the id of one token.
+
+    ``top_k`` applies before ``top_p`` (nucleus sampling, Holtzman et al. 2020), which keeps the fewest tokens,
+    likeliest first, that together reach the probability. At least one token is kept.
+
+    Args:
+        logits: (V,) fp32 on the CPU.
+        generator: on the CPU; not used at temperature 0.
+    """
+    if sample.temperature == 0:
+        return int(logits.argmax())
+    if sample.top_k is not None and sample.top_k < logits.numel():
+        logits, ids = logits.topk(sample.top_k)
+    elif sample.top_p is not None:
+        logits, ids = logits.sort(descending=True, stable=True)
+    else:
+        ids = torch.arange(logits.numel())
+    probabilities = torch.softmax(logits / sample.temperature, dim=0)
+    if sample.top_p is not None:
+        before = probabilities.cumsum(0) - probabilities  # the probability of all likelier tokens together
+        probabilities = probabilities.masked_fill(before >= sample.top_p, 0.0)
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+
+
 def generate_batch(
     model: GPT2,
     prompts: list[list[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
+    sample: SampleConfig,
     *,
     seed: int = 0,
     end_of_text: int | None = None,
     stopped: AbstractSet[int] = frozenset(),
 ) -> Iterator[dict[int, int]]:
-    """Generate one token per prompt at a time.
+    """Generate one token per prompt at a time, at most ``sample.max_new_tokens`` times.
 
-    Each row draws from a random stream of its own, so up to rounding it does not depend on the other rows.
+    Each row draws from its own random stream, so up to rounding a row does not depend on the others.
 
     Args:
         model: in evaluation mode.
         prompts: at least one id each. The model sees a long prompt from ``window_start`` on.
+        sample: its ``prompt`` and ``stop`` are not used.
         end_of_text: a row stops before this id; None: never.
-        stopped: rows in it get no further tokens. The caller may add rows between two tokens.
+        stopped: rows that get no further tokens. The caller may add rows between two tokens.
 
     Yields:
-        The new token of each row that goes on.
+        The new token of each row that has not stopped.
     """
     assert prompts and all(prompts), "a prompt is empty"
     generators = [torch.Generator().manual_seed(derive_seed(seed, "generate", str(row))) for row in range(len(prompts))]
     texts = {row: list(prompt) for row, prompt in enumerate(prompts)}
-    decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
-    for _ in range(max_new_tokens):
+    decoder = Decoder(model, len(prompts), max(map(len, prompts)) + sample.max_new_tokens)
+    for _ in range(sample.max_new_tokens):
         logits = decoder.next_token_logits(list(texts.values()))
-        drawn = {row: draw(logits[i], sampling, generators[row]) for i, row in enumerate(texts)}
+        drawn = {row: draw(logits[i], sample, generators[row]) for i, row in enumerate(texts)}
         tokens = {row: token for row, token in drawn.items() if token != end_of_text}
         if tokens:
             yield tokens
-        going_on = {row: [*texts[row], token] for row, token in tokens.items() if row not in stopped}
-        if not going_on:
+        unfinished = {row: [*texts[row], token] for row, token in tokens.items() if row not in stopped}
+        if not unfinished:
             return
-        if len(going_on) < len(texts):
-            decoder.keep([i for i, row in enumerate(texts) if row in going_on])
-        texts = going_on
+        if len(unfinished) < len(texts):
+            decoder.keep([i for i, row in enumerate(texts) if row in unfinished])
+        texts = unfinished
 
 
 class Decoder:
@@ -62,7 +87,7 @@ class Decoder:
 
     Args:
         rows: number of texts.
-        longest: the length in tokens that the longest of them will have at the end.
+        longest: number of tokens that the longest text will have at the end.
     """
 
     def __init__(self, model: GPT2, rows: int, longest: int) -> None:
@@ -93,7 +118,7 @@ class Decoder:
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
-        """Drop all texts but these from the cache."""
+        """Keep only these texts in the cache, in this order."""
         self.cache.keep(rows)
         self._starts = [self._starts[row] for row in rows]
 
@@ -101,8 +126,8 @@ class Decoder:
 def window_start(length: int, context_length: int) -> int:
     """Return the index of the first token that the model sees when it predicts the token after a text.
 
-    It is 0 while the text fits, and then moves in jumps of half a context. Positions are absolute, so a window that
-    moved with every token would invalidate the key-value cache with every token.
+    It is 0 while the text fits into the context. After that it moves half a context at a time: positions are absolute,
+    so each move invalidates the key-value cache.
     """
     half = max(context_length // 2, 1)
     surplus = max(length - context_length, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,9 +14,7 @@ from pipeline.checkpoint.loading import load_model
 from pipeline.config.schema import Config, SampleConfig
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
-from pipeline.generation.generate import generate_batch
-from pipeline.generation.sampling import Sampling, draw
-from pipeline.generation.text_stream import TextStream
+from pipeline.generation.generate import draw, generate_batch
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.packed_linear import pack_linear_layers
 from pipeline.seeds import derive_seed
@@ -71,8 +70,7 @@ class Writer:
         for tokens in generate_batch(
             self.model,
             [self.tokenizer.encode(prompt).tolist() for prompt in prompts],
-            sample.max_new_tokens,
-            _sampling(sample),
+            sample,
             seed=seed,
             end_of_text=END_OF_TEXT,
             stopped=stopped,
@@ -83,6 +81,49 @@ class Writer:
                     stopped.add(row)
         for row, stream in enumerate(streams):
             yield row, stream.finish()
+
+
+class TextStream:
+    """The text of one row of tokens.
+
+    Args:
+        token_bytes: bytes of each token by id.
+        stops: the text ends before the first of them; none may be empty.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str] = ()) -> None:
+        assert all(stops), "a stop text is empty"
+        self.stopped = False
+        self._token_bytes = token_bytes
+        self._stops = stops
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""  # may be the beginning of a stop text
+
+    def feed(self, token: int) -> str:
+        """Return the text that is final after this token; empty within a character or a possible stop text."""
+        return self._release(self._decoder.decode(self._token_bytes[token]))
+
+    def finish(self) -> str:
+        """Return the rest of the text; an incomplete character becomes U+FFFD."""
+        return self._release(self._decoder.decode(b"", final=True), is_last=True)
+
+    def _release(self, new: str, *, is_last: bool = False) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        found = [position for stop in self._stops if (position := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return text[: min(found)]
+        held = 0 if is_last else max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of ``text`` that is a beginning of ``stop``."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((length for length in lengths if text.endswith(stop[:length])), 0)
 
 
 def prompt_loop(
@@ -122,9 +163,5 @@ def complete_while_training(backend: Backend, config: Config, world: World) -> s
     new: list[int] = []
     for _ in range(sample.max_new_tokens):
         window = torch.tensor([[*text, *new][-config.model.context_length :]], device=world.device)
-        new.append(draw(backend.logits(window)[0, -1].float().cpu(), _sampling(sample), generator))
+        new.append(draw(backend.logits(window)[0, -1].float().cpu(), sample, generator))
     return sample.prompt + tokenizer.decode(new[: new.index(END_OF_TEXT)] if END_OF_TEXT in new else new)
-
-
-def _sampling(sample: SampleConfig) -> Sampling:
-    return Sampling(sample.temperature, sample.top_k, sample.top_p)

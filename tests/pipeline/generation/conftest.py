@@ -1,12 +1,18 @@
-"""Generating for one prompt, as many tests do."""
+"""Sampling settings, and generating for one prompt, as many tests do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+from pipeline.config.schema import SampleConfig
 from pipeline.generation.generate import generate_batch
-from pipeline.generation.sampling import Sampling
 from pipeline.model.gpt2 import GPT2
+
+
+def sampling(max_new_tokens: int = 1, **options: Any) -> SampleConfig:
+    """Return settings that draw from the model's own distribution, unless the options limit it."""
+    return SampleConfig(**{"max_new_tokens": max_new_tokens, "temperature": 1.0, "top_k": None, **options})
 
 
 def generate(
@@ -16,9 +22,9 @@ def generate(
     *,
     seed: int = 0,
     end_of_text: int | None = None,
-    **sampling: float | None,
+    **options: Any,
 ) -> Iterator[int]:
     """Yield the tokens that ``generate_batch`` generates for one prompt."""
-    options = Sampling(**sampling)  # type: ignore[arg-type]
-    for tokens in generate_batch(model, [prompt], max_new_tokens, options, seed=seed, end_of_text=end_of_text):
+    sample = sampling(max_new_tokens, **options)
+    for tokens in generate_batch(model, [prompt], sample, seed=seed, end_of_text=end_of_text):
         yield tokens[0]

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.generation.generate import Decoder, generate_batch, window_start
-from pipeline.generation.sampling import Sampling
+from pipeline.config.schema import SampleConfig
+from pipeline.generation.generate import Decoder, draw, generate_batch, window_start
 from pipeline.model.gpt2 import GPT2
 from tests.pipeline.conftest import VOCAB_SIZE, randomised_model, tiny_model_config
-from tests.pipeline.generation.conftest import generate
+from tests.pipeline.generation.conftest import generate, sampling
 
 PROMPT = [3, 1, 4]
+PROBABILITIES = [0.1, 0.4, 0.05, 0.3, 0.15]
 
 
 @pytest.fixture(scope="module")
@@ -91,31 +92,31 @@ def test_the_cache_does_not_change_the_logits(model: GPT2) -> None:
 
 def test_rows_equal_those_generated_alone(model: GPT2) -> None:
     prompts = [[3, 1, 4], [88], [9, 2, 6, 5, 3, 5, 8, 9]]
-    together = batch_texts(model, prompts, 20, Sampling(temperature=0))
+    together = batch_texts(model, prompts, sampling(20, temperature=0))
     assert together == [list(generate(model, prompt, 20, temperature=0)) for prompt in prompts]
-    drawn = batch_texts(model, prompts, 20, Sampling())
+    drawn = batch_texts(model, prompts, sampling(20))
     assert drawn[0] == list(generate(model, prompts[0], 20))
     assert drawn != together
 
 
 def test_equal_prompts_get_different_completions(model: GPT2) -> None:
-    first, second = batch_texts(model, [PROMPT, PROMPT], 20, Sampling())
+    first, second = batch_texts(model, [PROMPT, PROMPT], sampling(20))
     assert first != second
 
 
 def test_each_row_stops_on_its_own(model: GPT2) -> None:
     prompts = [[3, 1, 4], [88], [9, 2, 6, 5]]
-    endless = batch_texts(model, prompts, 20, Sampling(temperature=0))
+    endless = batch_texts(model, prompts, sampling(20, temperature=0))
     end = endless[1][4]
     expected = [text[: text.index(end)] if end in text else text for text in endless]
-    assert batch_texts(model, prompts, 20, Sampling(temperature=0), end_of_text=end) == expected
-    ended = batch_texts(model, prompts, 20, Sampling(temperature=0), stopped={0})
+    assert batch_texts(model, prompts, sampling(20, temperature=0), end_of_text=end) == expected
+    ended = batch_texts(model, prompts, sampling(20, temperature=0), stopped={0})
     assert ended == [endless[0][:1], *endless[1:]]
 
 
-def batch_texts(model: GPT2, prompts: list[list[int]], count: int, sampling: Sampling, **options: Any) -> list[Any]:
+def batch_texts(model: GPT2, prompts: list[list[int]], sample: SampleConfig, **options: Any) -> list[Any]:
     texts: list[list[int]] = [[] for _ in prompts]
-    for tokens in generate_batch(model, prompts, count, sampling, **options):
+    for tokens in generate_batch(model, prompts, sample, **options):
         for row, token in tokens.items():
             texts[row].append(token)
     return texts
@@ -174,3 +175,48 @@ def test_positions_restart_within_generated_tokens() -> None:
             with torch.no_grad():
                 torch.testing.assert_close(row, model.logits(torch.tensor([text]))[0, -1], atol=2e-5, rtol=1e-5)
             text.append(token)
+
+
+def drawn(**options: float | int) -> set[int]:
+    """Return all tokens of many draws."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor(PROBABILITIES).log()
+    return {draw(logits, sampling(**options), generator) for _ in range(400)}
+
+
+def test_temperature_0_draws_the_likeliest() -> None:
+    assert drawn(temperature=0) == {1}
+
+
+def test_without_limits_all_are_drawn() -> None:
+    assert drawn() == {0, 1, 2, 3, 4}
+
+
+def test_top_k() -> None:
+    assert drawn(top_k=2) == {1, 3}
+    assert drawn(top_k=99) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("top_p", "expected"), [(0.01, {1}), (0.39, {1}), (0.5, {1, 3}), (0.8, {1, 3, 4}), (1.0, None)]
+)
+def test_top_p_keeps_the_fewest_that_reach_it(top_p: float, expected: set[int] | None) -> None:
+    assert drawn(top_p=top_p) == (expected or {0, 1, 2, 3, 4})
+
+
+def test_top_p_applies_after_top_k() -> None:
+    """0.4 / (0.4 + 0.3) = 0.57."""
+    assert drawn(top_k=2, top_p=0.55) == {1}
+    assert drawn(top_k=2, top_p=0.6) == {1, 3}
+
+
+def test_top_p_applies_after_the_temperature() -> None:
+    assert drawn(temperature=0.1, top_p=0.9) == {1}
+
+
+def test_the_global_random_stream_is_not_used() -> None:
+    logits = torch.tensor(PROBABILITIES).log()
+    state = torch.get_rng_state()
+    first = [draw(logits, sampling(), torch.Generator().manual_seed(7)) for _ in range(3)]
+    assert len(set(first)) == 1
+    assert torch.equal(state, torch.get_rng_state())

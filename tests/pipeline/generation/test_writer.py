@@ -1,4 +1,4 @@
-"""A checkpoint completes prompts as text."""
+"""A checkpoint completes prompts as text. The pieces that are shown while it is generated are the whole text."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from data_tools.tokenizer import GPT2_VOCAB_SIZE
+from data_tools.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import SampleConfig
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
-from pipeline.generation.writer import load_writer
+from pipeline.generation.writer import TextStream, load_writer
 from pipeline.model.gpt2 import build_model
 from tests.pipeline.conftest import VOCAB_SIZE, tiny_config
 from tests.support.checkpoints import save_checkpoint
 
 CPU = torch.device("cpu")
 PROMPT = "Grüße, world"
+BYTES = [bytes([byte]) for byte in range(256)]  # one token per byte cuts every character as often as possible
 
 
 def save_model(run_folder: Path, world: World, vocab_size: int) -> Path:
@@ -61,3 +62,60 @@ def test_a_model_with_another_vocabulary_is_an_error(tmp_path: Path, world: Worl
     run_folder = save_model(tmp_path, world, VOCAB_SIZE)
     with pytest.raises(CheckpointError, match=f"vocab_size is {VOCAB_SIZE}; .* 50257"):
         complete(run_folder, sample(), seed=0)
+
+
+def pieces(text: bytes, *stops: str) -> list[str]:
+    """Return the text that is released after each byte, then the rest."""
+    stream = TextStream(BYTES, stops)
+    shown = [stream.feed(byte) for byte in text]
+    return [*shown, stream.finish()]
+
+
+def test_a_character_is_released_when_it_is_complete() -> None:
+    assert pieces("aß🎉".encode()) == ["a", "", "ß", "", "", "", "🎉", ""]
+
+
+def test_invalid_utf8_is_replaced() -> None:
+    for broken in (b"\xf0\x9f", b"a\xffb", b"\xc3a", b"\xe2\x82"):
+        assert "".join(pieces(broken)) == broken.decode(errors="replace")
+
+
+def test_the_pieces_of_tokens_are_the_text() -> None:
+    tokenizer = load_tokenizer()
+    text = "Grüße, 世界! 🎉🏳️‍🌈 ½ naïve"
+    tokens = tokenizer.encode(text).tolist()
+    stream = TextStream(tokenizer.token_bytes)
+    assert "".join([*map(stream.feed, tokens), stream.finish()]) == text
+    assert len(tokens) < len(text.encode())  # some tokens hold bytes of several characters
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("one. two.", ["."], "one"),
+        ("one\n\ntwo", ["\n\n"], "one"),
+        ("one\ntwo", ["\n\n"], "one\ntwo"),
+        ("aab", ["ab"], "a"),
+        ("ababac", ["abac"], "ab"),
+        ("xyz", ["zz", "yz"], "x"),
+        ("Ende ß.", ["ß"], "Ende "),
+        ("ends with a", ["abc"], "ends with a"),
+        ("stop", ["stop"], ""),
+    ],
+)
+def test_the_text_ends_before_the_first_stop_text(text: str, stops: list[str], expected: str) -> None:
+    shown = pieces(text.encode(), *stops)
+    assert "".join(shown) == expected
+
+
+def test_a_possible_beginning_of_a_stop_text_is_held_back() -> None:
+    assert pieces(b"abcx", "bcd") == ["a", "", "", "bcx", ""]
+    assert pieces(b"abcd!", "bcd") == ["a", "", "", "", "", ""]
+
+
+def test_stopped() -> None:
+    stream = TextStream(BYTES, ["b"])
+    stream.feed(ord("a"))
+    assert not stream.stopped
+    stream.feed(ord("b"))
+    assert stream.stopped
