@@ -29,7 +29,7 @@ from pipeline.config.schema import ModelConfig, Precision
 from pipeline.distributed.cpu import keep_freed_memory
 from pipeline.distributed.device import matmul_dtype
 from pipeline.distributed.world import World
-from pipeline.evaluation.examples import ChoiceExample, Settings, piqa
+from pipeline.evaluation.examples import Example, Settings, piqa
 from pipeline.evaluation.protocols import ChoiceTask, encode_apart
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.tasks import NAMED_TASKS, prepare_task
@@ -144,7 +144,7 @@ def trained_model(scratch: Path) -> GPT2:
     return load_model(scratch / "run", ALONE.device).model
 
 
-def like_hellaswag(texts: Sequence[str]) -> list[ChoiceExample]:
+def like_hellaswag(texts: Sequence[str]) -> list[Example]:
     """Return examples with the ending of the passage and three endings of other passages as choices."""
     words = [text.split() for text in texts]
     words = [text for text in words if len(text) >= CONTEXT_WORDS + ENDING_WORDS]
@@ -153,12 +153,12 @@ def like_hellaswag(texts: Sequence[str]) -> list[ChoiceExample]:
     for at, text in enumerate(words):
         choices = tuple(endings[(at + shift) % len(endings)] for shift in range(4))
         context = " ".join(text[:CONTEXT_WORDS])
-        found.append(ChoiceExample(tuple((context, f" {choice}") for choice in choices), 0, choices))
+        found.append(Example(tuple((context, f" {choice}") for choice in choices), 0, choices))
     return found
 
 
 @torch.no_grad()
-def one_at_a_time(model: GPT2, examples: Sequence[ChoiceExample], precision: str) -> list[tuple[int, int]]:
+def one_at_a_time(model: GPT2, examples: Sequence[Example], precision: str) -> list[tuple[int, int]]:
     """Score as build-nanogpt does for HellaSwag: one example per forward pass, logits everywhere, a masked loss.
 
     Returns:
@@ -185,9 +185,7 @@ def one_at_a_time(model: GPT2, examples: Sequence[ChoiceExample], precision: str
     return answers
 
 
-def together(
-    model: GPT2, examples: Sequence[ChoiceExample], precision: str, *, shared: bool = True
-) -> list[tuple[int, int]]:
+def together(model: GPT2, examples: Sequence[Example], precision: str, *, shared: bool = True) -> list[tuple[int, int]]:
     """Score with our scorer, including encoding; ``shared``: the common beginning of choices is computed once."""
     tokenizer = load_tokenizer()
     task = ChoiceTask("", piqa, encode_apart, "tokens")
@@ -229,9 +227,9 @@ def print_speed(files: dict[str, Path], models: Sequence[str], count: int, preci
 
 
 def timed(
-    action: Callable[[GPT2, Sequence[ChoiceExample], str], list[tuple[int, int]]],
+    action: Callable[[GPT2, Sequence[Example], str], list[tuple[int, int]]],
     model: GPT2,
-    examples: Sequence[ChoiceExample],
+    examples: Sequence[Example],
     precision: str,
 ) -> tuple[float, list[tuple[int, int]]]:
     """Return the seconds and the result of an action."""

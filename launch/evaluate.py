@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import get_args
 
 from launch.cli import ArgumentParser, add_checkpoint_options, positive_int, run_command, start_logging
 from pipeline.config.schema import TASK_NAME, Precision, RunConfig, TaskName
 from pipeline.distributed.world import join_world
-from pipeline.errors import ConfigError
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.results import format_table
-from pipeline.evaluation.run import EvaluationOptions, run_tasks
+from pipeline.evaluation.run import run_tasks
 
 
 def main() -> None:
@@ -32,6 +32,7 @@ def main() -> None:
         nargs="+",
         action="extend",
         default=[],
+        type=_task_and_path,
         metavar="TASK=PATH",
         help="a task's .jsonl, .parquet or text file (default: from the run's config, or from the Hugging Face hub); "
         "for validation, a folder of token shards (default: the run's data)",
@@ -58,24 +59,28 @@ def main() -> None:
     arguments = parser.parse_args()
     start_logging()
     settings = Settings(arguments.shots, arguments.limit, arguments.stride)
-    options = EvaluationOptions(_parse_paths(arguments.data), arguments.batch_size, arguments.precision, settings)
     with join_world(RunConfig(device=arguments.device), process_group=False) as world:
-        results, folder = run_tasks(arguments.checkpoint, arguments.tasks, options, world)
+        results, folder = run_tasks(
+            arguments.checkpoint,
+            arguments.tasks,
+            settings,
+            world,
+            paths=dict(arguments.data),
+            batch_size=arguments.batch_size,
+            precision=arguments.precision,
+        )
     if world.is_main:
         print(format_table(results))
         print("wrote " + ", ".join(str(folder / f"{task}.json") for task in results))
 
 
-def _parse_paths(assignments: list[str]) -> dict[str, str]:
-    paths = {}
-    for assignment in assignments:
-        task, equals, path = assignment.partition("=")
-        if not (task and equals and path):
-            raise ConfigError(f"--data {assignment}: expected TASK=PATH, as in --data validation=DIR")
-        if not TASK_NAME.fullmatch(task):
-            raise ConfigError(f"--data {assignment}: the task name {task!r} may have only letters, digits and . _ -")
-        paths[task] = path
-    return paths
+def _task_and_path(assignment: str) -> tuple[str, str]:
+    task, _, path = assignment.partition("=")
+    if not (task and path):
+        raise argparse.ArgumentTypeError(f"{assignment}: expected TASK=PATH, as in --data validation=DIR")
+    if not TASK_NAME.fullmatch(task):
+        raise argparse.ArgumentTypeError(f"{assignment}: a task's name may have only letters, digits and . _ -")
+    return task, path
 
 
 if __name__ == "__main__":

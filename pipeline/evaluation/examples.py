@@ -10,7 +10,6 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from data_tools.errors import DataError
 from data_tools.tokenizer import Tokenizer
@@ -21,12 +20,13 @@ SHOTS_SEED = 1234  # lm-evaluation-harness' default fewshot_random_seed
 
 
 @dataclass(frozen=True)
-class ChoiceExample:
-    """Pairs of a context and a continuation, one of which is right."""
+class Example:
+    """Pairs of a context and a continuation, one of which is right. A task without choices has one pair."""
 
     pairs: tuple[tuple[str, str], ...]
-    gold: int
-    choices: tuple[str, ...]  # acc_norm divides by their lengths
+    gold: int = 0
+    choices: tuple[str, ...] = ()  # acc_norm divides by their lengths
+    solved: str | None = None  # how few-shot prompts show the example; None: as the right pair, joined
 
     def __post_init__(self) -> None:
         if not 0 <= self.gold < len(self.pairs):
@@ -35,45 +35,28 @@ class ChoiceExample:
     @property
     def shot(self) -> str:
         """The solved example, to be put before another."""
-        return "".join(self.pairs[self.gold]) + SHOT_SEPARATOR
+        return (self.solved or "".join(self.pairs[self.gold])) + SHOT_SEPARATOR
 
 
-@dataclass(frozen=True)
-class ContinuationExample:
-    """A context and its only right continuation."""
-
-    context: str
-    continuation: str
-    shot: str
-
-    @property
-    def pairs(self) -> tuple[tuple[str, str], ...]:
-        """The context and the continuation, in the form of a choice."""
-        return ((self.context, self.continuation),)
-
-
-Example = TypeVar("Example", ChoiceExample, ContinuationExample)
-
-
-def _choose(context: str, choices: list[str], gold: int) -> ChoiceExample:
+def _choose(context: str, choices: list[str], gold: int) -> Example:
     """Put a space before each choice, whatever it begins with, as lm-evaluation-harness does."""
-    return ChoiceExample(tuple((context, " " + choice) for choice in choices), gold, tuple(choices))
+    return Example(tuple((context, " " + choice) for choice in choices), gold, tuple(choices))
 
 
-def any_choices(row: Row) -> ChoiceExample:
+def any_choices(row: Row) -> Example:
     """Read ``query``, ``choices``, ``gold``: the context, its continuations, and the index of the right one."""
     return _choose(row["query"], row["choices"], int(row["gold"]))
 
 
-def any_continuation(row: Row) -> ContinuationExample:
+def any_continuation(row: Row) -> Example:
     """Read ``context`` and ``continuation``, joined by a space unless either has white space there."""
     context, continuation = row["context"], row["continuation"]
     if context and not context[-1].isspace() and not continuation[:1].isspace():
         continuation = " " + continuation
-    return ContinuationExample(context, continuation, context + continuation + SHOT_SEPARATOR)
+    return Example(((context, continuation),))
 
 
-def piqa(row: Row) -> ChoiceExample:
+def piqa(row: Row) -> Example:
     """Read ``goal``, ``sol1``, ``sol2``, ``label``; or ``query``, ``choices``, ``gold``.
 
     Some evaluation suites distribute PIQA with queries that end before "Answer:".
@@ -84,7 +67,7 @@ def piqa(row: Row) -> ChoiceExample:
     return _choose(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
 
 
-def arc(row: Row) -> ChoiceExample:
+def arc(row: Row) -> Example:
     """Read ``question``, ``choices`` (``text`` and ``label``), ``answerKey``; or ``query``, ``choices``, ``gold``."""
     if "query" in row:
         return any_choices(row)
@@ -92,7 +75,7 @@ def arc(row: Row) -> ChoiceExample:
     return _choose(f"Question: {row['question']}\nAnswer:", list(texts), list(labels).index(row["answerKey"]))
 
 
-def hellaswag(row: Row) -> ChoiceExample:
+def hellaswag(row: Row) -> Example:
     """Read ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``."""
     if "query" in row:
         return any_choices(row)
@@ -106,14 +89,14 @@ def _without_markup(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def hellaswag_completion(row: Row) -> ChoiceExample:
+def hellaswag_completion(row: Row) -> Example:
     """Read ``ctx``, ``endings``, ``label``, unchanged; or ``query``, ``choices``, ``gold``."""
     if "query" in row:
         return any_choices(row)
     return _choose(row["ctx"], row["endings"], int(row["label"]))
 
 
-def winogrande(row: Row) -> ChoiceExample:
+def winogrande(row: Row) -> Example:
     """Read ``sentence`` with a blank ``_``, ``option1``, ``option2``, ``answer``.
 
     Partial scoring (Trinh and Le 2018): each option fills the blank, and only what follows the blank is scored, so
@@ -124,10 +107,10 @@ def winogrande(row: Row) -> ChoiceExample:
         raise ValueError("the sentence has no blank _")
     options = (row["option1"], row["option2"])
     rest = " " + after.strip()
-    return ChoiceExample(tuple((before + option, rest) for option in options), int(row["answer"]) - 1, options)
+    return Example(tuple((before + option, rest) for option in options), int(row["answer"]) - 1, options)
 
 
-def lambada(row: Row) -> ContinuationExample:
+def lambada(row: Row) -> Example:
     """Read ``text``, whose last word is the continuation; or ``context`` and ``continuation``, that word.
 
     In a few-shot example two spaces precede the word, as in lm-evaluation-harness.
@@ -136,7 +119,7 @@ def lambada(row: Row) -> ContinuationExample:
         context, word = row["context"], row["continuation"].removeprefix(" ")
     else:
         context, word = row["text"].rsplit(" ", 1)
-    return ContinuationExample(context, f" {word}", f"{context}  {word}{SHOT_SEPARATOR}")
+    return Example(((context, f" {word}"),), solved=f"{context}  {word}")
 
 
 @dataclass(frozen=True)
@@ -148,7 +131,7 @@ class Settings:
     stride: int | None = None  # tokens between windows over texts; None: the model's context, without overlap
 
     def label(self, task: str) -> str:
-        """Return the name of the results, which differs from the task's unless all options are the defaults."""
+        """Return the name of the task's results: the task, then the options that are not the defaults."""
         shots = f"_{self.shots}shot" if self.shots else ""
         limit = f"_first{self.limit}" if self.limit else ""
         stride = f"_stride{self.stride}" if self.stride else ""
@@ -157,27 +140,26 @@ class Settings:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The rows of a task, the rows that few-shot examples are drawn from, and how text becomes tokens."""
+    """The rows of a task, its options, and how text becomes tokens."""
 
     rows: Rows
-    pool: Rows
+    pool: Rows  # few-shot examples are drawn from it
     spare_shot: bool  # see ``draw_shots``
+    settings: Settings
     tokenizer: Tokenizer
     context_length: int
 
 
-def read_examples(
-    data: TaskData, settings: Settings, read: Callable[[Row], Example]
-) -> tuple[list[Example], list[str]]:
+def read_examples(data: TaskData, read: Callable[[Row], Example]) -> tuple[list[Example], list[str]]:
     """Return the examples to score, and the few-shot text before each.
 
     Raises:
         DataError: a row lacks the task's columns, or there are too few rows for the few-shot examples.
     """
-    examples = _read_rows(data.rows, read, settings.limit)
-    if not settings.shots:
+    examples = _read_rows(data.rows, read, data.settings.limit)
+    if not data.settings.shots:
         return examples, [""] * len(examples)
-    shots = draw_shots(examples, _read_rows(data.pool, read, None), settings.shots, spare=data.spare_shot)
+    shots = draw_shots(examples, _read_rows(data.pool, read, None), data.settings.shots, spare=data.spare_shot)
     return examples, ["".join(shot.shot for shot in drawn) for drawn in shots]
 
 
@@ -213,14 +195,13 @@ def draw_shots(
     stream = random.Random(SHOTS_SEED)
     if not spare:
         return [stream.sample(pool, count) for _ in examples]
-    return [_draw_others(example, stream, pool, count) for example in examples]
-
-
-def _draw_others(example: Example, stream: random.Random, pool: Sequence[Example], count: int) -> Sequence[Example]:
-    drawn = [other for other in stream.sample(pool, count + 1) if other != example][:count]
-    if len(drawn) < count:  # the pool holds the example several times
-        others = [other for other in pool if other != example]
-        if len(others) < count:
-            raise DataError(f"--shots {count}: there are only {len(others)} other examples to draw from")
-        drawn = stream.sample(others, count)
-    return drawn
+    shots: list[Sequence[Example]] = []
+    for example in examples:
+        drawn = [other for other in stream.sample(pool, count + 1) if other != example][:count]
+        if len(drawn) < count:  # the pool holds the example several times
+            others = [other for other in pool if other != example]
+            if len(others) < count:
+                raise DataError(f"--shots {count}: there are only {len(others)} other examples to draw from")
+            drawn = stream.sample(others, count)
+        shots.append(drawn)
+    return shots

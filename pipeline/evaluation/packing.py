@@ -8,7 +8,7 @@ would compute in a row of its own, and a shared beginning is computed once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.model.gpt2 import ScoringBatch
 
-#: The share of tokens that a tree must save. Below it, the slower attention kernels of a masked row cost more.
+#: The share of tokens that a tree must save. Below it, the slower attention kernels of a masked row cost more time.
 LEAST_SAVING = 0.1
 
 
@@ -56,20 +56,15 @@ class Tree:
         """Add the request with this number; positions restart at the token ``reset_at``."""
         node, path = -1, []
         for token in request.inputs(context_length):
-            node = self._child(node, token, reset_at)
+            parent, node = node, self._children.setdefault((node, token), len(self.tokens))
+            if node == len(self.tokens):
+                self.tokens.append(token)
+                self.parents.append(parent)
+                self.positions.append(0 if parent < 0 or token == reset_at else self.positions[parent] + 1)
             path.append(node)
         targets = request.continuation
         pairs = zip(path[-len(targets) :], targets, strict=True)
         self.scored.append((number, [self.pairs.setdefault(pair, len(self.pairs)) for pair in pairs]))
-
-    def _child(self, parent: int, token: int, reset_at: int | None) -> int:
-        node = self._children.get((parent, token))
-        if node is None:
-            node = self._children[parent, token] = len(self.tokens)
-            self.tokens.append(token)
-            self.parents.append(parent)
-            self.positions.append(0 if parent < 0 or token == reset_at else self.positions[parent] + 1)
-        return node
 
     def ancestors(self, width: int) -> np.ndarray:
         """Return the attention mask, (width, width) bool. Padding attends to itself."""
@@ -78,15 +73,6 @@ class Tree:
             if parent >= 0:
                 mask[node] |= mask[parent]
         return mask
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The input of one forward pass, and links from its N scores to the requests that they belong to."""
-
-    inputs: ScoringBatch  # in host memory
-    requests: Tensor  # (L,) int64, the request of each link
-    pairs: Tensor  # (L,) int64, the index of the score that the link adds to its request, below N
 
 
 def build_trees(
@@ -110,7 +96,7 @@ def build_trees(
 
 
 def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
-    """Sort trees by falling length and cut them into batches of at most ``batch_tokens``, padding included.
+    """Sort trees from the longest to the shortest, and cut them into batches of at most ``batch_tokens``, with padding.
 
     A longer tree gets a batch of its own.
     """
@@ -122,32 +108,26 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
     return batches
 
 
-def make_batch(trees: Sequence[Tree]) -> Batch:
-    """Return one row per tree, padded on the right, where no other token of the row attends."""
+def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
+    """Return the input of one forward pass, with one row per tree, padded on the right.
+
+    Returns:
+        The input, in host memory; and (2, L) int64 links from its scores to the requests: each link is a request, and
+        the index of a score that belongs to it. Requests can share a score.
+    """
     width = max(len(tree.tokens) for tree in trees)
     tokens = np.zeros((len(trees), width), dtype=np.int64)
+    positions = np.zeros_like(tokens)
     pairs: list[tuple[int, int]] = []  # (output, target)
     links: list[tuple[int, int]] = []  # (request, pair)
     for row, tree in enumerate(trees):
         tokens[row, : len(tree.tokens)] = tree.tokens
+        positions[row, : len(tree.tokens)] = tree.positions
         links += [(number, len(pairs) + pair) for number, numbers in tree.scored for pair in numbers]
         pairs += [(row * width + node, target) for node, target in tree.pairs]
-    outputs, targets = _columns(pairs)
-    inputs = ScoringBatch(torch.from_numpy(tokens), targets, outputs, *_positions_and_mask(trees, width))
-    return Batch(inputs, *_columns(links))
-
-
-def _columns(pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    first, second = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T.contiguous()
-    return first, second
-
-
-def _positions_and_mask(trees: Sequence[Tree], width: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return (None, None) if every row is plain text: its attention then uses the faster causal kernels."""
-    if all(tree.is_chain for tree in trees):
-        return None, None
-    positions = np.zeros((len(trees), width), dtype=np.int64)
-    for row, tree in enumerate(trees):
-        positions[row, : len(tree.positions)] = tree.positions
-    mask = np.stack([tree.ancestors(width) for tree in trees])
-    return torch.from_numpy(positions), torch.from_numpy(mask).unsqueeze(1)
+    outputs, targets = torch.tensor(pairs).T.contiguous()
+    inputs = ScoringBatch(torch.from_numpy(tokens), targets, outputs)
+    if not all(tree.is_chain for tree in trees):  # without a mask, attention uses the faster causal kernels
+        mask = torch.from_numpy(np.stack([tree.ancestors(width) for tree in trees])).unsqueeze(1)
+        inputs = replace(inputs, positions=torch.from_numpy(positions), mask=mask)
+    return inputs, torch.tensor(links, dtype=torch.int64).reshape(-1, 2).T.contiguous()

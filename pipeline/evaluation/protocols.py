@@ -13,7 +13,7 @@ import numpy as np
 from data_tools.errors import DataError
 from data_tools.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
-from pipeline.evaluation.examples import ChoiceExample, ContinuationExample, Example, Settings, TaskData, read_examples
+from pipeline.evaluation.examples import Example, TaskData, read_examples
 from pipeline.evaluation.intervals import BOOTSTRAP, NORMAL, WILSON, bootstrap_ratio, normal_mean, wilson
 from pipeline.evaluation.packing import Request
 from pipeline.evaluation.scoring import Score, Scorer
@@ -107,36 +107,34 @@ class ChoiceTask:
     """
 
     protocol: str
-    read: Callable[[Row], ChoiceExample]
+    read: Callable[[Row], Example]
     encode: Encode = encode_pair
     normalised_by: str | None = "characters"
 
-    def prepare(self, name: str, data: TaskData, settings: Settings) -> PreparedTask:
+    def prepare(self, name: str, data: TaskData) -> PreparedTask:
         """Read and encode the examples. Raises DataError if a row cannot be used."""
-        examples, groups = _read_and_encode(data, settings, self.read, self.encode)
-        facts = _facts(self.protocol, data, len(examples), settings)
+        examples, groups = _read_and_encode(data, self.read, self.encode)
+        facts = _facts(self.protocol, data, len(examples))
         return PreparedTask(name, facts, groups, lambda scores: self._figures(examples, groups, scores))
 
-    def _figures(self, examples: Sequence[ChoiceExample], groups: Groups, scores: Scores) -> Figures:
+    def _figures(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> Figures:
         figures: Figures = {}
         for key, answers in self.answers(examples, groups, scores).items():
             right = sum(answer == example.gold for answer, example in zip(answers, examples, strict=True))
             figures |= _accuracy(key, right, len(examples))
         return {**figures, "interval": WILSON}
 
-    def answers(self, examples: Sequence[ChoiceExample], groups: Groups, scores: Scores) -> dict[str, list[int]]:
+    def answers(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> dict[str, list[int]]:
         """Return the model's choice in each example, by ``acc`` and ``acc_norm``; the first of equally likely ones."""
         rows = [np.array([score.log_likelihood for score in group]) for group in scores]
         answers = {"acc": [int(row.argmax()) for row in rows]}
         if self.normalised_by:
-            lengths = self._lengths(examples, groups)
+            if self.normalised_by == "tokens":
+                lengths = [[len(request.continuation) for request in group] for group in groups]
+            else:
+                lengths = [[max(len(choice), 1) for choice in example.choices] for example in examples]
             answers["acc_norm"] = [int((row / length).argmax()) for row, length in zip(rows, lengths, strict=True)]
         return answers
-
-    def _lengths(self, examples: Sequence[ChoiceExample], groups: Groups) -> list[list[int]]:
-        if self.normalised_by == "tokens":
-            return [[len(request.continuation) for request in group] for group in groups]
-        return [[max(len(choice), 1) for choice in example.choices] for example in examples]
 
 
 @dataclass(frozen=True)
@@ -148,12 +146,12 @@ class ContinuationTask:
     """
 
     protocol: str
-    read: Callable[[Row], ContinuationExample]
+    read: Callable[[Row], Example]
 
-    def prepare(self, name: str, data: TaskData, settings: Settings) -> PreparedTask:
+    def prepare(self, name: str, data: TaskData) -> PreparedTask:
         """Read and encode the examples. Raises DataError if a row cannot be used."""
-        examples, groups = _read_and_encode(data, settings, self.read, encode_pair)
-        return PreparedTask(name, _facts(self.protocol, data, len(examples), settings), groups, _continuation_figures)
+        examples, groups = _read_and_encode(data, self.read, encode_pair)
+        return PreparedTask(name, _facts(self.protocol, data, len(examples)), groups, _continuation_figures)
 
 
 def _continuation_figures(scores: Scores) -> Figures:
@@ -181,13 +179,14 @@ class TextTask:
     detokenize: Callable[[str], str] = str
     split: Callable[[str], list[str]] = lambda text: [text]
 
-    def prepare(self, name: str, data: TaskData, settings: Settings) -> PreparedTask:
+    def prepare(self, name: str, data: TaskData) -> PreparedTask:
         """Cut the texts into windows.
 
         Raises:
             DataError: a row has no text.
-            ConfigError: few-shot examples were asked for, or a stride beyond the context.
+            ConfigError: few-shot examples are requested, or the stride is longer than the context.
         """
+        settings = data.settings
         if settings.shots:
             raise ConfigError(f"--shots {settings.shots}: a text has no examples to show; leave it out")
         length = data.context_length
@@ -200,7 +199,7 @@ class TextTask:
             tokens = data.tokenizer.encode(self.detokenize(text)).tolist()
             windows.append(list(rolling_windows(tokens, data.tokenizer.end_of_text, length, stride)))
         protocol = f"{self.protocol}; windows of {length} tokens, moved on by {stride}"
-        facts = _facts(protocol, data, len(texts), settings)
+        facts = _facts(protocol, data, len(texts))
         groups = [[window] for text_windows in windows for window in text_windows]  # windows do not begin alike
         return PreparedTask(name, facts, groups, lambda scores: _text_figures(texts, windows, scores))
 
@@ -238,10 +237,8 @@ def _text_figures(texts: Sequence[str], windows: list[list[Request]], scores: Sc
     }
 
 
-def _read_and_encode(
-    data: TaskData, settings: Settings, read: Callable[[Row], Example], encode: Encode
-) -> tuple[list[Example], Groups]:
-    examples, prefixes = read_examples(data, settings, read)
+def _read_and_encode(data: TaskData, read: Callable[[Row], Example], encode: Encode) -> tuple[list[Example], Groups]:
+    examples, prefixes = read_examples(data, read)
     groups = []
     for number, (example, prefix) in enumerate(zip(examples, prefixes, strict=True)):
         try:
@@ -251,14 +248,14 @@ def _read_and_encode(
     return examples, groups
 
 
-def _facts(protocol: str, data: TaskData, examples: int, settings: Settings) -> dict[str, Any]:
+def _facts(protocol: str, data: TaskData, examples: int) -> dict[str, Any]:
     return {
         "protocol": protocol,
         "data": data.rows.origin,
         "data_sha256": data.rows.sha256,
         "examples": examples,
-        "shots": settings.shots,
-        "limit": settings.limit,
+        "shots": data.settings.shots,
+        "limit": data.settings.limit,
     }
 
 

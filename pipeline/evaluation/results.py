@@ -35,15 +35,13 @@ def format_table(results: Results) -> str:
         lines.append(f"{task}  (step {result['step']}, {result['checkpoint']})")
         for key, value in result.items():
             if isinstance(value, float):
-                lines.append(f"  {key:<18} {value:>14.4f}{_format_interval(result.get(key + INTERVAL))}")
+                interval = result.get(key + INTERVAL)
+                bounds = "   [{:.4f}, {:.4f}]".format(*interval) if interval else ""
+                lines.append(f"  {key:<18} {value:>14.4f}{bounds}")
             elif isinstance(value, int) and key != "step":
                 lines.append(f"  {key:<18} {value:>14,}")
         lines.extend(_format_losses(result.get("loss_by_position", [])))
     return "\n".join(lines)
-
-
-def _format_interval(interval: list[float] | None) -> str:
-    return f"   [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
 
 
 def _format_losses(losses: list[float | None]) -> list[str]:

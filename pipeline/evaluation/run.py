@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,39 +34,41 @@ from pipeline.run_folder.metrics import TASK_PREFIX, perplexity
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """The options of an evaluation; None: as the run was trained."""
-
-    data: Mapping[str, str] = field(default_factory=dict)  # task -> path; replaces ``evaluation.data`` of the run
-    batch_size: int | None = None  # sequences per forward pass and rank
-    precision: str | None = None
-    settings: Settings = Settings()
-
-
-def run_tasks(checkpoint: Path, tasks: Sequence[str], options: EvaluationOptions, world: World) -> tuple[Results, Path]:
+def run_tasks(
+    checkpoint: Path,
+    tasks: Sequence[str],
+    settings: Settings,
+    world: World,
+    *,
+    paths: Mapping[str, str] | None = None,
+    batch_size: int | None = None,
+    precision: str | None = None,
+) -> tuple[Results, Path]:
     """Score a checkpoint on some tasks; the main rank writes JSON files and TensorBoard events. Collective.
+
+    Args:
+        paths: task -> path; these replace ``evaluation.data`` of the run.
+        batch_size: sequences per forward pass and rank; None: as the run was trained.
+        precision: of forward passes; None: as the run was trained.
 
     Returns:
         The results by task, and the folder of the JSON files.
 
     Raises:
-        ConfigError: a task does not exist, or lacks one of the options.
+        ConfigError: a task does not exist, or cannot use one of the settings.
         CheckpointError, DataError: the checkpoint or the data cannot be used.
     """
     if world.device.type == "cpu":
         configure_cpu(world)
     loaded = load_model(checkpoint, world.device)
     config = loaded.config
-    data = {**config.evaluation.data, **options.data}
-    precision = options.precision or config.run.precision
-    batch_size = options.batch_size or config.batch.micro_batch_size
-    check_task_names(tasks, data)
-    # Before any scoring, which can take hours: unreadable data must be reported at once.
+    paths = {**config.evaluation.data, **(paths or {})}
+    precision = precision or config.run.precision
+    batch_size = batch_size or config.batch.micro_batch_size
+    check_task_names(tasks, paths)
+    # Prepare all tasks before any scoring, which can take hours, so that unreadable data is reported at once.
     prepared = {
-        task: prepare_task(task, data.get(task), options.settings, config.model, world)
-        for task in tasks
-        if task != VALIDATION
+        task: prepare_task(task, paths.get(task), settings, config.model, world) for task in tasks if task != VALIDATION
     }
     pack_linear_layers(loaded.model, matmul_dtype(precision))
     compute = replicated_compute(loaded.model, precision, world.device).eval()
@@ -75,7 +76,7 @@ def run_tasks(checkpoint: Path, tasks: Sequence[str], options: EvaluationOptions
     results: Results = {}
     for task in tasks:
         if task == VALIDATION:
-            name, result = task, _measure_validation(compute, config, data.get(VALIDATION), batch_size, world)
+            name, result = task, _measure_validation(compute, config, paths.get(VALIDATION), batch_size, world)
         else:
             name, result = prepared[task].name, {"precision": precision, **prepared[task].measure(scorer)}
         results[name] = {"task": task, "checkpoint": str(loaded.checkpoint), "step": loaded.step, **result}
@@ -122,7 +123,7 @@ def _write_results(results: Results, loaded: LoadedModel, folder: Path) -> None:
 
 
 def prepare_tasks(config: Config, world: World) -> dict[str, PreparedTask]:
-    """Prepare the tasks of ``evaluation.tasks`` but ``validation``, to measure them while training. Collective.
+    """Prepare all tasks of ``evaluation.tasks`` except ``validation``, to measure them while training. Collective.
 
     Raises:
         ConfigError, DataError: see ``prepare_task``.
@@ -139,7 +140,10 @@ def prepare_tasks(config: Config, world: World) -> dict[str, PreparedTask]:
 def measure_tasks(
     tasks: Mapping[str, PreparedTask], backend: Backend, config: Config, world: World
 ) -> dict[str, float]:
-    """Return the figures of all tasks as keys of a row of metrics. Collective; within ``backend.evaluation_mode()``."""
+    """Return the figures of all tasks as keys of a row of metrics. Collective.
+
+    Call it within ``backend.evaluation_mode()``.
+    """
     scorer = Scorer(backend, config.model, world, config.batch.micro_batch_size * config.seq_len)
     row: dict[str, float] = {}
     for name, task in tasks.items():

@@ -20,7 +20,7 @@ from pipeline.model.precision import ComputeModel
 
 @dataclass(frozen=True)
 class Score:
-    """A continuation's log-likelihood in nats, and whether each of its tokens is the argmax at its position."""
+    """A continuation's log-likelihood in nats, and whether greedy decoding would generate it."""
 
     log_likelihood: float
     is_greedy: bool
@@ -45,11 +45,11 @@ class Scorer:
     def score(self, groups: Sequence[Sequence[Request]], label: str) -> list[list[Score]]:
         """Return the scores of all requests on every rank, in the shape of ``groups``. Collective.
 
-        Requests of one group may begin alike. Identical requests are scored once. Batches are dealt to the ranks in
-        turn; every rank runs equally many forward passes, because they are collective under FSDP and ZeRO-3.
+        Requests of one group may begin alike. Identical requests are scored once. The ranks take the batches in turn.
+        Every rank runs the same number of forward passes, because they are collective under FSDP and ZeRO-3.
 
         Args:
-            label: shown at the progress bar.
+            label: shown next to the progress bar.
 
         Raises:
             DataError: a continuation is longer than the model's context.
@@ -58,7 +58,12 @@ class Scorer:
         numbers: dict[Request, int] = {}
         new_in_groups = [_number_new(group, numbers) for group in groups]
         requests = list(numbers)
-        self._check_lengths(requests)
+        longest = max((len(request.continuation) for request in requests), default=0)
+        if longest > self.model.context_length:
+            raise DataError(
+                f"a continuation has {longest} tokens, more than the model's context of {self.model.context_length}; "
+                "score it as a text, in windows"
+            )
         trees = build_trees(new_in_groups, requests, self.model.context_length, self.model.reset_positions_at)
         sums = self._sum_scores(pack(trees, self.batch_tokens), len(requests), label)
         scores = [
@@ -67,17 +72,11 @@ class Scorer:
         ]
         return [[scores[numbers[request]] for request in group] for group in groups]
 
-    def _check_lengths(self, requests: Sequence[Request]) -> None:
-        longest = max((len(request.continuation) for request in requests), default=0)
-        if longest > self.model.context_length:
-            raise DataError(
-                f"a continuation has {longest} tokens, more than the model's context of {self.model.context_length}; "
-                "score it as a text, in windows"
-            )
-
     def _sum_scores(self, batches: Sequence[Sequence[Tree]], requests: int, label: str) -> list[list[float]]:
         """Return the log-likelihood and the number of greedy tokens of each request."""
         world, device = self.world, self.world.device
+        # A rank without a batch scores this token for no request.
+        idle = [Tree(tokens=[0], parents=[-1], positions=[0], pairs={(0, 0): 0})]
         # The sums stay on the device until the end, so that no forward pass waits for the one before.
         sums = torch.zeros(2, requests, dtype=summing_dtype(device), device=device)
         with tqdm(
@@ -89,9 +88,10 @@ class Scorer:
         ) as progress:
             for first in range(0, len(batches), world.size):
                 turn = batches[first : first + world.size]  # one batch per rank
-                batch = make_batch(turn[world.rank] if world.rank < len(turn) else [_idle_tree()])
-                scores = self.compute.score(batch.inputs.to(device)).to(sums.dtype)  # (2, N)
-                sums.index_add_(1, batch.requests.to(device), scores[:, batch.pairs.to(device)])
+                inputs, links = make_batch(turn[world.rank] if world.rank < len(turn) else idle)
+                scores = self.compute.score(inputs.to(device)).to(sums.dtype)  # (2, N)
+                to_requests, from_scores = links.to(device)
+                sums.index_add_(1, to_requests, scores[:, from_scores])
                 progress.update(sum(len(tree.scored) for trees in turn for tree in trees))
         total = world.sum(sums)
         if not bool(torch.isfinite(total).all()):
@@ -105,8 +105,3 @@ def _number_new(group: Sequence[Request], numbers: dict[Request, int]) -> range:
     for request in group:
         numbers.setdefault(request, len(numbers))
     return range(first, len(numbers))
-
-
-def _idle_tree() -> Tree:
-    """Return what a rank computes while others run the last batches: one token, scored for no request."""
-    return Tree(tokens=[0], parents=[-1], positions=[0], pairs={(0, 0): 0})

@@ -55,24 +55,32 @@ def read_file(path: Path) -> Rows:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; expected a .jsonl, .parquet or text file") from error
     if path.suffix in (".jsonl", ".json"):
-        rows = [_parse_line(line, path, number) for number, line in enumerate(content.splitlines()) if line.strip()]
+        rows = _parse_lines(content, path)
     elif path.suffix == ".parquet":
         rows = _parse_parquet(content, path)
     else:
-        rows = [{"text": _decode(content, path)}]
+        try:
+            rows = [{"text": content.decode("utf-8")}]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     if not rows or rows == [{"text": ""}]:
         raise DataError(f"{path} is empty")
     return Rows(rows, str(path), hashlib.sha256(content).hexdigest())
 
 
-def _parse_line(line: bytes, path: Path, number: int) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}: line {number + 1} is not JSON ({error}); expected one object per line") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{path}: line {number + 1} is a {type(row).__name__}; expected one object per line")
-    return row
+def _parse_lines(content: bytes, path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}: line {number} is not JSON ({error}); expected one object per line") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: line {number} is a {type(row).__name__}; expected one object per line")
+        rows.append(row)
+    return rows
 
 
 def _parse_parquet(content: bytes, path: Path) -> list[Row]:
@@ -82,31 +90,24 @@ def _parse_parquet(content: bytes, path: Path) -> list[Row]:
         raise DataError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from error
 
 
-def _decode(content: bytes, path: Path) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-
-
-def read_hub(data: HubData, split: str, world: World) -> Rows:
+def read_hub(data: HubData, world: World) -> Rows:
     """Read a split of a dataset on the hub. The main rank downloads it, the others read its cache. Collective.
 
     Raises:
         DataError: the dataset cannot be loaded.
     """
-    world.call_on_main(lambda: _download(data, split) and None)
-    rows = _download(data, split)
+    world.call_on_main(lambda: _download(data) and None)
+    rows = _download(data)
     lines = "".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
     return Rows(rows, str(data), hashlib.sha256(lines.encode()).hexdigest())
 
 
-def _download(data: HubData, split: str) -> list[Row]:
-    import datasets  # takes a second to import, which tasks on files need not wait for
+def _download(data: HubData) -> list[Row]:
+    import datasets  # takes a second to import, and tasks on files do not need it
 
     try:
-        return list(datasets.load_dataset(data.address, data.config, split=split))
-    # The library passes on whatever its file systems and HTTP clients raise, which has no common base class.
+        return list(datasets.load_dataset(data.address, data.config, split=data.split))
+    # The library passes on the errors of its file systems and HTTP clients, which have no common base class.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"cannot load {data} from the Hugging Face hub: {reason}; give a file with --data") from error

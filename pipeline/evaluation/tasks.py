@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
 
@@ -14,7 +14,7 @@ from pipeline.config.schema import ModelConfig, TaskName
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
 from pipeline.evaluation import examples
-from pipeline.evaluation.examples import ChoiceExample, Settings, TaskData
+from pipeline.evaluation.examples import Example, Settings, TaskData
 from pipeline.evaluation.protocols import (
     ChoiceTask,
     ContinuationTask,
@@ -69,7 +69,7 @@ class NamedTask:
 _HARNESS = "lm-evaluation-harness"
 
 
-def _multiple_choice(name: str, read: Callable[[Row], ChoiceExample]) -> ChoiceTask:
+def _multiple_choice(name: str, read: Callable[[Row], Example]) -> ChoiceTask:
     return ChoiceTask(f"{_HARNESS} {name}: acc by log-likelihood, acc_norm per character", read)
 
 
@@ -142,7 +142,7 @@ def prepare_task(name: str, path: str | None, settings: Settings, model: ModelCo
         path: the task's file; None: its dataset on the hub.
 
     Raises:
-        ConfigError: the model's vocabulary is not GPT-2's, or the task has no such option in ``settings``.
+        ConfigError: the model's vocabulary is not GPT-2's, or the task cannot use an option of ``settings``.
         DataError: the data cannot be loaded or used.
     """
     if model.vocab_size != GPT2_VOCAB_SIZE:
@@ -157,13 +157,13 @@ def prepare_task(name: str, path: str | None, settings: Settings, model: ModelCo
     else:
         assert named is not None, f"{name} needs a file"
         hub = named.hub
-        rows = pool = read_hub(hub, hub.split, world)
+        rows = pool = read_hub(hub, world)
         if settings.shots and hub.shots_split:
-            pool = read_hub(hub, hub.shots_split, world)
+            pool = read_hub(replace(hub, split=hub.shots_split), world)
         spare_shot = pool is rows or hub.split != "test"
-    data = TaskData(rows, pool, spare_shot, load_tokenizer(), model.context_length)
+    data = TaskData(rows, pool, spare_shot, settings, load_tokenizer(), model.context_length)
     protocol = named.protocol if named else _protocol_of(rows)
-    return protocol.prepare(settings.label(name), data, settings)
+    return protocol.prepare(settings.label(name), data)
 
 
 def _protocol_of(rows: Rows) -> TaskProtocol:

@@ -35,7 +35,8 @@ TOP_K = 5
 def validate(backend: Backend, datasets: Sequence[TokenDataset], config: Config, world: World) -> dict[str, float]:
     """Return the validation loss of a model in training, as keys of a row of metrics.
 
-    Scores ``evaluation.max_batches`` batches of each data set, within ``backend.evaluation_mode()``. Collective.
+    Scores ``evaluation.max_batches`` batches of each data set. Collective. Call it within
+    ``backend.evaluation_mode()``.
 
     Returns:
         ``val_loss``, ``val_perplexity``, and ``val_loss_<name>`` for each data set of a mixture. Empty if the run does
@@ -124,13 +125,16 @@ def _sum_batch(logits: Tensor, targets: Tensor, end_of_text: int, dtype: torch.d
 
 def _figures(by_position: Tensor, overall: Tensor, stream: TokenStream) -> dict[str, Any]:
     loss_sum, targets, top1, top5 = by_position.sum(1).tolist()
-    end_of_text_loss, *windows = overall.tolist()
+    end_of_text_loss, windows, squared_loss, loss_by_targets, squared_targets = overall.tolist()
     if not targets:
         raise TrainingError(f"the split {stream.split!r} has no scored target: its mask leaves out all tokens")
     loss = loss_sum / targets
     if not math.isfinite(loss):
         raise TrainingError(f"the loss on the split {stream.split!r} is {loss}; the checkpoint's weights are unusable")
-    bounds = _loss_interval(loss, targets, *windows)
+    # The loss is a ratio of sums over windows, so its interval follows from the windows' deviations from that ratio.
+    squared_deviations = max(squared_loss - 2 * loss * loss_by_targets + loss**2 * squared_targets, 0.0)
+    half = Z_95 * math.sqrt(squared_deviations * windows / max(windows - 1, 1)) / targets
+    bounds = [loss - half, loss + half]
     return {
         "protocol": PROTOCOL,
         "loss": loss,
@@ -147,12 +151,3 @@ def _figures(by_position: Tensor, overall: Tensor, stream: TokenStream) -> dict[
         "documents": stream.documents,
         "loss_by_position": [None if math.isnan(mean) else mean for mean in (by_position[0] / by_position[1]).tolist()],
     }
-
-
-def _loss_interval(
-    loss: float, targets: float, windows: float, squared_loss: float, loss_by_targets: float, squared_targets: float
-) -> list[float]:
-    """Return the 95% interval of the loss, a ratio of sums over windows, from the spread of the windows."""
-    spread = max(squared_loss - 2 * loss * loss_by_targets + loss**2 * squared_targets, 0.0)
-    half = Z_95 * math.sqrt(spread * windows / max(windows - 1, 1)) / targets
-    return [loss - half, loss + half]

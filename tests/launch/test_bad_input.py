@@ -298,7 +298,7 @@ COMMAND_LINE_CASES = [
     command("unknown_option", "train.py --config good.json --epochs 3", "arguments: --epochs 3", "see train.py --help"),
     command("no_checkpoint_option", "evaluate.py", "--checkpoint", "required: --checkpoint (see evaluate.py --help)"),
     command("unknown_task", "evaluate.py --checkpoint trained --tasks squad", "--tasks squad", "there are: validation"),
-    command("data_of_no_task", "evaluate.py --checkpoint trained --data train_only", "--data train_only", "TASK=PATH"),
+    command("data_of_no_task", "evaluate.py --checkpoint trained --data train_only", "--data: train_only", "TASK=PATH"),
     command(
         "task_of_no_shape",
         "evaluate.py --checkpoint trained --tasks mine --data mine=shapeless.jsonl",

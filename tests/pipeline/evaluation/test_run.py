@@ -22,7 +22,7 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation import run
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.results import find_results, format_table
-from pipeline.evaluation.run import EvaluationOptions, prepare_tasks, run_tasks
+from pipeline.evaluation.run import prepare_tasks, run_tasks
 from pipeline.generation.writer import load_writer
 from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.tensorboard import tensorboard_tag
@@ -46,7 +46,7 @@ def run_folder(tmp_path: Path, data: Path, world: World) -> Path:
 
 class TestOnACheckpoint:
     def test_results_are_written(self, run_folder: Path, results: dict[str, Any]) -> None:
-        found, folder = run_tasks(run_folder, ["validation"], EvaluationOptions(), ALONE)
+        found, folder = run_tasks(run_folder, ["validation"], Settings(), ALONE)
         assert folder == run_folder / "evaluation"
         written = json.loads((folder / "validation.json").read_text())
         assert written == found["validation"]
@@ -61,11 +61,11 @@ class TestOnACheckpoint:
         packed = []
         monkeypatch.setattr(run, "pack_linear_layers", lambda model, dtype: packed.append(dtype))
         for precision in ("fp32", "amp_bf16", "bf16"):
-            run_tasks(run_folder, ["validation"], EvaluationOptions(precision=precision), ALONE)
+            run_tasks(run_folder, ["validation"], Settings(), ALONE, precision=precision)
         assert packed == [torch.float32, torch.bfloat16, torch.bfloat16]
 
     def test_results_are_written_to_tensorboard(self, run_folder: Path) -> None:
-        found, _ = run_tasks(run_folder, ["validation"], EvaluationOptions(), ALONE)
+        found, _ = run_tasks(run_folder, ["validation"], Settings(), ALONE)
         events = EventAccumulator(str(run_folder / "tensorboard"))
         events.Reload()
         for key in ("loss", "perplexity", "bits_per_byte", "top1_accuracy", "top5_accuracy"):
@@ -75,13 +75,13 @@ class TestOnACheckpoint:
 
     def test_the_results_of_a_moved_checkpoint_are_written_into_it(self, run_folder: Path, tmp_path: Path) -> None:
         moved = (run_folder / "checkpoints" / "step_00000007").rename(tmp_path / "moved")
-        _, folder = run_tasks(moved, ["validation"], EvaluationOptions(batch_size=3), ALONE)
+        _, folder = run_tasks(moved, ["validation"], Settings(), ALONE, batch_size=3)
         assert folder == moved / "evaluation"
         assert load_model(moved, ALONE.device).step == 7, "its results do not damage it"
 
     def test_other_data_can_be_scored(self, run_folder: Path, tmp_path: Path) -> None:
         other = write_shards(tmp_path / "other", {"val": [np.arange(30)]})
-        found, _ = run_tasks(run_folder, ["validation"], EvaluationOptions(data={"validation": str(other)}), ALONE)
+        found, _ = run_tasks(run_folder, ["validation"], Settings(), ALONE, paths={"validation": str(other)})
         assert found["validation"]["target_tokens"] == 29
         assert found["validation"]["data"] == str(other)
 
@@ -96,13 +96,11 @@ class TestOnACheckpoint:
         state = TrainingState(7, 28, 336, 7, 1.0, 0, config.run.seed)
         save_checkpoint(tmp_path / "run", state, dump_config(config), backend, world, 1)
 
-        found, _ = run_tasks(tmp_path / "run", ["validation"], EvaluationOptions(), ALONE)
+        found, _ = run_tasks(tmp_path / "run", ["validation"], Settings(), ALONE)
         result = found["validation"]
         assert set(result["parts"]) == {"first", "second"}
         for name, path in (("first", data), ("second", other)):
-            alone, _ = run_tasks(
-                tmp_path / "run", ["validation"], EvaluationOptions(data={"validation": str(path)}), ALONE
-            )
+            alone, _ = run_tasks(tmp_path / "run", ["validation"], Settings(), ALONE, paths={"validation": str(path)})
             assert result["parts"][name]["loss"] == alone["validation"]["loss"] == result[f"{name}_loss"]
         assert result["loss"] == pytest.approx(0.75 * result["first_loss"] + 0.25 * result["second_loss"])
         assert "first_loss" in format_table(found)
@@ -116,16 +114,16 @@ class TestOnACheckpoint:
 
     def test_an_unknown_task_is_an_error_that_lists_the_tasks(self, run_folder: Path) -> None:
         with pytest.raises(ConfigError, match="--tasks squad: no such task; there are: validation"):
-            run_tasks(run_folder, ["squad"], EvaluationOptions(), ALONE)
+            run_tasks(run_folder, ["squad"], Settings(), ALONE)
 
     def test_no_checkpoint(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="no checkpoint here"):
-            run_tasks(tmp_path, ["validation"], EvaluationOptions(), ALONE)
+            run_tasks(tmp_path, ["validation"], Settings(), ALONE)
 
     def test_data_without_a_validation_split(self, run_folder: Path, tmp_path: Path) -> None:
         only_train = write_shards(tmp_path / "other", {"train": [np.arange(30)]})
         with pytest.raises(DataError, match="no split 'val'"):
-            run_tasks(run_folder, ["validation"], EvaluationOptions(data={"validation": str(only_train)}), ALONE)
+            run_tasks(run_folder, ["validation"], Settings(), ALONE, paths={"validation": str(only_train)})
 
 
 @pytest.mark.parametrize("backend", ["fsdp", "zero3"])
@@ -159,8 +157,7 @@ def test_two_ranks_measure_what_the_checkpoint_measures(backend: str, corpus: Pa
     rows = [row for row in read_metrics(run_folder) if "task_piqa_acc" in row]
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert not [row for row in read_metrics(run_folder) if "val_loss" in row], "validation is not among the tasks"
-    options = EvaluationOptions(settings=Settings(limit=5))
-    results, _ = run_tasks(run_folder, ["piqa", "lambada"], options, ALONE)
+    results, _ = run_tasks(run_folder, ["piqa", "lambada"], Settings(limit=5), ALONE)
     for name in ("piqa", "lambada"):
         for key, value in results[f"{name}_first5"].items():
             if isinstance(value, float):

@@ -39,7 +39,7 @@ def test_the_hub_is_asked_for_the_split(monkeypatch: pytest.MonkeyPatch) -> None
         return [{"b": 1, "a": "é"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = read_hub(HUB, "validation", ALONE)
+    rows = read_hub(HUB, ALONE)
     assert set(asked) == {("owner/name", "plain", "validation")}
     assert rows.origin == "owner/name (plain), validation"
     assert rows.sha256 == hashlib.sha256('{"a": "é", "b": 1}\n'.encode()).hexdigest()
@@ -51,4 +51,4 @@ def test_without_a_network_the_error_suggests_a_file(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match="cannot load owner/name .plain., validation .*: no route; give a file"):
-        read_hub(HUB, "validation", ALONE)
+        read_hub(HUB, ALONE)
