@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.report.runs import Row, Run
 
-MOST_POINTS = 2000  # per line, more than a screen can show
+MOST_POINTS = 2000  # per curve, more than a screen can show
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Axis:
 
     key: str
     label: str
-    unit: float = 1.0  # one unit of the axis in the key's own unit
+    unit: float = 1.0  # the key's values are divided by it
 
 
 STEPS = Axis("step", "steps")
@@ -52,10 +52,11 @@ class Chart:
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
     """Return all charts of a report, without those that no run has numbers for."""
+    longest_s = max((value for run in runs for value in run.values(HOURS.key)), default=0.0)
     charts = [
         loss_chart(runs, "loss_by_steps", STEPS),
         loss_chart(runs, "loss_by_tokens", TOKENS),
-        loss_chart(runs, "loss_by_time", _time_axis(runs)),
+        loss_chart(runs, "loss_by_time", MINUTES if longest_s < LONGEST_IN_MINUTES_S else HOURS),
         _difference_chart(runs),
         _training_chart(runs, "learning_rate", "Learning rate", "lr"),
         _training_chart(runs, "grad_norm", "Gradient norm before clipping", "grad_norm", logarithmic=True),
@@ -66,55 +67,51 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     return [chart for chart in charts if chart.curves]
 
 
-def _time_axis(runs: Sequence[Run]) -> Axis:
-    longest_s = max((value for run in runs for value in run.values(HOURS.key)), default=0.0)
-    return MINUTES if longest_s < LONGEST_IN_MINUTES_S else HOURS
-
-
 def loss_chart(runs: Sequence[Run], name: str, axis: Axis) -> Chart:
     """Return the chart of training and validation loss of each run."""
     curves = []
     for i, run in enumerate(runs):
-        curves += _curve(i, f"{run.label}, training", run.training, axis, "loss")
-        curves += _curve(i, f"{run.label}, validation", run.validation, axis, "val_loss", dotted=True)
+        curves += _curve(i, f"{run.label}, training", run.rows, axis, "loss")
+        curves += _curve(i, f"{run.label}, validation", run.rows, axis, "val_loss", dotted=True)
     return Chart(name, f"Loss against {axis.label}", axis, curves, logarithmic=True)
 
 
 def _training_chart(runs: Sequence[Run], name: str, title: str, key: str, **look: bool) -> Chart:
-    curves = [curve for i, run in enumerate(runs) for curve in _curve(i, run.label, run.training, STEPS, key)]
+    curves = [curve for i, run in enumerate(runs) for curve in _curve(i, run.label, run.rows, STEPS, key)]
     return Chart(name, title, STEPS, curves, **look)
 
 
 def _difference_chart(runs: Sequence[Run]) -> Chart:
     """Return the chart of each run's training loss minus that of the first run, where both have logged it."""
-    reference = {row["step"]: row["loss"] for row in runs[0].training if row["loss"] is not None}
+    reference = {row["step"]: row["loss"] for row in runs[0].rows if row.get("loss") is not None}
     curves = []
     for i, run in enumerate(runs[1:], start=1):
         rows = [
             {"step": row["step"], "difference": row["loss"] - reference[row["step"]]}
-            for row in run.training
-            if row["step"] in reference and row["loss"] is not None
+            for row in run.rows
+            if row["step"] in reference and row.get("loss") is not None
         ]
         curves += _curve(i, run.label, rows, STEPS, "difference")
     return Chart("loss_difference", f"Training loss minus that of {runs[0].label}", STEPS, curves)
 
 
 def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, *, dotted: bool = False) -> list[Curve]:
-    """Return the one curve of a key, or an empty list if no row has numbers for it."""
-    points = [
-        (row[axis.key] / axis.unit, row[key])
-        for row in rows
-        if row.get(axis.key) is not None and row.get(key) is not None
-    ]
-    points = thin_out(points, MOST_POINTS)
+    """Return a list with the curve of a key, or an empty list if no row has numbers for it."""
+    points = thin_out(
+        [
+            (row[axis.key] / axis.unit, row[key])
+            for row in rows
+            if row.get(axis.key) is not None and row.get(key) is not None
+        ]
+    )
     return [Curve(run, label, [x for x, _ in points], [y for _, y in points], dotted)] if points else []
 
 
-def thin_out(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """Return at most ``most`` points that look the same: the lowest and the highest point of each range."""
-    if len(points) <= most:
+def thin_out(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return at most ``MOST_POINTS`` points that look the same: the lowest and the highest point of each range."""
+    if len(points) <= MOST_POINTS:
         return points
-    ranges = most // 2
+    ranges = MOST_POINTS // 2
     kept = []
     for i in range(ranges):
         start, stop = (j * len(points) // ranges for j in (i, i + 1))

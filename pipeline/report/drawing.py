@@ -12,14 +12,23 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    Locator,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+    ScalarFormatter,
+)
 
 from pipeline.report.colours import ALL, INK, MUTED, PAPER, RUNS
 from pipeline.report.curves import STEPS, TOKENS, Chart, Curve
 
 SIZE_INCHES = (4.4, 3.3)  # as wide as a phone, so that text stays readable there
 PNG_DOTS_PER_INCH = 200
-WIDE_RATIO = 8.0  # largest / smallest value from which evenly spaced ticks would be too close on a logarithmic axis
+#: Largest / smallest value above which evenly spaced ticks are too close to each other on a logarithmic axis.
+WIDE_RATIO = 8.0
 LONGEST_LABEL = 34  # characters of a legend's entry
 # Curves of equal runs cover each other. The gaps show the curves below.
 DASHES = ((0, ()), (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
@@ -48,8 +57,7 @@ STYLE: dict[Any, Any] = {
 class Picture:
     """A drawn chart."""
 
-    name: str
-    title: str
+    name: str  # of its file
     svg: str  # an <svg> element that uses the page's CSS variables
     png: bytes
 
@@ -69,12 +77,12 @@ def draw(chart: Chart) -> Picture:
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", dpi=PNG_DOTS_PER_INCH, facecolor=PAPER.light)
-    return Picture(chart.name, chart.title, _to_page_element(svg.getvalue(), chart.title), png.getvalue())
+    return Picture(chart.name, _to_page_element(svg.getvalue(), chart.title), png.getvalue())
 
 
 def _draw_curve(axes: Axes, curve: Curve) -> None:
     label = curve.label if len(curve.label) <= LONGEST_LABEL else f"...{curve.label[3 - LONGEST_LABEL :]}"
-    label = f" {label}"  # matplotlib leaves out labels that begin with an underscore
+    label = f" {label}"  # without the space, matplotlib leaves out labels that begin with an underscore
     colour = RUNS[curve.run % len(RUNS)].light
     if curve.dotted:
         axes.plot(curve.x, curve.y, "o", label=label, color=colour, markersize=4.5, markerfacecolor=PAPER.light)
@@ -92,14 +100,14 @@ def _shape_axes(axes: Axes, chart: Chart) -> None:
     if chart.axis is TOKENS:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     heights = [y for curve in chart.curves for y in curve.y]
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    ticks: Locator = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
     if chart.logarithmic and min(heights) > 0:
         axes.set_yscale("log")
-        wide = max(heights) > WIDE_RATIO * min(heights)
-        ticks = LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
-        axes.yaxis.set_major_locator(ticks)
+        if max(heights) > WIDE_RATIO * min(heights):
+            ticks = LogLocator(subs=(1, 2, 5))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_locator(ticks)
     if chart.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if chart.from_zero:
@@ -107,7 +115,7 @@ def _shape_axes(axes: Axes, chart: Chart) -> None:
 
 
 def _to_page_element(svg: str, title: str) -> str:
-    """Turn an SVG file into an element without prologue and metadata, with the page's colours and width."""
+    """Return the ``<svg>`` element of an SVG file, with the page's colours and width."""
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     element = re.sub(r' (width|height)="[\d.]+pt"', "", element, count=2)

@@ -1,4 +1,4 @@
-"""Write the HTML page: one file without scripts and network access, light and dark, for phones and desktops."""
+"""Write the HTML page: one file, light and dark, for phones and desktops, that needs no scripts and no network."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
         The written files, the page first.
 
     Raises:
-        ReportError: if a folder holds no run, or matplotlib is not installed.
+        ReportError: see ``read_runs``; also if matplotlib is not installed.
     """
     try:
         from pipeline.report.drawing import draw  # matplotlib is optional
@@ -91,13 +91,12 @@ def _section(heading: str, table: Table, runs: Sequence[Run], empty: str = "") -
         yield f"<p>{empty}</p>"
         return
     yield '<div class="scroll"><table>'
-    swatches = {run.label: colours.RUNS[i % len(colours.RUNS)].css for i, run in enumerate(runs)}
-    yield "<tr><th></th>" + "".join(f"<th>{_column_head(name, swatches)}</th>" for name in table.columns) + "</tr>"
+    swatches = {
+        run.label: f'<span class="swatch" style="background: {colours.RUNS[i % len(colours.RUNS)].css}"></span>'
+        for i, run in enumerate(runs)
+    }
+    heads = (swatches.get(name, "") + escape(name) for name in table.columns)
+    yield "<tr><th></th>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"
     for name, cells in table.rows.items():
         yield f"<tr><th>{escape(name)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
     yield "</table></div>"
-
-
-def _column_head(name: str, swatches: dict[str, str]) -> str:
-    swatch = f'<span class="swatch" style="background: {swatches[name]}"></span>' if name in swatches else ""
-    return swatch + escape(name)

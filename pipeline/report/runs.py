@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,21 +26,6 @@ class Run:
     rows: list[Row]
     results: Results
 
-    @property
-    def training(self) -> list[Row]:
-        """The rows of optimizer steps."""
-        return [row for row in self.rows if "loss" in row]
-
-    @property
-    def validation(self) -> list[Row]:
-        """The rows of validations."""
-        return [row for row in self.rows if "val_loss" in row]
-
-    @property
-    def starts(self) -> list[Row]:
-        """The rows written at the start and at each resume, which name the backend and the device."""
-        return [row for row in self.rows if "started" in row]
-
     def values(self, key: str) -> list[Any]:
         """Return the values that the rows have for a key, in order, without nulls."""
         return [row[key] for row in self.rows if row.get(key) is not None]
@@ -59,16 +45,12 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
-    """Return the folders' names, with as many parent folders as make them unique."""
+    """Return the folders' names, each with the parent folders that are needed to make all names unique."""
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) < len(resolved):
         raise ReportError("a run is given twice; name each run once")
-    depth = 1
-    while True:
-        labels = ["/".join(folder.parts[-depth:]) for folder in resolved]
-        if len(set(labels)) == len(labels):
-            return labels
-        depth += 1
+    candidates = (["/".join(folder.parts[-depth:]) for folder in resolved] for depth in itertools.count(1))
+    return next(labels for labels in candidates if len(set(labels)) == len(labels))
 
 
 def _read_run(folder: Path, label: str) -> Run:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
-from pipeline.report.runs import Row, Run, flatten
+from pipeline.report.runs import Run, flatten
 
 #: Settings that only name a run.
 NAMING = ("run.name", "run.out_dir")
@@ -22,24 +22,25 @@ HEADS = ("task", "step", "checkpoint")
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text."""
+    """Cells of text. Each row has a name, and one cell per column."""
 
     columns: list[str]
     rows: dict[str, list[str]] = field(default_factory=dict)
 
 
 def summary_table(runs: Sequence[Run]) -> Table:
-    """Return what each run is and how far it has come."""
+    """Return the main settings of each run, its progress, and its last and best figures."""
     facts = [_facts(run) for run in runs]
-    names = dict.fromkeys(name for of_run in facts for name in of_run)
-    return Table([run.label for run in runs], {name: [of_run.get(name, "") for of_run in facts] for name in names})
+    names = dict.fromkeys(name for column in facts for name in column)
+    return Table([run.label for run in runs], {name: [column.get(name, "") for column in facts] for name in names})
 
 
 def _facts(run: Run) -> dict[str, str]:
     facts = {key: run.settings[key].strip('"') for key in SHOWN if key in run.settings}
-    if run.starts:
-        facts["parameters"] = f"{run.starts[-1]['started']['parameters']:,}"
-    facts["computed on"] = "\n".join(map(_describe_start, run.starts))
+    starts = [row for row in run.rows if "started" in row]  # written at the start and at each resume
+    if starts:
+        facts["parameters"] = f"{starts[-1]['started']['parameters']:,}"
+    facts["computed on"] = "\n".join(_describe_start(row["step"], **row["started"]) for row in starts)
     facts["steps"] = f"{run.last('step') or 0:,} of {int(run.settings.get('schedule.max_steps', 0)):,}"
     facts["tokens"] = f"{run.last('tokens') or 0:,}"
     facts["training time"] = format_duration(run.last("elapsed_s") or 0.0)
@@ -58,11 +59,9 @@ def _facts(run: Run) -> dict[str, str]:
     return {name: fact for name, fact in facts.items() if fact not in ("", "0") or name == "tokens"}
 
 
-def _describe_start(row: Row) -> str:
-    started = row["started"]
-    processes = "1 process" if started["world_size"] == 1 else f"{started['world_size']} processes"
-    since = f"from step {row['step']:,}: " if row["step"] else ""
-    return f"{since}{started['backend']}, {processes}, {started['device']}"
+def _describe_start(step: int, backend: str, world_size: int, device: str, **_: Any) -> str:
+    processes = "1 process" if world_size == 1 else f"{world_size} processes"
+    return (f"from step {step:,}: " if step else "") + f"{backend}, {processes}, {device}"
 
 
 def format_duration(seconds: float) -> str:
@@ -76,7 +75,7 @@ def format_duration(seconds: float) -> str:
 
 
 def evaluation_table(runs: Sequence[Run]) -> Table:
-    """Return all numbers of all tasks, with what they were measured on and how."""
+    """Return all figures of all tasks, with their data and protocols."""
     table = Table([run.label for run in runs])
     for task in dict.fromkeys(task for run in runs for task in run.results):
         results = [run.results.get(task, {}) for run in runs]
@@ -102,7 +101,7 @@ def _format(value: Any) -> str:
 
 
 def settings_table(runs: Sequence[Run]) -> Table:
-    """Return the settings in which several runs differ, or those in which one run differs from the defaults."""
+    """Return the settings that differ between the runs, or between a single run and the defaults."""
     columns = {run.label: run.settings for run in runs}
     if len(runs) == 1:
         columns = {"default": dict(flatten(dump_config(Config()))), **columns}

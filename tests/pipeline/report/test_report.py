@@ -159,7 +159,7 @@ class TestReadingRuns:
         points = [(float(i), math.sin(i / 1000)) for i in range(100_000)]
         points[54_321] = (54_321.0, 9.0)
         points[65_432] = (65_432.0, -9.0)
-        kept = thin_out(points, MOST_POINTS)
+        kept = thin_out(points)
         assert len(kept) <= MOST_POINTS and kept == sorted(kept)
         assert points[54_321] in kept and points[65_432] in kept
 
