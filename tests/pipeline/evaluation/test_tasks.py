@@ -11,6 +11,7 @@ from typing import get_args
 import datasets
 import pytest
 
+from data_tools.errors import DataError
 from data_tools.tokenizer import Tokenizer
 from pipeline.config.schema import TaskName
 from pipeline.errors import ConfigError
@@ -46,6 +47,12 @@ def test_shots_come_from_the_training_split_of_the_hub(monkeypatch: pytest.Monke
     task = prepare_task("piqa", None, Settings(shots=1), model, ALONE)
     assert json.dumps(task.facts["data"]) == '"baber/piqa, validation"'
     assert all(len(request.context) > 15 for group in task.groups for request in group)
+
+
+def test_an_error_names_the_split_of_the_shots(monkeypatch: pytest.MonkeyPatch, scorer: Scorer) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: {"validation": PIQA}[split])
+    with pytest.raises(DataError, match="cannot load baber/piqa, train from the Hugging Face hub"):
+        prepare_task("piqa", None, Settings(shots=1), scorer.model, ALONE)
 
 
 def test_wikitext_is_detokenized_article_by_article(
