@@ -54,7 +54,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
     """
     kept = context.rstrip()
     if context and not kept:
-        raise DataError("the context is white space alone; leave it empty, or give it a word")
+        raise DataError("the context is only white space; leave it empty, or give it a word")
     continuation = context[len(kept) :] + continuation
     before = tokenizer.encode(kept).tolist()
     whole = tokenizer.encode(kept + continuation).tolist()
@@ -166,10 +166,9 @@ def _continuation_figures(scores: Scores) -> Figures:
 
 @dataclass(frozen=True)
 class TextTask:
-    """A task that measures perplexities of whole texts, each scored from its first token on, after ``<|endoftext|>``.
+    """A task that measures perplexities of whole texts. Each text follows ``<|endoftext|>``; all its tokens are scored.
 
-    Words and bytes are counted in the original text, before ``detokenize``: the figures must not depend on the
-    preparation. (``wikitext`` of lm-evaluation-harness, version 2.)
+    Words and bytes are counted in the original text, before ``detokenize``, so that figures stay comparable. (``wikitext`` of lm-evaluation-harness, version 2.)
 
     Args:
         split: cuts the content of a file into texts.

@@ -12,15 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    EngFormatter,
-    Locator,
-    LogLocator,
-    MaxNLocator,
-    NullLocator,
-    PercentFormatter,
-    ScalarFormatter,
-)
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
 
 from pipeline.report.colours import ALL, INK, MUTED, PAPER, RUNS
 from pipeline.report.curves import STEPS, TOKENS, Chart, Curve
@@ -100,7 +92,7 @@ def _shape_axes(axes: Axes, chart: Chart) -> None:
     if chart.axis is TOKENS:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     heights = [y for curve in chart.curves for y in curve.y]
-    ticks: Locator = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+    ticks = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
     if chart.logarithmic and min(heights) > 0:
         axes.set_yscale("log")
         if max(heights) > WIDE_RATIO * min(heights):
