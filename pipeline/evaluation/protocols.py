@@ -168,7 +168,8 @@ def _continuation_figures(scores: Scores) -> Figures:
 class TextTask:
     """A task that measures perplexities of whole texts. Each text follows ``<|endoftext|>``; all its tokens are scored.
 
-    Words and bytes are counted in the original text, before ``detokenize``, so that figures stay comparable. (``wikitext`` of lm-evaluation-harness, version 2.)
+    Words and bytes are counted in the original text, before ``detokenize``, so that figures stay comparable.
+    (``wikitext`` of lm-evaluation-harness, version 2.)
 
     Args:
         split: cuts the content of a file into texts.

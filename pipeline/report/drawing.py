@@ -92,14 +92,14 @@ def _shape_axes(axes: Axes, chart: Chart) -> None:
     if chart.axis is TOKENS:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     heights = [y for curve in chart.curves for y in curve.y]
-    ticks = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
     if chart.logarithmic and min(heights) > 0:
         axes.set_yscale("log")
-        if max(heights) > WIDE_RATIO * min(heights):
-            ticks = LogLocator(subs=(1, 2, 5))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_major_locator(ticks)
+    if axes.get_yscale() == "log" and max(heights) > WIDE_RATIO * min(heights):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     if chart.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if chart.from_zero:
