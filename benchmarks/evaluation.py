@@ -176,7 +176,7 @@ def one_at_a_time(model: GPT2, examples: Sequence[Example], precision: str) -> l
         for row, (before, after) in enumerate(rows):
             tokens[row, : len(before) + len(after)] = torch.tensor(before + after)
             mask[row, len(before) : len(before) + len(after)] = 1
-        logits = compute.logits(tokens)  # (choices, T, V)
+        logits = compute(tokens, method="logits")  # (choices, T, V)
         losses = F.cross_entropy(
             logits[:, :-1].contiguous().flatten(0, 1), tokens[:, 1:].contiguous().flatten(), reduction="none"
         ).view(len(rows), -1)

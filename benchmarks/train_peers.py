@@ -30,7 +30,6 @@ from pipeline.distributed.cpu import bind_to_cores
 from pipeline.distributed.device import GIB, peak_memory_bytes
 from pipeline.distributed.world import World, join_world
 from pipeline.model.gpt2 import build_model
-from pipeline.model.precision import autocast
 from pipeline.training.schedule import lr_at
 
 
@@ -83,11 +82,10 @@ def plain_loop(config: Config, world: World, clock: RowClock, *, compiled: bool)
     if compiled:
         module.compile(dynamic=False)
     optimizer = build_adamw(model.parameters(), config.optimizer, world.device)
-    lower = "fp32" if config.run.precision == "fp32" else "amp_bf16"
     for step, (inputs, targets) in enumerate(batches(config, world)):
         inputs, targets = (t.to(world.device, non_blocking=True) for t in (inputs, targets))
         set_learning_rate(optimizer.param_groups, lr_at(step, config.optimizer, config.schedule))
-        with autocast(lower, world.device):
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.run.precision != "fp32"):
             loss = module(input_ids=inputs, labels=targets, shift_labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)

@@ -84,7 +84,7 @@ def _with_backend(config: Config, name: str) -> Config:
     """Return the config with another backend, configured as in the config itself or else as in ``ds_configs``."""
     backend = load_config([CONFIGS / f"{name}.json"]).backend
     if config.backend.name == "deepspeed" and backend.name == "deepspeed":
-        own, other = (each.deepspeed.get("zero_optimization", {}) for each in (config.backend, backend))
+        own, other = (config.backend.zero, backend.zero)
         same_kind = all(own.get(key) == other.get(key) for key in ("stage", "offload_optimizer", "offload_param"))
     else:
         same_kind = config.backend.name == backend.name

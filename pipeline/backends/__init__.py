@@ -31,7 +31,7 @@ def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -
 
 
 def cpu_adam_problem() -> str | None:
-    """Return why DeepSpeed's AdamW for offloaded state cannot be built here, or None if it can (it then is)."""
+    """Build DeepSpeed's AdamW for offloaded state. Return why it cannot be built here, or None if it can."""
     from pipeline.backends.deepspeed_zero import cpu_adam_problem
 
     return cpu_adam_problem()

@@ -5,16 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from pipeline.backends.loss_scaling import LossScaler
-from pipeline.backends.optimizer import set_learning_rate
+from pipeline.backends.optimizer import LossScaler, set_learning_rate
 from pipeline.backends.optimizer_state import Fragment, OptimizerState
 from pipeline.config.schema import Config
-from pipeline.model.gpt2 import GPT2, ScoringBatch
+from pipeline.model.gpt2 import GPT2
+from pipeline.model.output_layer import Method
 
 
 class Backend(ABC):
@@ -72,7 +73,7 @@ class Backend(ABC):
         return self.state.fragments()
 
     def state_was_loaded(self, updates: int) -> None:
-        """Use fragments that were written from outside, and set AdamW's step count."""
+        """Use the fragments that a checkpoint has overwritten, and set AdamW's step count."""
         for state in self.state.adam_states():
             if isinstance(state["step"], Tensor):
                 state["step"].fill_(float(updates))
@@ -99,36 +100,24 @@ class Backend(ABC):
         """Return the library, its variant and the optimizer, as logged at the start of a run."""
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Return ``GPT2.loss`` without gradients. Every rank must call it equally often."""
-        loss: Tensor = self.compute(tokens, targets, method="loss")
-        return loss
-
-    @torch.no_grad()
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Return ``GPT2.logits`` without gradients. Every rank must call it equally often."""
-        logits: Tensor = self.compute(tokens, method="logits")
-        return logits
-
-    @torch.no_grad()
-    def score(self, batch: ScoringBatch) -> Tensor:
-        """Return ``GPT2.score`` without gradients. Every rank must call it equally often."""
-        scores: Tensor = self.compute(batch, method="score")
-        return scores
-
-    @staticmethod
-    def weighted(loss: Tensor, factor: Tensor | float) -> Tensor:
-        """Return the loss to call ``backward`` on. If it is not finite, no gradient on any rank will be."""
-        return loss * (factor + loss.detach() * 0.0)
-
-    def close(self) -> None:  # noqa: B027 - most backends have nothing to release
-        """Release what would outlive the run. This is the last call; it makes no collectives."""
+    def __call__(self, *inputs: Any, method: Method) -> Tensor:
+        """Return the result of ``GPT2.forward`` without gradients. Every rank must call it equally often."""
+        result: Tensor = self.compute(*inputs, method=method)
+        return result
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
-        """Switch dropout off inside."""
+        """Turn dropout off within the context."""
         self.compute.eval()
         try:
             yield
         finally:
             self.compute.train()
+
+    @staticmethod
+    def weighted(loss: Tensor, factor: Tensor | float) -> Tensor:
+        """Return the loss to call ``backward`` on. A loss that is not finite makes every gradient NaN on every rank."""
+        return loss * (factor + loss.detach() * 0.0)
+
+    def close(self) -> None:  # noqa: B027 - most backends have nothing to release
+        """Release what would outlive the run. This is the last call; it makes no collectives."""

@@ -47,6 +47,6 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
             bucket_cap_mb=config.backend.ddp.bucket_cap_mb,
             gradient_as_bucket_view=True,
         )
-    if config.run.compile is True:
+    if config.run.compiles:
         compute.compile(dynamic=False)
     return compute

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 # Before 0.19.8 ZeRO-0 scaled bf16 gradients wrongly and ZeRO-1 let bf16 ranks diverge.
 TESTED_VERSIONS = (Version("0.19.8"), Version("0.20"))
 
-_BUILD_ERRORS = (RuntimeError, ImportError, OSError)  # what a missing or unfit C++ compiler may raise
+_BUILD_ERRORS = (RuntimeError, ImportError, OSError)  # raised without a working C++ compiler
 
 
 def _configure_process() -> None:
@@ -62,7 +62,7 @@ class DeepSpeedBackend(Backend):
     def __init__(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> None:
         super().__init__(model, config)
         _check_version()
-        self.stage = zero_stage(config.backend.deepspeed)
+        self.stage = config.backend.zero_stage
         self.engine = self._start_engine(model, config, world, plan)
         self.compute: Any = self.engine
         self.optimizer: Any = self.engine.optimizer
@@ -71,7 +71,7 @@ class DeepSpeedBackend(Backend):
         """Apply recomputation, precision, the engine and then compilation."""
         recompute_blocks(model)
         compute = self.in_precision(model, self.precision, world.device)
-        if _offloads_optimizer(config.backend.deepspeed):
+        if config.backend.offloads("optimizer"):
             optimizer = _build_cpu_adam(model.parameters(), config.optimizer)
         else:
             optimizer = build_adamw(model.parameters(), config.optimizer, world.device)
@@ -82,7 +82,7 @@ class DeepSpeedBackend(Backend):
             engine, *_ = deepspeed.initialize(model=compute, optimizer=optimizer, config=native)
         except (ValueError, AssertionError, NotImplementedError, ZeRORuntimeException) as error:
             raise _refused(error) from error
-        if config.run.compile is True:
+        if config.run.compiles:
             engine.compile(compile_kwargs={"dynamic": False})
         return engine
 
@@ -152,7 +152,7 @@ class ZeroBackend(DeepSpeedBackend):
         weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()} if is_bf16 else {}
         super().__init__(model, config, world, plan)
         if self.stage == 3:
-            self.state = FullyPartitionedState(self.engine, names, self.parameter_shapes)
+            self.state = FullyPartitionedState(self.engine, names)
         else:
             self.state = PartitionedState(self.engine, names)
         if is_bf16:
@@ -179,14 +179,9 @@ class ZeroBackend(DeepSpeedBackend):
         return float(norm)
 
 
-def zero_stage(native: dict[str, Any]) -> int:
-    """Return the stage of a native DeepSpeed config."""
-    return int(native.get("zero_optimization", {}).get("stage", 0))
-
-
 def create_deepspeed_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -> DeepSpeedBackend:
     """Return the backend of the stage that the config names."""
-    backend = ZeroBackend if zero_stage(config.backend.deepspeed) > 0 else Zero0Backend
+    backend = ZeroBackend if config.backend.zero_stage > 0 else Zero0Backend
     return backend(model, config, world, plan)
 
 
@@ -203,24 +198,19 @@ def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[st
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": 0.0,
     }
-    if zero_stage(native) > 0:
-        native |= _sharding_keys(config)
-    if _offloads_optimizer(native) and not cpu_adam:
+    stage = config.backend.zero_stage
+    if stage > 0:
+        native["gradient_clipping"] = config.optimizer.grad_clip
+    if stage == 3:
+        # DeepSpeed's default replaces torch's F.linear in the whole process, for every model in it.
+        native["zero_optimization"] = {"memory_efficient_linear": False, **config.backend.zero}
+    if stage > 0 and config.run.precision == "bf16":
+        native["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        native["data_types"] = {"grad_accum_dtype": "fp32"}
+        native["communication_data_type"] = "fp32"
+    if config.backend.offloads("optimizer") and not cpu_adam:
         native["zero_force_ds_cpu_optimizer"] = False
     return native
-
-
-def _sharding_keys(config: Config) -> dict[str, Any]:
-    """Return the keys of stages 1 to 3: clipping, and the dtypes of bf16."""
-    keys: dict[str, Any] = {"gradient_clipping": config.optimizer.grad_clip}
-    if zero_stage(config.backend.deepspeed) == 3:
-        # DeepSpeed's default replaces torch's F.linear in the whole process, for every model in it.
-        keys["zero_optimization"] = {"memory_efficient_linear": False, **config.backend.deepspeed["zero_optimization"]}
-    if config.run.precision == "bf16":
-        keys["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        keys["data_types"] = {"grad_accum_dtype": "fp32"}
-        keys["communication_data_type"] = "fp32"
-    return keys
 
 
 def _check_readable(native: dict[str, Any]) -> None:
@@ -237,12 +227,8 @@ def _refused(error: Exception) -> ConfigError:
         key = ".".join(map(str, mistake["loc"]))
         reason = f"{error.title}: {key}: {mistake['msg']}, found {mistake['input']!r}"
     else:
-        reason = " ".join(str(error).split())
+        reason = _one_line(error)
     return ConfigError(f"backend.deepspeed: DeepSpeed refuses this config: {reason}")
-
-
-def _offloads_optimizer(native: dict[str, Any]) -> bool:
-    return native.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
 
 
 def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -253,22 +239,23 @@ def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> to
     try:
         return DeepSpeedCPUAdam(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, adamw_mode=True)
     except _BUILD_ERRORS as error:
-        log.warning("DeepSpeed's CPUAdam cannot be built here (%s); offloading with torch's AdamW", _shortened(error))
+        reason = _one_line(error)[:200]
+        log.warning("DeepSpeed's CPUAdam cannot be built here (%s); offloading with torch's AdamW", reason)
         return build_adamw(every, config, torch.device("cpu"))
 
 
 def cpu_adam_problem() -> str | None:
-    """Build DeepSpeed's CPUAdam if need be, and return why it cannot be built, or None."""
+    """Build DeepSpeed's CPUAdam unless it is built already. Return why this is impossible, or None."""
     wait_for_build_elsewhere(CPUAdamBuilder.NAME)
     try:
         DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])
     except _BUILD_ERRORS as error:
-        return _shortened(error)
+        return _one_line(error)[:200]
     return None
 
 
-def _shortened(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _check_version() -> None:

@@ -42,7 +42,7 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
     backward pass need that group, so it stays gathered in between.
     """
     recompute_blocks(model)
-    if config.run.compile is True:
+    if config.run.compiles:
         for module in (*model.h, model.lm_head):
             module.compile(dynamic=False)
     mesh = init_device_mesh(world.device.type, (world.size,))

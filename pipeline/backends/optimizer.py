@@ -1,9 +1,11 @@
-"""AdamW with its parameter groups, the global gradient norm, and clipping."""
+"""AdamW with its parameter groups, the global gradient norm, clipping, and the loss scale of fp16."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ log = logging.getLogger(__name__)
 FUSED_DEVICES = ("cpu", "cuda", "mps")
 _CACHED_ELEMENTS = 1 << 16  # 512 KiB in fp64
 CLIP_EPS = 1e-6  # in the divisor, as in torch and DeepSpeed
+GROWTH_INTERVAL = 2000  # steps without overflow before the loss scale doubles (Micikevicius et al. 2018)
 
 
 def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
@@ -111,3 +114,43 @@ def clip_and_step(
     norm = unscale_and_clip(gradients, loss_scale, max_norm)
     step_if_finite(optimizer, norm)
     return norm
+
+
+@dataclass
+class LossScaler:
+    """The factor on the loss that keeps small fp16 gradients from vanishing.
+
+    A step whose gradient norm is not finite is skipped and halves the scale; ``GROWTH_INTERVAL`` good steps in a row
+    double it. The scale is a power of two, so unscaling is exact. Without ``dynamic`` it stays 1.
+    """
+
+    dynamic: bool
+    scale: float = 1.0
+    good_steps: int = 0
+
+    @classmethod
+    def for_precision(cls, precision: str) -> LossScaler:
+        """Return a dynamic scale that starts at 2**16 for ``amp_fp16``, and a constant 1 for the others."""
+        return cls(dynamic=True, scale=2.0**16) if precision == "amp_fp16" else cls(dynamic=False)
+
+    def update(self, grad_norm: Tensor | float) -> None:
+        """Adjust the scale after a step. Only a dynamic scale waits for the device to compute the norm."""
+        if not self.dynamic:
+            return
+        overflowed = not math.isfinite(grad_norm)
+        self.good_steps = 0 if overflowed else self.good_steps + 1
+        if overflowed:
+            self.scale /= 2
+        elif self.good_steps == GROWTH_INTERVAL:
+            self.scale *= 2
+            self.good_steps = 0
+
+    def restore(self, scale: float | None, good_steps: int) -> None:
+        """Use the values of a checkpoint, if both it and this precision have a scale (else ``scale`` is None)."""
+        if self.dynamic and scale is not None:
+            self.scale, self.good_steps = scale, good_steps
+
+    @property
+    def state(self) -> tuple[float | None, int]:
+        """The arguments of ``restore``."""
+        return (self.scale if self.dynamic else None), self.good_steps

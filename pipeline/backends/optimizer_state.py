@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,50 +28,62 @@ class Fragment:
     exp_avg_sq: Tensor  # (n,) fp32 second moment of AdamW
 
 
-class OptimizerState(Protocol):
-    """Where a backend keeps its master weights and AdamW's state."""
+class OptimizerState(ABC):
+    """Where a backend keeps its master weights and AdamW's state.
 
+    Args:
+        optimizer: torch's AdamW or DeepSpeed's CPUAdam.
+        masters: the fp32 tensors that it updates on this rank.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, masters: Iterable[Tensor]) -> None:
+        self.optimizer = optimizer
+        self.masters = list(masters)
+
+    @abstractmethod
     def fragments(self) -> list[Fragment]:
         """Return views of masters and moments. Moments that do not exist yet are created as zeros."""
 
-    def adam_states(self) -> list[dict[str, Any]]:
-        """Return AdamW's state of each tensor that it updates."""
-
+    @abstractmethod
     def publish_masters(self) -> None:
         """Copy masters that were written through fragments to the weights that the model computes with."""
 
+    def adam_states(self) -> list[dict[str, Any]]:
+        """Return AdamW's state of each master."""
+        return [self.adam_state(master) for master in self.masters]
 
-class ParameterState:
+    def adam_state(self, master: Tensor) -> dict[str, Any]:
+        """Return AdamW's state of one master, created as zeros if no step has created it yet."""
+        state = self.optimizer.state[master]
+        if not state:
+            counts_in_tensor = isinstance(self.optimizer, torch.optim.AdamW)  # DeepSpeed's CPUAdam counts in an int
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device) if counts_in_tensor else 0
+            state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
+        return state
+
+    def views(self, master: Tensor) -> list[Tensor]:
+        """Return flat views of this rank's elements of a master and of its two moments."""
+        state = self.adam_state(master)
+        tensors = (master, state["exp_avg"], state["exp_avg_sq"])
+        return [(t.to_local() if isinstance(t, DTensor) else t).detach().view(-1) for t in tensors]
+
+
+class ParameterState(OptimizerState):
     """The state of a torch optimizer whose parameters are the masters: whole tensors, or rows of them (DTensor)."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> None:
-        self.optimizer = optimizer
-        self.parameters = parameters
+        super().__init__(optimizer, parameters.values())
+        self.names = list(parameters)
 
     def fragments(self) -> list[Fragment]:
-        fragments = []
-        for name, parameter in self.parameters.items():
-            state = adam_state(self.optimizer, parameter)
-            tensors = (parameter, state["exp_avg"], state["exp_avg_sq"])
-            fragments.append(Fragment(name, _first_element(parameter), *map(_local_elements, tensors)))
-        return fragments
-
-    def adam_states(self) -> list[dict[str, Any]]:
-        return [adam_state(self.optimizer, parameter) for parameter in self.parameters.values()]
+        return [
+            Fragment(name, _first_element(parameter), *self.views(parameter))
+            for name, parameter in zip(self.names, self.masters, strict=True)
+        ]
 
     def publish_masters(self) -> None:
         """Do nothing: the model computes with the masters."""
-
-
-def adam_state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Any]:
-    """Return AdamW's state of one tensor, created as zeros if no step has created it yet."""
-    state = optimizer.state[master]
-    if not state:
-        counts_in_tensor = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's CPUAdam counts in an int
-        state["step"] = torch.zeros((), dtype=torch.float32, device=master.device) if counts_in_tensor else 0
-        state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
-        state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
-    return state
 
 
 def _first_element(parameter: Tensor) -> int:
@@ -78,8 +92,3 @@ def _first_element(parameter: Tensor) -> int:
         return 0
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return int(offset[0]) * (parameter.numel() // parameter.shape[0])
-
-
-def _local_elements(tensor: Tensor) -> Tensor:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach().view(-1)

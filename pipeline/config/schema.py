@@ -87,6 +87,11 @@ class RunConfig(Section):
     )
     rank_timeout_s: PositiveInt = Field(60, description="Seconds without a heartbeat after which a rank is lost.")
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the model is compiled. ``auto`` counts as no until ``choose_compilation`` has replaced it."""
+        return self.compile is True
+
 
 class ModelConfig(Section):
     """The architecture: a preset, and the sizes that differ from it."""
@@ -277,6 +282,20 @@ class BackendConfig(Section):
     ddp: DdpConfig = DdpConfig()
     fsdp: FsdpConfig = FsdpConfig()
     deepspeed: dict[str, Any] = Field({}, description="Native DeepSpeed JSON, passed on to DeepSpeed.")
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """DeepSpeed's section ``zero_optimization``."""
+        return dict(self.deepspeed.get("zero_optimization", {}))
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage, 0 to 3."""
+        return int(self.zero.get("stage", 0))
+
+    def offloads(self, what: Literal["optimizer", "param"]) -> bool:
+        """Return whether DeepSpeed keeps the optimizer's state or the parameters outside the device."""
+        return bool(self.zero.get(f"offload_{what}", {}).get("device", "none") != "none")
 
 
 class CheckpointConfig(Section):

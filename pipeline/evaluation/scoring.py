@@ -89,7 +89,7 @@ class Scorer:
             for first in range(0, len(batches), world.size):
                 turn = batches[first : first + world.size]  # one batch per rank
                 inputs, links = make_batch(turn[world.rank] if world.rank < len(turn) else idle)
-                scores = self.compute.score(inputs.to(device)).to(sums.dtype)  # (2, N)
+                scores = self.compute(inputs.to(device), method="score").to(sums.dtype)  # (2, N)
                 to_requests, from_scores = links.to(device)
                 sums.index_add_(1, to_requests, scores[:, from_scores])
                 progress.update(sum(len(tree.scored) for trees in turn for tree in trees))

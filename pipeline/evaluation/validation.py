@@ -63,7 +63,7 @@ def _mean_loss(backend: Backend, stream: TokenStream, config: Config, world: Wor
     batch_size, max_batches = config.batch.micro_batch_size, config.evaluation.max_batches
     sums = torch.zeros(2, dtype=summing_dtype(world.device), device=world.device)
     for batch in validation_batches(stream, config.seq_len, batch_size, world.rank, world.size, max_batches):
-        sums[0] += backend.evaluate(*batch.to(world.device))
+        sums[0] += backend(*batch.to(world.device), method="loss")
         sums[1] += batch.scored_targets
     loss_sum, targets = world.sum(sums).tolist()
     return float(loss_sum / targets) if targets else math.nan
@@ -96,7 +96,8 @@ def score_split(
         disable=None if world.is_main else True,  # None: shown on a terminal only
     ):
         tokens, targets = batch.to(device)
-        sums = _sum_batch(compute.logits(tokens).float(), targets, stream.manifest.tokenizer.end_of_text, dtype)
+        logits = compute(tokens, method="logits").float()
+        sums = _sum_batch(logits, targets, stream.manifest.tokenizer.end_of_text, dtype)
         by_position += sums[0]
         overall += sums[1]
     return _figures(world.sum(by_position).cpu(), world.sum(overall).cpu(), stream)

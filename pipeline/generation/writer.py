@@ -163,5 +163,5 @@ def complete_while_training(backend: Backend, config: Config, world: World) -> s
     new: list[int] = []
     for _ in range(sample.max_new_tokens):
         window = torch.tensor([[*text, *new][-config.model.context_length :]], device=world.device)
-        new.append(draw(backend.logits(window)[0, -1].float().cpu(), sample, generator))
+        new.append(draw(backend(window, method="logits")[0, -1].float().cpu(), sample, generator))
     return sample.prompt + tokenizer.decode(new[: new.index(END_OF_TEXT)] if END_OF_TEXT in new else new)

@@ -1,4 +1,4 @@
-"""Causal self-attention by the fastest of torch's kernels. All of them compute the same."""
+"""Causal self-attention with the fastest of torch's kernels. All kernels compute the same result."""
 
 from __future__ import annotations
 
@@ -14,14 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 log = logging.getLogger(__name__)
 
-#: Blocks of queries in attention that is compiled for a CPU. A block skips the keys after its last query.
+#: Number of query blocks in attention that is compiled for a CPU. A block skips the keys after its last query.
 QUERY_BLOCKS = 4
 #: The longest window for which blocks were measured to be faster; their memory grows with its square.
 LONGEST_IN_BLOCKS = 1024
-
-_FLASH, _CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-_SLOWER = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_HOPPER = (9, 0)  # compute capability from which cuDNN's kernel is faster than flash attention 2
 
 #: (layer, queries, keys, values) -> attention output; all tensors (B, H, T, D).
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -55,11 +51,6 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(blocks, dim=2)
 
 
-def attention_under(mask: Tensor) -> Attend:
-    """Return attention under a mask, (B, 1, T, T) bool, True where a token sees another; the same in all layers."""
-    return lambda layer, q, k, v: F.scaled_dot_product_attention(q, k, v, mask)
-
-
 @contextmanager
 def fastest_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Iterator[str]:
     """Run attention with the fastest kernel that the device has for this dtype and head size; yield its name.
@@ -68,8 +59,8 @@ def fastest_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> I
     """
     q = torch.zeros(1, 1, 128, head_dim, device=device, dtype=dtype, requires_grad=True)
     fused = next((kernel for kernel in _preferred(device) if _runs(kernel, q)), None)
-    kernels = ([fused] if fused else []) + _SLOWER
-    with sdpa_kernel(kernels, set_priority=True):
+    kernels = [fused] if fused else []
+    with sdpa_kernel([*kernels, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
         chosen = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
         assert fused in (None, chosen), f"torch chose {chosen} where {fused} runs"
         if chosen == SDPBackend.MATH:
@@ -78,8 +69,10 @@ def fastest_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> I
 
 
 def _preferred(device: torch.device) -> list[SDPBackend]:
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _HOPPER
-    return [_CUDNN, _FLASH] if hopper else [_FLASH, _CUDNN]
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        kernels.reverse()  # from Hopper on, cuDNN's kernel is faster than flash attention 2
+    return kernels
 
 
 def _runs(kernel: SDPBackend, q: Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config.schema import ModelConfig
-from pipeline.model.attention import Attend, attention_under, causal_attention
+from pipeline.model.attention import Attend, causal_attention
 from pipeline.model.key_value_cache import KeyValueCache
 from pipeline.model.output_layer import Method, OutputLayer, padded_vocab_size
 from pipeline.seeds import derive_seed
@@ -142,8 +142,11 @@ class GPT2(nn.Module):
 
     def score(self, batch: ScoringBatch) -> Tensor:
         """Return each target's log-probability in nats and whether it is the argmax (1 or 0), (2, N) fp32."""
-        attend = None if batch.mask is None else attention_under(batch.mask)
-        hidden = self.hidden_states(batch.tokens, batch.positions, attend)
+        hidden = self.hidden_states(
+            batch.tokens,
+            batch.positions,
+            None if batch.mask is None else lambda layer, q, k, v: F.scaled_dot_product_attention(q, k, v, batch.mask),
+        )
         return self.lm_head(hidden.flatten(0, 1)[batch.outputs], batch.targets, method="score")
 
     def next_token_logits(self, tokens: Tensor, lengths: list[int], cache: KeyValueCache) -> Tensor:

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that the model has seen, so that one more token costs one token's work."""
+"""Keys and values of the tokens that the model has seen, so that the next token costs the work of one token."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class KeyValueCache:
 
     @contextmanager
     def append(self, lengths: list[int]) -> Iterator[None]:
-        """Append tokens to the rows: inside, every layer calls ``attend`` once with the new tokens.
+        """Append tokens to the rows. Within the context, every layer calls ``attend`` once with the new tokens.
 
         Args:
             lengths: new tokens per row, without padding; all 1 unless the cache is empty.
@@ -64,7 +64,7 @@ class KeyValueCache:
         """Return the slots where the texts of the new tokens start, (B, T), and remember those of the last tokens.
 
         Args:
-            starts: the same from the new tokens alone, 0 where the text started before them.
+            starts: (B, T), found from the new tokens alone; 0 where the text started before them.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1

@@ -23,7 +23,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.weight = _packed(linear.weight.detach().to(dtype))
+        self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_linear_layers(model: GPT2, dtype: torch.dtype) -> None:
-    """Replace the linear layers of a model on a CPU, if oneDNN has products in this dtype there.
+    """Replace the linear layers of a model by packed ones if it is on a CPU and oneDNN has products in this dtype.
 
     The weights of the blocks are freed. The weight of the output layer stays because it is also the embedding.
     """
@@ -57,18 +57,11 @@ def pack_linear_layers(model: GPT2, dtype: torch.dtype) -> None:
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Return whether this torch has packed products and this CPU the instructions for them."""
+    """Return whether this torch has packed products and this CPU supports them in this dtype."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    operators = torch.ops.mkldnn
-    if not hasattr(operators, "_linear_pointwise"):
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     if dtype == torch.bfloat16:
-        return bool(operators._is_mkldnn_bf16_supported())
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32
-
-
-def _packed(weight: Tensor) -> Tensor:
-    """Return an (out, in) weight in oneDNN's layout for this processor."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-    return packed

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,16 +16,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.func import functional_call
 
-from pipeline.model.gpt2 import GPT2, ScoringBatch
+from pipeline.model.gpt2 import GPT2
 from pipeline.model.output_layer import Method
 
 AUTOCAST_DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the autocast of an ``amp_*`` precision, or a context that does nothing."""
-    dtype = AUTOCAST_DTYPES.get(precision)
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
 class ComputeModel(nn.Module):
@@ -33,30 +27,25 @@ class ComputeModel(nn.Module):
 
     __call__: Callable[..., Tensor]
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Return ``GPT2.logits`` in this precision."""
-        return self(tokens, method="logits")
-
-    def score(self, batch: ScoringBatch) -> Tensor:
-        """Return ``GPT2.score`` in this precision."""
-        return self(batch, method="score")
+    def __init__(self, model: GPT2) -> None:
+        super().__init__()
+        self.model = model
 
 
 class AutocastModel(ComputeModel):
-    """The model with autocast *inside* its forward, where no wrapper can switch it off.
+    """The model with autocast *inside* its forward, where no wrapper can switch it off; without autocast for fp32.
 
     DeepSpeed disables an autocast around its engine, and its own (``torch_autocast``) clips gradients before it
     unscales them under fp16.
     """
 
     def __init__(self, model: GPT2, precision: str, device: torch.device) -> None:
-        super().__init__()
-        self.model = model
-        self.precision = precision
+        super().__init__(model)
+        self.dtype = AUTOCAST_DTYPES.get(precision)
         self.device = device
 
     def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
-        with autocast(self.precision, self.device):
+        with torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext():
             return self.model(*inputs, method=method)
 
 
@@ -65,10 +54,6 @@ class Bf16ViewModel(ComputeModel):
 
     The parameters are the master weights. The cast is in the graph, so gradients accumulate and are reduced in fp32.
     """
-
-    def __init__(self, model: GPT2) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
         weights = {name: weight.to(torch.bfloat16) for name, weight in self.model.named_parameters()}

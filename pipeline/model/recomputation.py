@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.utils.stateless import _reparametrize_module
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.model.attention import Attend
@@ -24,23 +22,25 @@ def recompute_blocks(model: GPT2) -> None:
     for layer, block in enumerate(model.h):
         assert isinstance(block, Block)
         if model.config.recomputes_block(layer):
-            block.forward = partial(_recompute, block, block.forward)  # type: ignore[method-assign]
+            block.forward = partial(_recompute, _PlainBlock(block))  # type: ignore[method-assign]
 
 
-def _recompute(block: Block, forward: Callable[..., Tensor], x: Tensor, attend: Attend | None = None) -> Tensor:
+class _PlainBlock(nn.Module):
+    """Computes as the block did before its ``forward`` was replaced, without the block's hooks."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, attend: Attend | None) -> Tensor:
+        return Block.forward(self.block, x, attend)
+
+
+def _recompute(plain: _PlainBlock, x: Tensor, attend: Attend | None = None) -> Tensor:
     if not torch.is_grad_enabled():
-        return forward(x, attend)
+        return Block.forward(plain.block, x, attend)
     if torch.compiler.is_compiling():  # both passes are in one graph
-        return checkpoint(forward, x, attend, use_reentrant=False)
-    return checkpoint(forward, x, attend, use_reentrant=False, context_fn=partial(_weights_of_both_passes, block))
-
-
-def _weights_of_both_passes(block: Block) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of the forward pass and of the recomputation.
-
-    ``Bf16ViewModel`` puts bf16 copies in place of the parameters during its forward pass only, so the recomputation
-    has to put them there again.
-    """
-    weights: dict[str, Tensor] = dict(block.named_parameters())
-    copies = {name: weight for name, weight in weights.items() if not isinstance(weight, nn.Parameter)}
-    return nullcontext(), _reparametrize_module(block, copies)
+        return checkpoint(plain, x, attend, use_reentrant=False)
+    # Bf16ViewModel puts bf16 copies in place of the parameters during its forward pass only, so both passes get them.
+    copies = {name: weight for name, weight in plain.named_parameters() if not isinstance(weight, nn.Parameter)}
+    return checkpoint(functional_call, plain, copies, (x, attend), use_reentrant=False)

@@ -1,4 +1,4 @@
-"""Find the memory of one micro-batch, beside weights and gradients, by tracing the real model on fake tensors.
+"""Find the memory of one micro-batch, without weights and gradients, by tracing the real model on fake tensors.
 
 Fake tensors have shapes and dtypes but no memory. The GPT-2 of :mod:`pipeline.model.gpt2` runs one forward and backward
 pass on them, and every storage is counted from the operation that allocates it until it is freed. The plan therefore
@@ -9,8 +9,7 @@ assumed to keep the same ones.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -30,8 +29,6 @@ from pipeline.model.recomputation import recompute_blocks
 
 #: How a backend computes: fp32 weights under autocast, bf16 copies of fp32 weights, or bf16 weights.
 Compute = Literal["autocast", "bf16_view", "bf16_weights"]
-
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def trace_activations(request: Request) -> tuple[Peak, ...]:
 
 
 def _extrapolate(shallow: Sequence[Peak], deeper: Sequence[Peak], periods: int) -> tuple[Peak, ...]:
-    """Return the peaks of a model with this many more periods than the shallow model; the deeper model has one more.
+    """Return the peaks of a model with ``periods`` more periods than the shallow model; the deeper model has one more.
 
     The backward pass begins at the last block. The first half of the shallow model's peaks therefore belongs to the
     last blocks of any deeper model, and the second half to its first blocks.
@@ -102,26 +99,17 @@ def _trace(request: Request) -> tuple[Peak, ...]:
 
 
 def _build(request: Request) -> tuple[GPT2, nn.Module]:
-    with _default_dtype(torch.bfloat16 if request.compute == "bf16_weights" else torch.float32):
-        model = GPT2(request.model).train()
-    recompute_blocks(model)
-    builders: dict[Compute, Callable[[], nn.Module]] = {
-        "autocast": lambda: AutocastModel(model, request.precision, _CPU),
-        "bf16_view": lambda: Bf16ViewModel(model),
-        "bf16_weights": lambda: model,
-    }
-    return model, builders[request.compute]()
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Create parameters in this dtype, because fake parameters cannot be converted."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    # Fake parameters cannot be converted, so they are created in their dtype.
+    torch.set_default_dtype(torch.bfloat16 if request.compute == "bf16_weights" else torch.float32)
     try:
-        yield
+        model = GPT2(request.model).train()
     finally:
         torch.set_default_dtype(before)
+    recompute_blocks(model)
+    if request.compute == "autocast":
+        return model, AutocastModel(model, request.precision, torch.device("cpu"))
+    return model, Bf16ViewModel(model) if request.compute == "bf16_view" else model
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

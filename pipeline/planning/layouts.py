@@ -11,11 +11,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 
-from pipeline.config.schema import Config, ModelConfig
+from pipeline.config.schema import BackendConfig, Config, ModelConfig
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.model.gpt2 import GPT2
 from pipeline.planning.activations import Compute
@@ -44,16 +43,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The parameters of a model, in order."""
+    """The sizes of a model's parameters, in elements."""
 
-    shapes: tuple[torch.Size, ...]
+    shapes: tuple[torch.Size, ...]  # of all parameters, in order
+    total: int
     block: int  # elements of one transformer block
     root: int  # elements outside the blocks
-
-    @property
-    def total(self) -> int:
-        """Elements of all parameters."""
-        return sum(map(math.prod, self.shapes))
 
 
 @dataclass(frozen=True)
@@ -64,8 +59,7 @@ class _Case:
     world_size: int
     accumulates: bool  # more than one micro-step per optimizer step
     is_bf16: bool
-    reshards: bool  # FSDP
-    zero: dict[str, Any]  # DeepSpeed's section zero_optimization
+    backend: BackendConfig
 
     @property
     def width(self) -> int:
@@ -89,34 +83,17 @@ def sizes_of(model: ModelConfig) -> Sizes:
         built = GPT2(model)
     block = sum(parameter.numel() for parameter in built.h[0].parameters())
     shapes = tuple(parameter.shape for parameter in built.parameters())
-    return Sizes(shapes, block, sum(map(math.prod, shapes)) - model.n_layer * block)
-
-
-def zero_options(config: Config) -> dict[str, Any]:
-    """Return DeepSpeed's section zero_optimization, with the stage."""
-    zero = config.backend.deepspeed.get("zero_optimization", {})
-    return {**zero, "stage": int(zero.get("stage", 0))}
-
-
-def offloads(zero: dict[str, Any], key: str) -> bool:
-    """Return whether ``offload_optimizer`` or ``offload_param`` names a device."""
-    return zero.get(key, {}).get("device", "none") != "none"
+    total = sum(map(math.prod, shapes))
+    return Sizes(shapes, total, block, total - model.n_layer * block)
 
 
 def layout_of(config: Config, plan: BatchPlan) -> Layout:
     """Return the layout of the config's backend."""
-    zero = zero_options(config)
-    case = _Case(
-        sizes=sizes_of(config.model),
-        world_size=plan.world_size,
-        accumulates=plan.accumulation > 1,
-        is_bf16=config.run.precision == "bf16",
-        reshards=config.backend.fsdp.reshard_after_forward,
-        zero=zero,
-    )
-    name = f"zero{zero['stage']}" if config.backend.name == "deepspeed" else config.backend.name
-    layouts = {"ddp": _ddp, "fsdp": _fsdp, "zero0": _zero0, "zero1": _zero1, "zero2": _zero2, "zero3": _zero3}
-    return layouts[name](case)
+    backend, is_bf16 = config.backend, config.run.precision == "bf16"
+    case = _Case(sizes_of(config.model), plan.world_size, plan.accumulation > 1, is_bf16, backend)
+    if backend.name == "deepspeed":
+        return (_zero0, _zero1, _zero2, _zero3)[backend.zero_stage](case)
+    return _ddp(case) if backend.name == "ddp" else _fsdp(case)
 
 
 def _always(size: int) -> Callable[[int], int]:
@@ -156,7 +133,7 @@ def _fsdp(case: _Case) -> Layout:
     shard = sum(-(-shape[0] // case.world_size) * math.prod(shape[1:]) for shape in sizes.shapes)
     in_blocks = sizes.total - sizes.root
     root = case.width * sizes.root
-    blocks = case.width * (min(2 * sizes.block, in_blocks) if case.reshards else in_blocks)
+    blocks = case.width * (min(2 * sizes.block, in_blocks) if case.backend.fsdp.reshard_after_forward else in_blocks)
 
     def gradients(finished: int) -> int:
         return FP32 * sizes.total if case.accumulates else FP32 * (shard * finished // sizes.total)
@@ -204,10 +181,11 @@ def _overlapping_elements(case: _Case) -> int:
 
 def _reduce_buckets(case: _Case) -> int:
     """Return the bytes of contiguous buffers: two if reduction overlaps with the backward pass, else one."""
-    if not case.zero.get("contiguous_gradients", True):
+    zero = case.backend.zero
+    if not zero.get("contiguous_gradients", True):
         return 0
-    count = 2 if case.zero.get("overlap_comm", False) else 1
-    return count * case.width * int(case.zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS))
+    count = 2 if zero.get("overlap_comm", False) else 1
+    return count * case.width * int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS))
 
 
 def _zero1(case: _Case) -> Layout:
@@ -236,7 +214,7 @@ def _zero2(case: _Case) -> Layout:
     sizes, width = case.sizes, case.width
     shard = _partition_elements(case)
     kept = FP32 * (shard if case.is_bf16 else _overlapping_elements(case))
-    if not offloads(case.zero, "offload_optimizer"):
+    if not case.backend.offloads("optimizer"):
         gradients = _always(kept) if case.accumulates else case.growing(kept)
         buffers = _shard_after_backward(case, shard)
         return Layout(case.compute, width * sizes.total, FP32 * shard, MOMENTS * shard, gradients, buffers)
@@ -255,12 +233,12 @@ def _zero2(case: _Case) -> Layout:
 
 def _zero3(case: _Case) -> Layout:
     """Each parameter is padded and cut in W. Gathered weights stay until ``stage3_max_live_parameters`` is reached."""
-    zero = case.zero
+    zero = case.backend.zero
     shard = sum(-(-math.prod(shape) // case.world_size) for shape in case.sizes.shapes)
     live = min(case.sizes.total, int(zero.get("stage3_max_live_parameters", MAX_LIVE_ELEMENTS)))
     bucket = FP32 * int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS))
     parameters, state = case.width * shard, (FP32 + MOMENTS) * shard
-    offloads_state, offloads_parameters = offloads(zero, "offload_optimizer"), offloads(zero, "offload_param")
+    offloads_state, offloads_parameters = case.backend.offloads("optimizer"), case.backend.offloads("param")
     return Layout(
         compute=case.compute,
         parameters=0 if offloads_parameters else parameters,

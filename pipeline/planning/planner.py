@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.schema import Config
@@ -30,8 +30,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Their sum."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """The bytes of all purposes."""
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the micro-batch of the config fits."""
+        """Whether the config's micro-batch fits into the device's memory."""
         return self.memory.total <= self.usable_bytes
 
     def to_json(self) -> dict[str, Any]:
@@ -73,7 +73,12 @@ def plan_run(
     Raises:
         ConfigError: if the batch does not divide.
     """
-    batch = _grow_batch(config, world_size) if grow_batch else plan_batch(config, world_size)
+    if grow_batch:
+        size, seq_len = config.batch.micro_batch_size, config.seq_len
+        accumulation = max(1, config.batch.tokens_per_step // (size * seq_len * world_size))
+        batch = BatchPlan(size, seq_len, accumulation, world_size)
+    else:
+        batch = plan_batch(config, world_size)
     memory = peak_memory(config, batch)
     speed = estimate_speed(config, batch, device, mfu)
     fits = memory.total <= device.usable_bytes
@@ -87,11 +92,6 @@ def plan_run(
         speed=speed,
         days=tokens / speed.tokens_per_s / SECONDS_PER_DAY if fits else None,
     )
-
-
-def _grow_batch(config: Config, world_size: int) -> BatchPlan:
-    size, seq_len = config.batch.micro_batch_size, config.seq_len
-    return BatchPlan(size, seq_len, max(1, config.batch.tokens_per_step // (size * seq_len * world_size)), world_size)
 
 
 def peak_memory(config: Config, plan: BatchPlan) -> Memory:

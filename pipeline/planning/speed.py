@@ -12,7 +12,7 @@ from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.model.gpt2 import flops_per_token
 from pipeline.planning.devices import GB, Device
-from pipeline.planning.layouts import BF16, FP32, MOMENTS, offloads, sizes_of, zero_options
+from pipeline.planning.layouts import BF16, FP32, MOMENTS, sizes_of
 
 LINK_EFFICIENCY = 0.7  # assumed fraction of a link's published bandwidth
 BACKWARD_SHARE = 2 / 3  # of a micro-step's FLOPs; reductions overlap with the backward pass
@@ -56,8 +56,7 @@ def traffic(config: Config, plan: BatchPlan) -> Traffic:
     if config.backend.name == "fsdp":
         gathers = 2 if config.backend.fsdp.reshard_after_forward else 1
         return Traffic(gathers * weights, gradients, 0, 0)
-    zero = zero_options(config)
-    is_offloaded = zero["stage"] > 0 and offloads(zero, "offload_optimizer")
+    is_offloaded = config.backend.offloads("optimizer")
     host = (2 * FP32 + CPU_ADAM_BYTES) * elements // plan.world_size if is_offloaded else 0
     by_stage = (
         Traffic(0, 0, 2 * gradients, host),
@@ -65,7 +64,7 @@ def traffic(config: Config, plan: BatchPlan) -> Traffic:
         Traffic(gradients, 0, weights, host),
         Traffic(2 * weights + gradients, 0, 0, host),
     )
-    return by_stage[zero["stage"]]
+    return by_stage[config.backend.zero_stage]
 
 
 def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) -> Speed:

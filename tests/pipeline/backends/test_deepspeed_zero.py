@@ -68,7 +68,7 @@ def test_fragments_are_the_initial_fp32_weights(world: World, stage: int, precis
 def test_bf16_of_stage_0_is_a_view(world: World, stage: int, wrapped: type) -> None:
     backend = make_backend(f"zero{stage}", world, run={"precision": "bf16"})
     assert isinstance(backend.compute.module, wrapped)
-    assert backend.logits(micro_batch()[0]).dtype == torch.bfloat16
+    assert backend(micro_batch()[0], method="logits").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

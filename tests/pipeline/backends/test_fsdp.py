@@ -114,8 +114,8 @@ def test_gradients_are_synchronised_at_the_end_of_a_step(world: World) -> None:
 @pytest.mark.parametrize(("precision", "computed"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_masters_gradients_and_moments_are_fp32(world: World, precision: str, computed: torch.dtype) -> None:
     backend = make_fsdp(world, run={"precision": precision})
-    assert backend.logits(micro_batch()[0]).dtype == computed
-    assert backend.evaluate(*micro_batch()).dtype == torch.float32
+    assert backend(micro_batch()[0], method="logits").dtype == computed
+    assert backend(*micro_batch(), method="loss").dtype == torch.float32
     backend.accumulate(*micro_batch(), 1 / 16, is_last=True)
     assert {p.grad.dtype for p in backend.parameters.values() if p.grad is not None} == {torch.float32}
     dtypes = backend.dtypes()

@@ -1,4 +1,4 @@
-"""AdamW decays matrices only, backends share one gradient norm, and clipping comes after unscaling."""
+"""AdamW decays matrices only, backends share one gradient norm, and clipping comes after unscaling the loss."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pipeline.backends import optimizer as optimizer_module
 from pipeline.backends.optimizer import (
+    GROWTH_INTERVAL,
+    LossScaler,
     build_adamw,
     clip_and_step,
     global_grad_norm,
@@ -25,6 +27,7 @@ from tests.pipeline.conftest import random_tokens, tiny_model_config
 
 CPU = torch.device("cpu")
 GPU = torch.cuda.is_available()
+GOOD, OVERFLOW = 1.5, math.inf
 
 
 def some_gradients(seed: int = 0) -> list[Tensor]:
@@ -230,3 +233,55 @@ class TestSkipping:
             for name, tensor in self.state(*disturbed).items():
                 assert torch.equal(tensor, expected[name]), name
         assert {float(state["step"]) for state in disturbed[1].state.values()} == {3.0}
+
+
+class TestLossScale:
+    """The loss scale of fp16 is halved after an overflow, and doubled after many good steps."""
+
+    def test_fp16_starts_high(self) -> None:
+        assert LossScaler.for_precision("amp_fp16").scale == 65536.0
+
+    @pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16"])
+    def test_other_precisions_are_never_scaled(self, precision: str) -> None:
+        scaler = LossScaler.for_precision(precision)
+        for norm in [GOOD] * (GROWTH_INTERVAL + 1) + [OVERFLOW]:
+            scaler.update(norm)
+        assert scaler.scale == 1.0
+
+    @pytest.mark.parametrize("norm", [math.inf, -math.inf, math.nan])
+    @pytest.mark.parametrize("on_device", [False, True], ids=["number", "tensor"])
+    def test_an_overflow_halves(self, norm: float, on_device: bool) -> None:
+        scaler = LossScaler.for_precision("amp_fp16")
+        for _ in range(2):
+            scaler.update(torch.tensor(norm, dtype=torch.float64) if on_device else norm)
+        assert scaler.scale == 16384.0
+
+    def test_good_steps_in_a_row_double_the_scale(self) -> None:
+        scaler = LossScaler.for_precision("amp_fp16")
+        for _ in range(GROWTH_INTERVAL - 1):
+            scaler.update(GOOD)
+        assert scaler.scale == 65536.0
+        scaler.update(GOOD)
+        assert scaler.scale == 131072.0
+        for _ in range(GROWTH_INTERVAL - 1):
+            scaler.update(GOOD)
+        assert scaler.scale == 131072.0
+
+    def test_an_overflow_resets_the_count_of_good_steps(self) -> None:
+        scaler = LossScaler.for_precision("amp_fp16")
+        for norm in [GOOD] * 10 + [OVERFLOW] + [GOOD] * (GROWTH_INTERVAL - 1):
+            scaler.update(norm)
+        assert scaler.scale == 32768.0
+        scaler.update(GOOD)
+        assert scaler.scale == 65536.0
+
+    def test_a_dynamic_scale_continues_from_a_checkpoint(self) -> None:
+        scaler = LossScaler.for_precision("amp_fp16")
+        scaler.restore(1024.0, GROWTH_INTERVAL - 1)
+        scaler.update(GOOD)
+        assert (scaler.scale, scaler.good_steps) == (2048.0, 0)
+
+    def test_a_precision_without_a_scale_ignores_that_of_a_checkpoint(self) -> None:
+        scaler = LossScaler.for_precision("amp_bf16")
+        scaler.restore(1024.0, 5)
+        assert (scaler.scale, scaler.good_steps) == (1.0, 0)

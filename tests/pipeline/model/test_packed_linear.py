@@ -88,8 +88,10 @@ def test_the_weights_of_the_blocks_are_freed(model: GPT2) -> None:
 def test_in_lower_precision_the_error_is_not_larger(model: GPT2, precision: str) -> None:
     tokens = random_tokens(2, 12)
     exact = model.logits(tokens)
-    usual = replicated_compute(model, precision, torch.device("cpu")).logits(tokens).float()
-    found = replicated_compute(packed_copy(model, torch.bfloat16), precision, torch.device("cpu")).logits(tokens)
+    usual = replicated_compute(model, precision, torch.device("cpu"))(tokens, method="logits").float()
+    found = replicated_compute(packed_copy(model, torch.bfloat16), precision, torch.device("cpu"))(
+        tokens, method="logits"
+    )
     assert found.dtype == torch.bfloat16
     assert 0 < (found.float() - exact).abs().max() <= 1.5 * (usual - exact).abs().max()
 

@@ -38,7 +38,7 @@ def product_dtypes(model: GPT2, compute: ComputeModel) -> set[torch.dtype]:
 
     hooks = [module.register_forward_hook(record) for module in model.modules() if isinstance(module, nn.Linear)]
     assert len(hooks) == 2 * 4 + 1
-    compute.logits(BATCH[0])
+    compute(BATCH[0], method="logits")
     for hook in hooks:
         hook.remove()
     return seen
@@ -56,7 +56,7 @@ class TestEveryPrecision:
     def test_the_loss_is_fp32(self, model: GPT2, precision: str, dtype: torch.dtype) -> None:
         compute = replicated_compute(model, precision, CPU)
         assert compute(*BATCH).dtype == torch.float32
-        assert compute.logits(BATCH[0]).dtype == dtype
+        assert compute(BATCH[0], method="logits").dtype == dtype
 
     def test_gradients_are_fp32_on_fp32_parameters(self, model: GPT2, precision: str, dtype: torch.dtype) -> None:
         replicated_compute(model, precision, CPU)(*BATCH).backward()
