@@ -135,8 +135,8 @@ class TrainLoader:
 class Prefetcher:
     """Returns the micro-batches of a step, and reads those of the next step in a thread.
 
-    It reads one step ahead, so memory holds two steps of tokens. Seeks need no notification: samples that have not
-    been read ahead are read when they are requested.
+    Memory holds two steps of tokens. A caller may jump to any step: samples that have not been read ahead are read
+    when they are requested.
     """
 
     def __init__(self, loader: TrainLoader, device: torch.device) -> None:

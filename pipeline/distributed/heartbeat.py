@@ -16,7 +16,6 @@ from pipeline.distributed.world import World
 from pipeline.errors import LostRankError
 
 INTERVAL_S = 1.0
-_KEY_PREFIX = "heartbeat"
 _LOST = "lost"
 _LOST_STORE = "rank 0, or the launcher on its node"
 _LOST_MESSAGE = "lost {}; run the same command again to continue from the last checkpoint"
@@ -35,7 +34,7 @@ class Heartbeat:
         self.rank, self.size = world.rank, world.size
         self.timeout_s = timeout_s
         # A separate connection: a request of the main thread that waits would block this thread on a shared one.
-        self._store: Store = PrefixStore(_KEY_PREFIX, world.store.clone())  # type: ignore[attr-defined]
+        self._store: Store = PrefixStore("heartbeat", world.store.clone())  # type: ignore[attr-defined]
         self._store.set(f"name_{self.rank}", f"{socket.gethostname()}, pid {os.getpid()}")
         self._store.set(f"beat_{self.rank}", "0")
         self._stopped = threading.Event()

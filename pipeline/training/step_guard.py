@@ -74,11 +74,6 @@ class StepGuard:
         self.state = state
         self._queue: deque[TrainedStep] = deque()
 
-    @property
-    def watches_spikes(self) -> bool:
-        """Whether verdicts need the loss of every step."""
-        return self.config.spike_zscore is not None
-
     def enqueue(self, trained: TrainedStep) -> None:
         """Add a step to judge later."""
         self._queue.append(trained)
@@ -87,7 +82,7 @@ class StepGuard:
         """Yield queued steps with their verdicts, oldest first, until ``leave`` steps remain. Collective."""
         while len(self._queue) > leave:
             queued = self._queue.popleft()
-            loss = queued.loss(world) if self.watches_spikes else None
+            loss = None if self.config.spike_zscore is None else queued.loss(world)
             grad_norm = queued.grad_norm.read()
             finished = FinishedStep(
                 queued.step, queued.first_sample, queued.stop_sample, grad_norm, queued.loss_scale, loss
@@ -103,7 +98,7 @@ class StepGuard:
             self._count_skipped(finished)
             return Verdict.SKIPPED
         self.state = replace(self.state, bad_in_a_row=0)
-        if not self.watches_spikes:
+        if self.config.spike_zscore is None or finished.loss is None:
             return Verdict.GOOD
         if spike := self._describe_spike(finished):
             if self.state.rollbacks >= self.config.max_rollbacks:
@@ -114,7 +109,6 @@ class StepGuard:
                 )
             log.warning("%s: %s", finished, spike)
             return Verdict.SPIKE
-        assert finished.loss is not None
         recent = (*self.state.recent, (finished.loss, finished.grad_norm))[-self.config.spike_window :]
         self.state = replace(self.state, recent=recent)
         return Verdict.GOOD

@@ -112,7 +112,7 @@ class TestSkips:
 class TestSpikes:
     def test_without_a_threshold_no_step_is_a_spike(self) -> None:
         judge = guard()
-        assert not judge.watches_spikes
+        assert judge.config.spike_zscore is None
         assert judge_all(judge, [1.0] * 200 + [1e9], loss=None)[-1] is Verdict.GOOD
 
     @pytest.mark.parametrize("spike", [{"loss": 3.5}, {"norm": 1.05}], ids=["loss", "norm"])
