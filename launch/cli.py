@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -19,9 +20,6 @@ from pipeline.distributed.environment import launched_rank, launched_world_size
 from pipeline.errors import Interrupted, LostRankError
 
 _T = TypeVar("_T")
-
-#: Errors that can differ between ranks. All ranks report the other errors alike.
-ERRORS_OF_ONE_RANK = (DataError, LostRankError)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -71,13 +69,11 @@ def _option_type(parse: Callable[[str], _T], is_valid: Callable[[_T], bool], exp
     """Return an argparse type that parses and checks a value."""
 
     def parse_option(text: str) -> _T:
-        try:
+        with suppress(ValueError):
             value = parse(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {expected}, it is {text!r}") from None
-        if not is_valid(value):
-            raise argparse.ArgumentTypeError(f"must be {expected}, it is {text!r}")
-        return value
+            if is_valid(value):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {expected}, it is {text!r}")
 
     return parse_option
 
@@ -109,7 +105,8 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     try:
         command()
     except UserError as error:
-        if launched_rank() == 0 or isinstance(error, ERRORS_OF_ONE_RANK):
+        # All ranks raise the same error, except these two, which can differ between ranks.
+        if launched_rank() == 0 or isinstance(error, (DataError, LostRankError)):
             _print_line(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}")
         status = error.exit_status
     except OSError as error:

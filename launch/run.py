@@ -15,8 +15,6 @@ from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
 from pipeline.evaluation.results import find_results, format_table
 
-LAUNCH = Path(__file__).resolve().parent
-
 
 def main() -> None:
     """Parse, load the config, run the stages."""
@@ -84,7 +82,7 @@ def _options(settings: dict[str, object]) -> list[str]:
 def run_stage(stage: str, launcher: list[str], script: str, options: list[str]) -> None:
     """Run one command, and exit with its status if it fails. The command prints the reason itself."""
     print(f"\n== {stage}", flush=True)
-    status = subprocess.run([*launcher, str(LAUNCH / script), *options]).returncode
+    status = subprocess.run([*launcher, str(Path(__file__).resolve().parent / script), *options]).returncode
     if status:
         sys.exit(status)
 

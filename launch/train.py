@@ -5,8 +5,6 @@ from __future__ import annotations
 from launch.cli import ArgumentParser, add_config_options, positive_int, run_command, start_logging
 from pipeline.config.loading import load_config
 
-DEFAULT_PROFILE_STEPS = 3
-
 
 def main() -> None:
     """Parse, load the config, train."""
@@ -23,7 +21,7 @@ def main() -> None:
     parser.add_argument(
         "--profile",
         nargs="?",
-        const=DEFAULT_PROFILE_STEPS,
+        const=3,
         type=positive_int,
         metavar="STEPS",
         help="write a Chrome trace and a table of this many steps into the run folder; short for --set "

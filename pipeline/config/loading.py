@@ -19,7 +19,7 @@ from pipeline.config.deepspeed_keys import find_mistakes
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 
-# Replacements for those messages of pydantic that name Python's types instead of JSON's.
+# Replacements for messages of pydantic that name Python's types instead of JSON's.
 _JSON_MESSAGES = {
     "model_type": "Input should be an object with the keys of this section",
     "dict_type": "Input should be an object",
@@ -105,7 +105,7 @@ def _merge(merged: dict[str, Any], content: dict[str, Any], origins: dict[str, s
 
 def _read_json_object(path: Path) -> dict[str, Any]:
     try:
-        content = _decode(path.read_text(encoding="utf-8"))
+        content = _decode(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file{_suggest_file(path)}") from None
     except OSError as error:
@@ -114,8 +114,6 @@ def _read_json_object(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: byte {error.start} is not valid UTF-8; a config file is JSON in UTF-8") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
-    except _UnusableJson as error:
-        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object of sections, found {_shorten(content)}")
     return content
@@ -126,48 +124,42 @@ def _parse_override(override: str) -> dict[str, Any]:
     if not equals or not all(dotted.split(".")):
         raise ConfigError(f"--set {override}: expected section.key=value, as in --set schedule.max_steps=100")
     try:
-        value = _decode(text)
+        value = _decode(text, f"--set {dotted}")
     except json.JSONDecodeError:
         value = text
-    except _UnusableJson as error:
-        raise ConfigError(f"--set {dotted}: {error}") from None
-    for key in reversed(dotted.split(".")):
-        value = {key: value}
-    assert isinstance(value, dict)
-    return value
+    *sections, name = dotted.split(".")
+    content = {name: value}
+    for section in reversed(sections):
+        content = {section: content}
+    return content
 
 
-class _UnusableJson(Exception):
-    """JSON that cannot be a config. The message says why."""
+def _decode(text: str, origin: str) -> Any:
+    def refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in content:
+                raise ConfigError(f"{origin}: the key {key!r} is given twice in one object; keep one")
+            content[key] = value
+        return content
 
-
-def _decode(text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_refuse_duplicate_keys)
+        return json.loads(text, object_pairs_hook=refuse_duplicate_keys)
     except json.JSONDecodeError:
         raise
     except (RecursionError, ValueError) as error:
-        raise _UnusableJson(f"the JSON is nested too deep or holds a number that is too long: {error}") from None
-
-
-def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise _UnusableJson(f"the key {key!r} is given twice in one object; keep one")
-        content[key] = value
-    return content
+        reason = "the JSON is nested too deep or holds a number that is too long"
+        raise ConfigError(f"{origin}: {reason}: {error}") from None
 
 
 def _explain(error: ValidationError, origins: dict[str, str]) -> str:
     """Describe the first mistake in one line. Unknown keys come first because they often cause the others."""
-    mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
-    mistake = mistakes[0]
+    mistake = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
     # pydantic appends "[key]" if the key of a mapping is wrong.
     *section, name = [str(key) for key in mistake["loc"] if key != "[key]"] or [""]
     path = ".".join([*section, name])
     where = _find_origin(path, origins)
-    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if mistake["type"] == "extra_forbidden":
         return f"{path or _shorten('')}: no such key ({where}){_suggest_key('.'.join(section), name)}{more}"
     message = _JSON_MESSAGES.get(mistake["type"], mistake["msg"].removeprefix("Value error, "))

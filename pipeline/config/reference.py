@@ -28,18 +28,17 @@ def config_reference() -> str:
     lines = [_INTRODUCTION]
     for name, field in Config.model_fields.items():
         assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        lines += _section(name, field.annotation, defaults[name])
-    return "\n".join([*lines, *_presets()]) + "\n"
-
-
-def _section(name: str, section: type[BaseModel], defaults: dict[str, Any]) -> Iterator[str]:
-    yield f"## {name}\n"
-    meaning = " ".join((section.__doc__ or "").split()).replace("``", "`")
-    yield textwrap.fill(meaning, LINE_COLUMNS, break_long_words=False, break_on_hyphens=False) + "\n"
-    yield "| key | default | meaning |"
-    yield "|---|---|---|"
-    yield from _rows(f"{name}.", section, defaults)
-    yield ""
+        meaning = " ".join((field.annotation.__doc__ or "").split()).replace("``", "`")
+        meaning = textwrap.fill(meaning, LINE_COLUMNS, break_long_words=False, break_on_hyphens=False)
+        lines += [f"## {name}\n", f"{meaning}\n", "| key | default | meaning |", "|---|---|---|"]
+        lines += [*_rows(f"{name}.", field.annotation, defaults[name]), ""]
+    lines += [
+        "## Presets of `model.preset`\n",
+        "| preset | layers | heads | width | positions |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [f"| `{preset}` | {' | '.join(map(str, sizes.values()))} |" for preset, sizes in MODEL_PRESETS.items()]
+    return "\n".join(lines) + "\n"
 
 
 def _rows(prefix: str, section: type[BaseModel], defaults: dict[str, Any]) -> Iterator[str]:
@@ -56,14 +55,6 @@ def _choices(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return f"One of {', '.join(f'`{json.dumps(choice)}`' for choice in get_args(annotation))}."
     return next(filter(None, map(_choices, get_args(annotation))), "")
-
-
-def _presets() -> Iterator[str]:
-    yield "## Presets of `model.preset`\n"
-    yield "| preset | layers | heads | width | positions |"
-    yield "|---|---|---|---|---|"
-    for preset, sizes in MODEL_PRESETS.items():
-        yield f"| `{preset}` | {' | '.join(map(str, sizes.values()))} |"
 
 
 if __name__ == "__main__":

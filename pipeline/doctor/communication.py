@@ -8,7 +8,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -22,14 +21,8 @@ MASTER_PORT = 29500  # the default of torchrun and deepspeed
 RANKS_TIMEOUT_S = 120
 
 
-def check_communication() -> Iterator[Finding]:
-    """Check libraries, host name and port."""
-    yield _check_libraries()
-    yield _check_host_name()
-    yield _check_port()
-
-
-def _check_libraries() -> Finding:
+def check_collectives() -> Finding:
+    """Check that torch was built with the libraries that ranks communicate through."""
     if torch.cuda.is_available() and not dist.is_nccl_available():
         return Finding("collectives", "problem", "this torch has no NCCL", "install a CUDA build of torch for Linux")
     if not dist.is_gloo_available():
@@ -39,7 +32,8 @@ def _check_libraries() -> Finding:
     return Finding("collectives", "ok", f"gloo, NCCL {release}" if release else "gloo")
 
 
-def _check_host_name() -> Finding:
+def check_host_name() -> Finding:
+    """Check that this machine's name has an address."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
@@ -49,7 +43,8 @@ def _check_host_name() -> Finding:
     return Finding("host name", "ok", f"{name} is {address}")
 
 
-def _check_port() -> Finding:
+def check_port() -> Finding:
+    """Check that the launchers' default port is free."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -78,11 +73,6 @@ def check_ranks() -> Finding:
     return Finding("two ranks", "ok", f"connected and added a number on {device}")
 
 
-def _add_numbers(device: str) -> None:
-    with join_world(RunConfig.model_validate({"device": device})) as world:
-        total = world.sum(torch.ones((), device=world.device))
-        assert total.item() == world.size
-
-
 if __name__ == "__main__":
-    _add_numbers(sys.argv[1])
+    with join_world(RunConfig.model_validate({"device": sys.argv[1]})) as world:
+        assert world.sum(torch.ones((), device=world.device)).item() == world.size

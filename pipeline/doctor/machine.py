@@ -1,4 +1,4 @@
-"""Check the devices, memory, disk, limits, compilers and tokenizer files of this machine."""
+"""Check the devices, memory, disk, limits, compilers and tokenizer files of this machine, and run all checks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import resource
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from data_tools.errors import DataError
 from data_tools.tokenizer import load_tokenizer
 from pipeline.backends import cpu_adam_problem
 from pipeline.distributed.device import GIB, compiler_works, device_name
+from pipeline.doctor.communication import check_collectives, check_host_name, check_port, check_ranks
 from pipeline.doctor.findings import Finding, Level
 from pipeline.model.attention import fastest_kernel
 
@@ -31,16 +32,39 @@ HEAD_DIM = 64  # of all four GPT-2 sizes
 SAMPLE_TEXT = "GPT-2: naïve 数据\n"
 
 
-def check_machine(folder: Path) -> list[Finding]:
-    """Check devices, memory, disk and limits.
+def run_checks(folder: Path, *, thorough: bool) -> list[Finding]:
+    """Check everything except the packages. A check that fails is itself a finding, so that the others still run.
 
     Args:
         folder: the folder for runs and data. It need not exist.
+        thorough: also compile, and start two ranks. This takes a minute or two the first time.
     """
-    return [*_check_devices(), _check_memory(), _check_disk(folder), *_check_limits()]
+    checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
+        ("device", check_devices),
+        ("memory", lambda: [check_memory()]),
+        ("disk", lambda: [check_disk(folder)]),
+        ("limits", check_limits),
+        ("compilers", check_compilers),
+        ("tokenizer", lambda: [check_tokenizer()]),
+        ("collectives", lambda: [check_collectives()]),
+        ("host name", lambda: [check_host_name()]),
+        ("port", lambda: [check_port()]),
+    ]
+    if thorough:
+        checks += [("builds", check_builds), ("two ranks", lambda: [check_ranks()])]
+    findings: list[Finding] = []
+    for name, check in checks:
+        try:
+            findings += check()
+        except Exception as error:  # noqa: BLE001 - a broken machine can raise anything
+            says = f"the check failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            cure = "python -m pip install --force-reinstall -c constraints.txt -e ."
+            findings.append(Finding(name, "problem", says, cure))
+    return findings
 
 
-def _check_devices() -> Iterator[Finding]:
+def check_devices() -> Iterator[Finding]:
+    """Check whether torch can use the GPUs, and how much of their memory is free."""
     if not torch.cuda.is_available():
         yield _check_without_gpu()
         return
@@ -78,13 +102,15 @@ def _rate(subject: str, says: str, cure: str, *, size: float, comfortable: float
     return Finding(subject, level, says, "" if level == "ok" else cure)
 
 
-def _check_memory() -> Finding:
+def check_memory() -> Finding:
+    """Check the size of the main memory."""
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cure = "torch and DeepSpeed alone take one GiB: use model.preset gpt2-tiny, or another machine"
     return _rate("memory", f"{size / GIB:.1f} GiB", cure, size=size, comfortable=COMFORTABLE_MEMORY_BYTES)
 
 
-def _check_disk(folder: Path) -> Finding:
+def check_disk(folder: Path) -> Finding:
+    """Check that a folder can be written and has space."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not os.access(existing, os.W_OK):
         return Finding("disk", "problem", f"{existing} is not writable", "use another folder: run.out_dir, --out")
@@ -97,7 +123,8 @@ def _check_disk(folder: Path) -> Finding:
     return _rate("disk", says, cure, size=free, comfortable=COMFORTABLE_DISK_BYTES, least=LEAST_DISK_BYTES)
 
 
-def _check_limits() -> Iterator[Finding]:
+def check_limits() -> Iterator[Finding]:
+    """Check the size of shared memory and the number of open files."""
     if SHARED_MEMORY.is_dir():
         size = shutil.disk_usage(SHARED_MEMORY).total
         cure = "ranks under NCCL communicate through it; in a container: docker run --shm-size=8g (or --ipc=host)"
@@ -112,13 +139,12 @@ def _check_limits() -> Iterator[Finding]:
 
 def check_compilers() -> Iterator[Finding]:
     """Check for a compiler and headers, without compiling."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    header = Path(sysconfig.get_path("include")) / "Python.h"
     without = "without it run.compile is switched off, and offload uses torch's AdamW"
-    if compiler:
+    if compiler := shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
         yield Finding("C++ compiler", "ok", compiler)
     else:
         yield Finding("C++ compiler", "note", f"none on the path; {without}", "apt-get install g++")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
     if header.is_file():
         yield Finding("Python headers", "ok", str(header))
     else:
@@ -137,12 +163,11 @@ def check_builds() -> Iterator[Finding]:
     else:
         cure = "the line above says why; until then run.compile is switched off"
         yield Finding("torch.compile", "note", f"does not work on {device}", cure)
-    reason = cpu_adam_problem()
-    if reason is None:
-        yield Finding("CPUAdam", "ok", "DeepSpeed's operator is built")
-    else:
+    if reason := cpu_adam_problem():
         cure = "apt-get install g++ ninja-build; until then offload uses torch's AdamW"
         yield Finding("CPUAdam", "note", f"cannot be built: {reason}", cure)
+    else:
+        yield Finding("CPUAdam", "ok", "DeepSpeed's operator is built")
 
 
 def check_tokenizer() -> Finding:

@@ -19,7 +19,7 @@ import torch
 from packaging.requirements import Requirement
 
 from data_tools.errors import DataError
-from pipeline.doctor import checks, communication, machine, packages
+from pipeline.doctor import communication, machine, packages
 from pipeline.doctor.findings import Finding, findings_as_json, format_findings, has_problem
 from tests.support.runs import REPOSITORY
 
@@ -118,29 +118,29 @@ class TestMachine:
     def test_disk(self, free_gib: float, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = SimpleNamespace(free=int(free_gib * machine.GIB), total=1)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-        finding = found(machine.check_machine(tmp_path / "runs" / "not yet made"), "disk")
+        finding = machine.check_disk(tmp_path / "runs" / "not yet made")
         assert finding.level == level and str(tmp_path) in finding.says
 
     def test_a_folder_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(machine.os, "access", lambda *_: False)
-        assert found(machine.check_machine(tmp_path), "disk").level == "problem"
+        assert machine.check_disk(tmp_path).level == "problem"
 
-    def test_shared_memory_of_a_container(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_shared_memory_of_a_container(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20, total=64 << 20))
-        finding = found(machine.check_machine(tmp_path), "shared memory")
+        finding = found(machine.check_limits(), "shared memory")
         assert finding.level == "note" and "--shm-size" in finding.cure
 
     @pytest.mark.parametrize(("limit", "level"), [(64, "problem"), (1024, "note"), (65536, "ok"), (-1, "ok")])
-    def test_open_files(self, limit: int, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_open_files(self, limit: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
-        assert found(machine.check_machine(tmp_path), "open files").level == level
+        assert found(machine.check_limits(), "open files").level == level
 
-    def test_a_driver_that_torch_cannot_use(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_driver_that_torch_cannot_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
         exists = Path.exists
         monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidiactl" or exists(path))
-        finding = found(machine.check_machine(tmp_path), "device")
+        finding = found(machine.check_devices(), "device")
         assert finding.level == "problem" and "torch sees no GPU" in finding.says
 
 
@@ -166,7 +166,7 @@ class TestCompilers:
 class TestCommunication:
     def test_a_host_name_without_an_address(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
-        finding = found(communication.check_communication(), "host name")
+        finding = communication.check_host_name()
         assert finding.level == "problem" and "/etc/hosts" in finding.cure
 
     def test_a_port_in_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ class TestCommunication:
             taken.bind(("", 0))
             taken.listen()
             monkeypatch.setattr(communication, "MASTER_PORT", taken.getsockname()[1])
-            assert found(communication.check_communication(), "port").level == "note"
+            assert communication.check_port().level == "note"
 
     def test_two_ranks_connect(self) -> None:
         assert communication.check_ranks().level == "ok"
@@ -187,10 +187,10 @@ class TestCommunication:
 
 
 def test_a_check_that_fails_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: Path) -> list[Finding]:
+    def broken() -> list[Finding]:
         raise OSError("libcudart.so: cannot open")
 
-    monkeypatch.setattr(checks, "check_machine", broken)
-    findings = checks.run_checks(tmp_path, thorough=False)
+    monkeypatch.setattr(machine, "check_devices", broken)
+    findings = machine.run_checks(tmp_path, thorough=False)
     assert findings[0].level == "problem" and "libcudart.so: cannot open" in findings[0].says
     assert found(findings, "tokenizer").level == "ok", "the other checks still run"
