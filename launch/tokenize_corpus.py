@@ -194,11 +194,9 @@ def print_shards(manifest: Manifest, request: TokenizeRequest) -> None:
     print(f"{request.out}:")
     for split in manifest.splits():
         shards = manifest.shards_of(split)
-        documents = sum(shard.documents for shard in shards)
-        utf8_bytes = sum(shard.utf8_bytes for shard in shards)
         print(
-            f"  {split}: {manifest.tokens_of(split):,} tokens, {documents:,} documents, "
-            f"{utf8_bytes:,} bytes of text, {len(shards):,} {request.format} shards"
+            f"  {split}: {manifest.tokens_of(split):,} tokens, {sum(shard.documents for shard in shards):,} documents, "
+            f"{sum(shard.utf8_bytes for shard in shards):,} bytes of text, {len(shards):,} {request.format} shards"
         )
     if request.val_fraction > 0 and VAL_SPLIT not in manifest.splits():
         print(

@@ -15,7 +15,7 @@ from data_tools.corpus.parallel import unordered_map
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.worker import Job, Report
 from data_tools.errors import DataError
-from data_tools.sources.reading import describe_error
+from data_tools.sources.files import describe_error
 from data_tools.threads import available_cores
 
 Result = TypeVar("Result")

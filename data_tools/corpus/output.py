@@ -104,12 +104,11 @@ class OutputFolder:
         else:
             try:
                 plan = json.loads(self.folder.read(PLAN_NAME))
-                chunks = [Chunk.from_json(chunk) for chunk in plan["tasks"]]
+                self.chunks = [Chunk.from_json(chunk) for chunk in plan["tasks"]]
                 made_by = dict(plan["identity"])
             except (ValueError, TypeError, KeyError) as error:
                 raise DataError(f"{self._out}/{PLAN_NAME} is damaged; delete {self._out} and start again") from error
             _check_same_request(self._out, made_by, self._identity)
-            self.chunks = chunks
             self._is_planned = True
         self._find_finished()
 

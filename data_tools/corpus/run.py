@@ -1,6 +1,6 @@
 """Stage 1 as a recipe: source -> chunks -> tokens in parallel -> shards and manifest.
 
-The bytes of the shards depend on the request alone: not on the engine, the number of processes, or interruptions.
+The request alone decides the bytes of the shards. The engine, the number of processes and interruptions do not.
 """
 
 from __future__ import annotations
@@ -100,7 +100,10 @@ def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer:
 
 
 def _find_repeated(job: Job, chunks: Sequence[Chunk], output: OutputFolder) -> bool:
-    """Fingerprint the documents of ``chunks``, then compare all; return False while other shares lack fingerprints."""
+    """Fingerprint the documents of ``chunks``, then compare those of all chunks.
+
+    Returns False without comparing if the fingerprints of other shares are missing.
+    """
     folder = output.folder
     names = folder.names()
     missing = [chunk for chunk in chunks if chunk.fingerprints_file not in names]

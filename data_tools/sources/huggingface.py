@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import DataError
-from data_tools.sources.files import Slice, describe_files, find_files
+from data_tools.sources.files import Slice, describe_error, describe_files, find_files
 from data_tools.sources.jsonl import text_of_record
-from data_tools.sources.reading import describe_error
 
 # The files that Dataset.save_to_disk and DatasetDict.save_to_disk write.
 _SAVED_DATASET = "state.json"

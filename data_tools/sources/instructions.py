@@ -13,9 +13,8 @@ from typing import Any
 
 from data_tools.encoding.documents import Dialogue
 from data_tools.errors import DataError
-from data_tools.sources.files import FileSource, Slice
+from data_tools.sources.files import FileSource, Slice, decode_utf8, open_decompressed
 from data_tools.sources.jsonl import JSONL_SUFFIXES, read_lines
-from data_tools.sources.reading import decode_utf8, open_decompressed
 
 _ANSWERING_ROLE = "assistant"
 _ROLES = ("system", "user", _ANSWERING_ROLE)

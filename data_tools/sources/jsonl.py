@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
 from data_tools.errors import DataError
-from data_tools.sources.files import FileSource, Slice
-from data_tools.sources.reading import READ_BYTES, compression_of, decode_utf8, open_decompressed
+from data_tools.sources.files import READ_BYTES, FileSource, Slice, compression_of, decode_utf8, open_decompressed
 
 JSONL_SUFFIXES = tuple(
     name + compression for name in (".jsonl", ".ndjson", ".json") for compression in ("", ".gz", ".zst")
@@ -71,27 +71,18 @@ def read_lines(piece: Slice) -> Iterator[Line]:
         offset = piece.start
         if offset:
             # The slice before reads the line that crosses the start, but not one that begins exactly there.
-            file.seek(offset - 1)
-            offset += _skip_line(file, piece.stop - offset + 1) - 1
-        to_the_end = compression_of(piece.path) is not None  # a compressed file is one slice of unknown length
-        while (to_the_end or offset < piece.stop) and (line := file.readline()):
+            offset = file.seek(offset - 1)
+            while offset < piece.stop and (content := file.readline(READ_BYTES)):  # a long line takes constant memory
+                offset += len(content)
+                if content.endswith(b"\n"):
+                    break
+        # A compressed file is one slice, and the number of its decompressed bytes is not known.
+        stop = math.inf if compression_of(piece.path) else piece.stop
+        while offset < stop and (line := file.readline()):
             content = line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
             if content.strip():
                 yield Line(piece.path, offset + len(line) - len(content), content)
             offset += len(line)
-
-
-def _skip_line(file: BinaryIO, at_least: int) -> int:
-    """Read to the end of the line, or at least ``at_least`` bytes of it; return the bytes read.
-
-    It takes constant memory.
-    """
-    skipped = 0
-    while skipped < at_least and (content := file.readline(READ_BYTES)):
-        skipped += len(content)
-        if content.endswith(b"\n"):
-            break
-    return skipped
 
 
 def text_of_record(record: dict[str, Any], text_field: str, place: object) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.errors import DataError
-from data_tools.sources.files import FileSource, Slice, group_sizes
-from data_tools.sources.reading import one_line_read_errors, open_file
+from data_tools.sources.files import FileSource, Slice, group_sizes, open_file
 
 # Few enough that a batch of long documents stays small, and enough that the cost per batch does not matter.
 _BATCH_ROWS = 512
@@ -53,19 +52,25 @@ class ParquetSource(FileSource):
 
 @contextmanager
 def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
-    with open_file(path) as opened, one_line_read_errors(path), pq.ParquetFile(opened) as file:
+    with open_file(path) as opened, pq.ParquetFile(opened) as file:
         yield file
 
 
 def _texts_of(values: pa.Array, path: str, first_row: int, column: str) -> list[str]:
     """Return the strings of a batch, or raise DataError that names the first row without one."""
-    try:
-        texts: list[str] = values.to_pylist()
-        if values.null_count == 0:
-            return texts
-    except UnicodeDecodeError:
-        pass
-    return [_text_of_value(value, f"{path}: row {first_row + i}", column) for i, value in enumerate(values)]
+    if values.null_count == 0:
+        with suppress(UnicodeDecodeError):
+            return list(values.to_pylist())
+    texts = []
+    for row, value in enumerate(values, start=first_row):
+        try:
+            text = value.as_py()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: row {row}: byte {error.start} of {column!r} is not valid UTF-8") from error
+        if text is None:
+            raise DataError(f"{path}: row {row}: column {column!r} is null, it must be a string")
+        texts.append(text)
+    return texts
 
 
 def _check_column(schema: pa.Schema, column: str, path: str) -> None:
@@ -78,13 +83,3 @@ def _check_column(schema: pa.Schema, column: str, path: str) -> None:
         kind = kind.value_type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise DataError(f"{path}: column {column!r} holds {kind}, it must hold strings")
-
-
-def _text_of_value(value: pa.Scalar, place: str, column: str) -> str:
-    try:
-        text = value.as_py()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: byte {error.start} of {column!r} is not valid UTF-8") from error
-    if text is None:
-        raise DataError(f"{place}: column {column!r} is null, it must be a string")
-    return str(text)

@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_tools.sources.files import Slice, describe_files, group_files, walk_files
-from data_tools.sources.reading import one_line_read_errors
+from data_tools.sources.files import Slice, describe_files, group_files, one_line_read_errors, walk_files
 
 # Installed packages, tests (repetitive, and absent from some distributions) and caches. pydoc_data holds the topics as
 # string literals; they are read as separate documents.

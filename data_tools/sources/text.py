@@ -7,8 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from data_tools.errors import DataError
-from data_tools.sources.files import FileSource, Slice, group_files
-from data_tools.sources.reading import READ_BYTES, compression_of, decode_utf8, open_decompressed
+from data_tools.sources.files import (
+    READ_BYTES,
+    FileSource,
+    Slice,
+    compression_of,
+    decode_utf8,
+    group_files,
+    open_decompressed,
+)
 
 
 class TextSource(FileSource):
