@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import textwrap
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ class TensorBoardLog:
                     self._writer.add_scalar(tag, value, row["step"])
             if SAMPLE_KEY in row:
                 # A Markdown code block is the only text that TensorBoard shows unchanged.
-                block = textwrap.indent(row[SAMPLE_KEY], "    ", predicate=lambda line: True)
+                block = "".join(f"    {line}\n" for line in row[SAMPLE_KEY].splitlines())
                 self._writer.add_text("sample", block, row["step"])
         except OSError as error:
             log.warning("cannot write TensorBoard events (%s); some are lost, metrics.jsonl has them", error.strerror)
