@@ -21,12 +21,12 @@ _POLL_S = 0.5
 
 
 def wait_for_build_elsewhere(extension: str) -> None:
-    """Return once nobody, or a live process on this host, builds the extension; remove the lock of a dead build."""
+    """Wait while another host may be building the extension, and remove the lock of a build that was killed."""
     clear_dead_lock(Path(_get_build_directory(extension, verbose=False)) / "lock")
 
 
 def clear_dead_lock(lock: Path) -> None:
-    """Remove the lock if its owner is gone. Another host's lock, in a shared home, gets time to disappear."""
+    """Remove the lock if its owner is gone. Wait ``LONGEST_BUILD_S``: the owner may be on a host with the same home."""
     while (age_s := _age_s(lock)) is not None and not _is_open_on_this_host(lock):
         if age_s > LONGEST_BUILD_S:
             log.warning("removed %s, which a build that is gone left behind", lock)

@@ -178,7 +178,7 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def _positions(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Return each token's position in the window, (T,), or in its text, (B, T), if texts restart at 0."""
+        """Return each token's position in the window, (T,) or (B, T), or in its text, (B, T), if positions restart."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         if cache is not None:
             positions = positions + cache.first_slots()  # (B, T)

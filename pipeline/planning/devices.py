@@ -17,7 +17,7 @@ THIS = "this"
 
 @dataclass(frozen=True)
 class Device:
-    """The device of one rank, and the links of a machine with ``per_node`` of them. Links are one way."""
+    """The device of one rank, and the links of a machine with ``per_node`` devices, in one direction."""
 
     name: str
     memory_gib: float  # as torch reports it

@@ -8,7 +8,7 @@ N is the number of parameters (with padding rows), W the number of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -75,6 +75,12 @@ class _Case:
         """Return bytes that grow from 0 to the total as gradients finish."""
         return lambda finished: total * finished // self.sizes.total
 
+    def partitions(self) -> Iterator[tuple[list[int], int]]:
+        """Yield the sizes of each optimizer group's parameters, and the group's elements per rank, an even number."""
+        for decays in (True, False):
+            group = [math.prod(shape) for shape in self.sizes.shapes if (len(shape) >= 2) == decays]
+            yield group, 2 * -(-sum(group) // (2 * self.world_size))
+
 
 @cache
 def sizes_of(model: ModelConfig) -> Sizes:
@@ -125,9 +131,9 @@ def _zero0(case: _Case) -> Layout:
 
 
 def _fsdp(case: _Case) -> Layout:
-    """Each parameter is cut along its rows, and each rank has room for the largest cut.
+    """Each parameter is cut along its rows, and each rank allocates the largest shard.
 
-    Gathered are the root and two consecutive blocks, or all blocks without resharding.
+    The root and two consecutive blocks are gathered at a time; without resharding, the root and all blocks.
     """
     sizes = case.sizes
     shard = sum(-(-shape[0] // case.world_size) * math.prod(shape[1:]) for shape in sizes.shapes)
@@ -149,26 +155,10 @@ def _fsdp(case: _Case) -> Layout:
     return Layout(case.compute, FP32 * shard, 0, MOMENTS * shard, gradients, buffers)
 
 
-def _parameter_groups(sizes: Sizes) -> tuple[list[int], list[int]]:
-    """Return the elements of each parameter with and without weight decay, as the optimizer groups them."""
-    decayed = [math.prod(shape) for shape in sizes.shapes if len(shape) >= 2]
-    return decayed, [math.prod(shape) for shape in sizes.shapes if len(shape) < 2]
-
-
-def _partition(group: list[int], world_size: int) -> int:
-    """Return the elements per rank of a flattened group, cut in W partitions of an even length (stages 1 and 2)."""
-    return 2 * -(-sum(group) // (2 * world_size))
-
-
-def _partition_elements(case: _Case) -> int:
-    return sum(_partition(group, case.world_size) for group in _parameter_groups(case.sizes))
-
-
 def _overlapping_elements(case: _Case) -> int:
     """Return the elements of all parameters that overlap one rank's partition, on the fullest rank."""
     largest = 0
-    for group in _parameter_groups(case.sizes):
-        partition = _partition(group, case.world_size)
+    for group, partition in case.partitions():
         overlapping = [0] * case.world_size
         start = 0
         for count in group:
@@ -191,7 +181,7 @@ def _reduce_buckets(case: _Case) -> int:
 def _zero1(case: _Case) -> Layout:
     """Moments and master weights are partitioned. Gradients are whole between micro-steps."""
     sizes = case.sizes
-    shard = _partition_elements(case)
+    shard = sum(partition for _, partition in case.partitions())
     if case.is_bf16:
         # DeepSpeed's BF16_Optimizer keeps fp32 gradients of all parameters beside those that are being computed.
         new = _always(BF16 * sizes.total) if case.accumulates else case.growing(BF16 * sizes.total)
@@ -212,7 +202,7 @@ def _shard_after_backward(case: _Case, shard: int) -> Callable[[int], int]:
 def _zero2(case: _Case) -> Layout:
     """Gradients are partitioned too: exactly with bf16 weights, else all parameters that overlap the partition."""
     sizes, width = case.sizes, case.width
-    shard = _partition_elements(case)
+    shard = sum(partition for _, partition in case.partitions())
     kept = FP32 * (shard if case.is_bf16 else _overlapping_elements(case))
     if not case.backend.offloads("optimizer"):
         gradients = _always(kept) if case.accumulates else case.growing(kept)
@@ -232,7 +222,7 @@ def _zero2(case: _Case) -> Layout:
 
 
 def _zero3(case: _Case) -> Layout:
-    """Each parameter is padded and cut in W. Gathered weights stay until ``stage3_max_live_parameters`` is reached."""
+    """Each parameter is padded and cut into W shards. Up to ``stage3_max_live_parameters`` weights stay gathered."""
     zero = case.backend.zero
     shard = sum(-(-math.prod(shape) // case.world_size) for shape in case.sizes.shapes)
     live = min(case.sizes.total, int(zero.get("stage3_max_live_parameters", MAX_LIVE_ELEMENTS)))
