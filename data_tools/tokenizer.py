@@ -33,7 +33,6 @@ _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256d
 class Tokenizer:
     """GPT-2's tokenizer on top of tiktoken; ``load_tokenizer`` returns one."""
 
-    name = TOKENIZER_NAME
     vocab_size = GPT2_VOCAB_SIZE
     end_of_text = END_OF_TEXT
 

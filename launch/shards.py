@@ -119,7 +119,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         action=_StoreSplits,
         default={},
         metavar="NAME=SPLIT",
-        help="the split of a file of another program whose name does not tell, such as corpus.bin=train",
+        help="the split of a file of another program whose name does not contain it, such as corpus.bin=train",
     )
 
 

@@ -112,7 +112,7 @@ def open_foreign(
     """Open the files of another program, found at ``path``, as a collection.
 
     Args:
-        split_of: splits by file name, for names that do not tell.
+        split_of: splits by file name, for files whose name does not contain it.
         open_file: opens one file; also gets the size of the vocabulary.
         files_on_disk: the files that the source record counts, if they are not ``files``.
 

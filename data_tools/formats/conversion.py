@@ -68,7 +68,7 @@ def adopt_in_place(
     """Write a manifest beside llm.c's shards, which makes their folder a data set; the shards are not changed.
 
     Args:
-        split_of: splits of files by name, for names that do not tell.
+        split_of: splits of files by name, for files whose name does not contain it.
         workers: number of threads; None means one per core.
         advance: called with the bytes of files that were read.
 

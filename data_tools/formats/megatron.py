@@ -1,6 +1,6 @@
 """The indexed data sets of Megatron-LM and gpt-neox: tokens in ``X.bin``, sequences and documents in ``X.idx``.
 
-The index as their ``MMapIndexedDataset`` writes it, little-endian: magic, version (uint64), type of the tokens (uint8),
+Their ``MMapIndexedDataset`` writes the index, little-endian: magic, version (uint64), type of the tokens (uint8),
 number of sequences, number of document boundaries (uint64 each); then the sizes of the sequences in tokens (int32),
 their offsets in ``X.bin`` in bytes (int64), and the document boundaries as numbers of sequences (int64; the first is 0,
 the last is the number of sequences).

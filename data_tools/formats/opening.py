@@ -28,7 +28,7 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
 
     Args:
         format: one of ``INPUT_FORMATS``, or ``auto`` to recognize it as ``recognize`` does.
-        split_of: splits of another program's files by name, for names that do not tell.
+        split_of: splits of another program's files by name, for files whose name does not contain it.
 
     Raises:
         DataError: nothing exists there, the format cannot be recognized, or a file is damaged; one line that names it.

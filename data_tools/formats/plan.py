@@ -34,14 +34,14 @@ class ConvertRequest:
         out: a new or empty folder.
         to: one of ``OUTPUT_FORMATS``.
         source_format: one of ``INPUT_FORMATS``, or ``auto``.
-        split_of: splits of another program's files by name, for names that do not tell.
+        split_of: splits of another program's files by name, for files whose name does not contain it.
         shard_tokens: tokens per shard. None keeps the shards of a folder in our format if ``to`` is npy or arrow,
             and otherwise means 100 million.
         name: the prefix of llm.c's file names; None means the name of ``out``.
         workers: number of threads, which does not affect the result; None means one per core.
 
     Raises:
-        DataError: names an option and its possible values.
+        DataError: an option has an invalid value; the message says what is valid.
     """
 
     source: Path

@@ -68,14 +68,9 @@ class TokenStream:
         return windows
 
     def read_mask_windows(self, starts: CountArray, length: int) -> MaskArray:
-        """Return which tokens of the windows are scored. The split must have a mask.
+        """Return which tokens of the windows of ``read_windows`` are scored, bool of shape (B, T).
 
-        Args:
-            starts: int64 of shape (B,), the first token of each window.
-            length: T, tokens per window.
-
-        Returns:
-            bool of shape (B, T).
+        The split must have a mask.
 
         Raises:
             DataError: a window leaves the stream, or the mask holds a value other than 0 and 1.

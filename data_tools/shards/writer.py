@@ -39,10 +39,7 @@ class TokenFile(Protocol):
 class FlatFile:
     """Values of one dtype after a header that holds their number. ``finish`` fills in the header.
 
-    Args:
-        file: open for writing.
-        header: returns the header for a number of values; its length does not depend on the number.
-        dtype: the dtype of the values.
+    ``header`` returns the header for a number of values; its length must not depend on the number.
     """
 
     def __init__(self, file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2") -> None:
@@ -188,4 +185,4 @@ class ShardWriter:
 
 
 class _AbortedError(Exception):
-    """Makes the files of an aborted shard disappear."""
+    """Makes ``atomic_file`` delete the files of an aborted shard."""

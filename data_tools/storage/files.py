@@ -1,4 +1,4 @@
-"""Hashes of files and JSON objects, and how a URL is told from a path."""
+"""Hashes of files and JSON objects, and whether a path is a URL."""
 
 from __future__ import annotations
 

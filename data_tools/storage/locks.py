@@ -49,7 +49,7 @@ class FileLock:
         return True
 
     def make_exclusive(self) -> bool:
-        """Hold the lock exclusively if no other process holds it. If one does, return False and hold it no longer.
+        """Hold the lock exclusively and return True if no other process holds it. Otherwise release it.
 
         If all processes that share a lock finish with this call, the last one gets True.
         """
