@@ -10,9 +10,9 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pipeline.checkpoint.layout import list_checkpoints
@@ -46,10 +46,9 @@ class Outcome:
     number: int
     history: list[str] = field(default_factory=list)
     kills: int = 0
-    lost_steps: list[int] = field(default_factory=list)  # per kill: steps that were logged before it and trained again
-    lost_saves: list[int] = field(
-        default_factory=list
-    )  # per kill: saves that were started before it and not continued from
+    # Per kill: the steps that were logged before it and trained again, and the saves that were started and lost.
+    lost_steps: list[int] = field(default_factory=list)
+    lost_saves: list[int] = field(default_factory=list)
     loss_difference: float = 0.0  # largest over all steps from the uninterrupted run, in nats
     problems: list[str] = field(default_factory=list)
 
@@ -148,15 +147,8 @@ def kill_at_random(run: LiveRun, processes: int, chance: random.Random) -> str |
 
 def is_in_save_after(run: LiveRun, step: int) -> bool:
     """Return whether a checkpoint of a later step is being written now."""
-    names = [path.name for path in run.run_folder.glob("checkpoints/.step_*.partial")]
-    return any(int(name.split("_")[1].split(".")[0]) > step for name in names)
-
-
-def run_all(runs: int, seed: int, data: Path, scratch: Path, jobs: int) -> Iterator[Outcome]:
-    """Run several runs, ``jobs`` at a time, and yield their outcomes."""
-    reference = curve_of("ddp", scratch / "uninterrupted", sections_of(data))
-    with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda number: survive(number, seed, data, scratch, reference), range(runs))
+    folders = run.run_folder.glob("checkpoints/.step_*.partial")
+    return any(int(folder.name.split("_")[1].split(".")[0]) > step for folder in folders)
 
 
 def main() -> None:
@@ -167,9 +159,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     arguments = parser.parse_args()
     outcomes = []
-    with tempfile.TemporaryDirectory() as scratch:
-        data = make_corpus(Path(scratch) / "data")
-        for outcome in run_all(arguments.runs, arguments.seed, data, Path(scratch), arguments.jobs):
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+        scratch = Path(folder)
+        data = make_corpus(scratch / "data")
+        reference = curve_of("ddp", scratch / "uninterrupted", sections_of(data))
+        survived = partial(survive, seed=arguments.seed, data=data, scratch=scratch, reference=reference)
+        for outcome in pool.map(survived, range(arguments.runs)):
             print(outcome, flush=True)
             outcomes.append(outcome)
     print_summary(outcomes)

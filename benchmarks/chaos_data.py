@@ -28,23 +28,15 @@ _TOKENIZE = str(REPOSITORY / "launch" / "tokenize_corpus.py")
 
 @dataclass
 class Outcome:
-    """What happened to one output folder from its first start to its manifest.
+    """What happened to one output folder from its first start to its manifest."""
 
-    Attributes:
-        kills: the time of each kill after its start, in seconds.
-        kept: the number of finished shards after each kill.
-        problems: differences from an uninterrupted run.
-    """
-
-    kills: list[float] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    kills: list[tuple[float, int]] = field(default_factory=list)  # seconds after the start, finished shards by then
+    problems: list[str] = field(default_factory=list)  # differences from an uninterrupted run
 
     def __str__(self) -> str:
-        history = ", ".join(f"{at:.2f} s ({n} shards kept)" for at, n in zip(self.kills, self.kept, strict=True))
-        return (
-            f"killed at {history or 'no moment'}: {'; '.join(self.problems) or 'same bytes, finished shards untouched'}"
-        )
+        history = ", ".join(f"{at:.2f} s ({kept} shards kept)" for at, kept in self.kills)
+        verdict = "; ".join(self.problems) or "same bytes, finished shards untouched"
+        return f"killed at {history or 'no moment'}: {verdict}"
 
 
 def start(source: Path, out: Path) -> subprocess.Popen[bytes]:
@@ -105,8 +97,7 @@ def interrupt(source: Path, out: Path, moments: list[float], whole: dict[str, st
         if states(kept) != kept:
             outcome.problems.append("a finished shard was written again")
         kept = finished_shards(out)
-        outcome.kills.append(moment)
-        outcome.kept.append(len(kept))
+        outcome.kills.append((moment, len(kept)))
     run_to_the_end(source, out)
     if hashes_of(out) != whole:
         outcome.problems.append("other bytes or additional files")
@@ -124,21 +115,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: %(default)s)")
     arguments = parser.parse_args()
     drawn = random.Random(arguments.seed)
-    kills, problems = 0, 0
+    outcomes: list[Outcome] = []
+    left = arguments.kills
     with tempfile.TemporaryDirectory() as scratch:
         source = write_inputs(Path(scratch), arguments.megabytes)["jsonl"]
         seconds = run_to_the_end(source, Path(scratch, "whole"))
         whole = hashes_of(Path(scratch, "whole"))
         print(f"{arguments.megabytes:.0f} MB, {len(whole)} shards, {seconds:.1f} s without a kill", flush=True)
-        folder = 0
-        while kills < arguments.kills:
-            moments = [
-                drawn.uniform(0, seconds) for _ in range(min(arguments.kills_per_folder, arguments.kills - kills))
-            ]
-            outcome = interrupt(source, Path(scratch, f"out{folder}"), moments, whole)
-            print(outcome, flush=True)
-            kills, problems, folder = kills + len(outcome.kills), problems + len(outcome.problems), folder + 1
-    print(f"{kills} kills, {problems} problems")
+        while left > 0:
+            moments = [drawn.uniform(0, seconds) for _ in range(min(arguments.kills_per_folder, left))]
+            outcomes.append(interrupt(source, Path(scratch, f"out{len(outcomes)}"), moments, whole))
+            print(outcomes[-1], flush=True)
+            left -= len(outcomes[-1].kills)
+    problems = sum(len(outcome.problems) for outcome in outcomes)
+    print(f"{arguments.kills - left} kills, {problems} problems")
     raise SystemExit(1 if problems else 0)
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 import re
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.memory import status_bytes
+from benchmarks.memory import watch_peak_bytes
 from pipeline.distributed.device import GIB
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.live_run import LiveRun
@@ -36,34 +35,25 @@ _LOADED = re.compile(r"loaded \S+ in ([\d.]+) s, ([\d,]+) MB/s")
 
 @dataclass(frozen=True)
 class Measured:
-    """The metrics rows, the output and the peak resident memory per rank of one run."""
+    """The metrics rows and the output of one run, and the peak resident memory of the rank that used most."""
 
     rows: list[dict[str, float]]
     output: str
-    peak_bytes: dict[int, int]
+    peak_gib: float
 
     def step_ms(self, steps: range) -> float:
         """Return the median time of the given training steps."""
         times = sorted(row["step_ms"] for row in self.rows if "step_ms" in row and row["step"] in steps)
         return times[len(times) // 2]
 
-    @property
-    def largest_peak_gib(self) -> float:
-        """Return the peak of the rank that used most."""
-        return max(self.peak_bytes.values()) / GIB
-
 
 def measure(backend: str, processes: int, folder: Path, sections: Sections) -> Measured:
     """Run to the end and watch the memory of the ranks."""
-    peaks: dict[int, int] = {}
     with LiveRun(backend, folder, sections, processes) as run:
-        while run.process.poll() is None:
-            for rank, process in run.ranks().items():
-                peaks[rank] = max(peaks.get(rank, 0), status_bytes("VmHWM", process.pid))
-            time.sleep(0.3)
+        peak_bytes = watch_peak_bytes(run.process)
         if run.wait():
             raise RuntimeError(run.output)
-        return Measured(read_metrics(folder), run.output, peaks)
+        return Measured(read_metrics(folder), run.output, peak_bytes / GIB)
 
 
 def row_of(backend: str, processes: int, data: Path, scratch: Path) -> list[str]:
@@ -76,10 +66,10 @@ def row_of(backend: str, processes: int, data: Path, scratch: Path) -> list[str]
     quiet = run("quiet", {"schedule": {"max_steps": STEPS}, "checkpoint": {"every_steps": 1000}})
     saving = run("saving", {"schedule": {"max_steps": STEPS}, "checkpoint": {"every_steps": SAVED_AT}})
     source = scratch / f"{backend}{processes}-saving"
-    more: Sections = {"schedule": {"max_steps": STEPS + 1}, "checkpoint": {"every_steps": 1000, "resume": str(source)}}
-    loading = run("loading", more)
-    saves = [row for row in saving.rows if "save_s" in row]
-    first, later = saves[0], saves[1]
+    resumed = {"every_steps": 1000, "resume": str(source)}
+    loading = run("loading", {"schedule": {"max_steps": STEPS + 1}, "checkpoint": resumed})
+    first, later, *_ = [row for row in saving.rows if "save_s" in row]
+    peak_before_a_save = max(row["peak_memory_gib"] for row in quiet.rows if "peak_memory_gib" in row)  # main rank
     loaded = _LOADED.search(loading.output)
     assert loaded, loading.output
     return [
@@ -92,15 +82,10 @@ def row_of(backend: str, processes: int, data: Path, scratch: Path) -> list[str]
         f"{later['save_pause_s'] * 1e3:,.0f} ms",
         f"{first['save_s']:.1f} s, {first['save_bytes'] / first['save_s'] / 1e6:,.0f} MB/s",
         f"{loaded[1]} s, {loaded[2]} MB/s",
-        f"{last_step_peak(quiet):.2f} GiB",
-        f"{saving.largest_peak_gib:.2f} GiB",
-        f"{loading.largest_peak_gib:.2f} GiB",
+        f"{peak_before_a_save:.2f} GiB",
+        f"{saving.peak_gib:.2f} GiB",
+        f"{loading.peak_gib:.2f} GiB",
     ]
-
-
-def last_step_peak(measured: Measured) -> float:
-    """Return the main rank's peak before the first save, as the run logged it."""
-    return max(row["peak_memory_gib"] for row in measured.rows if "peak_memory_gib" in row)
 
 
 def main() -> None:

@@ -22,6 +22,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,7 +53,6 @@ class Measured:
 
     seconds: float
     peak_mb: float | None  # of all its processes, shared pages counted once; None if not measured
-    tokens: int
     sha256: str  # of all tokens, uint16, in the order of the documents
 
 
@@ -244,46 +245,28 @@ def run_contender(name: str, source: Path, scratch: Path, *, watch_memory: bool 
             stdout=subprocess.PIPE,
             text=True,
         )
-        peak = _PeakMemory(process.pid) if watch_memory else None
         assert process.stdout
-        done = process.stdout.readline()  # printed when the work is done, before hashing
-        seconds = time.perf_counter() - started
-        peak_mb = peak.stop() if peak else None
+        with ThreadPoolExecutor(1) as pool:
+            is_done = threading.Event()
+            peak = pool.submit(_watch_peak_mb, process.pid, is_done) if watch_memory else None
+            done = process.stdout.readline()  # printed when the work is done, before hashing
+            seconds = time.perf_counter() - started
+            is_done.set()
         result = process.stdout.readline()
         if process.wait() or not result:
             raise SystemExit(f"{name} on {source.name} failed")
-    own_seconds = json.loads(done)["seconds"]
-    value = json.loads(result)
-    return Measured(own_seconds or seconds, peak_mb, value["tokens"], value["sha256"])
+    own_seconds, value = json.loads(done)["seconds"], json.loads(result)
+    return Measured(own_seconds or seconds, peak.result() if peak else None, value["sha256"])
 
 
-class _PeakMemory:
-    """Samples the proportional set size of a process and its children, and keeps the largest sum."""
-
-    def __init__(self, pid: int) -> None:
-        self._process = psutil.Process(pid)
-        self._peak = 0.0
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-
-    def stop(self) -> float:
-        self._stopped.set()
-        self._thread.join()
-        return self._peak / 1e6
-
-    def _watch(self) -> None:
-        while not self._stopped.wait(_POLL_S):
-            self._peak = max(self._peak, self._now())
-
-    def _now(self) -> float:
-        total = 0.0
-        try:
-            for process in (self._process, *self._process.children(recursive=True)):
-                total += process.memory_full_info().pss
-        except psutil.Error:  # one of them has just ended
-            return 0.0
-        return total
+def _watch_peak_mb(pid: int, is_done: threading.Event) -> float:
+    """Return the largest sum of the proportional set sizes of a process and its children until the event."""
+    main, peak_bytes = psutil.Process(pid), 0
+    while not is_done.wait(_POLL_S):
+        with suppress(psutil.Error):  # a process may have just ended
+            processes = (main, *main.children(recursive=True))
+            peak_bytes = max(peak_bytes, sum(process.memory_full_info().pss for process in processes))
+    return peak_bytes / 1e6
 
 
 def be_contender(name: str, source: Path, out: Path) -> None:
@@ -291,12 +274,12 @@ def be_contender(name: str, source: Path, out: Path) -> None:
     read_back, seconds = CONTENDERS[name](source, out)
     print(json.dumps({"seconds": seconds}), flush=True)
     tokens = read_back()
-    print(json.dumps({"tokens": tokens.size, "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}), flush=True)
+    print(json.dumps({"sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}), flush=True)
 
 
 def compare(inputs: dict[str, Path], megabytes: float, rounds: int, against: Sequence[str], scratch: Path) -> bool:
     """Print a table per input format; return whether all ids are identical."""
-    hashes: set[str] = set()
+    hashes = set()
     for kind, source in inputs.items():
         medians: dict[str, float] = {}
         print()

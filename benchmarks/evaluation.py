@@ -15,7 +15,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -42,6 +41,8 @@ from tests.support.tables import print_header, print_row
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 BATCH_TOKENS = 2048
 CONTEXT_WORDS, ENDING_WORDS = 55, 22  # about as in HellaSwag
+
+Answers = list[tuple[int, int]]  # the choices of each example by summed and by mean loss
 
 #: Models by name; the middle one has 30 million parameters.
 MODELS: dict[str, dict[str, Any]] = {
@@ -158,12 +159,8 @@ def like_hellaswag(texts: Sequence[str]) -> list[Example]:
 
 
 @torch.no_grad()
-def one_at_a_time(model: GPT2, examples: Sequence[Example], precision: str) -> list[tuple[int, int]]:
-    """Score as build-nanogpt does for HellaSwag: one example per forward pass, logits everywhere, a masked loss.
-
-    Returns:
-        The choices of each example by summed and by mean loss.
-    """
+def one_at_a_time(model: GPT2, examples: Sequence[Example], precision: str) -> Answers:
+    """Score as build-nanogpt does for HellaSwag: one example per forward pass, logits everywhere, a masked loss."""
     tokenizer, compute = load_tokenizer(), replicated_compute(model, precision, ALONE.device).eval()
     answers = []
     for example in examples:
@@ -185,7 +182,7 @@ def one_at_a_time(model: GPT2, examples: Sequence[Example], precision: str) -> l
     return answers
 
 
-def together(model: GPT2, examples: Sequence[Example], precision: str, *, shared: bool = True) -> list[tuple[int, int]]:
+def together(model: GPT2, examples: Sequence[Example], precision: str, *, shared: bool = True) -> Answers:
     """Score with our scorer, including encoding; ``shared``: the common beginning of choices is computed once."""
     tokenizer = load_tokenizer()
     task = ChoiceTask("", piqa, encode_apart, "tokens")
@@ -206,11 +203,9 @@ def print_speed(files: dict[str, Path], models: Sequence[str], count: int, preci
     )
     columns = ("one at a time", "scorer, beginnings not shared", "scorer", "ratio", "same answers")
     print_header("model", "data", *columns)
-    runs = [
-        (name, data, model, examples)
-        for name, model in ((name, random_model(name)) for name in models)
-        for data, examples in (("PIQA", questions), ("like HellaSwag", passages))
-    ]
+    data_sets = {"PIQA": questions, "like HellaSwag": passages}
+    built = {name: random_model(name) for name in models}
+    runs = [(name, data, built[name], data_sets[data]) for name in models for data in data_sets]
     loops = []
     for *_, model, examples in runs:
         one_at_a_time(model, examples[:2], loop_precision)  # warms up
@@ -219,23 +214,18 @@ def print_speed(files: dict[str, Path], models: Sequence[str], count: int, preci
     for (name, data, model, examples), (slow, expected) in zip(runs, loops, strict=True):
         packed = as_evaluated(model, precision)
         together(packed, examples[:2], precision)
-        apart, _ = timed(partial(together, shared=False), packed, examples, precision)
+        apart, _ = timed(together, packed, examples, precision, shared=False)
         fast, found = timed(together, packed, examples, precision)
         same = sum(one == other for one, other in zip(expected, found, strict=True))
         speeds = [f"{len(examples) / seconds:.2f}/s" for seconds in (slow, apart, fast)]
         print_row(name, data, *speeds, f"{slow / fast:.1f}", f"{same} of {len(examples)}")
 
 
-def timed(
-    action: Callable[[GPT2, Sequence[Example], str], list[tuple[int, int]]],
-    model: GPT2,
-    examples: Sequence[Example],
-    precision: str,
-) -> tuple[float, list[tuple[int, int]]]:
-    """Return the seconds and the result of an action."""
+def timed(score: Callable[..., Answers], *arguments: Any, **options: Any) -> tuple[float, Answers]:
+    """Return the seconds that a call takes, and its result."""
     started = time.perf_counter()
-    result = action(model, examples, precision)
-    return time.perf_counter() - started, result
+    answers = score(*arguments, **options)
+    return time.perf_counter() - started, answers
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,19 +34,16 @@ PROMPT_TOKENS = 32
 PRODUCT_ROWS = (1, 2, 4, 512)  # of one to four texts, and of a prompt
 ROUNDS = 3
 PRODUCT_ROUNDS = 20
+#: Name -> implementation of attention, and whether to use the static cache under torch.compile.
+TRANSFORMERS_SETTINGS = {
+    "transformers, sdpa": ("sdpa", False),
+    "transformers, eager": ("eager", False),
+    "transformers, static, compiled": ("sdpa", True),
+}
 
 Texts = list[list[int]]  # token ids
 Product = Callable[[nn.Linear], Tensor]
 Contender = Callable[[Texts, int], Texts]  # prompts and a number of tokens -> the new tokens
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """The result of one contender on one batch."""
-
-    name: str
-    tokens_per_s: float
-    texts: Texts
 
 
 def main() -> None:
@@ -70,9 +66,12 @@ def main() -> None:
     )
     for precision in arguments.precision:
         print_products(model, precision)
-        contenders = {"ours": own_contender(model, DTYPES[precision]), **their_contenders(model, DTYPES[precision])}
+        contenders = {"ours": own_contender(model, DTYPES[precision])}
+        for name, (attention, compiled) in TRANSFORMERS_SETTINGS.items():
+            contenders[name] = their_contender(model, DTYPES[precision], attention, compiled)
         for batch in arguments.batch:
-            print_table(precision, batch, measure_all(contenders, batch, arguments.tokens))
+            print(f"\n{precision}, batch {batch}")
+            print_speeds(contenders, batch, arguments.tokens)
 
 
 def print_products(model: GPT2, precision: str) -> None:
@@ -113,26 +112,15 @@ def own_contender(model: GPT2, dtype: torch.dtype) -> Contender:
     """Return a contender that does what ``launch/generate.py`` does."""
     own = copy.deepcopy(model).to(dtype)
     pack_linear_layers(own, dtype)
-    return lambda prompts, count: own_texts(own, prompts, count)
 
+    def run(prompts: Texts, count: int) -> Texts:
+        texts: Texts = [[] for _ in prompts]
+        for tokens in generate_batch(own, prompts, SampleConfig(temperature=0, max_new_tokens=count)):
+            for row, token in tokens.items():
+                texts[row].append(token)
+        return texts
 
-def own_texts(model: GPT2, prompts: Texts, count: int) -> Texts:
-    """Generate greedily, without a stop token."""
-    texts: Texts = [[] for _ in prompts]
-    for tokens in generate_batch(model, prompts, SampleConfig(temperature=0, max_new_tokens=count)):
-        for row, token in tokens.items():
-            texts[row].append(token)
-    return texts
-
-
-def their_contenders(model: GPT2, dtype: torch.dtype) -> dict[str, Contender]:
-    """Return ``transformers`` in each setting."""
-    settings = {
-        "transformers, sdpa": ("sdpa", False),
-        "transformers, eager": ("eager", False),
-        "transformers, static, compiled": ("sdpa", True),
-    }
-    return {name: their_contender(model, dtype, *setting) for name, setting in settings.items()}
+    return run
 
 
 def their_contender(model: GPT2, dtype: torch.dtype, attention: str, compiled: bool) -> Contender:
@@ -153,8 +141,11 @@ def their_contender(model: GPT2, dtype: torch.dtype, attention: str, compiled: b
     return run
 
 
-def measure_all(contenders: dict[str, Contender], batch: int, count: int) -> list[Measurement]:
-    """Run each contender once to warm up, then in rounds, so that a slow moment affects all; return medians."""
+def print_speeds(contenders: dict[str, Contender], batch: int, count: int) -> None:
+    """Print one line per contender: its median speed, and the factor over the best of ``transformers``.
+
+    Each contender runs once to warm up. Then all run in rounds, so that a slow moment affects all of them.
+    """
     generator = torch.Generator().manual_seed(0)
     prompts: Texts = torch.randint(GPT2_VOCAB_SIZE, (batch, PROMPT_TOKENS), generator=generator).tolist()
     texts = {name: run(prompts, count) for name, run in contenders.items()}
@@ -164,16 +155,12 @@ def measure_all(contenders: dict[str, Contender], batch: int, count: int) -> lis
             start = time.perf_counter()
             run(prompts, count)
             seconds[name].append(time.perf_counter() - start)
-    return [Measurement(name, batch * count / statistics.median(seconds[name]), texts[name]) for name in contenders]
-
-
-def print_table(precision: str, batch: int, measurements: list[Measurement]) -> None:
-    """Print one line per contender; the factor is over the best of ``transformers``."""
-    peer = max((m for m in measurements if m.name.startswith("transformers")), key=lambda m: m.tokens_per_s)
-    print(f"\n{precision}, batch {batch}\n{'':<34}{'tokens/s':>10}{'factor':>8}  text")
-    for m in measurements:
-        same = "as transformers" if m.texts == peer.texts else "different"
-        print(f"{m.name:<34}{m.tokens_per_s:>10.1f}{m.tokens_per_s / peer.tokens_per_s:>8.2f}  {same}", flush=True)
+    speeds = {name: batch * count / statistics.median(times) for name, times in seconds.items()}  # tokens/s
+    peer = max(TRANSFORMERS_SETTINGS, key=speeds.__getitem__)
+    print(f"{'':<34}{'tokens/s':>10}{'factor':>8}  text")
+    for name, speed in speeds.items():
+        same = "as transformers" if texts[name] == texts[peer] else "different"
+        print(f"{name:<34}{speed:>10.1f}{speed / speeds[peer]:>8.2f}  {same}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Its tasks are unchanged; only the download of their data is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +59,11 @@ def evaluate_with_harness(
         )
     samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
     figures = {key.partition(",")[0]: value for key, value in found["results"][name].items() if key.endswith(",none")}
-    return HarnessResult([_scores(sample["filtered_resps"]) for sample in samples], figures)
-
-
-def _scores(responses: Sequence[Any]) -> list[tuple[float, bool]]:
-    return [
-        (float(answer[0]), bool(answer[1])) if isinstance(answer, tuple) else (answer, False) for answer in responses
+    scores = [
+        [(float(r[0]), bool(r[1])) if isinstance(r, tuple) else (r, False) for r in sample["filtered_resps"]]
+        for sample in samples
     ]
+    return HarnessResult(scores, figures)
 
 
 @contextmanager

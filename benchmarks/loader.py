@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -73,8 +72,8 @@ def make_shards(folder: Path, tokens: int) -> Path:
 
 def our_batches(folder: Path) -> Iterator[Batch]:
     """Yield shuffled windows of the whole split, from memory-mapped files."""
-    part = TokenDataset("data", str(folder), 1.0, open_split(folder, TRAIN_SPLIT), None)
-    loader = TrainLoader([part], BatchPlan(BATCH, SEQ_LEN, ACCUMULATION, 1), seed=1337, rank=0)
+    dataset = TokenDataset("data", str(folder), 1.0, open_split(folder, TRAIN_SPLIT), None)
+    loader = TrainLoader([dataset], BatchPlan(BATCH, SEQ_LEN, ACCUMULATION, 1), seed=1337, rank=0)
     for step in itertools.count():
         for micro_batch in loader.micro_batches(step * loader.plan.samples_per_step):
             yield micro_batch.to(CPU)
@@ -94,19 +93,9 @@ def slices_in_order(folder: Path) -> Iterator[Batch]:
 LOADERS: dict[str, Callable[[Path], Iterator[Batch]]] = {"this loader": our_batches, "slices in order": slices_in_order}
 
 
-@dataclass(frozen=True)
-class Speed:
-    """The speed and memory of one loader in its own process."""
-
-    first_s: float  # until the first batch
-    others_s: float  # for all other batches of a shard
-    own_mb: float  # growth of anonymous memory since the start
-    mapped_mb: float  # growth of file pages, which the system can reclaim
-
-
-def speed_of(name: str, folder: Path) -> Speed:
-    """Read as many batches as one shard contains."""
-    own, mapped = resident_bytes()
+def measure_loader(name: str, folder: Path) -> list[str]:
+    """Read as many batches as one shard contains; return the cells of a table row."""
+    own_bytes, mapped_bytes = status_bytes("RssAnon"), status_bytes("RssFile")
     started = time.perf_counter()
     batches = LOADERS[name](folder)
     next(batches)
@@ -116,16 +105,16 @@ def speed_of(name: str, folder: Path) -> Speed:
         inputs, targets = next(batches)
         assert inputs.shape == targets.shape == (BATCH, SEQ_LEN)
     others_s = time.perf_counter() - started
-    own_after, mapped_after = resident_bytes()
-    return Speed(first_s, others_s, (own_after - own) / MB, (mapped_after - mapped) / MB)
+    return [
+        f"{first_s * 1e3:,.0f} ms",
+        f"{(BATCHES - 1) / others_s:,.0f}",
+        f"{BATCHES / (first_s + others_s):,.0f}",
+        f"{(status_bytes('RssAnon') - own_bytes) / MB:,.0f} MB",
+        f"{(status_bytes('RssFile') - mapped_bytes) / MB:,.0f} MB",
+    ]
 
 
-def resident_bytes() -> tuple[int, int]:
-    """Return the anonymous and the file-backed resident memory of this process."""
-    return status_bytes("RssAnon"), status_bytes("RssFile")
-
-
-def forget_cache(folder: Path) -> None:
+def drop_from_cache(folder: Path) -> None:
     """Ask the system to drop the files from its cache."""
     for path in folder.glob("*.npy"):
         with path.open("rb") as file:
@@ -142,18 +131,9 @@ def print_speeds(folder: Path) -> None:
     for files in ("on disk", "cached"):
         for name in LOADERS:
             if files == "on disk":
-                forget_cache(folder)
+                drop_from_cache(folder)
             with ProcessPoolExecutor(1, mp_context=spawn) as process:
-                speed = process.submit(speed_of, name, folder).result()
-            print_row(
-                name,
-                files,
-                f"{speed.first_s * 1e3:,.0f} ms",
-                f"{(BATCHES - 1) / speed.others_s:,.0f}",
-                f"{BATCHES / (speed.first_s + speed.others_s):,.0f}",
-                f"{speed.own_mb:,.0f} MB",
-                f"{speed.mapped_mb:,.0f} MB",
-            )
+                print_row(name, files, *process.submit(measure_loader, name, folder).result())
 
 
 class EndlessStream:

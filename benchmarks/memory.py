@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
-_KIB = 1024
+import psutil
+
+_POLL_S = 0.3
 
 
 def status_bytes(field: str, pid: int | str = "self") -> int:
@@ -18,4 +23,16 @@ def status_bytes(field: str, pid: int | str = "self") -> int:
     except OSError:
         return 0
     found = re.search(rf"{field}:\s+(\d+) kB", status)
-    return int(found[1]) * _KIB if found else 0
+    return int(found[1]) * 1024 if found else 0
+
+
+def watch_peak_bytes(process: subprocess.Popen[bytes]) -> int:
+    """Wait until a process ends; return the largest peak resident memory among it and its descendants, in bytes."""
+    peak = 0
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            children = psutil.Process(process.pid).children(recursive=True)
+            pids = [process.pid, *(child.pid for child in children)]
+            peak = max([peak, *(status_bytes("VmHWM", pid) for pid in pids)])
+        time.sleep(_POLL_S)
+    return peak

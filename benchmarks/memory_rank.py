@@ -16,7 +16,7 @@ from benchmarks.memory import status_bytes
 from pipeline.backends import Backend, create_backend
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
-from pipeline.data.batch_plan import BatchPlan, plan_batch
+from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.world import World, join_world
 from pipeline.model.gpt2 import build_model
 
@@ -37,8 +37,7 @@ def main() -> None:
         before = _used_bytes(world.device)
         _reset_peak(world.device)
         held = _train(config, world)
-        peak = _peak_bytes(world.device) - before
-        largest = max(world.gather(peak))
+        largest = max(world.gather(_peak_bytes(world.device) - before))
         if world.is_main:
             arguments.out.write_text(json.dumps({"peak_bytes": largest}))
         held.close()
@@ -54,18 +53,13 @@ def _train(config: Config, world: World) -> Backend:
     """Build the backend as a run does and train some steps."""
     plan = plan_batch(config, world.size)
     backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
+    shape, weight = (plan.micro_batch_size, plan.seq_len), world.size / plan.tokens_per_step
     for _ in range(STEPS):
-        _step(backend, config, plan, world)
+        for i in range(plan.accumulation):
+            tokens = torch.randint(config.model.vocab_size, shape, device=world.device)
+            backend.accumulate(tokens, tokens, weight, is_last=i == plan.accumulation - 1)
+        backend.step(config.optimizer.learning_rate)
     return backend
-
-
-def _step(backend: Backend, config: Config, plan: BatchPlan, world: World) -> None:
-    shape = (plan.micro_batch_size, plan.seq_len)
-    for i in range(plan.accumulation):
-        tokens = torch.randint(config.model.vocab_size, shape, device=world.device)
-        weight = world.size / plan.tokens_per_step
-        backend.accumulate(tokens, tokens, weight, is_last=i == plan.accumulation - 1)
-    backend.step(config.optimizer.learning_rate)
 
 
 def _used_bytes(device: torch.device) -> int:

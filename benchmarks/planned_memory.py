@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks.wrapped_shards import WORLD_SIZES, compare_shards
 from pipeline.config.loading import load_config
-from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.planning.layouts import layout_of
 from pipeline.planning.planner import peak_memory
@@ -60,10 +59,6 @@ class Setting:
     precision: str = "amp_bf16"
     accumulation: int = 1
     checkpointing: bool | int = False
-
-    def config(self) -> Config:
-        """Return the config of the run."""
-        return load_config([CONFIGS / f"{self.backend}.json"], self.overrides())
 
     def overrides(self) -> list[str]:
         """Return the overrides for ``--set``."""
@@ -119,25 +114,16 @@ class Compared:
         """Return whether the difference is within ``LARGEST_DIFFERENCE``."""
         return abs(self.difference) <= LARGEST_DIFFERENCE
 
-    def cells(self) -> list[str]:
+    def cells(self) -> list[object]:
         """Return the cells of a table row."""
-        setting = self.setting
-        return [
-            setting.backend,
-            str(setting.world_size),
-            setting.model,
-            setting.precision,
-            str(setting.accumulation),
-            json.dumps(setting.checkpointing),
-            f"{self.planned_bytes / MIB:,.0f}",
-            f"{self.measured_bytes / MIB:,.0f}",
-            f"{self.difference:+.1%}",
-        ]
+        sizes = [f"{size / MIB:,.0f}" for size in (self.planned_bytes, self.measured_bytes)]
+        *first, checkpointing = astuple(self.setting)
+        return [*first, json.dumps(checkpointing), *sizes, f"{self.difference:+.1%}"]
 
 
 def compare(setting: Setting, ranks: RankServer, scratch: Path) -> Compared:
     """Plan a run and measure it."""
-    config = setting.config()
+    config = load_config([CONFIGS / f"{setting.backend}.json"], setting.overrides())
     plan = plan_batch(config, setting.world_size)
     planned = peak_memory(config, plan).total
     if not torch.cuda.is_available():

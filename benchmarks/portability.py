@@ -19,7 +19,6 @@ from tests.support.agreement import LOSS_TOLERANCE
 from tests.support.runs import (
     BACKENDS,
     TINY_BYTE_RUN,
-    Curve,
     Sections,
     curve_of,
     make_byte_corpus,
@@ -82,9 +81,9 @@ class Portability:
         """Return the run folder of one side's uninterrupted run, or of a continuation."""
         return self.scratch / "-".join([self.precision, *(f"{side.backend}{side.processes}" for side in sides)])
 
-    def train(self, side: Side) -> Curve:
+    def train(self, side: Side) -> None:
         """Train the uninterrupted run, which also saves at ``SAVED_AT``."""
-        return curve_of(side.backend, self.folder(side), self.sections, side.processes)
+        curve_of(side.backend, self.folder(side), self.sections, side.processes)
 
     def continue_run(self, saved_by: Side, continued_by: Side) -> Continuation:
         """Continue one side's checkpoint under another side and compare."""
@@ -115,12 +114,13 @@ def compare(data: Path, scratch: Path, precision: str, pairs: Sequence[tuple[Sid
     """Run all pairs and yield one result per pair. Single-process runs use one core each, in parallel."""
     runs = Portability(data, scratch, precision)
     sources = list(dict.fromkeys(saved_by for saved_by, _ in pairs))
-    for processes in (1, 2):
-        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // processes)) as pool:
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as single, ThreadPoolExecutor(max(1, cores // 2)) as double:
+        pools = {1: single, 2: double}
+        for processes, pool in pools.items():
             list(pool.map(runs.train, [side for side in sources if side.processes == processes]))
-    for processes in (1, 2):
-        chosen = [pair for pair in pairs if pair[1].processes == processes]
-        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // processes)) as pool:
+        for processes, pool in pools.items():
+            chosen = [pair for pair in pairs if pair[1].processes == processes]
             yield from pool.map(lambda pair: runs.continue_run(*pair), chosen)
 
 

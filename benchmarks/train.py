@@ -44,6 +44,7 @@ PEERS = {
 }
 DEFAULT_CONTENDERS = ("ddp", "transformers-loop", "transformers-trainer")
 ALL_DOCUMENTS = 1_000_000
+BENCHMARKS = REPOSITORY / "benchmarks"
 
 #: Largest difference between mean losses, in nats, that counts as agreement: with the same batches and weights, and for
 #: a command with its own batches and weights.
@@ -85,14 +86,13 @@ def train_peer(arguments: Sequence[str], setting: Setting) -> Measured:
     kind, *options = arguments
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch, "rows.jsonl")
-        script = REPOSITORY / "benchmarks" / "train_peers.py"
-        _run_script(setting.processes, script, [kind, setting.to_json(), str(rows), *options])
+        _run_script(setting.processes, BENCHMARKS / "train_peers.py", [kind, setting.to_json(), str(rows), *options])
         return Measured.of_rows([json.loads(line) for line in rows.read_text().splitlines()], setting)
 
 
 def measure_limits(setting: Setting) -> Limits:
     """Measure the machine with as many processes as train."""
-    output = _run_script(setting.processes, REPOSITORY / "benchmarks" / "machine_limits.py", [setting.to_json()])
+    output = _run_script(setting.processes, BENCHMARKS / "machine_limits.py", [setting.to_json()])
     return Limits(**json.loads(output.strip().splitlines()[-1]))
 
 
@@ -108,11 +108,8 @@ def _run_script(processes: int, script: Path, arguments: Sequence[str]) -> str:
 
 def contenders_of(names: Sequence[str], commands: Sequence[PeerCommand]) -> list[Contender]:
     """Return the contenders in the order of the command line, commands last."""
-    named = [
-        Contender(name, partial(train_ours, name) if name in OURS else partial(train_peer, PEERS[name]))
-        for name in names
-    ]
-    return named + [Contender(command.name, command.run, LOSS_TOLERANCE_OF_COMMANDS) for command in commands]
+    contenders = [Contender(n, partial(train_ours, n) if n in OURS else partial(train_peer, PEERS[n])) for n in names]
+    return contenders + [Contender(command.name, command.run, LOSS_TOLERANCE_OF_COMMANDS) for command in commands]
 
 
 def run_rounds(contenders: Sequence[Contender], setting: Setting, rounds: int) -> dict[str, Measured]:
@@ -154,25 +151,21 @@ def print_table(contenders: Sequence[Contender], found: dict[str, Measured], set
     """Print one row per contender."""
     config = setting.config()
     flops = flops_per_token(config.model, config.seq_len)
-
-    def rate(milliseconds: float) -> float:
-        return setting.tokens_per_step / milliseconds * 1e3
-
-    fastest_ms = statistics.median(found[contenders[0].name].step_ms)
+    first_ms = statistics.median(found[contenders[0].name].step_ms)
     columns = ("tokens/s", "quartiles", "of the ceiling", "peak memory", "last loss", f"{contenders[0].name} is")
     print_header("contender", *columns)
     for contender in contenders:
         measured = found[contender.name]
-        low, median, high = statistics.quantiles(measured.step_ms, n=4, method="inclusive")
-        peak = "not known" if measured.peak_bytes is None else f"{measured.peak_bytes / GIB:.2f} GiB"
+        quartiles_ms = statistics.quantiles(measured.step_ms, n=4, method="inclusive")
+        fastest, rate, slowest = (setting.tokens_per_step / ms * 1e3 for ms in quartiles_ms)  # tokens/s
         print_row(
             contender.name,
-            f"{rate(median):,.0f}",
-            f"{rate(high):,.0f} - {rate(low):,.0f}",
-            f"{rate(median) * flops / ceiling:.1%}",
-            peak,
+            f"{rate:,.0f}",
+            f"{slowest:,.0f} - {fastest:,.0f}",
+            f"{rate * flops / ceiling:.1%}",
+            "not known" if measured.peak_bytes is None else f"{measured.peak_bytes / GIB:.2f} GiB",
             f"{measured.losses[max(measured.losses)]:.4f}",
-            f"{median / fastest_ms:.2f}x as fast",
+            f"{quartiles_ms[1] / first_ms:.2f}x as fast",
         )
 
 

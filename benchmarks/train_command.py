@@ -18,14 +18,11 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
-
-from benchmarks.memory import status_bytes
+from benchmarks.memory import watch_peak_bytes
 from benchmarks.train_setting import Measured, Setting
 from data_tools.formats.conversion import convert
 from data_tools.formats.plan import ConvertRequest
@@ -35,7 +32,6 @@ _STEP = re.compile(rf"\b(?:iter|step){_NUMBER}", re.IGNORECASE)
 _LOSS = re.compile(rf"\b(?:train[_ ])?loss{_NUMBER}", re.IGNORECASE)
 _MILLISECONDS = re.compile(rf"\b(?:time|dt){_NUMBER}\s*ms\b", re.IGNORECASE)
 _RATE = re.compile(rf"\btok(?:ens?)?(?:/|_per_)s(?:ec)?{_NUMBER}", re.IGNORECASE)
-_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -63,11 +59,12 @@ class PeerCommand:
             data, out, log = Path(scratch, "data"), Path(scratch, "out"), Path(scratch, "log")
             convert(ConvertRequest(source=Path(setting.data), out=data, to="nanogpt"))
             out.mkdir()
+            # In the command, ``python`` and ``torchrun`` are those of this project.
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+            command, environment = self.filled(setting, data, out), {**os.environ, "PATH": path}
             with log.open("w") as output:
-                process = subprocess.Popen(
-                    self.filled(setting, data, out), shell=True, stdout=output, stderr=output, env=_environment()
-                )
-                peak = _watch(process)
+                process = subprocess.Popen(command, shell=True, stdout=output, stderr=output, env=environment)
+                peak = watch_peak_bytes(process)
             text = log.read_text(errors="replace")
         steps = list(read_steps(text.splitlines(), setting.tokens_per_step))
         if process.returncode or not steps:
@@ -98,22 +95,3 @@ def read_steps(lines: Iterable[str], tokens_per_step: int) -> Iterator[tuple[int
 def _number(pattern: re.Pattern[str], line: str) -> float | None:
     match = pattern.search(line)
     return float(match[1].rstrip(".,").replace(",", "")) if match else None
-
-
-def _environment() -> dict[str, str]:
-    """Return an environment in which ``python`` and ``torchrun`` are those of this project."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-
-
-def _watch(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the end; return the peak resident memory, in bytes, of the process that used most."""
-    peak = 0
-    while process.poll() is None:
-        try:
-            children = psutil.Process(process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            break
-        peak = max([peak, *(status_bytes("VmHWM", child.pid) for child in children)])
-        time.sleep(_POLL_S)
-    process.wait()
-    return peak

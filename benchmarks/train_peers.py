@@ -7,9 +7,9 @@ bf16 autocast, fused AdamW and torch.compile, or eager.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 
-from benchmarks.train_setting import Setting, write_row
+from benchmarks.train_setting import Setting
 from benchmarks.transformers_model import transformers_model
 from pipeline.backends.optimizer import build_adamw, set_learning_rate
 from pipeline.config.schema import Config
@@ -53,10 +53,12 @@ class RowClock:
         value, now = self.world.sum(loss).item() / self.world.size, time.perf_counter()
         steps = 1 if step <= self.setting.steps_per_row else self.setting.steps_per_row
         if self.path:
-            peak_gib = peak_memory_bytes(self.world.device) / GIB
-            write_row(
-                self.path, step=step, loss=value, step_ms=(now - self.started) * 1e3 / steps, peak_memory_gib=peak_gib
-            )
+            peak_gib, step_ms = peak_memory_bytes(self.world.device) / GIB, (now - self.started) * 1e3 / steps
+            with self.path.open("a", encoding="utf-8") as rows:
+                print(
+                    json.dumps({"step": step, "loss": value, "step_ms": step_ms, "peak_memory_gib": peak_gib}),
+                    file=rows,
+                )
         self.started = time.perf_counter()
 
 
@@ -113,30 +115,14 @@ class Windows(Dataset[dict[str, Tensor]]):
 class TimedTrainer(transformers.Trainer):
     """A ``Trainer`` that reads samples in order and keeps its last loss."""
 
-    def __init__(self, clock: RowClock, **options: Any) -> None:
-        super().__init__(**options)
-        self.clock = clock
-
     def _get_train_sampler(self, *_: Any) -> Sampler[int]:
         assert isinstance(self.train_dataset, Windows)
         return SequentialSampler(self.train_dataset)
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
-        """Run a step and keep its loss for the callback."""
+        """Run a step and keep its loss for the clock."""
         self.last_loss = super().training_step(*arguments, **options)
         return self.last_loss
-
-
-class StepEnd(transformers.TrainerCallback):
-    """A callback that counts optimizer steps."""
-
-    def __init__(self) -> None:
-        self.trainer: TimedTrainer | None = None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count the step that has ended."""
-        assert self.trainer
-        self.trainer.clock.count(self.trainer.last_loss.detach())
 
 
 def hugging_face_trainer(config: Config, world: World, clock: RowClock, folder: Path, *, compiled: bool) -> None:
@@ -144,7 +130,10 @@ def hugging_face_trainer(config: Config, world: World, clock: RowClock, folder: 
     on_cpu = world.device.type == "cpu"
     model = build_peer(config)
     optimizer = build_adamw(model.parameters(), config.optimizer, world.device)
-    lr_factor = partial(_lr_factor, config)
+
+    def lr_factor(step: int) -> float:
+        return lr_at(step, config.optimizer, config.schedule) / config.optimizer.learning_rate
+
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=config.batch.micro_batch_size,
@@ -162,21 +151,15 @@ def hugging_face_trainer(config: Config, world: World, clock: RowClock, folder: 
         dataloader_pin_memory=not on_cpu,
         seed=config.run.seed,
     )
-    callback = StepEnd()
-    callback.trainer = TimedTrainer(
-        clock,
+    trainer = TimedTrainer(
         model=model,
         args=arguments,
         train_dataset=Windows(config, world),
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)),
-        callbacks=[callback],
     )
+    optimizer.register_step_post_hook(lambda *_: clock.count(trainer.last_loss.detach()))
     clock.started = time.perf_counter()
-    callback.trainer.train()
-
-
-def _lr_factor(config: Config, step: int) -> float:
-    return lr_at(step, config.optimizer, config.schedule) / config.optimizer.learning_rate
+    trainer.train()
 
 
 def main() -> None:
@@ -189,9 +172,8 @@ def main() -> None:
     arguments = parser.parse_args()
     setting: Setting = arguments.setting
     config = setting.config()
-    needs_group = (
-        setting.processes > 1 or arguments.kind == "trainer"
-    )  # join_world sets variables that make Trainer expect one
+    # join_world sets variables that make Trainer expect a process group.
+    needs_group = setting.processes > 1 or arguments.kind == "trainer"
     with join_world(config.run, process_group=needs_group) as world:
         if world.device.type == "cpu":
             bind_to_cores(world)

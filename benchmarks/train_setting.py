@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import Config
@@ -84,9 +83,3 @@ class Measured:
         counted = [row["step_ms"] for row in trained if row["step"] > setting.warmup_steps]
         peak = max(row["peak_memory_gib"] for row in trained)
         return cls({row["step"]: row["loss"] for row in trained}, counted, int(peak * GIB))
-
-
-def write_row(path: Path, **row: float) -> None:
-    """Append a row for ``Measured.of_rows`` to a file."""
-    with path.open("a", encoding="utf-8") as rows:
-        rows.write(json.dumps(row) + "\n")

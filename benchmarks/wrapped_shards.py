@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from pipeline.backends import Backend, create_backend
+from pipeline.backends import create_backend
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch
@@ -90,21 +90,16 @@ def compare_small(name: str, world_size: int) -> Iterator[Shards]:
     config, plan = _planned(name, world_size, [*SMALL_MODEL, *([SMALL_BUCKET] if name.startswith("zero") else [])])
     layout = layout_of(config, plan)
     with _fake_world(world_size) as world:
-        backend = create_backend(build_model(config.model, seed=1), config, world, plan)
+        backend: Any = create_backend(build_model(config.model, seed=1), config, world, plan)
         if name == "ddp":
-            yield Shards(name, world_size, "gradients", layout.gradients(0), _bucket_bytes(backend))
+            sizes = backend.compute._get_ddp_logging_data()["bucket_sizes"]  # one string
+            yield Shards(name, world_size, "gradients", layout.gradients(0), sum(map(int, str(sizes).split(","))))
             moments = sum(fragment.exp_avg.nbytes + fragment.exp_avg_sq.nbytes for fragment in backend.fragments())
-            yield Shards(name, world_size, "moments", layout.optimizer, moments)
         else:
-            states = _adam_states(backend)
+            states = backend.state.adam_states()  # creates moments if no step has
             moments = sum(state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes for state in states)
-            yield Shards(name, world_size, "moments", layout.optimizer, moments)
+        yield Shards(name, world_size, "moments", layout.optimizer, moments)
         backend.close()
-
-
-def _adam_states(backend: Any) -> list[dict[str, Tensor]]:
-    states: list[dict[str, Tensor]] = backend.state.adam_states()  # creates moments if no step has
-    return states
 
 
 def _planned(name: str, world_size: int, sets: list[str]) -> tuple[Config, BatchPlan]:
@@ -141,10 +136,3 @@ def _mesh_of_real_tensors() -> Iterator[None]:
 def _local_bytes(tensor: Tensor | None) -> int:
     assert isinstance(tensor, DTensor)
     return tensor.to_local().nbytes  # not the storage, which the gradients of a group share
-
-
-def _bucket_bytes(backend: Backend) -> int:
-    """Return the bytes of DDP's gradient buckets; DDP logs their sizes as one string."""
-    wrapper: Any = backend.compute
-    sizes = wrapper._get_ddp_logging_data()["bucket_sizes"]
-    return sum(int(size) for size in str(sizes).split(","))

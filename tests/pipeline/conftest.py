@@ -26,12 +26,12 @@ END_OF_TEXT = VOCAB_SIZE - 1
 
 
 def tiny_model_config(**changes: Any) -> ModelConfig:
-    """``TINY_MODEL`` with changes."""
+    """Return ``TINY_MODEL`` with changes."""
     return ModelConfig.model_validate({**TINY_MODEL, **changes})
 
 
 def tiny_config(run_folder: Path | str = "unused", **sections: dict[str, Any]) -> Config:
-    """A whole run config around ``TINY_MODEL``, with sections over it."""
+    """Return a run config with ``TINY_MODEL``. The sections override its defaults key by key."""
     defaults: dict[str, dict[str, Any]] = {
         "run": {"out_dir": str(run_folder), "device": "cpu", "precision": "fp32"},
         "model": TINY_MODEL,
@@ -55,7 +55,7 @@ def randomised_model(config: ModelConfig, seed: int = 1) -> GPT2:
 
 
 def random_tokens(*shape: int, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> torch.Tensor:
-    """Ids drawn evenly from the vocabulary, int64."""
+    """Return ids drawn uniformly from the vocabulary, int64."""
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -66,11 +66,15 @@ def write_shards(
     masks: dict[str, Sequence[np.ndarray]] | None = None,
     vocabulary_sha256: str = "0" * 64,
 ) -> Path:
-    """Token shards by split, under a vocabulary of ``VOCAB_SIZE``; each split has ``utf8_bytes`` in its first shard."""
+    """Write token shards by split for a vocabulary of ``VOCAB_SIZE``, and their manifest.
+
+    Args:
+        utf8_bytes: recorded in the first shard of each split; the other shards record 0.
+    """
     folder.mkdir(parents=True)
     records = []
-    for split, parts in shards.items():
-        for i, tokens in enumerate(parts):
+    for split, arrays in shards.items():
+        for i, tokens in enumerate(arrays):
             writer = ShardWriter(folder, f"{split}_{i:05d}.npy", split)
             writer.append(
                 tokens.astype(np.uint16),
@@ -91,7 +95,7 @@ def write_shards(
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Of tensors this small, threads wait for each other longer than they compute."""
+    """Use one thread, because threads wait for each other longer than they compute on tensors this small."""
     torch.set_num_threads(1)
 
 
@@ -106,7 +110,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
 @contextmanager
 def largest_file(size_bytes: int) -> Iterator[None]:
-    """No file may grow beyond this, as on a disk that is full."""
+    """Let no file grow beyond this size, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
     try:

@@ -76,19 +76,10 @@ def look_at(page: str, width: int, *, dark: bool = False) -> Seen:
 
 def measured_by(address: str, *options: str) -> tuple[dict[str, Any], list[str]]:
     """Return the JSON that a page wrote into its ``<pre id="measured">``, and the lines of its console."""
-    result = open_in_browser(address, "--dump-dom", *options)
+    assert CHROMIUM
+    with tempfile.TemporaryDirectory() as profile:
+        command = [CHROMIUM, *_OPTIONS, f"--user-data-dir={profile}", "--dump-dom", *options, address]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     measured = result.stdout.partition('<pre id="measured">')[2].partition("</pre>")[0]
     assert measured, result.stdout[-2000:] + result.stderr
     return json.loads(unescape(measured)), [line for line in result.stderr.splitlines() if "CONSOLE" in line]
-
-
-def open_in_browser(address: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Open an address in a new browser and wait until it is idle."""
-    assert CHROMIUM
-    with tempfile.TemporaryDirectory() as profile:
-        return subprocess.run(
-            [CHROMIUM, *_OPTIONS, f"--user-data-dir={profile}", *options, address],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )

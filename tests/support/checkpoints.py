@@ -1,4 +1,4 @@
-"""Saving a checkpoint at once and without a run."""
+"""Save a checkpoint without a run."""
 
 from __future__ import annotations
 

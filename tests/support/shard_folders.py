@@ -45,14 +45,7 @@ def random_tokens(size: int, seed: int = 0) -> np.ndarray:
 
 def edit_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     """Return damage that changes the manifest and removes its own SHA-256, which other programs do not write."""
-
-    def damage(folder: Path) -> None:
-        value = json.loads((folder / "manifest.json").read_text())
-        value.pop("sha256", None)
-        change(value)
-        (folder / "manifest.json").write_text(json.dumps(value))
-
-    return damage
+    return edit_sealed_manifest(lambda value: (value.pop("sha256", None), change(value)))
 
 
 def edit_sealed_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:

@@ -23,26 +23,14 @@ from data_tools.storage.atomic import write_json_durably
 from data_tools.tokenizer import load_tokenizer
 
 END = 50256
-
-
 LLMC_MAGIC, LLMC_VERSION = 20240520, 1
 
-
 Tokens = npt.NDArray[np.uint16]
-
-
-Totals = dict[str, tuple[list[int], int, int]]
-
-
+Totals = dict[str, tuple[list[int], int, int]]  # per split: tokens, number of documents, bytes of text
 Damage = Callable[[Path], None]
 
-
 token_ids = st.integers(0, END) | st.just(END)
-
-
 token_runs = st.lists(token_ids, max_size=120).map(lambda ids: np.array(ids, dtype=np.uint16))
-
-
 few_examples = settings(max_examples=20, deadline=None, derandomize=True)
 
 
