@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ class Measured:
 
 def distinct_documents(megabytes: float) -> Iterator[str]:
     """Yield distinct texts of this Python installation; if they are too few, again with a number in front."""
-    left, lap = megabytes * 1e6, 0
-    while left > 0:
+    left = megabytes * 1e6
+    for lap in itertools.count():
         seen: set[bytes] = set()
         for path in _text_files():
             content = path.read_bytes()
@@ -75,7 +76,6 @@ def distinct_documents(megabytes: float) -> Iterator[str]:
             left -= len(content)
             if left <= 0:
                 return
-        lap += 1
 
 
 def _text_files() -> Iterator[Path]:
@@ -91,14 +91,9 @@ def write_inputs(folder: Path, megabytes: float) -> dict[str, Path]:
     paths = {"jsonl": folder / "documents.jsonl", "parquet": folder / "documents.parquet"}
     schema = pa.schema([("text", pa.string())])
     with paths["jsonl"].open("w", encoding="utf-8") as lines, pq.ParquetWriter(paths["parquet"], schema) as rows:
-        group: list[str] = []
-        for document in distinct_documents(megabytes):
-            lines.write(json.dumps({"text": document}) + "\n")
-            group.append(document)
-            if len(group) == 1000:
-                rows.write_table(pa.table({"text": group}, schema))
-                group = []
-        if group:
+        documents = distinct_documents(megabytes)
+        while group := list(itertools.islice(documents, 1000)):
+            lines.writelines(json.dumps({"text": document}) + "\n" for document in group)
             rows.write_table(pa.table({"text": group}, schema))
     return paths
 
@@ -153,9 +148,7 @@ def pool_of_tiktoken(source: Path, out: Path) -> Done:
 
 
 def _tokenize_one(text: str) -> Tokens:
-    ids = [END_OF_TEXT]
-    ids.extend(_tiktoken().encode_ordinary(text))
-    return np.array(ids).astype(np.uint16)
+    return np.array([END_OF_TEXT, *_tiktoken().encode_ordinary(text)]).astype(np.uint16)
 
 
 @cache
@@ -191,32 +184,28 @@ def _tokenize_row(row: dict[str, str]) -> dict[str, Any]:
 
 def bare_tiktoken(source: Path, out: Path) -> Done:
     """Run ``encode_ordinary_batch`` with all threads on documents in memory."""
-    texts = list(read_texts(source))
-    encoding = _tiktoken()
-    started = time.perf_counter()
-    encoded = encoding.encode_ordinary_batch(texts, num_threads=available_cores())
-    seconds = time.perf_counter() - started
-    return lambda: _flat(np.array(ids, dtype=np.uint16) for ids in encoded), seconds
+    return _encode_in_memory(source, partial(_tiktoken().encode_ordinary_batch, num_threads=available_cores()))
 
 
 def bare_gigatoken(source: Path, out: Path) -> Done:
     """Run ``encode_batch`` with all threads on documents in memory."""
     import gigatoken
 
-    texts = list(read_texts(source))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "gpt2.tiktoken")
         path.write_bytes(load_tokenizer().rank_file)
         tokenizer = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {})
+    return _encode_in_memory(source, partial(tokenizer.encode_batch, parallel=True))
+
+
+def _encode_in_memory(source: Path, encode: Callable[[list[str]], Any]) -> Done:
+    texts = list(read_texts(source))
     started = time.perf_counter()
-    encoded = tokenizer.encode_batch(texts, parallel=True)
+    encoded = encode(texts)
     seconds = time.perf_counter() - started
-    return lambda: _flat(np.asarray(ids, dtype=np.uint16) for ids in encoded), seconds
-
-
-def _flat(documents: Iterator[Tokens]) -> Tokens:
     start = np.array([END_OF_TEXT], dtype=np.uint16)
-    return np.concatenate([piece for tokens in documents for piece in (start, tokens)])
+    pieces = (piece for ids in encoded for piece in (start, np.asarray(ids, dtype=np.uint16)))
+    return lambda: np.concatenate(list(pieces)), seconds
 
 
 _OURS = "this project"

@@ -67,21 +67,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def hub_rows(task: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Convert rows of query, choices, gold or context, continuation to the form of the hub's datasets."""
-    if task == "lambada":
-        return [row if "text" in row else {"text": f"{row['context']} {row['continuation']}"} for row in rows]
-    return [
-        row
-        if "goal" in row
-        else {
-            "goal": row["query"].removeprefix("Question: ").removesuffix("\n"),
-            "sol1": row["choices"][0],
-            "sol2": row["choices"][1],
-            "label": row["gold"],
-        }
-        for row in rows
-    ]
+def hub_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Convert query, choices, gold (PIQA) or context, continuation (LAMBADA) to the form of the hub's datasets."""
+    if "continuation" in row:
+        return {"text": f"{row['context']} {row['continuation']}"}
+    if "query" in row:
+        goal, (first, second) = row["query"].removeprefix("Question: ").removesuffix("\n"), row["choices"]
+        return {"goal": goal, "sol1": first, "sol2": second, "label": row["gold"]}
+    return row
 
 
 def as_evaluated(model: GPT2, precision: str = "fp32") -> GPT2:
@@ -105,7 +98,7 @@ def print_agreement(files: dict[str, Path], limit: int, scratch: Path) -> None:
     print_header("weights", *columns)
     for weights, model in (("random", random_model("gpt2-tiny")), ("60 steps", trained_model(scratch))):
         for task, path in files.items():
-            rows = hub_rows(task, read_lines(path)[:limit])
+            rows = [hub_row(row) for row in read_lines(path)[:limit]]
             ours = prepare_task(task, str(path), Settings(limit=limit), model.config, ALONE)
             scorer = scorer_of(as_evaluated(model))
             scores = scorer.score(ours.groups, task)
@@ -121,10 +114,8 @@ def print_agreement(files: dict[str, Path], limit: int, scratch: Path) -> None:
                 chosen([(one.log_likelihood, one.is_greedy) for one in group]) == chosen(others)
                 for group, others in zip(scores, theirs.scores, strict=True)
             )
-            accuracy = ours.measure(scorer)["acc"]
-            print_row(
-                weights, task, len(pairs), f"{largest:.1e}", f"{same} of {len(scores)}", accuracy, theirs.figures["acc"]
-            )
+            accuracies = (ours.measure(scorer)["acc"], theirs.figures["acc"])
+            print_row(weights, task, len(pairs), f"{largest:.1e}", f"{same} of {len(scores)}", *accuracies)
 
 
 def chosen(answers: Sequence[tuple[float, bool]]) -> Any:
@@ -196,7 +187,7 @@ def together(model: GPT2, examples: Sequence[Example], precision: str, *, shared
 def print_speed(files: dict[str, Path], models: Sequence[str], count: int, precision: str, loop_precision: str) -> None:
     """Print the examples per second of the scorer and of the loop, and how many answers are equal."""
     questions = [piqa(row) for row in read_lines(files["piqa"])[:count]]
-    passages = like_hellaswag([row["text"] for row in hub_rows("lambada", read_lines(files["lambada"]))])[:count]
+    passages = like_hellaswag([hub_row(row)["text"] for row in read_lines(files["lambada"])])[:count]
     print(
         f"\nSpeed on this CPU with {torch.get_num_threads()} threads, the loop in {loop_precision}, the scorer in "
         f"{precision}, {count} examples, random weights\n"

@@ -128,25 +128,24 @@ def compare(setting: Setting, ranks: RankServer, scratch: Path) -> Compared:
     planned = peak_memory(config, plan).total
     if not torch.cuda.is_available():
         planned += layout_of(config, plan).host  # on a CPU, host and device share memory
-    return Compared(setting, planned, _measure(setting, ranks, scratch))
-
-
-def start_ranks() -> RankServer:
-    """Return a rank server whose ranks return freed memory at once."""
-    return RankServer(REPOSITORY, {**child_environment(), **RETURN_FREED_MEMORY})
-
-
-def _measure(setting: Setting, ranks: RankServer, scratch: Path) -> int:
     out = Path(tempfile.mkdtemp(dir=scratch))
     arguments = [str(out / "peak.json"), "--config", str(CONFIGS / f"{setting.backend}.json")]
     arguments += ["--set", *setting.overrides()]
-    environment = {**child_environment(), **RETURN_FREED_MEMORY}
-    status = ranks.run(setting.world_size, RANK_SCRIPT, arguments, environment, out, timeout_s=600)
+    status = ranks.run(setting.world_size, RANK_SCRIPT, arguments, rank_environment(), out, timeout_s=600)
     if status:
         command = " ".join(ranks_command(setting.world_size, RANK_SCRIPT, arguments))
         raise RuntimeError(f"{command} failed:\n{(out / 'stdout').read_text()}\n{(out / 'stderr').read_text()}")
-    peak: int = json.loads((out / "peak.json").read_text())["peak_bytes"]
-    return peak
+    return Compared(setting, planned, json.loads((out / "peak.json").read_text())["peak_bytes"])
+
+
+def rank_environment() -> dict[str, str]:
+    """Return an environment in which freed memory is returned at once."""
+    return {**child_environment(), **RETURN_FREED_MEMORY}
+
+
+def start_ranks() -> RankServer:
+    """Return a rank server for ``compare``."""
+    return RankServer(REPOSITORY, rank_environment())
 
 
 def main() -> None:

@@ -42,10 +42,10 @@ def tokenize(config: Config) -> None:
     if config.data.path is None:
         print("\n== tokenize: nothing to do, data.mixture names finished data sets", flush=True)
         return
-    settings = config.tokenize.model_dump(exclude={"input"}, exclude_none=True)
-    inputs = ["--input", *config.tokenize.input] if config.tokenize.input else []
-    options = [*_options(settings), *inputs, "--out", config.data.path]
-    run_stage("tokenize", [sys.executable], "tokenize_corpus.py", options)
+    options = _options(config.tokenize.model_dump(exclude={"input"}, exclude_none=True))
+    if config.tokenize.input:
+        options += ["--input", *config.tokenize.input]
+    run_stage("tokenize", [sys.executable], "tokenize_corpus.py", [*options, "--out", config.data.path])
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -69,10 +69,9 @@ def evaluate(config: Config) -> None:
 
 def sample(config: Config) -> None:
     """Generate a completion with the settings of ``sample``."""
-    settings = config.sample.model_dump(exclude={"stop"}, exclude_none=True)
-    stops = [f"--stop={text}" for text in config.sample.stop]
-    rest = ["--checkpoint", config.run.out_dir, "--seed", str(config.run.seed), "--device", config.run.device]
-    run_stage("sample", [sys.executable], "generate.py", [*_options(settings), *stops, *rest])
+    options = ["--checkpoint", config.run.out_dir, "--seed", str(config.run.seed), "--device", config.run.device]
+    options += _options(config.sample.model_dump(exclude={"stop"}, exclude_none=True))
+    run_stage("sample", [sys.executable], "generate.py", [*options, *(f"--stop={t}" for t in config.sample.stop)])
 
 
 def _options(settings: dict[str, object]) -> list[str]:

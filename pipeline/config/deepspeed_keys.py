@@ -64,10 +64,8 @@ def find_mistakes(backend: BackendConfig) -> Iterator[tuple[str, str]]:
     for key, mistake in (*_check_keys(native), *_check_zero(native.get("zero_optimization", {}))):
         yield f"backend.deepspeed.{key}", mistake
     if native and backend.name != "deepspeed":
-        yield (
-            "backend.deepspeed",
-            f'set, but backend.name is {backend.name}; set backend.name to "deepspeed" or drop backend.deepspeed',
-        )
+        cure = 'set backend.name to "deepspeed" or drop backend.deepspeed'
+        yield "backend.deepspeed", f"set, but backend.name is {backend.name}; {cure}"
     try:
         json.dumps(native, allow_nan=False)
     except ValueError:

@@ -20,13 +20,7 @@ from pipeline.doctor.communication import check_collectives, check_host_name, ch
 from pipeline.doctor.findings import Finding, Level
 from pipeline.model.attention import fastest_kernel
 
-LEAST_DISK_BYTES = 1 * GIB
-#: Three checkpoints of GPT-2 124M at 12 bytes per parameter (two are kept while a third is written), and metrics.
-COMFORTABLE_DISK_BYTES = 6 * GIB
-COMFORTABLE_MEMORY_BYTES = 2 * GIB
-COMFORTABLE_SHARED_MEMORY_BYTES = 1 * GIB
 COMFORTABLE_OPEN_FILES = 4096
-LEAST_OPEN_FILES = 256
 SHARED_MEMORY = Path("/dev/shm")
 HEAD_DIM = 64  # of all four GPT-2 sizes
 SAMPLE_TEXT = "GPT-2: naïve 数据\n"
@@ -106,7 +100,7 @@ def check_memory() -> Finding:
     """Check the size of the main memory."""
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cure = "torch and DeepSpeed alone take one GiB: use model.preset gpt2-tiny, or another machine"
-    return _rate("memory", f"{size / GIB:.1f} GiB", cure, size=size, comfortable=COMFORTABLE_MEMORY_BYTES)
+    return _rate("memory", f"{size / GIB:.1f} GiB", cure, size=size, comfortable=2 * GIB)
 
 
 def check_disk(folder: Path) -> Finding:
@@ -120,7 +114,8 @@ def check_disk(folder: Path) -> Finding:
         "checkpoints of GPT-2 124M need 6 GiB: set run.out_dir to another disk; "
         "python launch/checkpoint.py prune RUN --dry-run shows what can be deleted"
     )
-    return _rate("disk", says, cure, size=free, comfortable=COMFORTABLE_DISK_BYTES, least=LEAST_DISK_BYTES)
+    # Three checkpoints of GPT-2 124M at 12 bytes per parameter (two are kept while a third is written), and metrics.
+    return _rate("disk", says, cure, size=free, comfortable=6 * GIB, least=1 * GIB)
 
 
 def check_limits() -> Iterator[Finding]:
@@ -129,12 +124,12 @@ def check_limits() -> Iterator[Finding]:
         size = shutil.disk_usage(SHARED_MEMORY).total
         cure = "ranks under NCCL communicate through it; in a container: docker run --shm-size=8g (or --ipc=host)"
         says = f"{size / GIB:.2f} GiB"
-        yield _rate("shared memory", says, cure, size=size, comfortable=COMFORTABLE_SHARED_MEMORY_BYTES)
+        yield _rate("shared memory", says, cure, size=size, comfortable=1 * GIB)
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     count = math.inf if limit == resource.RLIM_INFINITY else limit
     cure = f"ulimit -n {COMFORTABLE_OPEN_FILES}"
     says = "no limit" if count == math.inf else f"at most {count:,} per process"
-    yield _rate("open files", says, cure, size=count, comfortable=COMFORTABLE_OPEN_FILES, least=LEAST_OPEN_FILES)
+    yield _rate("open files", says, cure, size=count, comfortable=COMFORTABLE_OPEN_FILES, least=256)
 
 
 def check_compilers() -> Iterator[Finding]:
