@@ -26,45 +26,51 @@ def main() -> None:
     """Parse the arguments and run the sub-command."""
     parser = ArgumentParser(description=__doc__, example="python launch/shards.py inspect data/corpus")
     commands = parser.add_subparsers(required=True, metavar="inspect|verify|head|convert")
-    _add_inspect(commands)
-    _add_verify(commands)
-    _add_head(commands)
-    _add_convert(commands)
+    for add_command in (_add_inspect, _add_verify, _add_head, _add_convert):
+        add_command(commands)
     arguments = parser.parse_args()
-    arguments.act(arguments)
+    arguments.run(arguments)
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = commands.add_parser(
-        "inspect",
-        help="show a summary",
-        description="Show a summary of a folder or file of tokens in any format. Changes nothing and reads no token.",
-        example="python launch/shards.py inspect data/fineweb10B",
-    )
+    def run(arguments: argparse.Namespace) -> None:
+        report = inspect(arguments.source, arguments.source_format, dict(arguments.split_of))
+        print(json.dumps(report.to_json(), indent=2) if arguments.json else report)
+
+    description = "Show a summary of a folder or file of tokens in any format. Changes nothing and reads no token."
+    example = "python launch/shards.py inspect data/fineweb10B"
+    parser = commands.add_parser("inspect", help="show a summary", description=description, example=example)
     _add_source(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.set_defaults(act=_inspect)
+    parser.set_defaults(run=run)
 
 
 def _add_verify(commands: Any) -> None:
-    parser = commands.add_parser(
-        "verify",
-        help="check the shards against their manifest",
-        description="Recompute everything that the manifest says: hashes, counts, and that ids are in the vocabulary.",
-        example="python launch/shards.py verify data/corpus",
-    )
+    def run(arguments: argparse.Namespace) -> None:
+        progress = ProgressLines("verified")
+        manifest = verify(arguments.folder, arguments.workers, progress.advance)
+        print(f"{arguments.folder}: all {len(manifest.shards):,} shards match the manifest")
+        print(progress.summary())
+
+    description = "Recompute everything that the manifest says: hashes, counts, and that ids are in the vocabulary."
+    example = "python launch/shards.py verify data/corpus"
+    parser = commands.add_parser("verify", help="look for damage", description=description, example=example)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder with a manifest.json")
     _add_workers(parser)
-    parser.set_defaults(act=_verify)
+    parser.set_defaults(run=run)
 
 
 def _add_head(commands: Any) -> None:
-    parser = commands.add_parser(
-        "head",
-        help="show the first documents",
-        description="Show the first documents as text, with their numbers of tokens without <|endoftext|>.",
-        example="python launch/shards.py head data/corpus --split val --documents 2 --characters 500",
-    )
+    def run(arguments: argparse.Namespace) -> None:
+        split, limits = arguments.split, {"documents": arguments.documents, "characters": arguments.characters}
+        collection = open_collection(arguments.source, arguments.source_format, dict(arguments.split_of))
+        for number, document in enumerate(first_documents(collection, split, **limits)):
+            print(f"--- {split}, document {number}: {document.tokens:,} tokens")
+            print(printable(document.text) + (" [...]" if document.is_cut else ""))
+
+    description = "Show the first documents as text, with their numbers of tokens without <|endoftext|>."
+    example = "python launch/shards.py head data/corpus --split val --documents 2 --characters 500"
+    parser = commands.add_parser("head", help="show the first documents", description=description, example=example)
     _add_source(parser)
     parser.add_argument("--split", default=TRAIN_SPLIT, metavar="NAME", help="the split (default: %(default)s)")
     parser.add_argument(
@@ -73,21 +79,18 @@ def _add_head(commands: Any) -> None:
     parser.add_argument(
         "--characters", type=positive_int, default=300, metavar="M", help="at most, per document (default: %(default)s)"
     )
-    parser.set_defaults(act=_head)
+    parser.set_defaults(run=run)
 
 
 def _add_convert(commands: Any) -> None:
-    parser = commands.add_parser(
-        "convert",
-        help="convert to another format",
-        description=(
-            "Write tokens to a new folder in another format: npy and arrow are our own, nanogpt is train.bin and "
-            "val.bin, llmc is the format of llm.c and modded-nanogpt. The source may have any of these formats, or be "
-            "the .bin with .idx of Megatron-LM and gpt-neox. --in-place writes a manifest beside llm.c's shards, so "
-            "that training can read them where they are."
-        ),
-        example="python launch/shards.py convert nanoGPT/data/openwebtext --to npy --out data/openwebtext",
+    description = (
+        "Write tokens to a new folder in another format: npy and arrow are our own, nanogpt is train.bin and "
+        "val.bin, llmc is the format of llm.c and modded-nanogpt. The source may have any of these formats, or be "
+        "the .bin with .idx of Megatron-LM and gpt-neox. --in-place writes a manifest beside llm.c's shards, so "
+        "that training can read them where they are."
     )
+    example = "python launch/shards.py convert nanoGPT/data/openwebtext --to npy --out data/openwebtext"
+    parser = commands.add_parser("convert", help="convert to another format", description=description, example=example)
     _add_source(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new or empty folder")
     parser.add_argument("--to", choices=OUTPUT_FORMATS, help="the format to write")
@@ -101,7 +104,7 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument("--name", help="the prefix of llmc's file names (default: the name of --out)")
     _add_workers(parser)
-    parser.set_defaults(act=_convert)
+    parser.set_defaults(run=_convert)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -116,8 +119,9 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split-of",
         nargs="+",
-        action=_StoreSplits,
-        default={},
+        action="extend",
+        default=[],
+        type=_name_and_split,
         metavar="NAME=SPLIT",
         help="the split of a file of another program whose name does not contain it, such as corpus.bin=train",
     )
@@ -127,37 +131,11 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=positive_int, metavar="N", help="how many threads (default: one per core)")
 
 
-class _StoreSplits(argparse.Action):
-    """Stores ``NAME=SPLIT ...`` as a dictionary."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
-        splits = dict(getattr(namespace, self.dest))
-        for value in values:
-            name, equals, split = value.rpartition("=")
-            if not (name and equals and split):
-                raise argparse.ArgumentError(self, f"must be NAME=SPLIT, it is {value!r}")
-            splits[name] = split
-        setattr(namespace, self.dest, splits)
-
-
-def _inspect(arguments: argparse.Namespace) -> None:
-    report = inspect(arguments.source, arguments.source_format, arguments.split_of)
-    print(json.dumps(report.to_json(), indent=2) if arguments.json else report)
-
-
-def _verify(arguments: argparse.Namespace) -> None:
-    progress = ProgressLines("verified")
-    manifest = verify(arguments.folder, arguments.workers, progress.advance)
-    print(f"{arguments.folder}: all {len(manifest.shards):,} shards match the manifest")
-    print(progress.summary())
-
-
-def _head(arguments: argparse.Namespace) -> None:
-    collection = open_collection(arguments.source, arguments.source_format, arguments.split_of)
-    found = first_documents(collection, arguments.split, documents=arguments.documents, characters=arguments.characters)
-    for number, document in enumerate(found):
-        print(f"--- {arguments.split}, document {number}: {document.tokens:,} tokens")
-        print(printable(document.text) + (" [...]" if document.is_cut else ""))
+def _name_and_split(assignment: str) -> tuple[str, str]:
+    name, _, split = assignment.rpartition("=")
+    if not (name and split):
+        raise argparse.ArgumentTypeError(f"must be NAME=SPLIT, it is {assignment!r}")
+    return name, split
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -166,6 +144,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         return
     if arguments.out is None or arguments.to is None:
         raise UserError("give --out and --to, or --in-place")
+    arguments.split_of = dict(arguments.split_of)
     request = ConvertRequest(**{option.name: getattr(arguments, option.name) for option in fields(ConvertRequest)})
     written, verified = ProgressLines("written"), ProgressLines("verified")
     conversion = convert(request, written.advance, verified.advance)
@@ -179,7 +158,7 @@ def _convert_in_place(arguments: argparse.Namespace) -> None:
         if getattr(arguments, option) is not None:
             raise UserError(f"--in-place copies nothing, so it takes no --{option.replace('_', '-')}")
     progress = ProgressLines("read")
-    manifest = adopt_in_place(arguments.source, arguments.split_of, arguments.workers, progress.advance)
+    manifest = adopt_in_place(arguments.source, dict(arguments.split_of), arguments.workers, progress.advance)
     print(f"{arguments.source}: manifest.json written")
     _print_splits(manifest.shards)
     print(progress.summary())
