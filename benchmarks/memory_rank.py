@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.memory import status_bytes
+from launch.cli import run_command
 from pipeline.backends import Backend, create_backend
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
@@ -23,8 +24,8 @@ from pipeline.model.gpt2 import build_model
 STEPS = 3  # moments exist from the second on, DDP's final buckets from the third
 
 
-def main() -> None:
-    """Measure and write the largest peak of all ranks."""
+def main() -> Backend:
+    """Measure and write the largest peak of all ranks. Returns the backend, which ``run_command`` keeps."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--config", nargs="+", required=True)
@@ -41,6 +42,7 @@ def main() -> None:
         if world.is_main:
             arguments.out.write_text(json.dumps({"peak_bytes": largest}))
         held.close()
+    return held
 
 
 def _tiny(config: Config) -> Config:
@@ -78,4 +80,4 @@ def _reset_peak(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

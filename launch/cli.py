@@ -96,15 +96,19 @@ def start_logging() -> None:
         logger.setLevel(logging.ERROR if rank else logging.INFO)
 
 
-def run_command(command: Callable[[], None]) -> NoReturn:
+def run_command(command: Callable[[], object]) -> NoReturn:
     """Run a command and exit: with 0 if it succeeds, else with the ``exit_status`` of its error.
 
     2 is a mistake or a run that cannot continue, 3 a lost rank, and 128 + n a stop by signal n.
     """
     status = 0
+    # Freeing DDP's reducer waits for gloo's threads, one of which may wait for the GIL. So nothing is freed before the
+    # process ends: neither what the command returns, nor what an error's traceback refers to.
+    kept: list[object] = []
     try:
-        command()
+        kept.append(command())
     except UserError as error:
+        kept.append(error)
         # All ranks raise the same error, except these two, which can differ between ranks.
         if launched_rank() == 0 or isinstance(error, (DataError, LostRankError)):
             _print_line(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}")

@@ -6,8 +6,8 @@ from launch.cli import ArgumentParser, add_config_options, positive_int, run_com
 from pipeline.config.loading import load_config
 
 
-def main() -> None:
-    """Parse, load the config, train."""
+def main() -> object:
+    """Parse, load the config, train. Returns what must not be freed before the process ends."""
     parser = ArgumentParser(
         description=__doc__,
         example="torchrun --nproc_per_node=2 launch/train.py --config ds_configs/fsdp.json --set run.out_dir=runs/a",
@@ -38,7 +38,7 @@ def main() -> None:
     from pipeline.training.run import train  # import torch late so that config errors appear at once
 
     start_logging()
-    train(config)
+    return train(config)
 
 
 if __name__ == "__main__":

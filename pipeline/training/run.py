@@ -31,8 +31,11 @@ log = logging.getLogger(__name__)
 SHORTEST_COMPILED_CPU_RUN_S = 600.0
 
 
-def train(config: Config) -> None:
+def train(config: Config) -> Trainer | None:
     """Train a run to its last step, or continue it.
+
+    Returns the trainer, or None if the run was already complete. Freeing the trainer of one of several ranks can hang:
+    keep it until the process ends, as ``launch.cli.run_command`` does.
 
     Raises:
         UserError: a config, data set or checkpoint cannot be used. Training has not started.
@@ -45,10 +48,11 @@ def train(config: Config) -> None:
                 log.info("threads   %s", configure_cpu(world))
             trainer = _build_trainer(config, world, resources)
             if trainer is None:
-                return
+                return None
             trainer.fit()
         trainer.backend.close()
         log.info("done: %d steps, %s", trainer.state.step, config.run.out_dir)
+    return trainer
 
 
 def _build_trainer(config: Config, world: World, resources: ExitStack) -> Trainer | None:
