@@ -25,7 +25,7 @@ class Backend(ABC):
     over the ranks, so the trainer's loss weight includes the world size.
     """
 
-    #: Whether every rank holds all fragments, so that a checkpoint may divide them among ranks.
+    #: Whether every rank holds all fragments. A sum over ranks then counts them repeatedly; a save divides them up.
     replicated: bool = False
 
     compute: nn.Module  # the wrapped module; its forward is that of GPT2

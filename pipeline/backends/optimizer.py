@@ -67,7 +67,7 @@ def global_grad_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:
-    """Return the sum in fp64. A CPU converts in pieces that fit its cache; torch would convert the whole first."""
+    """Return the sum in ``summing_dtype``. A CPU converts pieces that fit its cache; torch would convert the whole."""
     dtype = summing_dtype(gradient.device)
     if gradient.device.type != "cpu":
         return torch.linalg.vector_norm(gradient, dtype=dtype).square()

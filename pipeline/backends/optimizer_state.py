@@ -18,7 +18,8 @@ class Fragment:
     """A contiguous range of one parameter's elements whose training state is on this rank.
 
     The tensors are views: writing into them changes the state. A replicated backend has one fragment per parameter;
-    FSDP2 has rows of it, ZeRO any range.
+    FSDP2 has rows of it, ZeRO any range. The fragments of all ranks cover every element, with the vocabulary's padding
+    rows, which are zero, and without padding for alignment.
     """
 
     name: str  # canonical, as GPT2.named_parameters() gives it

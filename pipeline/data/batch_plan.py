@@ -35,7 +35,7 @@ class BatchPlan:
 
 
 def plan_batch(config: Config, world_size: int) -> BatchPlan:
-    """Derive the accumulation. Raises ConfigError if the batch does not divide, with a list of those that would."""
+    """Derive the number of micro-steps. Raises ConfigError, with batch sizes that fit, if the batch does not divide."""
     batch, seq_len = config.batch, config.seq_len
     unit = batch.micro_batch_size * seq_len * world_size
     accumulation, rest = divmod(batch.tokens_per_step, unit)

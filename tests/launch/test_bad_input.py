@@ -322,7 +322,7 @@ COMMAND_LINE_CASES = [
     command("hot", "generate.py --checkpoint trained --top-p 1.5", "--top-p", "must be above 0 and at most 1"),
     command("import_of_a_path", "export.py --from-hf ./no --out new", "--from-hf ./no: no such folder", "a hub name"),
     command("no_processes", "run.py --config good.json --processes 0", "--processes", "from 1, it is '0'"),
-    command("unknown_source", "tokenize_corpus.py --source csv --out new", "'csv'", "'jsonl'"),
+    command("unknown_source", "tokenize_corpus.py --source nosuch --out new", "'nosuch'", "'jsonl'"),
 ]
 
 CASES = [*CONFIG_CASES, *DEEPSPEED_CASES, *DATA_CASES, *CHECKPOINT_CASES, *COMMAND_LINE_CASES]

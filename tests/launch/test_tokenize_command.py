@@ -183,7 +183,7 @@ def test_a_terminal_shows_one_line_that_changes(monkeypatch: pytest.MonkeyPatch)
     [
         ("--out data", "the following arguments are required: --source"),
         ("--source text --input a.txt", "the following arguments are required: --out"),
-        ("--source csv --out data", "invalid choice: 'csv'"),
+        ("--source nosuch --out data", "invalid choice: 'nosuch'"),
         ("--source text --out data", "--source text needs --input"),
         ("--source text --input nope.txt --out data", "--input nope.txt does not exist"),
         ("--source text --input nope/*.txt --out data", "--input nope/*.txt matches no file"),

@@ -42,11 +42,11 @@ def rank_of_two(rank: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def backend_section(name: str, **native: Any) -> dict[str, Any]:
-    """Return the config section of ddp, fsdp or zero0 to zero3; ``native`` are further keys for DeepSpeed."""
+def backend_section(name: str, **options: Any) -> dict[str, Any]:
+    """Return the config section of ddp, fsdp or zero0 to zero3, with options of the library."""
     if not name.startswith("zero"):
-        return {"name": name}
-    return {"name": "deepspeed", "deepspeed": {"zero_optimization": {"stage": int(name[-1])}, **native}}
+        return {"name": name, name: options}
+    return {"name": "deepspeed", "deepspeed": {"zero_optimization": {"stage": int(name[-1])}, **options}}
 
 
 def backend_config(name: str, **sections: dict[str, Any]) -> Config:
