@@ -19,7 +19,6 @@ from data_tools.encoding.documents import Document, utf8_of
 from data_tools.errors import DataError
 from data_tools.shards.manifest import ShardRecord
 from data_tools.sources import Slice, Source
-from data_tools.sources.files import group_sizes
 
 #: Where records of finished chunks are kept until the folder is complete.
 RECORDS_FOLDER = "tasks/"
@@ -140,11 +139,17 @@ def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
     text_bytes = source.text_bytes()
     wanted = largest if text_bytes is None else text_bytes // _WANTED_CHUNKS
     chunk_bytes = min(max(wanted, _SMALLEST_CHUNK_BYTES), largest)
-    slices = source.slices(chunk_bytes)
-    # A slice of unknown size is a chunk of its own.
-    sizes = [chunk_bytes if item.text_bytes is None else item.text_bytes for item in slices]
-    groups = enumerate(group_sizes(sizes, chunk_bytes))
-    chunks = [Chunk(index, tuple(slices[start:stop])) for index, (start, stop, _) in groups]
+    groups: list[list[Slice]] = []
+    group_bytes = 0
+    for item in source.slices(chunk_bytes):
+        item_bytes = chunk_bytes if item.text_bytes is None else item.text_bytes  # of unknown size: a chunk of its own
+        if groups and group_bytes + item_bytes <= chunk_bytes:
+            groups[-1].append(item)
+            group_bytes += item_bytes
+        else:
+            groups.append([item])
+            group_bytes = item_bytes
+    chunks = [Chunk(index, tuple(group)) for index, group in enumerate(groups)]
     if request.limit_documents is None and request.limit_bytes is None:
         return chunks
     return list(_apply_limit(chunks, source, request))

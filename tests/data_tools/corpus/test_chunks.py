@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_tools.corpus import chunks as chunks_module
@@ -56,6 +56,7 @@ DOCUMENTS = st.lists(st.sampled_from(["", "a", "é", "four", "a dozen bytes", "x
 
 
 @given(documents=DOCUMENTS, sizes_known=st.booleans(), shard_tokens=st.integers(1, 100))
+@example(documents=["", "longer than a chunk"], sizes_known=True, shard_tokens=1)
 def test_every_document_with_text_is_in_one_chunk_in_order(
     documents: list[str], sizes_known: bool, shard_tokens: int
 ) -> None:
