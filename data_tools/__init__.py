@@ -1,1 +1,1 @@
-"""Stage 1: documents to token shards. Knows no torch."""
+"""Stage 1: turn documents into token shards. This package does not import torch."""

@@ -1,4 +1,4 @@
-"""The array types that stages exchange, and their conversion to Arrow without a copy."""
+"""The types of the arrays that the stages exchange, and a function that converts an array to Arrow without a copy."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ CountArray = npt.NDArray[np.int64]  # counts and positions
 
 
 def as_arrow(values: npt.NDArray[Any]) -> pa.Array:
-    """Return contiguous integers of shape (n,) as an Arrow array without nulls that shares their memory.
+    """Return contiguous integers of shape (n,) as an Arrow array without nulls. Both arrays share the memory.
 
-    ``pa.array`` would import pandas, which takes longer than starting the program.
+    This function does not call ``pa.array``, which would import pandas and make the program start slowly.
     """
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), values.size, [None, pa.py_buffer(values)])

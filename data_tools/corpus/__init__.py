@@ -1,1 +1,1 @@
-"""Stage 1 from end to end: divide the source into chunks, encode them in parallel, write shards and manifest."""
+"""Stage 1 from end to end: divide the source into chunks, encode the chunks in parallel, write shards and manifest."""

@@ -1,7 +1,7 @@
-"""The work of stage 1 as a list of chunks, which any process on any machine can encode in any order.
+"""Divide the source into chunks, which any process on any machine can encode in any order.
 
-A chunk is a range of the source with shards of its own. The request alone decides the chunks and every byte that they
-write.
+A chunk is a range of the source. Each chunk has its own shards. Only the request decides which chunks exist and which
+bytes their shards contain.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from data_tools.errors import DataError
 from data_tools.shards.manifest import ShardRecord
 from data_tools.sources import Slice, Source
 
-#: Where records of finished chunks are kept until the folder is complete.
+#: The subfolder with the records of finished chunks. It exists until the output folder is complete.
 RECORDS_FOLDER = "tasks/"
-#: Enough chunks to keep the cores of a machine busy to the end, unless they become too small or too large.
+#: The target number of chunks, enough to keep all cores of a machine busy until the end. The limits below come first.
 _WANTED_CHUNKS = 64
 _SMALLEST_CHUNK_BYTES = 4 << 20
-# A chunk of English text, which has about 4 bytes per token, then fills one shard.
+# English text has about 4 bytes per token. With this factor, the largest chunk of English text fills one shard.
 _BYTES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A unit of the work.
+    """A range of the source that one process encodes.
 
     Attributes:
-        index: the chunk's number in the order of the source. It names the chunk's shards.
-        slices: the slices of the source that it reads.
-        limit_documents: the number of documents with text to take from them; None takes all.
+        index: the chunk's number in the order of the source. The names of the chunk's shards contain this number.
+        slices: the slices of the source that the chunk consists of.
+        limit_documents: the number of documents with text to encode; None means all documents of the slices.
     """
 
     index: int
@@ -45,22 +45,22 @@ class Chunk:
 
     @property
     def name(self) -> str:
-        """The index in at least five digits. Names of the first 100,000 chunks sort as their indices do."""
+        """The index with at least five digits, so that the names of the first 100,000 chunks sort by index."""
         return f"{self.index:05d}"
 
     @property
     def record_file(self) -> str:
-        """The file that says that the chunk is finished."""
+        """The name of the file with the chunk's record. The file exists once the chunk is finished."""
         return f"{RECORDS_FOLDER}{self.name}.json"
 
     @property
     def fingerprints_file(self) -> str:
-        """The file of the documents' fingerprints: uint64 of shape (documents, 2)."""
+        """The name of the file with the fingerprints of the chunk's documents, uint64 of shape (documents, 2)."""
         return f"{RECORDS_FOLDER}{self.name}.fingerprints.npy"
 
     @property
     def repeated_file(self) -> str:
-        """The file of the numbers of the documents that repeat an earlier one: int64 of shape (repeated,)."""
+        """The name of the file with the numbers of the repeated documents, int64 of shape (repeated,)."""
         return f"{RECORDS_FOLDER}{self.name}.repeated.npy"
 
     def __str__(self) -> str:
@@ -68,20 +68,20 @@ class Chunk:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Chunk:
-        """Return the chunk that ``dataclasses.asdict`` turned into JSON values."""
+        """Return the chunk whose JSON values, as ``dataclasses.asdict`` returns them, are in ``value``."""
         return cls(value["index"], tuple(Slice(**item) for item in value["slices"]), value["limit_documents"])
 
 
 @dataclass(frozen=True)
 class ChunkRecord:
-    """What a finished chunk wrote.
+    """The results of a finished chunk.
 
     Attributes:
         index: the chunk's index.
-        shards: its shards, one split after the other.
-        lengths: entry k counts the documents of 2**k to 2**(k+1) - 1 tokens.
-        repeated: number of documents left out because they repeat an earlier one.
-        checked: number of documents whose tokens were compared with tiktoken's.
+        shards: the records of the chunk's shards, one split after the other.
+        lengths: entry k is the number of documents with 2**k to 2**(k+1) - 1 tokens.
+        repeated: number of documents that were left out because they repeat an earlier document.
+        checked: number of documents whose tokens were compared with the tokens of tiktoken.
     """
 
     index: int
@@ -92,19 +92,19 @@ class ChunkRecord:
 
     @property
     def progress(self) -> Progress:
-        """The sums over all shards."""
+        """The documents, tokens and bytes of text in all shards of the chunk."""
         return sum((Progress(shard.documents, shard.tokens, shard.utf8_bytes) for shard in self.shards), Progress())
 
     def to_bytes(self) -> bytes:
-        """Return the record as a JSON file."""
+        """Return the content of the chunk's record file, which is JSON."""
         return json.dumps({**asdict(self), "shards": [shard.to_json() for shard in self.shards]}).encode("ascii")
 
     @classmethod
     def from_bytes(cls, content: bytes, place: str) -> ChunkRecord:
-        """Return the record in a JSON file; ``place`` names the file in messages.
+        """Return the record that the content of a record file describes. Error messages name the file by ``place``.
 
         Raises:
-            DataError: the file is damaged.
+            DataError: the content is not a valid record.
         """
         try:
             return _RECORD.validate_json(content)
@@ -130,7 +130,7 @@ class Progress:
 
 
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
-    """Cut the source into chunks. If the request has a limit, read the documents up to it to find where it is.
+    """Divide the source into chunks. If the request has a limit, read the documents up to the limit.
 
     Raises:
         DataError: the source cannot be read.
@@ -142,7 +142,7 @@ def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
     groups: list[list[Slice]] = []
     group_bytes = 0
     for item in source.slices(chunk_bytes):
-        item_bytes = chunk_bytes if item.text_bytes is None else item.text_bytes  # of unknown size: a chunk of its own
+        item_bytes = chunk_bytes if item.text_bytes is None else item.text_bytes  # unknown size: fills a chunk
         if groups and group_bytes + item_bytes <= chunk_bytes:
             groups[-1].append(item)
             group_bytes += item_bytes
@@ -156,7 +156,7 @@ def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
 
 
 def documents_of(chunk: Chunk, source: Source) -> Iterator[Document]:
-    """Yield the chunk's documents that have text, in order."""
+    """Yield the chunk's documents that have text, in the order of the source."""
     documents = (document for item in chunk.slices for document in source.read(item) if document)
     return islice(documents, chunk.limit_documents)
 

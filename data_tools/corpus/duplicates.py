@@ -1,4 +1,4 @@
-"""Find the documents of a corpus that repeat an earlier one, by comparing the fingerprints that chunks wrote."""
+"""Find the documents of a corpus that repeat an earlier document, by comparing the fingerprints of all chunks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from data_tools.arrays import CountArray
 from data_tools.corpus.chunks import Chunk
 from data_tools.storage.folders import Folder
 
-#: Documents whose fingerprints are compared at a time. Sorting them takes a quarter of a gigabyte.
+#: Documents whose fingerprints are sorted together. Sorting this many takes a quarter of a gigabyte of memory.
 _DOCUMENTS_AT_A_TIME = 4 << 20
 
 
 def write_repeated(folder: Folder, chunks: Sequence[Chunk]) -> None:
-    """Write, for each chunk, the numbers of its documents that repeat one in it or in an earlier chunk.
+    """Write one file per chunk with the numbers of the chunk's repeated documents.
 
-    The first of equal documents, in the order of the source, is not repeated.
+    A document is repeated if an equal document comes before it in the source, in the same chunk or in an earlier chunk.
     """
     fingerprints = [np.load(io.BytesIO(folder.read(chunk.fingerprints_file)), allow_pickle=False) for chunk in chunks]
     repeated = _find_repeated(np.concatenate([np.empty((0, 2), np.uint64), *fingerprints]))
@@ -34,9 +34,9 @@ def write_repeated(folder: Folder, chunks: Sequence[Chunk]) -> None:
 
 
 def _find_repeated(fingerprints: npt.NDArray[np.uint64]) -> CountArray:
-    """Return the sorted positions of rows that are equal to an earlier row.
+    """Return the positions of the rows that are equal to an earlier row, in ascending order.
 
-    To bound the memory, rows are compared in groups. The first number modulo the number of groups decides the group.
+    To limit memory, the function sorts rows in groups. A row's group is its first number modulo the number of groups.
     """
     groups = 1 + len(fingerprints) // _DOCUMENTS_AT_A_TIME
     group_of = fingerprints[:, 0] % np.uint64(groups)

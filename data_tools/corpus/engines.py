@@ -1,4 +1,4 @@
-"""Run chunks in processes of this machine or on a Ray cluster. Both write the same shards."""
+"""Process chunks in worker processes on this machine or on a Ray cluster. Both engines write the same shards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 ChunkWork = Callable[[Job, Chunk, Report], Result]
 
 _RAY_RETRIES = 3
-#: Chunks submitted to the cluster ahead of those that have finished.
+#: The largest number of chunks that the cluster has received but not finished.
 _RAY_IN_FLIGHT = 1000
 _REACHABLE_S = 10.0
 
@@ -31,7 +31,7 @@ _REACHABLE_S = 10.0
 def run_chunks(
     work: ChunkWork[Result], job: Job, chunks: Sequence[Chunk], on_report: Report
 ) -> Generator[Result, None, None]:
-    """Yield the result of each chunk as it finishes. Closing the generator stops the others.
+    """Yield the result of each chunk as soon as the chunk is finished. Closing the generator stops unfinished chunks.
 
     Raises:
         DataError: a chunk failed, or its process died repeatedly.
@@ -44,14 +44,14 @@ def run_chunks(
 
 
 def workers_of(request: TokenizeRequest) -> int:
-    """Return the number of processes on this machine."""
+    """Return the number of worker processes that a request uses on this machine."""
     return request.workers or available_cores()
 
 
 def _run_on_ray(
     work: ChunkWork[Result], job: Job, chunks: Sequence[Chunk], on_report: Report
 ) -> Generator[Result, None, None]:
-    """Run each chunk as a Ray task on one core. Ray repeats the tasks whose worker or machine died."""
+    """Process each chunk as a Ray task on one core. Ray repeats a task if its worker or its machine died."""
     with _ray_cluster(job.request) as ray:
 
         def run_chunk(chunk: Chunk) -> tuple[Result | None, DataError | None]:
@@ -82,7 +82,10 @@ def _run_on_ray(
 
 @contextmanager
 def _ray_cluster(request: TokenizeRequest) -> Iterator[Any]:
-    """Join the cluster at the request's address, or start one on this machine; leave it when the block ends."""
+    """Yield ``ray``, connected to the cluster at the request's address or to a new cluster on this machine.
+
+    When the block ends, this process disconnects from the cluster.
+    """
     # Imported here because Ray is optional and takes a second to import.
     try:
         import ray
@@ -90,7 +93,7 @@ def _ray_cluster(request: TokenizeRequest) -> Iterator[Any]:
         raise DataError("--engine ray needs Ray: pip install 'gpt2-pipeline[cluster]'") from error
     if request.ray_address is not None:
         _check_reachable(request.ray_address)
-    address = request.ray_address or "local"  # starts a cluster even if another one runs on this machine
+    address = request.ray_address or "local"  # "local" always starts a new cluster
     cores = {} if request.ray_address else {"num_cpus": workers_of(request)}
     try:
         ray.init(address, **cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -105,10 +108,10 @@ def _ray_cluster(request: TokenizeRequest) -> Iterator[Any]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise DataError if nothing listens at the address, because Ray would retry for minutes."""
+    """Raise DataError if no server listens at the address. Without this check, Ray would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal():
-        return  # "auto", which Ray resolves
+        return  # for example "auto", for which Ray finds the address
     try:
         socket.create_connection((host, int(port)), timeout=_REACHABLE_S).close()
     except (OSError, OverflowError) as error:

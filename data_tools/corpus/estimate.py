@@ -1,4 +1,4 @@
-"""Estimate how much a run will write, and compare it with the free disk space before the run starts."""
+"""Estimate how much a tokenize request will write, and compare the estimate with the free disk space."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from data_tools.sources import Source
 
 _SAMPLE_BYTES = 256 << 10
 _TOKEN_BYTES = 2
-#: Memory of one process while it encodes; measured, see docs/benchmarks/data.md.
+#: Memory of one process while it encodes. docs/benchmarks/data.md has the measurement.
 WORKER_BYTES = 350 << 20
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run is about to do.
+    """The estimated work of a tokenize request.
 
     Attributes:
-        text_bytes: bytes of text in the source; None if that is not known before reading it.
+        text_bytes: bytes of text in the source; None if the number is not known before the whole source was read.
         bytes_per_token: bytes of text per token in the first documents.
-        free_bytes: free space at the output; None if it is not known.
-        chunks: number of chunks, finished ones included.
-        workers: number of processes on this machine.
+        free_bytes: free disk space for the output folder; None if the free space is not known.
+        chunks: number of chunks, including finished chunks.
+        workers: number of worker processes on this machine.
     """
 
     text_bytes: int | None
@@ -39,12 +39,12 @@ class Estimate:
 
     @property
     def tokens(self) -> int | None:
-        """The tokens of the whole source; None if its size is not known."""
+        """The number of tokens in the whole source; None if the size of the source is not known."""
         return None if self.text_bytes is None else int(self.text_bytes / self.bytes_per_token)
 
     @property
     def shard_bytes(self) -> int | None:
-        """The bytes of the source's shards; None if its size is not known."""
+        """The bytes of the shards of the whole source; None if the size of the source is not known."""
         return None if self.tokens is None else self.tokens * _TOKEN_BYTES
 
     def __str__(self) -> str:
@@ -61,13 +61,13 @@ class Estimate:
 
 
 def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chunk], free_bytes: int | None) -> Estimate:
-    """Return an estimate of all chunks of a run from its first documents.
+    """Estimate the work of a request from its first documents.
 
     Raises:
         DataError: the first documents cannot be read, or no document has text.
     """
     text_bytes = tokens = 0
-    encoder = load_encoder(REFERENCE_ENCODER)  # it is loaded anyway, and fast enough for a few documents
+    encoder = load_encoder(REFERENCE_ENCODER)  # fast enough for a few documents, and needed later in any case
     for document in (document for chunk in chunks for document in documents_of(chunk, source)):
         text_bytes += len(utf8_of(document))
         tokens += encode_document(encoder, document).tokens.size
@@ -86,9 +86,9 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
 
 
 def check_free_space(estimate: Estimate, written_bytes: int, place: str) -> None:
-    """Raise DataError if the disk has no space for the shards, of which ``written_bytes`` are already written.
+    """Raise DataError if the disk has no space for the rest of the shards.
 
-    ``place`` names the output in the message.
+    ``written_bytes`` of the shards are already written. The message names the output folder by ``place``.
     """
     if estimate.shard_bytes is None or estimate.free_bytes is None:
         return

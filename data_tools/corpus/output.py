@@ -1,7 +1,8 @@
-"""The output folder of a run: plan it, continue it after a crash, complete it, and refuse another request's folder.
+"""Create the output folder of a tokenize request, continue an interrupted request, and complete the folder.
 
-Until it is complete, the folder holds ``plan.json`` (the request's identity and its chunks) and, for each finished
-chunk, its shards and ``tasks/<chunk>.json``. The manifest replaces the plan and the records at the end.
+Until the folder is complete, it contains ``plan.json``, which has the request's identity and its chunks. It also
+contains the shards and the record ``tasks/<chunk>.json`` of each finished chunk. At the end, the manifest replaces the
+plan and the records. A request refuses the folder of another request.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _SHARD_FILES = re.compile(rf"({TRAIN_SPLIT}|{VAL_SPLIT})_\d{{5,}}_\d{{3,}}(\.mas
 
 
 def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
-    """Return the manifest of a folder that the same request has completed, or None if it is not complete.
+    """Return the manifest of a folder that the same request has completed. Returns None if the folder is not complete.
 
     Raises:
         DataError: another request completed the folder, or a shard is missing or damaged.
@@ -59,19 +60,19 @@ def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
     _check_same_request(out, made_by, identity)
     for shard in manifest.shards:
         _check_shard(folder, shard, str(out))
-    # These are left over if the process that wrote the manifest was killed right after it.
+    # If the process that wrote the manifest was killed right afterwards, its work files are still there.
     _remove_work_files(folder)
     folder.remove({LOCK_NAME} & folder.names())
     return manifest
 
 
 class OutputFolder:
-    """The folder of a run that is not complete yet. ``open_output`` opens it.
+    """The output folder of a request that is not complete yet. ``open_output`` returns an instance.
 
     Attributes:
-        folder: the files in it.
-        chunks: all chunks of the run, once it is planned.
-        finished: the records of finished chunks by index.
+        folder: reads and writes the files in the folder.
+        chunks: all chunks of the request; empty before the call of ``plan``.
+        finished: the records of finished chunks by the index of the chunk.
     """
 
     def __init__(self, out: Path | str, identity: dict[str, Any], *, shared: bool, lock: FileLock | None) -> None:
@@ -86,19 +87,19 @@ class OutputFolder:
 
     @property
     def progress(self) -> Progress:
-        """The sums over all finished chunks."""
+        """The documents, tokens and bytes of text in all finished chunks."""
         return sum((record.progress for record in self.finished.values()), Progress())
 
     def plan(self, make_plan: Callable[[], list[Chunk]]) -> None:
-        """Load the plan and the finished chunks of an interrupted run, or write a new plan.
+        """Load the plan and the records of finished chunks if the request was interrupted; otherwise write a new plan.
 
         Raises:
-            DataError: the folder is another request's, the plan is damaged, or the folder cannot be written.
+            DataError: the folder belongs to another request, the plan is damaged, or the folder is not writable.
         """
         if self.folder.size(PLAN_NAME) is None:
             self.chunks = make_plan()
             self._is_planned = True
-            # The key on disk is "tasks", as it has always been.
+            # The key in the file is still "tasks", so that folders of earlier versions can be completed.
             plan = {"identity": self._identity, "tasks": [asdict(chunk) for chunk in self.chunks]}
             self.folder.write(PLAN_NAME, json.dumps(plan).encode("ascii"))
         else:
@@ -113,7 +114,7 @@ class OutputFolder:
         self._find_finished()
 
     def remove_leftovers(self) -> None:
-        """Remove what killed processes left of unfinished chunks. No other process may be writing."""
+        """Remove the files of unfinished chunks. No other process may write to the folder at the same time."""
         finished = {name for record in self.finished.values() for shard in record.shards for name in shard.files}
         self.folder.remove({name for name in self.folder.names() - finished if _SHARD_FILES.fullmatch(name)})
         self.folder.remove_scratch()
@@ -121,10 +122,10 @@ class OutputFolder:
     def complete(self, *, encoder: str, engine: str) -> Manifest | None:
         """Write the manifest and remove the plan and the records.
 
-        Returns None if the folder is shared and another process is still writing or has chunks left.
+        Returns None if the folder is shared and another process still writes to it or some chunks are not finished.
 
         Raises:
-            DataError: the source has no document with text, or the folder cannot be written.
+            DataError: the source has no document with text, or the folder is not writable.
         """
         if self._shared:
             if self._lock is not None and not self._lock.make_exclusive():
@@ -157,11 +158,12 @@ class OutputFolder:
         return manifest
 
     def abandon(self) -> None:
-        """Keep the plan and the finished chunks, so that the same request can continue; remove everything else.
+        """Remove unfinished work after an error, so that the same request can continue later.
 
-        Removes the plan too if no chunk is finished. Does nothing while other processes write to the folder.
+        Finished chunks and the plan stay in the folder. If no chunk is finished, this call removes the plan, too. It
+        does nothing if ``plan`` has not succeeded or while other processes write to the folder.
         """
-        if not self._is_planned:  # it may be another request's
+        if not self._is_planned:  # the folder may belong to another request
             return
         if self._shared and (self._lock is None or not self._lock.make_exclusive()):
             return
@@ -171,7 +173,7 @@ class OutputFolder:
             self.folder.remove({PLAN_NAME})
 
     def _find_finished(self) -> None:
-        """Load the records whose shards exist. The other chunks are encoded again."""
+        """Load the records whose shards exist. Chunks without a valid record will be encoded again."""
         names = self.folder.names()
         for chunk in self.chunks:
             if chunk.record_file not in names:
@@ -187,15 +189,15 @@ class OutputFolder:
 
 @contextmanager
 def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> Iterator[OutputFolder]:
-    """Open a new output folder, or one that the same request left incomplete. An error in the block abandons it.
+    """Yield a new output folder or the incomplete folder of the same request. If the block fails, call ``abandon``.
 
     Args:
-        out: a path or URL.
-        identity: the request's identity, see ``TokenizeRequest.identity``.
+        out: the path or URL of the folder.
+        identity: the request's identity, which ``TokenizeRequest.identity`` returns.
         shared: whether other processes write other chunks to the folder at the same time.
 
     Raises:
-        DataError: the folder was not made by this command, is in use, or cannot be written.
+        DataError: this command did not create the folder, another process uses the folder, or it is not writable.
     """
     folder = open_folder(out)
     path = folder.path if isinstance(folder, LocalFolder) else None
@@ -212,7 +214,7 @@ def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> I
 
 @contextmanager
 def _created(path: Path) -> Iterator[None]:
-    """Create a folder and its parents. If the block fails, remove those that are empty again."""
+    """Create a folder and its missing parents. If the block fails, remove the created folders that are empty."""
     if path.exists() and not path.is_dir():
         raise DataError(f"--out {path} is a file; name a folder")
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -230,8 +232,8 @@ def _created(path: Path) -> Iterator[None]:
 
 
 def _check_origin(folder: Folder, out: Path | str) -> None:
-    """Raise DataError if the folder holds files but neither a plan nor a manifest."""
-    # Only the top of a local folder is listed, because a folder of other files may be large.
+    """Raise DataError if the folder contains files but neither a plan nor a manifest."""
+    # List only the top level of a local folder, because a folder of unrelated files may be large.
     names = {path.name for path in folder.path.iterdir()} if isinstance(folder, LocalFolder) else folder.names()
     others = sorted(name for name in names - {LOCK_NAME} if not is_scratch(name))
     if others and not names & {PLAN_NAME, MANIFEST_NAME}:
@@ -242,7 +244,7 @@ def _check_origin(folder: Folder, out: Path | str) -> None:
 
 
 def _check_shard(folder: Folder, shard: ShardRecord, place: str) -> None:
-    """Raise DataError if a local shard has another size or format, or a remote one does not exist."""
+    """Raise DataError if a local shard has the wrong size or format, or if a remote shard does not exist."""
     if isinstance(folder, LocalFolder):
         map_shard(folder.path, shard)
         if shard.mask_file is not None:
@@ -275,11 +277,11 @@ def _remove_work_files(folder: Folder) -> None:
     names = folder.names()
     folder.remove_scratch()
     folder.remove({name for name in names if name.startswith(RECORDS_FOLDER)})
-    folder.remove({PLAN_NAME} & names)  # last, because it names the request that wrote the other files
+    folder.remove({PLAN_NAME} & names)  # last, because the plan names the request that wrote the other files
 
 
 def _report(records: list[ChunkRecord]) -> dict[str, Any]:
-    """Return what the manifest says about all documents. It depends on the request alone."""
+    """Return the manifest's report on all documents. It depends only on the request."""
     lengths = np.sum([record.lengths for record in records], axis=0).tolist()
     while lengths and lengths[-1] == 0:
         lengths.pop()

@@ -1,4 +1,4 @@
-"""Apply one function to many items in worker processes, and replace workers that die."""
+"""Call a function for many items in worker processes, and replace workers that die."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data_tools.errors import DataError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-#: ``work(item, report)``. The arguments of ``report`` are passed on to the caller's ``on_report``.
+#: ``work(item, report)``. When ``work`` calls ``report``, the caller's ``on_report`` receives the arguments.
 Work = Callable[[Item, Callable[..., None]], Result]
 
 _ATTEMPTS = 3
@@ -33,17 +33,17 @@ def unordered_map(
     on_report: Callable[..., None],
     preload: tuple[str, ...] = (),
 ) -> Generator[Result, None, None]:
-    """Yield ``work(item, report)`` for each item, in the order in which they finish.
+    """Yield ``work(item, report)`` for each item, in the order in which the items are finished.
 
-    One worker is this process. With more, ``work``, items and results must be picklable, and a script that calls this
-    needs ``if __name__ == "__main__"``. Closing the generator kills the workers.
+    If ``workers`` is 1, this process does the work. Otherwise ``work``, items and results must be picklable, and a
+    script that calls this function needs ``if __name__ == "__main__"``. Closing the generator kills the workers.
 
     Args:
-        on_report: called in this process with what workers report.
-        preload: modules that are imported once for all workers.
+        on_report: called in this process with the arguments of each ``report`` call.
+        preload: names of the modules to import once for all workers.
 
     Raises:
-        DataError: workers died repeatedly at the same item, or cannot be started.
+        DataError: workers died repeatedly at one item, or a worker cannot be started.
     """
     if workers == 1:
         for item in items:
@@ -62,7 +62,7 @@ def unordered_map(
                 worker = busy[connection]
                 try:
                     kind, value = worker.connection.recv()
-                except (EOFError, OSError):  # OSError: it died while sending
+                except (EOFError, OSError):  # OSError: the worker died while it was sending
                     deaths.append(worker.item)
                     if deaths.count(worker.item) == _ATTEMPTS:
                         raise DataError(
@@ -89,7 +89,7 @@ def unordered_map(
 
 
 def _context(preload: tuple[str, ...]) -> BaseContext:
-    # fork would copy locks that threads of this process (pyarrow, datasets) may hold.
+    # fork would copy the locks that other threads of this process (of pyarrow, datasets) may hold.
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -98,7 +98,7 @@ def _context(preload: tuple[str, ...]) -> BaseContext:
 
 
 class _Worker(Generic[Item, Result]):
-    """A process, the pipe to it, and the item that it works on."""
+    """A worker process, the pipe to the process, and the item that the process works on."""
 
     def __init__(self, work: Work[Item, Result], context: Any) -> None:
         self._work = work
@@ -108,11 +108,11 @@ class _Worker(Generic[Item, Result]):
 
     def begin(self, item: Item) -> None:
         self.item = item
-        with suppress(OSError):  # it has just died, which the next read from its pipe notices
+        with suppress(OSError):  # the worker has just died; the next read from its pipe detects this
             self.connection.send(item)
 
     def restart(self) -> None:
-        """Start a new process for the item at which the process died."""
+        """Start a new process, and give it the item that the dead process worked on."""
         assert self.item is not None
         self.process.join()
         self.connection.close()
@@ -134,8 +134,8 @@ class _Worker(Generic[Item, Result]):
 
 
 def _serve(work: Work[Any, Any], connection: Connection) -> None:
-    """Work on the items that the pipe delivers until it is closed."""
-    # Ctrl-C reaches the whole process group. The parent handles it and then kills its workers.
+    """Work on the items from the pipe until the pipe is closed."""
+    # Ctrl-C sends SIGINT to the whole process group. The parent handles the signal and then kills its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     while True:
@@ -147,7 +147,7 @@ def _serve(work: Work[Any, Any], connection: Connection) -> None:
             result = work(item, lambda *values: connection.send((_REPORT, values)))
         except (DataError, OSError) as error:
             connection.send((_ERROR, error))
-        except Exception as error:  # noqa: BLE001 (not every error can be pickled; the parent raises this one)
+        except Exception as error:  # noqa: BLE001 (some errors cannot be pickled, but a RuntimeError can)
             traceback_text = "".join(traceback.format_exception(error))
             connection.send((_ERROR, RuntimeError(f"in a worker process:\n{traceback_text}")))
         else:
@@ -155,7 +155,7 @@ def _serve(work: Work[Any, Any], connection: Connection) -> None:
 
 
 def _exit_with_parent() -> None:
-    """End this process when its parent is killed. A busy worker would notice only when it reads from its pipe."""
+    """End this process if its parent dies. A busy worker would otherwise not notice until it reads from its pipe."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""What stage 1 is asked to do: every option, its default and its limits."""
+"""The options of stage 1, with their defaults and their limits."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ _CHOICES = {"format": ShardFormat, "deduplicate": Deduplication, "encoder": Enco
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeRequest(SourceRequest):
-    """One run of stage 1: a source (see ``SourceRequest``) and what to make of it.
+    """A request to stage 1: the source (see ``SourceRequest``) and the options for tokenizing the source.
 
     Attributes:
-        out: the folder or URL for the shards and their manifest.
+        out: the path or URL of the folder for the shards and their manifest.
         format: the file format of the shards.
         val_fraction: the fraction of documents for validation, in [0, 1).
-        shard_tokens: a shard ends before the document that would take it past this many tokens.
-        seed: selects the division of documents between the splits.
-        limit_documents: stop after this many documents; None never stops.
-        limit_bytes: stop after the document that reaches this many bytes of UTF-8; None never stops.
-        deduplicate: ``exact`` leaves out every document that repeats an earlier one.
-        workers: number of processes on this machine; None uses one per core. No effect on the result.
-        encoder: see ``choose_encoder``. No effect on the result.
-        engine: what runs the chunks. No effect on the result.
-        ray_address: address of the Ray cluster; None starts one on this machine.
+        shard_tokens: the maximum tokens per shard. Only a shard with a single, longer document has more tokens.
+        seed: the seed that decides which documents are in which split.
+        limit_documents: the maximum number of documents to tokenize; None means no limit.
+        limit_bytes: stop after the document that reaches this total of bytes in UTF-8; None means no limit.
+        deduplicate: ``exact`` leaves out every document that is equal to an earlier document.
+        workers: number of processes on this machine; None means one per core. Does not change the result.
+        encoder: the encoder that ``choose_encoder`` chooses from. Does not change the result.
+        engine: ``local`` or ``ray``, see ``run_chunks``. Does not change the result.
+        ray_address: address of the Ray cluster; None starts a cluster on this machine.
 
     Raises:
-        DataError: an option has an impossible value.
+        DataError: an option has an invalid value.
     """
 
     out: Path | str
@@ -67,7 +67,7 @@ class TokenizeRequest(SourceRequest):
                 raise DataError(f"--{name.replace('_', '-')} must be at least 1, it is {value}")
 
     def identity(self, source: Source) -> dict[str, Any]:
-        """Return everything that decides the bytes of the result, as JSON values in the manifest's layout."""
+        """Return all values that decide the bytes of the result, as JSON values in the layout of the manifest."""
         limits = {"limit_documents": self.limit_documents, "limit_bytes": self.limit_bytes}
         return {
             "format_version": FORMAT_VERSION,

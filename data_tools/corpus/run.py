@@ -1,6 +1,6 @@
-"""Stage 1 as a recipe: source -> chunks -> tokens in parallel -> shards and manifest.
+"""Execute a tokenize request: divide the source into chunks, encode the chunks in parallel, write shards and manifest.
 
-The request alone decides the bytes of the shards. The engine, the number of processes and interruptions do not.
+Only the request decides the bytes of the shards. The engine, the number of processes and interruptions do not.
 """
 
 from __future__ import annotations
@@ -24,35 +24,36 @@ __all__ = ["Observer", "Progress", "TokenizeRequest", "find_complete", "tokenize
 
 
 class Observer:
-    """Receives the estimate and the progress of a run. This one ignores them."""
+    """Receives the estimate and the progress of a request. This base class ignores both."""
 
     def planned(self, estimate: Estimate) -> None:
-        """Receive the estimate, before the first chunk. A share of a run has none."""
+        """Receive the estimate before the first chunk starts. ``tokenize_share`` does not call this method."""
 
     def progressed(self, progress: Progress) -> None:
-        """Receive the total progress: first that of finished chunks, then a few times per second."""
+        """Receive the total progress. The first call has the chunks that an earlier process finished."""
 
 
 def find_complete(request: TokenizeRequest) -> Manifest | None:
-    """Return the manifest if the folder already holds all that the request would make, otherwise None.
+    """Return the manifest if the output folder is already complete. Returns None if it is not complete.
 
     Raises:
-        DataError: the request is unusable, or the folder is another request's or damaged.
+        DataError: the source cannot be opened, or the folder is damaged or belongs to another request.
     """
     return load_complete(request.out, request.identity(open_source(request)))
 
 
 def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) -> Manifest:
-    """Tokenize a source into a folder of shards, continue where the same request stopped, and return the manifest.
+    """Tokenize a source into a folder of shards, or continue an interrupted request, and return the manifest.
 
     Returns at once if the folder is complete. A corpus of one document has no validation split.
 
     Args:
-        request: what to do. With more than one worker, a calling script needs ``if __name__ == "__main__"``.
+        request: the source, the output folder and the options. If the request has more than one worker, a script that
+            calls this function needs ``if __name__ == "__main__"``.
         observer: receives the progress.
 
     Raises:
-        DataError: the request, a document or the folder is unusable, or the disk is full.
+        DataError: the source or a document cannot be read, the folder cannot be used, or the disk is full.
     """
     manifest = _tokenize(request, None, observer or Observer())
     assert manifest is not None, "only a share leaves chunks to others"
@@ -62,14 +63,14 @@ def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) 
 def tokenize_share(
     request: TokenizeRequest, share: int, shares: int, observer: Observer | None = None
 ) -> Manifest | None:
-    """Do chunks ``share``, ``share + shares``, ... of a request, while other processes do the others.
+    """Encode the chunks ``share``, ``share + shares``, ... of a request. Other processes encode the other chunks.
 
-    The process that finishes last writes the manifest and returns it; the others return None. With ``deduplicate``
-    every share is called twice: the first calls fingerprint the documents, and when all of them have returned, the
-    second calls encode.
+    The process that finishes last writes and returns the manifest. The other processes return None. If ``deduplicate``
+    is ``exact``, call this function twice for every share: the first calls write fingerprints of the documents, and
+    the second calls encode. Start the second calls after all first calls have returned.
 
     Raises:
-        DataError: as ``tokenize_corpus``.
+        DataError: see ``tokenize_corpus``.
     """
     return _tokenize(request, (share, shares), observer or Observer())
 
@@ -80,7 +81,7 @@ def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer:
     if manifest := load_complete(request.out, identity):
         return manifest
     with open_output(request.out, identity, shared=share is not None) as output:
-        if manifest := load_complete(request.out, identity):  # another process completed it before the lock was ours
+        if manifest := load_complete(request.out, identity):  # completed before this process had the lock
             return manifest
         encoder = choose_encoder(request.encoder)
         output.plan(lambda: plan_chunks(source, request))
@@ -100,9 +101,9 @@ def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer:
 
 
 def _find_repeated(job: Job, chunks: Sequence[Chunk], output: OutputFolder) -> bool:
-    """Fingerprint the documents of ``chunks``, then compare those of all chunks.
+    """Write the fingerprints of ``chunks``, then find the repeated documents of all chunks and return True.
 
-    Returns False without comparing if the fingerprints of other shares are missing.
+    Returns False without searching if the fingerprints of other shares are missing.
     """
     folder = output.folder
     names = folder.names()
@@ -119,7 +120,7 @@ def _find_repeated(job: Job, chunks: Sequence[Chunk], output: OutputFolder) -> b
 
 
 def _encode(job: Job, chunks: Sequence[Chunk], output: OutputFolder, observer: Observer) -> None:
-    """Encode those of the chunks that are not finished."""
+    """Encode the chunks that are not finished."""
     progress = output.progress
     observer.progressed(progress)
 

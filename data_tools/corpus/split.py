@@ -1,4 +1,4 @@
-"""Divide documents between training and validation, the same way every time."""
+"""Divide documents between training and validation. The division is always the same for the same seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OTHER_SPLIT = {TRAIN_SPLIT: VAL_SPLIT, VAL_SPLIT: TRAIN_SPLIT}
 
 @dataclass(frozen=True)
 class AssignedDocument:
-    """A document with its text in UTF-8, its fingerprint and its split."""
+    """A document, its text in UTF-8, its fingerprint and its split."""
 
     document: Document
     utf8: bytes
@@ -24,7 +24,7 @@ class AssignedDocument:
 
 
 def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
-    """Return the split of a document from its fingerprint, so that equal documents are always in the same split.
+    """Return the split of a document. It depends on the fingerprint, so equal documents are always in the same split.
 
     ``val_fraction`` is the expected fraction of documents in the validation split. Each seed gives another division.
     """
@@ -37,7 +37,7 @@ def assign_splits(
 ) -> Iterator[AssignedDocument]:
     """Yield each document with the split that ``draw_split`` returns, in order. Every document must have text.
 
-    ``fill_both`` says that the documents are the whole corpus, so that ``fill_both_splits`` can change the draw.
+    Set ``fill_both`` if the documents are the whole corpus; ``fill_both_splits`` then fills an empty split.
     """
 
     def assign(document: Document) -> AssignedDocument:
@@ -51,12 +51,12 @@ def assign_splits(
 
 
 def fill_both_splits(assigned: Iterator[AssignedDocument]) -> Iterator[AssignedDocument]:
-    """Move the last new document to the other split if all documents were drawn for the same one.
+    """Move one document to the other split if all documents are in the same split, so that no split is empty.
 
-    Its repeats move with it, because equal documents stay in one split. A single document is used for training.
-    No document is held back after both splits have one.
+    The moved document is the last one that does not repeat an earlier document. Its repeats move, too, because equal
+    documents stay in one split. If all documents are equal, they are used for training.
     """
-    held: list[AssignedDocument] = []  # the last new document, and the repeats that follow it
+    held: list[AssignedDocument] = []  # the last document that repeats no earlier one, and the documents after it
     seen: set[bytes] = set()
     for following in assigned:
         if held and following.split != held[0].split:

@@ -1,4 +1,4 @@
-"""What a process does with one chunk: read, divide, encode, check and write its documents."""
+"""Process one chunk: read its documents, divide them between the splits, encode, check and write them."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from data_tools.sources import Source, open_source
 from data_tools.storage.files import sha256_of_json
 from data_tools.storage.folders import open_folder, scratch_of
 
-#: Called by a running chunk with the progress since the last call.
+#: ``encode_chunk`` calls this function with the progress since the last call.
 Report = Callable[[Progress], None]
 
 #: Bytes of text between two reports. A report costs more than encoding a short document.
 _REPORT_BYTES = 1 << 20
-#: tiktoken encodes one of this many documents too, besides the first of each chunk.
+#: tiktoken also encodes the first document of each chunk and, on average, one document in 512.
 _CHECK_ONE_IN = 512
 _LENGTH_CLASSES = 33
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all chunks of a run have in common.
+    """The values that all chunks of a request share.
 
     Attributes:
-        request: the request of the run.
-        encoder: the encoder's own name.
+        request: the tokenize request.
+        encoder: the encoder's name, ``gigatoken`` or ``tiktoken``.
         is_one_chunk: whether one chunk is the whole corpus.
-        identity_sha256: hash of the request's identity, by which a process checks that it reads the same source.
+        identity_sha256: hash of the request's identity. Each process checks that its source gives the same hash.
     """
 
     request: TokenizeRequest
@@ -51,10 +51,10 @@ class Job:
 
 
 def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
-    """Write the shards of a chunk, then its record. They replace the files of an earlier attempt.
+    """Write the shards of a chunk, then its record. The new files replace the files of an earlier attempt.
 
     Raises:
-        DataError: a document cannot be read, tokens differ from tiktoken's, or the folder cannot be written.
+        DataError: a document cannot be read, tiktoken encodes a document differently, or the folder is not writable.
     """
     request = job.request
     folder = open_folder(request.out)
@@ -97,7 +97,7 @@ def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
     """Write the fingerprints of the chunk's documents, which ``write_repeated`` compares.
 
     Raises:
-        DataError: a document cannot be read, or the folder cannot be written.
+        DataError: a document cannot be read, or the folder is not writable.
     """
     documents = documents_of(chunk, _open_source(job))
     fingerprints = b"".join(fingerprint_of(document, utf8_of(document)) for document in documents)
@@ -108,7 +108,7 @@ def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _open_source(job: Job) -> Source:
-    """Open the source of a run once per process, because listing files takes time."""
+    """Return the source of a job. Each process opens it only once, because listing the files takes time."""
     source = open_source(job.request)
     if sha256_of_json(job.request.identity(source)) != job.identity_sha256:
         raise DataError(f"--source {job.request.source}: its files changed since the run began; start again")
@@ -116,7 +116,7 @@ def _open_source(job: Job) -> Source:
 
 
 def _load_repeated(request: TokenizeRequest, chunk: Chunk) -> set[int]:
-    """Return the numbers of the chunk's documents that repeat an earlier one."""
+    """Return the numbers of the chunk's documents that repeat an earlier document."""
     if request.deduplicate != "exact":
         return set()
     content = open_folder(request.out).read(chunk.repeated_file)
@@ -146,7 +146,7 @@ class _ReferenceCheck:
 
 
 class _SplitWriter:
-    """Writes the documents of one split of a chunk into one shard after the other."""
+    """Writes the documents of a chunk that belong to one split. It fills one shard after the other."""
 
     def __init__(self, scratch: Path, split: str, chunk: Chunk, request: TokenizeRequest) -> None:
         self._scratch = scratch
@@ -165,7 +165,7 @@ class _SplitWriter:
         self._shard.append(document.tokens, documents=1, utf8_bytes=utf8_bytes, scored=document.scored)
 
     def close(self) -> list[ShardRecord]:
-        """Finish the open shard and return the records of all shards."""
+        """Finish the open shard and return the records of all shards of this chunk and split."""
         if self._shard is not None:
             self._finished.append(self._shard.close())
             self._shard = None
