@@ -1,15 +1,16 @@
-"""Portable checkpoints: saved by any backend and world size, loaded into any other.
+"""Save portable checkpoints: any backend at any world size can load what another backend saved.
 
-A checkpoint is a folder ``checkpoints/step_00000100``:
+A checkpoint is a folder, for example ``checkpoints/step_00000100``, with these files:
 
-``rank_00000_weights.safetensors``    pieces of the fp32 master weights, by canonical name
-``rank_00000_moments.safetensors``    the same pieces of AdamW's two moments
+``rank_00000_weights.safetensors``    pieces of the fp32 master weights, under their canonical names
+``rank_00000_moments.safetensors``    the corresponding pieces of AdamW's two moments
 ``state.json``                        step, samples, loss scale, seed, resolved config, versions
-``manifest.json``                     format version, parameter shapes, size and SHA-256 of every file, its own SHA-256
+``manifest.json``                     format version, parameter shapes, size and SHA-256 of each other file, and the
+                                      SHA-256 of the manifest
 
-Each rank writes the pieces that it holds; nothing is gathered. Loading copies the overlap of stored pieces and local
-ones, so no rank ever holds the whole state. Nothing is pickled.
+Each rank writes the pieces that it holds, without gathering pieces of other ranks. When a rank loads a checkpoint, it
+copies only the stored elements that it needs, so no rank ever holds the whole state. No file contains pickled objects.
 
-A save goes through ``background`` (copies to host memory and starts a thread), ``saving`` (writes the files) and
-``retention`` (deletes older checkpoints).
+Three modules save a checkpoint: ``background`` copies the state to host memory and starts a thread, ``saving`` writes
+the files, and ``retention`` deletes older checkpoints.
 """

@@ -1,4 +1,4 @@
-"""Saving while training continues: a snapshot is copied to host memory at once, and a thread writes it."""
+"""Save checkpoints while training continues: copy the state to host memory, and let a thread write the copy."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from pipeline.errors import CheckpointError
 
 @dataclass(frozen=True)
 class SaveOutcome:
-    """The result of a save. All fields except the pause are the same on every rank."""
+    """The result of a save. All fields except ``pause_s`` are equal on all ranks."""
 
     step: int
-    pause_s: float  # how long training on this rank waited for the previous save and for the copy
+    pause_s: float  # the time that training on this rank waited for the previous save and for the copy
     saved: SavedCheckpoint | None
-    problem: str | None  # why the save failed, in one line
+    problem: str | None  # the reason in one line if the save failed
 
 
 class BackgroundSaver:
-    """Saves one checkpoint at a time in its own thread, with collectives in its own process group.
+    """A saver that writes one checkpoint at a time in a separate thread, with a separate process group.
 
     Args:
-        config: the resolved config to store.
-        asynchronous: if False, ``start`` returns after the checkpoint is complete.
+        config: the resolved config, which is stored in each checkpoint.
+        keep_last: the number of checkpoints to keep.
+        asynchronous: if False, ``start`` waits until the checkpoint is complete.
     """
 
     def __init__(
@@ -54,13 +55,16 @@ class BackgroundSaver:
         self.cpu_world = world.with_cpu_group()
         self.keep_last = keep_last
         self.asynchronous = asynchronous
-        self.last_step: int | None = None  # of the last save that was started
+        self.last_step: int | None = None  # the step of the last save that was started
         self._taker = SnapshotTaker(backend, world)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._in_flight: tuple[int, float, Future[SavedCheckpoint]] | None = None
 
     def start(self, state: TrainingState) -> list[SaveOutcome]:
-        """Copy the state and begin to write it. Return the outcome of the save in flight, if any. Collective."""
+        """Copy the state, begin to write the copy, and return the outcome of the previous save if it was unfinished.
+
+        This call is collective: every rank must make it.
+        """
         started = time.perf_counter()
         outcomes = self.wait()
         snapshot = self._taker.take(state)
@@ -74,11 +78,11 @@ class BackgroundSaver:
         return outcomes
 
     def poll(self) -> list[SaveOutcome]:
-        """Return the outcome if a save has ended since the last call. Does not wait, so ranks may differ."""
+        """Return the outcome if a save has ended since the last call. Does not wait, so results can differ by rank."""
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 
     def wait(self) -> list[SaveOutcome]:
-        """Wait for the save in flight, if any, and return its outcome."""
+        """Wait for the unfinished save, if there is one, and return the outcome of this save."""
         if self._in_flight is None:
             return []
         step, pause_s, future = self._in_flight
@@ -90,10 +94,10 @@ class BackgroundSaver:
 
 
 class SnapshotTaker:
-    """Copies what a rank writes into buffers that it reuses for every snapshot.
+    """Copies a rank's share of the state into host buffers, which every snapshot reuses.
 
-    A snapshot is valid until the next one is taken. The buffers take 12 bytes of host memory per element that this
-    rank writes. They are pinned if the state is on a GPU.
+    A snapshot is valid until the next snapshot is taken. The buffers need 12 bytes of host memory per element that this
+    rank writes. The buffers are in pinned memory if the state is on a GPU.
     """
 
     def __init__(self, backend: Backend, world: World) -> None:
@@ -102,7 +106,7 @@ class SnapshotTaker:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, state: TrainingState) -> Snapshot:
-        """Copy what this rank writes."""
+        """Copy the share of the state that this rank writes."""
         shapes = {name: list(shape) for name, shape in self.backend.parameter_shapes.items()}
         groups: TensorGroups = {group: {} for group in GROUPS}
         for fragment in fragments_to_write(self.backend, self.world):
@@ -123,7 +127,7 @@ class SnapshotTaker:
 
 
 def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:
-    """Return all fragments of this rank, or an equal share of them if every rank holds the same."""
+    """Return all fragments of this rank, or an equal share of the fragments if every rank holds all of them."""
     fragments = backend.fragments()
     if not backend.replicated or world.size == 1:
         return fragments
@@ -140,6 +144,6 @@ def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:
 
 
 def slice_fragment(fragment: Fragment, low: int, high: int) -> Fragment:
-    """Return elements ``low`` to ``high`` of a fragment, counted from its first element."""
+    """Return elements ``low`` to ``high - 1`` of a fragment, counted from the first element of the fragment."""
     tensors = {kind: getattr(fragment, kind)[low:high] for kind in KINDS}
     return replace(fragment, start=fragment.start + low, **tensors)

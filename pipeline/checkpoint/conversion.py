@@ -1,4 +1,4 @@
-"""Writing a checkpoint into a new run folder as a single rank would have saved it."""
+"""Rewrite a checkpoint into a new run folder, with the files that a single rank would have saved."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _SINGLE_RANK = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
-    """Rewrite a checkpoint as a single rank would have saved it.
+    """Rewrite a checkpoint into a new run folder, with the files that a single rank would have saved.
 
-    Training state and config in the checkpoint do not change. The new ``config.json`` names the new run folder.
+    The training state and the config in the checkpoint do not change. The new ``config.json`` names the new run folder.
 
     Args:
-        source: a checkpoint, or a run folder (its newest good one).
+        source: a checkpoint folder, or a run folder, whose newest good checkpoint is used.
 
     Raises:
-        CheckpointError: the source cannot be used, or as for ``write_new_run``.
-        ConfigError: the source's config is not valid for this program, or a run is using the folder.
+        CheckpointError: the source cannot be used, or ``write_new_run`` raises CheckpointError.
+        ConfigError: the config of the source is not valid for this program, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)
     folder = locate_checkpoint(source)
@@ -62,17 +62,17 @@ def write_new_run(
     read: Callable[[str, str], Tensor],
     stored_config: dict[str, Any] | None = None,
 ) -> SavedCheckpoint:
-    """Write ``config.json`` and a checkpoint into a run folder, which is created if it does not exist.
+    """Write ``config.json`` and a checkpoint into a run folder. Create the folder if it does not exist.
 
     Args:
-        shapes: of all parameters, by canonical name.
-        read: returns the weight or a moment for its kind (as in ``KINDS``) and the parameter's canonical name. It is
-            called when the tensor is written.
-        stored_config: the config in the checkpoint if it is not ``config``.
+        shapes: the shapes of all parameters, by canonical name.
+        read: a function that takes a kind from ``KINDS`` and the canonical name of a parameter, and returns the weight
+            or the moment. Each tensor is read just before it is written.
+        stored_config: the config to store in the checkpoint if it differs from ``config``.
 
     Raises:
-        CheckpointError: the folder has checkpoints, or writing failed. No incomplete checkpoint is left.
-        ConfigError: a run is using the folder.
+        CheckpointError: the folder already has checkpoints, or writing failed. An incomplete checkpoint is removed.
+        ConfigError: another process is using the run folder.
     """
     groups = {
         group: {
@@ -95,7 +95,7 @@ def write_new_run(
 
 
 def require_new_run_folder(run_folder: Path) -> None:
-    """Raise CheckpointError if a folder cannot hold a new run, because it has checkpoints or is something else."""
+    """Raise CheckpointError if the path has checkpoints, is a checkpoint, or is not a folder."""
     if run_folder.exists() and not run_folder.is_dir() or (run_folder / MANIFEST_FILE).exists():
         raise CheckpointError(f"--out: {run_folder} is not a run folder; name a folder for the new run")
     if existing := list_checkpoints(run_folder):

@@ -1,4 +1,4 @@
-"""Describing a checkpoint, or the checkpoints of a run. Nothing is hashed or changed."""
+"""Describe a checkpoint, or all checkpoints of a run, without hashing or changing any file."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class CheckpointReport:
 
     path: Path
     bytes: int
-    problem: str | None  # a file that is missing or has the wrong size, or JSON that cannot be read
-    contents: dict[str, Any] | None  # of the JSON files, and bytes per rank; None if the JSON cannot be read
+    problem: str | None  # the first missing file, wrong file size or unreadable JSON file
+    contents: dict[str, Any] | None  # values from the JSON files, and bytes per rank; None if the JSON is unreadable
 
     def __str__(self) -> str:
         rows = [*_content_rows(self.contents)] if self.contents else []
@@ -47,7 +47,7 @@ class CheckpointReport:
 
 @dataclass(frozen=True)
 class SizedFolder:
-    """A folder and the size of its files."""
+    """A folder and the total size of the files in it."""
 
     path: Path
     bytes: int
@@ -58,12 +58,12 @@ class SizedFolder:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A description of all checkpoints of a run, oldest first, and of other folders beside them."""
+    """A description of all folders in a run's ``checkpoints``."""
 
     path: Path
-    checkpoints: list[CheckpointReport]
-    leftovers: list[SizedFolder]  # of interrupted saves and deletions
-    abandoned: list[SizedFolder]  # set aside when the run went back
+    checkpoints: list[CheckpointReport]  # oldest first
+    leftovers: list[SizedFolder]  # incomplete folders of interrupted saves and deletions
+    abandoned: list[SizedFolder]  # checkpoints that were renamed when the run continued from an earlier checkpoint
 
     def __str__(self) -> str:
         total = sum(report.bytes for report in self.checkpoints)
@@ -77,10 +77,11 @@ class RunReport:
 
 
 def inspect(path: Path) -> CheckpointReport | RunReport:
-    """Describe a checkpoint folder, or a run folder with its checkpoints.
+    """Describe a checkpoint folder, or all checkpoints of a run folder.
 
     Raises:
-        CheckpointError: the path is neither, or the checkpoint's JSON cannot be read.
+        CheckpointError: the path is neither a checkpoint folder nor a run folder with checkpoints, or a JSON file of
+            the checkpoint cannot be read.
     """
     if is_checkpoint(path):
         report = _inspect_checkpoint(path)
@@ -135,7 +136,10 @@ def _backend_name(backend: dict[str, Any]) -> str:
 
 
 def _count_parameters(shapes: dict[str, list[int]], vocab_size: Any) -> int:
-    """Count the tied weight once and no padding rows, like ``pipeline.model.gpt2.parameter_count``."""
+    """Return the number of parameters. Counts the tied weight once and ignores the padding rows.
+
+    ``pipeline.model.gpt2.parameter_count`` counts in this way too.
+    """
     counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     if isinstance(vocab_size, int) and "wte.weight" in shapes:
         counts["wte.weight"] = vocab_size * shapes["wte.weight"][-1]
@@ -152,7 +156,7 @@ def _sizes_per_rank(folder: Path, files: dict[str, Any]) -> list[dict[str, int]]
 
 
 def _content_rows(contents: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the label and the text of each line."""
+    """Yield the label and the text of each line of the report."""
     step, without_update = contents["step"], contents["step"] - contents["updates"]
     yield "step", f"{step:,}" + (f", {without_update:,} of them without an update" if without_update else "")
     for key in ("updates", "samples", "tokens"):

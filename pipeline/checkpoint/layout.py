@@ -1,4 +1,4 @@
-"""A checkpoint folder on disk: the names of its files, and its manifest."""
+"""Define the files of a checkpoint folder, and read the manifest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
-    """Return the finished checkpoint folders of a run, oldest first. Nothing is verified."""
+    """Return the finished checkpoint folders of a run, oldest first, without verifying the files."""
     parent = run_folder / CHECKPOINTS_FOLDER
     if not parent.is_dir():
         return []
@@ -32,39 +32,39 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
-    """Return the path of a step's checkpoint, whether it exists or not."""
+    """Return the path of a step's checkpoint. The path need not exist."""
     return run_folder / CHECKPOINTS_FOLDER / f"step_{step:08d}"
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a folder is a checkpoint, possibly a damaged one, rather than a run folder."""
+    """Return whether a folder is a checkpoint folder (and not a run folder). The checkpoint may be damaged."""
     return any((path / name).is_file() for name in (MANIFEST_FILE, STATE_FILE))
 
 
 def step_of(folder: Path) -> int:
-    """Return the step that a checkpoint folder's name states."""
+    """Return the step number in the name of a checkpoint folder."""
     match = _STEP_FOLDER.fullmatch(folder.name)
     assert match, folder
     return int(match[1])
 
 
 def tensor_file(rank: int, group: str) -> str:
-    """Return the name of a rank's file of ``weights`` or ``moments``."""
+    """Return the name of a rank's tensor file for a group (``weights`` or ``moments``)."""
     return f"rank_{rank:05d}_{group}.safetensors"
 
 
 def parse_tensor_file(name: str) -> tuple[int, str] | None:
-    """Return the rank and the group (``weights`` or ``moments``) in a file name, or None for any other file."""
+    """Return the rank and the group (``weights`` or ``moments``) of a tensor file. Returns None for any other name."""
     match = _TENSOR_FILE.fullmatch(name)
     return (int(match[1]), match[2]) if match else None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest and check everything in it that other code relies on.
+    """Read the manifest, and check the format version, the hash, the file names and the shapes in it.
 
     Raises:
-        CheckpointError: the manifest is missing, damaged, of another format version, or names a file that is
-            outside the folder or does not belong to a checkpoint.
+        CheckpointError: the manifest is missing or damaged, or has another format version; or the manifest names a file
+            outside the checkpoint folder, or a file that does not belong to a checkpoint.
     """
     path = folder / MANIFEST_FILE
     if path.is_symlink():
@@ -94,13 +94,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def bytes_of_tensors(folder: Path) -> int:
-    """Return the size of all ranks' tensor files as stated in the manifest, which is checked."""
+    """Return the total size of all ranks' tensor files according to the manifest. Raises like ``read_manifest``."""
     files = read_manifest(folder)["files"]
     return sum(entry["bytes"] for name, entry in files.items() if parse_tensor_file(name))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object, or raise CheckpointError if the file is missing or holds something else."""
+    """Read a JSON object, or raise CheckpointError if the file is missing or does not contain a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -118,12 +118,12 @@ def size_of_file(path: Path) -> int:
 
 
 def size_of_folder(folder: Path) -> int:
-    """Return the size of all files below a folder in bytes. A file that disappears meanwhile counts as 0."""
+    """Return the total size in bytes of all files below a folder. A file that disappears meanwhile counts as 0."""
     return sum(size_of_file(Path(parent, name)) for parent, _, files in os.walk(folder) for name in files)
 
 
 def format_size(size: int) -> str:
-    """Return a number of bytes in the unit that leaves one to three digits before the point."""
+    """Return a size in bytes as text with a unit, such as ``1.5 GB``."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= factor:
             return f"{size / factor:.1f} {unit}"

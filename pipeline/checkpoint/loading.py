@@ -1,4 +1,4 @@
-"""Loading a checkpoint: each rank copies the overlap of the stored pieces with its own, and reads nothing else."""
+"""Load checkpoints. Each rank reads only the stored elements that it needs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
     """Copy a checkpoint into this rank's weights and moments, and restore AdamW's step count and the loss scale.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another model or is malformed, and the backend is unchanged; or a
-            file cannot be read.
+        CheckpointError: the checkpoint belongs to another model, is malformed, or cannot be read. If the model differs
+            or the checkpoint is malformed, the backend does not change.
     """
     state, _ = read_state(folder)
     index = index_for_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
@@ -39,7 +39,10 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
 
 
 def load_weights(folder: Path, parameters: dict[str, Tensor]) -> None:
-    """Copy a checkpoint's weights into whole parameters by canonical name. Raises like ``load_training_state``."""
+    """Copy a checkpoint's weights into ``parameters``, a mapping from canonical names to whole parameters.
+
+    Raises like ``load_training_state``.
+    """
     index = index_for_model(folder, {name: list(parameter.shape) for name, parameter in parameters.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -47,17 +50,18 @@ def load_weights(folder: Path, parameters: dict[str, Tensor]) -> None:
 
 
 def read_parameter(shape: list[int], pieces: list[Piece]) -> Tensor:
-    """Return one whole fp32 parameter, assembled from its pieces."""
+    """Read all pieces of a parameter, and return the whole parameter in fp32."""
     parameter = torch.empty(shape)
     _copy_overlap(parameter.view(-1), 0, pieces)
     return parameter
 
 
 def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
-    """Return an index of the pieces of a checkpoint.
+    """Return an index of the pieces of a checkpoint whose parameters have these names and shapes.
 
     Raises:
-        CheckpointError: the model with these parameters is not the one in the checkpoint, or as for ``index_pieces``.
+        CheckpointError: the parameters in the checkpoint have other names or shapes, or ``index_pieces`` raises
+            CheckpointError.
     """
     manifest = read_manifest(folder)
     stored = manifest["parameters"]
@@ -71,7 +75,7 @@ def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
 
 
 def _copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
-    """Fill ``target``, which holds the elements of a flattened parameter from ``start`` on, from the pieces."""
+    """Copy elements from the pieces into ``target``, a range of a flattened parameter that begins at ``start``."""
     for piece in pieces:
         low, high = max(piece.start, start), min(piece.stop, start + target.numel())
         if low < high:
@@ -80,7 +84,7 @@ def _copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
 
 
 def _read_elements(file: Any, piece: Piece, low: int, high: int) -> Tensor:
-    """Read elements ``low`` to ``high`` of a flattened parameter, and only the rows that hold them."""
+    """Return elements ``low`` to ``high - 1`` of a flattened parameter. Reads only the rows with these elements."""
     stored = file.get_slice(piece.key)
     row = torch.Size(stored.get_shape()[1:]).numel()
     low, high = low - piece.start, high - piece.start
@@ -91,16 +95,16 @@ def _read_elements(file: Any, piece: Piece, low: int, high: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that was read from a checkpoint, in evaluation mode."""
+    """A model that was loaded from a checkpoint. The model is in evaluation mode."""
 
     model: GPT2
-    config: Config  # of the run that trained it
+    config: Config  # the config of the run that trained the model
     checkpoint: Path
     step: int
 
     @property
     def run_folder(self) -> Path:
-        """The folder for results: the run that holds the checkpoint, or the checkpoint itself outside a run."""
+        """The folder for results: the run folder, or the checkpoint folder if it is not in a run folder."""
         return run_folder_of(self.checkpoint)
 
 
@@ -108,8 +112,8 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
     """Load the fp32 model of a checkpoint folder, or of the newest good checkpoint of a run folder.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged.
-        ConfigError: its config is not valid for this program.
+        CheckpointError: the path has no checkpoint, or no good checkpoint.
+        ConfigError: the config in the checkpoint is not valid for this program.
     """
     folder = locate_checkpoint(path)
     state, stored = read_state(folder)

@@ -1,7 +1,8 @@
-"""Ranges of a parameter's elements in safetensors files: their keys, and an index of them.
+"""Name and index the pieces of parameters in safetensors files.
 
-A whole parameter is stored under its canonical name, in its shape. A range of its elements is stored flat, under
-``name[start:stop]``. The keys of moments have the prefix ``exp_avg/`` or ``exp_avg_sq/``.
+A piece is a whole parameter or a range of its elements. A whole parameter has its original shape, and the key is the
+canonical name. A range is one-dimensional, and the key is ``name[start:stop]``. The keys of moments have the prefix
+``exp_avg/`` or ``exp_avg_sq/``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from pipeline.checkpoint.layout import parse_tensor_file
 from pipeline.errors import CheckpointError
 
-#: Kinds of tensor, by the name of the ``Fragment`` attribute that holds them.
+#: The kinds of tensors. Each kind is the name of an attribute of ``Fragment``.
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
 KINDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
 
@@ -32,7 +33,7 @@ _DTYPE = "F32"  # the name in safetensors
 
 @dataclass(frozen=True)
 class Piece:
-    """A stored range of elements: ``key`` in ``file``."""
+    """A range of a flattened parameter, stored in ``file`` under ``key``."""
 
     file: Path
     key: str
@@ -40,19 +41,19 @@ class Piece:
     stop: int
 
 
-#: kind -> parameter -> its pieces in order, which cover every element once
+#: kind -> parameter -> pieces, sorted by their first element. The pieces contain every element exactly once.
 PieceIndex = dict[str, dict[str, list[Piece]]]
 
 
 def piece_key(kind: str, name: str, elements: tuple[int, int] | None = None) -> str:
-    """Return the key of a range of a flattened parameter, or of the whole parameter if ``elements`` is None."""
+    """Return the key of a range of a flattened parameter, or the key of a whole parameter if ``elements`` is None."""
     label = name if elements is None else f"{name}[{elements[0]}:{elements[1]}]"
     return label if kind == WEIGHT else f"{kind}/{label}"
 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file with its tensors mapped, or raise CheckpointError if it cannot be read."""
+    """Open a safetensors file and map the tensors into memory. Raise CheckpointError if the file cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -61,11 +62,11 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def index_pieces(folder: Path, manifest: dict[str, Any]) -> PieceIndex:
-    """Return an index of every stored piece. Only headers are read; all that loading relies on is checked.
+    """Return an index of all stored pieces. Reads only the headers of the tensor files, and checks them.
 
     Raises:
-        CheckpointError: a file is not in the safetensors format; a name, shape or dtype contradicts the
-            manifest; elements are missing or stored twice.
+        CheckpointError: a file is not in the safetensors format; a name or a shape contradicts the manifest; a dtype is
+            not fp32; or elements are missing or stored twice.
     """
     shapes = {name: torch.Size(shape) for name, shape in manifest["parameters"].items()}
     index: PieceIndex = {kind: {name: [] for name in shapes} for kind in KINDS}
@@ -81,7 +82,7 @@ def index_pieces(folder: Path, manifest: dict[str, Any]) -> PieceIndex:
 
 
 def _read_pieces(path: Path, group: str, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, str, Piece]]:
-    """Yield kind, parameter and piece for each tensor of a file. Raises like ``index_pieces``."""
+    """Yield (kind, parameter name, piece) for each tensor of a file. Raises like ``index_pieces``."""
     with open_tensors(path) as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
             stored = file.get_slice(key)
@@ -103,7 +104,7 @@ def _read_pieces(path: Path, group: str, shapes: dict[str, torch.Size]) -> Itera
 
 
 def _parse_key(key: str, group: str) -> tuple[str, str, tuple[int, int] | None]:
-    """Return kind, parameter and range of a key in a file of a group. Raise ValueError if a moment lacks its kind."""
+    """Return (kind, parameter name, range) for a key. Raise ValueError if the key of a moment has no prefix."""
     kind, label = WEIGHT, key
     if group == "moments":
         kind, _, label = key.partition("/")

@@ -1,4 +1,4 @@
-"""Deleting checkpoints, and setting aside those that a run has gone back from."""
+"""Delete checkpoints, and rename checkpoints that a run no longer continues from."""
 
 from __future__ import annotations
 
@@ -29,27 +29,30 @@ log = logging.getLogger(__name__)
 
 
 def list_leftovers(run_folder: Path) -> list[Path]:
-    """Return what interrupted saves and deletions left behind."""
+    """Return the incomplete folders of interrupted saves and deletions."""
     return sorted((run_folder / CHECKPOINTS_FOLDER).glob(".step_*.partial"))
 
 
 def list_abandoned(run_folder: Path) -> list[Path]:
-    """Return the checkpoints that a run set aside when it went back to an earlier one."""
+    """Return the checkpoints that were renamed because the run continued from an earlier checkpoint."""
     return sorted((run_folder / CHECKPOINTS_FOLDER).glob("step_*.abandoned*"))
 
 
 def remove_leftovers(run_folder: Path) -> None:
-    """Delete what interrupted saves and deletions left behind, or raise OSError. No save may be in progress."""
+    """Delete the incomplete folders of interrupted saves and deletions. Call this only if no save is in progress.
+
+    Raises OSError if a folder cannot be deleted.
+    """
     for leftover in list_leftovers(run_folder):
         _remove_folder(leftover)
 
 
 def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> None:
-    """Rename the checkpoints after ``step``, because the run continues from there and will write others.
+    """Rename the checkpoints of steps after ``step``, because the run continues from ``step``.
 
     Args:
-        origin: the checkpoint that the run continues from. Another checkpoint of the same step belongs to another
-            branch and is renamed too.
+        origin: the checkpoint that the run continues from. If the run folder has a different checkpoint of this step,
+            that checkpoint is renamed too.
 
     Raises:
         OSError: a folder cannot be renamed.
@@ -69,8 +72,11 @@ def _unused_abandoned_path(folder: Path) -> Path:
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint, or raise OSError. After a crash it is either complete or no longer under its name."""
-    # A new checkpoint of this step may be in hidden_partial_path(folder) at the same time.
+    """Delete a checkpoint. After a crash, the checkpoint is either complete or has a temporary name.
+
+    Raises OSError if the checkpoint cannot be deleted.
+    """
+    # Do not use hidden_partial_path(folder) here: it may contain a new checkpoint of this step.
     temporary = folder.with_name(f".{folder.name}.deleted.partial")
     if temporary.exists():
         _remove_folder(temporary)
@@ -80,14 +86,14 @@ def delete_checkpoint(folder: Path) -> None:
 
 
 def _remove_folder(folder: Path) -> None:
-    if folder.is_symlink():  # to a checkpoint that the user moved to another disk
+    if folder.is_symlink():  # a link to a checkpoint that the user moved to another disk
         folder.unlink()
     else:
         shutil.rmtree(folder)
 
 
 def delete_older(run_folder: Path, verified: Path, keep_last: int) -> None:
-    """Keep ``verified``, which was just read back, and the ``keep_last - 1`` before it. Delete the older ones."""
+    """Keep the checkpoint ``verified`` and the ``keep_last - 1`` checkpoints before it. Delete the older ones."""
     until_verified = [folder for folder in list_checkpoints(run_folder) if step_of(folder) <= step_of(verified)]
     for folder in until_verified[:-keep_last]:
         delete_checkpoint(folder)
@@ -98,7 +104,7 @@ class Pruning:
     """The folders that pruning keeps and deletes."""
 
     kept: list[Path]  # newest first
-    deletions: list[tuple[Path, int, str]]  # folder, bytes and reason, in the order of deletion
+    deletions: list[tuple[Path, int, str]]  # (folder, bytes, reason), in the order of deletion
     done: bool  # False for a dry run
 
     def __str__(self) -> str:
@@ -110,12 +116,15 @@ class Pruning:
 
 
 def prune(run_folder: Path, keep: int, *, dry_run: bool) -> Pruning:
-    """Delete everything in a run's ``checkpoints`` except the newest ``keep`` checkpoints that verify.
+    """Delete all folders in a run's ``checkpoints`` except the newest ``keep`` checkpoints that pass verification.
+
+    Args:
+        dry_run: if True, delete nothing and only report what would be deleted.
 
     Raises:
-        ConfigError: a run is using the folder.
-        CheckpointError: the folder is not a run folder; none of its checkpoints verifies, in which case nothing is
-            deleted; or a folder cannot be deleted.
+        ConfigError: another process is using the run folder.
+        CheckpointError: the folder is not a run folder; no checkpoint passes verification (then nothing is deleted);
+            or a folder cannot be deleted.
     """
     if is_checkpoint(run_folder):
         raise CheckpointError(f"{run_folder}: is a checkpoint; give the run folder that holds it")
@@ -133,7 +142,10 @@ def prune(run_folder: Path, keep: int, *, dry_run: bool) -> Pruning:
 
 
 def _plan_pruning(run_folder: Path, keep: int) -> tuple[list[Path], list[tuple[Path, int, str]]]:
-    """Return what to keep and what to delete: leftovers first, whose names are needed to delete a checkpoint."""
+    """Return the checkpoints to keep, and (folder, bytes, reason) for each folder to delete.
+
+    The incomplete folders come first, because the deletion of a checkpoint uses the same temporary names.
+    """
     kept: list[Path] = []
     surplus: list[tuple[Path, str]] = []
     for folder in reversed(list_checkpoints(run_folder)):
@@ -157,7 +169,7 @@ def _plan_pruning(run_folder: Path, keep: int) -> tuple[list[Path], list[tuple[P
 
 
 def _require_known_format(folder: Path) -> None:
-    """Raise CheckpointError if another version of this program wrote a checkpoint: that alone is not damage."""
+    """Raise CheckpointError if a checkpoint has another format version, because such a checkpoint may be undamaged."""
     with suppress(OSError, ValueError, AttributeError):
         found = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("format_version")
         if found != FORMAT_VERSION:

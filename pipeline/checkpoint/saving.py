@@ -1,4 +1,4 @@
-"""Writing a checkpoint: every rank writes its own pieces, and the folder appears only when it is complete."""
+"""Write a checkpoint: every rank writes its pieces into a temporary folder, and the main rank renames the folder."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from pipeline.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Files = dict[str, dict[str, Any]]  # name -> size and SHA-256, as in the manifest
+Files = dict[str, dict[str, Any]]  # file name -> size and SHA-256, in the format of the manifest
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What this rank writes into a checkpoint."""
+    """The data that this rank writes into a checkpoint."""
 
     state: TrainingState
-    shapes: dict[str, list[int]]  # of all parameters, by canonical name
+    shapes: dict[str, list[int]]  # the shapes of all parameters, by canonical name
     groups: TensorGroups
 
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint that is complete and has been read back."""
+    """A complete checkpoint whose files were read back and checked."""
 
     folder: Path
     bytes_of_rank: dict[int, int]
@@ -70,16 +70,17 @@ class SavedCheckpoint:
 def write_checkpoint(
     run_folder: Path, snapshot: Snapshot, config: dict[str, Any], world: World, keep_last: int
 ) -> SavedCheckpoint:
-    """Write a checkpoint under a temporary name, fsync it, read it back, and rename it. Collective.
+    """Write a checkpoint under a temporary name, fsync the files, read them back, and rename the folder.
 
-    Then delete the oldest checkpoints beyond ``keep_last``.
+    Then delete older checkpoints, so that ``keep_last`` checkpoints remain.
+    This call is collective: every rank must make it.
 
     Args:
-        config: the resolved config to store.
+        config: the resolved config to store in the checkpoint.
 
     Raises:
-        CheckpointError: a rank could not write (disk full, read-only, ...), or read back other bytes than it wrote.
-            The incomplete folder is removed, and older checkpoints are unchanged.
+        CheckpointError: a rank could not write a file (for example on a full disk), or read back other bytes than
+            it wrote. The incomplete folder is removed, and older checkpoints do not change.
     """
     started = time.perf_counter()
     folder = checkpoint_folder(run_folder, snapshot.state.step)
@@ -102,7 +103,7 @@ def write_checkpoint(
     if world.is_main:
         try:
             delete_older(run_folder, folder, keep_last)
-        except OSError as error:  # the new checkpoint is good nevertheless
+        except OSError as error:  # the new checkpoint is complete, so this is not an error
             log.warning("cannot delete older checkpoints of %s: %s", run_folder, error)
     return saved
 
@@ -112,10 +113,12 @@ def _on_main_rank(world: World, step: Callable[[], None]) -> None:
 
 
 def _on_every_rank(world: World, step: Callable[[], Result]) -> Result:
-    """Run a step and return its result. If it fails on one rank, it fails on all, so that none waits. Collective.
+    """Call ``step`` on every rank and return the result. If a rank fails, raise on all ranks, so that no rank waits.
+
+    This call is collective: every rank must make it.
 
     Raises:
-        CheckpointError: names the ranks that failed and the reasons.
+        CheckpointError: ``step`` failed on a rank. The message names the failed ranks and the reasons.
     """
     result: Result | None = None
     problem = None
@@ -128,7 +131,7 @@ def _on_every_rank(world: World, step: Callable[[], Result]) -> Result:
         raise
     if problems := [text for text in world.gather(problem) if text]:
         raise CheckpointError("; ".join(problems))
-    return result  # type: ignore[return-value] # without a problem there is a result
+    return result  # type: ignore[return-value] # the result is set if no rank has a problem
 
 
 def _write_tensor_files(aside: Path, snapshot: Snapshot, rank: int) -> Files:
@@ -139,7 +142,7 @@ def _write_tensor_files(aside: Path, snapshot: Snapshot, rank: int) -> Files:
 def _complete_and_publish(
     aside: Path, folder: Path, state: StateFile, shapes: dict[str, list[int]], tensor_files: Files
 ) -> None:
-    """Write the JSON files, read back the manifest and all headers, and give the folder its name."""
+    """Write the JSON files, check the manifest and the headers of all tensor files, and rename the folder."""
     state_path = aside / STATE_FILE
     write_json_durably(state_path, asdict(state))
     state_entry = {"bytes": state_path.stat().st_size, "sha256": sha256_of_file(state_path)}
@@ -150,13 +153,13 @@ def _complete_and_publish(
     }
     write_json_durably(aside / MANIFEST_FILE, {**manifest, "sha256": sha256_of_json(manifest)})
     index_pieces(aside, read_manifest(aside))
-    if folder.exists():  # it is damaged, because the run continued from an older one
+    if folder.exists():  # damaged: otherwise the run would have continued from this checkpoint
         delete_checkpoint(folder)
     publish_folder(aside, folder)
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of the installed packages. DDP and FSDP do not need DeepSpeed."""
+    """Return the versions of the main packages that are installed. DeepSpeed is optional."""
     installed = {}
     for package in ("torch", "deepspeed", "safetensors", "numpy"):
         with suppress(PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""The position of a run that a checkpoint stores in ``state.json``."""
+"""Define and read ``state.json``, which stores a run's progress in a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from pipeline.errors import CheckpointError
 
 @dataclass(frozen=True)
 class GuardState:
-    """The step guard's memory."""
+    """The state of the step guard that a checkpoint stores."""
 
     bad_in_a_row: NonNegativeInt = 0
     rollbacks: NonNegativeInt = 0
-    skipped_samples: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()  # [first, stop) of skipped batches
-    recent: tuple[tuple[float, float], ...] = ()  # loss and gradient norm of the last steps, oldest first
+    skipped_samples: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()  # [first, stop) of each skipped range
+    recent: tuple[tuple[float, float], ...] = ()  # (loss, gradient norm) of recent steps, oldest first
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The position of a run. ``seed`` and ``samples`` determine the data order and dropout: no RNG state is stored."""
+    """The progress of a run. ``seed`` and ``samples`` determine data order and dropout, so no RNG state is stored."""
 
-    step: NonNegativeInt  # finished optimizer steps, skipped ones included
-    samples: NonNegativeInt  # consumed by all ranks: the position in the data order
-    tokens: NonNegativeInt  # target tokens trained on
-    updates: NonNegativeInt  # applied optimizer steps: AdamW's step count
+    step: NonNegativeInt  # finished optimizer steps, including skipped steps
+    samples: NonNegativeInt  # samples that all ranks consumed: the position in the data order
+    tokens: NonNegativeInt  # target tokens that the run has trained on
+    updates: NonNegativeInt  # optimizer steps that changed the weights: AdamW's step count
     loss_scale: Annotated[PositiveFloat, AllowInfNan(False)] | None  # None if the precision uses no loss scale
     loss_scale_good_steps: NonNegativeInt
     seed: NonNegativeInt
-    data_sha256: str | None = None  # of the data set's manifest
+    data_sha256: str | None = None  # the hash of the data set's manifest
     guard: GuardState = field(default_factory=GuardState)
 
 
@@ -42,21 +42,21 @@ class TrainingState:
 class StateFile(TrainingState):
     """All fields of ``state.json``."""
 
-    world_size: PositiveInt  # of the run that wrote the checkpoint
-    launch_id: str | None = None  # of the launch that wrote the checkpoint
+    world_size: PositiveInt  # the world size of the run that wrote the checkpoint
+    launch_id: str | None = None  # the id of the launch that wrote the checkpoint
     versions: dict[str, str]
-    config: dict[str, Any]  # resolved
+    config: dict[str, Any]  # the resolved config
 
 
 _STATE_FILE_SCHEMA = TypeAdapter(StateFile)
 
 
 def read_state_file(folder: Path) -> StateFile:
-    """Read all of a checkpoint's ``state.json``, or raise CheckpointError if it is missing or malformed."""
+    """Read a checkpoint's ``state.json``, or raise CheckpointError if the file is missing or malformed."""
     path = folder / STATE_FILE
     content = read_json_object(path)
     try:
-        # Strict validation accepts a list for a tuple only if it comes from JSON.
+        # Strict validation accepts a list in place of a tuple only in JSON text.
         return _STATE_FILE_SCHEMA.validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         mistake = error.errors()[0]
@@ -72,9 +72,9 @@ def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
 
 
 def config_section(content: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return a section of a stored config, or an empty one if ``content`` holds anything else there.
+    """Return a section of a stored config. Returns an empty dict if the section is missing or is not a dict.
 
-    Another version of this program may have written the config.
+    The config may be invalid here because another version of this program wrote it.
     """
     section = content.get(key)
     return section if isinstance(section, dict) else {}

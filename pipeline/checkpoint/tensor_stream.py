@@ -1,4 +1,4 @@
-"""Writing a safetensors file tensor by tensor. The library's own functions need all tensors in memory."""
+"""Write a safetensors file tensor by tensor. The functions of the safetensors library need all tensors in memory."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # the names in sa
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor that is read when it is written."""
+    """A tensor that ``read`` returns when the file is written."""
 
     shape: list[int]
-    dtype: torch.dtype  # in the file
+    dtype: torch.dtype  # the dtype in the file
     read: Callable[[], Tensor]
 
 
@@ -34,24 +34,24 @@ TensorGroups = dict[str, dict[str, StreamedTensor]]  # weights or moments -> key
 
 
 def in_memory(tensor: Tensor) -> StreamedTensor:
-    """Return a tensor that is in memory already."""
+    """Wrap a tensor that is already in memory."""
     return StreamedTensor(list(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def write_tensors(
     path: Path, tensors: dict[str, StreamedTensor], metadata: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Write and fsync a safetensors file with one tensor in memory at a time, then read it back.
+    """Write and fsync a safetensors file with one tensor in memory at a time, then read the file back.
 
-    The file holds the length of the header in 8 bytes, the header in JSON, and the elements of all tensors. The
-    tensors are sorted by key. The library writes the same bytes if all tensors have one dtype.
+    The file contains the length of the header in 8 bytes, the header in JSON, and the elements of all tensors. The
+    tensors are sorted by key. If all tensors have one dtype, the safetensors library would write identical bytes.
 
     Returns:
-        The entry of the file in a checkpoint's manifest: its size and its SHA-256.
+        The entry for the file in a checkpoint's manifest: the size and the SHA-256 of the file.
 
     Raises:
-        CheckpointError: the file holds other bytes than those that were written.
-        OSError: the disk is full, the folder is missing or read-only, ...
+        CheckpointError: the bytes in the file differ from the bytes that were written.
+        OSError: the file cannot be written, for example because the disk is full or the folder is read-only.
     """
     digest = hashlib.sha256()
     with path.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Verifying checkpoints, and finding the newest good one of a run."""
+"""Verify checkpoints, and find the newest good checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint in one line, or None if it is good.
+    """Return a description of the first problem of a checkpoint in one line. Returns None if the checkpoint is good.
 
-    Checks the size and the hash of every file, then the state and the headers of all tensors.
+    Checks the size and the hash of every file, then ``state.json`` and the headers of all tensor files.
     """
     try:
         manifest = read_manifest(folder)
@@ -47,7 +47,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def find_size_damage(path: Path, entry: dict[str, Any]) -> str | None:
-    """Return what is wrong if a file is a link, is missing, or has another size than in the manifest; else None."""
+    """Return a problem if a file is a link, is missing, or has another size than in the manifest, else None."""
     if path.is_symlink():
         return f"{path}: is a link, which may point outside the folder; expected a file"
     if not path.is_file():
@@ -69,7 +69,7 @@ def _find_file_damage(path: Path, entry: dict[str, Any]) -> str | None:
 
 
 def newest_good_checkpoint(run_folder: Path) -> Path | None:
-    """Return the newest checkpoint of a run that verifies, if any. Log each damaged one that is skipped."""
+    """Return the newest good checkpoint of a run, and log each damaged checkpoint. Returns None if none is good."""
     for folder in reversed(list_checkpoints(run_folder)):
         problem = find_damage(folder)
         if problem is None:
@@ -79,7 +79,10 @@ def newest_good_checkpoint(run_folder: Path) -> Path | None:
 
 
 def locate_checkpoint(path: Path) -> Path:
-    """Return the checkpoint at a path, or a run folder's newest good one. Raise CheckpointError if none is good."""
+    """Return ``path`` if it is a good checkpoint, or the newest good checkpoint if ``path`` is a run folder.
+
+    Raises CheckpointError if there is no good checkpoint.
+    """
     if (path / MANIFEST_FILE).is_file():
         if problem := find_damage(path):
             raise CheckpointError(f"{problem}; give another checkpoint, or the run folder for its newest good one")
@@ -94,10 +97,10 @@ def verify_checkpoints(path: Path, print_line: Callable[[str], None]) -> None:
     """Verify a checkpoint, or all checkpoints of a run, oldest first.
 
     Args:
-        print_line: receives one line per checkpoint when it is verified, then one with the speed.
+        print_line: a function that prints one line for each verified checkpoint, and at the end a line with the speed.
 
     Raises:
-        CheckpointError: there is no checkpoint, or some are damaged.
+        CheckpointError: the path has no checkpoint, or a checkpoint is damaged.
     """
     folders = [path] if is_checkpoint(path) else list_checkpoints(path)
     if not folders:
@@ -118,7 +121,7 @@ def verify_checkpoints(path: Path, print_line: Callable[[str], None]) -> None:
 
 
 def no_checkpoint_error(path: Path) -> CheckpointError:
-    """Return the error for a path that is neither a checkpoint nor a run with checkpoints."""
+    """Return the error for a path that is neither a checkpoint folder nor a run folder with checkpoints."""
     return CheckpointError(
         f"{path}: no checkpoint here; expected a run folder with {CHECKPOINTS_FOLDER}/, "
         f"or a checkpoint folder with {MANIFEST_FILE}"

@@ -1,1 +1,1 @@
-"""Stage 3: from a checkpoint to figures. ``run`` runs tasks, ``tasks`` names them, ``scoring`` scores requests."""
+"""Evaluate checkpoints (stage 3). ``run`` runs tasks, ``tasks`` defines named tasks, ``scoring`` scores requests."""

@@ -1,7 +1,7 @@
-"""From the rows of a dataset to examples: what the model is shown, what the right answer is, and few-shot prompts.
+"""Turn the rows of a dataset into examples and few-shot prompts.
 
-Prompts, separators and choices are those of lm-evaluation-harness (the YAML files and ``utils.py`` of its tasks).
-The first line of a reader's docstring names the columns that it expects; error messages quote it.
+Prompts, separators and choices are copied from lm-evaluation-harness (the YAML files and ``utils.py`` of its tasks).
+The first line of a reader's docstring names the columns that the reader expects; error messages quote this line.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from data_tools.errors import DataError
 from data_tools.tokenizer import Tokenizer
 from pipeline.evaluation.sources import Row, Rows
 
-SHOT_SEPARATOR = "\n\n"  # after each few-shot example: lm-evaluation-harness' fewshot_delimiter
-SHOTS_SEED = 1234  # lm-evaluation-harness' default fewshot_random_seed
+SHOT_SEPARATOR = "\n\n"  # follows each few-shot example; the fewshot_delimiter of lm-evaluation-harness
+SHOTS_SEED = 1234  # the default fewshot_random_seed of lm-evaluation-harness
 
 
 @dataclass(frozen=True)
 class Example:
-    """Pairs of a context and a continuation, one of which is right. A task without choices has one pair."""
+    """Pairs of a context and a continuation, and the index of the right pair. A task without choices has one pair."""
 
     pairs: tuple[tuple[str, str], ...]
     gold: int = 0
-    choices: tuple[str, ...] = ()  # acc_norm divides by their lengths
-    solved: str | None = None  # how few-shot prompts show the example; None: as the right pair, joined
+    choices: tuple[str, ...] = ()  # acc_norm divides each log-likelihood by the choice's length
+    solved: str | None = None  # the text of the example in few-shot prompts; if None, the right pair joined
 
     def __post_init__(self) -> None:
         if not 0 <= self.gold < len(self.pairs):
@@ -34,12 +34,12 @@ class Example:
 
     @property
     def shot(self) -> str:
-        """The solved example, to be put before another."""
+        """The solved example as text, to be placed before another example in a few-shot prompt."""
         return (self.solved or "".join(self.pairs[self.gold])) + SHOT_SEPARATOR
 
 
 def _choose(context: str, choices: list[str], gold: int) -> Example:
-    """Put a space before each choice, whatever it begins with, as lm-evaluation-harness does."""
+    """Return an example with a space before each choice. Like lm-evaluation-harness, always add this space."""
     return Example(tuple((context, " " + choice) for choice in choices), gold, tuple(choices))
 
 
@@ -49,7 +49,7 @@ def any_choices(row: Row) -> Example:
 
 
 def any_continuation(row: Row) -> Example:
-    """Read ``context`` and ``continuation``, joined by a space unless either has white space there."""
+    """Read ``context`` and ``continuation``, joined by a space unless there is white space between them already."""
     context, continuation = row["context"], row["continuation"]
     if context and not context[-1].isspace() and not continuation[:1].isspace():
         continuation = " " + continuation
@@ -59,7 +59,7 @@ def any_continuation(row: Row) -> Example:
 def piqa(row: Row) -> Example:
     """Read ``goal``, ``sol1``, ``sol2``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    Some evaluation suites distribute PIQA with queries that end before "Answer:".
+    Some evaluation suites distribute PIQA with queries that lack "Answer:" at the end.
     """
     if "query" in row:
         question = row["query"].removesuffix("Answer:").removesuffix("\n")
@@ -84,7 +84,7 @@ def hellaswag(row: Row) -> Example:
 
 
 def _without_markup(text: str) -> str:
-    """Remove the brackets that WikiHow's headings left in half of HellaSwag."""
+    """Remove bracketed markup such as ``[title]``, which the WikiHow half of HellaSwag contains."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -99,8 +99,8 @@ def hellaswag_completion(row: Row) -> Example:
 def winogrande(row: Row) -> Example:
     """Read ``sentence`` with a blank ``_``, ``option1``, ``option2``, ``answer``.
 
-    Partial scoring (Trinh and Le 2018): each option fills the blank, and only what follows the blank is scored, so
-    the option's own length and frequency do not count.
+    Partial scoring (Trinh and Le 2018): each option fills the blank, and only the text after the blank is scored. The
+    length and the frequency of the option therefore do not affect the score.
     """
     before, blank, after = row["sentence"].partition("_")
     if not blank:
@@ -111,7 +111,7 @@ def winogrande(row: Row) -> Example:
 
 
 def lambada(row: Row) -> Example:
-    """Read ``text``, whose last word is the continuation; or ``context`` and ``continuation``, that word.
+    """Read ``text``, whose last word is the continuation; or ``context`` and ``continuation``, the last word.
 
     In a few-shot example two spaces precede the word, as in lm-evaluation-harness.
     """
@@ -124,14 +124,14 @@ def lambada(row: Row) -> Example:
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of a task."""
+    """The options for running a task."""
 
     shots: int = 0
-    limit: int | None = None  # score only the first examples
-    stride: int | None = None  # tokens between windows over texts; None: the model's context, without overlap
+    limit: int | None = None  # score only this number of examples; all if None
+    stride: int | None = None  # tokens between the starts of windows over a text; the model's context length if None
 
     def label(self, task: str) -> str:
-        """Return the name of the task's results: the task, then the options that are not the defaults."""
+        """Return the name of the task's results: the task's name and all options that differ from their defaults."""
         shots = f"_{self.shots}shot" if self.shots else ""
         limit = f"_first{self.limit}" if self.limit else ""
         stride = f"_stride{self.stride}" if self.stride else ""
@@ -140,21 +140,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The rows of a task, its options, and how text becomes tokens."""
+    """The rows of a task, the options for running it, and the tokenizer."""
 
     rows: Rows
-    pool: Rows  # few-shot examples are drawn from it
-    spare_shot: bool  # see ``draw_shots``
+    pool: Rows  # the rows from which few-shot examples are drawn
+    spare_shot: bool  # the argument ``spare`` of ``draw_shots``
     settings: Settings
     tokenizer: Tokenizer
     context_length: int
 
 
 def read_examples(data: TaskData, read: Callable[[Row], Example]) -> tuple[list[Example], list[str]]:
-    """Return the examples to score, and the few-shot text before each.
+    """Return the examples to score, and the few-shot text that precedes each example.
 
     Raises:
-        DataError: a row lacks the task's columns, or there are too few rows for the few-shot examples.
+        DataError: a row lacks the columns of the task, or there are too few rows for the few-shot examples.
     """
     examples = _read_rows(data.rows, read, data.settings.limit)
     if not data.settings.shots:
@@ -181,11 +181,11 @@ def _read_rows(rows: Rows, read: Callable[[Row], Example], limit: int | None) ->
 def draw_shots(
     examples: Sequence[Example], pool: Sequence[Example], count: int, *, spare: bool
 ) -> list[Sequence[Example]]:
-    """Draw ``count`` few-shot examples for each example, as lm-evaluation-harness does: all from one random stream.
+    """Draw ``count`` few-shot examples for each example from one random stream, like lm-evaluation-harness.
 
     Args:
-        spare: draw one more than needed, so that an example is never its own few-shot example. The harness does so
-            for tasks without a test split.
+        spare: draw one few-shot example more than needed, so that no example precedes itself in a prompt.
+            lm-evaluation-harness does this for tasks without a test split.
 
     Raises:
         DataError: the pool is too small.
@@ -198,7 +198,7 @@ def draw_shots(
     shots: list[Sequence[Example]] = []
     for example in examples:
         drawn = [other for other in stream.sample(pool, count + 1) if other != example][:count]
-        if len(drawn) < count:  # the pool holds the example several times
+        if len(drawn) < count:  # the pool contains the example several times
             others = [other for other in pool if other != example]
             if len(others) < count:
                 raise DataError(f"--shots {count}: there are only {len(others)} other examples to draw from")

@@ -1,4 +1,4 @@
-"""95% confidence intervals of the figures, for the choice of examples."""
+"""Compute 95% confidence intervals of figures. The intervals reflect the random choice of the examples."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Z_95 = 1.959963984540054  # standard deviations around the mean that hold 95% of a normal distribution
+Z_95 = 1.959963984540054  # 95% of a normal distribution lies within this many standard deviations of the mean
 BOOTSTRAP_SAMPLES = 1000
 BOOTSTRAP_SEED = 1234
 
-# How results name their intervals.
+# The names of the intervals in the results.
 WILSON = "95%, Wilson"
 NORMAL = "95%, normal, of the mean log-likelihood"
 WINDOWS = "95%, normal, of the mean over windows"
@@ -21,7 +21,7 @@ Interval = tuple[float, float]
 
 
 def wilson(successes: int, trials: int) -> Interval:
-    """Return the Wilson score interval of a proportion (Wilson 1927); it lies within [0, 1]."""
+    """Return the Wilson score interval of a proportion (Wilson 1927). The interval lies within [0, 1]."""
     share, spread = successes / trials, Z_95**2 / trials
     centre = share + spread / 2
     half = math.sqrt(spread * (share * (1 - share) + spread / 4))
@@ -29,14 +29,14 @@ def wilson(successes: int, trials: int) -> Interval:
 
 
 def normal_mean(values: Sequence[float]) -> Interval:
-    """Return the normal interval of a mean; for a single value, whose spread is unknown, the value itself."""
+    """Return the normal interval of a mean. For a single value, both bounds equal the value."""
     mean = float(np.mean(values))
     half = Z_95 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return mean - half, mean + half
 
 
 def bootstrap_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:
-    """Return the percentile interval of sum(numerators) / sum(denominators), resampled with a fixed seed."""
+    """Return the bootstrap percentile interval of sum(numerators) / sum(denominators), with a fixed seed."""
     above, below = np.asarray(numerators), np.asarray(denominators)
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     ratios = []

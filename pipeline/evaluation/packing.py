@@ -1,8 +1,8 @@
-"""Scoring requests, and how they are packed into batches.
+"""Define scoring requests, and pack requests into batches.
 
-The requests of one example (its choices) often share their context and more. Their tokens form a tree whose nodes are
-laid out in one row, parents first. A mask lets each node attend to its ancestors only, so the node computes what it
-would compute in a row of its own, and a shared beginning is computed once.
+The requests of one example often have the same context, and the model needs to process a common prefix only once. The
+tokens of the requests form a tree, and the nodes of the tree form one row with parents before children. A mask lets
+each node attend only to itself and its ancestors, so the result equals the result of a separate row per request.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from torch import Tensor
 
 from pipeline.model.gpt2 import ScoringBatch
 
-#: The share of tokens that a tree must save. Below it, the slower attention kernels of a masked row cost more time.
+#: The least fraction of tokens that a tree must save. Below it, the slower masked attention costs more than it saves.
 LEAST_SAVING = 0.1
 
 
 @dataclass(frozen=True)
 class Request:
-    """Tokens of a continuation, to be scored after those of a context."""
+    """The tokens of a context, and the tokens of a continuation to score after the context."""
 
-    context: tuple[int, ...]  # at least one
-    continuation: tuple[int, ...]  # at least one
+    context: tuple[int, ...]  # at least one token
+    continuation: tuple[int, ...]  # at least one token
 
     def inputs(self, context_length: int) -> tuple[int, ...]:
-        """Return what the model reads: all tokens but the last, cut at the beginning to the model's context."""
+        """Drop the last token of the request, and return the last ``context_length`` tokens before it."""
         return (self.context + self.continuation)[:-1][-context_length:]
 
     def is_truncated(self, context_length: int) -> bool:
-        """Return whether the model does not see the beginning of the context."""
+        """Return whether the beginning of the context is truncated."""
         return len(self.context) + len(self.continuation) - 1 > context_length
 
 
 @dataclass
 class Tree:
-    """The inputs of some requests, with each shared beginning kept once. A node is one token of the row."""
+    """A tree of the inputs of several requests, with each common prefix stored once. Each node is one token."""
 
     tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)  # -1 for the first token
-    positions: list[int] = field(default_factory=list)  # positions in the text
-    pairs: dict[tuple[int, int], int] = field(default_factory=dict)  # (node, token expected after it) -> index
+    parents: list[int] = field(default_factory=list)  # the node of the previous token; -1 for the first token
+    positions: list[int] = field(default_factory=list)  # of the tokens in their texts
+    pairs: dict[tuple[int, int], int] = field(default_factory=dict)  # (node, target token after the node) -> index
     scored: list[tuple[int, list[int]]] = field(default_factory=list)  # (request, indices of its pairs)
     _children: dict[tuple[int, int], int] = field(default_factory=dict)
 
@@ -53,7 +53,7 @@ class Tree:
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     def add(self, number: int, request: Request, context_length: int, reset_at: int | None) -> None:
-        """Add the request with this number; positions restart at the token ``reset_at``."""
+        """Add the request with this number. Positions restart at 0 at each token ``reset_at``."""
         node, path = -1, []
         for token in request.inputs(context_length):
             parent, node = node, self._children.setdefault((node, token), len(self.tokens))
@@ -67,7 +67,7 @@ class Tree:
         self.scored.append((number, [self.pairs.setdefault(pair, len(self.pairs)) for pair in pairs]))
 
     def ancestors(self, width: int) -> np.ndarray:
-        """Return the attention mask, (width, width) bool. Padding attends to itself."""
+        """Return the attention mask, shape (width, width), bool. Padding tokens attend only to themselves."""
         mask = np.eye(width, dtype=np.bool_)
         for node, parent in enumerate(self.parents):
             if parent >= 0:
@@ -78,7 +78,7 @@ class Tree:
 def build_trees(
     groups: Sequence[Sequence[int]], requests: Sequence[Request], context_length: int, reset_at: int | None
 ) -> list[Tree]:
-    """Return one tree per group (of request numbers) where that saves enough tokens, else one per request."""
+    """Return one tree per group of request numbers, or one tree per request if a common tree saves too little."""
 
     def build(numbers: Sequence[int]) -> Tree:
         tree = Tree()
@@ -96,9 +96,9 @@ def build_trees(
 
 
 def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
-    """Sort trees from the longest to the shortest, and cut them into batches of at most ``batch_tokens``, with padding.
+    """Sort trees by decreasing length, and split them into batches of at most ``batch_tokens`` including padding.
 
-    A longer tree gets a batch of its own.
+    A tree that is longer than ``batch_tokens`` becomes a separate batch.
     """
     batches: list[list[Tree]] = []
     for tree in sorted(trees, key=lambda tree: -len(tree.tokens)):
@@ -109,11 +109,11 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
 
 
 def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
-    """Return the input of one forward pass, with one row per tree, padded on the right.
+    """Return the input of one forward pass, and links from its scores to requests.
 
     Returns:
-        The input, in host memory; and (2, L) int64 links from its scores to the requests: each link is a request, and
-        the index of a score that belongs to it. Requests can share a score.
+        The input in host memory, with one row per tree, padded on the right; and the links, shape (2, L), int64. Each
+        link is a request number and the index of one score of this request. Several requests can share a score.
     """
     width = max(len(tree.tokens) for tree in trees)
     tokens = np.zeros((len(trees), width), dtype=np.int64)

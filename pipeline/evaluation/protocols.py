@@ -1,4 +1,4 @@
-"""The kinds of text tasks: how examples become scoring requests, and scores become figures."""
+"""Define the kinds of text tasks: convert examples to scoring requests, and scores to figures."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pipeline.evaluation.scoring import Score, Scorer
 from pipeline.evaluation.sources import Row
 from pipeline.run_folder.metrics import perplexity
 
-Groups = list[list[Request]]  # the requests of a group may begin alike
-Scores = list[list[Score]]  # in the shape of the groups
+Groups = list[list[Request]]  # the requests of a group may have a common prefix
+Scores = list[list[Score]]  # one score per request, nested like ``Groups``
 Figures = dict[str, Any]
 Encode = Callable[[Tokenizer, str, str], Request]
 TaskProtocol: TypeAlias = "ChoiceTask | ContinuationTask | TextTask"
@@ -29,28 +29,32 @@ TaskProtocol: TypeAlias = "ChoiceTask | ContinuationTask | TextTask"
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task that is read and encoded, and can be scored any number of times."""
+    """A task whose examples are read and encoded. It can be measured several times."""
 
     name: str
-    facts: dict[str, Any]  # protocol, data and their hash, counts
+    facts: dict[str, Any]  # protocol, data, hash of the data, and counts
     groups: Groups
     figures: Callable[[Scores], Figures]
 
     def measure(self, scorer: Scorer) -> dict[str, Any]:
-        """Return facts and figures as JSON values, the same on every rank. Collective."""
+        """Return facts and figures as JSON values. Every rank returns equal values.
+
+        This call is collective: every rank must make it.
+        """
         length = scorer.model.context_length
         truncated = sum(request.is_truncated(length) for group in self.groups for request in group)
         return {**self.facts, **self.figures(scorer.score(self.groups, self.name)), "truncated_requests": truncated}
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
-    """Encode a context and its continuation as one text, and cut where the tokens of the context alone end.
+    """Encode a context and its continuation as one text, and split the tokens after the length of the encoded context.
 
-    White space at the end of the context moves to the continuation, because GPT-2's tokens begin with it. An empty
-    context becomes ``<|endoftext|>``. (``TemplateLM.loglikelihood`` and ``_encode_pair`` of lm-evaluation-harness.)
+    White space at the end of the context moves to the continuation, because GPT-2's tokens begin with white space.
+    An empty context becomes ``<|endoftext|>``. ``TemplateLM.loglikelihood`` and ``_encode_pair`` of
+    lm-evaluation-harness do the same.
 
     Raises:
-        DataError: the continuation has no token, or the context is only white space.
+        DataError: the continuation has no token, or the context contains only white space.
     """
     kept = context.rstrip()
     if context and not kept:
@@ -62,10 +66,10 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
 
 
 def encode_apart(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
-    """Encode a context and its continuation separately, as build-nanogpt does for HellaSwag.
+    """Encode a context and its continuation separately, like build-nanogpt for HellaSwag.
 
     Raises:
-        DataError: either has no token.
+        DataError: the context or the continuation has no token.
     """
     before = tokenizer.encode(context).tolist()
     if not before:
@@ -80,17 +84,17 @@ def _request(context: list[int], continuation: list[int], text: str) -> Request:
 
 
 def rolling_windows(tokens: list[int], first: int, context_length: int, stride: int) -> Iterator[Request]:
-    """Cut a text into windows that score each token once.
+    """Split a text into windows that score each token once.
 
-    The first window scores up to ``context_length`` tokens after the token ``first``. Each further window scores the
-    next ``stride`` tokens, after as many tokens before them as fit. (``get_rolling_token_windows`` of
-    lm-evaluation-harness, whose ``context_len`` is ``context_length - stride + 1``.)
+    The first window scores up to ``context_length`` tokens after the token ``first``. Each later window scores the
+    next ``stride`` tokens, and its context is as long as the model allows. ``get_rolling_token_windows`` of
+    lm-evaluation-harness does the same with ``context_len = context_length - stride + 1``.
     """
     assert 1 <= stride <= context_length
     done = 0
     while done < len(tokens):
         end = min(len(tokens), done + (stride if done else context_length))
-        start = end - context_length - 1  # of the model's input; -1 stands for ``first``
+        start = end - context_length - 1  # the start of the model's input in ``tokens``; -1 is the token ``first``
         context = tokens[max(start, 0) : done] if start >= 0 else [first, *tokens[:done]]
         yield Request(tuple(context), tuple(tokens[done:end]))
         done = end
@@ -100,10 +104,12 @@ def rolling_windows(tokens: list[int], first: int, context_length: int, stride: 
 class ChoiceTask:
     """A task whose answer is the likeliest of several continuations.
 
-    ``acc`` compares the log-likelihoods of the choices, ``acc_norm`` the log-likelihoods divided by their lengths.
+    ``acc`` compares the log-likelihoods of the choices. ``acc_norm`` compares the log-likelihoods divided by the
+    lengths of the choices.
 
     Args:
-        normalised_by: "characters" as in lm-evaluation-harness, or "tokens"; None: no ``acc_norm``.
+        normalised_by: the unit of the lengths, "characters" (as in lm-evaluation-harness) or "tokens". If None, the
+            task has no ``acc_norm``.
     """
 
     protocol: str
@@ -125,7 +131,7 @@ class ChoiceTask:
         return {**figures, "interval": WILSON}
 
     def answers(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> dict[str, list[int]]:
-        """Return the model's choice in each example, by ``acc`` and ``acc_norm``; the first of equally likely ones."""
+        """Return the model's choice in each example, by ``acc`` and ``acc_norm``. In a tie, return the first choice."""
         rows = [np.array([score.log_likelihood for score in group]) for group in scores]
         answers = {"acc": [int(row.argmax()) for row in rows]}
         if self.normalised_by:
@@ -139,10 +145,10 @@ class ChoiceTask:
 
 @dataclass(frozen=True)
 class ContinuationTask:
-    """A task with one right continuation.
+    """A task with one right continuation per example.
 
-    ``acc`` counts continuations whose every token is the argmax. ``perplexity`` is exp of the mean negative
-    log-likelihood of whole continuations, not of their tokens.
+    ``acc`` is the fraction of continuations in which every token is the argmax. ``perplexity`` is exp of the mean
+    negative log-likelihood per continuation, not per token.
     """
 
     protocol: str
@@ -166,13 +172,14 @@ def _continuation_figures(scores: Scores) -> Figures:
 
 @dataclass(frozen=True)
 class TextTask:
-    """A task that measures perplexities of whole texts. Each text follows ``<|endoftext|>``; all its tokens are scored.
+    """A task that measures perplexities of whole texts. All tokens of a text are scored, after ``<|endoftext|>``.
 
-    Words and bytes are counted in the original text, before ``detokenize``, so that figures stay comparable.
-    (``wikitext`` of lm-evaluation-harness, version 2.)
+    Words and bytes are counted in the original text, before ``detokenize``, so that figures stay comparable. Version 2
+    of ``wikitext`` in lm-evaluation-harness counts in this way too.
 
     Args:
-        split: cuts the content of a file into texts.
+        detokenize: converts a text to ordinary text before it is encoded.
+        split: splits the content of a file into texts.
     """
 
     protocol: str
@@ -180,7 +187,7 @@ class TextTask:
     split: Callable[[str], list[str]] = lambda text: [text]
 
     def prepare(self, name: str, data: TaskData) -> PreparedTask:
-        """Cut the texts into windows.
+        """Encode the texts and split them into windows.
 
         Raises:
             DataError: a row has no text.
@@ -200,11 +207,11 @@ class TextTask:
             windows.append(list(rolling_windows(tokens, data.tokenizer.end_of_text, length, stride)))
         protocol = f"{self.protocol}; windows of {length} tokens, moved on by {stride}"
         facts = _facts(protocol, data, len(texts))
-        groups = [[window] for text_windows in windows for window in text_windows]  # windows do not begin alike
+        groups = [[window] for text_windows in windows for window in text_windows]  # windows have no common prefix
         return PreparedTask(name, facts, groups, lambda scores: _text_figures(texts, windows, scores))
 
     def _texts_of(self, row: Row, data: TaskData) -> list[str]:
-        if isinstance(row.get("page"), str):  # an article of WikiText, as the hub has it
+        if isinstance(row.get("page"), str):  # an article of WikiText from the hub
             return [row["page"]]
         if isinstance(row.get("text"), str):
             return self.split(row["text"])
@@ -212,7 +219,7 @@ class TextTask:
 
 
 def _text_figures(texts: Sequence[str], windows: list[list[Request]], scores: Scores) -> Figures:
-    """Return perplexities: exp of the loss of all texts per token, word and byte."""
+    """Return the perplexity (exp of the mean loss) per token, per word and per byte, and the counts."""
     window_losses = iter([-score.log_likelihood for (score,) in scores])
     units = [[(next(window_losses), len(window.continuation)) for window in of_text] for of_text in windows]
     if len(units) == 1:  # the bootstrap resamples texts, or the windows of a single text

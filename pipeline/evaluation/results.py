@@ -1,4 +1,4 @@
-"""The results of stage 3: their files in the run folder, and their table. Imports no torch."""
+"""Find the results of stage 3 in a run folder, and format them as a table. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from pipeline.run_folder.layout import EVALUATION_FOLDER
 
-VALIDATION = "validation"  # the task on token shards; all other tasks are on text
-INTERVAL = "_interval"  # the suffix of a figure's key, for its 95% interval
+VALIDATION = "validation"  # the task that scores token shards; all other tasks score text
+INTERVAL = "_interval"  # a figure's key with this suffix is the key of the figure's 95% interval
 
-Results = dict[str, dict[str, Any]]  # task -> its figures and where they come from
+Results = dict[str, dict[str, Any]]  # task -> figures, and facts about the data and the checkpoint
 
 
 def find_results(run_folder: Path, tasks: Sequence[str], step: int) -> Results | None:
-    """Return the results that were written for this step; None if those of any task are missing."""
+    """Return the results that were written for this step. Returns None if the results of a task are missing."""
     results = {}
     for task in tasks:
         path = run_folder / EVALUATION_FOLDER / f"{task}.json"
@@ -45,7 +45,7 @@ def format_table(results: Results) -> str:
 
 
 def _format_losses(losses: list[float | None]) -> list[str]:
-    """Return mean losses over ranges of positions that double: 0, 1, 2-3, 4-7, ..."""
+    """Return one line with the mean loss for each range of positions. The ranges double in size: 0, 1, 2-3, 4-7, ..."""
     lines, low = [], 0
     while low < len(losses):
         high = min(max(2 * low, 1), len(losses))

@@ -1,4 +1,4 @@
-"""Running tasks: on a checkpoint, and on a model while it trains."""
+"""Run benchmark tasks on a checkpoint or during training."""
 
 from __future__ import annotations
 
@@ -44,18 +44,20 @@ def run_tasks(
     batch_size: int | None = None,
     precision: str | None = None,
 ) -> tuple[Results, Path]:
-    """Score a checkpoint on some tasks; the main rank writes JSON files and TensorBoard events. Collective.
+    """Score a checkpoint on the given tasks. The main rank writes JSON files and TensorBoard events.
+
+    This call is collective: every rank must make it.
 
     Args:
-        paths: task -> path; these replace ``evaluation.data`` of the run.
-        batch_size: sequences per forward pass and rank; None: as the run was trained.
-        precision: of forward passes; None: as the run was trained.
+        paths: maps tasks to paths. A path replaces the path for this task in the run's ``evaluation.data``.
+        batch_size: the number of sequences per forward pass and rank. If None, the run's micro-batch size.
+        precision: the precision of forward passes. If None, the precision of the run.
 
     Returns:
-        The results by task, and the folder of the JSON files.
+        The results by name, and the folder that contains the JSON files.
 
     Raises:
-        ConfigError: a task does not exist, or cannot use one of the settings.
+        ConfigError: a task does not exist, or a task does not support one of the settings.
         CheckpointError, DataError: the checkpoint or the data cannot be used.
     """
     if world.device.type == "cpu":
@@ -66,7 +68,7 @@ def run_tasks(
     precision = precision or config.run.precision
     batch_size = batch_size or config.batch.micro_batch_size
     check_task_names(tasks, paths)
-    # Prepare all tasks before any scoring, which can take hours, so that unreadable data is reported at once.
+    # Prepare all tasks before scoring starts, so that unreadable data is reported at once: scoring can take hours.
     prepared = {
         task: prepare_task(task, paths.get(task), settings, config.model, world) for task in tasks if task != VALIDATION
     }
@@ -89,7 +91,7 @@ def run_tasks(
 def _measure_validation(
     compute: ComputeModel, config: Config, path: str | None, batch_size: int, world: World
 ) -> dict[str, Any]:
-    """Score the validation split of ``path``, or of the run's own data set or mixture."""
+    """Score the validation split at ``path``, or of the run's data set or mixture if ``path`` is None."""
 
     def score(path: str) -> dict[str, Any]:
         stream = open_split(path, VAL_SPLIT)
@@ -99,7 +101,7 @@ def _measure_validation(
 
     if path is not None or config.data.mixture is None:
         return score(path or config.data.components[0].path)
-    # As in training, components without a validation split are left out.
+    # Ignore components without a validation split, as during training.
     components = [c for c in config.data.mixture if load_manifest(c.path).tokens_of(VAL_SPLIT)]
     if not components:
         raise DataError(
@@ -123,10 +125,9 @@ def _write_results(results: Results, loaded: LoadedModel, folder: Path) -> None:
 
 
 def prepare_tasks(config: Config, world: World) -> dict[str, PreparedTask]:
-    """Prepare all tasks of ``evaluation.tasks`` except ``validation``, to measure them while training. Collective.
+    """Prepare all tasks in ``evaluation.tasks`` except ``validation`` for measurements during training.
 
-    Raises:
-        ConfigError, DataError: see ``prepare_task``.
+    This call is collective: every rank must make it. Raises like ``prepare_task``.
     """
     options = config.evaluation
     settings = Settings(limit=options.max_examples)
@@ -140,9 +141,9 @@ def prepare_tasks(config: Config, world: World) -> dict[str, PreparedTask]:
 def measure_tasks(
     tasks: Mapping[str, PreparedTask], backend: Backend, config: Config, world: World
 ) -> dict[str, float]:
-    """Return the figures of all tasks as keys of a row of metrics. Collective.
+    """Measure all tasks, and return the figures with their keys in a row of metrics.
 
-    Call it within ``backend.evaluation_mode()``.
+    This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``.
     """
     scorer = Scorer(backend, config.model, world, config.batch.micro_batch_size * config.seq_len)
     row: dict[str, float] = {}

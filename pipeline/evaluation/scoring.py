@@ -1,4 +1,4 @@
-"""The scorer of all text tasks: log-likelihoods of requests, the same at any batch size and number of ranks."""
+"""Compute the log-likelihoods of requests for all text tasks. The batch size and world size do not matter."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ class Scorer:
     """A model that scores requests.
 
     Args:
-        compute: in evaluation mode.
-        model: its config.
-        batch_tokens: tokens per forward pass and rank, padding included. It does not change the result.
+        compute: the model, in evaluation mode.
+        model: the config of the model.
+        batch_tokens: the number of tokens per forward pass and rank, including padding. The result does not depend on
+            this number.
     """
 
     compute: Backend | ComputeModel
@@ -43,13 +44,14 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, groups: Sequence[Sequence[Request]], label: str) -> list[list[Score]]:
-        """Return the scores of all requests on every rank, in the shape of ``groups``. Collective.
+        """Return the scores of all requests, nested like ``groups``. Every rank returns all scores.
 
-        Requests of one group may begin alike. Identical requests are scored once. The ranks take the batches in turn.
-        Every rank runs the same number of forward passes, because they are collective under FSDP and ZeRO-3.
+        This call is collective: every rank must make it. The requests of one group may have a common prefix.
+        Identical requests are scored once. The batches are distributed over the ranks. All ranks run equally many
+        forward passes, because a forward pass is collective under FSDP and ZeRO-3.
 
         Args:
-            label: shown next to the progress bar.
+            label: text next to the progress bar.
 
         Raises:
             DataError: a continuation is longer than the model's context.
@@ -73,18 +75,18 @@ class Scorer:
         return [[scores[numbers[request]] for request in group] for group in groups]
 
     def _sum_scores(self, batches: Sequence[Sequence[Tree]], requests: int, label: str) -> list[list[float]]:
-        """Return the log-likelihood and the number of greedy tokens of each request."""
+        """Return the log-likelihood of each request, and the number of its tokens that are the argmax."""
         world, device = self.world, self.world.device
-        # A rank without a batch scores this token for no request.
+        # A rank without a batch scores this token, and its score belongs to no request.
         idle = [Tree(tokens=[0], parents=[-1], positions=[0], pairs={(0, 0): 0})]
-        # The sums stay on the device until the end, so that no forward pass waits for the one before.
+        # Keep the sums on the device until the end, so that no forward pass waits for the previous forward pass.
         sums = torch.zeros(2, requests, dtype=summing_dtype(device), device=device)
         with tqdm(
             total=requests,
             desc=label,
             unit="request",
             leave=False,
-            disable=None if world.is_main else True,  # None: shown on a terminal only
+            disable=None if world.is_main else True,  # None shows the bar only on a terminal
         ) as progress:
             for first in range(0, len(batches), world.size):
                 turn = batches[first : first + world.size]  # one batch per rank
@@ -100,7 +102,7 @@ class Scorer:
 
 
 def _number_new(group: Sequence[Request], numbers: dict[Request, int]) -> range:
-    """Give numbers to the requests of a group that have none yet, and return the range of these numbers."""
+    """Assign numbers to the requests of a group that have no number, and return the range of the new numbers."""
     first = len(numbers)
     for request in group:
         numbers.setdefault(request, len(numbers))

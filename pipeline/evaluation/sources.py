@@ -1,4 +1,4 @@
-"""Where the rows of a task come from: a file, or a dataset of the Hugging Face hub."""
+"""Read the rows of a task from a file, or from a dataset on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class HubData:
-    """A dataset on the hub, with the names that lm-evaluation-harness uses."""
+    """A dataset on the hub: the address, config and splits that lm-evaluation-harness uses."""
 
     address: str
     config: str | None
     split: str
-    shots_split: str | None = None  # the split of few-shot examples; None: ``split`` itself
+    shots_split: str | None = None  # the split for few-shot examples; if None, ``split``
 
     def __str__(self) -> str:
         return f"{self.address}{f' ({self.config})' if self.config else ''}, {self.split}"
@@ -37,18 +37,18 @@ class Rows:
 
     rows: Sequence[Row]
     origin: str
-    sha256: str  # of the file's bytes, or of the hub's rows as JSON lines with sorted keys
+    sha256: str  # the hash of the file, or of the hub's rows as JSON lines with sorted keys
 
     def where(self, number: int) -> str:
-        """Return how a message names a row."""
+        """Return the name of a row for messages."""
         return f"{self.origin}: row {number + 1}"
 
 
 def read_file(path: Path) -> Rows:
-    """Read a ``.jsonl`` or ``.parquet`` file by rows; any other file is one row with the key ``text``.
+    """Read the rows of a ``.jsonl``, ``.json`` or ``.parquet`` file. Other files become one row with the key ``text``.
 
     Raises:
-        DataError: the file cannot be read, or is empty.
+        DataError: the file cannot be read or is empty.
     """
     try:
         content = path.read_bytes()
@@ -91,7 +91,9 @@ def _parse_parquet(content: bytes, path: Path) -> list[Row]:
 
 
 def read_hub(data: HubData, world: World) -> Rows:
-    """Read a split of a dataset on the hub. The main rank downloads it, the others read its cache. Collective.
+    """Read a split of a dataset on the hub. The main rank downloads the dataset, and the other ranks read the cache.
+
+    This call is collective: every rank must make it.
 
     Raises:
         DataError: the dataset cannot be loaded.
@@ -103,11 +105,11 @@ def read_hub(data: HubData, world: World) -> Rows:
 
 
 def _download(data: HubData) -> list[Row]:
-    import datasets  # takes a second to import, and tasks on files do not need it
+    import datasets  # imported here because it takes a second, and tasks that read files do not need it
 
     try:
         return list(datasets.load_dataset(data.address, data.config, split=data.split))
-    # The library passes on the errors of its file systems and HTTP clients, which have no common base class.
+    # The library can raise errors of file systems and HTTP clients. These errors have no common base class.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"cannot load {data} from the Hugging Face hub: {reason}; give a file with --data") from error

@@ -1,4 +1,4 @@
-"""The named text tasks: their protocols and datasets, and their preparation from a name or a file."""
+"""Define the named text tasks with their protocols and datasets, and prepare a task from its name or a file."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from pipeline.evaluation.sources import HubData, Row, Rows, read_file, read_hub
 def detokenize(page: str) -> str:
     """Return a WikiText article as ordinary text: ``1 @.@ 5 m ( 5 ft )`` becomes ``1.5 m (5 ft)``.
 
-    The rules and their order are those of lm-evaluation-harness' wikitext, without one that never applies (for numbers
-    after an apostrophe).
+    The rules and their order are copied from the task wikitext of lm-evaluation-harness, except for a rule about
+    numbers after an apostrophe, which never applies.
     """
     page = page.replace("s '", "s'")
     for mark in "-,.":
@@ -48,7 +48,7 @@ def detokenize(page: str) -> str:
 
 
 def split_pages(text: str) -> list[str]:
-    """Return the articles of a WikiText file; each begins with its title, `` = Title = ``."""
+    """Return the articles of a WikiText file. Each article begins with a title line, `` = Title = ``."""
     pages: list[list[str]] = [[]]
     for line in text.split("\n"):
         stripped = line.strip()
@@ -60,7 +60,7 @@ def split_pages(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class NamedTask:
-    """A protocol, and the dataset that it is usually run on."""
+    """A protocol and its usual dataset."""
 
     protocol: TaskProtocol
     hub: HubData
@@ -75,7 +75,7 @@ def _multiple_choice(name: str, read: Callable[[Row], Example]) -> ChoiceTask:
 
 _HELLASWAG = HubData("Rowan/hellaswag", None, "validation", "train")
 
-#: All tasks but ``validation``, which scores token shards.
+#: All tasks except ``validation``, which scores token shards.
 NAMED_TASKS: dict[TaskName, NamedTask] = {
     "wikitext2": NamedTask(
         TextTask(
@@ -112,7 +112,7 @@ NAMED_TASKS: dict[TaskName, NamedTask] = {
     ),
 }
 
-#: The protocol of a file whose task has no name above, by the columns of its rows.
+#: The protocols for files of tasks that are not in NAMED_TASKS, by the columns of the rows.
 _PROTOCOLS_BY_COLUMNS: tuple[tuple[set[str], TaskProtocol], ...] = (
     ({"query", "choices", "gold"}, _multiple_choice("multiple_choice", examples.any_choices)),
     (
@@ -126,7 +126,7 @@ _PROTOCOLS_BY_COLUMNS: tuple[tuple[set[str], TaskProtocol], ...] = (
 
 
 def check_task_names(tasks: Sequence[str], data: Mapping[str, str]) -> None:
-    """Raise ConfigError if a task has neither a known name nor a file in ``data``."""
+    """Raise ConfigError if a task has no known name and no file in ``data``."""
     for task in tasks:
         if task not in get_args(TaskName) and task not in data:
             raise ConfigError(
@@ -136,13 +136,13 @@ def check_task_names(tasks: Sequence[str], data: Mapping[str, str]) -> None:
 
 
 def prepare_task(name: str, path: str | None, settings: Settings, model: ModelConfig, world: World) -> PreparedTask:
-    """Read and encode a task. Collective.
+    """Read and encode the examples of a task. This call is collective: every rank must make it.
 
     Args:
-        path: the task's file; None: its dataset on the hub.
+        path: the task's file. If None, the task's dataset on the hub is used.
 
     Raises:
-        ConfigError: the model's vocabulary is not GPT-2's, or the task cannot use an option of ``settings``.
+        ConfigError: the model does not have GPT-2's vocabulary, or the task does not support an option in ``settings``.
         DataError: the data cannot be loaded or used.
     """
     if model.vocab_size != GPT2_VOCAB_SIZE:

@@ -1,7 +1,7 @@
-"""The loss on held-out token shards: a short measurement while training, and the full ``validation`` task.
+"""Measure the loss on held-out token shards: briefly during training, and completely in the ``validation`` task.
 
-Each target token is scored once, in windows of ``seq_len`` that do not overlap. Bits per byte leave out
-``<|endoftext|>`` targets, which encode no bytes, so that models with different tokenizers can be compared.
+Each target token is scored once, in windows of ``seq_len`` tokens without overlap. Bits per byte ignore
+``<|endoftext|>`` targets, which encode no bytes. Models with different tokenizers can therefore be compared.
 """
 
 from __future__ import annotations
@@ -33,14 +33,13 @@ TOP_K = 5
 
 
 def validate(backend: Backend, datasets: Sequence[TokenDataset], config: Config, world: World) -> dict[str, float]:
-    """Return the validation loss of a model in training, as keys of a row of metrics.
+    """Measure the validation loss during training, on at most ``evaluation.max_batches`` batches per data set.
 
-    Scores ``evaluation.max_batches`` batches of each data set. Collective. Call it within
-    ``backend.evaluation_mode()``.
+    This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``.
 
     Returns:
-        ``val_loss``, ``val_perplexity``, and ``val_loss_<name>`` for each data set of a mixture. Empty if the run does
-        not ask for the validation task, or has no validation split.
+        ``val_loss``, ``val_perplexity``, and ``val_loss_<name>`` for each data set of a mixture. Empty if
+        ``evaluation.tasks`` does not contain ``validation``, or if no data set has a validation split.
     """
     if VALIDATION not in config.evaluation.tasks:
         return {}
@@ -53,13 +52,13 @@ def validate(backend: Backend, datasets: Sequence[TokenDataset], config: Config,
 
 
 def mixture_loss(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """Return the weighted mean of the losses on the data sets of a mixture; data sets without a loss do not count."""
+    """Return the weighted mean of the losses on the data sets of a mixture, and ignore data sets without a loss."""
     total = sum(weights[name] for name in losses)
     return sum(weights[name] * loss for name, loss in losses.items()) / total
 
 
 def _mean_loss(backend: Backend, stream: TokenStream, config: Config, world: World) -> float:
-    """Return the mean loss per target token; NaN if the mask leaves no target."""
+    """Return the mean loss per target token. Returns NaN if the mask excludes all targets."""
     batch_size, max_batches = config.batch.micro_batch_size, config.evaluation.max_batches
     sums = torch.zeros(2, dtype=summing_dtype(world.device), device=world.device)
     for batch in validation_batches(stream, config.seq_len, batch_size, world.rank, world.size, max_batches):
@@ -75,11 +74,12 @@ def score_split(
 ) -> dict[str, Any]:
     """Return loss, perplexity, bits per byte, top-1 and top-5 accuracy, and the loss by position in the window.
 
-    The ranks share the batches; every rank returns the same result. Collective.
+    This call is collective: every rank must make it. Each rank scores a share of the batches, and every rank returns
+    the result for all batches.
 
     Args:
-        compute: on ``world.device``, in evaluation mode.
-        batch_size: sequences per forward pass and rank. It does not change the result.
+        compute: the model, on ``world.device`` and in evaluation mode.
+        batch_size: the number of sequences per forward pass and rank. The result does not depend on this number.
 
     Raises:
         TrainingError: the loss is not finite, or the split has no scored target.
@@ -93,7 +93,7 @@ def score_split(
         desc="validation",
         unit="batch",
         leave=False,
-        disable=None if world.is_main else True,  # None: shown on a terminal only
+        disable=None if world.is_main else True,  # None shows the bar only on a terminal
     ):
         tokens, targets = batch.to(device)
         logits = compute(tokens, method="logits").float()
@@ -107,9 +107,9 @@ def _sum_batch(logits: Tensor, targets: Tensor, end_of_text: int, dtype: torch.d
     """Return sums over the targets of a batch.
 
     Returns:
-        By position in the window, (4, T): losses, targets, top-1 matches, top-5 matches.
-        Overall, (5,): the loss on ``end_of_text`` targets; the number of windows, and sums over windows of loss^2,
-        loss * targets and targets^2.
+        By position in the window, (4, T): loss, number of targets, top-1 matches, top-5 matches.
+        Overall, (5,): the loss on ``end_of_text`` targets; the number of windows; and the sums over windows of loss^2,
+        of loss * targets, and of targets^2.
     """
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
@@ -132,7 +132,7 @@ def _figures(by_position: Tensor, overall: Tensor, stream: TokenStream) -> dict[
     loss = loss_sum / targets
     if not math.isfinite(loss):
         raise TrainingError(f"the loss on the split {stream.split!r} is {loss}; the checkpoint's weights are unusable")
-    # The loss is a ratio of sums over windows, so its interval follows from the windows' deviations from that ratio.
+    # The loss is a ratio of sums over windows, so compute the interval from the windows' deviations from this ratio.
     squared_deviations = max(squared_loss - 2 * loss * loss_by_targets + loss**2 * squared_targets, 0.0)
     half = Z_95 * math.sqrt(squared_deviations * windows / max(windows - 1, 1)) / targets
     bounds = [loss - half, loss + half]
@@ -143,7 +143,7 @@ def _figures(by_position: Tensor, overall: Tensor, stream: TokenStream) -> dict[
         "loss_interval": bounds,
         "perplexity_interval": [perplexity(bound) for bound in bounds],
         "interval": WINDOWS,
-        # The bytes of the scored tokens alone are unknown, so masked text has no bits per byte.
+        # Masked text has no bits per byte, because the number of bytes in the scored tokens is unknown.
         "bits_per_byte": None if stream.has_mask else (loss_sum - end_of_text_loss) / math.log(2) / stream.utf8_bytes,
         "top1_accuracy": top1 / targets,
         "top5_accuracy": top5 / targets,
