@@ -36,7 +36,7 @@ class Conversion:
 def convert(request: ConvertRequest, written: Advance = no_progress, verified: Advance = no_progress) -> Conversion:
     """Convert tokens to a new folder, which appears complete or not at all.
 
-    Tokens and their order do not change, except for the separators of Megatron's files (see ``MegatronTokens``). A
+    Tokens and their order do not change, except for the separators of Megatron's files (see ``open_megatron_pair``). A
     source folder in our format is verified first. All formats but nanoGPT's get a manifest.
 
     ``written`` is called with the bytes of tokens that were written, ``verified`` with those of the source that were

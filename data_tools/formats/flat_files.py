@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from data_tools.arrays import TokenArray
 from data_tools.errors import DataError
-from data_tools.formats.collection import TokenCollection, map_file, open_foreign
+from data_tools.formats.collection import Tokens, map_file
 from data_tools.shards.contents import require_in_vocabulary
 from data_tools.shards.llmc import llmc_tokens
 
@@ -35,44 +34,34 @@ class _MappedTokens:
         return tokens
 
 
-def open_llmc(path: Path, files: Sequence[Path], split_of: Mapping[str, str]) -> TokenCollection:
-    """Open shards of llm.c or modded-nanogpt.
+def open_llmc_file(path: Path, vocab_size: int) -> Tokens:
+    """Open a shard of llm.c or modded-nanogpt.
 
     Raises:
-        DataError: a file is damaged, or its split is unknown.
+        DataError: it is damaged or cannot be read.
     """
-
-    def open_file(file: Path, vocab_size: int) -> _MappedTokens:
-        return _MappedTokens(file, map_llmc_file(file), vocab_size)
-
-    return open_foreign(path, LLMC, files, split_of, open_file)
+    return _MappedTokens(path, map_llmc_file(path), vocab_size)
 
 
-def open_nanogpt(path: Path, files: Sequence[Path], split_of: Mapping[str, str]) -> TokenCollection:
+def open_nanogpt_file(path: Path, vocab_size: int) -> Tokens:
     """Open bare little-endian uint16 tokens as nanoGPT's ``prepare.py`` writes them: ``train.bin``, ``val.bin``.
 
     Tokens are not changed: nanoGPT's ``<|endoftext|>`` stays after each document.
 
     Raises:
-        DataError: a file is damaged or has another vocabulary, or its split is unknown.
+        DataError: the file is damaged, cannot be read or has another vocabulary.
     """
-    for folder in dict.fromkeys(file.parent for file in files):
-        if (folder / _OWN_VOCABULARY).exists():
-            raise DataError(
-                f"{folder / _OWN_VOCABULARY} says that the ids are of a vocabulary of their own "
-                "(nanoGPT's characters), not of GPT-2's; tokenize the text with launch/tokenize_corpus.py"
-            )
-
-    def open_file(file: Path, vocab_size: int) -> _MappedTokens:
-        content = map_file(file)
-        if content.size % 2:
-            raise DataError(
-                f"{file} is not a whole file of uint16 tokens: it has an odd number of bytes, {content.size}"
-            )
-        tokens = np.frombuffer(content, dtype="<u2") if content.size else np.empty(0, dtype=np.uint16)
-        return _MappedTokens(file, tokens, vocab_size)
-
-    return open_foreign(path, NANOGPT, files, split_of, open_file)
+    own_vocabulary = path.parent / _OWN_VOCABULARY
+    if own_vocabulary.exists():
+        raise DataError(
+            f"{own_vocabulary} says that the ids are of a vocabulary of their own "
+            "(nanoGPT's characters), not of GPT-2's; tokenize the text with launch/tokenize_corpus.py"
+        )
+    content = map_file(path)
+    if content.size % 2:
+        raise DataError(f"{path} is not a whole file of uint16 tokens: it has an odd number of bytes, {content.size}")
+    tokens = np.frombuffer(content, dtype="<u2") if content.size else np.empty(0, dtype=np.uint16)
+    return _MappedTokens(path, tokens, vocab_size)
 
 
 def map_llmc_file(path: Path) -> TokenArray:

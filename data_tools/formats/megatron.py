@@ -9,7 +9,6 @@ the last is the number of sequences).
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy.typing as npt
 
 from data_tools.arrays import CountArray, TokenArray
 from data_tools.errors import DataError
-from data_tools.formats.collection import TokenCollection, map_file, open_foreign
+from data_tools.formats.collection import Concatenated, Tokens, map_file
 from data_tools.shards.contents import require_in_vocabulary
 from data_tools.tokenizer import END_OF_TEXT
 
@@ -35,16 +34,6 @@ _DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 _REFUSED_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 5: "int64", 6: "floating point", 7: "floating point"}
 
 
-def open_megatron(path: Path, indices: Sequence[Path], split_of: Mapping[str, str]) -> TokenCollection:
-    """Open pairs of ``.idx`` and ``.bin``.
-
-    Raises:
-        DataError: a file is damaged, missing or has tokens of another type, or its split is unknown.
-    """
-    files = [file for index in indices for file in (index, _tokens_file_of(index))]
-    return open_foreign(path, MEGATRON, indices, split_of, MegatronTokens, files_on_disk=files)
-
-
 def is_index(path: Path) -> bool:
     """Return whether a file begins like an index, of this format or the older one.
 
@@ -55,70 +44,58 @@ def is_index(path: Path) -> bool:
         return file.read(len(_MAGIC)).startswith((_MAGIC, _OLDER_MAGIC))
 
 
-class MegatronTokens:
-    """The documents of one pair of files as a stream in our order: ``END_OF_TEXT`` before each document.
+def open_megatron_pair(index_path: Path, vocab_size: int) -> Tokens:
+    """Open an index and its file of tokens as a stream in our order: ``END_OF_TEXT`` before each document.
 
     One ``END_OF_TEXT`` at the end of a document, which ``--append-eod`` writes, is dropped, because the one before the
-    next document replaces it.
+    next document replaces it. Reads the whole index and the last token of each document.
 
-    Attributes:
-        tokens: the length of the stream, one ``END_OF_TEXT`` per document included.
+    Raises:
+        DataError: a file is missing, damaged, or has tokens of another type.
     """
+    path = tokens_file_of(index_path)
+    index = _read_index(index_path)
+    content = map_file(path)
+    if content.size != index.tokens * index.dtype.itemsize:
+        raise DataError(
+            f"{path} has {content.size} bytes, its index accounts for {index.tokens * index.dtype.itemsize} "
+            f"({index.tokens} tokens of {index.dtype.name})"
+        )
+    text = np.frombuffer(content, index.dtype) if content.size else np.empty(0, index.dtype)
+    blocks = range(0, index.documents, BLOCK_DOCUMENTS)
+    return Concatenated([_DocumentBlock(path, text, index, first, vocab_size) for first in blocks])
 
-    def __init__(self, index: Path, vocab_size: int) -> None:
-        """Open the pair. Reads the whole index and the last token of each document.
 
-        Raises:
-            DataError: a file is missing, damaged, or has tokens of another type.
-        """
-        self._path = _tokens_file_of(index)
+class _DocumentBlock:
+    """The stream of the ``BLOCK_DOCUMENTS`` documents from ``first`` on. A read looks them up in the index again."""
+
+    def __init__(
+        self, path: Path, text: npt.NDArray[np.integer[Any]], index: _Index, first: int, vocab_size: int
+    ) -> None:
+        self._path = path
+        self._text = text
+        self._index = index
+        self._first = first
         self._vocab_size = vocab_size
-        self._index = _read_index(index)
-        self._text = self._map_text()
-        self._blocks = range(0, self._index.documents, BLOCK_DOCUMENTS)
-        ends = np.cumsum([int(_lengths(*self._documents(block)).sum()) for block in self._blocks], dtype=np.int64)
-        self._block_ends = ends
-        self.tokens = int(ends[-1]) if ends.size else 0
+        self.tokens = int(_lengths(*self._documents()).sum())
 
     def read(self, start: int, length: int) -> TokenArray:
-        assert start >= 0 and length >= 0 and start + length <= self.tokens
-        tokens = np.empty(length, dtype=np.uint16)
-        filled = 0
-        while filled < length:
-            block = int(np.searchsorted(self._block_ends, start + filled, side="right"))
-            block_start = int(self._block_ends[block - 1]) if block else 0
-            piece = tokens[filled : filled + int(self._block_ends[block]) - start - filled]
-            self._fill(piece, self._blocks[block], start + filled - block_start)
-            filled += piece.size
-        return tokens
-
-    def _map_text(self) -> npt.NDArray[np.integer[Any]]:
-        content = map_file(self._path)
-        index = self._index
-        if content.size != index.tokens * index.dtype.itemsize:
-            raise DataError(
-                f"{self._path} has {content.size} bytes, its index accounts for {index.tokens * index.dtype.itemsize} "
-                f"({index.tokens} tokens of {index.dtype.name})"
-            )
-        return np.frombuffer(content, index.dtype) if content.size else np.empty(0, index.dtype)
-
-    def _fill(self, tokens: TokenArray, block: int, start: int) -> None:
-        """Fill ``tokens`` with the stream of a block's documents from position ``start`` on."""
-        text_starts, text_stops = self._documents(block)
+        text_starts, text_stops = self._documents()
         lengths = _lengths(text_starts, text_stops)
-        # Position of each document's END_OF_TEXT in ``tokens``; the first document may begin before it.
+        # Position of each document's END_OF_TEXT in the result; the first document may begin before it.
         separators = np.cumsum(lengths) - lengths - start
         first = int(np.searchsorted(separators, 0, side="right")) - 1
-        stop = int(np.searchsorted(separators, tokens.size))
+        stop = int(np.searchsorted(separators, length))
         separators, text_starts, text_stops = separators[first:stop], text_starts[first:stop], text_stops[first:stop]
         text = self._text_of(
             np.maximum(text_starts, text_starts - separators - 1),
-            np.minimum(text_stops, text_starts - separators - 1 + tokens.size),
+            np.minimum(text_stops, text_starts - separators - 1 + length),
         )
-        is_text = np.ones(tokens.size, dtype=np.bool_)
+        is_text = np.ones(length, dtype=np.bool_)
         is_text[separators[separators >= 0]] = False
+        tokens = np.full(length, END_OF_TEXT, dtype=np.uint16)
         tokens[is_text] = text
-        tokens[~is_text] = END_OF_TEXT
+        return tokens
 
     def _text_of(self, starts: CountArray, stops: CountArray) -> npt.NDArray[np.integer[Any]]:
         """Return the text between consecutive starts and stops, without the ``END_OF_TEXT`` in the gaps."""
@@ -128,9 +105,9 @@ class MegatronTokens:
         gaps = stops[:-1][stops[:-1] < starts[1:]]
         return np.delete(text, gaps - begin)
 
-    def _documents(self, block: int) -> tuple[CountArray, CountArray]:
-        """Return the start and stop of each text of a block's documents in the file, int64 of shape (documents,)."""
-        boundaries = self._index.text_starts(block, min(block + BLOCK_DOCUMENTS, self._index.documents) + 1)
+    def _documents(self) -> tuple[CountArray, CountArray]:
+        """Return the start and stop of each document's text in the file, int64 of shape (documents,)."""
+        boundaries = self._index.text_starts(self._first, self._first + BLOCK_DOCUMENTS + 1)
         starts, ends = boundaries[:-1], boundaries[1:]
         is_separated = np.zeros(starts.size, dtype=np.bool_)
         holds_tokens = ends > starts
@@ -223,7 +200,8 @@ def _check_boundaries(path: Path, boundaries: CountArray, sequences: int) -> Non
             raise DataError(f"{path}: document {first + int(np.argmax(backwards))} ends before it begins")
 
 
-def _tokens_file_of(index: Path) -> Path:
+def tokens_file_of(index: Path) -> Path:
+    """Return the file of tokens that belongs to an index."""
     return index.with_suffix(".bin")
 
 

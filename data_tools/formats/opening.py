@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from data_tools.errors import DataError, one_line_read_errors
-from data_tools.formats.collection import Split, TokenCollection
-from data_tools.formats.flat_files import LLMC, NANOGPT, NANOGPT_NAMES, open_llmc, open_nanogpt
-from data_tools.formats.megatron import INDEX_SUFFIX, MEGATRON, is_index, open_megatron
+from data_tools.formats.collection import Concatenated, Split, TokenCollection, Tokens, require_split_name
+from data_tools.formats.flat_files import LLMC, NANOGPT, NANOGPT_NAMES, open_llmc_file, open_nanogpt_file
+from data_tools.formats.megatron import INDEX_SUFFIX, MEGATRON, is_index, open_megatron_pair, tokens_file_of
+from data_tools.shards.contents import gpt2_tokenizer_record
 from data_tools.shards.llmc import LLMC_SUFFIX, is_llmc
-from data_tools.shards.manifest import MANIFEST_NAME, load_manifest
+from data_tools.shards.manifest import MANIFEST_NAME, TRAIN_SPLIT, VAL_SPLIT, SourceRecord, load_manifest
 from data_tools.shards.reader import TokenStream
 
 AUTO = "auto"
 NATIVE = "native"
-_OPEN_FOREIGN: dict[str, Callable[[Path, Sequence[Path], Mapping[str, str]], TokenCollection]] = {
-    NANOGPT: open_nanogpt,
-    LLMC: open_llmc,
-    MEGATRON: open_megatron,
+# How to open one file of another program (Megatron's: by its index); also gets the size of the vocabulary.
+_OPEN_FILE: dict[str, Callable[[Path, int], Tokens]] = {
+    NANOGPT: open_nanogpt_file,
+    LLMC: open_llmc_file,
+    MEGATRON: open_megatron_pair,
 }
-INPUT_FORMATS = (NATIVE, *_OPEN_FOREIGN)
+INPUT_FORMATS = (NATIVE, *_OPEN_FILE)
+_SPLIT_WORDS = {
+    "train": TRAIN_SPLIT,
+    "val": VAL_SPLIT,
+    "valid": VAL_SPLIT,
+    "validation": VAL_SPLIT,
+    "test": "test",
+}
 
 
 def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> TokenCollection:
@@ -31,7 +41,8 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
         split_of: splits of another program's files by name, for files whose name does not contain it.
 
     Raises:
-        DataError: nothing exists there, the format cannot be recognized, or a file is damaged; one line that names it.
+        DataError: nothing exists there, the format cannot be recognized, a file is damaged, or its split is unknown;
+            one line that names it.
     """
     format = recognize(path) if format == AUTO else format
     if format == NATIVE:
@@ -51,7 +62,7 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
         files = _candidates(path, suffix)
         if not files:
             raise DataError(f"{path}: no file ends in {suffix}, as those of {format} do")
-        return _OPEN_FOREIGN[format](path, files, split_of or {})
+        return _open_files(path, format, files, split_of or {})
 
 
 def recognize(path: Path) -> str:
@@ -90,3 +101,44 @@ def _candidates(path: Path, suffix: str) -> list[Path]:
     if not path.exists():
         raise DataError(f"{path} does not exist")
     return [path]
+
+
+def _open_files(path: Path, format: str, files: Sequence[Path], split_of: Mapping[str, str]) -> TokenCollection:
+    """Open the files of another program, found at ``path``."""
+    tokenizer = gpt2_tokenizer_record()
+    splits = {}
+    for split, members in _group_by_split(files, split_of).items():
+        streams = {file: _OPEN_FILE[format](file, tokenizer.vocab_size) for file in members}
+        tokens_of_file = {file: stream.tokens for file, stream in streams.items()}
+        splits[split] = Split(Concatenated(list(streams.values())), tokens_of_file)
+    counted = [*files, *map(tokens_file_of, files)] if format == MEGATRON else files
+    size = sum(file.stat().st_size for file in counted)
+    source = SourceRecord(format, {"input": path.as_posix(), "files": len(counted), "bytes": size})
+    return TokenCollection(path, format, tokenizer, source, splits)
+
+
+def _group_by_split(paths: Sequence[Path], split_of: Mapping[str, str]) -> dict[str, list[Path]]:
+    """Return the files by split, in their order, training first.
+
+    A file's split is the one that ``split_of`` gives for its name (with or without the suffix), otherwise the last of
+    the words train, val, valid, validation, test in its name. A single file without such a word is for training.
+
+    Raises:
+        DataError: the split of a file is unknown, or ``split_of`` names a file that does not exist.
+    """
+    for name, split in split_of.items():
+        require_split_name(split, f"--split-of {name}={split}")
+        if name not in {known for path in paths for known in (path.name, path.stem)}:
+            names = [path.name for path in paths]
+            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise DataError(f"--split-of {name}={split}: this file does not exist; the files are {listed}")
+    groups: dict[str, list[Path]] = {}
+    for path in paths:
+        words = [_SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", path.stem.lower()) if word in _SPLIT_WORDS]
+        named = split_of.get(path.name) or split_of.get(path.stem) or (words[-1] if words else None)
+        if named is None and len(paths) > 1:
+            raise DataError(
+                f"{path}: its name does not tell its split; add --split-of {path.name}={TRAIN_SPLIT} (or {VAL_SPLIT})"
+            )
+        groups.setdefault(named or TRAIN_SPLIT, []).append(path)
+    return dict(sorted(groups.items(), key=lambda group: group[0] != TRAIN_SPLIT))

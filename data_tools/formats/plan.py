@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -12,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from data_tools.errors import DataError
-from data_tools.formats.collection import TokenCollection, Tokens, require_split_name
+from data_tools.formats.collection import FILE_NAME, TokenCollection, Tokens, require_split_name
 from data_tools.formats.flat_files import LLMC, NANOGPT
 from data_tools.formats.opening import AUTO, INPUT_FORMATS
 from data_tools.shards.llmc import LLMC_SUFFIX, MAX_TOKENS
@@ -22,7 +21,6 @@ from data_tools.shards.writer import SHARD_FORMATS
 DEFAULT_SHARD_TOKENS = 100_000_000
 OUTPUT_FORMATS = (*SHARD_FORMATS, NANOGPT, LLMC)
 CHUNK_TOKENS = 1 << 20
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +64,7 @@ class ConvertRequest:
             raise DataError(f"--workers must be at least 1, it is {self.workers}")
         if self.name is not None and self.to != LLMC:
             raise DataError("--name is for --to llmc; other files are named by their split alone")
-        if self.to == LLMC and not _FILE_NAME.fullmatch(self.file_name):
+        if self.to == LLMC and not FILE_NAME.fullmatch(self.file_name):
             raise DataError(f"--name: {self.file_name!r} must have letters, digits and . _ - only")
 
     @property
