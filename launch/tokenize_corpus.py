@@ -14,9 +14,10 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from data_tools.corpus.estimate import Estimate
-from data_tools.corpus.run import Observer, Progress, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
+from data_tools.corpus.run import Observer, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
 from data_tools.errors import DataError
 from data_tools.options import Deduplication, EncoderChoice, Engine, ShardFormat, SourceKind
+from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import VAL_SPLIT, Manifest
 from data_tools.storage.files import is_remote
 from launch.cli import ArgumentParser, positive_int, run_command, start_logging
@@ -143,8 +144,8 @@ class ProgressDisplay(Observer):
         self._started_s = time.monotonic()
         self._next_line_s = self._started_s + _LINE_EVERY_S
         self._text_bytes: int | None = None
-        self._at_start: Progress | None = None
-        self._now = Progress()
+        self._at_start: Contents | None = None
+        self._now = Contents()
         self._bar = tqdm(bar_format="{desc} [{elapsed}]", file=sys.stderr, disable=not sys.stderr.isatty())
 
     def planned(self, estimate: Estimate) -> None:
@@ -152,7 +153,7 @@ class ProgressDisplay(Observer):
         self._text_bytes = estimate.text_bytes
         tqdm.write(str(estimate), file=sys.stderr)
 
-    def progressed(self, progress: Progress) -> None:
+    def progressed(self, progress: Contents) -> None:
         """Show the progress. At the first call it is that of the interrupted run that this one continues."""
         self._now = progress
         if self._at_start is None:
@@ -170,7 +171,7 @@ class ProgressDisplay(Observer):
 
     def encoded_megabytes(self) -> float:
         """Return the megabytes of text that this run has encoded."""
-        return (self._now.utf8_bytes - (self._at_start or Progress()).utf8_bytes) / 1e6
+        return (self._now.utf8_bytes - (self._at_start or Contents()).utf8_bytes) / 1e6
 
     def elapsed_s(self) -> float:
         """Return the seconds since the display was created."""

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.encoding.documents import Document, utf8_of
 from data_tools.errors import DataError
+from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import ShardRecord
 from data_tools.sources import Slice, Source
 
@@ -91,9 +92,9 @@ class ChunkRecord:
     checked: int
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> Contents:
         """The documents, tokens and bytes of text in all shards of the chunk."""
-        return sum((Progress(shard.documents, shard.tokens, shard.utf8_bytes) for shard in self.shards), Progress())
+        return sum((Contents(shard.documents, shard.tokens, shard.utf8_bytes) for shard in self.shards), Contents())
 
     def to_bytes(self) -> bytes:
         """Return the content of the chunk's record file, which is JSON."""
@@ -113,20 +114,6 @@ class ChunkRecord:
 
 
 _RECORD = TypeAdapter(ChunkRecord)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """An amount of encoded text."""
-
-    documents: int = 0
-    tokens: int = 0
-    utf8_bytes: int = 0
-
-    def __add__(self, other: Progress) -> Progress:
-        return Progress(
-            self.documents + other.documents, self.tokens + other.tokens, self.utf8_bytes + other.utf8_bytes
-        )
 
 
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.corpus.chunks import RECORDS_FOLDER, Chunk, ChunkRecord, Progress
+from data_tools.corpus.chunks import RECORDS_FOLDER, Chunk, ChunkRecord
 from data_tools.encoding.encoders import REFERENCE_ENCODER, encoder_version
 from data_tools.errors import DataError, one_line_write_errors
+from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import (
     MANIFEST_NAME,
     TRAIN_SPLIT,
@@ -86,9 +87,9 @@ class OutputFolder:
         self._is_planned = False
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> Contents:
         """The documents, tokens and bytes of text in all finished chunks."""
-        return sum((record.progress for record in self.finished.values()), Progress())
+        return sum((record.progress for record in self.finished.values()), Contents())
 
     def plan(self, make_plan: Callable[[], list[Chunk]]) -> None:
         """Load the plan and the records of finished chunks if the request was interrupted; otherwise write a new plan.

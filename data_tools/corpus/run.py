@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 
-from data_tools.corpus.chunks import Chunk, Progress, plan_chunks
+from data_tools.corpus.chunks import Chunk, plan_chunks
 from data_tools.corpus.duplicates import write_repeated
 from data_tools.corpus.engines import run_chunks
 from data_tools.corpus.estimate import Estimate, check_free_space, estimate_run
@@ -16,11 +16,12 @@ from data_tools.corpus.output import OutputFolder, load_complete, open_output
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.worker import Job, encode_chunk, fingerprint_chunk
 from data_tools.encoding.encoders import choose_encoder
+from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import Manifest
 from data_tools.sources import open_source
 from data_tools.storage.files import sha256_of_json
 
-__all__ = ["Observer", "Progress", "TokenizeRequest", "find_complete", "tokenize_corpus", "tokenize_share"]
+__all__ = ["Observer", "TokenizeRequest", "find_complete", "tokenize_corpus", "tokenize_share"]
 
 
 class Observer:
@@ -29,7 +30,7 @@ class Observer:
     def planned(self, estimate: Estimate) -> None:
         """Receive the estimate before the first chunk starts. ``tokenize_share`` does not call this method."""
 
-    def progressed(self, progress: Progress) -> None:
+    def progressed(self, progress: Contents) -> None:
         """Receive the total progress. The first call has the chunks that an earlier process finished."""
 
 
@@ -124,7 +125,7 @@ def _encode(job: Job, chunks: Sequence[Chunk], output: OutputFolder, observer: O
     progress = output.progress
     observer.progressed(progress)
 
-    def report(new: Progress) -> None:
+    def report(new: Contents) -> None:
         nonlocal progress
         progress += new
         observer.progressed(progress)

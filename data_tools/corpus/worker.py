@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.arrays import CountArray
-from data_tools.corpus.chunks import Chunk, ChunkRecord, Progress, documents_of
+from data_tools.corpus.chunks import Chunk, ChunkRecord, documents_of
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.split import AssignedDocument, assign_splits
 from data_tools.encoding.documents import EncodedDocument, encode_document, fingerprint_of, utf8_of
 from data_tools.encoding.encoders import REFERENCE_ENCODER, load_encoder
 from data_tools.errors import DataError
+from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import TRAIN_SPLIT, VAL_SPLIT, ShardRecord
 from data_tools.shards.writer import ShardWriter
 from data_tools.sources import Source, open_source
@@ -24,7 +25,7 @@ from data_tools.storage.files import sha256_of_json
 from data_tools.storage.folders import open_folder, scratch_of
 
 #: ``encode_chunk`` calls this function with the progress since the last call.
-Report = Callable[[Progress], None]
+Report = Callable[[Contents], None]
 
 #: Bytes of text between two reports. A report costs more than encoding a short document.
 _REPORT_BYTES = 1 << 20
@@ -69,7 +70,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
         fill_both=job.is_one_chunk,
     )
     with scratch_of(folder) as scratch:
-        documents_done = tokens_done = bytes_done = 0  # since the last report
+        done = Contents()  # since the last report
         writers = {split: _SplitWriter(scratch, split, chunk, request) for split in (TRAIN_SPLIT, VAL_SPLIT)}
         for number, assigned in enumerate(documents):
             if number in repeated:
@@ -79,12 +80,12 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
             tokens, utf8_bytes = encoded.tokens.size, len(assigned.utf8)
             writers[assigned.split].append(encoded, utf8_bytes)
             lengths[tokens.bit_length() - 1] += 1
-            documents_done, tokens_done, bytes_done = documents_done + 1, tokens_done + tokens, bytes_done + utf8_bytes
-            if bytes_done >= _REPORT_BYTES:
-                report(Progress(documents_done, tokens_done, bytes_done))
-                documents_done = tokens_done = bytes_done = 0
+            done += Contents(1, tokens, utf8_bytes)
+            if done.utf8_bytes >= _REPORT_BYTES:
+                report(done)
+                done = Contents()
         shards = tuple(shard for writer in writers.values() for shard in writer.close())
-        report(Progress(documents_done, tokens_done, bytes_done))
+        report(done)
         record = ChunkRecord(chunk.index, shards, tuple(lengths.tolist()), len(repeated), check.checked)
         for shard in shards:
             for name in shard.files:

@@ -19,7 +19,7 @@ from data_tools.formats.plan import DEFAULT_SHARD_TOKENS, ConvertRequest, Planne
 from data_tools.shards.contents import Vocabulary
 from data_tools.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, SourceRecord, mask_file_of
 from data_tools.shards.verification import verify
-from data_tools.shards.writer import FlatFile, OpenFormat, ShardWriter
+from data_tools.shards.writer import OpenFormat, ShardWriter, write_flat
 from data_tools.storage.atomic import atomic_folder, write_json_durably
 from data_tools.storage.files import sha256_of_file
 from data_tools.threads import Advance, map_threads, no_progress
@@ -54,7 +54,7 @@ def convert(request: ConvertRequest, written: Advance = no_progress, verified: A
         _require_new(request.out)  # again, because verifying can take long
     with one_line_write_errors(request.out), atomic_folder(request.out) as folder:
         # nanoGPT's files have no header. The suffix of other files names their format.
-        open_format = partial(FlatFile, header=lambda tokens: b"") if request.to == NANOGPT else None
+        open_format = partial(write_flat, header=lambda tokens: b"") if request.to == NANOGPT else None
         write = partial(_write_file, folder, collection, vocabulary, open_format)
         files = tuple(map_threads(write, planned, request.workers, written))
         if request.to != NANOGPT:

@@ -20,13 +20,16 @@ _SCAN_TOKENS = 1 << 18  # small enough for the processor's cache
 
 @dataclass(frozen=True)
 class Contents:
-    """Number of documents (one ``END_OF_TEXT`` each) and bytes of their text in UTF-8."""
+    """Number of documents (one ``END_OF_TEXT`` each), of tokens, and of bytes of their text in UTF-8."""
 
     documents: int = 0
+    tokens: int = 0
     utf8_bytes: int = 0
 
     def __add__(self, other: Contents) -> Contents:
-        return Contents(self.documents + other.documents, self.utf8_bytes + other.utf8_bytes)
+        return Contents(
+            self.documents + other.documents, self.tokens + other.tokens, self.utf8_bytes + other.utf8_bytes
+        )
 
 
 class Vocabulary:
@@ -52,7 +55,7 @@ class Vocabulary:
             self._byte_lengths = as_arrow(np.array([*map(len, load_tokenizer().token_bytes), 0], dtype=np.uint8))
 
     def count(self, tokens: TokenArray, place: object, advance: Advance = no_progress) -> Contents:
-        """Count documents and bytes of text; 0 bytes if they cannot be counted.
+        """Count documents, tokens and bytes of text; 0 bytes if they cannot be counted.
 
         Args:
             tokens: uint16 of shape (tokens,).
@@ -70,7 +73,7 @@ class Vocabulary:
             if self._byte_lengths is not None:
                 # Two to three times as fast as numpy, which converts 16-bit indices to 64 bits first.
                 utf8_bytes = pc.sum(pc.array_take(self._byte_lengths, as_arrow(piece), boundscheck=False)).as_py()
-            contents += Contents(int(np.count_nonzero(piece == self.end_of_text)), utf8_bytes)
+            contents += Contents(int(np.count_nonzero(piece == self.end_of_text)), piece.size, utf8_bytes)
             advance(0)
         return contents
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -24,55 +24,37 @@ _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 _NPY_HEADER_BYTES = 128
 
 
-class TokenFile(Protocol):
-    """The layout of a file format into which batches of tokens are written."""
-
-    def write(self, tokens: TokenArray) -> None:
-        """Append a batch of tokens."""
-        ...
-
-    def finish(self) -> None:
-        """Write what the format needs after the last batch, for example the number of tokens in the header."""
-        ...
+WriteValues = Callable[[npt.NDArray[Any]], None]
+#: Opens the layout of a file format for writing batches. The end of the block completes the file, unless it failed.
+OpenFormat = Callable[[BinaryIO], AbstractContextManager[WriteValues]]
 
 
-class FlatFile:
-    """Values of one dtype after a header that holds their number. ``finish`` fills in the header.
+@contextmanager
+def write_flat(file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2") -> Iterator[WriteValues]:
+    """Write values of one dtype after a header that holds their number, which is filled in at the end.
 
     ``header`` returns the header for a number of values; its length must not depend on the number.
     """
+    size = 0
 
-    def __init__(self, file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2") -> None:
-        self._file = file
-        self._header = header
-        self._dtype = dtype
-        self._size = 0
-        file.write(header(0))
+    def write(values: npt.NDArray[Any]) -> None:
+        nonlocal size
+        file.write(values.astype(dtype, copy=False).data)
+        size += values.size
 
-    def write(self, values: npt.NDArray[Any]) -> None:
-        self._file.write(values.astype(self._dtype, copy=False).data)
-        self._size += values.size
-
-    def finish(self) -> None:
-        self._file.seek(0)
-        self._file.write(self._header(self._size))
+    file.write(header(0))
+    yield write
+    file.seek(0)
+    file.write(header(size))
 
 
-class ArrowTokenFile:
-    """An Arrow IPC stream with one uint16 column ``tokens``, as ``datasets.Dataset.from_file`` maps it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._schema = pa.schema([pa.field("tokens", pa.uint16(), nullable=False)])
-        self._stream = pa.ipc.new_stream(file, self._schema)
-
-    def write(self, tokens: TokenArray) -> None:
-        self._stream.write_batch(pa.record_batch([as_arrow(tokens)], schema=self._schema))
-
-    def finish(self) -> None:
-        self._stream.close()
-
-
-OpenFormat = Callable[[BinaryIO], TokenFile]
+@contextmanager
+def _write_arrow(file: BinaryIO) -> Iterator[WriteValues]:
+    """Write an Arrow IPC stream with one uint16 column ``tokens``, as ``datasets.Dataset.from_file`` maps it."""
+    schema = pa.schema([pa.field("tokens", pa.uint16(), nullable=False)])
+    stream = pa.ipc.new_stream(file, schema)
+    yield lambda tokens: stream.write_batch(pa.record_batch([as_arrow(tokens)], schema=schema))
+    stream.close()
 
 
 def _npy_header(size: int, descr: str = "<u2") -> bytes:
@@ -83,18 +65,16 @@ def _npy_header(size: int, descr: str = "<u2") -> bytes:
     return _NPY_MAGIC + body_bytes.to_bytes(2, "little") + body
 
 
-SHARD_FORMATS: dict[str, OpenFormat] = {"npy": partial(FlatFile, header=_npy_header), "arrow": ArrowTokenFile}
-_MASK_FORMAT: OpenFormat = partial(FlatFile, header=partial(_npy_header, descr="|u1"), dtype="|u1")
-_BY_SUFFIX: dict[str, OpenFormat] = {**SHARD_FORMATS, LLMC_SUFFIX[1:]: partial(FlatFile, header=llmc_header)}
+SHARD_FORMATS: dict[str, OpenFormat] = {"npy": partial(write_flat, header=_npy_header), "arrow": _write_arrow}
+_MASK_FORMAT: OpenFormat = partial(write_flat, header=partial(_npy_header, descr="|u1"), dtype="|u1")
+_BY_SUFFIX: dict[str, OpenFormat] = {**SHARD_FORMATS, LLMC_SUFFIX[1:]: partial(write_flat, header=llmc_header)}
 
 
 @contextmanager
-def _shard_file(path: Path, open_format: OpenFormat) -> Iterator[TokenFile]:
+def _shard_file(path: Path, open_format: OpenFormat) -> Iterator[WriteValues]:
     """Open a file that appears under its name, complete and durable, when the block ends without an error."""
-    with one_line_write_errors(path), atomic_file(path) as file:
-        token_file = open_format(file)
-        yield token_file
-        token_file.finish()
+    with one_line_write_errors(path), atomic_file(path) as file, open_format(file) as write:
+        yield write
 
 
 class ShardWriter:
@@ -115,9 +95,9 @@ class ShardWriter:
         self._batch = np.empty(BATCH_TOKENS, dtype=np.uint16)
         self._batch_size = 0
         self._files = ExitStack()
-        self._mask: TokenFile | None = None
+        self._write_mask: WriteValues | None = None
         open_format = open_format or _BY_SUFFIX[self._path.suffix[1:]]
-        self._shard = self._files.enter_context(_shard_file(self._path, open_format))
+        self._write_tokens = self._files.enter_context(_shard_file(self._path, open_format))
 
     def append(self, tokens: TokenArray, *, documents: int, utf8_bytes: int, scored: MaskArray | None = None) -> None:
         """Append whole documents.
@@ -146,13 +126,13 @@ class ShardWriter:
                 self._write_batch()
 
     def _append_mask(self, tokens: TokenArray, scored: MaskArray | None) -> None:
-        if scored is not None and self.tokens == 0 and self._mask is None:
-            self._mask = self._files.enter_context(_shard_file(self._mask_path, _MASK_FORMAT))
-        assert (scored is None) == (self._mask is None), f"{self._path}: a shard has a mask, or none"
-        if self._mask and scored is not None:
+        if scored is not None and self.tokens == 0 and self._write_mask is None:
+            self._write_mask = self._files.enter_context(_shard_file(self._mask_path, _MASK_FORMAT))
+        assert (scored is None) == (self._write_mask is None), f"{self._path}: a shard has a mask, or none"
+        if self._write_mask and scored is not None:
             assert scored.shape == tokens.shape, f"{self._path}: a mask has one flag per token"
             with one_line_write_errors(self._mask_path):
-                self._mask.write(scored.astype(np.bool_, copy=False).view(np.uint8))
+                self._write_mask(scored.astype(np.bool_, copy=False).view(np.uint8))
 
     def close(self) -> ShardRecord:
         """Bring the shard to the disk under its name, after its mask, and return its record.
@@ -170,7 +150,7 @@ class ShardWriter:
             documents=self._documents,
             utf8_bytes=self._utf8_bytes,
             sha256=sha256_of_file(self._path),
-            mask_sha256=sha256_of_file(self._mask_path) if self._mask else None,
+            mask_sha256=sha256_of_file(self._mask_path) if self._write_mask else None,
         )
 
     def abort(self) -> None:
@@ -180,7 +160,7 @@ class ShardWriter:
 
     def _write_batch(self) -> None:
         with one_line_write_errors(self._path):
-            self._shard.write(self._batch[: self._batch_size])
+            self._write_tokens(self._batch[: self._batch_size])
         self._batch_size = 0
 
 

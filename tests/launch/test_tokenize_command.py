@@ -11,7 +11,7 @@ import pytest
 import tiktoken
 
 from data_tools.corpus.estimate import Estimate
-from data_tools.corpus.run import Progress
+from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import load_manifest
 from launch import tokenize_corpus as command_module
 from launch.cli import run_command
@@ -131,15 +131,15 @@ def test_a_line_every_30_seconds_shows_the_progress(
     assert capsys.readouterr().err == (
         "about 0.04 GB of text, 10,000,000 tokens, 0.02 GB in shards; 10 chunks, 2 processes, up to 0.73 GB of memory\n"
     )
-    display.progressed(Progress(0, 0, 0))
+    display.progressed(Contents(0, 0, 0))
     clock.now_s += 10
-    display.progressed(Progress(1000, 2_000_000, 9_000_000))
+    display.progressed(Contents(1000, 2_000_000, 9_000_000))
     assert capsys.readouterr().err == ""
     clock.now_s += 20
-    display.progressed(Progress(1200, 2_500_000, 10_000_000))
+    display.progressed(Contents(1200, 2_500_000, 10_000_000))
     assert capsys.readouterr().err == "1,200 documents, 2,500,000 tokens, 0.3 MB/s, 01:30 left\n"
     clock.now_s += 29
-    display.progressed(Progress(1300, 2_600_000, 11_000_000))
+    display.progressed(Contents(1300, 2_600_000, 11_000_000))
     assert capsys.readouterr().err == ""
     display.close()
 
@@ -149,10 +149,10 @@ def test_the_speed_excludes_what_an_interrupted_run_had_finished(
 ) -> None:
     clock = Clock(monkeypatch)
     display = ProgressDisplay()
-    display.progressed(Progress(500, 5_000_000, 20_000_000))
+    display.progressed(Contents(500, 5_000_000, 20_000_000))
     assert capsys.readouterr().err == "continuing after 500 documents in finished shards\n"
     clock.now_s += 40
-    display.progressed(Progress(600, 6_000_000, 24_000_000))
+    display.progressed(Contents(600, 6_000_000, 24_000_000))
     assert capsys.readouterr().err == "600 documents, 6,000,000 tokens, 0.1 MB/s\n"  # without an estimate, no time left
     assert display.speed() == "0.1 MB/s"
     assert display.encoded_megabytes() == 4.0
@@ -167,8 +167,8 @@ def test_a_terminal_shows_one_line_that_changes(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "stderr", terminal)
     display = ProgressDisplay()
     display.planned(ESTIMATE)
-    display.progressed(Progress(0, 0, 0))
-    display.progressed(Progress(1200, 2_500_000, 10_000_000))
+    display.progressed(Contents(0, 0, 0))
+    display.progressed(Contents(1200, 2_500_000, 10_000_000))
     display.close()
     planned, *bar = terminal.getvalue().replace("\r", "\n").strip().splitlines()
     assert "1,200 documents, 2,500,000 tokens" in bar[-1]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from data_tools.corpus.estimate import Estimate, check_free_space
-from data_tools.corpus.run import Progress, TokenizeRequest, tokenize_corpus
+from data_tools.corpus.run import TokenizeRequest, tokenize_corpus
 from data_tools.errors import DataError
+from data_tools.shards.contents import Contents
 from data_tools.storage.folders import LocalFolder
 from tests.data_tools.conftest import contents, json_lines, result, states
 
@@ -23,12 +24,12 @@ class Watcher:
 
     def __init__(self) -> None:
         self.estimates: list[Estimate] = []
-        self.progress: list[Progress] = []
+        self.progress: list[Contents] = []
 
     def planned(self, estimate: Estimate) -> None:
         self.estimates.append(estimate)
 
-    def progressed(self, progress: Progress) -> None:
+    def progressed(self, progress: Contents) -> None:
         self.progress.append(progress)
 
 
@@ -79,7 +80,7 @@ def test_finished_chunks_need_no_more_space(tmp_path: Path, monkeypatch: pytest.
     )
 
     class Stop(Watcher):
-        def progressed(self, progress: Progress) -> None:
+        def progressed(self, progress: Contents) -> None:
             if progress.documents > 30:
                 raise KeyboardInterrupt
 

@@ -14,8 +14,9 @@ from data_tools.corpus import estimate as estimate_module
 from data_tools.corpus import output as output_module
 from data_tools.corpus import worker as worker_module
 from data_tools.corpus.estimate import Estimate
-from data_tools.corpus.run import Progress, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
+from data_tools.corpus.run import TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
 from data_tools.errors import DataError
+from data_tools.shards.contents import Contents
 from data_tools.storage.folders import LocalFolder
 from tests.data_tools.conftest import contents, documents_of, json_lines, result, states, varied_documents
 
@@ -40,14 +41,14 @@ class StopAfter:
     """Interrupts a run when a number of chunks is finished, and records the progress."""
 
     def __init__(self, folder: Path, chunks: int) -> None:
-        self.seen: list[Progress] = []
+        self.seen: list[Contents] = []
         self._folder = folder
         self._chunks = chunks
 
     def planned(self, estimate: Estimate) -> None:
         pass
 
-    def progressed(self, progress: Progress) -> None:
+    def progressed(self, progress: Contents) -> None:
         self.seen.append(progress)
         if len(list(self._folder.glob("tasks/*.json"))) >= self._chunks:
             raise Interruption

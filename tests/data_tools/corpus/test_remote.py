@@ -16,8 +16,9 @@ import fsspec
 import pytest
 
 from data_tools.corpus.estimate import Estimate
-from data_tools.corpus.run import Progress, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
+from data_tools.corpus.run import TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
 from data_tools.errors import DataError
+from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import parse_manifest
 from data_tools.storage.folders import RemoteFolder
 from tests.data_tools.conftest import CHUNK_BYTES, Command, json_lines, result, varied_documents
@@ -73,7 +74,7 @@ class StopAfter:
     def planned(self, estimate: Estimate) -> None:
         assert estimate.free_bytes is None
 
-    def progressed(self, progress: Progress) -> None:
+    def progressed(self, progress: Contents) -> None:
         if progress.documents >= self._documents:
             raise KeyboardInterrupt
 

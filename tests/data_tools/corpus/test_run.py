@@ -16,9 +16,10 @@ import tiktoken
 
 from data_tools.corpus import engines
 from data_tools.corpus.estimate import Estimate
-from data_tools.corpus.run import Progress, TokenizeRequest, find_complete, tokenize_corpus
+from data_tools.corpus.run import TokenizeRequest, find_complete, tokenize_corpus
 from data_tools.encoding.documents import utf8_of
 from data_tools.errors import DataError
+from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import load_manifest
 from data_tools.shards.reader import open_split
 from data_tools.shards.verification import verify
@@ -225,12 +226,12 @@ class Watcher:
     """Records the progress."""
 
     def __init__(self) -> None:
-        self.seen: list[Progress] = []
+        self.seen: list[Contents] = []
 
     def planned(self, estimate: Estimate) -> None:
         assert not self.seen
 
-    def progressed(self, progress: Progress) -> None:
+    def progressed(self, progress: Contents) -> None:
         self.seen.append(progress)
 
 
@@ -239,9 +240,9 @@ class Watcher:
 def test_progress_grows_to_the_totals_of_the_manifest(tmp_path: Path, workers: int) -> None:
     watcher = Watcher()
     manifest = tokenize_corpus(request_for(tmp_path, workers=workers), watcher)
-    assert watcher.seen[0] == Progress(0, 0, 0)
+    assert watcher.seen[0] == Contents(0, 0, 0)
     assert watcher.seen == sorted(watcher.seen, key=lambda progress: progress.documents)
-    assert watcher.seen[-1] == Progress(
+    assert watcher.seen[-1] == Contents(
         sum(shard.documents for shard in manifest.shards),
         sum(shard.tokens for shard in manifest.shards),
         sum(shard.utf8_bytes for shard in manifest.shards),

@@ -13,8 +13,9 @@ import pytest
 from data_tools.corpus import output as output_module
 from data_tools.corpus.chunks import plan_chunks
 from data_tools.corpus.estimate import Estimate
-from data_tools.corpus.run import Progress, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
+from data_tools.corpus.run import TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
 from data_tools.errors import DataError
+from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import Manifest, load_manifest
 from data_tools.sources import open_source
 from data_tools.storage.folders import LocalFolder
@@ -94,7 +95,7 @@ def test_a_share_that_was_interrupted_continues(tmp_path: Path, whole: dict[str,
         def planned(self, estimate: Estimate) -> None:
             pass
 
-        def progressed(self, progress: Progress) -> None:
+        def progressed(self, progress: Contents) -> None:
             if progress.documents > 10:
                 raise KeyboardInterrupt
 
@@ -135,7 +136,7 @@ class Hold:
     def planned(self, estimate: Estimate) -> None:
         pass
 
-    def progressed(self, progress: Progress) -> None:
+    def progressed(self, progress: Contents) -> None:
         self.at_work.set()
         assert self.go_on.wait(60)
 

@@ -19,9 +19,10 @@ from data_tools.arrays import TokenArray
 from data_tools.corpus import chunks as chunks_module
 from data_tools.corpus import worker as worker_module
 from data_tools.corpus.estimate import Estimate
-from data_tools.corpus.run import Progress, TokenizeRequest, tokenize_corpus
+from data_tools.corpus.run import TokenizeRequest, tokenize_corpus
 from data_tools.encoding.encoders import GigatokenEncoder, load_encoder
 from data_tools.errors import DataError
+from data_tools.shards.contents import Contents
 from data_tools.tokenizer import END_OF_TEXT
 from tests.data_tools.conftest import (
     contents,
@@ -167,7 +168,7 @@ def test_files_that_change_while_a_run_reads_them_end_it(tmp_path: Path) -> None
         def planned(self, estimate: Estimate) -> None:
             (folder / "a.txt").write_text("a")
 
-        def progressed(self, progress: Progress) -> None:
+        def progressed(self, progress: Contents) -> None:
             pass
 
     request = TokenizeRequest(source="text", inputs=(str(folder),), out=tmp_path / "out", workers=1)
