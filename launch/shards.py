@@ -175,7 +175,7 @@ def _print_splits(files: tuple[ShardRecord, ...]) -> None:
 
 
 class ProgressLines:
-    """Progress of a long command: a line on standard error every ten seconds."""
+    """Prints the progress of a long command to standard error, one line every ten seconds."""
 
     def __init__(self, done: str) -> None:
         """Create a counter whose lines begin with ``done``. Time runs from the first call of ``advance``."""
@@ -185,7 +185,7 @@ class ProgressLines:
         self._next_line_s = 0.0
 
     def advance(self, done_bytes: int) -> None:
-        """Add bytes."""
+        """Add ``done_bytes`` to the total, and print a line if ten seconds have passed."""
         if self._started_s is None:
             self._started_s = time.monotonic()
             self._next_line_s = self._started_s + _LINE_EVERY_S
@@ -195,14 +195,14 @@ class ProgressLines:
             print(self.summary(), file=sys.stderr, flush=True)
 
     def summary(self) -> str:
-        """Return bytes, time and speed so far as one line."""
+        """Return the bytes, the elapsed time and the speed as one line."""
         megabytes = self._bytes / 1e6
         elapsed_s = 0.0 if self._started_s is None else time.monotonic() - self._started_s
         return f"{self._done} {megabytes:,.1f} MB in {elapsed_s:.1f} s, {megabytes / max(elapsed_s, 1e-9):,.0f} MB/s"
 
 
 def printable(text: str) -> str:
-    """Return text with control characters as escapes, so that a terminal ignores them. Line breaks and tabs stay."""
+    """Return text with control characters as escapes, so that a terminal ignores them. Keep line breaks and tabs."""
     escaped = (c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     encoding = sys.stdout.encoding or "utf-8"
     return "".join(escaped).encode(encoding, "backslashreplace").decode(encoding)

@@ -68,7 +68,7 @@ def map_llmc_file(path: Path) -> TokenArray:
     """Memory-map the tokens of a shard of llm.c.
 
     Raises:
-        DataError: it is damaged or cannot be read.
+        DataError: the file is damaged or cannot be read.
     """
     try:
         return llmc_tokens(map_file(path))

@@ -82,7 +82,7 @@ def require_in_vocabulary(tokens: npt.NDArray[np.integer], vocab_size: int, plac
     """Check every id, of any integer type.
 
     Raises:
-        DataError: one is outside the vocabulary; ``place`` says where.
+        DataError: an id is outside the vocabulary. The message begins with ``place``.
     """
     if tokens.size == 0:
         return
@@ -95,6 +95,6 @@ def gpt2_tokenizer_record() -> TokenizerRecord:
     """Return the record of GPT-2's own vocabulary.
 
     Raises:
-        DataError: it cannot be loaded.
+        DataError: the vocabulary cannot be loaded.
     """
     return TokenizerRecord(TOKENIZER_NAME, GPT2_VOCAB_SIZE, END_OF_TEXT, load_tokenizer().vocabulary_sha256())

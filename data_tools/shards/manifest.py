@@ -169,8 +169,8 @@ def load_manifest(folder: Path | str) -> Manifest:
     """Read and check the manifest of a folder.
 
     Raises:
-        DataError: it is missing, is not JSON, has another version or dtype, or a field is wrong. One line says where
-            and what would be right.
+        DataError: the manifest is missing, is not JSON, has another version or dtype, or a field is wrong. The message
+            is one line that names the field and the expected value.
     """
     path = Path(folder) / MANIFEST_NAME
     with one_line_read_errors(path):
@@ -184,7 +184,7 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
     """Check the bytes of a manifest; ``place`` names them in an error.
 
     Raises:
-        DataError: as ``load_manifest``.
+        DataError: the manifest is invalid, see ``load_manifest``.
     """
     try:
         value = json.loads(content)

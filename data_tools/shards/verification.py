@@ -1,4 +1,4 @@
-"""Verifying that shards still match their manifest."""
+"""Verify that shards match their manifest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def verify(folder: Path | str, workers: int | None = None, advance: Advance = no
         advance: called with the bytes of files that were verified.
 
     Raises:
-        DataError: names the first shard that differs, and how.
+        DataError: a shard does not match. The message names the first such shard and the difference.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
@@ -37,7 +37,7 @@ def require_unchanged(folder: Path, shard: ShardRecord, advance: Advance = no_pr
     """Compare the SHA-256 of one shard, and of its mask if it has one, with the manifest.
 
     Raises:
-        DataError: one differs, or a file cannot be read.
+        DataError: a hash differs, or a file cannot be read.
     """
     for name, sha256 in ((shard.file, shard.sha256), (shard.mask_file, shard.mask_sha256)):
         if name is None:

@@ -1,4 +1,4 @@
-"""JSON Lines: one JSON object per line, compressed or not."""
+"""Read documents from JSON Lines, files with one JSON object per line. The files may be compressed."""
 
 from __future__ import annotations
 

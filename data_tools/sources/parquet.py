@@ -1,4 +1,4 @@
-"""Parquet files."""
+"""Read documents from Parquet files."""
 
 from __future__ import annotations
 

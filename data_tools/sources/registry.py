@@ -1,4 +1,4 @@
-"""The kinds of sources by name, the options that each of them reads, and opening one."""
+"""Open a source by the name of its kind, and check that the kind reads every option of the request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain text files."""
+"""Read documents from plain text files."""
 
 from __future__ import annotations
 

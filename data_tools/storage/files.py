@@ -1,4 +1,4 @@
-"""Hashes of files and JSON objects, and whether a path is a URL."""
+"""Compute hashes of files and JSON objects, and recognize URLs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _HASH_CHUNK_BYTES = 8 << 20  # large, because each chunk releases and takes the 
 
 
 def is_remote(path: str) -> bool:
-    """Return whether a path is a URL, as ``s3://bucket/folder``."""
+    """Return whether a path is a URL such as ``s3://bucket/folder``."""
     return "://" in path
 
 
@@ -33,5 +33,5 @@ def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_byte
 
 
 def sha256_of_json(value: dict[str, Any]) -> str:
-    """Return the SHA-256 of a JSON object, keys in their order, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a JSON object as 64 hexadecimal digits. The order of the keys changes the hash."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()

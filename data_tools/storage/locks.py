@@ -87,7 +87,7 @@ def acquire_lock(path: Path, content: bytes | None) -> FileLock:
             processes, and waits for one that holds it exclusively only to finish.
 
     Raises:
-        LockHeldError: another process holds it.
+        LockHeldError: another process holds the lock.
         OSError: the file cannot be created or written.
     """
     while True:
@@ -109,7 +109,7 @@ def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
     """Hold the lock of a folder for the block, exclusively or shared with other processes.
 
     Raises:
-        DataError: another process holds it, or the lock file cannot be written.
+        DataError: another process holds the lock, or the lock file is not writable.
     """
     path = folder / LOCK_NAME
     with one_line_write_errors(path):
@@ -128,7 +128,7 @@ def lock_without_file(folder: Path) -> Iterator[None]:
     """Hold a folder exclusively for the block by a lock on the folder itself, so that no lock file appears in it.
 
     Raises:
-        DataError: another process holds it.
+        DataError: another process holds the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

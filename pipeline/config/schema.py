@@ -254,7 +254,12 @@ class ScheduleConfig(Section):
 
     warmup_steps: NonNegativeInt = Field(715, description="Optimizer steps of linear warm-up.")
     max_steps: PositiveInt = Field(19_073, description="Optimizer steps of the whole run.")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Last learning rate divided by the peak learning rate.")
+    min_lr_ratio: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Learning rate after `max_steps` steps, divided by the peak.",
+    )
 
     @model_validator(mode="after")
     def _check_warmup(self) -> ScheduleConfig:

@@ -8,10 +8,11 @@ from pipeline.config.schema import OptimizerConfig, ScheduleConfig
 
 
 def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
-    """Return the learning rate of the optimizer step that follows ``step`` finished ones.
+    """Return the learning rate of the next optimizer step after ``step`` finished steps.
 
-    It rises linearly to the peak over ``warmup_steps`` steps, of which the first is above zero, then falls along half a
-    cosine to ``min_lr_ratio`` of the peak at ``max_steps`` (Loshchilov and Hutter 2017, without restarts).
+    The rate rises linearly to the peak over ``warmup_steps`` steps; the first step already has a rate above zero. Then
+    it falls along half a cosine to ``min_lr_ratio`` of the peak at ``max_steps`` (Loshchilov and Hutter 2017, without
+    restarts). The last step of a run, ``lr_at(max_steps - 1)``, is slightly above that floor.
     """
     peak = optimizer.learning_rate
     if step < schedule.warmup_steps:
