@@ -1,7 +1,5 @@
 """The types of the arrays that the stages exchange, and a function that converts an array to Arrow without a copy."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The errors that a user can cause, shared by every stage."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

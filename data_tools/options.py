@@ -1,7 +1,5 @@
 """The choices of stage 1's options, in a module that imports nothing else."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 SourceKind = Literal["text", "jsonl", "instructions", "parquet", "hf", "fineweb-edu", "python-stdlib"]

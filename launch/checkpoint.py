@@ -1,7 +1,5 @@
 """Inspect, verify, prune and convert checkpoints."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """What all commands share: options, one-line errors without a traceback, exit statuses."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import logging

@@ -3,8 +3,6 @@
 The exit status is 1 if something that training needs is broken.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Stage 3: score a checkpoint. Start it with plain python, or with torchrun to share the work among processes."""
 
-from __future__ import annotations
-
 import argparse
 from typing import get_args
 

@@ -1,7 +1,5 @@
 """Export a checkpoint as a Hugging Face folder, or import such a folder as a new run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from launch.cli import ArgumentParser, run_command, start_logging

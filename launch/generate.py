@@ -1,7 +1,5 @@
 """Complete prompts with a trained model."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from functools import partial

@@ -1,7 +1,5 @@
 """Plan a run before buying GPUs: memory, communication, tokens/s, days. It needs neither a GPU nor data."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Show runs as one HTML page that needs no network, and one PNG file per chart. Several runs share the charts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from launch.cli import ArgumentParser, run_command, start_logging

@@ -3,8 +3,6 @@
 Each stage runs its own command in its own process.
 """
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Inspect, verify and read token shards, and convert them from and to the formats of other programs."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

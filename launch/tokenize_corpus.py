@@ -1,7 +1,5 @@
 """Stage 1: tokenize a corpus into shards."""
 
-from __future__ import annotations
-
 import math
 import re
 import sys

@@ -1,7 +1,5 @@
 """Stage 2: train a run. Start it with python for one process, and with torchrun or deepspeed for several."""
 
-from __future__ import annotations
-
 from launch.cli import ArgumentParser, add_config_options, positive_int, run_command, start_logging
 from pipeline.config.loading import load_config
 

@@ -1,7 +1,5 @@
 """Independent random streams derived from one seed, without state."""
 
-from __future__ import annotations
-
 import hashlib
 
 

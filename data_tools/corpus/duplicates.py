@@ -1,7 +1,5 @@
 """Find the documents of a corpus that repeat an earlier document, by comparing the fingerprints of all chunks."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Estimate how much a tokenize request will write, and compare the estimate with the free disk space."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

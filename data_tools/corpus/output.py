@@ -5,8 +5,6 @@ contains the shards and the record ``tasks/<chunk>.json`` of each finished chunk
 plan and the records. A request refuses the folder of another request.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import re

@@ -1,7 +1,5 @@
 """The options of stage 1, with their defaults and their limits."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args

@@ -3,8 +3,6 @@
 Only the request decides the bytes of the shards. The engine, the number of processes and interruptions do not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import closing
 

@@ -1,7 +1,5 @@
 """Divide documents between training and validation. The division is always the same for the same seed."""
 
-from __future__ import annotations
-
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator

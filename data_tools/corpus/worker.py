@@ -1,7 +1,5 @@
 """Process one chunk: read its documents, divide them between the splits, encode, check and write them."""
 
-from __future__ import annotations
-
 import functools
 import io
 from collections.abc import Callable

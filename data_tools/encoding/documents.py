@@ -1,7 +1,5 @@
 """What sources yield: a text, or a dialogue of which only some segments are scored."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 

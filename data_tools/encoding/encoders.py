@@ -1,7 +1,5 @@
 """Encoders of text into tokens. All give tiktoken's tokens; gigatoken is several times faster."""
 
-from __future__ import annotations
-
 import functools
 import importlib.metadata
 import importlib.util

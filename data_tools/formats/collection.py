@@ -1,7 +1,5 @@
 """Tokens of any format as a collection: splits, each one stream that can be read anywhere."""
 
-from __future__ import annotations
-
 import errno
 import re
 from bisect import bisect_right

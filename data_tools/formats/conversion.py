@@ -1,7 +1,5 @@
 """Converting tokens of any format to a new folder, or adding a manifest to llm.c's shards in place."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping

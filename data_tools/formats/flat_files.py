@@ -1,7 +1,5 @@
 """The files of nanoGPT and llm.c: tokens one after the other, without or with a header."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

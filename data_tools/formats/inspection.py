@@ -1,7 +1,5 @@
 """Inspecting a folder or file of tokens without changing it: a report, and its first documents as text."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass

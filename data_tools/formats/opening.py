@@ -1,7 +1,5 @@
 """Opening tokens of any format: recognizing the format by content, and listing its files."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The options of a conversion, and the plan of which tokens go into which new file."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Layout: ``dev/data/data_common.py`` of llm.c.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The manifest of a folder of shards: its fields, and reading it with every field checked."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath

@@ -1,7 +1,5 @@
 """Memory-mapping the files of shards: tokens in three formats, and masks. Nothing is read until it is used."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Reading shards: one memory-mapped stream of tokens per split."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

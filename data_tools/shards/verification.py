@@ -1,7 +1,5 @@
 """Verify that shards match their manifest."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

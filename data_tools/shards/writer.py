@@ -1,7 +1,5 @@
 """Writing shards in constant memory: streamed under a temporary name, fsynced, then renamed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial

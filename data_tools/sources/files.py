@@ -3,8 +3,6 @@
 A path is local, or a URL of any protocol that fsspec knows (``s3://``, ``gs://``, ``hf://``, ...).
 """
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import io

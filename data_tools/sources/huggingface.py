@@ -1,7 +1,5 @@
 """Datasets of the Hugging Face hub, or local ones, through the library ``datasets``."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ A record is ``{"instruction": ..., "input": ..., "output": ...}`` (``input`` may
 ``{"messages": [{"role": "user", "content": ...}, ...]}``. Files are JSON Lines, or one JSON array.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 from collections.abc import Iterator, Sequence

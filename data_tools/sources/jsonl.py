@@ -1,7 +1,5 @@
 """Read documents from JSON Lines, files with one JSON object per line. The files may be compressed."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import math

@@ -1,7 +1,5 @@
 """Read documents from Parquet files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 

@@ -1,7 +1,5 @@
 """Open a source by the name of its kind, and check that the kind reads every option of the request."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields

@@ -1,7 +1,5 @@
 """The embedded corpus: text that every Python carries, so that no download is needed."""
 
-from __future__ import annotations
-
 import platform
 import sysconfig
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Read documents from plain text files."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO

@@ -6,8 +6,6 @@ path is left; its name says that it is incomplete, and the next write to the sam
 If several processes write one folder, call ``make_empty_folder`` first and ``publish_folder`` last, in one of them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Compute hashes of files and JSON objects, and recognize URLs."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The folder that stage 1 writes, local or at a URL that fsspec knows. A file appears complete or not at all."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Locks on folders (``flock``). The kernel releases a lock when the process that holds it dies."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import time

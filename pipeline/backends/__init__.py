@@ -1,7 +1,5 @@
 """Distributed backends, one file per backend, behind the interface in :mod:`pipeline.backends.base`."""
 
-from __future__ import annotations
-
 from pipeline.backends.base import Backend
 from pipeline.backends.optimizer_state import Fragment
 from pipeline.config.schema import Config

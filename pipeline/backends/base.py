@@ -1,7 +1,5 @@
 """The interface of a backend, which is all that the trainer, the checkpoint and the evaluation know of it."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 A single process runs the plain model without a wrapper, on any device that torch supports.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 
 import torch.nn as nn

@@ -1,7 +1,5 @@
 """DeepSpeed ZeRO stages 0 to 3. This is the only file that imports DeepSpeed."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import math

@@ -4,8 +4,6 @@ A build that was killed leaves its lock behind, and torch waits for that lock wi
 (``torch.utils.file_baton``), so every later run would hang.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time

@@ -1,7 +1,5 @@
 """FSDP2 (``fully_shard``): each block's weights, gradients and moments are sharded over the ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 

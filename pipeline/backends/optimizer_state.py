@@ -1,7 +1,5 @@
 """AdamW's state and the fp32 master weights on one rank, in one form for every backend."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass

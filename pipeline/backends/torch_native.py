@@ -1,7 +1,5 @@
 """The common base of DDP and FSDP2: torch's AdamW on the model's own parameters, which are the fp32 masters."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from contextlib import AbstractContextManager
 

@@ -3,8 +3,6 @@
 The tests save and resume every stage, so they fail with a release that moves these names.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

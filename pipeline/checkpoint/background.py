@@ -1,7 +1,5 @@
 """Save checkpoints while training continues: copy the state to host memory, and let a thread write the copy."""
 
-from __future__ import annotations
-
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace

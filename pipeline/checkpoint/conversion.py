@@ -1,7 +1,5 @@
 """Rewrite a checkpoint into a new run folder, with the files that a single rank would have saved."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

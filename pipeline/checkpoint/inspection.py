@@ -1,7 +1,5 @@
 """Describe a checkpoint, or all checkpoints of a run, without hashing or changing any file."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Define the files of a checkpoint folder, and read the manifest."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

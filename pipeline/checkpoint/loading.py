@@ -1,7 +1,5 @@
 """Load checkpoints. Each rank reads only the stored elements that it needs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ canonical name. A range is one-dimensional, and the key is ``name[start:stop]``.
 ``exp_avg/`` or ``exp_avg_sq/``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Delete checkpoints, and rename checkpoints that a run no longer continues from."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

@@ -1,7 +1,5 @@
 """Write a checkpoint: every rank writes its pieces into a temporary folder, and the main rank renames the folder."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 import time

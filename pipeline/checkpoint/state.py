@@ -1,7 +1,5 @@
 """Define and read ``state.json``, which stores a run's progress in a checkpoint."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path

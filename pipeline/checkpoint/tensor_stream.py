@@ -1,7 +1,5 @@
 """Write a safetensors file tensor by tensor. The functions of the safetensors library need all tensors in memory."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import struct

@@ -1,7 +1,5 @@
 """Verify checkpoints, and find the newest good checkpoint of a run."""
 
-from __future__ import annotations
-
 import logging
 import os
 import time

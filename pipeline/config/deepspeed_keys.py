@@ -1,7 +1,5 @@
 """Check ``backend.deepspeed``, DeepSpeed's native JSON, without importing DeepSpeed."""
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Later files win over earlier ones, and ``--set`` wins over all files. Every mist
 line: the dotted key, the file that set it, what is expected, and the nearest valid key.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import re

@@ -1,7 +1,5 @@
 """Write ``docs/config.md`` from the schema: ``python -m pipeline.config.reference > docs/config.md``."""
 
-from __future__ import annotations
-
 import json
 import textwrap
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Derive gradient accumulation from a batch in tokens and the world size."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pipeline.config.schema import Config

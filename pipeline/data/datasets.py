@@ -1,7 +1,5 @@
 """The data sets of a run: open them, check them against the model and each other, hash and verify them."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Set up this process on its host: compute threads, bound cores, and the memory allocator."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Properties of the device: name, memory, matrix-product speed, and whether torch.compile works."""
 
-from __future__ import annotations
-
 import logging
 import platform
 import resource

@@ -1,7 +1,5 @@
 """The only file that reads environment variables, which the launchers (torchrun, deepspeed) set."""
 
-from __future__ import annotations
-
 import os
 
 _RANK, _WORLD_SIZE, _LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"

@@ -1,7 +1,5 @@
 """Heartbeats between ranks: if a rank dies or hangs, the others exit and name it."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

@@ -1,7 +1,5 @@
 """How the ranks of a run find each other, also after the launcher has restarted them."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from datetime import timedelta

@@ -3,8 +3,6 @@
 The two ranks run this file: ``torchrun -m pipeline.doctor.communication cpu``.
 """
 
-from __future__ import annotations
-
 import socket
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Check the devices, memory, disk, limits, compilers and tokenizer files of this machine, and run all checks."""
 
-from __future__ import annotations
-
 import math
 import os
 import resource

@@ -1,7 +1,5 @@
 """Compare Python and the packages with setup.py and constraints.txt. Needs no torch."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Iterable, Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, version

@@ -4,8 +4,6 @@ Prompts, separators and choices are copied from lm-evaluation-harness (the YAML 
 The first line of a reader's docstring names the columns that the reader expects; error messages quote this line.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Compute 95% confidence intervals of figures. The intervals reflect the random choice of the examples."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -5,8 +5,6 @@ tokens of the requests form a tree, and the nodes of the tree form one row with 
 each node attend only to itself and its ancestors, so the result equals the result of a separate row per request.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 

@@ -1,7 +1,5 @@
 """Define the kinds of text tasks: convert examples to scoring requests, and scores to figures."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence

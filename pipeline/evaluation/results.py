@@ -1,7 +1,5 @@
 """Find the results of stage 3 in a run folder, and format them as a table. This module does not import torch."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Run benchmark tasks on a checkpoint or during training."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Compute the log-likelihoods of requests for all text tasks. The batch size and world size do not matter."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

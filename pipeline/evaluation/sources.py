@@ -1,7 +1,5 @@
 """Read the rows of a task from a file, or from a dataset on the Hugging Face hub."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Define the named text tasks with their protocols and datasets, and prepare a task from its name or a file."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

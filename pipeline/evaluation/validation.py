@@ -4,8 +4,6 @@ Each target token is scored once, in windows of ``seq_len`` tokens without overl
 ``<|endoftext|>`` targets, which encode no bytes. Models with different tokenizers can therefore be compared.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Generating token ids: drawing one from logits, and continuing several prompts side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 

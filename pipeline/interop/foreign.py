@@ -1,7 +1,5 @@
 """Helpers to import a GPT-2 from another program: names, the tied weight, dtypes, shapes and missing tensors."""
 
-from __future__ import annotations
-
 import re
 import warnings
 import zipfile

@@ -1,7 +1,5 @@
 """Causal self-attention with the fastest of torch's kernels. All kernels compute the same result."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Keys and values of the tokens that the model has seen, so that the next token costs the work of one token."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """The output layer and the loss, which take half of a small model's time and most of its memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 

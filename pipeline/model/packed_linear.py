@@ -3,8 +3,6 @@
 With few rows, as in generation, torch's own products reach half of the memory bandwidth; see docs/benchmarks.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

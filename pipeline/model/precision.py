@@ -5,8 +5,6 @@
 ``bf16``                  bf16 weights in forward and backward; fp32 master weights, fp32 gradient accumulation
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any

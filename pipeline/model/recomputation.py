@@ -1,7 +1,5 @@
 """Activation checkpointing, applied to a model from outside (Chen et al. 2016)."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

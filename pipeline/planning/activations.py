@@ -6,8 +6,6 @@ follows every change of the model, the loss or the attention. The tensors are fa
 assumed to keep the same ones.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace

@@ -1,7 +1,5 @@
 """The devices that a plan knows: published figures of GPUs, and this machine, measured."""
 
-from __future__ import annotations
-
 import os
 import time
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ source of every term, and ``make plan-check`` compares them with measured peaks 
 N is the number of parameters (with padding rows), W the number of ranks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

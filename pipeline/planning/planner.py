@@ -1,7 +1,5 @@
 """Plan one config on N devices: the peak memory, whether it fits, the largest micro-batch, the time."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

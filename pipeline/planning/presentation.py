@@ -1,7 +1,5 @@
 """Show plans: a table of all backends, and a plot of memory and speed against the world size."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Collectives are counted as rings: an all-gather or a reduce-scatter of n bytes s
 all-reduce twice that (Rajbhandari et al. 2020, section 7).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pipeline.config.schema import Config

@@ -1,7 +1,5 @@
 """The colours of the page and the charts, each with a light and a dark variant."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """The charts of a report as numbers: which curves each chart has, and their points."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Draw charts with matplotlib: SVG for the page, and PNG files."""
 
-from __future__ import annotations
-
 import io
 import re
 from dataclasses import dataclass

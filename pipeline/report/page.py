@@ -1,7 +1,5 @@
 """Write the HTML page: one file, light and dark, for phones and desktops, that needs no scripts and no network."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from html import escape

@@ -1,7 +1,5 @@
 """Read a run folder: settings, metrics rows, results. The run may still be in progress."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The tables of a report: one row per fact, one column per run."""
 
-from __future__ import annotations
-
 import re
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The names of the files and folders in a run folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 CONFIG_FILE = "config.json"  # the resolved run config

@@ -1,7 +1,5 @@
 """The lock of a run folder: one run writes there at a time."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

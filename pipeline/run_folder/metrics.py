@@ -1,7 +1,5 @@
 """The metrics of a run: the keys of its rows, ``metrics.jsonl``, and one readable line per row."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

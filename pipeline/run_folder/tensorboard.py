@@ -1,7 +1,5 @@
 """TensorBoard pages of a run: scalars, generated text, charts, hyperparameters."""
 
-from __future__ import annotations
-
 import json
 import logging
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Signals that ask a run to stop: all ranks stop after the same step."""
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Where a run starts: from scratch, from its own newest good checkpoint, or from a named checkpoint."""
 
-from __future__ import annotations
-
 import logging
 import os
 import time

@@ -1,7 +1,5 @@
 """Stage 2: build a run in order (world, data plan, run folder, model, backend, trainer) and train it."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import ExitStack
 from pathlib import Path

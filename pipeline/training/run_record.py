@@ -1,7 +1,5 @@
 """The record of a run, besides its checkpoints: resolved config, metrics, console lines."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -1,7 +1,5 @@
 """The learning rate as a pure function of the step: linear warm-up, then cosine decay."""
 
-from __future__ import annotations
-
 import math
 
 from pipeline.config.schema import OptimizerConfig, ScheduleConfig

@@ -1,7 +1,5 @@
 """Judge finished steps: which ones were skipped or spiked, and when the run must stop."""
 
-from __future__ import annotations
-
 import logging
 import math
 import statistics

@@ -1,7 +1,5 @@
 """A profile of a few training steps: a trace, and a table of the operators that took longest."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

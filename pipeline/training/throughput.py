@@ -1,7 +1,5 @@
 """Tokens per second and model FLOPs utilization (MFU) over the time that is spent on training."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The training loop, the same for every backend."""
 
-from __future__ import annotations
-
 import logging
 import signal
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Exporting a checkpoint as a folder that ``GPT2LMHeadModel.from_pretrained`` and ``AutoTokenizer`` can open."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import partial

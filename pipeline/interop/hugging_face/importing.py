@@ -3,8 +3,6 @@
 Its weights are in ``model.safetensors``, in ``pytorch_model.bin``, or in several such files with an index.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from functools import partial

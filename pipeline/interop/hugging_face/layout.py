@@ -1,7 +1,5 @@
 """The layout of a GPT-2 in ``transformers``: tensor names, transposed tensors, and ``config.json``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE

@@ -1,7 +1,5 @@
 """The ``README.md`` of an exported model: how it was trained, its loss curve, its evaluation results."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path

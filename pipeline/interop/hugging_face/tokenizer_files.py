@@ -1,7 +1,5 @@
 """The files of GPT-2's tokenizer that ``AutoTokenizer`` and other programs read."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from typing import Any
