@@ -37,7 +37,7 @@ _CONSOLE_FORMATS = {
 class MetricsFile:
     """Appends rows to ``metrics.jsonl``. If the disk is full or read-only, rows wait in memory until they fit.
 
-    Earlier rows after ``resumed_step`` are dropped, because the run will write them again.
+    Rows that an earlier start wrote for steps after ``resumed_step`` are dropped, because the run writes them again.
     """
 
     def __init__(self, run_folder: Path, resumed_step: int) -> None:
@@ -64,7 +64,7 @@ class MetricsFile:
     def rewind(self, step: int) -> None:
         """Drop the rows after ``step``, because the run will write them again."""
         self._waiting = [row for row in self._waiting if row["step"] <= step]
-        self._rewind_to = step
+        self._rewind_to = step if self._rewind_to is None else min(step, self._rewind_to)
 
     def close(self) -> None:
         """Log how many rows could not be written."""

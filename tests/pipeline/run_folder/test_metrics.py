@@ -111,6 +111,22 @@ class TestFullDisk:
         metrics.close()
         assert read_metrics(tmp_path) == [row(step) for step in range(1, 6)]
 
+    def test_two_rewinds_while_the_disk_is_full(self, tmp_path: Path) -> None:
+        metrics = MetricsFile(tmp_path, resumed_step=0)
+        for step in range(1, 7):
+            metrics.write(row(step))
+        with largest_file(self.LINE_BYTES // 2):
+            metrics.rewind(3)
+            for step in (4, 5, 6, 7):
+                metrics.write({**row(step), "again": True})
+            metrics.rewind(5)
+        metrics.write({**row(6), "again": True})
+        metrics.close()
+        assert [(written["step"], "again" in written) for written in read_metrics(tmp_path)] == [
+            *((step, False) for step in (1, 2, 3)),
+            *((step, True) for step in (4, 5, 6)),
+        ]
+
     def test_a_second_full_disk_is_logged_again(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         metrics = MetricsFile(tmp_path, resumed_step=0)
         with caplog.at_level(logging.WARNING):
