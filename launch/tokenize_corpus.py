@@ -117,7 +117,7 @@ def share_of(share: int | None, shares: int | None, request: TokenizeRequest) ->
     """Return the checked values of ``--task`` and ``--tasks``, or None if this process does all of the work.
 
     Raises:
-        DataError: one of them is given without the other, the share does not exist, or Ray divides the work.
+        DataError: only one of the two options is given, ``--task`` is out of range, or the engine is ``ray``.
     """
     if share is None and shares is None:
         return None
@@ -152,7 +152,7 @@ class ProgressDisplay(Observer):
         tqdm.write(str(estimate), file=sys.stderr)
 
     def progressed(self, progress: Contents) -> None:
-        """Show the progress. At the first call it is that of the interrupted run that this one continues."""
+        """Show the progress. The first call has the progress of the chunks that an earlier process finished."""
         self._now = progress
         if self._at_start is None:
             self._at_start = progress
@@ -168,7 +168,7 @@ class ProgressDisplay(Observer):
         self._bar.close()
 
     def encoded_megabytes(self) -> float:
-        """Return the megabytes of text that this run has encoded."""
+        """Return the megabytes of text that were encoded since the first call of ``progressed``."""
         return (self._now.utf8_bytes - (self._at_start or Contents()).utf8_bytes) / 1e6
 
     def elapsed_s(self) -> float:
@@ -189,7 +189,7 @@ class ProgressDisplay(Observer):
 
 
 def print_shards(manifest: Manifest, request: TokenizeRequest) -> None:
-    """Print what each split of the folder holds, and warn if a validation split was requested but is empty."""
+    """Print the contents of each split of the folder, and warn if a validation split was requested but is empty."""
     print(f"{request.out}:")
     for split in manifest.splits():
         shards = manifest.shards_of(split)

@@ -32,7 +32,7 @@ class Tokens(Protocol):
         """Return ``length`` tokens from ``start`` on, uint16 of shape (length,). All must exist.
 
         Raises:
-            DataError: one is outside the vocabulary.
+            DataError: a token is outside the vocabulary.
         """
         ...
 
@@ -50,9 +50,9 @@ class TokenCollection:
     """A folder, a file or a pair of files with tokens.
 
     Attributes:
-        path: as the user named it.
+        path: the path that the user gave.
         format: one of ``INPUT_FORMATS``.
-        tokenizer: made the ids. Files of other programs do not name it; GPT-2's is assumed.
+        tokenizer: the tokenizer of the tokens. For files of other programs, this is assumed to be GPT-2's tokenizer.
         source: the source that a manifest of these tokens will name.
         splits: by name.
         manifest: the manifest of a folder in our format, else None.
@@ -72,7 +72,7 @@ class TokenCollection:
 
 
 class Concatenated:
-    """Several streams as one."""
+    """Several streams that are read as if they were one stream."""
 
     def __init__(self, streams: Sequence[Tokens]) -> None:
         self._streams = streams
@@ -95,7 +95,7 @@ def map_file(path: Path) -> pa.Buffer:
     """Memory-map the bytes of a file, which may be empty.
 
     Raises:
-        DataError: it is missing or cannot be read.
+        DataError: the file is missing or cannot be read.
     """
     with one_line_read_errors(path):
         if path.is_dir():
@@ -107,7 +107,7 @@ def require_split_name(name: str, place: str) -> None:
     """Check that a split's name can be part of a file name.
 
     Raises:
-        DataError: it cannot; ``place`` says where it was found.
+        DataError: the name contains a character that is not allowed. The message begins with ``place``.
     """
     if not FILE_NAME.fullmatch(name):
         raise DataError(f"{place}: {name!r} is not a name for a split; use letters, digits and . _ -")

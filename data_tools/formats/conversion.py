@@ -1,4 +1,4 @@
-"""Converting tokens of any format to a new folder, or adding a manifest to llm.c's shards in place."""
+"""Convert tokens of any format to a new folder, or add a manifest to a folder of llm.c shards."""
 
 import os
 import shutil
@@ -32,16 +32,16 @@ class Conversion:
 
 
 def convert(request: ConvertRequest, written: Advance = no_progress, verified: Advance = no_progress) -> Conversion:
-    """Convert tokens to a new folder, which appears complete or not at all.
+    """Convert tokens to a new folder. If the conversion fails, the folder does not appear.
 
     Tokens and their order do not change, except for the separators of Megatron's files (see ``open_megatron_pair``). A
     source folder in our format is verified first. All formats but nanoGPT's get a manifest.
 
-    ``written`` is called with the bytes of tokens that were written, ``verified`` with those of the source that were
-    verified.
+    ``written`` is called with the bytes of the written tokens, and ``verified`` with the bytes of the source files
+    that were verified.
 
     Raises:
-        DataError: an input is damaged, the requested format would lose something, or the folder cannot be written.
+        DataError: an input is damaged, the requested format would lose information, or the folder is not writable.
     """
     _require_new(request.out)
     collection = open_collection(request.source, request.source_format, request.split_of)
@@ -63,15 +63,15 @@ def convert(request: ConvertRequest, written: Advance = no_progress, verified: A
 def adopt_in_place(
     folder: Path, split_of: Mapping[str, str] | None = None, workers: int | None = None, advance: Advance = no_progress
 ) -> Manifest:
-    """Write a manifest beside llm.c's shards, which makes their folder a data set; the shards are not changed.
+    """Write a manifest into a folder of llm.c shards, so that training can read the folder. The shards do not change.
 
     Args:
-        split_of: splits of files by name, for files whose name does not contain it.
+        split_of: maps the name of a file to its split. Needed if the file's name does not contain the split.
         workers: number of threads; None means one per core.
         advance: called with the bytes of files that were read.
 
     Raises:
-        DataError: the folder has a manifest, has no such shards or a damaged one, or cannot be written.
+        DataError: the folder already has a manifest, contains no llm.c shards or a damaged shard, or is not writable.
     """
     if (folder / MANIFEST_NAME).exists():
         raise DataError(f"{folder} already has a {MANIFEST_NAME}; nothing is left to do")

@@ -1,4 +1,4 @@
-"""Inspecting a folder or file of tokens without changing it: a report, and its first documents as text."""
+"""Inspect a folder or file of tokens: return a report, or the first documents as text."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ _SHOWN_APART = ("format_version", "dtype", "tokenizer", "source", "settings", "s
 
 @dataclass(frozen=True)
 class SplitReport:
-    """The numbers of a split. Documents and bytes of text are None if only reading all tokens would tell them."""
+    """The sizes of a split. ``documents`` and ``utf8_bytes`` are None if no manifest contains the numbers."""
 
     shards: int
     tokens: int
@@ -40,7 +40,7 @@ class SplitReport:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes of text per token, ``END_OF_TEXT`` included; None if unknown or without tokens."""
+        """Bytes of text per token. ``END_OF_TEXT`` counts as a token. None if the bytes are unknown or tokens are 0."""
         return None if self.utf8_bytes is None or not self.tokens else self.utf8_bytes / self.tokens
 
 
@@ -49,9 +49,9 @@ class FolderReport:
     """A summary of tokens of any format; its text is a table.
 
     Attributes:
-        path: as the user named it.
+        path: the path that the user gave.
         format: one of ``INPUT_FORMATS``.
-        problem: the first difference between files and manifest; None if all exist with the right sizes.
+        problem: the first file that is missing or has the wrong size; None if there is no such file.
         about: the rest of the manifest as JSON values; for other programs' formats, what is assumed.
         splits: by name.
     """
@@ -79,8 +79,8 @@ def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None =
     A folder in our format with damaged shards is reported too.
 
     Raises:
-        DataError: nothing exists there, the format cannot be recognized, or the manifest or another program's file is
-            damaged.
+        DataError: ``path`` does not exist, the format cannot be recognized, or the manifest or a file of another
+            program is damaged.
     """
     format = recognize(path) if format == AUTO else format
     if format == NATIVE and not split_of:

@@ -1,4 +1,4 @@
-"""Opening tokens of any format: recognizing the format by content, and listing its files."""
+"""Open tokens of any format: recognize the format by the content of the files, and list the files."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +36,11 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
 
     Args:
         format: one of ``INPUT_FORMATS``, or ``auto`` to recognize it as ``recognize`` does.
-        split_of: splits of another program's files by name, for files whose name does not contain it.
+        split_of: maps names of files of other programs to splits. Needed if a name does not contain the split.
 
     Raises:
-        DataError: nothing exists there, the format cannot be recognized, a file is damaged, or its split is unknown;
-            one line that names it.
+        DataError: ``path`` does not exist, the format cannot be recognized, a file is damaged, or the split of a file
+            is unknown.
     """
     format = recognize(path) if format == AUTO else format
     if format == NATIVE:

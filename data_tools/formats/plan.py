@@ -1,4 +1,4 @@
-"""The options of a conversion, and the plan of which tokens go into which new file."""
+"""Check the options of a conversion, and plan which tokens go into which new file."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ class ConvertRequest:
         out: a new or empty folder.
         to: one of ``OUTPUT_FORMATS``.
         source_format: one of ``INPUT_FORMATS``, or ``auto``.
-        split_of: splits of another program's files by name, for files whose name does not contain it.
+        split_of: maps names of files of other programs to splits. Needed if a name does not contain the split.
         shard_tokens: tokens per shard. None keeps the shards of a folder in our format if ``to`` is npy or arrow,
             and otherwise means 100 million.
         name: the prefix of llm.c's file names; None means the name of ``out``.
@@ -91,7 +91,7 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
     ``knows_bytes`` says whether bytes of text can be counted in the collection's vocabulary.
 
     Raises:
-        DataError: the requested format would lose something that the collection holds.
+        DataError: the requested format cannot store everything in the collection.
     """
     for split in collection.splits:
         require_split_name(split, str(collection.path))

@@ -1,4 +1,4 @@
-"""Writing shards in constant memory: streamed under a temporary name, fsynced, then renamed."""
+"""Write shards in constant memory: stream each shard to a temporary name, fsync the file, then rename it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -29,9 +29,10 @@ OpenFormat = Callable[[BinaryIO], AbstractContextManager[WriteValues]]
 
 @contextmanager
 def write_flat(file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2") -> Iterator[WriteValues]:
-    """Write values of one dtype after a header that holds their number, which is filled in at the end.
+    """Write a file with a header that contains the number of values, followed by the values, all of one dtype.
 
-    ``header`` returns the header for a number of values; its length must not depend on the number.
+    ``header(n)`` must return the header for ``n`` values, with the same length for every ``n``. The header
+    with the final number is written at the end of the block.
     """
     size = 0
 
@@ -48,7 +49,7 @@ def write_flat(file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2
 
 @contextmanager
 def _write_arrow(file: BinaryIO) -> Iterator[WriteValues]:
-    """Write an Arrow IPC stream with one uint16 column ``tokens``, as ``datasets.Dataset.from_file`` maps it."""
+    """Write an Arrow IPC stream with one uint16 column ``tokens``, which ``datasets.Dataset.from_file`` can map."""
     schema = pa.schema([pa.field("tokens", pa.uint16(), nullable=False)])
     stream = pa.ipc.new_stream(file, schema)
     yield lambda tokens: stream.write_batch(pa.record_batch([as_arrow(tokens)], schema=schema))
@@ -56,7 +57,7 @@ def _write_arrow(file: BinaryIO) -> Iterator[WriteValues]:
 
 
 def _npy_header(size: int, descr: str = "<u2") -> bytes:
-    """Return a header of version 1.0 (``numpy.lib.format``), padded so that any count fits."""
+    """Return a header of version 1.0 (``numpy.lib.format``), padded to a length that does not depend on ``size``."""
     fields = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({size},), }}"
     body_bytes = _NPY_HEADER_BYTES - len(_NPY_MAGIC) - 2
     body = fields.encode("ascii").ljust(body_bytes - 1) + b"\n"
@@ -104,11 +105,11 @@ class ShardWriter:
             tokens: uint16 of shape (tokens,), ``END_OF_TEXT`` before each document.
             documents: the number of documents.
             utf8_bytes: bytes of their text.
-            scored: bool of shape (tokens,), which tokens are scored as targets. Give it for all documents of a shard,
-                and it becomes the shard's mask, or for none: then all tokens are scored.
+            scored: bool of shape (tokens,), True for tokens that are scored as targets. Pass it in every call for a
+                shard, or in none. Without it, the shard has no mask and all tokens are scored.
 
         Raises:
-            DataError: the disk is full or cannot be written.
+            DataError: the disk is full or not writable.
         """
         self._append_mask(tokens, scored)
         self.tokens += tokens.size
@@ -133,10 +134,10 @@ class ShardWriter:
                 self._write_mask(scored.astype(np.bool_, copy=False).view(np.uint8))
 
     def close(self) -> ShardRecord:
-        """Bring the shard to the disk under its name, after its mask, and return its record.
+        """Write the mask and then the shard durably under their final names, and return the shard's record.
 
         Raises:
-            DataError: the disk is full or cannot be written.
+            DataError: the disk is full or not writable.
         """
         if self._batch_size:
             self._write_batch()
@@ -152,7 +153,7 @@ class ShardWriter:
         )
 
     def abort(self) -> None:
-        """Remove what was written so far."""
+        """Remove the unfinished files of the shard."""
         with suppress(_AbortedError), self._files:
             raise _AbortedError
 

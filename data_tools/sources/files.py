@@ -1,4 +1,4 @@
-"""Find, slice, open and decompress the files that sources read, and report what is wrong with them in one line.
+"""Find, slice, open and decompress the files that sources read. Errors about these files are one line long.
 
 A path is local, or a URL of any protocol that fsspec knows (``s3://``, ``gs://``, ``hf://``, ...).
 """
@@ -30,12 +30,12 @@ FileSizes = Sequence[tuple[str, int]]
 
 @dataclass(frozen=True)
 class Slice:
-    """A range of a source that a process can read without reading the others.
+    """A range of a source that a process can read without the other ranges.
 
     Attributes:
-        path: the file, or the first of several.
+        path: the file, or the first file if the range covers several files.
         start, stop: a half-open range of bytes, row groups, rows or files; the source decides which.
-        text_bytes: about how many bytes of text the range holds; None if that is not known.
+        text_bytes: the approximate bytes of text in the range; None if the number is not known.
     """
 
     path: str
@@ -78,13 +78,13 @@ class FileSource:
 
 
 def group_files(files: FileSizes, slice_bytes: int) -> list[Slice]:
-    """Return slices of whole consecutive files, each of about ``slice_bytes`` at most. Their ranges count files."""
+    """Return slices of whole files. A slice has at most ``slice_bytes`` unless one of its files is larger."""
     groups = group_sizes([size for _, size in files], slice_bytes)
     return [Slice(files[start][0], start, stop, size) for start, stop, size in groups]
 
 
 def group_sizes(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int, int]]:
-    """Yield start, stop and total size of groups of consecutive items, each of about ``limit`` at most."""
+    """Yield start, stop and total of groups of consecutive sizes. A total is above ``limit`` only if one size is."""
     start, total = 0, 0
     for index, size in enumerate(sizes):
         if total and total + size > limit:
@@ -98,7 +98,7 @@ def group_sizes(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int, in
 def describe_files(files: FileSizes) -> dict[str, Any]:
     """Return the number of files, their total bytes, and a SHA-256 over names and sizes, as JSON values.
 
-    They change if a file is added, removed or renamed, or changes its size.
+    The values change if a file is added, removed, renamed or changes its size.
     """
     listing = hashlib.sha256()
     for path, size in files:
@@ -114,7 +114,7 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
         suffixes: the suffixes of the files that a folder contributes; empty for all files.
 
     Raises:
-        DataError: an input does not exist, has no such file, or names a file a second time.
+        DataError: an input does not exist, contributes no file, or contributes a file for the second time.
     """
     files: dict[str, int] = {}
     for text in inputs:
@@ -187,7 +187,7 @@ def _estimate_text_bytes(path: str, size: int) -> int:
 
 
 def compression_of(path: str) -> str | None:
-    """Return Arrow's name of the compression that the suffix of a path stands for, or None."""
+    """Return Arrow's name for the compression that the suffix of a path indicates, or None for other suffixes."""
     return _COMPRESSIONS.get(os.path.splitext(path)[1])
 
 
@@ -201,7 +201,7 @@ def open_file(path: str) -> Iterator[BinaryIO]:
     with one_line_read_errors(path):
         if is_remote(path):
             with fsspec.open(path, "rb") as remote:
-                # fsspec's own files read lines slowly, and only whole ones.
+                # fsspec's file objects read lines slowly and cannot limit the length of a line.
                 yield io.BufferedReader(cast(io.RawIOBase, remote), READ_BYTES)
         else:
             with open(path, "rb", buffering=READ_BYTES) as local:
@@ -248,7 +248,7 @@ def decode_utf8(content: bytes, path: str, offset: int) -> str:
     """Decode a document or a line that begins at ``offset`` bytes in the decompressed file.
 
     Raises:
-        DataError: a byte is not UTF-8. The message names the file and the byte's offset.
+        DataError: ``content`` is not valid UTF-8. The message names the file and the offset of the first invalid byte.
     """
     try:
         return content.decode("utf-8")

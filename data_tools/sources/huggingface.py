@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, or local ones, through the library ``datasets``."""
+"""Read local datasets and datasets of the Hugging Face hub through the library ``datasets``."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -18,13 +18,13 @@ _SLICES_ON_DISK = 64
 
 
 class HuggingFaceSource:
-    """One split of a dataset, streamed without a copy in a cache."""
+    """One split of a dataset. The documents are read without a copy of the dataset in a cache."""
 
     def __init__(self, inputs: Sequence[str], text_field: str, dataset_config: str | None, dataset_split: str) -> None:
-        """Name the dataset: on the hub, or a local folder (data files, or made by ``save_to_disk``).
+        """Choose a dataset on the hub, or a local folder with data files or with the output of ``save_to_disk``.
 
         Raises:
-            DataError: the number of inputs is not one.
+            DataError: ``inputs`` does not have exactly one element.
         """
         if len(inputs) != 1:
             raise DataError(f"--source hf takes one --input, a dataset's name or folder, not {len(inputs)}")
@@ -47,7 +47,7 @@ class HuggingFaceSource:
         return None
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        """Return one slice per data file of a streamed dataset, or 64 of one that ``save_to_disk`` wrote."""
+        """Return one slice per data file, or at most 64 slices for a dataset that ``save_to_disk`` wrote."""
         with self._one_line_errors():
             rows = self._open()
             if hasattr(rows, "num_shards"):

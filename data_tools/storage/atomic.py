@@ -1,9 +1,9 @@
-"""Atomic, durable writes: a file or folder is either absent, or complete and on the disk under its name.
+"""Write files and folders atomically and durably. Under its final name, a file or folder is always complete.
 
-Everything is written under a temporary name (the *aside* path), fsynced and then renamed. After a crash only the aside
-path is left; its name says that it is incomplete, and the next write to the same target replaces it.
+The functions write to a temporary name (the *aside* path), call fsync and then rename the file or folder. After a
+crash, an existing target is unchanged and the aside path is left. The next write replaces the aside path.
 
-If several processes write one folder, call ``make_empty_folder`` first and ``publish_folder`` last, in one of them.
+If several processes write one folder, one process calls ``make_empty_folder`` first and ``publish_folder`` last.
 """
 
 import json
@@ -58,7 +58,7 @@ def publish(aside: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
-    """Yield a file to write into. It replaces ``path`` when the block ends. If the block fails, it is deleted.
+    """Yield a file to write into. It replaces ``path`` when the block ends. If the block fails, delete the new file.
 
     Args:
         path: the final name. Its folder must exist.
@@ -141,7 +141,7 @@ def publish_folder(aside: Path, target: Path) -> None:
     Processes on other machines that write into ``aside`` must fsync their own files before this call.
 
     Raises:
-        OSError: ``target`` is a file or a folder that is not empty, or the disk fails.
+        OSError: ``target`` is a file, ``target`` is a folder that is not empty, or the disk reports an error.
     """
     for folder, _, names in os.walk(aside):
         for name in names:
