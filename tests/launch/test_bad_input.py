@@ -356,7 +356,7 @@ def test_a_mistake_is_one_line_that_says_what_and_what_is_right(
 
 def test_no_command_wrote_anything(work_folder: Path, results: dict[str, subprocess.CompletedProcess[str]]) -> None:
     assert not list(work_folder.glob("out/*"))
-    assert not list(work_folder.glob("new*"))
+    assert not list(work_folder.glob("new_*"))
 
 
 def test_the_run_without_a_mistake_works(work_folder: Path) -> None:
