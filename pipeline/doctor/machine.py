@@ -20,7 +20,7 @@ from pipeline.model.attention import fastest_kernel
 
 COMFORTABLE_OPEN_FILES = 4096
 SHARED_MEMORY = Path("/dev/shm")
-HEAD_DIM = 64  # of all four GPT-2 sizes
+QUERIES = (1, 12, 128, 64)  # (B, H, T, D); all four GPT-2 sizes have heads of 64
 SAMPLE_TEXT = "GPT-2: naïve 数据\n"
 
 
@@ -69,7 +69,7 @@ def check_devices() -> Iterator[Finding]:
     if torch.cuda.get_device_capability() < (8, 0):
         cure = "use run.precision amp_fp16 or fp32"
         yield Finding("bf16", "note", "this GPU is older than Ampere, so bf16 is slow or missing", cure)
-    with fastest_kernel(torch.device("cuda"), torch.float16, HEAD_DIM) as kernel:
+    with fastest_kernel(torch.device("cuda"), torch.float16, QUERIES, dropout=0.0) as kernel:
         if kernel == "MATH":
             cure = "install a torch that was built for this GPU"
             yield Finding("attention", "note", "no fused kernel on this GPU, only slow plain matrix products", cure)

@@ -13,6 +13,7 @@ from pipeline.distributed.device import summing_dtype
 from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.packing import Request, Tree, build_trees, make_batch, pack
+from pipeline.model.attention import kernels_for_any_length
 from pipeline.model.precision import ComputeModel
 
 
@@ -65,7 +66,8 @@ class Scorer:
                 "score it as a text, in windows"
             )
         trees = build_trees(new_in_groups, requests, self.model.context_length, self.model.reset_positions_at)
-        sums = self._sum_scores(pack(trees, self.batch_tokens), len(requests), label)
+        with kernels_for_any_length():
+            sums = self._sum_scores(pack(trees, self.batch_tokens), len(requests), label)
         scores = [
             Score(log_likelihood, greedy_tokens == len(request.continuation))
             for request, (log_likelihood, greedy_tokens) in zip(requests, sums, strict=True)

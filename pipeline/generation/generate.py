@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import SampleConfig
+from pipeline.model.attention import kernels_for_any_length
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.key_value_cache import KeyValueCache
 from pipeline.seeds import derive_seed
@@ -112,7 +113,8 @@ class Decoder:
         lengths = [len(window) for window in windows]
         padded = [window + [PADDING] * (max(lengths) - len(window)) for window in windows]
         tokens = torch.tensor(padded, device=self.model.wte.weight.device)
-        return self.model.next_token_logits(tokens, lengths, self.cache).float().cpu()
+        with kernels_for_any_length():
+            return self.model.next_token_logits(tokens, lengths, self.cache).float().cpu()
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:

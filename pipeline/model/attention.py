@@ -17,6 +17,9 @@ QUERY_BLOCKS = 4
 #: The longest window for which blocks were measured to be faster; their memory grows with its square.
 LONGEST_IN_BLOCKS = 1024
 
+_KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+_LAST_FAULTY_CUDNN = 91500  # 9.15.0
+
 #: (layer, queries, keys, values) -> attention output; all tensors (B, H, T, D).
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -50,34 +53,60 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @contextmanager
-def fastest_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Iterator[str]:
-    """Run attention with the fastest kernel that the device has for this dtype and head size; yield its name.
+def fastest_kernel(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int], dropout: float
+) -> Iterator[str]:
+    """Run attention with the fastest kernel that works for these inputs, and yield the name of the kernel.
 
-    The name is the one that torch reports. ``MATH`` means that there is no fused kernel, and is logged as a warning.
+    The name is the one that torch reports. ``MATH`` means that no fused kernel works, and is logged as a warning.
+
+    Args:
+        shape: (B, H, T, D), the shape of the queries in training.
+        dropout: the probability in training. Some kernels do not support dropout, or only some probabilities.
     """
-    q = torch.zeros(1, 1, 128, head_dim, device=device, dtype=dtype, requires_grad=True)
-    fused = next((kernel for kernel in _preferred(device) if _runs(kernel, q)), None)
-    kernels = [fused] if fused else []
-    with sdpa_kernel([*kernels, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
-        chosen = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
-        assert fused in (None, chosen), f"torch chose {chosen} where {fused} runs"
-        if chosen == SDPBackend.MATH:
-            log.warning("attention has no fused kernel for this device and dtype; using plain matrix products")
+    q = torch.zeros(shape, device=device, dtype=dtype, requires_grad=True)
+    kernels = _preferred(device)
+    while (chosen := _choose(kernels, q, dropout)) != SDPBackend.MATH and not _runs(chosen, q, dropout):
+        kernels.remove(chosen)
+    if chosen == SDPBackend.MATH:
+        log.warning(
+            "attention has no fused kernel for %s, %s, head size %d and dropout %g; using plain matrix products",
+            *(device.type, str(dtype).removeprefix("torch."), shape[3], dropout),
+        )
+    with sdpa_kernel(kernels, set_priority=True):
         yield chosen.name
 
 
+@contextmanager
+def kernels_for_any_length() -> Iterator[None]:
+    """Run attention without cuDNN's kernel, which builds a plan of up to 0.4 s for every new shape."""
+    with sdpa_kernel(list(_KERNELS), set_priority=True):
+        yield
+
+
 def _preferred(device: torch.device) -> list[SDPBackend]:
-    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        kernels.reverse()  # from Hopper on, cuDNN's kernel is faster than flash attention 2
-    return kernels
+    """Return the kernels that torch may choose, the fastest first.
+
+    cuDNN's kernel is the fastest on Hopper and Blackwell data centre GPUs. cuDNN up to 9.15.0 computes wrong results
+    for some lengths (https://github.com/pytorch/pytorch/issues/169849). torch itself follows the same rule.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return list(_KERNELS)
+    version = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
+    return [SDPBackend.CUDNN_ATTENTION, *_KERNELS] if version > _LAST_FAULTY_CUDNN else list(_KERNELS)
 
 
-def _runs(kernel: SDPBackend, q: Tensor) -> bool:
-    """Return whether the kernel's forward and backward pass work; one that torch was built without raises."""
+def _choose(kernels: list[SDPBackend], q: Tensor, dropout: float) -> SDPBackend:
+    with sdpa_kernel(kernels, set_priority=True):
+        return SDPBackend(torch._fused_sdp_choice(q, q, q, dropout_p=dropout, is_causal=True))
+
+
+def _runs(kernel: SDPBackend, q: Tensor, dropout: float) -> bool:
+    """Return whether the kernel's forward and backward pass work."""
     try:
         with sdpa_kernel([kernel]):
-            F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()  # type: ignore[no-untyped-call]
+            y = F.scaled_dot_product_attention(q, q, q, dropout_p=dropout, is_causal=True)
+            y.sum().backward()  # type: ignore[no-untyped-call]
     except RuntimeError:
         return False
     return True

@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+import torch._functorch.config as functorch_config
 import torch.nn as nn
 from torch import Tensor
 from torch.func import functional_call
@@ -17,6 +18,9 @@ def recompute_blocks(model: GPT2) -> None:
 
     The blocks' ``forward`` is replaced rather than the blocks, so modules and parameters keep their names.
     """
+    # Compiled code otherwise draws the dropout masks of these blocks from generators of its own, which the seeds of
+    # the micro-batches do not reach. This setting applies to the whole process.
+    functorch_config.graphsafe_rng_functionalization = False
     for layer, block in enumerate(model.h):
         assert isinstance(block, Block)
         if model.config.recomputes_block(layer):

@@ -79,8 +79,8 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     ceiling_flops = sum(world.gather(measure_matmul_ceiling(world.device, dtype)))
     throughput = ThroughputMeter(plan.tokens_per_step, flops_per_token(config.model, config.seq_len), ceiling_flops)
     config = choose_compilation(config, world, throughput.ideal_step_s * config.schedule.max_steps)
-    head_dim = config.model.n_embd // config.model.n_head
-    kernel = resources.enter_context(fastest_kernel(world.device, dtype, head_dim))
+    queries = (plan.micro_batch_size, config.model.n_head, config.seq_len, config.model.n_embd // config.model.n_head)
+    kernel = resources.enter_context(fastest_kernel(world.device, dtype, queries, config.model.dropout))
     backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
     backend.model.assert_tied()
     state = load_start(start, config, sha256, backend, world)

@@ -4,8 +4,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 log = logging.getLogger(__name__)
@@ -53,11 +55,23 @@ class StepProfile:
         self._folder.mkdir(parents=True, exist_ok=True)
         trace, table = self._folder / TRACE_FILE, self._folder / TABLE_FILE
         profiler.export_chrome_trace(str(trace))
-        averages = profiler.key_averages()
         own_time = "self_device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
+        averages = profiler.key_averages()
         table.write_text(averages.table(sort_by=own_time, row_limit=_ROWS, max_name_column_width=100), encoding="utf-8")
         self._written = True
+        rows = [(getattr(row, own_time), row.key) for row in averages if self._is_work(row)]
+        total_us = sum(time_us for time_us, _ in rows)
+        if not total_us:
+            log.warning("profile of %d steps: %s; it has no time on %s", self._steps, trace, self._device.type)
+            return
         log.info("profile of %d steps: %s, %s; the operators that took longest:", self._steps, trace, table)
-        total_us = sum(getattr(row, own_time) for row in averages)
-        for row in sorted(averages, key=lambda row: getattr(row, own_time), reverse=True)[:_LOGGED_ROWS]:
-            log.info("  %5.1f%%  %s", 100 * getattr(row, own_time) / total_us, row.key[:_LONGEST_NAME])
+        for time_us, name in sorted(rows, reverse=True)[:_LOGGED_ROWS]:
+            log.info("  %5.1f%%  %s", 100 * time_us / total_us, name[:_LONGEST_NAME])
+
+    def _is_work(self, row: Any) -> bool:
+        """Return whether a row is a kernel (on a GPU) or an operator (on a CPU).
+
+        On a GPU the operator that launched a kernel has the kernel's time, too, and so has an annotation around it.
+        """
+        on_gpu = row.device_type == DeviceType.CUDA
+        return on_gpu == (self._device.type == "cuda") and not row.is_user_annotation

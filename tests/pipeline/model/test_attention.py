@@ -9,10 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.model import attention
-from pipeline.model.attention import LONGEST_IN_BLOCKS, attention_in_blocks, causal_attention, fastest_kernel
+from pipeline.model.attention import (
+    LONGEST_IN_BLOCKS,
+    attention_in_blocks,
+    causal_attention,
+    fastest_kernel,
+    kernels_for_any_length,
+)
 
 CPU = torch.device("cpu")
 
@@ -65,7 +71,7 @@ def test_when_attention_is_computed_in_blocks(
 
 
 def test_the_named_kernel_is_the_one_that_runs() -> None:
-    with fastest_kernel(CPU, torch.float32, head_dim=64) as name:
+    with fastest_kernel(CPU, torch.float32, (1, 1, 8, 64), dropout=0.0) as name:
         assert name == "FLASH_ATTENTION"
         q = torch.zeros(1, 1, 8, 64)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
@@ -74,17 +80,71 @@ def test_the_named_kernel_is_the_one_that_runs() -> None:
 
 
 def test_a_missing_fused_kernel_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(attention, "_runs", lambda kernel, q: False)
-    with caplog.at_level(logging.WARNING), fastest_kernel(CPU, torch.float32, head_dim=64) as name:
+    monkeypatch.setattr(attention, "_runs", lambda kernel, q, dropout: False)
+    with caplog.at_level(logging.WARNING), fastest_kernel(CPU, torch.float32, (1, 1, 8, 64), 0.0) as name:
         assert name == "MATH"
-    assert "no fused kernel" in caplog.text
+    assert "no fused kernel for cpu, float32, head size 64 and dropout 0;" in caplog.text
+
+
+def test_the_kernel_is_chosen_with_the_dropout_of_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), fastest_kernel(CPU, torch.float32, (1, 1, 8, 64), dropout=0.1) as name:
+        assert name == "MATH"  # the fused kernel for CPUs has no dropout
+    assert "dropout 0.1" in caplog.text
+
+
+CUDNN, FLASH, EFFICIENT, MATH = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
 
 
 @pytest.mark.parametrize(
-    ("capability", "first"), [((9, 0), "CUDNN_ATTENTION"), ((10, 0), "CUDNN_ATTENTION"), ((8, 0), "FLASH_ATTENTION")]
+    ("capability", "cudnn", "cudnn_first"),
+    [
+        ((9, 0), 91501, True),
+        ((10, 0), 91501, True),
+        ((9, 0), 91500, False),
+        ((9, 0), None, False),
+        ((8, 0), 91501, False),
+        ((12, 0), 91501, False),
+    ],
 )
-def test_cudnn_comes_first_from_hopper_on(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], first: str
+def test_cudnn_comes_first_where_it_is_right_and_fast(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], cudnn: int | None, cudnn_first: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert attention._preferred(torch.device("cuda"))[0] == getattr(SDPBackend, first)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    others = [FLASH, EFFICIENT, MATH]
+    assert attention._preferred(torch.device("cuda")) == ([CUDNN, *others] if cudnn_first else others)
+
+
+def test_flash_is_used_where_cudnn_refuses_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_preferred", lambda device: [CUDNN, FLASH, EFFICIENT, MATH])
+    monkeypatch.setattr(attention, "_choose", lambda kernels, q, dropout: kernels[0])
+    monkeypatch.setattr(attention, "_runs", lambda kernel, q, dropout: kernel != CUDNN)
+    with fastest_kernel(CPU, torch.float32, (1, 1, 8, 64), dropout=0.1) as name:
+        assert name == "FLASH_ATTENTION"
+        assert enabled_kernels() == [FLASH, EFFICIENT, MATH]
+
+
+def test_cudnn_is_off_for_inputs_of_any_length() -> None:
+    before = enabled_kernels()
+    with sdpa_kernel([CUDNN, MATH], set_priority=True):
+        with kernels_for_any_length():
+            assert enabled_kernels() == [FLASH, EFFICIENT, MATH]
+        assert enabled_kernels() == [CUDNN, MATH]
+    assert enabled_kernels() == before
+
+
+def enabled_kernels() -> list[SDPBackend]:
+    """Return the kernels that torch may choose on CUDA, in the order of their priority."""
+    flags = {
+        CUDNN: torch.backends.cuda.cudnn_sdp_enabled(),
+        FLASH: torch.backends.cuda.flash_sdp_enabled(),
+        EFFICIENT: torch.backends.cuda.mem_efficient_sdp_enabled(),
+        MATH: torch.backends.cuda.math_sdp_enabled(),
+    }
+    order = [SDPBackend(value) for value in torch._C._get_sdp_priority_order()]
+    return [kernel for kernel in order if flags.get(kernel)]

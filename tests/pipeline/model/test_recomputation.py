@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
 from pipeline.model.gpt2 import GPT2, MLP, build_model
@@ -51,6 +52,13 @@ def test_same_loss_and_gradients(dropout: float, recompute: bool | int) -> None:
     assert found[0][1].keys() == found[1][1].keys()
     for name, gradient in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_dropout_keeps_to_the_seeds_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, compiled code can draw masks from generators that the seeds of a run do not reach."""
+    monkeypatch.setattr(functorch_config, "graphsafe_rng_functionalization", True)
+    recompute_blocks(build_model(tiny_model_config(dropout=0.3, activation_checkpointing=True), seed=0))
+    assert not functorch_config.graphsafe_rng_functionalization
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._C._autograd import DeviceType
 
 from pipeline.training.step_profile import PROFILE_FOLDER, SETTLING_STEPS, TABLE_FILE, TRACE_FILE, StepProfile
 
@@ -29,6 +31,22 @@ def test_trace_and_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     assert sum(event.get("name") == "aten::mm" for event in trace["traceEvents"]) == 2
     assert "aten::mm" in (tmp_path / PROFILE_FOLDER / TABLE_FILE).read_text()
     assert "aten::mm" in caplog.text
+
+
+def test_a_profile_without_events_of_the_device_does_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(StepProfile(tmp_path, torch.device("cuda"), steps=2), SETTLING_STEPS + 4)  # no GPU, so no kernel
+    assert "it has no time on cuda" in caplog.text
+    assert (tmp_path / PROFILE_FOLDER / TRACE_FILE).is_file()
+
+
+def test_only_kernels_count_on_a_gpu(tmp_path: Path) -> None:
+    profile = StepProfile(tmp_path, torch.device("cuda"), steps=2)
+    kernel = SimpleNamespace(device_type=DeviceType.CUDA, is_user_annotation=False)
+    operator = SimpleNamespace(device_type=DeviceType.CPU, is_user_annotation=False)
+    annotation = SimpleNamespace(device_type=DeviceType.CUDA, is_user_annotation=True)
+    assert [profile._is_work(row) for row in (kernel, operator, annotation)] == [True, False, False]
 
 
 def test_a_run_that_ends_too_early_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
