@@ -164,10 +164,10 @@ def seek_ms(weights: tuple[float, ...]) -> float:
 
 
 def print_seeks() -> None:
-    """Print the time of a seek in one data set and in a mixture."""
-    print(f"\nThe batch at sample {FAR_SAMPLE:,}, of data sets of {FAR_TOKENS:,} tokens\n")
+    """Print the time of a seek in one dataset and in a mixture."""
+    print(f"\nThe batch at sample {FAR_SAMPLE:,}, of datasets of {FAR_TOKENS:,} tokens\n")
     print_header("data", "seek")
-    print_row("one data set", f"{seek_ms((1.0,)):.2f} ms")
+    print_row("one dataset", f"{seek_ms((1.0,)):.2f} ms")
     print_row(f"mixture of {len(MIXTURE)}", f"{seek_ms(MIXTURE):.2f} ms")
 
 
@@ -232,7 +232,7 @@ def waits_of(
 def main() -> None:
     """Write the shards and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=100_000_000, help="size of the synthetic data set")
+    parser.add_argument("--tokens", type=int, default=100_000_000, help="size of the synthetic dataset")
     parser.add_argument(
         "--rounds", type=int, default=5, help="rounds of training steps, with and without reading ahead"
     )

@@ -38,7 +38,7 @@ def main() -> None:
 def tokenize(config: Config) -> None:
     """Write the shards to ``data.path``. The command skips a corpus that is complete."""
     if config.data.path is None:
-        print("\n== tokenize: nothing to do, data.mixture names finished data sets", flush=True)
+        print("\n== tokenize: nothing to do, data.mixture names finished datasets", flush=True)
         return
     options = _options(config.tokenize.model_dump(exclude={"input"}, exclude_none=True))
     if config.tokenize.input:

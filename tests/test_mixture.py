@@ -1,4 +1,4 @@
-"""A run on a weighted mixture, of which one data set has a mask: the same at any world size and after a resume."""
+"""A run on a weighted mixture, of which one dataset has a mask: the same at any world size and after a resume."""
 
 from __future__ import annotations
 

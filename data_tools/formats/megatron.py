@@ -1,4 +1,4 @@
-"""The indexed data sets of Megatron-LM and gpt-neox: tokens in ``X.bin``, sequences and documents in ``X.idx``.
+"""The indexed datasets of Megatron-LM and gpt-neox: tokens in ``X.bin``, sequences and documents in ``X.idx``.
 
 Their ``MMapIndexedDataset`` writes the index, little-endian: magic, version (uint64), type of the tokens (uint8),
 number of sequences, number of document boundaries (uint64 each); then the sizes of the sequences in tokens (int32),

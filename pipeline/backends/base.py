@@ -17,7 +17,7 @@ from pipeline.model.output_layer import Method
 
 
 class Backend(ABC):
-    """A wrapped model with its optimizer: forward, backward, gradient synchronisation, clipping, step.
+    """A wrapped model with its optimizer: forward, backward, gradient synchronization, clipping, step.
 
     The trainer calls ``accumulate`` once per micro-step and ``step`` once per step. Every backend averages gradients
     over the ranks, so the trainer's loss weight includes the world size.
@@ -45,7 +45,7 @@ class Backend(ABC):
             tokens: (B, T) int64 ids on the device.
             targets: (B, T) int64 ids, ``IGNORE_INDEX`` where nothing is scored.
             loss_weight: factor on the summed loss before the backward pass.
-            is_last: whether this micro-step ends the step; only then do ranks synchronise gradients.
+            is_last: whether this micro-step ends the step; only then do ranks synchronize gradients.
         """
 
     def step(self, learning_rate: float) -> Tensor | float:

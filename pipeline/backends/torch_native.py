@@ -15,7 +15,7 @@ from pipeline.model.gpt2 import GPT2
 
 
 class TorchBackend(Backend):
-    """A backend whose wrapper only has to synchronise gradients."""
+    """A backend whose wrapper only has to synchronize gradients."""
 
     label: str
 
@@ -34,7 +34,7 @@ class TorchBackend(Backend):
 
     @abstractmethod
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
-        """Return the context of a forward *and* backward pass, after which gradients are synchronised if enabled."""
+        """Return the context of a forward *and* backward pass, after which gradients are synchronized if enabled."""
 
     def _update(self) -> Tensor:
         norm = clip_and_step(self.optimizer, self.parameters.values(), self.loss_scaler.scale, self.max_norm)

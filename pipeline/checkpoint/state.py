@@ -32,7 +32,7 @@ class TrainingState:
     loss_scale: Annotated[PositiveFloat, AllowInfNan(False)] | None  # None if the precision uses no loss scale
     loss_scale_good_steps: NonNegativeInt
     seed: NonNegativeInt
-    data_sha256: str | None = None  # the hash of the data set's manifest
+    data_sha256: str | None = None  # the hash of the dataset's manifest
     guard: GuardState = field(default_factory=GuardState)
 
 

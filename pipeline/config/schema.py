@@ -175,10 +175,10 @@ class TokenizeConfig(Section):
 
 
 class MixtureComponent(Section):
-    """One data set of a mixture."""
+    """One dataset of a mixture."""
 
     path: NonEmptyText = Field(description="A folder with a manifest.json.")
-    weight: PositiveFloat = Field(description="The data set's share of the samples, relative to the other weights.")
+    weight: PositiveFloat = Field(description="The dataset's share of the samples, relative to the other weights.")
     name: str = Field(pattern=r"^[\w.-]+$", description="Name in the metrics (default: the folder's name).")
 
     @model_validator(mode="before")
@@ -196,7 +196,7 @@ class DataConfig(Section):
     mixture: list[MixtureComponent] | None = Field(
         None,
         min_length=1,
-        description='Several data sets instead of `path`: a list of {"path": folder, "weight": number, "name": text}. '
+        description='Several datasets instead of `path`: a list of {"path": folder, "weight": number, "name": text}. '
         "Samples are drawn in proportion to the weights. Metrics show the names (default: the folders' names).",
     )
     seq_len: PositiveInt | None = Field(None, description="Tokens per sample (default: model.context_length).")
@@ -220,12 +220,12 @@ class DataConfig(Section):
         for key in ("path", "name"):
             values = [getattr(component, key) for component in self.mixture or ()]
             if repeated := [value for value in values if values.count(value) > 1]:
-                raise ValueError(f"mixture: two data sets have the {key} {repeated[0]}; give each its own")
+                raise ValueError(f"mixture: two datasets have the {key} {repeated[0]}; give each its own")
         return self
 
     @property
     def components(self) -> list[MixtureComponent]:
-        """The data sets of the mixture, or the data set at ``path`` alone."""
+        """The datasets of the mixture, or the dataset at ``path`` alone."""
         if self.mixture is not None:
             return self.mixture
         assert self.path is not None

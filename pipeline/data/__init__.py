@@ -1,1 +1,1 @@
-"""Token shards to micro-batches: data sets, mixtures, sample order, loaders."""
+"""Token shards to micro-batches: datasets, mixtures, sample order, loaders."""

@@ -1,4 +1,4 @@
-"""The data sets of a run: open them, check them against the model and each other, hash and verify them."""
+"""The datasets of a run: open them, check them against the model and each other, hash and verify them."""
 
 import logging
 import time
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """An opened data set of a run."""
+    """An opened dataset of a run."""
 
     name: str  # in metrics
     path: str
@@ -31,11 +31,11 @@ class TokenDataset:
 
 
 def open_datasets(data: DataConfig, model: ModelConfig) -> tuple[TokenDataset, ...]:
-    """Open the data set of ``data.path``, or those of ``data.mixture``.
+    """Open the dataset of ``data.path``, or those of ``data.mixture``.
 
     Raises:
-        DataError: a data set cannot be used.
-        ConfigError: the tokenizer does not fit the model, or differs between data sets.
+        DataError: a dataset cannot be used.
+        ConfigError: the tokenizer does not fit the model, or differs between datasets.
     """
     datasets = tuple(_open_dataset(component, model) for component in data.components)
     for dataset in datasets[1:]:
@@ -54,7 +54,7 @@ def _open_dataset(component: MixtureComponent, model: ModelConfig) -> TokenDatas
 
 
 def check_same_vocabulary(stream: TokenStream, model: ModelConfig, path: str) -> None:
-    """Raise ConfigError if the vocabulary size or the end-of-text token differs between data set and model."""
+    """Raise ConfigError if the vocabulary size or the end-of-text token differs between dataset and model."""
     tokenizer = stream.manifest.tokenizer
     if tokenizer.vocab_size != model.vocab_size:
         raise ConfigError(

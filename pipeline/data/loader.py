@@ -74,13 +74,13 @@ class TrainLoader:
     """
 
     def __init__(self, datasets: Sequence[TokenDataset], plan: BatchPlan, seed: int, rank: int) -> None:
-        """Raise TrainingError if a data set is too small for its share of one step."""
+        """Raise TrainingError if a dataset is too small for its share of one step."""
         self.datasets = datasets
         self.plan = plan
         self.rank = rank
         self.has_mask = any(dataset.train.has_mask for dataset in datasets)
         self.mixture = Mixture([dataset.weight for dataset in datasets])
-        # The first data set has the run's own seed, so a mixture of one data set equals that data set.
+        # The first dataset has the run's own seed, so a mixture of one dataset equals that dataset.
         seeds = [seed, *(derive_seed(seed, "part", index) for index in range(1, len(datasets)))]
         self.orders = [SampleOrder(self._count_windows(index), seeds[index]) for index in range(len(datasets))]
 
@@ -114,7 +114,7 @@ class TrainLoader:
         return torch.from_numpy(tokens), None if masks is None else torch.from_numpy(masks)
 
     def _count_windows(self, index: int) -> int:
-        """Return the number of samples of a data set. Raises TrainingError if one step needs more."""
+        """Return the number of samples of a dataset. Raises TrainingError if one step needs more."""
         train, plan, share = self.datasets[index].train, self.plan, self.mixture.shares[index]
         windows = (train.tokens - 1) // plan.seq_len
         needed = math.ceil(share * plan.samples_per_step)

@@ -1,6 +1,6 @@
-"""Which data set and which of its windows each sample of a run is: constant memory, O(1) seek.
+"""Which dataset and which of its windows each sample of a run is: constant memory, O(1) seek.
 
-A mixture assigns each sample to a data set in exact shares. Within a data set, every epoch is a fixed permutation.
+A mixture assigns each sample to a dataset in exact shares. Within a dataset, every epoch is a fixed permutation.
 """
 
 from __future__ import annotations
@@ -82,27 +82,27 @@ class _Fork:
 
 
 class Mixture:
-    """Assigns the samples of a run to data sets in proportion to their weights.
+    """Assigns the samples of a run to datasets in proportion to their weights.
 
     The weights are the leaves of a Huffman tree (Huffman 1952), and every inner node divides its samples between two
-    sides. The data set of a sample, and its index within that data set, are a function of the sample's number alone,
-    in exact integers. After any number of samples, each data set is less than two samples away from its share: a node's
+    sides. The dataset of a sample, and its index within that dataset, are a function of the sample's number alone,
+    in exact integers. After any number of samples, each dataset is less than two samples away from its share: a node's
     rounding error is at most a half, the error shrinks with the shares below the node, and over any two levels of a
     Huffman tree a share is at most a half.
 
     Attributes:
-        shares: the data sets' exact shares of the samples; their sum is 1.
+        shares: the datasets' exact shares of the samples; their sum is 1.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
         """Build the tree for positive weights. A weight of 0.1 is exactly a tenth, not the nearest binary number."""
         exact = [Fraction(str(weight)) for weight in weights]
-        assert exact and min(exact) > 0, "a mixture has data sets with positive weights"
+        assert exact and min(exact) > 0, "a mixture has datasets with positive weights"
         self.shares = [weight / sum(exact) for weight in exact]
         self._root = _huffman_tree(self.shares)
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """Return the data set of a sample, and how many earlier samples come from the same data set."""
+        """Return the dataset of a sample, and how many earlier samples come from the same dataset."""
         node, ordinal = self._root, sample
         while isinstance(node, _Fork):
             left = node.left_of(ordinal)
@@ -113,14 +113,14 @@ class Mixture:
         return node, ordinal
 
     def locate_all(self, samples: IndexArray) -> tuple[IndexArray, IndexArray]:
-        """Return data sets and ordinals, as :meth:`locate`, of samples; all int64 of shape (B,)."""
+        """Return datasets and ordinals, as :meth:`locate`, of samples; all int64 of shape (B,)."""
         if not isinstance(self._root, _Fork):
             return np.zeros_like(samples), samples
         located = np.array([self.locate(sample) for sample in samples.tolist()], dtype=np.int64).reshape(-1, 2)
         return located[:, 0], located[:, 1]
 
     def counts(self, samples: int) -> list[int]:
-        """Return how many of the first ``samples`` come from each data set."""
+        """Return how many of the first ``samples`` come from each dataset."""
         counts = [0] * len(self.shares)
         waiting: list[tuple[_Fork | int, int]] = [(self._root, samples)]
         while waiting:
@@ -134,7 +134,7 @@ class Mixture:
 
 
 def _huffman_tree(shares: Sequence[Fraction]) -> _Fork | int:
-    """Return the root. Leaves are indices of data sets. If weights are equal, the older node is joined first."""
+    """Return the root. Leaves are indices of datasets. If weights are equal, the older node is joined first."""
     denominator = math.lcm(*(share.denominator for share in shares))
     heap: list[tuple[int, int, _Fork | int]] = [
         (int(share * denominator), index, index) for index, share in enumerate(shares)

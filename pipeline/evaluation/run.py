@@ -89,7 +89,7 @@ def run_tasks(
 def _measure_validation(
     compute: ComputeModel, config: Config, path: str | None, batch_size: int, world: World
 ) -> dict[str, Any]:
-    """Score the validation split at ``path``, or of the run's data set or mixture if ``path`` is None."""
+    """Score the validation split at ``path``, or of the run's dataset or mixture if ``path`` is None."""
 
     def score(path: str) -> dict[str, Any]:
         stream = open_split(path, VAL_SPLIT)
@@ -103,7 +103,7 @@ def _measure_validation(
     components = [c for c in config.data.mixture if load_manifest(c.path).tokens_of(VAL_SPLIT)]
     if not components:
         raise DataError(
-            "data.mixture: no component has a validation split; name a data set that has one with --data validation=DIR"
+            "data.mixture: no component has a validation split; name a dataset that has one with --data validation=DIR"
         )
     results = {component.name: score(component.path) for component in components}
     losses = {name: result["loss"] for name, result in results.items()}

@@ -31,13 +31,13 @@ TOP_K = 5
 
 
 def validate(backend: Backend, datasets: Sequence[TokenDataset], config: Config, world: World) -> dict[str, float]:
-    """Measure the validation loss during training, on at most ``evaluation.max_batches`` batches per data set.
+    """Measure the validation loss during training, on at most ``evaluation.max_batches`` batches per dataset.
 
     This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``.
 
     Returns:
-        ``val_loss``, ``val_perplexity``, and ``val_loss_<name>`` for each data set of a mixture. Empty if
-        ``evaluation.tasks`` does not contain ``validation``, or if no data set has a validation split.
+        ``val_loss``, ``val_perplexity``, and ``val_loss_<name>`` for each dataset of a mixture. Empty if
+        ``evaluation.tasks`` does not contain ``validation``, or if no dataset has a validation split.
     """
     if VALIDATION not in config.evaluation.tasks:
         return {}
@@ -50,7 +50,7 @@ def validate(backend: Backend, datasets: Sequence[TokenDataset], config: Config,
 
 
 def mixture_loss(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """Return the weighted mean of the losses on the data sets of a mixture, and ignore data sets without a loss."""
+    """Return the weighted mean of the losses on the datasets of a mixture, and ignore datasets without a loss."""
     total = sum(weights[name] for name in losses)
     return sum(weights[name] * loss for name, loss in losses.items()) / total
 

@@ -87,7 +87,7 @@ def kernels_for_any_length() -> Iterator[None]:
 def _preferred(device: torch.device) -> list[SDPBackend]:
     """Return the kernels that torch may choose, the fastest first.
 
-    cuDNN's kernel is the fastest on Hopper and Blackwell data centre GPUs. cuDNN up to 9.15.0 computes wrong results
+    cuDNN's kernel is the fastest on Hopper and Blackwell data center GPUs. cuDNN up to 9.15.0 computes wrong results
     for some lengths (https://github.com/pytorch/pytorch/issues/169849). torch itself follows the same rule.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):

@@ -69,7 +69,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with pre-LayerNorm: the residual stream itself is never normalised."""
+    """A transformer block with pre-LayerNorm: the residual stream itself is never normalized."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class GPT2(nn.Module):
         return self.lm_head(x[rows, last], method="logits")
 
     def hidden_states(self, tokens: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
-        """Return the normalised residual stream after the last block, (B, T, C).
+        """Return the normalized residual stream after the last block, (B, T, C).
 
         Args:
             tokens: (B, T) integer ids below ``vocab_size``.
@@ -195,7 +195,7 @@ class GPT2(nn.Module):
 
 
 def allocate_model(config: ModelConfig, device: torch.device | str) -> GPT2:
-    """Return an fp32 model with uninitialised weights."""
+    """Return an fp32 model with uninitialized weights."""
     with torch.device("meta"):
         model = GPT2(config)
     model.to_empty(device=device)
@@ -204,7 +204,7 @@ def allocate_model(config: ModelConfig, device: torch.device | str) -> GPT2:
 
 
 def build_model(config: ModelConfig, seed: int) -> GPT2:
-    """Return an initialised fp32 model on the CPU. One seed gives the same weights on every rank and machine."""
+    """Return an initialized fp32 model on the CPU. One seed gives the same weights on every rank and machine."""
     model = allocate_model(config, "cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -53,7 +53,7 @@ class Picture:
 
 
 def draw(chart: Chart) -> Picture:
-    """Draw a chart in the light colours. In the SVG they are replaced by the page's CSS variables."""
+    """Draw a chart in the light colors. In the SVG they are replaced by the page's CSS variables."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": chart.name}):
         figure = Figure(SIZE_INCHES, layout="constrained")
         FigureCanvasAgg(figure)
@@ -105,7 +105,7 @@ def _shape_axes(axes: Axes, chart: Chart) -> None:
 
 
 def _to_page_element(svg: str, title: str) -> str:
-    """Return the ``<svg>`` element of an SVG file, with the page's colours and width."""
+    """Return the ``<svg>`` element of an SVG file, with the page's colors and width."""
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     element = re.sub(r' (width|height)="[\d.]+pt"', "", element, count=2)

@@ -11,7 +11,7 @@ from pipeline.run_folder.layout import METRICS_FILE
 
 log = logging.getLogger(__name__)
 
-#: A prefix of keys: the validation loss on one data set of a mixture. The data set's name follows.
+#: A prefix of keys: the validation loss on one dataset of a mixture. The dataset's name follows.
 DATASET_LOSS_PREFIX = "val_loss_"
 
 #: A prefix of keys: a task's figure, measured while training. The task and its figure follow.

@@ -39,7 +39,7 @@ HYPERPARAMETER_SECTIONS = ("run", "model", "data", "batch", "optimizer", "schedu
 TENSORBOARD_LAYOUT = {
     "loss": {
         "training and validation": ["Multiline", ["^train/loss$", "^validation/loss$"]],
-        "validation, each data set of a mixture": ["Multiline", ["^validation/loss"]],
+        "validation, each dataset of a mixture": ["Multiline", ["^validation/loss"]],
     },
     "optimizer": {
         "learning rate": ["Multiline", ["^optimizer/learning_rate$"]],

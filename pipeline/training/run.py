@@ -36,7 +36,7 @@ def train(config: Config) -> Trainer | None:
     keep it until the process ends, as ``launch.cli.run_command`` does.
 
     Raises:
-        UserError: a config, data set or checkpoint cannot be used. Training has not started.
+        UserError: a config, dataset or checkpoint cannot be used. Training has not started.
         Interrupted: a signal asked the run to stop, and its state is saved.
         LostRankError: another rank died or hangs.
     """
@@ -129,7 +129,7 @@ def _log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -
 
 
 def _log_data(trainer: Trainer) -> None:
-    """Log the size of each data set, and how many epochs of it the run trains on."""
+    """Log the size of each dataset, and how many epochs of it the run trains on."""
     loader, max_steps = trainer.loader, trainer.config.schedule.max_steps
     counts = loader.mixture.counts(max_steps * trainer.plan.samples_per_step)
     for dataset, order, share, count in zip(loader.datasets, loader.orders, loader.mixture.shares, counts, strict=True):

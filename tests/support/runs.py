@@ -116,7 +116,7 @@ def write_manifest(folder: Path, source: str, tokenizer: TokenizerRecord, record
 
 
 def copy_with_masks(data: Path, folder: Path, longest_tokens: int = 100) -> Path:
-    """Copy a data set with masks: prompts and answers of 1 to ``longest_tokens`` tokens alternate, answers are scored.
+    """Copy a dataset with masks: prompts and answers of 1 to ``longest_tokens`` tokens alternate, answers are scored.
 
     Short windows therefore contain any number of scored targets, from none to all.
     """

@@ -1,4 +1,4 @@
-"""The indexed data sets of Megatron-LM are read as streams of documents."""
+"""The indexed datasets of Megatron-LM are read as streams of documents."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from tests.support.shard_folders import (
 
 
 class TestDamageOfEachFile:
-    """A run refuses to start on a data set with a damaged file, and names the file."""
+    """A run refuses to start on a dataset with a damaged file, and names the file."""
 
     @pytest.fixture
     def folder(self, tmp_path: Path, format: str) -> Path:
@@ -37,7 +37,7 @@ class TestDamageOfEachFile:
 
     @staticmethod
     def start_run(folder: Path) -> None:
-        """Check a data set as training does before its first step."""
+        """Check a dataset as training does before its first step."""
         stream = open_split(folder, "train")
         for shard in stream.manifest.shards:
             require_unchanged(folder, shard)

@@ -1,4 +1,4 @@
-"""FSDP2: every rank holds its rows, the norm counts all rows, and gradients are synchronised once per step."""
+"""FSDP2: every rank holds its rows, the norm counts all rows, and gradients are synchronized once per step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data sets of a run fit the model and each other, and a checkpoint recognizes them."""
+"""The datasets of a run fit the model and each other, and a checkpoint recognizes them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODEL = tiny_model_config()
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Write a data set with both splits, one without validation, and one with another vocabulary of the same size."""
+    """Write a dataset with both splits, one without validation, and one with another vocabulary of the same size."""
     tokens = np.arange(100) % 80
     return [
         write_shards(tmp_path / "both", {"train": [tokens, tokens], "val": [tokens]}),
@@ -138,8 +138,8 @@ class TestConfig:
         for weight in (0, -1, float("inf"), float("nan"), "1"):
             assert "mixture.0.weight" in self.mistake(mixture=[{"path": "a", "weight": weight}])
         twins = [{"path": "a/data", "weight": 1}, {"path": "b/data", "weight": 1}]
-        assert "two data sets have the name data" in self.mistake(mixture=twins)
-        assert "two data sets have the path a/data" in self.mistake(mixture=[twins[0], {**twins[0], "name": "other"}])
+        assert "two datasets have the name data" in self.mistake(mixture=twins)
+        assert "two datasets have the path a/data" in self.mistake(mixture=[twins[0], {**twins[0], "name": "other"}])
         assert "mixture.0.name" in self.mistake(mixture=[{"path": "/", "weight": 1}])
         named = DataConfig.model_validate({"mixture": [{**twins[0], "name": "a"}, {**twins[1], "name": "b"}]})
         assert [component.name for component in named.components] == ["a", "b"]

@@ -50,7 +50,7 @@ def validation_stream(tmp_path: Path, tokens: int) -> TokenStream:
 
 
 def loader_of(stream: TokenStream, plan: BatchPlan, seed: int, rank: int) -> TrainLoader:
-    """Return a loader of one data set."""
+    """Return a loader of one dataset."""
     return TrainLoader([TokenDataset("only", "unused", 1.0, stream, None)], plan, seed, rank)
 
 
@@ -130,7 +130,7 @@ class TestTraining:
 
 
 class TestMixture:
-    """Three data sets with different tokens: 10 to 19, 20 to 29, 30 to 39."""
+    """Three datasets with different tokens: 10 to 19, 20 to 29, 30 to 39."""
 
     WEIGHTS = (0.5, 0.3, 0.2)
     WINDOWS = (11, 30, 7)
@@ -160,7 +160,7 @@ class TestMixture:
 
     @staticmethod
     def windows_of(batches: list[MicroBatch]) -> list[tuple[int, int]]:
-        """Return the data set and window of each sample."""
+        """Return the dataset and window of each sample."""
         rows = [row for batch in batches for row in batch.tokens.tolist()]
         return [(row[0] // 10 - 1, row[0] % 10 + row[1] % 10 * 10) for row in rows]
 

@@ -1,4 +1,4 @@
-"""Every window once per epoch in a random order; every data set of a mixture with its exact share."""
+"""Every window once per epoch in a random order; every dataset of a mixture with its exact share."""
 
 from __future__ import annotations
 
@@ -110,14 +110,14 @@ def test_each_share_is_exact_to_two_samples_after_any_number_of_samples(weights:
     counts = [0] * len(weights)
     for sample in range(3000):
         index, ordinal = mixture.locate(sample)
-        assert ordinal == counts[index], "ordinals of a data set are consecutive"
+        assert ordinal == counts[index], "ordinals of a dataset are consecutive"
         counts[index] += 1
         assert all(abs(count - (sample + 1) * share) < 2 for count, share in zip(counts, mixture.shares, strict=True))
     assert mixture.counts(3000) == counts
 
 
 def test_random_mixtures_hold_their_shares_at_large_counts() -> None:
-    """Up to 40 data sets with weights over six orders of magnitude, and up to 10**15 samples."""
+    """Up to 40 datasets with weights over six orders of magnitude, and up to 10**15 samples."""
     draw = random.Random(5)
     worst = 0.0
     for _ in range(200):
