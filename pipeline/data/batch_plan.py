@@ -8,7 +8,7 @@ from pipeline.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one optimizer step is divided into micro-batches and ranks."""
+    """The division of one optimizer step into micro-batches and ranks."""
 
     micro_batch_size: int  # sequences per rank and micro-step
     seq_len: int  # tokens per sequence
@@ -33,7 +33,11 @@ class BatchPlan:
 
 
 def plan_batch(config: Config, world_size: int) -> BatchPlan:
-    """Derive the number of micro-steps. Raises ConfigError, with batch sizes that fit, if the batch does not divide."""
+    """Derive the number of micro-steps from the batch in tokens.
+
+    Raises ConfigError if ``batch.tokens_per_step`` is not a multiple of the tokens of one micro-step on all ranks. The
+    message contains valid batch sizes.
+    """
     batch, seq_len = config.batch, config.seq_len
     unit = batch.micro_batch_size * seq_len * world_size
     accumulation, rest = divmod(batch.tokens_per_step, unit)

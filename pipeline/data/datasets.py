@@ -25,17 +25,17 @@ class TokenDataset:
 
     name: str  # in metrics
     path: str
-    weight: float  # its share of the samples is weight / sum of all weights
+    weight: float  # the dataset's share of the samples is weight / sum of all weights
     train: TokenStream
     validation: TokenStream | None
 
 
 def open_datasets(data: DataConfig, model: ModelConfig) -> tuple[TokenDataset, ...]:
-    """Open the dataset of ``data.path``, or those of ``data.mixture``.
+    """Open the dataset at ``data.path``, or the datasets of ``data.mixture``.
 
     Raises:
         DataError: a dataset cannot be used.
-        ConfigError: the tokenizer does not fit the model, or differs between datasets.
+        ConfigError: the tokenizer of a dataset does not match the model, or the datasets have different tokenizers.
     """
     datasets = tuple(_open_dataset(component, model) for component in data.components)
     for dataset in datasets[1:]:
@@ -54,7 +54,7 @@ def _open_dataset(component: MixtureComponent, model: ModelConfig) -> TokenDatas
 
 
 def check_same_vocabulary(stream: TokenStream, model: ModelConfig, path: str) -> None:
-    """Raise ConfigError if the vocabulary size or the end-of-text token differs between dataset and model."""
+    """Raise ConfigError if the dataset and the model differ in the vocabulary size or the end-of-text token."""
     tokenizer = stream.manifest.tokenizer
     if tokenizer.vocab_size != model.vocab_size:
         raise ConfigError(
@@ -69,7 +69,7 @@ def check_same_vocabulary(stream: TokenStream, model: ModelConfig, path: str) ->
 
 
 def _check_same_tokenizer(first: TokenDataset, other: TokenDataset) -> None:
-    """Check that every id means the same in both, whatever the tokenizers are called."""
+    """Check that every id has the same meaning in both datasets. The names of the tokenizers may differ."""
     one, two = first.train.manifest.tokenizer, other.train.manifest.tokenizer
     keys = ("vocab_size", "end_of_text", "vocabulary_sha256")
     if any(getattr(one, key) != getattr(two, key) for key in keys):
@@ -81,9 +81,10 @@ def _check_same_tokenizer(first: TokenDataset, other: TokenDataset) -> None:
 
 
 def data_sha256(datasets: Sequence[TokenDataset]) -> str:
-    """Return the hash by which a checkpoint recognizes its data: that of the manifest, or of a mixture's manifests.
+    """Return the hash by which a checkpoint recognizes its data.
 
-    A mixture's hash includes the shares. The hash does not depend on when, or with which versions, the data were made.
+    This is the hash of the manifest's contents, or for a mixture a hash over all manifests and shares. It does not
+    depend on the time at which the data was tokenized, or on the versions of the packages.
     """
     manifests = [dataset.train.manifest.content_sha256() for dataset in datasets]
     if len(datasets) == 1:
@@ -93,7 +94,10 @@ def data_sha256(datasets: Sequence[TokenDataset]) -> str:
 
 
 def verify_datasets(datasets: Sequence[TokenDataset], world: World) -> None:
-    """Raise DataError if a shard's hash differs from its manifest. The ranks divide the shards. Collective."""
+    """Raise DataError if a shard's hash differs from the hash in the manifest. Each rank hashes a share of the shards.
+
+    This call is collective: every rank must make it.
+    """
     started, problem = time.perf_counter(), None
     shards = [(Path(dataset.path), shard) for dataset in datasets for shard in dataset.train.manifest.shards]
     try:

@@ -1,8 +1,8 @@
-"""Token shards to micro-batches: which tokens this rank sees in a training step and in a validation.
+"""Read the micro-batches of this rank from token shards, for training steps and for the validation.
 
-A sample is a window of ``seq_len`` inputs and their targets, which are one token further. The windows divide the whole
+A sample is a window of ``seq_len`` inputs and their targets, which are one token further. The windows cover the whole
 split without gaps, across shard boundaries, so the size of the shards does not change the data. A target is scored if
-its token's mask says so; without a mask, every target is scored.
+its entry in the mask is 1. Without a mask, every target is scored.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from pipeline.seeds import derive_seed
 class MicroBatch:
     """The samples of one rank in one micro-step, in host memory."""
 
-    first_sample: int  # global index; seeds dropout
+    first_sample: int  # the global index, from which the seed of dropout is derived
     tokens: Tensor  # (B, T + 1) uint16
-    target_mask: Tensor | None = None  # (B, T) bool, True where the target is scored; None if all are
+    target_mask: Tensor | None = None  # (B, T) bool, True if the target is scored; None if all targets are scored
 
     @property
     def scored_targets(self) -> int:
-        """Number of targets that enter the loss."""
+        """The number of targets that enter the loss."""
         B, width = self.tokens.shape
         return B * (width - 1) if self.target_mask is None else int(self.target_mask.sum())
 
     def pinned(self) -> MicroBatch:
         """Return a copy in pinned memory, from which copies to a GPU are asynchronous.
 
-        PyTorch reuses pinned memory only after the copies from it have finished.
+        PyTorch reuses pinned memory only after all copies from this memory have finished.
         """
         mask = self.target_mask
         return replace(self, tokens=self.tokens.pin_memory(), target_mask=None if mask is None else mask.pin_memory())
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets, (B, T) int64 on the device; unscored targets are ``IGNORE_INDEX``.
+        """Return inputs and targets, (B, T) int64 on the device. Targets that are not scored are ``IGNORE_INDEX``.
 
-        The tokens are copied once, as uint16, then shifted and cast on the device.
+        The tokens are copied to the device once, as uint16, then shifted and cast there.
         """
         tokens = _copy_to(self.tokens, device).long()
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -68,9 +68,9 @@ def _copy_to(array: Tensor, device: torch.device) -> Tensor:
 class TrainLoader:
     """Reads one rank's micro-batches of a step.
 
-    They are a function of the seed and the number of samples consumed before the step. Micro-batch j of a step holds
-    the next samples [jB, (j+1)B) and goes to rank j mod world size, so the samples of a step and of each micro-batch
-    are the same at every world size.
+    The micro-batches depend only on the seed and on the number of samples that were consumed before the step.
+    Micro-batch j of a step has samples [jB, (j+1)B) of the step and belongs to rank j mod world size. The samples of a
+    step and of each micro-batch are therefore the same at every world size.
     """
 
     def __init__(self, datasets: Sequence[TokenDataset], plan: BatchPlan, seed: int, rank: int) -> None:
@@ -80,14 +80,14 @@ class TrainLoader:
         self.rank = rank
         self.has_mask = any(dataset.train.has_mask for dataset in datasets)
         self.mixture = Mixture([dataset.weight for dataset in datasets])
-        # The first dataset has the run's own seed, so a mixture of one dataset equals that dataset.
+        # The first dataset uses the run's own seed, so a mixture of one dataset is equal to the dataset alone.
         seeds = [seed, *(derive_seed(seed, "part", index) for index in range(1, len(datasets)))]
         self.orders = [SampleOrder(self._count_windows(index), seeds[index]) for index in range(len(datasets))]
 
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of the step that follows ``consumed`` samples.
 
-        Raises DataError if a shard holds an invalid token or mask.
+        Raises DataError if a shard contains an invalid token or mask value.
         """
         plan = self.plan
         size = plan.micro_batch_size
@@ -114,7 +114,7 @@ class TrainLoader:
         return torch.from_numpy(tokens), None if masks is None else torch.from_numpy(masks)
 
     def _count_windows(self, index: int) -> int:
-        """Return the number of samples of a dataset. Raises TrainingError if one step needs more."""
+        """Return the number of samples of a dataset. Raises TrainingError if one step needs more samples."""
         train, plan, share = self.datasets[index].train, self.plan, self.mixture.shares[index]
         windows = (train.tokens - 1) // plan.seq_len
         needed = math.ceil(share * plan.samples_per_step)
@@ -133,10 +133,10 @@ class TrainLoader:
 
 
 class Prefetcher:
-    """Returns the micro-batches of a step, and reads those of the next step in a thread.
+    """Returns the micro-batches of a step, and reads the micro-batches of the next step in a thread.
 
-    Memory holds two steps of tokens. A caller may jump to any step: samples that have not been read ahead are read
-    when they are requested.
+    The tokens of two steps are in memory. A caller may request any step. Samples that were not read ahead are read when
+    they are requested.
     """
 
     def __init__(self, loader: TrainLoader, device: torch.device) -> None:
@@ -146,7 +146,7 @@ class Prefetcher:
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
-        """Return what :meth:`TrainLoader.micro_batches` returns, or raise what it raised in the thread."""
+        """Return the result of :meth:`TrainLoader.micro_batches`, or raise the error that it raised in the thread."""
         ahead, self._ahead = self._ahead, None
         batches = ahead[1].result() if ahead and ahead[0] == consumed else self._read(consumed)
         following = consumed + self._loader.plan.samples_per_step
@@ -154,7 +154,7 @@ class Prefetcher:
         return batches
 
     def close(self) -> None:
-        """End the thread and drop what it has read."""
+        """End the thread, and drop the micro-batches that were read ahead."""
         self._ahead = None
         self._thread.shutdown(cancel_futures=True)
 
@@ -162,20 +162,21 @@ class Prefetcher:
         batches = self._loader.micro_batches(consumed)
         if self._device.type != "cuda":
             return batches
-        with torch.cuda.device(self._device):  # a new thread starts on the first GPU
+        with torch.cuda.device(self._device):  # the current device of a new thread is the first GPU
             return [batch.pinned() for batch in batches]
 
 
 def validation_batches(
     stream: TokenStream, seq_len: int, batch_size: int, rank: int, world_size: int, max_batches: int | None = None
 ) -> Iterator[MicroBatch]:
-    """Yield this rank's validation batches: windows in order, each target of the split once.
+    """Yield this rank's validation batches. Their windows are in order, and all windows contain each target once.
 
     Every rank gets the same number of batches, because forward passes are collective under FSDP and ZeRO-3. Missing
-    windows are padded and masked.
+    windows are filled with padding, which is not scored.
 
     Args:
-        max_batches: over all ranks; the windows are spread evenly over the split. None for the whole split.
+        max_batches: the largest number of batches over all ranks. Their windows are spread evenly over the split. None
+            means the whole split.
     """
     windows = -(-(stream.tokens - 1) // seq_len)
     chosen = np.arange(windows, dtype=np.int64)

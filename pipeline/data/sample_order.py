@@ -1,6 +1,7 @@
-"""Which dataset and which of its windows each sample of a run is: constant memory, O(1) seek.
+"""Map each sample of a run to a dataset and to a window of this dataset, in constant memory and O(1) time.
 
-A mixture assigns each sample to a dataset in exact shares. Within a dataset, every epoch is a fixed permutation.
+A mixture assigns the samples to datasets in exact proportions. In a dataset, every epoch is a fixed permutation of the
+windows.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmi
 
 
 class SampleOrder:
-    """Maps the g-th sample of a run to one of ``n`` windows, for any g, as a function of the seed alone.
+    """Maps the g-th sample of a run to one of ``n`` windows, for any g. The result depends only on g and the seed.
 
     Each epoch ``g // n`` has its own permutation: a balanced Feistel network over the next power of four, applied again
-    until the result is below ``n`` (Black and Rogaway 2002). The order is the same at every world size, and a resume at
-    sample g replays nothing.
+    until the result is below ``n`` (Black and Rogaway 2002). The order is the same at every world size. To resume at
+    sample g, no earlier sample needs to be replayed.
     """
 
     def __init__(self, n: int, seed: int) -> None:
@@ -36,7 +37,7 @@ class SampleOrder:
         self._half_bits = max(1, -(-(n - 1).bit_length() // 2))
 
     def windows(self, samples: IndexArray) -> IndexArray:
-        """Return the window indices of global samples, both int64 of shape (B,)."""
+        """Return the window of each global sample. Samples and windows are int64 of shape (B,)."""
         epochs, positions = np.divmod(samples, self.n)
         windows = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -61,7 +62,7 @@ class SampleOrder:
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Mix the bits as splitmix64 does; uint64 wraps around on purpose."""
+    """Mix the bits as splitmix64 does. The uint64 arithmetic wraps around on purpose."""
     values = (values ^ (values >> np.uint64(30))) * _MIX[0]
     values = (values ^ (values >> np.uint64(27))) * _MIX[1]
     return values ^ (values >> np.uint64(31))
@@ -69,7 +70,7 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class _Fork:
-    """An inner node. It sends round(n * left_weight / weight) of its first n samples to the left."""
+    """An inner node of the tree. It sends round(n * left_weight / weight) of its first n samples to the left."""
 
     left: _Fork | int
     right: _Fork | int
@@ -77,7 +78,7 @@ class _Fork:
     weight: int
 
     def left_of(self, samples: int) -> int:
-        """Return how many of the first ``samples`` go left."""
+        """Return the number of samples that go left, out of the first ``samples``."""
         return (2 * samples * self.left_weight + self.weight) // (2 * self.weight)
 
 
@@ -85,13 +86,13 @@ class Mixture:
     """Assigns the samples of a run to datasets in proportion to their weights.
 
     The weights are the leaves of a Huffman tree (Huffman 1952), and every inner node divides its samples between two
-    sides. The dataset of a sample, and its index within that dataset, are a function of the sample's number alone,
-    in exact integers. After any number of samples, each dataset is less than two samples away from its share: a node's
-    rounding error is at most a half, the error shrinks with the shares below the node, and over any two levels of a
-    Huffman tree a share is at most a half.
+    sides. The dataset of a sample, and the sample's index in this dataset, depend only on the sample's number and are
+    computed in exact integers. After any number of samples, each dataset has received its exact proportion with an
+    error of less than two samples: a node's rounding error is at most a half, the error shrinks with the shares below
+    the node, and over any two levels of a Huffman tree a share is at most a half.
 
     Attributes:
-        shares: the datasets' exact shares of the samples; their sum is 1.
+        shares: the exact proportion of the samples for each dataset. The sum is 1.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -102,7 +103,7 @@ class Mixture:
         self._root = _huffman_tree(self.shares)
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """Return the dataset of a sample, and how many earlier samples come from the same dataset."""
+        """Return the dataset of a sample, and the number of earlier samples from the same dataset."""
         node, ordinal = self._root, sample
         while isinstance(node, _Fork):
             left = node.left_of(ordinal)
@@ -113,14 +114,14 @@ class Mixture:
         return node, ordinal
 
     def locate_all(self, samples: IndexArray) -> tuple[IndexArray, IndexArray]:
-        """Return datasets and ordinals, as :meth:`locate`, of samples; all int64 of shape (B,)."""
+        """Return the results of :meth:`locate` for many samples. All arrays are int64 of shape (B,)."""
         if not isinstance(self._root, _Fork):
             return np.zeros_like(samples), samples
         located = np.array([self.locate(sample) for sample in samples.tolist()], dtype=np.int64).reshape(-1, 2)
         return located[:, 0], located[:, 1]
 
     def counts(self, samples: int) -> list[int]:
-        """Return how many of the first ``samples`` come from each dataset."""
+        """Return the number of samples from each dataset, out of the first ``samples``."""
         counts = [0] * len(self.shares)
         waiting: list[tuple[_Fork | int, int]] = [(self._root, samples)]
         while waiting:
@@ -134,7 +135,7 @@ class Mixture:
 
 
 def _huffman_tree(shares: Sequence[Fraction]) -> _Fork | int:
-    """Return the root. Leaves are indices of datasets. If weights are equal, the older node is joined first."""
+    """Return the root of the tree. The leaves are indices of datasets. Of equal weights, join the older node first."""
     denominator = math.lcm(*(share.denominator for share in shares))
     heap: list[tuple[int, int, _Fork | int]] = [
         (int(share * denominator), index, index) for index, share in enumerate(shares)

@@ -14,19 +14,20 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def configure_cpu(world: World) -> str:
-    """Configure the memory allocator, threads and cores, and describe threads and cores in words. Collective.
+    """Configure the memory allocator, threads and cores. Returns a description of the threads and cores.
 
-    Call it before the first large computation.
+    This call is collective: every rank must make it. Call this function before the first large computation.
     """
     keep_freed_memory()
     return bind_to_cores(world)
 
 
 def bind_to_cores(world: World) -> str:
-    """Set this rank's number of threads, bind the ranks of a host to separate cores, and describe both. Collective.
+    """Set this rank's number of threads, and bind the ranks of a host to separate cores. Returns a description of both.
 
-    Without binding, threads move between cores and lose their caches, and ranks compete for the same core. If the
-    user has set ``OMP_NUM_THREADS``, or a launcher has given each rank its own cores, that choice is kept.
+    This call is collective: every rank must make it. Without binding, threads move between cores and lose the contents
+    of the caches, and ranks compete for the same core. If the user has set ``OMP_NUM_THREADS``, or if a launcher has
+    given each rank its own cores, this choice does not change.
     """
     if threads := requested_threads():
         torch.set_num_threads(threads)
@@ -44,7 +45,7 @@ def bind_to_cores(world: World) -> str:
 
 
 def split_cores(cores: Sequence[int], index: int, ranks: int) -> Sequence[int]:
-    """Return the cores of one of several ranks: adjacent ones, which share caches, and at least one."""
+    """Return the cores for the rank ``index``: at least one core, and adjacent cores, which share caches."""
     if len(cores) < ranks:
         return [cores[index % len(cores)]]
     return cores[index * len(cores) // ranks : (index + 1) * len(cores) // ranks]
@@ -55,7 +56,7 @@ def _usable_cores() -> list[int]:
 
 
 def _cores_of_local_ranks(world: World, cores: list[int]) -> list[list[int]]:
-    """Return the cores that each rank of this host may use, by local rank."""
+    """Return the cores that each rank of this host may use, in the order of the local ranks."""
     gathered = world.gather((world.local_rank, cores))
     first = world.rank - world.local_rank
     next_host = next((rank for rank in range(first + 1, world.size) if gathered[rank][0] == 0), world.size)
@@ -65,9 +66,9 @@ def _cores_of_local_ranks(world: World, cores: list[int]) -> list[list[int]]:
 def keep_freed_memory() -> None:
     """Make malloc keep freed memory for the next allocation. This has no effect without glibc.
 
-    By default, glibc maps every block of more than 32 MiB and unmaps it when it is freed. Logits and gradients are such
-    blocks, so the kernel would clear their pages in every step, which costs a fifth of the step. All threads use
-    the main arena, because other arenas cannot keep large blocks, such as gloo's receive buffers.
+    By default, glibc maps every block of more than 32 MiB and unmaps it when it is freed. Logits and gradients are that
+    large, so the kernel would clear their pages in every step, which costs a fifth of the step. All threads use the
+    main arena, because other arenas cannot keep large blocks, such as gloo's receive buffers.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

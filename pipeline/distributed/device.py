@@ -1,4 +1,4 @@
-"""Properties of the device: name, memory, matrix-product speed, and whether torch.compile works."""
+"""Read properties of the device: name, memory, matrix-product speed, and whether torch.compile works."""
 
 import logging
 import platform
@@ -23,9 +23,9 @@ def matmul_dtype(precision: str) -> torch.dtype:
 
 
 def measure_matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of large square matrix products on one rank: an upper bound for a model.
+    """Measure the FLOP/s of large square matrix products on one rank, an upper bound for a model.
 
-    It is measured, so that it holds for any device, power limit and number of threads.
+    Measuring gives the right value for any device, power limit and number of threads.
     """
     n = _CEILING_SIZE[device.type]
     if device.type == "cpu" and 64 * _seconds_of_product(n // 4, dtype) > _CEILING_SECONDS:
@@ -90,7 +90,7 @@ class LateValue:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return this process's peak memory: allocated on a GPU, resident on a CPU."""
+    """Return this process's peak memory: the allocated memory on a GPU, the resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -100,7 +100,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def compiler_works(device: torch.device) -> bool:
-    """Return whether ``torch.compile`` can compile and run a trivial function; log the reason if not."""
+    """Return whether ``torch.compile`` can compile and run a trivial function. Log the reason if it cannot."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # noqa: BLE001 - the toolchain may raise anything

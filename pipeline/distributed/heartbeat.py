@@ -1,4 +1,4 @@
-"""Heartbeats between ranks: if a rank dies or hangs, the others exit and name it."""
+"""Exchange heartbeats between ranks. If a rank dies or hangs, the other ranks exit and name the lost rank."""
 
 import os
 import socket
@@ -20,18 +20,19 @@ _LOST_MESSAGE = "lost {}; run the same command again to continue from the last c
 
 
 class Heartbeat:
-    """A thread that writes this rank's heartbeat to the store every second and reads those of other ranks.
+    """A thread that writes this rank's heartbeat to the store every second and reads the heartbeats of other ranks.
 
-    Rank 0 watches all ranks. The others watch rank 0 and read from the store which ranks it has lost, so the number of
-    requests grows only linearly with the world size. If a rank has been silent for ``timeout_s``, the thread prints
-    its name and ends the process with ``LostRankError.exit_status``, because the main thread may hang in a collective.
+    Rank 0 watches all ranks. The other ranks watch rank 0 and read from the store which ranks rank 0 has lost. The
+    number of requests therefore grows only linearly with the world size. If a rank has been silent for ``timeout_s``,
+    the thread prints the rank's name and ends the process with ``LostRankError.exit_status``, because the main thread
+    may hang in a collective.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
         assert world.store is not None
         self.rank, self.size = world.rank, world.size
         self.timeout_s = timeout_s
-        # A separate connection: a request of the main thread that waits would block this thread on a shared one.
+        # Use a separate connection. On a shared connection, a waiting request of the main thread would block this one.
         self._store: Store = PrefixStore("heartbeat", world.store.clone())  # type: ignore[attr-defined]
         self._store.set(f"name_{self.rank}", f"{socket.gethostname()}, pid {os.getpid()}")
         self._store.set(f"beat_{self.rank}", "0")
@@ -39,15 +40,15 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Start the thread. Call it after a barrier: all ranks must have been constructed."""
+        """Start the thread. Call this after a barrier, because every rank must have constructed its heartbeat."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread. Call it after a barrier: the other ranks must not expect further heartbeats."""
+        """Stop the thread. Call this after a barrier, so that no other rank expects further heartbeats."""
         self._stopped.set()
 
     def find_lost(self) -> str | None:
-        """Return which ranks send no heartbeat within a few seconds. Returns None if all do."""
+        """Return the names of the ranks that send no heartbeat within a few seconds, or None if all ranks send one."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         try:
             before = self._beats(others)
@@ -90,7 +91,7 @@ class Heartbeat:
         return ", ".join(f"rank {rank} ({self._store.get(f'name_{rank}').decode()})" for rank in ranks)
 
     def _exit(self, lost: str) -> None:
-        """End the process after a delay in which the other ranks can read the same message from the store."""
+        """End the process after a delay, in which the other ranks can read the same message from the store."""
         if self._stopped.wait(3 * INTERVAL_S):
             return
         print(f"error: {_LOST_MESSAGE.format(lost)}: silent for {self.timeout_s:.0f} s", file=sys.stderr, flush=True)
@@ -100,7 +101,7 @@ class Heartbeat:
 
 @contextmanager
 def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
-    """Watch the other ranks inside the block. All ranks leave it together.
+    """Watch the other ranks inside the block. All ranks leave the block together.
 
     Raises LostRankError if a collective failed because a rank is gone.
     """

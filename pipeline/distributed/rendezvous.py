@@ -1,4 +1,4 @@
-"""How the ranks of a run find each other, also after the launcher has restarted them."""
+"""Let the ranks of a run find each other, also after the launcher has restarted them."""
 
 import time
 import uuid
@@ -13,8 +13,8 @@ _POLL_S = 0.02
 def open_store(rank: int, size: int, timeout: timedelta) -> Store:
     """Return a key-value store that the ranks share, without the keys of earlier starts.
 
-    torchrun keeps one store across restarts. If the ranks found the addresses of their dead predecessors in it, they
-    would wait for them. A single process needs no port: its store is in memory.
+    torchrun keeps one store across restarts. If the ranks found the addresses of earlier, dead ranks in the store, they
+    would wait for these ranks. The store of a single process is in memory and needs no port.
 
     Raises TimeoutError if a rank is missing.
     """
@@ -29,7 +29,7 @@ def open_store(rank: int, size: int, timeout: timedelta) -> Store:
 def _publish_start_id(store: Store, size: int, deadline: float) -> str:
     """Choose an id for this start, send it to every rank that asks, and return it when all ranks have confirmed it.
 
-    Each request has an id of its own, so that an answer to an earlier start's request is recognized as old.
+    Each request has its own id, so that a rank recognizes an answer to a request of an earlier start.
     """
     start_id = uuid.uuid4().hex
     answered: dict[int, str] = {}
@@ -58,7 +58,7 @@ def _request_start_id(store: Store, rank: int, deadline: float) -> str:
 
 
 def _get(store: Store, key: str) -> str:
-    """Return the value of a key, or "" if it is not set: ``Store.get`` would wait for it."""
+    """Return the value of a key, or "" if the key is not set. ``Store.get`` would wait until the key is set."""
     return store.get(key).decode() if store.check([key]) else ""
 
 

@@ -1,4 +1,4 @@
-"""The ranks of a run, this process among them, and the collectives between them."""
+"""The ranks of a run, including this process, and the collectives between the ranks."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a run and the device of this one."""
+    """This rank, its device, and the collectives with the other ranks of the run."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
-    store: Store | None = None  # shared by all ranks; None if there is only one
-    group: dist.ProcessGroup | None = None  # of the collectives; None for torch's default group
+    store: Store | None = None  # shared by all ranks; None if there is only one rank
+    group: dist.ProcessGroup | None = None  # the group for the collectives; None means torch's default group
 
     @property
     def is_main(self) -> bool:
@@ -46,14 +46,17 @@ class World:
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the elementwise sum over all ranks. ``values`` is not changed. Collective."""
+        """Return the elementwise sum over all ranks, and leave ``values`` unchanged.
+
+        This call is collective: every rank must make it.
+        """
         total = values.clone()
         if self.size > 1:
             dist.all_reduce(total, group=self.group)
         return total
 
     def max(self, value: int) -> int:
-        """Return the largest value of any rank. Collective."""
+        """Return the largest value of all ranks. This call is collective: every rank must make it."""
         if self.size == 1:
             return value
         largest = torch.tensor(value, device=self.device)
@@ -66,23 +69,27 @@ class World:
             dist.barrier(group=self.group)
 
     def gather(self, item: Any) -> list[Any]:
-        """Return each rank's small Python object, in rank order. Collective."""
+        """Return the small Python objects of all ranks in rank order.
+
+        This call is collective: every rank must make it.
+        """
         items = [item] * self.size
         if self.size > 1:
             dist.all_gather_object(items, item, group=self.group)
         return items
 
     def broadcast(self, item: Any) -> Any:
-        """Return rank 0's small Python object. Collective."""
+        """Return the small Python object of rank 0. This call is collective: every rank must make it."""
         items = [item]
         if self.size > 1:
             dist.broadcast_object_list(items, group=self.group)
         return items[0]
 
     def call_on_main(self, function: Callable[[], Result]) -> Result:
-        """Call a function on the main rank and broadcast its small result. Collective.
+        """Call a function on the main rank, and return its small result on every rank.
 
-        If the function raises a ``UserError``, the other ranks raise ``MainRankError``.
+        This call is collective: every rank must make it. If the function raises a ``UserError``, the other ranks raise
+        ``MainRankError``.
         """
         result: Result | None = None
         failure: UserError | None = None
@@ -100,9 +107,10 @@ class World:
         return cast(Result, result)
 
     def with_cpu_group(self) -> World:
-        """Return the same ranks with a gloo process group of their own, for collectives on CPU tensors. Collective.
+        """Return a world with the same ranks and a new gloo process group, for collectives on CPU tensors.
 
-        A second thread may use it while another one uses this world.
+        This call is collective: every rank must make it. One thread may use the new world while another thread uses
+        this world.
         """
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if self.size > 1 else None
         return replace(self, device=torch.device("cpu"), group=group)
@@ -110,12 +118,13 @@ class World:
 
 @contextmanager
 def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]:
-    """Join the ranks that the launcher started; under plain ``python`` there is one rank.
+    """Join the ranks that the launcher started. Without a launcher, there is one rank.
 
     Args:
-        process_group: create torch's process group even for one rank, because DDP, FSDP and DeepSpeed need it.
+        process_group: whether to create torch's process group even for one rank. FSDP and DeepSpeed need this group.
 
-    Raises ConfigError if this machine does not have the device, or if MPS is to run in several processes.
+    Raises:
+        ConfigError: this machine does not have the requested device, or the device is MPS and there are several ranks.
     """
     rank, size, local_rank = launched_rank(), launched_world_size(), launched_local_rank()
     device = _choose_device(run.device, local_rank)
@@ -130,7 +139,7 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
     try:
         yield world
     finally:
-        has_lost_rank = isinstance(sys.exc_info()[1], LostRankError)  # destroying its process group can hang
+        has_lost_rank = isinstance(sys.exc_info()[1], LostRankError)  # destroying the process group could hang
         if dist.is_initialized() and not has_lost_rank:
             dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Generating token ids: drawing one from logits, and continuing several prompts side by side."""
+"""Generate token ids: draw a token from logits, and continue several prompts side by side."""
 
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
@@ -16,14 +16,14 @@ PADDING = 0  # any id: no token attends to it
 
 
 def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> int:
-    """Return the id of one token.
+    """Draw a token from logits, and return its id.
 
-    ``top_k`` applies before ``top_p`` (nucleus sampling, Holtzman et al. 2020), which keeps the fewest tokens,
-    likeliest first, that together reach the probability. At least one token is kept.
+    ``top_k`` applies before ``top_p`` (nucleus sampling, Holtzman et al. 2020). ``top_p`` keeps the fewest most likely
+    tokens whose probabilities sum to at least ``top_p``, so it always keeps at least one token.
 
     Args:
         logits: (V,) fp32 on the CPU.
-        generator: on the CPU; not used at temperature 0.
+        generator: a generator on the CPU. It is not used at temperature 0.
     """
     if sample.temperature == 0:
         return int(logits.argmax())
@@ -35,7 +35,7 @@ def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> in
         ids = torch.arange(logits.numel())
     probabilities = torch.softmax(logits / sample.temperature, dim=0)
     if sample.top_p is not None:
-        before = probabilities.cumsum(0) - probabilities  # the probability of all likelier tokens together
+        before = probabilities.cumsum(0) - probabilities  # the sum of the probabilities of all more likely tokens
         probabilities = probabilities.masked_fill(before >= sample.top_p, 0.0)
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
@@ -51,17 +51,17 @@ def generate_batch(
 ) -> Iterator[dict[int, int]]:
     """Generate one token per prompt at a time, at most ``sample.max_new_tokens`` times.
 
-    Each row draws from its own random stream, so up to rounding a row does not depend on the others.
+    Each row draws from its own random stream, so a row depends on the other rows only by rounding.
 
     Args:
-        model: in evaluation mode.
-        prompts: at least one id each. The model sees a long prompt from ``window_start`` on.
-        sample: its ``prompt`` and ``stop`` are not used.
-        end_of_text: a row stops before this id; None: never.
-        stopped: rows that get no further tokens. The caller may add rows between two tokens.
+        model: the model, in evaluation mode.
+        prompts: token ids, at least one per prompt. The model sees a long prompt from ``window_start`` on.
+        sample: the options. ``prompt`` and ``stop`` are not used.
+        end_of_text: the id before which a row stops. If None, no id stops a row.
+        stopped: the rows that get no further tokens. The caller may add rows between two tokens.
 
     Yields:
-        The new token of each row that has not stopped.
+        The new token of each row that has not stopped, by the index of the row.
     """
     assert prompts and all(prompts), "a prompt is empty"
     generators = [torch.Generator().manual_seed(derive_seed(seed, "generate", str(row))) for row in range(len(prompts))]
@@ -85,8 +85,8 @@ class Decoder:
     """A model with a key-value cache of the texts that it continues.
 
     Args:
-        rows: number of texts.
-        longest: number of tokens that the longest text will have at the end.
+        rows: the number of texts.
+        longest: the number of tokens that the longest text will have at the end.
     """
 
     def __init__(self, model: GPT2, rows: int, longest: int) -> None:
@@ -94,14 +94,14 @@ class Decoder:
         length = min(longest, model.config.context_length)
         self.model = model
         self.cache = KeyValueCache(model.config, rows, length, device=weight.device, dtype=weight.dtype)
-        self._starts: list[int] = []  # of the windows in the cache
+        self._starts: list[int] = []  # the first token of each text that is in the cache
 
     @torch.inference_mode()
     def next_token_logits(self, texts: list[list[int]]) -> Tensor:
         """Return the logits of the token after each text, (B, V) fp32 on the CPU.
 
         Args:
-            texts: those of the previous call with one more token each, or new ones at the first call.
+            texts: new texts in the first call. In later calls, the texts of the previous call with one more token each.
         """
         starts = [window_start(len(text), self.model.config.context_length) for text in texts]
         if starts == self._starts:
@@ -126,8 +126,8 @@ class Decoder:
 def window_start(length: int, context_length: int) -> int:
     """Return the index of the first token that the model sees when it predicts the token after a text.
 
-    It is 0 while the text fits into the context. After that it moves half a context at a time: positions are absolute,
-    so each move invalidates the key-value cache.
+    The index is 0 while the text fits into the context. After that it moves by half a context at a time, because
+    positions are absolute and each move invalidates the key-value cache.
     """
     half = max(context_length // 2, 1)
     surplus = max(length - context_length, 0)

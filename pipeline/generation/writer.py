@@ -1,4 +1,4 @@
-"""Completing prompts as text: with a checkpoint, and with a model while it trains."""
+"""Complete prompts as text, with a checkpoint or with a model in training."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32") -> 
     """Load a checkpoint to complete prompts.
 
     Args:
-        checkpoint: a checkpoint, or a run folder for its newest good checkpoint.
-        dtype: a key of ``DTYPES``, for weights and matrix products.
+        checkpoint: a checkpoint folder, or a run folder, whose newest good checkpoint is used.
+        dtype: a key of ``DTYPES``, the dtype of weights and matrix products.
 
     Raises:
-        CheckpointError: no good checkpoint was found, or its vocabulary is not GPT-2's.
+        CheckpointError: there is no good checkpoint, or the vocabulary of the model is not GPT-2's.
     """
     loaded = load_model(checkpoint, device)
     if loaded.config.model.vocab_size != GPT2_VOCAB_SIZE:
@@ -45,14 +45,14 @@ def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32") -> 
 
 
 class Writer:
-    """A model with GPT-2's vocabulary, and the tokenizer. ``sample.prompt`` is not used."""
+    """A model that completes text, with GPT-2's tokenizer. Its methods do not use ``sample.prompt``."""
 
     def __init__(self, model: GPT2) -> None:
         self.model = model
         self.tokenizer = load_tokenizer()
 
     def stream(self, prompt: str, sample: SampleConfig, seed: int) -> Iterator[str]:
-        """Yield the completion of one prompt in pieces, as they are generated."""
+        """Yield the completion of one prompt in pieces, each as soon as it is generated."""
         for _, piece in self._generate([prompt], sample, seed):
             yield piece
 
@@ -87,8 +87,8 @@ class TextStream:
     """The text of one row of tokens.
 
     Args:
-        token_bytes: bytes of each token by id.
-        stops: the text ends before the first of them; none may be empty.
+        token_bytes: the bytes of each token by id.
+        stops: the stop texts. The text ends before the first stop text. A stop text must not be empty.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str] = ()) -> None:
@@ -100,7 +100,7 @@ class TextStream:
         self._held = ""  # may be the beginning of a stop text
 
     def feed(self, token: int) -> str:
-        """Return the text that is final after this token; empty within a character or a possible stop text."""
+        """Return the text that is final after this token. It is empty within a character or a possible stop text."""
         return self._release(self._decoder.decode(self._token_bytes[token]))
 
     def finish(self) -> str:
@@ -129,10 +129,10 @@ def _overlap(text: str, stop: str) -> int:
 def prompt_loop(
     writer: Writer, sample: SampleConfig, seed: int, ask: Callable[[], str], show: Callable[[str], None]
 ) -> None:
-    """Complete each prompt that ``ask`` returns, until it raises EOFError; the seed grows by 1 per prompt.
+    """Complete each prompt that ``ask`` returns, until ``ask`` raises EOFError. The seed grows by 1 per prompt.
 
-    ``show`` gets the prompt, then each piece of text as it is generated. Ctrl-C ends the current completion; at the
-    prompt it raises KeyboardInterrupt.
+    ``show`` receives the prompt, then each piece of text as soon as the piece is generated. Ctrl-C ends the current
+    completion. If no completion is in progress, Ctrl-C raises KeyboardInterrupt.
     """
     while True:
         try:
@@ -152,10 +152,11 @@ def prompt_loop(
 
 
 def complete_while_training(backend: Backend, config: Config, world: World) -> str:
-    """Return the prompt of ``sample`` and its completion up to ``<|endoftext|>``. Collective.
+    """Return the prompt of ``sample`` and its completion up to ``<|endoftext|>``.
 
-    Call it within ``backend.evaluation_mode()``. Each token takes a forward pass over the whole text, because a
-    wrapped model has no key-value cache. All ranks run all ``max_new_tokens`` passes, also after ``<|endoftext|>``.
+    This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``. Each
+    token needs a forward pass over the whole text, because a wrapped model has no key-value cache. All ranks run
+    ``max_new_tokens`` forward passes, even if ``<|endoftext|>`` comes earlier.
     """
     sample, tokenizer = config.sample, load_tokenizer()
     generator = torch.Generator().manual_seed(derive_seed(config.run.seed, "sample"))

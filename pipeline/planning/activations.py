@@ -1,9 +1,9 @@
 """Find the memory of one micro-batch, without weights and gradients, by tracing the real model on fake tensors.
 
 Fake tensors have shapes and dtypes but no memory. The GPT-2 of :mod:`pipeline.model.gpt2` runs one forward and backward
-pass on them, and every storage is counted from the operation that allocates it until it is freed. The plan therefore
-follows every change of the model, the loss or the attention. The tensors are fake CPU tensors: other devices are
-assumed to keep the same ones.
+pass on fake tensors. Every storage is counted from the operation that allocates the storage until the storage is freed.
+A change of the model, the loss or the attention therefore changes the plan, too. The tensors are fake CPU tensors; the
+plan assumes that other devices keep the same tensors.
 """
 
 import weakref
@@ -25,22 +25,22 @@ from pipeline.model.output_layer import padded_vocab_size
 from pipeline.model.precision import AutocastModel, Bf16ViewModel
 from pipeline.model.recomputation import recompute_blocks
 
-#: How a backend computes: fp32 weights under autocast, bf16 copies of fp32 weights, or bf16 weights.
+#: The weights that a backend computes with: fp32 under autocast, bf16 copies of fp32 weights, or bf16.
 Compute = Literal["autocast", "bf16_view", "bf16_weights"]
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest memory between two finished gradients."""
+    """The peak memory in the interval between two finished gradients."""
 
-    finished_elements: int  # of all parameters whose gradients are finished, in the order of the backward pass
+    finished_elements: int  # elements of all parameters whose gradients are finished
     activation_bytes: int  # without logits; includes copies of weights and the gradient that is being computed
-    logit_bytes: int  # of tensors whose last dimension is the vocabulary
+    logit_bytes: int  # bytes of the tensors whose last dimension is the vocabulary
 
 
 @dataclass(frozen=True)
 class Request:
-    """One micro-batch through one model. ``precision`` only matters under autocast."""
+    """The model and the micro-batch to trace. ``precision`` only matters under autocast."""
 
     model: ModelConfig
     compute: Compute
@@ -51,11 +51,11 @@ class Request:
 
 @lru_cache(maxsize=512)
 def trace_activations(request: Request) -> tuple[Peak, ...]:
-    """Return the peaks of a forward and backward pass, in order. At the first, no gradient is finished.
+    """Return the peaks of a forward and backward pass, in order. No gradient is finished before the first peak.
 
-    A deep model is not traced whole. Its blocks are alike, so two shallow models are traced, and every further block
-    adds the difference between them. Memory grows linearly from the first to the last block, so that no peak in between
-    exceeds both ends.
+    A deep model is not traced directly. Because all its blocks are equal, the function traces two shallow models, and
+    adds the difference between the two for every further block. Memory changes linearly from block to block, so no peak
+    in the middle is larger than both the peak at the first block and the peak at the last block.
     """
     config = request.model
     period = max(1, int(config.activation_checkpointing))
@@ -70,7 +70,9 @@ def trace_activations(request: Request) -> tuple[Peak, ...]:
 
 
 def _extrapolate(shallow: Sequence[Peak], deeper: Sequence[Peak], periods: int) -> tuple[Peak, ...]:
-    """Return the peaks of a model with ``periods`` more periods than the shallow model; the deeper model has one more.
+    """Return the peaks of a model with ``periods`` more periods than the shallow model.
+
+    The deeper model has one more period than the shallow model. A period is a group of blocks that repeats.
 
     The backward pass begins at the last block. The first half of the shallow model's peaks therefore belongs to the
     last blocks of any deeper model, and the second half to its first blocks.
@@ -113,15 +115,16 @@ def _build(request: Request) -> tuple[GPT2, nn.Module]:
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that operations inside this mode allocate, until they are freed.
 
-    Works on real and on fake tensors. It does not see what a kernel allocates and frees internally.
+    This works with real and with fake tensors. It does not count the memory that a kernel allocates and frees
+    internally.
     """
 
     def __init__(self, vocabulary: Container[int] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
-        self.logits = 0  # the share of total whose last dimension is in ``vocabulary``
+        self.logits = 0  # the bytes in ``total`` of tensors whose last dimension is in ``vocabulary``
         self._vocabulary = vocabulary
-        self._counted: dict[int, tuple[int, int]] = {}  # storage -> its share of total and of logits
+        self._counted: dict[int, tuple[int, int]] = {}  # storage -> its bytes in ``total`` and in ``logits``
         self._ignored: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -158,11 +161,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _PeakRecorder(LiveBytes):  # type: ignore[no-untyped-call]
-    """Records the peak between each two finished gradients."""
+    """Records the peak in each interval between two finished gradients."""
 
     def __init__(self, vocab_size: int, tied_shape: torch.Size) -> None:
         super().__init__(vocabulary={vocab_size, padded_vocab_size(vocab_size)})
-        self.peaks: dict[tuple[int, bool], Peak] = {}  # a forward peak and backward peaks, which grow independently
+        self.peaks: dict[tuple[int, bool], Peak] = {}  # (finished elements, is forward pass) -> peak
         self._tied_shape = tied_shape
         self._finished = 0
 
@@ -178,7 +181,7 @@ class _PeakRecorder(LiveBytes):  # type: ignore[no-untyped-call]
         return result
 
     def finish_gradient(self, parameter: Tensor) -> None:
-        """Count the parameter's gradient as finished, and no longer among the activations."""
+        """Count the parameter's gradient as finished, and no longer as an activation."""
         assert parameter.grad is not None
         self.ignore([parameter.grad])
         self._finished += parameter.numel()

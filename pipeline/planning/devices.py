@@ -1,4 +1,4 @@
-"""The devices that a plan knows: published figures of GPUs, and this machine, measured."""
+"""The devices that a plan can use: GPUs with published figures, and this machine with measured figures."""
 
 import os
 import time
@@ -15,37 +15,37 @@ THIS = "this"
 
 @dataclass(frozen=True)
 class Device:
-    """The device of one rank, and the links of a machine with ``per_node`` devices, in one direction."""
+    """The device of one rank, and the bandwidths of a machine with ``per_node`` devices, in one direction."""
 
     name: str
     memory_gib: float  # as torch reports it
-    bf16_tflops: float  # of dense matrix products with fp32 accumulation
+    bf16_tflops: float  # dense matrix products with fp32 accumulation
     fp32_tflops: float  # without TF32
     node_gb_per_s: float  # between devices of a node
     network_gb_per_s: float  # per device, between nodes
     host_gb_per_s: float  # between the device and the host's memory
     mfu: float  # assumed fraction of the FLOP/s that a training step reaches
     per_node: int = 8
-    reserved_gib: float = 1.0  # of driver context, collectives and libraries
-    fragmentation: float = 0.05  # assumed fraction of the other memory that the allocator loses
+    reserved_gib: float = 1.0  # used by the driver context, collectives and libraries
+    fragmentation: float = 0.05  # assumed fraction of the remaining memory that fragmentation takes
 
     @property
     def usable_bytes(self) -> int:
-        """The memory for tensors."""
+        """The bytes of memory that tensors can use."""
         return int((self.memory_gib - self.reserved_gib) * (1 - self.fragmentation) * GIB)
 
     def flops(self, precision: str) -> float:
-        """Return the FLOP/s of matrix products in this precision."""
+        """Return the FLOP/s of matrix products in a precision."""
         return TERA * (self.fp32_tflops if precision == "fp32" else self.bf16_tflops)
 
     def link_bytes_per_s(self, world_size: int) -> float:
-        """Return the published bandwidth of the slowest link among this many ranks."""
+        """Return the published bandwidth of the slowest link among ``world_size`` ranks."""
         return GB * (self.node_gb_per_s if world_size <= self.per_node else self.network_gb_per_s)
 
 
-#: From NVIDIA's data sheets: dense TFLOP/s, NVLink or PCIe. DGX H100 and H200 have a network of 400 Gbit/s per GPU and
-#: DGX A100 of 200. Eight of the small cards are assumed to share 100. MFU: llm.c reports 0.40 for GPT-2 on eight H100,
-#: and 0.60 on eight A100, where 0.50 is assumed; the values of the small cards are guesses.
+#: Dense TFLOP/s and NVLink or PCIe bandwidths are from NVIDIA's data sheets. The network has 400 Gbit/s per GPU in DGX
+#: H100 and H200, and 200 Gbit/s in DGX A100. We assume that eight small cards share 100 Gbit/s. llm.c reports an MFU of
+#: 0.40 for GPT-2 on eight H100, and of 0.60 on eight A100, for which we assume 0.50. Other MFUs are guesses.
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
@@ -61,10 +61,10 @@ DEVICES: dict[str, Device] = {
 
 
 def find_device(name: str, precision: str) -> Device:
-    """Return a device of the table, or this machine's if the name is ``this``.
+    """Return the device with this name from ``DEVICES``, or measure this machine if the name is ``this``.
 
     Raises:
-        ConfigError: if the name is unknown.
+        ConfigError: the name is unknown.
     """
     if name == THIS:
         return _measure_this_machine(precision)
@@ -74,7 +74,10 @@ def find_device(name: str, precision: str) -> Device:
 
 
 def _measure_this_machine(precision: str) -> Device:
-    """Return the first GPU, or else the CPU with its whole memory for one rank. FLOP/s and copies are measured."""
+    """Return the first GPU, or the CPU if there is no GPU, with measured FLOP/s and copy bandwidth.
+
+    The plan assumes that one rank uses the whole memory of the CPU.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     tflops = measure_matmul_ceiling(device, matmul_dtype(precision)) / TERA
@@ -99,7 +102,7 @@ def _measure_this_machine(precision: str) -> Device:
 
 
 def _measure_copy(device: torch.device) -> float:
-    """Return bytes/s of a copy through the host's memory, the slowest way that ranks of one machine communicate."""
+    """Return the bytes/s of a copy from host memory, the slowest way in which ranks of one machine communicate."""
     source = torch.ones(1 << 24, dtype=torch.uint8)
     target = torch.empty_like(source, device=device)
     target.copy_(source)

@@ -1,8 +1,7 @@
-"""Where each backend keeps weights, master weights, moments, gradients and buffers, in bytes on the fullest rank.
+"""Compute the bytes of weights, master weights, moments, gradients and buffers on the rank that uses most memory.
 
-The formulas follow what this project's backends do with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` names the
-source of every term, and ``make plan-check`` compares them with measured peaks and with the real wrapping code.
-N is the number of parameters (with padding rows), W the number of ranks.
+The formulas describe this project's backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` names the
+source of every term. ``make plan-check`` compares the results with measured peaks and with the real wrapping code.
 """
 
 import math
@@ -28,15 +27,18 @@ REPLICATED_BUCKET_ELEMENTS = 500_000_000
 
 @dataclass(frozen=True)
 class Layout:
-    """Bytes on one rank. Gradients and buffers are functions of the number of elements with finished gradients."""
+    """The bytes of state on one rank.
+
+    ``gradients`` and ``buffers`` are functions of the number of elements whose gradients are finished.
+    """
 
     compute: Compute
     parameters: int  # the weights that the model computes with, while they are not gathered
-    masters: int  # fp32 weights beside the parameters
+    masters: int  # fp32 weights in addition to the parameters
     optimizer: int
     gradients: Callable[[int], int]
     buffers: Callable[[int], int]  # gathered weights, buckets, copies for collectives
-    host: int = 0  # offloaded to the host's memory
+    host: int = 0  # bytes of offloaded state in the host's memory
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class _Case:
-    """What a layout depends on."""
+    """The values that a layout depends on."""
 
     sizes: Sizes
     world_size: int
@@ -61,20 +63,20 @@ class _Case:
 
     @property
     def width(self) -> int:
-        """Bytes per element of the weights that the model computes with."""
+        """The bytes per element of the weights that the model computes with."""
         return BF16 if self.is_bf16 else FP32
 
     @property
     def compute(self) -> Compute:
-        """How a backend that keeps bf16 weights for bf16 computes."""
+        """The weights that a backend computes with if it keeps bf16 weights in the precision ``bf16``."""
         return "bf16_weights" if self.is_bf16 else "autocast"
 
     def growing(self, total: int) -> Callable[[int], int]:
-        """Return bytes that grow from 0 to the total as gradients finish."""
+        """Return a function for bytes that grow from 0 to ``total`` as gradients are finished."""
         return lambda finished: total * finished // self.sizes.total
 
     def partitions(self) -> Iterator[tuple[list[int], int]]:
-        """Yield the sizes of each optimizer group's parameters, and the group's elements per rank, an even number."""
+        """Yield the sizes of the parameters in each optimizer group, and the group's elements per rank (an even number)."""
         for decays in (True, False):
             group = [math.prod(shape) for shape in self.sizes.shapes if (len(shape) >= 2) == decays]
             yield group, 2 * -(-sum(group) // (2 * self.world_size))
@@ -82,7 +84,7 @@ class _Case:
 
 @cache
 def sizes_of(model: ModelConfig) -> Sizes:
-    """Return the shapes of the real model, built without memory."""
+    """Return the sizes of the real model's parameters. The model is built without allocating memory."""
     with torch.device("meta"):
         built = GPT2(model)
     block = sum(parameter.numel() for parameter in built.h[0].parameters())
@@ -111,14 +113,14 @@ def _replicated(case: _Case, gradients: Callable[[int], int], buffers: Callable[
 
 
 def _ddp(case: _Case) -> Layout:
-    """Gradients are views of the buckets, which stay from one step to the next."""
+    """Return the layout of DDP: gradients are views of the buckets, which stay allocated between steps."""
     whole = FP32 * case.sizes.total
     stays = case.accumulates or case.world_size > 1
     return _replicated(case, gradients=_always(whole) if stays else case.growing(whole), buffers=_always(0))
 
 
 def _zero0(case: _Case) -> Layout:
-    """Gradients are copied into flat buckets after all of them are finished."""
+    """Return the layout of ZeRO-0: after all gradients are finished, they are copied into flat buckets."""
     total = case.sizes.total
     bucket = FP32 * min(total, REPLICATED_BUCKET_ELEMENTS) if case.world_size > 1 else 0
     return _replicated(
@@ -129,9 +131,10 @@ def _zero0(case: _Case) -> Layout:
 
 
 def _fsdp(case: _Case) -> Layout:
-    """Each parameter is cut along its rows, and each rank allocates the largest shard.
+    """Return the layout of FSDP2: each parameter is sharded along its rows, and each rank allocates the largest shard.
 
-    The root and two consecutive blocks are gathered at a time; without resharding, the root and all blocks.
+    The root and two consecutive blocks are gathered at a time. Without resharding, the root and all blocks are
+    gathered.
     """
     sizes = case.sizes
     shard = sum(-(-shape[0] // case.world_size) * math.prod(shape[1:]) for shape in sizes.shapes)
@@ -143,7 +146,7 @@ def _fsdp(case: _Case) -> Layout:
         return FP32 * sizes.total if case.accumulates else FP32 * (shard * finished // sizes.total)
 
     def buffers(finished: int) -> int:
-        """Return gathered weights, plus a group's finished gradients and their copy for the reduce-scatter."""
+        """Return the bytes of gathered weights, a group's finished gradients, and their copy for the reduce-scatter."""
         if finished == 0:
             return root + blocks
         if finished == sizes.total:
@@ -154,7 +157,7 @@ def _fsdp(case: _Case) -> Layout:
 
 
 def _overlapping_elements(case: _Case) -> int:
-    """Return the elements of all parameters that overlap one rank's partition, on the fullest rank."""
+    """Return the elements of all parameters that overlap a rank's partition, for the rank with the most elements."""
     largest = 0
     for group, partition in case.partitions():
         overlapping = [0] * case.world_size
@@ -168,7 +171,7 @@ def _overlapping_elements(case: _Case) -> int:
 
 
 def _reduce_buckets(case: _Case) -> int:
-    """Return the bytes of contiguous buffers: two if reduction overlaps with the backward pass, else one."""
+    """Return the bytes of the contiguous buffers: two if reductions overlap with the backward pass, otherwise one."""
     zero = case.backend.zero
     if not zero.get("contiguous_gradients", True):
         return 0
@@ -177,11 +180,11 @@ def _reduce_buckets(case: _Case) -> int:
 
 
 def _zero1(case: _Case) -> Layout:
-    """Moments and master weights are partitioned. Gradients are whole between micro-steps."""
+    """Return the layout of ZeRO-1: moments and master weights are partitioned. Accumulated gradients are whole."""
     sizes = case.sizes
     shard = sum(partition for _, partition in case.partitions())
     if case.is_bf16:
-        # DeepSpeed's BF16_Optimizer keeps fp32 gradients of all parameters beside those that are being computed.
+        # DeepSpeed's BF16_Optimizer keeps fp32 gradients of all parameters in addition to the bf16 gradients.
         new = _always(BF16 * sizes.total) if case.accumulates else case.growing(BF16 * sizes.total)
         gradients, buffers = lambda finished: FP32 * sizes.total + new(finished), _always(0)
     else:
@@ -192,13 +195,17 @@ def _zero1(case: _Case) -> Layout:
 
 
 def _shard_after_backward(case: _Case, shard: int) -> Callable[[int], int]:
-    """Return buckets during the backward pass, and the fp32 gradients of the rank's partition after it."""
+    """Return the bytes of buffers: buckets in the backward pass, then the fp32 gradients of the rank's partition."""
     buckets = _reduce_buckets(case)
     return lambda finished: FP32 * shard if finished == case.sizes.total else buckets
 
 
 def _zero2(case: _Case) -> Layout:
-    """Gradients are partitioned too: exactly with bf16 weights, else all parameters that overlap the partition."""
+    """Return the layout of ZeRO-2: as ZeRO-1, with partitioned gradients.
+
+    With bf16 weights, a rank keeps exactly the gradients of its partition. Otherwise it keeps the gradients of all
+    parameters that overlap the partition.
+    """
     sizes, width = case.sizes, case.width
     shard = sum(partition for _, partition in case.partitions())
     kept = FP32 * (shard if case.is_bf16 else _overlapping_elements(case))
@@ -220,7 +227,10 @@ def _zero2(case: _Case) -> Layout:
 
 
 def _zero3(case: _Case) -> Layout:
-    """Each parameter is padded and cut into W shards. Up to ``stage3_max_live_parameters`` weights stay gathered."""
+    """Return the layout of ZeRO-3: each parameter is padded and divided into one shard per rank.
+
+    Up to ``stage3_max_live_parameters`` weights stay gathered.
+    """
     zero = case.backend.zero
     shard = sum(-(-math.prod(shape) // case.world_size) for shape in case.sizes.shapes)
     live = min(case.sizes.total, int(zero.get("stage3_max_live_parameters", MAX_LIVE_ELEMENTS)))

@@ -1,4 +1,4 @@
-"""Plan one config on N devices: the peak memory, whether it fits, the largest micro-batch, the time."""
+"""Plan one config on N devices: peak memory, whether it fits into the device, largest micro-batch, time."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ LARGEST_MICRO_BATCH = 4096  # sequences, the limit of the search
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of one rank, by purpose."""
+    """The peak memory of one rank in bytes, divided by purpose."""
 
     parameters: int
     masters: int
@@ -34,16 +34,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """One backend at one world size."""
+    """The plan of one backend at one world size."""
 
     backend: str
     batch: BatchPlan
     memory: Memory
     host_bytes: int
     usable_bytes: int
-    largest_micro_batch: int  # 0 if not even one sequence fits
+    largest_micro_batch: int  # 0 if one sequence already needs too much memory
     speed: Speed
-    days: float | None  # until the token budget is used; None if it does not fit
+    days: float | None  # days until the token budget is used; None if the peak does not fit into the device's memory
 
     @property
     def fits(self) -> bool:
@@ -51,7 +51,7 @@ class Plan:
         return self.memory.total <= self.usable_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values. Sizes are in bytes."""
+        """Return the plan as JSON values. Sizes are in bytes."""
         memory = {**vars(self.memory), "total": self.memory.total}
         nested = {"batch": vars(self.batch), "memory": memory, "speed": vars(self.speed)}
         return {**vars(self), **nested, "fits": self.fits}
@@ -60,16 +60,16 @@ class Plan:
 def plan_run(
     name: str, config: Config, world_size: int, device: Device, *, mfu: float, tokens: int, grow_batch: bool = False
 ) -> Plan:
-    """Plan a backend.
+    """Plan the memory and the speed of a run.
 
     Args:
         name: the name of the plan.
         tokens: the token budget of the whole run.
-        grow_batch: if the batch is too small for the ranks, use one micro-batch per rank, and skip the search for the
-            largest micro-batch.
+        grow_batch: if True, use one micro-batch per rank if the batch is too small for the ranks, and do not search for
+            the largest micro-batch.
 
     Raises:
-        ConfigError: if the batch does not divide.
+        ConfigError: ``grow_batch`` is False and the batch cannot be divided equally among the ranks.
     """
     if grow_batch:
         size, seq_len = config.batch.micro_batch_size, config.seq_len
@@ -93,9 +93,9 @@ def plan_run(
 
 
 def peak_memory(config: Config, plan: BatchPlan) -> Memory:
-    """Return the largest memory of a rank's device during a step that is not the first.
+    """Return the peak memory of a rank's device in the second or a later step.
 
-    Optimizer state and buckets exist from the first step on.
+    The first step creates the optimizer state and the buckets.
     """
     layout = layout_of(config, plan)
     request = Request(config.model, layout.compute, config.run.precision, plan.micro_batch_size, plan.seq_len)
@@ -116,7 +116,10 @@ def peak_memory(config: Config, plan: BatchPlan) -> Memory:
 
 
 def largest_micro_batch(config: Config, batch: BatchPlan, device: Device) -> int:
-    """Return the most sequences per micro-batch that fit, up to ``LARGEST_MICRO_BATCH``, with the same accumulation."""
+    """Return the largest micro-batch whose peak fits into the device, at most ``LARGEST_MICRO_BATCH`` sequences.
+
+    The number of micro-steps does not change. Returns 0 if one sequence already needs too much memory.
+    """
 
     def fits(size: int) -> bool:
         return peak_memory(config, replace(batch, micro_batch_size=size)).total <= device.usable_bytes

@@ -16,7 +16,7 @@ _WORLD_SIZES = [1 << power for power in range(13)]
 
 
 def format_plans(config: Config, device: Device, plans: Sequence[Plan], *, mfu: float, tokens: int) -> str:
-    """Return the assumptions, a table of memory and a table of speed."""
+    """Return the assumptions, a table of memory and a table of speed as text."""
     flops = device.flops(config.run.precision)
     lines = [
         f"model    {config.model.preset}, {parameter_count(config.model):,} parameters, {config.run.precision}",
@@ -51,14 +51,14 @@ def _speed_table(plans: Sequence[Plan]) -> Iterator[str]:
 
 
 def draw_world_sizes(path: Path, configs: dict[str, Config], device: Device, *, mfu: float, tokens: int) -> None:
-    """Plan configs for 1 to 4096 ranks, and draw GiB per rank and the tokens/s of all ranks.
+    """Plan configs for 1 to 4096 ranks, and draw the GiB per rank and the tokens/s of all ranks.
 
     Args:
-        path: the picture to write; its suffix selects the format.
-        configs: configs that only differ in the backend, by name.
+        path: the picture to write. The suffix selects the format.
+        configs: configs by name. They differ only in the backend.
 
     Raises:
-        ConfigError: if matplotlib is not installed.
+        ConfigError: matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

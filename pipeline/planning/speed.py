@@ -1,7 +1,7 @@
-"""Estimate what a rank sends per step, and how long the step takes.
+"""Estimate the bytes that a rank sends per step, and the time of a step.
 
-Collectives are counted as rings: an all-gather or a reduce-scatter of n bytes sends n (W-1)/W from each rank, an
-all-reduce twice that (Rajbhandari et al. 2020, section 7).
+The plan assumes ring collectives with W ranks: in an all-gather or a reduce-scatter of n bytes, each rank sends
+n (W-1)/W bytes, and in an all-reduce twice as many (Rajbhandari et al. 2020, section 7).
 """
 
 from dataclasses import dataclass
@@ -14,30 +14,30 @@ from pipeline.planning.layouts import BF16, FP32, MOMENTS, sizes_of
 
 LINK_EFFICIENCY = 0.7  # assumed fraction of a link's published bandwidth
 BACKWARD_SHARE = 2 / 3  # of a micro-step's FLOPs; reductions overlap with the backward pass
-#: Bytes per element of CPUAdam, which reads weight, moments and gradient and writes the first two. They are assumed to
-#: pass at the speed of the host link.
+#: Bytes per element that CPUAdam reads (weight, moments, gradient) and writes (weight, moments). The plan assumes the
+#: bandwidth of the link between device and host for these bytes.
 CPU_ADAM_BYTES = 2 * (FP32 + MOMENTS) + FP32
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one rank sends per optimizer step, by the time at which it sends them."""
+    """The bytes that one rank sends per optimizer step, grouped by the time at which the rank sends them."""
 
-    with_each_micro_step: int  # gathers and reductions that overlap with all of its computing
+    with_each_micro_step: int  # gathers and reductions that overlap with the computation of a micro-step
     with_last_backward: int  # reductions that overlap with the last backward pass
-    after_backward: int  # overlaps with nothing
-    to_and_from_host: int  # offload
+    after_backward: int  # communication that does not overlap
+    to_and_from_host: int  # copies of offloaded state
 
     def per_step(self, accumulation: int) -> int:
-        """Return the bytes sent to other ranks in a whole step."""
+        """Return the bytes that a rank sends to other ranks in a whole step."""
         return accumulation * self.with_each_micro_step + self.with_last_backward + self.after_backward
 
 
 @dataclass(frozen=True)
 class Speed:
-    """A step of all ranks."""
+    """The time and the speed of a step."""
 
-    sent_bytes: int  # by each rank
+    sent_bytes: int  # bytes that each rank sends
     compute_s: float
     exposed_communication_s: float
     tokens_per_s: float
@@ -66,10 +66,10 @@ def traffic(config: Config, plan: BatchPlan) -> Traffic:
 
 
 def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) -> Speed:
-    """Estimate the time of a step from FLOP/s and bandwidth. Communication counts where it exceeds the computing.
+    """Estimate the time of a step from FLOP/s and bandwidth. Adds only the communication that does not overlap.
 
     Args:
-        mfu: fraction of the device's FLOP/s that computing reaches, without communication.
+        mfu: the fraction of the device's FLOP/s that the computation reaches, without communication.
     """
     sent = traffic(config, plan)
     tokens_per_rank = plan.micro_batch_size * plan.seq_len
@@ -87,6 +87,6 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
 
 
 def _recomputation(config: Config) -> float:
-    """Return executed FLOPs / model FLOPs: a recomputed block repeats its forward pass, one third of its FLOPs."""
+    """Return executed FLOPs / model FLOPs. A recomputed block repeats its forward pass, one third of its FLOPs."""
     recomputed = sum(config.model.recomputes_block(i) for i in range(config.model.n_layer))
     return 1 + recomputed / config.model.n_layer / 3

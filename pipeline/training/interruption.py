@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: all ranks stop after the same step."""
+"""Handle signals that ask a run to stop, so that all ranks stop after the same step."""
 
 import signal
 import time
@@ -8,14 +8,14 @@ from types import FrameType
 
 from pipeline.distributed.world import World
 
-#: From schedulers, from Ctrl-C, and from Slurm's --signal=USR1@120 before the time limit.
+#: Sent by schedulers, by Ctrl-C, and by Slurm with --signal=USR1@120 before the time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-#: The launcher forwards a Ctrl-C that its ranks have received themselves. A later one comes from the user.
+#: The launcher forwards a Ctrl-C that the ranks have already received. A SIGINT after this time is a second Ctrl-C.
 _ONE_REQUEST_S = 3.0
 
 
 class StopRequest:
-    """Records signals, and tells all ranks when one of them has received one."""
+    """Records signals, and tells all ranks if any rank has received a signal."""
 
     def __init__(self, world: World) -> None:
         self._world = world.with_cpu_group()
@@ -24,7 +24,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Record signals inside the block instead of ending the process. A second Ctrl-C ends it.
+        """Record signals inside the block instead of ending the process. A second Ctrl-C ends the process.
 
         The handlers stay in place after a ``RuntimeError``, because a lost rank may be the cause. The launcher then
         sends SIGTERM to the remaining ranks, which must not end before they have named the lost rank.
@@ -47,6 +47,9 @@ class StopRequest:
             self.received, self._received_at = number, now
 
     def agreed(self) -> signal.Signals | None:
-        """Return the signal that any rank has received, the same on all ranks, or None. Collective."""
+        """Return a signal that any rank has received, the same on all ranks. Returns None if no rank has received one.
+
+        This call is collective: every rank must make it.
+        """
         number = self._world.max(self.received)
         return signal.Signals(number) if number else None

@@ -1,4 +1,4 @@
-"""Where a run starts: from scratch, from its own newest good checkpoint, or from a named checkpoint."""
+"""Start a run from scratch, from its own newest good checkpoint, or from a named checkpoint."""
 
 import logging
 import os
@@ -20,11 +20,11 @@ from pipeline.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
-AUTO, NONE = "auto", "none"  # values of checkpoint.resume; any other one is a path
+AUTO, NONE = "auto", "none"  # values of checkpoint.resume; any other value is a path
 
 
 def make_run_folder(folder: Path) -> None:
-    """Create a run folder. Raises ConfigError if it cannot be created or written to."""
+    """Create a run folder. Raises ConfigError if the folder cannot be created or is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -36,18 +36,21 @@ def make_run_folder(folder: Path) -> None:
 
 
 def choose_start(config: Config, data_sha256: str) -> Path | None:
-    """Return the checkpoint to continue from, or None to start from scratch. The caller holds the run folder's lock.
+    """Return the checkpoint to resume from, or None to start from scratch. The caller must hold the run folder's lock.
 
-    Remove what crashed saves have left, and set aside checkpoints later than the chosen one: the next start would
-    otherwise continue from them. Raises CheckpointError if the named checkpoint cannot be used, its data order
-    differs, or the folder holds another run.
+    This function removes the incomplete folders of crashed saves. It renames the checkpoints of later steps than the
+    chosen checkpoint, because the next start would otherwise resume from them.
+
+    Raises:
+        CheckpointError: the named checkpoint cannot be used, the data order would change, or the folder contains
+            another run.
     """
     run_folder = Path(config.run.out_dir)
     try:
         remove_leftovers(run_folder)
         start = _find_start(run_folder, config.checkpoint.resume)
         if start is None:
-            set_aside_after(run_folder, -1)  # only damaged checkpoints: a good one would be the start
+            set_aside_after(run_folder, -1)  # all checkpoints are damaged, otherwise the run would resume from one
             return None
         state, stored_config = read_state(start)
         _check_same_run(config, data_sha256, start, state, stored_config)
@@ -76,7 +79,7 @@ def _find_start(run_folder: Path, resume: str) -> Path | None:
 
 
 def _find_named_start(run_folder: Path, named: Path) -> Path:
-    """Return the named checkpoint, or this run's newest one if the run has started from the named one before."""
+    """Return the named checkpoint, or this run's newest checkpoint if an earlier start used the named checkpoint."""
     own = newest_good_checkpoint(run_folder)
     if own and config_section(read_state(own)[1], "checkpoint").get("resume") == str(named):
         log.info("this run has started from %s before: it continues from its own newest checkpoint", named)
@@ -93,7 +96,7 @@ def _find_named_start(run_folder: Path, named: Path) -> Path:
 def _check_same_run(
     config: Config, data_sha256: str, folder: Path, state: TrainingState, stored_config: dict[str, Any]
 ) -> None:
-    """Check that the model is the checkpoint's, and that the order of the data is, if samples have been consumed."""
+    """Check that the config gives the model of the checkpoint, and the same data order if samples were consumed."""
     model = config_section(stored_config, "model")
     settings: list[tuple[str, Any, Any, str]] = [
         ("model.reset_positions_at", model.get("reset_positions_at"), config.model.reset_positions_at, "model")
@@ -122,7 +125,10 @@ def _check_same_run(
 
 
 def load_start(start: Path | None, config: Config, data_sha256: str, backend: Backend, world: World) -> TrainingState:
-    """Return the state to train from, and load its checkpoint, if there is one, into the backend. Collective."""
+    """Return the state to train from. If ``start`` is a checkpoint, load it into the backend.
+
+    This call is collective: every rank must make it.
+    """
     if start is None:
         state = TrainingState(0, 0, 0, 0, *backend.loss_scaler.state, config.run.seed)
     else:
@@ -131,7 +137,10 @@ def load_start(start: Path | None, config: Config, data_sha256: str, backend: Ba
 
 
 def load_checkpoint(folder: Path, backend: Backend, world: World) -> TrainingState:
-    """Load a checkpoint into the backend, log how fast, and return its state. Collective."""
+    """Load a checkpoint into the backend, log the loading speed, and return the training state.
+
+    This call is collective: every rank must make it.
+    """
     started = time.perf_counter()
     state = load_training_state(folder, backend)
     world.barrier()

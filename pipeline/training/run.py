@@ -30,14 +30,15 @@ SHORTEST_COMPILED_CPU_RUN_S = 600.0
 
 
 def train(config: Config) -> Trainer | None:
-    """Train a run to its last step, or continue it.
+    """Train a run to its last step, from scratch or from a checkpoint.
 
-    Returns the trainer, or None if the run was already complete. Freeing the trainer of one of several ranks can hang:
-    keep it until the process ends, as ``launch.cli.run_command`` does.
+    Returns the trainer, or None if the run is already complete. If there are several ranks, freeing the trainer can
+    hang. Keep the trainer until the process ends, as ``launch.cli.run_command`` does.
 
     Raises:
-        UserError: a config, dataset or checkpoint cannot be used. Training has not started.
-        Interrupted: a signal asked the run to stop, and its state is saved.
+        UserError: a config, dataset or checkpoint cannot be used, so training did not start; or training cannot
+            continue, see ``Trainer.fit``.
+        Interrupted: a signal asked the run to stop. The state of the run is saved.
         LostRankError: another rank died or hangs.
     """
     with join_world(config.run) as world, ExitStack() as resources:
@@ -54,10 +55,10 @@ def train(config: Config) -> Trainer | None:
 
 
 def _build_trainer(config: Config, world: World, resources: ExitStack) -> Trainer | None:
-    """Build data plan, run folder, model, backend and trainer. Returns None if the run is already complete.
+    """Build the data plan, run folder, model, backend and trainer. Returns None if the run is already complete.
 
     Args:
-        resources: holds the run folder's lock and the choice of the attention kernel until training has ended.
+        resources: keeps the run folder's lock and the choice of the attention kernel until training has ended.
     """
     if world.device.type == "mps" and config.backend.name != "ddp":
         raise ConfigError(f"backend.name: {config.backend.name} does not run on mps; use ddp, or run.device cpu")
@@ -90,7 +91,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
 
 
 def _open_run_folder(config: Config, data_sha256: str, resources: ExitStack) -> Path | None:
-    """Create and lock the run folder, and return the checkpoint to continue from."""
+    """Create and lock the run folder. Returns the checkpoint to resume from, or None to start from scratch."""
     folder = Path(config.run.out_dir)
     make_run_folder(folder)
     resources.enter_context(lock_run_folder(folder))
@@ -98,10 +99,12 @@ def _open_run_folder(config: Config, data_sha256: str, resources: ExitStack) -> 
 
 
 def choose_compilation(config: Config, world: World, ideal_s: float) -> Config:
-    """Return the config with ``run.compile`` true or false, the same on every rank. Collective.
+    """Return the config with ``run.compile`` set to true or false, the same on every rank.
+
+    This call is collective: every rank must make it.
 
     Args:
-        ideal_s: duration of the whole run at the device's matrix-product throughput.
+        ideal_s: the duration of the whole run in seconds if it reached the device's matrix-product throughput.
     """
     wanted = config.run.compile
     if wanted == "auto":
@@ -113,7 +116,7 @@ def choose_compilation(config: Config, world: World, ideal_s: float) -> Config:
 
 
 def _log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -> None:
-    """Log what the run really uses, before the first step."""
+    """Log the settings that the run actually uses, before the first step."""
     config, backend, device = trainer.config, trainer.backend, trainer.world.device
     dtypes = ", ".join(f"{what} {str(dtype).removeprefix('torch.')}" for what, dtype in backend.dtypes().items())
     log.info("run       %s -> %s", config.run.name, config.run.out_dir)
@@ -129,7 +132,7 @@ def _log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -
 
 
 def _log_data(trainer: Trainer) -> None:
-    """Log the size of each dataset, and how many epochs of it the run trains on."""
+    """Log the size of each dataset and the number of epochs that the run trains on this dataset."""
     loader, max_steps = trainer.loader, trainer.config.schedule.max_steps
     counts = loader.mixture.counts(max_steps * trainer.plan.samples_per_step)
     for dataset, order, share, count in zip(loader.datasets, loader.orders, loader.mixture.shares, counts, strict=True):

@@ -1,4 +1,4 @@
-"""Judge finished steps: which ones were skipped or spiked, and when the run must stop."""
+"""Judge finished steps: find skipped steps and spikes, and stop the run if there are too many."""
 
 import logging
 import math
@@ -18,15 +18,15 @@ from pipeline.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
-#: A window whose standard deviation is below this fraction of its mean is flat: rounding must not look like a spike.
+#: The least standard deviation of a window as a fraction of its mean, so that rounding does not look like a spike.
 _LEAST_RELATIVE_SPREAD = 1e-3
 
 
 class Verdict(Enum):
-    """What became of a step."""
+    """The result of judging a step."""
 
     GOOD = "good"
-    SKIPPED = "skipped"  # its update was not applied
+    SKIPPED = "skipped"  # the update was not applied
     SPIKE = "spike"
 
 
@@ -37,25 +37,28 @@ class TrainedStep:
     step: int
     first_sample: int
     stop_sample: int
-    loss_share: Tensor  # this rank's share of the mean loss: the sum over ranks is the global batch's
+    loss_share: Tensor  # this rank's share; the sum over ranks is the mean loss of the global batch
     grad_norm: LateValue  # global, unscaled, before clipping
     loss_scale: float
     learning_rate: float
 
     def loss(self, world: World) -> float:
-        """Wait for the mean loss of the global batch and return it. Collective."""
+        """Wait for the mean loss of the global batch and return it.
+
+        This call is collective: every rank must make it.
+        """
         return world.sum(self.loss_share).item()
 
 
 @dataclass(frozen=True)
 class FinishedStep:
-    """The numbers that a step is judged by, the same on every rank."""
+    """The numbers by which the guard judges a step, the same on every rank."""
 
     step: int
     first_sample: int
     stop_sample: int
     grad_norm: float
-    loss_scale: float  # that its loss was multiplied by
+    loss_scale: float  # the factor that the loss was multiplied by
     loss: float | None  # of the global batch; None if the run does not watch for spikes
 
     def __str__(self) -> str:
@@ -65,7 +68,7 @@ class FinishedStep:
 
 
 class StepGuard:
-    """Judges a run's steps in order, once the device has finished them. All ranks reach the same verdicts."""
+    """Judges the steps of a run in order, each after the device has finished it. All ranks reach the same verdicts."""
 
     def __init__(self, config: GuardConfig, state: GuardState) -> None:
         self.config = config
@@ -77,7 +80,10 @@ class StepGuard:
         self._queue.append(trained)
 
     def judge_queued(self, world: World, *, leave: int = 0) -> Iterator[tuple[FinishedStep, Verdict]]:
-        """Yield queued steps with their verdicts, oldest first, until ``leave`` steps remain. Collective."""
+        """Yield queued steps with their verdicts, oldest first, until ``leave`` steps remain.
+
+        This call is collective: every rank must make it.
+        """
         while len(self._queue) > leave:
             queued = self._queue.popleft()
             loss = None if self.config.spike_zscore is None else queued.loss(world)
@@ -90,7 +96,8 @@ class StepGuard:
     def judge(self, finished: FinishedStep) -> Verdict:
         """Return the verdict on a step and update the state.
 
-        Raises TrainingError if too many steps in a row were skipped, or if the run has been rolled back too often.
+        Raises TrainingError if too many steps in a row were skipped, or if the step is a spike and the run has already
+        been rolled back ``guard.max_rollbacks`` times.
         """
         if not math.isfinite(finished.grad_norm):
             self._count_skipped(finished)
@@ -112,7 +119,7 @@ class StepGuard:
         return Verdict.GOOD
 
     def after_rollback(self, stored: GuardState, spike: FinishedStep) -> None:
-        """Continue from a checkpoint's state, without the samples of the step that spiked."""
+        """Continue from the guard state of a checkpoint, and skip the samples of the step that spiked."""
         self._queue.clear()
         self.state = replace(
             stored,
@@ -141,7 +148,7 @@ class StepGuard:
             )
 
     def _describe_spike(self, finished: FinishedStep) -> str | None:
-        """Return why a step is a spike. Returns None if it is not, or if the window is not full yet."""
+        """Return the reason why a step is a spike. Returns None if it is not a spike or the window is not full yet."""
         threshold = self.config.spike_zscore
         assert threshold is not None and finished.loss is not None
         if len(self.state.recent) < self.config.spike_window:

@@ -1,4 +1,4 @@
-"""A profile of a few training steps: a trace, and a table of the operators that took longest."""
+"""Profile a few training steps: write a trace and a table of the operators that took longest."""
 
 import logging
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ from torch.profiler import ProfilerActivity, profile, schedule
 log = logging.getLogger(__name__)
 
 PROFILE_FOLDER, TRACE_FILE, TABLE_FILE = "profile", "trace.json", "top_kernels.txt"
-#: Steps before the profile: compilation, the allocators' first blocks, and the profiler's own warm-up step.
+#: Steps before the profile. They include compilation, the first allocations and the profiler's own warm-up step.
 SETTLING_STEPS = 5
 _ROWS, _LOGGED_ROWS, _LONGEST_NAME = 40, 8, 90
 
 
 class StepProfile:
-    """Profiles a number of steps of this process, none if 0: the CPU's operators and the device's kernels.
+    """Profiles operators on the CPU and kernels on the device in ``steps`` steps of this process, or nothing if 0.
 
-    It writes a Chrome trace (chrome://tracing, ui.perfetto.dev) and a table to ``profile/`` in the run folder.
+    It writes a Chrome trace (for chrome://tracing or ui.perfetto.dev) and a table to ``profile/`` in the run folder.
     """
 
     def __init__(self, run_folder: Path, device: torch.device, steps: int) -> None:
@@ -71,7 +71,8 @@ class StepProfile:
     def _is_work(self, row: Any) -> bool:
         """Return whether a row is a kernel (on a GPU) or an operator (on a CPU).
 
-        On a GPU the operator that launched a kernel has the kernel's time, too, and so has an annotation around it.
+        On a GPU, the operator that launched a kernel and the annotations around this operator include the kernel's
+        time, so counting them would count the time twice.
         """
         on_gpu = row.device_type == DeviceType.CUDA
         return on_gpu == (self._device.type == "cuda") and not row.is_user_annotation

@@ -1,4 +1,4 @@
-"""Tokens per second and model FLOPs utilization (MFU) over the time that is spent on training."""
+"""Measure tokens per second and model FLOPs utilization (MFU) over the time that is spent on training."""
 
 import time
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 
 class ThroughputMeter:
-    """Counts steps and measures time since the last reading, without evaluations and checkpoints.
+    """Counts steps and measures the time since the last reading, without the time of evaluations and checkpoints.
 
     Args:
-        tokens_per_step: over all ranks.
-        flops_per_token: of the model's forward and backward pass.
-        ceiling_flops: FLOP/s in matrix products that all ranks together can reach.
+        tokens_per_step: the tokens of a step over all ranks.
+        flops_per_token: the FLOPs of the model's forward and backward pass per token.
+        ceiling_flops: the FLOP/s that all ranks together can reach in matrix products.
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, ceiling_flops: float) -> None:
@@ -22,11 +22,11 @@ class ThroughputMeter:
 
     @property
     def ideal_step_s(self) -> float:
-        """Seconds that a step would take at the ceiling."""
+        """The seconds that a step would take if it reached ``ceiling_flops``."""
         return self.tokens_per_step * self.flops_per_token / self.ceiling_flops
 
     def restart(self) -> None:
-        """Restart the clock. Call it right before the first step."""
+        """Restart the clock. Call this right before the first step."""
         self._started, self._steps, self._waited_s = time.perf_counter(), 0, 0.0
 
     def count_step(self) -> None:
@@ -34,7 +34,7 @@ class ThroughputMeter:
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Return rates since the last reading, as metrics. Synchronize the device first."""
+        """Return the rates since the last reading as metrics. Synchronize the device before this call."""
         now = time.perf_counter()
         seconds = (now - self._started) / self._steps
         tokens_per_s = self.tokens_per_step / seconds

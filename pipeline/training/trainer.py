@@ -40,12 +40,12 @@ log = logging.getLogger(__name__)
 class Trainer:
     """Trains a model from a state to ``schedule.max_steps``.
 
-    It owns the loop: micro-batches, learning rate, logging, evaluation, checkpoints. The backend owns everything that
-    is distributed. :func:`pipeline.training.run.train` builds what a trainer needs.
+    The trainer owns the loop: micro-batches, learning rate, logging, evaluation, checkpoints. The backend owns
+    everything that is distributed. :func:`pipeline.training.run.train` builds the arguments of a trainer.
 
     Args:
-        state: the state that the backend's weights and moments are in.
-        tasks: those of ``evaluation.tasks``, except the validation.
+        state: the progress of the run that the backend's weights and moments correspond to.
+        tasks: the prepared tasks of ``evaluation.tasks`` except ``validation``.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class Trainer:
         self.results: dict[str, float] = {}  # the latest loss and validation loss
 
     def fit(self) -> None:
-        """Train to the last step, with evaluations and checkpoints on the way and at the end.
+        """Train to the last step, with evaluations and checkpoints during training and at the end.
 
         Raises:
-            TrainingError: too many steps were not finite or spiked.
-            CheckpointError: the last checkpoint could not be written. Earlier failures are only logged.
-            Interrupted: a signal asked the run to stop, and its state is saved.
+            TrainingError: too many steps were skipped or spiked.
+            CheckpointError: the last checkpoint could not be written. Earlier failed saves are only logged.
+            Interrupted: a signal asked the run to stop. The state of the run is saved.
         """
         try:
             with self.stop_request.listening(), self.profile.recording():
@@ -100,7 +100,7 @@ class Trainer:
                         raise CheckpointError(outcome.problem)
         finally:
             self.prefetcher.close()
-            self.record.write_saves(self.saver.wait())  # finish and verify saves in flight, also after an error
+            self.record.write_saves(self.saver.wait())  # finish and verify an unfinished save, also after an error
             self.record.close(self.results)
         if received:
             raise Interrupted(
@@ -137,7 +137,7 @@ class Trainer:
         return None
 
     def _record_start(self) -> None:
-        """Record the backend and hardware of this start of the run, which may differ from the last one's."""
+        """Record the backend and hardware of this start of the run, which may differ from those of earlier starts."""
         started = {
             "backend": self.backend.describe(),
             "world_size": self.world.size,
@@ -150,7 +150,7 @@ class Trainer:
         return self.state.step % every_steps == 0 or self.state.step == self.config.schedule.max_steps
 
     def train_step(self) -> TrainedStep:
-        """Queue one optimizer step. Its loss and gradient norm stay on the device, and are read later."""
+        """Queue one optimizer step. The loss and the gradient norm stay on the device and are read later."""
         first_sample = self.guard.next_sample(self.state.samples, self.plan.samples_per_step)
         with self.throughput.waiting_for_data():
             micro_batches = self.prefetcher.micro_batches(first_sample)
@@ -169,11 +169,11 @@ class Trainer:
     def _accumulate(self, micro_batches: list[MicroBatch]) -> Tensor:
         """Accumulate gradients over micro-batches. Returns this rank's share of the global batch's mean loss."""
         scored_targets = self._count_scored_targets(micro_batches)
-        # Backends average gradients over ranks; multiplying by the world size gives their sum.
+        # Backends average gradients over ranks. Multiplying the loss by the world size turns the average into the sum.
         loss_weight = self.world.size / scored_targets
         loss_sum = torch.zeros((), device=self.world.device)
         for i, micro_batch in enumerate(micro_batches):
-            if self.config.model.dropout:  # the same after a resume, on any backend and at any world size
+            if self.config.model.dropout:  # dropout is the same after resuming, on any backend and at any world size
                 torch.manual_seed(derive_seed(self.config.run.seed, "dropout", micro_batch.first_sample))
             tokens, targets = micro_batch.to(self.world.device)
             loss_sum += self.backend.accumulate(tokens, targets, loss_weight, is_last=i == len(micro_batches) - 1)
@@ -199,9 +199,10 @@ class Trainer:
         )
 
     def _judge_finished_steps(self, *, judge_all: bool) -> Iterator[FinishedStep]:
-        """Judge the steps that the device has finished, and yield those that spiked. Collective.
+        """Judge the steps that the device has finished, and yield the steps that spiked.
 
-        Reading the newest step would wait for a GPU, so that step is left for the next call unless ``judge_all``.
+        This call is collective: every rank must make it. Reading the newest step would wait for a GPU. Therefore the
+        next call judges this step, unless ``judge_all`` is True.
         """
         leave = 1 if self.world.device.type == "cuda" and not judge_all else 0
         for finished, verdict in self.guard.judge_queued(self.world, leave=leave):
@@ -214,7 +215,10 @@ class Trainer:
                 self.state = replace(self.state, updates=self.state.updates + 1)
 
     def _roll_back(self, spike: FinishedStep) -> bool:
-        """Load the newest good checkpoint and skip a spike's samples. Returns False if there is none. Collective."""
+        """Load the newest good checkpoint and skip the samples of a spike. Returns False if there is no checkpoint.
+
+        This call is collective: every rank must make it.
+        """
         self.record.write_saves(self.saver.wait())
         folder = self.world.call_on_main(lambda: newest_good_checkpoint(self.run_folder))
         if folder is None:
@@ -232,7 +236,10 @@ class Trainer:
         return True
 
     def log_step(self, trained: TrainedStep) -> None:
-        """Wait for a step's loss and gradient norm, and write a row of metrics. Collective."""
+        """Wait for a step's loss and gradient norm, and write a row of metrics.
+
+        This call is collective: every rank must make it.
+        """
         self.results["loss"] = loss = trained.loss(self.world)
         synchronize(self.world.device)
         row = {
@@ -250,12 +257,15 @@ class Trainer:
         self.record.write(row)
 
     def evaluate(self) -> None:
-        """Measure the validation loss and the tasks, and generate a completion. Collective."""
+        """Measure the validation loss and the tasks, and generate a completion.
+
+        This call is collective: every rank must make it.
+        """
         with self.throughput.paused(), self.backend.evaluation_mode():
             if figures := validate(self.backend, self.loader.datasets, self.config, self.world):
                 self.results["validation_loss"] = figures["val_loss"]
                 self.record.write({"step": self.state.step, "tokens": self.state.tokens, **figures})
-            # Examples and prompts have many shapes, and a compiled model would be compiled again for each.
+            # Examples and prompts have many shapes, and torch would compile the model again for each shape.
             with torch.compiler.set_stance("force_eager"):
                 if self.tasks:
                     figures = measure_tasks(self.tasks, self.backend, self.config, self.world)
@@ -265,7 +275,10 @@ class Trainer:
                     self.record.write({"step": self.state.step, SAMPLE_KEY: text}, console=False)
 
     def save(self) -> None:
-        """Start to save a checkpoint of the current state; training continues meanwhile. Collective."""
+        """Start to save a checkpoint of the current state. Training continues while the checkpoint is written.
+
+        This call is collective: every rank must make it.
+        """
         with self.throughput.paused():
             self.backend.model.assert_tied()
             self.record.write_saves(self.saver.start(replace(self.state, guard=self.guard.state)))
