@@ -31,7 +31,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class World:
-    """This rank, its device, and the collectives with the other ranks of the run."""
+    """The ranks of a run as seen from this rank: its number, its device and the collectives with the other ranks."""
 
     rank: int
     size: int
