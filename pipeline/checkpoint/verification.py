@@ -3,44 +3,61 @@
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_tools.storage.files import sha256_of_file
+from pipeline.checkpoint.finite import describe_not_finite
 from pipeline.checkpoint.layout import (
     MANIFEST_FILE,
     format_size,
     is_checkpoint,
     list_checkpoints,
+    parse_tensor_file,
     read_manifest,
     size_of_folder,
 )
-from pipeline.checkpoint.pieces import index_pieces
+from pipeline.checkpoint.pieces import index_pieces, open_tensors
 from pipeline.checkpoint.state import read_state_file
 from pipeline.errors import CheckpointError
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
 
 log = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
+
 
 def find_damage(folder: Path) -> str | None:
     """Return a description of the first problem of a checkpoint in one line. Returns None if the checkpoint is good.
 
-    Checks the size and the hash of every file, then ``state.json`` and the headers of all tensor files.
+    Checks the size and the hash of every file, then ``state.json`` and the headers of all tensor files, and last that
+    all weights and moments are finite.
     """
     try:
         manifest = read_manifest(folder)
-        entries = manifest["files"].items()
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing releases the GIL
-            problems = list(threads.map(lambda item: _find_file_damage(folder / item[0], item[1]), entries))
-        if problem := next(filter(None, problems), None):
+        if problem := _find_first(lambda item: _find_file_damage(folder / item[0], item[1]), manifest["files"].items()):
             return problem
         read_state_file(folder)
         index_pieces(folder, manifest)
+        return _find_first(_find_not_finite, (folder / name for name in manifest["files"] if parse_tensor_file(name)))
     except CheckpointError as error:
         return str(error)
+
+
+def _find_first(find: Callable[[Item], str | None], items: Iterable[Item]) -> str | None:
+    """Return the first problem that ``find`` returns for an item. Hashing and comparing release the GIL."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return next(filter(None, list(threads.map(find, items))), None)
+
+
+def _find_not_finite(path: Path) -> str | None:
+    """Return the first tensor with NaN or infinite elements. Raises CheckpointError if the file cannot be read."""
+    with open_tensors(path) as file:
+        for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+            if problem := describe_not_finite(file.get_tensor(key)):
+                return f"{path}: {key}: {problem}"
     return None
 
 

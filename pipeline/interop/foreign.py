@@ -1,4 +1,4 @@
-"""Helpers to import a GPT-2 from another program: names, the tied weight, dtypes, shapes and missing tensors."""
+"""Helpers to read a GPT-2 of another program: pickles, names, the tied weight, dtypes, shapes and missing tensors."""
 
 import re
 import warnings
@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import safe_globals
 
+from pipeline.checkpoint.finite import describe_not_finite
+from pipeline.checkpoint.pieces import WEIGHT
 from pipeline.checkpoint.saving import SavedCheckpoint
 from pipeline.config.schema import MODEL_PRESETS, ModelConfig
 from pipeline.errors import CheckpointError
@@ -19,8 +22,26 @@ from pipeline.model.gpt2 import allocate_model
 
 #: The prefix of GPT-2's parameters in a model with an output layer, in nanoGPT and in transformers.
 TRANSFORMER_PREFIX = "transformer."
-_COMPILED_PREFIX = "_orig_mod."  # torch.compile adds it
+
+#: The prefixes that wrappers add: torch.compile, DDP, and modules that hold the model under a name.
+_WRAPPER_PREFIXES = ("_orig_mod.", "module.", "_module.", "model.")
 _MASK_SUFFIXES = (".attn.bias", ".attn.masked_bias")  # some versions store the causal mask as buffers
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SETTINGS_CLASS = ".GPTConfig"  # nanoGPT's and build-nanogpt's
+_MOST_KEYS = 6  # that a message lists
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """A GPT-2 that was read from the files of another program. Its tensors are mapped if the files allow it."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]  # by canonical name, in our orientation, without padding rows; biases may be missing
+    notes: list[str]  # for the user, one line per difference to the model in the files
+
+    def read(self, name: str) -> Tensor:
+        """Return a parameter in our shape, padding rows included."""
+        return read_padded({WEIGHT: self.weights}, model_shapes(self.config), WEIGHT, name)
 
 
 @dataclass(frozen=True)
@@ -34,8 +55,14 @@ class Conversion:
         return "\n".join([str(self.saved), *self.notes])
 
 
+class SettingsObject:
+    """Stands in for a pickled ``GPTConfig``, so that its values are read without running the code of its class."""
+
+
 def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
     """Load a dict that ``torch.save`` wrote, with its tensors mapped. No code in the file is run.
+
+    An object of a class called ``GPTConfig`` becomes a ``SettingsObject`` with the same attributes.
 
     Args:
         expected: what the file should be, for the error message.
@@ -44,60 +71,130 @@ def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
         CheckpointError: the file is something else, is damaged, or holds objects other than tensors and plain values.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Files from before torch 1.6 are not archives and cannot be mapped.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged pickle can raise anything
-        if isinstance(error, UnpicklingError) and (culprit := re.search(r"GLOBAL (\S+)", str(error))):
-            raise CheckpointError(
-                f"{path}: holds {culprit[1]}, and only tensors and plain values are loaded, because anything else "
-                f"could run code; expected {expected}"
-            ) from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        content = _load_pickle(path, [])
+    except UnpicklingError as error:
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
-            f"{path}: cannot be read as a file of torch.save ({reason}); expected a checkpoint folder, a run folder, "
-            f"or {expected}"
-        ) from error
+            f"{path}: holds {culprit[1] if culprit else 'objects'}, and only tensors and plain values are loaded, "
+            f"because anything else could run code; expected {expected}"
+        ) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: does not hold a dict; expected {expected}")
     return content
+
+
+def _load_pickle(path: Path, classes: list[str]) -> Any:
+    """Load a pickle of tensors and plain values. Objects of ``classes`` become ``SettingsObject``s.
+
+    Raises:
+        UnpicklingError: the file holds an object of another class, which its text names after ``GLOBAL``.
+        CheckpointError: the file is not one of ``torch.save``, or is damaged.
+    """
+    try:
+        with warnings.catch_warnings(), safe_globals([(SettingsObject, name) for name in classes]):
+            warnings.simplefilter("ignore")
+            # Files from before torch 1.6 are not archives and cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged pickle can raise anything
+        name = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, UnpicklingError) else None
+        if name and name[1].endswith(_SETTINGS_CLASS) and name[1] not in classes:
+            return _load_pickle(path, [*classes, name[1]])
+        if name:
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read as a file of torch.save ({reason})") from error
 
 
 def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
     """Return the parameters of a state dict by canonical name, with the tied weight once and without masks.
 
     Raises:
-        CheckpointError: a value is not a tensor of floats, a parameter is stored twice, or the output layer differs
-            from the embedding.
+        CheckpointError: no key is one of GPT-2's, a value is not a tensor of finite floats, a parameter is stored
+            twice, an attention mask is not causal, or the output layer differs from the embedding.
     """
     weights: dict[str, Tensor] = {}
     for key, value in state_dict.items():
-        name = str(key).removeprefix(_COMPILED_PREFIX).removeprefix(TRANSFORMER_PREFIX)
+        name = canonical_name(str(key))
         if name in weights:
             raise CheckpointError(f"{where}: {key!r} is stored twice, with and without a prefix")
-        if not name.endswith(_MASK_SUFFIXES):
-            weights[name] = require_floats(f"{where}: {key!r}", value)
+        if name.endswith(_MASK_SUFFIXES):
+            _require_causal(f"{where}: {key!r}", value)
+        else:
+            weights[name] = require_finite_floats(f"{where}: {key!r}", value)
+    if "wte.weight" not in weights:
+        raise CheckpointError(
+            f"{where}: holds no '{TRANSFORMER_PREFIX}wte.weight', the embedding of a GPT-2; {list_keys(state_dict)}"
+        )
     head = weights.pop("lm_head.weight", None)
-    if head is not None and not _are_equal(head, weights.get("wte.weight", head)):
+    if head is not None and not (
+        head.dtype == weights["wte.weight"].dtype and torch.equal(head, weights["wte.weight"])
+    ):
         raise CheckpointError(
             f"{where}: 'lm_head.weight' differs from '{TRANSFORMER_PREFIX}wte.weight'; GPT-2 has one weight for both"
         )
     return weights
 
 
-def _are_equal(first: Tensor, second: Tensor) -> bool:
-    """Return whether two tensors share their memory or are equal. NaN equals NaN only in the first case."""
-    return (first.data_ptr(), first.shape) == (second.data_ptr(), second.shape) or torch.equal(first, second)
+def canonical_name(key: str) -> str:
+    """Return our name of a parameter whose key may have the prefixes of wrappers and of ``transformer``."""
+    while prefix := next(filter(key.startswith, _WRAPPER_PREFIXES), None):
+        key = key.removeprefix(prefix)
+    return key.removeprefix(TRANSFORMER_PREFIX)
 
 
-def require_floats(what: str, value: Any) -> Tensor:
-    """Return a value as a detached tensor, or raise CheckpointError if it is not a dense CPU tensor of floats."""
+def list_keys(content: Mapping[Any, Any]) -> str:
+    """Return the first keys of a dict as text, for a message about one that is missing."""
+    if not content:
+        return "it is empty"
+    shown = ", ".join(repr(str(key)) for key in list(content)[:_MOST_KEYS])
+    more = f" and {len(content) - _MOST_KEYS} more" if len(content) > _MOST_KEYS else ""
+    return f"its keys are {shown}{more}"
+
+
+def _require_causal(what: str, mask: Any) -> None:
+    """Raise CheckpointError if a buffer that looks like the mask of causal attention is another one."""
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.layout == torch.strided and mask.device.type == "cpu":
+        causal = torch.ones(mask.shape[-2:], dtype=torch.bool).tril()
+        if not torch.equal(mask.bool(), causal.expand(mask.shape)):
+            raise CheckpointError(f"{what}: is not the mask of causal attention, which GPT-2 has")
+
+
+def require_finite_floats(what: str, value: Any) -> Tensor:
+    """Return a value as a detached tensor.
+
+    Raises:
+        CheckpointError: the value is not a dense CPU tensor of floats of 16 to 64 bits, or an element is not finite.
+    """
     if not isinstance(value, Tensor):
         raise CheckpointError(f"{what} must be Tensor, found {type(value).__name__}")
-    if not value.is_floating_point() or value.layout != torch.strided or value.device.type != "cpu":
+    if value.dtype not in _DTYPES or value.layout != torch.strided or value.device.type != "cpu":
         raise CheckpointError(f"{what} is {value.dtype}, {value.layout} on {value.device}; expected floats in memory")
+    if problem := describe_not_finite(value.detach()):
+        raise CheckpointError(f"{what}: {problem}; the training that wrote it has diverged, import an earlier file")
     return value.detach()
+
+
+def require_sizes(where: str, weights: Mapping[str, Tensor], sizes: Mapping[str, int], keys: Mapping[str, str]) -> None:
+    """Raise CheckpointError if sizes contradict the weights, before a model of wrong and huge sizes is created.
+
+    Args:
+        where: where the sizes are given, for the error message.
+        sizes: sizes by our names.
+        keys: our names -> the names of the sizes in the file.
+    """
+    width = sizes["n_embd"]
+    for name, key in (("wte.weight", "vocab_size"), ("wpe.weight", "context_length")):
+        rows = sizes[key]
+        if name in weights and weights[name].shape != (rows, width):
+            raise CheckpointError(
+                f"{where}: '{keys[key]}' {rows} and '{keys['n_embd']}' {width} contradict "
+                f"'{TRANSFORMER_PREFIX}{name}', which has shape {list(weights[name].shape)}"
+            )
+    blocks = {name.split(".")[1] for name in weights if name.startswith("h.")}
+    if sizes["n_layer"] != len(blocks):
+        raise CheckpointError(
+            f"{where}: '{keys['n_layer']}' is {sizes['n_layer']}, and the weights have {len(blocks)} blocks"
+        )
 
 
 def require_shapes(where: str, source: str, weights: Mapping[str, Tensor], expected: dict[str, list[int]]) -> None:
@@ -106,10 +203,12 @@ def require_shapes(where: str, source: str, weights: Mapping[str, Tensor], expec
     Args:
         source: where the sizes of the model are given, for the error message.
     """
+    unknown = {name: weights[name] for name in weights if name not in expected}
     for name in [*expected, *weights]:
         key = f"{where}: '{TRANSFORMER_PREFIX}{name}'"
         if name not in weights:
-            raise CheckpointError(f"{key} is missing; {source} requires it")
+            instead = f"; among names that GPT-2 lacks, {list_keys(unknown)}" if unknown else ""
+            raise CheckpointError(f"{key} is missing; {source} requires it{instead}")
         if name not in expected:
             raise CheckpointError(f"{key} does not exist in the GPT-2 of {source}")
         if list(weights[name].shape) != expected[name]:
@@ -123,7 +222,7 @@ def model_shapes(config: ModelConfig) -> dict[str, list[int]]:
 
 def preset_of(sizes: dict[str, int]) -> dict[str, str]:
     """Return the key ``preset`` of a model section with these sizes, or nothing if no preset has them."""
-    return next(({"preset": name} for name, preset in MODEL_PRESETS.items() if preset == sizes), {})
+    return next(({"preset": name} for name, preset in MODEL_PRESETS.items() if preset.items() <= sizes.items()), {})
 
 
 def read_padded(

@@ -57,6 +57,10 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
+    activation: Callable[[Tensor], Tensor] = staticmethod(
+        gelu
+    )  # pipeline.interop measures the difference to another one
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
@@ -64,7 +68,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(gelu(self.c_fc(x)))
+        x = self.c_proj(self.activation(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training)
 
 

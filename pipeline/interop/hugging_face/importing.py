@@ -16,23 +16,28 @@ from pipeline.checkpoint.layout import read_json_object
 from pipeline.checkpoint.pieces import WEIGHT, open_tensors
 from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import config_from_json
-from pipeline.config.schema import ModelConfig
+from pipeline.config.schema import Config, ModelConfig, RunConfig
 from pipeline.errors import CheckpointError
+from pipeline.interop.differences import describe_differences, describe_dtypes, rows_of_the_tokenizer
 from pipeline.interop.foreign import (
     Conversion,
+    ForeignModel,
     load_pickled_tensors,
     model_shapes,
     read_named_weights,
     read_padded,
     require_shapes,
+    require_sizes,
 )
 from pipeline.interop.hugging_face.layout import (
     CONFIG_FILE,
+    SIZE_KEYS,
     WEIGHTS_FILE,
     from_config_json,
     is_transposed,
     stored_shapes,
 )
+from pipeline.interop.hugging_face.tokenizer_files import VOCABULARY_FILE, describe_other_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -55,18 +60,41 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
     """
     require_new_run_folder(run_folder)
     folder = find_folder(source)
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; expected a folder of a Hugging Face model")
-    notes = [f"step 0: {folder} does not say how it was trained; its moments and its schedule start from zero"]
-    model_section = from_config_json(read_json_object(path), str(path), notes)
-    config = config_from_json({"run": {"out_dir": str(run_folder)}, "model": model_section}, origin=str(path))
-    shapes = model_shapes(config.model)
-    read = partial(read_padded, {WEIGHT: _read_weights(folder, config.model)}, shapes)
+    model = read_folder(folder)
+    notes = [
+        f"step 0: {folder} does not say how it was trained; its moments and its schedule start from zero",
+        *model.notes,
+    ]
+    config = Config(run=RunConfig(out_dir=str(run_folder)), model=model.config)
     state = TrainingState(
         step=0, samples=0, tokens=0, updates=0, loss_scale=None, loss_scale_good_steps=0, seed=config.run.seed
     )
+    read = partial(read_padded, {WEIGHT: model.weights}, shapes := model_shapes(config.model))
     return Conversion(write_new_run(run_folder, config, state, shapes, read), notes)
+
+
+def read_folder(folder: Path) -> ForeignModel:
+    """Read the model of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: the folder does not hold a GPT-2, or is damaged.
+        ConfigError: one of its sizes is not valid here.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; expected a folder of a Hugging Face model")
+    notes: list[str] = []
+    model_section = from_config_json(read_json_object(path), str(path), notes)
+    stored = config_from_json({"model": model_section}, origin=str(path)).model
+    weights = _read_weights(folder, stored)
+    other_tokenizer = describe_other_tokenizer(folder)
+    rows = stored.vocab_size if other_tokenizer else rows_of_the_tokenizer(stored.vocab_size)
+    if other_tokenizer:
+        notes.append(other_tokenizer)
+    notes += describe_dtypes(weights)
+    notes += describe_differences(stored, weights, rows, exact_gelu=False)
+    weights["wte.weight"] = weights["wte.weight"][:rows]
+    return ForeignModel(stored.model_copy(update={"vocab_size": rows}), weights, notes)
 
 
 def find_folder(source: str) -> Path:
@@ -86,7 +114,7 @@ def find_folder(source: str) -> Path:
     log.info("%s: not a local folder, asking the Hugging Face hub", source)
     try:
         for patterns in _WEIGHT_PATTERNS:
-            folder = Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, *patterns]))
+            folder = Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, VOCABULARY_FILE, *patterns]))
             if any(folder.glob(patterns[0])):
                 return folder
     except Exception as error:  # the client raises dozens of types: no network, no such name, no access, ...
@@ -99,7 +127,7 @@ def find_folder(source: str) -> Path:
 
 
 def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Return the parameters by canonical name, in our orientation, without padding rows. All are mapped."""
+    """Return the parameters by canonical name, in our orientation. All are mapped."""
     tensors: dict[str, Any] = {}
     for path in _weight_files(folder):
         if path.suffix == ".bin":
@@ -108,6 +136,7 @@ def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
             with open_tensors(path) as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     weights = read_named_weights(str(folder), tensors)
+    require_sizes(str(folder / CONFIG_FILE), weights, config.model_dump(), SIZE_KEYS)
     require_shapes(str(folder), f"'{CONFIG_FILE}'", weights, stored_shapes(config))
     return {name: weight.t() if is_transposed(name) else weight for name, weight in weights.items()}
 

@@ -16,8 +16,12 @@ MODEL_TYPE = "gpt2"
 
 _TRANSPOSED_SUFFIXES = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # of its Conv1D: (in, out)
 
-#: Keys of config.json -> keys of our model section.
-_SIZE_KEYS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_positions": "context_length"}
+#: Keys of our model section -> keys of config.json.
+SIZE_KEYS = {
+    **{key: key for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
+    "context_length": "n_positions",
+}
+_SPECIAL_KEYS = ("bos_token_id", "eos_token_id")
 _DROPOUT_KEYS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 #: Keys of config.json that change what the model computes, with the values of GPT-2.
@@ -53,10 +57,9 @@ def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         **_GPT2_SETTINGS,
-        **{theirs: getattr(config, ours) for theirs, ours in _SIZE_KEYS.items()},
+        **{theirs: getattr(config, ours) for ours, theirs in SIZE_KEYS.items()},
         "n_ctx": config.context_length,  # the older name, which OpenAI's own files have too
         "n_inner": None,
-        "vocab_size": config.vocab_size,
         "initializer_range": INIT_STD,
         **dict.fromkeys(_DROPOUT_KEYS, config.dropout),
         "reorder_and_upcast_attn": False,
@@ -70,7 +73,7 @@ def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
 def to_generation_json(config: ModelConfig) -> dict[str, Any]:
     """Return ``generation_config.json``. Texts begin and end with ``<|endoftext|>`` if the vocabulary has it."""
     token = END_OF_TEXT if config.vocab_size == GPT2_VOCAB_SIZE else None
-    return {"bos_token_id": token, "eos_token_id": token}
+    return dict.fromkeys(_SPECIAL_KEYS, token)
 
 
 def from_config_json(content: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
@@ -84,17 +87,24 @@ def from_config_json(content: dict[str, Any], where: str, notes: list[str]) -> d
         found = content.get(key, None if key == "model_type" else expected)
         if found != expected:
             raise CheckpointError(f"{where}: '{key}' is {found!r}; GPT-2 has {expected!r}, which is required")
-    sizes = {ours: _positive(content, theirs, where) for theirs, ours in _SIZE_KEYS.items()}
+    sizes = {ours: _positive(content, theirs, where) for ours, theirs in SIZE_KEYS.items()}
     if content.get("n_inner") not in (None, 4 * sizes["n_embd"]):
         raise CheckpointError(
             f"{where}: 'n_inner' is {content['n_inner']!r}; GPT-2 has {4 * sizes['n_embd']}, 4 n_embd"
         )
-    return {
-        **preset_of(sizes),
-        **sizes,
-        "vocab_size": _positive(content, "vocab_size", where),
-        "dropout": _dropout(content, notes),
-    }
+    if sizes["vocab_size"] >= GPT2_VOCAB_SIZE:
+        _note_special_tokens(content, notes)
+    if content.get("reorder_and_upcast_attn"):
+        notes.append("attention: scores in fp32 there (reorder_and_upcast_attn), in the dtype of run.precision here")
+    return {**preset_of(sizes), **sizes, "dropout": _dropout(content, notes)}
+
+
+def _note_special_tokens(content: dict[str, Any], notes: list[str]) -> None:
+    """Append a line if texts begin or end with another token than with ``END_OF_TEXT``."""
+    ids = {key: content[key] for key in _SPECIAL_KEYS if content.get(key) not in (None, END_OF_TEXT)}
+    if ids:
+        given = ", ".join(f"{key} {value}" for key, value in ids.items())
+        notes.append(f"end of text: {given} there, always {END_OF_TEXT} here")
 
 
 def _positive(content: dict[str, Any], key: str, where: str) -> int:
@@ -104,7 +114,7 @@ def _positive(content: dict[str, Any], key: str, where: str) -> int:
     return value
 
 
-def _dropout(content: dict[str, Any], notes: list[str]) -> float:
+def _dropout(content: dict[str, Any], notes: list[str]) -> int | float:
     """Return the dropout rate, or 0 if the three rates differ. It matters only in training."""
     rates = [content.get(key, 0.0) for key in _DROPOUT_KEYS]
     if len(set(map(str, rates))) > 1 or not isinstance(rates[0], (int, float)):
@@ -112,4 +122,4 @@ def _dropout(content: dict[str, Any], notes: list[str]) -> float:
         return 0.0
     if rates[0]:
         notes.append(f"dropout: {rates[0]} in training, as in the folder; model.dropout=0 turns it off")
-    return float(rates[0])
+    return rates[0]

@@ -2,11 +2,18 @@
 
 import itertools
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from data_tools.errors import DataError
 from data_tools.tokenizer import END_OF_TEXT, byte_of_printable, load_tokenizer
+from pipeline.checkpoint.layout import read_json_object
+from pipeline.errors import CheckpointError
 
 END_OF_TEXT_TOKEN = "<|endoftext|>"
+VOCABULARY_FILE = "vocab.json"
+_TOKENIZER_FILE = "tokenizer.json"
 
 
 def tokenizer_files(context_length: int) -> dict[str, str]:
@@ -20,9 +27,9 @@ def tokenizer_files(context_length: int) -> dict[str, str]:
         "tokenizer_class": "GPT2Tokenizer",
     }
     return {
-        "vocab.json": json.dumps(vocabulary),
+        VOCABULARY_FILE: json.dumps(vocabulary),
         "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges), ""]),
-        "tokenizer.json": json.dumps(_tokenizer_json(vocabulary, merges), indent=1, ensure_ascii=False),
+        _TOKENIZER_FILE: json.dumps(_tokenizer_json(vocabulary, merges), indent=1, ensure_ascii=False),
         "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
         "special_tokens_map.json": json.dumps(special_tokens, indent=2) + "\n",
     }
@@ -31,16 +38,62 @@ def tokenizer_files(context_length: int) -> dict[str, str]:
 def _vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Return the ids of all tokens in printable characters, and the pair that each longer token is merged from."""
     tokens = load_tokenizer().token_bytes
-    printable = {byte: char for char, byte in byte_of_printable().items()}
     ranks = {token: rank for rank, token in enumerate(tokens)}
-
-    def show(token: bytes) -> str:
-        return "".join(map(printable.__getitem__, token))
-
+    show = _printer()
     merges = [_last_pair(token, ranks) for token in tokens if len(token) > 1]
-    vocabulary = {show(token): rank for token, rank in ranks.items()}
-    vocabulary[END_OF_TEXT_TOKEN] = END_OF_TEXT
-    return vocabulary, [(show(left), show(right)) for left, right in merges]
+    return _vocabulary(), [(show(left), show(right)) for left, right in merges]
+
+
+def _vocabulary() -> dict[str, int]:
+    """Return the ids of all tokens in printable characters."""
+    show = _printer()
+    vocabulary = {show(token): rank for rank, token in enumerate(load_tokenizer().token_bytes)}
+    return {**vocabulary, END_OF_TEXT_TOKEN: END_OF_TEXT}
+
+
+def _printer() -> Callable[[bytes], str]:
+    """Return a function that writes the bytes of a token in printable characters."""
+    printable = {byte: char for char, byte in byte_of_printable().items()}
+    return lambda token: "".join(map(printable.__getitem__, token))
+
+
+def describe_other_tokenizer(folder: Path) -> str | None:
+    """Return a line about the tokenizer in a folder if it is not GPT-2's. Added tokens make no difference.
+
+    Returns None if it is GPT-2's, if the folder has none, or if GPT-2's is neither installed nor can be downloaded.
+
+    Raises:
+        CheckpointError: a file of the tokenizer is malformed.
+    """
+    path, vocabulary = _read_vocabulary(folder)
+    if vocabulary is None:
+        return None
+    try:
+        ours = _vocabulary()
+    except DataError:
+        return None
+    differing = [token for token, rank in ours.items() if vocabulary.get(token) != rank]
+    if not differing:
+        return None
+    return (
+        f"tokenizer: {path} is not GPT-2's ({len(differing)} of {len(ours)} tokens have another id, or none); train "
+        "and evaluate on shards of that tokenizer only, because text is always encoded with GPT-2's here"
+    )
+
+
+def _read_vocabulary(folder: Path) -> tuple[Path, dict[str, Any] | None]:
+    """Return the ids of all tokens of a folder's tokenizer and the file that lists them, or None if no file does."""
+    path = folder / VOCABULARY_FILE
+    if path.is_file():
+        return path, read_json_object(path)
+    path = folder / _TOKENIZER_FILE
+    if not path.is_file():
+        return path, None
+    model = read_json_object(path).get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict):
+        raise CheckpointError(f"{path}: 'model' must be an object with 'vocab', an object of ids by token")
+    return path, vocabulary
 
 
 def _last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +20,11 @@ from pipeline.checkpoint.state import read_state
 from pipeline.config.loading import load_config
 from pipeline.errors import CheckpointError
 from pipeline.interop.hugging_face.exporting import export_checkpoint
-from pipeline.interop.hugging_face.importing import find_folder, import_folder
+from pipeline.interop.hugging_face.importing import find_folder, import_folder, read_folder
 from pipeline.model.gpt2 import GPT2
 from tests.pipeline.conftest import largest_file, random_tokens
 
+W = "model.safetensors"
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 8, "n_positions": 16, "vocab_size": 89}
 
 
@@ -104,6 +107,58 @@ def test_logits_of_their_model_are_ours(tmp_path: Path) -> None:
         torch.testing.assert_close(model.logits(tokens), theirs(tokens).logits, atol=1e-5, rtol=0)
 
 
+def resized(exported: Path, folder: Path, rows: int) -> Path:
+    """Copy a folder, with rows of ones after the vocabulary's, as ``resize_token_embeddings`` leaves it."""
+    shutil.copytree(exported, folder)
+    setting("vocab_size", rows)(folder)
+    weights = load_file(folder / "model.safetensors")
+    added = torch.ones(rows - 50257, weights["transformer.wte.weight"].shape[1])
+    save_file({**weights, "transformer.wte.weight": torch.cat([weights["transformer.wte.weight"], added])}, folder / W)
+    return folder
+
+
+@pytest.mark.parametrize("rows", [50258, 50304, 51200])
+def test_rows_beyond_the_tokenizer_are_cut(rows: int, exported: Path, text_model: GPT2, tmp_path: Path) -> None:
+    """Every command accepts the result, because its vocabulary is GPT-2's."""
+    folder = resized(exported, tmp_path / "resized", rows)
+    setting("eos_token_id", 50257)(folder)
+    conversion = import_folder(str(folder), tmp_path / "run")
+    loaded = load_model(tmp_path / "run", torch.device("cpu"))
+    assert loaded.config.model.vocab_size == 50257
+    assert_same(loaded.model, text_model)
+    assert f"vocabulary: {rows} rows there; GPT-2's tokenizer has 50257 tokens, so the last {rows - 50257} rows" in str(
+        conversion
+    )
+    there, here = map(float, re.findall(r"loss of ([\d.]+) with them and ([\d.]+) without", str(conversion))[0])
+    assert 5 < here < there < 20
+    assert "end of text: eos_token_id 50257 there, always 50256 here" in str(conversion)
+
+
+def test_rows_of_another_tokenizer_are_kept(exported: Path, tmp_path: Path) -> None:
+    folder = resized(exported, tmp_path / "other", 50265)
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    vocabulary["hello"], vocabulary["world"] = vocabulary["world"], vocabulary["hello"]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    model = read_folder(folder)
+    assert model.config.vocab_size == 50265
+    assert [note for note in model.notes if "vocab.json is not GPT-2's (2 of 50257 tokens have another id" in note]
+    (folder / "vocab.json").unlink()
+    assert read_folder(folder).config.vocab_size == 50257, "tokenizer.json is GPT-2's"
+    (folder / "tokenizer.json").write_text('{"model": []}')
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: 'model' must be an object with 'vocab'"):
+        read_folder(folder)
+
+
+def test_dtypes_and_attention_are_noted(run_folder: Path, exported: Path, tmp_path: Path) -> None:
+    assert read_folder(exported).notes == [], "a folder that is imported without any difference"
+    folder = export_checkpoint(run_folder, tmp_path / "out", "bfloat16").folder
+    setting("reorder_and_upcast_attn", True)(folder)
+    assert read_folder(folder).notes == [
+        "attention: scores in fp32 there (reorder_and_upcast_attn), in the dtype of run.precision here",
+        "weights: bfloat16 there, stored as fp32 without a change in value",
+    ]
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a small folder to copy and damage."""
@@ -141,9 +196,14 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
     (setting("n_inner", 99), "'n_inner' is 99; GPT-2 has 32, 4 n_embd"),
     (setting("n_layer", None), "'n_layer' must be a whole number from 1, it is None"),
     (setting("n_head", 3), r"n_embd \(8\) must be a multiple of n_head \(3\)"),
-    (setting("n_layer", 2), "'transformer.h.1.ln_1.weight' is missing; 'config.json' requires it"),
-    (setting("n_embd", 16), r"has shape \[89, 8\], expected \[89, 16\]"),
-    (setting("vocab_size", 90), r"'transformer.wte.weight' has shape \[89, 8\], expected \[90, 8\]"),
+    (setting("n_layer", 2), "config.json: 'n_layer' is 2, and the weights have 1 blocks"),
+    (setting("n_layer", 10**9), "config.json: 'n_layer' is 1000000000, and the weights have 1 blocks"),
+    (
+        tensors(lambda t: t.pop("transformer.h.0.ln_1.weight")),
+        "'transformer.h.0.ln_1.weight' is missing; 'config.json'",
+    ),
+    (setting("n_embd", 16), r"'vocab_size' 89 and 'n_embd' 16 contradict 'transformer.wte.weight', .* \[89, 8\]"),
+    (setting("vocab_size", 90), r"'vocab_size' 90 and 'n_embd' 8 contradict 'transformer.wte.weight', .* \[89, 8\]"),
     (lambda folder: (folder / "config.json").write_text("{"), "config.json: cannot be read .Expecting property name"),
     (lambda folder: (folder / "config.json").write_text("[]"), "config.json: expected a JSON object"),
     (
@@ -161,6 +221,30 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
     (
         tensors(lambda t: t.update({"transformer.wpe.weight": torch.ones(16, 8, dtype=torch.int8)})),
         "'transformer.wpe.weight' is torch.int8",
+    ),
+    (
+        tensors(lambda t: t["transformer.ln_f.weight"].fill_(math.nan)),
+        "'transformer.ln_f.weight': 8 of 8 numbers are NaN or infinite",
+    ),
+    (
+        tensors(lambda t: t.update({"transformer.ln_f.bias": torch.full((8,), 1e300, dtype=torch.float64)})),
+        "'transformer.ln_f.bias': 8 of 8 numbers are NaN or infinite",
+    ),
+    (
+        tensors(lambda t: t.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16)})),
+        "'transformer.h.0.attn.bias': is not the mask of causal attention",
+    ),
+    (
+        tensors(lambda t: t.update({"lm_head.weight": torch.ones(89, 8, dtype=torch.float16)})),
+        "'lm_head.weight' differs from",
+    ),
+    (
+        lambda folder: save_file({"encoder.wte": torch.ones(2)}, folder / W),
+        "holds no 'transformer.wte.weight', the embedding of a GPT-2; its keys are 'encoder.wte'",
+    ),
+    (
+        tensors(lambda t: t.update({"transformer.ln_g.bias": t.pop("transformer.ln_f.bias")})),
+        "'transformer.ln_f.bias' is missing; .*among names that GPT-2 lacks, its keys are 'ln_g.bias'",
     ),
     (
         lambda folder: (
@@ -209,7 +293,7 @@ def test_a_name_is_downloaded_from_the_hub(small: Path, tmp_path: Path, monkeypa
     asked = []
 
     def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns[1]))
+        asked.append((name, allow_patterns[2]))
         return str(small)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

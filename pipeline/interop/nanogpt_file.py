@@ -1,0 +1,81 @@
+"""Open nanoGPT's ``ckpt.pt`` or build-nanogpt's ``model_*.pt``, and check its items when they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import CheckpointError
+from pipeline.interop.foreign import SettingsObject, list_keys, load_pickled_tensors
+
+_EXPECTED = "nanoGPT's ckpt.pt or build-nanogpt's model_*.pt"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A dict in the file. Its items are checked when they are read."""
+
+    where: str
+    content: dict[Any, Any]
+
+    def get(self, key: Any, kind: type[Any]) -> Any | None:
+        """Return an item, or None if it is missing. Raise CheckpointError if it has another type.
+
+        An int is accepted as a float.
+        """
+        if key not in self.content:
+            return None
+        value = self.content[key]
+        kinds = (int, float) if kind is float else kind
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+            raise CheckpointError(f"{self.where}: {key!r} must be {kind.__name__}, found {type(value).__name__}")
+        return value
+
+    def require(self, key: Any, kind: type[Any]) -> Any:
+        """Return an item, or raise CheckpointError if it is missing or has another type."""
+        if key not in self.content:
+            raise CheckpointError(f"{self.where}: has no {key!r}; {list_keys(self.content)}; expected {_EXPECTED}")
+        return self.get(key, kind)
+
+    def section(self, key: Any) -> Section:
+        """Return a dict inside this one. Raises like ``require``."""
+        return Section(f"{self.where}: {key}", self.require(key, dict))
+
+
+@dataclass(frozen=True)
+class NanoGptFile:
+    """The contents of a file of nanoGPT or build-nanogpt, under the names of nanoGPT."""
+
+    path: Path
+    content: Section
+    model_args: Section
+    settings: Section  # of the training run; empty if the file has none
+    is_build_nanogpt: bool
+
+    @property
+    def steps(self) -> int:
+        """The number of finished optimizer steps."""
+        key = "step" if self.is_build_nanogpt else "iter_num"
+        steps: int = self.content.require(key, int)
+        if steps < 0:
+            raise CheckpointError(f"{self.content.where}: {key!r} must be at least 0, it is {steps}")
+        return steps
+
+
+def open_nanogpt_file(path: Path) -> NanoGptFile:
+    """Open a file. Tensors are mapped, and no code in the file is run.
+
+    build-nanogpt stores the sizes as an object under ``config``, where nanoGPT has the settings of the training run.
+
+    Raises:
+        CheckpointError: the file is something else, is damaged, or holds objects other than sizes.
+    """
+    content = Section(str(path), load_pickled_tensors(path, _EXPECTED))
+    config = content.content.get("config")
+    if isinstance(config, SettingsObject):
+        sizes = Section(f"{path}: config", dict(vars(config)))
+        return NanoGptFile(path, content, sizes, Section(f"{path}: settings", {}), is_build_nanogpt=True)
+    settings = content.section("config") if "config" in content.content else Section(f"{path}: config", {})
+    content.require("model", dict)  # first: a file without it is another kind of file
+    return NanoGptFile(path, content, content.section("model_args"), settings, is_build_nanogpt=False)
