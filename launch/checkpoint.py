@@ -67,12 +67,13 @@ def _add_convert(commands: Any) -> None:
         print(convert(arguments.source, arguments.out))
 
     description = (
-        "Rewrite a checkpoint as a single rank would have saved it, or import nanoGPT's ckpt.pt. "
+        "Rewrite a checkpoint as a single rank would have saved it, or import nanoGPT's ckpt.pt or build-nanogpt's "
+        "model_*.pt. "
         "train.py --resume, evaluate.py and generate.py accept the resulting run folder."
     )
     example = "python launch/checkpoint.py convert nanoGPT/out/ckpt.pt --out runs/imported"
     parser = commands.add_parser("convert", help="write a new run folder", description=description, example=example)
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint, a run folder, or nanoGPT's ckpt.pt")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint, a run folder, or a file of nanoGPT")
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="a run folder without checkpoints")
     parser.set_defaults(run=run)
 
