@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data checkpoint-cost bench-data bench-loader bench-evaluation bench-train bench-generation plan-check clean
+.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data fuzz checkpoint-cost bench-data bench-loader bench-evaluation bench-train bench-generation plan-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -35,6 +35,9 @@ chaos: .venv/dev ## kill runs at random moments and continue them under random b
 
 chaos-data: .venv/dev ## kill stage 1 at random moments, repeat it, and compare the bytes
 	$(BIN)/python -m benchmarks.chaos_data
+
+fuzz: .venv/dev ## damage inputs of every kind, and check that commands end with one error line
+	$(BIN)/python -m benchmarks.fuzz
 
 checkpoint-cost: .venv/dev ## measure pause, throughput and memory of saving and loading GPT-2 124M
 	$(BIN)/python -m benchmarks.checkpoint_cost
