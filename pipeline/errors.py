@@ -6,29 +6,29 @@ from data_tools.errors import UserError
 
 
 class ConfigError(UserError):
-    """A run config that is wrong or cannot be carried out. Raised before training starts."""
+    """The run config is wrong, or a run cannot start with this config. Raised before training starts."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, or belongs to another model."""
+    """A checkpoint is missing or damaged, belongs to another model, or could not be written."""
 
 
 class TrainingError(UserError):
-    """A run that cannot continue, for example because it has no data or its gradients are not finite."""
+    """A run cannot continue, for example because there is too little data or the gradients are not finite."""
 
 
 class ReportError(UserError):
-    """A report that cannot be made, for example because a folder holds no run."""
+    """A report cannot be written, for example because a folder is not a run folder."""
 
 
 class LostRankError(UserError):
-    """Another rank died or hangs. The same command continues the run."""
+    """Another rank died or hangs. To continue the run, start the same command again."""
 
     exit_status = 3
 
 
 class MainRankError(UserError):
-    """The main rank raised a ``UserError``. The other ranks raise this one and exit without printing it."""
+    """The main rank raised a ``UserError``. The other ranks raise this error and exit without printing it."""
 
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)
@@ -36,7 +36,7 @@ class MainRankError(UserError):
 
 
 class Interrupted(UserError):
-    """A signal asked the run to stop, and its state is saved. The same command continues the run."""
+    """A signal asked the run to stop, and the state was saved. To continue the run, start the same command again."""
 
     def __init__(self, message: str, received: signal.Signals) -> None:
         super().__init__(message)

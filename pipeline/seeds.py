@@ -1,4 +1,4 @@
-"""Independent random streams derived from one seed, without state."""
+"""Derive the seeds of independent random streams from one seed."""
 
 import hashlib
 

@@ -11,9 +11,9 @@ __all__ = ["Backend", "Fragment", "cpu_adam_problem", "create_backend"]
 
 
 def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -> Backend:
-    """Wrap a freshly built fp32 model in the backend that the config names.
+    """Wrap a newly built fp32 model in the backend that the config names.
 
-    Backends are imported here because DeepSpeed takes seconds to import and other runs do not need it installed.
+    Backends are imported here because DeepSpeed takes seconds to import, and runs without DeepSpeed do not need it.
     """
     if config.backend.name == "ddp":
         from pipeline.backends.ddp import DdpBackend
@@ -29,7 +29,7 @@ def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -
 
 
 def cpu_adam_problem() -> str | None:
-    """Build DeepSpeed's AdamW for offloaded state. Return why it cannot be built here, or None if it can."""
+    """Build DeepSpeed's AdamW for offloaded state. Returns the error message if the build fails, otherwise None."""
     from pipeline.backends.deepspeed_zero import cpu_adam_problem
 
     return cpu_adam_problem()

@@ -1,4 +1,4 @@
-"""The interface of a backend, which is all that the trainer, the checkpoint and the evaluation know of it."""
+"""The interface of a backend. The trainer, the checkpoints and the evaluation use only this interface."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ class Backend(ABC):
     over the ranks, so the trainer's loss weight includes the world size.
     """
 
-    #: Whether every rank holds all fragments. A sum over ranks then counts them repeatedly; a save divides them up.
+    #: Whether every rank holds all fragments. If True, each rank saves a share of the fragments.
     replicated: bool = False
 
-    compute: nn.Module  # the wrapped module; its forward is that of GPT2
+    compute: nn.Module  # the wrapped module; calling it has the same effect as calling GPT2
     optimizer: torch.optim.Optimizer
     state: OptimizerState
 
@@ -39,20 +39,20 @@ class Backend(ABC):
 
     @abstractmethod
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
-        """Run forward and backward pass of one micro-batch, and return the unweighted summed loss, detached.
+        """Run the forward and backward pass of one micro-batch. Returns the detached sum of the losses, unweighted.
 
         Args:
             tokens: (B, T) int64 ids on the device.
-            targets: (B, T) int64 ids, ``IGNORE_INDEX`` where nothing is scored.
-            loss_weight: factor on the summed loss before the backward pass.
-            is_last: whether this micro-step ends the step; only then do ranks synchronize gradients.
+            targets: (B, T) int64 ids. ``IGNORE_INDEX`` marks targets that are not scored.
+            loss_weight: the factor by which the summed loss is multiplied before the backward pass.
+            is_last: whether this is the last micro-step of the step. Ranks synchronize gradients only if this is True.
         """
 
     def step(self, learning_rate: float) -> Tensor | float:
         """Unscale and clip the gradients, update the weights, and clear the gradients.
 
-        If gradients are not finite on any rank, only the loss scale changes: weights, moments and AdamW's step count
-        stay as they are. ``accumulate(..., is_last=True)`` must come before.
+        Call this after ``accumulate(..., is_last=True)``. If the gradients of any rank are not finite, only the loss
+        scale changes. Weights, moments and AdamW's step count do not change.
 
         Returns:
             The global L2 norm of the unscaled gradients before clipping, the same on every rank.
@@ -64,14 +64,14 @@ class Backend(ABC):
 
     @abstractmethod
     def _update(self) -> Tensor | float:
-        """Do the work of ``step`` at the learning rate that is set, and return the norm."""
+        """Unscale, clip, update and clear as ``step`` does, at the current learning rate. Returns the gradient norm."""
 
     def fragments(self) -> list[Fragment]:
         """Return the training state on this rank. Moments that do not exist yet are created as zeros."""
         return self.state.fragments()
 
     def state_was_loaded(self, updates: int) -> None:
-        """Use the fragments that a checkpoint has overwritten, and set AdamW's step count."""
+        """Use the values that were loaded into the fragments from a checkpoint, and set AdamW's step count."""
         for state in self.state.adam_states():
             if isinstance(state["step"], Tensor):
                 state["step"].fill_(float(updates))
@@ -90,16 +90,16 @@ class Backend(ABC):
         }
 
     def _accumulation_dtype(self) -> torch.dtype | None:
-        """Return the dtype of accumulated gradients, or None for that of the master weights."""
+        """Return the dtype of accumulated gradients. None means the dtype of the master weights."""
         return None
 
     @abstractmethod
     def describe(self) -> str:
-        """Return the library, its variant and the optimizer, as logged at the start of a run."""
+        """Return a text with the library, the variant and the optimizer, for the log at the start of a run."""
 
     @torch.no_grad()
     def __call__(self, *inputs: Any, method: Method) -> Tensor:
-        """Return the result of ``GPT2.forward`` without gradients. Every rank must call it equally often."""
+        """Return the result of ``GPT2.forward`` without gradients. This call is collective: every rank must make it."""
         result: Tensor = self.compute(*inputs, method=method)
         return result
 
@@ -114,8 +114,11 @@ class Backend(ABC):
 
     @staticmethod
     def weighted(loss: Tensor, factor: Tensor | float) -> Tensor:
-        """Return the loss to call ``backward`` on. A loss that is not finite makes every gradient NaN on every rank."""
+        """Return ``loss`` times ``factor`` for the backward pass.
+
+        If the loss is not finite, the result makes every gradient NaN on every rank.
+        """
         return loss * (factor + loss.detach() * 0.0)
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to release
-        """Release what would outlive the run. This is the last call; it makes no collectives."""
+        """Release global resources at the end of a run. This must be the last call. It makes no collective calls."""

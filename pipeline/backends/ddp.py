@@ -24,18 +24,18 @@ class DdpBackend(TorchBackend):
         super().__init__(model, _wrap(model.to(world.device), config, world), config, world)
 
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
-        """Return DDP's ``no_sync`` unless enabled; DDP reads the flag in the forward pass."""
+        """Return DDP's ``no_sync`` unless ``enabled`` is True. DDP reads this setting in the forward pass."""
         if enabled or not isinstance(self.compute, DistributedDataParallel):
             return nullcontext()
         return self.compute.no_sync()
 
     def _clear_gradients(self) -> None:
-        """Set the gradients to zero in place: they are views of DDP's buckets, which would be allocated again."""
+        """Set the gradients to zero in place, because they are views of DDP's buckets, which should stay allocated."""
         self.optimizer.zero_grad(set_to_none=not isinstance(self.compute, DistributedDataParallel))
 
 
 def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
-    """Apply recomputation, precision, DDP and then compilation, which makes one graph of them."""
+    """Apply recomputation, precision and DDP to the model, then compile the result."""
     recompute_blocks(model)
     compute: nn.Module = replicated_compute(model, config.run.precision, world.device)
     if world.size > 1:

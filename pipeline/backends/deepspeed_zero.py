@@ -34,18 +34,18 @@ from pipeline.model.recomputation import recompute_blocks
 
 log = logging.getLogger(__name__)
 
-# Before 0.19.8 ZeRO-0 scaled bf16 gradients wrongly and ZeRO-1 let bf16 ranks diverge.
+# Before 0.19.8, ZeRO-0 scaled bf16 gradients wrongly, and the weights of ranks diverged under ZeRO-1 in bf16.
 TESTED_VERSIONS = (Version("0.19.8"), Version("0.20"))
 
-_BUILD_ERRORS = (RuntimeError, ImportError, OSError)  # raised without a working C++ compiler
+_BUILD_ERRORS = (RuntimeError, ImportError, OSError)  # raised if there is no working C++ compiler
 
 
 def _configure_process() -> None:
-    """Silence DeepSpeed, and keep it from building what training never uses. This changes the whole process."""
+    """Silence DeepSpeed, and prevent a build that training does not use. These settings apply to the whole process."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that torch 2.13 deprecates; a user cannot change that.
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates. A user cannot avoid this warning.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-    # On CPUs DeepSpeed compiles an operator for inference before it starts.
+    # On CPUs, DeepSpeed compiles an operator for inference at the start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -53,9 +53,9 @@ _configure_process()
 
 
 class DeepSpeedBackend(Backend):
-    """The common base of all stages: the engine."""
+    """The common base of all stages, which uses DeepSpeed's engine."""
 
-    in_precision: Callable[[GPT2, str, torch.device], ComputeModel]  # makes the module that the engine wraps
+    in_precision: Callable[[GPT2, str, torch.device], ComputeModel]  # creates the module that the engine wraps
 
     def __init__(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> None:
         super().__init__(model, config)
@@ -66,7 +66,7 @@ class DeepSpeedBackend(Backend):
         self.optimizer: Any = self.engine.optimizer
 
     def _start_engine(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> Any:
-        """Apply recomputation, precision, the engine and then compilation."""
+        """Apply recomputation and precision to the model, wrap the result in an engine, then compile."""
         recompute_blocks(model)
         compute = self.in_precision(model, self.precision, world.device)
         if config.backend.offloads("optimizer"):
@@ -90,12 +90,12 @@ class DeepSpeedBackend(Backend):
         loss: Tensor = self.engine(tokens, targets)
         self.engine.backward(self.weighted(loss, loss_weight * scale), scale_wrt_gas=False)
         if not is_last:
-            self.engine.step()  # counts the micro-step; updates nothing
+            self.engine.step()  # only counts the micro-step
         return loss.detach()
 
     @abstractmethod
     def _loss_scale_outside_engine(self) -> float:
-        """Return the factor on the loss that the engine does not apply, and tell it what to apply."""
+        """Return the factor for the loss that the engine does not apply, and set the loss scale of the engine."""
 
     def state_was_loaded(self, updates: int) -> None:
         super().state_was_loaded(updates)
@@ -112,14 +112,14 @@ class DeepSpeedBackend(Backend):
 
     def close(self) -> None:
         self.engine.destroy()
-        deepspeed.comm.destroy_process_group()  # DeepSpeed keeps process groups in globals, which only this releases
+        deepspeed.comm.destroy_process_group()  # releases the process groups that DeepSpeed keeps in globals
 
 
 class Zero0Backend(DeepSpeedBackend):
     """Stage 0: whole fp32 weights on every rank.
 
-    bf16 is a view of fp32 parameters because DeepSpeed's own bf16 accumulates gradients in bf16. Norm and clipping are
-    ours because DeepSpeed reports no norm in fp32.
+    In ``bf16``, the model computes with bf16 copies of the fp32 parameters, because DeepSpeed's own bf16 accumulates
+    gradients in bf16. This class computes the norm and clips, because DeepSpeed reports no norm in fp32.
     """
 
     replicated = True
@@ -135,7 +135,7 @@ class Zero0Backend(DeepSpeedBackend):
     def _update(self) -> Tensor:
         norm = clip_and_step(self.optimizer, self.model.parameters(), self.loss_scaler.scale, self.max_norm)
         self.engine.zero_grad()
-        self.engine.step()  # counts the step; AdamW skips parameters without gradients
+        self.engine.step()  # only counts the step, because AdamW skips parameters without gradients
         return norm
 
 
@@ -157,7 +157,7 @@ class ZeroBackend(DeepSpeedBackend):
             self._restore_masters(weights)
 
     def _restore_masters(self, weights: dict[str, Tensor]) -> None:
-        """Write the fp32 weights into the masters, which DeepSpeed has made from weights rounded to bf16."""
+        """Write the fp32 weights into the masters, which DeepSpeed has created from weights rounded to bf16."""
         for fragment in self.fragments():
             source = weights[fragment.name].view(-1)
             fragment.weight.copy_(source[fragment.start : fragment.start + fragment.weight.numel()])
@@ -169,7 +169,7 @@ class ZeroBackend(DeepSpeedBackend):
         return 1.0
 
     def _update(self) -> float:
-        """Let the engine step; it skips an update whose norm is not finite."""
+        """Let the engine clip and update. The engine skips the update if the norm is not finite."""
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         assert norm is not None, "DeepSpeed computed no gradient norm"
@@ -184,13 +184,13 @@ def create_deepspeed_backend(model: GPT2, config: Config, world: World, plan: Ba
 
 
 def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[str, Any]:
-    """Return the user's native DeepSpeed config with the keys that the run config owns.
+    """Return the user's native DeepSpeed config, completed with the keys that the run config owns.
 
     Args:
-        cpu_adam: whether an offloaded optimizer is DeepSpeed's own, and not torch's on the CPU.
+        cpu_adam: whether an offloaded optimizer is DeepSpeed's CPUAdam. If False, it is torch's AdamW on the CPU.
     """
     native = {
-        "steps_per_print": config.schedule.max_steps + 1,  # never: the trainer prints
+        "steps_per_print": config.schedule.max_steps + 1,  # DeepSpeed never prints, because the trainer does
         **config.backend.deepspeed,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation,
@@ -200,7 +200,7 @@ def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[st
     if stage > 0:
         native["gradient_clipping"] = config.optimizer.grad_clip
     if stage == 3:
-        # DeepSpeed's default replaces torch's F.linear in the whole process, for every model in it.
+        # DeepSpeed's default replaces torch's F.linear for every model in the process.
         native["zero_optimization"] = {"memory_efficient_linear": False, **config.backend.zero}
     if stage > 0 and config.run.precision == "bf16":
         native["bf16"] = {"enabled": True, "check_grad_overflow": True}
@@ -212,10 +212,10 @@ def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[st
 
 
 def _check_readable(native: dict[str, Any]) -> None:
-    """Raise ConfigError if DeepSpeed cannot parse this config."""
+    """Raise ConfigError if DeepSpeed cannot parse the config."""
     try:
         DeepSpeedConfig(copy.deepcopy(native))
-    except Exception as error:  # its parser raises whatever a wrong type leads to
+    except Exception as error:  # for a value of a wrong type, DeepSpeed's parser can raise any error
         raise _refused(error) from error
 
 
@@ -230,7 +230,7 @@ def _refused(error: Exception) -> ConfigError:
 
 
 def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return DeepSpeed's AdamW for offloaded state, built with a C++ compiler at first use; else torch's."""
+    """Return DeepSpeed's AdamW for offloaded state, or torch's AdamW if the build with a C++ compiler fails."""
     every = list(parameters)
     groups = parameter_groups(every, config.weight_decay)
     wait_for_build_elsewhere(CPUAdamBuilder.NAME)
@@ -243,7 +243,7 @@ def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> to
 
 
 def cpu_adam_problem() -> str | None:
-    """Build DeepSpeed's CPUAdam unless it is built already. Return why this is impossible, or None."""
+    """Build DeepSpeed's CPUAdam if it is not built yet. Returns the error message if this fails, otherwise None."""
     wait_for_build_elsewhere(CPUAdamBuilder.NAME)
     try:
         DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])

@@ -1,7 +1,7 @@
-"""The lock of a C++ extension that torch builds at first use.
+"""Remove dead locks of C++ extensions, which torch builds at first use.
 
-A build that was killed leaves its lock behind, and torch waits for that lock without a limit
-(``torch.utils.file_baton``), so every later run would hang.
+A build that was killed does not remove its lock. torch waits for the lock without a limit (``torch.utils.file_baton``),
+so every later run would hang.
 """
 
 import logging
@@ -13,18 +13,21 @@ from torch.utils.cpp_extension import _get_build_directory
 
 log = logging.getLogger(__name__)
 
-#: A build takes about a minute. A lock that is older, and that no process on this host has open, is dead.
+#: A lock that is older, and that no process on this host has open, is dead. A build takes about a minute.
 LONGEST_BUILD_S = 300.0
 _POLL_S = 0.5
 
 
 def wait_for_build_elsewhere(extension: str) -> None:
-    """Wait while another host may be building the extension, and remove the lock of a build that was killed."""
+    """Wait while another host may be building the extension, and remove the lock if the build was killed."""
     clear_dead_lock(Path(_get_build_directory(extension, verbose=False)) / "lock")
 
 
 def clear_dead_lock(lock: Path) -> None:
-    """Remove the lock if its owner is gone. Wait ``LONGEST_BUILD_S``: the owner may be on a host with the same home."""
+    """Remove a lock that no process on this host has open, once it is older than ``LONGEST_BUILD_S``.
+
+    Until then, the owner of the lock may be building on another host that shares the home folder.
+    """
     while (age_s := _age_s(lock)) is not None and not _is_open_on_this_host(lock):
         if age_s > LONGEST_BUILD_S:
             log.warning("removed %s, which a build that is gone left behind", lock)
@@ -41,11 +44,11 @@ def _age_s(lock: Path) -> float | None:
 
 
 def _is_open_on_this_host(lock: Path) -> bool:
-    """Return whether a process has the lock open, as its owner does; always False without /proc."""
+    """Return whether a process on this host has the lock open, as its owner does. Returns False without /proc."""
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if os.path.samestat(descriptor.stat(), lock.stat()):
                 return True
-        except OSError:  # the descriptor was closed or is another user's, or the lock is gone
+        except OSError:  # the descriptor was closed or belongs to another user, or the lock was removed
             continue
     return False

@@ -33,11 +33,11 @@ class FsdpBackend(TorchBackend):
 
 
 def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
-    """Apply recomputation, compilation per module, and sharding; collectives stay outside the compiled graphs.
+    """Apply recomputation, compile each module, and shard. Collectives are not part of the compiled graphs.
 
-    Each block is one group of weights; the embeddings, the last LayerNorm and the output layer are the root's. ``wte``
-    and ``lm_head`` are therefore in one group and stay tied. The end of the forward pass and the beginning of the
-    backward pass need that group, so it stays gathered in between.
+    Each block is one group of weights. The embeddings, the last LayerNorm and the output layer form the root group.
+    ``wte`` and ``lm_head`` are therefore in one group and stay tied. The end of the forward pass and the beginning of
+    the backward pass need the root group, so it stays gathered between the two passes.
     """
     recompute_blocks(model)
     if config.run.compiles:
@@ -59,27 +59,28 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
 
 
 class _GlooCollective:
-    """A collective for CPUs with fewer copies than gloo's own; see ``FSDPModule.set_custom_all_gather``.
+    """A collective for CPUs that copies less than gloo's own. See ``FSDPModule.set_custom_all_gather``.
 
-    Gloo gathers into a buffer that is then copied, and implements reduce-scatter as an all-reduce of everything.
+    Gloo gathers into a buffer and then copies the buffer. Gloo implements reduce-scatter as an all-reduce of the whole
+    input.
     """
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return memory to send from or to receive into."""
+        """Return a new tensor that the collective sends from or receives into. FSDP2 calls this method."""
         return torch.empty(*size, dtype=dtype, device=device)
 
 
 class AllGather(_GlooCollective):
-    """An all-gather in which each rank broadcasts its shard straight into the others' output."""
+    """An all-gather in which each rank broadcasts its shard directly into the output of the other ranks."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
-        """Gather (n,) of each rank into (ranks * n,), in the order of the ranks."""
+        """Gather the inputs (n,) of all ranks into the output (ranks * n,), in the order of the ranks."""
         assert not async_op, "FSDP2 asks for async_op only where streams do not order the work"
         shards = output_tensor.chunk(group.size())
         own = shards[group.rank()]
-        if not own.is_set_to(input_tensor):  # FSDP2 may have it in place
+        if not own.is_set_to(input_tensor):  # FSDP2 may have written the shard into the output already
             own.copy_(input_tensor)
         broadcasts = [
             dist.broadcast(shard, group=group, group_src=rank, async_op=True) for rank, shard in enumerate(shards)
@@ -89,7 +90,7 @@ class AllGather(_GlooCollective):
 
 
 class ReduceScatter(_GlooCollective):
-    """A reduce-scatter in which each rank receives its shard from all others and sums in the order of the ranks."""
+    """A reduce-scatter in which each rank receives its shard from all ranks and sums in the order of the ranks."""
 
     def __call__(
         self,
@@ -99,7 +100,7 @@ class ReduceScatter(_GlooCollective):
         op: dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> None:
-        """Reduce (ranks * n,) of each rank by sum or average, and keep this rank's (n,)."""
+        """Sum or average the inputs (ranks * n,) of all ranks, and keep this rank's shard of the result, (n,)."""
         assert not async_op
         assert op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG), op
         received = torch.empty_like(input_tensor)

@@ -1,4 +1,4 @@
-"""AdamW with its parameter groups, the global gradient norm, clipping, and the loss scale of fp16."""
+"""Build AdamW with its parameter groups, compute the global gradient norm, clip, and scale the loss for fp16."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")
 _CACHED_ELEMENTS = 1 << 16  # 512 KiB in fp64
-CLIP_EPS = 1e-6  # in the divisor, as in torch and DeepSpeed
+CLIP_EPS = 1e-6  # added to the divisor, as in torch and DeepSpeed
 GROWTH_INTERVAL = 2000  # steps without overflow before the loss scale doubles (Micikevicius et al. 2018)
 
 
 def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """Return two groups: matrices with weight decay, biases and LayerNorm weights without."""
+    """Return two groups: the matrices with weight decay, and the biases and LayerNorm weights without weight decay."""
     every = list(parameters)
     return [
         {"params": [parameter for parameter in every if parameter.dim() >= 2], "weight_decay": weight_decay},
@@ -34,7 +34,7 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[
 
 
 def build_adamw(parameters: Iterable[Tensor], config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
-    """Return torch's AdamW, fused where the device supports it; a fallback is logged."""
+    """Return torch's AdamW, fused if the device supports it. Logs a warning if it does not."""
     fused = device.type in FUSED_DEVICES
     if not fused:
         log.warning("fused AdamW is not available on %s; using the plain one", device.type)
@@ -54,9 +54,9 @@ def set_learning_rate(param_groups: Iterable[dict[str, Any]], learning_rate: flo
 
 
 def global_grad_norm(gradients: list[Tensor]) -> Tensor:
-    """Return the L2 norm of the gradients, a scalar on their device; sharded ones (DTensor) count from all ranks.
+    """Return the L2 norm of the gradients, a scalar on their device. Shards (DTensor) of all ranks are included.
 
-    Squares are summed in fp64, so the order of summation does not matter and backends agree.
+    Squares are summed in fp64, so the order of summation has almost no effect and the norms of all backends agree.
     """
     sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
@@ -67,7 +67,10 @@ def global_grad_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:
-    """Return the sum in ``summing_dtype``. A CPU converts pieces that fit its cache; torch would convert the whole."""
+    """Return the sum of the squares in ``summing_dtype``.
+
+    On a CPU, convert the gradient in pieces that fit into its cache. torch would convert the whole gradient at once.
+    """
     dtype = summing_dtype(gradient.device)
     if gradient.device.type != "cpu":
         return torch.linalg.vector_norm(gradient, dtype=dtype).square()
@@ -80,7 +83,7 @@ def _sum_of_squares(gradient: Tensor) -> Tensor:
 
 
 def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float) -> Tensor:
-    """Divide gradients by the loss scale and clip their norm to ``max_norm`` (0: no clipping), in place.
+    """Divide gradients by the loss scale, and clip their norm to ``max_norm`` unless it is 0. Changes the gradients.
 
     Returns:
         The global norm of the unscaled gradients before clipping, a scalar.
@@ -95,9 +98,9 @@ def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-    """Update the weights, unless the gradients' norm is not finite; then weights, moments and step count stay.
+    """Update the weights if the norm is finite. Otherwise, weights, moments and step count do not change.
 
-    Fused AdamW on a GPU skips the update by a flag on the device, so the host does not wait for the norm.
+    On a GPU, fused AdamW reads a flag on the device and skips the update, so the host does not wait for the norm.
     """
     if norm.is_cuda and optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
@@ -109,7 +112,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
 def clip_and_step(
     optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], loss_scale: float, max_norm: float
 ) -> Tensor:
-    """Unscale and clip the gradients, update the weights if they are finite, and return the norm before clipping."""
+    """Unscale and clip the gradients, update the weights if the norm is finite, and return the norm before clipping."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = unscale_and_clip(gradients, loss_scale, max_norm)
     step_if_finite(optimizer, norm)
@@ -118,10 +121,11 @@ def clip_and_step(
 
 @dataclass
 class LossScaler:
-    """The factor on the loss that keeps small fp16 gradients from vanishing.
+    """The factor by which the loss is multiplied, so that small fp16 gradients do not become zero.
 
-    A step whose gradient norm is not finite is skipped and halves the scale; ``GROWTH_INTERVAL`` good steps in a row
-    double it. The scale is a power of two, so unscaling is exact. Without ``dynamic`` it stays 1.
+    If the gradient norm is not finite, the step is skipped and the scale is halved. After ``GROWTH_INTERVAL`` good
+    steps in a row, the scale is doubled. The scale is a power of two, so unscaling is exact. If ``dynamic`` is False,
+    the scale is always 1.
     """
 
     dynamic: bool
@@ -130,7 +134,7 @@ class LossScaler:
 
     @classmethod
     def for_precision(cls, precision: str) -> LossScaler:
-        """Return a dynamic scale that starts at 2**16 for ``amp_fp16``, and a constant 1 for the others."""
+        """Return a dynamic scale that starts at 2**16 for ``amp_fp16``, and a constant scale of 1 otherwise."""
         return cls(dynamic=True, scale=2.0**16) if precision == "amp_fp16" else cls(dynamic=False)
 
     def update(self, grad_norm: Tensor | float) -> None:
@@ -146,11 +150,11 @@ class LossScaler:
             self.good_steps = 0
 
     def restore(self, scale: float | None, good_steps: int) -> None:
-        """Use the values of a checkpoint, if both it and this precision have a scale (else ``scale`` is None)."""
+        """Use the values of a checkpoint. Does nothing if this precision or the checkpoint (None) has no loss scale."""
         if self.dynamic and scale is not None:
             self.scale, self.good_steps = scale, good_steps
 
     @property
     def state(self) -> tuple[float | None, int]:
-        """The arguments of ``restore``."""
+        """The scale and the number of good steps, as arguments for ``restore``."""
         return (self.scale if self.dynamic else None), self.good_steps

@@ -1,4 +1,4 @@
-"""AdamW's state and the fp32 master weights on one rank, in one form for every backend."""
+"""Access AdamW's state and the fp32 master weights on one rank in the same way for every backend."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -15,12 +15,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 class Fragment:
     """A contiguous range of one parameter's elements whose training state is on this rank.
 
-    The tensors are views: writing into them changes the state. A replicated backend has one fragment per parameter;
-    FSDP2 has rows of it, ZeRO any range. The fragments of all ranks cover every element, with the vocabulary's padding
-    rows, which are zero, and without padding for alignment.
+    The tensors are views, so writing into them changes the state. On a replicated backend, a fragment is a whole
+    parameter. Under FSDP2 a fragment consists of whole rows, and under ZeRO it can be any range. The fragments of all
+    ranks cover every element, including the vocabulary's padding rows, which are zero. Padding for alignment is not
+    part of a fragment.
     """
 
-    name: str  # canonical, as GPT2.named_parameters() gives it
+    name: str  # the canonical name, as in GPT2.named_parameters()
     start: int  # the first element, counted in the flattened parameter
     weight: Tensor  # (n,) fp32 master weights
     exp_avg: Tensor  # (n,) fp32 first moment of AdamW
@@ -28,11 +29,11 @@ class Fragment:
 
 
 class OptimizerState(ABC):
-    """Where a backend keeps its master weights and AdamW's state.
+    """The master weights and AdamW's state of a backend on this rank.
 
     Args:
         optimizer: torch's AdamW or DeepSpeed's CPUAdam.
-        masters: the fp32 tensors that it updates on this rank.
+        masters: the fp32 tensors that the optimizer updates on this rank.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, masters: Iterable[Tensor]) -> None:
@@ -41,21 +42,21 @@ class OptimizerState(ABC):
 
     @abstractmethod
     def fragments(self) -> list[Fragment]:
-        """Return views of masters and moments. Moments that do not exist yet are created as zeros."""
+        """Return views of the masters and moments. Moments that do not exist yet are created as zeros."""
 
     @abstractmethod
     def publish_masters(self) -> None:
-        """Copy masters that were written through fragments to the weights that the model computes with."""
+        """Copy the masters to the weights that the model computes with. Call this after writing into fragments."""
 
     def adam_states(self) -> list[dict[str, Any]]:
         """Return AdamW's state of each master."""
         return [self.adam_state(master) for master in self.masters]
 
     def adam_state(self, master: Tensor) -> dict[str, Any]:
-        """Return AdamW's state of one master, created as zeros if no step has created it yet."""
+        """Return AdamW's state of one master. If the state does not exist yet, create it with zeros."""
         state = self.optimizer.state[master]
         if not state:
-            counts_in_tensor = isinstance(self.optimizer, torch.optim.AdamW)  # DeepSpeed's CPUAdam counts in an int
+            counts_in_tensor = isinstance(self.optimizer, torch.optim.AdamW)  # DeepSpeed's CPUAdam counts with an int
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device) if counts_in_tensor else 0
             state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
             state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
@@ -69,7 +70,7 @@ class OptimizerState(ABC):
 
 
 class ParameterState(OptimizerState):
-    """The state of a torch optimizer whose parameters are the masters: whole tensors, or rows of them (DTensor)."""
+    """The state of a torch optimizer whose parameters are the masters: whole tensors, or whole rows (DTensor)."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> None:
         super().__init__(optimizer, parameters.values())
@@ -82,11 +83,11 @@ class ParameterState(OptimizerState):
         ]
 
     def publish_masters(self) -> None:
-        """Do nothing: the model computes with the masters."""
+        """Do nothing, because the model computes with the masters."""
 
 
 def _first_element(parameter: Tensor) -> int:
-    """Return where this rank's rows begin in the flattened parameter."""
+    """Return the index of the first element of this rank's rows in the flattened parameter."""
     if not isinstance(parameter, DTensor):
         return 0
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

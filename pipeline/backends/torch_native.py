@@ -34,7 +34,7 @@ class TorchBackend(Backend):
 
     @abstractmethod
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
-        """Return the context of a forward *and* backward pass, after which gradients are synchronized if enabled."""
+        """Return the context for a forward *and* backward pass. If ``enabled``, gradients are synchronized after it."""
 
     def _update(self) -> Tensor:
         norm = clip_and_step(self.optimizer, self.parameters.values(), self.loss_scaler.scale, self.max_norm)

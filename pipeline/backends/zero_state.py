@@ -1,6 +1,6 @@
-"""Where ZeRO stages 1 to 3 keep fp32 masters and moments. All private names of DeepSpeed 0.19.8 are in this file.
+"""Access the fp32 masters and moments of ZeRO stages 1 to 3. Only this file uses private names of DeepSpeed 0.19.8.
 
-The tests save and resume every stage, so they fail with a release that moves these names.
+The tests save and resume every stage, so they fail with a release that changes these names.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ class PartitionedState(OptimizerState):
     """Stages 1 and 2: the parameters of each group are concatenated, and each rank has one range of the elements.
 
     Args:
-        names: ``id(parameter)`` to canonical name.
+        names: maps ``id(parameter)`` to the canonical name of the parameter.
     """
 
     def __init__(self, engine: Any, names: dict[int, str]) -> None:
@@ -32,25 +32,25 @@ class PartitionedState(OptimizerState):
             views = self.views(master)
             for parameter in parameters:
                 mapping = parameter._hp_mapping
-                if mapping is not None:  # else all of it is on other ranks
+                if mapping is not None:  # otherwise the whole parameter is on other ranks
                     start, n = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
                     ranges = [view[start : start + n] for view in views]
                     fragments.append(Fragment(self.names[id(parameter)], mapping.lp_fragment_address.start, *ranges))
         return fragments
 
     def publish_masters(self) -> None:
-        """Copy the masters to the compute weights, gather them, and link the moments again."""
+        """Copy the masters to the compute weights, gather the weights, and link the moments again."""
         self.zero.update_lp_params()
         self.zero._hp_optimizer_states_linked = False
-        self.adam_states()  # linking needs them to exist
+        self.adam_states()  # creates missing states, which must exist before they are linked
         self.zero._lazy_init_hp_params_optimizer_state()
 
 
 class FullyPartitionedState(OptimizerState):
-    """Stage 3: each parameter is cut into equal ranges, one per rank, the last one padded.
+    """Stage 3: each parameter is divided into equal ranges, one per rank. The last range is padded.
 
     Args:
-        names: ``id(parameter)`` to canonical name.
+        names: maps ``id(parameter)`` to the canonical name of the parameter.
     """
 
     def __init__(self, engine: Any, names: dict[int, str]) -> None:
@@ -65,13 +65,13 @@ class FullyPartitionedState(OptimizerState):
             group, at, partition_numel = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = torch.distributed.get_rank() * partition_numel
             n = min(partition_numel, parameter.ds_numel - start)
-            if n > 0:  # else this rank has nothing but padding
+            if n > 0:  # otherwise this rank has only padding
                 ranges = [view[at : at + n] for view in views[group]]
                 fragments.append(Fragment(self.names[id(parameter)], start, *ranges))
         return fragments
 
     def publish_masters(self) -> None:
-        """Drop gathered weights, copy the masters into the partitions, and gather the persistent weights again."""
+        """Free gathered weights, copy the masters into the partitions, and gather the persistent weights again."""
         self.zero._partition_all_parameters()
         for group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)

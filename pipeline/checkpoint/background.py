@@ -76,7 +76,7 @@ class BackgroundSaver:
         return outcomes
 
     def poll(self) -> list[SaveOutcome]:
-        """Return the outcome if a save has ended since the last call. Does not wait, so results can differ by rank."""
+        """Return the outcome if a save has ended since the last call. Does not wait, so the ranks' results can differ."""
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 
     def wait(self) -> list[SaveOutcome]:

@@ -92,7 +92,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def bytes_of_tensors(folder: Path) -> int:
-    """Return the total size of all ranks' tensor files according to the manifest. Raises like ``read_manifest``."""
+    """Return the total size of all ranks' tensor files according to the manifest.
+
+    Raises the same errors as ``read_manifest``.
+    """
     files = read_manifest(folder)["files"]
     return sum(entry["bytes"] for name, entry in files.items() if parse_tensor_file(name))
 
@@ -109,14 +112,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def size_of_file(path: Path) -> int:
-    """Return the size of a file in bytes, or 0 if it does not exist."""
+    """Return the size of a file in bytes, or 0 if the file does not exist."""
     with suppress(OSError):
         return path.lstat().st_size
     return 0
 
 
 def size_of_folder(folder: Path) -> int:
-    """Return the total size in bytes of all files below a folder. A file that disappears meanwhile counts as 0."""
+    """Return the total bytes of all files below a folder. A file that disappears during the call counts as 0."""
     return sum(size_of_file(Path(parent, name)) for parent, _, files in os.walk(folder) for name in files)
 
 

@@ -39,7 +39,7 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
 def load_weights(folder: Path, parameters: dict[str, Tensor]) -> None:
     """Copy a checkpoint's weights into ``parameters``, a mapping from canonical names to whole parameters.
 
-    Raises like ``load_training_state``.
+    Raises the same errors as ``load_training_state``.
     """
     index = index_for_model(folder, {name: list(parameter.shape) for name, parameter in parameters.items()})
     with torch.no_grad():

@@ -80,7 +80,7 @@ def index_pieces(folder: Path, manifest: dict[str, Any]) -> PieceIndex:
 
 
 def _read_pieces(path: Path, group: str, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, str, Piece]]:
-    """Yield (kind, parameter name, piece) for each tensor of a file. Raises like ``index_pieces``."""
+    """Yield (kind, parameter name, piece) for each tensor of a file. Raises the same errors as ``index_pieces``."""
     with open_tensors(path) as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
             stored = file.get_slice(key)

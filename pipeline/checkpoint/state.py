@@ -63,7 +63,7 @@ def read_state_file(folder: Path) -> StateFile:
 
 
 def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
-    """Read a checkpoint's training state and its resolved config. Raises like ``read_state_file``."""
+    """Read a checkpoint's training state and its resolved config. Raises the same errors as ``read_state_file``."""
     content = read_state_file(folder)
     state = TrainingState(**{field.name: getattr(content, field.name) for field in fields(TrainingState)})
     return state, content.config

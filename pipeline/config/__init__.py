@@ -1,1 +1,1 @@
-"""The run config: its schema, and how JSON files and overrides are loaded into it."""
+"""The schema of the run config, and functions that load a config from JSON files and overrides."""

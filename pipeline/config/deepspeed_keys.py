@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config.schema import BackendConfig
 
-#: Keys of DeepSpeed that the run config sets, and the config keys that do it.
+#: Maps DeepSpeed keys that the run config owns to the config keys that set them.
 OWNED_BY_RUN = {
     "train_batch_size": "batch.tokens_per_step",
     "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
@@ -27,8 +27,9 @@ OWNED_BY_RUN = {
     "tensorboard": "logging.tensorboard",
 }
 
-#: The other top-level keys that DeepSpeed 0.19 reads and that have an effect here, with their types. DeepSpeed ignores
-#: unknown keys silently. Keys of its loaders, checkpoints and model parallelism are missing because they are not used.
+#: The other top-level keys that DeepSpeed 0.19 reads and that have an effect in this project, with their types.
+#: DeepSpeed ignores unknown keys silently. The keys of DeepSpeed's loaders, checkpoints and model parallelism are not
+#: in this table, because this project does not use these features.
 PASSED_THROUGH: dict[str, type] = {
     "zero_optimization": dict,
     "zero_allow_untested_optimizer": bool,
@@ -57,7 +58,7 @@ _TYPE_NAMES = {dict: "an object", bool: "true or false", int: "a whole number", 
 
 
 def find_mistakes(backend: BackendConfig) -> Iterator[tuple[str, str]]:
-    """Yield the config key of each mistake, and one line that says what is wrong with it."""
+    """Yield the config key of each mistake, and one line that explains the mistake."""
     native = backend.deepspeed
     for key, mistake in (*_check_keys(native), *_check_zero(native.get("zero_optimization", {}))):
         yield f"backend.deepspeed.{key}", mistake
@@ -84,7 +85,7 @@ def _check_keys(native: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _check_zero(zero: Any) -> Iterator[tuple[str, str]]:
     if not isinstance(zero, dict):
-        return  # reported as a wrong type
+        return  # _check_keys reports the wrong type
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         yield "zero_optimization.stage", f"must be 0, 1, 2 or 3, found {json.dumps(stage)}"

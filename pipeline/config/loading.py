@@ -1,7 +1,7 @@
 """Build one validated :class:`~pipeline.config.schema.Config` from JSON files and ``--set`` overrides.
 
-Later files win over earlier ones, and ``--set`` wins over all files. Every mistake is a :class:`ConfigError` of one
-line: the dotted key, the file that set it, what is expected, and the nearest valid key.
+Later files override earlier files, and ``--set`` overrides all files. Every mistake is a :class:`ConfigError` of one
+line with the dotted key, the file that set this key, the expected value, and the nearest valid key.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from pipeline.config.deepspeed_keys import find_mistakes
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 
-# Replacements for messages of pydantic that name Python's types instead of JSON's.
+# Replacements for messages of pydantic, which name types of Python instead of types of JSON.
 _JSON_MESSAGES = {
     "model_type": "Input should be an object with the keys of this section",
     "dict_type": "Input should be an object",
@@ -25,31 +25,31 @@ _JSON_MESSAGES = {
     "tuple_type": "Input should be a list",
     "missing": "This item is missing",
 }
-_LONGEST_VALUE = 80  # characters of a wrong value that a message shows
+_LONGEST_VALUE = 80  # the most characters of a wrong value that a message shows
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
     """Read, merge and validate a run config.
 
     Args:
-        files: JSON files. Later ones win over earlier ones.
-        overrides: ``section.key=value``. The value is parsed as JSON if possible, else taken as a string.
+        files: JSON files. Later files override earlier files.
+        overrides: texts of the form ``section.key=value``. A value that is not valid JSON is used as a string.
 
     Raises:
-        ConfigError: if a file or an override cannot be read, or the merged config is not valid.
+        ConfigError: a file or an override cannot be read, or the merged config is not valid.
     """
     layers = [(_read_json_object(Path(file)), str(file)) for file in files]
     return _resolve([*layers, *((_parse_override(override), "--set") for override in overrides)])
 
 
 def config_from_json(content: dict[str, Any], origin: str) -> Config:
-    """Validate a resolved config, for example the one that a checkpoint stores.
+    """Validate a resolved config, for example the config in a checkpoint.
 
     Args:
-        origin: the file that holds the content, for error messages.
+        origin: the file that contains the config, for error messages.
 
     Raises:
-        ConfigError: if the config is not valid.
+        ConfigError: the config is not valid.
     """
     return _resolve([(content, origin)])
 
@@ -60,7 +60,7 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 
 def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key of the schema. Sections are included, and ``*`` stands for the index of a list item."""
+    """Yield every dotted key of the schema, including the sections. ``*`` stands for the index of a list item."""
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"
         for inner in _sections_in(field.annotation):
@@ -151,7 +151,7 @@ def _decode(text: str, origin: str) -> Any:
 
 
 def _explain(error: ValidationError, origins: dict[str, str]) -> str:
-    """Describe the first mistake in one line. Unknown keys come first because they often cause the others."""
+    """Describe the first mistake in one line. Unknown keys come first, because they often cause other mistakes."""
     mistake = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
     # pydantic appends "[key]" if the key of a mapping is wrong.
     *section, name = [str(key) for key in mistake["loc"] if key != "[key]"] or [""]

@@ -58,7 +58,7 @@ MODEL_PRESETS: dict[Preset, dict[str, int]] = {
 
 
 class Section(BaseModel):
-    """A section of the config. It is immutable, refuses unknown keys, and does not convert "3" to 3."""
+    """A section of the config. Sections are immutable, refuse unknown keys, and do not convert "3" to 3."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -69,7 +69,7 @@ def _number_as_text(given: Any) -> Any:
 
 
 class RunConfig(Section):
-    """The name of the run, where it writes, and how it computes."""
+    """The name of the run, its output folder, and how the run computes."""
 
     name: str = Field("gpt2", description="Name of the run in logs and TensorBoard.")
     out_dir: NonEmptyText = Field("runs/gpt2", description="Run folder for metrics, checkpoints and results.")
@@ -89,14 +89,14 @@ class RunConfig(Section):
 
     @property
     def compiles(self) -> bool:
-        """Whether the model is compiled. ``auto`` counts as no until ``choose_compilation`` has replaced it."""
+        """Whether the model is compiled. ``auto`` counts as False until ``choose_compilation`` replaces it."""
         return self.compile is True
 
 
 class ModelConfig(Section):
-    """The architecture: a preset, and the sizes that differ from it."""
+    """The architecture: a preset, and the sizes that differ from the preset."""
 
-    preset: Preset = Field("gpt2", description="Preset that supplies the sizes that are not given.")
+    preset: Preset = Field("gpt2", description="The preset for all sizes that the config does not set.")
     n_layer: PositiveInt = Field(description="Number of transformer blocks.")
     n_head: PositiveInt = Field(description="Number of attention heads. It must divide n_embd.")
     n_embd: PositiveInt = Field(description="Width of the residual stream.")
@@ -108,7 +108,7 @@ class ModelConfig(Section):
     reset_positions_at: NonNegativeInt | None = Field(
         None,
         description="Token at which positions restart from 0 (GPT-2's end of text is 50256), in training, evaluation "
-        "and generation. Attention still sees the tokens before it. `null` never restarts them within a window.",
+        "and generation. Attention still includes earlier tokens. With `null`, positions never restart in a window.",
     )
     activation_checkpointing: bool | PositiveInt = Field(
         False,
@@ -156,22 +156,24 @@ class ModelConfig(Section):
 
 
 class TokenizeConfig(Section):
-    """The options of ``launch/tokenize_corpus.py`` when ``launch/run.py`` starts it.
+    """The options with which ``launch/run.py`` starts ``launch/tokenize_corpus.py``.
 
-    A value of null leaves the option at the command's own default.
+    null means the default of ``launch/tokenize_corpus.py``.
     """
 
-    source: SourceKind = Field("fineweb-edu", description="Kind of source that the documents come from.")
+    source: SourceKind = Field("fineweb-edu", description="Kind of source of the documents.")
     input: list[str] = Field([], description="Files, folders, or the name of a dataset.")
     format: ShardFormat | None = Field(None, description="File format of the shards.")
     val_fraction: Fraction | None = Field(None, description="Fraction of the documents held out for validation.")
     shard_tokens: PositiveInt | None = Field(None, description="Largest number of tokens in a shard.")
     deduplicate: Deduplication | None = Field(
-        None, description="`exact` leaves out every document that is equal to an earlier one."
+        None, description="`exact` leaves out every document that is equal to an earlier document."
     )
     workers: PositiveInt | None = Field(None, description="Number of encoding processes.")
-    limit_documents: PositiveInt | None = Field(None, description="Stop after this many documents.")
-    limit_bytes: PositiveInt | None = Field(None, description="Stop after this many bytes of UTF-8.")
+    limit_documents: PositiveInt | None = Field(None, description="Largest number of documents to tokenize.")
+    limit_bytes: PositiveInt | None = Field(
+        None, description="Stop after the document that reaches this total of bytes in UTF-8."
+    )
 
 
 class MixtureComponent(Section):
@@ -200,7 +202,9 @@ class DataConfig(Section):
         "Samples are drawn in proportion to the weights. Metrics show the names (default: the folders' names).",
     )
     seq_len: PositiveInt | None = Field(None, description="Tokens per sample (default: model.context_length).")
-    verify: bool = Field(True, description="Check the hash of every shard before training. The ranks share the work.")
+    verify: bool = Field(
+        True, description="Check the hash of every shard before training. Each rank checks a share of the shards."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -233,7 +237,7 @@ class DataConfig(Section):
 
 
 class BatchConfig(Section):
-    """The batch, in tokens. The number of micro-steps follows from the world size."""
+    """The batch size in tokens. The number of micro-steps follows from the batch size and the world size."""
 
     tokens_per_step: PositiveInt = Field(524_288, description="Target tokens per optimizer step over all ranks.")
     micro_batch_size: PositiveInt = Field(16, description="Sequences per rank and micro-step.")
@@ -245,7 +249,9 @@ class OptimizerConfig(Section):
     learning_rate: PositiveFloat = Field(6e-4, description="Peak learning rate, reached after warm-up.")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="Decay rates of the two moments.")
     eps: PositiveFloat = Field(1e-8, description="Term added to the square root of the second moment.")
-    weight_decay: NonNegativeFloat = Field(0.1, description="Decoupled weight decay, not on biases and LayerNorm.")
+    weight_decay: NonNegativeFloat = Field(
+        0.1, description="Decoupled weight decay. It does not apply to biases and LayerNorm weights."
+    )
     grad_clip: NonNegativeFloat = Field(1.0, description="Largest global gradient norm. 0 turns clipping off.")
 
 
@@ -269,19 +275,19 @@ class ScheduleConfig(Section):
 
 
 class DdpConfig(Section):
-    """DistributedDataParallel: replicated weights, all-reduced gradients."""
+    """DistributedDataParallel: every rank has all weights, and gradients are all-reduced."""
 
     bucket_cap_mb: PositiveInt = Field(25, description="Size of a gradient bucket in MiB.")
 
 
 class FsdpConfig(Section):
-    """FSDP2 (``fully_shard``): weights, gradients and moments of each block sharded over the ranks."""
+    """FSDP2 (``fully_shard``): the weights, gradients and moments of each block are sharded over the ranks."""
 
     reshard_after_forward: bool = Field(True, description="Free a block's gathered weights after its forward pass.")
 
 
 class BackendConfig(Section):
-    """The library that distributes the training. It does not change the results."""
+    """The library that distributes the training. The choice of the library does not change the results."""
 
     name: Literal["ddp", "fsdp", "deepspeed"] = Field("ddp", description="The library.")
     ddp: DdpConfig = DdpConfig()
@@ -290,7 +296,7 @@ class BackendConfig(Section):
 
     @property
     def zero(self) -> dict[str, Any]:
-        """DeepSpeed's section ``zero_optimization``."""
+        """The section ``zero_optimization`` of DeepSpeed's JSON."""
         return dict(self.deepspeed.get("zero_optimization", {}))
 
     @property
@@ -304,46 +310,57 @@ class BackendConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When to save, what to keep, and where to start."""
+    """The settings for saving, keeping and resuming from checkpoints."""
 
     every_steps: PositiveInt = Field(1000, description="Steps between checkpoints. The last step is always saved.")
-    keep_last: PositiveInt = Field(2, description="Older checkpoints are deleted once newer ones are verified.")
-    resume: NonEmptyText = Field(
-        "auto", description="`auto` resumes from the run's newest good checkpoint, `none` starts over, or give a path."
+    keep_last: PositiveInt = Field(
+        2, description="Number of checkpoints to keep. An older checkpoint is deleted after a new one is verified."
     )
-    asynchronous: bool = Field(True, description="Write from a copy in host memory while training continues.")
+    resume: NonEmptyText = Field(
+        "auto",
+        description="`auto` resumes from the run's newest good checkpoint, `none` starts from scratch, and a path "
+        "resumes from this checkpoint.",
+    )
+    asynchronous: bool = Field(
+        True, description="Copy the state to host memory and write the copy while training continues."
+    )
 
 
 class GuardConfig(Section):
-    """What to do about bad steps. A step whose loss or gradient is not finite is always skipped."""
+    """The reaction to bad steps. A step whose loss or gradient is not finite is always skipped."""
 
-    max_bad_steps: PositiveInt = Field(10, description="Consecutive non-finite steps after which the run stops.")
+    max_bad_steps: PositiveInt = Field(10, description="Number of skipped steps in a row after which the run stops.")
     spike_zscore: PositiveFloat | None = Field(
         None,
-        description="A loss or gradient norm this many standard deviations above the last steps is a spike: the run "
-        "returns to the last checkpoint and leaves the batch out. `null` turns this off.",
+        description="A step is a spike if its loss or gradient norm is more than this number of standard deviations "
+        "above the mean of the last steps. After a spike, the run continues from the last checkpoint and leaves the "
+        "batch out. `null` turns this off.",
     )
     spike_window: int = Field(100, ge=10, description="Number of previous steps that a step is compared with.")
-    max_rollbacks: NonNegativeInt = Field(5, description="Number of spikes in a run before it stops.")
+    max_rollbacks: NonNegativeInt = Field(5, description="Number of spikes after which the next spike stops the run.")
 
 
 class EvaluationConfig(Section):
-    """Validation and evaluation tasks during training."""
+    """The validation and the evaluation tasks during training."""
 
-    every_steps: PositiveInt = Field(250, description="Steps between evaluations; also at the first and last step.")
+    every_steps: PositiveInt = Field(
+        250, description="Steps between evaluations. A run also evaluates before the first and after the last step."
+    )
     tasks: list[str] = Field(
         ["validation"],
         description=f"Tasks to run: {', '.join(f'`{name}`' for name in get_args(TaskName))}, or a name in "
         "evaluation.data.",
     )
     data: dict[Annotated[str, Field(pattern=f"^{TASK_NAME.pattern}$")], str] = Field(
-        {}, description="Map from a task to its file (default: the dataset on the Hugging Face hub)."
+        {}, description="Maps a task to its file (default: the task's dataset on the Hugging Face hub)."
     )
     max_batches: PositiveInt | None = Field(
         40,
-        description="Micro-batches of validation over all ranks, spread evenly over the split. `null` uses all of it.",
+        description="Validation batches over all ranks, spread evenly over the split. `null` uses the whole split.",
     )
-    max_examples: PositiveInt | None = Field(500, description="The first examples of each task. `null` uses all.")
+    max_examples: PositiveInt | None = Field(
+        500, description="Largest number of examples per task, from the beginning. `null` uses all examples."
+    )
     sample: bool = Field(
         False, description="Also generate a completion with the settings of `sample`. TensorBoard shows it under TEXT."
     )
@@ -358,32 +375,35 @@ class EvaluationConfig(Section):
 
 
 class LoggingConfig(Section):
-    """What is written during training."""
+    """The rows, events and profiles that a run writes during training."""
 
     every_steps: PositiveInt = Field(10, description="Optimizer steps between logged rows.")
     tensorboard: bool = Field(True, description="Write TensorBoard event files into the run folder.")
     profile_steps: NonNegativeInt = Field(
         0,
-        description="Number of optimizer steps to trace, after the first five, into `profile/` of the run folder. "
-        "The same as --profile.",
+        description="Number of optimizer steps to profile after the first five steps. The profile is written to "
+        "`profile/` in the run folder. Same as --profile.",
     )
 
 
 class SampleConfig(Section):
-    """The completion that is written at evaluations (``evaluation.sample``) and at the end of ``launch/run.py``.
+    """The settings for completions in evaluations (``evaluation.sample``) and at the end of ``launch/run.py``.
 
-    These are also the defaults of ``launch/generate.py``.
+    These settings are also the defaults of ``launch/generate.py``.
     """
 
     prompt: NonEmptyText = Field("The meaning of life is", description="Text that the model continues.")
     max_new_tokens: PositiveInt = Field(64, description="Largest number of tokens to generate.")
-    temperature: NonNegativeFloat = Field(0.8, description="Sampling temperature. 0 takes the likeliest token.")
-    top_k: PositiveInt | None = Field(50, description="Sample from the k likeliest tokens. `null` samples from all.")
+    temperature: NonNegativeFloat = Field(0.8, description="Sampling temperature. 0 takes the most likely token.")
+    top_k: PositiveInt | None = Field(
+        50, description="Sample from the k most likely tokens. `null` samples from all tokens."
+    )
     top_p: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Sample from the likeliest tokens that together reach this probability. `null`: from all.",
+        description="Sample from the fewest most likely tokens whose probabilities sum to at least this number. `null` "
+        "samples from all tokens.",
     )
     stop: list[NonEmptyText] = Field([], description="The completion ends before the first of these texts.")
 
@@ -407,7 +427,7 @@ class Config(Section):
 
     @property
     def seq_len(self) -> int:
-        """Tokens per sample."""
+        """The number of tokens per sample."""
         return self.data.seq_len or self.model.context_length
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ RANKS_TIMEOUT_S = 120
 
 
 def check_collectives() -> Finding:
-    """Check that torch was built with the libraries that ranks communicate through."""
+    """Check that torch was built with the libraries that ranks use to communicate."""
     if torch.cuda.is_available() and not dist.is_nccl_available():
         return Finding("collectives", "problem", "this torch has no NCCL", "install a CUDA build of torch for Linux")
     if not dist.is_gloo_available():
@@ -55,7 +55,7 @@ def check_port() -> Finding:
 
 
 def check_ranks() -> Finding:
-    """Start two ranks that add a number: on two GPUs if there are two, else on the CPU."""
+    """Start two ranks that add a number, on two GPUs if the machine has two GPUs, otherwise on the CPU."""
     device = "cuda" if torch.cuda.device_count() > 1 else "cpu"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, "-m", "pipeline.doctor.communication", device]

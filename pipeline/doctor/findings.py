@@ -1,4 +1,4 @@
-"""The results of the checks, as text and as JSON."""
+"""Define the results of the checks, and format them as text and as JSON."""
 
 import json
 from collections.abc import Sequence
@@ -12,25 +12,26 @@ Level = Literal["ok", "note", "problem"]
 class Finding:
     """The result of one check.
 
-    ``note``: training works, but is slower or lacks something optional. ``problem``: training does not work.
+    The level ``note`` means that training works, but is slower or lacks an optional feature. The level ``problem``
+    means that training does not work.
     """
 
     subject: str
     level: Level
     says: str
-    cure: str = ""  # a command where possible
+    cure: str = ""  # the solution, if possible a command
 
     def __post_init__(self) -> None:
         assert bool(self.cure) == (self.level != "ok"), "a note or a problem needs a cure, and nothing else has one"
 
 
 def has_problem(findings: Sequence[Finding]) -> bool:
-    """Return whether something that training needs is broken."""
+    """Return whether a finding has the level ``problem``."""
     return any(finding.level == "problem" for finding in findings)
 
 
 def format_findings(findings: Sequence[Finding]) -> str:
-    """Return one line per finding, followed by a line with its cure."""
+    """Return one line per finding, followed by a line with the solution if the finding has one."""
     width = max(len(finding.subject) for finding in findings)
     lines = []
     for finding in findings:
@@ -41,5 +42,5 @@ def format_findings(findings: Sequence[Finding]) -> str:
 
 
 def findings_as_json(findings: Sequence[Finding]) -> str:
-    """Return ``{"problem": false, "findings": [...]}``."""
+    """Return the findings as JSON text: ``{"problem": false, "findings": [...]}``."""
     return json.dumps({"problem": has_problem(findings), "findings": [asdict(f) for f in findings]}, indent=2)

@@ -25,11 +25,11 @@ SAMPLE_TEXT = "GPT-2: naïve 数据\n"
 
 
 def run_checks(folder: Path, *, thorough: bool) -> list[Finding]:
-    """Check everything except the packages. A check that fails is itself a finding, so that the others still run.
+    """Run all checks except the check of the packages. If a check raises an error, the error becomes a finding.
 
     Args:
         folder: the folder for runs and data. It need not exist.
-        thorough: also compile, and start two ranks. This takes a minute or two the first time.
+        thorough: also compile code and start two ranks. This takes a minute or two the first time.
     """
     checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
         ("device", check_devices),
@@ -56,7 +56,7 @@ def run_checks(folder: Path, *, thorough: bool) -> list[Finding]:
 
 
 def check_devices() -> Iterator[Finding]:
-    """Check whether torch can use the GPUs, and how much of their memory is free."""
+    """Check whether torch can use the GPUs, and how much memory of each GPU is free."""
     if not torch.cuda.is_available():
         yield _check_without_gpu()
         return
@@ -89,7 +89,7 @@ def _check_without_gpu() -> Finding:
 
 
 def _rate(subject: str, says: str, cure: str, *, size: float, comfortable: float, least: float = 0) -> Finding:
-    """Return a problem if the size is below the least one, a note if it is below the comfortable one, else ok."""
+    """Return a problem if ``size`` is below ``least``, a note if it is below ``comfortable``, otherwise ok."""
     level: Level = "problem" if size < least else "note" if size < comfortable else "ok"
     return Finding(subject, level, says, "" if level == "ok" else cure)
 
@@ -102,7 +102,7 @@ def check_memory() -> Finding:
 
 
 def check_disk(folder: Path) -> Finding:
-    """Check that a folder can be written and has space."""
+    """Check that a folder is writable and that its disk has enough space."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not os.access(existing, os.W_OK):
         return Finding("disk", "problem", f"{existing} is not writable", "use another folder: run.out_dir, --out")
@@ -112,12 +112,13 @@ def check_disk(folder: Path) -> Finding:
         "checkpoints of GPT-2 124M need 6 GiB: set run.out_dir to another disk; "
         "python launch/checkpoint.py prune RUN --dry-run shows what can be deleted"
     )
-    # Three checkpoints of GPT-2 124M at 12 bytes per parameter (two are kept while a third is written), and metrics.
+    # Space for metrics and three checkpoints of GPT-2 124M at 12 bytes per parameter: a run keeps two checkpoints while
+    # it writes a third one.
     return _rate("disk", says, cure, size=free, comfortable=6 * GIB, least=1 * GIB)
 
 
 def check_limits() -> Iterator[Finding]:
-    """Check the size of shared memory and the number of open files."""
+    """Check the size of shared memory and the limit on the number of open files."""
     if SHARED_MEMORY.is_dir():
         size = shutil.disk_usage(SHARED_MEMORY).total
         cure = "ranks under NCCL communicate through it; in a container: docker run --shm-size=8g (or --ipc=host)"
@@ -131,7 +132,7 @@ def check_limits() -> Iterator[Finding]:
 
 
 def check_compilers() -> Iterator[Finding]:
-    """Check for a compiler and headers, without compiling."""
+    """Check whether a compiler and the headers of Python are installed, without compiling."""
     without = "without it run.compile is switched off, and offload uses torch's AdamW"
     if compiler := shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
         yield Finding("C++ compiler", "ok", compiler)
@@ -149,7 +150,7 @@ def check_compilers() -> Iterator[Finding]:
 
 
 def check_builds() -> Iterator[Finding]:
-    """Compile with torch.compile and build DeepSpeed's CPUAdam. Both cache what they built."""
+    """Compile with torch.compile and build DeepSpeed's CPUAdam. torch and DeepSpeed cache the results."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if compiler_works(device):
         yield Finding("torch.compile", "ok", f"works on {device}")
@@ -164,7 +165,7 @@ def check_builds() -> Iterator[Finding]:
 
 
 def check_tokenizer() -> Finding:
-    """Check that GPT-2's vocabulary is found, has the right hash, and encodes and decodes a text."""
+    """Check that GPT-2's vocabulary is found, has the right hash, and can encode and decode a text."""
     try:
         tokenizer = load_tokenizer()
     except DataError as error:

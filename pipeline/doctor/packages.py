@@ -1,4 +1,4 @@
-"""Compare Python and the packages with setup.py and constraints.txt. Needs no torch."""
+"""Compare Python and the packages with setup.py and constraints.txt. This module does not import torch."""
 
 import platform
 from collections.abc import Iterable, Iterator
@@ -40,7 +40,7 @@ def _check_required(project: Distribution) -> Finding:
 
 
 def _check_tested() -> Finding:
-    """Check for versions other than the tested ones. They are allowed, but may explain a problem."""
+    """Check for versions that we have not tested. Other versions are allowed, but may explain a problem."""
     if not CONSTRAINTS.is_file():
         cure = "run from a checkout to compare versions"
         return Finding("tested versions", "note", f"{CONSTRAINTS} is missing", cure)
@@ -65,7 +65,7 @@ def _check_extras(project: Distribution) -> Iterator[Finding]:
 
 
 def requirements(project: Distribution, extra: str) -> list[Requirement]:
-    """Return what an extra requires in addition, or with ``""`` what the project always requires."""
+    """Return the additional requirements of an extra. If ``extra`` is "", return the requirements of the project."""
     found = [Requirement(line) for line in project.requires or ()]
     return [r for r in found if _applies(r, extra) and (not extra or not _applies(r, ""))]
 
@@ -75,7 +75,7 @@ def _applies(requirement: Requirement, extra: str) -> bool:
 
 
 def _faults(requirements: Iterable[Requirement], *, ignore_missing: bool = False) -> list[str]:
-    """Return what is wrong with the installed versions."""
+    """Return one message per requirement that the installed packages do not meet."""
     faults = []
     for requirement in requirements:
         try:

@@ -42,12 +42,18 @@ def _choose(context: str, choices: list[str], gold: int) -> Example:
 
 
 def any_choices(row: Row) -> Example:
-    """Read ``query``, ``choices``, ``gold``: the context, its continuations, and the index of the right one."""
+    """Read ``query``, ``choices``, ``gold``: the context, its continuations, and the index of the right continuation.
+
+    Returns one pair per choice.
+    """
     return _choose(row["query"], row["choices"], int(row["gold"]))
 
 
 def any_continuation(row: Row) -> Example:
-    """Read ``context`` and ``continuation``, joined by a space unless there is white space between them already."""
+    """Read ``context`` and ``continuation``.
+
+    Returns one pair, with a space before the continuation if there is no white space between the two texts.
+    """
     context, continuation = row["context"], row["continuation"]
     if context and not context[-1].isspace() and not continuation[:1].isspace():
         continuation = " " + continuation
@@ -57,7 +63,8 @@ def any_continuation(row: Row) -> Example:
 def piqa(row: Row) -> Example:
     """Read ``goal``, ``sol1``, ``sol2``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    Some evaluation suites distribute PIQA with queries that lack "Answer:" at the end.
+    Returns the question, followed by "Answer:", with each solution. If a query lacks "Answer:", as in some evaluation
+    suites, it is added.
     """
     if "query" in row:
         question = row["query"].removesuffix("Answer:").removesuffix("\n")
@@ -66,7 +73,10 @@ def piqa(row: Row) -> Example:
 
 
 def arc(row: Row) -> Example:
-    """Read ``question``, ``choices`` (``text`` and ``label``), ``answerKey``; or ``query``, ``choices``, ``gold``."""
+    """Read ``question``, ``choices`` (``text`` and ``label``), ``answerKey``; or ``query``, ``choices``, ``gold``.
+
+    Returns the question, followed by "Answer:", with each answer.
+    """
     if "query" in row:
         return any_choices(row)
     texts, labels = row["choices"]["text"], row["choices"]["label"]
@@ -74,7 +84,10 @@ def arc(row: Row) -> Example:
 
 
 def hellaswag(row: Row) -> Example:
-    """Read ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``."""
+    """Read ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``.
+
+    Returns the activity and the context with each ending, without bracketed markup.
+    """
     if "query" in row:
         return any_choices(row)
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
@@ -88,7 +101,10 @@ def _without_markup(text: str) -> str:
 
 
 def hellaswag_completion(row: Row) -> Example:
-    """Read ``ctx``, ``endings``, ``label``, unchanged; or ``query``, ``choices``, ``gold``."""
+    """Read ``ctx``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``.
+
+    Returns the context with each ending, without changing the texts.
+    """
     if "query" in row:
         return any_choices(row)
     return _choose(row["ctx"], row["endings"], int(row["label"]))
@@ -97,8 +113,9 @@ def hellaswag_completion(row: Row) -> Example:
 def winogrande(row: Row) -> Example:
     """Read ``sentence`` with a blank ``_``, ``option1``, ``option2``, ``answer``.
 
-    Partial scoring (Trinh and Le 2018): each option fills the blank, and only the text after the blank is scored. The
-    length and the frequency of the option therefore do not affect the score.
+    Returns one pair per option for partial scoring (Trinh and Le 2018): the context is the text up to the blank with
+    the option in the blank, and the continuation is the text after the blank. Only the continuation is scored, so the
+    length and the frequency of the option do not affect the score.
     """
     before, blank, after = row["sentence"].partition("_")
     if not blank:
@@ -111,7 +128,7 @@ def winogrande(row: Row) -> Example:
 def lambada(row: Row) -> Example:
     """Read ``text``, whose last word is the continuation; or ``context`` and ``continuation``, the last word.
 
-    In a few-shot example two spaces precede the word, as in lm-evaluation-harness.
+    Returns one pair. In a few-shot example, two spaces precede the word, as in lm-evaluation-harness.
     """
     if "context" in row:
         context, word = row["context"], row["continuation"].removeprefix(" ")

@@ -125,7 +125,7 @@ def _write_results(results: Results, loaded: LoadedModel, folder: Path) -> None:
 def prepare_tasks(config: Config, world: World) -> dict[str, PreparedTask]:
     """Prepare all tasks in ``evaluation.tasks`` except ``validation`` for measurements during training.
 
-    This call is collective: every rank must make it. Raises like ``prepare_task``.
+    This call is collective: every rank must make it. Raises the same errors as ``prepare_task``.
     """
     options = config.evaluation
     settings = Settings(limit=options.max_examples)

@@ -1,4 +1,4 @@
-"""Compute the log-likelihoods of requests for all text tasks. The batch size and world size do not matter."""
+"""Compute the log-likelihoods of requests for all text tasks. They do not depend on the batch size or world size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""Checkpoints to and from other programs: Hugging Face, nanoGPT."""
+"""Exchange checkpoints with other programs: Hugging Face, nanoGPT."""

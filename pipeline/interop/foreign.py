@@ -46,10 +46,10 @@ class ForeignModel:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A checkpoint that was written into a new run folder."""
+    """A checkpoint of another program that was written into a new run folder."""
 
     saved: SavedCheckpoint
-    notes: list[str]  # for the user, about what was translated
+    notes: list[str]  # messages for the user about the conversion
 
     def __str__(self) -> str:
         return "\n".join([str(self.saved), *self.notes])
@@ -60,15 +60,16 @@ class SettingsObject:
 
 
 def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
-    """Load a dict that ``torch.save`` wrote, with its tensors mapped. No code in the file is run.
+    """Load a dict that ``torch.save`` wrote, and memory-map its tensors. No code in the file is executed.
 
     An object of a class called ``GPTConfig`` becomes a ``SettingsObject`` with the same attributes.
 
     Args:
-        expected: what the file should be, for the error message.
+        expected: the expected kind of file, for the error message.
 
     Raises:
-        CheckpointError: the file is something else, is damaged, or holds objects other than tensors and plain values.
+        CheckpointError: the file does not contain a dict that ``torch.save`` wrote, is damaged, or contains other
+            objects than tensors and plain values.
     """
     try:
         content = _load_pickle(path, [])
@@ -106,7 +107,7 @@ def _load_pickle(path: Path, classes: list[str]) -> Any:
 
 
 def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return the parameters of a state dict by canonical name, with the tied weight once and without masks.
+    """Return the parameters of a state dict by canonical name. The result has the tied weight once, and no masks.
 
     Raises:
         CheckpointError: no key is one of GPT-2's, a value is not a tensor of finite floats, a parameter is stored
@@ -198,10 +199,10 @@ def require_sizes(where: str, weights: Mapping[str, Tensor], sizes: Mapping[str,
 
 
 def require_shapes(where: str, source: str, weights: Mapping[str, Tensor], expected: dict[str, list[int]]) -> None:
-    """Raise CheckpointError unless ``weights`` are exactly the ``expected`` parameters in these shapes.
+    """Raise CheckpointError unless ``weights`` are exactly the ``expected`` parameters in the expected shapes.
 
     Args:
-        source: where the sizes of the model are given, for the error message.
+        source: the file or section that contains the sizes of the model, for the error message.
     """
     unknown = {name: weights[name] for name in weights if name not in expected}
     for name in [*expected, *weights]:
@@ -216,7 +217,7 @@ def require_shapes(where: str, source: str, weights: Mapping[str, Tensor], expec
 
 
 def model_shapes(config: ModelConfig) -> dict[str, list[int]]:
-    """Return the shapes of our parameters, padding rows included, by canonical name."""
+    """Return the shapes of our parameters by canonical name, including the padding rows."""
     return {name: list(p.shape) for name, p in allocate_model(config, "meta").named_parameters()}
 
 
@@ -228,7 +229,7 @@ def preset_of(sizes: dict[str, int]) -> dict[str, str]:
 def read_padded(
     tensors: Mapping[str, Mapping[str, Tensor]], shapes: dict[str, list[int]], kind: str, name: str
 ) -> Tensor:
-    """Return a tensor in our shape, with rows of zeros for our padding. A missing tensor is all zeros.
+    """Return a tensor in our shape, with zeros in our padding rows. Returns only zeros if the tensor is missing.
 
     Args:
         tensors: kind (``weight``, ``exp_avg`` or ``exp_avg_sq``) -> canonical name -> tensor.

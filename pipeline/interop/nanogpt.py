@@ -1,4 +1,4 @@
-"""Importing nanoGPT's ``ckpt.pt``: weights, AdamW's moments, and the settings that exist here too.
+"""Import nanoGPT's ``ckpt.pt``: weights, AdamW's moments, and the settings that our run config also has.
 
 The file holds a dict: ``model`` (a state dict), ``optimizer`` (AdamW's), ``model_args``, ``iter_num`` and ``config``.
 build-nanogpt's ``model_*.pt`` has the sizes in ``config`` and the step in ``step``. The matrices have the same
@@ -54,9 +54,9 @@ def import_nanogpt(path: Path, run_folder: Path) -> Conversion:
     """Write the contents of a file into a new run folder. Tensors are converted when they are written.
 
     Raises:
-        CheckpointError: the file is something else, is damaged, would run code, or holds a wrong tensor; or as for
-            ``write_new_run``.
-        ConfigError: one of its settings is not valid here, or a run is using the folder.
+        CheckpointError: the file is not a ``ckpt.pt``, is damaged, contains code, or has a wrong tensor; or
+            ``write_new_run`` raises CheckpointError.
+        ConfigError: a setting in the file is not valid in our config, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)
     file = open_nanogpt_file(path)
@@ -176,7 +176,7 @@ def _training_state(file: NanoGptFile, config: Config, updates: int | None, note
 def _read_moments(
     file: Section, stored_shapes: Mapping[str, list[int]], kept_rows: int
 ) -> tuple[dict[str, dict[str, Tensor]], int | None]:
-    """Return AdamW's moments by canonical name and its step count, or nothing if the file has none.
+    """Return AdamW's moments by canonical name, and its step count. Returns ({}, None) if the file has no moments.
 
     Only the first ``kept_rows`` rows of the embedding's moments are returned.
 

@@ -1,1 +1,1 @@
-"""GPT-2 and its layers. Nothing here knows a backend."""
+"""GPT-2 and its layers. This package does not depend on a backend."""

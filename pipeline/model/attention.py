@@ -12,24 +12,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 log = logging.getLogger(__name__)
 
-#: Number of query blocks in attention that is compiled for a CPU. A block skips the keys after its last query.
+#: The number of query blocks in attention that is compiled for a CPU. A block skips the keys after its last query.
 QUERY_BLOCKS = 4
-#: The longest window for which blocks were measured to be faster; their memory grows with its square.
+#: The longest window for which we measured that blocks are faster. Their memory grows with the square of the length.
 LONGEST_IN_BLOCKS = 1024
 
 _KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 _LAST_FAULTY_CUDNN = 91500  # 9.15.0
 
-#: (layer, queries, keys, values) -> attention output; all tensors (B, H, T, D).
+#: (layer, queries, keys, values) -> attention output. All tensors have shape (B, H, T, D).
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Return softmax(q k^T / sqrt(D)) v, where no token sees a later one.
+    """Return softmax(q k^T / sqrt(D)) v, (B, H, T, D). No token attends to a later token.
 
     Args:
-        q, k, v: (B, H, T, D), as the result.
-        dropout: probability, on the attention weights.
+        q, k, v: queries, keys and values, (B, H, T, D).
+        dropout: the dropout probability for the attention weights.
     """
     T = q.shape[2]
     in_blocks = torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout
@@ -39,7 +39,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
 
 
 def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return causal attention as matrix products, one block of queries at a time, for the compiler to fuse."""
+    """Compute causal attention with matrix products, one block of queries at a time, so that the compiler can fuse."""
     T, D = q.shape[2:]
     width = T // QUERY_BLOCKS
     blocks = []
@@ -58,7 +58,7 @@ def fastest_kernel(
 ) -> Iterator[str]:
     """Run attention with the fastest kernel that works for these inputs, and yield the name of the kernel.
 
-    The name is the one that torch reports. ``MATH`` means that no fused kernel works, and is logged as a warning.
+    The name is torch's name for the kernel. ``MATH`` means that no fused kernel works, which is logged as a warning.
 
     Args:
         shape: (B, H, T, D), the shape of the queries in training.
@@ -79,7 +79,7 @@ def fastest_kernel(
 
 @contextmanager
 def kernels_for_any_length() -> Iterator[None]:
-    """Run attention without cuDNN's kernel, which builds a plan of up to 0.4 s for every new shape."""
+    """Run attention without cuDNN's kernel, which needs up to 0.4 s to build a plan for every new shape."""
     with sdpa_kernel(list(_KERNELS), set_priority=True):
         yield
 

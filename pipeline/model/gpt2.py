@@ -50,7 +50,7 @@ class CausalSelfAttention(nn.Module):
 
 def gelu(x: Tensor) -> Tensor:
     """Return GELU in the tanh approximation that GPT-2 uses, x/2 (1 + tanh u) (Hendrycks and Gimpel 2016)."""
-    if torch.compiler.is_compiling():  # x sigmoid(2u) is equal, and exp is cheaper than tanh
+    if torch.compiler.is_compiling():  # x sigmoid(2u) is the same function, and exp is cheaper than tanh
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * torch.sigmoid(wide * (_GELU_LINEAR + _GELU_CUBIC * wide * wide))).to(x.dtype)
     return F.gelu(x, approximate="tanh")
@@ -73,7 +73,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with pre-LayerNorm: the residual stream itself is never normalized."""
+    """A transformer block with pre-LayerNorm. The residual stream itself is not normalized."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -89,16 +89,16 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """Tokens and the predictions among them that are scored."""
+    """Rows of tokens, and the targets to score in these rows."""
 
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (N,) int64
-    outputs: Tensor  # (N,) int64, the tokens after which the targets are expected, as indices into the flat B*T
-    positions: Tensor | None = None  # (B, T) int64, each token's position in its text; None: each row is one text
-    mask: Tensor | None = None  # (B, 1, T, T) bool, True where a row's token sees a column's; None: causal
+    outputs: Tensor  # (N,) int64, the token before each target, as an index into the flattened tokens (B * T,)
+    positions: Tensor | None = None  # (B, T) int64, each token's position in its text; None if each row is one text
+    mask: Tensor | None = None  # (B, 1, T, T) bool, True if query token i attends to key token j; None means causal
 
     def to(self, device: torch.device) -> ScoringBatch:
-        """Return the batch on a device."""
+        """Return a copy of the batch on a device."""
         tensors: dict[str, Any] = {
             name: None if t is None else t.to(device, non_blocking=True) for name, t in vars(self).items()
         }
@@ -106,7 +106,7 @@ class ScoringBatch:
 
 
 class GPT2(nn.Module):
-    """The language model. ``lm_head.weight`` and ``wte.weight`` are one parameter, named ``wte.weight``."""
+    """The language model. ``lm_head.weight`` and ``wte.weight`` are one parameter with the name ``wte.weight``."""
 
     __call__: Callable[..., Tensor]
 
@@ -123,8 +123,8 @@ class GPT2(nn.Module):
     def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
         """Call ``loss``, ``logits`` or ``score``.
 
-        DDP, FSDP2, DeepSpeed, autocast and torch.compile hook ``forward``: they gather weights, cast inputs and run
-        compiled code only around it. Everything that a wrapped model computes therefore enters here.
+        DDP, FSDP2, DeepSpeed, autocast and torch.compile gather weights, cast inputs and run compiled code only in
+        calls of ``forward``. Every computation of a wrapped model must therefore start with ``forward``.
         """
         result: Tensor = getattr(self, method)(*inputs)
         return result
@@ -132,11 +132,11 @@ class GPT2(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the summed cross-entropy in nats, an fp32 scalar.
 
-        It is a sum because the mean over a global batch needs the global count of targets.
+        The result is a sum and not a mean, because the mean needs the number of targets in the global batch.
 
         Args:
             tokens: (B, T) integer ids below ``vocab_size``.
-            targets: (B, T) int64 ids; ``IGNORE_INDEX`` where nothing is scored.
+            targets: (B, T) int64 ids. ``IGNORE_INDEX`` marks targets that are not scored.
         """
         return self.lm_head(self.hidden_states(tokens), targets, method="loss")
 
@@ -157,9 +157,9 @@ class GPT2(nn.Module):
         """Return the logits of the token that follows each row, (B, V) in the compute dtype.
 
         Args:
-            tokens: (B, T) whole rows, padded on the right, if the cache is empty; else (B, 1), the tokens that follow.
-            lengths: tokens per row, without the padding.
-            cache: the tokens are appended to it.
+            tokens: if the cache is empty, whole rows (B, T), padded on the right. Otherwise the next tokens (B, 1).
+            lengths: the number of tokens per row, without padding.
+            cache: the cache with all earlier tokens. The new tokens are appended.
         """
         with cache.append(lengths):
             x = self.hidden_states(tokens, self._positions(tokens, cache), cache.attend)  # (B, T, C)
@@ -173,7 +173,7 @@ class GPT2(nn.Module):
         Args:
             tokens: (B, T) integer ids below ``vocab_size``.
             positions: (B, T) int64, see ``ScoringBatch``.
-            attend: used instead of causal attention over the row.
+            attend: the attention function. If None, causal attention over each row.
         """
         x = self.wte(tokens) + self.wpe(self._positions(tokens) if positions is None else positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -182,7 +182,7 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def _positions(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Return each token's position in the window, (T,) or (B, T), or in its text, (B, T), if positions restart."""
+        """Return each token's position, (T,) or (B, T): in its text if positions restart, otherwise in the window."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         if cache is not None:
             positions = positions + cache.first_slots()  # (B, T)
@@ -194,7 +194,7 @@ class GPT2(nn.Module):
         return positions - starts
 
     def assert_tied(self) -> None:
-        """Assert that the output layer and the embedding are still one tensor."""
+        """Assert that the output layer and the embedding still share one tensor."""
         assert self.lm_head.weight is self.wte.weight, "lm_head.weight and wte.weight came apart"
 
 
@@ -203,12 +203,12 @@ def allocate_model(config: ModelConfig, device: torch.device | str) -> GPT2:
     with torch.device("meta"):
         model = GPT2(config)
     model.to_empty(device=device)
-    model.lm_head.weight = model.wte.weight  # to_empty makes one tensor per name
+    model.lm_head.weight = model.wte.weight  # to_empty creates one tensor per name
     return model
 
 
 def build_model(config: ModelConfig, seed: int) -> GPT2:
-    """Return an initialized fp32 model on the CPU. One seed gives the same weights on every rank and machine."""
+    """Return an initialized fp32 model on the CPU. The same seed gives the same weights on every rank and machine."""
     model = allocate_model(config, "cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -217,10 +217,10 @@ def build_model(config: ModelConfig, seed: int) -> GPT2:
 
 
 def initialise(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
-    """Fill one parameter in place, from its own random stream.
+    """Fill one parameter in place with numbers from its own random stream.
 
-    Weights are normal with standard deviation 0.02, or for those that write to the residual stream
-    0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3); biases are 0, LayerNorm weights 1.
+    Weights are normally distributed with standard deviation 0.02. Weights that write to the residual stream have
+    0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3). Biases are 0, and LayerNorm weights are 1.
     """
     if name.endswith("bias"):
         parameter.zero_()
@@ -231,11 +231,11 @@ def initialise(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> 
         generator = torch.Generator().manual_seed(derive_seed(seed, "weights", name))
         parameter.normal_(0.0, std, generator=generator)
         if name == "wte.weight":
-            parameter[config.vocab_size :].zero_()  # the padding rows add nothing to any norm
+            parameter[config.vocab_size :].zero_()  # so that the padding rows do not change any norm
 
 
 def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
-    """Return the number of parameters. The tied weight counts once; ``padded`` includes the padding rows of it."""
+    """Return the number of parameters, with the tied weight once. If ``padded``, count its padding rows, too."""
     C, V = config.n_embd, config.vocab_size
     rows = padded_vocab_size(V) if padded else V
     block = 12 * C * C + 13 * C  # 4 matrices of 3, 1, 4, 4 C*C; their biases; two LayerNorms
@@ -243,10 +243,10 @@ def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Return the model FLOPs of one token, forward and backward: 6 N + 12 L C T.
+    """Return the model FLOPs of the forward and backward pass per token: 6 N + 12 L C T.
 
-    N excludes the position embedding, which is only looked up; the second term is attention
-    (Chowdhery et al. 2022, appendix B). Recomputation is not counted.
+    N is the number of parameters without the position embedding, which needs no matrix product. The second term is
+    attention (Chowdhery et al. 2022, appendix B). Recomputation is not counted.
     """
     n = parameter_count(config, padded=True) - config.context_length * config.n_embd
     return 6 * n + 12 * config.n_layer * config.n_embd * seq_len

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that the model has seen, so that the next token costs the work of one token."""
+"""Cache the keys and values of earlier tokens, so that each new token requires a forward pass over one token only."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +11,15 @@ from pipeline.config.schema import ModelConfig
 
 
 class KeyValueCache:
-    """The keys and values of a batch of texts, allocated once. Rows begin at slot 0 and may differ in length.
+    """The keys and values of a batch of texts, in memory that is allocated once.
 
-    The cache is filled once with whole rows, padded on the right. Attention never reads the padding's entries, and the
-    tokens that follow overwrite them. After that the cache takes one token per row at a time.
+    Each text is one row. Rows begin at slot 0 and may differ in length. The first call of ``append`` fills the cache
+    with whole rows, padded on the right. Attention never reads the entries of the padding, and later tokens overwrite
+    these entries. Each later call appends one token per row.
 
     Args:
-        rows: texts side by side, B.
-        capacity: tokens per row, S; at most ``context_length``.
+        rows: the number of texts, B.
+        capacity: the number of tokens per row, S, at most ``context_length``.
     """
 
     def __init__(
@@ -27,17 +28,17 @@ class KeyValueCache:
         assert capacity <= config.context_length, (capacity, config.context_length)
         shape = (config.n_layer, 2, rows, config.n_head, capacity, config.n_embd // config.n_head)
         self._memory = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = [0] * rows  # tokens per row
-        self._new = [0] * rows  # tokens per row that are being appended
+        self.lengths = [0] * rows  # number of tokens per row
+        self._new = [0] * rows  # number of tokens per row in the current call of append
         self._text_starts = torch.zeros(rows, 1, dtype=torch.int64, device=device)
 
     def clear(self) -> None:
-        """Forget all rows."""
+        """Remove the tokens of all rows."""
         self.lengths = [0] * len(self.lengths)
         self._text_starts.zero_()
 
     def keep(self, rows: list[int]) -> None:
-        """Keep these rows only, in this order."""
+        """Keep only these rows, in this order."""
         self._memory = self._memory[:, :, rows]
         self._text_starts = self._text_starts[rows]
         self.lengths = [self.lengths[row] for row in rows]
@@ -47,7 +48,7 @@ class KeyValueCache:
         """Append tokens to the rows. Within the context, every layer calls ``attend`` once with the new tokens.
 
         Args:
-            lengths: new tokens per row, without padding; all 1 unless the cache is empty.
+            lengths: the number of new tokens per row, without padding. All numbers are 1 unless the cache is empty.
         """
         assert lengths == [1] * len(self.lengths) or not any(self.lengths), "only an empty cache takes whole rows"
         self._new = lengths
@@ -59,10 +60,10 @@ class KeyValueCache:
         return torch.tensor(self.lengths, device=self._memory.device)[:, None]
 
     def carry_text_starts(self, starts: Tensor) -> Tensor:
-        """Return the slots where the texts of the new tokens start, (B, T), and remember those of the last tokens.
+        """Return the slot where the text of each new token starts, (B, T), and store it for the last token of each row.
 
         Args:
-            starts: (B, T), found from the new tokens alone; 0 where the text started before them.
+            starts: (B, T), the slots as found in the new tokens; 0 if the text of a token starts before the new tokens.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1
@@ -70,10 +71,10 @@ class KeyValueCache:
         return starts
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the new keys and values, and return causal attention over all that are stored, (B, H, T, C/H).
+        """Store the new keys and values, and return causal attention over all stored tokens, (B, H, T, C/H).
 
         Args:
-            q, k, v: (B, H, T, C/H); T is 1 unless the cache is empty.
+            q, k, v: the queries, keys and values of the new tokens, (B, H, T, C/H). T is 1 unless the cache is empty.
         """
         keys, values = self._memory[layer]  # (B, H, S, C/H) each
         if q.shape[2] > 1:

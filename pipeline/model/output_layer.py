@@ -1,4 +1,4 @@
-"""The output layer and the loss, which take half of a small model's time and most of its memory."""
+"""The output layer and the loss, which need half of the time and most of the memory of a small model."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -8,22 +8,22 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -100  # a target that is not scored; torch's own default
-VOCAB_MULTIPLE = 128  # matrix products are faster on round sizes: 50257 becomes 50304
-SCORED_AT_ONCE = 128  # targets whose logits are in memory at a time: 26 MB in fp32, which fit the caches of a CPU
+IGNORE_INDEX = -100  # marks a target that is not scored; torch's default
+VOCAB_MULTIPLE = 128  # matrix products are faster with multiples of this number: 50257 becomes 50304
+SCORED_AT_ONCE = 128  # targets whose logits are in memory together: 26 MB in fp32, which fit into the caches of a CPU
 
 Method = Literal["loss", "logits", "score"]
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Return the rows of the embedding: the vocabulary rounded up. The padding rows never enter the softmax."""
+    """Return the number of rows of the embedding: the vocabulary size, rounded up. The softmax ignores padding rows."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class OutputLayer(nn.Linear):
-    """The projection from hidden states to logits, with the loss on them.
+    """The projection from hidden states to logits, and the loss.
 
-    The loss is in the same module, so that a backend that compiles module by module fuses it with the projection.
+    The loss is in the same module, so that a backend that compiles each module can fuse the loss with the projection.
     """
 
     __call__: Callable[..., Tensor]
@@ -34,32 +34,32 @@ class OutputLayer(nn.Linear):
         self.packed_product: Callable[[Tensor], Tensor] | None = None  # see pipeline/model/packed_linear.py
 
     def forward(self, *inputs: Tensor, method: Method = "loss") -> Tensor:
-        """Call ``loss``, ``logits`` or ``score``, for the reason that ``GPT2.forward`` gives."""
+        """Call ``loss``, ``logits`` or ``score``. The docstring of ``GPT2.forward`` explains why."""
         result: Tensor = getattr(self, method)(*inputs)
         return result
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the fp32 sum over scored targets, in nats.
+        """Return the sum of the cross-entropies of all scored targets in nats, an fp32 scalar.
 
         Args:
-            hidden: (B, T, C).
-            targets: (B, T) int64 ids; ``IGNORE_INDEX`` where nothing is scored.
+            hidden: hidden states, (B, T, C).
+            targets: (B, T) int64 ids. ``IGNORE_INDEX`` marks targets that are not scored.
         """
         losses = cross_entropy(self._padded_logits(hidden).flatten(0, 1), targets.flatten(), self.vocab_size)
-        return losses.sum()  # torch sums pairwise: the error stays at the rounding of one addition
+        return losses.sum()  # torch sums pairwise, so the error is about the rounding error of one addition
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return (..., V) logits of (..., C) hidden states, in the compute dtype."""
+        """Return the logits (..., V) for hidden states (..., C), in the compute dtype."""
         return self._padded_logits(hidden)[..., : self.vocab_size]
 
     def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return each target's log-probability and whether it is the argmax, (2, N) fp32.
 
         Args:
-            hidden: (N, C).
+            hidden: hidden states, (N, C).
             targets: (N,) int64 ids.
         """
-        # The loop is inside the layer because FSDP2 and ZeRO-3 gather its weight once per call of the layer.
+        # The loop is inside the layer, because FSDP2 and ZeRO-3 gather the layer's weight once per call of the layer.
         pieces = zip(torch.split(hidden, SCORED_AT_ONCE), torch.split(targets, SCORED_AT_ONCE), strict=True)
         return torch.cat([score_targets(self.logits(x), y) for x, y in pieces], dim=1)
 
@@ -68,11 +68,11 @@ class OutputLayer(nn.Linear):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Return each target's cross-entropy in nats, (N,) fp32; 0 where the target is ``IGNORE_INDEX``.
+    """Return each target's cross-entropy in nats, (N,) fp32. It is 0 if the target is ``IGNORE_INDEX``.
 
     Args:
-        logits: (N, padded vocabulary) in any dtype; columns from ``vocab_size`` on are padding.
-        targets: (N,) int64.
+        logits: (N, padded vocabulary) in any dtype. Columns from ``vocab_size`` on are padding.
+        targets: (N,) int64 ids.
     """
     if torch.compiler.is_compiling():
         losses: Tensor = _CompiledCrossEntropy.apply(logits, targets, vocab_size)  # type: ignore[no-untyped-call]
@@ -81,7 +81,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
 
 
 class _CompiledCrossEntropy(torch.autograd.Function):
-    """Cross-entropy for the compiler: the backward pass of torch's own also sums the rows of the one-hot targets."""
+    """Cross-entropy for compiled code. torch's own backward pass would also sum the rows of the one-hot targets."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -106,7 +106,7 @@ class _CompiledCrossEntropy(torch.autograd.Function):
 
 
 def score_targets(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return each target's log-probability and whether it is the argmax, (2, n) fp32, from (n, V) logits."""
-    logits = logits.float()  # also for argmax, which takes a CPU four times as long in bf16
+    """Return each target's log-probability and whether the target is the argmax, (2, n) fp32, for logits (n, V)."""
+    logits = logits.float()  # also for argmax, which takes four times as long in bf16 on a CPU
     log_probabilities = torch.log_softmax(logits, dim=1).gather(1, targets.unsqueeze(1)).squeeze(1)
     return torch.stack((log_probabilities, (logits.argmax(1) == targets).float()))

@@ -1,6 +1,6 @@
-"""Linear layers for inference on a CPU: weights are reordered once into the layout of oneDNN's matrix products.
+"""Linear layers for inference on a CPU. Their weights are converted once to the layout of oneDNN's matrix products.
 
-With few rows, as in generation, torch's own products reach half of the memory bandwidth; see docs/benchmarks.
+If there are few rows, as in generation, torch's own products reach half of the memory bandwidth. See docs/benchmarks.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.output_layer import OutputLayer
 
-# oneDNN reads fp32 weights faster in a product of four rows than of one to three.
+# oneDNN reads fp32 weights faster in a product of four rows than in a product of one to three rows.
 FEWEST_ROWS = {torch.float32: 4, torch.bfloat16: 1}
 
 
@@ -25,7 +25,7 @@ class PackedLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (..., out) in the layer's dtype from (..., in) in any dtype, as autocast does."""
+        """Return the output (..., out) in the layer's dtype for an input (..., in) of any dtype, as autocast does."""
         rows = x.shape[:-1].numel()
         missing = FEWEST_ROWS[self.dtype] - rows
         if missing <= 0:
@@ -34,20 +34,21 @@ class PackedLinear(nn.Module):
         return y[:rows].view(*x.shape[:-1], y.shape[-1])
 
     def product(self, x: Tensor) -> Tensor:
-        """Return the same without padding the rows; ``x`` is in the layer's dtype."""
+        """Return the output without padding the rows. ``x`` must be in the layer's dtype."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
 
 def pack_linear_layers(model: GPT2, dtype: torch.dtype) -> None:
-    """Replace the linear layers of a model by packed ones if it is on a CPU and oneDNN has products in this dtype.
+    """Replace the linear layers of a model with packed layers. Do nothing on a GPU or if oneDNN lacks the dtype.
 
-    The weights of the blocks are freed. The weight of the output layer stays because it is also the embedding.
+    The original weights of the blocks are freed. The weight of the output layer stays, because it is also the
+    embedding.
     """
     if model.wte.weight.device.type != "cpu" or not can_pack(dtype):
         return
     model.lm_head.packed_product = PackedLinear(model.lm_head, dtype)
-    # The list must not hold the linear layers, or all their weights would stay in memory until the end.
+    # The list must not contain the linear layers. Otherwise all their weights would stay in memory until the end.
     for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and not isinstance(child, OutputLayer):
@@ -55,7 +56,7 @@ def pack_linear_layers(model: GPT2, dtype: torch.dtype) -> None:
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Return whether this torch has packed products and this CPU supports them in this dtype."""
+    """Return whether the installed torch has packed products and the CPU supports these products in this dtype."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):

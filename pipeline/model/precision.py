@@ -1,8 +1,8 @@
-"""The dtypes in which the model computes, the same in every backend.
+"""Let the model compute in a precision. The dtypes of a precision are the same in every backend.
 
-``fp32``                  everything in fp32
-``amp_bf16``, ``amp_fp16``  fp32 weights, ``torch.autocast``; fp16 also scales the loss
-``bf16``                  bf16 weights in forward and backward; fp32 master weights, fp32 gradient accumulation
+``fp32``                  everything is in fp32
+``amp_bf16``, ``amp_fp16``  fp32 weights and ``torch.autocast``; ``amp_fp16`` also scales the loss
+``bf16``                  bf16 weights in forward and backward, fp32 master weights, fp32 gradient accumulation
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ AUTOCAST_DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
 class ComputeModel(nn.Module):
-    """A model in one precision; its ``forward`` is that of :class:`GPT2`."""
+    """A model that computes in one precision. Its ``forward`` has the arguments of :meth:`GPT2.forward`."""
 
     __call__: Callable[..., Tensor]
 
@@ -31,10 +31,10 @@ class ComputeModel(nn.Module):
 
 
 class AutocastModel(ComputeModel):
-    """The model with autocast *inside* its forward, where no wrapper can switch it off; without autocast for fp32.
+    """The model with autocast *inside* its forward, so that no wrapper can turn autocast off. fp32 has no autocast.
 
-    DeepSpeed disables an autocast around its engine, and its own (``torch_autocast``) clips gradients before it
-    unscales them under fp16.
+    DeepSpeed disables an autocast around its engine. With fp16, DeepSpeed's own ``torch_autocast`` clips gradients
+    before it unscales them.
     """
 
     def __init__(self, model: GPT2, precision: str, device: torch.device) -> None:
@@ -48,9 +48,10 @@ class AutocastModel(ComputeModel):
 
 
 class Bf16ViewModel(ComputeModel):
-    """The model with bf16 copies in place of its fp32 parameters, for backends that replicate the weights.
+    """The model, computed with bf16 copies of its fp32 parameters, for backends that replicate the weights.
 
-    The parameters are the master weights. The cast is in the graph, so gradients accumulate and are reduced in fp32.
+    The parameters are the master weights. The cast to bf16 is part of the autograd graph, so gradients are accumulated
+    and reduced in fp32.
     """
 
     def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
@@ -59,5 +60,5 @@ class Bf16ViewModel(ComputeModel):
 
 
 def replicated_compute(model: GPT2, precision: str, device: torch.device) -> ComputeModel:
-    """Return the module to call where every rank holds the whole fp32 model."""
+    """Return the module that computes in a precision if every rank holds the whole fp32 model."""
     return Bf16ViewModel(model) if precision == "bf16" else AutocastModel(model, precision, device)

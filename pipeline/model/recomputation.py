@@ -1,4 +1,4 @@
-"""Activation checkpointing, applied to a model from outside (Chen et al. 2016)."""
+"""Apply activation checkpointing (Chen et al. 2016) to a model."""
 
 from functools import partial
 
@@ -16,10 +16,10 @@ from pipeline.model.gpt2 import GPT2, Block
 def recompute_blocks(model: GPT2) -> None:
     """Let the blocks that ``model.activation_checkpointing`` selects recompute their activations in the backward pass.
 
-    The blocks' ``forward`` is replaced rather than the blocks, so modules and parameters keep their names.
+    This function replaces the blocks' ``forward`` and not the blocks, so modules and parameters keep their names.
     """
-    # Compiled code otherwise draws the dropout masks of these blocks from generators of its own, which the seeds of
-    # the micro-batches do not reach. This setting applies to the whole process.
+    # Without this setting, compiled code draws the dropout masks of these blocks from its own generators, which do not
+    # use the seeds of the micro-batches. The setting applies to the whole process.
     functorch_config.graphsafe_rng_functionalization = False
     for layer, block in enumerate(model.h):
         assert isinstance(block, Block)
@@ -28,7 +28,7 @@ def recompute_blocks(model: GPT2) -> None:
 
 
 class _PlainBlock(nn.Module):
-    """Computes as the block did before its ``forward`` was replaced, without the block's hooks."""
+    """Computes what the block computed before its ``forward`` was replaced, without the block's hooks."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -41,8 +41,9 @@ class _PlainBlock(nn.Module):
 def _recompute(plain: _PlainBlock, x: Tensor, attend: Attend | None = None) -> Tensor:
     if not torch.is_grad_enabled():
         return Block.forward(plain.block, x, attend)
-    if torch.compiler.is_compiling():  # both passes are in one graph
+    if torch.compiler.is_compiling():  # the first and the repeated forward pass are in one graph
         return checkpoint(plain, x, attend, use_reentrant=False)
-    # Bf16ViewModel puts bf16 copies in place of the parameters during its forward pass only, so both passes get them.
+    # Bf16ViewModel replaces the parameters with bf16 copies only during its forward pass. Pass the copies explicitly,
+    # so that the repeated forward pass uses them, too.
     copies = {name: weight for name, weight in plain.named_parameters() if not isinstance(weight, nn.Parameter)}
     return checkpoint(functional_call, plain, copies, (x, attend), use_reentrant=False)

@@ -1,11 +1,11 @@
-"""The colours of the page and the charts, each with a light and a dark variant."""
+"""The colors of the page and the charts, each with a light and a dark variant."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Colour:
-    """One colour. All light variants differ, so that an SVG can be recoloured by replacing them."""
+    """A color. All light variants differ, so that replacing the light variants changes the colors of an SVG."""
 
     name: str
     light: str
@@ -13,7 +13,7 @@ class Colour:
 
     @property
     def css(self) -> str:
-        """The CSS variable that holds the colour."""
+        """The CSS variable that contains the color."""
         return f"var(--{self.name})"
 
 
@@ -22,7 +22,7 @@ MUTED = Colour("muted", "#6e7781", "#8b949e")
 PAPER = Colour("paper", "#fefefe", "#0f1419")
 RULE = Colour("rule", "#d0d7de", "#30363d")
 
-#: The colours of the runs, in turn. People with red-green blindness can distinguish them.
+#: The colors of the runs, in turn. People with red-green blindness can distinguish these colors.
 RUNS = (
     Colour("run-1", "#0b62c4", "#58a6ff"),
     Colour("run-2", "#d1570a", "#ff9d4d"),

@@ -1,20 +1,20 @@
-"""The charts of a report as numbers: which curves each chart has, and their points."""
+"""Define the charts of a report and their curves as numbers, without drawing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.report.runs import Row, Run
 
-MOST_POINTS = 2000  # per curve, more than a screen can show
+MOST_POINTS = 2000  # points per curve, more than a screen can show
 
 
 @dataclass(frozen=True)
 class Axis:
-    """The horizontal axis: a key of the rows, and the unit that it is shown in."""
+    """The horizontal axis of a chart: a key of the rows, and the unit for its values."""
 
     key: str
     label: str
-    unit: float = 1.0  # the key's values are divided by it
+    unit: float = 1.0  # the values are divided by this number
 
 
 STEPS = Axis("step", "steps")
@@ -26,7 +26,7 @@ LONGEST_IN_MINUTES_S = 2 * 3600.0
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of one run."""
+    """The points of one curve."""
 
     run: int  # index of the run in the report
     label: str
@@ -37,9 +37,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture."""
+    """A chart with the curves of all runs."""
 
-    name: str  # of its file
+    name: str  # the file name without its suffix
     title: str
     axis: Axis
     curves: list[Curve]
@@ -49,7 +49,7 @@ class Chart:
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
-    """Return all charts of a report, without those that no run has numbers for."""
+    """Return all charts of a report, except the charts for which no run has numbers."""
     longest_s = max((value for run in runs for value in run.values(HOURS.key)), default=0.0)
     charts = [
         loss_chart(runs, "loss_by_steps", STEPS),
@@ -66,7 +66,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 
 
 def loss_chart(runs: Sequence[Run], name: str, axis: Axis) -> Chart:
-    """Return the chart of training and validation loss of each run."""
+    """Return the chart of the training and validation losses of all runs."""
     curves = []
     for i, run in enumerate(runs):
         curves += _curve(i, f"{run.label}, training", run.rows, axis, "loss")
@@ -80,7 +80,7 @@ def _training_chart(runs: Sequence[Run], name: str, title: str, key: str, **look
 
 
 def _difference_chart(runs: Sequence[Run]) -> Chart:
-    """Return the chart of each run's training loss minus that of the first run, where both have logged it."""
+    """Return the chart of each run's training loss minus the first run's, at the steps that both runs have logged."""
     reference = {row["step"]: row["loss"] for row in runs[0].rows if row.get("loss") is not None}
     curves = []
     for i, run in enumerate(runs[1:], start=1):
@@ -94,7 +94,7 @@ def _difference_chart(runs: Sequence[Run]) -> Chart:
 
 
 def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, *, dotted: bool = False) -> list[Curve]:
-    """Return a list with the curve of a key, or an empty list if no row has numbers for it."""
+    """Return a list with the curve of a key, or an empty list if no row has a number for this key."""
     points = thin_out(
         [
             (row[axis.key] / axis.unit, row[key])
@@ -106,7 +106,7 @@ def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, *, d
 
 
 def thin_out(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most ``MOST_POINTS`` points that look the same: the lowest and the highest point of each range."""
+    """Return at most ``MOST_POINTS`` points that give the same picture: the lowest and highest point of each range."""
     if len(points) <= MOST_POINTS:
         return points
     ranges = MOST_POINTS // 2

@@ -1,4 +1,4 @@
-"""Draw charts with matplotlib: SVG for the page, and PNG files."""
+"""Draw charts with matplotlib, as SVG for the page and as PNG files."""
 
 import io
 import re
@@ -15,18 +15,18 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from pipeline.report.colours import ALL, INK, MUTED, PAPER, RUNS
 from pipeline.report.curves import STEPS, TOKENS, Chart, Curve
 
-SIZE_INCHES = (4.4, 3.3)  # as wide as a phone, so that text stays readable there
+SIZE_INCHES = (4.4, 3.3)  # as wide as a phone, so that text is readable on a phone
 PNG_DOTS_PER_INCH = 200
 #: Largest / smallest value above which evenly spaced ticks are too close to each other on a logarithmic axis.
 WIDE_RATIO = 8.0
-LONGEST_LABEL = 34  # characters of a legend's entry
-# Curves of equal runs cover each other. The gaps show the curves below.
+LONGEST_LABEL = 34  # characters of an entry in the legend
+# The curves of equal runs cover each other. The gaps of dashed curves show the curves below.
 DASHES = ((0, ()), (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # write text as text, not as paths
     "text.parse_math": False,  # names may contain dollar signs
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -47,13 +47,13 @@ STYLE: dict[Any, Any] = {
 class Picture:
     """A drawn chart."""
 
-    name: str  # of its file
+    name: str  # the file name without its suffix
     svg: str  # an <svg> element that uses the page's CSS variables
     png: bytes
 
 
 def draw(chart: Chart) -> Picture:
-    """Draw a chart in the light colors. In the SVG they are replaced by the page's CSS variables."""
+    """Draw a chart in the light colors. In the SVG, the page's CSS variables replace these colors."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": chart.name}):
         figure = Figure(SIZE_INCHES, layout="constrained")
         FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""Write the HTML page: one file, light and dark, for phones and desktops, that needs no scripts and no network."""
+"""Write the HTML page: one file for phones and desktops, in light and dark, that needs no scripts and no network."""
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -36,16 +36,16 @@ td { min-width: 7rem; max-width: 26rem; overflow-wrap: anywhere; white-space: pr
 
 
 def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write the page and the PNG files of one run, or of several runs drawn over each other.
+    """Write the page and the PNG files of one run, or of several runs whose curves are overlaid.
 
     Returns:
-        The written files, the page first.
+        The written files. The page is the first file.
 
     Raises:
-        ReportError: see ``read_runs``; also if matplotlib is not installed.
+        ReportError: matplotlib is not installed, or ``read_runs`` raises ReportError.
     """
     try:
-        from pipeline.report.drawing import draw  # matplotlib is optional
+        from pipeline.report.drawing import draw  # imports matplotlib, which is optional
     except ImportError as error:
         raise ReportError(f"a report needs matplotlib ({error}): pip install 'gpt2-pipeline[plots]'") from error
     runs = read_runs(run_folders)
@@ -67,7 +67,7 @@ def _page_lines(runs: Sequence[Run], svgs: Sequence[str], written_at: str) -> It
     }
     yield '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield '<link rel="icon" href="data:,">'  # keeps browsers from requesting one
+    yield '<link rel="icon" href="data:,">'  # without this line, browsers request an icon
     yield f"<title>{title}</title>\n<style>{STYLE % variables}</style>\n</head>\n<body>"
     yield f"<h1>{title}</h1>\n<p>Written {escape(written_at)}.</p>"
     yield from _section("Runs", summary_table(runs), runs)

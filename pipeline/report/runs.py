@@ -1,4 +1,4 @@
-"""Read a run folder: settings, metrics rows, results. The run may still be in progress."""
+"""Read the settings, metrics rows and results from a run folder. The run may still be in progress."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ class Run:
         return [row[key] for row in self.rows if row.get(key) is not None]
 
     def last(self, key: str) -> Any:
-        """Return the last value of a key, or None if no row has one."""
+        """Return the last value of a key, or None if no row has a value for this key."""
         return next(reversed(self.values(key)), None)
 
 
@@ -37,13 +37,13 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read run folders.
 
     Raises:
-        ReportError: if a folder holds no run or is given twice, or a JSON file is damaged.
+        ReportError: a folder is not a run folder, a folder is given twice, or a JSON file is damaged.
     """
     return [_read_run(folder, label) for folder, label in zip(folders, _labels(folders), strict=True)]
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
-    """Return the folders' names, each with the parent folders that are needed to make all names unique."""
+    """Return the folders' names, with as many parent folders as are needed to make all names unique."""
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) < len(resolved):
         raise ReportError("a run is given twice; name each run once")

@@ -1,4 +1,4 @@
-"""The tables of a report: one row per fact, one column per run."""
+"""Create the tables of a report, with one row per fact and one column per run."""
 
 import re
 import statistics
@@ -20,14 +20,14 @@ HEADS = ("task", "step", "checkpoint")
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text. Each row has a name, and one cell per column."""
+    """A table of text. Each row has a name and one cell per column."""
 
     columns: list[str]
     rows: dict[str, list[str]] = field(default_factory=dict)
 
 
 def summary_table(runs: Sequence[Run]) -> Table:
-    """Return the main settings of each run, its progress, and its last and best figures."""
+    """Return a table of each run's main settings, progress, last losses and best loss."""
     facts = [_facts(run) for run in runs]
     names = dict.fromkeys(name for column in facts for name in column)
     return Table([run.label for run in runs], {name: [column.get(name, "") for column in facts] for name in names})
@@ -73,7 +73,7 @@ def format_duration(seconds: float) -> str:
 
 
 def evaluation_table(runs: Sequence[Run]) -> Table:
-    """Return all figures of all tasks, with their data and protocols."""
+    """Return a table of all figures of all tasks, with the data and the protocols of the tasks."""
     table = Table([run.label for run in runs])
     for task in dict.fromkeys(task for run in runs for task in run.results):
         results = [run.results.get(task, {}) for run in runs]
@@ -86,7 +86,7 @@ def evaluation_table(runs: Sequence[Run]) -> Table:
 
 
 def _format(value: Any) -> str:
-    """Return a number, an interval of two numbers, or a short text. Longer structures give an empty cell."""
+    """Format a number, an interval of two numbers, or a text as a cell. Any other value gives an empty cell."""
     if isinstance(value, float):
         return f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.4g}"
     if isinstance(value, int):
@@ -99,7 +99,7 @@ def _format(value: Any) -> str:
 
 
 def settings_table(runs: Sequence[Run]) -> Table:
-    """Return the settings that differ between the runs, or between a single run and the defaults."""
+    """Return a table of the settings that differ between the runs, or between a single run and the defaults."""
     columns = {run.label: run.settings for run in runs}
     if len(runs) == 1:
         columns = {"default": dict(flatten(dump_config(Config()))), **columns}

@@ -1,1 +1,1 @@
-"""The folder that a run writes: names, lock, metrics."""
+"""The folder that a run writes into: file names, lock, metrics."""

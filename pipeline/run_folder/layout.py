@@ -11,5 +11,5 @@ LOCK_FILE = "run.lock"
 
 
 def run_folder_of(checkpoint: Path) -> Path:
-    """Return the run folder that holds a checkpoint, or the checkpoint if it is in none."""
+    """Return the run folder that contains a checkpoint, or the checkpoint folder if it is not in a run folder."""
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS_FOLDER else checkpoint

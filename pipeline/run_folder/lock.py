@@ -1,4 +1,4 @@
-"""The lock of a run folder: one run writes there at a time."""
+"""Lock a run folder, so that only one process or run writes into the folder at a time."""
 
 import json
 import os
@@ -14,9 +14,9 @@ from pipeline.run_folder.layout import LOCK_FILE
 
 @contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder exclusively for the block. The kernel releases the lock of a process that dies.
+    """Hold the lock of a run folder for the block. If the process dies, the kernel releases the lock.
 
-    Raises ConfigError if another run is writing there; the message names its host and process.
+    Raises ConfigError if another process holds the lock. The message names the host and the process.
     """
     holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
     try:

@@ -1,4 +1,4 @@
-"""The metrics of a run: the keys of its rows, ``metrics.jsonl``, and one readable line per row."""
+"""Write and read the metrics of a run: the keys of rows, ``metrics.jsonl``, and one console line per row."""
 
 import json
 import logging
@@ -11,13 +11,13 @@ from pipeline.run_folder.layout import METRICS_FILE
 
 log = logging.getLogger(__name__)
 
-#: A prefix of keys: the validation loss on one dataset of a mixture. The dataset's name follows.
+#: The prefix of the keys for validation losses on single datasets of a mixture. The dataset's name follows.
 DATASET_LOSS_PREFIX = "val_loss_"
 
-#: A prefix of keys: a task's figure, measured while training. The task and its figure follow.
+#: The prefix of the keys for figures of tasks during training. The names of the task and of the figure follow.
 TASK_PREFIX = "task_"
 
-#: The key of a text that the model has generated.
+#: The key of the completion that the model has generated.
 SAMPLE_KEY = "sample"
 
 #: Row key -> format on the console. Other keys are in metrics.jsonl only.
@@ -35,9 +35,10 @@ _CONSOLE_FORMATS = {
 
 
 class MetricsFile:
-    """Appends rows to ``metrics.jsonl``. If the disk is full or read-only, rows wait in memory until they fit.
+    """Appends rows to ``metrics.jsonl``. While the disk is full or read-only, keeps the rows in memory.
 
-    Rows that an earlier start wrote for steps after ``resumed_step`` are dropped, because the run writes them again.
+    If an earlier start wrote rows for steps after ``resumed_step``, these rows are dropped, because the run writes them
+    again.
     """
 
     def __init__(self, run_folder: Path, resumed_step: int) -> None:
@@ -62,18 +63,18 @@ class MetricsFile:
                 log.warning("cannot write metrics (%s); they wait in memory", error.strerror)
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after ``step``, because the run will write them again."""
+        """Drop the rows of steps after ``step``, because the run will write these rows again."""
         self._waiting = [row for row in self._waiting if row["step"] <= step]
         self._rewind_to = step if self._rewind_to is None else min(step, self._rewind_to)
 
     def close(self) -> None:
-        """Log how many rows could not be written."""
+        """Log the number of rows that could not be written, if there are such rows."""
         if self._waiting:
             log.warning("%d rows of metrics could not be written", len(self._waiting))
 
 
 def _append_row(run_folder: Path, row: dict[str, Any]) -> None:
-    """Write the whole line or nothing."""
+    """Append a row to the file. If writing fails, remove the incomplete line and raise OSError."""
     line = (json.dumps(row, allow_nan=False) + "\n").encode()
     with (run_folder / METRICS_FILE).open("ab", buffering=0) as file:
         end = file.tell()
@@ -94,7 +95,7 @@ def _drop_rows_after(run_folder: Path, step: int) -> None:
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run, without lines that a crash has cut short."""
+    """Return the rows of a run. Lines that are incomplete after a crash are left out and logged."""
     path = run_folder / METRICS_FILE
     if not path.exists():
         return []
@@ -115,5 +116,5 @@ def format_row(row: dict[str, Any], max_steps: int) -> str:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), limited to what JSON can hold."""
+    """Return exp(loss), limited so that the result is finite, because JSON has no infinity."""
     return math.exp(min(loss, 700.0))

@@ -1,4 +1,4 @@
-"""TensorBoard pages of a run: scalars, generated text, charts, hyperparameters."""
+"""Write the TensorBoard pages of a run: scalars, generated text, charts, hyperparameters."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ TENSORBOARD_TAGS = {
     "failed_saves": "checkpoint/failed_saves",
 }
 
-#: The sections of a config that decide the result or the speed.
+#: The sections of a config that affect the result or the speed.
 HYPERPARAMETER_SECTIONS = ("run", "model", "data", "batch", "optimizer", "schedule", "backend")
 
 #: TensorBoard's CUSTOM SCALARS page: group -> chart -> regular expressions of its tags.
@@ -56,18 +56,18 @@ TENSORBOARD_LAYOUT = {
 
 
 class TensorBoardLog:
-    """Draws rows of metrics. A full or read-only disk is logged and does not stop the training.
+    """Writes rows of metrics as TensorBoard events. If the disk is full or read-only, logs this and continues.
 
-    What was drawn after ``resumed_step`` is hidden, because the run will draw it again.
+    Events of an earlier start for steps after ``resumed_step`` are hidden, because the run will write them again.
     """
 
     def __init__(self, run_folder: Path, resumed_step: int) -> None:
         self._folder = str(run_folder / TENSORBOARD_FOLDER)
         self._writer: SummaryWriter | None = None
-        self._purge_step: int | None = resumed_step + 1 if resumed_step else 0  # hide older events from this step on
+        self._purge_step: int | None = resumed_step + 1 if resumed_step else 0  # first step whose old events are hidden
 
     def write(self, row: dict[str, Any]) -> None:
-        """Draw one row. A writer whose thread has ended with an error is replaced with a new one."""
+        """Write one row. If the thread of the writer has ended with an error, the next call creates a new writer."""
         try:
             if self._writer is None:
                 self._writer = SummaryWriter(self._folder, purge_step=self._purge_step)
@@ -85,7 +85,7 @@ class TensorBoardLog:
             self._writer = None
 
     def rewind(self, step: int) -> None:
-        """Hide what was drawn after ``step``."""
+        """Hide the events of steps after ``step``."""
         self.close()
         self._writer, self._purge_step = None, step + 1
 
@@ -98,7 +98,7 @@ class TensorBoardLog:
             for key, value in keys.items()
         }
         if self._writer:
-            with suppress(OSError):  # already logged for an earlier row
+            with suppress(OSError):  # an earlier row has logged the error
                 self._writer.add_hparams(settings, results, run_name=".")
 
     def close(self) -> None:
@@ -109,7 +109,7 @@ class TensorBoardLog:
 
 
 def tensorboard_tag(key: str) -> str | None:
-    """Return the tag under which a key of a row is drawn, or None."""
+    """Return the TensorBoard tag for a key of a row, or None if TensorBoard does not show this key."""
     if key.startswith(DATASET_LOSS_PREFIX):
         return f"validation/loss_{key.removeprefix(DATASET_LOSS_PREFIX)}"
     if key.startswith(TASK_PREFIX):

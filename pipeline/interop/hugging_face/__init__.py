@@ -1,1 +1,1 @@
-"""To and from folders of Hugging Face ``transformers``, which itself is not needed."""
+"""Import and export folders of Hugging Face ``transformers``, without using ``transformers``."""

@@ -1,4 +1,4 @@
-"""Exporting a checkpoint as a folder that ``GPT2LMHeadModel.from_pretrained`` and ``AutoTokenizer`` can open."""
+"""Export a checkpoint as a folder that ``GPT2LMHeadModel.from_pretrained`` and ``AutoTokenizer`` can open."""
 
 import json
 from dataclasses import dataclass
@@ -36,16 +36,16 @@ from pipeline.interop.hugging_face.model_card import model_card
 from pipeline.interop.hugging_face.tokenizer_files import tokenizer_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_METADATA = {"format": "pt"}  # transformers refuses a file without it
+_METADATA = {"format": "pt"}  # transformers refuses files without this entry
 
 
 @dataclass(frozen=True)
 class Export:
-    """A folder that was written."""
+    """The result of an export."""
 
     folder: Path
-    bytes: int  # of the weights
-    notes: list[str]  # for the user, about what the format cannot express
+    bytes: int  # the size of the file with the weights
+    notes: list[str]  # messages for the user about settings that the format does not have
 
     def __str__(self) -> str:
         return "\n".join([f"wrote {self.folder}, weights {self.bytes / 1e6:,.1f} MB", *self.notes])
@@ -55,13 +55,13 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: str) -> Export:
     """Write the folder completely or not at all. One parameter is in memory at a time.
 
     Args:
-        checkpoint: a checkpoint, or a run folder (its newest good one).
-        out: a folder that does not exist, or is empty.
-        dtype: the key in ``DTYPES`` of the stored weights.
+        checkpoint: a checkpoint folder, or a run folder, whose newest good checkpoint is used.
+        out: a folder that does not exist or is empty.
+        dtype: a key of ``DTYPES``, the dtype of the exported weights.
 
     Raises:
-        CheckpointError: there is no good checkpoint, or ``out`` is in use.
-        DataError: the folder could not be written.
+        CheckpointError: there is no good checkpoint, or ``out`` is a file or a folder that is not empty.
+        DataError: the folder could not be written, or another process is writing it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out: {out} already exists and is not an empty folder; name another one")
@@ -97,7 +97,7 @@ def _notes(config: ModelConfig) -> list[str]:
 
 
 def _stream_weights(source: Path, config: ModelConfig, dtype: torch.dtype) -> dict[str, StreamedTensor]:
-    """Return all parameters by their names in ``transformers``."""
+    """Return all parameters by their names in ``transformers``. Each parameter is read when it is written."""
     shapes, exported_shapes = model_shapes(config), stored_shapes(config)
     pieces = index_for_model(source, shapes)[WEIGHT]
 

@@ -1,6 +1,7 @@
-"""Importing a ``GPT2LMHeadModel`` or ``GPT2Model`` from a folder, or from the Hugging Face hub, as a new run.
+"""Import a ``GPT2LMHeadModel`` or ``GPT2Model`` from a folder or from the Hugging Face hub as a new run.
 
-Its weights are in ``model.safetensors``, in ``pytorch_model.bin``, or in several such files with an index.
+The weights are in ``model.safetensors``, in ``pytorch_model.bin``, or in several files of one of these formats with an
+index.
 """
 
 import logging
@@ -43,7 +44,7 @@ log = logging.getLogger(__name__)
 
 _PICKLED_FILE = "pytorch_model.bin"
 
-# The files to download, best choice first. The second choice is the format before safetensors.
+# The files to download. The second list is used if the hub does not have the files of the first list.
 _WEIGHT_PATTERNS = (["model*.safetensors", "model.safetensors.index.json"], ["pytorch_model*.bin*"])
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -52,11 +53,12 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
     """Write a Hugging Face model into a new run folder: step 0, zero moments, and a ``config.json`` to train with.
 
     Args:
-        source: a folder, or a name on the hub.
+        source: a folder, or the name of a model on the hub.
 
     Raises:
-        CheckpointError: the model cannot be found, is not a GPT-2, or is damaged; or as for ``write_new_run``.
-        ConfigError: one of its settings is not valid here, or a run is using the folder.
+        CheckpointError: the model cannot be found, is not a GPT-2, or is damaged; or ``write_new_run`` raises
+            CheckpointError.
+        ConfigError: a setting of the model is not valid in our config, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)
     folder = find_folder(source)
@@ -98,17 +100,17 @@ def read_folder(folder: Path) -> ForeignModel:
 
 
 def find_folder(source: str) -> Path:
-    """Return a local folder as it is, or download a model from the hub into its cache.
+    """Return ``source`` if it is a local folder. Otherwise download the model from the hub and return its folder.
 
     Raises:
-        CheckpointError: there is no such folder, and the hub does not have the model or cannot be reached.
+        CheckpointError: the folder does not exist, and the hub does not have the model or cannot be reached.
     """
     path = Path(source)
     if path.exists() or not _HUB_NAME.fullmatch(source) or source.startswith("."):
         if not path.is_dir():
             raise CheckpointError(f"--from-hf {source}: no such folder; expected one with config.json, or a hub name")
         return path
-    # Imported here because it is slow, and a local folder does not need it.
+    # Imported here because the import is slow and a local folder does not need this library.
     from huggingface_hub import snapshot_download
 
     log.info("%s: not a local folder, asking the Hugging Face hub", source)
@@ -117,7 +119,7 @@ def find_folder(source: str) -> Path:
             folder = Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, VOCABULARY_FILE, *patterns]))
             if any(folder.glob(patterns[0])):
                 return folder
-    except Exception as error:  # the client raises dozens of types: no network, no such name, no access, ...
+    except Exception as error:  # the client has dozens of error types: no network, unknown name, no access, ...
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(
             f"--from-hf {source}: no such folder here, and the hub does not provide it "
@@ -142,7 +144,7 @@ def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold the weights, safetensors if the folder has both formats."""
+    """Return the files that contain the weights. If the folder has both formats, return the safetensors files."""
     for name in (WEIGHTS_FILE, _PICKLED_FILE):
         if (folder / name).is_file():
             return [folder / name]

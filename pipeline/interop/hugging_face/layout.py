@@ -14,7 +14,7 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 
 MODEL_TYPE = "gpt2"
 
-_TRANSPOSED_SUFFIXES = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # of its Conv1D: (in, out)
+_TRANSPOSED_SUFFIXES = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # weights of Conv1D have shape (in, out)
 
 #: Keys of our model section -> keys of config.json.
 SIZE_KEYS = {
@@ -42,18 +42,18 @@ def hugging_face_name(name: str) -> str:
 
 
 def is_transposed(name: str) -> bool:
-    """Return whether a parameter is stored as the transpose of ours."""
+    """Return whether ``transformers`` stores the transpose of our parameter."""
     return name.endswith(_TRANSPOSED_SUFFIXES)
 
 
 def stored_shapes(config: ModelConfig) -> dict[str, list[int]]:
-    """Return the shapes of all parameters as stored, by canonical name: without padding rows, some transposed."""
+    """Return the shapes in which ``transformers`` stores the parameters, by canonical name."""
     shapes = {**model_shapes(config), "wte.weight": [config.vocab_size, config.n_embd]}
     return {name: shape[::-1] if is_transposed(name) else shape for name, shape in shapes.items()}
 
 
 def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Return ``config.json`` of a model whose weights are stored in ``dtype``."""
+    """Return the content of ``config.json`` for a model whose weights are stored in ``dtype``."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         **_GPT2_SETTINGS,
@@ -66,24 +66,24 @@ def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "use_cache": True,
         **to_generation_json(config),
         "dtype": dtype,
-        "torch_dtype": dtype,  # its name before transformers 4.56
+        "torch_dtype": dtype,  # the name of the key dtype before transformers 4.56
     }
 
 
 def to_generation_json(config: ModelConfig) -> dict[str, Any]:
-    """Return ``generation_config.json``. Texts begin and end with ``<|endoftext|>`` if the vocabulary has it."""
+    """Return the content of ``generation_config.json``. It contains ``<|endoftext|>`` if the vocabulary is GPT-2's."""
     token = END_OF_TEXT if config.vocab_size == GPT2_VOCAB_SIZE else None
     return dict.fromkeys(_SPECIAL_KEYS, token)
 
 
 def from_config_json(content: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    """Return our model section for a ``config.json``, and append to ``notes`` what the user should know.
+    """Return our model section for a ``config.json``, and append messages for the user to ``notes``.
 
     Raises:
-        CheckpointError: the model is not a GPT-2. The message names the key.
+        CheckpointError: the model is not a GPT-2. The message names the key that differs.
     """
     for key, expected in _GPT2_SETTINGS.items():
-        # Files may leave out a key with GPT-2's value, but must name the type.
+        # A missing key has GPT-2's value. Only model_type is required.
         found = content.get(key, None if key == "model_type" else expected)
         if found != expected:
             raise CheckpointError(f"{where}: '{key}' is {found!r}; GPT-2 has {expected!r}, which is required")

@@ -1,4 +1,4 @@
-"""The ``README.md`` of an exported model: how it was trained, its loss curve, its evaluation results."""
+"""Write the ``README.md`` of an exported model: training settings, loss curve, evaluation results."""
 
 from collections.abc import Iterable
 from contextlib import suppress
@@ -44,9 +44,9 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 
 
 def model_card(checkpoint: Path, state: TrainingState, config: Config) -> dict[str, bytes]:
-    """Return the files of the card: Markdown with the metadata that the hub reads, and a picture of the loss curve.
+    """Return the files of the model card: Markdown with metadata for the hub, and a picture of the loss curve.
 
-    There is no picture without matplotlib, or if the run folder has no metrics.
+    The picture is missing if matplotlib is not installed, or if the run folder has no metrics.
     """
     from huggingface_hub import ModelCardData  # slow to import
 
@@ -69,9 +69,9 @@ def model_card(checkpoint: Path, state: TrainingState, config: Config) -> dict[s
 
 
 def _draw_curve(rows: list[dict[str, Any]], name: str) -> bytes | None:
-    """Return a PNG of loss against steps."""
+    """Return a PNG of the loss against the steps. Returns None if there is no loss or matplotlib is not installed."""
     try:
-        from pipeline.report.drawing import draw  # needs matplotlib, which is optional and slow to import
+        from pipeline.report.drawing import draw  # imports matplotlib, which is optional and slow to import
     except ImportError:
         return None
     chart = loss_chart([Run(name, {}, rows, {})], "loss", STEPS)
@@ -96,7 +96,7 @@ def _training(state: TrainingState, config: Config) -> str:
 
 
 def _curve(rows: list[dict[str, Any]], *, has_picture: bool) -> str:
-    """Return a table of losses at steps spread evenly over the run, including the last one."""
+    """Return a table of losses at steps that are spread evenly over the run and include the last step."""
     train, validation = (
         {row["step"]: f"{row[key]:.4f}" for row in rows if row.get(key) is not None} for key in ("loss", "val_loss")
     )
@@ -114,7 +114,7 @@ def _evaluation(run_folder: Path, step: int) -> str:
     """Return a table of the tasks that were evaluated at this step."""
     cells: list[tuple[str, ...]] = []
     for path in sorted((run_folder / EVALUATION_FOLDER).glob("*.json")):
-        with suppress(CheckpointError):  # a crash can cut a file short
+        with suppress(CheckpointError):  # after a crash, a file can be incomplete
             result = read_json_object(path)
             if result.get("step") == step:
                 values = {key.replace("_", " "): value for key, value in result.items() if isinstance(value, float)}

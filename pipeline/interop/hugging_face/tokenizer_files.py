@@ -1,4 +1,4 @@
-"""The files of GPT-2's tokenizer that ``AutoTokenizer`` and other programs read."""
+"""Create the files of GPT-2's tokenizer that ``AutoTokenizer`` and other programs read."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ _TOKENIZER_FILE = "tokenizer.json"
 
 
 def tokenizer_files(context_length: int) -> dict[str, str]:
-    """Return the contents of the files by name."""
+    """Return the contents of the tokenizer's files by file name."""
     vocabulary, merges = _vocabulary_and_merges()
     special_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT_TOKEN)
     settings = {
@@ -36,7 +36,7 @@ def tokenizer_files(context_length: int) -> dict[str, str]:
 
 
 def _vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the ids of all tokens in printable characters, and the pair that each longer token is merged from."""
+    """Return the id of each token, written in printable characters, and the two tokens that form each longer token."""
     tokens = load_tokenizer().token_bytes
     ranks = {token: rank for rank, token in enumerate(tokens)}
     show = _printer()
@@ -97,7 +97,7 @@ def _read_vocabulary(folder: Path) -> tuple[Path, dict[str, Any] | None]:
 
 
 def _last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """Return the two tokens that a token is merged from, by byte-pair encoding it with the ranks before its own."""
+    """Return the two tokens that form a token, by encoding the token with the merges of lower ranks."""
     pieces = [bytes([byte]) for byte in token]
     while len(pieces) > 2:
         pair_ranks = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(pieces)]
