@@ -76,7 +76,10 @@ class BackgroundSaver:
         return outcomes
 
     def poll(self) -> list[SaveOutcome]:
-        """Return the outcome if a save has ended since the last call. Does not wait, so the ranks' results can differ."""
+        """Return the outcome if a save has ended since the last call. Does not wait, so the outcome can differ by rank.
+
+        The result is an empty list if no save has ended.
+        """
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 
     def wait(self) -> list[SaveOutcome]:
