@@ -76,7 +76,7 @@ class BackgroundSaver:
         return outcomes
 
     def poll(self) -> list[SaveOutcome]:
-        """Return the outcome if a save has ended since the last call. Does not wait, so the outcome can differ by rank.
+        """Return the outcome if a save has ended since the last call. Does not wait, so the result can differ by rank.
 
         The result is an empty list if no save has ended.
         """

@@ -74,7 +74,7 @@ def import_nanogpt(path: Path, run_folder: Path) -> Conversion:
 
 
 def read_nanogpt_model(path: Path) -> ForeignModel:
-    """Read the model of a file, without its moments and settings. Raises like ``import_nanogpt``."""
+    """Read the model of a file, without its moments and settings. Raises the same errors as ``import_nanogpt``."""
     return _read_model(open_nanogpt_file(path))[0]
 
 
@@ -98,14 +98,14 @@ def _read_model(file: NanoGptFile) -> tuple[ForeignModel, ModelConfig]:
 
 
 def _stored_shapes(stored: ModelConfig, model_args: Section) -> dict[str, list[int]]:
-    """Return the shapes that the file must hold: without our padding rows, and without biases if it has none."""
+    """Return the shapes that the file must contain: without our padding rows, without biases if ``bias`` is False."""
     has_biases = model_args.get("bias", bool) is not False
     shapes = {**model_shapes(stored), "wte.weight": [stored.vocab_size, stored.n_embd]}
     return {name: shape for name, shape in shapes.items() if has_biases or not name.endswith(".bias")}
 
 
 def _translate_config(file: NanoGptFile, model: ModelConfig, run_folder: Path, notes: list[str]) -> Config:
-    """Return the run config with the file's settings, and our defaults for all others."""
+    """Return a run config with the settings of the file. All other settings have our defaults."""
     given = file.settings.content
     beta1, beta2 = OptimizerConfig().betas
     sections: dict[str, dict[str, Any]] = {
@@ -129,7 +129,7 @@ def _translate_config(file: NanoGptFile, model: ModelConfig, run_folder: Path, n
 
 
 def _translate_schedule(settings: Section, notes: list[str]) -> dict[str, Any]:
-    """Keep the learning rate's curve. Our runs end where its cosine ends; nanoGPT's may end elsewhere."""
+    """Return a schedule with the same learning rates. Our runs end with the cosine, but runs of nanoGPT need not."""
     default, max_iters = ScheduleConfig(), settings.get("max_iters", int)
     if settings.content.get("decay_lr") is False:
         return {"warmup_steps": 0, "max_steps": max_iters or default.max_steps, "min_lr_ratio": 1.0}
@@ -154,7 +154,7 @@ def _tokens_per_step(settings: Section) -> int | None:
 
 
 def _training_state(file: NanoGptFile, config: Config, updates: int | None, notes: list[str]) -> TrainingState:
-    """Return the state to continue from. nanoGPT draws its batches at random, so no position in the data is known."""
+    """Return the training state. nanoGPT draws batches at random, so the state has no position in the data."""
     step = file.steps
     tokens = _tokens_per_step(file.settings)
     if tokens is None:
@@ -194,7 +194,7 @@ def _read_moments(
         if not isinstance(group, dict):
             raise CheckpointError(f"{optimizer.where}: 'param_groups' must hold dicts, found {type(group).__name__}")
         numbers += Section(f"{optimizer.where}: param_groups", group).require("params", list)
-    names = sorted(stored_shapes, key=lambda name: len(stored_shapes[name]) < 2)  # a stable sort
+    names = sorted(stored_shapes, key=lambda name: len(stored_shapes[name]) < 2)  # sorted() is stable
     if len(numbers) != len(names):
         raise CheckpointError(
             f"{optimizer.where}: has {len(numbers)} parameters, the model {len(names)}; {_WEIGHTS_ONLY}"
@@ -221,7 +221,7 @@ def _read_moments(
 
 
 def _step_count(entry: Section) -> int:
-    """Return AdamW's step count of a parameter, which torch stores as a tensor or as a number."""
+    """Return AdamW's step count for a parameter. torch stores the count as a tensor or as a number."""
     count = entry.content.get("step")
     if isinstance(count, Tensor) and count.numel() == 1:
         count = count.item()

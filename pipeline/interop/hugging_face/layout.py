@@ -58,7 +58,7 @@ def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "architectures": ["GPT2LMHeadModel"],
         **_GPT2_SETTINGS,
         **{theirs: getattr(config, ours) for ours, theirs in SIZE_KEYS.items()},
-        "n_ctx": config.context_length,  # the older name, which OpenAI's own files have too
+        "n_ctx": config.context_length,  # the older name of n_positions, which OpenAI's own files also have
         "n_inner": None,
         "initializer_range": INIT_STD,
         **dict.fromkeys(_DROPOUT_KEYS, config.dropout),
@@ -115,7 +115,7 @@ def _positive(content: dict[str, Any], key: str, where: str) -> int:
 
 
 def _dropout(content: dict[str, Any], notes: list[str]) -> int | float:
-    """Return the dropout rate, or 0 if the three rates differ. It matters only in training."""
+    """Return the dropout rate, or 0 if the three rates differ. The rate affects only training."""
     rates = [content.get(key, 0.0) for key in _DROPOUT_KEYS]
     if len(set(map(str, rates))) > 1 or not isinstance(rates[0], (int, float)):
         notes.append(f"dropout: {', '.join(_DROPOUT_KEYS)} are {rates}, here it is one number; set to 0")
