@@ -37,7 +37,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--config`` and ``--set``, the options of every command with a run config."""
+    """Add ``--config``, ``--set`` and ``--deepspeed``, the options of every command with a run config."""
     parser.add_argument(
         "--config", nargs="+", required=True, metavar="FILE", help="JSON run configs; later ones win over earlier ones"
     )
@@ -48,6 +48,11 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="SECTION.KEY=VALUE",
         help="values that win over all files, such as schedule.max_steps=100",
+    )
+    parser.add_argument(
+        "--deepspeed",
+        metavar="FILE",
+        help="DeepSpeed's own JSON; sets backend.name=deepspeed and adds the file to backend.deepspeed",
     )
 
 

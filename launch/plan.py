@@ -16,7 +16,7 @@ PICTURES = (".png", ".svg", ".pdf")
 def main() -> None:
     """Parse, plan every backend, print."""
     arguments = _parse_arguments()
-    config = load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, arguments.set, arguments.deepspeed)
     configs = {name: _with_backend(config, name) for name in arguments.backends}
     # Import torch late so that config errors appear at once.
     from pipeline.planning.devices import find_device

@@ -28,7 +28,7 @@ def main() -> None:
         help="number of training processes on this machine (default: 1)",
     )
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, arguments.set, arguments.deepspeed)
     tokenize(config)
     train(arguments)
     evaluate(config)
@@ -51,8 +51,10 @@ def train(arguments: argparse.Namespace) -> None:
     launcher = [sys.executable]
     if arguments.processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.processes}"]
-    overrides = ["--set", *arguments.set] if arguments.set else []
-    run_stage("train", launcher, "train.py", ["--config", *arguments.config, *overrides])
+    options = ["--config", *arguments.config]
+    options += ["--set", *arguments.set] if arguments.set else []
+    options += ["--deepspeed", arguments.deepspeed] if arguments.deepspeed else []
+    run_stage("train", launcher, "train.py", options)
 
 
 def evaluate(config: Config) -> None:

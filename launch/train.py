@@ -32,7 +32,7 @@ def main() -> object:
         overrides.append(f"checkpoint.resume={arguments.resume}")
     if arguments.profile is not None:
         overrides.append(f"logging.profile_steps={arguments.profile}")
-    config = load_config(arguments.config, overrides)
+    config = load_config(arguments.config, overrides, arguments.deepspeed)
     from pipeline.training.run import train  # import torch late so that config errors appear at once
 
     start_logging()

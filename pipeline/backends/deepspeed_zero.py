@@ -24,6 +24,7 @@ from pipeline.backends.extension_lock import wait_for_build_elsewhere
 from pipeline.backends.optimizer import build_adamw, clip_and_step, parameter_groups
 from pipeline.backends.optimizer_state import ParameterState
 from pipeline.backends.zero_state import FullyPartitionedState, PartitionedState
+from pipeline.config.deepspeed_keys import changes_of_numbers
 from pipeline.config.schema import Config, OptimizerConfig
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.distributed.world import World
@@ -61,6 +62,7 @@ class DeepSpeedBackend(Backend):
         super().__init__(model, config)
         _check_version()
         self.stage = config.backend.zero_stage
+        self.changes = changes_of_numbers(config.backend)
         self.engine = self._start_engine(model, config, world, plan)
         self.compute: Any = self.engine
         self.optimizer: Any = self.engine.optimizer
@@ -104,7 +106,8 @@ class DeepSpeedBackend(Backend):
     def describe(self) -> str:
         optimizer = self.engine.basic_optimizer
         fused = "fused " if optimizer.defaults.get("fused") else ""
-        return f"DeepSpeed {deepspeed.__version__} ZeRO-{self.stage} with {fused}{type(optimizer).__name__}"
+        label = f", different numbers: {', '.join(self.changes)}" if self.changes else ""
+        return f"DeepSpeed {deepspeed.__version__} ZeRO-{self.stage} with {fused}{type(optimizer).__name__}{label}"
 
     def _accumulation_dtype(self) -> torch.dtype | None:
         dtype: torch.dtype | None = self.engine.get_data_types()[1]
@@ -205,7 +208,7 @@ def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[st
     if stage > 0 and config.run.precision == "bf16":
         native["bf16"] = {"enabled": True, "check_grad_overflow": True}
         native["data_types"] = {"grad_accum_dtype": "fp32"}
-        native["communication_data_type"] = "fp32"
+        native.setdefault("communication_data_type", "fp32")
     if config.backend.offloads("optimizer") and not cpu_adam:
         native["zero_force_ds_cpu_optimizer"] = False
     return native

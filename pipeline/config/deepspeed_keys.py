@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.config.schema import BackendConfig
+from pipeline.config.schema import BackendConfig, Config
 
 #: Maps DeepSpeed keys that the run config owns to the config keys that set them.
 OWNED_BY_RUN = {
@@ -22,20 +22,25 @@ OWNED_BY_RUN = {
     "amp": "run.precision",
     "torch_autocast": "run.precision",
     "data_types": "run.precision",
-    "communication_data_type": "run.precision",
     "zero_force_ds_cpu_optimizer": "backend.deepspeed.zero_optimization.offload_optimizer",
-    "tensorboard": "logging.tensorboard",
+    "activation_checkpointing": "model.activation_checkpointing",
+    "checkpoint": "checkpoint.*",
+    "data_efficiency": "data.*",
+    "dataloader_drop_last": "data.*",
 }
 
+#: DeepSpeed's own loggers, which would log under this backend only.
+MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
+
 #: The other top-level keys that DeepSpeed 0.19 reads and that have an effect in this project, with their types.
-#: DeepSpeed ignores unknown keys silently. The keys of DeepSpeed's loaders, checkpoints and model parallelism are not
-#: in this table, because this project does not use these features.
+#: DeepSpeed ignores unknown keys silently. The keys of DeepSpeed's model parallelism and of DeepCompile are not in this
+#: table, because this project does not use these features.
 PASSED_THROUGH: dict[str, type] = {
     "zero_optimization": dict,
     "zero_allow_untested_optimizer": bool,
     "prescale_gradients": bool,
     "gradient_predivide_factor": float,
-    "disable_allgather": bool,
+    "communication_data_type": str,
     "disable_python_gc": bool,
     "steps_per_print": int,
     "wall_clock_breakdown": bool,
@@ -43,17 +48,63 @@ PASSED_THROUGH: dict[str, type] = {
     "dump_state": bool,
     "log_level": str,
     "aio": dict,
-    "comet": dict,
     "comms_logger": dict,
-    "compile": dict,
-    "csv_monitor": dict,
     "flops_profiler": dict,
     "timers": dict,
-    "wandb": dict,
+}
+
+#: The keys of ``zero_optimization`` that move data in other pieces, at another time or to another place, and train with
+#: the same numbers. A key is accepted only after it was examined. ZenFlow is missing: it replaces the optimizer.
+SAME_NUMBERS = (
+    "stage",
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "use_multi_rank_bucket_allreduce",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "overlap_comm",
+    "offload_param",
+    "offload_optimizer",
+    "sub_group_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_module_granularity_threshold",
+    "stage3_use_all_reduce_for_fetch_params",
+    "stage3_allgather_sequential",
+    "ignore_unused_parameters",
+    "round_robin_gradients",
+    "parameter_alignment",
+    "zero_hpz_partition_size",
+    "memory_efficient_linear",
+    "override_module_apply",
+    "log_trace_cache_warnings",
+    "enable_sanity_checks",
+    "leaf_module",
+)
+
+#: The keys that change the numbers, with the value that changes nothing.
+OTHER_NUMBERS: dict[str, Any] = {
+    "prescale_gradients": False,
+    "gradient_predivide_factor": 1.0,
+    "communication_data_type": None,
+    "zero_optimization.zero_quantized_weights": False,
+    "zero_optimization.zero_quantized_nontrainable_weights": False,
+    "zero_optimization.zero_quantized_gradients": False,
+    "zero_optimization.offload_optimizer.ratio": 1.0,
+    "zero_optimization.offload_optimizer.super_offload": False,
 }
 
 _OFFLOAD_STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
-_REPLACED = {"cpu_offload": "offload_optimizer", "cpu_offload_params": "offload_param"}
+_REPLACED = {
+    "cpu_offload": "offload_optimizer",
+    "cpu_offload_param": "offload_param",
+    "cpu_offload_params": "offload_param",
+}
+_NOT_PASSED_ON = "not among the keys that are passed on to DeepSpeed"
 _TYPE_NAMES = {dict: "an object", bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
@@ -62,23 +113,49 @@ def find_mistakes(backend: BackendConfig) -> Iterator[tuple[str, str]]:
     native = backend.deepspeed
     for key, mistake in (*_check_keys(native), *_check_zero(native.get("zero_optimization", {}))):
         yield f"backend.deepspeed.{key}", mistake
-    if native and backend.name != "deepspeed":
-        cure = 'set backend.name to "deepspeed" or drop backend.deepspeed'
-        yield "backend.deepspeed", f"set, but backend.name is {backend.name}; {cure}"
     try:
         json.dumps(native, allow_nan=False)
     except ValueError:
         yield "backend.deepspeed", "every number must be finite, found NaN or Infinity"
+    if not backend.allow_different_numbers:
+        cure = "remove it, or set backend.allow_different_numbers to true, which labels the run and its metrics"
+        for key in changes_of_numbers(backend):
+            yield f"backend.deepspeed.{key}", f"changes the numbers, which are the same under every backend; {cure}"
+    if native and backend.name != "deepspeed":
+        cure = 'set backend.name to "deepspeed" or drop backend.deepspeed'
+        yield "backend.deepspeed", f"set, but backend.name is {backend.name}; {cure}"
+
+
+def changes_of_numbers(backend: BackendConfig) -> list[str]:
+    """Return the keys of ``backend.deepspeed`` that make the numbers differ from those of other backends."""
+
+    def value_of(key: str) -> Any:
+        value: Any = backend.deepspeed
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    return [key for key, neutral in OTHER_NUMBERS.items() if value_of(key) not in (None, neutral)]
+
+
+def keys_of_deepspeed(content: dict[str, Any]) -> list[str]:
+    """Return the keys of a config file that show it to be DeepSpeed's own JSON. Returns none for a run config."""
+    own = [key for key in content if key in (*PASSED_THROUGH, *OWNED_BY_RUN, *MONITORS)]
+    sections = [key for key in content if key in Config.model_fields and key not in OWNED_BY_RUN]
+    return [] if sections else [key for key in own if key not in Config.model_fields]
 
 
 def _check_keys(native: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in native.items():
         if key in OWNED_BY_RUN:
-            yield key, f"the run config owns this; set {OWNED_BY_RUN[key]} instead"
+            yield key, f"the run config owns this; remove it and set {OWNED_BY_RUN[key]} instead"
+        elif key in MONITORS:
+            instead = "metrics.jsonl in the run folder, and its TensorBoard events (logging.tensorboard)"
+            yield key, f"logs under DeepSpeed only; remove it and use what every backend writes: {instead}"
         elif key not in PASSED_THROUGH:
             nearest = difflib.get_close_matches(key, [*PASSED_THROUGH, *OWNED_BY_RUN], n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"those are {', '.join(PASSED_THROUGH)}"
-            yield key, f"not among the keys that are passed on to DeepSpeed; {hint}"
+            hint = f"did you mean {nearest[0]}?" if nearest else f"remove it; those are {', '.join(PASSED_THROUGH)}"
+            yield key, f"{_NOT_PASSED_ON}; {hint}"
         else:
             yield from _check_type(key, value, PASSED_THROUGH[key])
 
@@ -90,10 +167,14 @@ def _check_zero(zero: Any) -> Iterator[tuple[str, str]]:
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         yield "zero_optimization.stage", f"must be 0, 1, 2 or 3, found {json.dumps(stage)}"
         return
-    for key, replacement in _REPLACED.items():
-        if key in zero:
-            instead = f'{replacement}: {{"device": "cpu"}}'
+    for key in zero:
+        if key in _REPLACED:
+            instead = f'{_REPLACED[key]}: {{"device": "cpu"}}'
             yield f"zero_optimization.{key}", f"DeepSpeed no longer supports this; set {instead} instead"
+        elif key not in SAME_NUMBERS and f"zero_optimization.{key}" not in OTHER_NUMBERS:
+            nearest = difflib.get_close_matches(key, SAME_NUMBERS, n=1, cutoff=0.8)
+            hint = f"did you mean {nearest[0]}?" if nearest else "remove it"
+            yield f"zero_optimization.{key}", f"{_NOT_PASSED_ON}; {hint}"
     for key, stages in _OFFLOAD_STAGES.items():
         if key in zero:
             yield from _check_type(f"zero_optimization.{key}", zero[key], dict)

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config.deepspeed_keys import find_mistakes
+from pipeline.config.deepspeed_keys import find_mistakes, keys_of_deepspeed
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 
@@ -28,17 +28,23 @@ _JSON_MESSAGES = {
 _LONGEST_VALUE = 80  # the most characters of a wrong value that a message shows
 
 
-def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    files: Sequence[str | Path], overrides: Sequence[str] = (), deepspeed: str | Path | None = None
+) -> Config:
     """Read, merge and validate a run config.
 
     Args:
         files: JSON files. Later files override earlier files.
         overrides: texts of the form ``section.key=value``. A value that is not valid JSON is used as a string.
+        deepspeed: a file with DeepSpeed's own JSON, which is merged into ``backend.deepspeed`` of the files.
 
     Raises:
         ConfigError: a file or an override cannot be read, or the merged config is not valid.
     """
-    layers = [(_read_json_object(Path(file)), str(file)) for file in files]
+    layers = [(_read_run_config(Path(file)), str(file)) for file in files]
+    if deepspeed is not None:
+        native = {"name": "deepspeed", "deepspeed": _read_json_object(Path(deepspeed))}
+        layers.append(({"backend": native}, str(deepspeed)))
     return _resolve([*layers, *((_parse_override(override), "--set") for override in overrides)])
 
 
@@ -99,6 +105,16 @@ def _merge(merged: dict[str, Any], content: dict[str, Any], origins: dict[str, s
             _merge(merged[key], value, origins, origin, f"{at}{key}.")
         else:
             merged[key] = value
+
+
+def _read_run_config(path: Path) -> dict[str, Any]:
+    content = _read_json_object(path)
+    if native := keys_of_deepspeed(content):
+        raise ConfigError(
+            f"{path}: this is DeepSpeed's own JSON ({', '.join(native[:3])}), not a run config; "
+            f"give it with --deepspeed {path}, and a run config with --config"
+        )
+    return content
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:

@@ -293,6 +293,11 @@ class BackendConfig(Section):
     ddp: DdpConfig = DdpConfig()
     fsdp: FsdpConfig = FsdpConfig()
     deepspeed: dict[str, Any] = Field({}, description="Native DeepSpeed JSON, passed on to DeepSpeed.")
+    allow_different_numbers: bool = Field(
+        False,
+        description="Accept keys of `backend.deepspeed` that change the results, such as quantized communication. The "
+        "log, every row of metrics and the report then name these keys.",
+    )
 
     @property
     def zero(self) -> dict[str, Any]:

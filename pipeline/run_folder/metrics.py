@@ -20,6 +20,9 @@ TASK_PREFIX = "task_"
 #: The key of the completion that the model has generated.
 SAMPLE_KEY = "sample"
 
+#: The key that lists the config keys that make a row's numbers differ from those of other backends.
+DIFFERENT_NUMBERS_KEY = "different_numbers"
+
 #: Row key -> format on the console. Other keys are in metrics.jsonl only.
 _CONSOLE_FORMATS = {
     "loss": "loss {:.4f}",
@@ -31,6 +34,7 @@ _CONSOLE_FORMATS = {
     "mfu": "MFU {:.1%}",
     "step_ms": "{:,.0f} ms",
     "peak_memory_gib": "{:.2f} GiB",
+    DIFFERENT_NUMBERS_KEY: "different numbers",
 }
 
 

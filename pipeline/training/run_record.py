@@ -8,10 +8,11 @@ from typing import Any
 
 from data_tools.storage.atomic import write_json_durably
 from pipeline.checkpoint.background import SaveOutcome
+from pipeline.config.deepspeed_keys import changes_of_numbers
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.run_folder.layout import CONFIG_FILE
-from pipeline.run_folder.metrics import MetricsFile, format_row, read_metrics
+from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, MetricsFile, format_row, read_metrics
 from pipeline.run_folder.tensorboard import TensorBoardLog
 
 log = logging.getLogger(__name__)
@@ -22,13 +23,15 @@ class RunRecord:
 
     Each row has ``elapsed_s``, the wall-clock seconds of the run over all its starts. This time includes logged steps
     that were lost in a crash, but not the time between two starts. If an earlier start wrote rows for steps after
-    ``resumed_step``, these rows are dropped.
+    ``resumed_step``, these rows are dropped. Each row also names the config keys that make its numbers differ from
+    those of other backends, if there are such keys.
     """
 
     def __init__(self, config: Config, *, is_main: bool, resumed_step: int) -> None:
         self.config = config
         self.run_folder = Path(config.run.out_dir)
         self.failed_saves = 0
+        self._changes = changes_of_numbers(config.backend)
         self._started = time.perf_counter()
         self._outputs: list[MetricsFile | TensorBoardLog] = []  # none on the other ranks
         self._tensorboard: TensorBoardLog | None = None
@@ -47,6 +50,8 @@ class RunRecord:
         if self._outputs:
             row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
             row["elapsed_s"] = round(time.perf_counter() - self._started, 3)
+            if self._changes:
+                row[DIFFERENT_NUMBERS_KEY] = self._changes
             for output in self._outputs:
                 output.write(row)
             if console:

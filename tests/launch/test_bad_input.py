@@ -175,6 +175,32 @@ DEEPSPEED_CASES = [
     deepspeed("owned_optimizer", {"optimizer": {"type": "Adam"}}, "deepspeed.optimizer", "set optimizer.* instead"),
     deepspeed("owned_precision", {"fp16": {"enabled": True}}, "backend.deepspeed.fp16", "set run.precision instead"),
     deepspeed("mistyped_native_key", {"zero_optimisation": {}}, "zero_optimisation", "did you mean zero_optimization?"),
+    deepspeed("own_loggers", {"wandb": {"enabled": True}}, "backend.deepspeed.wandb", "every backend writes: metrics."),
+    deepspeed(
+        "quantized_weights",
+        {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+        "backend.deepspeed.zero_optimization.zero_quantized_weights: changes the numbers",
+        "or set backend.allow_different_numbers to true",
+    ),
+    deepspeed(
+        "mistyped_zero_key",
+        {"zero_optimization": {"stage": 1, "overlap_com": True}},
+        "zero_optimization.overlap_com: not among",
+        "did you mean overlap_comm?",
+    ),
+    config(
+        "deepspeed_json_as_config",
+        {"train_batch_size": 8, "optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 1}},
+        "deepspeed_json_as_config.json: this is DeepSpeed's own JSON (train_batch_size, zero_optimization)",
+        "give it with --deepspeed deepspeed_json_as_config.json",
+        "run.py",
+    ),
+    command(
+        "deepspeed_json_with_owned_keys",
+        "run.py --config good.json --deepspeed deepspeed_json_as_config.json",
+        "backend.deepspeed.train_batch_size: the run config owns this",
+        "set batch.tokens_per_step instead (set in deepspeed_json_as_config.json)",
+    ),
     deepspeed("native_list", [], "backend.deepspeed: ", "should be an object, found []"),
     deepspeed("wrong_native_type", {"wall_clock_breakdown": "yes"}, "wall_clock_breakdown", "must be true or false"),
     deepspeed(
@@ -212,12 +238,14 @@ DEEPSPEED_CASES = [
     deepspeed(
         "removed_native_key",
         {"zero_optimization": {"stage": 3, "mics_shard_size": 2}},
-        "backend.deepspeed: DeepSpeed refuses this config",
-        "'zero_optimization.mics_shard_size' is no longer supported",
-        "train.py",
+        "backend.deepspeed.zero_optimization.mics_shard_size: not among the keys that are passed on to DeepSpeed",
+        "remove it",
     ),
     deepspeed(
-        "native_key_of_no_use", {"pipeline": {}}, "backend.deepspeed.pipeline: not among", "those are zero_optim"
+        "native_key_of_no_use",
+        {"pipeline": {}},
+        "backend.deepspeed.pipeline: not among",
+        "remove it; those are zero_optim",
     ),
     deepspeed(
         "deprecated_native_key",

@@ -213,8 +213,11 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("native", "message"),
         [
-            ({"train_batch_size": 8}, "backend.deepspeed.train_batch_size: the run config owns this; set batch.tokens"),
-            ({"bf16": {}}, "backend.deepspeed.bf16: the run config owns this; set run.precision"),
+            (
+                {"train_batch_size": 8},
+                "train_batch_size: the run config owns this; remove it and set batch.tokens",
+            ),
+            ({"bf16": {}}, "backend.deepspeed.bf16: the run config owns this; remove it and set run.precision"),
             ({"zero_optimisation": {}}, "did you mean zero_optimization?"),
             ({"zero_optimization": []}, "zero_optimization: must be an object, found []"),
             ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: must be 0, 1, 2 or 3, found 4"),

@@ -78,3 +78,15 @@ def test_without_tensorboard_there_are_no_event_files(tmp_path: Path) -> None:
     record.write({"step": 1, "loss": 1.0})
     record.close({"loss": 1.0})
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG_FILE, METRICS_FILE}
+
+
+def test_every_row_names_the_keys_that_change_the_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    backend = {"name": "deepspeed", "deepspeed": {"prescale_gradients": True}, "allow_different_numbers": True}
+    run = {"out_dir": str(tmp_path)}
+    config = Config.model_validate({"run": run, "backend": backend, "logging": {"tensorboard": True}})
+    record = RunRecord(config, is_main=True, resumed_step=0)
+    with caplog.at_level("INFO"):
+        record.write({"step": 1, "loss": 2.0})
+    record.close({})
+    assert [row["different_numbers"] for row in read_metrics(tmp_path)] == [["prescale_gradients"]]
+    assert "loss 2.0000 | different numbers" in caplog.text
