@@ -39,7 +39,7 @@ class Section:
         return self.get(key, kind)
 
     def section(self, key: Any) -> Section:
-        """Return a dict inside this one. Raises like ``require``."""
+        """Return an item that is a dict. Raises the same errors as ``require``."""
         return Section(f"{self.where}: {key}", self.require(key, dict))
 
 

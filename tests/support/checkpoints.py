@@ -15,6 +15,9 @@ from pipeline.distributed.world import World
 def save_checkpoint(
     run_folder: Path, state: TrainingState, config: dict[str, Any], backend: Backend, world: World, keep_last: int
 ) -> Path:
-    """Save and return the checkpoint's folder. Collective. Raises like ``write_checkpoint``."""
+    """Save a checkpoint and return its folder. Raises the same errors as ``write_checkpoint``.
+
+    This call is collective: every rank must make it.
+    """
     snapshot = SnapshotTaker(backend, world).take(state)
     return write_checkpoint(run_folder, snapshot, config, world, keep_last).folder
