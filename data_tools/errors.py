@@ -1,4 +1,4 @@
-"""The errors that a user can cause, shared by every stage."""
+"""The errors that a user can cause, used by every stage."""
 
 import os
 from collections.abc import Iterator
@@ -7,25 +7,25 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake or a circumstance that the user can correct.
+    """A mistake or a condition that the user can correct.
 
-    Its text is one line: what is wrong, where, and what would be right. The commands print that
-    line and exit with ``exit_status``. Any other exception is a defect of this project.
+    The message is one line that says what is wrong, where, and what would be right. The commands print this line and
+    exit with ``exit_status``. Any other exception is a defect of this project.
     """
 
     exit_status = 2
 
 
 class DataError(UserError):
-    """A source, a document, a shard or a manifest that cannot be used."""
+    """A source, a document, a shard or a manifest cannot be used."""
 
 
 @contextmanager
 def one_line_write_errors(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` of the block (disk full, no permission, ...) into one line that names ``path``.
+    """Convert an ``OSError`` in the block (such as a full disk) to an error of one line that names ``path``.
 
     Raises:
-        DataError: with the path and the reason.
+        DataError: the block raised ``OSError``. The message contains the path and the reason.
     """
     try:
         yield
@@ -35,10 +35,10 @@ def one_line_write_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def one_line_read_errors(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` of the block into one line that names the file, or ``path`` if the error does not.
+    """Convert an ``OSError`` in the block to an error of one line. It names ``path`` if the error has no file name.
 
     Raises:
-        DataError: with the path and the reason.
+        DataError: the block raised ``OSError``. The message contains the path and the reason.
     """
     try:
         yield

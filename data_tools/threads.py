@@ -1,4 +1,4 @@
-"""Work on several threads: hashing, numpy, Arrow and file access release the GIL."""
+"""Process items in several threads. Hashing, numpy, Arrow and file access release the GIL."""
 
 import os
 import threading
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Advance = Callable[[int], None]  # called from any thread with the bytes done since its last call
+Advance = Callable[[int], None]  # called from any thread with the bytes that were processed since the previous call
 
 
 def available_cores() -> int:
@@ -17,7 +17,7 @@ def available_cores() -> int:
 
 
 def no_progress(done_bytes: int) -> None:
-    """Ignore progress; an ``Advance``."""
+    """Ignore the progress. This function can be used as an ``Advance``."""
 
 
 def map_threads(
@@ -26,13 +26,14 @@ def map_threads(
     """Return the results of ``work(item, advance)`` in the order of the items.
 
     Args:
-        work: calls its ``advance`` every few megabytes; after another item failed, that call raises and ends the work.
-        items: started in order.
-        workers: the largest number of threads; None means one per core.
-        advance: called by one thread at a time, first with 0.
+        work: a function that calls its ``advance`` every few megabytes. If another item has failed, this call raises an
+            error, which ends the work.
+        items: the items, which are started in order.
+        workers: the largest number of threads. None means one thread per core.
+        advance: called by one thread at a time. The first call has the argument 0.
 
     Raises:
-        BaseException: the exception of the first item that failed; later items are abandoned.
+        BaseException: the exception of the first item that failed. Later items are abandoned.
     """
     advance(0)
     abandoned = threading.Event()

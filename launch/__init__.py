@@ -1,1 +1,1 @@
-"""The commands. Each one parses its arguments, calls one function, and ends with an exit status."""
+"""The commands. Each command parses its arguments, calls one function, and returns an exit status."""

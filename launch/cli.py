@@ -1,4 +1,4 @@
-"""What all commands share: options, one-line errors without a traceback, exit statuses."""
+"""Functions that all commands use: common options, one-line errors without a traceback, exit statuses."""
 
 import argparse
 import errno
@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with an example under ``--help`` and one-line errors. Sub-commands use this class too."""
+    """A parser with an example in ``--help`` and with errors of one line. Sub-commands use this class too."""
 
     def __init__(self, *, description: str, example: str, **options: Any) -> None:
         super().__init__(
@@ -29,7 +29,7 @@ class ArgumentParser(argparse.ArgumentParser):
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
-            **options,  # argparse passes some when it creates a sub-command
+            **options,  # argparse passes these options when it creates a sub-command
         )
 
     def error(self, message: str) -> NoReturn:
@@ -88,7 +88,7 @@ non_empty_text = _option_type(str, bool, "at least one character")
 
 
 def start_logging() -> None:
-    """Log plain lines to standard output from rank 0. The other ranks only log errors."""
+    """Log plain lines to standard output on rank 0. The other ranks only log errors."""
     rank = launched_rank()
     prefix = f"[rank {rank}] " if rank else ""
     handler = logging.StreamHandler(sys.stdout)
@@ -112,7 +112,7 @@ def run_command(command: Callable[[], object]) -> NoReturn:
         kept.append(command())
     except UserError as error:
         kept.append(error)
-        # All ranks raise the same error, except these two, which can differ between ranks.
+        # All ranks raise the same error, except for these two errors, which can differ between ranks.
         if launched_rank() == 0 or isinstance(error, (DataError, LostRankError)):
             _print_line(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}")
         status = error.exit_status
@@ -130,8 +130,8 @@ def run_command(command: Callable[[], object]) -> NoReturn:
 def _exit(status: int) -> NoReturn:
     """End the process after all files are closed.
 
-    One of several ranks skips the interpreter's teardown, because a gloo thread that still frees a tensor then requests
-    the GIL, which aborts the finished process (pytorch/pytorch#179291, #190489).
+    If there are several ranks, skip the shutdown of the interpreter. Otherwise, a gloo thread that frees a tensor could
+    request the GIL during the shutdown, which aborts the process (pytorch/pytorch#179291, #190489).
     """
     if launched_world_size() == 1:
         sys.exit(status)

@@ -1,6 +1,6 @@
-"""Check this machine: packages, devices, compilers, disk, tokenizer, ranks. Each problem is printed with its cure.
+"""Check the packages, devices, compilers, disk, tokenizer and ranks of this machine. Print a solution for each problem.
 
-The exit status is 1 if something that training needs is broken.
+The exit status is 1 if training cannot work.
 """
 
 import sys
@@ -15,7 +15,7 @@ except ImportError as broken:  # a missing package is one of the problems that t
 
 
 def main() -> None:
-    """Parse, check, print, exit."""
+    """Parse the arguments, run the checks, print the findings, and exit."""
     parser = ArgumentParser(description=__doc__, example="python launch/doctor.py --folder runs")
     parser.add_argument(
         "--folder", type=Path, default=Path(), metavar="DIR", help="folder for runs (default: the current folder)"

@@ -1,4 +1,4 @@
-"""Plan a run before buying GPUs: memory, communication, tokens/s, days. It needs neither a GPU nor data."""
+"""Plan the memory, communication, tokens/s and days of a run before buying GPUs. You need neither a GPU nor data."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def main() -> None:
-    """Parse, plan every backend, print."""
+    """Parse the arguments, plan every backend, and print the plans."""
     arguments = _parse_arguments()
     config = load_config(arguments.config, arguments.set, arguments.deepspeed)
     configs = {name: _with_backend(config, name) for name in arguments.backends}
@@ -79,7 +79,7 @@ def _picture_path(text: str) -> Path:
 
 
 def _with_backend(config: Config, name: str) -> Config:
-    """Return the config with another backend, configured as in the config itself or else as in ``ds_configs``."""
+    """Return the config with another backend. Its settings are those of the config, or else those in ``ds_configs``."""
     backend = load_config([CONFIGS / f"{name}.json"]).backend
     if config.backend.name == "deepspeed" and backend.name == "deepspeed":
         own, other = (config.backend.zero, backend.zero)

@@ -1,6 +1,6 @@
-"""Run all stages of one config: tokenize, train, evaluate, sample. Finished stages are skipped.
+"""Run all stages of one config: tokenize, train, evaluate, generate a completion. Finished stages are skipped.
 
-Each stage runs its own command in its own process.
+Each stage is a command that runs in a separate process.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pipeline.evaluation.results import find_results, format_table
 
 
 def main() -> None:
-    """Parse, load the config, run the stages."""
+    """Parse the arguments, load the config, and run the stages."""
     parser = ArgumentParser(
         description=__doc__, example="python launch/run.py --config ds_configs/ddp.json ds_configs/quickstart.json"
     )
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def tokenize(config: Config) -> None:
-    """Write the shards to ``data.path``. The command skips a corpus that is complete."""
+    """Write the shards to ``data.path``. If the corpus is complete, the command does nothing."""
     if config.data.path is None:
         print("\n== tokenize: nothing to do, data.mixture names finished datasets", flush=True)
         return
@@ -47,7 +47,7 @@ def tokenize(config: Config) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train. The command resumes the run, or finds that it is finished."""
+    """Train the model. The command resumes an interrupted run, and does nothing if the run is complete."""
     launcher = [sys.executable]
     if arguments.processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.processes}"]
@@ -58,7 +58,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(config: Config) -> None:
-    """Run the tasks of ``evaluation.tasks`` on the last checkpoint, unless their results exist."""
+    """Run the tasks of ``evaluation.tasks`` on the last checkpoint, unless the results already exist."""
     results = find_results(Path(config.run.out_dir), config.evaluation.tasks, config.schedule.max_steps)
     if results is not None:
         print(f"\n== evaluate: done before\n{format_table(results)}", flush=True)
@@ -79,7 +79,7 @@ def _options(settings: dict[str, object]) -> list[str]:
 
 
 def run_stage(stage: str, launcher: list[str], script: str, options: list[str]) -> None:
-    """Run one command, and exit with its status if it fails. The command prints the reason itself."""
+    """Run one command. If the command fails, exit with its status. The command prints the reason."""
     print(f"\n== {stage}", flush=True)
     status = subprocess.run([*launcher, str(Path(__file__).resolve().parent / script), *options]).returncode
     if status:

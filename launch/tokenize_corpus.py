@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line. Its defaults are those of ``TokenizeRequest``."""
+    """Return the parser of the command line. The defaults are the defaults of ``TokenizeRequest``."""
     defaults = {field.name: field.default for field in fields(TokenizeRequest)}
     parser = ArgumentParser(
         description="Tokenize documents with GPT-2's vocabulary into shards for training.",
@@ -114,7 +114,7 @@ def build_parser() -> ArgumentParser:
 
 
 def share_of(share: int | None, shares: int | None, request: TokenizeRequest) -> tuple[int, int] | None:
-    """Return the checked values of ``--task`` and ``--tasks``, or None if this process does all of the work.
+    """Return the checked values of ``--task`` and ``--tasks``, or None if this process encodes all chunks.
 
     Raises:
         DataError: only one of the two options is given, ``--task`` is out of range, or the engine is ``ray``.
@@ -206,7 +206,7 @@ def print_shards(manifest: Manifest, request: TokenizeRequest) -> None:
 
 
 def print_lengths(manifest: Manifest) -> None:
-    """Print a histogram of document lengths, and how many documents were left out."""
+    """Print a histogram of document lengths, and the number of documents that were left out."""
     report = manifest.report or {}
     counts = report.get("documents_by_log2_tokens", [])
     first = next((k for k, count in enumerate(counts) if count), 0)

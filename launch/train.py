@@ -5,7 +5,7 @@ from pipeline.config.loading import load_config
 
 
 def main() -> object:
-    """Parse, load the config, train. Returns what must not be freed before the process ends."""
+    """Parse the arguments, load the config, and train. Returns the trainer, which ``run_command`` keeps in memory."""
     parser = ArgumentParser(
         description=__doc__,
         example="torchrun --nproc_per_node=2 launch/train.py --config ds_configs/fsdp.json --set run.out_dir=runs/a",

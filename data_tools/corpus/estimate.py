@@ -37,12 +37,12 @@ class Estimate:
 
     @property
     def tokens(self) -> int | None:
-        """The number of tokens in the whole source; None if the size of the source is not known."""
+        """The estimated number of tokens in the source. None if the number of bytes of text is not known."""
         return None if self.text_bytes is None else int(self.text_bytes / self.bytes_per_token)
 
     @property
     def shard_bytes(self) -> int | None:
-        """The bytes of the shards of the whole source; None if the size of the source is not known."""
+        """The estimated bytes of all shards. None if the number of bytes of text in the source is not known."""
         return None if self.tokens is None else self.tokens * _TOKEN_BYTES
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What sources yield: a text, or a dialogue of which only some segments are scored."""
+"""The documents that sources yield: texts, and dialogues of which only some segments are scored."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from data_tools.tokenizer import END_OF_TEXT, replace_lone_surrogates
 
 @dataclass(frozen=True)
 class Dialogue:
-    """An instruction or a chat, laid out as text.
+    """An instruction or a chat in the form of text.
 
     Attributes:
-        segments: the text in consecutive segments, and whether the tokens of each are scored.
+        segments: consecutive segments of the text, each with a flag that says whether its tokens are scored.
     """
 
     segments: tuple[tuple[str, bool], ...]
 
     @property
     def text(self) -> str:
-        """The whole text."""
+        """The text of all segments."""
         return "".join(text for text, _ in self.segments)
 
     def __bool__(self) -> bool:
-        """Return whether there is any text, as for a ``str``."""
+        """Return whether the dialogue has text, like the truth value of a ``str``."""
         return any(text for text, _ in self.segments)
 
 
@@ -38,8 +38,8 @@ class EncodedDocument:
     """The tokens of a document.
 
     Attributes:
-        tokens: uint16 of shape (tokens,), ``END_OF_TEXT`` first.
-        scored: bool of the same shape, or None if all tokens are scored.
+        tokens: uint16 of shape (tokens,). The first token is ``END_OF_TEXT``.
+        scored: bool of shape (tokens,), True if a token is scored. None means that all tokens are scored.
     """
 
     tokens: TokenArray
@@ -67,9 +67,9 @@ def fingerprint_of(document: Document, utf8: bytes) -> bytes:
 
 
 def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
-    """Encode a text as a whole, or each segment of a dialogue by itself, so that no token crosses their boundary.
+    """Encode a text as a whole, or each segment of a dialogue separately, so that no token spans two segments.
 
-    The ``END_OF_TEXT`` before a dialogue is scored, because it ends the answer of the dialogue before it.
+    The ``END_OF_TEXT`` before a dialogue is scored, because it ends the answer of the previous dialogue.
     """
     segments = ((document, True),) if isinstance(document, str) else document.segments
     pieces = [np.array([END_OF_TEXT], dtype=np.uint16), *(encoder.encode(text) for text, _ in segments)]

@@ -1,4 +1,4 @@
-"""Encoders of text into tokens. All give tiktoken's tokens; gigatoken is several times faster."""
+"""Encoders of text. All encoders give the tokens of tiktoken, but gigatoken is several times as fast."""
 
 import functools
 import importlib.metadata
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 REFERENCE_ENCODER = "tiktoken"
 
-# The ranges of code points with assigned characters. The last range is followed by private use only.
+# The ranges of code points with assigned characters. Only private-use code points follow the last range.
 _ASSIGNED_PLANES = ((0, 0x40000), (0xE0000, 0xF0000))
-# First and last code points that are letters or numbers to gigatoken 0.10, but not yet to tiktoken 0.14.
+# The first and last code points of ranges that gigatoken 0.10 treats as letters or numbers, but tiktoken 0.14 does not.
 _NEW_IN_UNICODE_17 = (
     *((0x88F, 0x88F), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0xA7CE, 0xA7CF), (0xA7D2, 0xA7D2), (0xA7D4, 0xA7D4)),
     *((0xA7F1, 0xA7F1), (0x10940, 0x1095F), (0x10EC5, 0x10EC7), (0x11DB0, 0x11DEF), (0x16EA0, 0x16EDF)),
@@ -33,7 +33,7 @@ _NEW_IN_UNICODE_17 = (
 
 
 class Encoder(Protocol):
-    """The interface of an encoder. tiktoken's is ``data_tools.tokenizer.Tokenizer``."""
+    """The interface of an encoder. The encoder with tiktoken is ``data_tools.tokenizer.Tokenizer``."""
 
     def encode(self, text: str) -> TokenArray:
         """Return the tokens of a text, uint16 of shape (tokens,).
@@ -44,7 +44,7 @@ class Encoder(Protocol):
 
 
 class GigatokenEncoder:
-    """gigatoken with tiktoken's ranks.
+    """An encoder that uses gigatoken with tiktoken's ranks.
 
     gigatoken and tiktoken classify characters (letter, number) by different versions of Unicode. tiktoken therefore
     encodes texts with characters that are new in either version.
@@ -52,10 +52,10 @@ class GigatokenEncoder:
 
     def __init__(self) -> None:
         self._reference = load_tokenizer()
-        # Imported here because it does not exist for every platform.
+        # Imported here because gigatoken does not exist for every platform.
         import gigatoken
 
-        # It reads ranks only from a file. It gets no special tokens, because in a document they are ordinary text.
+        # gigatoken reads ranks only from a file. Special tokens are ordinary text in documents, so it gets none.
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "gpt2.tiktoken")
             with one_line_write_errors(path):
@@ -75,7 +75,7 @@ class GigatokenEncoder:
 
 @functools.cache
 def _new_characters() -> npt.NDArray[np.bool_]:
-    """Flag all code points that this Python's Unicode does not assign yet or that Unicode 17 added."""
+    """Return a flag per code point: True if this Python's Unicode does not assign it, or if Unicode 17 added it."""
     is_new = np.ones(sys.maxunicode + 1, dtype=np.bool_)
     is_new[_ASSIGNED_PLANES[-1][1] :] = False
     for start, stop in _ASSIGNED_PLANES:
@@ -103,10 +103,10 @@ def choose_encoder(name: str) -> str:
 
 @functools.cache
 def load_encoder(name: str) -> Encoder:
-    """Return the encoder ``gigatoken`` or ``tiktoken``, one per process because loading takes most of a second."""
+    """Return the encoder ``gigatoken`` or ``tiktoken``. Loading takes a second, so each process loads it only once."""
     return GigatokenEncoder() if name == "gigatoken" else load_tokenizer()
 
 
 def encoder_version(name: str) -> str:
-    """Return an encoder's name and version."""
+    """Return the name and the version of an encoder as text."""
     return f"{name} {importlib.metadata.version(name)}"

@@ -1,4 +1,4 @@
-"""Tokens of any format as a collection: splits, each one stream that can be read anywhere."""
+"""Represent tokens of any format as a collection of splits. Each split is one stream with random access."""
 
 import errno
 import re
@@ -21,7 +21,7 @@ FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Tokens(Protocol):
-    """A stream of tokens of known length; ``TokenStream`` is one."""
+    """The interface of a stream of tokens of known length. ``TokenStream`` implements this interface."""
 
     @property
     def tokens(self) -> int:
@@ -29,7 +29,7 @@ class Tokens(Protocol):
         ...
 
     def read(self, start: int, length: int) -> TokenArray:
-        """Return ``length`` tokens from ``start`` on, uint16 of shape (length,). All must exist.
+        """Return ``length`` tokens from ``start`` on, uint16 of shape (length,). The range must be in the stream.
 
         Raises:
             DataError: a token is outside the vocabulary.
@@ -39,7 +39,7 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """The tokens of one split, and the number of tokens in each of its files (Megatron's: by index), in their order."""
+    """The tokens of one split, and the number of tokens in each of its files. A Megatron pair counts as one file."""
 
     stream: Tokens
     tokens_of_file: dict[Path, int]
@@ -54,8 +54,8 @@ class TokenCollection:
         format: one of ``INPUT_FORMATS``.
         tokenizer: the tokenizer of the tokens. For files of other programs, this is assumed to be GPT-2's tokenizer.
         source: the source that a manifest of these tokens will name.
-        splits: by name.
-        manifest: the manifest of a folder in our format, else None.
+        splits: the splits by name.
+        manifest: the manifest of a folder in our format, otherwise None.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class TokenCollection:
 
     @property
     def shards(self) -> tuple[ShardRecord, ...]:
-        """Return the shards of all splits; empty for formats other than ours."""
+        """Return the records of the shards of all splits. Returns no records for other formats than ours."""
         return self.manifest.shards if self.manifest else ()
 
 
@@ -92,7 +92,7 @@ class Concatenated:
 
 
 def map_file(path: Path) -> pa.Buffer:
-    """Memory-map the bytes of a file, which may be empty.
+    """Memory-map the bytes of a file. The file may be empty.
 
     Raises:
         DataError: the file is missing or cannot be read.

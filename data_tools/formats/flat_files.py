@@ -1,4 +1,4 @@
-"""The files of nanoGPT and llm.c: tokens one after the other, without or with a header."""
+"""Open the files of nanoGPT and llm.c, which contain consecutive tokens, without or with a header."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from data_tools.shards.llmc import llmc_tokens
 LLMC = "llmc"
 NANOGPT = "nanogpt"
 NANOGPT_NAMES = ("train.bin", "val.bin")
-# nanoGPT writes this pickle beside data with a vocabulary of its own. It is never opened.
+# nanoGPT writes this pickle into a folder of data with another vocabulary. This project never opens the pickle.
 _OWN_VOCABULARY = "meta.pkl"
 
 
@@ -36,15 +36,15 @@ def open_llmc_file(path: Path, vocab_size: int) -> Tokens:
     """Open a shard of llm.c or modded-nanogpt.
 
     Raises:
-        DataError: it is damaged or cannot be read.
+        DataError: the file is damaged or cannot be read.
     """
     return _MappedTokens(path, map_llmc_file(path), vocab_size)
 
 
 def open_nanogpt_file(path: Path, vocab_size: int) -> Tokens:
-    """Open bare little-endian uint16 tokens as nanoGPT's ``prepare.py`` writes them: ``train.bin``, ``val.bin``.
+    """Open a ``train.bin`` or ``val.bin`` of nanoGPT's ``prepare.py``: little-endian uint16 tokens without a header.
 
-    Tokens are not changed: nanoGPT's ``<|endoftext|>`` stays after each document.
+    The tokens do not change, so nanoGPT's ``<|endoftext|>`` stays after each document.
 
     Raises:
         DataError: the file is damaged, cannot be read or has another vocabulary.

@@ -1,9 +1,9 @@
-"""The indexed datasets of Megatron-LM and gpt-neox: tokens in ``X.bin``, sequences and documents in ``X.idx``.
+"""Read the indexed datasets of Megatron-LM and gpt-neox: tokens in ``X.bin``, sequences and documents in ``X.idx``.
 
-Their ``MMapIndexedDataset`` writes the index, little-endian: magic, version (uint64), type of the tokens (uint8),
-number of sequences, number of document boundaries (uint64 each); then the sizes of the sequences in tokens (int32),
-their offsets in ``X.bin`` in bytes (int64), and the document boundaries as numbers of sequences (int64; the first is 0,
-the last is the number of sequences).
+``MMapIndexedDataset`` of these programs writes the index, little-endian: magic, version (uint64), type of the tokens
+(uint8), number of sequences, number of document boundaries (uint64 each). Then follow the sizes of the sequences in
+tokens (int32), the offsets of the sequences in ``X.bin`` in bytes (int64), and the document boundaries as numbers of
+sequences (int64). The first boundary is 0, and the last boundary is the number of sequences.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from data_tools.tokenizer import END_OF_TEXT
 
 MEGATRON = "megatron"
 INDEX_SUFFIX = ".idx"
-BLOCK_DOCUMENTS = 1 << 16  # documents that are processed together, so that memory does not grow with their number
-_BLOCK_ENTRIES = 1 << 18  # entries of an index that are checked together, for the same reason
+BLOCK_DOCUMENTS = 1 << 16  # documents that are processed together, so that memory does not grow with the dataset
+_BLOCK_ENTRIES = 1 << 18  # entries of an index that are checked together, so that memory does not grow with the index
 _MAGIC = b"MMIDIDX\x00\x00"
 _OLDER_MAGIC = b"TNTIDX\x00\x00"
 _VERSION = 1
@@ -35,23 +35,23 @@ _REFUSED_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 5: "int64", 6: "floating p
 
 
 def is_index(path: Path) -> bool:
-    """Return whether a file begins like an index, of this format or the older one.
+    """Return whether a file begins like an index of this format or of the older format.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         return file.read(len(_MAGIC)).startswith((_MAGIC, _OLDER_MAGIC))
 
 
 def open_megatron_pair(index_path: Path, vocab_size: int) -> Tokens:
-    """Open an index and its file of tokens as a stream in our order: ``END_OF_TEXT`` before each document.
+    """Open an index and its token file as a stream with ``END_OF_TEXT`` before each document.
 
-    One ``END_OF_TEXT`` at the end of a document, which ``--append-eod`` writes, is dropped, because the one before the
-    next document replaces it. Reads the whole index and the last token of each document.
+    If a document ends with an ``END_OF_TEXT``, which ``--append-eod`` writes, this token is dropped. This function
+    reads the whole index and the last token of each document.
 
     Raises:
-        DataError: a file is missing, damaged, or has tokens of another type.
+        DataError: a file is missing or damaged, or has tokens of another type.
     """
     path = tokens_file_of(index_path)
     index = _read_index(index_path)
@@ -67,7 +67,7 @@ def open_megatron_pair(index_path: Path, vocab_size: int) -> Tokens:
 
 
 class _DocumentBlock:
-    """The stream of the ``BLOCK_DOCUMENTS`` documents from ``first`` on. A read looks them up in the index again."""
+    """The stream of ``BLOCK_DOCUMENTS`` documents from ``first`` on. Each read uses the index to find the documents."""
 
     def __init__(
         self, path: Path, text: npt.NDArray[np.integer[Any]], index: _Index, first: int, vocab_size: int
@@ -82,7 +82,7 @@ class _DocumentBlock:
     def read(self, start: int, length: int) -> TokenArray:
         text_starts, text_stops = self._documents()
         lengths = _lengths(text_starts, text_stops)
-        # Position of each document's END_OF_TEXT in the result; the first document may begin before it.
+        # The position of each document's END_OF_TEXT in the result. The first document may begin before the result.
         separators = np.cumsum(lengths) - lengths - start
         first = int(np.searchsorted(separators, 0, side="right")) - 1
         stop = int(np.searchsorted(separators, length))
@@ -98,7 +98,7 @@ class _DocumentBlock:
         return tokens
 
     def _text_of(self, starts: CountArray, stops: CountArray) -> npt.NDArray[np.integer[Any]]:
-        """Return the text between consecutive starts and stops, without the ``END_OF_TEXT`` in the gaps."""
+        """Return the tokens between consecutive starts and stops, without the ``END_OF_TEXT`` tokens in between."""
         begin, end = int(starts[0]), int(stops[-1])
         text = self._text[begin:end]
         require_in_vocabulary(text, self._vocab_size, self._path)
@@ -117,16 +117,19 @@ class _DocumentBlock:
 
 @dataclass(frozen=True)
 class _Index:
-    """A mapped index whose every entry was checked: sequences follow each other without gaps."""
+    """A memory-mapped index. All its entries have been checked, so sequences follow each other without gaps."""
 
-    dtype: np.dtype[Any]  # of the tokens: uint16 or int32
+    dtype: np.dtype[Any]  # the dtype of the tokens, uint16 or int32
     tokens: int
     documents: int
     pointers: CountArray
     boundaries: CountArray
 
     def text_starts(self, first: int, stop: int) -> CountArray:
-        """Return where documents ``first`` to ``stop`` begin in the tokens, int64; one past the last is the end."""
+        """Return the first token of each document from ``first`` to ``stop - 1``, int64.
+
+        For the number of documents itself, the result is the number of tokens.
+        """
         sequences = self.boundaries[first:stop]
         starts = np.full(sequences.size, self.tokens, dtype=np.int64)
         is_sequence = sequences < self.pointers.size
@@ -170,7 +173,7 @@ def _check_header(path: Path, magic: bytes, version: int, code: int) -> None:
 
 
 def _count_tokens(path: Path, sizes: npt.NDArray[np.int32], pointers: CountArray, token_bytes: int) -> int:
-    """Return the number of tokens. Each sequence must begin where the one before it ends."""
+    """Return the number of tokens. Raises DataError if a sequence does not begin where the previous sequence ends."""
     total_bytes = 0
     for first in range(0, sizes.size, _BLOCK_ENTRIES):
         block = sizes[first : first + _BLOCK_ENTRIES].astype(np.int64)
@@ -201,10 +204,10 @@ def _check_boundaries(path: Path, boundaries: CountArray, sequences: int) -> Non
 
 
 def tokens_file_of(index: Path) -> Path:
-    """Return the file of tokens that belongs to an index."""
+    """Return the path of the token file that belongs to an index."""
     return index.with_suffix(".bin")
 
 
 def _lengths(text_starts: CountArray, text_stops: CountArray) -> CountArray:
-    """Return the tokens of each document, with the ``END_OF_TEXT`` before it."""
+    """Return the number of tokens of each document, including the ``END_OF_TEXT`` before the document."""
     return text_stops - text_starts + 1

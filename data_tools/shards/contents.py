@@ -1,4 +1,4 @@
-"""Counting documents and bytes of text in tokens, and checking that tokens are in the vocabulary."""
+"""Count documents and bytes of text in tokens, and check that tokens are in the vocabulary."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from data_tools.shards.manifest import TokenizerRecord
 from data_tools.threads import Advance, no_progress
 from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, TOKENIZER_NAME, load_tokenizer
 
-_SCAN_TOKENS = 1 << 18  # small enough for the processor's cache
+_SCAN_TOKENS = 1 << 18  # the tokens that are counted together, few enough to fit into the processor's cache
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Number of documents (one ``END_OF_TEXT`` each), of tokens, and of bytes of their text in UTF-8."""
+    """The numbers of documents, tokens and bytes of text in UTF-8. Each document has one ``END_OF_TEXT``."""
 
     documents: int = 0
     tokens: int = 0
@@ -33,12 +33,12 @@ class Contents:
 
 
 class Vocabulary:
-    """Counts the contents of tokens of one tokenizer.
+    """Counts documents, tokens and bytes of text in the tokens of one tokenizer.
 
     Attributes:
-        size: ids are below it.
-        end_of_text: the id before each document; it has no bytes.
-        knows_bytes: whether bytes of text can be counted, which needs GPT-2's own vocabulary.
+        size: the vocabulary size. All ids are below this number.
+        end_of_text: the id before each document, which has no bytes of text.
+        knows_bytes: whether bytes of text can be counted. This is possible only with GPT-2's own vocabulary.
     """
 
     def __init__(self, tokenizer: TokenizerRecord) -> None:
@@ -50,17 +50,17 @@ class Vocabulary:
         self.size = tokenizer.vocab_size
         self.end_of_text = tokenizer.end_of_text
         self.knows_bytes = tokenizer.name == TOKENIZER_NAME and tokenizer == gpt2_tokenizer_record()
-        self._byte_lengths: pa.Array | None = None  # of each token by id; END_OF_TEXT, the last, has none
+        self._byte_lengths: pa.Array | None = None  # bytes of each token by id; 0 for the last id, END_OF_TEXT
         if self.knows_bytes:
             self._byte_lengths = as_arrow(np.array([*map(len, load_tokenizer().token_bytes), 0], dtype=np.uint8))
 
     def count(self, tokens: TokenArray, place: object, advance: Advance = no_progress) -> Contents:
-        """Count documents, tokens and bytes of text; 0 bytes if they cannot be counted.
+        """Count documents, tokens and bytes of text. Returns 0 bytes if the bytes cannot be counted.
 
         Args:
             tokens: uint16 of shape (tokens,).
-            place: the file or folder that an error names.
-            advance: called now and then with 0, so that it can end the work.
+            place: the file or folder that error messages name.
+            advance: called regularly with 0. It can raise an error to end the work.
 
         Raises:
             DataError: an id is outside the vocabulary.
@@ -79,7 +79,7 @@ class Vocabulary:
 
 
 def require_in_vocabulary(tokens: npt.NDArray[np.integer], vocab_size: int, place: object) -> None:
-    """Check every id, of any integer type.
+    """Check that every id is in the vocabulary. The ids may have any integer type.
 
     Raises:
         DataError: an id is outside the vocabulary. The message begins with ``place``.

@@ -1,6 +1,7 @@
-"""The shard of llm.c and modded-nanogpt: a header of 256 int32 (magic, version, tokens, zeros), then uint16 tokens.
+"""Read and write the header of shards of llm.c and modded-nanogpt.
 
-Layout: ``dev/data/data_common.py`` of llm.c.
+A shard has a header of 256 int32 (magic, version, number of tokens, zeros), followed by uint16 tokens, as defined in
+``dev/data/data_common.py`` of llm.c.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ LLMC_SUFFIX = ".bin"
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
-MAX_TOKENS = (1 << 31) - 1  # the count is an int32
+MAX_TOKENS = (1 << 31) - 1  # the number of tokens is stored as an int32
 _TOKEN_BYTES = 2
 
 
@@ -22,17 +23,17 @@ def is_llmc(path: Path) -> bool:
     """Return whether a file begins with llm.c's magic.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         return file.read(4) == MAGIC.to_bytes(4, "little")
 
 
 def llmc_tokens(content: pa.Buffer) -> TokenArray:
-    """Return the tokens of a shard's bytes, usually mapped, without a copy.
+    """Return the tokens in the bytes of a shard without copying. The bytes are usually memory-mapped.
 
     Raises:
-        ValueError: the header is wrong, or its count does not match the size; one line.
+        ValueError: the header is wrong, or its number of tokens does not match the size. The message is one line.
     """
     if content.size < HEADER_BYTES:
         raise ValueError(f"it ends after {content.size} bytes, within its header")
@@ -51,7 +52,7 @@ def llmc_header(tokens: int) -> bytes:
     """Return the header of a shard.
 
     Raises:
-        ValueError: more tokens than the count can hold.
+        ValueError: the header cannot store this number of tokens.
     """
     if tokens > MAX_TOKENS:
         raise ValueError(f"a shard of llm.c holds at most {MAX_TOKENS} tokens, not {tokens}")

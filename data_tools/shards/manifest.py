@@ -1,4 +1,4 @@
-"""The manifest of a folder of shards: its fields, and reading it with every field checked."""
+"""Define the manifest of a folder of shards, and read a manifest with a check of every field."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -27,7 +27,7 @@ TRAIN_SPLIT = "train"
 VAL_SPLIT = "val"
 
 _MASK_SUFFIX = ".mask.npy"
-# The hash of all other keys. A manifest that another program wrote may omit it.
+# The key of the hash over all other keys. A manifest that another program wrote may omit this key.
 _SEAL = "sha256"
 _OPTIONAL = ("report", "made")
 TOKENIZE_AGAIN = "delete the folder and tokenize again"
@@ -73,7 +73,7 @@ class TokenizerRecord:
 @_forbid_unknown_keys
 @dataclass(frozen=True)
 class SourceRecord:
-    """The origin of the documents; ``options`` holds every option that selected them."""
+    """The origin of the documents. ``options`` contains every option that selects the documents."""
 
     kind: StrictStr
     options: dict[str, Any]
@@ -82,9 +82,10 @@ class SourceRecord:
 @_forbid_unknown_keys
 @dataclass(frozen=True)
 class ShardRecord:
-    """One shard: its file inside the folder, its contents, and the SHA-256 of the file.
+    """The record of one shard: its file name in the folder, its contents, and the SHA-256 of the file.
 
-    ``mask_sha256`` is the SHA-256 of the mask file, which says which tokens are scored; None if all tokens are.
+    ``mask_sha256`` is the SHA-256 of the mask file, which says which tokens are scored. None means that all tokens are
+    scored and there is no mask file.
     """
 
     file: FileInside
@@ -97,12 +98,12 @@ class ShardRecord:
 
     @property
     def mask_file(self) -> str | None:
-        """The mask's file inside the folder, or None."""
+        """The name of the mask file in the folder, or None if the shard has no mask."""
         return None if self.mask_sha256 is None else mask_file_of(self.file)
 
     @property
     def files(self) -> list[str]:
-        """The files of the shard inside the folder: its mask, if it has one, and its tokens."""
+        """The names of the shard's files in the folder: the mask file, if the shard has a mask, and the token file."""
         return [name for name in (self.mask_file, self.file) if name is not None]
 
     def to_json(self) -> dict[str, Any]:
@@ -116,12 +117,12 @@ class Manifest:
     """The description of a folder of shards.
 
     Attributes:
-        tokenizer: made the ids in the shards.
+        tokenizer: the tokenizer that created the ids in the shards.
         source: the origin of the documents.
-        settings: how documents were laid out (format, shard size, seed and fraction of the split).
-        shards: in the order of their tokens within a split.
+        settings: the settings of the shards (format, shard size, seed and fraction of the split).
+        shards: the shards of each split in the order of their tokens.
         report: statistics (lengths of documents, duplicates), or None.
-        made: when and with which versions the folder was written, or None. Independent of the contents.
+        made: the time and the versions with which the folder was written, or None. It does not describe the contents.
     """
 
     tokenizer: TokenizerRecord
@@ -136,7 +137,7 @@ class Manifest:
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     def shards_of(self, split: str) -> tuple[ShardRecord, ...]:
-        """Return the shards of a split in the order of its tokens; empty for an unknown split."""
+        """Return the shards of a split in the order of their tokens. Returns no shards for an unknown split."""
         return tuple(shard for shard in self.shards if shard.split == split)
 
     def tokens_of(self, split: str) -> int:
@@ -155,7 +156,7 @@ class Manifest:
         return (json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n").encode("ascii")
 
     def content_sha256(self) -> str:
-        """Return the SHA-256 of everything that describes the contents: the same whenever and wherever it was made."""
+        """Return the SHA-256 of all keys that describe the contents. It does not depend on ``made``."""
         return sha256_of_json({key: value for key, value in self.to_json().items() if key not in ("made", _SEAL)})
 
 
@@ -179,7 +180,7 @@ def load_manifest(folder: Path | str) -> Manifest:
 
 
 def parse_manifest(content: bytes, place: str) -> Manifest:
-    """Check the bytes of a manifest; ``place`` names them in an error.
+    """Parse and check the bytes of a manifest. Error messages name the manifest by ``place``.
 
     Raises:
         DataError: the manifest is invalid, see ``load_manifest``.
@@ -190,7 +191,7 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
         raise DataError(f"{place} is not valid JSON: {error}; {TOKENIZE_AGAIN}") from error
     if not isinstance(value, dict):
         raise DataError(f"{place} must be an object, it is {json.dumps(value)[:80]}")
-    # The version decides what the other keys mean, so it is checked before them.
+    # Check the version first, because it decides the meaning of the other keys.
     version, dtype = value.get("format_version"), value.get("dtype")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise DataError(
@@ -208,7 +209,7 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
 
 
 def mask_file_of(shard_file: str) -> str:
-    """Return the name of a shard's mask file: ``train_000000.mask.npy`` for ``train_000000.npy``."""
+    """Return the name of a shard's mask file, for example ``train_000000.mask.npy`` for ``train_000000.npy``."""
     path = PurePosixPath(shard_file)
     return str(path.with_name(path.stem + _MASK_SUFFIX))
 
@@ -226,7 +227,7 @@ def _require_consistent_masks(manifest: Manifest, place: str) -> None:
 
 
 def _validate(value: dict[str, Any], place: str) -> Manifest:
-    """Return the checked manifest, or raise ``DataError`` with the first mistake in one line."""
+    """Return the checked manifest. Raise ``DataError`` with one line about the first mistake."""
     try:
         return _SCHEMA.validate_python(value)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Memory-mapping the files of shards: tokens in three formats, and masks. Nothing is read until it is used."""
+"""Memory-map the files of shards: tokens in three formats, and masks. Data is read from disk when it is used."""
 
 import os
 from collections.abc import Callable
@@ -25,10 +25,11 @@ Mapped = npt.NDArray[Any]
 
 
 def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
-    """Memory-map one shard as the pieces that are contiguous in its file.
+    """Memory-map one shard. Returns one array for each range of tokens that is contiguous in the file.
 
     Raises:
-        DataError: the file is missing, unreadable, in another format, or does not hold the recorded number of tokens.
+        DataError: the file is missing, unreadable or in another format, or its number of tokens differs from the
+            manifest.
     """
     path = folder / shard.file
     if path.suffix not in _PIECES_BY_SUFFIX:
@@ -41,10 +42,12 @@ def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
 
 
 def map_mask(folder: Path, shard: ShardRecord) -> Mapped:
-    """Memory-map the mask of a shard that has one, uint8 of shape (tokens,): 1 where a token is scored.
+    """Memory-map the mask of a shard, uint8 of shape (tokens,), which is 1 if a token is scored.
+
+    The shard must have a mask.
 
     Raises:
-        DataError: the file is missing, unreadable, not a mask, or not as long as the shard.
+        DataError: the file is missing, unreadable or not a mask, or its length differs from the number of tokens.
     """
     assert shard.mask_file, f"{shard.file} has no mask"
     path = folder / shard.mask_file
@@ -57,10 +60,10 @@ def map_mask(folder: Path, shard: ShardRecord) -> Mapped:
 
 
 def require_flags(mask: Mapped, place: str) -> None:
-    """Check that a mask holds only 0 and 1.
+    """Check that a mask contains only 0 and 1.
 
     Raises:
-        DataError: it holds another value; ``place`` says where.
+        DataError: the mask contains another value. The message begins with ``place``.
     """
     for start in range(0, len(mask), _SCAN_TOKENS):
         largest = int(mask[start : start + _SCAN_TOKENS].max(initial=0))
@@ -69,15 +72,15 @@ def require_flags(mask: Mapped, place: str) -> None:
 
 
 def map_bytes(path: Path) -> pa.Buffer:
-    """Map a file's bytes. No file descriptor stays open, however many files are mapped.
+    """Memory-map the bytes of a file. The file descriptor is closed, so any number of files can be mapped.
 
     Raises:
         OSError: the file is missing, empty or unreadable.
-        ValueError: it is not mapped in one piece.
+        ValueError: the system has not mapped the file as one contiguous range.
     """
     with pa.memory_map(str(path)) as file:
         size = file.size()
-        # A longer read would make the system prefetch all of it. One byte keeps the whole mapping alive.
+        # A longer read would make the system prefetch the whole file. A buffer of one byte keeps the mapping open.
         first = file.read_buffer(1)
         file.seek(size - 1)
         last = file.read_buffer(1)

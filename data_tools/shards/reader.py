@@ -1,4 +1,4 @@
-"""Reading shards: one memory-mapped stream of tokens per split."""
+"""Read the shards of a split as one memory-mapped stream of tokens."""
 
 from pathlib import Path
 
@@ -11,15 +11,15 @@ from data_tools.shards.mapping import MASK_DTYPE, Mapped, map_mask, map_shard, r
 
 
 class TokenStream:
-    """The shards of one split as a single stream of tokens. Open it with ``open_split``.
+    """The shards of one split as a single stream of tokens. Call ``open_split`` to open a stream.
 
-    Shards are memory-mapped: only what is read is loaded.
+    Shards are memory-mapped, so only the tokens that are read are loaded from disk.
 
     Attributes:
         manifest: the folder's manifest.
         split: the split's name.
         tokens, documents, utf8_bytes: totals over the split.
-        has_mask: whether a mask says which tokens are scored as targets; without one, all tokens are.
+        has_mask: whether the split has a mask, which says which tokens are scored. Without a mask, all are scored.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
@@ -42,22 +42,19 @@ class TokenStream:
         """Return a copy of ``length`` tokens from ``start`` on, across shards if needed, uint16 of shape (length,).
 
         Raises:
-            DataError: the range leaves the stream, or a token is outside the vocabulary.
+            DataError: the range is not within the stream, or a token is outside the vocabulary.
         """
         return self.read_windows(np.array([start], dtype=np.int64), length)[0]
 
     def read_windows(self, starts: CountArray, length: int) -> TokenArray:
-        """Return a copy of windows of equal length.
+        """Return a copy of several windows of equal length, uint16 of shape (B, T).
 
         Args:
             starts: int64 of shape (B,), the first token of each window.
-            length: T, tokens per window.
-
-        Returns:
-            uint16 of shape (B, T).
+            length: T, the number of tokens per window.
 
         Raises:
-            DataError: a window leaves the stream, or a token is outside the vocabulary.
+            DataError: a window is not within the stream, or a token is outside the vocabulary.
         """
         self._require_in_range(starts, length)
         windows = np.empty((len(starts), length), dtype=np.uint16)
@@ -66,12 +63,12 @@ class TokenStream:
         return windows
 
     def read_mask_windows(self, starts: CountArray, length: int) -> MaskArray:
-        """Return which tokens of the windows of ``read_windows`` are scored, bool of shape (B, T).
+        """Return whether the tokens of these windows are scored, bool of shape (B, T). The split must have a mask.
 
-        The split must have a mask.
+        The arguments are those of ``read_windows``.
 
         Raises:
-            DataError: a window leaves the stream, or the mask holds a value other than 0 and 1.
+            DataError: a window is not within the stream, or the mask contains a value other than 0 and 1.
         """
         assert self.has_mask, f"{self._folder}: the split {self.split!r} has no mask"
         self._require_in_range(starts, length)
@@ -109,7 +106,10 @@ class _Pieces:
         self._starts = self._ends - lengths
 
     def copy_into(self, windows: Mapped, starts: CountArray) -> None:
-        """Fill each row of ``windows``, shape (B, T), from its start, ``starts`` of shape (B,). Checks no range."""
+        """Copy the values from ``starts``, shape (B,), on into the rows of ``windows``, shape (B, T).
+
+        The caller must check that the windows are within the stream.
+        """
         _, length = windows.shape
         if not length:
             return
@@ -126,11 +126,11 @@ class _Pieces:
 def open_split(folder: Path | str, split: str) -> TokenStream:
     """Open a split of a folder of shards, in time proportional to the number of shards.
 
-    Checks sizes against the manifest, but not contents: ``verify`` checks those.
+    This function compares sizes with the manifest. To check the contents, call ``verify``.
 
     Raises:
-        DataError: the manifest is unusable, the split does not exist or is empty, or a shard is missing, short, long
-            or in another format.
+        DataError: the manifest is unusable, the split does not exist or is empty, or a shard is missing, in another
+            format, or of the wrong size.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)

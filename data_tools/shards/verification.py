@@ -12,17 +12,17 @@ from data_tools.threads import Advance, map_threads, no_progress
 
 
 def verify(folder: Path | str, workers: int | None = None, advance: Advance = no_progress) -> Manifest:
-    """Recompute everything that the manifest says about its shards: hashes, counts, ids in the vocabulary, mask flags.
+    """Check the hashes and counts in the manifest, that ids are in the vocabulary, and that masks contain only 0 and 1.
 
-    Bytes of text are counted for GPT-2's own vocabulary only, and not for shards with a mask.
+    Bytes of text are counted only for GPT-2's own vocabulary, and not for shards with a mask.
 
     Args:
         folder: the folder with the manifest.
-        workers: number of threads, each with one shard at a time; None means one per core.
-        advance: called with the bytes of files that were verified.
+        workers: the number of threads. Each thread verifies one shard at a time. None means one thread per core.
+        advance: called with the number of verified bytes since the last call.
 
     Raises:
-        DataError: a shard does not match. The message names the first such shard and the difference.
+        DataError: a shard does not match the manifest. The message names the first such shard and the difference.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
@@ -48,7 +48,7 @@ def require_unchanged(folder: Path, shard: ShardRecord, advance: Advance = no_pr
 
 def _check_shard(folder: Path, vocabulary: Vocabulary, shard: ShardRecord, advance: Advance) -> None:
     path = folder / shard.file
-    # Hashing and counting in one pass over the file is not faster than one after the other.
+    # Hashing and counting in one pass over the file is not faster than in two passes.
     pieces = map_shard(folder, shard)
     require_unchanged(folder, shard, advance)
     contents = Contents()

@@ -1,4 +1,4 @@
-"""Instruction data: prompts and answers, of which only the answers are scored.
+"""Read instructions and chats: prompts and answers, of which only the answers are scored.
 
 A record is ``{"instruction": ..., "input": ..., "output": ...}`` (``input`` may be absent or empty) or a chat,
 ``{"messages": [{"role": "user", "content": ...}, ...]}``. Files are JSON Lines, or one JSON array.
@@ -45,7 +45,7 @@ class InstructionSource(FileSource):
 
 
 def dialogue_of(record: Any, place: object) -> Dialogue:
-    """Lay out a record as text with one heading per turn. Only the answers, which the model has to learn, are scored.
+    """Convert a record to text with one heading per turn. Only the answers, which the model has to learn, are scored.
 
     Args:
         record: a parsed JSON value.

@@ -64,11 +64,11 @@ class Line(NamedTuple):
 
 
 def read_lines(piece: Slice) -> Iterator[Line]:
-    """Yield the lines that begin in a range of bytes, without blank lines and a byte order mark."""
+    """Yield the lines that begin in a range of bytes. Blank lines and a byte order mark are skipped."""
     with open_decompressed(piece.path) as file:
         offset = piece.start
         if offset:
-            # The slice before reads the line that crosses the start, but not one that begins exactly there.
+            # The previous slice reads a line that crosses the start, but not a line that begins exactly at the start.
             offset = file.seek(offset - 1)
             while offset < piece.stop and (content := file.readline(READ_BYTES)):  # a long line takes constant memory
                 offset += len(content)

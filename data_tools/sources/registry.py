@@ -22,22 +22,22 @@ FINEWEB_EDU_CONFIG = "sample-10BT"
 
 
 class Source(Protocol):
-    """A sequence of documents, cut into slices. Any process can read any slice, and always gets the same documents."""
+    """A sequence of documents, divided into slices. Any process can read any slice, and gets the same documents."""
 
     def options(self) -> dict[str, Any]:
-        """Return, as JSON values, everything that decides which documents the source yields."""
+        """Return all values that decide which documents the source yields, as JSON values."""
         ...
 
     def text_bytes(self) -> int | None:
-        """Return about how many bytes of text the source has, or None if that is not known before reading."""
+        """Return the approximate bytes of text in the source, or None if the number is not known before reading."""
         ...
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        """Return consecutive slices, of about ``slice_bytes`` of text where the files allow it."""
+        """Return consecutive slices, each with about ``slice_bytes`` bytes of text if the files can be divided."""
         ...
 
     def read(self, piece: Slice) -> Iterator[Document]:
-        """Yield the documents of a slice, in the same order every time. Some may be empty."""
+        """Yield the documents of a slice, always in the same order. Documents may be empty."""
         ...
 
 
@@ -46,9 +46,9 @@ class SourceRequest:
     """The user's choice of a source.
 
     Attributes:
-        inputs: files, folders or glob patterns; for ``hf`` one dataset name or local folder.
-        text_field: the field or column that holds a document's text.
-        document_separator: for ``text``, the separator between documents of a file; None if a file is one document.
+        inputs: files, folders or glob patterns. For ``hf``, the name of one dataset or one local folder.
+        text_field: the field or column that contains a document's text.
+        document_separator: for ``text``, the separator between documents of a file. None if a file is one document.
         dataset_config: for ``hf`` and ``fineweb-edu``, the dataset's configuration.
         dataset_split: for ``hf`` and ``fineweb-edu``, the dataset's split.
     """
@@ -65,7 +65,7 @@ def _open_fineweb_edu(text_field: str, dataset_config: str | None, dataset_split
     return HuggingFaceSource((FINEWEB_EDU_DATASET,), text_field, dataset_config or FINEWEB_EDU_CONFIG, dataset_split)
 
 
-#: How to open each kind of source. The parameters are fields of ``SourceRequest``: those that the kind reads.
+#: The class for each kind of source. The parameters of its constructor are fields of ``SourceRequest``.
 _KINDS: dict[SourceKind, Callable[..., Source]] = {
     "text": TextSource,
     "jsonl": JsonlSource,

@@ -1,4 +1,4 @@
-"""The embedded corpus: text that every Python carries, so that no download is needed."""
+"""Read documents from the standard library of the running Python, so that no download is needed."""
 
 import platform
 import sysconfig
@@ -9,8 +9,8 @@ from typing import Any
 
 from data_tools.sources.files import Slice, describe_files, group_files, one_line_read_errors, walk_files
 
-# Installed packages, tests (repetitive, and absent from some distributions) and caches. pydoc_data holds the topics as
-# string literals; they are read as separate documents.
+# Skip installed packages, tests (repetitive, and missing in some distributions) and caches. pydoc_data contains the
+# topics as string literals, which are read as separate documents.
 _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data", "__pycache__"}
 )
@@ -18,9 +18,10 @@ _TOPICS = "pydoc_data.topics"
 
 
 class StandardLibrarySource:
-    """The sources of the running Python's library, then the topics of its language reference.
+    """The ``.py`` files of the running Python's standard library, followed by the topics of its language reference.
 
-    A document is a ``.py`` file, in the order of sorted paths, or a topic. Files that are not UTF-8 are skipped.
+    Each file is one document, and each topic is one document. The files are in the order of their sorted paths. Files
+    that are not UTF-8 are skipped.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,7 @@ class StandardLibrarySource:
 
     def read(self, piece: Slice) -> Iterator[str]:
         if piece.path == _TOPICS:
-            # Imported here because it is half a megabyte of text.
+            # Imported here because the module contains half a megabyte of text.
             from pydoc_data.topics import topics
 
             yield from (topics[name] for name in sorted(topics))

@@ -17,9 +17,9 @@ from data_tools.sources.files import (
 
 
 class TextSource(FileSource):
-    """UTF-8 files. Each is one document, or several documents with a separator between them.
+    """UTF-8 files. Each file is one document, or several documents with a separator between documents.
 
-    Newlines are not translated, and nothing is stripped.
+    Texts are not changed: newlines are not translated, and white space is not stripped.
     """
 
     def __init__(self, inputs: Sequence[str], document_separator: str | None) -> None:
@@ -55,7 +55,7 @@ class TextSource(FileSource):
 
 
 def _first_beginning(piece: Slice, separator: bytes) -> int:
-    """Return where the first document of a range begins, or the range's end if none does. It takes constant memory."""
+    """Return the offset of the first document that begins in a range, or the end of the range. Uses constant memory."""
     with open_decompressed(piece.path) as file:
         position = _safe_search_start(file, max(0, piece.start - len(separator)), separator)
         file.seek(position)

@@ -20,23 +20,23 @@ PARTIAL_SUFFIX = ".partial"
 
 
 def partial_path(path: Path) -> Path:
-    """Return the visible aside path of ``path``: ``x.json.partial`` for ``x.json``."""
+    """Return the visible aside path of ``path``, for example ``x.json.partial`` for ``x.json``."""
     return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
 def hidden_partial_path(path: Path) -> Path:
-    """Return the hidden aside path of ``path``: ``.step_00000001.partial`` for ``step_00000001``."""
+    """Return the hidden aside path of ``path``, for example ``.step_00000001.partial`` for ``step_00000001``."""
     return path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
 
 
 def fsync_file(path: Path) -> None:
-    """Make the contents of a file that another library or process wrote survive a power cut."""
+    """Fsync a file that another library or process wrote, so that its contents survive a power failure."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def fsync_folder(path: Path) -> None:
-    """Make the names in a folder (creations, renames, removals) survive a power cut."""
+    """Fsync a folder, so that creations, renames and removals in the folder survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -45,9 +45,9 @@ def fsync_folder(path: Path) -> None:
 
 
 def publish(aside: Path, target: Path) -> None:
-    """Rename a complete and fsynced file or folder atomically, and fsync the folder that holds it.
+    """Rename a complete and fsynced file or folder atomically, and fsync the parent folder.
 
-    A file replaces an existing one. A folder replaces only an empty folder.
+    A file replaces an existing file. A folder replaces only an empty folder.
 
     Raises:
         OSError: ``aside`` does not exist, or ``target`` cannot be replaced.
@@ -58,14 +58,14 @@ def publish(aside: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
-    """Yield a file to write into. It replaces ``path`` when the block ends. If the block fails, delete the new file.
+    """Yield a new file, which replaces ``path`` when the block ends. If the block fails, the new file is deleted.
 
     Args:
         path: the final name. Its folder must exist.
-        aside: the name while it is being written, on the same file system; by default ``partial_path(path)``.
+        aside: the name of the file while it is written, on the same file system. None means ``partial_path(path)``.
 
     Raises:
-        OSError: the disk is full, the folder is missing or read-only, ...
+        OSError: the file cannot be written, for example because the disk is full or the folder is read-only.
     """
     aside = aside or partial_path(path)
     file = open(aside, "wb")  # noqa: SIM115 (closed before the rename, which can fail)
@@ -78,14 +78,14 @@ def atomic_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
     except BaseException as error:
         with suppress(OSError):  # closing flushes the buffer, which fails again if the disk is full
             file.close()
-        # If the block never ended, this runs at garbage collection, when another writer may use the same path.
+        # If the block never ended, this code runs at garbage collection, when another writer may use the same path.
         if not isinstance(error, GeneratorExit):
             aside.unlink(missing_ok=True)
         raise
 
 
 def write_bytes_durably(path: Path, content: bytes) -> None:
-    """Write a whole file atomically. If an ``OSError`` prevents that, the old file is unchanged."""
+    """Write a whole file atomically. If writing raises ``OSError``, the old file does not change."""
     with atomic_file(path) as file:
         file.write(content)
 
@@ -98,19 +98,19 @@ def write_json_durably(path: Path, value: Any) -> None:
 
 @contextmanager
 def atomic_folder(target: Path, aside: Path | None = None) -> Iterator[Path]:
-    """Yield an empty folder to write into. It becomes ``target`` when the block ends.
+    """Yield an empty folder, which is renamed to ``target`` when the block ends.
 
-    The folder is locked while the block runs, and deleted if the block fails. A leftover of a killed process is
-    emptied first.
+    The folder is locked while the block runs, and deleted if the block fails. If a killed process left the folder
+    behind, its contents are deleted first.
 
     Args:
-        target: the final name; absent, or an empty folder.
-        aside: the name while it is being written, on the same file system; by default
+        target: the final name. It must not exist, or it must be an empty folder.
+        aside: the name of the folder while it is written, on the same file system. None means
             ``hidden_partial_path(target)``.
 
     Raises:
         DataError: another process is writing the folder.
-        OSError: the disk is full, the folder is read-only, ``target`` is not empty, ...
+        OSError: the folder cannot be written, for example because the disk is full or ``target`` is not empty.
     """
     target = Path(os.path.abspath(target))
     aside = aside or hidden_partial_path(target)
@@ -126,7 +126,7 @@ def atomic_folder(target: Path, aside: Path | None = None) -> Iterator[Path]:
 
 
 def make_empty_folder(folder: Path) -> None:
-    """Create a folder with its parents, or empty it if an interrupted write left it behind."""
+    """Create a folder and its parents. If the folder exists, delete its contents."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -136,7 +136,7 @@ def make_empty_folder(folder: Path) -> None:
 
 
 def publish_folder(aside: Path, target: Path) -> None:
-    """Fsync every file and folder in ``aside``, then rename it to ``target`` and fsync the parent folder.
+    """Fsync every file and folder in ``aside``, then rename ``aside`` to ``target`` and fsync the parent folder.
 
     Processes on other machines that write into ``aside`` must fsync their own files before this call.
 

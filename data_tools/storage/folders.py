@@ -1,4 +1,4 @@
-"""The folder that stage 1 writes, local or at a URL that fsspec knows. A file appears complete or not at all."""
+"""The output folder of stage 1, local or at a URL that fsspec knows. Files appear completely or not at all."""
 
 import hashlib
 import os
@@ -20,13 +20,13 @@ _SCRATCH_PREFIX = ".scratch-"
 
 
 class LocalFolder:
-    """A folder on this machine or on a network file system. A file's name may contain folders: ``tasks/00000.json``."""
+    """A folder on this machine or on a network file system. Names may contain folders, such as ``tasks/00000.json``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def names(self) -> set[str]:
-        """Return the names of all files; an empty set if the folder does not exist."""
+        """Return the names of all files. Returns an empty set if the folder does not exist."""
         return {
             Path(parent, name).relative_to(self.path).as_posix()
             for parent, _, names in os.walk(self.path)
@@ -34,7 +34,7 @@ class LocalFolder:
         }
 
     def size(self, name: str) -> int | None:
-        """Return a file's size in bytes, or None if it does not exist."""
+        """Return the size of a file in bytes, or None if the file does not exist."""
         with one_line_write_errors(self.path / name):
             try:
                 return (self.path / name).stat().st_size
@@ -42,13 +42,13 @@ class LocalFolder:
                 return None
 
     def read(self, name: str) -> bytes:
-        """Return a file's content. Raises ``FileNotFoundError`` if it does not exist."""
+        """Return the content of a file. Raises ``FileNotFoundError`` if the file does not exist."""
         return (self.path / name).read_bytes()
 
     def write(self, name: str, content: bytes) -> None:
         """Write a whole file atomically and durably."""
         path = self.path / name
-        # Several processes may write the same file, so each uses an aside path of its own.
+        # Several processes may write the same file, so each process uses a different aside path.
         with one_line_write_errors(path), scratch_of(self) as scratch, atomic_file(path, scratch / path.name) as file:
             file.write(content)
             path.parent.mkdir(exist_ok=True)
@@ -59,19 +59,19 @@ class LocalFolder:
             publish(path, self.path / name)
 
     def remove(self, names: set[str]) -> None:
-        """Remove those of the files that exist, and folders that become empty."""
+        """Remove the given files if they exist, and folders that become empty."""
         if not names:
             return
         with one_line_write_errors(self.path):
             for name in names:
                 (self.path / name).unlink(missing_ok=True)
             for folder in self.path.iterdir():
-                with suppress(FileNotFoundError):  # another process removed it too
+                with suppress(FileNotFoundError):  # another process has also removed the folder
                     if folder.is_dir() and not is_scratch(folder.name) and not any(folder.iterdir()):
                         folder.rmdir()
 
     def scratch(self) -> Path:
-        """Create a local folder from which ``take`` is fast. The caller removes it."""
+        """Create a local folder for files that ``take`` will move. The caller must remove the folder."""
         path = self.path / f"{_SCRATCH_PREFIX}{uuid.uuid4().hex}"
         with one_line_write_errors(path):
             path.mkdir(parents=True)
@@ -82,7 +82,7 @@ class LocalFolder:
         _remove_folders(self.path, _SCRATCH_PREFIX)
 
     def free_bytes(self) -> int | None:
-        """Return the free space on the disk, or None if it is unknown."""
+        """Return the free bytes on the disk, or None if the number is not known."""
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         return shutil.disk_usage(existing).free
 
@@ -90,7 +90,7 @@ class LocalFolder:
 class RemoteFolder:
     """A folder at a URL, with the methods of ``LocalFolder``.
 
-    Object stores show a file under its name only after all of it has arrived.
+    Object stores show a file under its name only after the upload of the whole file.
     """
 
     def __init__(self, url: str) -> None:
@@ -146,12 +146,12 @@ class RemoteFolder:
 
     @property
     def _scratch_prefix(self) -> str:
-        """The prefix of this URL's scratch folders; another URL has another prefix."""
+        """The prefix of the names of scratch folders for this URL. Each URL has a different prefix."""
         return f"shards-{hashlib.sha256(self._url.encode()).hexdigest()[:16]}-"
 
     @contextmanager
     def _one_line_errors(self, writes: str | None = None) -> Iterator[None]:
-        """Turn errors of the storage client into ``DataError``, except ``FileNotFoundError`` of a file that is read."""
+        """Convert errors of the storage client to ``DataError``, except ``FileNotFoundError`` when reading."""
         try:
             yield
         except FileNotFoundError as error:
@@ -161,7 +161,7 @@ class RemoteFolder:
             raise DataError(f"cannot write {self._url}/{writes}: {error}") from error
         except DataError:
             raise
-        except Exception as error:  # each client raises errors of its own, without a common base
+        except Exception as error:  # the errors of the clients have no common base class
             reason = (str(error).splitlines() or [""])[0]
             raise DataError(f"cannot use {self._url}: {type(error).__name__}: {reason}") from error
 
@@ -170,18 +170,18 @@ Folder = LocalFolder | RemoteFolder
 
 
 def open_folder(place: str | Path) -> Folder:
-    """Return the folder at a path or URL. It need not exist."""
+    """Return the folder at a path or URL. The folder need not exist."""
     return RemoteFolder(str(place)) if is_remote(str(place)) else LocalFolder(Path(place))
 
 
 def is_scratch(name: str) -> bool:
-    """Return whether a name is that of a scratch folder."""
+    """Return whether a name is the name of a scratch folder."""
     return name.startswith(_SCRATCH_PREFIX)
 
 
 @contextmanager
 def scratch_of(folder: Folder) -> Iterator[Path]:
-    """Yield a scratch folder and remove it afterwards."""
+    """Yield a scratch folder, and remove the folder when the block ends."""
     path = folder.scratch()
     try:
         yield path

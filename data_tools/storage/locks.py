@@ -10,14 +10,14 @@ from pathlib import Path
 from data_tools.errors import DataError, one_line_write_errors
 
 LOCK_NAME = "writing.lock"
-# What lock_folder writes into the file while a process holds the folder exclusively, possibly for hours.
+# The content of the lock file while a process holds the folder exclusively, possibly for hours.
 _EXCLUSIVE = b"not shared"
 _WAIT_S = 0.05
 _LONGEST_CONTENT = 4096
 
 
 class LockHeldError(Exception):
-    """Another process holds a lock; ``content`` is what it wrote into the lock file."""
+    """Another process holds a lock. ``content`` is the text that this process wrote into the lock file."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__("another process holds the lock")
@@ -25,14 +25,14 @@ class LockHeldError(Exception):
 
 
 class FileLock:
-    """A lock file that this process holds, exclusively or shared with others. ``acquire_lock`` makes one."""
+    """A lock file that this process holds, exclusively or shared. ``acquire_lock`` returns an instance."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def acquire(self, content: bytes | None) -> bool:
-        """Lock the open file, as ``acquire_lock`` does. Returns False if it was removed from the folder meanwhile."""
+        """Lock the open file, as ``acquire_lock`` describes. Returns False if another process has removed the file."""
         operation = fcntl.LOCK_SH if content is None else fcntl.LOCK_EX
         while not _try_flock(self._descriptor, operation):
             held_by = os.pread(self._descriptor, _LONGEST_CONTENT, 0)
@@ -47,18 +47,18 @@ class FileLock:
         return True
 
     def make_exclusive(self) -> bool:
-        """Hold the lock exclusively and return True if no other process holds it. Otherwise release it.
+        """Make a shared lock exclusive and return True. If another process holds the lock, release it and return False.
 
-        If all processes that share a lock finish with this call, the last one gets True.
+        If every process that shares a lock makes this call at its end, the call returns True in the last process.
         """
-        # Unlock first: if two processes kept their shared locks, neither could be the last.
+        # Unlock first. If two processes kept their shared locks, neither of them could get the exclusive lock.
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         return _try_flock(self._descriptor, fcntl.LOCK_EX) and self._is_in_place()
 
     def release(self) -> None:
-        """Release the lock; the last holder removes the file."""
+        """Release the lock, and remove the file if no other process holds the lock."""
         try:
-            # The folder may be deleted or read-only by now. Closing the file releases the lock all the same.
+            # If the folder was deleted or is read-only, the file cannot be removed. Closing it still releases the lock.
             with suppress(OSError):
                 if self.make_exclusive():
                     self._path.unlink()
@@ -66,23 +66,23 @@ class FileLock:
             self.close()
 
     def close(self) -> None:
-        """Close the file and leave it in the folder."""
+        """Close the file without removing it from the folder."""
         os.close(self._descriptor)
 
     def _is_in_place(self) -> bool:
-        """Return whether the open file is still the one in the folder: its previous holder may have removed it."""
+        """Return whether the open file is still in the folder. The previous holder of the lock may have removed it."""
         with suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(self._descriptor), self._path.stat())
         return False
 
 
 def acquire_lock(path: Path, content: bytes | None) -> FileLock:
-    """Acquire a lock file; the caller releases it.
+    """Acquire the lock of a lock file. The caller must release the lock.
 
     Args:
-        path: the lock file, created if absent.
-        content: what the file says while this process holds it exclusively. None shares the lock with other
-            processes, and waits for one that holds it exclusively only to finish.
+        path: the lock file. It is created if it does not exist.
+        content: the text to write into the file while this process holds the lock exclusively. None means a shared
+            lock. A shared lock waits for a process that called ``make_exclusive``, because it finishes soon.
 
     Raises:
         LockHeldError: another process holds the lock.
@@ -123,7 +123,7 @@ def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
 
 @contextmanager
 def lock_without_file(folder: Path) -> Iterator[None]:
-    """Hold a folder exclusively for the block by a lock on the folder itself, so that no lock file appears in it.
+    """Hold an exclusive lock on the folder itself for the block, without a lock file in the folder.
 
     Raises:
         DataError: another process holds the lock.
