@@ -1,6 +1,7 @@
 """Stage 3: score a checkpoint. Start it with plain python, or with torchrun to share the work among processes."""
 
 import argparse
+from pathlib import Path
 from typing import get_args
 
 from launch.cli import ArgumentParser, add_checkpoint_options, positive_int, run_command, start_logging
@@ -9,6 +10,8 @@ from pipeline.distributed.world import join_world
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.results import format_table
 from pipeline.evaluation.run import run_tasks
+
+EVERY_TASK = ""  # the name that a limit without a task has
 
 
 def main() -> None:
@@ -38,7 +41,15 @@ def main() -> None:
     parser.add_argument(
         "--shots", type=positive_int, default=0, metavar="N", help="solved examples before each example (default: 0)"
     )
-    parser.add_argument("--limit", type=positive_int, metavar="N", help="score only the first N examples of each task")
+    parser.add_argument(
+        "--limit",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=_limit,
+        metavar="[TASK=]N",
+        help="score only the first N examples of each task, or of one task",
+    )
     parser.add_argument(
         "--stride",
         type=positive_int,
@@ -54,9 +65,16 @@ def main() -> None:
     parser.add_argument(
         "--precision", choices=get_args(Precision), help="precision of forward passes (default: the run's)"
     )
+    parser.add_argument(
+        "--save-examples",
+        type=Path,
+        metavar="FILE",
+        help="write the log-likelihoods, the choice and the right choice of each example, one JSON object per line",
+    )
     arguments = parser.parse_args()
     start_logging()
-    settings = Settings(arguments.shots, arguments.limit, arguments.stride)
+    limits = dict(arguments.limit)
+    settings = Settings(arguments.shots, limits.pop(EVERY_TASK, None), arguments.stride, limits)
     with join_world(RunConfig(device=arguments.device), process_group=False) as world:
         results, folder = run_tasks(
             arguments.checkpoint,
@@ -66,10 +84,12 @@ def main() -> None:
             paths=dict(arguments.data),
             batch_size=arguments.batch_size,
             precision=arguments.precision,
+            examples_file=arguments.save_examples,
         )
     if world.is_main:
         print(format_table(results))
-        print("wrote " + ", ".join(str(folder / f"{task}.json") for task in results))
+        files = [folder / f"{task}.json" for task in results] + [arguments.save_examples]
+        print("wrote " + ", ".join(str(file) for file in files if file))
 
 
 def _task_and_path(assignment: str) -> tuple[str, str]:
@@ -79,6 +99,12 @@ def _task_and_path(assignment: str) -> tuple[str, str]:
     if not TASK_NAME.fullmatch(task):
         raise argparse.ArgumentTypeError(f"{assignment}: a task's name may have only letters, digits and . _ -")
     return task, path
+
+
+def _limit(text: str) -> tuple[str, int]:
+    """Return a task, or ``EVERY_TASK``, and its limit."""
+    task, _, number = text.rpartition("=")
+    return task, positive_int(number)
 
 
 if __name__ == "__main__":

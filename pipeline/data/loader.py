@@ -24,6 +24,8 @@ from pipeline.errors import TrainingError
 from pipeline.model.output_layer import IGNORE_INDEX
 from pipeline.seeds import derive_seed
 
+COUNTED_AT_ONCE = 2**24  # entries of a mask
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -186,6 +188,21 @@ def validation_batches(
     rounds = -(-batches // world_size)
     for number in range(rank, rounds * world_size, world_size):
         yield _padded_batch(stream, chosen[number * batch_size : (number + 1) * batch_size], seq_len, batch_size)
+
+
+def scored_targets(stream: TokenStream, seq_len: int) -> IndexArray:
+    """Return the number of scored targets of each window of a split with a mask, int64 of shape (windows,).
+
+    The last window may be shorter than ``seq_len``.
+    """
+    targets = stream.tokens - 1
+    block = max(COUNTED_AT_ONCE // seq_len, 1) * seq_len
+    counts = [
+        np.add.reduceat(mask, np.arange(0, mask.size, seq_len), dtype=np.int64)
+        for start in range(0, targets, block)
+        for mask in stream.read_mask_windows(np.array([start + 1]), min(block, targets - start))
+    ]
+    return np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
 
 
 def _padded_batch(stream: TokenStream, windows: IndexArray, seq_len: int, batch_size: int) -> MicroBatch:

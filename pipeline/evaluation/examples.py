@@ -4,10 +4,12 @@ Prompts, separators and choices are copied from lm-evaluation-harness (the YAML 
 The first line of a reader's docstring names the columns that the reader expects; error messages quote this line.
 """
 
+import json
 import random
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from data_tools.errors import DataError
 from data_tools.tokenizer import Tokenizer
@@ -25,15 +27,55 @@ class Example:
     gold: int = 0
     choices: tuple[str, ...] = ()  # acc_norm divides each log-likelihood by the choice's length
     solved: str | None = None  # the text of the example in few-shot prompts; if None, the right pair joined
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.gold < len(self.pairs):
-            raise ValueError(f"the right choice is {self.gold}, there are {len(self.pairs)}")
+    rendered_by_file: bool = False  # the prompt is the file's own, not known to be the prompt of the task
 
     @property
     def shot(self) -> str:
         """The solved example as text, to be placed before another example in a few-shot prompt."""
         return (self.solved or "".join(self.pairs[self.gold])) + SHOT_SEPARATOR
+
+    def require_answers(self) -> None:
+        """Raise ValueError if a choice or a continuation has no text except white space."""
+        for number, choice in enumerate(self.choices, 1):
+            if not choice.strip():
+                raise ValueError(f"choice {number} is empty")
+        if any(not continuation.strip() for _, continuation in self.pairs):
+            raise ValueError("the text to score is empty")
+
+
+def _text(row: Row, key: str) -> str:
+    """Return a text of a row. Raises KeyError if it is missing, ValueError if it is not a text."""
+    if not isinstance(row[key], str):
+        raise ValueError(f"{key} is {_shown(row[key])}; it must be a text")
+    return row[key]
+
+
+def _texts(row: Row, key: str) -> list[str]:
+    """Return a list of texts of a row. Raises KeyError if it is missing, ValueError if it is something else."""
+    texts = row[key]
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{key} is {_shown(texts)}; it must be a list of texts")
+    return texts
+
+
+def _index(row: Row, key: str, count: int, first: int = 0) -> int:
+    """Return the index of the right choice of ``count``, where ``first`` in the row means the first choice.
+
+    Raises:
+        KeyError: the index is missing.
+        ValueError: the index is not a whole number, as a number or as text, or there is no such choice.
+    """
+    match = re.fullmatch(r"(\d+)(\.0)?", str(row[key]).strip())  # Parquet files of pandas may have 1.0
+    index = int(match[1]) - first if match else -1
+    if not 0 <= index < count:
+        expected = f"the number of the right choice, {first} to {first + count - 1}"
+        raise ValueError(f"{key} is {_shown(row[key])}; it must be {expected}")
+    return index
+
+
+def _shown(value: object) -> str:
+    """Return a value as JSON, shortened, for messages."""
+    return textwrap.shorten(json.dumps(value, ensure_ascii=False, default=str), 60, placeholder=" ...")
 
 
 def _choose(context: str, choices: list[str], gold: int) -> Example:
@@ -46,7 +88,8 @@ def any_choices(row: Row) -> Example:
 
     Returns one pair per choice.
     """
-    return _choose(row["query"], row["choices"], int(row["gold"]))
+    choices = _texts(row, "choices")
+    return _choose(_text(row, "query"), choices, _index(row, "gold", len(choices)))
 
 
 def any_continuation(row: Row) -> Example:
@@ -54,22 +97,33 @@ def any_continuation(row: Row) -> Example:
 
     Returns one pair, with a space before the continuation if there is no white space between the two texts.
     """
-    context, continuation = row["context"], row["continuation"]
-    if context and not context[-1].isspace() and not continuation[:1].isspace():
-        continuation = " " + continuation
-    return Example(((context, continuation),))
+    return Example((_joined(_text(row, "context"), _text(row, "continuation")),))
+
+
+def any_contexts(row: Row) -> Example:
+    """Read ``contexts``, ``continuation``, ``gold``: several contexts, and the index of the right context.
+
+    Returns one pair per context, as ``any_continuation`` does.
+    """
+    contexts, continuation = _texts(row, "contexts"), _text(row, "continuation")
+    pairs = tuple(_joined(context, continuation) for context in contexts)
+    return Example(pairs, _index(row, "gold", len(contexts)), tuple(contexts))
+
+
+def _joined(context: str, continuation: str) -> tuple[str, str]:
+    needs_space = context and not context[-1].isspace() and not continuation[:1].isspace()
+    return context, f" {continuation}" if needs_space else continuation
 
 
 def piqa(row: Row) -> Example:
     """Read ``goal``, ``sol1``, ``sol2``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    Returns the question, followed by "Answer:", with each solution. If a query lacks "Answer:", as in some evaluation
-    suites, it is added.
+    Returns the question, followed by "Answer:", with each solution.
     """
     if "query" in row:
-        question = row["query"].removesuffix("Answer:").removesuffix("\n")
-        return _choose(f"{question}\nAnswer:", row["choices"], int(row["gold"]))
-    return _choose(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
+        return _question(row, range(2, 3))
+    choices = [_text(row, "sol1"), _text(row, "sol2")]
+    return _choose(f"Question: {_text(row, 'goal')}\nAnswer:", choices, _index(row, "label", 2))
 
 
 def arc(row: Row) -> Example:
@@ -78,9 +132,30 @@ def arc(row: Row) -> Example:
     Returns the question, followed by "Answer:", with each answer.
     """
     if "query" in row:
-        return any_choices(row)
-    texts, labels = row["choices"]["text"], row["choices"]["label"]
-    return _choose(f"Question: {row['question']}\nAnswer:", list(texts), list(labels).index(row["answerKey"]))
+        return _question(row, range(3, 6))
+    choices, key = row["choices"], _text(row, "answerKey")
+    if not isinstance(choices, dict):
+        raise ValueError(f"choices is {_shown(choices)}; it must be an object with text and label")
+    texts, labels = _texts(choices, "text"), _texts(choices, "label")
+    if key not in labels or len(labels) != len(texts):
+        raise ValueError(f"answerKey is {_shown(key)}; it must be one of {', '.join(labels)}")
+    return _choose(f"Question: {_text(row, 'question')}\nAnswer:", texts, labels.index(key))
+
+
+def _question(row: Row, counts: range) -> Example:
+    """Read ``query``, ``choices``, ``gold`` of a task whose prompts begin with "Question: " and end with "Answer:".
+
+    If a query lacks "Answer:", as in some evaluation suites, it is added. A query without "Question: ", or with a
+    number of choices that the task does not have, is not changed, and the example is marked.
+
+    Args:
+        counts: the numbers of choices that the examples of the task have.
+    """
+    example = any_choices(row)
+    question = row["query"].removesuffix("\nAnswer:").removesuffix("\n")
+    if not question.startswith("Question: ") or question.endswith("Answer:") or len(example.pairs) not in counts:
+        return replace(example, rendered_by_file=True)
+    return _choose(f"{question}\nAnswer:", row["choices"], example.gold)
 
 
 def hellaswag(row: Row) -> Example:
@@ -89,9 +164,11 @@ def hellaswag(row: Row) -> Example:
     Returns the activity and the context with each ending, without bracketed markup.
     """
     if "query" in row:
-        return any_choices(row)
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return _choose(_without_markup(context), [_without_markup(ending) for ending in row["endings"]], int(row["label"]))
+        return replace(any_choices(row), rendered_by_file=True)
+    context = f"{_text(row, 'activity_label')}: {_text(row, 'ctx_a')} {_text(row, 'ctx_b').capitalize()}"
+    endings = _texts(row, "endings")
+    gold = _index(row, "label", len(endings))
+    return _choose(_without_markup(context), [_without_markup(ending) for ending in endings], gold)
 
 
 def _without_markup(text: str) -> str:
@@ -106,35 +183,41 @@ def hellaswag_completion(row: Row) -> Example:
     Returns the context with each ending, without changing the texts.
     """
     if "query" in row:
-        return any_choices(row)
-    return _choose(row["ctx"], row["endings"], int(row["label"]))
+        return replace(any_choices(row), rendered_by_file=True)
+    endings = _texts(row, "endings")
+    return _choose(_text(row, "ctx"), endings, _index(row, "label", len(endings)))
 
 
 def winogrande(row: Row) -> Example:
-    """Read ``sentence`` with a blank ``_``, ``option1``, ``option2``, ``answer``.
+    """Read ``sentence`` with a _, ``option1``, ``option2``, ``answer``; or ``contexts``, ``continuation``, ``gold``.
 
     Returns one pair per option for partial scoring (Trinh and Le 2018): the context is the text up to the blank with
     the option in the blank, and the continuation is the text after the blank. Only the continuation is scored, so the
     length and the frequency of the option do not affect the score.
     """
-    before, blank, after = row["sentence"].partition("_")
+    if "contexts" in row:
+        return replace(any_contexts(row), rendered_by_file=True)
+    before, blank, after = _text(row, "sentence").partition("_")
     if not blank:
         raise ValueError("the sentence has no blank _")
-    options = (row["option1"], row["option2"])
+    options = (_text(row, "option1"), _text(row, "option2"))
     rest = " " + after.strip()
-    return Example(tuple((before + option, rest) for option in options), int(row["answer"]) - 1, options)
+    return Example(tuple((before + option, rest) for option in options), _index(row, "answer", 2, first=1), options)
 
 
 def lambada(row: Row) -> Example:
     """Read ``text``, whose last word is the continuation; or ``context`` and ``continuation``, the last word.
 
-    Returns one pair. In a few-shot example, two spaces precede the word, as in lm-evaluation-harness.
+    Returns one pair. In a few-shot example, two spaces precede the word, as in lm-evaluation-harness. If the
+    continuation has several words, the example is marked as rendered by the file.
     """
     if "context" in row:
-        context, word = row["context"], row["continuation"].removeprefix(" ")
+        context, word = _text(row, "context"), _text(row, "continuation").removeprefix(" ")
     else:
-        context, word = row["text"].rsplit(" ", 1)
-    return Example(((context, f" {word}"),), solved=f"{context}  {word}")
+        context, space, word = _text(row, "text").rpartition(" ")
+        if not space:
+            raise ValueError("the text has no space before its last word")
+    return Example(((context, f" {word}"),), solved=f"{context}  {word}", rendered_by_file=" " in word)
 
 
 @dataclass(frozen=True)
@@ -144,6 +227,11 @@ class Settings:
     shots: int = 0
     limit: int | None = None  # score only this number of examples; all if None
     stride: int | None = None  # tokens between the starts of windows over a text; the model's context length if None
+    limits: Mapping[str, int] = field(default_factory=dict)  # by task, where it differs from ``limit``
+
+    def of(self, task: str) -> "Settings":
+        """Return the options of one task, with its own limit."""
+        return replace(self, limit=self.limits.get(task, self.limit), limits={})
 
     def label(self, task: str) -> str:
         """Return the name of the task's results: the task's name and all options that differ from their defaults."""
@@ -171,19 +259,24 @@ def read_examples(data: TaskData, read: Callable[[Row], Example]) -> tuple[list[
     Raises:
         DataError: a row lacks the columns of the task, or there are too few rows for the few-shot examples.
     """
-    examples = _read_rows(data.rows, read, data.settings.limit)
+    examples = _read_rows(data.rows, read, data.settings.limit, require_answers=True)
     if not data.settings.shots:
         return examples, [""] * len(examples)
     shots = draw_shots(examples, _read_rows(data.pool, read, None), data.settings.shots, spare=data.spare_shot)
     return examples, ["".join(shot.shot for shot in drawn) for drawn in shots]
 
 
-def _read_rows(rows: Rows, read: Callable[[Row], Example], limit: int | None) -> list[Example]:
+def _read_rows(
+    rows: Rows, read: Callable[[Row], Example], limit: int | None, *, require_answers: bool = False
+) -> list[Example]:
     examples = []
     for number, row in enumerate(rows.rows[:limit]):
         try:
-            examples.append(read(row))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            example = read(row)
+            if require_answers:
+                example.require_answers()
+            examples.append(example)
+        except (KeyError, ValueError) as error:
             reason = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
             columns = (read.__doc__ or "").split("\n")[0].removeprefix("Read ").removesuffix(".").replace("``", "")
             raise DataError(

@@ -1,10 +1,8 @@
-"""Define the kinds of text tasks: convert examples to scoring requests, and scores to figures."""
+"""Define the tasks of choices and continuations: convert examples to scoring requests, and scores to figures."""
 
-import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +10,7 @@ from data_tools.errors import DataError
 from data_tools.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
 from pipeline.evaluation.examples import Example, TaskData, read_examples
-from pipeline.evaluation.intervals import BOOTSTRAP, NORMAL, WILSON, bootstrap_ratio, normal_mean, wilson
+from pipeline.evaluation.intervals import NORMAL, WILSON, normal_mean, wilson
 from pipeline.evaluation.packing import Request
 from pipeline.evaluation.scoring import Score, Scorer
 from pipeline.evaluation.sources import Row
@@ -22,7 +20,6 @@ Groups = list[list[Request]]  # the requests of a group may have a common prefix
 Scores = list[list[Score]]  # one score per request, nested like ``Groups``
 Figures = dict[str, Any]
 Encode = Callable[[Tokenizer, str, str], Request]
-TaskProtocol: TypeAlias = "ChoiceTask | ContinuationTask | TextTask"
 
 
 @dataclass(frozen=True)
@@ -33,15 +30,25 @@ class PreparedTask:
     facts: dict[str, Any]  # protocol, data, hash of the data, and counts
     groups: Groups
     figures: Callable[[Scores], Figures]
+    describe: Callable[[Scores], list[Figures]]  # the scores of each example, for ``--save-examples``
 
     def measure(self, scorer: Scorer) -> dict[str, Any]:
         """Return facts and figures as JSON values. Every rank returns equal values.
 
         This call is collective: every rank must make it.
         """
+        return self.measure_examples(scorer)[0]
+
+    def measure_examples(self, scorer: Scorer) -> tuple[dict[str, Any], list[Figures]]:
+        """Return the result of ``measure``, and the scores of each example as JSON values.
+
+        This call is collective: every rank must make it.
+        """
         length = scorer.model.context_length
         truncated = sum(request.is_truncated(length) for group in self.groups for request in group)
-        return {**self.facts, **self.figures(scorer.score(self.groups, self.name)), "truncated_requests": truncated}
+        scores = scorer.score(self.groups, self.name)
+        examples = [{"task": self.name, **example} for example in self.describe(scores)]
+        return {**self.facts, **self.figures(scores), "truncated_requests": truncated}, examples
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
@@ -81,23 +88,6 @@ def _request(context: list[int], continuation: list[int], text: str) -> Request:
     return Request(tuple(context), tuple(continuation))
 
 
-def rolling_windows(tokens: list[int], first: int, context_length: int, stride: int) -> Iterator[Request]:
-    """Split a text into windows that score each token once.
-
-    The first window scores up to ``context_length`` tokens after the token ``first``. Each later window scores the
-    next ``stride`` tokens, and its context is as long as the model allows. ``get_rolling_token_windows`` of
-    lm-evaluation-harness does the same with ``context_len = context_length - stride + 1``.
-    """
-    assert 1 <= stride <= context_length
-    done = 0
-    while done < len(tokens):
-        end = min(len(tokens), done + (stride if done else context_length))
-        start = end - context_length - 1  # the start of the model's input in ``tokens``; -1 is the token ``first``
-        context = tokens[max(start, 0) : done] if start >= 0 else [first, *tokens[:done]]
-        yield Request(tuple(context), tuple(tokens[done:end]))
-        done = end
-
-
 @dataclass(frozen=True)
 class ChoiceTask:
     """A task whose answer is the likeliest of several continuations.
@@ -116,10 +106,34 @@ class ChoiceTask:
     normalised_by: str | None = "characters"
 
     def prepare(self, name: str, data: TaskData) -> PreparedTask:
-        """Read and encode the examples. Raises DataError if a row cannot be used."""
+        """Read and encode the examples.
+
+        Raises:
+            DataError: a row cannot be used.
+            ConfigError: a stride is given.
+        """
         examples, groups = _read_and_encode(data, self.read, self.encode)
-        facts = _facts(self.protocol, data, len(examples))
-        return PreparedTask(name, facts, groups, lambda scores: self._figures(examples, groups, scores))
+        facts = facts_of(_protocol_of(self.protocol, examples), data, len(examples))
+        return PreparedTask(
+            name,
+            facts,
+            groups,
+            lambda scores: self._figures(examples, groups, scores),
+            lambda scores: self._describe(examples, groups, scores),
+        )
+
+    def _describe(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> list[Figures]:
+        """Return the right choice, the model's choice by each accuracy, and the log-likelihoods of all choices."""
+        answers = self.answers(examples, groups, scores)
+        return [
+            {
+                "example": number + 1,
+                "gold": example.gold,
+                **{key.replace("acc", "choice"): chosen[number] for key, chosen in answers.items()},
+                "log_likelihoods": [score.log_likelihood for score in scores[number]],
+            }
+            for number, example in enumerate(examples)
+        ]
 
     def _figures(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> Figures:
         figures: Figures = {}
@@ -136,7 +150,7 @@ class ChoiceTask:
             if self.normalised_by == "tokens":
                 lengths = [[len(request.continuation) for request in group] for group in groups]
             else:
-                lengths = [[max(len(choice), 1) for choice in example.choices] for example in examples]
+                lengths = [[len(choice) for choice in example.choices] for example in examples]
             answers["acc_norm"] = [int((row / length).argmax()) for row, length in zip(rows, lengths, strict=True)]
         return answers
 
@@ -153,9 +167,22 @@ class ContinuationTask:
     read: Callable[[Row], Example]
 
     def prepare(self, name: str, data: TaskData) -> PreparedTask:
-        """Read and encode the examples. Raises DataError if a row cannot be used."""
+        """Read and encode the examples.
+
+        Raises:
+            DataError: a row cannot be used.
+            ConfigError: a stride is given.
+        """
         examples, groups = _read_and_encode(data, self.read, encode_pair)
-        return PreparedTask(name, _facts(self.protocol, data, len(examples)), groups, _continuation_figures)
+        facts = facts_of(_protocol_of(self.protocol, examples), data, len(examples))
+        return PreparedTask(name, facts, groups, _continuation_figures, _describe_continuations)
+
+
+def _describe_continuations(scores: Scores) -> list[Figures]:
+    return [
+        {"example": number, "log_likelihoods": [score.log_likelihood], "is_greedy": score.is_greedy}
+        for number, (score,) in enumerate(scores, 1)
+    ]
 
 
 def _continuation_figures(scores: Scores) -> Figures:
@@ -168,92 +195,37 @@ def _continuation_figures(scores: Scores) -> Figures:
     }
 
 
-@dataclass(frozen=True)
-class TextTask:
-    """A task that measures perplexities of whole texts. All tokens of a text are scored, after ``<|endoftext|>``.
-
-    Words and bytes are counted in the original text, before ``detokenize``, so that figures stay comparable. Version 2
-    of ``wikitext`` in lm-evaluation-harness counts in this way too.
-
-    Args:
-        detokenize: converts a text to ordinary text before it is encoded.
-        split: splits the content of a file into texts.
-    """
-
-    protocol: str
-    detokenize: Callable[[str], str] = str
-    split: Callable[[str], list[str]] = lambda text: [text]
-
-    def prepare(self, name: str, data: TaskData) -> PreparedTask:
-        """Encode the texts and split them into windows.
-
-        Raises:
-            DataError: a row has no text.
-            ConfigError: few-shot examples are requested, or the stride is longer than the context.
-        """
-        settings = data.settings
-        if settings.shots:
-            raise ConfigError(f"--shots {settings.shots}: a text has no examples to show; leave it out")
-        length = data.context_length
-        stride = settings.stride or length
-        if stride > length:
-            raise ConfigError(f"--stride {stride} skips tokens: the model's context is {length}")
-        texts = [text for row in data.rows.rows for text in self._texts_of(row, data)][: settings.limit]
-        windows: list[list[Request]] = []  # per text
-        for text in texts:
-            tokens = data.tokenizer.encode(self.detokenize(text)).tolist()
-            windows.append(list(rolling_windows(tokens, data.tokenizer.end_of_text, length, stride)))
-        protocol = f"{self.protocol}; windows of {length} tokens, moved on by {stride}"
-        facts = _facts(protocol, data, len(texts))
-        groups = [[window] for text_windows in windows for window in text_windows]  # windows have no common prefix
-        return PreparedTask(name, facts, groups, lambda scores: _text_figures(texts, windows, scores))
-
-    def _texts_of(self, row: Row, data: TaskData) -> list[str]:
-        if isinstance(row.get("page"), str):  # an article of WikiText from the hub
-            return [row["page"]]
-        if isinstance(row.get("text"), str):
-            return self.split(row["text"])
-        raise DataError(f"{data.rows.origin}: a row has {', '.join(row)}; expected a text file, or rows with text")
-
-
-def _text_figures(texts: Sequence[str], windows: list[list[Request]], scores: Scores) -> Figures:
-    """Return the perplexity (exp of the mean loss) per token, per word and per byte, and the counts."""
-    window_losses = iter([-score.log_likelihood for (score,) in scores])
-    units = [[(next(window_losses), len(window.continuation)) for window in of_text] for of_text in windows]
-    if len(units) == 1:  # the bootstrap resamples texts, or the windows of a single text
-        units = [[window] for window in units[0]]
-    losses = [sum(loss for loss, _ in unit) for unit in units]
-    counts = [sum(count for _, count in unit) for unit in units]
-    loss, tokens = sum(losses), sum(counts)
-    words = sum(len(re.split(r"\s+", text)) for text in texts)
-    size = sum(len(text.encode("utf-8")) for text in texts)
-    low, high = (bound * tokens for bound in bootstrap_ratio(losses, counts))
-    figures: Figures = {}
-    for key, count in (("token", tokens), ("word", words), ("byte", size)):
-        figures[f"{key}_perplexity"] = perplexity(loss / count)
-        figures[f"{key}_perplexity_interval"] = [perplexity(low / count), perplexity(high / count)]
-    return {
-        **figures,
-        "bits_per_byte": loss / size / math.log(2),
-        "tokens": tokens,
-        "words": words,
-        "utf8_bytes": size,
-        "interval": f"{BOOTSTRAP} of {'texts' if len(texts) > 1 else 'windows'}, counts of words and bytes fixed",
-    }
-
-
 def _read_and_encode(data: TaskData, read: Callable[[Row], Example], encode: Encode) -> tuple[list[Example], Groups]:
+    if data.settings.stride:
+        raise ConfigError(
+            f"--stride {data.settings.stride}: {data.rows.origin} has no texts to score in windows; leave it out"
+        )
     examples, prefixes = read_examples(data, read)
     groups = []
     for number, (example, prefix) in enumerate(zip(examples, prefixes, strict=True)):
         try:
-            groups.append([encode(data.tokenizer, prefix + before, after) for before, after in example.pairs])
+            group = [encode(data.tokenizer, prefix + before, after) for before, after in example.pairs]
+            longest = max(len(request.continuation) for request in group)
+            if longest > data.context_length:
+                raise DataError(
+                    f"the text to score has {longest} tokens, more than the model's context of {data.context_length}; "
+                    "shorten it, or give it as a text, which is scored in windows"
+                )
         except DataError as error:
             raise DataError(f"{data.rows.where(number)}: {error}") from error
+        groups.append(group)
     return examples, groups
 
 
-def _facts(protocol: str, data: TaskData, examples: int) -> dict[str, Any]:
+def _protocol_of(protocol: str, examples: Sequence[Example]) -> str:
+    """Return the name of the protocol, which does not name the task if a file brings other prompts than the task's."""
+    count = sum(example.rendered_by_file for example in examples)
+    scoring = protocol.partition(": ")[2]
+    return f"rendered by the file ({count} of {len(examples)} examples): {scoring}" if count else protocol
+
+
+def facts_of(protocol: str, data: TaskData, examples: int) -> dict[str, Any]:
+    """Return the facts that are common to the results of all tasks."""
     return {
         "protocol": protocol,
         "data": data.rows.origin,

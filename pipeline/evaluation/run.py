@@ -1,6 +1,8 @@
 """Run benchmark tasks on a checkpoint or during training."""
 
+import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +12,21 @@ from torch.utils.tensorboard import SummaryWriter
 from data_tools.errors import DataError
 from data_tools.shards.manifest import VAL_SPLIT, load_manifest
 from data_tools.shards.reader import open_split
-from data_tools.storage.atomic import write_json_durably
+from data_tools.storage.atomic import write_bytes_durably, write_json_durably
 from pipeline.backends import Backend
 from pipeline.checkpoint.loading import LoadedModel, load_model
 from pipeline.config.schema import Config
 from pipeline.data.datasets import check_same_vocabulary
+from pipeline.data.loader import scored_targets
 from pipeline.distributed.cpu import configure_cpu
 from pipeline.distributed.device import matmul_dtype
 from pipeline.distributed.world import World
+from pipeline.errors import ConfigError
 from pipeline.evaluation.examples import Settings
-from pipeline.evaluation.protocols import PreparedTask
+from pipeline.evaluation.protocols import Figures, PreparedTask
 from pipeline.evaluation.results import INTERVAL, VALIDATION, Results
 from pipeline.evaluation.scoring import Scorer
-from pipeline.evaluation.tasks import check_task_names, prepare_task
+from pipeline.evaluation.tasks import check_tasks, prepare_task
 from pipeline.evaluation.validation import mixture_loss, score_split
 from pipeline.model.packed_linear import pack_linear_layers
 from pipeline.model.precision import ComputeModel, replicated_compute
@@ -41,6 +45,7 @@ def run_tasks(
     paths: Mapping[str, str] | None = None,
     batch_size: int | None = None,
     precision: str | None = None,
+    examples_file: Path | None = None,
 ) -> tuple[Results, Path]:
     """Score a checkpoint on the given tasks. The main rank writes JSON files and TensorBoard events.
 
@@ -50,6 +55,7 @@ def run_tasks(
         paths: maps tasks to paths. A path replaces the path for this task in the run's ``evaluation.data``.
         batch_size: the number of sequences per forward pass and rank. If None, the run's micro-batch size.
         precision: the precision of forward passes. If None, the precision of the run.
+        examples_file: a file for the scores of each example, as JSON lines. ``validation`` has no examples.
 
     Returns:
         The results by name, and the folder that contains the JSON files.
@@ -62,10 +68,12 @@ def run_tasks(
         configure_cpu(world)
     loaded = load_model(checkpoint, world.device)
     config = loaded.config
+    if examples_file:
+        _check_examples_file(examples_file, tasks)
+    check_tasks(tasks, settings, paths or {}, config.evaluation.data)
     paths = {**config.evaluation.data, **(paths or {})}
     precision = precision or config.run.precision
     batch_size = batch_size or config.batch.micro_batch_size
-    check_task_names(tasks, paths)
     # Prepare all tasks before scoring starts, so that unreadable data is reported at once: scoring can take hours.
     prepared = {
         task: prepare_task(task, paths.get(task), settings, config.model, world) for task in tasks if task != VALIDATION
@@ -74,15 +82,21 @@ def run_tasks(
     compute = replicated_compute(loaded.model, precision, world.device).eval()
     scorer = Scorer(compute, config.model, world, batch_size * config.seq_len)
     results: Results = {}
+    examples: list[Figures] = []
     for task in tasks:
         if task == VALIDATION:
             name, result = task, _measure_validation(compute, config, paths.get(VALIDATION), batch_size, world)
         else:
-            name, result = prepared[task].name, {"precision": precision, **prepared[task].measure(scorer)}
+            figures, of_task = prepared[task].measure_examples(scorer)
+            name, result = prepared[task].name, {"precision": precision, **figures}
+            examples += of_task
         results[name] = {"task": task, "checkpoint": str(loaded.checkpoint), "step": loaded.step, **result}
     folder = loaded.run_folder / EVALUATION_FOLDER
     if world.is_main:
         _write_results(results, loaded, folder)
+        if examples_file:
+            lines = "".join(json.dumps(example) + "\n" for example in examples)
+            write_bytes_durably(examples_file, lines.encode())
     return results, folder
 
 
@@ -99,17 +113,33 @@ def _measure_validation(
 
     if path is not None or config.data.mixture is None:
         return score(path or config.data.components[0].path)
-    # Ignore components without a validation split, as during training.
-    components = [c for c in config.data.mixture if load_manifest(c.path).tokens_of(VAL_SPLIT)]
+    # Ignore components without scored validation targets, as during training.
+    components = [c for c in config.data.mixture if _has_validation_targets(c.path, config.seq_len)]
     if not components:
         raise DataError(
-            "data.mixture: no component has a validation split; name a dataset that has one with --data validation=DIR"
+            "data.mixture: no component has a validation split with scored targets; "
+            "name a dataset that has one with --data validation=DIR"
         )
     results = {component.name: score(component.path) for component in components}
     losses = {name: result["loss"] for name, result in results.items()}
     loss = mixture_loss(losses, {component.name: component.weight for component in components})
     by_name = {f"{name}_loss": value for name, value in losses.items()}
     return {"data": "data.mixture", "loss": loss, "perplexity": perplexity(loss), **by_name, "parts": results}
+
+
+def _has_validation_targets(path: str, seq_len: int) -> bool:
+    if not load_manifest(path).tokens_of(VAL_SPLIT):
+        return False
+    stream = open_split(path, VAL_SPLIT)
+    return not stream.has_mask or bool(scored_targets(stream, seq_len).any())
+
+
+def _check_examples_file(path: Path, tasks: Sequence[str]) -> None:
+    """Raise ConfigError if the scores of examples could not be written, before hours of scoring."""
+    if set(tasks) == {VALIDATION}:
+        raise ConfigError(f"--save-examples {path}: {VALIDATION} has no examples; leave it out, or name other --tasks")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--save-examples {path}: cannot be written; give a file in a folder that exists")
 
 
 def _write_results(results: Results, loaded: LoadedModel, folder: Path) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from data_tools.errors import DataError
 from pipeline.backends import Backend
 from pipeline.config.schema import ModelConfig
 from pipeline.distributed.device import summing_dtype
@@ -52,19 +51,13 @@ class Scorer:
         Args:
             label: text next to the progress bar.
 
-        Raises:
-            DataError: a continuation is longer than the model's context.
-            TrainingError: a log-likelihood is not finite.
+        Raises TrainingError if a log-likelihood is not finite.
         """
         numbers: dict[Request, int] = {}
         new_in_groups = [_number_new(group, numbers) for group in groups]
         requests = list(numbers)
         longest = max((len(request.continuation) for request in requests), default=0)
-        if longest > self.model.context_length:
-            raise DataError(
-                f"a continuation has {longest} tokens, more than the model's context of {self.model.context_length}; "
-                "score it as a text, in windows"
-            )
+        assert longest <= self.model.context_length, "tasks refuse longer continuations when they are prepared"
         trees = build_trees(new_in_groups, requests, self.model.context_length, self.model.reset_positions_at)
         with kernels_for_any_length():
             sums = self._sum_scores(pack(trees, self.batch_tokens), len(requests), label)

@@ -17,11 +17,13 @@ from pipeline.evaluation.protocols import (
     ChoiceTask,
     ContinuationTask,
     PreparedTask,
-    TaskProtocol,
-    TextTask,
     encode_apart,
 )
+from pipeline.evaluation.results import VALIDATION
 from pipeline.evaluation.sources import HubData, Row, Rows, read_file, read_hub
+from pipeline.evaluation.texts import TextTask
+
+TaskProtocol = ChoiceTask | ContinuationTask | TextTask
 
 
 def detokenize(page: str) -> str:
@@ -119,18 +121,44 @@ _PROTOCOLS_BY_COLUMNS: tuple[tuple[set[str], TaskProtocol], ...] = (
             f"{_HARNESS} loglikelihood: continuations, greedy and by log-likelihood", examples.any_continuation
         ),
     ),
+    (
+        {"contexts", "continuation", "gold"},
+        ChoiceTask(
+            "contexts: partial scoring (Trinh and Le 2018) of one continuation after several contexts",
+            examples.any_contexts,
+            normalised_by=None,
+        ),
+    ),
     ({"text"}, TextTask(f"{_HARNESS} loglikelihood_rolling: the text as it stands")),
 )
 
 
-def check_task_names(tasks: Sequence[str], data: Mapping[str, str]) -> None:
-    """Raise ConfigError if a task has no known name and no file in ``data``."""
+def check_tasks(
+    tasks: Sequence[str], settings: Settings, files: Mapping[str, str], run_files: Mapping[str, str]
+) -> None:
+    """Raise ConfigError if a task has no known name and no file, or if an option has no effect on any task.
+
+    Args:
+        files: the files of ``--data`` by task.
+        run_files: the files in the run's ``evaluation.data`` by task. A task in it need not be among ``tasks``.
+    """
     for task in tasks:
-        if task not in get_args(TaskName) and task not in data:
+        if task not in get_args(TaskName) and task not in files and task not in run_files:
             raise ConfigError(
                 f"--tasks {task}: no such task; there are: {', '.join(get_args(TaskName))}; "
                 f"a file of your own takes any name with --data {task}=FILE"
             )
+    given = [(f"--data {task}={path}", task) for task, path in files.items()]
+    given += [(f"--limit {task}={limit}", task) for task, limit in settings.limits.items()]
+    for option, task in given:
+        if task not in tasks:
+            raise ConfigError(f"{option}: {task} is not among --tasks {' '.join(tasks)}; add it there")
+    if VALIDATION in settings.limits:
+        raise ConfigError(f"--limit {VALIDATION}: this task scores the whole split of token shards; leave it out")
+    unused = {"--shots": settings.shots, "--limit": settings.limit, "--stride": settings.stride}
+    for option, value in unused.items():
+        if value and set(tasks) == {VALIDATION}:
+            raise ConfigError(f"{option} {value}: {VALIDATION} has no examples; leave it out, or name other --tasks")
 
 
 def prepare_task(name: str, path: str | None, settings: Settings, model: ModelConfig, world: World) -> PreparedTask:
@@ -148,6 +176,7 @@ def prepare_task(name: str, path: str | None, settings: Settings, model: ModelCo
             f"{name}: model.vocab_size is {model.vocab_size}; "
             f"text needs a model of GPT-2's vocabulary, {GPT2_VOCAB_SIZE}"
         )
+    settings = settings.of(name)
     named = NAMED_TASKS.get(cast(TaskName, name))
     if path is not None:
         rows = pool = read_file(Path(path))
@@ -169,5 +198,6 @@ def _protocol_of(rows: Rows) -> TaskProtocol:
         if columns <= rows.rows[0].keys():
             return protocol
     raise DataError(
-        f"{rows.where(0)} has {', '.join(rows.rows[0])}; expected query, choices, gold; context, continuation; or text"
+        f"{rows.where(0)} has {', '.join(rows.rows[0])}; expected query, choices, gold; "
+        "context, continuation; contexts, continuation, gold; or text"
     )

@@ -30,22 +30,28 @@ PROTOCOL = "non-overlapping windows, each target scored once, mean over tokens"
 TOP_K = 5
 
 
-def validate(backend: Backend, datasets: Sequence[TokenDataset], config: Config, world: World) -> dict[str, float]:
+def validate(
+    backend: Backend, datasets: Sequence[TokenDataset], config: Config, world: World
+) -> dict[str, float | None]:
     """Measure the validation loss during training, on at most ``evaluation.max_batches`` batches per dataset.
 
     This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``.
 
     Returns:
         ``val_loss``, ``val_perplexity``, and ``val_loss_<name>`` for each dataset of a mixture. Empty if
-        ``evaluation.tasks`` does not contain ``validation``, or if no dataset has a validation split.
+        ``evaluation.tasks`` does not contain ``validation``, or if no dataset has a validation split. A loss without
+        scored targets is None, and a mixture's loss ignores such a dataset.
     """
     if VALIDATION not in config.evaluation.tasks:
         return {}
     losses = {data.name: _mean_loss(backend, data.validation, config, world) for data in datasets if data.validation}
     if not losses:
         return {}
-    loss = mixture_loss(losses, {data.name: data.weight for data in datasets})
     by_name = {f"{DATASET_LOSS_PREFIX}{name}": value for name, value in losses.items()} if len(datasets) > 1 else {}
+    scored = {name: value for name, value in losses.items() if value is not None}
+    if not scored:
+        return {"val_loss": None, "val_perplexity": None, **by_name}
+    loss = mixture_loss(scored, {data.name: data.weight for data in datasets})
     return {"val_loss": loss, "val_perplexity": perplexity(loss), **by_name}
 
 
@@ -55,15 +61,15 @@ def mixture_loss(losses: Mapping[str, float], weights: Mapping[str, float]) -> f
     return sum(weights[name] * loss for name, loss in losses.items()) / total
 
 
-def _mean_loss(backend: Backend, stream: TokenStream, config: Config, world: World) -> float:
-    """Return the mean loss per target token. Returns NaN if the mask excludes all targets."""
+def _mean_loss(backend: Backend, stream: TokenStream, config: Config, world: World) -> float | None:
+    """Return the mean loss per target token. Returns None if the mask excludes all targets."""
     batch_size, max_batches = config.batch.micro_batch_size, config.evaluation.max_batches
     sums = torch.zeros(2, dtype=summing_dtype(world.device), device=world.device)
     for batch in validation_batches(stream, config.seq_len, batch_size, world.rank, world.size, max_batches):
         sums[0] += backend(*batch.to(world.device), method="loss")
         sums[1] += batch.scored_targets
     loss_sum, targets = world.sum(sums).tolist()
-    return float(loss_sum / targets) if targets else math.nan
+    return float(loss_sum / targets) if targets else None
 
 
 @torch.no_grad()

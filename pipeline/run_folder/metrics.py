@@ -37,6 +37,9 @@ _CONSOLE_FORMATS = {
     DIFFERENT_NUMBERS_KEY: "different numbers",
 }
 
+#: The losses by row key. The console also shows that a loss is null.
+_LOSSES = {"loss": "loss", "val_loss": "validation loss"}
+
 
 class MetricsFile:
     """Appends rows to ``metrics.jsonl``. While the disk is full or read-only, keeps the rows in memory.
@@ -116,6 +119,7 @@ def format_row(row: dict[str, Any], max_steps: int) -> str:
     """Return the console line of a row, such as ``step 100/200 | loss 5.1234 | lr 6.00e-04 | ...``."""
     width = len(str(max_steps))
     figures = [pattern.format(row[key]) for key, pattern in _CONSOLE_FORMATS.items() if row.get(key) is not None]
+    figures[:0] = [f"{name} null" for key, name in _LOSSES.items() if key in row and row[key] is None]
     return " | ".join([f"step {row['step']:>{width}}/{max_steps}", *figures])
 
 

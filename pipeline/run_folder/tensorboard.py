@@ -27,6 +27,7 @@ TENSORBOARD_TAGS = {
     "data_wait_share": "throughput/data_wait_share",
     "peak_memory_gib": "memory/peak_gib",
     "skipped_steps": "guard/skipped_steps",
+    "scored_targets": "train/scored_targets",
     "save_s": "checkpoint/save_s",
     "save_pause_s": "checkpoint/pause_s",
     "failed_saves": "checkpoint/failed_saves",

@@ -9,7 +9,7 @@ from pipeline.checkpoint.state import read_state
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import data_sha256, open_datasets, verify_datasets
-from pipeline.data.loader import TrainLoader
+from pipeline.data.loader import TrainLoader, scored_targets
 from pipeline.distributed.cpu import configure_cpu
 from pipeline.distributed.device import compiler_works, matmul_dtype, measure_matmul_ceiling
 from pipeline.distributed.heartbeat import heartbeat
@@ -122,6 +122,8 @@ def _log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -
     log.info("run       %s -> %s", config.run.name, config.run.out_dir)
     log.info("model     %s, %s parameters", config.model.preset, f"{parameter_count(config.model):,}")
     _log_data(trainer)
+    if trainer.world.is_main:
+        _log_masks(trainer)
     log.info("batch     %s", trainer.plan)
     log.info("backend   %s on %s, world size %d", backend.describe(), device.type, trainer.world.size)
     log.info("precision %s: %s", config.run.precision, dtypes)
@@ -129,6 +131,28 @@ def _log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -
     log.info("attention %s", attention_kernel)
     log.info("ceiling   %.3g FLOP/s in matrix products, measured (MFU 100%%)", trainer.throughput.ceiling_flops)
     log.info("start     %s", f"continues {start}" if start else "from scratch")
+
+
+def _log_masks(trainer: Trainer) -> None:
+    """Log the share of scored targets of each split with a mask, and warn if samples have none."""
+    seq_len = trainer.config.seq_len
+    for dataset, order in zip(trainer.loader.datasets, trainer.loader.orders, strict=True):
+        for stream, windows in ((dataset.train, order.n), (dataset.validation, None)):
+            if stream is None or not stream.has_mask:
+                continue
+            counts = scored_targets(stream, seq_len)[:windows]
+            split = f"{dataset.path}, {stream.split}"
+            share = int(counts.sum()) / min(len(counts) * seq_len, stream.tokens - 1)
+            log.info("mask      %s: %.2f%% of the targets are scored", split, 100 * share)
+            if empty := int((counts == 0).sum()):
+                log.warning(
+                    "%s: %d of %d samples of %d tokens have no scored target, so nothing is learned or measured there; "
+                    "if prompts are longer than data.seq_len, raise it or shorten them",
+                    split,
+                    empty,
+                    len(counts),
+                    seq_len,
+                )
 
 
 def _log_data(trainer: Trainer) -> None:

@@ -41,9 +41,10 @@ class TrainedStep:
     grad_norm: LateValue  # global, unscaled, before clipping
     loss_scale: float
     learning_rate: float
+    scored_targets: LateValue  # of the global batch
 
     def loss(self, world: World) -> float:
-        """Wait for the mean loss of the global batch and return it.
+        """Wait for the mean loss of the global batch and return it. Returns NaN if no target is scored.
 
         This call is collective: every rank must make it.
         """
@@ -60,6 +61,7 @@ class FinishedStep:
     grad_norm: float
     loss_scale: float  # the factor that the loss was multiplied by
     loss: float | None  # of the global batch; None if the run does not watch for spikes
+    scored_targets: int  # of the global batch; without any, the loss is NaN and the gradients are zero
 
     def __str__(self) -> str:
         loss = "" if self.loss is None else f"loss {self.loss:.4g}, "
@@ -74,6 +76,7 @@ class StepGuard:
         self.config = config
         self.state = state
         self._queue: deque[TrainedStep] = deque()
+        self._steps_without_targets = 0  # since this start of the run
 
     def enqueue(self, trained: TrainedStep) -> None:
         """Add a step to judge later."""
@@ -89,7 +92,13 @@ class StepGuard:
             loss = None if self.config.spike_zscore is None else queued.loss(world)
             grad_norm = queued.grad_norm.read()
             finished = FinishedStep(
-                queued.step, queued.first_sample, queued.stop_sample, grad_norm, queued.loss_scale, loss
+                queued.step,
+                queued.first_sample,
+                queued.stop_sample,
+                grad_norm,
+                queued.loss_scale,
+                loss,
+                int(queued.scored_targets.read()),
             )
             yield finished, self.judge(finished)
 
@@ -99,11 +108,13 @@ class StepGuard:
         Raises TrainingError if too many steps in a row were skipped, or if the step is a spike and the run has already
         been rolled back ``guard.max_rollbacks`` times.
         """
+        if not finished.scored_targets:
+            self._count_without_targets(finished)
         if not math.isfinite(finished.grad_norm):
             self._count_skipped(finished)
             return Verdict.SKIPPED
         self.state = replace(self.state, bad_in_a_row=0)
-        if self.config.spike_zscore is None or finished.loss is None:
+        if self.config.spike_zscore is None or finished.loss is None or not finished.scored_targets:
             return Verdict.GOOD
         if spike := self._describe_spike(finished):
             if self.state.rollbacks >= self.config.max_rollbacks:
@@ -134,6 +145,17 @@ class StepGuard:
             if first < stop and start < first + samples_per_step:
                 first = stop
         return first
+
+    def _count_without_targets(self, finished: FinishedStep) -> None:
+        self._steps_without_targets += 1
+        if self._steps_without_targets == 1:
+            samples = f"samples {finished.first_sample} to {finished.stop_sample - 1}"
+            log.warning("step %d: none of its targets is scored (%s): its loss is null", finished.step, samples)
+
+    def log_steps_without_targets(self) -> None:
+        """Warn how many steps had no scored target since this start of the run."""
+        if count := self._steps_without_targets:
+            log.warning("steps without a scored target since this start: %d; their loss is null", count)
 
     def _count_skipped(self, finished: FinishedStep) -> None:
         log.warning("%s: not finite, the step is skipped", finished)

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +100,7 @@ class Trainer:
                     if outcome.problem:
                         raise CheckpointError(outcome.problem)
         finally:
+            self.guard.log_steps_without_targets()
             self.prefetcher.close()
             self.record.write_saves(self.saver.wait())  # finish and verify an unfinished save, also after an error
             self.record.close(self.results)
@@ -155,37 +157,45 @@ class Trainer:
         with self.throughput.waiting_for_data():
             micro_batches = self.prefetcher.micro_batches(first_sample)
         loss_scale = self.backend.loss_scaler.scale
-        loss_share = self._accumulate(micro_batches)
+        loss_share, scored_targets = self._accumulate(micro_batches)
         learning_rate = lr_at(self.state.step, self.config.optimizer, self.config.schedule)
         grad_norm = LateValue(self.backend.step(learning_rate))
         self.throughput.count_step()
         self.profile.count_step()
         self._advance(first_sample)
         step, stop_sample = self.state.step, self.state.samples
-        trained = TrainedStep(step, first_sample, stop_sample, loss_share, grad_norm, loss_scale, learning_rate)
+        trained = TrainedStep(
+            step, first_sample, stop_sample, loss_share, grad_norm, loss_scale, learning_rate, scored_targets
+        )
         self.guard.enqueue(trained)
         return trained
 
-    def _accumulate(self, micro_batches: list[MicroBatch]) -> Tensor:
-        """Accumulate gradients over micro-batches. Returns this rank's share of the global batch's mean loss."""
+    def _accumulate(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, LateValue]:
+        """Accumulate gradients over micro-batches.
+
+        Returns:
+            This rank's share of the global batch's mean loss, NaN if no target is scored; and the number of scored
+            targets of the global batch.
+        """
         scored_targets = self._count_scored_targets(micro_batches)
+        # A step without scored targets has gradients of zero.
+        at_least_one = scored_targets.clamp(min=1) if isinstance(scored_targets, Tensor) else scored_targets
         # Backends average gradients over ranks. Multiplying the loss by the world size turns the average into the sum.
-        loss_weight = self.world.size / scored_targets
+        loss_weight = self.world.size / at_least_one
         loss_sum = torch.zeros((), device=self.world.device)
         for i, micro_batch in enumerate(micro_batches):
             if self.config.model.dropout:  # dropout is the same after resuming, on any backend and at any world size
                 torch.manual_seed(derive_seed(self.config.run.seed, "dropout", micro_batch.first_sample))
             tokens, targets = micro_batch.to(self.world.device)
             loss_sum += self.backend.accumulate(tokens, targets, loss_weight, is_last=i == len(micro_batches) - 1)
-        return loss_sum / scored_targets
+        return loss_sum / scored_targets, LateValue(scored_targets)
 
     def _count_scored_targets(self, micro_batches: list[MicroBatch]) -> int | Tensor:
         """Return the number of scored targets of the global batch."""
         if not self.loader.has_mask:
             return self.plan.tokens_per_step
         local = sum(micro_batch.scored_targets for micro_batch in micro_batches)
-        total = self.world.sum(torch.tensor(local, device=self.world.device))
-        return torch.clamp(total, min=1)  # a step without targets has gradients of zero
+        return self.world.sum(torch.tensor(local, device=self.world.device))
 
     def _advance(self, first_sample: int) -> None:
         loss_scale, good_steps = self.backend.loss_scaler.state
@@ -240,9 +250,9 @@ class Trainer:
 
         This call is collective: every rank must make it.
         """
-        self.results["loss"] = loss = trained.loss(self.world)
+        loss = trained.loss(self.world)
         synchronize(self.world.device)
-        row = {
+        row: dict[str, Any] = {
             "step": trained.step,
             "loss": loss,
             "lr": trained.learning_rate,
@@ -252,6 +262,10 @@ class Trainer:
             "peak_memory_gib": peak_memory_bytes(self.world.device) / GIB,
             "skipped_steps": self.state.step - self.state.updates,
         }
+        if self.loader.has_mask:
+            row["scored_targets"] = int(trained.scored_targets.read())
+        if row.get("scored_targets", 1):
+            self.results["loss"] = loss
         if self.backend.loss_scaler.dynamic:
             row["loss_scale"] = self.backend.loss_scaler.scale
         self.record.write(row)
@@ -262,9 +276,10 @@ class Trainer:
         This call is collective: every rank must make it.
         """
         with self.throughput.paused(), self.backend.evaluation_mode():
-            if figures := validate(self.backend, self.loader.datasets, self.config, self.world):
-                self.results["validation_loss"] = figures["val_loss"]
-                self.record.write({"step": self.state.step, "tokens": self.state.tokens, **figures})
+            if losses := validate(self.backend, self.loader.datasets, self.config, self.world):
+                if losses["val_loss"] is not None:
+                    self.results["validation_loss"] = losses["val_loss"]
+                self.record.write({"step": self.state.step, "tokens": self.state.tokens, **losses})
             # Examples and prompts have many shapes, and torch would compile the model again for each shape.
             with torch.compiler.set_stance("force_eager"):
                 if self.tasks:

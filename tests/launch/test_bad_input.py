@@ -337,6 +337,25 @@ COMMAND_LINE_CASES = [
     command("unknown_option", "train.py --config good.json --epochs 3", "arguments: --epochs 3", "see train.py --help"),
     command("no_checkpoint_option", "evaluate.py", "--checkpoint", "required: --checkpoint (see evaluate.py --help)"),
     command("unknown_task", "evaluate.py --checkpoint trained --tasks squad", "--tasks squad", "there are: validation"),
+    command(
+        "data_of_another_task",
+        "evaluate.py --checkpoint trained --data piqa=nowhere.jsonl",
+        "--data piqa=nowhere.jsonl: piqa is not among --tasks validation",
+        "add it there",
+    ),
+    command(
+        "limit_of_another_task",
+        "evaluate.py --checkpoint trained --limit piqa=5",
+        "--limit piqa=5: piqa is not among --tasks validation",
+        "add it there",
+    ),
+    command("limit_of_text", "evaluate.py --checkpoint trained --limit piqa=x", "--limit", "a whole number from 1"),
+    command(
+        "examples_nowhere",
+        "evaluate.py --checkpoint trained --tasks mine --data mine=shapeless.jsonl --save-examples no/where.jsonl",
+        "--save-examples no/where.jsonl: cannot be written",
+        "a file in a folder that exists",
+    ),
     command("data_of_no_task", "evaluate.py --checkpoint trained --data train_only", "--data: train_only", "TASK=PATH"),
     command(
         "task_of_no_shape",

@@ -14,7 +14,7 @@ from data_tools.errors import DataError
 from data_tools.shards.reader import TokenStream, open_split
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.data.datasets import TokenDataset
-from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader, validation_batches
+from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader, scored_targets, validation_batches
 from pipeline.data.sample_order import SampleOrder
 from pipeline.errors import TrainingError
 from pipeline.model.output_layer import IGNORE_INDEX
@@ -189,6 +189,18 @@ class TestMixture:
         order = SampleOrder(self.WINDOWS[1], 7)
         expected = order.windows(np.arange(16, 24, dtype=np.int64)).tolist()
         assert self.windows_of(self.step(datasets[1:2], 1, 16)) == [(1, window) for window in expected]
+
+    @pytest.mark.parametrize("at_once", [1, 3 * MIXTURE_T, 10**6])
+    def test_scored_targets_are_counted_by_window(
+        self, tmp_path: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipeline.data.loader.COUNTED_AT_ONCE", at_once)
+        mask = np.random.default_rng(0).random(10 * MIXTURE_T + 3) < 0.3
+        shards = np.split(np.full(mask.size, 50), [30])
+        folder = write_shards(tmp_path / "masked", {"val": shards}, masks={"val": np.split(mask, [30])})
+        targets = mask[1:]
+        expected = [int(targets[at : at + MIXTURE_T].sum()) for at in range(0, targets.size, MIXTURE_T)]
+        assert scored_targets(open_split(folder, "val"), MIXTURE_T).tolist() == expected
 
     def test_a_data_set_without_a_mask_is_scored_everywhere(self, datasets: list[TokenDataset], tmp_path: Path) -> None:
         tokens, mask = np.full(41, 50), np.arange(41) % MIXTURE_T == 0  # the last target of a window

@@ -53,6 +53,7 @@ def prompts(name: str, path: Path, model: ModelConfig, tokenizer: Tokenizer, **s
         ("own", {"query": "Is it?", "choices": ["yes", "no"], "gold": 0}, ["Is it?| yes", "Is it?| no"]),
         ("own", {"context": "def f", "continuation": "\n  (x)"}, ["def f|\n  (x)"]),
         ("own", {"context": "one", "continuation": "two"}, ["one| two"]),
+        ("own", {"contexts": ["one", "1 "], "continuation": "two", "gold": 1}, ["one| two", "1| two"]),
     ],
 )
 def test_prompts(
@@ -104,8 +105,24 @@ def test_limit_takes_the_first_examples(scorer: Scorer, tmp_path: Path) -> None:
             '{"goal": "x", "sol1": "a"}\n',
             r"row 1 has goal, sol1 and is no example of this task \(no sol2\); expected goal, sol1, sol2,",
         ),
-        ('{"goal": "x", "sol1": "a", "sol2": "b", "label": 2}', "the right choice is 2, there are 2"),
-        ('{"goal": "x", "sol1": "", "sol2": "b", "label": "?"}', "invalid literal"),
+        (
+            '{"goal": "x", "sol1": "a", "sol2": "b", "label": 2}',
+            "label is 2; it must be the number of the right choice, 0 to 1",
+        ),
+        ('{"goal": "x", "sol1": "a", "sol2": "b", "label": "?"}', 'label is "\\?"; it must be the number'),
+        ('{"query": "x", "choices": ["a", "b"], "gold": "A"}', 'gold is "A"; it must be the number of the right'),
+        ('{"query": "x", "choices": ["a", "b"], "gold": true}', "gold is true; it must be the number of the right"),
+        ('{"query": "x", "choices": ["a", "b"], "gold": 0.5}', "gold is 0.5; it must be the number of the right"),
+        ('{"query": "x", "choices": ["a", "b"], "gold": -1}', "gold is -1; it must be the number of the right"),
+        ('{"query": "x", "choices": "ab", "gold": 0}', 'choices is "ab"; it must be a list of texts'),
+        ('{"query": "x", "choices": ["a", 2], "gold": 0}', r'choices is \["a", 2\]; it must be a list of texts'),
+        ('{"query": "x", "choices": [], "gold": 0}', r"choices is \[\]; it must be a list of texts"),
+        ('{"query": null, "choices": ["a", "b"], "gold": 0}', "query is null; it must be a text"),
+        ('{"goal": "x", "sol1": "", "sol2": "b", "label": 0}', r"row 1 .*\(choice 1 is empty\)"),
+        (
+            '{"query": "x", "choices": ["a", "b"], "gold": 0}\n{"query": "x", "choices": ["a", " \\n"], "gold": 0}',
+            r"row 2 .*\(choice 2 is empty\)",
+        ),
         ("{]\n", "line 1 is not JSON"),
         ("[1]\n", "line 1 is a list"),
         ("", "is empty"),
@@ -115,3 +132,31 @@ def test_unusable_rows(content: str, expected: str, scorer: Scorer, tmp_path: Pa
     (tmp_path / "rows.jsonl").write_text(content)
     with pytest.raises(DataError, match=expected):
         measure(scorer, "piqa", tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "expected"),
+    [
+        ("own", {"context": "a", "continuation": ""}, "the text to score is empty"),
+        ("own", {"context": "a", "continuation": " "}, "the text to score is empty"),
+        ("own", {"contexts": ["a", "b"], "continuation": "", "gold": 0}, "the text to score is empty"),
+        ("own", {"contexts": ["a", ""], "continuation": "c", "gold": 0}, "choice 2 is empty"),
+        ("lambada", {"text": "The last word is "}, "the text to score is empty"),
+        ("lambada", {"text": "Alone"}, "no space before its last word"),
+        ("lambada", {"context": "a", "continuation": 3}, "continuation is 3; it must be a text"),
+        ("winogrande", {**WINOGRANDE, "option2": ""}, "choice 2 is empty"),
+        ("winogrande", {**WINOGRANDE, "sentence": "It ends with _"}, "the text to score is empty"),
+        ("winogrande", {**WINOGRANDE, "answer": ""}, 'answer is ""; it must be the number of the right choice, 1 to 2'),
+        ("hellaswag", {**HELLASWAG, "endings": ["a", "b", "", "d"]}, "choice 3 is empty"),
+        ("hellaswag_completion", {**HELLASWAG, "label": "4"}, 'label is "4"; it must be the number'),
+        ("arc_easy", {**ARC, "answerKey": "E"}, 'answerKey is "E"; it must be one of A, B, C'),
+        ("arc_easy", {**ARC, "choices": ["a"]}, r'choices is \["a"\]; it must be an object with text and label'),
+        ("arc_easy", {"question": "Wet?"}, "no choices"),
+    ],
+)
+def test_a_row_that_is_no_example_is_named(
+    name: str, row: dict[str, Any], expected: str, scorer: Scorer, tmp_path: Path
+) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(DataError, match=rf"rows.jsonl: row 1 has .*{expected}"):
+        prepare_task(name, str(path), Settings(), scorer.model, ALONE)

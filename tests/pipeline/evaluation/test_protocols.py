@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,7 @@ from data_tools.errors import DataError
 from data_tools.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
 from pipeline.evaluation.examples import Settings
-from pipeline.evaluation.packing import Request
-from pipeline.evaluation.protocols import encode_apart, encode_pair, rolling_windows
+from pipeline.evaluation.protocols import encode_apart, encode_pair
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.tasks import NAMED_TASKS, prepare_task
 from pipeline.model.gpt2 import GPT2
@@ -68,30 +68,6 @@ def test_nothing_to_score_is_an_error(tokenizer: Tokenizer) -> None:
         encode_apart(tokenizer, "", "b")
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 16, 17, 40])
-@pytest.mark.parametrize("stride", [1, 3, 8])
-def test_rolling_windows_score_each_token_once_with_a_full_context(tokens: int, stride: int) -> None:
-    text, length = list(range(100, 100 + tokens)), 8
-    windows = list(rolling_windows(text, 0, length, stride))
-    assert [token for window in windows for token in window.continuation] == text
-    for number, window in enumerate(windows):
-        inputs = window.inputs(length)
-        assert not window.is_truncated(length)
-        assert number == 0 or len(inputs) == length, "a later window is full"
-        assert number == 0 or len(window.continuation) <= stride
-        assert inputs[-len(window.continuation) :][1:] == window.continuation[:-1]
-    assert windows[0].context == (0,)
-
-
-def test_rolling_windows_without_overlap() -> None:
-    windows = list(rolling_windows([1, 2, 3, 4, 5, 6, 7], 0, 3, 3))
-    assert [(w.context, w.continuation) for w in windows] == [
-        ((0,), (1, 2, 3)),
-        ((3,), (4, 5, 6)),
-        ((4, 5, 6), (7,)),  # the last window is filled from the left
-    ]
-
-
 def test_figures_of_choices(text_model: GPT2, scorer: Scorer, tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "piqa.jsonl", PIQA)
     result = measure(scorer, "piqa", path)
@@ -138,35 +114,63 @@ def test_figures_of_a_continuation(text_model: GPT2, scorer: Scorer, tokenizer: 
     assert result["acc_interval"][1] > 0.3, "three examples say little"
 
 
-@pytest.mark.parametrize("stride", [None, 7])
-def test_figures_of_a_text(
-    text_model: GPT2, scorer: Scorer, tokenizer: Tokenizer, tmp_path: Path, stride: int | None
+def test_figures_of_contexts(text_model: GPT2, scorer: Scorer, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The context with which the continuation is most likely is the choice, also in a longer context."""
+    contexts = ["The cup did not fit the box because the cup", "The cup did not fit the box because the box"]
+    rows = [{"contexts": contexts, "continuation": "was too large.", "gold": gold} for gold in (0, 1, 1)]
+    result = measure(scorer, "own", write_lines(tmp_path / "rows.jsonl", rows))
+    scores = [plain_score(text_model, encode_pair(tokenizer, text, " was too large."))[0] for text in contexts]
+    assert result["acc"] == pytest.approx((2 if np.argmax(scores) else 1) / 3)
+    assert "acc_norm" not in result
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "rendered"),
+    [
+        ("arc_easy", {"query": "Question: Wet?\nAnswer:", "choices": ["a", "b", "c"], "gold": 0}, False),
+        ("arc_easy", {"query": "Question: Wet?", "choices": ["a", "b", "c", "d"], "gold": 0}, False),
+        ("arc_easy", {"query": "Wet?", "choices": ["a", "b", "c"], "gold": 0}, True),
+        ("arc_easy", {"query": "He fell because", "choices": ["a", "b"], "gold": 0}, True),  # COPA
+        ("arc_challenge", {"query": "Question: Why?\nAnswer:", "choices": ["a", "b"], "gold": 0}, True),
+        ("piqa", {"query": "Question: Why?\n", "choices": ["a", "b"], "gold": 0}, False),
+        ("piqa", {"query": "Question: Why? Answer:", "choices": ["a", "b"], "gold": 0}, True),
+        ("hellaswag", {"query": "Skating: he", "choices": ["a", "b", "c", "d"], "gold": 0}, True),
+        ("hellaswag", HELLASWAG, False),
+        ("hellaswag_completion", {"query": "he", "choices": ["a", "b", "c", "d"], "gold": 0}, True),
+        ("winogrande", {"contexts": ["a", "b"], "continuation": "c", "gold": 0}, True),
+        ("lambada", {"context": "one two", "continuation": "three"}, False),
+        ("lambada", {"context": "one two", "continuation": "three four"}, True),
+    ],
+)
+def test_the_protocol_names_the_task_only_if_its_prompts_are_the_tasks(
+    task: str, row: dict[str, Any], rendered: bool, scorer: Scorer, tmp_path: Path
 ) -> None:
-    text = " = Title = \n\n A café costs 1 @,@ 000 . \n" * 9
-    (tmp_path / "own.txt").write_text(text, encoding="utf-8")
-    result = measure(scorer, "own", tmp_path / "own.txt", stride=stride)
-    tokens = tokenizer.encode(text).tolist()
-    step, loss = stride or CONTEXT, 0.0
-    for at in range(len(tokens)):
-        end = CONTEXT if at < CONTEXT else min(CONTEXT + -(-(at + 1 - CONTEXT) // step) * step, len(tokens))
-        start = max(end - CONTEXT - 1, -1)
-        before = tokens[start:at] if start >= 0 else [tokenizer.end_of_text, *tokens[:at]]
-        loss -= plain_score(text_model, Request(tuple(before), (tokens[at],)))[0]
-    assert result["tokens"] == len(tokens)
-    assert result["token_perplexity"] == pytest.approx(math.exp(loss / len(tokens)), rel=1e-5)
-    assert result["word_perplexity"] == pytest.approx(math.exp(loss / len(re.split(r"\s+", text))), rel=1e-4)
-    assert result["bits_per_byte"] == pytest.approx(loss / len(text.encode()) / math.log(2), rel=1e-5)
-    assert f"moved on by {step}" in result["protocol"]
-    low, high = result["token_perplexity_interval"]
-    assert low < result["token_perplexity"] < high
+    path = write_lines(tmp_path / "rows.jsonl", [row])
+    protocol = prepare_task(task, str(path), Settings(), scorer.model, ALONE).facts["protocol"]
+    named = NAMED_TASKS[task].protocol.protocol  # type: ignore[index]
+    expected = f"rendered by the file (1 of 1 examples): {named.partition(': ')[2]}" if rendered else named
+    assert protocol == expected
 
 
-def test_texts_refuse_what_they_cannot_use(scorer: Scorer, tmp_path: Path) -> None:
-    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    with pytest.raises(DataError, match="latin.txt is not UTF-8 text"):
-        measure(scorer, "own", tmp_path / "latin.txt")
-    (tmp_path / "own.txt").write_text("text")
-    with pytest.raises(ConfigError, match="--shots 1: a text has no examples"):
-        measure(scorer, "own", tmp_path / "own.txt", shots=1)
-    with pytest.raises(ConfigError, match="--stride 41 skips tokens"):
-        measure(scorer, "own", tmp_path / "own.txt", stride=41)
+def test_the_scores_of_examples_give_the_figures(scorer: Scorer, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "piqa.jsonl", PIQA)
+    result, examples = prepare_task("piqa", str(path), Settings(), scorer.model, ALONE).measure_examples(scorer)
+    assert [example["example"] for example in examples] == list(range(1, len(PIQA) + 1))
+    assert [example["gold"] for example in examples] == [row["label"] for row in PIQA]
+    for key, choice in (("acc", "choice"), ("acc_norm", "choice_norm")):
+        assert result[key] == sum(example[choice] == example["gold"] for example in examples) / len(PIQA)
+    assert all(example["choice"] == int(np.argmax(example["log_likelihoods"])) for example in examples)
+
+    path = write_lines(tmp_path / "lambada.jsonl", LAMBADA)
+    result, examples = prepare_task("lambada", str(path), Settings(), scorer.model, ALONE).measure_examples(scorer)
+    mean = np.mean([example["log_likelihoods"] for example in examples])
+    assert result["perplexity"] == pytest.approx(math.exp(-mean))
+
+
+def test_a_text_longer_than_the_context_is_refused_before_scoring(scorer: Scorer, tmp_path: Path) -> None:
+    rows = [{"context": "a", "continuation": text} for text in ("b", "word " * (CONTEXT + 1))]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"row 2: the text to score has 42 tokens, more than the model's context of 40"):
+        prepare_task("own", str(path), Settings(), scorer.model, ALONE)
+    with pytest.raises(ConfigError, match="--stride 5: .*rows.jsonl has no texts"):
+        prepare_task("own", str(path), Settings(stride=5), scorer.model, ALONE)

@@ -17,12 +17,14 @@ from pipeline.checkpoint.loading import load_model
 from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config, SampleConfig
+from pipeline.data.datasets import open_datasets
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation import run
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.results import find_results, format_table
 from pipeline.evaluation.run import prepare_tasks, run_tasks
+from pipeline.evaluation.validation import validate
 from pipeline.generation.writer import load_writer
 from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.tensorboard import tensorboard_tag
@@ -104,6 +106,57 @@ class TestOnACheckpoint:
             assert result["parts"][name]["loss"] == alone["validation"]["loss"] == result[f"{name}_loss"]
         assert result["loss"] == pytest.approx(0.75 * result["first_loss"] + 0.25 * result["second_loss"])
         assert "first_loss" in format_table(found)
+
+    def test_a_component_without_scored_targets_is_left_out(self, data: Path, tmp_path: Path, world: World) -> None:
+        """In both measurements, as a component without a validation split is."""
+        tokens = np.arange(60)
+        none = {"val": [np.zeros(60, dtype=np.bool_)], "train": [np.ones(60, dtype=np.bool_)]}
+        masked = write_shards(tmp_path / "masked", {"val": [tokens], "train": [tokens]}, masks=none)
+        mixture = [
+            {"path": str(path), "name": name, "weight": 1.0} for path, name in ((data, "first"), (masked, "second"))
+        ]
+        config = tiny_config(tmp_path / "run", data={"mixture": mixture}, evaluation={"max_batches": None})
+        backend = DdpBackend(randomised_model(config.model), config, world)
+        save_checkpoint(
+            tmp_path / "run", TrainingState(7, 28, 336, 7, 1.0, 0, 1337), dump_config(config), backend, world, 1
+        )
+        found, _ = run_tasks(tmp_path / "run", ["validation"], Settings(), ALONE)
+        assert set(found["validation"]["parts"]) == {"first"}
+        with backend.evaluation_mode():
+            row = validate(backend, open_datasets(config.data, config.model), config, world)
+        assert row["val_loss"] == row["val_loss_first"] == pytest.approx(found["validation"]["loss"], rel=1e-6)
+        assert row["val_loss_second"] is None
+
+    def test_the_scores_of_examples_are_written(self, tmp_path: Path, world: World) -> None:
+        config = tiny_config(tmp_path / "run", model={"vocab_size": 50257, "context_length": 60})
+        backend = DdpBackend(randomised_model(config.model), config, world)
+        save_checkpoint(
+            tmp_path / "run", TrainingState(7, 28, 336, 7, 1.0, 0, 1337), dump_config(config), backend, world, 1
+        )
+        paths = {
+            "piqa": str(write_lines(tmp_path / "piqa.jsonl", PIQA)),
+            "own": str(write_lines(tmp_path / "own.jsonl", LAMBADA)),
+        }
+        file, settings = tmp_path / "examples.jsonl", Settings(limits={"piqa": 2})
+        found, _ = run_tasks(tmp_path / "run", ["piqa", "own"], settings, ALONE, paths=paths, examples_file=file)
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [row["task"] for row in rows] == ["piqa_first2"] * 2 + ["own"] * len(LAMBADA)
+        right = sum(row["choice"] == row["gold"] for row in rows if row["task"] == "piqa_first2")
+        assert found["piqa_first2"]["acc"] == right / 2
+
+    @pytest.mark.parametrize(
+        ("tasks", "file", "expected"),
+        [
+            (["validation"], "examples.jsonl", "validation has no examples"),
+            (["piqa"], "nowhere/examples.jsonl", "cannot be written; give a file in a folder that exists"),
+            (["piqa"], ".", "cannot be written"),
+        ],
+    )
+    def test_a_file_of_examples_that_cannot_be_written_is_refused_first(
+        self, run_folder: Path, tmp_path: Path, tasks: list[str], file: str, expected: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=f"--save-examples .*{expected}"):
+            run_tasks(run_folder, tasks, Settings(), ALONE, examples_file=tmp_path / file)
 
     def test_the_loaded_model_is_the_saved_one(self, run_folder: Path) -> None:
         loaded = load_model(run_folder, ALONE.device)

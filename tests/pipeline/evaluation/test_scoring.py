@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from data_tools.errors import DataError
 from pipeline.config.schema import ModelConfig
 from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
@@ -107,11 +106,6 @@ def test_positions_restart_in_trees() -> None:
     context = (3, 4, 5, 88, 6, 7)
     group = [Request(context, (8, 9)), Request(context, (10, 88, 11, 12))]
     assert_same(scorer_of(model).score([group], ""), [[plain_score(model, request) for request in group]])
-
-
-def test_a_continuation_longer_than_the_context_is_an_error(scorer: Scorer) -> None:
-    with pytest.raises(DataError, match="more than the model's context of 40"):
-        scorer.score([[Request((1,), tuple(range(CONTEXT + 1)))]], "")
 
 
 def test_weights_that_are_not_finite_are_an_error(text_model: GPT2) -> None:

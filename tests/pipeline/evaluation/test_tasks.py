@@ -6,7 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import datasets
 import pytest
@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.packing import Request
 from pipeline.evaluation.scoring import Scorer
-from pipeline.evaluation.tasks import NAMED_TASKS, check_task_names, prepare_task
+from pipeline.evaluation.tasks import NAMED_TASKS, check_tasks, prepare_task
 from pipeline.model.gpt2 import GPT2
 from tests.pipeline.conftest import tiny_model_config
 from tests.pipeline.evaluation.conftest import ALONE, PIQA, measure, plain_score, write_lines
@@ -29,9 +29,37 @@ def test_every_task_but_validation_has_a_dataset() -> None:
 
 
 def test_an_unknown_name_needs_a_file() -> None:
-    check_task_names(["piqa", "own"], {"own": "file"})
+    check_tasks(["piqa", "own"], Settings(), {"own": "file"}, {"not asked for": "file"})
+    check_tasks(["own"], Settings(), {}, {"own": "file"})
     with pytest.raises(ConfigError, match="--tasks own: no such task; there are: validation, wikitext2"):
-        check_task_names(["own"], {})
+        check_tasks(["own"], Settings(), {}, {})
+
+
+@pytest.mark.parametrize(
+    ("tasks", "settings", "files", "expected"),
+    [
+        (["piqa"], {}, {"own": "missing"}, "--data own=missing: own is not among --tasks piqa; add it there"),
+        (["validation"], {}, {"piqa": "file"}, "--data piqa=file: piqa is not among --tasks validation"),
+        (["piqa"], {"limits": {"lambada": 3}}, {}, "--limit lambada=3: lambada is not among --tasks piqa"),
+        (["validation", "piqa"], {"limits": {"validation": 3}}, {}, "--limit validation: this task scores the whole"),
+        (["validation"], {"limit": 3}, {}, "--limit 3: validation has no examples"),
+        (["validation"], {"shots": 3}, {}, "--shots 3: validation has no examples"),
+        (["validation"], {"stride": 3}, {}, "--stride 3: validation has no examples"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    tasks: list[str], settings: dict[str, Any], files: dict[str, str], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        check_tasks(tasks, Settings(**settings), files, {})
+
+
+def test_a_task_can_have_its_own_limit(scorer: Scorer, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", PIQA)
+    settings = Settings(limit=5, limits={"piqa": 2})
+    task = prepare_task("piqa", str(path), settings, scorer.model, ALONE)
+    assert (task.name, task.facts["examples"]) == ("piqa_first2", 2)
+    assert settings.of("lambada") == Settings(limit=5)
 
 
 def test_text_needs_gpt2s_vocabulary(tmp_path: Path) -> None:

@@ -161,3 +161,8 @@ class TestConsole:
     def test_a_validation_row(self) -> None:
         line = format_row({"step": 200, "val_loss": 3.0, "val_perplexity": 20.0855}, 200)
         assert line == "step 200/200 | validation loss 3.0000 | perplexity 20.09"
+
+
+def test_the_console_says_that_a_loss_is_null() -> None:
+    assert format_row({"step": 3, "loss": None, "lr": 1e-3}, 10) == "step  3/10 | loss null | lr 1.00e-03"
+    assert format_row({"step": 3, "val_loss": None, "val_perplexity": None}, 10) == "step  3/10 | validation loss null"

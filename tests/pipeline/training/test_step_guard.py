@@ -34,7 +34,7 @@ def spike_guard(**options: Any) -> StepGuard:
 def finished(
     step: int = 1, *, norm: float = 1.0, loss: float | None = 3.0, loss_scale: float = 1.0, samples: int = 4
 ) -> FinishedStep:
-    return FinishedStep(step, (step - 1) * samples, step * samples, norm, loss_scale, loss)
+    return FinishedStep(step, (step - 1) * samples, step * samples, norm, loss_scale, loss, 48)
 
 
 def judge_all(judge: StepGuard, norms: Iterable[float], **more: Any) -> list[Verdict]:
@@ -252,7 +252,9 @@ class TestQueue:
     @staticmethod
     def enqueue(judge: StepGuard, step: int, norm: float = 1.0, loss: float = 3.0) -> None:
         samples = (4 * step - 4, 4 * step)
-        judge.enqueue(TrainedStep(step, *samples, torch.tensor(loss), LateValue(torch.tensor(norm)), 1.0, 1e-3))
+        judge.enqueue(
+            TrainedStep(step, *samples, torch.tensor(loss), LateValue(torch.tensor(norm)), 1.0, 1e-3, LateValue(48))
+        )
 
     def test_steps_are_judged_in_order_and_the_newest_may_wait(self) -> None:
         judge = guard()
@@ -267,7 +269,7 @@ class TestQueue:
         judge = spike_guard()
         self.enqueue(judge, 7, norm=2.0, loss=5.0)
         (judged,) = judge.judge_queued(self.WORLD)
-        assert judged == (FinishedStep(7, 24, 28, 2.0, 1.0, 5.0), Verdict.GOOD)
+        assert judged == (FinishedStep(7, 24, 28, 2.0, 1.0, 5.0, 48), Verdict.GOOD)
 
     def test_no_step_after_a_spike_is_judged_if_the_run_is_rolled_back(self) -> None:
         judge = spike_guard()

@@ -156,6 +156,35 @@ class TestLoop:
         assert rows_with(never, "val_loss") == {}
 
 
+class TestMask:
+    """Only the targets of the first 60 tokens are scored. With batches of 4 samples, some steps have none."""
+
+    @pytest.fixture
+    def trainer(self, make_trainer: MakeTrainer, tmp_path: Path) -> Trainer:
+        tokens = random_tokens(400, vocab_size=END_OF_TEXT).numpy()
+        masks = {"train": [np.arange(400) < 60], "val": [np.zeros(80, dtype=bool)]}
+        write_shards(tmp_path / "prompts", {"train": [tokens], "val": [tokens[:80]]}, masks=masks)
+        guard = {"spike_zscore": 1000.0, "spike_window": 10}  # reads the loss of each step
+        return make_trainer("run", "prompts", logging={"every_steps": 1, "tensorboard": True}, guard=guard)
+
+    def test_a_step_without_scored_targets_has_no_loss(
+        self, trainer: Trainer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.INFO):
+            trainer.fit()
+        losses, targets = rows_with(trainer, "loss"), rows_with(trainer, "scored_targets")
+        empty = [step for step, count in targets.items() if not count]
+        assert 0 < len(empty) < STEPS
+        assert [step for step, loss in losses.items() if loss is None] == empty
+        assert all(loss > 1 for loss in losses.values() if loss is not None)
+        assert rows_with(trainer, "val_loss") == {0: None, 5: None, 10: None}
+        assert caplog.text.count("none of its targets is scored") == 1
+        assert f"step {empty[0]}: none of its targets is scored" in caplog.text
+        assert f"steps without a scored target since this start: {len(empty)}" in caplog.text
+        assert trainer.state.updates == STEPS, "the weights stay finite"
+        assert trainer.results == {"loss": next(loss for loss in reversed(losses.values()) if loss is not None)}
+
+
 class TestResume:
     def test_a_resumed_run_repeats_what_followed_the_checkpoint(self, make_trainer: MakeTrainer) -> None:
         whole = make_trainer("whole")
