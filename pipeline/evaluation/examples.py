@@ -4,16 +4,14 @@ Prompts, separators and choices are copied from lm-evaluation-harness (the YAML 
 The first line of a reader's docstring names the columns that the reader expects; error messages quote this line.
 """
 
-import json
 import random
 import re
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from data_tools.errors import DataError
 from data_tools.tokenizer import Tokenizer
-from pipeline.evaluation.sources import Row, Rows
+from pipeline.evaluation.sources import Row, Rows, as_json, index_field, text_field, texts_field
 
 SHOT_SEPARATOR = "\n\n"  # follows each few-shot example; the fewshot_delimiter of lm-evaluation-harness
 SHOTS_SEED = 1234  # the default fewshot_random_seed of lm-evaluation-harness
@@ -43,41 +41,6 @@ class Example:
             raise ValueError("the text to score is empty")
 
 
-def _text(row: Row, key: str) -> str:
-    """Return a text of a row. Raises KeyError if it is missing, ValueError if it is not a text."""
-    if not isinstance(row[key], str):
-        raise ValueError(f"{key} is {_shown(row[key])}; it must be a text")
-    return row[key]
-
-
-def _texts(row: Row, key: str) -> list[str]:
-    """Return a list of texts of a row. Raises KeyError if it is missing, ValueError if it is something else."""
-    texts = row[key]
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{key} is {_shown(texts)}; it must be a list of texts")
-    return texts
-
-
-def _index(row: Row, key: str, count: int, first: int = 0) -> int:
-    """Return the index of the right choice of ``count``, where ``first`` in the row means the first choice.
-
-    Raises:
-        KeyError: the index is missing.
-        ValueError: the index is not a whole number, as a number or as text, or there is no such choice.
-    """
-    match = re.fullmatch(r"(\d+)(\.0)?", str(row[key]).strip())  # Parquet files of pandas may have 1.0
-    index = int(match[1]) - first if match else -1
-    if not 0 <= index < count:
-        expected = f"the number of the right choice, {first} to {first + count - 1}"
-        raise ValueError(f"{key} is {_shown(row[key])}; it must be {expected}")
-    return index
-
-
-def _shown(value: object) -> str:
-    """Return a value as JSON, shortened, for messages."""
-    return textwrap.shorten(json.dumps(value, ensure_ascii=False, default=str), 60, placeholder=" ...")
-
-
 def _choose(context: str, choices: list[str], gold: int) -> Example:
     """Return an example with a space before each choice. Like lm-evaluation-harness, always add this space."""
     return Example(tuple((context, " " + choice) for choice in choices), gold, tuple(choices))
@@ -88,8 +51,8 @@ def any_choices(row: Row) -> Example:
 
     Returns one pair per choice.
     """
-    choices = _texts(row, "choices")
-    return _choose(_text(row, "query"), choices, _index(row, "gold", len(choices)))
+    choices = texts_field(row, "choices")
+    return _choose(text_field(row, "query"), choices, index_field(row, "gold", len(choices)))
 
 
 def any_continuation(row: Row) -> Example:
@@ -97,7 +60,7 @@ def any_continuation(row: Row) -> Example:
 
     Returns one pair, with a space before the continuation if there is no white space between the two texts.
     """
-    return Example((_joined(_text(row, "context"), _text(row, "continuation")),))
+    return Example((_joined(text_field(row, "context"), text_field(row, "continuation")),))
 
 
 def any_contexts(row: Row) -> Example:
@@ -105,9 +68,9 @@ def any_contexts(row: Row) -> Example:
 
     Returns one pair per context, as ``any_continuation`` does.
     """
-    contexts, continuation = _texts(row, "contexts"), _text(row, "continuation")
+    contexts, continuation = texts_field(row, "contexts"), text_field(row, "continuation")
     pairs = tuple(_joined(context, continuation) for context in contexts)
-    return Example(pairs, _index(row, "gold", len(contexts)), tuple(contexts))
+    return Example(pairs, index_field(row, "gold", len(contexts)), tuple(contexts))
 
 
 def _joined(context: str, continuation: str) -> tuple[str, str]:
@@ -122,8 +85,8 @@ def piqa(row: Row) -> Example:
     """
     if "query" in row:
         return _question(row, range(2, 3))
-    choices = [_text(row, "sol1"), _text(row, "sol2")]
-    return _choose(f"Question: {_text(row, 'goal')}\nAnswer:", choices, _index(row, "label", 2))
+    choices = [text_field(row, "sol1"), text_field(row, "sol2")]
+    return _choose(f"Question: {text_field(row, 'goal')}\nAnswer:", choices, index_field(row, "label", 2))
 
 
 def arc(row: Row) -> Example:
@@ -133,13 +96,13 @@ def arc(row: Row) -> Example:
     """
     if "query" in row:
         return _question(row, range(3, 6))
-    choices, key = row["choices"], _text(row, "answerKey")
+    choices, key = row["choices"], text_field(row, "answerKey")
     if not isinstance(choices, dict):
-        raise ValueError(f"choices is {_shown(choices)}; it must be an object with text and label")
-    texts, labels = _texts(choices, "text"), _texts(choices, "label")
+        raise ValueError(f"choices is {as_json(choices)}; it must be an object with text and label")
+    texts, labels = texts_field(choices, "text"), texts_field(choices, "label")
     if key not in labels or len(labels) != len(texts):
-        raise ValueError(f"answerKey is {_shown(key)}; it must be one of {', '.join(labels)}")
-    return _choose(f"Question: {_text(row, 'question')}\nAnswer:", texts, labels.index(key))
+        raise ValueError(f"answerKey is {as_json(key)}; it must be one of {', '.join(labels)}")
+    return _choose(f"Question: {text_field(row, 'question')}\nAnswer:", texts, labels.index(key))
 
 
 def _question(row: Row, counts: range) -> Example:
@@ -165,9 +128,9 @@ def hellaswag(row: Row) -> Example:
     """
     if "query" in row:
         return replace(any_choices(row), rendered_by_file=True)
-    context = f"{_text(row, 'activity_label')}: {_text(row, 'ctx_a')} {_text(row, 'ctx_b').capitalize()}"
-    endings = _texts(row, "endings")
-    gold = _index(row, "label", len(endings))
+    context = f"{text_field(row, 'activity_label')}: {text_field(row, 'ctx_a')} {text_field(row, 'ctx_b').capitalize()}"
+    endings = texts_field(row, "endings")
+    gold = index_field(row, "label", len(endings))
     return _choose(_without_markup(context), [_without_markup(ending) for ending in endings], gold)
 
 
@@ -184,8 +147,8 @@ def hellaswag_completion(row: Row) -> Example:
     """
     if "query" in row:
         return replace(any_choices(row), rendered_by_file=True)
-    endings = _texts(row, "endings")
-    return _choose(_text(row, "ctx"), endings, _index(row, "label", len(endings)))
+    endings = texts_field(row, "endings")
+    return _choose(text_field(row, "ctx"), endings, index_field(row, "label", len(endings)))
 
 
 def winogrande(row: Row) -> Example:
@@ -197,12 +160,14 @@ def winogrande(row: Row) -> Example:
     """
     if "contexts" in row:
         return replace(any_contexts(row), rendered_by_file=True)
-    before, blank, after = _text(row, "sentence").partition("_")
+    before, blank, after = text_field(row, "sentence").partition("_")
     if not blank:
         raise ValueError("the sentence has no blank _")
-    options = (_text(row, "option1"), _text(row, "option2"))
+    options = (text_field(row, "option1"), text_field(row, "option2"))
     rest = " " + after.strip()
-    return Example(tuple((before + option, rest) for option in options), _index(row, "answer", 2, first=1), options)
+    return Example(
+        tuple((before + option, rest) for option in options), index_field(row, "answer", 2, first=1), options
+    )
 
 
 def lambada(row: Row) -> Example:
@@ -212,9 +177,9 @@ def lambada(row: Row) -> Example:
     continuation has several words, the example is marked as rendered by the file.
     """
     if "context" in row:
-        context, word = _text(row, "context"), _text(row, "continuation").removeprefix(" ")
+        context, word = text_field(row, "context"), text_field(row, "continuation").removeprefix(" ")
     else:
-        context, space, word = _text(row, "text").rpartition(" ")
+        context, space, word = text_field(row, "text").rpartition(" ")
         if not space:
             raise ValueError("the text has no space before its last word")
     return Example(((context, f" {word}"),), solved=f"{context}  {word}", rendered_by_file=" " in word)

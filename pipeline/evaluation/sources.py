@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,41 @@ class Rows:
     def where(self, number: int) -> str:
         """Return the name of a row for messages."""
         return f"{self.origin}: row {number + 1}"
+
+
+def text_field(row: Row, key: str) -> str:
+    """Return a text of a row. Raises KeyError if it is missing, ValueError if it is not a text."""
+    if not isinstance(row[key], str):
+        raise ValueError(f"{key} is {as_json(row[key])}; it must be a text")
+    return row[key]
+
+
+def texts_field(row: Row, key: str) -> list[str]:
+    """Return a list of texts of a row. Raises KeyError if it is missing, ValueError if it is something else."""
+    texts = row[key]
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{key} is {as_json(texts)}; it must be a list of texts")
+    return texts
+
+
+def index_field(row: Row, key: str, count: int, first: int = 0) -> int:
+    """Return the index of the right choice of ``count``, where ``first`` in the row means the first choice.
+
+    Raises:
+        KeyError: the index is missing.
+        ValueError: the index is not a whole number, as a number or as text, or there is no such choice.
+    """
+    match = re.fullmatch(r"(\d+)(\.0)?", str(row[key]).strip())  # Parquet files of pandas may have 1.0
+    index = int(match[1]) - first if match else -1
+    if not 0 <= index < count:
+        expected = f"the number of the right choice, {first} to {first + count - 1}"
+        raise ValueError(f"{key} is {as_json(row[key])}; it must be {expected}")
+    return index
+
+
+def as_json(value: object) -> str:
+    """Return a value as JSON, shortened, for messages."""
+    return textwrap.shorten(json.dumps(value, ensure_ascii=False, default=str), 60, placeholder=" ...")
 
 
 def read_file(path: Path) -> Rows:
