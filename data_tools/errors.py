@@ -20,6 +20,14 @@ class DataError(UserError):
     """A source, a document, a shard or a manifest cannot be used."""
 
 
+def json_type(value: object) -> str:
+    """Return JSON's word for the type of a value, with an article, such as ``a list``."""
+    if isinstance(value, bool | int | float):
+        return "true or false" if isinstance(value, bool) else "a number"
+    names = {type(None): "null", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
 @contextmanager
 def one_line_write_errors(path: Path) -> Iterator[None]:
     """Convert an ``OSError`` in the block (such as a full disk) to an error of one line that names ``path``.

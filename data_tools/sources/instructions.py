@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data_tools.encoding.documents import Dialogue
-from data_tools.errors import DataError
+from data_tools.errors import DataError, json_type
 from data_tools.sources.files import FileSource, Slice, decode_utf8, open_decompressed
 from data_tools.sources.jsonl import JSONL_SUFFIXES, read_lines
 
@@ -66,7 +66,7 @@ def _segments_of_instruction(record: Any, place: object) -> Iterator[tuple[str, 
     given = {name: record.get(name, "") for name in ("instruction", "input", "output")}
     for name, text in given.items():
         if not isinstance(text, str):
-            raise DataError(f"{place}: {name} is a {type(text).__name__}, it must be a string")
+            raise DataError(f"{place}: {name} is {json_type(text)}, it must be a string")
     prompt = _heading("Instruction") + given["instruction"] + _END_OF_TURN
     if given["input"]:
         prompt += _heading("Input") + given["input"] + _END_OF_TURN
@@ -84,7 +84,7 @@ def _segments_of_chat(messages: Any, place: object) -> Iterator[tuple[str, bool]
         if role not in _ROLES:
             raise DataError(f"{place}: message {index} has the role {role!r}; it must be one of {', '.join(_ROLES)}")
         if not isinstance(content, str):
-            raise DataError(f"{place}: content of message {index} is a {type(content).__name__}, it must be a string")
+            raise DataError(f"{place}: content of message {index} is {json_type(content)}, it must be a string")
         is_last = index == len(messages) - 1
         yield _heading(role.capitalize()), False
         # The end of the turn is scored with the answer, so that the model learns where to stop.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, json_type
 from data_tools.sources.files import READ_BYTES, FileSource, Slice, compression_of, decode_utf8, open_decompressed
 
 JSONL_SUFFIXES = tuple(
@@ -59,7 +59,7 @@ class Line(NamedTuple):
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{self}: not valid JSON ({error}); each line must be one JSON object") from error
         if not isinstance(record, dict):
-            raise DataError(f"{self}: holds a {type(record).__name__}; each line must be one JSON object")
+            raise DataError(f"{self}: holds {json_type(record)}; each line must be one JSON object")
         return record
 
 
@@ -95,7 +95,7 @@ def text_of_record(record: dict[str, Any], text_field: str, place: object) -> st
     text = record[text_field]
     if not isinstance(text, str):
         raise DataError(
-            f"{place}: field {text_field!r} is a {type(text).__name__}, it must be a string; "
+            f"{place}: field {text_field!r} is {json_type(text)}, it must be a string; "
             f"the fields are {', '.join(map(str, record))}"
         )
     return text

@@ -25,6 +25,7 @@ _JSON_MESSAGES = {
     "tuple_type": "Input should be a list",
     "missing": "This item is missing",
 }
+_JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
 _LONGEST_VALUE = 80  # the most characters of a wrong value that a message shows
 
 
@@ -177,8 +178,26 @@ def _explain(error: ValidationError, origins: dict[str, str]) -> str:
     if mistake["type"] == "extra_forbidden":
         return f"{path or _shorten('')}: no such key ({where}){_suggest_key('.'.join(section), name)}{more}"
     message = _JSON_MESSAGES.get(mistake["type"], mistake["msg"].removeprefix("Value error, "))
+    if mistake["type"] == "literal_error":
+        message = message.replace("True", "true").replace("False", "false")
     found = "" if mistake["type"] == "value_error" else f", found {_shorten(mistake['input'])}"
-    return f"{path}: {message}{found} ({where}){more}" if path else f"{message} ({where}){more}"
+    advice = _advise(mistake["input"], mistake["loc"])
+    return f"{path}: {message}{found} ({where}){advice}{more}" if path else f"{message} ({where}){more}"
+
+
+def _advise(given: Any, location: Sequence[int | str]) -> str:
+    """Return what to write instead of a Python word or null. Returns an empty text for other values."""
+    if isinstance(given, str) and given in _JSON_WORDS:
+        return f"; JSON writes {_JSON_WORDS[given]}, not {given}"
+    if given is not None:
+        return ""
+    section: type[BaseModel] | None = Config
+    description = None
+    for name in location:
+        field = section.model_fields.get(str(name)) if section else None
+        section = next(_sections_in(field.annotation), None) if field else None
+        description = field.description if field else None
+    return f"; {description.replace('`', '')}" if description else ""
 
 
 def _shorten(value: Any) -> str:

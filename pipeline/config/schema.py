@@ -444,6 +444,6 @@ class Config(Section):
         if self.evaluation.sample and self.model.vocab_size != GPT2_VOCAB_SIZE:
             raise ValueError(
                 f"evaluation.sample needs GPT-2's vocabulary: model.vocab_size is {self.model.vocab_size}, "
-                f"not {GPT2_VOCAB_SIZE}"
+                f"not {GPT2_VOCAB_SIZE}; set evaluation.sample to false"
             )
         return self

@@ -126,12 +126,28 @@ class TrainLoader:
         if len(self.datasets) == 1:
             raise TrainingError(
                 f"the split {train.split!r} {found} {plan.samples_per_step:,} of one step; "
-                f"lower batch.tokens_per_step to {max(windows, 1) * plan.seq_len} or less, or tokenize more text"
+                f"{suggest_batch(train.tokens, plan)}, or tokenize more text"
             )
         raise TrainingError(
             f"data.mixture: the split {train.split!r} of {self.datasets[index].path} {found} {needed:,} per step that "
             f"its share of {float(share):.2%} takes; lower its weight or batch.tokens_per_step, or tokenize more text"
         )
+
+
+def suggest_batch(tokens: int, plan: BatchPlan) -> str:
+    """Return the settings with which a split of ``tokens`` tokens is enough for one step on every rank."""
+    windows = (tokens - 1) // plan.seq_len
+    if windows < plan.world_size:
+        longest = (tokens - 1) // plan.world_size
+        if longest < 1:
+            return f"start fewer than {plan.world_size} processes"
+        return f"set data.seq_len to {longest}, batch.micro_batch_size to 1 and batch.tokens_per_step to " + str(
+            longest * plan.world_size
+        )
+    micro_batch_size = min(plan.micro_batch_size, windows // plan.world_size)
+    unit = micro_batch_size * plan.world_size
+    smaller = f" and batch.micro_batch_size to {micro_batch_size}" if micro_batch_size < plan.micro_batch_size else ""
+    return f"lower batch.tokens_per_step to {windows // unit * unit * plan.seq_len}{smaller}"
 
 
 class Prefetcher:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, json_type
 from pipeline.distributed.world import World
 
 Row = dict[str, Any]
@@ -113,7 +113,7 @@ def _parse_lines(content: bytes, path: Path) -> list[Row]:
         except ValueError as error:
             raise DataError(f"{path}: line {number} is not JSON ({error}); expected one object per line") from error
         if not isinstance(row, dict):
-            raise DataError(f"{path}: line {number} is a {type(row).__name__}; expected one object per line")
+            raise DataError(f"{path}: line {number} is {json_type(row)}; expected one object per line")
         rows.append(row)
     return rows
 

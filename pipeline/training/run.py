@@ -68,8 +68,13 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
 
     sha256 = data_sha256(datasets)
     start = world.call_on_main(lambda: _open_run_folder(config, sha256, resources))
-    if start and read_state(start)[0].step >= config.schedule.max_steps:
-        log.info("%s: already at step %d, nothing to train", start, config.schedule.max_steps)
+    if start and (step := read_state(start)[0].step) >= config.schedule.max_steps:
+        log.info(
+            "%s: at step %d of schedule.max_steps %d, nothing to train; raise schedule.max_steps to train longer",
+            start,
+            step,
+            config.schedule.max_steps,
+        )
         return None
     if config.data.verify:
         verify_datasets(datasets, world)

@@ -103,7 +103,7 @@ CONFIG_CASES = [
     config("true_for_integer", {"run": {"seed": True}}, "run.seed", "valid integer, found true", "run.py"),
     config("one_for_true", {"data": {"verify": 1}}, "data.verify", "valid boolean, found 1", "run.py"),
     config(
-        "word_for_auto", {"run": {"compile": "atuo"}}, "run.compile: Input should be", "'auto', True or False", "run.py"
+        "word_for_auto", {"run": {"compile": "atuo"}}, "run.compile: Input should be", "'auto', true or false", "run.py"
     ),
     config(
         "null_for_number", {"optimizer": {"learning_rate": None}}, "optimizer.learning_rate", "valid number", "run.py"

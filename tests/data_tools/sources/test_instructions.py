@@ -107,11 +107,11 @@ def test_arrow_shards_have_masks_too(tmp_path: Path) -> None:
     [
         ({"instruction": "a"}, "needs instruction and output"),
         ("text", "each line must be one JSON object"),
-        ({"instruction": "a", "output": 3}, "output is a int, it must be a string"),
+        ({"instruction": "a", "output": 3}, "output is a number, it must be a string"),
         ({"messages": "hello"}, "messages must be a list"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no message has the role assistant"),
         ({"messages": [{"role": "robot", "content": "a"}, {"role": "assistant", "content": "b"}]}, "role 'robot'"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "content of message 0 is a NoneType"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "content of message 0 is null"),
     ],
     ids=["no_output", "no_object", "no_string", "no_messages", "no_answer", "unknown_role", "no_content"],
 )

@@ -214,10 +214,10 @@ def test_another_field_and_lone_surrogates(tmp_path: Path) -> None:
 BAD_LINES = {
     b'{"text": "b"': "a.jsonl:2: not valid JSON",
     b'["b"]': "a.jsonl:2: holds a list; each line must be one JSON object",
-    b'"b"': "a.jsonl:2: holds a str",
+    b'"b"': "a.jsonl:2: holds a string",
     b'{"body": "b", "id": 1}': "a.jsonl:2: no field 'text'; the fields are body, id; choose one with --text-field",
     b"{}": "a.jsonl:2: no field 'text'; the fields are none",
-    b'{"text": null}': "a.jsonl:2: field 'text' is a NoneType, it must be a string; the fields are text",
+    b'{"text": null}': "a.jsonl:2: field 'text' is null, it must be a string; the fields are text",
     b'{"text": ["b"], "id": 1}': "a.jsonl:2: field 'text' is a list, it must be a string; the fields are text, id",
     b'{"text": "\xff"}': "a.jsonl: byte 24 (0xff) is not valid UTF-8",
     b"[" * 100_000: "a.jsonl:2: not valid JSON",
@@ -374,7 +374,7 @@ def test_a_saved_dataset_is_cut_by_rows_that_keep_their_numbers(tmp_path: Path) 
     parts = opened.slices(1)
     assert len(parts) == 64
     assert sum((list(opened.read(part)) for part in parts[:-1]), []) == (DOCUMENTS * 5)[: parts[-1].start]
-    with pytest.raises(DataError, match=r"one\[148:151\]: row 150: field 'text' is a NoneType"):
+    with pytest.raises(DataError, match=r"one\[148:151\]: row 150: field 'text' is null"):
         list(opened.read(parts[-1]))
 
 
