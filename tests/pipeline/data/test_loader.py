@@ -125,7 +125,8 @@ class TestTraining:
     def test_too_little_data_for_one_step(self, folder: Path) -> None:
         val = open_split(folder, "val")  # 13 tokens: 2 windows
         assert loader_of(val, BatchPlan(2, T, 1, 1), 7, 0).micro_batches(0)[0].tokens.shape == (2, T + 1)
-        with pytest.raises(TrainingError, match=r"13 tokens = 2 samples of 5 .* the 3 of one step; .* to 10 and batch.micro_batch_size to 2,"):
+        message = r"13 tokens = 2 samples of 5 .* the 3 of one step; .* to 10 and batch.micro_batch_size to 2,"
+        with pytest.raises(TrainingError, match=message):
             loader_of(val, BatchPlan(3, T, 1, 1), 7, 0)
 
 
