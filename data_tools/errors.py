@@ -1,9 +1,12 @@
 """The errors that a user can cause, used by every stage."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+PROJECT = "gpt2-pipeline"
 
 
 class UserError(Exception):
@@ -26,6 +29,19 @@ def json_type(value: object) -> str:
         return "true or false" if isinstance(value, bool) else "a number"
     names = {type(None): "null", str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), f"a {type(value).__name__}")
+
+
+def install_command(extra: str = "") -> str:
+    """Return the shell command that installs this project with an extra. It works in every folder.
+
+    A checkout installs itself with the tested versions, and an installed package is installed again with the extra.
+    """
+    name = f"[{extra}]" if extra else ""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "setup.py").is_file():
+        return f"python -m pip install {shlex.quote(PROJECT + name)}"
+    constraints = shlex.quote(str(root / "constraints.txt"))
+    return f"python -m pip install -c {constraints} -e {shlex.quote(str(root) + name)}"
 
 
 @contextmanager

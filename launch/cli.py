@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import logging
 import math
 import os
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, TextIO, TypeVar, get_args
 
 from data_tools.errors import DataError, UserError
 from pipeline.config.schema import Device
@@ -18,6 +19,30 @@ from pipeline.distributed.environment import launched_rank, launched_world_size
 from pipeline.errors import Interrupted, LostRankError
 
 _T = TypeVar("_T")
+
+
+class _StoreEveryValue(argparse.Action):
+    """Stores the value of an option. No value is dropped if the option is repeated.
+
+    An option with several values collects the values of all occurrences. Any other option is refused the second time.
+    """
+
+    was_given = False  # in the command line that is being parsed
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Store the values of one occurrence."""
+        if self.was_given and self.nargs not in ("+", "*"):
+            raise argparse.ArgumentError(self, "is given more than once; give it once")
+        if self.was_given:
+            values = [*getattr(namespace, self.dest), *values]
+        self.was_given = True
+        setattr(namespace, self.dest, values)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -31,6 +56,14 @@ class ArgumentParser(argparse.ArgumentParser):
             allow_abbrev=False,
             **options,  # argparse passes these options when it creates a sub-command
         )
+        self.register("action", None, _StoreEveryValue)
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        """Parse a command line, as ``parse_args`` and parsers with sub-commands do."""
+        for action in self._actions:
+            if isinstance(action, _StoreEveryValue):
+                action.was_given = False
+        return super().parse_known_args(*arguments, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -44,7 +77,6 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         nargs="+",
-        action="extend",
         default=[],
         metavar="SECTION.KEY=VALUE",
         help="values that win over all files, such as schedule.max_steps=100",
@@ -81,17 +113,31 @@ def _option_type(parse: Callable[[str], _T], is_valid: Callable[[_T], bool], exp
     return parse_option
 
 
+def _valid_text(text: str) -> str:
+    text.encode()  # bytes that are not valid in the locale's encoding arrive as characters that UTF-8 cannot encode
+    return text
+
+
 positive_int = _option_type(int, lambda value: value >= 1, "a whole number from 1")
 non_negative_float = _option_type(float, lambda value: 0 <= value < math.inf, "a number from 0")
 probability = _option_type(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
-non_empty_text = _option_type(str, bool, "at least one character")
+non_empty_text = _option_type(_valid_text, bool, "at least one character of valid text")
+
+
+class _PipeHandler(logging.StreamHandler[TextIO]):
+    """Writes log lines until the reader of a pipe is gone. Training goes on without the reader."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Ignore that the reader is gone, and print any other error."""
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(record)
 
 
 def start_logging() -> None:
     """Log plain lines to standard output on rank 0. The other ranks only log errors."""
     rank = launched_rank()
     prefix = f"[rank {rank}] " if rank else ""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _PipeHandler(sys.stdout)
     handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     for package in ("pipeline", "data_tools", "launch"):
         logger = logging.getLogger(package)
@@ -102,14 +148,22 @@ def start_logging() -> None:
 def run_command(command: Callable[[], object]) -> NoReturn:
     """Run a command and exit: with 0 if it succeeds, else with the ``exit_status`` of its error.
 
-    2 is a mistake or a run that cannot continue, 3 a lost rank, and 128 + n a stop by signal n.
+    2 is a mistake or a run that cannot continue, 3 a lost rank, and 128 + n a stop by signal n. A command whose reader
+    is gone, such as ``head``, ends without a message and with the status of SIGPIPE.
     """
     status = 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # in tests it may be another kind of stream
+            stream.reconfigure(errors="backslashreplace")
     # Freeing DDP's reducer waits for gloo's threads, one of which may wait for the GIL. So nothing is freed before the
     # process ends: neither what the command returns, nor what an error's traceback refers to.
     kept: list[object] = []
     try:
         kept.append(command())
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BrokenPipeError:
+        status = 128 + signal.SIGPIPE
     except UserError as error:
         kept.append(error)
         # All ranks raise the same error, except for these two errors, which can differ between ranks.
@@ -124,7 +178,18 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     except KeyboardInterrupt:
         _print_line("error: interrupted")
         status = 128 + signal.SIGINT
-    _exit(status)
+    _exit(_flush_stdout(status))
+
+
+def _flush_stdout(status: int) -> int:
+    """Write what standard output still holds. Returns the status, or that of SIGPIPE if the reader is gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more when it ends, and would print another error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return status
 
 
 def _exit(status: int) -> NoReturn:
@@ -142,4 +207,5 @@ def _exit(status: int) -> NoReturn:
 
 
 def _print_line(message: str) -> None:
-    print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
+    with suppress(BrokenPipeError):
+        print(" ".join(message.splitlines()), file=sys.stderr, flush=True)

@@ -31,7 +31,6 @@ def main() -> None:
     parser.add_argument(
         "--data",
         nargs="+",
-        action="extend",
         default=[],
         type=_task_and_path,
         metavar="TASK=PATH",

@@ -117,7 +117,6 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split-of",
         nargs="+",
-        action="extend",
         default=[],
         type=_name_and_split,
         metavar="NAME=SPLIT",
@@ -201,9 +200,7 @@ class ProgressLines:
 
 def printable(text: str) -> str:
     """Return text with control characters as escapes, so that a terminal ignores them. Keep line breaks and tabs."""
-    escaped = (c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    encoding = sys.stdout.encoding or "utf-8"
-    return "".join(escaped).encode(encoding, "backslashreplace").decode(encoding)
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

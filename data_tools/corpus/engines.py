@@ -14,7 +14,7 @@ from data_tools.corpus.chunks import Chunk, ChunkRecord
 from data_tools.corpus.parallel import unordered_map
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.worker import Job, Report
-from data_tools.errors import DataError
+from data_tools.errors import DataError, install_command
 from data_tools.sources.files import describe_error
 from data_tools.threads import available_cores
 
@@ -90,7 +90,7 @@ def _ray_cluster(request: TokenizeRequest) -> Iterator[Any]:
     try:
         import ray
     except ImportError as error:
-        raise DataError("--engine ray needs Ray: pip install 'gpt2-pipeline[cluster]'") from error
+        raise DataError(f"--engine ray needs Ray: {install_command('cluster')}") from error
     if request.ray_address is not None:
         _check_reachable(request.ray_address)
     address = request.ray_address or "local"  # "local" always starts a new cluster

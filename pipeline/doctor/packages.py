@@ -7,10 +7,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from data_tools.errors import PROJECT, install_command
 from pipeline.doctor.findings import Finding
 
-PROJECT = "gpt2-pipeline"
-INSTALL = "python -m pip install -c constraints.txt -e ."
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 DEVELOPMENT_EXTRAS = ("test", "lint")
 
@@ -20,7 +19,7 @@ def check_packages() -> list[Finding]:
     try:
         project = distribution(PROJECT)
     except PackageNotFoundError:
-        return [Finding("packages", "problem", f"{PROJECT} is not installed in this environment", INSTALL)]
+        return [Finding("packages", "problem", f"{PROJECT} is not installed in this environment", install_command())]
     return [_check_python(project), _check_required(project), _check_tested(), *_check_extras(project)]
 
 
@@ -34,7 +33,7 @@ def _check_python(project: Distribution) -> Finding:
 
 def _check_required(project: Distribution) -> Finding:
     if faults := _faults(requirements(project, extra="")):
-        return Finding("packages", "problem", "; ".join(faults), INSTALL)
+        return Finding("packages", "problem", "; ".join(faults), install_command())
     main = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "numpy"))
     return Finding("packages", "ok", main)
 
@@ -50,7 +49,7 @@ def _check_tested() -> Finding:
     if not faults:
         return Finding("tested versions", "ok", "all packages are as in constraints.txt")
     shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
-    return Finding("tested versions", "note", f"not those of constraints.txt: {shown}", INSTALL)
+    return Finding("tested versions", "note", f"not those of constraints.txt: {shown}", install_command())
 
 
 def _check_extras(project: Distribution) -> Iterator[Finding]:
@@ -58,8 +57,7 @@ def _check_extras(project: Distribution) -> Iterator[Finding]:
         if extra in DEVELOPMENT_EXTRAS:
             continue
         if faults := _faults(requirements(project, extra)):
-            cure = f"python -m pip install -c constraints.txt -e '.[{extra}]'"
-            yield Finding(f"extra {extra}", "note", f"not complete: {'; '.join(faults)}", cure)
+            yield Finding(f"extra {extra}", "note", f"not complete: {'; '.join(faults)}", install_command(extra))
         else:
             yield Finding(f"extra {extra}", "ok", "installed")
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from data_tools.errors import install_command
 from pipeline.config.schema import Config
 from pipeline.distributed.device import GIB
 from pipeline.errors import ConfigError
@@ -64,7 +65,7 @@ def draw_world_sizes(path: Path, configs: dict[str, Config], device: Device, *, 
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install -c constraints.txt -e '.[plots]'") from None
+        raise ConfigError(f"--plot needs matplotlib: {install_command('plots')}") from None
     figure = Figure(figsize=(12, 5), layout="constrained")
     FigureCanvasAgg(figure)
     memory, speed = figure.subplots(1, 2)

@@ -5,6 +5,7 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 
+from data_tools.errors import install_command
 from data_tools.storage.atomic import write_bytes_durably
 from pipeline.errors import ReportError
 from pipeline.report import colours
@@ -47,7 +48,7 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
     try:
         from pipeline.report.drawing import draw  # imports matplotlib, which is optional
     except ImportError as error:
-        raise ReportError(f"a report needs matplotlib ({error}): pip install 'gpt2-pipeline[plots]'") from error
+        raise ReportError(f"a report needs matplotlib ({error}): {install_command('plots')}") from error
     runs = read_runs(run_folders)
     pictures = [draw(chart) for chart in charts_of(runs)]
     now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")

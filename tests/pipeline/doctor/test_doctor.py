@@ -18,7 +18,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, install_command
 from pipeline.doctor import communication, machine, packages
 from pipeline.doctor.findings import Finding, findings_as_json, format_findings, has_problem
 from tests.support.runs import REPOSITORY
@@ -77,13 +77,13 @@ class TestPackages:
 
     def test_a_wrong_version_is_a_problem(self, project: Any) -> None:
         finding = found(packages.check_packages(), "packages")
-        assert finding.level == "problem" and finding.cure == packages.INSTALL
+        assert finding.level == "problem" and finding.cure == install_command()
         assert finding.says == f"torch is {torch.__version__}, wanted >=99"
 
     def test_a_missing_extra_is_a_note(self, project: Any) -> None:
         finding = found(packages.check_packages(), "extra plots")
         assert (finding.level, finding.says) == ("note", "not complete: no-such-package is not installed")
-        assert finding.cure.endswith("-e '.[plots]'")
+        assert finding.cure == install_command("plots")
         assert not [f for f in packages.check_packages() if f.subject == "extra test"]
 
     def test_an_old_python(self, project: Any) -> None:
@@ -96,7 +96,7 @@ class TestPackages:
 
         monkeypatch.setattr(packages, "distribution", missing)
         (finding,) = packages.check_packages()
-        assert finding.level == "problem" and finding.cure == packages.INSTALL
+        assert finding.level == "problem" and finding.cure == install_command()
 
     def test_another_version_than_the_tested_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         constraints = tmp_path / "constraints.txt"

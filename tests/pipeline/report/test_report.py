@@ -252,7 +252,7 @@ class TestWriting:
     def test_without_matplotlib(self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, "pipeline.report.drawing", raising=False)
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-        with pytest.raises(ReportError, match=r"a report needs matplotlib .* pip install 'gpt2-pipeline\[plots\]'"):
+        with pytest.raises(ReportError, match=r"a report needs matplotlib .*: python -m pip install .*\[plots\]"):
             write_report([run], tmp_path / "out")
 
 

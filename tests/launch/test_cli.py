@@ -1,0 +1,123 @@
+"""All commands parse repeated options alike, and survive a terminal without UTF-8 and a pipe without a reader."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from data_tools.errors import UserError
+from launch import doctor, evaluate, export, generate, plan, report, run, shards, train
+from launch.cli import ArgumentParser, add_config_options
+from launch.tokenize_corpus import build_parser
+from tests.support.runs import REPOSITORY, child_environment
+
+
+def parser() -> ArgumentParser:
+    made = ArgumentParser(description="", example="")
+    add_config_options(made)
+    made.add_argument("--tasks", nargs="+", default=["validation"])
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--json", action="store_true")
+    return made
+
+
+def test_every_value_of_a_repeated_option_counts() -> None:
+    line = "--config a.json b.json --config c.json --tasks x --tasks y --set k=1 --set l=2 m=3"
+    parsed = parser().parse_args(line.split())
+    assert (parsed.config, parsed.tasks, parsed.set) == (
+        ["a.json", "b.json", "c.json"],
+        ["x", "y"],
+        ["k=1", "l=2", "m=3"],
+    )
+
+
+def test_a_parser_forgets_the_previous_command_line() -> None:
+    used = parser()
+    for _ in range(2):
+        assert used.parse_args(["--config", "a.json", "--seed", "1"]).config == ["a.json"]
+    assert used.parse_args(["--config", "a.json"]).tasks == ["validation"]
+
+
+def test_a_single_value_given_twice_is_refused() -> None:
+    for second in ("--seed 0", "--seed=3"):
+        with pytest.raises(UserError, match="argument --seed: is given more than once; give it once"):
+            parser().parse_args(["--config", "a", "--seed", "0", *second.split()])
+
+
+class Caught(Exception):
+    """Ends a command once its parser is complete."""
+
+
+@pytest.mark.parametrize("command", [train, evaluate, generate, export, plan, report, run, doctor, shards])
+def test_every_command_has_this_parser(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No command has an option that would drop a repeated value."""
+
+    def check(self: argparse.ArgumentParser, *_arguments: Any, **_options: Any) -> None:
+        assert isinstance(self, ArgumentParser)
+        check_options(self)
+        raise Caught
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", check)
+    with pytest.raises(Caught):
+        command.main()
+
+
+def test_stage_1_has_this_parser() -> None:
+    check_options(build_parser())
+
+
+def check_options(checked: argparse.ArgumentParser) -> None:
+    for action in checked._actions:
+        assert not isinstance(action, argparse._StoreAction), action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for sub_command in action.choices.values():
+                check_options(sub_command)
+
+
+def start(code: str, **environment: str) -> subprocess.Popen[bytes]:
+    """Start a command whose body is ``code``."""
+    script = (
+        f"import logging\nfrom launch.cli import run_command, start_logging\ndef main():\n    {code}\nrun_command(main)"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY,
+        env={**child_environment(), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["[print(i) for i in range(10**5)]", "print('short')", "print('x' * 10**6)\n    raise SystemExit(1)"],
+    ids=["while_printing", "at_the_end", "with_a_status"],
+)
+def test_a_pipe_without_a_reader_ends_a_command_quietly(code: str) -> None:
+    process = start(code)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
+def test_log_lines_without_a_reader_do_not_end_a_run() -> None:
+    process = start(
+        "start_logging(); logging.getLogger('pipeline').info('lost'); import sys; print('on', file=sys.stderr)"
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b"on\n"
+    process.wait()
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped() -> None:
+    code = "start_logging(); logging.getLogger('pipeline').info('caf\\xe9'); print('\\u4f60')"
+    process = start(code, PYTHONIOENCODING="ascii")
+    out, errors = process.communicate()
+    assert (errors, process.returncode) == (b"", 0)
+    assert out == b"caf\\xe9\n\\u4f60\n"
