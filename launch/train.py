@@ -1,5 +1,7 @@
 """Stage 2: train a run. Start it with python for one process, and with torchrun or deepspeed for several."""
 
+import json
+
 from launch.cli import ArgumentParser, add_config_options, positive_int, run_command, start_logging
 from pipeline.config.loading import load_config
 
@@ -17,6 +19,12 @@ def main() -> object:
         help="the checkpoint to resume from; short for --set checkpoint.resume=... (default: auto)",
     )
     parser.add_argument(
+        "--init-from",
+        metavar="PATH",
+        help="start a new run from the weights of a run, a checkpoint, a Hugging Face folder or a file of nanoGPT; "
+        "short for --set checkpoint.init_from=...",
+    )
+    parser.add_argument(
         "--profile",
         nargs="?",
         const=3,
@@ -30,6 +38,8 @@ def main() -> object:
     overrides = list(arguments.set)
     if arguments.resume is not None:
         overrides.append(f"checkpoint.resume={arguments.resume}")
+    if arguments.init_from is not None:
+        overrides.append(f"checkpoint.init_from={json.dumps(arguments.init_from)}")
     if arguments.profile is not None:
         overrides.append(f"logging.profile_steps={arguments.profile}")
     config = load_config(arguments.config, overrides, arguments.deepspeed)

@@ -95,7 +95,7 @@ def runnable_commands(page: str) -> list[str]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RankServer]:
     """Return a folder with the contents of a checkout and the quickstart's data; commands write into it."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("launch", "ds_configs", "README.md"):
+    for name in ("launch", "ds_configs", "docs", "README.md"):
         (folder / name).symlink_to(REPOSITORY / name)
     prepared = folder, RankServer(folder, child_environment())
     run(

@@ -45,13 +45,13 @@ ROOMS: dict[str, str] = {
     "pipeline.checkpoint": "errors config run_folder distributed model backends",
     "pipeline.evaluation": "errors config run_folder distributed model data backends checkpoint",
     "pipeline.generation": "errors seeds config distributed model backends checkpoint",
+    "pipeline.report": "errors config run_folder evaluation",
+    "pipeline.interop": "errors config run_folder model checkpoint report",
     "pipeline.training": (
-        "errors seeds config run_folder distributed model data backends checkpoint evaluation generation"
+        "errors seeds config run_folder distributed model data backends checkpoint evaluation generation interop"
     ),
     "pipeline.planning": "errors config distributed model data",
-    "pipeline.report": "errors config run_folder evaluation",
     "pipeline.doctor": "config distributed model backends",
-    "pipeline.interop": "errors config run_folder model checkpoint report",
 }
 
 

@@ -18,6 +18,8 @@ from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import GPT2, allocate_model
 from pipeline.run_folder.layout import run_folder_of
 
+_POSITIONS = "wpe.weight"
+
 
 def load_training_state(folder: Path, backend: Backend) -> TrainingState:
     """Copy a checkpoint into this rank's weights and moments, and restore AdamW's step count and the loss scale.
@@ -65,9 +67,10 @@ def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
     stored = manifest["parameters"]
     for name in [*shapes, *stored]:
         if shapes.get(name) != stored.get(name):
+            context = ", with --init-from for these weights in another context" if name == _POSITIONS else ""
             raise CheckpointError(
                 f"{folder}: belongs to another model: {name} has shape {stored.get(name, 'none')} there "
-                f"and {shapes.get(name, 'none')} here; use the run's own config, or another run.out_dir"
+                f"and {shapes.get(name, 'none')} here; use the run's own config, or another run.out_dir{context}"
             )
     return index_pieces(folder, manifest)
 

@@ -326,9 +326,24 @@ class CheckpointConfig(Section):
         description="`auto` resumes from the run's newest good checkpoint, `none` starts from scratch, and a path "
         "resumes from this checkpoint.",
     )
+    init_from: NonEmptyText | None = Field(
+        None,
+        description="Weights to start a new run from: a run folder, a checkpoint, a Hugging Face folder, or a file of "
+        "nanoGPT. The step, the moments, the schedule and the data start from the beginning. Not read once the run has "
+        "checkpoints of its own.",
+    )
     asynchronous: bool = Field(
         True, description="Copy the state to host memory and write the copy while training continues."
     )
+
+    @model_validator(mode="after")
+    def _check_one_start(self) -> CheckpointConfig:
+        if self.init_from is not None and self.resume not in ("auto", "none"):
+            raise ValueError(
+                f"resume ({self.resume}) and init_from ({self.init_from}) are both given; resume continues a run, "
+                "init_from starts a new one from weights alone: set one of them"
+            )
+        return self
 
 
 class GuardConfig(Section):

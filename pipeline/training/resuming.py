@@ -53,6 +53,7 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
             set_aside_after(run_folder, -1)  # all checkpoints are damaged, otherwise the run would resume from one
             return None
         state, stored_config = read_state(start)
+        _check_same_origin(config, start, stored_config)
         _check_same_run(config, data_sha256, start, state, stored_config)
         if state.step < config.schedule.max_steps:
             set_aside_after(run_folder, state.step, start)
@@ -93,6 +94,17 @@ def _find_named_start(run_folder: Path, named: Path) -> Path:
     return start
 
 
+def _check_same_origin(config: Config, folder: Path, stored_config: dict[str, Any]) -> None:
+    """Check that ``checkpoint.init_from``, if it is given, is where the run in this folder has started from."""
+    given, stored = config.checkpoint.init_from, config_section(stored_config, "checkpoint").get("init_from")
+    if given is None or (isinstance(stored, str) and Path(given).resolve() == Path(stored).resolve()):
+        return
+    raise CheckpointError(
+        f"{folder}: belongs to a run that started from {stored or 'random weights'}, and checkpoint.init_from is "
+        f"{given}; use another run.out_dir to start from these weights, or leave init_from out to continue"
+    )
+
+
 def _check_same_run(
     config: Config, data_sha256: str, folder: Path, state: TrainingState, stored_config: dict[str, Any]
 ) -> None:
@@ -112,7 +124,7 @@ def _check_same_run(
             stored, now = ("null" if value is None else value for value in (stored, now))
             raise CheckpointError(
                 f"{folder}: was trained with {key} {stored}, now it is {now}: the {changed} would change; "
-                f"set {key} to {stored}, or use another run.out_dir"
+                f"set {key} to {stored}, or {_start_from(folder)}"
             )
     if state.samples and state.data_sha256 not in (None, data_sha256):
         key, change = "data.path", f"{config.data.path} now holds (its manifest has changed)"
@@ -120,8 +132,12 @@ def _check_same_run(
             key, change = "data.mixture", "data.mixture now has (a manifest, a weight or their order has changed)"
         raise CheckpointError(
             f"{folder}: was trained on other data than {change}; "
-            f"set {key} to the data it was trained on, or use another run.out_dir"
+            f"set {key} to the data it was trained on, or {_start_from(folder)}"
         )
+
+
+def _start_from(folder: Path) -> str:
+    return f"start a new run from its weights with --init-from {folder} and another run.out_dir"
 
 
 def load_start(start: Path | None, config: Config, data_sha256: str, backend: Backend, world: World) -> TrainingState:

@@ -3,6 +3,7 @@
 import logging
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from pipeline.backends import create_backend
 from pipeline.checkpoint.state import read_state
@@ -19,6 +20,7 @@ from pipeline.evaluation.run import prepare_tasks
 from pipeline.model.attention import fastest_kernel
 from pipeline.model.gpt2 import build_model, flops_per_token, parameter_count
 from pipeline.run_folder.lock import lock_run_folder
+from pipeline.training.initial_weights import find_initial_weights, load_initial_weights
 from pipeline.training.resuming import choose_start, load_start, make_run_folder
 from pipeline.training.throughput import ThroughputMeter
 from pipeline.training.trainer import Trainer
@@ -76,6 +78,9 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
             config.schedule.max_steps,
         )
         return None
+    weights: Path | None = None
+    if start is None and (init_from := config.checkpoint.init_from) is not None:
+        weights = world.call_on_main(lambda: find_initial_weights(init_from, config.model))
     if config.data.verify:
         verify_datasets(datasets, world)
     tasks = prepare_tasks(config, world)
@@ -87,10 +92,12 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     config = choose_compilation(config, world, throughput.ideal_step_s * config.schedule.max_steps)
     queries = (plan.micro_batch_size, config.model.n_head, config.seq_len, config.model.n_embd // config.model.n_head)
     kernel = resources.enter_context(fastest_kernel(world.device, dtype, queries, config.model.dropout))
-    backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
+    model = build_model(config.model, config.run.seed)
+    origin = load_initial_weights(weights, model) if weights else None
+    backend = create_backend(model, config, world, plan)
     backend.model.assert_tied()
     state = load_start(start, config, sha256, backend, world)
-    trainer = Trainer(config, world, backend, loader, throughput, state, tasks)
+    trainer = Trainer(config, world, backend, loader, throughput, state, tasks, origin)
     _log_settings(trainer, kernel, start)
     return trainer
 
@@ -135,7 +142,16 @@ def _log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -
     log.info("compile   %s", "on" if config.run.compile else "off")
     log.info("attention %s", attention_kernel)
     log.info("ceiling   %.3g FLOP/s in matrix products, measured (MFU 100%%)", trainer.throughput.ceiling_flops)
-    log.info("start     %s", f"continues {start}" if start else "from scratch")
+    log.info("start     %s", _describe_start(start, trainer.origin))
+
+
+def _describe_start(start: Path | None, origin: dict[str, Any] | None) -> str:
+    if start:
+        return f"continues {start}"
+    if origin is None:
+        return "from scratch"
+    step = "" if origin["step"] is None else f" (step {origin['step']} there)"
+    return f"step 0 with the weights of {origin['path']}{step}; moments of zero"
 
 
 def _log_masks(trainer: Trainer) -> None:

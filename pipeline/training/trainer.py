@@ -58,8 +58,10 @@ class Trainer:
         throughput: ThroughputMeter,
         state: TrainingState,
         tasks: Mapping[str, PreparedTask],
+        origin: dict[str, Any] | None = None,
     ) -> None:
         self.config = config
+        self.origin = origin
         self.world = world
         self.backend = backend
         self.plan = loader.plan
@@ -145,6 +147,7 @@ class Trainer:
             "world_size": self.world.size,
             "device": device_name(self.world.device),
             "parameters": parameter_count(self.config.model),
+            **({} if self.origin is None else {"init_from": self.origin}),
         }
         self.record.write({"step": self.state.step, "started": started}, console=False)
 

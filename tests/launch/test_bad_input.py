@@ -314,6 +314,37 @@ CHECKPOINT_CASES = [
     settings(
         "resume_of_another_model", "run.out_dir=trained schedule.max_steps=2 model.n_layer=2", "h.1.", "own config"
     ),
+    command(
+        "weights_from_nowhere",
+        "train.py --config good.json --init-from nowhere",
+        "nowhere: no such file or folder",
+        "expected a run folder, a checkpoint, a Hugging Face folder",
+    ),
+    command(
+        "weights_of_another_size",
+        "train.py --config good.json --init-from trained --set model.n_head=4",
+        "have n_head 2, and this run's model has n_head 4",
+        "add --set model.n_head=2",
+    ),
+    command(
+        "weights_that_are_damaged",
+        f"train.py --config good.json --init-from damaged/{STEP}",
+        "rank_00000_weights.safetensors: contents changed",
+        "give another checkpoint",
+    ),
+    command(
+        "weights_into_a_used_folder",
+        "train.py --config good.json --init-from damaged --set run.out_dir=trained schedule.max_steps=2",
+        "belongs to a run that started from random weights",
+        "use another run.out_dir to start from these weights",
+    ),
+    settings(
+        "resume_and_weights",
+        "checkpoint.init_from=trained checkpoint.resume=trained",
+        "resume (trained) and init_from (trained) are both given",
+        "set one of them",
+        "run.py",
+    ),
     settings("resume_with_another_seed", "run.out_dir=trained run.seed=5", "run.seed 1337, now it is 5", "to 1337, or"),
     command(
         "resume_of_a_damaged_one",

@@ -43,6 +43,8 @@ from pipeline.interop.hugging_face.tokenizer_files import VOCABULARY_FILE, descr
 log = logging.getLogger(__name__)
 
 _PICKLED_FILE = "pytorch_model.bin"
+_WEIGHT_FILES = (WEIGHTS_FILE, _PICKLED_FILE)
+_INDEX_ENDING = ".index.json"
 
 # The files to download. The second list is used if the hub does not have the files of the first list.
 _WEIGHT_PATTERNS = (["model*.safetensors", "model.safetensors.index.json"], ["pytorch_model*.bin*"])
@@ -99,6 +101,11 @@ def read_folder(folder: Path) -> ForeignModel:
     return ForeignModel(stored.model_copy(update={"vocab_size": rows}), weights, notes)
 
 
+def has_model(folder: Path) -> bool:
+    """Return whether a folder has files with the names of a Hugging Face model's weights."""
+    return any((folder / f"{name}{ending}").is_file() for name in _WEIGHT_FILES for ending in ("", _INDEX_ENDING))
+
+
 def find_folder(source: str) -> Path:
     """Return ``source`` if it is a local folder. Otherwise download the model from the hub and return its folder.
 
@@ -145,10 +152,10 @@ def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 def _weight_files(folder: Path) -> list[Path]:
     """Return the files that contain the weights. If the folder has both formats, return the safetensors files."""
-    for name in (WEIGHTS_FILE, _PICKLED_FILE):
+    for name in _WEIGHT_FILES:
         if (folder / name).is_file():
             return [folder / name]
-        index = folder / f"{name}.index.json"
+        index = folder / f"{name}{_INDEX_ENDING}"
         if index.is_file():
             return _indexed_files(index)
     raise CheckpointError(f"{folder}: holds neither {WEIGHTS_FILE} nor {_PICKLED_FILE}, nor an index of several")

@@ -84,6 +84,7 @@ def _training(state: TrainingState, config: Config) -> str:
     optimizer, schedule = config.optimizer, config.schedule
     settings = {
         "data": ", ".join(component.path for component in config.data.components),
+        **({"initial weights": config.checkpoint.init_from} if config.checkpoint.init_from else {}),
         "tokens per step": f"{config.batch.tokens_per_step:,}",
         "optimizer": f"AdamW, learning rate {optimizer.learning_rate:g}, betas {optimizer.betas}, "
         f"weight decay {optimizer.weight_decay:g}, clipping {optimizer.grad_clip:g}",

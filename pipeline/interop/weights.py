@@ -1,0 +1,68 @@
+"""Open the weights of a checkpoint of any program: ours, a Hugging Face folder, or a file of nanoGPT."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from pipeline.checkpoint.layout import STATE_FILE, is_checkpoint, list_checkpoints
+from pipeline.checkpoint.loading import index_for_model, read_parameter
+from pipeline.checkpoint.pieces import WEIGHT
+from pipeline.checkpoint.state import read_state
+from pipeline.checkpoint.verification import locate_checkpoint
+from pipeline.config.loading import config_from_json
+from pipeline.config.schema import ModelConfig
+from pipeline.errors import CheckpointError
+from pipeline.interop.foreign import ForeignModel, model_shapes
+from pipeline.interop.hugging_face.importing import has_model, read_folder
+from pipeline.interop.nanogpt import read_nanogpt_model
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Weights that can be read one parameter at a time."""
+
+    path: Path  # a checkpoint folder, a Hugging Face folder, or a file
+    step: int | None  # of the run that wrote the weights; None if the source does not say
+    config: ModelConfig
+    notes: list[str]  # for the user, about what was translated
+    read: Callable[[str], Tensor]  # canonical name -> parameter in fp32 with padding rows
+
+
+def locate_weights(path: Path) -> Path:
+    """Return the path that ``open_weights`` takes: the newest good checkpoint of a run folder, else the path itself.
+
+    Raises:
+        CheckpointError: the path holds no weights, or its checkpoint is damaged.
+    """
+    if path.is_file() or (has_model(path) and not is_checkpoint(path) and not list_checkpoints(path)):
+        return path
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: no such file or folder; expected a run folder, a checkpoint, a Hugging Face folder, or a file of "
+            "nanoGPT (import a model on the hub with launch/export.py --from-hf first)"
+        )
+    return locate_checkpoint(path)
+
+
+def open_weights(path: Path) -> WeightSource:
+    """Open the weights at a path that ``locate_weights`` returned. Hashes are not verified again.
+
+    Raises:
+        CheckpointError: the weights cannot be read, or belong to another kind of model.
+        ConfigError: the model's config is not valid for this program.
+    """
+    if path.is_file():
+        return _from_foreign_model(path, read_nanogpt_model(path))
+    if not is_checkpoint(path):
+        return _from_foreign_model(path, read_folder(path))
+    state, stored = read_state(path)
+    config = config_from_json(stored, origin=str(path / STATE_FILE)).model
+    shapes = model_shapes(config)
+    pieces = index_for_model(path, shapes)[WEIGHT]
+    return WeightSource(path, state.step, config, [], lambda name: read_parameter(shapes[name], pieces[name]))
+
+
+def _from_foreign_model(path: Path, model: ForeignModel) -> WeightSource:
+    return WeightSource(path, None, model.config, model.notes, model.read)

@@ -1,0 +1,86 @@
+"""Start a new run from the weights of another one (``checkpoint.init_from``): step 0, zero moments, any data."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config.schema import ModelConfig
+from pipeline.errors import CheckpointError
+from pipeline.interop.weights import WeightSource, locate_weights, open_weights
+from pipeline.model.gpt2 import GPT2
+
+log = logging.getLogger(__name__)
+
+_SIZES = ("n_layer", "n_head", "n_embd", "vocab_size")  # context_length may differ
+_POSITIONS = "wpe.weight"
+
+
+def find_initial_weights(init_from: str, model: ModelConfig) -> Path:
+    """Return the path of the weights for ``load_initial_weights``. For the main rank: it verifies hashes.
+
+    Raises:
+        CheckpointError: there are no weights, they are damaged, or their sizes differ from the model's.
+        ConfigError: the config of the weights is not valid for this program.
+    """
+    path = locate_weights(Path(init_from))
+    _require_same_sizes(open_weights(path), model)
+    return path
+
+
+def load_initial_weights(path: Path, model: GPT2) -> dict[str, Any]:
+    """Copy weights into a model on the CPU, before a backend distributes it, and log what changes.
+
+    Every rank calls this function, so every backend starts with the same weights at every world size.
+
+    Returns:
+        A description of the weights for the record of the run: path and step.
+
+    Raises:
+        CheckpointError: the weights cannot be read.
+    """
+    source = open_weights(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            stored = source.read(name)
+            parameter.copy_(fit_positions(stored, len(parameter)) if name == _POSITIONS else stored)
+    for note in [*source.notes, *_describe_changes(source.config, model.config)]:
+        log.info("weights   %s", note)
+    return {"path": str(path.resolve()), "step": source.step}
+
+
+def fit_positions(stored: Tensor, rows: int) -> Tensor:
+    """Return position embeddings for a context of ``rows`` tokens, (rows, C).
+
+    A shorter context keeps the first positions. A longer one repeats them: position i starts as the stored position
+    i mod n, so that texts that fit the old context are seen as before (Beltagy et al. 2020, section 5, for Longformer).
+    """
+    return stored[torch.arange(rows) % len(stored)]
+
+
+def _require_same_sizes(source: WeightSource, model: ModelConfig) -> None:
+    differing = [key for key in _SIZES if getattr(source.config, key) != getattr(model, key)]
+    if differing:
+        there = ", ".join(f"{key} {getattr(source.config, key)}" for key in differing)
+        here = ", ".join(f"{key} {getattr(model, key)}" for key in differing)
+        cure = " ".join(f"model.{key}={getattr(source.config, key)}" for key in differing)
+        raise CheckpointError(
+            f"checkpoint.init_from: the weights in {source.path} have {there}, and this run's model has {here}; "
+            f"add --set {cure}"
+        )
+
+
+def _describe_changes(source: ModelConfig, model: ModelConfig) -> list[str]:
+    """Return one line per difference between the models that may differ."""
+    notes = []
+    there, here = source.context_length, model.context_length
+    if here < there:
+        notes.append(f"positions: the first {here} of {there} are kept")
+    if here > there:
+        notes.append(f"positions: {there} there, {here} here; position i starts as position i mod {there}")
+    for key in ("reset_positions_at", "dropout"):
+        if getattr(source, key) != getattr(model, key):
+            notes.append(f"model.{key}: {getattr(source, key)} there, {getattr(model, key)} here")
+    return notes
