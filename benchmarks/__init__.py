@@ -1,1 +1,1 @@
-"""Measure speed, memory and agreement with real runs. docs/benchmarks has the results."""
+"""Measure speed, memory and agreement with real runs. The results are in docs/benchmarks."""

@@ -1,4 +1,4 @@
-"""Compare curves of the same batch split into micro-batches and ranks in six ways.
+"""Compare the curves of runs that split the same batch into micro-batches and ranks in six ways.
 
 python -m benchmarks.accumulation      # what `make accumulation` runs
 """
@@ -26,7 +26,7 @@ def compare(
     backends: Sequence[str] = ("ddp",),
     base: Sections = TINY_RUN,
 ) -> Iterator[Agreement]:
-    """Train ``base`` with each split of the batch, in fp32; yield one comparison per run."""
+    """Train ``base`` with each split of the batch in fp32, and yield one comparison per run."""
     if masked:
         data = copy_with_masks(data, scratch / "masked_data")
 
@@ -52,7 +52,7 @@ def compare(
 
 
 def main() -> None:
-    """Print the tables; exit with a non-zero status if a run does not agree."""
+    """Print the tables. Exit with a non-zero status if a run does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--backends", nargs="+", default=["ddp", "fsdp", "zero1"])

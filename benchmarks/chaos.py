@@ -1,4 +1,4 @@
-"""Kill runs with SIGKILL at random moments and continue each under a random backend and world size.
+"""Kill runs with SIGKILL at random moments, and resume each run with a random backend and world size.
 
 python -m benchmarks.chaos --runs 60        # what `make chaos` runs
 """
@@ -33,23 +33,23 @@ from tests.support.runs import (
 )
 
 STEPS, EVERY_STEPS = 30, 5
-LONGEST_S = 14.0  # about the time from the start of a run to its last step
-IN_A_SAVE_S = 0.25  # about the time of a save
+LONGEST_S = 14.0  # the approximate time from the start of a run to its last step
+IN_A_SAVE_S = 0.25  # the approximate duration of a save
 
 _CONTINUES = re.compile(r"^start +(?:continues \S*step_(\d+)|from scratch)", re.MULTILINE)
 
 
 @dataclass
 class Outcome:
-    """What happened to one run from its start to its end."""
+    """The kills and the problems of one run from its start to its end."""
 
     number: int
     history: list[str] = field(default_factory=list)
     kills: int = 0
-    # Per kill: the steps that were logged before it and trained again, and the saves that were started and lost.
+    # For each kill: the number of logged steps that were trained again, and of saves that were started and lost.
     lost_steps: list[int] = field(default_factory=list)
     lost_saves: list[int] = field(default_factory=list)
-    loss_difference: float = 0.0  # largest over all steps from the uninterrupted run, in nats
+    loss_difference: float = 0.0  # the largest difference of any step from the uninterrupted run, in nats
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class Outcome:
         return f"run {self.number}: {', '.join(self.history)}: difference {self.loss_difference:.1e}, {verdict}"
 
     def note_continuation(self, output: str, reached: int) -> None:
-        """Record what a start continued from, if the previous start had logged ``reached`` steps."""
+        """Record the checkpoint from which a start resumed. The previous start had logged ``reached`` steps."""
         match = _CONTINUES.search(output)
         if not reached or not match:
             return
@@ -86,7 +86,7 @@ class Outcome:
 
 
 def sections_of(data: Path) -> Sections:
-    """Return the overrides of a run of a few seconds that saves every few steps."""
+    """Return the config of a run that takes a few seconds and saves every few steps."""
     return merged(
         TINY_RUN,
         {
@@ -100,7 +100,7 @@ def sections_of(data: Path) -> Sections:
 
 
 def survive(number: int, seed: int, data: Path, scratch: Path, reference: Curve) -> Outcome:
-    """Start a run, kill and continue it one to three times, let it finish, and check what it left."""
+    """Start a run, kill and resume it one to three times, let it finish, and check the result and the files."""
     chance = random.Random(f"{seed}-{number}")
     outcome = Outcome(number)
     folder = scratch / f"run-{number}"
@@ -152,7 +152,7 @@ def is_in_save_after(run: LiveRun, step: int) -> bool:
 
 
 def main() -> None:
-    """Print one line per run and a summary; exit with a non-zero status if a run has a problem."""
+    """Print one line per run and a summary. Exit with a non-zero status if a run has a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Kill stage 1 with SIGKILL at random moments, repeat it to the end, and compare the bytes.
+"""Kill the tokenize command with SIGKILL at random moments, repeat it until it is complete, and compare the bytes.
 
 python -m benchmarks.chaos_data       # what `make chaos-data` runs
 """
@@ -28,7 +28,7 @@ _TOKENIZE = str(REPOSITORY / "launch" / "tokenize_corpus.py")
 
 @dataclass
 class Outcome:
-    """What happened to one output folder from its first start to its manifest."""
+    """The kills and the problems of one output folder, from the first start to the manifest."""
 
     kills: list[tuple[float, int]] = field(default_factory=list)  # seconds after the start, finished shards by then
     problems: list[str] = field(default_factory=list)  # differences from an uninterrupted run
@@ -78,19 +78,19 @@ def finished_shards(out: Path) -> dict[Path, State]:
 
 
 def states(paths: Iterable[Path]) -> dict[Path, State]:
-    """Return the state of each file; a file with an equal state was not written again."""
+    """Return the state of each file. If the state of a file is unchanged, the file was not written again."""
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
 def interrupt(source: Path, out: Path, moments: list[float], whole: dict[str, str]) -> Outcome:
-    """Start the command and kill all its processes at each moment; then run it to its end and compare."""
+    """Start the command and kill all its processes at each moment. Then run the command to its end and compare."""
     outcome = Outcome()
     kept: dict[Path, State] = {}
     for moment in moments:
         process = start(source, out)
         try:
             process.wait(moment)
-            break  # it ended before the kill
+            break  # the command ended before the kill
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -107,7 +107,7 @@ def interrupt(source: Path, out: Path, moments: list[float], whole: dict[str, st
 
 
 def main() -> None:
-    """Print one line per folder; exit with a non-zero status if one has a problem."""
+    """Print one line per folder. Exit with a non-zero status if a folder has a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10, help="kills in all (default: %(default)s)")
     parser.add_argument("--kills-per-folder", type=int, default=3, help="at most (default: %(default)s)")

@@ -1,6 +1,6 @@
-"""Measure checkpoints of GPT-2 124M: the pause of a save, throughput of saving and loading, peak memory.
+"""Measure checkpoints of GPT-2 124M: the pause of a save, the throughput of saving and loading, and peak memory.
 
-python -m benchmarks.checkpoint_cost        # what `make checkpoint-cost` runs; alone on the machine
+python -m benchmarks.checkpoint_cost        # what `make checkpoint-cost` runs; run nothing else on the machine
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LOADED = re.compile(r"loaded \S+ in ([\d.]+) s, ([\d,]+) MB/s")
 
 @dataclass(frozen=True)
 class Measured:
-    """The metrics rows and the output of one run, and the peak resident memory of the rank that used most."""
+    """The metrics rows and the output of one run, and the peak resident memory of the rank that used most memory."""
 
     rows: list[dict[str, float]]
     output: str
@@ -48,7 +48,7 @@ class Measured:
 
 
 def measure(backend: str, processes: int, folder: Path, sections: Sections) -> Measured:
-    """Run to the end and watch the memory of the ranks."""
+    """Run to the last step, and watch the memory of the ranks."""
     with LiveRun(backend, folder, sections, processes) as run:
         peak_bytes = watch_peak_bytes(run.process)
         if run.wait():
@@ -57,7 +57,7 @@ def measure(backend: str, processes: int, folder: Path, sections: Sections) -> M
 
 
 def row_of(backend: str, processes: int, data: Path, scratch: Path) -> list[str]:
-    """Measure three runs: with a save at the end only, with saves in the middle, and continued from the latter."""
+    """Measure three runs: a run that saves only at the end, a run that also saves before, and a run that resumes."""
     base = merged(GPT2_RUN, {"data": {"path": str(data)}})
 
     def run(name: str, sections: Sections) -> Measured:

@@ -1,10 +1,11 @@
-"""Compare the speed of stage 1 with what people use today, on the same documents; ids must be identical.
+"""Compare the speed of stage 1 with other tools on the same documents. The ids of all tools must be identical.
 
 python -m benchmarks.data                       # what `make bench-data` runs
 python -m benchmarks.data --megabytes 100 --memory-megabytes 50 200
 
-Contenders run one after the other on all cores, each in its own process; the table shows medians. A whole stage is
-timed from the start of its process, or of its commands, to the end. Encoders alone are timed on documents in memory.
+Contenders run one after the other on all cores, each in a separate process. The table shows medians. The time of a
+whole stage is measured from the start of its process or commands to the end. The time of an encoder alone is measured
+on documents in memory.
 """
 
 from __future__ import annotations
@@ -53,15 +54,15 @@ class Measured:
     """The time, memory and result of one process of a contender."""
 
     seconds: float
-    peak_mb: float | None  # of all its processes, shared pages counted once; None if not measured
-    sha256: str  # of all tokens, uint16, in the order of the documents
+    peak_mb: float | None  # memory of all processes, with shared pages counted once; None if not measured
+    sha256: str  # hash of all tokens as uint16, in the order of the documents
 
 
 # --- documents
 
 
 def distinct_documents(megabytes: float) -> Iterator[str]:
-    """Yield distinct texts of this Python installation; if they are too few, again with a number in front."""
+    """Yield distinct texts of this Python installation. If there are too few, repeat texts with a number in front."""
     left = megabytes * 1e6
     for lap in itertools.count():
         seen: set[bytes] = set()
@@ -99,7 +100,7 @@ def write_inputs(folder: Path, megabytes: float) -> dict[str, Path]:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """Yield the documents as a simple program reads them."""
+    """Yield the documents of a file, read in the way of a simple program."""
     if path.suffix == ".parquet":
         for batch in pq.ParquetFile(path).iter_batches(1000, columns=["text"]):
             yield from batch.column(0).to_pylist()
@@ -109,14 +110,14 @@ def read_texts(path: Path) -> Iterator[str]:
                 yield json.loads(line)["text"]
 
 
-# --- contenders: each returns a function that reads its tokens back, and the seconds that count (None: all)
+# --- contenders: each returns a function that reads its tokens, and the measured seconds (None for the whole time)
 
 Tokens = npt.NDArray[np.uint16]
 Done = tuple[Callable[[], Tokens], float | None]
 
 
 def ours(source: Path, out: Path) -> Done:
-    """Run the commands of a user: tokenize, then verify every hash and count."""
+    """Run the commands that a user would run: tokenize, then verify every hash and count."""
     started = time.perf_counter()
     tokenize = ["tokenize_corpus.py", "--source", source.suffix[1:], "--input", str(source), "--val-fraction", "0"]
     for command in ([*tokenize, "--out", str(out)], ["shards.py", "verify", str(out)]):
@@ -222,7 +223,7 @@ CONTENDERS: dict[str, Callable[[Path, Path], Done]] = {
 
 
 def run_contender(name: str, source: Path, scratch: Path, *, watch_memory: bool = False) -> Measured:
-    """Run one process; hash its tokens after the time is taken. Watching memory slows it down."""
+    """Measure a contender in one process, then hash its tokens. Watching the memory makes the contender slower."""
     command = [sys.executable, "-m", "benchmarks.data", "--contender", name, "--input", str(source)]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         os.sync()  # so that the contender does not wait for earlier writes
@@ -238,7 +239,7 @@ def run_contender(name: str, source: Path, scratch: Path, *, watch_memory: bool 
         with ThreadPoolExecutor(1) as pool:
             is_done = threading.Event()
             peak = pool.submit(_watch_peak_mb, process.pid, is_done) if watch_memory else None
-            done = process.stdout.readline()  # printed when the work is done, before hashing
+            done = process.stdout.readline()  # the process prints a line after the work and before hashing
             seconds = time.perf_counter() - started
             is_done.set()
         result = process.stdout.readline()
@@ -259,7 +260,7 @@ def _watch_peak_mb(pid: int, is_done: threading.Event) -> float:
 
 
 def be_contender(name: str, source: Path, out: Path) -> None:
-    """Run a contender in this process and print its time, then its tokens' hash."""
+    """Run a contender in this process. Print its time, then the hash of its tokens."""
     read_back, seconds = CONTENDERS[name](source, out)
     print(json.dumps({"seconds": seconds}), flush=True)
     tokens = read_back()
@@ -267,7 +268,7 @@ def be_contender(name: str, source: Path, out: Path) -> None:
 
 
 def compare(inputs: dict[str, Path], megabytes: float, rounds: int, against: Sequence[str], scratch: Path) -> bool:
-    """Print a table per input format; return whether all ids are identical."""
+    """Print one table per input format. Returns whether all ids are identical."""
     hashes = set()
     for kind, source in inputs.items():
         medians: dict[str, float] = {}
@@ -298,7 +299,7 @@ def print_memory(sizes: Sequence[float], scratch: Path) -> None:
 
 
 def main() -> None:
-    """Print the tables; exit with a non-zero status if ids differ."""
+    """Print the tables. Exit with a non-zero status if ids differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=400, help="size of the documents (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each contender (default: %(default)s)")

@@ -2,7 +2,7 @@
 
 python -m benchmarks.evaluation --piqa FILE --lambada FILE     # what `make bench-evaluation` runs
 
-The files are JSON lines as ``launch/evaluate.py --data`` takes them. The comparison of numbers needs the extra
+The files are JSON lines in the form for ``launch/evaluate.py --data``. The comparison of numbers needs the extra
 ``harness``.
 """
 
@@ -40,11 +40,11 @@ from tests.support.tables import print_header, print_row
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 BATCH_TOKENS = 2048
-CONTEXT_WORDS, ENDING_WORDS = 55, 22  # about as in HellaSwag
+CONTEXT_WORDS, ENDING_WORDS = 55, 22  # about the lengths in HellaSwag
 
 Answers = list[tuple[int, int]]  # the choices of each example by summed and by mean loss
 
-#: Models by name; the middle one has 30 million parameters.
+#: The models by name. The second model has 30 million parameters.
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2-tiny": {"preset": "gpt2-tiny"},
     "30M": {"preset": "gpt2-tiny", "n_layer": 6, "n_head": 6, "n_embd": 384},
@@ -90,7 +90,7 @@ def scorer_of(model: GPT2, precision: str = "fp32") -> Scorer:
 
 
 def print_agreement(files: dict[str, Path], limit: int, scratch: Path) -> None:
-    """Print the agreement of both programs on the same weights and rows, example by example."""
+    """Score the same rows with the same weights in both programs, and print the agreement of the examples."""
     from benchmarks.lm_evaluation_harness import evaluate_with_harness
 
     print(f"\nAgreement with lm-evaluation-harness, the first {limit} examples, gpt2-tiny in fp32\n")
@@ -119,7 +119,7 @@ def print_agreement(files: dict[str, Path], limit: int, scratch: Path) -> None:
 
 
 def chosen(answers: Sequence[tuple[float, bool]]) -> Any:
-    """Return the most likely choice, or for a single choice whether it is the greedy continuation."""
+    """Return the most likely choice. If there is only one choice, return whether it is the greedy continuation."""
     return int(np.argmax([answer[0] for answer in answers])) if len(answers) > 1 else answers[0][1]
 
 
@@ -151,7 +151,7 @@ def like_hellaswag(texts: Sequence[str]) -> list[Example]:
 
 @torch.no_grad()
 def one_at_a_time(model: GPT2, examples: Sequence[Example], precision: str) -> Answers:
-    """Score as build-nanogpt does for HellaSwag: one example per forward pass, logits everywhere, a masked loss."""
+    """Score like build-nanogpt's HellaSwag: one example per forward pass, logits at all positions, a masked loss."""
     tokenizer, compute = load_tokenizer(), replicated_compute(model, precision, ALONE.device).eval()
     answers = []
     for example in examples:
@@ -174,7 +174,7 @@ def one_at_a_time(model: GPT2, examples: Sequence[Example], precision: str) -> A
 
 
 def together(model: GPT2, examples: Sequence[Example], precision: str, *, shared: bool = True) -> Answers:
-    """Score with our scorer, including encoding; ``shared``: the common beginning of choices is computed once."""
+    """Score with our scorer, including the encoding. If ``shared``, compute the common prefix of choices once."""
     tokenizer = load_tokenizer()
     task = ChoiceTask("", piqa, encode_apart, "tokens")
     groups = [[encode_apart(tokenizer, *pair) for pair in example.pairs] for example in examples]
@@ -199,7 +199,7 @@ def print_speed(files: dict[str, Path], models: Sequence[str], count: int, preci
     runs = [(name, data, built[name], data_sets[data]) for name in models for data in data_sets]
     loops = []
     for *_, model, examples in runs:
-        one_at_a_time(model, examples[:2], loop_precision)  # warms up
+        one_at_a_time(model, examples[:2], loop_precision)  # warm up
         loops.append(timed(one_at_a_time, model, examples, loop_precision))
     keep_freed_memory()  # as launch/evaluate.py does; the loop does not, and this cannot be undone
     for (name, data, model, examples), (slow, expected) in zip(runs, loops, strict=True):

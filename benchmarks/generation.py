@@ -1,10 +1,11 @@
-"""Compare generation with ``transformers``: tokens per second on this machine's CPU, and the greedy texts.
+"""Compare generation with ``transformers``: tokens per second on this machine's CPU, and the greedy completions.
 
-python -m benchmarks.generation      # what `make bench-generation` runs; alone on the machine
+python -m benchmarks.generation      # what `make bench-generation` runs; run nothing else on the machine
 
-Both have the same random weights of GPT-2 124M and continue the same prompts by the same number of tokens.
-``transformers`` runs in each setting that could be its best: attention by scaled_dot_product_attention or its own code,
-its growing cache, and its static cache under ``torch.compile``. The time includes prefill and excludes compilation.
+Both programs have the same random weights of GPT-2 124M, and continue the same prompts by the same number of tokens.
+``transformers`` runs in every setting that could be its fastest: with scaled_dot_product_attention or its own attention
+and a growing cache, and with its static cache under ``torch.compile``. The time includes prefill and excludes
+compilation.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from pipeline.model.gpt2 import GPT2, build_model
 from pipeline.model.packed_linear import PackedLinear, pack_linear_layers
 
 PROMPT_TOKENS = 32
-PRODUCT_ROWS = (1, 2, 4, 512)  # of one to four texts, and of a prompt
+PRODUCT_ROWS = (1, 2, 4, 512)  # one row per completion in generation, and the rows of a prompt
 ROUNDS = 3
 PRODUCT_ROUNDS = 20
 #: Name -> implementation of attention, and whether to use the static cache under torch.compile.
@@ -85,7 +86,7 @@ def print_products(model: GPT2, precision: str) -> None:
 
 
 def product_ways(layers: list[nn.Linear], rows: int, dtype: torch.dtype) -> dict[str, Product]:
-    """Return the product of nn.Linear, that of transformers' Conv1D, and ours with and without padding of rows."""
+    """Return the products of nn.Linear and transformers' Conv1D, and our product with and without padding of rows."""
     inputs = {layer.in_features: torch.randn(rows, layer.in_features).to(dtype) for layer in layers}
     transposed = {layer: layer.weight.detach().t().contiguous() for layer in layers}
     packed = {layer: PackedLinear(layer, dtype) for layer in layers}
@@ -100,7 +101,7 @@ def product_ways(layers: list[nn.Linear], rows: int, dtype: torch.dtype) -> dict
 @torch.inference_mode()
 def _median_ms(layers: list[nn.Linear], product: Product) -> float:
     times = []
-    for _ in range(2 + PRODUCT_ROUNDS):  # the first two warm up
+    for _ in range(2 + PRODUCT_ROUNDS):  # the first two rounds warm up
         start = time.perf_counter()
         for layer in layers:
             product(layer)
@@ -126,12 +127,12 @@ def own_contender(model: GPT2, dtype: torch.dtype) -> Contender:
 def their_contender(model: GPT2, dtype: torch.dtype, attention: str, compiled: bool) -> Contender:
     """Return a contender that runs ``transformers``' own ``generate`` with our weights."""
     theirs = transformers_model(model, attn_implementation=attention).to(dtype).eval()
-    theirs.generation_config.eos_token_id = None  # it does not stop, as ours
+    theirs.generation_config.eos_token_id = None  # no end of text, so that both programs generate all tokens
     options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
     if compiled:
         options["cache_implementation"] = "static"
         options["compile_config"] = CompileConfig(mode="default", fullgraph=False, dynamic=False)
-        options["compile_config"]._compile_all_devices = True  # by default it compiles on GPUs only
+        options["compile_config"]._compile_all_devices = True  # by default, transformers compiles only on GPUs
 
     def run(prompts: Texts, count: int) -> Texts:
         tokens = torch.tensor(prompts)
@@ -142,9 +143,9 @@ def their_contender(model: GPT2, dtype: torch.dtype, attention: str, compiled: b
 
 
 def print_speeds(contenders: dict[str, Contender], batch: int, count: int) -> None:
-    """Print one line per contender: its median speed, and the factor over the best of ``transformers``.
+    """Print one line per contender: its median speed, and this speed divided by the best speed of ``transformers``.
 
-    Each contender runs once to warm up. Then all run in rounds, so that a slow moment affects all of them.
+    Each contender runs once to warm up. Then all contenders run in rounds, so that a slow moment affects all of them.
     """
     generator = torch.Generator().manual_seed(0)
     prompts: Texts = torch.randint(GPT2_VOCAB_SIZE, (batch, PROMPT_TOKENS), generator=generator).tolist()

@@ -1,6 +1,6 @@
-"""Run lm-evaluation-harness (the extra ``harness``) on our weights and our rows, to compare with it.
+"""Run lm-evaluation-harness (the extra ``harness``) on our weights and our rows, to compare its scores with ours.
 
-Its tasks are unchanged; only the download of their data is replaced.
+The tasks of the harness are unchanged. Only the download of their data is replaced.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.transformers_model import transformers_model
 from pipeline.model.gpt2 import GPT2
 
-#: Our task -> the harness' name of it and the folder that defines it.
+#: Our task -> the name of the task in the harness, and the folder that defines the task.
 TASKS = {
     "piqa": ("piqa", "piqa"),
     "lambada": ("lambada_openai", "lambada"),
@@ -68,7 +68,7 @@ def evaluate_with_harness(
 
 @contextmanager
 def replaced_hub(splits: dict[str, list[dict[str, Any]]]) -> Iterator[None]:
-    """Make every load from the hub return these rows."""
+    """Make every load of a dataset from the hub return these rows."""
     data = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
 
     def load_dataset(*_: Any, split: str | None = None, **__: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Measure the data loader: batches per second, memory, a seek, and the share of a step that waits for data.
+"""Measure the data loader: batches per second, memory, a seek, and the share of the time in which training waits.
 
-python -m benchmarks.loader      # what `make bench-loader` runs; alone on the machine; about five minutes
+python -m benchmarks.loader      # what `make bench-loader` runs; run nothing else; takes about five minutes
 
-The peer is a loader like the one of build-nanogpt: it holds a whole shard in memory as int64 and slices it in order.
+The peer is a loader like build-nanogpt's loader, which keeps a whole shard in memory as int64 and slices it in order.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from tests.support.tables import print_header, print_row
 MB = 10**6
 SHARD_TOKENS = 100_000_000  # the default of build-nanogpt and of stage 1
 BATCH, SEQ_LEN, ACCUMULATION = 16, 1024, 32  # 524,288 tokens per step, as in the GPT-2 recipe
-BATCHES = SHARD_TOKENS // (BATCH * SEQ_LEN) - 1  # of one shard, without its end
+BATCHES = SHARD_TOKENS // (BATCH * SEQ_LEN) - 1  # the batches in one shard, without its end
 CPU = torch.device("cpu")
 FAR_SAMPLE, FAR_TOKENS = 10**9, 10**10
 MIXTURE = (0.5, 0.25, 0.15, 0.07, 0.03)
@@ -80,7 +80,7 @@ def our_batches(folder: Path) -> Iterator[Batch]:
 
 
 def slices_in_order(folder: Path) -> Iterator[Batch]:
-    """Load one shard after the other as a whole and yield its slices in order."""
+    """Load each whole shard and yield its slices in order."""
     length = BATCH * SEQ_LEN
     while True:
         for path in sorted(folder.glob("*.npy")):
@@ -94,7 +94,7 @@ LOADERS: dict[str, Callable[[Path], Iterator[Batch]]] = {"this loader": our_batc
 
 
 def measure_loader(name: str, folder: Path) -> list[str]:
-    """Read as many batches as one shard contains; return the cells of a table row."""
+    """Read as many batches as one shard contains. Returns the cells of a table row."""
     own_bytes, mapped_bytes = status_bytes("RssAnon"), status_bytes("RssFile")
     started = time.perf_counter()
     batches = LOADERS[name](folder)
@@ -137,7 +137,7 @@ def print_speeds(folder: Path) -> None:
 
 
 class EndlessStream:
-    """A stand-in for a token stream of any size; all tokens are zero."""
+    """A replacement for a token stream of any size, in which all tokens are zero."""
 
     has_mask = False
     split = TRAIN_SPLIT
@@ -150,7 +150,7 @@ class EndlessStream:
 
 
 def seek_ms(weights: tuple[float, ...]) -> float:
-    """Return the median time of nine to construct a loader and read the batch at ``FAR_SAMPLE``."""
+    """Construct a loader and read the batch at ``FAR_SAMPLE`` nine times. Returns the median time."""
     stream = cast(TokenStream, EndlessStream())
     times = []
     for seed in range(9):
@@ -172,18 +172,18 @@ def print_seeks() -> None:
 
 
 class Unprefetched:
-    """A replacement for the prefetcher that reads only when asked."""
+    """A replacement for the prefetcher that reads micro-batches only when they are requested."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self.loader = loader
 
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
-        """Read the micro-batches now."""
+        """Read and return the micro-batches."""
         return self.loader.micro_batches(consumed)
 
 
 def print_waits(folder: Path, scratch: Path, rounds: int) -> None:
-    """Print the wait for data in real training steps, alternating with and without reading ahead."""
+    """Print the time that real training steps wait for data. Runs with and without reading ahead alternate."""
     print("\nTraining steps of 1 x 256 tokens in fp32 on this CPU, median of alternating rounds\n")
     print_header("model", "reading ahead", "step", "of it waiting for data")
     for preset, steps in (("gpt2-tiny", 20), ("gpt2", 3)):

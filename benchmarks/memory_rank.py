@@ -1,4 +1,4 @@
-"""Train a few steps of a config's backend on random tokens and write the peak memory; for ``planned_memory``.
+"""Train a few steps with a config's backend on random tokens, and write the peak memory for ``planned_memory``.
 
 python benchmarks/memory_rank.py OUT.json --config FILE ... --set ...        # under torchrun, or alone
 """
@@ -21,11 +21,11 @@ from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.world import World, join_world
 from pipeline.model.gpt2 import build_model
 
-STEPS = 3  # moments exist from the second on, DDP's final buckets from the third
+STEPS = 3  # moments exist from the second step on, DDP's final buckets from the third step on
 
 
 def main() -> Backend:
-    """Measure and write the largest peak of all ranks. Returns the backend, which ``run_command`` keeps."""
+    """Measure and write the largest peak of all ranks. Returns the backend, which ``run_command`` keeps in memory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--config", nargs="+", required=True)
@@ -52,7 +52,7 @@ def _tiny(config: Config) -> Config:
 
 
 def _train(config: Config, world: World) -> Backend:
-    """Build the backend as a run does and train some steps."""
+    """Build the backend in the same way as a run, and train ``STEPS`` steps."""
     plan = plan_batch(config, world.size)
     backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
     shape, weight = (plan.micro_batch_size, plan.seq_len), world.size / plan.tokens_per_step

@@ -1,7 +1,7 @@
-"""Compare curves of every backend at 1 and 2 processes with single-process DDP.
+"""Compare the curves of every backend with 1 and 2 processes with the curve of single-process DDP.
 
 python -m benchmarks.parity            # 60 steps, fp32, amp_bf16 and bf16; what `make parity` runs
-python -m benchmarks.parity --compile  # the same compiled, against the uncompiled reference
+python -m benchmarks.parity --compile  # compare compiled runs with the uncompiled reference
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROCESSES = (1, 2)
 def compare(
     data: Path, scratch: Path, precisions: Sequence[str], steps: int, *, compiled: bool = False
 ) -> Iterator[Agreement]:
-    """Train each backend at each number of processes; yield one comparison with the uncompiled reference per run."""
+    """Train each backend with each number of processes. Yields one comparison with the uncompiled reference per run."""
 
     def curve(precision: str, backend: str, processes: int, compiled: bool) -> Curve:
         sections = merged(
@@ -42,7 +42,7 @@ def compare(
 
 
 def main() -> None:
-    """Print the table; exit with a non-zero status if a run does not agree."""
+    """Print the table. Exit with a non-zero status if a run does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "amp_bf16", "bf16"], choices=LOSS_TOLERANCE)

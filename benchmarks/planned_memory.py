@@ -1,6 +1,6 @@
 """Compare planned memory with measured peaks, and with the real wrapping code at large world sizes.
 
-python -m benchmarks.planned_memory            # what `make plan-check` runs; alone on the machine
+python -m benchmarks.planned_memory            # what `make plan-check` runs; run nothing else on the machine
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ MIB = 1 << 20
 LARGEST_DIFFERENCE = 0.10
 RANK_SCRIPT = REPOSITORY / "benchmarks" / "memory_rank.py"
 
-#: With these glibc returns every freed tensor at once, so resident memory is live memory.
+#: With these variables, glibc returns the memory of freed tensors at once, so resident memory is memory in use.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
-#: Models in which different memory dominates: weights and their state; logits; activations. "small" is for the tests.
+#: Models in which different parts of the memory are the largest: state, logits, activations. "small" is for the tests.
 MODELS: dict[str, Sections] = {
     "state": {"model": {"preset": "gpt2", "context_length": 128}, "batch": {"micro_batch_size": 2}},
     "logits": {
@@ -45,13 +45,13 @@ MODELS: dict[str, Sections] = {
         "batch": {"micro_batch_size": 4},
     },
 }
-#: Small enough to be filled: an unfilled bucket is not resident on a CPU.
+#: Small buckets, so that all buckets are filled. On a CPU, an unfilled bucket is not resident.
 SMALL_BUCKETS = {"zero_optimization.reduce_bucket_size": 4_000_000}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One run to plan and measure."""
+    """The setting of one run to plan and measure."""
 
     backend: str
     world_size: int
@@ -98,7 +98,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Compared:
-    """Planned and measured bytes of the rank that uses most."""
+    """The planned and measured bytes of the rank that uses most memory."""
 
     setting: Setting
     planned_bytes: int
@@ -122,7 +122,7 @@ class Compared:
 
 
 def compare(setting: Setting, ranks: RankServer, scratch: Path) -> Compared:
-    """Plan a run and measure it."""
+    """Plan the memory of a run, and measure it in a real run."""
     config = load_config([CONFIGS / f"{setting.backend}.json"], setting.overrides())
     plan = plan_batch(config, setting.world_size)
     planned = peak_memory(config, plan).total
@@ -139,7 +139,7 @@ def compare(setting: Setting, ranks: RankServer, scratch: Path) -> Compared:
 
 
 def rank_environment() -> dict[str, str]:
-    """Return an environment in which freed memory is returned at once."""
+    """Return an environment in which glibc returns freed memory at once."""
     return {**child_environment(), **RETURN_FREED_MEMORY}
 
 
@@ -149,7 +149,7 @@ def start_ranks() -> RankServer:
 
 
 def main() -> None:
-    """Print both tables; exit with a non-zero status if a row does not agree."""
+    """Print both tables. Exit with a non-zero status if a row does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     columns = ["backend", "ranks", "model", "precision", "micro-steps", "checkpointing"]

@@ -1,4 +1,4 @@
-"""Continue every backend's checkpoint under every other backend and world size; compare with uninterrupted runs.
+"""Resume from every backend's checkpoint with every other backend and world size. Compare with uninterrupted runs.
 
 python -m benchmarks.portability            # fp32 and bf16; what `make portability` runs
 """
@@ -43,17 +43,17 @@ class Side:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A run that one side saved and another continued, compared with the first side's uninterrupted run."""
+    """A run that resumed from one side's checkpoint, compared with the uninterrupted run of that side."""
 
     saved_by: Side
     continued_by: Side
     precision: str
-    loss_difference: float  # largest over the continued steps, in nats
-    same_bits: bool  # of the losses, and of weights and moments in the last checkpoint
+    loss_difference: float  # the largest difference of the steps after resuming, in nats
+    same_bits: bool  # whether the losses, and the weights and moments in the last checkpoint, are identical
 
     @property
     def agrees(self) -> bool:
-        """Return whether the same side agrees bit by bit, or another side within tolerance."""
+        """Return whether the results are identical (if the side is the same) or within tolerance (if it differs)."""
         if self.saved_by == self.continued_by:
             return self.same_bits
         return self.loss_difference <= LOSS_TOLERANCE[self.precision]
@@ -86,7 +86,7 @@ class Portability:
         curve_of(side.backend, self.folder(side), self.sections, side.processes)
 
     def continue_run(self, saved_by: Side, continued_by: Side) -> Continuation:
-        """Continue one side's checkpoint under another side and compare."""
+        """Resume from one side's checkpoint with another side, and compare with the first side's uninterrupted run."""
         start: Sections = {"checkpoint": {"resume": str(checkpoint_folder(self.folder(saved_by), SAVED_AT))}}
         folder = self.folder(saved_by, continued_by)
         curve = curve_of(continued_by.backend, folder, merged(self.sections, start), continued_by.processes)
@@ -125,7 +125,7 @@ def compare(data: Path, scratch: Path, precision: str, pairs: Sequence[tuple[Sid
 
 
 def print_matrices(results: list[Continuation]) -> None:
-    """Print the largest loss differences. Rows: who saved; columns: who continued."""
+    """Print the largest loss differences. Rows are the side that saved, columns are the side that resumed."""
     for processes in (1, 2):
         print()
         print_header(f"{results[0].precision}: {processes} -> {3 - processes}", *BACKENDS)
@@ -143,7 +143,7 @@ def print_matrices(results: list[Continuation]) -> None:
 
 
 def main() -> None:
-    """Print the matrices; exit with a non-zero status if a continuation does not agree."""
+    """Print the matrices. Exit with a non-zero status if a continuation does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=LOSS_TOLERANCE)
     arguments = parser.parse_args()

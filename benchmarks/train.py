@@ -5,9 +5,9 @@ python -m benchmarks.train --layers 12 --heads 12 --width 768 --seq-len 1024 --b
 python -m benchmarks.train --processes 2 --contenders ddp fsdp zero1
 python -m benchmarks.train --peer-command 'nanoGPT=cd ~/nanoGPT && python train.py --device={device} ...'
 
-All contenders train on the same batches from the same weights, with AdamW, clipping and the same learning rate, except
-those of a --peer-command, which have their own. The losses must agree, or the command fails. FLOP/s of matrix products
-and the bandwidth of copies are measured before and after. The table has medians over rows of steps, and quartiles.
+All contenders except those of --peer-command train on the same batches from the same weights, with AdamW, clipping and
+the same learning rate. The losses must agree, or the command fails. FLOP/s of matrix products and the bandwidth of
+copies are measured before and after the contenders. The table has medians over rows of steps, and quartiles.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def train_peer(arguments: Sequence[str], setting: Setting) -> Measured:
 
 
 def measure_limits(setting: Setting) -> Limits:
-    """Measure the machine with as many processes as train."""
+    """Measure the machine with the same number of processes as in training."""
     output = _run_script(setting.processes, BENCHMARKS / "machine_limits.py", [setting.to_json()])
     return Limits(**json.loads(output.strip().splitlines()[-1]))
 
@@ -170,7 +170,7 @@ def print_table(contenders: Sequence[Contender], found: dict[str, Measured], set
 
 
 def compare(contenders: Sequence[Contender], setting: Setting, rounds: int) -> int:
-    """Measure and print everything; return the number of contenders whose losses do not agree."""
+    """Measure all contenders and print the table. Returns the number of contenders whose losses do not agree."""
     before = measure_limits(setting)
     found = run_rounds(contenders, setting, rounds)
     after = measure_limits(setting)
@@ -244,7 +244,7 @@ def setting_of(arguments: argparse.Namespace, data: Path) -> Setting:
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
-    """Compare the contenders; return a non-zero status if losses do not agree."""
+    """Compare the contenders. Returns a non-zero status if losses do not agree."""
     arguments = parse_arguments(argv)
     contenders = contenders_of(arguments.contenders, arguments.peer_command)
     with tempfile.TemporaryDirectory() as scratch:

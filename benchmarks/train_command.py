@@ -1,4 +1,4 @@
-"""Run another trainer by its own command and read the steps that it prints, one line per step.
+"""Run another trainer with its own command, and read the steps that the trainer prints, one line per step.
 
 The command is a template with ``{data}`` (a folder with ``train.bin`` and ``val.bin``, uint16 in nanoGPT's format),
 ``{n_layer}``, ``{n_head}``, ``{n_embd}``, ``{seq_len}``, ``{batch}`` (sequences per process and step),
@@ -8,7 +8,7 @@ A line is a step if it has a loss, and a time or a rate, in any of the forms
     iter 7: loss 9.1234, time 1717.38ms, mfu 0.40%
     step    7 | loss: 9.123400 | dt: 1717.38ms | tok/sec: 1192.49
 
-The command has its own weights and batches, so its losses only have to be close to the others'.
+The command uses its own weights and batches, so its losses only have to be close to the losses of other contenders.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class PeerCommand:
 
 
 def read_steps(lines: Iterable[str], tokens_per_step: int) -> Iterator[tuple[int, float, float]]:
-    """Yield step, loss and milliseconds of each line that has all three; the first such line is step 1."""
+    """Yield step, loss and milliseconds of each line that has all three values. The first such line is step 1."""
     first: int | None = None
     for line in lines:
         step, loss, milliseconds, rate = (_number(p, line) for p in (_STEP, _LOSS, _MILLISECONDS, _RATE))

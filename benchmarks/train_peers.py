@@ -37,7 +37,7 @@ class RowClock:
     """Writes a row after the first step and then every ``steps_per_row`` steps, as the trainer of this project does.
 
     Args:
-        path: the file for the rows; None on ranks that only take part in the sums.
+        path: the file for the rows. None on ranks that only take part in the sums.
     """
 
     def __init__(self, setting: Setting, world: World, path: Path | None) -> None:
@@ -45,7 +45,7 @@ class RowClock:
         self.started, self.counted = time.perf_counter(), 0
 
     def count(self, loss: Tensor) -> None:
-        """Count a step that was queued; ``loss`` is this rank's mean, on the device."""
+        """Count a queued step. ``loss`` is the mean loss of this rank, on the device."""
         self.counted += 1
         step = self.counted
         if step != 1 and step % self.setting.steps_per_row:

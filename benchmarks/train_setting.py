@@ -55,7 +55,7 @@ class Setting:
         }
 
     def config(self) -> Config:
-        """Return the same as a validated config."""
+        """Return the setting as a validated config."""
         return Config.model_validate(self.sections())
 
     def to_json(self) -> str:

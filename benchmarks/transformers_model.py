@@ -1,4 +1,4 @@
-"""Build ``transformers``' GPT-2 with our weights, to compare with it."""
+"""Build the GPT-2 of ``transformers`` with our weights, for comparisons."""
 
 from __future__ import annotations
 

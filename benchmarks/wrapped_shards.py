@@ -1,6 +1,7 @@
-"""Measure what the real wrapping code keeps on rank 0 at any world size, under a fake process group.
+"""Measure the state that the real wrapping code keeps on rank 0 at any world size, with a fake process group.
 
-FSDP2 shards fake tensors in GPT-2's shapes. DDP and DeepSpeed read their tensors, so they wrap a small model.
+FSDP2 shards fake tensors with the shapes of GPT-2. DDP and DeepSpeed read the values of tensors, so they wrap a small
+model.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SMALL_BUCKET = "backend.deepspeed.zero_optimization.reduce_bucket_size=1000000"
 
 @dataclass(frozen=True)
 class Shards:
-    """Planned bytes of one kind of state of one backend, and those of the wrapped model."""
+    """The bytes of one kind of state of one backend, planned and in the wrapped model."""
 
     backend: str
     world_size: int
@@ -51,7 +52,7 @@ class Shards:
 
     @property
     def agrees(self) -> bool:
-        """Return whether both are equal to the byte; rank 0 has the largest shard."""
+        """Return whether planned and wrapped bytes are equal. Rank 0 has the largest shard."""
         return self.planned_bytes == self.wrapped_bytes
 
     def cells(self) -> tuple[str, ...]:
@@ -67,7 +68,7 @@ def compare_shards(world_size: int) -> Iterator[Shards]:
 
 
 def compare_fsdp(world_size: int) -> Iterator[Shards]:
-    """Wrap fake tensors, take a step and add up the local bytes."""
+    """Wrap fake tensors, run a step, and sum the local bytes."""
     config, plan = _planned("fsdp", world_size, REAL_MODEL)
     with _fake_world(world_size) as world, _mesh_of_real_tensors(), FakeTensorMode():
         backend: Any = create_backend(GPT2(config.model), config, world, plan)
@@ -86,7 +87,7 @@ def compare_fsdp(world_size: int) -> Iterator[Shards]:
 
 
 def compare_small(name: str, world_size: int) -> Iterator[Shards]:
-    """Wrap a small model in memory and add up the state of its optimizer."""
+    """Wrap a small model in memory, and sum the bytes of the optimizer's state."""
     config, plan = _planned(name, world_size, [*SMALL_MODEL, *([SMALL_BUCKET] if name.startswith("zero") else [])])
     layout = layout_of(config, plan)
     with _fake_world(world_size) as world:
