@@ -148,23 +148,16 @@ def start_logging() -> None:
 def run_command(command: Callable[[], object]) -> NoReturn:
     """Run a command and exit with status 0 if it succeeds, otherwise with the ``exit_status`` of its error.
 
-<<<<<<< HEAD
-    2 is a mistake or a run that cannot continue, 3 a lost rank, and 128 + n a stop by signal n. A command whose reader
-    is gone, such as ``head``, ends without a message and with the status of SIGPIPE.
+    Status 2 means a mistake or a run that cannot continue, 3 means a lost rank, and 128 + n means a stop by signal n.
+    If the reader of the output, such as ``head``, has ended, the command exits without a message and with the status of
+    SIGPIPE.
     """
     status = 0
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # in tests it may be another kind of stream
             stream.reconfigure(errors="backslashreplace")
-    # Freeing DDP's reducer waits for gloo's threads, one of which may wait for the GIL. So nothing is freed before the
-    # process ends: neither what the command returns, nor what an error's traceback refers to.
-=======
-    Status 2 means a mistake or a run that cannot continue, 3 means a lost rank, and 128 + n means a stop by signal n.
-    """
-    status = 0
     # Freeing DDP's reducer waits for gloo's threads, and one of these threads may wait for the GIL. Therefore, keep the
     # objects that the command returns, or that an error's traceback refers to, until the process ends.
->>>>>>> c940395 (Plain sentences in benchmarks and their pages)
     kept: list[object] = []
     try:
         kept.append(command())
