@@ -40,7 +40,7 @@ class ForeignModel:
     notes: list[str]  # for the user, one line per difference to the model in the files
 
     def read(self, name: str) -> Tensor:
-        """Return a parameter in our shape, padding rows included."""
+        """Return a parameter in our shape, including the padding rows."""
         return read_padded({WEIGHT: self.weights}, model_shapes(self.config), WEIGHT, name)
 
 
@@ -137,7 +137,7 @@ def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, T
 
 
 def canonical_name(key: str) -> str:
-    """Return our name of a parameter whose key may have the prefixes of wrappers and of ``transformer``."""
+    """Return our name of a parameter. Its key may have the prefixes of wrappers and the prefix ``transformer.``."""
     while prefix := next(filter(key.startswith, _WRAPPER_PREFIXES), None):
         key = key.removeprefix(prefix)
     return key.removeprefix(TRANSFORMER_PREFIX)

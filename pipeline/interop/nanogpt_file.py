@@ -14,7 +14,7 @@ _EXPECTED = "nanoGPT's ckpt.pt or build-nanogpt's model_*.pt"
 
 @dataclass(frozen=True)
 class Section:
-    """A dict in the file. Its items are checked when they are read."""
+    """A dict in the file. Each item is checked when it is read."""
 
     where: str
     content: dict[Any, Any]
@@ -33,7 +33,7 @@ class Section:
         return value
 
     def require(self, key: Any, kind: type[Any]) -> Any:
-        """Return an item, or raise CheckpointError if it is missing or has another type."""
+        """Return an item. Raise CheckpointError if the item is missing or is not of type ``kind``."""
         if key not in self.content:
             raise CheckpointError(f"{self.where}: has no {key!r}; {list_keys(self.content)}; expected {_EXPECTED}")
         return self.get(key, kind)

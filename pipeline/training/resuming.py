@@ -95,7 +95,7 @@ def _find_named_start(run_folder: Path, named: Path) -> Path:
 
 
 def _check_same_origin(config: Config, folder: Path, stored_config: dict[str, Any]) -> None:
-    """Check that ``checkpoint.init_from``, if it is given, is where the run in this folder has started from."""
+    """Raise CheckpointError if ``checkpoint.init_from`` is set and differs from the value at the start of the run."""
     given, stored = config.checkpoint.init_from, config_section(stored_config, "checkpoint").get("init_from")
     if given is None or (isinstance(stored, str) and Path(given).resolve() == Path(stored).resolve()):
         return

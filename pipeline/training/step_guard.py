@@ -153,7 +153,7 @@ class StepGuard:
             log.warning("step %d: none of its targets is scored (%s): its loss is null", finished.step, samples)
 
     def log_steps_without_targets(self) -> None:
-        """Warn how many steps had no scored target since this start of the run."""
+        """Log a warning with the number of steps without scored targets since this start of the run."""
         if count := self._steps_without_targets:
             log.warning("steps without a scored target since this start: %d; their loss is null", count)
 
@@ -184,7 +184,7 @@ class StepGuard:
 
 
 def z_score(value: float, window: tuple[float, ...]) -> float:
-    """Return how many standard deviations ``value`` is above the mean of ``window``; NaN for NaN."""
+    """Return the number of standard deviations that ``value`` is above the mean of ``window``. Returns NaN for NaN."""
     mean = statistics.fmean(window)
     spread = max(statistics.pstdev(window, mean), abs(mean) * _LEAST_RELATIVE_SPREAD)
     return (value - mean) / spread if spread else math.inf if value > mean else 0.0
