@@ -210,7 +210,7 @@ def waits_of(
     run_folder.mkdir()
     with join_world(config.run) as world:
         plan = plan_batch(config, world.size)
-        loader = TrainLoader(open_datasets(config.data, config.model), plan, config.run.seed, world.rank)
+        loader = TrainLoader(open_datasets(config), plan, config.run.seed, world.rank)
         backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
         throughput = ThroughputMeter(plan.tokens_per_step, flops_per_token(config.model, config.seq_len), 1.0)
         state = load_start(None, config, "0" * 64, backend, world)

@@ -65,7 +65,7 @@ class RowClock:
 def batches(config: Config, world: World) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this rank's inputs and targets of each step, (B, T) int64 in host memory."""
     plan = plan_batch(config, world.size)
-    loader = TrainLoader(open_datasets(config.data, config.model), plan, config.run.seed, world.rank)
+    loader = TrainLoader(open_datasets(config), plan, config.run.seed, world.rank)
     for step in range(config.schedule.max_steps):
         (micro_batch,) = loader.micro_batches(step * plan.samples_per_step)
         yield micro_batch.to(torch.device("cpu"))

@@ -85,6 +85,11 @@ class RunConfig(Section):
         description="Compile model and loss with torch.compile. `auto` compiles if a compiler works, on CUDA always "
         "and on a CPU if the run takes more than ten minutes.",
     )
+    working_dir: NonEmptyText | None = Field(
+        None,
+        description="Folder in which the run was started (set by the program). Data that is missing at a relative path "
+        "is looked for there.",
+    )
     rank_timeout_s: PositiveInt = Field(60, description="Seconds without a heartbeat after which a rank is lost.")
 
     @property

@@ -11,7 +11,8 @@ from data_tools.shards.manifest import TRAIN_SPLIT, VAL_SPLIT
 from data_tools.shards.reader import TokenStream, open_split
 from data_tools.shards.verification import require_unchanged
 from data_tools.storage.files import sha256_of_json
-from pipeline.config.schema import DataConfig, MixtureComponent, ModelConfig
+from pipeline.config.paths import find_path
+from pipeline.config.schema import Config, MixtureComponent, ModelConfig
 from pipeline.data.sample_order import Mixture
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
@@ -30,23 +31,23 @@ class TokenDataset:
     validation: TokenStream | None
 
 
-def open_datasets(data: DataConfig, model: ModelConfig) -> tuple[TokenDataset, ...]:
-    """Open the dataset at ``data.path``, or the datasets of ``data.mixture``.
+def open_datasets(config: Config) -> tuple[TokenDataset, ...]:
+    """Open the dataset at ``data.path``, or the datasets of ``data.mixture``, where ``find_path`` finds them.
 
     Raises:
         DataError: a dataset cannot be used.
         ConfigError: the tokenizer of a dataset does not match the model, or the datasets have different tokenizers.
     """
-    datasets = tuple(_open_dataset(component, model) for component in data.components)
+    datasets = tuple(_open_dataset(component, config) for component in config.data.components)
     for dataset in datasets[1:]:
         _check_same_tokenizer(datasets[0], dataset)
     return datasets
 
 
-def _open_dataset(component: MixtureComponent, model: ModelConfig) -> TokenDataset:
-    path = component.path
+def _open_dataset(component: MixtureComponent, config: Config) -> TokenDataset:
+    path = find_path(component.path, config.run)
     train = open_split(path, TRAIN_SPLIT)
-    check_same_vocabulary(train, model, path)
+    check_same_vocabulary(train, config.model, path)
     validation = open_split(path, VAL_SPLIT) if train.manifest.tokens_of(VAL_SPLIT) else None
     if validation is None:
         log.warning("%s has no validation split: this run has no validation loss for it", path)

@@ -15,6 +15,7 @@ from data_tools.shards.reader import open_split
 from data_tools.storage.atomic import write_bytes_durably, write_json_durably
 from pipeline.backends import Backend
 from pipeline.checkpoint.loading import LoadedModel, load_model
+from pipeline.config.paths import find_path
 from pipeline.config.schema import Config
 from pipeline.data.datasets import check_same_vocabulary
 from pipeline.data.loader import scored_targets
@@ -71,7 +72,10 @@ def run_tasks(
     if examples_file:
         _check_examples_file(examples_file, tasks)
     check_tasks(tasks, settings, paths or {}, config.evaluation.data)
-    paths = {**config.evaluation.data, **(paths or {})}
+    paths = dict(paths or {})
+    for task in tasks:
+        if task not in paths and (path := config.evaluation.data.get(task)):
+            paths[task] = find_path(path, config.run)
     precision = precision or config.run.precision
     batch_size = batch_size or config.batch.micro_batch_size
     # Prepare all tasks before scoring starts, so that unreadable data is reported at once: scoring can take hours.
@@ -106,6 +110,7 @@ def _measure_validation(
     """Score the validation split at ``path``, or of the run's dataset or mixture if ``path`` is None."""
 
     def score(path: str) -> dict[str, Any]:
+        path = find_path(path, config.run)
         stream = open_split(path, VAL_SPLIT)
         check_same_vocabulary(stream, config.model, path)
         result = score_split(compute, stream, config.seq_len, batch_size, world)
@@ -114,7 +119,7 @@ def _measure_validation(
     if path is not None or config.data.mixture is None:
         return score(path or config.data.components[0].path)
     # Ignore components without scored validation targets, as during training.
-    components = [c for c in config.data.mixture if _has_validation_targets(c.path, config.seq_len)]
+    components = [c for c in config.data.mixture if _has_validation_targets(c.path, config)]
     if not components:
         raise DataError(
             "data.mixture: no component has a validation split with scored targets; "
@@ -127,11 +132,12 @@ def _measure_validation(
     return {"data": "data.mixture", "loss": loss, "perplexity": perplexity(loss), **by_name, "parts": results}
 
 
-def _has_validation_targets(path: str, seq_len: int) -> bool:
+def _has_validation_targets(path: str, config: Config) -> bool:
+    path = find_path(path, config.run)
     if not load_manifest(path).tokens_of(VAL_SPLIT):
         return False
     stream = open_split(path, VAL_SPLIT)
-    return not stream.has_mask or bool(scored_targets(stream, seq_len).any())
+    return not stream.has_mask or bool(scored_targets(stream, config.seq_len).any())
 
 
 def _check_examples_file(path: Path, tasks: Sequence[str]) -> None:
@@ -159,8 +165,9 @@ def prepare_tasks(config: Config, world: World) -> dict[str, PreparedTask]:
     """
     options = config.evaluation
     settings = Settings(limit=options.max_examples)
+    paths = {task: find_path(path, config.run) for task, path in options.data.items()}
     return {
-        name: prepare_task(name, options.data.get(name), settings, config.model, world)
+        name: prepare_task(name, paths.get(name), settings, config.model, world)
         for name in options.tasks
         if name != VALIDATION
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.backends import create_backend
 from pipeline.checkpoint.state import read_state
+from pipeline.config.paths import with_working_dir
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import data_sha256, open_datasets, verify_datasets
@@ -43,6 +44,7 @@ def train(config: Config) -> Trainer | None:
         Interrupted: a signal asked the run to stop. The state of the run is saved.
         LostRankError: another rank died or hangs.
     """
+    config = with_working_dir(config)
     with join_world(config.run) as world, ExitStack() as resources:
         with heartbeat(world, config.run.rank_timeout_s):
             if world.device.type == "cpu":
@@ -65,7 +67,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     if world.device.type == "mps" and config.backend.name != "ddp":
         raise ConfigError(f"backend.name: {config.backend.name} does not run on mps; use ddp, or run.device cpu")
     plan = plan_batch(config, world.size)
-    datasets = open_datasets(config.data, config.model)
+    datasets = open_datasets(config)
     loader = TrainLoader(datasets, plan, config.run.seed, world.rank)
 
     sha256 = data_sha256(datasets)

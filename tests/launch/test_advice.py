@@ -130,7 +130,7 @@ def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def start(overrides: list[str], files: tuple[str, ...] = ("good.json",), deepspeed: str | None = None) -> None:
     """Do what a run does before it builds the model."""
     config = load_config(files, overrides, deepspeed)
-    TrainLoader(open_datasets(config.data, config.model), plan_batch(config, 1), config.run.seed, rank=0)
+    TrainLoader(open_datasets(config), plan_batch(config, 1), config.run.seed, rank=0)
 
 
 def refusal(overrides: list[str], files: tuple[str, ...] = ("good.json",)) -> str:

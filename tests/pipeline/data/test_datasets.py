@@ -12,7 +12,7 @@ import pytest
 from data_tools.errors import DataError
 from data_tools.shards.manifest import load_manifest
 from data_tools.shards.reader import open_split
-from pipeline.config.schema import DataConfig, ModelConfig
+from pipeline.config.schema import Config, DataConfig, ModelConfig, RunConfig
 from pipeline.data.datasets import TokenDataset, check_same_vocabulary, data_sha256, open_datasets, verify_datasets
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
@@ -38,14 +38,21 @@ def mixture(*components: tuple[Path, float]) -> DataConfig:
     )
 
 
-def opened(config: DataConfig, model: ModelConfig = MODEL) -> tuple[TokenDataset, ...]:
-    return open_datasets(config, model)
+def opened(data: DataConfig, model: ModelConfig = MODEL, working_dir: Path | None = None) -> tuple[TokenDataset, ...]:
+    run = RunConfig(working_dir=working_dir and str(working_dir))
+    return open_datasets(Config.model_construct(run=run, data=data, model=model))
 
 
 def test_open_one_data_set(folders: list[Path]) -> None:
     (dataset,) = opened(DataConfig(path=str(folders[0])))
     assert dataset.train.tokens == 200
     assert dataset.validation is not None and dataset.validation.tokens == 100
+
+
+def test_a_data_set_is_found_where_the_run_was_started(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    (dataset,) = opened(DataConfig(path="both"), working_dir=folders[0].parent)
+    assert dataset.path == str(folders[0]) and dataset.train.tokens == 200
 
 
 def test_data_sets_are_named_after_their_folders(folders: list[Path], caplog: pytest.LogCaptureFixture) -> None:

@@ -123,7 +123,7 @@ class TestOnACheckpoint:
         found, _ = run_tasks(tmp_path / "run", ["validation"], Settings(), ALONE)
         assert set(found["validation"]["parts"]) == {"first"}
         with backend.evaluation_mode():
-            row = validate(backend, open_datasets(config.data, config.model), config, world)
+            row = validate(backend, open_datasets(config), config, world)
         assert row["val_loss"] == row["val_loss_first"] == pytest.approx(found["validation"]["loss"], rel=1e-6)
         assert row["val_loss_second"] is None
 

@@ -59,7 +59,7 @@ def make_trainer(tmp_path: Path, world: World) -> MakeTrainer:
         changed = {section: {**defaults.get(section, {}), **keys} for section, keys in sections.items()}
         config = tiny_config(tmp_path / name, **{**defaults, **changed})
         plan = plan_batch(config, world.size)
-        datasets = open_datasets(config.data, config.model)
+        datasets = open_datasets(config)
         loader = TrainLoader(datasets, plan, config.run.seed, world.rank)
         backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
         (tmp_path / name).mkdir(exist_ok=True)
