@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar, get_args
 
@@ -104,7 +105,7 @@ def _option_type(parse: Callable[[str], _T], is_valid: Callable[[_T], bool], exp
     """Return an argparse type that parses and checks a value."""
 
     def parse_option(text: str) -> _T:
-        with suppress(ValueError):
+        with suppress(ValueError, ArithmeticError):
             value = parse(text)
             if is_valid(value):
                 return value
@@ -118,7 +119,18 @@ def _valid_text(text: str) -> str:
     return text
 
 
+def _parse_count(text: str) -> int:
+    """Return 10 billion for 10B, 10e9 and 10,000,000,000. Raises ValueError if the text is no whole number."""
+    factor = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}.get(text[-1:].upper(), 1)
+    count = Decimal(text.replace(",", "").replace("_", "").removesuffix(text[-1] if factor > 1 else "")) * factor
+    if count != int(count):
+        raise ValueError
+    return int(count)
+
+
 positive_int = _option_type(int, lambda value: value >= 1, "a whole number from 1")
+positive_number = _option_type(float, lambda value: 0 < value < math.inf, "a number above 0")
+token_count = _option_type(_parse_count, lambda value: value >= 1, "a whole number such as 5000000, 10B or 10e9")
 non_negative_float = _option_type(float, lambda value: 0 <= value < math.inf, "a number from 0")
 probability = _option_type(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
 non_empty_text = _option_type(_valid_text, bool, "at least one character of valid text")

@@ -2,11 +2,23 @@
 
 import argparse
 import json
+import os
+import shlex
+from contextlib import suppress
 from pathlib import Path
 
-from launch.cli import ArgumentParser, add_config_options, positive_int, probability, run_command
+from launch.cli import (
+    ArgumentParser,
+    add_config_options,
+    positive_int,
+    positive_number,
+    probability,
+    run_command,
+    token_count,
+)
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
+from pipeline.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 BACKENDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -21,9 +33,15 @@ def main() -> None:
     # Import torch late so that config errors appear at once.
     from pipeline.planning.devices import find_device
     from pipeline.planning.planner import plan_run
-    from pipeline.planning.presentation import draw_world_sizes, format_plans
+    from pipeline.planning.presentation import draw_world_sizes, fastest_plan, format_plans, format_verdict
 
-    device = find_device(arguments.device, config.run.precision)
+    device = find_device(
+        arguments.device,
+        config.run.precision,
+        arguments.world_size,
+        memory_gib=arguments.memory,
+        tflops=arguments.tflops,
+    )
     mfu = arguments.mfu or device.mfu
     tokens = arguments.tokens or config.schedule.max_steps * config.batch.tokens_per_step
     plans = [
@@ -35,7 +53,44 @@ def main() -> None:
     if arguments.json:
         print(json.dumps([plan.to_json() for plan in plans], indent=2))
     else:
-        print(format_plans(config, device, plans, mfu=mfu, tokens=tokens))
+        print(format_plans(config, device, plans, mfu=mfu, tokens=tokens), end="\n\n")
+        verdict = format_verdict(plans)
+        if best := fastest_plan(plans):
+            launcher = _launcher(arguments.world_size, device.per_node)
+            options = _train_options(arguments, config, best.backend, configs[best.backend], best.micro_batch_size)
+            verdict += f": {shlex.join([*launcher, 'launch/train.py', *options])}"
+        print(verdict)
+
+
+def _launcher(world_size: int, per_node: int) -> list[str]:
+    """Return the command that starts ``world_size`` processes, except the script and its options."""
+    if world_size == 1:
+        return ["python"]
+    nodes, rest = divmod(world_size, per_node)
+    if nodes <= 1 or rest:
+        return ["torchrun", "--standalone", f"--nproc_per_node={world_size}"]
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-id=run1", "--rdzv-endpoint=node0:29500"]
+    return ["torchrun", f"--nnodes={nodes}", f"--nproc_per_node={per_node}", *rendezvous]
+
+
+def _train_options(
+    arguments: argparse.Namespace, config: Config, name: str, chosen: Config, micro_batch_size: int
+) -> list[str]:
+    """Return the options of ``launch/train.py`` for the planned backend and micro-batch."""
+    overrides = list(arguments.set)
+    if micro_batch_size != config.batch.micro_batch_size:
+        overrides.append(f"batch.micro_batch_size={micro_batch_size}")
+    own = list(map(str, arguments.config))
+    backend = os.path.relpath(CONFIGS / f"{name}.json")
+    candidates = [(own, arguments.deepspeed), ([backend, *own], None)]
+    candidates.append(([backend if Path(file).stem in BACKENDS else file for file in own], None))
+    for files, deepspeed in candidates:
+        with suppress(ConfigError):
+            if load_config(files, overrides, deepspeed).backend == chosen.backend:
+                given = ["--deepspeed", str(deepspeed)] if deepspeed else []
+                return ["--config", *files, *given, *(["--set", *overrides] if overrides else [])]
+    # The files or overrides set another backend, which the section of this file has to replace.
+    return ["--config", *own, backend, *(["--set", *overrides] if overrides else [])]
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -56,7 +111,19 @@ def _parse_arguments() -> argparse.Namespace:
         "--backends", nargs="+", default=BACKENDS, choices=BACKENDS, help="backends to plan (default: all)"
     )
     parser.add_argument(
-        "--tokens", type=positive_int, metavar="N", help="token budget (default: all steps of the config's schedule)"
+        "--memory", type=positive_number, metavar="GIB", help="a device's memory, such as 24 (default: its own)"
+    )
+    parser.add_argument(
+        "--tflops",
+        type=positive_number,
+        metavar="N",
+        help="dense TFLOP/s of a device in run.precision (default: the device's own)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=token_count,
+        metavar="N",
+        help="token budget, such as 10B or 10e9 (default: all steps of the config's schedule)",
     )
     parser.add_argument(
         "--mfu",

@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,23 +60,35 @@ DEVICES: dict[str, Device] = {
 }
 
 
-def find_device(name: str, precision: str) -> Device:
+def find_device(
+    name: str, precision: str, world_size: int, *, memory_gib: float | None = None, tflops: float | None = None
+) -> Device:
     """Return the device with this name from ``DEVICES``, or measure this machine if the name is ``this``.
+
+    Args:
+        world_size: the number of ranks. The ranks of this machine share its CPU.
+        memory_gib: the memory, instead of the device's own.
+        tflops: the TFLOP/s of dense matrix products in the run's precision, instead of the device's own.
 
     Raises:
         ConfigError: the name is unknown.
     """
-    if name == THIS:
-        return _measure_this_machine(precision)
-    if name not in DEVICES:
+    device = _measure_this_machine(precision, world_size) if name == THIS else DEVICES.get(name)
+    if device is None:
         raise ConfigError(f"--device: {name} is not known; known are {', '.join((*DEVICES, THIS))}")
-    return DEVICES[name]
+    if memory_gib is not None:
+        if memory_gib <= device.reserved_gib:
+            raise ConfigError(f"--memory: must be more than the {device.reserved_gib:g} GiB of driver and libraries")
+        device = replace(device, name=f"{device.name} with {memory_gib:g} GiB", memory_gib=memory_gib)
+    if tflops is not None:
+        device = replace(device, name=f"{device.name} with {tflops:g} TFLOP/s", bf16_tflops=tflops, fp32_tflops=tflops)
+    return device
 
 
-def _measure_this_machine(precision: str) -> Device:
-    """Return the first GPU, or the CPU if there is no GPU, with measured FLOP/s and copy bandwidth.
+def _measure_this_machine(precision: str, world_size: int) -> Device:
+    """Return the first GPU, or a rank's share of the CPU if there is no GPU, with measured FLOP/s and copy bandwidth.
 
-    The plan assumes that one rank uses the whole memory of the CPU.
+    The plan assumes that all ranks are on this machine if it has no GPU.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
@@ -85,9 +97,12 @@ def _measure_this_machine(precision: str) -> Device:
     if on_gpu:
         memory_bytes = torch.cuda.get_device_properties(device).total_memory
     else:
-        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world_size
+        # The measurement uses a rank's threads. All ranks together have no more than all cores.
+        share = min(1.0, (os.cpu_count() or 1) / (torch.get_num_threads() * world_size))
+        tflops, gb_per_s = tflops * share, gb_per_s / world_size
     return Device(
-        name=f"this {device.type}",
+        name=f"this {device.type}" + (f", shared by {world_size} ranks" if world_size > 1 and not on_gpu else ""),
         memory_gib=memory_bytes / GIB,
         bf16_tflops=tflops,
         fp32_tflops=tflops,
@@ -95,7 +110,7 @@ def _measure_this_machine(precision: str) -> Device:
         network_gb_per_s=gb_per_s,
         host_gb_per_s=gb_per_s,
         mfu=0.5,
-        per_node=max(1, torch.cuda.device_count()),
+        per_node=torch.cuda.device_count() if on_gpu else world_size,
         reserved_gib=1.0 if on_gpu else 0.5,
         fragmentation=0.05 if on_gpu else 0.0,
     )

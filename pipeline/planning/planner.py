@@ -1,5 +1,6 @@
 """Plan one config on N devices: peak memory, whether it fits into the device, largest micro-batch, time."""
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,6 @@ from pipeline.planning.layouts import layout_of, sizes_of
 from pipeline.planning.speed import Speed, estimate_speed
 
 SECONDS_PER_DAY = 86_400
-LARGEST_MICRO_BATCH = 4096  # sequences, the limit of the search
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ class Plan:
     memory: Memory
     host_bytes: int
     usable_bytes: int
-    largest_micro_batch: int  # 0 if one sequence already needs too much memory
+    largest_micro_batch: int  # the largest that fits and divides the batch; 0 if one sequence needs too much memory
+    micro_batch_size: int  # of ``speed`` and ``days``: that of the config if it fits, otherwise the largest that fits
     speed: Speed
-    days: float | None  # days until the token budget is used; None if the peak does not fit into the device's memory
+    days: float | None  # days until the token budget is used; None if no micro-batch fits into the device's memory
 
     @property
     def fits(self) -> bool:
@@ -78,17 +79,20 @@ def plan_run(
     else:
         batch = plan_batch(config, world_size)
     memory = peak_memory(config, batch)
-    speed = estimate_speed(config, batch, device, mfu)
     fits = memory.total <= device.usable_bytes
+    largest = 0 if grow_batch else largest_micro_batch(config, batch, device)
+    used = batch if fits or not largest else _divide(batch, largest)
+    speed = estimate_speed(config, used, device, mfu)
     return Plan(
         backend=name,
         batch=batch,
         memory=memory,
         host_bytes=layout_of(config, batch).host,
         usable_bytes=device.usable_bytes,
-        largest_micro_batch=0 if grow_batch else largest_micro_batch(config, batch, device),
+        largest_micro_batch=largest,
+        micro_batch_size=used.micro_batch_size,
         speed=speed,
-        days=tokens / speed.tokens_per_s / SECONDS_PER_DAY if fits else None,
+        days=tokens / speed.tokens_per_s / SECONDS_PER_DAY if fits or largest else None,
     )
 
 
@@ -116,20 +120,22 @@ def peak_memory(config: Config, plan: BatchPlan) -> Memory:
 
 
 def largest_micro_batch(config: Config, batch: BatchPlan, device: Device) -> int:
-    """Return the largest micro-batch whose peak fits into the device, at most ``LARGEST_MICRO_BATCH`` sequences.
+    """Return the largest micro-batch that divides the batch and whose peak fits into the device's memory.
 
-    The number of micro-steps does not change. Returns 0 if one sequence already needs too much memory.
+    The tokens per step do not change. Returns 0 if one sequence already needs too much memory.
     """
+    sequences = batch.micro_batch_size * batch.accumulation  # per rank and step
+    sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
 
     def fits(size: int) -> bool:
-        return peak_memory(config, replace(batch, micro_batch_size=size)).total <= device.usable_bytes
+        return peak_memory(config, _divide(batch, size)).total <= device.usable_bytes
 
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while high <= LARGEST_MICRO_BATCH and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return min(low, LARGEST_MICRO_BATCH)
+    if fits(sequences):  # a single micro-step accumulates nothing, so it may need less memory than several smaller ones
+        return sequences
+    return max(sizes[: bisect_left(sizes, True, key=lambda size: not fits(size))], default=0)
+
+
+def _divide(batch: BatchPlan, micro_batch_size: int) -> BatchPlan:
+    """Return the same batch in micro-batches of another size."""
+    accumulation = batch.micro_batch_size * batch.accumulation // micro_batch_size
+    return replace(batch, micro_batch_size=micro_batch_size, accumulation=accumulation)

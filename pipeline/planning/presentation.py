@@ -17,9 +17,10 @@ _WORLD_SIZES = [1 << power for power in range(13)]
 
 
 def format_plans(config: Config, device: Device, plans: Sequence[Plan], *, mfu: float, tokens: int) -> str:
-    """Return the assumptions, a table of memory and a table of speed as text."""
+    """Return the verdict, the assumptions, a table of memory and a table of speed as text."""
     flops = device.flops(config.run.precision)
     lines = [
+        f"verdict  {format_verdict(plans)}",
         f"model    {config.model.preset}, {parameter_count(config.model):,} parameters, {config.run.precision}",
         f"batch    {plans[0].batch}",
         f"device   {device.name}: {device.usable_bytes / GIB:.1f} of {device.memory_gib:.1f} GiB for tensors, "
@@ -31,8 +32,27 @@ def format_plans(config: Config, device: Device, plans: Sequence[Plan], *, mfu: 
     return "\n".join([*lines, "", *_memory_table(plans), "", *_speed_table(plans)])
 
 
+def fastest_plan(plans: Sequence[Plan]) -> Plan | None:
+    """Return the plan with the fewest days. Returns None if no backend fits."""
+    return min((plan for plan in plans if plan.days is not None), key=lambda plan: plan.days or 0.0, default=None)
+
+
+def format_verdict(plans: Sequence[Plan]) -> str:
+    """Return in one line whether the model fits, and with which backend and micro-batch it is fastest."""
+    if plan := fastest_plan(plans):
+        assert plan.days is not None
+        time = f"{plan.days:,.1f} days" if plan.days >= 1 else f"{24 * plan.days:.2g} hours"
+        return f"fits: {plan.backend}, micro-batch {plan.micro_batch_size}, {time}"
+    least = min(plans, key=lambda plan: plan.memory.total)
+    return (
+        f"does not fit, not even one sequence: the least is {least.memory.total / GIB:.1f} GiB of {least.backend} with "
+        f"micro-batch {least.batch.micro_batch_size}, of {least.usable_bytes / GIB:.1f} GiB; use more ranks, "
+        "model.activation_checkpointing=true or a shorter data.seq_len"
+    )
+
+
 def _memory_table(plans: Sequence[Plan]) -> Iterator[str]:
-    yield "GiB per rank at the peak:"
+    yield f"GiB per rank at the peak, with micro-batch {plans[0].batch.micro_batch_size} of the config:"
     yield f"{'backend':15}" + "".join(f"{column:>9}" for column in _COLUMNS) + "   fits   largest micro-batch"
     for plan in plans:
         sizes = [*vars(plan.memory).values(), plan.memory.total, plan.host_bytes]
@@ -41,12 +61,14 @@ def _memory_table(plans: Sequence[Plan]) -> Iterator[str]:
 
 
 def _speed_table(plans: Sequence[Plan]) -> Iterator[str]:
-    yield f"{'backend':15}{'sent per step':>14}{'compute':>12}{'waiting':>12}{'tokens/s':>14}{'days':>10}"
+    yield f"{'backend':15}{'micro-batch':>12}{'sent per step':>16}{'compute':>12}" + (
+        f"{'waiting':>12}{'tokens/s':>14}{'days':>10}"
+    )
     for plan in plans:
         speed = plan.speed
         days = "-" if plan.days is None else f"{plan.days:,.2f}"
         yield (
-            f"{plan.backend:15}{speed.sent_bytes / GIB:10.2f} GiB{speed.compute_s:10.3f} s"
+            f"{plan.backend:15}{plan.micro_batch_size:12}{speed.sent_bytes / GIB:12.2f} GiB{speed.compute_s:10.3f} s"
             f"{speed.exposed_communication_s:10.3f} s{speed.tokens_per_s:14,.0f}{days:>10}"
         )
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import launch.plan
 from data_tools.errors import UserError
+from pipeline.config.loading import load_config
+from pipeline.data.batch_plan import plan_batch
+from pipeline.planning import devices
 from tests.support.runs import CONFIGS
 
 TINY = ["--set", "model.preset=gpt2-tiny", "batch.tokens_per_step=65536", "--world-size", "4"]
@@ -27,6 +33,64 @@ def test_a_table_of_every_backend(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "1,000,000 tokens" in printed
     for backend in launch.plan.BACKENDS:
         assert printed.count(f"\n{backend} ") == 2  # once for memory and once for speed
+    verdict, *_, command = printed.splitlines()
+    assert verdict.startswith("verdict  fits: ")
+    assert command.startswith(f"{verdict.removeprefix('verdict  ')}: torchrun --standalone --nproc_per_node=4 launch/")
+
+
+@pytest.mark.parametrize("backends", [["ddp"], ["fsdp"], ["zero1"], ["zero3", "zero2"]])
+def test_the_command_of_the_verdict_is_accepted(
+    backends: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The small memory leaves micro-batches that are smaller than the config's 16."""
+    plan(monkeypatch, "--backends", *backends, "--memory", "2.5", "--tokens", "10B")
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    files, overrides = words[words.index("--config") + 1 : words.index("--set")], words[words.index("--set") + 1 :]
+    config = load_config(files, overrides)
+    batch = plan_batch(config, 4)
+    assert batch.micro_batch_size < 16
+    assert config.backend.name == ("deepspeed" if "zero" in backends[0] else backends[0])
+    plan(monkeypatch, "--set", *overrides, "--backends", *backends, "--memory", "2.5", "--json")
+    assert any(each["fits"] for each in json.loads(capsys.readouterr().out))
+
+
+def test_every_micro_batch_that_is_named_can_be_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(monkeypatch, "--memory", "2.5", "--json")
+    plans = json.loads(capsys.readouterr().out)
+    for size in {each[key] for each in plans for key in ("largest_micro_batch", "micro_batch_size")} - {0}:
+        plan_batch(load_config([CONFIGS / "zero1.json"], [*TINY[1:3], f"batch.micro_batch_size={size}"]), 4)
+    assert all(each["days"] is not None for each in plans if each["largest_micro_batch"])
+
+
+def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    plan(monkeypatch, "--memory", "1.05")
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("does not fit, not even one sequence: the least is ")
+    assert "torchrun" not in last
+
+
+@pytest.mark.parametrize("tokens", ["10B", "10e9", "10000000000", "10,000,000,000", "10_000M"])
+def test_ways_to_write_a_budget(
+    tokens: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(monkeypatch, "--backends", "ddp", "--tokens", tokens)
+    assert "budget   10,000,000,000 tokens" in capsys.readouterr().out
+
+
+def test_ranks_share_the_cpu_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "measure_matmul_ceiling", lambda *_: 1e12)
+    monkeypatch.setattr(devices, "_measure_copy", lambda _: 1e10)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    alone, shared = (devices.find_device("this", "fp32", ranks) for ranks in (1, 4))
+    assert shared.flops("fp32") * 4 == alone.flops("fp32") == 1e12
+    assert shared.memory_gib * 4 == pytest.approx(alone.memory_gib)
+    assert shared.host_gb_per_s * 4 == alone.host_gb_per_s
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # each rank has two threads, also when it is alone
+    assert devices.find_device("this", "fp32", 4).flops("fp32") == 1e12
 
 
 def test_json_and_picture(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -60,6 +124,9 @@ def test_the_settings_of_the_configs_own_backend_count(
         (["--world-size", "3"], "batch.tokens_per_step .* is not a multiple"),
         (["--world-size", "0"], "--world-size: must be a whole number from 1, it is '0'"),
         (["--mfu", "1.5"], "--mfu"),
+        (["--memory", "1"], "--memory: must be more than the 1 GiB"),
+        (["--memory", "24GB"], "--memory: must be a number above 0"),
+        (["--tokens", "10.5"], "--tokens: must be a whole number such as 5000000, 10B or 10e9, it is '10.5'"),
         (["--plot", "no/such/folder/plan.png"], "--plot"),
     ],
 )

@@ -66,25 +66,27 @@ class TestState:
 
 
 class TestFitting:
-    def test_the_largest_micro_batch_fits_and_one_more_does_not(self) -> None:
-        recompute = "model.activation_checkpointing=true"
-        config = config_of("fsdp", recompute)
-        batch = plan_batch(config, 8)
-        size = largest_micro_batch(config, batch, H100)
-        assert size > 16
-        for sequences, fits in ((size, True), (size + 1, False)):
-            changed = load_config(
-                [CONFIGS / "fsdp.json"],
-                [
-                    recompute,
-                    f"batch.micro_batch_size={sequences}",
-                    f"batch.tokens_per_step={sequences * 1024 * 8}",
-                ],
-            )
-            assert (peak_memory(changed, plan_batch(changed, 8)).total <= H100.usable_bytes) == fits
+    L4 = DEVICES["l4"]
+    BATCH = "batch.tokens_per_step=524288"  # 64 sequences per rank and step
+
+    @pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2"])
+    def test_the_largest_micro_batch_divides_and_fits_and_the_next_does_not(self, backend: str) -> None:
+        config = config_of(backend, self.BATCH)
+        size = largest_micro_batch(config, plan_batch(config, 8), self.L4)
+        assert 1 < size < 64
+        for sequences, fits in ((size, True), (2 * size, False)):
+            changed = config_of(backend, self.BATCH, f"batch.micro_batch_size={sequences}")
+            assert (peak_memory(changed, plan_batch(changed, 8)).total <= self.L4.usable_bytes) == fits
+
+    def test_speed_and_days_are_those_of_a_micro_batch_that_fits(self) -> None:
+        config = config_of("fsdp", self.BATCH, "batch.micro_batch_size=64")
+        plan = plan_run("fsdp", config, 8, self.L4, mfu=0.4, tokens=10**9)
+        assert not plan.fits
+        assert plan.micro_batch_size == plan.largest_micro_batch < 64
+        assert plan.days is not None
 
     def test_a_plan_that_does_not_fit_has_no_days(self) -> None:
-        small = find_device("l4", "amp_bf16")
+        small = find_device("l4", "amp_bf16", 8)
         config = config_of("ddp", "model.preset=gpt2-xl")
         plan = plan_run("ddp", config, 8, small, mfu=0.4, tokens=10**9)
         assert (plan.fits, plan.largest_micro_batch, plan.days) == (False, 0, None)
