@@ -18,11 +18,12 @@ from pipeline.data.batch_plan import plan_batch
 from pipeline.planning import devices
 from tests.support.runs import CONFIGS
 
-TINY = ["--set", "model.preset=gpt2-tiny", "batch.tokens_per_step=65536", "--world-size", "4"]
+TINY = ["--set", "model.preset=gpt2-tiny", "batch.tokens_per_step=65536", "--world-size=4"]
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr("sys.argv", ["plan.py", "--config", str(CONFIGS / "zero1.json"), *TINY, *arguments])
+    tiny = TINY[:-1] if "--world-size" in arguments else TINY
+    monkeypatch.setattr("sys.argv", ["plan.py", "--config", str(CONFIGS / "zero1.json"), *tiny, *arguments])
     launch.plan.main()
 
 
