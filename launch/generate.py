@@ -2,7 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Generator, Iterator
+from contextlib import suppress
 from functools import partial
+from typing import get_args
 
 from launch.cli import (
     ArgumentParser,
@@ -16,16 +19,18 @@ from launch.cli import (
 )
 from pipeline.config.schema import RunConfig, SampleConfig
 from pipeline.distributed.world import join_world
-from pipeline.generation.writer import DTYPES, load_writer, prompt_loop
+from pipeline.generation.chat import Chat, Template
+from pipeline.generation.writer import DTYPES, Writer, load_writer, prompt_loop
 
-DEFAULTS = SampleConfig()
+with suppress(ImportError):  # Windows has no readline
+    import readline  # noqa: F401 - input() then edits the line and recalls earlier lines
 
 #: Options of the config section ``sample``: their types, metavars and descriptions.
 SAMPLING_OPTIONS = {
-    "max_new_tokens": (positive_int, "N", "tokens per completion (default: %(default)s)"),
-    "temperature": (non_negative_float, "T", "divides the logits; 0 takes the likeliest token (default: %(default)s)"),
-    "top_k": (positive_int, "K", "draw from the K likeliest tokens (default: %(default)s)"),
-    "top_p": (probability, "P", "draw from the likeliest tokens that together reach this probability (default: all)"),
+    "max_new_tokens": (positive_int, "N", "tokens per completion"),
+    "temperature": (non_negative_float, "T", "divides the logits; 0 takes the likeliest token"),
+    "top_k": (positive_int, "K", "draw from the K likeliest tokens"),
+    "top_p": (probability, "P", "draw from the likeliest tokens that together reach this probability"),
 }
 
 
@@ -33,17 +38,18 @@ def main() -> None:
     """Load the model, and complete the prompts of the command line or the terminal."""
     arguments = parse_arguments()
     start_logging()
-    sampling = {key: getattr(arguments, key) for key in SAMPLING_OPTIONS}
-    sample = SampleConfig(**sampling, stop=arguments.stop)
+    given = {key: getattr(arguments, key) for key in (*SAMPLING_OPTIONS, "stop")}
     with join_world(RunConfig(device=arguments.device), process_group=False) as world:
         writer = load_writer(arguments.checkpoint, world.device, arguments.precision)
+        sample = writer.sample.model_copy(update={key: value for key, value in given.items() if value is not None})
         prompts = arguments.prompt or [sample.prompt]
-        if arguments.interactive:
-            ask = partial(input, "> " if sys.stdin.isatty() else "")
-            prompt_loop(writer, sample, arguments.seed, ask, _show)
+        if arguments.chat:
+            chat = Chat(writer, sample, arguments.chat, arguments.system)
+            prompt_loop(chat.answer, arguments.seed, partial(_next, iter(prompts)) if arguments.prompt else _ask, _show)
+        elif arguments.interactive:
+            prompt_loop(partial(_continue, writer, sample), arguments.seed, _ask, _show)
         elif len(prompts) == 1:
-            _show(prompts[0])
-            for piece in writer.stream(prompts[0], sample, arguments.seed):
+            for piece in _continue(writer, sample, prompts[0], arguments.seed):
                 _show(piece)
             _show("\n")
         else:
@@ -62,30 +68,66 @@ def parse_arguments() -> argparse.Namespace:
         action="append",
         type=non_empty_text,
         metavar="TEXT",
-        help=f"the text to continue; may be given several times (default: {DEFAULTS.prompt})",
+        help="the text to continue; may be given several times (default: the prompt of the run's section sample)",
     )
     parser.add_argument(
         "--interactive", action="store_true", help="ask for prompts; Ctrl-C stops a completion, Ctrl-D ends the program"
     )
+    parser.add_argument(
+        "--chat",
+        nargs="?",
+        choices=get_args(Template),
+        const="messages",
+        help="hold a conversation, in the layout of --source instructions; the model was trained on chats (messages, "
+        "the default) or on single instructions; each --prompt is a message, otherwise the messages are asked for",
+    )
+    parser.add_argument(
+        "--system", type=non_empty_text, metavar="TEXT", help="with --chat messages: the first message, of the system"
+    )
+    sampling = parser.add_argument_group("sampling", "The defaults are the run's section sample.")
     for key, (parse, metavar, description) in SAMPLING_OPTIONS.items():
         option = "--" + key.replace("_", "-")
-        parser.add_argument(option, type=parse, default=getattr(DEFAULTS, key), metavar=metavar, help=description)
-    parser.add_argument(
+        sampling.add_argument(option, type=parse, metavar=metavar, help=description)
+    sampling.add_argument(
         "--stop",
         action="append",
         type=non_empty_text,
-        default=[],
         metavar="TEXT",
         help="stop before this text; may be given several times",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws (default: %(default)s)")
+    sampling.add_argument("--seed", type=int, default=0, help="seed of the random draws (default: %(default)s)")
     parser.add_argument(
         "--precision", choices=list(DTYPES), default="fp32", help="dtype of weights and products (default: %(default)s)"
     )
     arguments = parser.parse_args()
     if arguments.interactive and arguments.prompt:
         parser.error("--prompt: with --interactive prompts come from the terminal; give only one of the two")
+    if arguments.system and arguments.chat != "messages":
+        parser.error("--system: only a chat has a message of the system; add --chat, or leave it out")
     return arguments
+
+
+def _continue(writer: Writer, sample: SampleConfig, prompt: str, seed: int) -> Generator[str]:
+    """Yield a prompt, then the pieces of its completion."""
+    yield prompt
+    yield from writer.stream(prompt, sample, seed)
+
+
+def _ask() -> str:
+    """Read a prompt. On a terminal, show where to type, and end the line if there is no prompt."""
+    if not sys.stdin.isatty():
+        return input()
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        _show("\n")
+        raise
+
+
+def _next(prompts: Iterator[str]) -> str:
+    for prompt in prompts:
+        return prompt
+    raise EOFError
 
 
 def _show(text: str) -> None:

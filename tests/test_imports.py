@@ -14,6 +14,7 @@ PACKAGES = ("data_tools", "pipeline", "launch")
 
 #: The rooms of stage 1 that pipeline may import.
 OPEN_TO_PIPELINE = (
+    "data_tools.layout",
     "data_tools.options",
     "data_tools.shards",
     "data_tools.tokenizer",
@@ -25,13 +26,14 @@ OPEN_TO_PIPELINE = (
 ROOMS: dict[str, str] = {
     "data_tools.errors": "",
     "data_tools.arrays": "",
+    "data_tools.layout": "",
     "data_tools.options": "",
     "data_tools.threads": "",
     "data_tools.storage": "errors",
     "data_tools.tokenizer": "errors arrays",
     "data_tools.shards": "errors arrays threads storage tokenizer",
     "data_tools.encoding": "errors arrays tokenizer",
-    "data_tools.sources": "errors options storage encoding",
+    "data_tools.sources": "errors layout options storage encoding",
     "data_tools.corpus": "errors arrays options threads storage shards encoding sources",
     "data_tools.formats": "errors arrays threads storage tokenizer shards",
     "pipeline.errors": "",

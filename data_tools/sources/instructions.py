@@ -11,12 +11,9 @@ from typing import Any
 
 from data_tools.encoding.documents import Dialogue
 from data_tools.errors import DataError, json_type
+from data_tools.layout import ANSWERING_ROLE, END_OF_TURN, ROLES, heading_of_role, instruction_prompt
 from data_tools.sources.files import FileSource, Slice, decode_utf8, open_decompressed
 from data_tools.sources.jsonl import JSONL_SUFFIXES, read_lines
-
-_ANSWERING_ROLE = "assistant"
-_ROLES = ("system", "user", _ANSWERING_ROLE)
-_END_OF_TURN = "\n\n"
 
 
 class InstructionSource(FileSource):
@@ -67,32 +64,25 @@ def _segments_of_instruction(record: Any, place: object) -> Iterator[tuple[str, 
     for name, text in given.items():
         if not isinstance(text, str):
             raise DataError(f"{place}: {name} is {json_type(text)}, it must be a string")
-    prompt = _heading("Instruction") + given["instruction"] + _END_OF_TURN
-    if given["input"]:
-        prompt += _heading("Input") + given["input"] + _END_OF_TURN
-    yield prompt + _heading("Response"), False
+    yield instruction_prompt(given["instruction"], given["input"]), False
     yield given["output"], True
 
 
 def _segments_of_chat(messages: Any, place: object) -> Iterator[tuple[str, bool]]:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise DataError(f"{place}: messages must be a list of objects with role and content")
-    if not any(message.get("role") == _ANSWERING_ROLE for message in messages):
-        raise DataError(f"{place}: no message has the role {_ANSWERING_ROLE}; there is nothing to learn")
+    if not any(message.get("role") == ANSWERING_ROLE for message in messages):
+        raise DataError(f"{place}: no message has the role {ANSWERING_ROLE}; there is nothing to learn")
     for index, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
-        if role not in _ROLES:
-            raise DataError(f"{place}: message {index} has the role {role!r}; it must be one of {', '.join(_ROLES)}")
+        if role not in ROLES:
+            raise DataError(f"{place}: message {index} has the role {role!r}; it must be one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise DataError(f"{place}: content of message {index} is {json_type(content)}, it must be a string")
         is_last = index == len(messages) - 1
-        yield _heading(role.capitalize()), False
+        yield heading_of_role(role), False
         # The end of the turn is scored with the answer, so that the model learns where to stop.
-        yield content + ("" if is_last else _END_OF_TURN), role == _ANSWERING_ROLE
-
-
-def _heading(name: str) -> str:
-    return f"### {name}:\n"
+        yield content + ("" if is_last else END_OF_TURN), role == ANSWERING_ROLE
 
 
 def _is_array(path: str) -> bool:

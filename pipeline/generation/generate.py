@@ -46,7 +46,7 @@ def generate_batch(
     sample: SampleConfig,
     *,
     seed: int = 0,
-    end_of_text: int | None = None,
+    ends: AbstractSet[int] = frozenset(),
     stopped: AbstractSet[int] = frozenset(),
 ) -> Iterator[dict[int, int]]:
     """Generate one token per prompt at a time, at most ``sample.max_new_tokens`` times.
@@ -57,7 +57,7 @@ def generate_batch(
         model: the model, in evaluation mode.
         prompts: token ids, at least one per prompt. The model sees a long prompt from ``window_start`` on.
         sample: the options. ``prompt`` and ``stop`` are not used.
-        end_of_text: the id before which a row stops. If None, no id stops a row.
+        ends: the ids before which a row stops.
         stopped: the rows that get no further tokens. The caller may add rows between two tokens.
 
     Yields:
@@ -70,7 +70,7 @@ def generate_batch(
     for _ in range(sample.max_new_tokens):
         logits = decoder.next_token_logits(list(texts.values()))
         drawn = {row: draw(logits[i], sample, generators[row]) for i, row in enumerate(texts)}
-        tokens = {row: token for row, token in drawn.items() if token != end_of_text}
+        tokens = {row: token for row, token in drawn.items() if token not in ends}
         if tokens:
             yield tokens
         unfinished = {row: [*texts[row], token] for row, token in tokens.items() if row not in stopped}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import closing
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ from pipeline.model.packed_linear import pack_linear_layers
 from pipeline.seeds import derive_seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ENDS = frozenset({END_OF_TEXT})  # the tokens before which a completion ends
 
 
 def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32") -> Writer:
@@ -41,38 +45,52 @@ def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32") -> 
     model = loaded.model.to(DTYPES[dtype])
     model.assert_tied()
     pack_linear_layers(model, DTYPES[dtype])
-    return Writer(model)
+    return Writer(model, loaded.config.sample)
 
 
 class Writer:
-    """A model that completes text, with GPT-2's tokenizer. Its methods do not use ``sample.prompt``."""
+    """A model that completes text, with GPT-2's tokenizer. Its methods do not use ``sample.prompt``.
 
-    def __init__(self, model: GPT2) -> None:
+    Args:
+        sample: the section ``sample`` of the model's run.
+    """
+
+    def __init__(self, model: GPT2, sample: SampleConfig) -> None:
         self.model = model
+        self.sample = sample
         self.tokenizer = load_tokenizer()
 
     def stream(self, prompt: str, sample: SampleConfig, seed: int) -> Iterator[str]:
         """Yield the completion of one prompt in pieces, each as soon as it is generated."""
-        for _, piece in self._generate([prompt], sample, seed):
+        return self.stream_tokens(self.tokenizer.encode(prompt).tolist(), sample, seed)
+
+    def stream_tokens(
+        self, prompt: list[int], sample: SampleConfig, seed: int, ends: AbstractSet[int] = ENDS
+    ) -> Iterator[str]:
+        """Yield the completion of a prompt of token ids like ``stream``. It ends before a token of ``ends``."""
+        for _, piece in self._generate([prompt], sample, seed, ends):
             yield piece
 
     def complete(self, prompts: Sequence[str], sample: SampleConfig, seed: int) -> list[str]:
         """Return the completions of several prompts, generated side by side."""
         completions = [""] * len(prompts)
-        for row, piece in self._generate(prompts, sample, seed):
+        tokens = [self.tokenizer.encode(prompt).tolist() for prompt in prompts]
+        for row, piece in self._generate(tokens, sample, seed, ENDS):
             completions[row] += piece
         return completions
 
-    def _generate(self, prompts: Sequence[str], sample: SampleConfig, seed: int) -> Iterator[tuple[int, str]]:
+    def _generate(
+        self, prompts: list[list[int]], sample: SampleConfig, seed: int, ends: AbstractSet[int]
+    ) -> Iterator[tuple[int, str]]:
         """Yield (index of the prompt, piece of its completion)."""
         streams = [TextStream(self.tokenizer.token_bytes, sample.stop) for _ in prompts]
         stopped: set[int] = set()
         for tokens in generate_batch(
             self.model,
-            [self.tokenizer.encode(prompt).tolist() for prompt in prompts],
+            prompts,
             sample,
             seed=seed,
-            end_of_text=END_OF_TEXT,
+            ends=ends,
             stopped=stopped,
         ):
             for row, token in tokens.items():
@@ -127,24 +145,27 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def prompt_loop(
-    writer: Writer, sample: SampleConfig, seed: int, ask: Callable[[], str], show: Callable[[str], None]
+    complete: Callable[[str, int], Generator[str]], seed: int, ask: Callable[[], str], show: Callable[[str], None]
 ) -> None:
     """Complete each prompt that ``ask`` returns, until ``ask`` raises EOFError. The seed grows by 1 per prompt.
 
-    ``show`` receives the prompt, then each piece of text as soon as the piece is generated. Ctrl-C ends the current
-    completion. If no completion is in progress, Ctrl-C raises KeyboardInterrupt.
+    Ctrl-C ends the current completion. If no completion is in progress, it ends the loop.
+
+    Args:
+        complete: yields the pieces of text to show for a prompt and a seed, each as soon as it is generated.
+        show: receives each piece.
     """
     while True:
         try:
             prompt = ask()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return
         if not prompt:
             continue
         try:
-            show(prompt)
-            for piece in writer.stream(prompt, sample, seed):
-                show(piece)
+            with closing(complete(prompt, seed)) as pieces:
+                for piece in pieces:
+                    show(piece)
         except KeyboardInterrupt:
             show(" [interrupted]")
         show("\n")
@@ -152,7 +173,7 @@ def prompt_loop(
 
 
 def complete_while_training(backend: Backend, config: Config, world: World) -> str:
-    """Return the prompt of ``sample`` and its completion up to ``<|endoftext|>``.
+    """Return the prompt of ``sample`` and its completion up to ``<|endoftext|>`` or the first of ``sample.stop``.
 
     This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``. Each
     token needs a forward pass over the whole text, because a wrapped model has no key-value cache. All ranks run
@@ -165,4 +186,6 @@ def complete_while_training(backend: Backend, config: Config, world: World) -> s
     for _ in range(sample.max_new_tokens):
         window = torch.tensor([[*text, *new][-config.model.context_length :]], device=world.device)
         new.append(draw(backend(window, method="logits")[0, -1].float().cpu(), sample, generator))
-    return sample.prompt + tokenizer.decode(new[: new.index(END_OF_TEXT)] if END_OF_TEXT in new else new)
+    completion = TextStream(tokenizer.token_bytes, sample.stop)
+    pieces = [completion.feed(token) for token in takewhile(lambda token: token != END_OF_TEXT, new)]
+    return "".join([sample.prompt, *pieces, completion.finish()])

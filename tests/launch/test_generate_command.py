@@ -17,6 +17,7 @@ import torch
 import launch.generate
 from data_tools.tokenizer import load_tokenizer
 from launch.cli import run_command
+from pipeline.config.schema import SampleConfig
 from pipeline.generation import writer as generation_writer
 from pipeline.model.packed_linear import PackedLinear, can_pack
 from tests.pipeline.interop.hugging_face.conftest import random_text_model, save_in_pieces, text_config
@@ -25,11 +26,16 @@ from tests.support.runs import REPOSITORY, child_environment
 GREEDY = ["--temperature", "0", "--max-new-tokens", "12"]
 
 
+#: The section ``sample`` of the run.
+SAMPLE = {"prompt": "The run's own", "max_new_tokens": 7, "temperature": 0.5, "stop": ["never to be found"]}
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run whose model has random weights."""
     folder = tmp_path_factory.mktemp("generate") / "run"
-    return save_in_pieces(random_text_model(text_config()), text_config(folder), folder)
+    config = text_config(folder).model_copy(update={"sample": SampleConfig.model_validate(SAMPLE)})
+    return save_in_pieces(random_text_model(text_config()), config, folder)
 
 
 class Command:
@@ -79,6 +85,30 @@ def test_a_small_top_p_is_greedy(command: Command) -> None:
     assert command(*options, "--seed", "5") != command(*options, "--seed", "6")
 
 
+def test_the_defaults_are_the_runs_own(command: Command, run_folder: Path) -> None:
+    options = ["--prompt", "The run's own", "--max-new-tokens", "7", "--temperature", "0.5"]
+    shown = command()
+    assert shown == command(*options)
+    assert shown != command("--temperature", "2")
+    assert command("--max-new-tokens", "9").startswith(shown.removesuffix("\n"))
+    writer = generation_writer.load_writer(run_folder, torch.device("cpu"))
+    assert writer.sample == SampleConfig.model_validate(SAMPLE)
+    stop = shown.removeprefix("The run's own")[3:6]
+    assert command("--stop", stop) == f"{shown[: shown.index(stop)]}\n"
+
+
+def test_chat_answers_each_message(command: Command) -> None:
+    """The answers alone are shown. Messages of the command line and of a pipe are the same conversation."""
+    shown = command(*GREEDY, "--chat", typed="Hello\nHow are you?\n")
+    assert shown == command(*GREEDY, "--chat", "--prompt", "Hello", "--prompt", "How are you?")
+    assert len(shown.splitlines()) >= 2 and "Hello" not in shown and "###" not in shown
+    alone = command(*GREEDY, "--chat", "--prompt", "How are you?")
+    assert not shown.endswith(alone), "the second answer depends on the first exchange"
+    single = command(*GREEDY, "--chat", "instruction", "--prompt", "Hello", "--prompt", "How are you?")
+    assert single.endswith(command(*GREEDY, "--chat", "instruction", "--prompt", "How are you?"))
+    assert command(*GREEDY, "--chat", "--system", "Be brief.", "--prompt", "How are you?") != alone
+
+
 def test_bf16(command: Command) -> None:
     assert command(*GREEDY, "--prompt", "Hello", "--precision", "bf16").startswith("Hello")
 
@@ -93,10 +123,13 @@ def test_on_a_cpu_the_weights_are_packed(run_folder: Path, command: Command, mon
 
 def test_an_error_is_one_line(command: Command) -> None:
     for arguments, expected in (
-        (("--stop", ""), "--stop: must be at least one character, it is ''"),
+        (("--stop", ""), "--stop: must be at least one character"),
         (("--prompt", "a", "--interactive"), "--prompt: with --interactive prompts come from the terminal"),
         (("--top-p", "0"), "--top-p: must be above 0 and at most 1"),
         (("--precision", "fp8"), "--precision: invalid choice: 'fp8'"),
+        (("--chat", "poem"), "--chat: invalid choice: 'poem'"),
+        (("--system", "a"), "--system: only a chat has a message of the system; add --chat"),
+        (("--system", "a", "--chat", "instruction"), "--system: only a chat has a message of the system"),
     ):
         error = command(*arguments, status=2)
         assert error.startswith("error: ") and expected in error and len(error.splitlines()) == 1, error
@@ -126,7 +159,7 @@ def test_the_completion_is_shown_while_it_is_generated(command: Command, monkeyp
 
 
 def test_interactive_on_a_terminal(run_folder: Path) -> None:
-    """The command asks for a prompt again after Ctrl-C, and ends after Ctrl-D."""
+    """A line can be edited. The command asks again after Ctrl-C, and Ctrl-C at an idle prompt leaves quietly."""
     controller, terminal = pty.openpty()
     options = ["--checkpoint", str(run_folder), "--device", "cpu", "--interactive", "--max-new-tokens", "100000"]
     process = subprocess.Popen(
@@ -142,12 +175,14 @@ def test_interactive_on_a_terminal(run_folder: Path) -> None:
     os.close(terminal)
     try:
         read_until(controller, "> ")
-        os.write(controller, b"Hello\n")
-        assert read_until(controller, "Hello", "Hello").count("Hello") >= 2  # the echo, and the beginning of the text
+        os.write(controller, b"ello\x01H\n")  # Ctrl-A goes to the beginning of the line
+        read_until(controller, "\n", "Hello")  # the completion begins with the prompt
         os.write(controller, b"\x03")
         read_until(controller, "[interrupted]", "> ")
-        os.write(controller, b"\x04")
+        os.write(controller, b"\x03")
         assert process.wait(timeout=60) == 0
+        rest = os.read(controller, 65536).decode(errors="replace")
+        assert "error" not in rest and "Traceback" not in rest
     finally:
         process.kill()
         process.wait()

@@ -26,5 +26,7 @@ def generate(
 ) -> Iterator[int]:
     """Yield the tokens that ``generate_batch`` generates for one prompt."""
     sample = sampling(max_new_tokens, **options)
-    for tokens in generate_batch(model, [prompt], sample, seed=seed, end_of_text=end_of_text):
+    for tokens in generate_batch(
+        model, [prompt], sample, seed=seed, ends=set() if end_of_text is None else {end_of_text}
+    ):
         yield tokens[0]

@@ -109,7 +109,7 @@ def test_each_row_stops_on_its_own(model: GPT2) -> None:
     endless = batch_texts(model, prompts, sampling(20, temperature=0))
     end = endless[1][4]
     expected = [text[: text.index(end)] if end in text else text for text in endless]
-    assert batch_texts(model, prompts, sampling(20, temperature=0), end_of_text=end) == expected
+    assert batch_texts(model, prompts, sampling(20, temperature=0), ends={end}) == expected
     ended = batch_texts(model, prompts, sampling(20, temperature=0), stopped={0})
     assert ended == [endless[0][:1], *endless[1:]]
 

@@ -15,7 +15,7 @@ from pipeline.config.loading import dump_config
 from pipeline.config.schema import SampleConfig
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
-from pipeline.generation.writer import TextStream, load_writer
+from pipeline.generation.writer import TextStream, complete_while_training, load_writer
 from pipeline.model.gpt2 import build_model
 from tests.pipeline.conftest import VOCAB_SIZE, tiny_config
 from tests.support.checkpoints import save_checkpoint
@@ -119,3 +119,16 @@ def test_stopped() -> None:
     assert not stream.stopped
     stream.feed(ord("b"))
     assert stream.stopped
+
+
+def test_a_completion_while_training_ends_before_a_stop_text(tmp_path: Path, world: World) -> None:
+    config = tiny_config(
+        tmp_path, model={"vocab_size": GPT2_VOCAB_SIZE}, sample={"prompt": PROMPT, "max_new_tokens": 5}
+    )
+    backend = DdpBackend(build_model(config.model, 1), config, world)
+    with backend.evaluation_mode():
+        whole = complete_while_training(backend, config, world)
+        new = whole.removeprefix(PROMPT)
+        stop = new[len(new) // 2 :][:3]
+        stopped = config.model_copy(update={"sample": config.sample.model_copy(update={"stop": [stop]})})
+        assert complete_while_training(backend, stopped, world) == PROMPT + new[: new.index(stop)]

@@ -1,0 +1,23 @@
+"""The layout of instructions and chats as text. Stage 1 writes it, and generation asks a model in the same layout."""
+
+ANSWERING_ROLE = "assistant"
+ROLES = ("system", "user", ANSWERING_ROLE)
+INSTRUCTION_FIELDS = ("Instruction", "Input", "Response")
+END_OF_TURN = "\n\n"
+
+
+def heading(name: str) -> str:
+    """Return the line that precedes a field of an instruction."""
+    return f"### {name}:\n"
+
+
+def heading_of_role(role: str) -> str:
+    """Return the line that precedes a message of a chat."""
+    return heading(role.capitalize())
+
+
+def instruction_prompt(instruction: str, given: str = "") -> str:
+    """Return an instruction and its input, if there is any, as text up to the place where the answer begins."""
+    texts = (instruction, given) if given else (instruction,)
+    fields = zip(INSTRUCTION_FIELDS, texts, strict=False)
+    return "".join(heading(name) + text + END_OF_TURN for name, text in fields) + heading(INSTRUCTION_FIELDS[-1])
