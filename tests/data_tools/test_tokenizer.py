@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+import random
+import re
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from data_tools import tokenizer as module
 from data_tools.errors import DataError
-from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, Tokenizer, load_tokenizer, replace_lone_surrogates
+from data_tools.tokenizer import (
+    END_OF_TEXT,
+    GPT2_VOCAB_SIZE,
+    Tokenizer,
+    cut_long_spaces,
+    load_tokenizer,
+    replace_lone_surrogates,
+)
 from tests.data_tools.conftest import varied_documents
 
 PATHOLOGICAL = [
@@ -36,6 +46,42 @@ def test_a_text_is_encoded_as_by_encode_ordinary_without_end_of_text(reference: 
     tokens = load_tokenizer().encode(text)
     assert tokens.dtype == np.uint16
     assert tokens.tolist() == reference.encode_ordinary(text)
+
+
+WHITE_SPACE = [chr(point) for point in range(0x3001) if regex.fullmatch(r"\s", chr(point))]
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\xa0", " \n\u3000"], ids=ascii)
+@pytest.mark.parametrize("after", ["x", " x", "'s", "1", ".", "\x1cx", "\n", ""], ids=ascii)
+def test_a_million_white_space_characters_are_encoded_exactly(space: str, after: str) -> None:
+    """Longer runs than tiktoken encodes; the expected tokens are those of the words that GPT-2's pattern finds."""
+    run = (space * 700_000)[:700_000]
+    text = "caf\xe9" + run + after
+    # The pattern keeps the last character of the run apart if text follows.
+    n = len(run + after) - len((run + after).lstrip("".join(WHITE_SPACE)))
+    cut = len("caf\xe9") + (n - 1 if n < len(run + after) else n)
+    encode = load_tokenizer()._encode
+    expected = [*encode("caf\xe9"), *encode(text[4:cut]), *encode(text[cut:])]
+    assert load_tokenizer().encode(text).tolist() == expected
+
+
+def test_cutting_at_white_space_never_changes_the_tokens(
+    reference: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short texts, which tiktoken can encode as a whole, are cut at every run of white space."""
+    monkeypatch.setattr(module, "_LONG_SPACE", re.compile(module._LONG_SPACE.pattern.replace("1000", "1")))
+    draw = random.Random(1)
+    alphabet = [*WHITE_SPACE, *"  \n\n\x1c\x1fab1.'s\u200b"]
+    for _ in range(3000):
+        text = "".join(draw.choices(alphabet, k=draw.randint(0, 12)))
+        pieces = cut_long_spaces(text)
+        assert "".join(pieces) == text
+        assert [id for piece in pieces for id in reference.encode_ordinary(piece)] == reference.encode_ordinary(text)
+
+
+def test_the_white_space_is_unicode_s() -> None:
+    one = re.compile(module._LONG_SPACE.pattern.replace("1000", "1"))
+    assert [chr(point) for point in range(0x110000) if one.fullmatch(chr(point))] == WHITE_SPACE
 
 
 def test_lone_surrogates_are_replaced_and_pairs_are_joined() -> None:
