@@ -49,9 +49,7 @@ class Tokenizer:
         text = replace_lone_surrogates(text)
         try:
             return self._encode(text)
-        except (
-            ValueError
-        ):  # about half a million blanks before a word exceed the stack of tiktoken's regular expression
+        except ValueError:  # a million blanks before a word exceed the stack of tiktoken's pattern
             return np.concatenate([self._encode(piece) for piece in cut_long_spaces(text)])
 
     def _encode(self, text: str) -> TokenArray:

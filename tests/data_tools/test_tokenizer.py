@@ -51,11 +51,10 @@ def test_a_text_is_encoded_as_by_encode_ordinary_without_end_of_text(reference: 
 WHITE_SPACE = [chr(point) for point in range(0x3001) if regex.fullmatch(r"\s", chr(point))]
 
 
-@pytest.mark.parametrize("space", [" ", "\n", "\xa0", " \n\u3000"], ids=ascii)
-@pytest.mark.parametrize("after", ["x", " x", "'s", "1", ".", "\x1cx", "\n", ""], ids=ascii)
+@pytest.mark.parametrize(("space", "after"), [(" ", "x"), (" \n", "'s"), ("\n", ""), ("\xa0", "\x1c")], ids=ascii)
 def test_a_million_white_space_characters_are_encoded_exactly(space: str, after: str) -> None:
     """Longer runs than tiktoken encodes; the expected tokens are those of the words that GPT-2's pattern finds."""
-    run = (space * 700_000)[:700_000]
+    run = (space * 1_000_000)[:1_000_000]
     text = "caf\xe9" + run + after
     # The pattern keeps the last character of the run apart if text follows.
     n = len(run + after) - len((run + after).lstrip("".join(WHITE_SPACE)))

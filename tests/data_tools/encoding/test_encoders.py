@@ -21,6 +21,7 @@ from data_tools.encoding.encoders import (
     load_encoder,
 )
 from data_tools.errors import DataError
+from data_tools.tokenizer import load_tokenizer
 from tests.data_tools.conftest import varied_documents
 
 PATHOLOGICAL = {
@@ -89,6 +90,11 @@ def test_characters_of_another_unicode_version_are_encoded_as_by_tiktoken(
 ) -> None:
     for text in [f"{new}'s", f" {new}'ll go", f"{new}醒", f"a{new}b", "x" * 1000 + new + "'s"]:
         assert gigatoken.encode(text).tolist() == reference.encode_ordinary(text)
+
+
+def test_long_white_space_is_encoded_alike(gigatoken: Encoder) -> None:
+    text = "a" + " " * 1_000_000 + "b\n" + " \n" * 500_000 + " c"
+    assert gigatoken.encode(text).tolist() == load_tokenizer().encode(text).tolist()
 
 
 @pytest.mark.parametrize("unit", PATHOLOGICAL.values(), ids=PATHOLOGICAL)
