@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from tqdm import tqdm
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Advance = Callable[[int], None]  # called from any thread with the bytes that were processed since the previous call
@@ -14,6 +16,15 @@ Advance = Callable[[int], None]  # called from any thread with the bytes that we
 def available_cores() -> int:
     """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def lock_bars_among_threads() -> None:
+    """Make progress bars lock one another out with a lock of this process.
+
+    tqdm's own lock is a semaphore of the operating system. Python reports this semaphore as leaked if a process is
+    killed or skips the shutdown of the interpreter, as workers and ranks do.
+    """
+    tqdm.set_lock(threading.RLock())
 
 
 def no_progress(done_bytes: int) -> None:

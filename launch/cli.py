@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar, get_args
 
 from data_tools.errors import DataError, UserError
+from data_tools.threads import lock_bars_among_threads
 from pipeline.config.schema import Device
 from pipeline.distributed.environment import launched_rank, launched_world_size
 from pipeline.errors import Interrupted, LostRankError
@@ -165,6 +166,7 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     SIGPIPE.
     """
     status = 0
+    lock_bars_among_threads()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # in tests it may be another kind of stream
             stream.reconfigure(errors="backslashreplace")

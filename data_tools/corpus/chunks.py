@@ -122,13 +122,15 @@ def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
     Raises:
         DataError: the source cannot be read.
     """
-    largest = max(request.shard_tokens * _BYTES_PER_TOKEN, _SMALLEST_CHUNK_BYTES)
     text_bytes = source.text_bytes()
-    wanted = largest if text_bytes is None else text_bytes // _WANTED_CHUNKS
-    chunk_bytes = min(max(wanted, _SMALLEST_CHUNK_BYTES), largest)
+    chunk_bytes = _chunk_bytes(text_bytes, request)
+    slices = source.slices(chunk_bytes)
+    sizes = [item.text_bytes for item in slices]
+    if text_bytes is None and None not in sizes:
+        chunk_bytes = _chunk_bytes(sum(filter(None, sizes)), request)
     groups: list[list[Slice]] = []
     group_bytes = 0
-    for item in source.slices(chunk_bytes):
+    for item in slices:
         item_bytes = chunk_bytes if item.text_bytes is None else item.text_bytes  # unknown size: fills a chunk
         if groups and group_bytes + item_bytes <= chunk_bytes:
             groups[-1].append(item)
@@ -140,6 +142,13 @@ def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
     if request.limit_documents is None and request.limit_bytes is None:
         return chunks
     return list(_apply_limit(chunks, source, request))
+
+
+def _chunk_bytes(text_bytes: int | None, request: TokenizeRequest) -> int:
+    """Return the bytes of text per chunk for a source with ``text_bytes``. None means that the size is not known."""
+    largest = max(request.shard_tokens * _BYTES_PER_TOKEN, _SMALLEST_CHUNK_BYTES)
+    wanted = largest if text_bytes is None else text_bytes // _WANTED_CHUNKS
+    return min(max(wanted, _SMALLEST_CHUNK_BYTES), largest)
 
 
 def documents_of(chunk: Chunk, source: Source) -> Iterator[Document]:

@@ -16,6 +16,7 @@ from multiprocessing.context import BaseContext
 from typing import Any, Generic, TypeVar
 
 from data_tools.errors import DataError
+from data_tools.threads import lock_bars_among_threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -138,6 +139,7 @@ def _serve(work: Work[Any, Any], connection: Connection) -> None:
     # Ctrl-C sends SIGINT to the whole process group. The parent handles the signal and then kills its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    lock_bars_among_threads()
     while True:
         try:
             item = connection.recv()

@@ -14,7 +14,6 @@ from data_tools.sources.jsonl import text_of_record
 # The files that Dataset.save_to_disk and DatasetDict.save_to_disk write.
 _SAVED_DATASET = "state.json"
 _SAVED_DATASET_DICT = "dataset_dict.json"
-_SLICES_ON_DISK = 64
 
 
 class HuggingFaceSource:
@@ -44,21 +43,27 @@ class HuggingFaceSource:
         }
 
     def text_bytes(self) -> int | None:
-        return None
+        """Return the bytes of text in a dataset that ``save_to_disk`` wrote. Returns None for other datasets."""
+        with self._one_line_errors():
+            rows = self._open() if self._is_saved() else None
+            return None if rows is None else _text_bytes_of(rows, self._text_field)
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        """Return one slice per data file, or at most 64 slices for a dataset that ``save_to_disk`` wrote."""
+        """Return one slice per data file, or ranges of rows of a dataset that ``save_to_disk`` wrote."""
         with self._one_line_errors():
             rows = self._open()
-            if hasattr(rows, "num_shards"):
-                return [Slice(self._dataset, shard, shard + 1) for shard in range(rows.num_shards)]
-            bounds = [len(rows) * index // _SLICES_ON_DISK for index in range(_SLICES_ON_DISK + 1)]
-            return [Slice(self._dataset, start, stop) for start, stop in pairwise(bounds) if start < stop]
+            if not self._is_saved():
+                file_bytes = self._mean_file_bytes(rows.num_shards)
+                return [Slice(self._dataset, shard, shard + 1, file_bytes) for shard in range(rows.num_shards)]
+            text_bytes = _text_bytes_of(rows, self._text_field)
+            count = min(max(1, -(-text_bytes // slice_bytes)), len(rows))
+            bounds = [len(rows) * index // count for index in range(count + 1)] if count else []
+            return [Slice(self._dataset, start, stop, text_bytes // count) for start, stop in pairwise(bounds)]
 
     def read(self, piece: Slice) -> Iterator[str]:
         with self._one_line_errors(piece):
             rows = self._open()
-            if hasattr(rows, "num_shards"):
+            if not self._is_saved():
                 rows = rows.shard(num_shards=rows.num_shards, index=piece.start)
                 first = 0
             else:
@@ -84,12 +89,26 @@ class HuggingFaceSource:
         # Imported here because it takes a second, which only this source needs.
         import datasets
 
-        folder = Path(self._dataset)
-        if (folder / _SAVED_DATASET_DICT).is_file():
-            splits = datasets.load_from_disk(os.fspath(folder))
-            if self._split not in splits:
-                raise DataError(f"{folder} has no split {self._split!r}; it has {', '.join(splits)}")
-            return splits[self._split]
-        if (folder / _SAVED_DATASET).is_file():
-            return datasets.load_from_disk(os.fspath(folder))
-        return datasets.load_dataset(self._dataset, self._config, split=self._split, streaming=True)
+        if not self._is_saved():
+            return datasets.load_dataset(self._dataset, self._config, split=self._split, streaming=True)
+        saved = datasets.load_from_disk(self._dataset)
+        if not isinstance(saved, datasets.DatasetDict):
+            return saved
+        if self._split not in saved:
+            raise DataError(f"{self._dataset} has no split {self._split!r}; it has {', '.join(saved)}")
+        return saved[self._split]
+
+    def _is_saved(self) -> bool:
+        """Return whether the dataset is a folder that ``save_to_disk`` wrote."""
+        return any(Path(self._dataset, name).is_file() for name in (_SAVED_DATASET, _SAVED_DATASET_DICT))
+
+    def _mean_file_bytes(self, files: int) -> int | None:
+        """Return the mean size of a local data file. Returns None for a dataset on the hub."""
+        if not os.path.isdir(self._dataset):
+            return None
+        return sum(size for _, size in find_files((self._dataset,), suffixes=())) // max(files, 1)
+
+
+def _text_bytes_of(rows: Any, text_field: str) -> int:
+    """Return the bytes of a column of a ``Dataset``, or 0 if there is no such column, which ``read`` reports."""
+    return rows.data.column(text_field).nbytes if text_field in rows.column_names else 0

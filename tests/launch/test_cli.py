@@ -105,6 +105,13 @@ def test_a_pipe_without_a_reader_ends_a_command_quietly(code: str) -> None:
     assert process.wait() == 141
 
 
+def test_the_progress_bar_of_a_rank_leaks_no_semaphore() -> None:
+    process = start("from tqdm import tqdm; list(tqdm(range(3)))", RANK="0", WORLD_SIZE="2")
+    _, errors = process.communicate()
+    assert b"3/3" in errors
+    assert b"leaked" not in errors
+
+
 def test_log_lines_without_a_reader_do_not_end_a_run() -> None:
     process = start(
         "start_logging(); logging.getLogger('pipeline').info('lost'); import sys; print('on', file=sys.stderr)"

@@ -152,6 +152,26 @@ if __name__ == "__main__":
 """
 
 
+BARS = """
+from tqdm import tqdm
+from data_tools.corpus.parallel import unordered_map
+
+def work(number, report):
+    list(tqdm(range(number), disable=False))
+
+if __name__ == "__main__":
+    list(unordered_map(work, range(4), 2, print))
+"""
+
+
+def test_a_progress_bar_in_a_worker_leaks_no_semaphore(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(BARS)
+    command = [sys.executable, str(tmp_path / "parent.py")]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    assert "3/3" in ended.stderr
+    assert "leaked" not in ended.stderr
+
+
 def running(pids: list[int]) -> Iterator[int]:
     for pid in pids:
         try:

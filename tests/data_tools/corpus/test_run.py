@@ -138,6 +138,14 @@ def test_tokens_are_those_of_a_sequential_encode_ordinary_split_by_split(
         np.testing.assert_array_equal(tokens, tokens_of(out, "train"))
 
 
+@pytest.mark.parametrize("kind", ["saved dataset", "streamed dataset"])
+def test_a_small_dataset_is_one_chunk_with_both_splits(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "corpus").mkdir()
+    options = SOURCES[kind][0](tmp_path / "corpus")
+    manifest = tokenize_corpus(TokenizeRequest(**options, out=tmp_path / "out", workers=1, seed=5))
+    assert [shard.file for shard in manifest.shards] == ["train_00000_000.npy", "val_00000_000.npy"]
+
+
 def request_for(tmp_path: Path, name: str = "out", **options: Any) -> TokenizeRequest:
     """Return a request for the JSON Lines corpus, which is written if it does not exist."""
     folder = tmp_path / "corpus"
