@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 from launch.cli import ArgumentParser, add_checkpoint_options, positive_int, run_command, start_logging
 from pipeline.config.schema import TASK_NAME, Precision, RunConfig, TaskName
@@ -10,6 +10,8 @@ from pipeline.distributed.world import join_world
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.results import format_table
 from pipeline.evaluation.run import run_tasks
+
+_T = TypeVar("_T")
 
 EVERY_TASK = ""  # the name that a limit without a task has
 
@@ -72,7 +74,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     start_logging()
-    limits = dict(arguments.limit)
+    paths = _by_task(parser, "--data", arguments.data)
+    limits = _by_task(parser, "--limit", arguments.limit)
     settings = Settings(arguments.shots, limits.pop(EVERY_TASK, None), arguments.stride, limits)
     with join_world(RunConfig(device=arguments.device), process_group=False) as world:
         results, folder = run_tasks(
@@ -80,7 +83,7 @@ def main() -> None:
             arguments.tasks,
             settings,
             world,
-            paths=dict(arguments.data),
+            paths=paths,
             batch_size=arguments.batch_size,
             precision=arguments.precision,
             examples_file=arguments.save_examples,
@@ -98,6 +101,15 @@ def _task_and_path(assignment: str) -> tuple[str, str]:
     if not TASK_NAME.fullmatch(task):
         raise argparse.ArgumentTypeError(f"{assignment}: a task's name may have only letters, digits and . _ -")
     return task, path
+
+
+def _by_task(parser: ArgumentParser, option: str, values: list[tuple[str, _T]]) -> dict[str, _T]:
+    """Return the values of an option by task. It is an error if a task has several."""
+    by_task = dict(values)
+    for task in by_task:
+        if [name for name, _ in values].count(task) > 1:
+            parser.error(f"{option}: {task or 'every task'} is given more than once; give it once")
+    return by_task
 
 
 def _limit(text: str) -> tuple[str, int]:

@@ -1,12 +1,14 @@
 """Complete prompts with a trained model."""
 
 import argparse
+import io
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import get_args
 
+from data_tools.errors import UserError
 from launch.cli import (
     ArgumentParser,
     add_checkpoint_options,
@@ -38,6 +40,8 @@ def main() -> None:
     """Load the model, and complete the prompts of the command line or the terminal."""
     arguments = parse_arguments()
     start_logging()
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     given = {key: getattr(arguments, key) for key in (*SAMPLING_OPTIONS, "stop")}
     with join_world(RunConfig(device=arguments.device), process_group=False) as world:
         writer = load_writer(arguments.checkpoint, world.device, arguments.precision)
@@ -115,12 +119,14 @@ def _continue(writer: Writer, sample: SampleConfig, prompt: str, seed: int) -> G
 
 def _ask() -> str:
     """Read a prompt. On a terminal, show where to type, and end the line if there is no prompt."""
-    if not sys.stdin.isatty():
-        return input()
+    is_terminal = sys.stdin.isatty()
     try:
-        return input("> ")
+        return input("> " if is_terminal else "")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except (EOFError, KeyboardInterrupt):
-        _show("\n")
+        if is_terminal:
+            _show("\n")
         raise
 
 

@@ -1,5 +1,6 @@
 """Define the tasks of choices and continuations: convert examples to scoring requests, and scores to figures."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from pipeline.evaluation.packing import Request
 from pipeline.evaluation.scoring import Score, Scorer
 from pipeline.evaluation.sources import Row
 from pipeline.run_folder.metrics import perplexity
+
+log = logging.getLogger(__name__)
 
 Groups = list[list[Request]]  # the requests of a group may have a common prefix
 Scores = list[list[Score]]  # one score per request, nested like ``Groups``
@@ -113,7 +116,7 @@ class ChoiceTask:
             ConfigError: a stride is given.
         """
         examples, groups = _read_and_encode(data, self.read, self.encode)
-        facts = facts_of(_protocol_of(self.protocol, examples), data, len(examples))
+        facts = facts_of(_protocol_of(name, self.protocol, examples), data, len(examples))
         return PreparedTask(
             name,
             facts,
@@ -174,7 +177,7 @@ class ContinuationTask:
             ConfigError: a stride is given.
         """
         examples, groups = _read_and_encode(data, self.read, encode_pair)
-        facts = facts_of(_protocol_of(self.protocol, examples), data, len(examples))
+        facts = facts_of(_protocol_of(name, self.protocol, examples), data, len(examples))
         return PreparedTask(name, facts, groups, _continuation_figures, _describe_continuations)
 
 
@@ -217,11 +220,14 @@ def _read_and_encode(data: TaskData, read: Callable[[Row], Example], encode: Enc
     return examples, groups
 
 
-def _protocol_of(protocol: str, examples: Sequence[Example]) -> str:
+def _protocol_of(name: str, protocol: str, examples: Sequence[Example]) -> str:
     """Return the name of the protocol, which does not name the task if a file brings other prompts than the task's."""
     count = sum(example.rendered_by_file for example in examples)
-    scoring = protocol.partition(": ")[2]
-    return f"rendered by the file ({count} of {len(examples)} examples): {scoring}" if count else protocol
+    if not count:
+        return protocol
+    origin = f"rendered by the file ({count} of {len(examples)} examples)"
+    log.warning("%s: %s, so the figures are not those of the task's protocol", name, origin)
+    return f"{origin}: {protocol.partition(': ')[2]}"
 
 
 def facts_of(protocol: str, data: TaskData, examples: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_tools.errors import DataError
 from data_tools.shards.manifest import VAL_SPLIT, load_manifest
-from data_tools.shards.reader import open_split
+from data_tools.shards.reader import TokenStream, open_split
 from data_tools.storage.atomic import write_bytes_durably, write_json_durably
 from pipeline.backends import Backend
 from pipeline.checkpoint.loading import LoadedModel, load_model
@@ -35,6 +35,8 @@ from pipeline.run_folder.layout import EVALUATION_FOLDER, TENSORBOARD_FOLDER
 from pipeline.run_folder.metrics import TASK_PREFIX, perplexity
 
 log = logging.getLogger(__name__)
+
+ValidationData = tuple[str, TokenStream]  # the folder of token shards, and its validation split
 
 
 def run_tasks(
@@ -82,6 +84,7 @@ def run_tasks(
     prepared = {
         task: prepare_task(task, paths.get(task), settings, config.model, world) for task in tasks if task != VALIDATION
     }
+    splits = _open_validation(config, paths.get(VALIDATION)) if VALIDATION in tasks else {}
     pack_linear_layers(loaded.model, matmul_dtype(precision))
     compute = replicated_compute(loaded.model, precision, world.device).eval()
     scorer = Scorer(compute, config.model, world, batch_size * config.seq_len)
@@ -89,7 +92,7 @@ def run_tasks(
     examples: list[Figures] = []
     for task in tasks:
         if task == VALIDATION:
-            name, result = task, _measure_validation(compute, config, paths.get(VALIDATION), batch_size, world)
+            name, result = task, _measure_validation(compute, config, splits, batch_size, world)
         else:
             figures, of_task = prepared[task].measure_examples(scorer)
             name, result = prepared[task].name, {"precision": precision, **figures}
@@ -104,40 +107,58 @@ def run_tasks(
     return results, folder
 
 
-def _measure_validation(
-    compute: ComputeModel, config: Config, path: str | None, batch_size: int, world: World
-) -> dict[str, Any]:
-    """Score the validation split at ``path``, or of the run's dataset or mixture if ``path`` is None."""
+def _open_validation(config: Config, path: str | None) -> dict[str, ValidationData]:
+    """Open the validation split at ``path``, or of the run's dataset or mixture if ``path`` is None.
 
-    def score(path: str) -> dict[str, Any]:
-        path = find_path(path, config.run)
-        stream = open_split(path, VAL_SPLIT)
-        check_same_vocabulary(stream, config.model, path)
-        result = score_split(compute, stream, config.seq_len, batch_size, world)
-        return {"data": path, "data_sha256": stream.manifest.content_sha256(), **result}
+    Returns the splits by the names of the components of a mixture, or one split with the name "". Components without
+    scored validation targets are ignored, as during training.
 
+    Raises:
+        DataError: a split cannot be used, or no target is scored.
+        ConfigError: the vocabulary of a split is not that of the model.
+    """
     if path is not None or config.data.mixture is None:
-        return score(path or config.data.components[0].path)
-    # Ignore components without scored validation targets, as during training.
-    components = [c for c in config.data.mixture if _has_validation_targets(c.path, config)]
-    if not components:
-        raise DataError(
-            "data.mixture: no component has a validation split with scored targets; "
-            "name a dataset that has one with --data validation=DIR"
-        )
-    results = {component.name: score(component.path) for component in components}
+        path = find_path(path or config.data.components[0].path, config.run)
+        split = path, open_split(path, VAL_SPLIT)
+        if not _has_scored_targets(split[1], config.seq_len):
+            raise DataError(f"{path}: the split {VAL_SPLIT!r} has no scored target; tokenize more text")
+        splits = {"": split}
+    else:
+        splits = {}
+        for component in config.data.mixture:
+            path = find_path(component.path, config.run)
+            if load_manifest(path).tokens_of(VAL_SPLIT):
+                split = path, open_split(path, VAL_SPLIT)
+                if _has_scored_targets(split[1], config.seq_len):
+                    splits[component.name] = split
+        if not splits:
+            raise DataError(
+                "data.mixture: no component has a validation split with scored targets; "
+                "name a dataset that has one with --data validation=DIR"
+            )
+    for path, stream in splits.values():
+        check_same_vocabulary(stream, config.model, path)
+    return splits
+
+
+def _has_scored_targets(stream: TokenStream, seq_len: int) -> bool:
+    return bool(scored_targets(stream, seq_len).any()) if stream.has_mask else stream.tokens > 1
+
+
+def _measure_validation(
+    compute: ComputeModel, config: Config, splits: Mapping[str, ValidationData], batch_size: int, world: World
+) -> dict[str, Any]:
+    """Score validation splits."""
+    results = {}
+    for name, (path, stream) in splits.items():
+        result = score_split(compute, stream, config.seq_len, batch_size, world)
+        results[name] = {"data": path, "data_sha256": stream.manifest.content_sha256(), **result}
+    if "" in results:
+        return results[""]
     losses = {name: result["loss"] for name, result in results.items()}
-    loss = mixture_loss(losses, {component.name: component.weight for component in components})
+    loss = mixture_loss(losses, {component.name: component.weight for component in config.data.components})
     by_name = {f"{name}_loss": value for name, value in losses.items()}
     return {"data": "data.mixture", "loss": loss, "perplexity": perplexity(loss), **by_name, "parts": results}
-
-
-def _has_validation_targets(path: str, config: Config) -> bool:
-    path = find_path(path, config.run)
-    if not load_manifest(path).tokens_of(VAL_SPLIT):
-        return False
-    stream = open_split(path, VAL_SPLIT)
-    return not stream.has_mask or bool(scored_targets(stream, config.seq_len).any())
 
 
 def _check_examples_file(path: Path, tasks: Sequence[str]) -> None:

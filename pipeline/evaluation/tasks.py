@@ -143,6 +143,8 @@ def check_tasks(
         run_files: the files in the run's ``evaluation.data`` by task. A task in it need not be among ``tasks``.
     """
     for task in tasks:
+        if list(tasks).count(task) > 1:
+            raise ConfigError(f"--tasks: {task} is given more than once; give it once")
         if task not in get_args(TaskName) and task not in files and task not in run_files:
             raise ConfigError(
                 f"--tasks {task}: no such task; there are: {', '.join(get_args(TaskName))}; "

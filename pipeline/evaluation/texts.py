@@ -12,7 +12,7 @@ from pipeline.evaluation.examples import TaskData
 from pipeline.evaluation.intervals import BOOTSTRAP, bootstrap_ratio
 from pipeline.evaluation.packing import Request
 from pipeline.evaluation.protocols import Figures, PreparedTask, Scores, facts_of
-from pipeline.evaluation.sources import Row
+from pipeline.evaluation.sources import Row, as_json
 from pipeline.run_folder.metrics import perplexity
 
 log = logging.getLogger(__name__)
@@ -96,9 +96,8 @@ class TextTask:
             return [row["page"]]
         if isinstance(row.get("text"), str):
             return self.split(row["text"]) or [""]
-        raise DataError(
-            f"{data.rows.where(number)} has {', '.join(row)} and no text; expected a text file, or rows with text"
-        )
+        reason = f"text is {as_json(row['text'])}" if "text" in row else f"has {', '.join(row)}"
+        raise DataError(f"{data.rows.where(number)}: {reason}; expected a text file, or rows with a text")
 
 
 def _losses_of_windows(windows: list[list[Request]], scores: Scores) -> list[list[tuple[float, int]]]:

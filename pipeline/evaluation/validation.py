@@ -132,7 +132,8 @@ def _figures(by_position: Tensor, overall: Tensor, stream: TokenStream) -> dict[
     loss_sum, targets, top1, top5 = by_position.sum(1).tolist()
     end_of_text_loss, windows, squared_loss, loss_by_targets, squared_targets = overall.tolist()
     if not targets:
-        raise TrainingError(f"the split {stream.split!r} has no scored target: its mask leaves out all tokens")
+        reason = "its mask excludes all tokens" if stream.has_mask else f"it has {stream.tokens} token"
+        raise TrainingError(f"the split {stream.split!r} has no scored target: {reason}")
     loss = loss_sum / targets
     if not math.isfinite(loss):
         raise TrainingError(f"the loss on the split {stream.split!r} is {loss}; the checkpoint's weights are unusable")

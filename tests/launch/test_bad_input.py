@@ -380,6 +380,14 @@ COMMAND_LINE_CASES = [
         "--limit piqa=5: piqa is not among --tasks validation",
         "add it there",
     ),
+    command("two_limits", "evaluate.py --checkpoint trained --limit 5 7", "--limit: every task", "give it once"),
+    command(
+        "two_files_of_a_task",
+        "evaluate.py --checkpoint trained --tasks mine --data mine=a --data mine=b",
+        "--data: mine is given more than once",
+        "give it once",
+    ),
+    command("a_task_twice", "evaluate.py --checkpoint trained --tasks piqa piqa", "--tasks: piqa", "give it once"),
     command("limit_of_text", "evaluate.py --checkpoint trained --limit piqa=x", "--limit", "a whole number from 1"),
     command(
         "examples_nowhere",

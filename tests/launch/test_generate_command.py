@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import torch
@@ -45,11 +46,11 @@ class Command:
         self.run_folder, self.monkeypatch, self.capsys = run_folder, monkeypatch, capsys
         monkeypatch.setattr(launch.generate, "start_logging", lambda: None)  # it would outlive the call
 
-    def __call__(self, *arguments: str, typed: str = "", status: int = 0) -> str:
+    def __call__(self, *arguments: str, typed: str = "", stdin: TextIO | None = None, status: int = 0) -> str:
         """Return what the command prints, or its error message if ``status`` is not 0."""
         command = ["generate.py", "--checkpoint", str(self.run_folder), "--device", "cpu", *arguments]
         self.monkeypatch.setattr(sys, "argv", command)
-        self.monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        self.monkeypatch.setattr(sys, "stdin", stdin or io.StringIO(typed))
         with pytest.raises(SystemExit) as ended:
             run_command(launch.generate.main)
         shown = self.capsys.readouterr()
@@ -140,6 +141,16 @@ def test_interactive_completes_one_prompt_after_the_other(command: Command) -> N
     alone = [command(*GREEDY, "--prompt", prompt) for prompt in ("Hello", "Grüße")]
     assert command(*GREEDY, "--interactive", typed="Hello\n\nGrüße\n") == "".join(alone)
     assert command(*GREEDY, "--interactive") == ""
+
+
+def test_piped_prompts_are_utf8(command: Command) -> None:
+    """Also where the terminal's encoding is another one. A line of other bytes is one line of an error."""
+    for encoding in ("ascii", "utf-8"):
+        piped = io.TextIOWrapper(io.BytesIO("Grüße\n".encode()), encoding=encoding)
+        assert command(*GREEDY, "--interactive", stdin=piped) == command(*GREEDY, "--prompt", "Grüße")
+    broken = io.TextIOWrapper(io.BytesIO(b"Gr\xfc\xdfe\n"), encoding="utf-8", errors="surrogateescape")
+    error = command(*GREEDY, "--chat", stdin=broken, status=2)
+    assert error == "error: standard input is not UTF-8 text: invalid start byte at byte 2\n"
 
 
 def test_the_seed_grows_with_each_prompt(command: Command) -> None:

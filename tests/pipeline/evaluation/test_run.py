@@ -22,6 +22,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation import run
 from pipeline.evaluation.examples import Settings
+from pipeline.evaluation.protocols import PreparedTask
 from pipeline.evaluation.results import find_results, format_table
 from pipeline.evaluation.run import prepare_tasks, run_tasks
 from pipeline.evaluation.validation import validate
@@ -106,6 +107,27 @@ class TestOnACheckpoint:
             assert result["parts"][name]["loss"] == alone["validation"]["loss"] == result[f"{name}_loss"]
         assert result["loss"] == pytest.approx(0.75 * result["first_loss"] + 0.25 * result["second_loss"])
         assert "first_loss" in format_table(found)
+
+    def test_unusable_validation_data_is_an_error_before_a_task_is_scored(
+        self, data: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A task that comes first can take hours."""
+        monkeypatch.setattr(PreparedTask, "measure_examples", lambda *_: pytest.fail("was scored"))
+        config = tiny_config(tmp_path / "run", model={"vocab_size": 50257}, data={"path": str(data)})
+        backend = DdpBackend(randomised_model(config.model), config, world)
+        state = TrainingState(7, 28, 336, 7, 1.0, 0, 1337)
+        save_checkpoint(tmp_path / "run", state, dump_config(config), backend, world, 1)
+        own = str(write_lines(tmp_path / "own.jsonl", LAMBADA))
+        unscored = {"val": [np.zeros(30, dtype=np.bool_)]}
+        masked = write_shards(tmp_path / "masked", {"val": [np.arange(30)]}, masks=unscored)
+        for path, expected in (
+            (str(tmp_path), "has no manifest"),
+            (str(masked), "'val' has no scored target"),
+            (str(write_shards(tmp_path / "short", {"val": [np.arange(1)]})), "'val' has no scored target"),
+        ):
+            paths = {"own": own, "validation": path}
+            with pytest.raises(DataError, match=expected):
+                run_tasks(tmp_path / "run", ["own", "validation"], Settings(), ALONE, paths=paths)
 
     def test_a_component_without_scored_targets_is_left_out(self, data: Path, tmp_path: Path, world: World) -> None:
         """In both measurements, as a component without a validation split is."""

@@ -99,7 +99,7 @@ def test_empty_texts_alone_are_an_error_before_scoring(scorer: Scorer, tmp_path:
         path = write_lines(tmp_path / "rows.jsonl", rows)
         with pytest.raises(DataError, match="all texts are empty"):
             prepare_task("wikitext2", str(path), Settings(), scorer.model, ALONE)
-    with pytest.raises(DataError, match="row 2 has text and no text"):
+    with pytest.raises(DataError, match="row 2: text is null; expected a text file"):
         prepare_task("own", str(write_lines(path, [{"text": "a"}, {"text": None}])), Settings(), scorer.model, ALONE)
 
 
