@@ -72,13 +72,16 @@ def main() -> None:
         metavar="FILE",
         help="write the log-likelihoods, the choice and the right choice of each example, one JSON object per line",
     )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the results (default: evaluation/ in the run folder)"
+    )
     arguments = parser.parse_args()
     start_logging()
     paths = _by_task(parser, "--data", arguments.data)
     limits = _by_task(parser, "--limit", arguments.limit)
     settings = Settings(arguments.shots, limits.pop(EVERY_TASK, None), arguments.stride, limits)
     with join_world(RunConfig(device=arguments.device), process_group=False) as world:
-        results, folder = run_tasks(
+        _, written = run_tasks(
             arguments.checkpoint,
             arguments.tasks,
             settings,
@@ -87,11 +90,11 @@ def main() -> None:
             batch_size=arguments.batch_size,
             precision=arguments.precision,
             examples_file=arguments.save_examples,
+            out=arguments.out,
+            show=lambda results: print(format_table(results), flush=True),
         )
-    if world.is_main:
-        print(format_table(results))
-        files = [folder / f"{task}.json" for task in results] + [arguments.save_examples]
-        print("wrote " + ", ".join(str(file) for file in files if file))
+    if written:
+        print("wrote " + ", ".join(map(str, written)))
 
 
 def _task_and_path(assignment: str) -> tuple[str, str]:

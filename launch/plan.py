@@ -7,6 +7,7 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
+from data_tools.storage.files import is_writable
 from launch.cli import (
     ArgumentParser,
     add_config_options,
@@ -140,8 +141,8 @@ def _parse_arguments() -> argparse.Namespace:
 
 def _picture_path(text: str) -> Path:
     path = Path(text)
-    if path.suffix not in PICTURES or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a {', '.join(PICTURES)} file in an existing folder, it is {text!r}")
+    if path.suffix not in PICTURES or not path.parent.is_dir() or not is_writable(path):
+        raise argparse.ArgumentTypeError(f"must be a {', '.join(PICTURES)} file in a writable folder, it is {text!r}")
     return path
 
 

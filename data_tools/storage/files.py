@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,14 @@ _HASH_CHUNK_BYTES = 8 << 20  # large, because each chunk releases and takes the 
 def is_remote(path: str) -> bool:
     """Return whether a path is a URL such as ``s3://bucket/folder``."""
     return "://" in path
+
+
+def is_writable(path: Path) -> bool:
+    """Return whether a file or a folder can be written at a path, including missing folders. Nothing is created."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return os.access(existing, os.W_OK) and (existing == path.absolute() or existing.is_dir())
 
 
 def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_bytes: None) -> str:

@@ -2,8 +2,7 @@
 
 import json
 import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from data_tools.errors import DataError
 from data_tools.shards.manifest import VAL_SPLIT, load_manifest
 from data_tools.shards.reader import TokenStream, open_split
 from data_tools.storage.atomic import write_bytes_durably, write_json_durably
+from data_tools.storage.files import is_writable
 from pipeline.backends import Backend
 from pipeline.checkpoint.loading import LoadedModel, load_model
 from pipeline.config.paths import find_path
@@ -49,8 +49,13 @@ def run_tasks(
     batch_size: int | None = None,
     precision: str | None = None,
     examples_file: Path | None = None,
-) -> tuple[Results, Path]:
-    """Score a checkpoint on the given tasks. The main rank writes JSON files and TensorBoard events.
+    out: Path | None = None,
+    show: Callable[[Results], None] = lambda results: None,
+) -> tuple[Results, list[Path]]:
+    """Score a checkpoint on the given tasks. The main rank shows the results and writes them to files.
+
+    Results are written to ``evaluation/`` in the run folder and to its TensorBoard events, or to ``out``. If the run
+    folder is not writable and ``out`` is None, they are only shown.
 
     This call is collective: every rank must make it.
 
@@ -59,9 +64,11 @@ def run_tasks(
         batch_size: the number of sequences per forward pass and rank. If None, the run's micro-batch size.
         precision: the precision of forward passes. If None, the precision of the run.
         examples_file: a file for the scores of each example, as JSON lines. ``validation`` has no examples.
+        out: a folder for the JSON files of the results.
+        show: receives the results before they are written.
 
     Returns:
-        The results by name, and the folder that contains the JSON files.
+        The results by name, and the files that this rank has written.
 
     Raises:
         ConfigError: a task does not exist, or a task does not support one of the settings.
@@ -73,6 +80,7 @@ def run_tasks(
     config = loaded.config
     if examples_file:
         _check_examples_file(examples_file, tasks)
+    folder = _choose_folder(out, loaded.run_folder)
     check_tasks(tasks, settings, paths or {}, config.evaluation.data)
     paths = dict(paths or {})
     for task in tasks:
@@ -98,13 +106,17 @@ def run_tasks(
             name, result = prepared[task].name, {"precision": precision, **figures}
             examples += of_task
         results[name] = {"task": task, "checkpoint": str(loaded.checkpoint), "step": loaded.step, **result}
-    folder = loaded.run_folder / EVALUATION_FOLDER
-    if world.is_main:
-        _write_results(results, loaded, folder)
-        if examples_file:
-            lines = "".join(json.dumps(example) + "\n" for example in examples)
-            write_bytes_durably(examples_file, lines.encode())
-    return results, folder
+    if not world.is_main:
+        return results, []
+    show(results)
+    written = _write_results(results, folder) if folder else []
+    if folder and out is None:
+        _write_events(results, loaded)
+    if examples_file:
+        lines = "".join(json.dumps(example) + "\n" for example in examples)
+        write_bytes_durably(examples_file, lines.encode())
+        written.append(examples_file)
+    return results, written
 
 
 def _open_validation(config: Config, path: str | None) -> dict[str, ValidationData]:
@@ -165,15 +177,35 @@ def _check_examples_file(path: Path, tasks: Sequence[str]) -> None:
     """Raise ConfigError if the scores of examples could not be written, before hours of scoring."""
     if set(tasks) == {VALIDATION}:
         raise ConfigError(f"--save-examples {path}: {VALIDATION} has no examples; leave it out, or name other --tasks")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or not path.parent.is_dir() or not is_writable(path):
         raise ConfigError(f"--save-examples {path}: cannot be written; give a file in a folder that exists")
 
 
-def _write_results(results: Results, loaded: LoadedModel, folder: Path) -> None:
+def _choose_folder(out: Path | None, run_folder: Path) -> Path | None:
+    """Return the folder for results before hours of scoring. Returns None if only the run folder could hold them.
+
+    Raises:
+        ConfigError: ``out`` is not writable.
+    """
+    folder = out or run_folder / EVALUATION_FOLDER
+    if is_writable(folder):
+        return folder
+    if out is not None:
+        raise ConfigError(f"--out {out}: cannot be written; give a folder that you may write to")
+    log.warning("%s cannot be written: the results are only printed; --out DIR writes them elsewhere", run_folder)
+    return None
+
+
+def _write_results(results: Results, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
+    for task, result in results.items():
+        write_json_durably(folder / f"{task}.json", result)
+    return [folder / f"{task}.json" for task in results]
+
+
+def _write_events(results: Results, loaded: LoadedModel) -> None:
     with SummaryWriter(str(loaded.run_folder / TENSORBOARD_FOLDER)) as writer:
         for task, result in results.items():
-            write_json_durably(folder / f"{task}.json", result)
             for key, value in result.items():
                 if isinstance(value, float):
                     writer.add_scalar(f"evaluation/{task}_{key}", value, loaded.step)

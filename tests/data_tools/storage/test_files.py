@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
+import pytest
+
 from data_tools.storage import files as storage
+from data_tools.storage.files import is_writable
 
 
 def test_sha256_of_a_file_longer_than_one_read(tmp_path: Path) -> None:
@@ -27,3 +31,15 @@ def test_sha256_of_json_is_that_of_its_values_in_their_order() -> None:
     assert sha256 == storage.sha256_of_json(json.loads(json.dumps(value, indent=2)))
     assert sha256 != storage.sha256_of_json(dict(reversed(value.items())))
     assert sha256 != storage.sha256_of_json({**value, "b": [1, 2.5, None, "e"]})
+
+
+def test_what_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for path in (tmp_path, file, tmp_path / "new", tmp_path / "new" / "folder"):
+        assert is_writable(path)
+    assert not is_writable(file / "folder"), "a file is no folder"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert not is_writable(Path("new/folder"))
+    assert is_writable(Path("file"))

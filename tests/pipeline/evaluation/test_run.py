@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,11 @@ def run_folder(tmp_path: Path, data: Path, world: World) -> Path:
 
 class TestOnACheckpoint:
     def test_results_are_written(self, run_folder: Path, results: dict[str, Any]) -> None:
-        found, folder = run_tasks(run_folder, ["validation"], Settings(), ALONE)
-        assert folder == run_folder / "evaluation"
-        written = json.loads((folder / "validation.json").read_text())
+        shown: list[Any] = []
+        found, files = run_tasks(run_folder, ["validation"], Settings(), ALONE, show=shown.append)
+        assert files == [run_folder / "evaluation" / "validation.json"]
+        assert shown == [found]
+        written = json.loads(files[0].read_text())
         assert written == found["validation"]
         assert find_results(run_folder, ["validation"], 7) == found
         assert written["loss"] == pytest.approx(results["loss"], rel=1e-6)
@@ -67,6 +70,32 @@ class TestOnACheckpoint:
             run_tasks(run_folder, ["validation"], Settings(), ALONE, precision=precision)
         assert packed == [torch.float32, torch.bfloat16, torch.bfloat16]
 
+    def test_results_are_written_to_another_folder(self, run_folder: Path, tmp_path: Path) -> None:
+        found, files = run_tasks(run_folder, ["validation"], Settings(), ALONE, out=tmp_path / "new" / "results")
+        assert files == [tmp_path / "new" / "results" / "validation.json"]
+        assert json.loads(files[0].read_text()) == found["validation"]
+        assert not (run_folder / "evaluation").exists() and not (run_folder / "tensorboard").exists()
+
+    def test_the_results_of_a_run_that_cannot_be_written_are_only_shown(
+        self, run_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(run, "is_writable", lambda path: False)
+        shown: list[Any] = []
+        with caplog.at_level(logging.WARNING):
+            found, files = run_tasks(run_folder, ["validation"], Settings(), ALONE, show=shown.append)
+        assert shown == [found] and files == []
+        assert f"{run_folder} cannot be written: the results are only printed; --out DIR writes them" in caplog.text
+        assert not (run_folder / "evaluation").exists()
+
+    def test_a_folder_that_cannot_be_written_is_refused_first(
+        self, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(run, "score_split", None)  # nothing is measured
+        out = run_folder / "config.json" / "results"
+        (run_folder / "config.json").touch()
+        with pytest.raises(ConfigError, match=f"--out {out}: cannot be written; give a folder"):
+            run_tasks(run_folder, ["validation"], Settings(), ALONE, out=out)
+
     def test_results_are_written_to_tensorboard(self, run_folder: Path) -> None:
         found, _ = run_tasks(run_folder, ["validation"], Settings(), ALONE)
         events = EventAccumulator(str(run_folder / "tensorboard"))
@@ -78,8 +107,8 @@ class TestOnACheckpoint:
 
     def test_the_results_of_a_moved_checkpoint_are_written_into_it(self, run_folder: Path, tmp_path: Path) -> None:
         moved = (run_folder / "checkpoints" / "step_00000007").rename(tmp_path / "moved")
-        _, folder = run_tasks(moved, ["validation"], Settings(), ALONE, batch_size=3)
-        assert folder == moved / "evaluation"
+        _, files = run_tasks(moved, ["validation"], Settings(), ALONE, batch_size=3)
+        assert files == [moved / "evaluation" / "validation.json"]
         assert load_model(moved, ALONE.device).step == 7, "its results do not damage it"
 
     def test_other_data_can_be_scored(self, run_folder: Path, tmp_path: Path) -> None:

@@ -249,6 +249,11 @@ class TestWriting:
             write_report([tmp_path], tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
+    def test_a_folder_that_cannot_be_written(self, run: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(ReportError, match=r"--out .*file/report: cannot be written; give a folder"):
+            write_report([run], tmp_path / "file" / "report")
+
     def test_without_matplotlib(self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, "pipeline.report.drawing", raising=False)
         monkeypatch.setitem(sys.modules, "matplotlib", None)
