@@ -4,8 +4,11 @@ Each stage is a command that runs in a separate process.
 """
 
 import argparse
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from launch.cli import ArgumentParser, add_config_options, positive_int, run_command
@@ -79,11 +82,25 @@ def _options(settings: dict[str, object]) -> list[str]:
 
 
 def run_stage(stage: str, launcher: list[str], script: str, options: list[str]) -> None:
-    """Run one command. If the command fails, exit with its status. The command prints the reason."""
+    """Run one command, and exit with its status if it fails. The command prints the reason itself."""
     print(f"\n== {stage}", flush=True)
-    status = subprocess.run([*launcher, str(Path(__file__).resolve().parent / script), *options]).returncode
+    command = [*launcher, str(Path(__file__).resolve().parent / script), *options]
+    with subprocess.Popen(command) as process, _signals_belong_to(process):
+        status = process.wait()
     if status:
         sys.exit(status)
+
+
+@contextmanager
+def _signals_belong_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Leave signals to a process, which may save first: ignore Ctrl-C, which the process also gets; forward SIGTERM."""
+    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda number, _: process.send_signal(number)}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,13 @@ def launch_id() -> str | None:
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
+def launcher_name() -> str | None:
+    """Return ``torchrun`` or ``deepspeed``, or None if neither of these launchers started this process."""
+    if launch_id() is not None:
+        return "torchrun"
+    return "deepspeed" if "CROSS_SIZE" in os.environ and "LOCAL_SIZE" in os.environ else None
+
+
 def requested_threads() -> int | None:
     """Return the number of threads per process that the user has set, or None.
 

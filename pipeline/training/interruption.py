@@ -1,21 +1,36 @@
 """Handle signals that ask a run to stop, so that all ranks stop after the same step."""
 
+import os
 import signal
+import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import contextmanager, suppress
 
+from pipeline.distributed.environment import launcher_name
 from pipeline.distributed.world import World
 
-#: Sent by schedulers, by Ctrl-C, and by Slurm with --signal=USR1@120 before the time limit.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-#: The launcher forwards a Ctrl-C that the ranks have already received. A SIGINT after this time is a second Ctrl-C.
-_ONE_REQUEST_S = 3.0
+#: Sent by schedulers, by Ctrl-C, by a terminal that closes, and by Slurm with --signal=USR1@120 before the time limit.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+#: torchrun forwards a Ctrl-C that the ranks have already received. A SIGINT after this time is a second Ctrl-C.
+_ONE_REQUEST_S = 1.0
+#: What the launchers do with a signal. They print errors of their own after the ranks' last lines.
+_LAUNCHER_NOTES = {
+    "torchrun": "torchrun waits for the save, at most 30 s unless --shutdown-timeout is longer. "
+    "Ignore its messages and its traceback",
+    "deepspeed": "after Ctrl-C, the deepspeed launcher may end before the save: wait for the line that says that the "
+    "checkpoint is saved. Ignore the launcher's messages and its traceback",
+}
 
 
 class StopRequest:
-    """Records signals, and tells all ranks if any rank has received a signal."""
+    """Records signals, and tells all ranks if any rank has received a signal.
+
+    A thread reads the signals, because Python calls signal handlers only between two instructions of the main thread,
+    which may compile the model or wait for a collective for minutes. The thread answers at once.
+    """
 
     def __init__(self, world: World) -> None:
         self._world = world.with_cpu_group()
@@ -29,22 +44,57 @@ class StopRequest:
         The handlers stay in place after a ``RuntimeError``, because a lost rank may be the cause. The launcher then
         sends SIGTERM to the remaining ranks, which must not end before they have named the lost rank.
         """
-        before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
+        reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        thread = threading.Thread(target=self._read_signals, args=(reader,), name="signals", daemon=True)
+        thread.start()
+        before_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        if before[signal.SIGHUP] == signal.SIG_IGN:  # nohup: the run must outlive the terminal
+            del before[signal.SIGHUP]
+        for number in before:
+            signal.signal(number, lambda *_: None)
+        stays = False
         try:
             yield
         except RuntimeError:
-            before.clear()
+            stays = True
             raise
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if not stays:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+                signal.set_wakeup_fd(before_fd)
+                self._writer.close()
+                thread.join()
 
-    def _record(self, number: int, frame: FrameType | None) -> None:
+    def _read_signals(self, reader: socket.socket) -> None:
+        """Record each signal whose number arrives from the interpreter, until the other end is closed."""
+        with reader:
+            while number := reader.recv(1):
+                if number[0] in STOP_SIGNALS:
+                    self._record(number[0])
+
+    def _record(self, number: int) -> None:
         now = time.monotonic()
-        if number == signal.SIGINT and self.received and now - self._received_at > _ONE_REQUEST_S:
-            raise KeyboardInterrupt
         if not self.received:
             self.received, self._received_at = number, now
+            self._answer(signal.Signals(number))
+        elif number == signal.SIGINT and now - self._received_at > _ONE_REQUEST_S:
+            self._print("error: interrupted again, stopped without saving")
+            os._exit(128 + signal.SIGINT)  # the main thread may not run again for minutes
+
+    def _answer(self, number: signal.Signals) -> None:
+        """Say what happens next. One rank per node answers, because a terminal belongs to one node."""
+        if self._world.local_rank == 0:
+            again = "; press Ctrl-C again to stop now without saving" if number is signal.SIGINT else ""
+            self._print(f"{number.name} received: finishing the step, then saving{again}")
+            if launcher := launcher_name():
+                self._print(_LAUNCHER_NOTES[launcher])
+
+    def _print(self, line: str) -> None:
+        with suppress(OSError):  # the terminal or the reader of the pipe may be gone
+            print(line, file=sys.stderr, flush=True)
 
     def agreed(self) -> signal.Signals | None:
         """Return a signal that any rank has received, the same on all ranks. Returns None if no rank has received one.

@@ -18,7 +18,7 @@ from tests.support.runs import Curve, Sections, curve_of, train_run
 from tests.survival.conftest import assert_same_curve
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=lambda n: n.name)
 def test_a_signal_ends_the_run_after_a_save(
     number: signal.Signals, sections: Sections, tmp_path: Path, whole: Curve
 ) -> None:
@@ -27,7 +27,8 @@ def test_a_signal_ends_the_run_after_a_save(
         run.wait_for_step(2)
         run.process.send_signal(number)
         assert run.wait() == 128 + number
-        assert f"{number.name} received: stopped after step" in run.output
+        answer, _, rest = run.output.partition(f"{number.name} received: finishing the step, then saving")
+        assert "step  2/" in answer and f"{number.name} received: stopped after step" in rest
         assert "error" not in run.output and "Traceback" not in run.output
     (last,) = list_checkpoints(folder)
     assert find_damage(last) is None
@@ -59,7 +60,8 @@ def test_a_signal_to_torchrun_reaches_the_ranks(sections: Sections, tmp_path: Pa
         run.wait_for_step(2)
         run.process.send_signal(signal.SIGTERM)
         assert run.wait() != 0
-        assert "SIGTERM received: stopped after step" in run.output
+        assert "torchrun waits for the save" in run.output
+        assert run.output.index("SIGTERM received: stopped after step") < run.output.index("Traceback")
     assert len(list_checkpoints(folder)) == 1
 
 
@@ -72,5 +74,6 @@ def test_ctrl_c_under_deepspeed(sections: Sections, tmp_path: Path) -> None:
         os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
         run.wait()
         run.wait_until_gone(ranks)
+        assert "the deepspeed launcher may end before the save" in run.output
         assert "SIGINT received: stopped after step" in run.output
     assert find_damage(list_checkpoints(folder)[-1]) is None

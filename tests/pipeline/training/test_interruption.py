@@ -1,11 +1,14 @@
-"""A signal is recorded and all ranks agree on it; a second Ctrl-C ends the process."""
+"""A signal is answered at once and recorded, and all ranks agree on it. A second Ctrl-C ends the process."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,9 +18,9 @@ from pipeline.training.interruption import STOP_SIGNALS, StopRequest
 
 
 def send(number: signal.Signals) -> None:
-    """Send a real signal to this process, and return after it has been handled."""
+    """Send a real signal to this process, and return after the thread has probably read it."""
     os.kill(os.getpid(), number)
-    time.sleep(0.001)
+    time.sleep(0.05)
 
 
 @pytest.fixture(autouse=True)
@@ -88,8 +91,72 @@ def test_handlers_stay_after_the_error_of_a_lost_rank(world: World) -> None:
     with pytest.raises(RuntimeError, match="connection closed by peer"), StopRequest(world).listening():
         raise RuntimeError("connection closed by peer")
     send(signal.SIGTERM)
+    signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(world: World) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    request = StopRequest(world)
+    with request.listening():
+        send(signal.SIGHUP)
+        assert request.agreed() is None
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+class TestAnswer:
+    """A signal is answered at once."""
+
+    def test_while_the_main_thread_runs_no_python(
+        self, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        answer = tmp_path / "answer"
+        script = f"kill -TERM {os.getpid()}; for i in $(seq 600); do test -s {answer} && exit; sleep 0.05; done; exit 1"
+        with answer.open("w") as stderr:
+            monkeypatch.setattr("sys.stderr", stderr)
+            with StopRequest(world).listening():
+                status = ctypes.CDLL(None).system(script.encode())
+        assert status == 0, "no answer while the main thread was in one call of C"
+
+    def test_ctrl_c(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+        with StopRequest(world).listening():
+            send(signal.SIGINT)
+        assert capsys.readouterr().err == (
+            "SIGINT received: finishing the step, then saving; press Ctrl-C again to stop now without saving\n"
+        )
+
+    def test_other_signals_are_not_keys(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+        with StopRequest(world).listening():
+            send(signal.SIGUSR1)
+        assert capsys.readouterr().err == "SIGUSR1 received: finishing the step, then saving\n"
+
+    def test_one_rank_per_node_answers(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+        with StopRequest(replace(world, local_rank=1)).listening():
+            send(signal.SIGINT)
+        assert capsys.readouterr().err == ""
+
+    @pytest.mark.parametrize(
+        ("variables", "note"),
+        [
+            ({"TORCHELASTIC_RUN_ID": "1"}, "torchrun waits for the save"),
+            ({"CROSS_SIZE": "1", "LOCAL_SIZE": "2"}, "the deepspeed launcher may end before the save"),
+        ],
+    )
+    def test_a_launcher_prints_more(
+        self,
+        world: World,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        variables: dict[str, str],
+        note: str,
+    ) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with StopRequest(world).listening():
+            send(signal.SIGINT)
+        answer, launcher, *rest = capsys.readouterr().err.splitlines()
+        assert "finishing the step" in answer and note in launcher and "traceback" in launcher and not rest
 
 
 class TestRepeatedSignals:
@@ -104,16 +171,17 @@ class TestRepeatedSignals:
 
     @pytest.mark.parametrize("first", STOP_SIGNALS, ids=lambda number: number.name)
     def test_a_later_ctrl_c_ends_the_process(
-        self, world: World, monkeypatch: pytest.MonkeyPatch, first: signal.Signals
+        self, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], first: signal.Signals
     ) -> None:
-        monkeypatch.setattr(interruption, "_ONE_REQUEST_S", 0.05)
+        statuses: list[int] = []
+        monkeypatch.setattr(interruption, "_ONE_REQUEST_S", 0.0)
+        monkeypatch.setattr("os._exit", statuses.append)
         request = StopRequest(world)
-        with pytest.raises(KeyboardInterrupt), request.listening():
+        with request.listening():
             send(first)
-            time.sleep(0.1)
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
-            pytest.fail("the second Ctrl-C had no effect")
+            send(signal.SIGINT)
+        assert statuses == [128 + signal.SIGINT]
+        assert "stopped without saving" in capsys.readouterr().err
         assert request.agreed() is first
 
     @pytest.mark.parametrize("later", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)

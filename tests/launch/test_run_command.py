@@ -1,0 +1,25 @@
+"""``launch/run.py`` leaves signals to the stage that runs, and exits with the status of this stage."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import pytest
+
+from launch.run import run_stage
+
+ENDS_ON_SIGTERM = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(21))"
+SIGNALS_THE_PARENT = (
+    "import os, signal, sys, time; {handler}; os.kill(os.getppid(), {number}); time.sleep({seconds}); sys.exit(20)"
+)
+
+
+@pytest.mark.parametrize(("number", "seconds", "status"), [(signal.SIGINT, 0.5, 20), (signal.SIGTERM, 60, 21)])
+def test_a_signal_waits_for_the_stage(number: signal.Signals, seconds: float, status: int) -> None:
+    script = SIGNALS_THE_PARENT.format(handler=ENDS_ON_SIGTERM, number=int(number), seconds=seconds)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        run_stage("train", [sys.executable, "-c", script], "train.py", [])
+    assert ended.value.code == status
+    assert signal.getsignal(number) == before
