@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from data_tools.errors import DataError, one_line_read_errors
+from data_tools.storage.content import require_fetched
 from data_tools.storage.files import sha256_of_json
 
 FORMAT_VERSION = 1
@@ -174,6 +175,7 @@ def load_manifest(folder: Path | str) -> Manifest:
     path = Path(folder) / MANIFEST_NAME
     with one_line_read_errors(path):
         try:
+            require_fetched(path)
             return parse_manifest(path.read_bytes(), str(path))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{path.parent} has no {MANIFEST_NAME}; make one with launch/tokenize_corpus.py") from error

@@ -14,6 +14,7 @@ from data_tools.arrays import TokenArray
 from data_tools.errors import DataError
 from data_tools.shards.llmc import LLMC_SUFFIX, llmc_tokens
 from data_tools.shards.manifest import MANIFEST_NAME, TOKENIZE_AGAIN, ShardRecord
+from data_tools.storage.content import describe_content, require_fetched
 
 MASK_DTYPE = np.dtype("u1")
 _TOKEN_DTYPE = np.dtype("<u2")
@@ -75,9 +76,11 @@ def map_bytes(path: Path) -> pa.Buffer:
     """Memory-map the bytes of a file. The file descriptor is closed, so any number of files can be mapped.
 
     Raises:
+        DataError: the file is a git-lfs pointer.
         OSError: the file is missing, empty or unreadable.
         ValueError: the system has not mapped the file as one contiguous range.
     """
+    require_fetched(path)
     with pa.memory_map(str(path)) as file:
         size = file.size()
         # A longer read would make the system prefetch the whole file. A buffer of one byte keeps the mapping open.
@@ -94,10 +97,13 @@ def _map_whole_file(path: Path, pieces_of: Callable[[pa.Buffer], list[Mapped]], 
         return pieces_of(map_bytes(path))
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing, though {MANIFEST_NAME} names it; {TOKENIZE_AGAIN}") from error
+    except DataError:
+        raise
     except Exception as error:  # numpy and Arrow raise many kinds of errors for damaged files
         if isinstance(error, OSError) and error.errno:
             raise DataError(f"cannot read {path}: {os.strerror(error.errno)}") from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        found = describe_content(path, path.suffix[1:])
+        reason = f"it {found}" if found else (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path} is not a whole {kind} ({reason}); {TOKENIZE_AGAIN}") from error
 
 

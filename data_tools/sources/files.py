@@ -4,10 +4,12 @@ A path is local, or a URL of any protocol that fsspec knows (``s3://``, ``gs://`
 """
 
 import glob
+import gzip
 import hashlib
 import io
 import itertools
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +20,19 @@ import fsspec
 import pyarrow as pa
 
 from data_tools.errors import DataError
+from data_tools.storage.content import (
+    LARGEST_POINTER_BYTES,
+    begins_as,
+    describe_content,
+    require_fetched,
+    require_no_pointer,
+)
 from data_tools.storage.files import is_remote
 
 READ_BYTES = 1 << 20
-# By suffix, the name that Arrow gives to the decompressor.
+# By suffix, the kind of content that ``describe_content`` knows.
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_KINDS = {**_COMPRESSIONS, ".parquet": "parquet"}
 _COMPRESSION_FACTOR = 4  # compressed text is about four times as long as its file
 
 FileSizes = Sequence[tuple[str, int]]
@@ -187,7 +197,7 @@ def _estimate_text_bytes(path: str, size: int) -> int:
 
 
 def compression_of(path: str) -> str | None:
-    """Return Arrow's name for the compression that the suffix of a path indicates, or None for other suffixes."""
+    """Return the name of the compression that the suffix of a path indicates, or None for other suffixes."""
     return _COMPRESSIONS.get(os.path.splitext(path)[1])
 
 
@@ -196,14 +206,18 @@ def open_file(path: str) -> Iterator[BinaryIO]:
     """Open a file, local or at a URL, for reading bytes and seeking.
 
     Raises:
-        DataError: the file cannot be opened, or reading it fails in the block.
+        DataError: the file cannot be opened, is a git-lfs pointer, or reading it fails in the block.
     """
     with one_line_read_errors(path):
         if is_remote(path):
             with fsspec.open(path, "rb") as remote:
                 # fsspec's file objects read lines slowly and cannot limit the length of a line.
-                yield io.BufferedReader(cast(io.RawIOBase, remote), READ_BYTES)
+                buffered = io.BufferedReader(cast(io.RawIOBase, remote), READ_BYTES)
+                if (getattr(remote, "size", None) or LARGEST_POINTER_BYTES) < LARGEST_POINTER_BYTES:
+                    require_no_pointer(buffered.peek(LARGEST_POINTER_BYTES), path)
+                yield buffered
         else:
+            require_fetched(path)
             with open(path, "rb", buffering=READ_BYTES) as local:
                 yield local
 
@@ -212,6 +226,8 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 def open_decompressed(path: str) -> Iterator[BinaryIO]:
     """Open a file for reading bytes, and decompress ``.gz`` and ``.zst`` in constant memory.
 
+    Zeros after the end of a ``.gz`` file are ignored, as gunzip does: tapes and some file systems add them.
+
     Raises:
         DataError: the file cannot be opened, or reading it in the block shows that it is damaged or cut short.
     """
@@ -219,9 +235,23 @@ def open_decompressed(path: str) -> Iterator[BinaryIO]:
     with open_file(path) as file:
         if compression is None:
             yield file
+        elif not cast(io.BufferedReader, file).peek(1):
+            raise DataError(f"{path} is empty (0 bytes), so it is not compressed by {compression}; make it again")
+        elif compression == "gzip" and _ends_in_zero(file):
+            # Python's decompressor ignores zeros after the end, but it is half as fast as Arrow's.
+            with gzip.GzipFile(fileobj=file) as unzipped:
+                yield cast(BinaryIO, io.BufferedReader(unzipped, READ_BYTES))
         else:
             with pa.input_stream(pa.PythonFile(file), compression=compression, buffer_size=READ_BYTES) as stream:
                 yield cast(BinaryIO, io.BufferedReader(stream, READ_BYTES))  # Arrow's stream has no readline
+
+
+def _ends_in_zero(file: BinaryIO) -> bool:
+    """Return whether the last byte of a file is zero. Afterwards the file is at its beginning."""
+    file.seek(-1, os.SEEK_END)
+    last = file.read(1)
+    file.seek(0)
+    return last == b"\0"
 
 
 @contextmanager
@@ -229,14 +259,25 @@ def one_line_read_errors(path: str | Path) -> Iterator[None]:
     """Turn a failure to read in the block into a DataError of one line that names the file and the reason."""
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot read {getattr(error, 'filename', None) or path}: {reason}") from error
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        name = getattr(error, "filename", None) or path
+        reason = getattr(error, "strerror", None) or explain_content(str(path), str(error)) or type(error).__name__
+        raise DataError(f"cannot read {name}: {reason}") from error
     except Exception as error:
         # The errors of clients of remote storage have no common base class.
         if isinstance(error, DataError) or not is_remote(str(path)):
             raise
         raise DataError(f"cannot read {path}: {describe_error(error)}") from error
+
+
+def explain_content(path: str, reason: str) -> str:
+    """Return what a file that cannot be read holds, if its first bytes tell; otherwise the first line of ``reason``."""
+    kind = _KINDS.get(os.path.splitext(path)[1])
+    if found := describe_content(path, kind):
+        return f"it {found}"
+    if kind in _COMPRESSIONS.values() and not begins_as(path, kind):
+        return f"it is not compressed by {kind}, though its name says so; rename it"
+    return (reason.splitlines() or [""])[0]
 
 
 def describe_error(error: Exception) -> str:
@@ -253,6 +294,8 @@ def decode_utf8(content: bytes, path: str, offset: int) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
+        if found := describe_content(path, compression_of(path), "html"):
+            raise DataError(f"{path} {found}") from error
         raise DataError(
             f"{path}: byte {offset + error.start} ({content[error.start]:#04x}) is not valid UTF-8 "
             f"({error.reason}); convert the file to UTF-8"

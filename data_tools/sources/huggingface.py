@@ -10,6 +10,7 @@ from typing import Any
 from data_tools.errors import DataError
 from data_tools.sources.files import Slice, describe_error, describe_files, find_files
 from data_tools.sources.jsonl import text_of_record
+from data_tools.storage.content import require_fetched
 
 # The files that Dataset.save_to_disk and DatasetDict.save_to_disk write.
 _SAVED_DATASET = "state.json"
@@ -51,6 +52,7 @@ class HuggingFaceSource:
     def slices(self, slice_bytes: int) -> list[Slice]:
         """Return one slice per data file, or ranges of rows of a dataset that ``save_to_disk`` wrote."""
         with self._one_line_errors():
+            self._require_fetched_files()
             rows = self._open()
             if not self._is_saved():
                 file_bytes = self._mean_file_bytes(rows.num_shards)
@@ -83,6 +85,12 @@ class HuggingFaceSource:
                 f"cannot read dataset {piece or self._dataset} (config {self._config}, split {self._split}): "
                 f"{describe_error(error)}"
             ) from error
+
+    def _require_fetched_files(self) -> None:
+        """Raise DataError if a file of a local folder is a git-lfs pointer."""
+        if os.path.isdir(self._dataset):
+            for path, _ in find_files((self._dataset,), suffixes=()):
+                require_fetched(path)
 
     def _open(self) -> Any:
         """Return a ``Dataset`` of a folder that ``save_to_disk`` wrote, otherwise a streamed ``IterableDataset``."""

@@ -10,6 +10,7 @@ import orjson
 
 from data_tools.errors import DataError, json_type
 from data_tools.sources.files import READ_BYTES, FileSource, Slice, compression_of, decode_utf8, open_decompressed
+from data_tools.storage.content import describe_content
 
 JSONL_SUFFIXES = tuple(
     name + compression for name in (".jsonl", ".ndjson", ".json") for compression in ("", ".gz", ".zst")
@@ -57,6 +58,8 @@ class Line(NamedTuple):
             try:
                 record = json.loads(text)
             except (ValueError, RecursionError) as error:
+                if found := describe_content(self.path, compression_of(self.path)):
+                    raise DataError(f"{self.path} {found}") from error
                 raise DataError(f"{self}: not valid JSON ({error}); each line must be one JSON object") from error
         if not isinstance(record, dict):
             raise DataError(f"{self}: holds {json_type(record)}; each line must be one JSON object")

@@ -1,0 +1,88 @@
+"""Recognize by its first bytes what a file really holds, if reading it as what its name promises is of no use."""
+
+import os
+from pathlib import Path
+
+from data_tools.errors import DataError
+from data_tools.storage.files import is_remote
+
+_HEAD_BYTES = 512
+# A pointer has fewer bytes than this, says the specification of git-lfs.
+LARGEST_POINTER_BYTES = 1024
+_POINTER_BEGINNING = b"version https://git-lfs.github.com/"
+_POINTER = "is a git-lfs pointer, not the file itself; fetch the file with: git lfs pull"
+#: By kind, the first bytes of a file, and what to say about it.
+_KINDS: dict[str, tuple[tuple[bytes, ...], str]] = {
+    "pointer": ((_POINTER_BEGINNING,), _POINTER),
+    "gzip": ((b"\x1f\x8b",), "is compressed by gzip; decompress it, or let the name of a text or JSON file end in .gz"),
+    "zstd": (
+        (b"\x28\xb5\x2f\xfd",),
+        "is compressed by zstd; decompress it, or let the name of a text or JSON file end in .zst",
+    ),
+    "xz": ((b"\xfd7zXZ\x00",), "is compressed by xz; decompress it"),
+    "bzip2": ((b"BZh",), "is compressed by bzip2; decompress it"),
+    "zip": ((b"PK\x03\x04",), "is a zip archive; extract the files in it"),
+    "parquet": ((b"PAR1",), "is a Parquet file; --source parquet reads it"),
+    "arrow": ((b"ARROW1",), "is an Arrow file; give the folder that save_to_disk wrote to --source hf"),
+    "npy": ((b"\x93NUMPY",), "is an array of numpy"),
+    "html": (
+        (b"<!DOCTYPE", b"<!doctype", b"<html", b"<HTML"),
+        "is an HTML page, probably an error page that was saved in place of the file; download it again",
+    ),
+    "utf-32": ((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff"), "is text in UTF-32; save it as UTF-8"),
+    "utf-16": ((b"\xff\xfe", b"\xfe\xff"), "is text in UTF-16; save it as UTF-8"),
+}
+
+
+def describe_content(path: Path | str, *expected: str | None) -> str | None:
+    """Return what a local file that cannot be used holds, and the cure: ``is a git-lfs pointer, ...``.
+
+    Returns None if the first bytes do not tell, if the file is of an ``expected`` kind (a key of ``_KINDS``), or if it
+    cannot be read.
+    """
+    head = _read_head(path)
+    if head is None:
+        return None
+    if not head:
+        return "is empty (0 bytes); copy or download it again"
+    if not head.strip(b"\0") and len(head) > 1:
+        return "begins with zeros only, as after an interrupted copy; copy or download it again"
+    for kind, (beginnings, description) in _KINDS.items():
+        if head.startswith(beginnings):
+            return None if kind in expected else description
+    return None
+
+
+def begins_as(path: Path | str, kind: str) -> bool:
+    """Return whether a file begins like those of a kind. Returns True for a URL and if the file cannot be read."""
+    head = _read_head(path)
+    return head is None or head.startswith(_KINDS[kind][0])
+
+
+def _read_head(path: Path | str) -> bytes | None:
+    """Return the first bytes of a local file, or None for a URL and if the file cannot be read."""
+    if is_remote(str(path)):
+        return None
+    try:
+        with open(path, "rb") as file:
+            return file.read(_HEAD_BYTES)
+    except OSError:
+        return None
+
+
+def require_fetched(path: Path | str) -> None:
+    """Check that a local file is not a git-lfs pointer, for readers to which a pointer looks like any other file.
+
+    Raises:
+        DataError: it is a pointer.
+        OSError: the file does not exist.
+    """
+    if os.stat(path).st_size < LARGEST_POINTER_BYTES and os.path.isfile(path):
+        with open(path, "rb") as file:
+            require_no_pointer(file.read(len(_POINTER_BEGINNING)), path)
+
+
+def require_no_pointer(head: bytes, path: Path | str) -> None:
+    """Check the first bytes of a file. Raises DataError if they are those of a git-lfs pointer."""
+    if head.startswith(_POINTER_BEGINNING):
+        raise DataError(f"{path} {_POINTER}")
