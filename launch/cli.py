@@ -223,4 +223,11 @@ def _exit(status: int) -> NoReturn:
 
 def _print_line(message: str) -> None:
     with suppress(BrokenPipeError):
-        print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
+        print(printable(" ".join(message.splitlines())), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Return text with control characters as escapes, so that a terminal ignores them. Keep line breaks and tabs."""
+    return "".join(
+        c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )

@@ -15,7 +15,7 @@ from data_tools.formats.opening import AUTO, INPUT_FORMATS, open_collection
 from data_tools.formats.plan import OUTPUT_FORMATS, ConvertRequest
 from data_tools.shards.manifest import TRAIN_SPLIT, ShardRecord
 from data_tools.shards.verification import verify
-from launch.cli import ArgumentParser, positive_int, run_command
+from launch.cli import ArgumentParser, positive_int, printable, run_command
 
 _LINE_EVERY_S = 10.0
 
@@ -84,15 +84,17 @@ def _add_convert(commands: Any) -> None:
     description = (
         "Write tokens to a new folder in another format: npy and arrow are our own, nanogpt is train.bin and "
         "val.bin, llmc is the format of llm.c and modded-nanogpt. The source may have any of these formats, or be "
-        "the .bin with .idx of Megatron-LM and gpt-neox. --in-place writes a manifest beside llm.c's shards, so "
-        "that training can read them where they are."
+        "the .bin with .idx of Megatron-LM and gpt-neox, or the .npy files of build-nanogpt. --in-place writes a "
+        "manifest beside the shards of llm.c or build-nanogpt, so that training can read them where they are."
     )
     example = "python launch/shards.py convert nanoGPT/data/openwebtext --to npy --out data/openwebtext"
     parser = commands.add_parser("convert", help="convert to another format", description=description, example=example)
     _add_source(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new or empty folder")
     parser.add_argument("--to", choices=OUTPUT_FORMATS, help="the format to write")
-    parser.add_argument("--in-place", action="store_true", help="write only a manifest.json beside llm.c's shards")
+    parser.add_argument(
+        "--in-place", action="store_true", help="write only a manifest.json beside shards of llm.c or build-nanogpt"
+    )
     parser.add_argument(
         "--shard-tokens",
         type=positive_int,
@@ -155,7 +157,9 @@ def _convert_in_place(arguments: argparse.Namespace) -> None:
         if getattr(arguments, option) is not None:
             raise UserError(f"--in-place copies nothing, so it takes no --{option.replace('_', '-')}")
     progress = ProgressLines("read")
-    manifest = adopt_in_place(arguments.source, dict(arguments.split_of), arguments.workers, progress.advance)
+    manifest = adopt_in_place(
+        arguments.source, arguments.source_format, dict(arguments.split_of), arguments.workers, progress.advance
+    )
     print(f"{arguments.source}: manifest.json written")
     _print_splits(manifest.shards)
     print(progress.summary())
@@ -196,11 +200,6 @@ class ProgressLines:
         megabytes = self._bytes / 1e6
         elapsed_s = 0.0 if self._started_s is None else time.monotonic() - self._started_s
         return f"{self._done} {megabytes:,.1f} MB in {elapsed_s:.1f} s, {megabytes / max(elapsed_s, 1e-9):,.0f} MB/s"
-
-
-def printable(text: str) -> str:
-    """Return text with control characters as escapes, so that a terminal ignores them. Keep line breaks and tabs."""
-    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

@@ -130,6 +130,11 @@ def _write_llmc(source: Path, fixed: Path) -> None:
     write_llmc(source / "fineweb_val_000000.bin", documents(5, 1))
 
 
+def _write_build_nanogpt(source: Path, fixed: Path) -> None:
+    np.save(source / "edufineweb_train_000001.npy", documents(20))
+    np.save(source / "edufineweb_val_000000.npy", documents(5, 1))
+
+
 def _write_megatron(source: Path, fixed: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, 50256, (6, 3, 4)).tolist()
     write_megatron(source / "x_text_document", tokens, append_eod=True)
@@ -223,6 +228,11 @@ DATA_GROUPS = (
     ),
     Group("nanogpt", _write_nanogpt, (*map(_shards, _SHOWN), _converted("npy"), _converted("npy", " --from nanogpt"))),
     Group("llmc", _write_llmc, (*map(_shards, _SHOWN), _converted("npy"), _shards("convert {source} --in-place"))),
+    Group(
+        "build-nanogpt",
+        _write_build_nanogpt,
+        (*map(_shards, _SHOWN), _converted("npy", " --from npy"), _shards("convert {source} --in-place")),
+    ),
     Group("megatron", _write_megatron, (*map(_shards, _SHOWN), _converted("arrow"), _converted("nanogpt"))),
     Group(
         "examples",

@@ -155,7 +155,7 @@ def _judge(status: int, error_output: str) -> str | None:
         return f"status {status}"
     if len(errors) != bool(status) or (errors and lines[-1] != errors[0]):
         return f"status {status} with {len(errors)} error lines, and the last line is {lines[-1:]}"
-    if errors and not errors[0].isprintable():
+    if errors and not errors[0].replace("\t", " ").isprintable():
         return "control characters in the error line"
     if errors and len(errors[0]) > _LONGEST_LINE:
         return f"an error line of {len(errors[0])} characters"

@@ -1,6 +1,6 @@
 """Token files of other programs, and folders in our format: inspect and convert them through one interface.
 
 nanoGPT's ``train.bin`` and the shards of llm.c and modded-nanogpt can be read and written. The pairs of ``.bin`` and
-``.idx`` files of Megatron-LM and gpt-neox can only be read. ``open_collection`` opens the files of any format,
-``plan_files`` plans new files, and ``convert`` writes new files.
+``.idx`` files of Megatron-LM and gpt-neox, and the ``.npy`` files of build-nanogpt, can only be read.
+``open_collection`` opens the files of any format, ``plan_files`` plans new files, and ``convert`` writes new files.
 """

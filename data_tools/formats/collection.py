@@ -103,6 +103,17 @@ def map_file(path: Path) -> pa.Buffer:
         return map_bytes(path) if path.stat().st_size else pa.py_buffer(b"")
 
 
+def require_tokens(path: Path, tokens: int) -> None:
+    """Check that a file of another program has tokens. An empty file is usually an interrupted copy or download.
+
+    Raises:
+        DataError: ``tokens``, their number, is 0.
+    """
+    if not tokens:
+        size = path.stat().st_size
+        raise DataError(f"{path} has no tokens ({size} bytes); copy it or make it again, or remove it")
+
+
 def require_split_name(name: str, place: str) -> None:
     """Check that a split's name can be part of a file name.
 

@@ -1,18 +1,19 @@
-"""Convert tokens of any format to a new folder, or add a manifest to a folder of llm.c shards."""
+"""Convert tokens of any format to a new folder, or add a manifest to a folder of shards of llm.c or build-nanogpt."""
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_tools.arrays import TokenArray
 from data_tools.errors import DataError, one_line_read_errors, one_line_write_errors
 from data_tools.formats.collection import TokenCollection
-from data_tools.formats.flat_files import LLMC, NANOGPT, map_llmc_file
-from data_tools.formats.opening import open_collection
+from data_tools.formats.flat_files import LLMC, NANOGPT, NPY, map_llmc_file, map_npy_file
+from data_tools.formats.opening import AUTO, open_collection
 from data_tools.formats.plan import DEFAULT_SHARD_TOKENS, ConvertRequest, PlannedFile, chunks, keeps_shards, plan_files
 from data_tools.shards.contents import Vocabulary
 from data_tools.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, SourceRecord, mask_file_of
@@ -60,35 +61,48 @@ def convert(request: ConvertRequest, written: Advance = no_progress, verified: A
     return Conversion(collection.format, files)
 
 
+#: The formats that training reads as they are, and how to map the tokens of one file.
+_IN_PLACE: dict[str, Callable[[Path], TokenArray]] = {LLMC: map_llmc_file, NPY: map_npy_file}
+
+
 def adopt_in_place(
-    folder: Path, split_of: Mapping[str, str] | None = None, workers: int | None = None, advance: Advance = no_progress
+    folder: Path,
+    source_format: str = AUTO,
+    split_of: Mapping[str, str] | None = None,
+    workers: int | None = None,
+    advance: Advance = no_progress,
 ) -> Manifest:
-    """Write a manifest into a folder of llm.c shards, so that training can read the folder. The shards do not change.
+    """Write a manifest into a folder of shards of llm.c or build-nanogpt, so that training can read the folder.
+
+    The shards do not change.
 
     Args:
+        source_format: the format of the shards, or ``auto`` to recognize it.
         split_of: maps the name of a file to its split. Needed if the file's name does not contain the split.
         workers: number of threads; None means one per core.
         advance: called with the bytes of files that were read.
 
     Raises:
-        DataError: the folder already has a manifest, contains no llm.c shards or a damaged shard, or is not writable.
+        DataError: the folder already has a manifest, contains no such shards or a damaged shard, or is not writable.
     """
     if (folder / MANIFEST_NAME).exists():
         raise DataError(f"{folder} already has a {MANIFEST_NAME}; nothing is left to do")
     if not folder.is_dir():
         raise DataError(f"--in-place: {folder} is not a folder")
-    collection = open_collection(folder, split_of=split_of)
-    if collection.format != LLMC:
+    collection = open_collection(folder, source_format, split_of)
+    format = collection.format
+    if format not in _IN_PLACE:
         raise DataError(
-            f"--in-place: the files of {folder} are in the format {collection.format}; only llm.c's can stay in place"
+            f"--in-place: the files of {folder} are in the format {format}; only those of "
+            f"{' and '.join(_IN_PLACE)} can stay in place, convert the others with --to and --out"
         )
     files = [(name, path) for name, split in collection.splits.items() for path in split.tokens_of_file]
-    describe = partial(_describe_llmc_shard, Vocabulary(collection.tokenizer))
+    describe = partial(_describe_shard, Vocabulary(collection.tokenizer), _IN_PLACE[format])
     shards = tuple(map_threads(describe, files, workers, advance))
     # The folder may be moved, so its path says nothing about the origin of the tokens.
     options = {key: value for key, value in collection.source.options.items() if key != "input"}
-    source = SourceRecord(LLMC, options)
-    manifest = Manifest(collection.tokenizer, source, {"format": LLMC}, shards, made=_conversion_record(LLMC))
+    source = SourceRecord(format, options)
+    manifest = Manifest(collection.tokenizer, source, {"format": format}, shards, made=_conversion_record(format))
     _write_manifest(folder, manifest)
     return manifest
 
@@ -162,9 +176,11 @@ def _conversion_record(format: str) -> dict[str, Any]:
     return {"converted_at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "converted_from": format}
 
 
-def _describe_llmc_shard(vocabulary: Vocabulary, file: tuple[str, Path], advance: Advance) -> ShardRecord:
+def _describe_shard(
+    vocabulary: Vocabulary, map_tokens: Callable[[Path], TokenArray], file: tuple[str, Path], advance: Advance
+) -> ShardRecord:
     split, path = file
-    tokens = map_llmc_file(path)
+    tokens = map_tokens(path)
     with one_line_read_errors(path):
         sha256 = sha256_of_file(path, advance)
     contents = vocabulary.count(tokens, path, advance)

@@ -1,4 +1,4 @@
-"""Open the files of nanoGPT and llm.c, which contain consecutive tokens, without or with a header."""
+"""Open the files of nanoGPT, llm.c and build-nanogpt: consecutive tokens, without or with a header."""
 
 from pathlib import Path
 
@@ -6,21 +6,27 @@ import numpy as np
 
 from data_tools.arrays import TokenArray
 from data_tools.errors import DataError
-from data_tools.formats.collection import Tokens, map_file
+from data_tools.formats.collection import Tokens, map_file, require_tokens
 from data_tools.shards.contents import require_in_vocabulary
 from data_tools.shards.llmc import llmc_tokens
+from data_tools.shards.mapping import npy_tokens
+from data_tools.storage.content import describe_content
 
 LLMC = "llmc"
 NANOGPT = "nanogpt"
+NPY = "npy"
+NPY_SUFFIX = ".npy"
+_NPY_MAGIC = b"\x93NUMPY"
 NANOGPT_NAMES = ("train.bin", "val.bin")
 # nanoGPT writes this pickle into a folder of data with another vocabulary. This project never opens the pickle.
 _OWN_VOCABULARY = "meta.pkl"
 
 
 class _MappedTokens:
-    """The tokens of one mapped file."""
+    """The tokens of one mapped file, which must have at least one token."""
 
     def __init__(self, path: Path, tokens: TokenArray, vocab_size: int) -> None:
+        require_tokens(path, tokens.size)
         self._path = path
         self.tokens = tokens.size
         self._tokens = tokens
@@ -71,4 +77,37 @@ def map_llmc_file(path: Path) -> TokenArray:
     try:
         return llmc_tokens(map_file(path))
     except ValueError as error:
-        raise DataError(f"{path} is not a whole shard of llm.c: {error}") from error
+        raise DataError(f"{path} {describe_content(path) or f'is not a whole shard of llm.c: {error}'}") from error
+
+
+def open_npy_file(path: Path, vocab_size: int) -> Tokens:
+    """Open a one-dimensional uint16 array that ``numpy.save`` wrote, as build-nanogpt's ``fineweb.py`` does.
+
+    Raises:
+        DataError: the file is damaged, cannot be read, or holds an array of another dtype or shape.
+    """
+    return _MappedTokens(path, map_npy_file(path), vocab_size)
+
+
+def map_npy_file(path: Path) -> TokenArray:
+    """Memory-map the tokens of an array that ``numpy.save`` wrote.
+
+    Raises:
+        DataError: as for ``open_npy_file``.
+    """
+    try:
+        return npy_tokens(map_file(path))
+    except ValueError as error:
+        raise DataError(
+            f"{path} {describe_content(path, 'npy') or f'is not a whole array of uint16 tokens: {error}'}"
+        ) from error
+
+
+def is_npy(path: Path) -> bool:
+    """Return whether a file begins like an array of numpy.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        return file.read(len(_NPY_MAGIC)) == _NPY_MAGIC

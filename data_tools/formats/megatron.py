@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from data_tools.arrays import CountArray, TokenArray
 from data_tools.errors import DataError
-from data_tools.formats.collection import Concatenated, Tokens, map_file
+from data_tools.formats.collection import Concatenated, Tokens, map_file, require_tokens
 from data_tools.shards.contents import require_in_vocabulary
 from data_tools.tokenizer import END_OF_TEXT
 
@@ -61,7 +61,8 @@ def open_megatron_pair(index_path: Path, vocab_size: int) -> Tokens:
             f"{path} has {content.size} bytes, its index accounts for {index.tokens * index.dtype.itemsize} "
             f"({index.tokens} tokens of {index.dtype.name})"
         )
-    text = np.frombuffer(content, index.dtype) if content.size else np.empty(0, index.dtype)
+    require_tokens(path, index.tokens)
+    text = np.frombuffer(content, index.dtype)
     blocks = range(0, index.documents, BLOCK_DOCUMENTS)
     return Concatenated([_DocumentBlock(path, text, index, first, vocab_size) for first in blocks])
 

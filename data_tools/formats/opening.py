@@ -6,12 +6,23 @@ from pathlib import Path
 
 from data_tools.errors import DataError, one_line_read_errors
 from data_tools.formats.collection import Concatenated, Split, TokenCollection, Tokens, require_split_name
-from data_tools.formats.flat_files import LLMC, NANOGPT, NANOGPT_NAMES, open_llmc_file, open_nanogpt_file
+from data_tools.formats.flat_files import (
+    LLMC,
+    NANOGPT,
+    NANOGPT_NAMES,
+    NPY,
+    NPY_SUFFIX,
+    is_npy,
+    open_llmc_file,
+    open_nanogpt_file,
+    open_npy_file,
+)
 from data_tools.formats.megatron import INDEX_SUFFIX, MEGATRON, is_index, open_megatron_pair, tokens_file_of
 from data_tools.shards.contents import gpt2_tokenizer_record
 from data_tools.shards.llmc import LLMC_SUFFIX, is_llmc
 from data_tools.shards.manifest import MANIFEST_NAME, TRAIN_SPLIT, VAL_SPLIT, SourceRecord, load_manifest
 from data_tools.shards.reader import TokenStream
+from data_tools.storage.content import require_fetched
 
 AUTO = "auto"
 NATIVE = "native"
@@ -20,7 +31,9 @@ _OPEN_FILE: dict[str, Callable[[Path, int], Tokens]] = {
     NANOGPT: open_nanogpt_file,
     LLMC: open_llmc_file,
     MEGATRON: open_megatron_pair,
+    NPY: open_npy_file,
 }
+_SUFFIXES = {NANOGPT: LLMC_SUFFIX, LLMC: LLMC_SUFFIX, MEGATRON: INDEX_SUFFIX, NPY: NPY_SUFFIX}
 INPUT_FORMATS = (NATIVE, *_OPEN_FILE)
 _SPLIT_WORDS = {
     "train": TRAIN_SPLIT,
@@ -55,7 +68,7 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
             for split in manifest.splits()
         }
         return TokenCollection(path, NATIVE, manifest.tokenizer, manifest.source, splits, manifest)
-    suffix = INDEX_SUFFIX if format == MEGATRON else LLMC_SUFFIX
+    suffix = _SUFFIXES[format]
     with one_line_read_errors(path):
         files = _candidates(path, suffix)
         if not files:
@@ -66,8 +79,8 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
 def recognize(path: Path) -> str:
     """Return the format of a file or folder.
 
-    A folder with a manifest is ours. Megatron's and llm.c's files begin with their magic. Bare tokens count as
-    nanoGPT's if the file is named ``train.bin`` or ``val.bin``.
+    A folder with a manifest is ours. The files of Megatron, llm.c and numpy begin with their magic. Bare tokens
+    count as nanoGPT's if the file is named ``train.bin`` or ``val.bin``.
 
     Raises:
         DataError: the format cannot be recognized, or a file cannot be read.
@@ -80,11 +93,16 @@ def recognize(path: Path) -> str:
         files = _candidates(path, LLMC_SUFFIX)
         if any(is_llmc(file) for file in files):
             return LLMC
+        arrays = _candidates(path, NPY_SUFFIX)
+        if any(is_npy(file) for file in arrays):
+            return NPY
         if any(file.name in NANOGPT_NAMES for file in files):
             return NANOGPT
+        for file in {*files, *arrays}:
+            require_fetched(file)
     raise DataError(
-        f"{path}: no manifest.json, no .idx of Megatron, no .bin with llm.c's header, none named {NANOGPT_NAMES[0]}; "
-        f"--from says what it is ({', '.join(INPUT_FORMATS)})"
+        f"{path}: no manifest.json, no .idx of Megatron, no .bin with llm.c's header, none named {NANOGPT_NAMES[0]}, "
+        f"no array in .npy; --from says what it is ({', '.join(INPUT_FORMATS)})"
     )
 
 

@@ -93,8 +93,10 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
     Raises:
         DataError: the requested format cannot store everything in the collection.
     """
-    for split in collection.splits:
+    for split, tokens in collection.splits.items():
         require_split_name(split, str(collection.path))
+        if not tokens.stream.tokens:
+            raise DataError(f"{collection.path}: the split {split!r} has no tokens, so there is nothing to convert")
     if keeps_shards(request, collection):
         return list(_same_shards(collection, request.to))
     _require_nothing_lost(request, collection, knows_bytes)
@@ -154,7 +156,7 @@ def _llmc_shards(collection: TokenCollection, name: str, shard_tokens: int) -> I
     numbers = count(0 if VAL_SPLIT in splits else 1)
     for split in splits:
         tokens = collection.splits[split].stream.tokens
-        for start in range(0, max(tokens, 1), shard_tokens):
+        for start in range(0, tokens, shard_tokens):
             file = f"{name}_{split}_{next(numbers):06d}{LLMC_SUFFIX}"
             yield PlannedFile(file, split, start, min(start + shard_tokens, tokens))
 
@@ -168,8 +170,7 @@ def _document_ranges(stream: Tokens, shard_tokens: int, end_of_text: int) -> Ite
         stop = stop or _first_document_start(stream, limit + 1, end_of_text)
         yield start, stop
         start = stop
-    if start < stream.tokens or start == 0:
-        yield start, stream.tokens
+    yield start, stream.tokens
 
 
 def _last_document_start(stream: Tokens, start: int, stop: int, end_of_text: int) -> int | None:

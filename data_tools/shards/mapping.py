@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def map_mask(folder: Path, shard: ShardRecord) -> Mapped:
     """
     assert shard.mask_file, f"{shard.file} has no mask"
     path = folder / shard.mask_file
-    (mask,) = _map_whole_file(path, partial(_npy_pieces, dtype=MASK_DTYPE), "mask of uint8 flags")
+    (mask,) = _map_whole_file(path, lambda content: [npy_tokens(content, MASK_DTYPE)], "mask of uint8 flags")
     if mask.size != shard.tokens:
         raise DataError(
             f"{path} is the mask of {mask.size} tokens, {MANIFEST_NAME} says {shard.tokens}; {TOKENIZE_AGAIN}"
@@ -107,17 +106,25 @@ def _map_whole_file(path: Path, pieces_of: Callable[[pa.Buffer], list[Mapped]], 
         raise DataError(f"{path} is not a whole {kind} ({reason}); {TOKENIZE_AGAIN}") from error
 
 
-def _npy_pieces(buffer: pa.Buffer, dtype: np.dtype[Any] = _TOKEN_DTYPE) -> list[Mapped]:
-    file = pa.BufferReader(buffer)
-    version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, found_dtype = read_header(file)
+def npy_tokens(content: pa.Buffer, dtype: np.dtype[Any] = _TOKEN_DTYPE) -> Mapped:
+    """Return the values of a ``.npy`` file's bytes, usually mapped, without a copy.
+
+    Raises:
+        ValueError: the header is damaged, names another dtype or shape, or does not match the size. One line.
+    """
+    file = pa.BufferReader(content)
+    try:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, found_dtype = read_header(file)
+    except Exception as error:  # numpy parses the header as Python, which can fail in many ways
+        raise ValueError(f"its header is damaged ({(str(error).splitlines() or ['it ends early'])[0]})") from error
     if found_dtype != dtype or len(shape) != 1:
-        raise ValueError("its header says otherwise")
-    missing_bytes = file.tell() + shape[0] * dtype.itemsize - buffer.size
+        raise ValueError(f"its header says {found_dtype.str} of shape {shape}, expected {dtype.str} of one dimension")
+    missing_bytes = file.tell() + shape[0] * dtype.itemsize - content.size
     if missing_bytes:
         raise ValueError("it is cut short" if missing_bytes > 0 else "it has bytes after its tokens")
-    return [np.frombuffer(buffer, dtype=dtype, offset=file.tell())]
+    return np.frombuffer(content, dtype=dtype, offset=file.tell())
 
 
 def _arrow_pieces(buffer: pa.Buffer) -> list[Mapped]:
@@ -136,7 +143,7 @@ def _arrow_pieces(buffer: pa.Buffer) -> list[Mapped]:
 
 
 _PIECES_BY_SUFFIX: dict[str, Callable[[pa.Buffer], list[Mapped]]] = {
-    ".npy": _npy_pieces,
+    ".npy": lambda content: [npy_tokens(content)],
     ".arrow": _arrow_pieces,
     LLMC_SUFFIX: lambda buffer: [llmc_tokens(buffer)],
 }

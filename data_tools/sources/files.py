@@ -275,7 +275,7 @@ def explain_content(path: str, reason: str) -> str:
     kind = _KINDS.get(os.path.splitext(path)[1])
     if found := describe_content(path, kind):
         return f"it {found}"
-    if kind in _COMPRESSIONS.values() and not begins_as(path, kind):
+    if kind is not None and kind in _COMPRESSIONS.values() and not begins_as(path, kind):
         return f"it is not compressed by {kind}, though its name says so; rename it"
     return (reason.splitlines() or [""])[0]
 

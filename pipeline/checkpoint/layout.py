@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data_tools.storage.content import describe_content
 from data_tools.storage.files import sha256_of_json
 from pipeline.errors import CheckpointError
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
@@ -103,9 +104,9 @@ def bytes_of_tensors(folder: Path) -> int:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object, or raise CheckpointError if the file is missing or does not contain a JSON object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+        raise CheckpointError(f"{path}: {describe_content(path) or f'cannot be read ({error})'}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return content

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from data_tools.storage.content import describe_content
 from pipeline.checkpoint.layout import parse_tensor_file
 from pipeline.errors import CheckpointError
 
@@ -56,7 +57,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+        raise CheckpointError(f"{path}: {describe_content(path) or f'cannot be read ({error})'}") from None
 
 
 def index_pieces(folder: Path, manifest: dict[str, Any]) -> PieceIndex:

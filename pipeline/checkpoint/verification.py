@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_tools.storage.content import describe_content
 from data_tools.storage.files import sha256_of_file
 from pipeline.checkpoint.finite import describe_not_finite
 from pipeline.checkpoint.layout import (
@@ -68,7 +69,7 @@ def find_size_damage(path: Path, entry: dict[str, Any]) -> str | None:
     if not path.is_file():
         return f"{path}: missing"
     if (size := path.stat().st_size) != entry["bytes"]:
-        return f"{path}: {size} bytes, expected {entry['bytes']}"
+        return f"{path}: {describe_content(path) or f'{size} bytes'}, expected {entry['bytes']} bytes"
     return None
 
 

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from data_tools.storage.content import describe_content
 from pipeline.config.deepspeed_keys import find_mistakes, keys_of_deepspeed
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
@@ -120,14 +121,17 @@ def _read_run_config(path: Path) -> dict[str, Any]:
 
 def _read_json_object(path: Path) -> dict[str, Any]:
     try:
-        content = _decode(path.read_text(encoding="utf-8"), str(path))
+        content = _decode(path.read_text(encoding="utf-8-sig"), str(path))  # editors on Windows add a mark
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file{_suggest_file(path)}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read as a config file: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not valid UTF-8; a config file is JSON in UTF-8") from None
+        reason = describe_content(path) or f"byte {error.start} is not valid UTF-8; a config file is JSON in UTF-8"
+        raise ConfigError(f"{path}: {reason}") from None
     except json.JSONDecodeError as error:
+        if found := describe_content(path):
+            raise ConfigError(f"{path}: {found}") from None
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object of sections, found {_shorten(content)}")

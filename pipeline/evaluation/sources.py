@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data_tools.errors import DataError, json_type
+from data_tools.storage.content import describe_content, require_fetched
 from pipeline.distributed.world import World
 
 Row = dict[str, Any]
@@ -87,6 +88,7 @@ def read_file(path: Path) -> Rows:
     """
     try:
         content = path.read_bytes()
+        require_fetched(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; expected a .jsonl, .parquet or text file") from error
     if path.suffix in (".jsonl", ".json"):
@@ -97,7 +99,8 @@ def read_file(path: Path) -> Rows:
         try:
             rows = [{"text": content.decode("utf-8")}]
         except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+            reason = describe_content(path, "html") or f"is not UTF-8 text: {error.reason} at byte {error.start}"
+            raise DataError(f"{path} {reason}") from error
     if not rows or rows == [{"text": ""}]:
         raise DataError(f"{path} is empty")
     return Rows(rows, str(path), hashlib.sha256(content).hexdigest())
@@ -110,7 +113,9 @@ def _parse_lines(content: bytes, path: Path) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            if found := describe_content(path):
+                raise DataError(f"{path} {found}") from error
             raise DataError(f"{path}: line {number} is not JSON ({error}); expected one object per line") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}: line {number} is {json_type(row)}; expected one object per line")
@@ -121,8 +126,10 @@ def _parse_lines(content: bytes, path: Path) -> list[Row]:
 def _parse_parquet(content: bytes, path: Path) -> list[Row]:
     try:
         return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: texts and dates that Python refuses
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        found = describe_content(path, "parquet") or f"is not a whole Parquet file: {reason}"
+        raise DataError(f"{path} {found}") from error
 
 
 def read_hub(data: HubData, world: World) -> Rows:

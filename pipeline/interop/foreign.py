@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
+from data_tools.storage.content import describe_content
 from pipeline.checkpoint.finite import describe_not_finite
 from pipeline.checkpoint.pieces import WEIGHT
 from pipeline.checkpoint.saving import SavedCheckpoint
@@ -103,7 +104,8 @@ def _load_pickle(path: Path, classes: list[str]) -> Any:
         if name:
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read as a file of torch.save ({reason})") from error
+        reason = describe_content(path, "zip") or f"cannot be read as a file of torch.save ({reason})"
+        raise CheckpointError(f"{path}: {reason}") from error
 
 
 def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ Totals = dict[str, tuple[list[int], int, int]]  # per split: tokens, number of d
 Damage = Callable[[Path], None]
 
 token_ids = st.integers(0, END) | st.just(END)
-token_runs = st.lists(token_ids, max_size=120).map(lambda ids: np.array(ids, dtype=np.uint16))
+token_runs = st.lists(token_ids, min_size=1, max_size=120).map(lambda ids: np.array(ids, dtype=np.uint16))
 few_examples = settings(max_examples=20, deadline=None, derandomize=True)
 
 
@@ -155,5 +155,8 @@ def write_sound(folder: Path, format: str) -> None:
     elif format == "llmc":
         write_llmc(folder / "x_train_000001.bin", range(100))
         write_llmc(folder / "x_val_000000.bin", range(9))
+    elif format == "npy":
+        np.save(folder / "edufineweb_val_000000.npy", np.arange(9, dtype=np.uint16))
+        np.save(folder / "edufineweb_train_000001.npy", np.arange(50, dtype=np.uint16))
     else:
         write_megatron(folder / "x", [[[1, 2], [3]], [[4, 5, 6]]])

@@ -66,7 +66,7 @@ class TestRoundTrips:
             assert totals(folder / "back") == totals(folder / "ours")
             verify(folder / "back")
 
-    @pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 32, 33])
+    @pytest.mark.parametrize("size", [1, 15, 16, 17, 32, 33])
     @pytest.mark.parametrize("to", ["npy", "arrow", "nanogpt", "llmc"])
     def test_sizes_around_the_chunk_size(self, to: str, size: int) -> None:
         tokens: Tokens = np.arange(size, dtype=np.uint16)
@@ -77,6 +77,13 @@ class TestRoundTrips:
             stream = collection.splits["train"].stream
             assert stream.tokens == size
             assert stream.read(0, size).tolist() == tokens.tolist()
+
+    @pytest.mark.parametrize("to", ["npy", "arrow", "nanogpt", "llmc"])
+    def test_an_empty_split_is_refused(self, tmp_path: Path, to: str) -> None:
+        write_ours(tmp_path / "ours", {"train": [documents(3)], "val": [np.empty(0, np.uint16)]})
+        with pytest.raises(DataError, match="the split 'val' has no tokens"):
+            convert(ConvertRequest(source=tmp_path / "ours", out=tmp_path / "out", to=to))
+        assert not (tmp_path / "out").exists()
 
     def test_npy_to_arrow_and_back_is_the_same_folder(self, tmp_path: Path) -> None:
         ours = write_ours(tmp_path / "ours", {"train": [documents(50), documents(9, 1)], "val": [documents(7, 2)]})
@@ -241,6 +248,11 @@ class TestInPlace:
             adopt_in_place(folder)
         assert not [path for path in folder.iterdir() if path.suffix != ".bin"]
 
+    def test_the_named_format_is_used(self, folder: Path) -> None:
+        with pytest.raises(DataError, match="no file ends in .npy, as those of npy do"):
+            adopt_in_place(folder, "npy")
+        assert adopt_in_place(folder, "llmc").source.kind == "llmc"
+
     def test_only_llmcs_folders_without_a_manifest(self, folder: Path) -> None:
         adopt_in_place(folder)
         with pytest.raises(DataError, match=r"already has a manifest\.json"):
@@ -248,8 +260,48 @@ class TestInPlace:
         with pytest.raises(DataError, match="is not a folder"):
             adopt_in_place(folder / "fineweb_val_000000.bin")
         write_sound(folder / "other", "nanogpt")
-        with pytest.raises(DataError, match="are in the format nanogpt; only llm.c's can stay in place"):
+        with pytest.raises(DataError, match="are in the format nanogpt; only those of llmc and npy can stay in place"):
             adopt_in_place(folder / "other")
+
+
+class TestBuildNanogpt:
+    """build-nanogpt's ``fineweb.py`` saves shards of documents that cross the ends of shards, with ``numpy.save``."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        """Write its shards in ``edu_fineweb10B``, and the same tokens as ours in ``ours``."""
+        train, val = documents(200), documents(20, 1)
+        write_ours(tmp_path / "ours", {"train": [train], "val": [val]})
+        folder = tmp_path / "edu_fineweb10B"
+        folder.mkdir()
+        np.save(folder / "edufineweb_val_000000.npy", val)
+        for index, piece in enumerate(np.array_split(train, 3)):
+            np.save(folder / f"edufineweb_train_{index + 1:06d}.npy", piece)
+        return folder
+
+    def test_import(self, folder: Path) -> None:
+        out = folder.parent / "out"
+        conversion = convert(ConvertRequest(source=folder, source_format="npy", out=out, to="npy", shard_tokens=500))
+        assert conversion.source_format == "npy" and open_collection(folder).format == "npy"
+        verify(out)
+        assert totals(out) == totals(folder.parent / "ours")
+        assert list(open_collection(folder / "edufineweb_val_000000.npy").splits) == ["val"]
+
+    @pytest.mark.parametrize("source_format", ["auto", "npy"])
+    def test_in_place_adds_only_a_manifest(self, folder: Path, source_format: str) -> None:
+        before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+        adopt_in_place(folder, source_format)
+        assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.npy")} == before
+        assert sorted(path.name for path in folder.iterdir()) == [*sorted(before), "manifest.json"]
+        verify(folder)
+        assert totals(folder) == totals(folder.parent / "ours")
+        assert load_manifest(folder).source.kind == "npy"
+
+    def test_a_mask_is_not_taken_for_tokens(self, folder: Path) -> None:
+        """A folder of ours that lost its manifest may not lose its masks, too."""
+        np.save(folder / "edufineweb_train_000001.mask.npy", np.zeros(9, np.uint8))
+        with pytest.raises(DataError, match=r"train_000001\.mask\.npy.*its header says \|u1"):
+            adopt_in_place(folder)
 
 
 class TestNothingHalfWritten:

@@ -17,6 +17,7 @@ from tests.support.token_files import (
     edit,
     put,
     write_llmc,
+    write_megatron,
     write_sound,
 )
 
@@ -57,7 +58,7 @@ class TestRecognition:
 
     def test_bare_tokens_are_recognized_by_name_only(self, tmp_path: Path) -> None:
         np.array([1, 2], dtype="<u2").tofile(tmp_path / "tokens.bin")
-        with pytest.raises(DataError, match=r"--from says what it is \(native, nanogpt, llmc, megatron\)"):
+        with pytest.raises(DataError, match=r"--from says what it is \(native, nanogpt, llmc, megatron, npy\)"):
             open_collection(tmp_path / "tokens.bin")
         assert open_collection(tmp_path / "tokens.bin", "nanogpt").splits["train"].stream.tokens == 2
 
@@ -78,6 +79,14 @@ def replace_by_folder(name: str) -> Damage:
     return damage
 
 
+def save(name: str, values: np.ndarray) -> Damage:
+    return lambda folder: np.save(folder / name, values)
+
+
+def write_pair(sequences: list[list[list[int]]]) -> Damage:
+    return lambda folder: write_megatron(folder / "x", sequences)
+
+
 def empty(folder: Path) -> None:
     for path in folder.iterdir():
         path.unlink()
@@ -95,6 +104,34 @@ DAMAGE: list[tuple[str, str, Damage, str]] = [
     ("nanogpt", "id_of_val", put("val.bin", 2, "<H", 65535), r"val\.bin holds token 65535, the vocabulary ends"),
     ("nanogpt", "folder", replace_by_folder("train.bin"), r"cannot read \S*train\.bin: Is a directory"),
     ("nanogpt", "empty_folder", empty, "no file ends in"),
+    ("nanogpt", "empty", edit("train.bin", lambda content: b""), r"train\.bin has no tokens \(0 bytes\)"),
+    ("nanogpt", "empty_val", edit("val.bin", lambda content: b""), r"val\.bin has no tokens \(0 bytes\)"),
+    (
+        "llmc",
+        "header_only",
+        edit("x_train_000001.bin", lambda content: content[:8] + bytes(1016)),
+        r"x_train_000001\.bin has no tokens \(1024 bytes\)",
+    ),
+    ("npy", "cut", cut("edufineweb_train_000001.npy", 2), r"train_000001\.npy is not a whole array.*it is cut short"),
+    ("npy", "grown", grow("edufineweb_train_000001.npy", b"\0\0"), "it has bytes after its tokens"),
+    ("npy", "id", put("edufineweb_train_000001.npy", 130, "<H", 50257), r"train_000001\.npy holds token 50257"),
+    ("npy", "empty", edit("edufineweb_val_000000.npy", lambda content: b""), r"val_000000\.npy is empty \(0 bytes\)"),
+    ("npy", "no_tokens", save("edufineweb_val_000000.npy", np.empty(0, np.uint16)), r"has no tokens \(128 bytes\)"),
+    (
+        "npy",
+        "wider",
+        save("edufineweb_val_000000.npy", np.arange(9)),
+        r"its header says <i8 of shape \(9,\), expected <u2",
+    ),
+    (
+        "npy",
+        "two_rows",
+        save("edufineweb_val_000000.npy", np.zeros((2, 3), np.uint16)),
+        r"of shape \(2, 3\)",
+    ),
+    ("npy", "header", put("edufineweb_val_000000.npy", 20, "<B", 0), r"val_000000\.npy.*its header is damaged"),
+    ("megatron", "no_documents", write_pair([]), r"x\.bin has no tokens \(0 bytes\)"),
+    ("megatron", "no_text", write_pair([[], [[]]]), r"x\.bin has no tokens \(0 bytes\)"),
     ("llmc", "cut", cut("x_train_000001.bin", 2), r"x_train_000001\.bin.*header says 100 tokens, its size says 99"),
     (
         "llmc",
@@ -108,7 +145,7 @@ DAMAGE: list[tuple[str, str, Damage, str]] = [
     ("llmc", "magic", put("x_val_000000.bin", 0, "<i", 20240801), r"x_val_000000\.bin.*magic is 20240801.*is 20240520"),
     ("llmc", "version", put("x_val_000000.bin", 4, "<i", 7), r"x_val_000000\.bin.*its version is 7, it must be 1"),
     ("llmc", "header", edit("x_val_000000.bin", lambda content: content[:1000]), "ends after 1000 bytes.*its header"),
-    ("llmc", "empty", edit("x_val_000000.bin", lambda content: b""), r"x_val_000000\.bin.*ends after 0 bytes"),
+    ("llmc", "empty", edit("x_val_000000.bin", lambda content: b""), r"x_val_000000\.bin is empty \(0 bytes\)"),
     ("llmc", "id", put("x_val_000000.bin", 1030, "<H", 60000), r"x_val_000000\.bin holds token 60000"),
     ("llmc", "folder", replace_by_folder("x_val_000000.bin"), r"cannot read \S*x_val_000000\.bin: Is a directory"),
     ("megatron", "no_tokens", remove("x.bin"), r"cannot read \S*x\.bin: No such file"),

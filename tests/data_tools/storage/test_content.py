@@ -1,0 +1,175 @@
+"""Files that hold something else than their name says are recognized, and every reader says what they are."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from data_tools.errors import DataError, UserError
+from data_tools.formats.conversion import convert
+from data_tools.formats.opening import open_collection
+from data_tools.formats.plan import ConvertRequest
+from data_tools.shards.manifest import load_manifest
+from data_tools.shards.reader import open_split
+from data_tools.sources import SourceRequest, open_source
+from data_tools.storage.content import describe_content, require_fetched
+from pipeline.checkpoint.layout import read_json_object
+from pipeline.checkpoint.pieces import open_tensors
+from pipeline.config.loading import load_config
+from pipeline.evaluation.sources import read_file
+from pipeline.interop.foreign import load_pickled_tensors
+from tests.support.token_files import write_ours
+
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+TEXT = b'{"text": "A line of JSON."}\n' * 50
+
+
+def npy_bytes() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.arange(9, dtype=np.uint16))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (POINTER, "git-lfs pointer, not the file itself; fetch the file with: git lfs pull"),
+        (gzip.compress(TEXT), "compressed by gzip"),
+        (pa.Codec("zstd").compress(TEXT, asbytes=True), "compressed by zstd"),
+        (b"PK\x03\x04....", "zip archive"),
+        (npy_bytes(), "array of numpy"),
+        (b"", "is empty"),
+        (bytes(600), "zeros only"),
+        (b"<!DOCTYPE html><html>", "HTML page"),
+        ("text".encode("utf-16"), "text in UTF-16; save it as UTF-8"),
+        ("text".encode("utf-32"), "text in UTF-32"),
+    ],
+)
+def test_content_is_recognized(tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "file").write_bytes(content)
+    assert expected in str(describe_content(tmp_path / "file"))
+
+
+def test_nothing_is_said_of_other_content(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(TEXT)
+    assert describe_content(tmp_path / "file") is None
+    assert describe_content(tmp_path / "missing") is None
+    assert describe_content("s3://bucket/file") is None
+    (tmp_path / "file").write_bytes(gzip.compress(TEXT))
+    assert describe_content(tmp_path / "file", "gzip") is None
+    require_fetched(tmp_path / "file")
+
+
+def read_source(source: str) -> Callable[[Path], object]:
+    def read(path: Path) -> object:
+        opened = open_source(SourceRequest(source=source, inputs=(str(path),)))  # type: ignore[arg-type]
+        return [document for piece in opened.slices(1 << 20) for document in opened.read(piece)]
+
+    return read
+
+
+#: How each reader is called with the path of the file, and the file's name.
+READERS: list[tuple[str, Callable[[Path], object]]] = [
+    ("a.txt", read_source("text")),
+    ("a.txt.gz", read_source("text")),
+    ("a.jsonl", read_source("jsonl")),
+    ("a.jsonl.zst", read_source("jsonl")),
+    ("a.json", read_source("instructions")),
+    ("a.parquet", read_source("parquet")),
+    ("a.csv", lambda path: read_source("hf")(path.parent)),
+    ("train.bin", open_collection),
+    ("a_train.npy", open_collection),
+    ("tokens.bin", lambda path: open_collection(path, "llmc")),
+    ("a.idx", lambda path: open_collection(path, "megatron")),
+    ("manifest.json", lambda path: load_manifest(path.parent)),
+    ("run.json", lambda path: load_config([path])),
+    ("config.json", read_json_object),
+    ("model.safetensors", lambda path: open_tensors(path).__enter__()),
+    ("pytorch_model.bin", lambda path: load_pickled_tensors(path, "weights")),
+    ("task.jsonl", read_file),
+    ("task.parquet", read_file),
+    ("book.txt", read_file),
+]
+
+
+@pytest.mark.parametrize(("name", "read"), READERS, ids=[f"{n}_{name}" for n, (name, _) in enumerate(READERS)])
+def test_every_reader_names_a_pointer_and_the_cure(tmp_path: Path, name: str, read: Callable[[Path], object]) -> None:
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / name)
+    assert f"{name}" in str(caught.value) and "git lfs pull" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shard_that_is_a_pointer(tmp_path: Path) -> None:
+    write_ours(tmp_path / "data", {"train": [np.arange(30, dtype=np.uint16)]})
+    (tmp_path / "data" / "train_000000.npy").write_bytes(POINTER)
+    with pytest.raises(DataError, match=r"train_000000\.npy is a git-lfs pointer"):
+        open_split(tmp_path / "data", "train")
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "content", "expected"),
+    [
+        ("text", "a.txt", gzip.compress(TEXT), "a.txt is compressed by gzip; decompress it, or let the name"),
+        ("jsonl", "a.jsonl", gzip.compress(TEXT), "a.jsonl is compressed by gzip"),
+        ("jsonl", "a.jsonl", pa.Codec("zstd").compress(TEXT, asbytes=True), "a.jsonl is compressed by zstd"),
+        ("instructions", "a.json", gzip.compress(b'[{"instruction": "a", "output": "b"}]'), "is compressed by gzip"),
+        ("jsonl", "a.jsonl.gz", TEXT, "it is not compressed by gzip, though its name says so; rename it"),
+        ("jsonl", "a.jsonl.zst", TEXT, "it is not compressed by zstd, though its name says so; rename it"),
+        ("jsonl", "a.jsonl.gz", b"", "a.jsonl.gz is empty (0 bytes)"),
+        ("jsonl", "a.jsonl.gz", gzip.compress(TEXT)[:-1], "a.jsonl.gz"),
+        ("jsonl", "a.jsonl.gz", gzip.compress(TEXT)[:-9], "a.jsonl.gz"),
+        ("jsonl", "a.jsonl.gz", gzip.compress(TEXT) + b"more", "a.jsonl.gz"),
+        ("jsonl", "a.jsonl", "{}".encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
+        ("jsonl", "a.jsonl", b"<!DOCTYPE html>\n", "is an HTML page"),
+        ("parquet", "a.parquet", gzip.compress(TEXT), "it is compressed by gzip"),
+        ("parquet", "a.parquet", b"", "it is empty (0 bytes)"),
+        ("text", "a.html", b"<html>caf\xe9</html>", "byte 9 (0xe9) is not valid UTF-8"),
+    ],
+)
+def test_sources_name_what_a_file_holds(tmp_path: Path, source: str, name: str, content: bytes, expected: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_source(source)(tmp_path / name)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("zeros", [1, 8, 512, 5000])
+@pytest.mark.parametrize("content", [TEXT, TEXT * 2000, b'{"text": "x"}'])
+def test_zeros_after_a_gzip_file_are_ignored(tmp_path: Path, content: bytes, zeros: int) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(content))
+    sound = read_source("jsonl")(path)
+    path.write_bytes(gzip.compress(content) + bytes(zeros))
+    assert read_source("jsonl")(path) == sound
+
+
+def test_a_byte_order_mark_in_json_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(b'\xef\xbb\xbf{"run": {"seed": 5}}')
+    assert load_config([tmp_path / "run.json"]).run.seed == 5
+    assert read_json_object(tmp_path / "run.json") == {"run": {"seed": 5}}
+    (tmp_path / "task.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
+    assert read_file(tmp_path / "task.jsonl").rows == [{"text": "a"}]
+    with pytest.raises(UserError, match=r"run\.json: is text in UTF-16; save it as UTF-8"):
+        (tmp_path / "run.json").write_bytes('{"run": {"seed": 5}}'.encode("utf-16"))
+        load_config([tmp_path / "run.json"])
+
+
+def test_a_pointer_is_not_converted(tmp_path: Path) -> None:
+    """A pointer of an even number of bytes would be a file of tokens in nanoGPT's format."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "train.bin").write_bytes(POINTER + b"\n" * (len(POINTER) % 2))
+    with pytest.raises(DataError, match="git lfs pull"):
+        convert(ConvertRequest(source=source, source_format="nanogpt", out=tmp_path / "out", to="npy"))
+    assert not (tmp_path / "out").exists()
