@@ -187,7 +187,7 @@ class TestMistakes:
         ("text", "message"),
         [
             ('{"run": \n {,}}', "a.json:2:3: not valid JSON: "),
-            ("", "a.json:1:1: not valid JSON: "),
+            ("", "a.json: is empty (0 bytes); copy or download it again"),
             ("[1]", "a.json: expected a JSON object of sections, found [1]"),
             ('{"run": {}, "run": {}}', "a.json: the key 'run' is given twice"),
             (
