@@ -83,7 +83,7 @@ class RunConfig(Section):
     compile: Annotated[Literal["auto", True, False], BeforeValidator(_number_as_text)] = Field(
         "auto",
         description="Compile model and loss with torch.compile. `auto` compiles if a compiler works, on CUDA always "
-        "and on a CPU if the run takes more than ten minutes.",
+        "and on a CPU if the run takes more than ten minutes at the measured time of a step.",
     )
     working_dir: NonEmptyText | None = Field(
         None,

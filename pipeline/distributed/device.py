@@ -14,7 +14,8 @@ log = logging.getLogger(__name__)
 GIB = 1 << 30
 
 _CEILING_SIZE = {"cuda": 8192, "mps": 2048, "cpu": 1024}
-_CEILING_SECONDS = 0.3
+CEILING_SECONDS = 0.3
+_CEILING_ROUNDS = 6
 
 
 def matmul_dtype(precision: str) -> torch.dtype:
@@ -22,20 +23,20 @@ def matmul_dtype(precision: str) -> torch.dtype:
     return {"fp32": torch.float32, "amp_fp16": torch.float16}.get(precision, torch.bfloat16)
 
 
-def measure_matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+def measure_matmul_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = CEILING_SECONDS) -> float:
     """Measure the FLOP/s of large square matrix products on one rank, an upper bound for a model.
 
     Measuring gives the right value for any device, power limit and number of threads.
     """
     n = _CEILING_SIZE[device.type]
-    if device.type == "cpu" and 64 * _seconds_of_product(n // 4, dtype) > _CEILING_SECONDS:
+    if device.type == "cpu" and 64 * _seconds_of_product(n // 4, dtype) > CEILING_SECONDS:
         n //= 4  # the CPU has no instructions for the dtype: a large product takes seconds and is not faster per FLOP
     a = torch.randn(n, n, device=device).to(dtype)
     b = torch.randn(n, n, device=device).to(dtype)
     best = 0.0
-    for _ in range(3):  # the first round warms up
+    for _ in range(_CEILING_ROUNDS):  # the first round warms up, and other programs disturb some of the others
         repeats, start = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < _CEILING_SECONDS / 3:
+        while (elapsed := time.perf_counter() - start) < seconds / _CEILING_ROUNDS:
             torch.mm(a, b)
             synchronize(device)
             repeats += 1
@@ -45,10 +46,12 @@ def measure_matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 def _seconds_of_product(n: int, dtype: torch.dtype) -> float:
     a = torch.randn(n, n).to(dtype)
-    torch.mm(a, a)
-    start = time.perf_counter()
-    torch.mm(a, a)
-    return time.perf_counter() - start
+    times = []
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:

@@ -13,7 +13,7 @@ from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import data_sha256, open_datasets, verify_datasets
 from pipeline.data.loader import TrainLoader, scored_targets
 from pipeline.distributed.cpu import configure_cpu
-from pipeline.distributed.device import compiler_works, matmul_dtype, measure_matmul_ceiling
+from pipeline.distributed.device import matmul_dtype
 from pipeline.distributed.heartbeat import heartbeat
 from pipeline.distributed.world import World, join_world
 from pipeline.errors import ConfigError
@@ -21,15 +21,13 @@ from pipeline.evaluation.run import prepare_tasks
 from pipeline.model.attention import fastest_kernel
 from pipeline.model.gpt2 import build_model, flops_per_token, parameter_count
 from pipeline.run_folder.lock import lock_run_folder
+from pipeline.training.compilation import choose_compilation
 from pipeline.training.initial_weights import find_initial_weights, load_initial_weights
 from pipeline.training.resuming import choose_start, load_start, make_run_folder
-from pipeline.training.throughput import ThroughputMeter
+from pipeline.training.throughput import ThroughputMeter, measure_ceiling
 from pipeline.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-#: On a CPU, Inductor takes one to three minutes to compile training and validation, and saves a third of each step.
-SHORTEST_COMPILED_CPU_RUN_S = 600.0
 
 
 def train(config: Config) -> Trainer | None:
@@ -88,14 +86,13 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     tasks = prepare_tasks(config, world)
 
     dtype = matmul_dtype(config.run.precision)
-    # All ranks measure at the same time, because on a CPU they share the cores.
-    ceiling_flops = sum(world.gather(measure_matmul_ceiling(world.device, dtype)))
+    ceiling_flops = measure_ceiling(world, dtype)
     throughput = ThroughputMeter(plan.tokens_per_step, flops_per_token(config.model, config.seq_len), ceiling_flops)
-    config = choose_compilation(config, world, throughput.ideal_step_s * config.schedule.max_steps)
     queries = (plan.micro_batch_size, config.model.n_head, config.seq_len, config.model.n_embd // config.model.n_head)
     kernel = resources.enter_context(fastest_kernel(world.device, dtype, queries, config.model.dropout))
     model = build_model(config.model, config.run.seed)
     origin = load_initial_weights(weights, model) if weights else None
+    config = choose_compilation(config, world, plan, model, start)
     backend = create_backend(model, config, world, plan)
     backend.model.assert_tied()
     state = load_start(start, config, sha256, backend, world)
@@ -112,23 +109,6 @@ def _open_run_folder(config: Config, data_sha256: str, resources: ExitStack) -> 
     return choose_start(config, data_sha256)
 
 
-def choose_compilation(config: Config, world: World, ideal_s: float) -> Config:
-    """Return the config with ``run.compile`` set to true or false, the same on every rank.
-
-    This call is collective: every rank must make it.
-
-    Args:
-        ideal_s: the duration of the whole run in seconds if it reached the device's matrix-product throughput.
-    """
-    wanted = config.run.compile
-    if wanted == "auto":
-        is_long = ideal_s > SHORTEST_COMPILED_CPU_RUN_S
-        wanted = world.device.type == "cuda" or (world.device.type == "cpu" and is_long)
-    if wanted:
-        wanted = all(world.gather(compiler_works(world.device)))
-    return config.model_copy(update={"run": config.run.model_copy(update={"compile": wanted})})
-
-
 def _log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -> None:
     """Log the settings that the run actually uses, before the first step."""
     config, backend, device = trainer.config, trainer.backend, trainer.world.device
@@ -141,7 +121,6 @@ def _log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -
     log.info("batch     %s", trainer.plan)
     log.info("backend   %s on %s, world size %d", backend.describe(), device.type, trainer.world.size)
     log.info("precision %s: %s", config.run.precision, dtypes)
-    log.info("compile   %s", "on" if config.run.compile else "off")
     log.info("attention %s", attention_kernel)
     log.info("ceiling   %.3g FLOP/s in matrix products, measured (MFU 100%%)", trainer.throughput.ceiling_flops)
     log.info("start     %s", _describe_start(start, trainer.origin))

@@ -1,8 +1,24 @@
 """Measure tokens per second and model FLOPs utilization (MFU) over the time that is spent on training."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
+
+from pipeline.distributed.device import CEILING_SECONDS, measure_matmul_ceiling
+from pipeline.distributed.world import World
+
+log = logging.getLogger(__name__)
+
+_NOTABLE_INCREASE = 1.05
+
+
+def measure_ceiling(world: World, dtype: torch.dtype, seconds: float = CEILING_SECONDS) -> float:
+    """Measure the FLOP/s that all ranks together reach in matrix products. This call is collective."""
+    world.gather(None)  # all ranks measure at the same time, because on a CPU they share the cores
+    return sum(world.gather(measure_matmul_ceiling(world.device, dtype, seconds)))
 
 
 class ThroughputMeter:
@@ -11,7 +27,8 @@ class ThroughputMeter:
     Args:
         tokens_per_step: the tokens of a step over all ranks.
         flops_per_token: the FLOPs of the model's forward and backward pass per token.
-        ceiling_flops: the FLOP/s that all ranks together can reach in matrix products.
+        ceiling_flops: the FLOP/s that all ranks together can reach in matrix products, as first measured. Other
+            programs make a measurement too low, never too high, so ``raise_ceiling`` takes the best of all.
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, ceiling_flops: float) -> None:
@@ -20,10 +37,11 @@ class ThroughputMeter:
         self.ceiling_flops = ceiling_flops
         self.restart()
 
-    @property
-    def ideal_step_s(self) -> float:
-        """The seconds that a step would take if it reached ``ceiling_flops``."""
-        return self.tokens_per_step * self.flops_per_token / self.ceiling_flops
+    def raise_ceiling(self, flops: float) -> None:
+        """Take a later measurement of the ceiling if it is higher than those before."""
+        if flops > _NOTABLE_INCREASE * self.ceiling_flops:
+            log.info("ceiling   %.3g FLOP/s, measured again (%.3g before)", flops, self.ceiling_flops)
+        self.ceiling_flops = max(self.ceiling_flops, flops)
 
     def restart(self) -> None:
         """Restart the clock. Call this right before the first step."""
@@ -40,6 +58,7 @@ class ThroughputMeter:
         tokens_per_s = self.tokens_per_step / seconds
         waited_share = self._waited_s / (now - self._started)
         self.restart()
+        self.raise_ceiling(tokens_per_s * self.flops_per_token)  # training cannot be faster than the ceiling
         return {
             "tokens_per_s": tokens_per_s,
             "step_ms": seconds * 1e3,

@@ -17,7 +17,7 @@ from pipeline.checkpoint.verification import newest_good_checkpoint
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader
-from pipeline.distributed.device import GIB, LateValue, device_name, peak_memory_bytes, synchronize
+from pipeline.distributed.device import GIB, LateValue, device_name, matmul_dtype, peak_memory_bytes, synchronize
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted
 from pipeline.evaluation.protocols import PreparedTask
@@ -33,9 +33,11 @@ from pipeline.training.run_record import RunRecord
 from pipeline.training.schedule import lr_at
 from pipeline.training.step_guard import FinishedStep, StepGuard, TrainedStep, Verdict
 from pipeline.training.step_profile import StepProfile
-from pipeline.training.throughput import ThroughputMeter
+from pipeline.training.throughput import ThroughputMeter, measure_ceiling
 
 log = logging.getLogger(__name__)
+
+CHECK_SECONDS = 0.1  # to measure the ceiling again at an evaluation
 
 
 class Trainer:
@@ -278,6 +280,8 @@ class Trainer:
 
         This call is collective: every rank must make it.
         """
+        with self.throughput.paused():
+            self._check_ceiling()
         with self.throughput.paused(), self.backend.evaluation_mode():
             if losses := validate(self.backend, self.loader.datasets, self.config, self.world):
                 if losses["val_loss"] is not None:
@@ -291,6 +295,12 @@ class Trainer:
                 if self.config.evaluation.sample:
                     text = complete_while_training(self.backend, self.config, self.world)
                     self.record.write({"step": self.state.step, SAMPLE_KEY: text}, console=False)
+
+    def _check_ceiling(self) -> None:
+        """Measure the ceiling of MFU again during the run, because another program may have disturbed it before."""
+        if 0 < self.state.step < self.config.schedule.max_steps:
+            dtype = matmul_dtype(self.config.run.precision)
+            self.throughput.raise_ceiling(measure_ceiling(self.world, dtype, CHECK_SECONDS))
 
     def save(self) -> None:
         """Start to save a checkpoint of the current state. Training continues while the checkpoint is written.

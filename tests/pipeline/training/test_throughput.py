@@ -88,3 +88,24 @@ def test_the_share_of_waiting_for_data(clock: Clock) -> None:
     meter.restart()
     train(meter, clock, steps=1, step_s=1.0)
     assert meter.read()["data_wait_share"] == 0.0
+
+
+def test_a_disturbed_measurement_of_the_ceiling_is_replaced_by_a_later_one(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    meter = ThroughputMeter(tokens_per_step=1000, flops_per_token=6_000, ceiling_flops=1e8)
+    with caplog.at_level("INFO"):
+        meter.raise_ceiling(2e8)
+        meter.raise_ceiling(5e7)  # this measurement is disturbed, too
+    assert meter.ceiling_flops == 2e8
+    assert [record.getMessage() for record in caplog.records] == [
+        "ceiling   2e+08 FLOP/s, measured again (1e+08 before)"
+    ]
+
+
+def test_mfu_never_exceeds_one(clock: Clock) -> None:
+    meter = ThroughputMeter(tokens_per_step=1000, flops_per_token=6_000, ceiling_flops=1e6)
+    train(meter, clock, steps=1, step_s=1.0)
+    assert meter.read()["mfu"] == 1.0
+    train(meter, clock, steps=1, step_s=2.0)
+    assert meter.read()["mfu"] == pytest.approx(0.5)

@@ -1,0 +1,74 @@
+"""Decide whether a run compiles its model: ``run.compile``."""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from pipeline.checkpoint.state import config_section, read_state
+from pipeline.config.schema import Config
+from pipeline.data.batch_plan import BatchPlan
+from pipeline.distributed.device import compiler_works
+from pipeline.distributed.world import World
+from pipeline.model.gpt2 import GPT2
+from pipeline.model.precision import replicated_compute
+
+log = logging.getLogger(__name__)
+
+#: On a CPU, Inductor takes one to three minutes to compile training and validation, and saves a third of each step.
+SHORTEST_COMPILED_CPU_RUN_S = 600.0
+
+_TIMED_TOKENS = 2048  # enough that the time grows with the tokens, and little enough to need little memory
+_TIMED_REPEATS = 3
+
+
+def choose_compilation(config: Config, world: World, plan: BatchPlan, model: GPT2, start: Path | None) -> Config:
+    """Return the config with ``run.compile`` set to true or false, the same on every rank, and log the choice.
+
+    This call is collective: every rank must make it. ``auto`` measures the model before a backend wraps it, so that the
+    choice does not depend on the backend. A run that continues keeps its choice, because compiling changes rounding.
+
+    Args:
+        start: the checkpoint to continue from, or None.
+    """
+    wanted, reason = config.run.compile, ""
+    if wanted == "auto":
+        wanted, reason = _decide(config, world, plan, model, start)
+    if wanted and not all(world.gather(compiler_works(world.device))):
+        wanted, reason = False, "no compiler on every rank"
+    log.info("compile   %s%s", "on" if wanted else "off", f" ({reason})" if reason else "")
+    return config.model_copy(update={"run": config.run.model_copy(update={"compile": wanted})})
+
+
+def _decide(config: Config, world: World, plan: BatchPlan, model: GPT2, start: Path | None) -> tuple[bool, str]:
+    """Return the choice of ``auto`` and its reason."""
+    if world.device.type != "cpu":
+        return world.device.type == "cuda", f"auto: always so on {world.device.type}"
+    before = config_section(read_state(start)[1], "run").get("compile") if start else None
+    if isinstance(before, bool):
+        return before, f"auto: as before {start}"
+    step_s = plan.accumulation * max(world.gather(measure_micro_step(model, config, plan)))
+    run_s = step_s * config.schedule.max_steps
+    return run_s > SHORTEST_COMPILED_CPU_RUN_S, f"auto: the run takes {run_s:,.0f} s uncompiled"
+
+
+def measure_micro_step(model: GPT2, config: Config, plan: BatchPlan) -> float:
+    """Measure the seconds of forward and backward pass of one micro-batch on a CPU, uncompiled.
+
+    A part of the micro-batch is timed several times, and the shortest time is scaled. The model keeps its weights and
+    gets no gradients, and the state of the random numbers does not change.
+    """
+    sequences = min(plan.micro_batch_size, max(1, _TIMED_TOKENS // plan.seq_len))
+    compute = replicated_compute(model, config.run.precision, torch.device("cpu"))
+    tokens = torch.zeros(sequences, plan.seq_len, dtype=torch.int64)
+    shortest = float("inf")
+    with torch.random.fork_rng(devices=[]):
+        for repeat in range(1 + _TIMED_REPEATS):
+            started = time.perf_counter()
+            compute(tokens, tokens, method="loss").backward()  # type: ignore[no-untyped-call]
+            elapsed = time.perf_counter() - started
+            model.zero_grad(set_to_none=True)
+            if repeat:  # the first one warms up
+                shortest = min(shortest, elapsed)
+    return shortest * plan.micro_batch_size / sequences

@@ -1,0 +1,119 @@
+"""A run is compiled if the config asks for it or if it saves time, but never without a compiler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.backends.ddp import DdpBackend
+from pipeline.checkpoint.state import TrainingState
+from pipeline.config.loading import dump_config
+from pipeline.config.schema import Config
+from pipeline.data.batch_plan import plan_batch
+from pipeline.distributed.world import World
+from pipeline.model.gpt2 import GPT2, build_model
+from pipeline.training import compilation
+from pipeline.training.compilation import SHORTEST_COMPILED_CPU_RUN_S, choose_compilation, measure_micro_step
+from tests.pipeline.conftest import tiny_config
+from tests.support.checkpoints import save_checkpoint
+
+LONG_S, SHORT_S = SHORTEST_COMPILED_CPU_RUN_S + 1, SHORTEST_COMPILED_CPU_RUN_S - 1
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return tiny_config(tmp_path, run={"compile": "auto"})
+
+
+@pytest.fixture
+def model(config: Config) -> GPT2:
+    return build_model(config.model, 1)
+
+
+def with_compile(config: Config, wanted: Any) -> Config:
+    return config.model_copy(update={"run": config.run.model_copy(update={"compile": wanted})})
+
+
+def choose(config: Config, model: GPT2, world: World, start: Path | None = None) -> Config:
+    return choose_compilation(config, world, plan_batch(config, 1), model, start)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, config: Config, run_s: float, *, works: bool = True) -> None:
+    """Pretend that the whole run takes ``run_s`` seconds, and that a compiler works or does not."""
+    micro_steps = plan_batch(config, 1).accumulation * config.schedule.max_steps
+    monkeypatch.setattr(compilation, "measure_micro_step", lambda *_: run_s / micro_steps)
+    monkeypatch.setattr(compilation, "compiler_works", lambda device: works)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "run_s", "works", "compiled"),
+    [
+        ("auto", "cpu", LONG_S, True, True),
+        ("auto", "cpu", SHORT_S, True, False),
+        ("auto", "cpu", LONG_S, False, False),
+        ("auto", "cuda", SHORT_S, True, True),
+        ("auto", "mps", LONG_S, True, False),
+        (True, "cpu", SHORT_S, True, True),
+        (True, "cpu", SHORT_S, False, False),
+        (False, "cuda", LONG_S, True, False),
+    ],
+)
+def test_choice(
+    monkeypatch: pytest.MonkeyPatch,
+    config: Config,
+    model: GPT2,
+    wanted: Any,
+    device: str,
+    run_s: float,
+    works: bool,
+    compiled: bool,
+) -> None:
+    config = with_compile(config, wanted)
+    pretend(monkeypatch, config, run_s, works=works)
+    chosen = choose(config, model, World(0, 1, 0, torch.device(device)))
+    assert chosen.run.compile is compiled
+    assert with_compile(chosen, wanted) == config, "nothing else changes"
+
+
+def test_one_rank_without_a_compiler_turns_it_off(monkeypatch: pytest.MonkeyPatch, config: Config, model: GPT2) -> None:
+    class TwoRanks(World):
+        def gather(self, item: Any) -> list[Any]:
+            return [item, False]
+
+    pretend(monkeypatch, config, LONG_S)
+    assert choose(with_compile(config, True), model, TwoRanks(0, 2, 0, torch.device("cpu"))).run.compile is False
+
+
+def test_the_slowest_rank_decides(monkeypatch: pytest.MonkeyPatch, config: Config, model: GPT2) -> None:
+    class WithASlowRank(World):
+        def gather(self, item: Any) -> list[Any]:
+            return [item, item if isinstance(item, bool) else 100 * item]
+
+    pretend(monkeypatch, config, SHORT_S)
+    assert choose(config, model, WithASlowRank(0, 2, 0, torch.device("cpu"))).run.compile is True
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_that_continues_keeps_its_choice(
+    monkeypatch: pytest.MonkeyPatch, config: Config, model: GPT2, world: World, before: bool
+) -> None:
+    stored = dump_config(with_compile(config, before))
+    state = TrainingState(1, 4, 48, 1, 1.0, 0, config.run.seed, None)
+    start = save_checkpoint(Path(config.run.out_dir), state, stored, DdpBackend(model, config, world), world, 9)
+    pretend(monkeypatch, config, SHORT_S if before else LONG_S)
+    assert choose(config, model, world, start).run.compile is before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16"])
+def test_the_measurement_leaves_no_trace(config: Config, model: GPT2, precision: str) -> None:
+    config = config.model_copy(update={"run": config.run.model_copy(update={"precision": precision})})
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    state = torch.get_rng_state()
+    assert measure_micro_step(model, config, plan_batch(config, 1)) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, weights[name])
