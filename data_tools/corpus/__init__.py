@@ -1,1 +1,1 @@
-"""Stage 1 from end to end: divide the source into chunks, encode the chunks in parallel, write shards and manifest."""
+"""Run stage 1: divide the source into chunks, encode the chunks in parallel, and write the shards and the manifest."""

@@ -1,7 +1,7 @@
 """Divide the source into chunks, which any process on any machine can encode in any order.
 
-A chunk is a range of the source. Each chunk has its own shards. Only the request decides which chunks exist and which
-bytes their shards contain.
+A chunk is a range of the source. Each chunk has its own shards. Which
+chunks exist, and which bytes their shards contain, depends only on the source and the request.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from data_tools.sources import Slice, Source
 
 #: The subfolder with the records of finished chunks. It exists until the output folder is complete.
 RECORDS_FOLDER = "tasks/"
-#: The target number of chunks, enough to keep all cores of a machine busy until the end. The limits below come first.
+#: The target number of chunks, which keeps all cores of a machine busy until the end. ``_chunk_bytes`` limits the size
+#: of a chunk, so the number of chunks can differ.
 _WANTED_CHUNKS = 64
 _SMALLEST_CHUNK_BYTES = 4 << 20
 # English text has about 4 bytes per token. With this factor, the largest chunk of English text fills one shard.
@@ -37,7 +38,7 @@ class Chunk:
     Attributes:
         index: the chunk's number in the order of the source. The names of the chunk's shards contain this number.
         slices: the slices of the source that the chunk consists of.
-        limit_documents: the number of documents with text to encode; None means all documents of the slices.
+        limit_documents: the number of non-empty documents to encode; None means all documents of the slices.
     """
 
     index: int
@@ -51,7 +52,7 @@ class Chunk:
 
     @property
     def record_file(self) -> str:
-        """The name of the file with the chunk's record. The file exists once the chunk is finished."""
+        """The name of the file with the chunk's record. The file exists if the chunk is finished."""
         return f"{RECORDS_FOLDER}{self.name}.json"
 
     @property
@@ -69,7 +70,7 @@ class Chunk:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Chunk:
-        """Return the chunk whose JSON values, as ``dataclasses.asdict`` returns them, are in ``value``."""
+        """Return the chunk that ``value`` describes: the result of ``dataclasses.asdict``, read from JSON."""
         return cls(value["index"], tuple(Slice(**item) for item in value["slices"]), value["limit_documents"])
 
 
@@ -79,10 +80,10 @@ class ChunkRecord:
 
     Attributes:
         index: the chunk's index.
-        shards: the records of the chunk's shards, one split after the other.
-        lengths: entry k is the number of documents with 2**k to 2**(k+1) - 1 tokens.
-        repeated: number of documents that were left out because they repeat an earlier document.
-        checked: number of documents whose tokens were compared with the tokens of tiktoken.
+        shards: the records of the chunk's shards, grouped by split.
+        lengths: entry k is the number of documents that have 2**k to 2**(k+1) - 1 tokens.
+        repeated: the number of documents that were left out because they repeat an earlier document.
+        checked: the number of documents whose tokens were compared with the tokens of tiktoken.
     """
 
     index: int
@@ -102,7 +103,7 @@ class ChunkRecord:
 
     @classmethod
     def from_bytes(cls, content: bytes, place: str) -> ChunkRecord:
-        """Return the record that the content of a record file describes. Error messages name the file by ``place``.
+        """Parse the content of a record file. ``place`` is the name of the file in error messages.
 
         Raises:
             DataError: the content is not a valid record.
@@ -117,7 +118,7 @@ _RECORD = TypeAdapter(ChunkRecord)
 
 
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
-    """Divide the source into chunks. If the request has a limit, read the documents up to the limit.
+    """Divide the source into chunks. If the request has a limit, this call reads the documents up to the limit.
 
     Raises:
         DataError: the source cannot be read.
@@ -131,7 +132,7 @@ def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
     groups: list[list[Slice]] = []
     group_bytes = 0
     for item in slices:
-        item_bytes = chunk_bytes if item.text_bytes is None else item.text_bytes  # unknown size: fills a chunk
+        item_bytes = chunk_bytes if item.text_bytes is None else item.text_bytes  # unknown size: counts as a full chunk
         if groups and group_bytes + item_bytes <= chunk_bytes:
             groups[-1].append(item)
             group_bytes += item_bytes
@@ -145,14 +146,14 @@ def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
 
 
 def _chunk_bytes(text_bytes: int | None, request: TokenizeRequest) -> int:
-    """Return the bytes of text per chunk for a source with ``text_bytes``. None means that the size is not known."""
+    """Return the target bytes of text per chunk. ``text_bytes`` is the size of the source, None if it is not known."""
     largest = max(request.shard_tokens * _BYTES_PER_TOKEN, _SMALLEST_CHUNK_BYTES)
     wanted = largest if text_bytes is None else text_bytes // _WANTED_CHUNKS
     return min(max(wanted, _SMALLEST_CHUNK_BYTES), largest)
 
 
 def documents_of(chunk: Chunk, source: Source) -> Iterator[Document]:
-    """Yield the chunk's documents that have text, in the order of the source."""
+    """Yield the documents of a chunk in the order of the source, without empty documents."""
     documents = (document for item in chunk.slices for document in source.read(item) if document)
     return islice(documents, chunk.limit_documents)
 

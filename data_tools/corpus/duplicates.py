@@ -10,7 +10,7 @@ from data_tools.arrays import CountArray
 from data_tools.corpus.chunks import Chunk
 from data_tools.storage.folders import Folder
 
-#: Documents whose fingerprints are sorted together. Sorting this many takes a quarter of a gigabyte of memory.
+#: The approximate number of fingerprints that are sorted together, which takes 250 MB of memory.
 _DOCUMENTS_AT_A_TIME = 4 << 20
 
 
@@ -42,7 +42,7 @@ def _find_repeated(fingerprints: npt.NDArray[np.uint64]) -> CountArray:
     for group in range(groups):
         positions = np.flatnonzero(group_of == group)
         rows = fingerprints[positions]
-        order = np.lexsort((rows[:, 1], rows[:, 0]))  # stable, so the first of equal rows stays first
+        order = np.lexsort((rows[:, 1], rows[:, 0]))  # a stable sort, so the first of equal rows stays first
         equals_previous = (rows[order[1:]] == rows[order[:-1]]).all(axis=1)
         found.append(positions[order[1:][equals_previous]])
     return np.sort(np.concatenate(found))

@@ -19,11 +19,11 @@ from data_tools.sources.files import describe_error
 from data_tools.threads import available_cores
 
 Result = TypeVar("Result")
-#: ``encode_chunk`` or ``fingerprint_chunk`` of ``data_tools.corpus.worker``.
+#: The functions ``encode_chunk`` or ``fingerprint_chunk`` of ``data_tools.corpus.worker``.
 ChunkWork = Callable[[Job, Chunk, Report], Result]
 
 _RAY_RETRIES = 3
-#: The largest number of chunks that the cluster has received but not finished.
+#: The maximum number of chunks that the cluster has received but not finished.
 _RAY_IN_FLIGHT = 1000
 _REACHABLE_S = 10.0
 
@@ -31,10 +31,10 @@ _REACHABLE_S = 10.0
 def run_chunks(
     work: ChunkWork[Result], job: Job, chunks: Sequence[Chunk], on_report: Report
 ) -> Generator[Result, None, None]:
-    """Yield the result of each chunk as soon as the chunk is finished. Closing the generator stops unfinished chunks.
+    """Yield the result of each chunk when the chunk is finished. Closing the generator stops the unfinished chunks.
 
     Raises:
-        DataError: a chunk failed, or its process died repeatedly.
+        DataError: a chunk failed, or the worker process died repeatedly at the same chunk.
     """
     if job.request.engine == "ray":
         yield from _run_on_ray(work, job, chunks, on_report)
@@ -51,7 +51,7 @@ def workers_of(request: TokenizeRequest) -> int:
 def _run_on_ray(
     work: ChunkWork[Result], job: Job, chunks: Sequence[Chunk], on_report: Report
 ) -> Generator[Result, None, None]:
-    """Process each chunk as a Ray task on one core. Ray repeats a task if its worker or its machine died."""
+    """Process each chunk as a Ray task on one core. Ray repeats the task if its worker process or machine dies."""
     with _ray_cluster(job.request) as ray:
 
         def run_chunk(chunk: Chunk) -> tuple[Result | None, DataError | None]:
@@ -86,7 +86,7 @@ def _ray_cluster(request: TokenizeRequest) -> Iterator[Any]:
 
     When the block ends, this process disconnects from the cluster.
     """
-    # Imported here because Ray is optional and takes a second to import.
+    # Import Ray here, because Ray is optional and the import takes a second.
     try:
         import ray
     except ImportError as error:

@@ -1,8 +1,8 @@
 """Create the output folder of a tokenize request, continue an interrupted request, and complete the folder.
 
-Until the folder is complete, it contains ``plan.json``, which has the request's identity and its chunks. It also
-contains the shards and the record ``tasks/<chunk>.json`` of each finished chunk. At the end, the manifest replaces the
-plan and the records. A request refuses the folder of another request.
+An incomplete folder contains ``plan.json`` with the identity and the chunks of the request. For each finished chunk, it
+also contains the shards and the record ``tasks/<chunk>.json``. At the end, the manifest replaces the plan and the
+records. A request with another identity cannot use the folder.
 """
 
 import json
@@ -43,10 +43,10 @@ _SHARD_FILES = re.compile(rf"({TRAIN_SPLIT}|{VAL_SPLIT})_\d{{5,}}_\d{{3,}}(\.mas
 
 
 def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
-    """Return the manifest of a folder that the same request has completed. Returns None if the folder is not complete.
+    """Return the manifest of a folder that a request with this identity completed, or None if it is not complete.
 
     Raises:
-        DataError: another request completed the folder, or a shard is missing or damaged.
+        DataError: a request with another identity completed the folder, or a shard is missing or damaged.
     """
     folder = open_folder(out)
     if folder.size(MANIFEST_NAME) is None:
@@ -59,7 +59,7 @@ def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
     _check_same_request(out, made_by, identity)
     for shard in manifest.shards:
         _check_shard(folder, shard, str(out))
-    # If the process that wrote the manifest was killed right afterwards, its work files are still there.
+    # If the process that wrote the manifest was killed just after that, the plan and the records still exist.
     _remove_work_files(folder)
     folder.remove({LOCK_NAME} & folder.names())
     return manifest
@@ -70,8 +70,8 @@ class OutputFolder:
 
     Attributes:
         folder: reads and writes the files in the folder.
-        chunks: all chunks of the request; empty before the call of ``plan``.
-        finished: the records of finished chunks by the index of the chunk.
+        chunks: all chunks of the request. The list is empty before ``plan`` is called.
+        finished: chunk index -> record, for the finished chunks.
     """
 
     def __init__(self, out: Path | str, identity: dict[str, Any], *, shared: bool, lock: FileLock | None) -> None:
@@ -90,7 +90,7 @@ class OutputFolder:
         return sum((record.progress for record in self.finished.values()), Contents())
 
     def plan(self, make_plan: Callable[[], list[Chunk]]) -> None:
-        """Load the plan and the records of finished chunks if the request was interrupted; otherwise write a new plan.
+        """Write a plan. If the folder has a plan already, load the plan and the records of the finished chunks instead.
 
         Raises:
             DataError: the folder belongs to another request, the plan is damaged, or the folder is not writable.
@@ -113,7 +113,7 @@ class OutputFolder:
         self._find_finished()
 
     def remove_leftovers(self) -> None:
-        """Remove the files of unfinished chunks. No other process may write to the folder at the same time."""
+        """Remove the files of unfinished chunks. Call this only while no other process writes to the folder."""
         finished = {name for record in self.finished.values() for shard in record.shards for name in shard.files}
         self.folder.remove({name for name in self.folder.names() - finished if _SHARD_FILES.fullmatch(name)})
         self.folder.remove_scratch()
@@ -121,7 +121,7 @@ class OutputFolder:
     def complete(self, *, encoder: str, engine: str) -> Manifest | None:
         """Write the manifest and remove the plan and the records.
 
-        Returns None if the folder is shared and another process still writes to it or some chunks are not finished.
+        Returns None if the folder is shared and either another process is still writing or a chunk is not finished.
 
         Raises:
             DataError: the source has no document with text, or the folder is not writable.
@@ -157,10 +157,10 @@ class OutputFolder:
         return manifest
 
     def abandon(self) -> None:
-        """Remove unfinished work after an error, so that the same request can continue later.
+        """Remove the files of unfinished chunks after an error, so that the same request can continue later.
 
-        Finished chunks and the plan stay in the folder. If no chunk is finished, this call removes the plan, too. It
-        does nothing if ``plan`` has not succeeded or while other processes write to the folder.
+        The plan and the files of finished chunks stay. If no chunk is finished, this call removes the plan, too. This
+        call does nothing if ``plan`` has not succeeded or if other processes are writing to the folder.
         """
         if not self._is_planned:  # the folder may belong to another request
             return
@@ -172,7 +172,7 @@ class OutputFolder:
             self.folder.remove({PLAN_NAME})
 
     def _find_finished(self) -> None:
-        """Load the records whose shards exist. Chunks without a valid record will be encoded again."""
+        """Load the records whose shards exist. A chunk without such a record will be encoded again."""
         names = self.folder.names()
         for chunk in self.chunks:
             if chunk.record_file not in names:
@@ -188,7 +188,7 @@ class OutputFolder:
 
 @contextmanager
 def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> Iterator[OutputFolder]:
-    """Yield a new output folder or the incomplete folder of the same request. If the block fails, call ``abandon``.
+    """Create an output folder, or open the incomplete folder of the same request. Calls ``abandon`` if the block fails.
 
     Args:
         out: the path or URL of the folder.
@@ -196,7 +196,8 @@ def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> I
         shared: whether other processes write other chunks to the folder at the same time.
 
     Raises:
-        DataError: this command did not create the folder, another process uses the folder, or it is not writable.
+        DataError: the folder contains files that this command did not write, another process is using the folder, or
+            the folder is not writable.
     """
     folder = open_folder(out)
     path = folder.path if isinstance(folder, LocalFolder) else None
@@ -280,7 +281,7 @@ def _remove_work_files(folder: Folder) -> None:
 
 
 def _report(records: list[ChunkRecord]) -> dict[str, Any]:
-    """Return the manifest's report on all documents. It depends only on the request."""
+    """Return the report on all documents for the manifest. Equal requests give equal reports."""
     lengths = np.sum([record.lengths for record in records], axis=0).tolist()
     while lengths and lengths[-1] == 0:
         lengths.pop()

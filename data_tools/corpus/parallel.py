@@ -34,17 +34,17 @@ def unordered_map(
     on_report: Callable[..., None],
     preload: tuple[str, ...] = (),
 ) -> Generator[Result, None, None]:
-    """Yield ``work(item, report)`` for each item, in the order in which the items are finished.
+    """Yield the result of ``work(item, report)`` for each item, in the order in which the items are finished.
 
     If ``workers`` is 1, this process does the work. Otherwise ``work``, items and results must be picklable, and a
     script that calls this function needs ``if __name__ == "__main__"``. Closing the generator kills the workers.
 
     Args:
-        on_report: called in this process with the arguments of each ``report`` call.
-        preload: names of the modules to import once for all workers.
+        on_report: a function that is called in this process with the arguments of each ``report`` call.
+        preload: the names of modules to import once for all workers.
 
     Raises:
-        DataError: workers died repeatedly at one item, or a worker cannot be started.
+        DataError: worker processes died repeatedly at the same item, or a worker process cannot be started.
     """
     if workers == 1:
         for item in items:
@@ -90,7 +90,7 @@ def unordered_map(
 
 
 def _context(preload: tuple[str, ...]) -> BaseContext:
-    # fork would copy the locks that other threads of this process (of pyarrow, datasets) may hold.
+    # A forked process would inherit locks that other threads of this process (from pyarrow, datasets) may hold.
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -135,7 +135,7 @@ class _Worker(Generic[Item, Result]):
 
 
 def _serve(work: Work[Any, Any], connection: Connection) -> None:
-    """Work on the items from the pipe until the pipe is closed."""
+    """Read items from the pipe and work on each item, until the pipe is closed."""
     # Ctrl-C sends SIGINT to the whole process group. The parent handles the signal and then kills its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -157,7 +157,7 @@ def _serve(work: Work[Any, Any], connection: Connection) -> None:
 
 
 def _exit_with_parent() -> None:
-    """End this process if its parent dies. A busy worker would otherwise not notice until it reads from its pipe."""
+    """End this process if its parent dies. A busy worker reads from its pipe too late to notice this."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""The options of stage 1, with their defaults and their limits."""
+"""Define the options of stage 1, with their defaults and limits."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,15 +21,16 @@ class TokenizeRequest(SourceRequest):
         out: the path or URL of the folder for the shards and their manifest.
         format: the file format of the shards.
         val_fraction: the fraction of documents for validation, in [0, 1).
-        shard_tokens: the maximum tokens per shard. Only a shard with a single, longer document has more tokens.
+        shard_tokens: the maximum tokens per shard. A document with more tokens gets a shard of its own.
         seed: the seed that decides which documents are in which split.
         limit_documents: the maximum number of documents to tokenize; None means no limit.
-        limit_bytes: stop after the document that reaches this total of bytes in UTF-8; None means no limit.
-        deduplicate: ``exact`` leaves out every document that is equal to an earlier document.
-        workers: number of processes on this machine; None means one per core. Does not change the result.
-        encoder: the encoder that ``choose_encoder`` chooses from. Does not change the result.
-        engine: ``local`` or ``ray``, see ``run_chunks``. Does not change the result.
-        ray_address: address of the Ray cluster; None starts a cluster on this machine.
+        limit_bytes: the bytes of UTF-8 text after which to stop. The document that reaches this number is still
+            tokenized. None means no limit.
+        deduplicate: with ``exact``, every document that is equal to an earlier document is left out.
+        workers: the number of processes on this machine; None means one per core. Does not change the result.
+        encoder: the argument of ``choose_encoder``. Does not change the result.
+        engine: ``local`` (processes on this machine) or ``ray`` (a Ray cluster). Does not change the result.
+        ray_address: the address of the Ray cluster. If None, a cluster is started on this machine.
 
     Raises:
         DataError: an option has an invalid value.
@@ -65,7 +66,7 @@ class TokenizeRequest(SourceRequest):
                 raise DataError(f"--{name.replace('_', '-')} must be at least 1, it is {value}")
 
     def identity(self, source: Source) -> dict[str, Any]:
-        """Return all values that decide the bytes of the result, as JSON values in the layout of the manifest."""
+        """Return all values that the bytes of the shards depend on, as JSON values in the layout of the manifest."""
         limits = {"limit_documents": self.limit_documents, "limit_bytes": self.limit_bytes}
         return {
             "format_version": FORMAT_VERSION,

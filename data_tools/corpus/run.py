@@ -1,6 +1,6 @@
-"""Execute a tokenize request: divide the source into chunks, encode the chunks in parallel, write shards and manifest.
+"""Execute a tokenize request: divide the source into chunks, encode them in parallel, write shards and a manifest.
 
-Only the request decides the bytes of the shards. The engine, the number of processes and interruptions do not.
+The bytes of the shards do not depend on the engine, the number of processes or interruptions.
 """
 
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ __all__ = ["Observer", "TokenizeRequest", "find_complete", "tokenize_corpus", "t
 
 
 class Observer:
-    """Receives the estimate and the progress of a request. This base class ignores both."""
+    """Receives the estimate and the progress of a request. This base class does nothing with the values."""
 
     def planned(self, estimate: Estimate) -> None:
         """Receive the estimate before the first chunk starts. ``tokenize_share`` does not call this method."""
 
     def progressed(self, progress: Contents) -> None:
-        """Receive the total progress. The first call has the chunks that an earlier process finished."""
+        """Receive the total progress, which includes the chunks that an earlier, interrupted process finished."""
 
 
 def find_complete(request: TokenizeRequest) -> Manifest | None:
-    """Return the manifest if the output folder is already complete. Returns None if it is not complete.
+    """Return the manifest of the output folder, or None if the folder is not complete.
 
     Raises:
         DataError: the source cannot be opened, or the folder is damaged or belongs to another request.
@@ -44,12 +44,12 @@ def find_complete(request: TokenizeRequest) -> Manifest | None:
 def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) -> Manifest:
     """Tokenize a source into a folder of shards, or continue an interrupted request, and return the manifest.
 
-    Returns at once if the folder is complete. A corpus of one document has no validation split.
+    If the folder is complete, this call returns immediately. A corpus of one document has no validation split.
 
     Args:
         request: the source, the output folder and the options. If the request has more than one worker, a script that
             calls this function needs ``if __name__ == "__main__"``.
-        observer: receives the progress.
+        observer: an object that receives the estimate and the progress.
 
     Raises:
         DataError: the source or a document cannot be read, the folder cannot be used, or the disk is full.
@@ -80,7 +80,7 @@ def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer:
     if manifest := load_complete(request.out, identity):
         return manifest
     with open_output(request.out, identity, shared=share is not None) as output:
-        if manifest := load_complete(request.out, identity):  # completed before this process had the lock
+        if manifest := load_complete(request.out, identity):  # another process completed the folder before this lock
             return manifest
         encoder = choose_encoder(request.encoder)
         output.plan(lambda: plan_chunks(source, request))

@@ -1,4 +1,4 @@
-"""Divide documents between training and validation. The division is always the same for the same seed."""
+"""Divide documents between training and validation. Equal seeds give equal divisions."""
 
 import hashlib
 import struct
@@ -22,9 +22,9 @@ class AssignedDocument:
 
 
 def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
-    """Return the split of a document. It depends on the fingerprint, so equal documents are always in the same split.
+    """Return the split of a document. The split depends on the fingerprint, so equal documents are in the same split.
 
-    ``val_fraction`` is the expected fraction of documents in the validation split. Each seed gives another division.
+    ``val_fraction`` is the expected fraction of documents in the validation split. Another seed divides differently.
     """
     digest = hashlib.blake2b(fingerprint, digest_size=8, key=struct.pack("<Q", seed)).digest()
     return VAL_SPLIT if int.from_bytes(digest, "little") < val_fraction * 2**64 else TRAIN_SPLIT
@@ -33,7 +33,7 @@ def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
 def assign_splits(
     documents: Iterable[Document], *, val_fraction: float, seed: int, fill_both: bool
 ) -> Iterator[AssignedDocument]:
-    """Yield each document with the split that ``draw_split`` returns, in order. Every document must have text.
+    """Yield each document with the split that ``draw_split`` returns, in order. No document may be empty.
 
     Set ``fill_both`` if the documents are the whole corpus; ``fill_both_splits`` then fills an empty split.
     """
@@ -51,10 +51,10 @@ def assign_splits(
 def fill_both_splits(assigned: Iterator[AssignedDocument]) -> Iterator[AssignedDocument]:
     """Move one document to the other split if all documents are in the same split, so that no split is empty.
 
-    The moved document is the last one that does not repeat an earlier document. Its repeats move, too, because equal
-    documents stay in one split. If all documents are equal, they are used for training.
+    The function moves the last document that does not repeat an earlier document, and all documents that are equal to
+    this document. If all documents are equal, the function puts all of them into the training split.
     """
-    held: list[AssignedDocument] = []  # the last document that repeats no earlier one, and the documents after it
+    held: list[AssignedDocument] = []  # the last document that repeats no earlier document, and all later documents
     seen: set[bytes] = set()
     for following in assigned:
         if held and following.split != held[0].split:

@@ -1,4 +1,4 @@
-"""Process one chunk: read its documents, divide them between the splits, encode, check and write them."""
+"""Process one chunk: read the documents, divide them between the splits, and encode, check and write each document."""
 
 import functools
 import io
@@ -22,10 +22,10 @@ from data_tools.sources import Source, open_source
 from data_tools.storage.files import sha256_of_json
 from data_tools.storage.folders import open_folder, scratch_of
 
-#: ``encode_chunk`` calls this function with the progress since the last call.
+#: A function that ``encode_chunk`` calls with the progress since the last call.
 Report = Callable[[Contents], None]
 
-#: Bytes of text between two reports. A report costs more than encoding a short document.
+#: The bytes of text between two reports. A report takes more time than encoding a short document.
 _REPORT_BYTES = 1 << 20
 #: tiktoken also encodes the first document of each chunk and, on average, one document in 512.
 _CHECK_ONE_IN = 512
@@ -40,7 +40,7 @@ class Job:
         request: the tokenize request.
         encoder: the encoder's name, ``gigatoken`` or ``tiktoken``.
         is_one_chunk: whether one chunk is the whole corpus.
-        identity_sha256: hash of the request's identity. Each process checks that its source gives the same hash.
+        identity_sha256: the hash of the request's identity. Each process checks that it computes the same hash.
     """
 
     request: TokenizeRequest
@@ -50,10 +50,11 @@ class Job:
 
 
 def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
-    """Write the shards of a chunk, then its record. The new files replace the files of an earlier attempt.
+    """Write the shards of a chunk, then the record. The new files replace files of an earlier attempt.
 
     Raises:
-        DataError: a document cannot be read, tiktoken encodes a document differently, or the folder is not writable.
+        DataError: a document cannot be read, the encoder and tiktoken return different tokens for a document, or the
+            folder is not writable.
     """
     request = job.request
     folder = open_folder(request.out)
@@ -68,7 +69,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
         fill_both=job.is_one_chunk,
     )
     with scratch_of(folder) as scratch:
-        done = Contents()  # since the last report
+        done = Contents()  # the progress since the last report
         writers = {split: _SplitWriter(scratch, split, chunk, request) for split in (TRAIN_SPLIT, VAL_SPLIT)}
         for number, assigned in enumerate(documents):
             if number in repeated:
@@ -107,7 +108,7 @@ def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _open_source(job: Job) -> Source:
-    """Return the source of a job. Each process opens it only once, because listing the files takes time."""
+    """Return the source of a job. Each process opens the source only once, because listing the files takes time."""
     source = open_source(job.request)
     if sha256_of_json(job.request.identity(source)) != job.identity_sha256:
         raise DataError(f"--source {job.request.source}: its files changed since the run began; start again")
@@ -123,7 +124,7 @@ def _load_repeated(request: TokenizeRequest, chunk: Chunk) -> set[int]:
 
 
 class _ReferenceCheck:
-    """Compares an encoder with tiktoken on the first document of a chunk and on a random sample of the others."""
+    """Compares an encoder with tiktoken on the first document of a chunk and on a random sample of the rest."""
 
     def __init__(self, encoder: str, chunk: Chunk) -> None:
         self.checked = 0
@@ -145,7 +146,7 @@ class _ReferenceCheck:
 
 
 class _SplitWriter:
-    """Writes the documents of a chunk that belong to one split. It fills one shard after the other."""
+    """Writes the documents of a chunk that belong to one split, and starts a new shard when a shard is full."""
 
     def __init__(self, scratch: Path, split: str, chunk: Chunk, request: TokenizeRequest) -> None:
         self._scratch = scratch

@@ -1,4 +1,4 @@
-"""Convert tokens of any format to a new folder, or add a manifest to a folder of shards of llm.c or build-nanogpt."""
+"""Convert tokens into a new folder, or write a manifest into a folder of shards of llm.c or build-nanogpt."""
 
 import os
 import shutil
@@ -33,16 +33,18 @@ class Conversion:
 
 
 def convert(request: ConvertRequest, written: Advance = no_progress, verified: Advance = no_progress) -> Conversion:
-    """Convert tokens to a new folder. If the conversion fails, the folder does not appear.
+    """Convert tokens into a new folder. The folder is not created if the conversion fails.
 
     Tokens and their order do not change, except for the separators of Megatron's files (see ``open_megatron_pair``). A
-    source folder in our format is verified first. All formats but nanoGPT's get a manifest.
+    source folder in our format is verified first. The new folder has a manifest unless the new format is nanoGPT's.
 
-    ``written`` is called with the bytes of the written tokens, and ``verified`` with the bytes of the source files
-    that were verified.
+    Args:
+        written: a function that is called with the bytes of tokens that were written since the last call.
+        verified: a function that is called with the bytes of source files that were verified since the last call.
 
     Raises:
-        DataError: an input is damaged, the requested format would lose information, or the folder is not writable.
+        DataError: an input is damaged, the requested format cannot store all information in the input, or the folder
+            is not writable.
     """
     _require_new(request.out)
     collection = open_collection(request.source, request.source_format, request.split_of)
@@ -50,9 +52,9 @@ def convert(request: ConvertRequest, written: Advance = no_progress, verified: A
     planned = plan_files(request, collection, knows_bytes=vocabulary.knows_bytes)
     if collection.manifest:
         verify(collection.path, request.workers, verified)
-        _require_new(request.out)  # again, because verifying can take long
+        _require_new(request.out)  # check again, because the verification can take minutes
     with one_line_write_errors(request.out), atomic_folder(request.out) as folder:
-        # nanoGPT's files have no header. The suffix of other files names their format.
+        # nanoGPT's files have no header. For other files, the suffix determines the format.
         open_format = partial(write_flat, header=lambda tokens: b"") if request.to == NANOGPT else None
         write = partial(_write_file, folder, collection, vocabulary, open_format)
         files = tuple(map_threads(write, planned, request.workers, written))
@@ -77,10 +79,10 @@ def adopt_in_place(
     The shards do not change.
 
     Args:
-        source_format: the format of the shards, or ``auto`` to recognize it.
-        split_of: maps the name of a file to its split. Needed if the file's name does not contain the split.
-        workers: number of threads; None means one per core.
-        advance: called with the bytes of files that were read.
+        source_format: the format of the shards, or ``auto`` to recognize the format.
+        split_of: maps the name of a file to its split. Required if the file's name does not contain the split.
+        workers: the number of threads; None means one per core.
+        advance: a function that is called with the bytes of files that were read since the last call.
 
     Raises:
         DataError: the folder already has a manifest, contains no such shards or a damaged shard, or is not writable.
@@ -99,7 +101,7 @@ def adopt_in_place(
     files = [(name, path) for name, split in collection.splits.items() for path in split.tokens_of_file]
     describe = partial(_describe_shard, Vocabulary(collection.tokenizer), _IN_PLACE[format])
     shards = tuple(map_threads(describe, files, workers, advance))
-    # The folder may be moved, so its path says nothing about the origin of the tokens.
+    # The manifest does not contain the path of the folder, because the folder may be moved.
     options = {key: value for key, value in collection.source.options.items() if key != "input"}
     source = SourceRecord(format, options)
     manifest = Manifest(collection.tokenizer, source, {"format": format}, shards, made=_conversion_record(format))
@@ -108,7 +110,7 @@ def adopt_in_place(
 
 
 def _require_new(out: Path) -> None:
-    """Raise DataError unless a folder does not exist yet or is empty."""
+    """Raise DataError if the path is a file, a mount point, or a folder that is not empty."""
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out} is a file; name a folder")
     if os.path.ismount(out):
@@ -127,7 +129,7 @@ def _write_file(
     planned: PlannedFile,
     advance: Advance,
 ) -> ShardRecord:
-    """Write one file in constant memory. Raises DataError if a token is outside the vocabulary."""
+    """Write one file in constant memory. Raises DataError if the vocabulary does not contain a token."""
     stream = collection.splits[planned.split].stream
     writer = ShardWriter(folder, planned.name, planned.split, open_format)
     try:
@@ -147,7 +149,7 @@ def _write_file(
         mask_path = folder / mask_file_of(record.file)
         with one_line_write_errors(mask_path):
             shutil.copyfile(collection.path / original.mask_file, mask_path)
-    # Bytes of text can be counted again only for GPT-2's ids.
+    # Copy the counts from the source, because bytes of text can be counted only for GPT-2's tokenizer.
     return replace(
         record,
         documents=original.documents,

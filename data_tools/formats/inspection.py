@@ -23,7 +23,7 @@ _UNKNOWN = "-"
 _LONGEST_VALUE = 100
 _READ_TOKENS = 1 << 16
 _LARGEST_CHARACTER_BYTES = 4
-# Keys of a manifest that have their own row, or are of no interest to a reader.
+# Keys of a manifest that ``_report_manifest`` does not copy to ``about`` with the other keys.
 _SHOWN_APART = ("format_version", "dtype", "tokenizer", "source", "settings", "shards", "sha256")
 
 
@@ -40,20 +40,21 @@ class SplitReport:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes of text per token. ``END_OF_TEXT`` counts as a token. None if the bytes are unknown or tokens are 0."""
+        """Bytes of text per token, including ``END_OF_TEXT``. None if the bytes are unknown or there are no tokens."""
         return None if self.utf8_bytes is None or not self.tokens else self.utf8_bytes / self.tokens
 
 
 @dataclass(frozen=True)
 class FolderReport:
-    """A summary of tokens of any format; its text is a table.
+    """A summary of tokens of any format. ``str()`` of the report is a table.
 
     Attributes:
         path: the path that the user gave.
         format: one of ``INPUT_FORMATS``.
         problem: the first file that is missing or has the wrong size; None if there is no such file.
-        about: the rest of the manifest as JSON values; for other programs' formats, what is assumed.
-        splits: by name.
+        about: the other values of the manifest as JSON values. For formats of other programs: the assumed tokenizer,
+            and a description of the source.
+        splits: split name -> report of the split.
     """
 
     path: Path
@@ -74,9 +75,9 @@ class FolderReport:
 
 
 def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> FolderReport:
-    """Return a report of tokens of any format, without reading any token. Arguments are those of ``open_collection``.
+    """Return a report of tokens of any format. Takes the same arguments as ``open_collection``.
 
-    A folder in our format with damaged shards is reported too.
+    This call reads no tokens. It returns a report for a folder in our format even if shards are damaged.
 
     Raises:
         DataError: ``path`` does not exist, the format cannot be recognized, or the manifest or a file of another
@@ -150,7 +151,7 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 
 @dataclass(frozen=True)
 class DocumentPreview:
-    """A document: the number of its tokens without ``END_OF_TEXT``, and the beginning of its text."""
+    """The number of tokens of a document without ``END_OF_TEXT``, and the beginning of the document's text."""
 
     tokens: int
     text: str
@@ -162,10 +163,10 @@ def first_documents(
 ) -> Iterator[DocumentPreview]:
     """Yield at most ``documents`` documents of a split as text, with at most ``characters`` characters each.
 
-    Formats write ``END_OF_TEXT`` before or after each document; both are read.
+    Some formats have ``END_OF_TEXT`` before each document, others after each document. Both kinds can be read.
 
     Raises:
-        DataError: the split does not exist, its ids are not GPT-2's, or a token is outside the vocabulary.
+        DataError: the split does not exist, the tokenizer is not GPT-2's, or the vocabulary does not contain a token.
     """
     if split not in collection.splits:
         raise DataError(f"{collection.path} has no split {split!r}; it has {', '.join(collection.splits) or 'none'}")
@@ -173,7 +174,8 @@ def first_documents(
         raise DataError(
             f"{collection.path} is of the tokenizer {collection.tokenizer.name!r}; only gpt2 can be decoded"
         )
-    # A character takes at most one token per byte; one more character may be cut in two.
+    # A character has at most 4 bytes and each token has at least one byte. Read one more character than needed, because
+    # the last character may be incomplete.
     kept_tokens = _LARGEST_CHARACTER_BYTES * (characters + 1)
     found = _split_documents(collection.splits[split].stream, collection.tokenizer.end_of_text, kept_tokens)
     for tokens, beginning in islice(found, documents):
@@ -182,7 +184,7 @@ def first_documents(
 
 
 def _split_documents(stream: Tokens, end_of_text: int, kept_tokens: int) -> Iterator[tuple[int, TokenArray]]:
-    """Yield the size of each document and its first tokens."""
+    """Yield (number of tokens, first tokens) for each document."""
     size = 0
     kept: list[TokenArray] = []
     for start in range(0, stream.tokens, _READ_TOKENS):
@@ -190,7 +192,7 @@ def _split_documents(stream: Tokens, end_of_text: int, kept_tokens: int) -> Iter
         ends = np.flatnonzero(tokens == end_of_text)
         for number, piece in enumerate(np.split(tokens, ends)):
             if number:
-                # An END_OF_TEXT at the beginning of the stream ends no document.
+                # No document ends at an END_OF_TEXT at the beginning of the stream.
                 if size or start + int(ends[number - 1]):
                     yield size, np.concatenate([*kept, tokens[:0]])
                 size, kept, piece = 0, [], piece[1:]

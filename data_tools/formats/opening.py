@@ -1,4 +1,4 @@
-"""Open tokens of any format: recognize the format by the content of the files, and list the files."""
+"""Open tokens of any format: recognize the format of the files, and group the files by split."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from data_tools.storage.content import require_fetched
 
 AUTO = "auto"
 NATIVE = "native"
-# How to open one file of another program (Megatron's: by its index); also gets the size of the vocabulary.
+# Format -> function that opens a file (for Megatron, the index file). Takes the path and the size of the vocabulary.
 _OPEN_FILE: dict[str, Callable[[Path, int], Tokens]] = {
     NANOGPT: open_nanogpt_file,
     LLMC: open_llmc_file,
@@ -45,11 +45,11 @@ _SPLIT_WORDS = {
 
 
 def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> TokenCollection:
-    """Open a folder, a file, or (Megatron) the common prefix of the names of a pair of files.
+    """Open a folder, a file, or a pair of Megatron's files, which ``path`` names by the common prefix of their names.
 
     Args:
-        format: one of ``INPUT_FORMATS``, or ``auto`` to recognize it as ``recognize`` does.
-        split_of: maps names of files of other programs to splits. Needed if a name does not contain the split.
+        format: one of ``INPUT_FORMATS``, or ``auto``, which calls ``recognize``.
+        split_of: maps names of files of other programs to splits. Required if a name does not contain the split.
 
     Raises:
         DataError: ``path`` does not exist, the format cannot be recognized, a file is damaged, or the split of a file
@@ -79,8 +79,8 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
 def recognize(path: Path) -> str:
     """Return the format of a file or folder.
 
-    A folder with a manifest is ours. The files of Megatron, llm.c and numpy begin with their magic. Bare tokens
-    count as nanoGPT's if the file is named ``train.bin`` or ``val.bin``.
+    A folder with a manifest is in our format. Files of Megatron, llm.c and numpy are recognized by the magic number at
+    the beginning of the file, and files of nanoGPT by their names, ``train.bin`` and ``val.bin``.
 
     Raises:
         DataError: the format cannot be recognized, or a file cannot be read.
@@ -107,11 +107,11 @@ def recognize(path: Path) -> str:
 
 
 def _candidates(path: Path, suffix: str) -> list[Path]:
-    """Return the files of another program, sorted by name: those of a folder with this suffix, or the one named."""
+    """Return the files of a folder that have this suffix, sorted by name. For a file, return the file itself."""
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.suffix == suffix and not file.name.startswith("."))
     if suffix == INDEX_SUFFIX:
-        # The user may name the index, its file of tokens, or what Megatron calls the prefix.
+        # The user may give the index file, the file of tokens, or the common prefix of both names.
         named = [path if path.suffix == suffix else path.with_suffix(suffix), path.with_name(path.name + suffix)]
         return [file for file in named if file.exists()][:1]
     if not path.exists():
@@ -120,7 +120,7 @@ def _candidates(path: Path, suffix: str) -> list[Path]:
 
 
 def _open_files(path: Path, format: str, files: Sequence[Path], split_of: Mapping[str, str]) -> TokenCollection:
-    """Open the files of another program, found at ``path``."""
+    """Open files that another program wrote. ``path`` is the path that the user gave."""
     tokenizer = gpt2_tokenizer_record()
     splits = {}
     for split, members in _group_by_split(files, split_of).items():
@@ -134,10 +134,11 @@ def _open_files(path: Path, format: str, files: Sequence[Path], split_of: Mappin
 
 
 def _group_by_split(paths: Sequence[Path], split_of: Mapping[str, str]) -> dict[str, list[Path]]:
-    """Return the files by split, in their order, training first.
+    """Group the files by split, without changing their order. The training split comes first.
 
-    A file's split is the one that ``split_of`` gives for its name (with or without the suffix), otherwise the last of
-    the words train, val, valid, validation, test in its name. A single file without such a word is for training.
+    ``split_of`` gives the split for the name of a file with or without its suffix. If ``split_of`` does not contain the
+    name, the last of the words train, val, valid, validation and test in the name decides. A single file whose name
+    contains none of these words is for training.
 
     Raises:
         DataError: the split of a file is unknown, or ``split_of`` names a file that does not exist.

@@ -1,4 +1,4 @@
-"""Check the options of a conversion, and plan which tokens go into which new file."""
+"""Check the options of a conversion, and plan which file will contain which tokens."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -30,14 +30,14 @@ class ConvertRequest:
         out: a new or empty folder.
         to: one of ``OUTPUT_FORMATS``.
         source_format: one of ``INPUT_FORMATS``, or ``auto``.
-        split_of: maps names of files of other programs to splits. Needed if a name does not contain the split.
-        shard_tokens: tokens per shard. None keeps the shards of a folder in our format if ``to`` is npy or arrow,
-            and otherwise means 100 million.
+        split_of: maps names of files of other programs to splits. Required if a name does not contain the split.
+        shard_tokens: the number of tokens per shard. None means 100 million, except that a conversion from a folder in
+            our format to npy or arrow keeps the shards of the source.
         name: the prefix of llm.c's file names; None means the name of ``out``.
-        workers: number of threads, which does not affect the result; None means one per core.
+        workers: the number of threads, which does not affect the result; None means one per core.
 
     Raises:
-        DataError: an option has an invalid value; the message says what is valid.
+        DataError: an option has an invalid value. The message says which values are valid.
     """
 
     source: Path
@@ -73,9 +73,9 @@ class ConvertRequest:
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file to write: tokens ``start`` to ``stop`` of its split.
+    """A file to write, with the tokens ``start`` to ``stop - 1`` of a split.
 
-    ``record`` is the record of the shard in our format that holds the same tokens, if one does.
+    If a shard in our format contains exactly these tokens, ``record`` is the record of this shard.
     """
 
     name: str
@@ -88,10 +88,11 @@ class PlannedFile:
 def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_bytes: bool) -> list[PlannedFile]:
     """Return the files that a conversion writes.
 
-    ``knows_bytes`` says whether bytes of text can be counted in the collection's vocabulary.
+    Args:
+        knows_bytes: whether the bytes of text can be counted for the tokenizer of the collection.
 
     Raises:
-        DataError: the requested format cannot store everything in the collection.
+        DataError: the requested format cannot store all information in the collection.
     """
     for split, tokens in collection.splits.items():
         require_split_name(split, str(collection.path))
@@ -109,12 +110,12 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
 
 
 def keeps_shards(request: ConvertRequest, collection: TokenCollection) -> bool:
-    """Return whether each shard of a folder in our format becomes one shard of the new folder."""
+    """Return whether the source is a folder in our format and each of its shards becomes one new shard."""
     return collection.manifest is not None and request.to in SHARD_FORMATS and request.shard_tokens is None
 
 
 def chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Yield start and length of the consecutive reads that cover a range."""
+    """Yield (start, length) for each of the consecutive reads that cover a range."""
     return ((at, min(CHUNK_TOKENS, stop - at)) for at in range(start, stop, CHUNK_TOKENS))
 
 
@@ -151,7 +152,7 @@ def _document_shards(collection: TokenCollection, suffix: str, shard_tokens: int
 
 
 def _llmc_shards(collection: TokenCollection, name: str, shard_tokens: int) -> Iterator[PlannedFile]:
-    """Yield shards of exactly ``shard_tokens``, numbered as in llm.c: validation from 000000, training from 000001."""
+    """Yield shards of exactly ``shard_tokens``, numbered like llm.c: validation from 000000, training from 000001."""
     splits = sorted(collection.splits, key=lambda split: [VAL_SPLIT, TRAIN_SPLIT, split].index(split))
     numbers = count(0 if VAL_SPLIT in splits else 1)
     for split in splits:
@@ -162,7 +163,7 @@ def _llmc_shards(collection: TokenCollection, name: str, shard_tokens: int) -> I
 
 
 def _document_ranges(stream: Tokens, shard_tokens: int, end_of_text: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of at most ``shard_tokens`` that end before a document; a larger document gets its own range."""
+    """Yield ranges of whole documents with at most ``shard_tokens``. A larger document gets a range of its own."""
     start = 0
     while stream.tokens - start > shard_tokens:
         limit = start + shard_tokens
@@ -184,7 +185,7 @@ def _last_document_start(stream: Tokens, start: int, stop: int, end_of_text: int
 
 
 def _first_document_start(stream: Tokens, start: int, end_of_text: int) -> int:
-    """Return where the first document from ``start`` on begins, or the end of the stream."""
+    """Return the position of the first document that begins at or after ``start``, or the end of the stream."""
     for at, length in chunks(start, stream.tokens):
         found = np.flatnonzero(stream.read(at, length) == end_of_text)
         if found.size:

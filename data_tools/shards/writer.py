@@ -23,7 +23,7 @@ _NPY_HEADER_BYTES = 128
 
 
 WriteValues = Callable[[npt.NDArray[Any]], None]
-#: Opens the layout of a file format for writing batches. The end of the block completes the file, unless it failed.
+#: A function that opens a file in a certain format. The block writes batches; after the block, the file is complete.
 OpenFormat = Callable[[BinaryIO], AbstractContextManager[WriteValues]]
 
 
@@ -71,16 +71,16 @@ _BY_SUFFIX: dict[str, OpenFormat] = {**SHARD_FORMATS, LLMC_SUFFIX[1:]: partial(w
 
 @contextmanager
 def _shard_file(path: Path, open_format: OpenFormat) -> Iterator[WriteValues]:
-    """Open a file that appears under its name, complete and durable, when the block ends without an error."""
+    """Write a file under a temporary name. If the block ends without an error, fsync and rename the file."""
     with one_line_write_errors(path), atomic_file(path) as file, open_format(file) as write:
         yield write
 
 
 class ShardWriter:
-    """One shard that is being written. Call ``close`` when it is complete, or ``abort`` to remove it."""
+    """A shard that is being written. Call ``close`` to complete the shard, or ``abort`` to remove the files."""
 
     def __init__(self, folder: Path, file: str, split: str, open_format: OpenFormat | None = None) -> None:
-        """Open ``folder/file`` for writing in ``open_format``, by default the format that its suffix names.
+        """Open ``folder/file`` for writing. If ``open_format`` is None, the suffix of the file determines the format.
 
         Raises:
             DataError: the file cannot be created.
@@ -102,11 +102,11 @@ class ShardWriter:
         """Append whole documents.
 
         Args:
-            tokens: uint16 of shape (tokens,), ``END_OF_TEXT`` before each document.
+            tokens: uint16 of shape (tokens,), with ``END_OF_TEXT`` before each document.
             documents: the number of documents.
-            utf8_bytes: bytes of their text.
-            scored: bool of shape (tokens,), True for tokens that are scored as targets. Pass it in every call for a
-                shard, or in none. Without it, the shard has no mask and all tokens are scored.
+            utf8_bytes: the bytes of text in all documents.
+            scored: bool of shape (tokens,), True for tokens that are scored as targets. For one shard, either all calls
+                or no calls pass this mask. If no call passes a mask, all tokens are scored.
 
         Raises:
             DataError: the disk is full or not writable.
@@ -115,7 +115,7 @@ class ShardWriter:
         self.tokens += tokens.size
         self._documents += documents
         self._utf8_bytes += utf8_bytes
-        # Batches have one fixed size, so that the file does not depend on how documents were grouped.
+        # All batches have the same size, so that the bytes of the file do not depend on the sizes of ``tokens``.
         while tokens.size:
             room = BATCH_TOKENS - self._batch_size
             piece, tokens = tokens[:room], tokens[room:]

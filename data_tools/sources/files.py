@@ -1,6 +1,6 @@
-"""Find, slice, open and decompress the files that sources read. Errors about these files are one line long.
+"""Find, slice, open and decompress the files that sources read. Each error message has one line.
 
-A path is local, or a URL of any protocol that fsspec knows (``s3://``, ``gs://``, ``hf://``, ...).
+A path is a local path, or a URL of any protocol that fsspec supports (``s3://``, ``gs://``, ``hf://``, ...).
 """
 
 import glob
@@ -30,10 +30,10 @@ from data_tools.storage.content import (
 from data_tools.storage.files import is_remote
 
 READ_BYTES = 1 << 20
-# By suffix, the kind of content that ``describe_content`` knows.
+# Suffix -> kind of content in ``describe_content``.
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _KINDS = {**_COMPRESSIONS, ".parquet": "parquet"}
-_COMPRESSION_FACTOR = 4  # compressed text is about four times as long as its file
+_COMPRESSION_FACTOR = 4  # text is about four times as long as the compressed file
 
 FileSizes = Sequence[tuple[str, int]]
 
@@ -44,7 +44,7 @@ class Slice:
 
     Attributes:
         path: the file, or the first file if the range covers several files.
-        start, stop: a half-open range of bytes, row groups, rows or files; the source decides which.
+        start, stop: a half-open range. The unit depends on the source: bytes, row groups, rows or files.
         text_bytes: the approximate bytes of text in the range; None if the number is not known.
     """
 
@@ -58,14 +58,14 @@ class Slice:
 
 
 class FileSource:
-    """The base class of the sources that read files.
+    """The base class for sources that read files.
 
     Attributes:
-        files: path and size in bytes of each file, in the order in which they are read.
+        files: (path, size in bytes) of each file, in the order in which the files are read.
     """
 
     def __init__(self, inputs: Sequence[str], suffixes: tuple[str, ...], **settings: str | None) -> None:
-        """Find the files with ``find_files``. ``settings`` are the other options that decide the documents."""
+        """Find the files with ``find_files``. ``settings`` are all other options that the documents depend on."""
         self._inputs = inputs
         self._settings = settings
         self.files = find_files(inputs, suffixes)
@@ -88,13 +88,13 @@ class FileSource:
 
 
 def group_files(files: FileSizes, slice_bytes: int) -> list[Slice]:
-    """Return slices of whole files. A slice has at most ``slice_bytes`` unless one of its files is larger."""
+    """Return slices of whole files, at most ``slice_bytes`` each. A larger file gets a slice of its own."""
     groups = group_sizes([size for _, size in files], slice_bytes)
     return [Slice(files[start][0], start, stop, size) for start, stop, size in groups]
 
 
 def group_sizes(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int, int]]:
-    """Yield start, stop and total of groups of consecutive sizes. A total is above ``limit`` only if one size is."""
+    """Yield (start, stop, total) for groups of consecutive sizes. A total exceeds ``limit`` only if one size does."""
     start, total = 0, 0
     for index, size in enumerate(sizes):
         if total and total + size > limit:
@@ -106,7 +106,7 @@ def group_sizes(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int, in
 
 
 def describe_files(files: FileSizes) -> dict[str, Any]:
-    """Return the number of files, their total bytes, and a SHA-256 over names and sizes, as JSON values.
+    """Return the number of files, the total bytes, and a SHA-256 of all names and sizes, as JSON values.
 
     The values change if a file is added, removed, renamed or changes its size.
     """
@@ -117,14 +117,15 @@ def describe_files(files: FileSizes) -> dict[str, Any]:
 
 
 def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
-    """Return path and size of each input file, in the order of the inputs and sorted within each input.
+    """Return (path, size) for each input file. The files of each input are sorted.
 
     Args:
-        inputs: files, folders and glob patterns. A folder contributes the files below it that are not hidden.
-        suffixes: the suffixes of the files that a folder contributes; empty for all files.
+        inputs: files, folders and glob patterns. A folder stands for all files in the folder and its subfolders, except
+            hidden files.
+        suffixes: the suffixes of the files to find in folders. If it is empty, all files are found.
 
     Raises:
-        DataError: an input does not exist, contributes no file, or contributes a file for the second time.
+        DataError: an input does not exist or contains no file, or two inputs contain the same file.
     """
     files: dict[str, int] = {}
     for text in inputs:
@@ -150,7 +151,7 @@ def _find_local(text: str, suffixes: tuple[str, ...]) -> FileSizes:
     if os.path.isdir(text):
         paths = walk_files(Path(text), suffixes)
     else:
-        # The name of a file may contain *, ? or [.
+        # The input may be a file whose name contains *, ? or [.
         matches = [text] if os.path.isfile(text) else glob.glob(text, recursive=True)
         paths = (Path(match) for match in matches if os.path.isfile(match))
     return [(path.as_posix(), path.stat().st_size) for path in sorted(paths)]
@@ -173,7 +174,7 @@ def _find_remote(text: str, suffixes: tuple[str, ...]) -> FileSizes:
 def walk_files(
     folder: Path, suffixes: tuple[str, ...], skipped_folders: frozenset[str] = frozenset()
 ) -> Iterator[Path]:
-    """Yield the files below a folder that have one of the suffixes and are not hidden. Without suffixes, yield all."""
+    """Yield the files in a folder and its subfolders that have one of the suffixes (if given) and are not hidden."""
 
     def raise_error(error: OSError) -> None:
         raise error
@@ -187,7 +188,7 @@ def walk_files(
 
 
 def _is_visible(path: str, root: str) -> bool:
-    """Return whether neither the file nor a folder between it and ``root``, a folder or a pattern, is hidden."""
+    """Return whether the path is visible: the part after ``root`` (a folder or a pattern) has no hidden name."""
     common = os.path.commonprefix((path, root)).rpartition("/")[0]
     return "/." not in path[len(common) :]
 
@@ -197,21 +198,21 @@ def _estimate_text_bytes(path: str, size: int) -> int:
 
 
 def compression_of(path: str) -> str | None:
-    """Return the name of the compression that the suffix of a path indicates, or None for other suffixes."""
+    """Return the name of a file's compression, or None if the suffix is not that of a compressed file."""
     return _COMPRESSIONS.get(os.path.splitext(path)[1])
 
 
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
-    """Open a file, local or at a URL, for reading bytes and seeking.
+    """Open a file at a local path or a URL. The block can read bytes and seek.
 
     Raises:
-        DataError: the file cannot be opened, is a git-lfs pointer, or reading it fails in the block.
+        DataError: the file cannot be opened, is a git-lfs pointer, or reading the file fails in the block.
     """
     with one_line_read_errors(path):
         if is_remote(path):
             with fsspec.open(path, "rb") as remote:
-                # fsspec's file objects read lines slowly and cannot limit the length of a line.
+                # File objects of fsspec read lines slowly and cannot limit the length of a line.
                 buffered = io.BufferedReader(cast(io.RawIOBase, remote), READ_BYTES)
                 if (getattr(remote, "size", None) or LARGEST_POINTER_BYTES) < LARGEST_POINTER_BYTES:
                     require_no_pointer(buffered.peek(LARGEST_POINTER_BYTES), path)
@@ -224,12 +225,12 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def open_decompressed(path: str) -> Iterator[BinaryIO]:
-    """Open a file for reading bytes, and decompress ``.gz`` and ``.zst`` in constant memory.
+    """Open a file for reading bytes. Files that end in ``.gz`` or ``.zst`` are decompressed in constant memory.
 
     Zeros after the end of a ``.gz`` file are ignored, as gunzip does: tapes and some file systems add them.
 
     Raises:
-        DataError: the file cannot be opened, or reading it in the block shows that it is damaged or cut short.
+        DataError: the file cannot be opened, or reading in the block fails because the file is damaged or incomplete.
     """
     compression = compression_of(path)
     with open_file(path) as file:
@@ -256,7 +257,7 @@ def _ends_in_zero(file: BinaryIO) -> bool:
 
 @contextmanager
 def one_line_read_errors(path: str | Path) -> Iterator[None]:
-    """Turn a failure to read in the block into a DataError of one line that names the file and the reason."""
+    """Convert read errors in the block to a DataError. The message has one line with the file and the reason."""
     try:
         yield
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
@@ -281,7 +282,7 @@ def explain_content(path: str, reason: str) -> str:
 
 
 def describe_error(error: Exception) -> str:
-    """Return an error's type and the first line of its message."""
+    """Return the type of an error and the first line of the message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 

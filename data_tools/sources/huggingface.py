@@ -1,4 +1,4 @@
-"""Read local datasets and datasets of the Hugging Face hub through the library ``datasets``."""
+"""Read datasets from the Hugging Face hub or a local folder with the library ``datasets``."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,13 +12,13 @@ from data_tools.sources.files import Slice, describe_error, describe_files, find
 from data_tools.sources.jsonl import text_of_record
 from data_tools.storage.content import require_fetched
 
-# The files that Dataset.save_to_disk and DatasetDict.save_to_disk write.
+# Files that Dataset.save_to_disk and DatasetDict.save_to_disk write.
 _SAVED_DATASET = "state.json"
 _SAVED_DATASET_DICT = "dataset_dict.json"
 
 
 class HuggingFaceSource:
-    """One split of a dataset. The documents are read without a copy of the dataset in a cache."""
+    """One split of a dataset. The dataset is not copied into a cache."""
 
     def __init__(self, inputs: Sequence[str], text_field: str, dataset_config: str | None, dataset_split: str) -> None:
         """Choose a dataset on the hub, or a local folder with data files or with the output of ``save_to_disk``.
@@ -93,8 +93,8 @@ class HuggingFaceSource:
                 require_fetched(path)
 
     def _open(self) -> Any:
-        """Return a ``Dataset`` of a folder that ``save_to_disk`` wrote, otherwise a streamed ``IterableDataset``."""
-        # Imported here because it takes a second, which only this source needs.
+        """Return a ``Dataset`` for a folder that ``save_to_disk`` wrote, otherwise a streamed ``IterableDataset``."""
+        # Import datasets here, because the import takes a second and other sources do not need the library.
         import datasets
 
         if not self._is_saved():
@@ -118,5 +118,5 @@ class HuggingFaceSource:
 
 
 def _text_bytes_of(rows: Any, text_field: str) -> int:
-    """Return the bytes of a column of a ``Dataset``, or 0 if there is no such column, which ``read`` reports."""
+    """Return the bytes of a column of a ``Dataset``. Returns 0 if it is missing; ``read`` reports this error."""
     return rows.data.column(text_field).nbytes if text_field in rows.column_names else 0

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 from data_tools.errors import DataError
 from data_tools.sources.files import FileSource, Slice, group_sizes, open_file
 
-# Few enough that a batch of long documents stays small, and enough that the cost per batch does not matter.
+# Small enough to limit the memory for a batch of long documents, and large enough to make the cost per batch small.
 _BATCH_ROWS = 512
 
 
 class ParquetSource(FileSource):
-    """Parquet files, of which one string column holds the documents. A slice is a range of row groups."""
+    """Parquet files with one string column that contains the documents. A slice is a range of row groups."""
 
     def __init__(self, inputs: Sequence[str], text_field: str) -> None:
         super().__init__(inputs, (".parquet",), text_field=text_field)
@@ -55,7 +55,7 @@ def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
 
 
 def _texts_of(values: pa.Array, path: str, first_row: int, column: str) -> list[str]:
-    """Return the strings of a batch, or raise DataError that names the first row without one."""
+    """Return the strings of a batch. Raise DataError if a row has no string; the message names the first such row."""
     if values.null_count == 0:
         with suppress(UnicodeDecodeError):
             return list(values.to_pylist())

@@ -1,4 +1,4 @@
-"""Save portable checkpoints: any backend at any world size can load what another backend saved.
+"""Save portable checkpoints: any backend at any world size can load a checkpoint that another backend saved.
 
 A checkpoint is a folder, for example ``checkpoints/step_00000100``, with these files:
 

@@ -76,9 +76,9 @@ class BackgroundSaver:
         return outcomes
 
     def poll(self) -> list[SaveOutcome]:
-        """Return the outcome if a save has ended since the last call. Does not wait, so the result can differ by rank.
+        """Return the outcome of a save that has ended since the last call. Returns an empty list if no save has ended.
 
-        The result is an empty list if no save has ended.
+        This call does not wait, so the result can differ between ranks.
         """
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 
@@ -95,10 +95,10 @@ class BackgroundSaver:
 
 
 class SnapshotTaker:
-    """Copies a rank's share of the state into host buffers, which every snapshot reuses.
+    """Copies a rank's share of the state into host buffers.
 
-    A snapshot is valid until the next snapshot is taken. The buffers need 12 bytes of host memory per element that this
-    rank writes. The buffers are in pinned memory if the state is on a GPU.
+    Every snapshot uses the same buffers, so a snapshot is valid until the next snapshot is taken. The buffers need 12
+    bytes of host memory per element that this rank writes. The buffers are in pinned memory if the state is on a GPU.
     """
 
     def __init__(self, backend: Backend, world: World) -> None:

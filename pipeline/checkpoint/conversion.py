@@ -32,7 +32,7 @@ def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
     The training state and the config in the checkpoint do not change. The new ``config.json`` names the new run folder.
 
     Args:
-        source: a checkpoint folder, or a run folder, whose newest good checkpoint is used.
+        source: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used.
 
     Raises:
         CheckpointError: the source cannot be used, or ``write_new_run`` raises CheckpointError.
@@ -69,7 +69,8 @@ def write_new_run(
         stored_config: the config to store in the checkpoint if it differs from ``config``.
 
     Raises:
-        CheckpointError: the folder already has checkpoints, or writing failed. An incomplete checkpoint is removed.
+        CheckpointError: the folder already has checkpoints, or the checkpoint cannot be written. If writing fails, the
+            incomplete checkpoint is removed.
         ConfigError: another process is using the run folder.
     """
     groups = {
@@ -93,7 +94,7 @@ def write_new_run(
 
 
 def require_new_run_folder(run_folder: Path) -> None:
-    """Raise CheckpointError if the path has checkpoints, is a checkpoint, or is not a folder."""
+    """Raise CheckpointError if the path is a checkpoint, is not a folder, or is a run folder that has checkpoints."""
     if run_folder.exists() and not run_folder.is_dir() or (run_folder / MANIFEST_FILE).exists():
         raise CheckpointError(f"--out: {run_folder} is not a run folder; name a folder for the new run")
     if existing := list_checkpoints(run_folder):

@@ -5,13 +5,13 @@ from torch import Tensor
 
 
 def describe_not_finite(tensor: Tensor) -> str | None:
-    """Return how many elements are NaN or infinite in fp32, such as ``3 of 768 numbers are NaN or infinite``.
+    """Return a text such as ``3 of 768 numbers are NaN or infinite``. Returns None if all elements are finite.
 
-    Returns None if all elements are finite.
+    A number that is too large for fp32 counts as infinite.
     """
     if tensor.numel() == 0:
         return None
-    # The two extremes are NaN if any element is, and computing them needs no memory of the tensor's size.
+    # The minimum and the maximum are NaN if any element is NaN, and need no temporary tensor to compute.
     if all(extreme.float().isfinite() for extreme in torch.aminmax(tensor)):
         return None
     count = int((~tensor.float().isfinite()).sum())

@@ -1,4 +1,4 @@
-"""Describe a checkpoint, or all checkpoints of a run, without hashing or changing any file."""
+"""Describe a checkpoint, or all checkpoints of a run. No file is hashed or changed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -134,9 +134,9 @@ def _backend_name(backend: dict[str, Any]) -> str:
 
 
 def _count_parameters(shapes: dict[str, list[int]], vocab_size: Any) -> int:
-    """Return the number of parameters. Counts the tied weight once and ignores the padding rows.
+    """Return the number of parameters, like ``pipeline.model.gpt2.parameter_count``.
 
-    ``pipeline.model.gpt2.parameter_count`` counts in this way too.
+    The tied weight is counted once. The padding rows of the embedding are not counted.
     """
     counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     if isinstance(vocab_size, int) and "wte.weight" in shapes:

@@ -31,7 +31,7 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
-    """Return the path of a step's checkpoint. The path need not exist."""
+    """Return the path of the checkpoint of a step, whether the checkpoint exists or not."""
     return run_folder / CHECKPOINTS_FOLDER / f"step_{step:08d}"
 
 
@@ -48,7 +48,7 @@ def step_of(folder: Path) -> int:
 
 
 def tensor_file(rank: int, group: str) -> str:
-    """Return the name of a rank's tensor file for a group (``weights`` or ``moments``)."""
+    """Return the name of the file in which a rank stores a group of tensors (``weights`` or ``moments``)."""
     return f"rank_{rank:05d}_{group}.safetensors"
 
 
@@ -59,11 +59,11 @@ def parse_tensor_file(name: str) -> tuple[int, str] | None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest, and check the format version, the hash, the file names and the shapes in it.
+    """Read the manifest, and check its format version, hash, file names and shapes.
 
     Raises:
-        CheckpointError: the manifest is missing or damaged, or has another format version; or the manifest names a file
-            outside the checkpoint folder, or a file that does not belong to a checkpoint.
+        CheckpointError: the manifest is missing or damaged, has a format version that this program does not read, or
+            names a file that is outside the checkpoint folder or does not belong to a checkpoint.
     """
     path = folder / MANIFEST_FILE
     if path.is_symlink():

@@ -25,8 +25,8 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
     """Copy a checkpoint into this rank's weights and moments, and restore AdamW's step count and the loss scale.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another model, is malformed, or cannot be read. If the model differs
-            or the checkpoint is malformed, the backend does not change.
+        CheckpointError: the checkpoint belongs to a model with other parameters, is malformed, or cannot be read. In
+            the first two cases, the backend does not change.
     """
     state, _ = read_state(folder)
     index = index_for_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
@@ -76,7 +76,7 @@ def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
 
 
 def _copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
-    """Copy elements from the pieces into ``target``, a range of a flattened parameter that begins at ``start``."""
+    """Copy elements from the pieces into ``target``: the range that begins at ``start`` of a flattened parameter."""
     for piece in pieces:
         low, high = max(piece.start, start), min(piece.stop, start + target.numel())
         if low < high:
@@ -85,7 +85,7 @@ def _copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
 
 
 def _read_elements(file: Any, piece: Piece, low: int, high: int) -> Tensor:
-    """Return elements ``low`` to ``high - 1`` of a flattened parameter. Reads only the rows with these elements."""
+    """Return elements ``low`` to ``high - 1`` of a flattened parameter. Reads only the rows that contain them."""
     stored = file.get_slice(piece.key)
     row = torch.Size(stored.get_shape()[1:]).numel()
     low, high = low - piece.start, high - piece.start
@@ -113,7 +113,7 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
     """Load the fp32 model of a checkpoint folder, or of the newest good checkpoint of a run folder.
 
     Raises:
-        CheckpointError: the path has no checkpoint, or no good checkpoint.
+        CheckpointError: the path contains no checkpoint, or all its checkpoints are damaged.
         ConfigError: the config in the checkpoint is not valid for this program.
     """
     folder = locate_checkpoint(path)

@@ -19,7 +19,7 @@ from data_tools.storage.content import describe_content
 from pipeline.checkpoint.layout import parse_tensor_file
 from pipeline.errors import CheckpointError
 
-#: The kinds of tensors. Each kind is the name of an attribute of ``Fragment``.
+#: The kinds of tensors. Each kind is also the name of an attribute of ``Fragment``.
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
 KINDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
 
@@ -32,7 +32,7 @@ _DTYPE = "F32"  # the name in safetensors
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of a flattened parameter, stored in ``file`` under ``key``."""
+    """A range of a flattened parameter, which the file ``file`` stores under the key ``key``."""
 
     file: Path
     key: str
@@ -61,7 +61,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def index_pieces(folder: Path, manifest: dict[str, Any]) -> PieceIndex:
-    """Return an index of all stored pieces. Reads only the headers of the tensor files, and checks them.
+    """Return an index of all stored pieces. Reads and checks only the headers of the tensor files.
 
     Raises:
         CheckpointError: a file is not in the safetensors format; a name or a shape contradicts the manifest; a dtype is

@@ -70,11 +70,11 @@ def _unused_abandoned_path(folder: Path) -> Path:
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint. After a crash, the checkpoint is either complete or has a temporary name.
+    """Delete a checkpoint. If the process dies, the checkpoint is either still complete or has a temporary name.
 
     Raises OSError if the checkpoint cannot be deleted.
     """
-    # Do not use hidden_partial_path(folder) here: it may contain a new checkpoint of this step.
+    # Do not use hidden_partial_path(folder) here: that folder may contain a new checkpoint of this step.
     temporary = folder.with_name(f".{folder.name}.deleted.partial")
     if temporary.exists():
         _remove_folder(temporary)
@@ -91,7 +91,7 @@ def _remove_folder(folder: Path) -> None:
 
 
 def delete_older(run_folder: Path, verified: Path, keep_last: int) -> None:
-    """Keep the checkpoint ``verified`` and the ``keep_last - 1`` checkpoints before it. Delete the older ones."""
+    """Delete the checkpoints older than ``verified``, except the newest ``keep_last - 1`` of these checkpoints."""
     until_verified = [folder for folder in list_checkpoints(run_folder) if step_of(folder) <= step_of(verified)]
     for folder in until_verified[:-keep_last]:
         delete_checkpoint(folder)
@@ -142,7 +142,7 @@ def prune(run_folder: Path, keep: int, *, dry_run: bool) -> Pruning:
 def _plan_pruning(run_folder: Path, keep: int) -> tuple[list[Path], list[tuple[Path, int, str]]]:
     """Return the checkpoints to keep, and (folder, bytes, reason) for each folder to delete.
 
-    The incomplete folders come first, because the deletion of a checkpoint uses the same temporary names.
+    The incomplete folders are deleted first, because the deletion of a checkpoint uses the same temporary names.
     """
     kept: list[Path] = []
     surplus: list[tuple[Path, str]] = []
@@ -167,7 +167,7 @@ def _plan_pruning(run_folder: Path, keep: int) -> tuple[list[Path], list[tuple[P
 
 
 def _require_known_format(folder: Path) -> None:
-    """Raise CheckpointError if a checkpoint has another format version, because such a checkpoint may be undamaged."""
+    """Raise CheckpointError if a checkpoint has an unknown format version, because it may be undamaged."""
     with suppress(OSError, ValueError, AttributeError):
         found = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("format_version")
         if found != FORMAT_VERSION:

@@ -49,7 +49,7 @@ class SavedCheckpoint:
 
     folder: Path
     bytes_of_rank: dict[int, int]
-    seconds: float  # from the first byte to the finished folder
+    seconds: float  # the time from the first written byte to the finished folder
 
     @property
     def total_bytes(self) -> int:
@@ -77,8 +77,9 @@ def write_checkpoint(
         config: the resolved config to store in the checkpoint.
 
     Raises:
-        CheckpointError: a rank could not write a file (for example on a full disk), or read back other bytes than
-            it wrote. The incomplete folder is removed, and older checkpoints do not change.
+        CheckpointError: a rank could not write a file (for example because the disk is full), or the bytes that a rank
+            read back differ from the bytes that it wrote. The incomplete folder is removed, and older checkpoints do
+            not change.
     """
     started = time.perf_counter()
     folder = checkpoint_folder(run_folder, snapshot.state.step)
@@ -157,7 +158,7 @@ def _complete_and_publish(
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of the main packages that are installed. DeepSpeed is optional."""
+    """Return the versions of the main packages, without the version of DeepSpeed if DeepSpeed is not installed."""
     installed = {}
     for package in ("torch", "deepspeed", "safetensors", "numpy"):
         with suppress(PackageNotFoundError):

@@ -17,7 +17,7 @@ class GuardState:
 
     bad_in_a_row: NonNegativeInt = 0
     rollbacks: NonNegativeInt = 0
-    skipped_samples: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()  # [first, stop) of each skipped range
+    skipped_samples: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()  # half-open range of each skipped step
     recent: tuple[tuple[float, float], ...] = ()  # (loss, gradient norm) of recent steps, oldest first
 
 
@@ -72,7 +72,7 @@ def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
 def config_section(content: dict[str, Any], key: str) -> dict[str, Any]:
     """Return a section of a stored config. Returns an empty dict if the section is missing or is not a dict.
 
-    The config may be invalid here because another version of this program wrote it.
+    Another version of this program may have written the config, so the config may be invalid here.
     """
     section = content.get(key)
     return section if isinstance(section, dict) else {}

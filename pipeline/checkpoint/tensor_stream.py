@@ -1,4 +1,4 @@
-"""Write a safetensors file tensor by tensor. The functions of the safetensors library need all tensors in memory."""
+"""Write a safetensors file with one tensor in memory at a time. The safetensors library needs all tensors in memory."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # the names in sa
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor that ``read`` returns when the file is written."""
+    """A tensor to write. ``read`` returns the tensor when the file is written."""
 
     shape: list[int]
     dtype: torch.dtype  # the dtype in the file

@@ -33,8 +33,8 @@ Item = TypeVar("Item")
 def find_damage(folder: Path) -> str | None:
     """Return a description of the first problem of a checkpoint in one line. Returns None if the checkpoint is good.
 
-    Checks the size and the hash of every file, then ``state.json`` and the headers of all tensor files, and last that
-    all weights and moments are finite.
+    The checks are, in this order: the size and the hash of every file, ``state.json``, the headers of all tensor files,
+    and whether all weights and moments are finite.
     """
     try:
         manifest = read_manifest(folder)
@@ -54,7 +54,10 @@ def _find_first(find: Callable[[Item], str | None], items: Iterable[Item]) -> st
 
 
 def _find_not_finite(path: Path) -> str | None:
-    """Return the first tensor with NaN or infinite elements. Raises CheckpointError if the file cannot be read."""
+    """Return a description of the first tensor with NaN or infinite elements, or None if there is no such tensor.
+
+    Raises CheckpointError if the file cannot be read.
+    """
     with open_tensors(path) as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
             if problem := describe_not_finite(file.get_tensor(key)):
@@ -63,7 +66,7 @@ def _find_not_finite(path: Path) -> str | None:
 
 
 def find_size_damage(path: Path, entry: dict[str, Any]) -> str | None:
-    """Return a problem if a file is a link, is missing, or has another size than in the manifest, else None."""
+    """Return a problem if a file is a link, is missing, or has a size that differs from the manifest, else None."""
     if path.is_symlink():
         return f"{path}: is a link, which may point outside the folder; expected a file"
     if not path.is_file():
@@ -85,7 +88,10 @@ def _find_file_damage(path: Path, entry: dict[str, Any]) -> str | None:
 
 
 def newest_good_checkpoint(run_folder: Path) -> Path | None:
-    """Return the newest good checkpoint of a run, and log each damaged checkpoint. Returns None if none is good."""
+    """Return the newest good checkpoint of a run. Returns None if there is no good checkpoint.
+
+    Logs a warning for each newer checkpoint that is damaged.
+    """
     for folder in reversed(list_checkpoints(run_folder)):
         problem = find_damage(folder)
         if problem is None:
@@ -97,7 +103,7 @@ def newest_good_checkpoint(run_folder: Path) -> Path | None:
 def locate_checkpoint(path: Path) -> Path:
     """Return ``path`` if it is a good checkpoint, or the newest good checkpoint if ``path`` is a run folder.
 
-    Raises CheckpointError if there is no good checkpoint.
+    Raises CheckpointError if ``path`` is damaged or contains no good checkpoint.
     """
     if (path / MANIFEST_FILE).is_file():
         if problem := find_damage(path):
@@ -116,7 +122,7 @@ def verify_checkpoints(path: Path, print_line: Callable[[str], None]) -> None:
         print_line: a function that prints one line for each verified checkpoint, and at the end a line with the speed.
 
     Raises:
-        CheckpointError: the path has no checkpoint, or a checkpoint is damaged.
+        CheckpointError: the path contains no checkpoint, or a checkpoint is damaged.
     """
     folders = [path] if is_checkpoint(path) else list_checkpoints(path)
     if not folders:

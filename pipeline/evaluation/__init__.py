@@ -1,1 +1,1 @@
-"""Evaluate checkpoints (stage 3). ``run`` runs tasks, ``tasks`` defines named tasks, ``scoring`` scores requests."""
+"""Evaluate checkpoints (stage 3). ``run`` runs tasks, ``tasks`` defines them, and ``scoring`` scores requests."""

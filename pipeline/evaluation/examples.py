@@ -13,7 +13,7 @@ from data_tools.errors import DataError
 from data_tools.tokenizer import Tokenizer
 from pipeline.evaluation.sources import Row, Rows, as_json, index_field, text_field, texts_field
 
-SHOT_SEPARATOR = "\n\n"  # follows each few-shot example; the fewshot_delimiter of lm-evaluation-harness
+SHOT_SEPARATOR = "\n\n"  # the text after each few-shot example: the fewshot_delimiter of lm-evaluation-harness
 SHOTS_SEED = 1234  # the default fewshot_random_seed of lm-evaluation-harness
 
 
@@ -24,12 +24,12 @@ class Example:
     pairs: tuple[tuple[str, str], ...]
     gold: int = 0
     choices: tuple[str, ...] = ()  # acc_norm divides each log-likelihood by the choice's length
-    solved: str | None = None  # the text of the example in few-shot prompts; if None, the right pair joined
-    rendered_by_file: bool = False  # the prompt is the file's own, not known to be the prompt of the task
+    solved: str | None = None  # the example in few-shot prompts; if None, the right context and continuation
+    rendered_by_file: bool = False  # the file contains a prompt that may differ from the prompt of the task
 
     @property
     def shot(self) -> str:
-        """The solved example as text, to be placed before another example in a few-shot prompt."""
+        """The example and its right answer as text, which precedes another example in a few-shot prompt."""
         return (self.solved or "".join(self.pairs[self.gold])) + SHOT_SEPARATOR
 
     def require_answers(self) -> None:
@@ -42,7 +42,7 @@ class Example:
 
 
 def _choose(context: str, choices: list[str], gold: int) -> Example:
-    """Return an example with a space before each choice. Like lm-evaluation-harness, always add this space."""
+    """Return an example with a space before each choice. lm-evaluation-harness always adds this space, too."""
     return Example(tuple((context, " " + choice) for choice in choices), gold, tuple(choices))
 
 
@@ -108,8 +108,8 @@ def arc(row: Row) -> Example:
 def _question(row: Row, counts: range) -> Example:
     """Read ``query``, ``choices``, ``gold`` of a task whose prompts begin with "Question: " and end with "Answer:".
 
-    If a query lacks "Answer:", as in some evaluation suites, it is added. A query without "Question: ", or with a
-    number of choices that the task does not have, is not changed, and the example is marked.
+    If a query lacks "Answer:", the function adds this word. The query does not change if it lacks "Question: " or if
+    the number of choices is not in ``counts``; the example then has ``rendered_by_file=True``.
 
     Args:
         counts: the numbers of choices that the examples of the task have.
@@ -174,7 +174,7 @@ def lambada(row: Row) -> Example:
     """Read ``text``, whose last word is the continuation; or ``context`` and ``continuation``, the last word.
 
     Returns one pair. In a few-shot example, two spaces precede the word, as in lm-evaluation-harness. If the
-    continuation has several words, the example is marked as rendered by the file.
+    continuation has several words, the example has ``rendered_by_file=True``.
     """
     if "context" in row:
         context, word = text_field(row, "context"), text_field(row, "continuation").removeprefix(" ")
@@ -192,10 +192,10 @@ class Settings:
     shots: int = 0
     limit: int | None = None  # score only this number of examples; all if None
     stride: int | None = None  # tokens between the starts of windows over a text; the model's context length if None
-    limits: Mapping[str, int] = field(default_factory=dict)  # by task, where it differs from ``limit``
+    limits: Mapping[str, int] = field(default_factory=dict)  # task -> limit, for tasks with another limit
 
     def of(self, task: str) -> "Settings":
-        """Return the options of one task, with its own limit."""
+        """Return the options for one task. ``limit`` is then the limit of this task."""
         return replace(self, limit=self.limits.get(task, self.limit), limits={})
 
     def label(self, task: str) -> str:
@@ -222,7 +222,8 @@ def read_examples(data: TaskData, read: Callable[[Row], Example]) -> tuple[list[
     """Return the examples to score, and the few-shot text that precedes each example.
 
     Raises:
-        DataError: a row lacks the columns of the task, or there are too few rows for the few-shot examples.
+        DataError: a row lacks a column that ``read`` needs, an answer is empty, or there are too few rows to draw the
+            few-shot examples from.
     """
     examples = _read_rows(data.rows, read, data.settings.limit, require_answers=True)
     if not data.settings.shots:
@@ -254,14 +255,14 @@ def _read_rows(
 def draw_shots(
     examples: Sequence[Example], pool: Sequence[Example], count: int, *, spare: bool
 ) -> list[Sequence[Example]]:
-    """Draw ``count`` few-shot examples for each example from one random stream, like lm-evaluation-harness.
+    """Draw ``count`` few-shot examples per example from one random stream, in the same way as lm-evaluation-harness.
 
     Args:
-        spare: draw one few-shot example more than needed, so that no example precedes itself in a prompt.
+        spare: draw one few-shot example more than needed, so that no prompt contains the answer to its own example.
             lm-evaluation-harness does this for tasks without a test split.
 
     Raises:
-        DataError: the pool is too small.
+        DataError: the pool has fewer few-shot examples than needed.
     """
     if len(pool) < count + spare:
         raise DataError(f"--shots {count}: there are only {len(pool) - spare} examples to draw from")

@@ -1,4 +1,4 @@
-"""Compute 95% confidence intervals of figures. The intervals reflect the random choice of the examples."""
+"""Compute 95% confidence intervals of figures. The examples of a task are treated as a random sample."""
 
 import math
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def normal_mean(values: Sequence[float]) -> Interval:
 
 
 def bootstrap_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:
-    """Return the bootstrap percentile interval of sum(numerators) / sum(denominators), with a fixed seed."""
+    """Return the bootstrap percentile interval of sum(numerators) / sum(denominators). The random seed is fixed."""
     above, below = np.asarray(numerators), np.asarray(denominators)
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     ratios = []

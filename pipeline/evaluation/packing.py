@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pipeline.model.gpt2 import ScoringBatch
 
-#: The least fraction of tokens that a tree must save. Below it, the slower masked attention costs more than it saves.
+#: The minimum fraction of tokens that a tree must save. If a tree saves less, masked attention costs more time than
+#: the tree saves.
 LEAST_SAVING = 0.1
 
 
@@ -30,7 +31,7 @@ class Request:
         return (self.context + self.continuation)[:-1][-context_length:]
 
     def is_truncated(self, context_length: int) -> bool:
-        """Return whether the beginning of the context is truncated."""
+        """Return whether ``inputs`` leaves out tokens at the beginning of the context."""
         return len(self.context) + len(self.continuation) - 1 > context_length
 
 
@@ -40,9 +41,9 @@ class Tree:
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)  # the node of the previous token; -1 for the first token
-    positions: list[int] = field(default_factory=list)  # of the tokens in their texts
+    positions: list[int] = field(default_factory=list)  # the position of each token in its text
     pairs: dict[tuple[int, int], int] = field(default_factory=dict)  # (node, target token after the node) -> index
-    scored: list[tuple[int, list[int]]] = field(default_factory=list)  # (request, indices of its pairs)
+    scored: list[tuple[int, list[int]]] = field(default_factory=list)  # (request number, indices of the pairs to score)
     _children: dict[tuple[int, int], int] = field(default_factory=dict)
 
     @property
@@ -51,7 +52,7 @@ class Tree:
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     def add(self, number: int, request: Request, context_length: int, reset_at: int | None) -> None:
-        """Add the request with this number. Positions restart at 0 at each token ``reset_at``."""
+        """Add a request and its number. If ``reset_at`` is a token, positions restart at 0 at each such token."""
         node, path = -1, []
         for token in request.inputs(context_length):
             parent, node = node, self._children.setdefault((node, token), len(self.tokens))
@@ -94,7 +95,7 @@ def build_trees(
 
 
 def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
-    """Sort trees by decreasing length, and split them into batches of at most ``batch_tokens`` including padding.
+    """Sort trees by decreasing length, and split them into batches of at most ``batch_tokens`` tokens with padding.
 
     A tree that is longer than ``batch_tokens`` becomes a separate batch.
     """
@@ -107,7 +108,7 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
 
 
 def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
-    """Return the input of one forward pass, and links from its scores to requests.
+    """Return the input of one forward pass, and links from the scores that the pass computes to requests.
 
     Returns:
         The input in host memory, with one row per tree, padded on the right; and the links, shape (2, L), int64. Each

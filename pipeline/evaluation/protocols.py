@@ -27,7 +27,7 @@ Encode = Callable[[Tokenizer, str, str], Request]
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task whose examples are read and encoded. It can be measured several times."""
+    """A task whose examples are read and encoded. The task can be measured several times, for example in training."""
 
     name: str
     facts: dict[str, Any]  # protocol, data, hash of the data, and counts
@@ -55,7 +55,9 @@ class PreparedTask:
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
-    """Encode a context and its continuation as one text, and split the tokens after the length of the encoded context.
+    """Encode a context and its continuation as one text, and split the tokens into context and continuation.
+
+    The context gets as many tokens as the context alone has when it is encoded.
 
     White space at the end of the context moves to the continuation, because GPT-2's tokens begin with white space.
     An empty context becomes ``<|endoftext|>``. ``TemplateLM.loglikelihood`` and ``_encode_pair`` of
@@ -93,7 +95,7 @@ def _request(context: list[int], continuation: list[int], text: str) -> Request:
 
 @dataclass(frozen=True)
 class ChoiceTask:
-    """A task whose answer is the likeliest of several continuations.
+    """A task in which the model chooses the most likely of several continuations.
 
     ``acc`` compares the log-likelihoods of the choices. ``acc_norm`` compares the log-likelihoods divided by the
     lengths of the choices.
@@ -126,7 +128,7 @@ class ChoiceTask:
         )
 
     def _describe(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> list[Figures]:
-        """Return the right choice, the model's choice by each accuracy, and the log-likelihoods of all choices."""
+        """Return the right choice, the model's choice for each accuracy, and the log-likelihoods of all choices."""
         answers = self.answers(examples, groups, scores)
         return [
             {
@@ -146,7 +148,7 @@ class ChoiceTask:
         return {**figures, "interval": WILSON}
 
     def answers(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> dict[str, list[int]]:
-        """Return the model's choice in each example, by ``acc`` and ``acc_norm``. In a tie, return the first choice."""
+        """Return the model's choices for ``acc`` and for ``acc_norm``, one per example. The first choice wins a tie."""
         rows = [np.array([score.log_likelihood for score in group]) for group in scores]
         answers = {"acc": [int(row.argmax()) for row in rows]}
         if self.normalised_by:
@@ -221,7 +223,7 @@ def _read_and_encode(data: TaskData, read: Callable[[Row], Example], encode: Enc
 
 
 def _protocol_of(name: str, protocol: str, examples: Sequence[Example]) -> str:
-    """Return the name of the protocol, which does not name the task if a file brings other prompts than the task's."""
+    """Return the name of the protocol. If a file contains prompts that differ from the task's, the name says so."""
     count = sum(example.rendered_by_file for example in examples)
     if not count:
         return protocol

@@ -43,7 +43,7 @@ def format_table(results: Results) -> str:
 
 
 def _format_losses(losses: list[float | None]) -> list[str]:
-    """Return one line with the mean loss for each range of positions. The ranges double in size: 0, 1, 2-3, 4-7, ..."""
+    """Return one line per range of positions, with the mean loss. The ranges double in size: 0, 1, 2-3, 4-7, ..."""
     lines, low = [], 0
     while low < len(losses):
         high = min(max(2 * low, 1), len(losses))

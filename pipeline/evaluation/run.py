@@ -60,8 +60,8 @@ def run_tasks(
     This call is collective: every rank must make it.
 
     Args:
-        paths: maps tasks to paths. A path replaces the path for this task in the run's ``evaluation.data``.
-        batch_size: the number of sequences per forward pass and rank. If None, the run's micro-batch size.
+        paths: maps tasks to paths. A path replaces the path that the run's ``evaluation.data`` has for the task.
+        batch_size: the number of sequences per forward pass and rank. If None, the micro-batch size of the run.
         precision: the precision of forward passes. If None, the precision of the run.
         examples_file: a file for the scores of each example, as JSON lines. ``validation`` has no examples.
         out: a folder for the JSON files of the results.
@@ -72,7 +72,8 @@ def run_tasks(
 
     Raises:
         ConfigError: a task does not exist, or a task does not support one of the settings.
-        CheckpointError, DataError: the checkpoint or the data cannot be used.
+        CheckpointError: the checkpoint cannot be used.
+        DataError: the data cannot be used.
     """
     if world.device.type == "cpu":
         configure_cpu(world)
@@ -88,7 +89,7 @@ def run_tasks(
             paths[task] = find_path(path, config.run)
     precision = precision or config.run.precision
     batch_size = batch_size or config.batch.micro_batch_size
-    # Prepare all tasks before scoring starts, so that unreadable data is reported at once: scoring can take hours.
+    # Prepare all tasks before scoring starts, so that errors in the data appear at once. Scoring can take hours.
     prepared = {
         task: prepare_task(task, paths.get(task), settings, config.model, world) for task in tasks if task != VALIDATION
     }
@@ -160,7 +161,7 @@ def _has_scored_targets(stream: TokenStream, seq_len: int) -> bool:
 def _measure_validation(
     compute: ComputeModel, config: Config, splits: Mapping[str, ValidationData], batch_size: int, world: World
 ) -> dict[str, Any]:
-    """Score validation splits."""
+    """Score validation splits, and return the results as JSON values."""
     results = {}
     for name, (path, stream) in splits.items():
         result = score_split(compute, stream, config.seq_len, batch_size, world)
@@ -174,7 +175,7 @@ def _measure_validation(
 
 
 def _check_examples_file(path: Path, tasks: Sequence[str]) -> None:
-    """Raise ConfigError if the scores of examples could not be written, before hours of scoring."""
+    """Raise ConfigError if the scores of the examples cannot be written, because scoring can take hours."""
     if set(tasks) == {VALIDATION}:
         raise ConfigError(f"--save-examples {path}: {VALIDATION} has no examples; leave it out, or name other --tasks")
     if path.is_dir() or not path.parent.is_dir() or not is_writable(path):

@@ -1,4 +1,4 @@
-"""Compute the log-likelihoods of requests for all text tasks. They do not depend on the batch size or world size."""
+"""Compute the log-likelihoods of requests for all text tasks. The batch size and world size do not affect them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from pipeline.model.precision import ComputeModel
 
 @dataclass(frozen=True)
 class Score:
-    """A continuation's log-likelihood in nats, and whether greedy decoding would generate it."""
+    """A continuation's log-likelihood in nats, and whether greedy decoding would generate the continuation."""
 
     log_likelihood: float
     is_greedy: bool
@@ -49,9 +49,10 @@ class Scorer:
         forward passes, because a forward pass is collective under FSDP and ZeRO-3.
 
         Args:
-            label: text next to the progress bar.
+            label: the text next to the progress bar.
 
-        Raises TrainingError if a log-likelihood is not finite.
+        Raises:
+            TrainingError: a log-likelihood is not finite.
         """
         numbers: dict[Request, int] = {}
         new_in_groups = [_number_new(group, numbers) for group in groups]
@@ -68,9 +69,9 @@ class Scorer:
         return [[scores[numbers[request]] for request in group] for group in groups]
 
     def _sum_scores(self, batches: Sequence[Sequence[Tree]], requests: int, label: str) -> list[list[float]]:
-        """Return the log-likelihood of each request, and the number of its tokens that are the argmax."""
+        """Return the log-likelihood of each request, and the number of continuation tokens that are the argmax."""
         world, device = self.world, self.world.device
-        # A rank without a batch scores this token, and its score belongs to no request.
+        # A rank without a batch scores this token. No request uses the score.
         idle = [Tree(tokens=[0], parents=[-1], positions=[0], pairs={(0, 0): 0})]
         # Keep the sums on the device until the end, so that no forward pass waits for the previous forward pass.
         sums = torch.zeros(2, requests, dtype=summing_dtype(device), device=device)
@@ -95,7 +96,7 @@ class Scorer:
 
 
 def _number_new(group: Sequence[Request], numbers: dict[Request, int]) -> range:
-    """Assign numbers to the requests of a group that have no number, and return the range of the new numbers."""
+    """Assign a number to each request of a group that has no number, and return the range of the new numbers."""
     first = len(numbers)
     for request in group:
         numbers.setdefault(request, len(numbers))

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class HubData:
-    """A dataset on the hub: the address, config and splits that lm-evaluation-harness uses."""
+    """A dataset on the Hugging Face hub: the path, config and splits that lm-evaluation-harness uses."""
 
     address: str
     config: str | None
@@ -38,22 +38,22 @@ class Rows:
 
     rows: Sequence[Row]
     origin: str
-    sha256: str  # the hash of the file, or of the hub's rows as JSON lines with sorted keys
+    sha256: str  # the hash of the file, or of the rows from the hub as JSON lines with sorted keys
 
     def where(self, number: int) -> str:
-        """Return the name of a row for messages."""
+        """Return the name of a row for error messages."""
         return f"{self.origin}: row {number + 1}"
 
 
 def text_field(row: Row, key: str) -> str:
-    """Return a text of a row. Raises KeyError if it is missing, ValueError if it is not a text."""
+    """Return a text of a row. Raises KeyError if the key is missing, and ValueError if the value is not a text."""
     if not isinstance(row[key], str):
         raise ValueError(f"{key} is {as_json(row[key])}; it must be a text")
     return row[key]
 
 
 def texts_field(row: Row, key: str) -> list[str]:
-    """Return a list of texts of a row. Raises KeyError if it is missing, ValueError if it is something else."""
+    """Return a list of texts of a row. Raises KeyError if the key is missing, ValueError for other values."""
     texts = row[key]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{key} is {as_json(texts)}; it must be a list of texts")
@@ -61,11 +61,11 @@ def texts_field(row: Row, key: str) -> list[str]:
 
 
 def index_field(row: Row, key: str, count: int, first: int = 0) -> int:
-    """Return the index of the right choice of ``count``, where ``first`` in the row means the first choice.
+    """Return the index of the right choice, from 0 to ``count - 1``. In rows, indices begin at ``first``.
 
     Raises:
         KeyError: the index is missing.
-        ValueError: the index is not a whole number, as a number or as text, or there is no such choice.
+        ValueError: the index is neither a whole number nor the text of a whole number, or is out of range.
     """
     match = re.fullmatch(r"(\d+)(\.0)?", str(row[key]).strip())  # Parquet files of pandas may have 1.0
     index = int(match[1]) - first if match else -1
@@ -76,12 +76,12 @@ def index_field(row: Row, key: str, count: int, first: int = 0) -> int:
 
 
 def as_json(value: object) -> str:
-    """Return a value as JSON, shortened, for messages."""
+    """Return a value as shortened JSON for error messages."""
     return textwrap.shorten(json.dumps(value, ensure_ascii=False, default=str), 60, placeholder=" ...")
 
 
 def read_file(path: Path) -> Rows:
-    """Read the rows of a ``.jsonl``, ``.json`` or ``.parquet`` file. Other files become one row with the key ``text``.
+    """Read the rows of a ``.jsonl``, ``.json`` or ``.parquet`` file. Another file becomes one row with a ``text``.
 
     Raises:
         DataError: the file cannot be read or is empty.
@@ -147,7 +147,7 @@ def read_hub(data: HubData, world: World) -> Rows:
 
 
 def _download(data: HubData) -> list[Row]:
-    import datasets  # imported here because it takes a second, and tasks that read files do not need it
+    import datasets  # imported here because the import takes a second, and tasks that read files do not need datasets
 
     try:
         return list(datasets.load_dataset(data.address, data.config, split=data.split))

@@ -60,7 +60,7 @@ def split_pages(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class NamedTask:
-    """A protocol and its usual dataset."""
+    """The protocol of a task, and the dataset that the task uses by default."""
 
     protocol: TaskProtocol
     hub: HubData
@@ -112,7 +112,7 @@ NAMED_TASKS: dict[TaskName, NamedTask] = {
     ),
 }
 
-#: The protocols for files of tasks that are not in NAMED_TASKS, by the columns of the rows.
+#: The protocols for tasks that are not in NAMED_TASKS. The columns of a task's file determine the protocol.
 _PROTOCOLS_BY_COLUMNS: tuple[tuple[set[str], TaskProtocol], ...] = (
     ({"query", "choices", "gold"}, _multiple_choice("multiple_choice", examples.any_choices)),
     (
@@ -136,11 +136,11 @@ _PROTOCOLS_BY_COLUMNS: tuple[tuple[set[str], TaskProtocol], ...] = (
 def check_tasks(
     tasks: Sequence[str], settings: Settings, files: Mapping[str, str], run_files: Mapping[str, str]
 ) -> None:
-    """Raise ConfigError if a task has no known name and no file, or if an option has no effect on any task.
+    """Raise ConfigError if a task has no known name and no file, or if an option has no effect on any of the tasks.
 
     Args:
-        files: the files of ``--data`` by task.
-        run_files: the files in the run's ``evaluation.data`` by task. A task in it need not be among ``tasks``.
+        files: task -> file, from ``--data``.
+        run_files: task -> file, from the run's ``evaluation.data``. It may contain tasks that are not in ``tasks``.
     """
     for task in tasks:
         if list(tasks).count(task) > 1:

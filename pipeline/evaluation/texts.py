@@ -22,8 +22,9 @@ def rolling_windows(tokens: list[int], first: int, context_length: int, stride: 
     """Split a text into windows that score each token once.
 
     The first window scores up to ``context_length`` tokens after the token ``first``. Each later window scores the
-    next ``stride`` tokens, and its context is as long as the model allows. ``get_rolling_token_windows`` of
-    lm-evaluation-harness does the same with ``context_len = context_length - stride + 1``.
+    next ``stride`` tokens, and the context before these tokens is as long as the model allows.
+    ``get_rolling_token_windows`` of lm-evaluation-harness returns equal windows for
+    ``context_len = context_length - stride + 1``.
     """
     assert 1 <= stride <= context_length
     done = 0
@@ -39,8 +40,8 @@ def rolling_windows(tokens: list[int], first: int, context_length: int, stride: 
 class TextTask:
     """A task that measures perplexities of whole texts. All tokens of a text are scored, after ``<|endoftext|>``.
 
-    Words and bytes are counted in the original text, before ``detokenize``, so that figures stay comparable. Version 2
-    of ``wikitext`` in lm-evaluation-harness counts in this way too.
+    Words and bytes are counted in the original text, before ``detokenize``, so that figures of different
+    tokenizers can be compared. Version 2 of ``wikitext`` in lm-evaluation-harness counts in this way, too.
 
     Args:
         detokenize: converts a text to ordinary text before it is encoded.
@@ -52,11 +53,11 @@ class TextTask:
     split: Callable[[str], list[str]] = lambda text: [text]
 
     def prepare(self, name: str, data: TaskData) -> PreparedTask:
-        """Encode the texts and split them into windows. Empty texts are left out and counted.
+        """Encode the texts and split the tokens into windows. Empty texts are counted but not scored.
 
         Raises:
             DataError: a row has no text, or all texts are empty.
-            ConfigError: few-shot examples are requested, or the stride is longer than the context.
+            ConfigError: few-shot examples are requested, or the stride is larger than the context length.
         """
         settings = data.settings
         if settings.shots:
@@ -101,7 +102,7 @@ class TextTask:
 
 
 def _losses_of_windows(windows: list[list[Request]], scores: Scores) -> list[list[tuple[float, int]]]:
-    """Return the loss and the number of tokens of each window, by text."""
+    """Return (loss, number of tokens) for each window, as one list per text."""
     losses = iter([-score.log_likelihood for (score,) in scores])
     return [[(next(losses), len(window.continuation)) for window in of_text] for of_text in windows]
 
@@ -123,7 +124,7 @@ def _size(text: str) -> dict[str, int]:
 
 
 def _text_figures(texts: Sequence[str], windows: list[list[Request]], scores: Scores) -> Figures:
-    """Return the perplexity (exp of the mean loss) per token, per word and per byte, and the counts."""
+    """Return the perplexity (exp of the mean loss) per token, per word and per byte, and the number of each unit."""
     units = _losses_of_windows(windows, scores)
     if len(units) == 1:  # the bootstrap resamples texts, or the windows of a single text
         units = [[window] for window in units[0]]

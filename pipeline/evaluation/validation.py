@@ -1,4 +1,4 @@
-"""Measure the loss on held-out token shards: briefly during training, and completely in the ``validation`` task.
+"""Measure the loss on the validation split: on some batches during training, on all in the ``validation`` task.
 
 Each target token is scored once, in windows of ``seq_len`` tokens without overlap. Bits per byte ignore
 ``<|endoftext|>`` targets, which encode no bytes. Models with different tokenizers can therefore be compared.
@@ -38,9 +38,9 @@ def validate(
     This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``.
 
     Returns:
-        ``val_loss``, ``val_perplexity``, and ``val_loss_<name>`` for each dataset of a mixture. Empty if
-        ``evaluation.tasks`` does not contain ``validation``, or if no dataset has a validation split. A loss without
-        scored targets is None, and a mixture's loss ignores such a dataset.
+        ``val_loss``, ``val_perplexity``, and ``val_loss_<name>`` for each dataset of a mixture. The
+        result is empty if ``evaluation.tasks`` does not contain ``validation``, or if no dataset has a validation
+        split. The loss of a dataset without scored targets is None, and a mixture's loss ignores this dataset.
     """
     if VALIDATION not in config.evaluation.tasks:
         return {}
@@ -56,7 +56,7 @@ def validate(
 
 
 def mixture_loss(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """Return the weighted mean of the losses on the datasets of a mixture, and ignore datasets without a loss."""
+    """Return the weighted mean of the losses on the datasets of a mixture. Datasets without a loss are ignored."""
     total = sum(weights[name] for name in losses)
     return sum(weights[name] * loss for name, loss in losses.items()) / total
 
@@ -108,7 +108,7 @@ def score_split(
 
 
 def _sum_batch(logits: Tensor, targets: Tensor, end_of_text: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return sums over the targets of a batch.
+    """Return sums over the targets of a batch, by position in the window and overall.
 
     Returns:
         By position in the window, (4, T): loss, number of targets, top-1 matches, top-5 matches.
@@ -148,7 +148,7 @@ def _figures(by_position: Tensor, overall: Tensor, stream: TokenStream) -> dict[
         "loss_interval": bounds,
         "perplexity_interval": [perplexity(bound) for bound in bounds],
         "interval": WINDOWS,
-        # Masked text has no bits per byte, because the number of bytes in the scored tokens is unknown.
+        # If a mask excludes tokens, bits per byte are not known, because the number of bytes in scored tokens is not.
         "bits_per_byte": None if stream.has_mask else (loss_sum - end_of_text_loss) / math.log(2) / stream.utf8_bytes,
         "top1_accuracy": top1 / targets,
         "top5_accuracy": top5 / targets,
