@@ -1,7 +1,6 @@
 """Functions that all commands use: common options, one-line errors without a traceback, exit statuses."""
 
 import argparse
-import errno
 import io
 import logging
 import math
@@ -14,11 +13,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar, get_args
 
-from data_tools.errors import DataError, UserError
+from data_tools.errors import UserError
 from data_tools.threads import lock_bars_among_threads
 from pipeline.config.schema import Device
 from pipeline.distributed.environment import launched_rank, launched_world_size
-from pipeline.errors import Interrupted, LostRankError
+from pipeline.distributed.failure import report
 
 _T = TypeVar("_T")
 
@@ -161,9 +160,9 @@ def start_logging() -> None:
 def run_command(command: Callable[[], object]) -> NoReturn:
     """Run a command and exit with status 0 if it succeeds, otherwise with the ``exit_status`` of its error.
 
-    Status 2 means a mistake or a run that cannot continue, 3 means a lost rank, and 128 + n means a stop by signal n.
-    If the reader of the output, such as ``head``, has ended, the command exits without a message and with the status of
-    SIGPIPE.
+    Status 1 means an unexpected error, 2 a mistake or a run that cannot continue, 3 a lost or stuck rank, and 128 + n a
+    stop by signal n. If the reader of the output, such as ``head``, has ended, the command exits without a message and
+    with the status of SIGPIPE.
     """
     status = 0
     lock_bars_among_threads()
@@ -179,20 +178,9 @@ def run_command(command: Callable[[], object]) -> NoReturn:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BrokenPipeError:
         status = 128 + signal.SIGPIPE
-    except UserError as error:
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - reported, and the process ends
         kept.append(error)
-        # All ranks raise the same error, except for these two errors, which can differ between ranks.
-        if launched_rank() == 0 or isinstance(error, (DataError, LostRankError)):
-            _print_line(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}")
-        status = error.exit_status
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
-            raise
-        _print_line(f"error: {error.strerror}: {error.filename or 'the output folder'}")
-        status = UserError.exit_status
-    except KeyboardInterrupt:
-        _print_line("error: interrupted")
-        status = 128 + signal.SIGINT
+        status = report(error)
     _exit(_flush_stdout(status))
 
 
@@ -219,15 +207,3 @@ def _exit(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _print_line(message: str) -> None:
-    with suppress(BrokenPipeError):
-        print(printable(" ".join(message.splitlines())), file=sys.stderr, flush=True)
-
-
-def printable(text: str) -> str:
-    """Return text with control characters as escapes, so that a terminal ignores them. Keep line breaks and tabs."""
-    return "".join(
-        c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )

@@ -15,7 +15,8 @@ from data_tools.formats.opening import AUTO, INPUT_FORMATS, open_collection
 from data_tools.formats.plan import OUTPUT_FORMATS, ConvertRequest
 from data_tools.shards.manifest import TRAIN_SPLIT, ShardRecord
 from data_tools.shards.verification import verify
-from launch.cli import ArgumentParser, positive_int, printable, run_command
+from launch.cli import ArgumentParser, positive_int, run_command
+from pipeline.distributed.failure import printable
 
 _LINE_EVERY_S = 10.0
 

@@ -90,7 +90,9 @@ class RunConfig(Section):
         description="Folder in which the run was started (set by the program). Data that is missing at a relative path "
         "is looked for there.",
     )
-    rank_timeout_s: PositiveInt = Field(60, description="Seconds without a heartbeat after which a rank is lost.")
+    rank_timeout_s: PositiveInt = Field(
+        60, description="Seconds without a heartbeat, or without progress, after which the run ends and names the rank."
+    )
 
     @property
     def compiles(self) -> bool:

@@ -1,122 +1,242 @@
-"""Exchange heartbeats between ranks. If a rank dies or hangs, the other ranks exit and name the lost rank."""
+"""Exchange heartbeats between ranks. If a rank dies, hangs or is stuck, all ranks exit and name the lost rank."""
 
+import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import TypeVar
 
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed import DistError
 
+from data_tools.errors import UserError
+from pipeline.distributed.failure import report, summarize
+from pipeline.distributed.progress import MainThread, Place, describe_places, find_stuck
 from pipeline.distributed.world import World
 from pipeline.errors import LostRankError
 
+Result = TypeVar("Result")
+
 INTERVAL_S = 1.0
-_LOST = "lost"
-_LOST_STORE = "rank 0, or the launcher on its node"
-_LOST_MESSAGE = "lost {}; run the same command again to continue from the last checkpoint"
+#: The longest time that a failed rank waits for answers of the store. Its process may be gone, or its host.
+_STORE_TIMEOUT_S = 10.0
+_VERDICT = "verdict"
+_LOST_STORE = "lost rank 0, or the launcher on its node"
+_CURE = "; run the same command again to continue from the last checkpoint"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the run ends, the same on all ranks."""
+
+    reason: str
+    stuck: tuple[int, ...] = ()  # the ranks whose main thread is stuck
 
 
 class Heartbeat:
     """A thread that writes this rank's heartbeat to the store every second and reads the heartbeats of other ranks.
 
-    Rank 0 watches all ranks. The other ranks watch rank 0 and read from the store which ranks rank 0 has lost. The
-    number of requests therefore grows only linearly with the world size. If a rank has been silent for ``timeout_s``,
-    the thread prints the rank's name and ends the process with ``LostRankError.exit_status``, because the main thread
-    may hang in a collective.
+    A heartbeat says where the main thread is. Rank 0 watches all ranks. The other ranks watch rank 0 and read its
+    verdict from the store. The number of requests therefore grows only linearly with the world size. If a rank has
+    been silent for ``timeout_s``, or is stuck (``find_stuck``), the thread prints the rank's name and ends the process
+    with ``LostRankError.exit_status``, because the main thread may hang in a collective. A second thread does the same
+    if the store does not answer.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
-        assert world.store is not None
         self.rank, self.size = world.rank, world.size
         self.timeout_s = timeout_s
-        # Use a separate connection. On a shared connection, a waiting request of the main thread would block this one.
-        self._store: Store = PrefixStore("heartbeat", world.store.clone())  # type: ignore[attr-defined]
+        self._main_thread = MainThread(world.progress, is_patient=world.device.type == "mps")  # waits without CPU time
+        self._store = _connect(world)
         self._store.set(f"name_{self.rank}", f"{socket.gethostname()}, pid {os.getpid()}")
-        self._store.set(f"beat_{self.rank}", "0")
+        self._store.set(f"beat_{self.rank}", "")
         self._stopped = threading.Event()
+        self._unanswered_s = 0.0  # the time since the last answer of the store
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._guard = threading.Thread(target=self._watch_store, name="heartbeat-guard", daemon=True)
 
     def start(self) -> None:
-        """Start the thread. Call this after a barrier, because every rank must have constructed its heartbeat."""
+        """Start the threads. Call this after a barrier, because every rank must have constructed its heartbeat."""
         self._thread.start()
+        self._guard.start()
 
     def stop(self) -> None:
-        """Stop the thread. Call this after a barrier, so that no other rank expects further heartbeats."""
+        """Stop the threads. Call this after a barrier, so that no other rank expects further heartbeats."""
         self._stopped.set()
-
-    def find_lost(self) -> str | None:
-        """Return the names of the ranks that send no heartbeat within a few seconds, or None if all ranks send one."""
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        try:
-            before = self._beats(others)
-            time.sleep(3 * INTERVAL_S)
-            after = self._beats(others)
-            return self._describe([rank for rank in others if before[rank] == after[rank]]) or None
-        except RuntimeError:  # the store is gone with the process that held it
-            return _LOST_STORE
 
     def _run(self) -> None:
         watched = [0] if self.rank else list(range(1, self.size))
-        beats: dict[int, bytes] = {}
-        heard_at = dict.fromkeys(watched, time.monotonic())
-        beat, last_turn = 0, time.monotonic()
+        heard: dict[int, str] = {}
+        silent_s = dict.fromkeys(watched, 0.0)
+        for beat, turn_s in enumerate(self._turns()):
+            try:
+                place = self._main_thread.observe(turn_s)
+                self._store.set(f"beat_{self.rank}", f"{beat} {place.to_json()}")
+                for rank, text in _beats(self._store, watched).items():
+                    silent_s[rank] = silent_s[rank] + turn_s if heard.get(rank) == text else 0.0
+                    heard[rank] = text
+                self._unanswered_s = 0.0
+                silent = [rank for rank in watched if silent_s[rank] > self.timeout_s]
+                verdict = self._judge(place, heard, silent)
+            except RuntimeError:
+                verdict = Verdict(_LOST_STORE)
+            if verdict:
+                self._exit(verdict)
+
+    def _turns(self) -> Iterator[float]:
+        """Yield every second until ``stop`` is called: the time since the last turn, at most two seconds.
+
+        A longer time means that this process itself was suspended, which must not count against other ranks.
+        """
+        last_turn = time.monotonic()
         while not self._stopped.wait(INTERVAL_S):
             now = time.monotonic()
-            if now - last_turn > self.timeout_s / 2:  # this process itself was suspended
-                heard_at = dict.fromkeys(watched, now)
+            yield min(now - last_turn, 2 * INTERVAL_S)
             last_turn = now
-            beat += 1
-            try:
-                self._store.set(f"beat_{self.rank}", str(beat))
-                for rank, heard in self._beats(watched).items():
-                    if beats.get(rank) != heard:
-                        beats[rank], heard_at[rank] = heard, now
-                lost = self._describe([rank for rank in watched if now - heard_at[rank] > self.timeout_s])
-                if lost and self.rank == 0:
-                    self._store.set(_LOST, lost)
-                elif not lost and self._store.check([_LOST]):
-                    lost = self._store.get(_LOST).decode()
-            except RuntimeError:
-                lost = _LOST_STORE
-            if lost:
-                self._exit(lost)
 
-    def _beats(self, ranks: list[int]) -> dict[int, bytes]:
-        return dict(zip(ranks, self._store.multi_get([f"beat_{rank}" for rank in ranks]), strict=True))
+    def _judge(self, own: Place, heard: dict[int, str], silent: list[int]) -> Verdict | None:
+        """Return rank 0's verdict if there is one, and otherwise that of this rank."""
+        if self._store.check([_VERDICT]):
+            return _read_verdict(self._store)
+        if silent:
+            verdict = Verdict(f"lost {_describe(self._store, silent)}, silent for {self.timeout_s:.0f} s")
+        elif self.rank or not all(heard.values()):
+            return None
+        else:
+            places = {0: own, **{rank: Place(**json.loads(beat.partition(" ")[2])) for rank, beat in heard.items()}}
+            stuck = find_stuck(places, self.timeout_s)
+            if not stuck:
+                return None
+            names = {rank: _name(self._store, rank) for rank in stuck}
+            verdict = Verdict(describe_places(places, stuck, names), tuple(stuck))
+        if self.rank == 0:
+            _write_verdict(self._store, verdict)
+        return verdict
 
-    def _describe(self, ranks: list[int]) -> str:
-        return ", ".join(f"rank {rank} ({self._store.get(f'name_{rank}').decode()})" for rank in ranks)
+    def _watch_store(self) -> None:
+        """End the process if the store's process or host hangs: requests to the store would then wait without end."""
+        for turn_s in self._turns():
+            self._unanswered_s += turn_s
+            if self._unanswered_s > self.timeout_s + INTERVAL_S:
+                self._exit(Verdict(f"{_LOST_STORE}, silent for {self.timeout_s:.0f} s"))
 
-    def _exit(self, lost: str) -> None:
-        """End the process after a delay, in which the other ranks can read the same message from the store."""
+    def _exit(self, verdict: Verdict) -> None:
+        """End the process after a delay in which the other ranks can read the same verdict from the store."""
         if self._stopped.wait(3 * INTERVAL_S):
             return
-        print(f"error: {_LOST_MESSAGE.format(lost)}: silent for {self.timeout_s:.0f} s", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(LostRankError.exit_status)
+        if self.rank in verdict.stuck:
+            print(f"[rank {self.rank}] the main thread is stuck here:\n{self._main_thread.stack()}", file=sys.stderr)
+        os._exit(report(LostRankError(verdict.reason + _CURE)))
 
 
 @contextmanager
 def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
-    """Watch the other ranks inside the block. All ranks leave the block together.
-
-    Raises LostRankError if a collective failed because a rank is gone.
-    """
-    if world.size == 1:
-        yield
-        return
+    """Watch all ranks inside the block. They leave it together. Errors are reported as they are raised."""
     watch = Heartbeat(world, timeout_s)
     world.barrier()
     watch.start()
     try:
-        yield
-        world.barrier()
-    except RuntimeError as error:
-        if lost := watch.find_lost():
-            raise LostRankError(_LOST_MESSAGE.format(lost)) from error
-        raise
+        with failures_reported(world):
+            yield
+            world.barrier()
     finally:
         watch.stop()
+
+
+@contextmanager
+def failures_reported(world: World) -> Iterator[None]:
+    """Print an error of one of several ranks, and tell the other ranks, before cleanup that may wait for them.
+
+    Raises LostRankError instead of the error of a collective that failed because another rank is lost.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt) as error:
+        if world.size > 1:
+            report(error)
+        raise
+    except Exception as error:
+        if world.size == 1:
+            raise
+        # torch raises these two if a collective fails, and subclasses of RuntimeError otherwise.
+        if (type(error) is RuntimeError or isinstance(error, DistError)) and (lost := find_lost(world)):
+            lost_rank = LostRankError(lost + _CURE)
+            report(lost_rank)
+            raise lost_rank from error
+        report(error)
+        reason = summarize(error)
+        _within_store_timeout(lambda: _publish_failure(world, reason), None)
+        raise
+
+
+def find_lost(world: World) -> str | None:
+    """Return which ranks have failed or send no heartbeat within a few seconds, or None if there are none."""
+    otherwise: str | None = _LOST_STORE
+    return _within_store_timeout(lambda: _find_lost(world), otherwise)
+
+
+def _find_lost(world: World) -> str | None:
+    store = _connect(world)
+    others = [rank for rank in range(world.size) if rank != world.rank]
+    before = _beats(store, others)
+    time.sleep(3 * INTERVAL_S)
+    if store.check([_VERDICT]):
+        return _read_verdict(store).reason
+    after = _beats(store, others)
+    silent = [rank for rank in others if before[rank] == after[rank]]
+    return f"lost {_describe(store, silent)}" if silent else None
+
+
+def _publish_failure(world: World, reason: str) -> None:
+    """Tell the other ranks, which may wait in a collective for ever, that this rank has failed."""
+    store = _connect(world)
+    if not store.check([_VERDICT]):
+        _write_verdict(store, Verdict(f"lost {_describe(store, [world.rank])}, which failed: {reason}"))
+        time.sleep(2 * INTERVAL_S)  # the other ranks read it before this process, which may hold the store, ends
+
+
+def _connect(world: World) -> Store:
+    """Return a separate connection: a request that waits would block all other threads on a shared one."""
+    store = world.store.clone() if world.store else HashStore()  # type: ignore[attr-defined]
+    return PrefixStore("heartbeat", store)
+
+
+def _write_verdict(store: Store, verdict: Verdict) -> None:
+    store.set(_VERDICT, json.dumps(asdict(verdict)))
+
+
+def _read_verdict(store: Store) -> Verdict:
+    return Verdict(**json.loads(store.get(_VERDICT)))
+
+
+def _beats(store: Store, ranks: list[int]) -> dict[int, str]:
+    beats = store.multi_get([f"beat_{rank}" for rank in ranks]) if ranks else []
+    return {rank: beat.decode() for rank, beat in zip(ranks, beats, strict=True)}
+
+
+def _describe(store: Store, ranks: list[int]) -> str:
+    return ", ".join(f"rank {rank} ({_name(store, rank)})" for rank in ranks)
+
+
+def _name(store: Store, rank: int) -> str:
+    return store.get(f"name_{rank}").decode()
+
+
+def _within_store_timeout(request: Callable[[], Result], otherwise: Result) -> Result:
+    """Return the result of requests to the store, or ``otherwise`` if the store does not answer in time."""
+    results = [otherwise]
+
+    def call() -> None:
+        with suppress(RuntimeError):  # the store is gone with the process that held it
+            results[0] = request()
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(_STORE_TIMEOUT_S)
+    return results[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -21,8 +21,9 @@ from pipeline.distributed.environment import (
     launched_world_size,
     set_launcher_variables,
 )
+from pipeline.distributed.progress import Progress
 from pipeline.distributed.rendezvous import open_store
-from pipeline.errors import ConfigError, LostRankError, MainRankError
+from pipeline.errors import ConfigError, MainRankError
 
 Result = TypeVar("Result")
 
@@ -39,6 +40,7 @@ class World:
     device: torch.device
     store: Store | None = None  # shared by all ranks; None if there is only one rank
     group: dist.ProcessGroup | None = None  # the group for the collectives; None means torch's default group
+    progress: Progress = field(default_factory=Progress)  # the position of the main thread
 
     @property
     def is_main(self) -> bool:
@@ -50,6 +52,7 @@ class World:
 
         This call is collective: every rank must make it.
         """
+        self.progress.pass_mark()
         total = values.clone()
         if self.size > 1:
             dist.all_reduce(total, group=self.group)
@@ -57,6 +60,7 @@ class World:
 
     def max(self, value: int) -> int:
         """Return the largest value of all ranks. This call is collective: every rank must make it."""
+        self.progress.pass_mark()
         if self.size == 1:
             return value
         largest = torch.tensor(value, device=self.device)
@@ -65,6 +69,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait until every rank has reached this call."""
+        self.progress.pass_mark()
         if self.size > 1:
             dist.barrier(group=self.group)
 
@@ -73,6 +78,7 @@ class World:
 
         This call is collective: every rank must make it.
         """
+        self.progress.pass_mark()
         items = [item] * self.size
         if self.size > 1:
             dist.all_gather_object(items, item, group=self.group)
@@ -80,6 +86,7 @@ class World:
 
     def broadcast(self, item: Any) -> Any:
         """Return the small Python object of rank 0. This call is collective: every rank must make it."""
+        self.progress.pass_mark()
         items = [item]
         if self.size > 1:
             dist.broadcast_object_list(items, group=self.group)
@@ -113,7 +120,7 @@ class World:
         this world.
         """
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if self.size > 1 else None
-        return replace(self, device=torch.device("cpu"), group=group)
+        return replace(self, device=torch.device("cpu"), group=group, progress=Progress())
 
 
 @contextmanager
@@ -139,8 +146,9 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
     try:
         yield world
     finally:
-        has_lost_rank = isinstance(sys.exc_info()[1], LostRankError)  # destroying the process group could hang
-        if dist.is_initialized() and not has_lost_rank:
+        # After an error, destroying the group could wait for ranks that are still in a collective.
+        could_hang = size > 1 and sys.exc_info()[1] is not None
+        if dist.is_initialized() and not could_hang:
             dist.destroy_process_group()
 
 

@@ -18,6 +18,7 @@ from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader
 from pipeline.distributed.device import GIB, LateValue, device_name, matmul_dtype, peak_memory_bytes, synchronize
+from pipeline.distributed.heartbeat import failures_reported
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted
 from pipeline.evaluation.protocols import PreparedTask
@@ -86,6 +87,7 @@ class Trainer:
         )
         self.record = RunRecord(config, is_main=world.is_main, resumed_step=state.step)
         self.profile = StepProfile(self.run_folder, world.device, config.logging.profile_steps if world.is_main else 0)
+        self._has_stepped = self._has_evaluated = False  # in this process; the first time may compile
         self.results: dict[str, float] = {}  # the latest loss and validation loss
 
     def fit(self) -> None:
@@ -97,13 +99,15 @@ class Trainer:
             Interrupted: a signal asked the run to stop. The state of the run is saved.
         """
         try:
-            with self.stop_request.listening(), self.profile.recording():
+            with failures_reported(self.world), self.stop_request.listening(), self.profile.recording():
                 received = self._train()
+                self._reach("the save of the last checkpoint", is_patient=True)
                 for outcome in self.saver.wait():
                     self.record.write_saves([outcome])
                     if outcome.problem:
                         raise CheckpointError(outcome.problem)
         finally:
+            self._reach("the end of the run", is_patient=True)
             self.guard.log_steps_without_targets()
             self.prefetcher.close()
             self.record.write_saves(self.saver.wait())  # finish and verify an unfinished save, also after an error
@@ -156,18 +160,28 @@ class Trainer:
     def _is_due(self, every_steps: int) -> bool:
         return self.state.step % every_steps == 0 or self.state.step == self.config.schedule.max_steps
 
+    def _reach(self, phase: str, *, is_patient: bool = False) -> None:
+        """Tell the heartbeat what the main thread does next. ``is_patient``: see ``Progress.reach``."""
+        self.world.progress.reach(phase, is_patient=is_patient)
+
+    def _reach_in_step(self, activity: str) -> None:
+        self._reach(f"step {self.state.step + 1}, {activity}", is_patient=not self._has_stepped)
+
     def train_step(self) -> TrainedStep:
         """Queue one optimizer step. The loss and the gradient norm stay on the device and are read later."""
         first_sample = self.guard.next_sample(self.state.samples, self.plan.samples_per_step)
+        self._reach_in_step("waiting for data")
         with self.throughput.waiting_for_data():
             micro_batches = self.prefetcher.micro_batches(first_sample)
         loss_scale = self.backend.loss_scaler.scale
         loss_share, scored_targets = self._accumulate(micro_batches)
         learning_rate = lr_at(self.state.step, self.config.optimizer, self.config.schedule)
+        self._reach_in_step("optimizer")
         grad_norm = LateValue(self.backend.step(learning_rate))
         self.throughput.count_step()
         self.profile.count_step()
         self._advance(first_sample)
+        self._has_stepped = True
         step, stop_sample = self.state.step, self.state.samples
         trained = TrainedStep(
             step, first_sample, stop_sample, loss_share, grad_norm, loss_scale, learning_rate, scored_targets
@@ -189,6 +203,7 @@ class Trainer:
         loss_weight = self.world.size / at_least_one
         loss_sum = torch.zeros((), device=self.world.device)
         for i, micro_batch in enumerate(micro_batches):
+            self._reach_in_step(f"micro-batch {i + 1} of {len(micro_batches)}")
             if self.config.model.dropout:  # dropout is the same after resuming, on any backend and at any world size
                 torch.manual_seed(derive_seed(self.config.run.seed, "dropout", micro_batch.first_sample))
             tokens, targets = micro_batch.to(self.world.device)
@@ -234,6 +249,7 @@ class Trainer:
 
         This call is collective: every rank must make it.
         """
+        self._reach(f"rollback after step {self.state.step}", is_patient=True)
         self.record.write_saves(self.saver.wait())
         folder = self.world.call_on_main(lambda: newest_good_checkpoint(self.run_folder))
         if folder is None:
@@ -255,6 +271,7 @@ class Trainer:
 
         This call is collective: every rank must make it.
         """
+        self._reach(f"the log of step {trained.step}")
         loss = trained.loss(self.world)
         synchronize(self.world.device)
         row: dict[str, Any] = {
@@ -280,6 +297,7 @@ class Trainer:
 
         This call is collective: every rank must make it.
         """
+        self._reach(f"evaluation after step {self.state.step}", is_patient=not self._has_evaluated)
         with self.throughput.paused():
             self._check_ceiling()
         with self.throughput.paused(), self.backend.evaluation_mode():
@@ -295,6 +313,7 @@ class Trainer:
                 if self.config.evaluation.sample:
                     text = complete_while_training(self.backend, self.config, self.world)
                     self.record.write({"step": self.state.step, SAMPLE_KEY: text}, console=False)
+        self._has_evaluated = True
 
     def _check_ceiling(self) -> None:
         """Measure the ceiling of MFU again during the run, because another program may have disturbed it before."""
@@ -307,6 +326,7 @@ class Trainer:
 
         This call is collective: every rank must make it.
         """
+        self._reach(f"save of step {self.state.step}", is_patient=True)
         with self.throughput.paused():
             self.backend.model.assert_tied()
             self.record.write_saves(self.saver.start(replace(self.state, guard=self.guard.state)))

@@ -25,6 +25,7 @@ def hold_before_the_next_step() -> None:
 
     def train_step(self: Trainer) -> TrainedStep:
         while self.state.step == HOLD_AFTER and HOLD_FILE.exists() and not self.stop_request.received:
+            self.world.progress.move()  # a healthy rank
             time.sleep(POLL_S)
         return plain_train_step(self)
 

@@ -10,7 +10,7 @@ import torch
 from torch._C._distributed_c10d import HashStore
 
 from pipeline.distributed import heartbeat
-from pipeline.distributed.heartbeat import Heartbeat
+from pipeline.distributed.heartbeat import Heartbeat, find_lost
 from pipeline.distributed.world import World
 from pipeline.errors import LostRankError
 
@@ -23,26 +23,31 @@ class SharedStore(HashStore):
 
 
 @pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch) -> list[Heartbeat]:
+def worlds(monkeypatch: pytest.MonkeyPatch) -> list[World]:
     """Three ranks in this process with a short interval."""
     monkeypatch.setattr(heartbeat, "INTERVAL_S", 0.3)
     world = World(0, 3, 0, torch.device("cpu"), SharedStore())
-    return [Heartbeat(replace(world, rank=rank), timeout_s=60.0) for rank in range(3)]
+    return [replace(world, rank=rank) for rank in range(3)]
 
 
-def test_no_rank_is_lost_while_all_send_heartbeats(ranks: list[Heartbeat]) -> None:
+@pytest.fixture
+def ranks(worlds: list[World]) -> list[Heartbeat]:
+    return [Heartbeat(world, timeout_s=60.0) for world in worlds]
+
+
+def test_no_rank_is_lost_while_all_send_heartbeats(worlds: list[World], ranks: list[Heartbeat]) -> None:
     for rank in ranks:
         rank.start()
-    assert ranks[1].find_lost() is None
+    assert find_lost(worlds[1]) is None
     for rank in ranks:
         rank.stop()
 
 
-def test_a_silent_rank_is_named(ranks: list[Heartbeat]) -> None:
+def test_a_silent_rank_is_named(worlds: list[World], ranks: list[Heartbeat]) -> None:
     for rank in ranks[:2]:
         rank.start()
-    lost = ranks[0].find_lost()
-    assert lost is not None and lost.startswith("rank 2 (") and ", pid " in lost
+    lost = find_lost(worlds[0])
+    assert lost is not None and lost.startswith("lost rank 2 (") and ", pid " in lost
     for rank in ranks[:2]:
         rank.stop()
 

@@ -1,0 +1,81 @@
+"""A stuck rank is told from ranks that work, wait for others, or are in a phase that takes long."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from pipeline.distributed.progress import PATIENCE_S, MainThread, Place, Progress, describe_places, find_stuck
+
+TIMEOUT_S = 60.0
+MOVING = Place(position=7, phase="step 5, optimizer", is_patient=False, still_s=0.0, line="trainer.py:1 in train_step")
+STILL = replace(MOVING, still_s=61.0)
+BEHIND = replace(STILL, position=6, phase="step 5, waiting for data", line="loader.py:2 in _read")
+PATIENT = replace(BEHIND, is_patient=True)
+OUT_OF_PATIENCE = replace(PATIENT, still_s=PATIENCE_S + 1)
+
+
+@pytest.mark.parametrize(
+    ("places", "stuck"),
+    [
+        pytest.param([MOVING, MOVING], [], id="all move"),
+        pytest.param([STILL, replace(MOVING, position=6)], [], id="a rank waits for one that works"),
+        pytest.param([STILL, BEHIND], [1], id="a rank waits for one that does not"),
+        pytest.param([MOVING, BEHIND, STILL], [1], id="a rank that waits for its GPU uses CPU time"),
+        pytest.param([MOVING, STILL], [], id="the rank that is still may wait for the other one"),
+        pytest.param([STILL, STILL], [0, 1], id="all are still at the same mark"),
+        pytest.param([STILL], [0], id="the only rank"),
+        pytest.param([STILL, PATIENT], [], id="the rank behind compiles"),
+        pytest.param([STILL, OUT_OF_PATIENCE], [1], id="the rank behind has compiled for too long"),
+        pytest.param([BEHIND, STILL, BEHIND], [0, 2], id="two ranks are behind"),
+    ],
+)
+def test_ranks_are_stuck_if_they_hold_up_the_others(places: list[Place], stuck: list[int]) -> None:
+    assert find_stuck(dict(enumerate(places)), TIMEOUT_S) == stuck
+
+
+def test_a_longer_timeout_is_also_that_of_patient_phases() -> None:
+    assert find_stuck({0: OUT_OF_PATIENCE}, PATIENCE_S + 2) == []
+
+
+def test_stuck_ranks_are_described_first() -> None:
+    text = describe_places(dict(enumerate([STILL, BEHIND])), [1], {1: "host, pid 5"})
+    assert text == (
+        "rank 1 (host, pid 5): not moved for 61 s, in step 5, waiting for data (loader.py:2 in _read); "
+        "rank 0: in step 5, optimizer (trainer.py:1 in train_step)"
+    )
+
+
+def test_many_ranks_are_counted() -> None:
+    text = describe_places(dict.fromkeys(range(10), MOVING), [], {})
+    assert text.startswith("rank 0, rank 1, rank 2, rank 3 and 6 more: in step 5")
+
+
+def observe(progress: Progress, main_thread: MainThread) -> Place:
+    """Observe from another thread, as the heartbeat does, as if a second had passed."""
+    places: list[Place] = []
+    observer = threading.Thread(target=lambda: places.append(main_thread.observe(1.0)))
+    observer.start()
+    observer.join()
+    return places[0]
+
+
+def test_a_thread_is_still_until_it_passes_a_mark_or_uses_the_cpu() -> None:
+    progress = Progress()
+    progress.reach("step 1")
+    main_thread = MainThread(progress, is_patient=False)
+    assert [observe(progress, main_thread).still_s for _ in range(3)] == [1.0, 2.0, 3.0]
+    progress.move()
+    assert observe(progress, main_thread).still_s == 0.0
+    busy_until = time.thread_time() + 0.05
+    while time.thread_time() < busy_until:
+        pass
+    assert observe(progress, main_thread).still_s == 0.0
+    place = observe(progress, main_thread)
+    assert (place.still_s, place.position, place.phase) == (1.0, 1, "step 1")
+    assert place.line.endswith(" in join") or "threading.py" in place.line
+    progress.pass_mark()
+    assert observe(progress, main_thread).still_s == 0.0
