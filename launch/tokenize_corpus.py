@@ -17,11 +17,13 @@ from data_tools.errors import DataError
 from data_tools.options import Deduplication, EncoderChoice, Engine, ShardFormat, SourceKind
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import VAL_SPLIT, Manifest
+from data_tools.shards.validation_split import describe_small_validation
 from data_tools.storage.files import is_remote
 from launch.cli import ArgumentParser, positive_int, run_command, start_logging
 
 _LINE_EVERY_S = 30.0
 _HISTOGRAM_WIDTH = 40
+_WINDOW_TOKENS = 1024  # GPT-2's context
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
 
@@ -189,14 +191,19 @@ class ProgressDisplay(Observer):
 
 
 def print_shards(manifest: Manifest, request: TokenizeRequest) -> None:
-    """Print the contents of each split of the folder, and warn if a validation split was requested but is empty."""
+    """Print the contents of each split of the folder, and warn about a small validation split or none."""
     print(f"{request.out}:")
     for split in manifest.splits():
         shards = manifest.shards_of(split)
         print(
-            f"  {split}: {manifest.tokens_of(split):,} tokens, {sum(shard.documents for shard in shards):,} documents, "
+            f"  {split}: {(tokens := manifest.tokens_of(split)):,} tokens ({tokens // _WINDOW_TOKENS:,} windows of "
+            f"{_WINDOW_TOKENS:,}), {sum(shard.documents for shard in shards):,} documents, "
             f"{sum(shard.utf8_bytes for shard in shards):,} bytes of text, {len(shards):,} {request.format} shards"
         )
+    if (manifest.report or {}).get("divided_documents"):
+        print("  the source is one document: its beginning is for training and its end for validation")
+    if request.val_fraction > 0 and (warning := describe_small_validation(manifest)):
+        print(f"warning: {warning}", file=sys.stderr)
     if request.val_fraction > 0 and VAL_SPLIT not in manifest.splits():
         print(
             "warning: no document was drawn for validation, so there is no validation split; raise --val-fraction, "

@@ -84,6 +84,7 @@ class ChunkRecord:
         lengths: entry k is the number of documents that have 2**k to 2**(k+1) - 1 tokens.
         repeated: the number of documents that were left out because they repeat an earlier document.
         checked: the number of documents whose tokens were compared with the tokens of tiktoken.
+        is_divided: whether the chunk's only document was divided between the splits.
     """
 
     index: int
@@ -91,6 +92,7 @@ class ChunkRecord:
     lengths: tuple[int, ...]
     repeated: int
     checked: int
+    is_divided: bool = False
 
     @property
     def progress(self) -> Contents:

@@ -285,7 +285,10 @@ def _report(records: list[ChunkRecord]) -> dict[str, Any]:
     lengths = np.sum([record.lengths for record in records], axis=0).tolist()
     while lengths and lengths[-1] == 0:
         lengths.pop()
-    return {
+    report = {
         "documents_by_log2_tokens": lengths,
         "repeated_documents": sum(record.repeated for record in records),
     }
+    if any(record.is_divided for record in records):
+        report["divided_documents"] = 1
+    return report

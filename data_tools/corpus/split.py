@@ -8,17 +8,23 @@ from dataclasses import dataclass, replace
 from data_tools.encoding.documents import Document, fingerprint_of, utf8_of
 from data_tools.shards.manifest import TRAIN_SPLIT, VAL_SPLIT
 
+# The ends of a paragraph, of a line and of a word.
+_ENDS = ("\n\n", "\n", " ")
 _OTHER_SPLIT = {TRAIN_SPLIT: VAL_SPLIT, VAL_SPLIT: TRAIN_SPLIT}
 
 
 @dataclass(frozen=True)
 class AssignedDocument:
-    """A document, its text in UTF-8, its fingerprint and its split."""
+    """A document, its text in UTF-8, its fingerprint and its split.
+
+    ``is_part`` says whether the document is a part of the only document of the corpus.
+    """
 
     document: Document
     utf8: bytes
     fingerprint: bytes
     split: str
+    is_part: bool = False
 
 
 def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
@@ -45,14 +51,15 @@ def assign_splits(
         return AssignedDocument(document, utf8, fingerprint, split)
 
     assigned = map(assign, documents)
-    return fill_both_splits(assigned) if fill_both and val_fraction > 0 else assigned
+    return fill_both_splits(assigned, val_fraction) if fill_both and val_fraction > 0 else assigned
 
 
-def fill_both_splits(assigned: Iterator[AssignedDocument]) -> Iterator[AssignedDocument]:
+def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) -> Iterator[AssignedDocument]:
     """Move one document to the other split if all documents are in the same split, so that no split is empty.
 
     The function moves the last document that does not repeat an earlier document, and all documents that are equal to
-    this document. If all documents are equal, the function puts all of them into the training split.
+    this document. If all documents are equal, the function puts all of them into the training split. If there is only
+    one document and it is a text, ``divide_text`` divides it.
     """
     held: list[AssignedDocument] = []  # the last document that repeats no earlier document, and all later documents
     seen: set[bytes] = set()
@@ -66,7 +73,26 @@ def fill_both_splits(assigned: Iterator[AssignedDocument]) -> Iterator[AssignedD
             held = []
         seen.add(following.fingerprint)
         held.append(following)
+    if len(seen) == len(held) == 1 and isinstance(text := held[0].document, str):
+        yield from divide_text(text, val_fraction)
+        return
     for document in held:
         is_last_new = document.fingerprint == held[0].fingerprint
         split = TRAIN_SPLIT if len(seen) == 1 else _OTHER_SPLIT[document.split] if is_last_new else document.split
         yield replace(document, split=split)
+
+
+def divide_text(text: str, val_fraction: float) -> Iterator[AssignedDocument]:
+    """Yield the beginning of a text for training and its end, about ``val_fraction`` of it, for validation.
+
+    The text is cut after the end of a paragraph, of a line or of a word, in this order of preference. A text without
+    such a place near the fraction is not divided and used for training.
+    """
+    ideal = int(len(text) * (1 - val_fraction))
+    earliest = max(1, 2 * ideal - len(text))  # with twice the fraction
+    places = (text.rfind(end, earliest, ideal) + len(end) for end in _ENDS if end in text[earliest:ideal])
+    cut = next(places, None)
+    pieces = [(text, TRAIN_SPLIT)] if cut is None else [(text[:cut], TRAIN_SPLIT), (text[cut:], VAL_SPLIT)]
+    for piece, split in pieces:
+        utf8 = utf8_of(piece)
+        yield AssignedDocument(piece, utf8, fingerprint_of(piece, utf8), split, is_part=cut is not None)

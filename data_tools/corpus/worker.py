@@ -69,6 +69,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
         fill_both=job.is_one_chunk,
     )
     with scratch_of(folder) as scratch:
+        is_divided = False
         done = Contents()  # the progress since the last report
         writers = {split: _SplitWriter(scratch, split, chunk, request) for split in (TRAIN_SPLIT, VAL_SPLIT)}
         for number, assigned in enumerate(documents):
@@ -76,6 +77,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
                 continue
             encoded = encode_document(encoder, assigned.document)
             check.compare(number, assigned, encoded)
+            is_divided |= assigned.is_part
             tokens, utf8_bytes = encoded.tokens.size, len(assigned.utf8)
             writers[assigned.split].append(encoded, utf8_bytes)
             lengths[tokens.bit_length() - 1] += 1
@@ -85,7 +87,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
                 done = Contents()
         shards = tuple(shard for writer in writers.values() for shard in writer.close())
         report(done)
-        record = ChunkRecord(chunk.index, shards, tuple(lengths.tolist()), len(repeated), check.checked)
+        record = ChunkRecord(chunk.index, shards, tuple(lengths.tolist()), len(repeated), check.checked, is_divided)
         for shard in shards:
             for name in shard.files:
                 folder.take(scratch / name, name)

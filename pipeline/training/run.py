@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from data_tools.shards.validation_split import describe_small_validation
 from pipeline.backends import create_backend
 from pipeline.checkpoint.state import read_state
 from pipeline.config.paths import with_working_dir
@@ -158,7 +159,7 @@ def _log_masks(trainer: Trainer) -> None:
 
 
 def _log_data(trainer: Trainer) -> None:
-    """Log the size of each dataset and the number of epochs that the run trains on this dataset."""
+    """Log the sizes of each dataset and of its validation split, and the number of epochs on the dataset."""
     loader, max_steps = trainer.loader, trainer.config.schedule.max_steps
     counts = loader.mixture.counts(max_steps * trainer.plan.samples_per_step)
     for dataset, order, share, count in zip(loader.datasets, loader.orders, loader.mixture.shares, counts, strict=True):
@@ -172,3 +173,15 @@ def _log_data(trainer: Trainer) -> None:
             max_steps,
             ", with loss mask" if dataset.train.has_mask else "",
         )
+        if dataset.validation:
+            windows = -(-(dataset.validation.tokens - 1) // trainer.plan.seq_len)
+            measured = (trainer.config.evaluation.max_batches or windows) * trainer.plan.micro_batch_size
+            log.info(
+                "          validation: %s tokens, %s windows of %d, %s of them per evaluation",
+                f"{dataset.validation.tokens:,}",
+                f"{windows:,}",
+                trainer.plan.seq_len,
+                f"{min(windows, measured):,}",
+            )
+            if warning := describe_small_validation(dataset.validation.manifest):
+                log.warning("%s: %s", dataset.path, warning)

@@ -33,7 +33,11 @@ def test_it_prints_the_estimate_and_what_it_wrote_and_where(tmp_path: Path, run_
     command = ["--source", "text", "--input", "corpus.txt", "--document-separator", r"\n\n", "--out", "data"]
     ended = run_process(*command, "--workers", 1)
     assert ended.returncode == 0, ended.stderr
-    (planned,) = ended.stderr.splitlines()
+    planned, warning = ended.stderr.splitlines()
+    assert warning == (
+        "warning: the validation split has 2 tokens in 1 documents, 33.33% of all tokens; losses on fewer than 16,384 "
+        "tokens are noisy: tokenize into another folder with a larger --val-fraction"
+    )
     assert planned.startswith("about 0.00 MB of text, 8 tokens, 0.00 MB in shards of ")
     assert " free; 1 chunks, 1 processes, up to 0." in planned
     lines = ended.stdout.splitlines()
@@ -41,15 +45,15 @@ def test_it_prints_the_estimate_and_what_it_wrote_and_where(tmp_path: Path, run_
     assert lines[0].endswith(" MB/s")
     assert lines[1:] == [
         "data:",
-        "  train: 4 tokens, 2 documents, 6 bytes of text, 1 npy shards",
-        "  val: 2 tokens, 1 documents, 5 bytes of text, 1 npy shards",
+        "  train: 4 tokens (0 windows of 1,024), 2 documents, 6 bytes of text, 1 npy shards",
+        "  val: 2 tokens (0 windows of 1,024), 1 documents, 5 bytes of text, 1 npy shards",
         "  tokens per document:",
         f"            2 to           3:            3 {'#' * 40}",
     ]
     before = contents(tmp_path / "data")
     again = run_process(*command, "--workers", 2)
     assert again.stdout.splitlines() == ["data is already complete", *lines[1:4]]
-    assert again.stderr == ""
+    assert again.stderr.splitlines() == [warning]
     assert contents(tmp_path / "data") == before
 
 
@@ -67,6 +71,18 @@ def test_without_validation_documents_it_warns(tmp_path: Path, run_process: Comm
     several = run_process(*options, "--shard-tokens", 500, chunk_bytes=CHUNK_BYTES)
     assert "8 chunks" in several.stderr
     assert several.stderr.splitlines()[-1].startswith("warning: no document was drawn for validation")
+
+
+def test_a_single_file_gets_a_validation_split(tmp_path: Path, run_process: Command) -> None:
+    (tmp_path / "book.txt").write_text("A line of a book.\n" * 1000)
+    ended = run_process("--source", "text", "--input", "book.txt", "--out", "data", "--val-fraction", 0.1)
+    assert ended.returncode == 0, ended.stderr
+    assert "the source is one document: its beginning is for training and its end for validation" in ended.stdout
+    assert "warning: the validation split has 701 tokens in 1 documents, 10.0" in ended.stderr
+    manifest = load_manifest(tmp_path / "data")
+    assert manifest.splits() == ("train", "val")
+    assert sum(shard.utf8_bytes for shard in manifest.shards) == 18_000
+    assert (manifest.report or {})["divided_documents"] == 1
 
 
 def test_options_reach_the_shards(tmp_path: Path, run_process: Command, reference: tiktoken.Encoding) -> None:

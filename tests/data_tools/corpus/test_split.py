@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.corpus.split import AssignedDocument, draw_split, fill_both_splits
+from data_tools.corpus.split import AssignedDocument, divide_text, draw_split, fill_both_splits
 
 FINGERPRINTS = st.binary(min_size=16, max_size=16)
 SEEDS = st.integers(0, 2**64 - 1)
@@ -65,7 +65,7 @@ def assigned(drawn: list[tuple[int, bool]]) -> list[AssignedDocument]:
 @given(drawn=st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=12))
 def test_both_splits_get_a_document_and_equal_ones_stay_together(drawn: list[tuple[int, bool]]) -> None:
     before = assigned(drawn)
-    after = list(fill_both_splits(iter(before)))
+    after = list(fill_both_splits(iter(before), 0.01))
     assert [one.document for one in after] == [one.document for one in before]
     sides = {one.fingerprint: one.split for one in after}
     assert all(one.split == sides[one.fingerprint] for one in after), "equal documents are in one split"
@@ -83,5 +83,34 @@ def test_documents_are_held_back_only_until_both_splits_have_one() -> None:
     endless = itertools.chain(assigned([(0, False), (1, True)]), itertools.repeat(assigned([(0, False)])[0]))
     taken = itertools.count()
     counted = (one for one, _ in zip(endless, taken, strict=False))
-    assert [one.document for one in itertools.islice(fill_both_splits(counted), 100)] == ["0", "1", *["0"] * 98]
+    assert [one.document for one in itertools.islice(fill_both_splits(counted, 0.01), 100)] == ["0", "1", *["0"] * 98]
     assert next(taken) <= 101
+
+
+@pytest.mark.parametrize(
+    ("text", "val_fraction", "cut"),
+    [
+        ("a b\nc\n\nd\n\ne f\ng\n\nh", 0.3, "a b\nc\n\nd\n\n"),
+        ("one line\n" * 100, 0.1, "one line\n" * 90),
+        ("word " * 100, 0.1, "word " * 90),
+        ("x" * 100, 0.1, None),
+        ("one", 0.01, None),
+        ("x", 0.99, None),
+    ],
+)
+def test_a_text_is_cut_after_a_paragraph_a_line_or_a_word(text: str, val_fraction: float, cut: str | None) -> None:
+    pieces = list(divide_text(text, val_fraction))
+    assert "".join(str(piece.document) for piece in pieces) == text
+    assert [piece.split for piece in pieces] == (["train"] if cut is None else ["train", "val"])
+    assert pieces[0].document == (text if cut is None else cut)
+    assert all(piece.is_part == (cut is not None) for piece in pieces)
+
+
+@given(words=st.lists(st.sampled_from(["a", "bc", "\n", "\n\n", " "]), min_size=1), val_fraction=st.floats(0.01, 0.99))
+def test_validation_gets_at_most_twice_its_fraction_of_a_text(words: list[str], val_fraction: float) -> None:
+    text = "".join(words)
+    pieces = list(divide_text(text, val_fraction))
+    assert "".join(str(piece.document) for piece in pieces) == text
+    assert all(piece.document for piece in pieces)
+    if len(pieces) == 2:
+        assert len(str(pieces[1].document)) <= 2 * val_fraction * len(text) + 2
