@@ -1,4 +1,4 @@
-"""Functions that all commands use: common options, one-line errors without a traceback, exit statuses."""
+"""Provide common options, one-line errors and exit statuses for all commands."""
 
 import argparse
 import io
@@ -23,12 +23,12 @@ _T = TypeVar("_T")
 
 
 class _StoreEveryValue(argparse.Action):
-    """Stores the value of an option. No value is dropped if the option is repeated.
+    """Stores the value of an option, without dropping values if the option is given more than once.
 
-    An option with several values collects the values of all occurrences. Any other option is refused the second time.
+    An option that takes several values collects the values of all occurrences. Any other option can be given only once.
     """
 
-    was_given = False  # in the command line that is being parsed
+    was_given = False  # whether the current command line has contained this option
 
     def __call__(
         self,
@@ -47,7 +47,7 @@ class _StoreEveryValue(argparse.Action):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser with an example in ``--help`` and with errors of one line. Sub-commands use this class too."""
+    """A parser with an example in ``--help`` and with one-line errors. Sub-commands use this class, too."""
 
     def __init__(self, *, description: str, example: str, **options: Any) -> None:
         super().__init__(
@@ -60,7 +60,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.register("action", None, _StoreEveryValue)
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
-        """Parse a command line, as ``parse_args`` and parsers with sub-commands do."""
+        """Parse a command line. ``parse_args`` and parsers with sub-commands call this method."""
         for action in self._actions:
             if isinstance(action, _StoreEveryValue):
                 action.was_given = False
@@ -120,7 +120,7 @@ def _valid_text(text: str) -> str:
 
 
 def _parse_count(text: str) -> int:
-    """Return 10 billion for 10B, 10e9 and 10,000,000,000. Raises ValueError if the text is no whole number."""
+    """Return 10 billion for 10B, 10e9 and 10,000,000,000. Raises ValueError if the text is not a whole number."""
     factor = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}.get(text[-1:].upper(), 1)
     count = Decimal(text.replace(",", "").replace("_", "").removesuffix(text[-1] if factor > 1 else "")) * factor
     if count != int(count):
@@ -137,10 +137,10 @@ non_empty_text = _option_type(_valid_text, bool, "at least one character of vali
 
 
 class _PipeHandler(logging.StreamHandler[TextIO]):
-    """Writes log lines until the reader of a pipe is gone. Training goes on without the reader."""
+    """Writes log lines until the reader of a pipe has ended. Training then continues without log lines."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore that the reader is gone, and print any other error."""
+        """Ignore the error that the reader of the pipe has ended, and print any other error."""
         if not isinstance(sys.exc_info()[1], BrokenPipeError):
             super().handleError(record)
 
@@ -160,14 +160,14 @@ def start_logging() -> None:
 def run_command(command: Callable[[], object]) -> NoReturn:
     """Run a command and exit with status 0 if it succeeds, otherwise with the ``exit_status`` of its error.
 
-    Status 1 means an unexpected error, 2 a mistake or a run that cannot continue, 3 a lost or stuck rank, and 128 + n a
-    stop by signal n. If the reader of the output, such as ``head``, has ended, the command exits without a message and
-    with the status of SIGPIPE.
+    Status 1 means an unexpected error, 2 a mistake or a run that cannot continue, 3 a lost or stuck rank, and
+    128 + n that signal n stopped the command. If the reader of the output, such as ``head``, has ended, the command
+    exits without a message and with the status of SIGPIPE.
     """
     status = 0
     lock_bars_among_threads()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # in tests it may be another kind of stream
+        if isinstance(stream, io.TextIOWrapper):  # tests may replace the stream with an object of another type
             stream.reconfigure(errors="backslashreplace")
     # Freeing DDP's reducer waits for gloo's threads, and one of these threads may wait for the GIL. Therefore, keep the
     # objects that the command returns, or that an error's traceback refers to, until the process ends.
@@ -185,7 +185,7 @@ def run_command(command: Callable[[], object]) -> NoReturn:
 
 
 def _flush_stdout(status: int) -> int:
-    """Write what standard output still holds. Returns the status, or that of SIGPIPE if the reader is gone."""
+    """Flush standard output. Returns ``status``, or the status of SIGPIPE if the reader of a pipe has ended."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""Damage inputs of every kind, run the commands that read them, and list every command that did not end as it should.
+"""Damage inputs of every kind, run commands on the damaged inputs, and list the commands that ended in a wrong way.
 
 python -m benchmarks.fuzz                        # what `make fuzz` runs: 2,000 damaged inputs of all groups
 python -m benchmarks.fuzz parquet npy --inputs 500
@@ -16,11 +16,13 @@ from benchmarks.fuzz.isolation import run_group
 
 
 def main() -> int:
-    """Run the trials and print a table. Returns 1 if a command did not end as it should."""
+    """Run the trials and print a table. Returns 1 if a command ended neither with success nor with one error line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"{', '.join(GROUPS)} (default: all)")
-    parser.add_argument("--inputs", type=int, default=2000, help="damaged inputs of all groups (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed damages in other ways (default: %(default)s)")
+    parser.add_argument(
+        "--inputs", type=int, default=2000, help="total number of damaged inputs (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the random damage (default: %(default)s)")
     parser.add_argument("--show-errors", action="store_true", help="print every error line")
     arguments = parser.parse_args()
     names = arguments.groups or list(GROUPS)

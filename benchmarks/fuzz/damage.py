@@ -1,4 +1,4 @@
-"""Ways to damage a file. The same random numbers always give the same damage."""
+"""Damage files at random. Equal random numbers cause equal damage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_EDGE_BYTES = 256  # headers and footers are at the edges of a file, so half of the damage is there
+_EDGE_BYTES = 256  # headers and footers are at the edges of a file, so half of all positions are there
 _MOST_CHANGED = 8
 _LONGEST_INSERTION = 64
 _ODD_INTEGERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 62, (1 << 63) - 1, (1 << 64) - 1)
@@ -44,7 +44,7 @@ ChangeBytes = Callable[[bytes, random.Random], bytes]
 
 
 def damage_folder(folder: Path, stream: random.Random) -> str:
-    """Damage one or two files below a folder. Returns a description of the damage."""
+    """Damage one or two files in a folder or its subfolders, and return a description of the damage."""
     done = []
     for _ in range(stream.choice((1, 1, 2))):
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -73,13 +73,13 @@ def _damage_file(path: Path, folder: Path, stream: random.Random) -> str:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Replace ``target`` by a copy of ``source``."""
+    """Replace the folder ``target`` with a copy of the folder ``source``."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
 
 
 def _position(size: int, stream: random.Random) -> int:
-    """Return an offset from 0 to ``size``, in half of the cases near an edge."""
+    """Return a random offset from 0 to ``size``. Half of the offsets are near the beginning or the end."""
     if stream.random() < 0.5:
         return stream.randint(0, size)
     offset = stream.randint(0, min(size, _EDGE_BYTES))
@@ -172,9 +172,9 @@ _CHANGES: tuple[ChangeBytes, ...] = (
 
 
 def _change_json(content: bytes, stream: random.Random) -> bytes | None:
-    """Replace, delete or add a value of a JSON file, or of a line of a JSON Lines file. Returns None for other files.
+    """Replace, delete or add a value in a JSON file or in a line of a JSON Lines file. Returns None for other files.
 
-    Our own files end with a hash of all other keys, which is removed so that readers look at the changed value.
+    Manifests contain a hash of all other keys. The hash is removed, so that commands read the changed value.
     """
     try:
         value = json.loads(content)
@@ -191,7 +191,7 @@ def _change_json(content: bytes, stream: random.Random) -> bytes | None:
 
 
 def change_value(value: Any, stream: random.Random) -> Any:
-    """Return a JSON value in which one value, at any depth, was replaced, deleted or added."""
+    """Return a copy of a JSON value in which one value at any depth is replaced, deleted or added."""
     if isinstance(value, (dict, list)) and value and stream.random() < 0.85:
         key = stream.choice(sorted(value)) if isinstance(value, dict) else stream.randrange(len(value))
         if stream.random() < 0.1:

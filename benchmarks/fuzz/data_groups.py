@@ -1,4 +1,4 @@
-"""Groups of stage 1 and of the files that evaluation reads."""
+"""Define the groups of inputs for stage 1 and for evaluation files."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _write_examples(source: Path, fixed: Path) -> None:
 
 
 def write_tiny_run(folder: Path) -> None:
-    """Train GPT-2's smallest relative for one step: the run is ``run``, its data ``data``, its config ``run.json``."""
+    """Train a tiny GPT-2 for one step. Writes the run ``run``, the dataset ``data`` and the config ``run.json``."""
     write_ours(folder / "data", {"train": [documents(20)], "val": [documents(5, 1)]})
     config = {
         "run": {"precision": "fp32", "device": "cpu", "compile": False, "out_dir": str(folder / "run")},

@@ -1,4 +1,4 @@
-"""All groups by name."""
+"""List all groups by name."""
 
 from benchmarks.fuzz.data_groups import DATA_GROUPS
 

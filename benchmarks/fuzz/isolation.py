@@ -1,4 +1,4 @@
-"""Run the trials of a group in a process of its own, so that a crash or a hang of the interpreter is a result too."""
+"""Run the trials of a group in a separate process, so that a crash or a hang of this process is a result, too."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _LONGEST_TRIAL_S = 120.0
 
 
 def run_group(name: str, inputs: int, seed: int) -> Iterator[Trial]:
-    """Yield the trials of a group on the inputs from 0 on. A process that crashes or hangs is replaced.
+    """Yield the trials of a group on the inputs 0 to ``inputs - 1``. A process that crashes or hangs is replaced.
 
     Raises:
-        RuntimeError: a command refuses the undamaged input.
+        RuntimeError: a command does not accept the undamaged input.
     """
     context = multiprocessing.get_context("spawn")
     first = 0
@@ -34,7 +34,7 @@ def run_group(name: str, inputs: int, seed: int) -> Iterator[Trial]:
                 if isinstance(value, Trial):
                     yield value
                 else:
-                    number = value  # the input whose trials begin
+                    number = value  # the number of the input whose trials begin
             problem = f"hangs for {_LONGEST_TRIAL_S:.0f} s"
             process.kill()
             process.join()

@@ -1,4 +1,4 @@
-"""Run commands on damaged input in this process, and judge how each command ended."""
+"""Run commands on damaged inputs in this process, and check how each command ended."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Command:
 
     Attributes:
         main: the command's function, which reads ``sys.argv``.
-        line: the arguments. ``{source}`` is the damaged input, ``{out}`` a path that does not exist yet, and
-            ``{fixed}`` a folder with files that are never damaged.
-        continues_in_source: whether an error may leave changed or new files in ``{source}``, because the command
+        line: the arguments. ``{source}`` stands for the damaged input, ``{out}`` for a path that does not exist, and
+            ``{fixed}`` for a folder with files that are never damaged.
+        continues_in_source: whether a failed command may change files in ``{source}`` or add files, because the command
             continues unfinished work in that folder.
-        check: called with ``{out}`` after a success, to check what was written.
+        check: a function that checks the output. It is called with ``{out}`` after each success.
     """
 
     main: Callable[[], object]
@@ -47,11 +47,11 @@ class Group:
     """Inputs of one kind and the commands that read them.
 
     Attributes:
-        name: the name on the command line.
-        make: writes the undamaged input into an empty folder (first argument). It may write files that the commands
-            need, but that are never damaged, into another empty folder (second argument).
-        commands: run one after the other on each damaged input.
-        damage: damages the files of a folder and returns a description.
+        name: the name of the group on the command line.
+        make: a function that writes the undamaged input into an empty folder (first argument). It may write other files
+            that the commands need into a second empty folder (second argument). These files are never damaged.
+        commands: the commands to run, one after the other, on each damaged input.
+        damage: a function that damages the files of a folder and returns a description of the damage.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Trial:
-    """How one command ended on one damaged input. ``problem`` is None if it ended as it should."""
+    """The result of one command on one damaged input. ``problem`` is None if the command ended correctly."""
 
     group: str
     number: int
@@ -78,7 +78,7 @@ class Trial:
 
 
 class Workbench:
-    """The folders in which the trials of a group take place."""
+    """The folders that the trials of a group use."""
 
     def __init__(self, group: Group, folder: Path, seed: int) -> None:
         """Write the undamaged input, and check that every command accepts it."""
@@ -97,7 +97,7 @@ class Workbench:
                 raise AssertionError(f"the undamaged input must be accepted: {trial}")
 
     def try_number(self, number: int) -> Iterator[Trial]:
-        """Run all commands of the group on the damaged input with this number."""
+        """Run all commands of the group, each on the damaged input with this number."""
         for command in self._group.commands:
             copy_folder(self._sound, self._work / "source")
             stream = random.Random(f"{self._seed}/{self._group.name}/{number}")
@@ -129,7 +129,7 @@ class Workbench:
 def call(main: Callable[[], object], arguments: list[str]) -> tuple[int, str, str | None]:
     """Run a command in this process.
 
-    Returns its exit status, its error output, and the traceback of an exception that ``run_command`` let through.
+    Returns the exit status, the error output, and the traceback of an exception that ``run_command`` did not catch.
     """
     status, unexpected = 0, None
     output, errors = io.StringIO(), io.StringIO()
@@ -148,7 +148,7 @@ def call(main: Callable[[], object], arguments: list[str]) -> tuple[int, str, st
 
 
 def _judge(status: int, error_output: str) -> str | None:
-    """Return what is wrong with the way in which a command ended, or None."""
+    """Return a description of the problem if a command ended in a wrong way, else None."""
     lines = error_output.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     if status not in (0, UserError.exit_status):
@@ -163,7 +163,7 @@ def _judge(status: int, error_output: str) -> str | None:
 
 
 def _contents_of(folder: Path) -> dict[str, str]:
-    """Return a hash for each file below a folder, and an empty string for each folder."""
+    """Return path -> hash for the files in a folder and its subfolders. Subfolders have an empty hash."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""Distributed backends, one file per backend, behind the interface in :mod:`pipeline.backends.base`."""
+"""Create distributed backends. Each backend has its own file and the interface in :mod:`pipeline.backends.base`."""
 
 from pipeline.backends.base import Backend
 from pipeline.backends.optimizer_state import Fragment

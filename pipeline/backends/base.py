@@ -1,4 +1,4 @@
-"""The interface of a backend. The trainer, the checkpoints and the evaluation use only this interface."""
+"""Define the interface of a backend. Training, checkpoints and evaluation use only this interface."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -39,13 +39,13 @@ class Backend(ABC):
 
     @abstractmethod
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
-        """Run the forward and backward pass of one micro-batch. Returns the detached sum of the losses, unweighted.
+        """Run the forward and backward pass of one micro-batch. Returns the detached sum of the losses without weight.
 
         Args:
             tokens: (B, T) int64 ids on the device.
             targets: (B, T) int64 ids. ``IGNORE_INDEX`` marks targets that are not scored.
             loss_weight: the factor by which the summed loss is multiplied before the backward pass.
-            is_last: whether this is the last micro-step of the step. Ranks synchronize gradients only if this is True.
+            is_last: whether this is the last micro-step of the step. If False, ranks do not synchronize gradients.
         """
 
     def step(self, learning_rate: float) -> Tensor | float:
@@ -64,7 +64,7 @@ class Backend(ABC):
 
     @abstractmethod
     def _update(self) -> Tensor | float:
-        """Unscale, clip, update and clear as ``step`` does, at the current learning rate. Returns the gradient norm."""
+        """Do the work of ``step`` at the current learning rate, and return the gradient norm."""
 
     def fragments(self) -> list[Fragment]:
         """Return the training state on this rank. Moments that do not exist yet are created as zeros."""
@@ -105,7 +105,7 @@ class Backend(ABC):
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
-        """Turn dropout off within the context."""
+        """Turn dropout off within the block."""
         self.compute.eval()
         try:
             yield

@@ -1,6 +1,6 @@
-"""DistributedDataParallel: whole fp32 weights on every rank, gradients all-reduced once per step.
+"""Train with DDP. Every rank has all fp32 weights, and gradients are all-reduced once per step.
 
-A single process runs the plain model without a wrapper, on any device that torch supports.
+If there is only one process, the model is not wrapped, so training works on any device that torch supports.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -24,13 +24,13 @@ class DdpBackend(TorchBackend):
         super().__init__(model, _wrap(model.to(world.device), config, world), config, world)
 
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
-        """Return DDP's ``no_sync`` unless ``enabled`` is True. DDP reads this setting in the forward pass."""
+        """Return DDP's ``no_sync`` if ``enabled`` is False. DDP reads this setting in the forward pass."""
         if enabled or not isinstance(self.compute, DistributedDataParallel):
             return nullcontext()
         return self.compute.no_sync()
 
     def _clear_gradients(self) -> None:
-        """Set the gradients to zero in place, because they are views of DDP's buckets, which should stay allocated."""
+        """Set the gradients to zero in place. They are views of DDP's buckets, which should stay allocated."""
         self.optimizer.zero_grad(set_to_none=not isinstance(self.compute, DistributedDataParallel))
 
 

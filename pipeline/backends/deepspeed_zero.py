@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO stages 0 to 3. This is the only file that imports DeepSpeed."""
+"""Train with DeepSpeed ZeRO, stages 0 to 3. Only this file imports DeepSpeed."""
 
 import copy
 import logging
@@ -38,15 +38,15 @@ log = logging.getLogger(__name__)
 # Before 0.19.8, ZeRO-0 scaled bf16 gradients wrongly, and the weights of ranks diverged under ZeRO-1 in bf16.
 TESTED_VERSIONS = (Version("0.19.8"), Version("0.20"))
 
-_BUILD_ERRORS = (RuntimeError, ImportError, OSError)  # raised if there is no working C++ compiler
+_BUILD_ERRORS = (RuntimeError, ImportError, OSError)  # the errors that a build raises without a working C++ compiler
 
 
 def _configure_process() -> None:
     """Silence DeepSpeed, and prevent a build that training does not use. These settings apply to the whole process."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that torch 2.13 deprecates. A user cannot avoid this warning.
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates. Hide the warning, because users cannot avoid it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-    # On CPUs, DeepSpeed compiles an operator for inference at the start.
+    # On CPUs, DeepSpeed would compile an operator for inference at the start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -54,7 +54,7 @@ _configure_process()
 
 
 class DeepSpeedBackend(Backend):
-    """The common base of all stages, which uses DeepSpeed's engine."""
+    """The base class for all stages. It uses DeepSpeed's engine."""
 
     in_precision: Callable[[GPT2, str, torch.device], ComputeModel]  # creates the module that the engine wraps
 
@@ -143,7 +143,7 @@ class Zero0Backend(DeepSpeedBackend):
 
 
 class ZeroBackend(DeepSpeedBackend):
-    """Stages 1 to 3: moments, then gradients, then weights are sharded over the ranks."""
+    """Stages 1 to 3. Stage 1 shards the moments, stage 2 also the gradients, and stage 3 also the weights."""
 
     in_precision = AutocastModel
 
@@ -172,7 +172,7 @@ class ZeroBackend(DeepSpeedBackend):
         return 1.0
 
     def _update(self) -> float:
-        """Let the engine clip and update. The engine skips the update if the norm is not finite."""
+        """Clip and update with the engine. The engine skips the update if the gradient norm is not finite."""
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         assert norm is not None, "DeepSpeed computed no gradient norm"
@@ -181,16 +181,16 @@ class ZeroBackend(DeepSpeedBackend):
 
 
 def create_deepspeed_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -> DeepSpeedBackend:
-    """Return the backend of the stage that the config names."""
+    """Return the backend for the ZeRO stage in the config."""
     backend = ZeroBackend if config.backend.zero_stage > 0 else Zero0Backend
     return backend(model, config, world, plan)
 
 
 def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[str, Any]:
-    """Return the user's native DeepSpeed config, completed with the keys that the run config owns.
+    """Return the DeepSpeed config of the user with additional keys, whose values come from the run config.
 
     Args:
-        cpu_adam: whether an offloaded optimizer is DeepSpeed's CPUAdam. If False, it is torch's AdamW on the CPU.
+        cpu_adam: whether an offloaded optimizer is DeepSpeed's CPUAdam. If False, torch's AdamW runs on the CPU.
     """
     native = {
         "steps_per_print": config.schedule.max_steps + 1,  # DeepSpeed never prints, because the trainer does
@@ -218,7 +218,7 @@ def _check_readable(native: dict[str, Any]) -> None:
     """Raise ConfigError if DeepSpeed cannot parse the config."""
     try:
         DeepSpeedConfig(copy.deepcopy(native))
-    except Exception as error:  # for a value of a wrong type, DeepSpeed's parser can raise any error
+    except Exception as error:  # if a value has a wrong type, DeepSpeed's parser can raise any error
         raise _refused(error) from error
 
 

@@ -1,7 +1,7 @@
 """Remove dead locks of C++ extensions, which torch builds at first use.
 
-A build that was killed does not remove its lock. torch waits for the lock without a limit (``torch.utils.file_baton``),
-so every later run would hang.
+If a build is killed, the lock is not removed. torch waits for the lock without a time limit
+(``torch.utils.file_baton``), so every later run would hang.
 """
 
 import logging
@@ -13,7 +13,7 @@ from torch.utils.cpp_extension import _get_build_directory
 
 log = logging.getLogger(__name__)
 
-#: A lock that is older, and that no process on this host has open, is dead. A build takes about a minute.
+#: A lock is dead if it is older and no process on this host has it open. A build takes about a minute.
 LONGEST_BUILD_S = 300.0
 _POLL_S = 0.5
 
@@ -24,9 +24,9 @@ def wait_for_build_elsewhere(extension: str) -> None:
 
 
 def clear_dead_lock(lock: Path) -> None:
-    """Remove a lock that no process on this host has open, once it is older than ``LONGEST_BUILD_S``.
+    """Wait while a lock exists that no process on this host has open. Remove a lock older than ``LONGEST_BUILD_S``.
 
-    Until then, the owner of the lock may be building on another host that shares the home folder.
+    The owner of a newer lock may be building on another host that shares the home folder.
     """
     while (age_s := _age_s(lock)) is not None and not _is_open_on_this_host(lock):
         if age_s > LONGEST_BUILD_S:
@@ -44,7 +44,7 @@ def _age_s(lock: Path) -> float | None:
 
 
 def _is_open_on_this_host(lock: Path) -> bool:
-    """Return whether a process on this host has the lock open, as its owner does. Returns False without /proc."""
+    """Return whether a process on this host has the lock open. Returns False on a system without /proc."""
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if os.path.samestat(descriptor.stat(), lock.stat()):

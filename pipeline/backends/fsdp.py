@@ -1,4 +1,4 @@
-"""FSDP2 (``fully_shard``): each block's weights, gradients and moments are sharded over the ranks."""
+"""Train with FSDP2 (``fully_shard``), which shards weights, gradients and moments of each block over the ranks."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +33,7 @@ class FsdpBackend(TorchBackend):
 
 
 def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
-    """Apply recomputation, compile each module, and shard. Collectives are not part of the compiled graphs.
+    """Apply recomputation, compile each module, and shard the model. Compiled graphs contain no collectives.
 
     Each block is one group of weights. The embeddings, the last LayerNorm and the output layer form the root group.
     ``wte`` and ``lm_head`` are therefore in one group and stay tied. The end of the forward pass and the beginning of
@@ -59,14 +59,14 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
 
 
 class _GlooCollective:
-    """A collective for CPUs that copies less than gloo's own. See ``FSDPModule.set_custom_all_gather``.
+    """A collective for CPUs that copies less than the collective of gloo. See ``FSDPModule.set_custom_all_gather``.
 
     Gloo gathers into a buffer and then copies the buffer. Gloo implements reduce-scatter as an all-reduce of the whole
     input.
     """
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a new tensor that the collective sends from or receives into. FSDP2 calls this method."""
+        """Return a new tensor for the input or output of the collective. FSDP2 calls this method."""
         return torch.empty(*size, dtype=dtype, device=device)
 
 
@@ -90,7 +90,7 @@ class AllGather(_GlooCollective):
 
 
 class ReduceScatter(_GlooCollective):
-    """A reduce-scatter in which each rank receives its shard from all ranks and sums in the order of the ranks."""
+    """A reduce-scatter in which each rank receives its shard from all ranks and adds them in the order of the ranks."""
 
     def __call__(
         self,

@@ -34,7 +34,7 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[
 
 
 def build_adamw(parameters: Iterable[Tensor], config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
-    """Return torch's AdamW, fused if the device supports it. Logs a warning if it does not."""
+    """Return torch's AdamW, in the fused version if the device supports this version. Otherwise, log a warning."""
     fused = device.type in FUSED_DEVICES
     if not fused:
         log.warning("fused AdamW is not available on %s; using the plain one", device.type)
@@ -54,7 +54,7 @@ def set_learning_rate(param_groups: Iterable[dict[str, Any]], learning_rate: flo
 
 
 def global_grad_norm(gradients: list[Tensor]) -> Tensor:
-    """Return the L2 norm of the gradients, a scalar on their device. Shards (DTensor) of all ranks are included.
+    """Return the L2 norm of the gradients as a scalar on the device of the gradients. DTensors count with all shards.
 
     Squares are summed in fp64, so the order of summation has almost no effect and the norms of all backends agree.
     """
@@ -69,7 +69,7 @@ def global_grad_norm(gradients: list[Tensor]) -> Tensor:
 def _sum_of_squares(gradient: Tensor) -> Tensor:
     """Return the sum of the squares in ``summing_dtype``.
 
-    On a CPU, convert the gradient in pieces that fit into its cache. torch would convert the whole gradient at once.
+    On a CPU, convert the gradient in pieces that fit into the cache. torch would convert the whole gradient at once.
     """
     dtype = summing_dtype(gradient.device)
     if gradient.device.type != "cpu":
@@ -83,7 +83,7 @@ def _sum_of_squares(gradient: Tensor) -> Tensor:
 
 
 def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float) -> Tensor:
-    """Divide gradients by the loss scale, and clip their norm to ``max_norm`` unless it is 0. Changes the gradients.
+    """Divide the gradients by the loss scale, and clip their norm to ``max_norm``, both in place. 0 means no clipping.
 
     Returns:
         The global norm of the unscaled gradients before clipping, a scalar.
@@ -138,7 +138,7 @@ class LossScaler:
         return cls(dynamic=True, scale=2.0**16) if precision == "amp_fp16" else cls(dynamic=False)
 
     def update(self, grad_norm: Tensor | float) -> None:
-        """Adjust the scale after a step. Only a dynamic scale waits for the device to compute the norm."""
+        """Adjust the scale after a step. A dynamic scale waits until the device has computed the norm."""
         if not self.dynamic:
             return
         overflowed = not math.isfinite(grad_norm)
@@ -150,7 +150,7 @@ class LossScaler:
             self.good_steps = 0
 
     def restore(self, scale: float | None, good_steps: int) -> None:
-        """Use the values of a checkpoint. Does nothing if this precision or the checkpoint (None) has no loss scale."""
+        """Use the values of a checkpoint. Does nothing if ``scale`` is None or this precision uses no loss scale."""
         if self.dynamic and scale is not None:
             self.scale, self.good_steps = scale, good_steps
 

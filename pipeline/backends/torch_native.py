@@ -1,4 +1,4 @@
-"""The common base of DDP and FSDP2: torch's AdamW on the model's own parameters, which are the fp32 masters."""
+"""Provide the base class of DDP and FSDP2. torch's AdamW updates the model's parameters, which are the fp32 masters."""
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager
@@ -15,7 +15,7 @@ from pipeline.model.gpt2 import GPT2
 
 
 class TorchBackend(Backend):
-    """A backend whose wrapper only has to synchronize gradients."""
+    """A backend whose wrapper only synchronizes gradients."""
 
     label: str
 
@@ -34,7 +34,7 @@ class TorchBackend(Backend):
 
     @abstractmethod
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
-        """Return the context for a forward *and* backward pass. If ``enabled``, gradients are synchronized after it."""
+        """Return the context for a forward *and* backward pass. If ``enabled``, ranks synchronize gradients."""
 
     def _update(self) -> Tensor:
         norm = clip_and_step(self.optimizer, self.parameters.values(), self.loss_scaler.scale, self.max_norm)

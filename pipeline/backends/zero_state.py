@@ -1,6 +1,6 @@
 """Access the fp32 masters and moments of ZeRO stages 1 to 3. Only this file uses private names of DeepSpeed 0.19.8.
 
-The tests save and resume every stage, so they fail with a release that changes these names.
+The tests save and resume with every stage, so they fail if a release of DeepSpeed changes these names.
 """
 
 from typing import Any

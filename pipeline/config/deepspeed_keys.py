@@ -1,4 +1,4 @@
-"""Check ``backend.deepspeed``, DeepSpeed's native JSON, without importing DeepSpeed."""
+"""Check ``backend.deepspeed``, which contains DeepSpeed's own JSON, without importing DeepSpeed."""
 
 import difflib
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config.schema import BackendConfig, Config
 
-#: Maps DeepSpeed keys that the run config owns to the config keys that set them.
+#: DeepSpeed key -> config key, for DeepSpeed keys whose values come from other keys of the run config.
 OWNED_BY_RUN = {
     "train_batch_size": "batch.tokens_per_step",
     "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
@@ -29,7 +29,7 @@ OWNED_BY_RUN = {
     "dataloader_drop_last": "data.*",
 }
 
-#: DeepSpeed's own loggers, which would log under this backend only.
+#: The keys of DeepSpeed's own loggers, which other backends do not have.
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 #: The other top-level keys that DeepSpeed 0.19 reads and that have an effect in this project, with their types.
@@ -53,8 +53,8 @@ PASSED_THROUGH: dict[str, type] = {
     "timers": dict,
 }
 
-#: The keys of ``zero_optimization`` that move data in other pieces, at another time or to another place, and train with
-#: the same numbers. A key is accepted only after it was examined. ZenFlow is missing: it replaces the optimizer.
+#: The keys of ``zero_optimization`` that change how, when or where data moves, but not the results. We add a key only
+#: after an examination. ZenFlow is missing because it replaces the optimizer.
 SAME_NUMBERS = (
     "stage",
     "contiguous_gradients",
@@ -86,7 +86,7 @@ SAME_NUMBERS = (
     "leaf_module",
 )
 
-#: The keys that change the numbers, with the value that changes nothing.
+#: The keys that can change the results, with the values that do not change the results.
 OTHER_NUMBERS: dict[str, Any] = {
     "prescale_gradients": False,
     "gradient_predivide_factor": 1.0,
@@ -127,7 +127,7 @@ def find_mistakes(backend: BackendConfig) -> Iterator[tuple[str, str]]:
 
 
 def changes_of_numbers(backend: BackendConfig) -> list[str]:
-    """Return the keys of ``backend.deepspeed`` that make the numbers differ from those of other backends."""
+    """Return the keys of ``backend.deepspeed`` that make the results differ from those of other backends."""
 
     def value_of(key: str) -> Any:
         value: Any = backend.deepspeed
@@ -139,7 +139,7 @@ def changes_of_numbers(backend: BackendConfig) -> list[str]:
 
 
 def keys_of_deepspeed(content: dict[str, Any]) -> list[str]:
-    """Return the keys of a config file that show it to be DeepSpeed's own JSON. Returns none for a run config."""
+    """Return the keys that identify a config file as DeepSpeed's own JSON. Returns an empty list for a run config."""
     own = [key for key in content if key in (*PASSED_THROUGH, *OWNED_BY_RUN, *MONITORS)]
     sections = [key for key in content if key in Config.model_fields and key not in OWNED_BY_RUN]
     return [] if sections else [key for key in own if key not in Config.model_fields]

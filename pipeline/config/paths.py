@@ -8,19 +8,19 @@ from pipeline.config.schema import Config, RunConfig
 
 
 def with_working_dir(config: Config) -> Config:
-    """Return the config of a run that starts in the current folder, unless the config names another folder."""
+    """Set ``run.working_dir`` to the current folder if the config does not have this key yet."""
     run = config.run.model_copy(update={"working_dir": config.run.working_dir or str(Path.cwd())})
     return config.model_copy(update={"run": run})
 
 
 def find_path(path: str, run: RunConfig) -> str:
-    """Return a path of a config that exists, or the path itself if no better one is known.
+    """Return the path of a file or folder that a config names. A URL is returned without a check.
 
-    A relative path belongs to the current folder. If it is missing there, it belongs to the folder in which the run
-    was started, so that a run can be evaluated and continued from any folder.
+    The function looks for a relative path in the current folder, then in the folder in which the run was started. A run
+    can therefore be evaluated and continued from any folder. If both folders are the same, there is no check.
 
     Raises:
-        DataError: the path is missing in both folders.
+        DataError: the path does not exist in either of two different folders.
     """
     if run.working_dir is None or is_remote(path) or Path(path).exists():
         return path

@@ -233,7 +233,7 @@ def _within_store_timeout(request: Callable[[], Result], otherwise: Result) -> R
     results = [otherwise]
 
     def call() -> None:
-        with suppress(RuntimeError):  # the store is gone with the process that held it
+        with suppress(RuntimeError):  # the process with the store has ended
             results[0] = request()
 
     thread = threading.Thread(target=call, daemon=True)

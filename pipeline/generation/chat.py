@@ -25,13 +25,14 @@ Template = Literal["messages", "instruction"]
 class Chat:
     """A conversation with a model.
 
-    An answer ends at ``<|endoftext|>``, before a heading of the layout, and in a chat at the token that ends a turn.
-    GPT-2's tokenizer encodes the empty line at the end of a turn as one token, and between paragraphs as two tokens.
+    An answer ends at ``<|endoftext|>`` or before a heading of the layout. With "messages", an answer also ends at the
+    token that ends a turn: GPT-2's tokenizer encodes the empty line at the end of a turn as one token, but encodes an
+    empty line between paragraphs as two tokens.
 
     Args:
-        template: the records that the model was trained on. With "instruction", each message is answered by itself,
-            because such records have no history.
-        system: the text of a first message with the role "system", only with "messages".
+        template: the kind of records that the model was trained on. With "instruction", the model sees only the last
+            message, because these records have no history.
+        system: the text of a first message with the role "system". Allowed only with "messages".
     """
 
     def __init__(self, writer: Writer, sample: SampleConfig, template: Template, system: str | None = None) -> None:
@@ -46,7 +47,7 @@ class Chat:
         self._history: list[list[int]] = []  # the tokens of each finished exchange, oldest first
 
     def answer(self, message: str, seed: int) -> Generator[str]:
-        """Yield the answer to a message in pieces, each as soon as it is generated."""
+        """Yield the answer to a message in pieces. Each piece is yielded as soon as it is generated."""
         question = self._encode_question(message)
         prompt = [END_OF_TEXT, *self._recall(question), *question]
         answer = ""
@@ -54,12 +55,12 @@ class Chat:
             for piece in self.writer.stream_tokens(prompt, self.sample, seed, self._ends):
                 answer += piece
                 yield piece
-        finally:  # an interrupted answer belongs to the conversation, too
+        finally:  # an interrupted answer is also part of the conversation
             if self.template == "messages":
                 self._history.append(question + self._encode(answer.strip() + END_OF_TURN))
 
     def _recall(self, question: list[int]) -> list[int]:
-        """Return the tokens before a question. Exchanges for which the context has no room are forgotten first."""
+        """Return the tokens before a question. If the context is too short, remove the oldest exchanges first."""
         context = self.writer.model.config.context_length
         room = context - min(self.sample.max_new_tokens, context // 2) - 1 - len(self._system) - len(question)
         forgotten = 0
@@ -83,5 +84,5 @@ class Chat:
         return self._encode(heading_of_role(role)) + self._encode(text + END_OF_TURN)
 
     def _encode(self, segment: str) -> list[int]:
-        """Encode a segment of a document by itself, as stage 1 does."""
+        """Encode a segment of a document separately from other segments, like stage 1."""
         return self.writer.tokenizer.encode(segment).tolist()

@@ -1,4 +1,4 @@
-"""Say how the imported model differs from the one in the files, and measure the differences on a short text."""
+"""Describe how an imported model differs from the model in the files, and measure the effect on a short text."""
 
 from collections.abc import Callable, Mapping
 
@@ -12,8 +12,8 @@ from pipeline.config.schema import ModelConfig
 from pipeline.interop.foreign import model_shapes, read_padded
 from pipeline.model.gpt2 import GPT2, MLP, gelu
 
-#: A vocabulary of up to this many tokens is taken for GPT-2's with added tokens or padding, if the files do not have
-#: another tokenizer. It is 50257 rounded up to a multiple of 1024.
+#: The largest vocabulary that is assumed to be GPT-2's with added tokens or padding, if the files contain no other
+#: tokenizer. The value is 50257 rounded up to a multiple of 1024.
 LARGEST_PADDED_VOCABULARY = 51_200
 
 #: "Once upon a time there was a small town by the sea. Every morning the fishermen went out in their boats, and every
@@ -25,12 +25,12 @@ SHORT_TEXT = (
 
 
 def rows_of_the_tokenizer(rows: int) -> int:
-    """Return how many rows of an embedding GPT-2's tokenizer can use: not those of added tokens and padding."""
+    """Return how many rows of an embedding GPT-2's tokenizer can use, without rows for added tokens and padding."""
     return GPT2_VOCAB_SIZE if GPT2_VOCAB_SIZE < rows <= LARGEST_PADDED_VOCABULARY else rows
 
 
 def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
-    """Return a line about weights in another dtype than fp32, which all weights have here."""
+    """Return a line that names the dtypes of weights that are not fp32. Returns no line if all weights are fp32."""
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()} - {"float32"})
     if not dtypes:
         return []
@@ -41,13 +41,13 @@ def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
 def describe_differences(
     config: ModelConfig, weights: Mapping[str, Tensor], kept_rows: int, *, exact_gelu: bool
 ) -> list[str]:
-    """Return one line per difference between the model in the files and ours, with its size on a short text.
+    """Return one line per difference between the model in the files and our model, with the losses on a short text.
 
     Args:
-        config: the model in the files, with all rows of its vocabulary.
-        weights: its parameters by canonical name, in our orientation. Biases may be missing.
-        kept_rows: the size of our vocabulary.
-        exact_gelu: whether the model in the files has the GELU with erf.
+        config: the config of the model in the files, with all rows of the vocabulary.
+        weights: canonical name -> parameter of this model, in our orientation. Biases may be missing.
+        kept_rows: the size of the vocabulary of our model.
+        exact_gelu: whether the model in the files computes GELU with erf.
     """
     rows = config.vocab_size
     if not exact_gelu and kept_rows == rows:
@@ -74,7 +74,7 @@ def describe_differences(
 
 
 def _assemble(config: ModelConfig, weights: Mapping[str, Tensor]) -> GPT2:
-    """Return a model that computes with the given weights. Tensors in fp32 stay mapped."""
+    """Return a model that computes with the given weights. Tensors in fp32 stay memory-mapped."""
     shapes = model_shapes(config)
     state = {name: read_padded({WEIGHT: weights}, shapes, WEIGHT, name).float() for name in shapes}
     with torch.device("meta"):
@@ -84,7 +84,7 @@ def _assemble(config: ModelConfig, weights: Mapping[str, Tensor]) -> GPT2:
 
 
 def _tokens_for(config: ModelConfig) -> tuple[Tensor, str]:
-    """Return tokens to measure on, (1, T), and their name."""
+    """Return the tokens for a measurement, shape (1, T), and a name for the tokens."""
     if config.vocab_size >= GPT2_VOCAB_SIZE:
         ids, text = torch.tensor(SHORT_TEXT), "a short text"
     else:

@@ -1,4 +1,4 @@
-"""Helpers to read a GPT-2 of another program: pickles, names, the tied weight, dtypes, shapes and missing tensors."""
+"""Read and check a GPT-2 from files of another program: pickles, parameter names, dtypes, shapes, missing tensors."""
 
 import re
 import warnings
@@ -24,21 +24,21 @@ from pipeline.model.gpt2 import allocate_model
 #: The prefix of GPT-2's parameters in a model with an output layer, in nanoGPT and in transformers.
 TRANSFORMER_PREFIX = "transformer."
 
-#: The prefixes that wrappers add: torch.compile, DDP, and modules that hold the model under a name.
+#: The prefixes that wrappers add: torch.compile, DDP, and modules that contain the model as an attribute.
 _WRAPPER_PREFIXES = ("_orig_mod.", "module.", "_module.", "model.")
-_MASK_SUFFIXES = (".attn.bias", ".attn.masked_bias")  # some versions store the causal mask as buffers
+_MASK_SUFFIXES = (".attn.bias", ".attn.masked_bias")  # buffers with the causal mask, which some versions store
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SETTINGS_CLASS = ".GPTConfig"  # nanoGPT's and build-nanogpt's
-_MOST_KEYS = 6  # that a message lists
+_SETTINGS_CLASS = ".GPTConfig"  # the class name in nanoGPT and build-nanogpt
+_MOST_KEYS = 6  # the maximum number of keys that a message lists
 
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """A GPT-2 that was read from the files of another program. Its tensors are mapped if the files allow it."""
+    """A GPT-2 that was read from the files of another program. Tensors are memory-mapped if the format allows this."""
 
     config: ModelConfig
-    weights: dict[str, Tensor]  # by canonical name, in our orientation, without padding rows; biases may be missing
-    notes: list[str]  # for the user, one line per difference to the model in the files
+    weights: dict[str, Tensor]  # canonical name -> tensor in our orientation; no padding rows, biases may be missing
+    notes: list[str]  # messages for the user, one per difference to the model in the files
 
     def read(self, name: str) -> Tensor:
         """Return a parameter in our shape, including the padding rows."""
@@ -57,7 +57,7 @@ class Conversion:
 
 
 class SettingsObject:
-    """Stands in for a pickled ``GPTConfig``, so that its values are read without running the code of its class."""
+    """Replaces a pickled ``GPTConfig``, so that the values can be read without executing the code of the class."""
 
 
 def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
@@ -89,15 +89,15 @@ def _load_pickle(path: Path, classes: list[str]) -> Any:
     """Load a pickle of tensors and plain values. Objects of ``classes`` become ``SettingsObject``s.
 
     Raises:
-        UnpicklingError: the file holds an object of another class, which its text names after ``GLOBAL``.
-        CheckpointError: the file is not one of ``torch.save``, or is damaged.
+        UnpicklingError: the file contains an object of another class. The message names the class after ``GLOBAL``.
+        CheckpointError: ``torch.save`` did not write the file, or the file is damaged.
     """
     try:
         with warnings.catch_warnings(), safe_globals([(SettingsObject, name) for name in classes]):
             warnings.simplefilter("ignore")
-            # Files from before torch 1.6 are not archives and cannot be mapped.
+            # Files that torch wrote before version 1.6 are not archives and cannot be memory-mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged pickle can raise anything
+    except Exception as error:  # a damaged pickle can raise any exception
         name = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, UnpicklingError) else None
         if name and name[1].endswith(_SETTINGS_CLASS) and name[1] not in classes:
             return _load_pickle(path, [*classes, name[1]])
@@ -109,10 +109,10 @@ def _load_pickle(path: Path, classes: list[str]) -> Any:
 
 
 def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return the parameters of a state dict by canonical name. The result has the tied weight once, and no masks.
+    """Return canonical name -> parameter for a state dict. The result has the tied weight once and no masks.
 
     Raises:
-        CheckpointError: no key is one of GPT-2's, a value is not a tensor of finite floats, a parameter is stored
+        CheckpointError: no key is the key of a GPT-2, a value is not a tensor of finite floats, a parameter is stored
             twice, an attention mask is not causal, or the output layer differs from the embedding.
     """
     weights: dict[str, Tensor] = {}
@@ -139,14 +139,14 @@ def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, T
 
 
 def canonical_name(key: str) -> str:
-    """Return our name of a parameter. Its key may have the prefixes of wrappers and the prefix ``transformer.``."""
+    """Return our name for a parameter. The key may have the prefixes of wrappers and the prefix ``transformer.``."""
     while prefix := next(filter(key.startswith, _WRAPPER_PREFIXES), None):
         key = key.removeprefix(prefix)
     return key.removeprefix(TRANSFORMER_PREFIX)
 
 
 def list_keys(content: Mapping[Any, Any]) -> str:
-    """Return the first keys of a dict as text, for a message about one that is missing."""
+    """Return the first keys of a dict as text, for an error message about a missing key."""
     if not content:
         return "it is empty"
     shown = ", ".join(repr(str(key)) for key in list(content)[:_MOST_KEYS])
@@ -155,7 +155,7 @@ def list_keys(content: Mapping[Any, Any]) -> str:
 
 
 def _require_causal(what: str, mask: Any) -> None:
-    """Raise CheckpointError if a buffer that looks like the mask of causal attention is another one."""
+    """Raise CheckpointError if a buffer with the name of the causal mask contains another mask."""
     if isinstance(mask, Tensor) and mask.ndim == 4 and mask.layout == torch.strided and mask.device.type == "cpu":
         causal = torch.ones(mask.shape[-2:], dtype=torch.bool).tril()
         if not torch.equal(mask.bool(), causal.expand(mask.shape)):
@@ -178,12 +178,12 @@ def require_finite_floats(what: str, value: Any) -> Tensor:
 
 
 def require_sizes(where: str, weights: Mapping[str, Tensor], sizes: Mapping[str, int], keys: Mapping[str, str]) -> None:
-    """Raise CheckpointError if sizes contradict the weights, before a model of wrong and huge sizes is created.
+    """Raise CheckpointError if sizes contradict the weights. Call this before a model is created with these sizes.
 
     Args:
-        where: where the sizes are given, for the error message.
-        sizes: sizes by our names.
-        keys: our names -> the names of the sizes in the file.
+        where: the file or section that contains the sizes, for the error message.
+        sizes: our name -> size.
+        keys: our name -> name of the size in the file.
     """
     width = sizes["n_embd"]
     for name, key in (("wte.weight", "vocab_size"), ("wpe.weight", "context_length")):
@@ -201,7 +201,7 @@ def require_sizes(where: str, weights: Mapping[str, Tensor], sizes: Mapping[str,
 
 
 def require_shapes(where: str, source: str, weights: Mapping[str, Tensor], expected: dict[str, list[int]]) -> None:
-    """Raise CheckpointError unless ``weights`` are exactly the ``expected`` parameters in the expected shapes.
+    """Raise CheckpointError if ``weights`` does not have exactly the names and shapes in ``expected``.
 
     Args:
         source: the file or section that contains the sizes of the model, for the error message.

@@ -1,8 +1,8 @@
-"""Import nanoGPT's ``ckpt.pt``: weights, AdamW's moments, and the settings that our run config also has.
+"""Import nanoGPT's ``ckpt.pt``: weights, AdamW's moments, and the settings that also exist in our run config.
 
 The file holds a dict: ``model`` (a state dict), ``optimizer`` (AdamW's), ``model_args``, ``iter_num`` and ``config``.
-build-nanogpt's ``model_*.pt`` has the sizes in ``config`` and the step in ``step``. The matrices have the same
-orientation as ours.
+build-nanogpt's ``model_*.pt`` has the sizes in ``config`` and the step in ``step``. Matrices have the same orientation
+in both programs and in ours.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SIZE_KEYS = {
 _OPTIMIZER_KEYS = ("learning_rate", "weight_decay", "grad_clip")
 _BATCH_KEYS = ("gradient_accumulation_steps", "batch_size", "block_size")
 _SCHEDULE_KEYS = ("decay_lr", "max_iters", "lr_decay_iters", "warmup_iters", "min_lr")
-#: Settings that are the model's, and therefore in ``model_args``.
+#: The settings of the model, which are in ``model_args``, too.
 _MODEL_KEYS = ("n_layer", "n_head", "n_embd", "dropout", "bias")
 _TRANSLATED_KEYS = {*_OPTIMIZER_KEYS, "beta1", "beta2", *_BATCH_KEYS, *_SCHEDULE_KEYS, *_MODEL_KEYS}
 
@@ -79,7 +79,7 @@ def read_nanogpt_model(path: Path) -> ForeignModel:
 
 
 def _read_model(file: NanoGptFile) -> tuple[ForeignModel, ModelConfig]:
-    """Return the model as it will be here, and the config of the model in the file."""
+    """Return the model that this project uses, and the config of the model in the file."""
     section = file.content.section("model")
     weights = read_named_weights(section.where, section.content)
     sizes = {ours: file.model_args.require(theirs, int) for ours, theirs in _SIZE_KEYS.items()}
@@ -98,7 +98,7 @@ def _read_model(file: NanoGptFile) -> tuple[ForeignModel, ModelConfig]:
 
 
 def _stored_shapes(stored: ModelConfig, model_args: Section) -> dict[str, list[int]]:
-    """Return the shapes that the file must contain: without our padding rows, without biases if ``bias`` is False."""
+    """Return the shapes that the file must contain, without our padding rows. No biases if ``bias`` is False."""
     has_biases = model_args.get("bias", bool) is not False
     shapes = {**model_shapes(stored), "wte.weight": [stored.vocab_size, stored.n_embd]}
     return {name: shape for name, shape in shapes.items() if has_biases or not name.endswith(".bias")}
@@ -129,7 +129,7 @@ def _translate_config(file: NanoGptFile, model: ModelConfig, run_folder: Path, n
 
 
 def _translate_schedule(settings: Section, notes: list[str]) -> dict[str, Any]:
-    """Return a schedule with the same learning rates. Our runs end with the cosine, but runs of nanoGPT need not."""
+    """Return a schedule with the same learning rates. Our runs end with the cosine, but nanoGPT can train longer."""
     default, max_iters = ScheduleConfig(), settings.get("max_iters", int)
     if settings.content.get("decay_lr") is False:
         return {"warmup_steps": 0, "max_steps": max_iters or default.max_steps, "min_lr_ratio": 1.0}
@@ -180,8 +180,8 @@ def _read_moments(
 
     Only the first ``kept_rows`` rows of the embedding's moments are returned.
 
-    AdamW numbers the parameters across its groups: those with at least two dimensions first, then the others, each in
-    the order of the model's parameters.
+    AdamW numbers the parameters in this order: parameters with at least two dimensions, then all other parameters. Each
+    group has the order of the model's parameters.
     """
     if file.content.get("optimizer") is None:
         return {}, None

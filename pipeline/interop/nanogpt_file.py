@@ -1,4 +1,4 @@
-"""Open nanoGPT's ``ckpt.pt`` or build-nanogpt's ``model_*.pt``, and check its items when they are read."""
+"""Open nanoGPT's ``ckpt.pt`` or build-nanogpt's ``model_*.pt``. The items are checked when they are read."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Section:
     content: dict[Any, Any]
 
     def get(self, key: Any, kind: type[Any]) -> Any | None:
-        """Return an item, or None if it is missing. Raise CheckpointError if it has another type.
+        """Return an item, or None if the item is missing. Raise CheckpointError if the item is not of type ``kind``.
 
-        An int is accepted as a float.
+        If ``kind`` is float, an int is accepted, too.
         """
         if key not in self.content:
             return None
@@ -39,7 +39,7 @@ class Section:
         return self.get(key, kind)
 
     def section(self, key: Any) -> Section:
-        """Return an item that is a dict. Raises the same errors as ``require``."""
+        """Return an item that is a dict as a ``Section``. Raises the same errors as ``require``."""
         return Section(f"{self.where}: {key}", self.require(key, dict))
 
 
@@ -50,7 +50,7 @@ class NanoGptFile:
     path: Path
     content: Section
     model_args: Section
-    settings: Section  # of the training run; empty if the file has none
+    settings: Section  # the settings of the training run; empty if the file has no settings
     is_build_nanogpt: bool
 
     @property
@@ -64,12 +64,12 @@ class NanoGptFile:
 
 
 def open_nanogpt_file(path: Path) -> NanoGptFile:
-    """Open a file. Tensors are mapped, and no code in the file is run.
+    """Open a file. Tensors are memory-mapped, and no code in the file is executed.
 
-    build-nanogpt stores the sizes as an object under ``config``, where nanoGPT has the settings of the training run.
+    The key ``config`` contains the sizes of the model in build-nanogpt, and the settings of the run in nanoGPT.
 
     Raises:
-        CheckpointError: the file is something else, is damaged, or holds objects other than sizes.
+        CheckpointError: the file does not come from these programs, is damaged, or contains other objects than sizes.
     """
     content = Section(str(path), load_pickled_tensors(path, _EXPECTED))
     config = content.content.get("config")
@@ -77,5 +77,5 @@ def open_nanogpt_file(path: Path) -> NanoGptFile:
         sizes = Section(f"{path}: config", dict(vars(config)))
         return NanoGptFile(path, content, sizes, Section(f"{path}: settings", {}), is_build_nanogpt=True)
     settings = content.section("config") if "config" in content.content else Section(f"{path}: config", {})
-    content.require("model", dict)  # first: a file without it is another kind of file
+    content.require("model", dict)  # check this first: a file without a model is another kind of file
     return NanoGptFile(path, content, content.section("model_args"), settings, is_build_nanogpt=False)

@@ -1,4 +1,4 @@
-"""Open the weights of a checkpoint of any program: ours, a Hugging Face folder, or a file of nanoGPT."""
+"""Open the weights of one of our checkpoints, of a Hugging Face folder, or of a file of nanoGPT."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,17 +24,17 @@ class WeightSource:
     """Weights that can be read one parameter at a time."""
 
     path: Path  # a checkpoint folder, a Hugging Face folder, or a file
-    step: int | None  # of the run that wrote the weights; None if the source does not say
+    step: int | None  # the step of the run that wrote the weights; None if the step is not known
     config: ModelConfig
-    notes: list[str]  # for the user, about what was translated
+    notes: list[str]  # messages for the user about differences to the model in the files
     read: Callable[[str], Tensor]  # canonical name -> parameter in fp32 with padding rows
 
 
 def locate_weights(path: Path) -> Path:
-    """Return the path that ``open_weights`` takes: the newest good checkpoint of a run folder, else the path itself.
+    """Return the argument for ``open_weights``: the newest good checkpoint of a run folder, or any other path itself.
 
     Raises:
-        CheckpointError: the path holds no weights, or its checkpoint is damaged.
+        CheckpointError: the path contains no weights, or the checkpoint is damaged.
     """
     if path.is_file() or (has_model(path) and not is_checkpoint(path) and not list_checkpoints(path)):
         return path
@@ -47,10 +47,10 @@ def locate_weights(path: Path) -> Path:
 
 
 def open_weights(path: Path) -> WeightSource:
-    """Open the weights at a path that ``locate_weights`` returned. Hashes are not verified again.
+    """Open the weights at a path that ``locate_weights`` returned, without verifying hashes again.
 
     Raises:
-        CheckpointError: the weights cannot be read, or belong to another kind of model.
+        CheckpointError: the weights cannot be read, or are not the weights of a GPT-2.
         ConfigError: the model's config is not valid for this program.
     """
     if path.is_file():

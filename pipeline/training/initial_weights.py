@@ -1,4 +1,4 @@
-"""Start a new run from the weights of another one (``checkpoint.init_from``): step 0, zero moments, any data."""
+"""Load the weights of another run or model into a new run (``checkpoint.init_from``). The new run starts at step 0."""
 
 import logging
 from pathlib import Path
@@ -19,11 +19,11 @@ _POSITIONS = "wpe.weight"
 
 
 def find_initial_weights(init_from: str, model: ModelConfig) -> Path:
-    """Return the path of the weights for ``load_initial_weights``. For the main rank: it verifies hashes.
+    """Return the path for ``load_initial_weights``. Call this on the main rank only, because it verifies hashes.
 
     Raises:
-        CheckpointError: there are no weights, they are damaged, or their sizes differ from the model's.
-        ConfigError: the config of the weights is not valid for this program.
+        CheckpointError: the path contains no weights, the weights are damaged, or the sizes differ from the model's.
+        ConfigError: the config that is stored with the weights is not valid for this program.
     """
     path = locate_weights(Path(init_from))
     _require_same_sizes(open_weights(path), model)
@@ -31,12 +31,12 @@ def find_initial_weights(init_from: str, model: ModelConfig) -> Path:
 
 
 def load_initial_weights(path: Path, model: GPT2) -> dict[str, Any]:
-    """Copy weights into a model on the CPU, before a backend distributes it, and log what changes.
+    """Copy weights into a model on the CPU before a backend shards the model, and log the differences.
 
-    Every rank calls this function, so every backend starts with the same weights at every world size.
+    Every rank calls this function, so every backend starts with equal weights at every world size.
 
     Returns:
-        A description of the weights for the record of the run: path and step.
+        The path and the step of the weights, for the record of the run.
 
     Raises:
         CheckpointError: the weights cannot be read.
@@ -54,8 +54,8 @@ def load_initial_weights(path: Path, model: GPT2) -> dict[str, Any]:
 def fit_positions(stored: Tensor, rows: int) -> Tensor:
     """Return position embeddings for a context of ``rows`` tokens, (rows, C).
 
-    A shorter context keeps the first positions. A longer one repeats them: position i starts as the stored position
-    i mod n, so that texts that fit the old context are seen as before (Beltagy et al. 2020, section 5, for Longformer).
+    For a shorter context, keep the first rows. For a longer context, repeat the n stored rows: row i is a copy of row
+    i mod n. Texts of at most n tokens therefore get the same embeddings as before (Beltagy et al. 2020, section 5).
     """
     return stored[torch.arange(rows) % len(stored)]
 
@@ -73,7 +73,7 @@ def _require_same_sizes(source: WeightSource, model: ModelConfig) -> None:
 
 
 def _describe_changes(source: ModelConfig, model: ModelConfig) -> list[str]:
-    """Return one line per difference between the models that may differ."""
+    """Return one line per allowed difference between the two models."""
     notes = []
     there, here = source.context_length, model.context_length
     if here < there:
