@@ -1,6 +1,6 @@
 """Build one validated :class:`~pipeline.config.schema.Config` from JSON files and ``--set`` overrides.
 
-Later files override earlier files, and ``--set`` overrides all files. Every mistake is a :class:`ConfigError` of one
+Later files override earlier files, and ``--set`` overrides all files. All mistakes are one :class:`ConfigError` of one
 line with the dotted key, the file that set this key, the expected value, and the nearest valid key.
 """
 
@@ -8,14 +8,17 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from data_tools.storage.content import describe_content
 from pipeline.config.deepspeed_keys import find_mistakes, keys_of_deepspeed
-from pipeline.config.schema import Config
+from pipeline.config.schema import BackendConfig, Config
 from pipeline.errors import ConfigError
 
 # Replacements for messages of pydantic, which name types of Python instead of types of JSON.
@@ -43,11 +46,19 @@ def load_config(
     Raises:
         ConfigError: a file or an override cannot be read, or the merged config is not valid.
     """
-    layers = [(_read_run_config(Path(file)), str(file)) for file in files]
+    sources = [(partial(_read_run_config, Path(file)), str(file)) for file in files]
     if deepspeed is not None:
-        native = {"name": "deepspeed", "deepspeed": _read_json_object(Path(deepspeed))}
-        layers.append(({"backend": native}, str(deepspeed)))
-    return _resolve([*layers, *((_parse_override(override), "--set") for override in overrides)])
+        sources.append((partial(_read_native, Path(deepspeed)), str(deepspeed)))
+    sources += [(partial(_parse_override, override), "--set") for override in overrides]
+    layers: list[tuple[dict[str, Any], str]] = []
+    mistakes: list[str] = []
+    for read, origin in sources:
+        try:
+            layers.append((read(), origin))
+        except ConfigError as error:
+            mistakes.append(str(error))
+    _refuse(mistakes)
+    return _resolve(layers)
 
 
 def config_from_json(content: dict[str, Any], origin: str) -> Config:
@@ -89,13 +100,49 @@ def _resolve(layers: Sequence[tuple[dict[str, Any], str]]) -> Config:
     origins: dict[str, str] = {}  # dotted key -> origin
     for content, origin in layers:
         _merge(merged, content, origins, origin)
+    mistakes = list(_find_mistakes(merged, origins))
+    _refuse(mistakes)
+    return Config.model_validate(merged)
+
+
+def _refuse(mistakes: list[str]) -> None:
+    """Raise ConfigError with all mistakes in one line, if there are any."""
+    if len(mistakes) == 1:
+        raise ConfigError(mistakes[0])
+    if mistakes:
+        listed = " ".join(f"({number}) {mistake};" for number, mistake in enumerate(mistakes, start=1))
+        raise ConfigError(f"{len(mistakes)} mistakes: {listed.removesuffix(';')}")
+
+
+def _find_mistakes(merged: dict[str, Any], origins: dict[str, str]) -> Iterator[str]:
+    """Yield a line for each mistake. Unknown keys come first, because they often cause other mistakes."""
+    unknown: list[tuple[int | str, ...]] = []
     try:
-        config = Config.model_validate(merged)
+        Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(_explain(error, origins)) from None
-    for key, mistake in find_mistakes(config.backend):
-        raise ConfigError(f"{key}: {mistake} ({_find_origin(key, origins)})")
-    return config
+        unknown = [mistake["loc"] for mistake in error.errors() if mistake["type"] == "extra_forbidden"]
+        yield from (_explain(mistake, origins) for mistake in error.errors() if mistake["type"] == "extra_forbidden")
+    known = deepcopy(merged)
+    for location in unknown:
+        _remove(known, location)
+    try:
+        backend = Config.model_validate(known).backend
+    except ValidationError as error:
+        yield from (_explain(mistake, origins) for mistake in error.errors())
+        try:
+            backend = BackendConfig.model_validate(known.get("backend", {}))
+        except ValidationError:
+            return
+    for key, mistake in find_mistakes(backend):
+        yield f"{key}: {mistake} ({_find_origin(key, origins)})"
+
+
+def _remove(content: Any, location: tuple[int | str, ...]) -> None:
+    """Remove an unknown key. pydantic checks combinations of keys only if there is no unknown key beside them."""
+    *sections, name = location
+    for section in sections:
+        content = content[section]
+    del content[name]
 
 
 def _merge(merged: dict[str, Any], content: dict[str, Any], origins: dict[str, str], origin: str, at: str = "") -> None:
@@ -117,6 +164,10 @@ def _read_run_config(path: Path) -> dict[str, Any]:
             f"give it with --deepspeed {path}, and a run config with --config"
         )
     return content
+
+
+def _read_native(path: Path) -> dict[str, Any]:
+    return {"backend": {"name": "deepspeed", "deepspeed": _read_json_object(path)}}
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
@@ -171,22 +222,20 @@ def _decode(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin}: {reason}: {error}") from None
 
 
-def _explain(error: ValidationError, origins: dict[str, str]) -> str:
-    """Describe the first mistake in one line. Unknown keys come first, because they often cause other mistakes."""
-    mistake = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
+def _explain(mistake: ErrorDetails, origins: dict[str, str]) -> str:
+    """Describe a mistake that pydantic has found in one line."""
     # pydantic appends "[key]" if the key of a mapping is wrong.
     *section, name = [str(key) for key in mistake["loc"] if key != "[key]"] or [""]
     path = ".".join([*section, name])
     where = _find_origin(path, origins)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if mistake["type"] == "extra_forbidden":
-        return f"{path or _shorten('')}: no such key ({where}){_suggest_key('.'.join(section), name)}{more}"
+        return f"{path or _shorten('')}: no such key ({where}){_suggest_key('.'.join(section), name)}"
     message = _JSON_MESSAGES.get(mistake["type"], mistake["msg"].removeprefix("Value error, "))
     if mistake["type"] == "literal_error":
         message = message.replace("True", "true").replace("False", "false")
     found = "" if mistake["type"] == "value_error" else f", found {_shorten(mistake['input'])}"
     advice = _advise(mistake["input"], mistake["loc"])
-    return f"{path}: {message}{found} ({where}){advice}{more}" if path else f"{message} ({where}){more}"
+    return f"{path}: {message}{found} ({where}){advice}" if path else f"{message} ({where})"
 
 
 def _advise(given: Any, location: Sequence[int | str]) -> str:

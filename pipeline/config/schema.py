@@ -63,6 +63,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+def _refuse(mistakes: list[str]) -> None:
+    if mistakes:
+        raise ValueError("; ".join(mistakes))
+
+
 def _number_as_text(given: Any) -> Any:
     """Convert a number to text, because pydantic takes 1 for the literal True and 0 for the literal False."""
     return str(given) if type(given) in (int, float) else given
@@ -142,18 +147,20 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> ModelConfig:
+        mistakes = []
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+            mistakes.append(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.activation_checkpointing > self.n_layer:
-            raise ValueError(
+            mistakes.append(
                 f"activation_checkpointing ({self.activation_checkpointing}) must not exceed n_layer ({self.n_layer}); "
                 "n recomputes the first of every n blocks"
             )
         if self.reset_positions_at is not None and self.reset_positions_at >= self.vocab_size:
-            raise ValueError(
+            mistakes.append(
                 f"reset_positions_at ({self.reset_positions_at}) must be a token, less than "
                 f"vocab_size ({self.vocab_size})"
             )
+        _refuse(mistakes)
         return self
 
     def recomputes_block(self, index: int) -> bool:
@@ -459,13 +466,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
+        mistakes = []
         if self.seq_len > self.model.context_length:
-            raise ValueError(
+            mistakes.append(
                 f"data.seq_len ({self.seq_len}) must not exceed model.context_length ({self.model.context_length})"
             )
         if self.evaluation.sample and self.model.vocab_size != GPT2_VOCAB_SIZE:
-            raise ValueError(
+            mistakes.append(
                 f"evaluation.sample needs GPT-2's vocabulary: model.vocab_size is {self.model.vocab_size}, "
                 f"not {GPT2_VOCAB_SIZE}; set evaluation.sample to false"
             )
+        _refuse(mistakes)
         return self

@@ -165,8 +165,42 @@ class TestMistakes:
 
     def test_an_unknown_key_is_reported_first(self, write: Any) -> None:
         line = mistake([write("a.json", {"run": {"seed": "x"}, "zzz": {}})])
-        assert line.startswith("zzz: no such key")
-        assert "(and 1 more)" in line
+        assert line.startswith("2 mistakes: (1) zzz: no such key")
+        assert "; (2) run.seed: " in line
+
+    def test_all_mistakes_are_listed(self, write: Any) -> None:
+        content = {
+            "run": {"seed": "x", "sead": 1},
+            "model": {"n_head": 7, "n_layer": 2, "activation_checkpointing": 3, "n_heads": 7},
+            "schedule": {"warmup_steps": 9, "max_steps": 4},
+            "data": {"mixture": [{"path": "a", "weight": 0, "wieght": 1}]},
+            "backend": {"name": "deepspeed", "deepspeed": {"wandb": {"enabled": True}, "optimizer": {}}},
+        }
+        line = mistake([write("a.json", content)], "batch.micro_batch_size=0")
+        for key in (
+            "run.sead: no such key",
+            "model.n_heads: no such key",
+            "data.mixture.0.wieght: no such key",
+            "run.seed: ",
+            "must be a multiple of n_head (7)",
+            "activation_checkpointing (3) must not exceed n_layer (2)",
+            "warmup_steps (9) must not exceed",
+            "data.mixture.0.weight: ",
+            "batch.micro_batch_size: ",
+            "backend.deepspeed.wandb: ",
+            "backend.deepspeed.optimizer: ",
+        ):
+            assert key in line
+        assert line.startswith("10 mistakes: ") and "\n" not in line
+
+    def test_all_mistakes_across_sections_are_listed(self) -> None:
+        line = mistake([], "data.seq_len=2000", "evaluation.sample=true", "model.vocab_size=300")
+        assert "data.seq_len (2000) must not exceed" in line and "evaluation.sample needs" in line
+
+    def test_all_unreadable_files_and_overrides_are_listed(self, tmp_path: Path) -> None:
+        line = mistake([tmp_path / "none.json"], "no_value", ".=3")
+        assert line.startswith("3 mistakes: ")
+        assert "none.json: no such config file" in line and "--set no_value" in line and "--set .=3" in line
 
     def test_a_mixture_replaces_the_path_of_an_earlier_file_if_that_is_set_to_null(self, write: Any) -> None:
         earlier, later = write("a.json", {"data": {"path": "x"}}), write("b.json", {"data": {"path": None}})
