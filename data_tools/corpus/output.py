@@ -34,9 +34,9 @@ from data_tools.shards.manifest import (
 )
 from data_tools.shards.mapping import map_mask, map_shard
 from data_tools.shards.writer import SHARD_FORMATS
-from data_tools.storage.atomic import fsync_folder
 from data_tools.storage.folders import Folder, LocalFolder, is_scratch, open_folder
 from data_tools.storage.locks import LOCK_NAME, FileLock, lock_folder
+from data_tools.storage.new_folders import create_folder, removed_if_unused
 
 PLAN_NAME = "plan.json"
 _SHARD_FILES = re.compile(rf"({TRAIN_SPLIT}|{VAL_SPLIT})_\d{{5,}}_\d{{3,}}(\.mask)?\.({'|'.join(SHARD_FORMATS)})")
@@ -217,18 +217,10 @@ def _created(path: Path) -> Iterator[None]:
     """Create a folder and its missing parents. If the block fails, remove the created folders that are empty."""
     if path.exists() and not path.is_dir():
         raise DataError(f"--out {path} is a file; name a folder")
-    created = [folder for folder in (path, *path.parents) if not folder.exists()]
     with one_line_write_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-        for folder in created:
-            fsync_folder(folder.parent)
-    try:
+        created = create_folder(path)
+    with removed_if_unused(created):
         yield
-    except BaseException:
-        with suppress(OSError):  # not empty
-            for folder in created:
-                folder.rmdir()
-        raise
 
 
 def _check_origin(folder: Folder, out: Path | str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data_tools.storage.atomic import write_json_durably
+from data_tools.storage.new_folders import create_folder, removed_if_unused
 from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, list_checkpoints, read_manifest
 from pipeline.checkpoint.loading import read_parameter
 from pipeline.checkpoint.pieces import GROUPS, index_pieces, piece_key
@@ -20,7 +21,7 @@ from pipeline.config.loading import config_from_json, dump_config
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
-from pipeline.run_folder.layout import CONFIG_FILE
+from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE
 from pipeline.run_folder.lock import lock_run_folder
 
 _SINGLE_RANK = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -82,15 +83,16 @@ def write_new_run(
         for group, kinds in GROUPS.items()
     }
     try:
-        run_folder.mkdir(parents=True, exist_ok=True)
+        created = create_folder(run_folder / CHECKPOINTS_FOLDER)
     except OSError as error:
         raise CheckpointError(f"--out: cannot create {run_folder} ({error.strerror}); name another folder") from None
     content = dump_config(config)
-    with lock_run_folder(run_folder):
+    with removed_if_unused(created), lock_run_folder(run_folder):
         require_new_run_folder(run_folder)
-        write_json_durably(run_folder / CONFIG_FILE, content)
         snapshot = Snapshot(state, shapes, groups)
-        return write_checkpoint(run_folder, snapshot, stored_config or content, _SINGLE_RANK, keep_last=1)
+        saved = write_checkpoint(run_folder, snapshot, stored_config or content, _SINGLE_RANK, keep_last=1)
+        write_json_durably(run_folder / CONFIG_FILE, content)
+        return saved
 
 
 def require_new_run_folder(run_folder: Path) -> None:

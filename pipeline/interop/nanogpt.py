@@ -97,6 +97,11 @@ def _read_model(file: NanoGptFile) -> tuple[ForeignModel, ModelConfig]:
     return ForeignModel(stored.model_copy(update={"vocab_size": rows}), weights, notes), stored
 
 
+def _name_of(path: Path) -> str:
+    """Return the name of a run that is imported from a file: the names of its folder and of the file."""
+    return "/".join(path.resolve().parts[-2:])
+
+
 def _stored_shapes(stored: ModelConfig, model_args: Section) -> dict[str, list[int]]:
     """Return the shapes that the file must contain, without our padding rows. No biases if ``bias`` is False."""
     has_biases = model_args.get("bias", bool) is not False
@@ -109,7 +114,7 @@ def _translate_config(file: NanoGptFile, model: ModelConfig, run_folder: Path, n
     given = file.settings.content
     beta1, beta2 = OptimizerConfig().betas
     sections: dict[str, dict[str, Any]] = {
-        "run": {"out_dir": str(run_folder)},
+        "run": {"name": _name_of(file.path), "out_dir": str(run_folder)},
         "model": model.model_dump(),
         "optimizer": {
             **{key: given[key] for key in _OPTIMIZER_KEYS if key in given},

@@ -1,18 +1,22 @@
 """Start a run from scratch, from its own newest good checkpoint, or from a named checkpoint."""
 
+import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_tools.storage.new_folders import create_folder
 from pipeline.backends import Backend
 from pipeline.checkpoint.layout import bytes_of_tensors, list_checkpoints
 from pipeline.checkpoint.loading import load_training_state
 from pipeline.checkpoint.retention import remove_leftovers, set_aside_after
 from pipeline.checkpoint.state import TrainingState, config_section, read_state, read_state_file
 from pipeline.checkpoint.verification import locate_checkpoint, newest_good_checkpoint
+from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.distributed.environment import launch_id, launcher_restarts
 from pipeline.distributed.world import World
@@ -20,19 +24,26 @@ from pipeline.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
+#: Keys that say how and where a run was started, not how it trains.
+_KEYS_OF_A_START = {"checkpoint.resume", "run.working_dir"}
+
 AUTO, NONE = "auto", "none"  # values of checkpoint.resume; any other value is a path
 
 
-def make_run_folder(folder: Path) -> None:
-    """Create a run folder. Raises ConfigError if the folder cannot be created or is not writable."""
+def make_run_folder(folder: Path) -> list[Path]:
+    """Create a run folder. Returns the created folders.
+
+    Raises ConfigError if the folder cannot be created or is not writable.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        created = create_folder(folder)
     except OSError as error:
         raise ConfigError(
             f"run.out_dir: cannot make {folder} ({error.strerror}); name a folder that you can write to"
         ) from None
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"run.out_dir: {folder} is not writable; name a folder that you can write to")
+    return created
 
 
 def choose_start(config: Config, data_sha256: str) -> Path | None:
@@ -138,6 +149,31 @@ def _check_same_run(
 
 def _start_from(folder: Path) -> str:
     return f"start a new run from its weights with --init-from {folder} and another run.out_dir"
+
+
+def describe_changes(start: Path, config: Config) -> list[str]:
+    """Return a text such as ``optimizer.learning_rate 0.001 -> 0.0001`` for each key that differs from a checkpoint's.
+
+    Keys that the checkpoint's config does not have yet are left out, except for DeepSpeed's own keys.
+    """
+    before, now = (dict(_flatten(content)) for content in (read_state(start)[1], dump_config(config)))
+    return [
+        f"{key} {_as_text(before.get(key, 'unset'))} -> {_as_text(now.get(key, 'unset'))}"
+        for key in sorted({*before, *now} - _KEYS_OF_A_START)
+        if before.get(key) != now.get(key) and (key in before and key in now or key.startswith("backend.deepspeed."))
+    ]
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def load_start(start: Path | None, config: Config, data_sha256: str, backend: Backend, world: World) -> TrainingState:

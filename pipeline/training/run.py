@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.shards.validation_split import describe_small_validation
+from data_tools.storage.new_folders import removed_if_unused
 from pipeline.backends import create_backend
 from pipeline.checkpoint.state import read_state
 from pipeline.config.paths import with_working_dir
@@ -70,7 +71,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     loader = TrainLoader(datasets, plan, config.run.seed, world.rank)
 
     sha256 = data_sha256(datasets)
-    start = world.call_on_main(lambda: _open_run_folder(config, sha256, resources))
+    start = world.call_on_main(lambda: open_run_folder(config, sha256, resources))
     if start and (step := read_state(start)[0].step) >= config.schedule.max_steps:
         log.info(
             "%s: at step %d of schedule.max_steps %d, nothing to train; raise schedule.max_steps to train longer",
@@ -102,10 +103,14 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     return trainer
 
 
-def _open_run_folder(config: Config, data_sha256: str, resources: ExitStack) -> Path | None:
-    """Create and lock the run folder. Returns the checkpoint to resume from, or None to start from scratch."""
+def open_run_folder(config: Config, data_sha256: str, resources: ExitStack) -> Path | None:
+    """Create and lock the run folder. Returns the checkpoint to resume from, or None to start from scratch.
+
+    Args:
+        resources: releases the lock at its end. If the start is refused, it also removes the folder that was created.
+    """
     folder = Path(config.run.out_dir)
-    make_run_folder(folder)
+    resources.enter_context(removed_if_unused(make_run_folder(folder)))
     resources.enter_context(lock_run_folder(folder))
     return choose_start(config, data_sha256)
 

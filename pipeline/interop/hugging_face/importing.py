@@ -69,12 +69,17 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
         f"step 0: {folder} does not say how it was trained; its moments and its schedule start from zero",
         *model.notes,
     ]
-    config = Config(run=RunConfig(out_dir=str(run_folder)), model=model.config)
+    config = Config(run=RunConfig(name=_name_of(source), out_dir=str(run_folder)), model=model.config)
     state = TrainingState(
         step=0, samples=0, tokens=0, updates=0, loss_scale=None, loss_scale_good_steps=0, seed=config.run.seed
     )
     read = partial(read_padded, {WEIGHT: model.weights}, shapes := model_shapes(config.model))
     return Conversion(write_new_run(run_folder, config, state, shapes, read), notes)
+
+
+def _name_of(source: str) -> str:
+    """Return the name of a run that is imported from a folder or from a model of the hub."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
 
 
 def read_folder(folder: Path) -> ForeignModel:

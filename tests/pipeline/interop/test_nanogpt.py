@@ -224,6 +224,7 @@ class TestNanoGpt:
 
     def test_settings_are_imported(self, imported: Import) -> None:
         _, config, _ = imported(NanoRun().content())
+        assert config.run.name.endswith("/ckpt.pt"), "the folder and the file that were imported"
         assert config.optimizer.model_dump() == {
             "learning_rate": 3e-3,
             "betas": (0.8, 0.97),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from pipeline.config.schema import Config
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.model.gpt2 import build_model
-from pipeline.training.resuming import choose_start, make_run_folder
+from pipeline.training.resuming import choose_start, describe_changes, make_run_folder
+from pipeline.training.run import open_run_folder
 from tests.pipeline.conftest import tiny_config
 from tests.support.checkpoints import save_checkpoint
 
@@ -344,7 +346,36 @@ class TestLeftovers:
         assert_refused(f"{run_folder}: cannot be prepared .*{leftover.name}", run_folder)
 
 
+class TestChanges:
+    def test_each_changed_key_is_described(self, save: Save, run_folder: Path) -> None:
+        changed = config_of(
+            run_folder,
+            optimizer={"learning_rate": 0.0001},
+            backend={"name": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 2}}},
+            evaluation={"tasks": ["validation", "lambada"]},
+        )
+        learning_rate = config_of(run_folder).optimizer.learning_rate
+        assert describe_changes(save(2), changed) == [
+            "backend.deepspeed.zero_optimization.stage unset -> 2",
+            "backend.name ddp -> deepspeed",
+            'evaluation.tasks ["validation"] -> ["validation", "lambada"]',
+            f"optimizer.learning_rate {learning_rate} -> 0.0001",
+        ]
+
+    def test_a_resumed_run_without_changes(self, save: Save, run_folder: Path) -> None:
+        folder = save(2)
+        assert describe_changes(folder, config_of(run_folder, resume=folder)) == []
+
+
 class TestRunFolder:
+    @pytest.mark.parametrize("existing", ["", "runs"])
+    def test_a_refused_start_leaves_no_folder(self, tmp_path: Path, existing: str) -> None:
+        (tmp_path / existing).mkdir(exist_ok=True)
+        config = config_of(tmp_path / "runs" / "new" / "run", resume=tmp_path / "none")
+        with pytest.raises(CheckpointError, match="none"), ExitStack() as resources:
+            open_run_folder(config, DATA, resources)
+        assert [path.name for path in tmp_path.rglob("*")] == ([existing] if existing else [])
+
     def test_it_is_created(self, tmp_path: Path) -> None:
         for _ in range(2):
             make_run_folder(tmp_path / "new" / "run")

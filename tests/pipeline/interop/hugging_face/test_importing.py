@@ -53,7 +53,7 @@ def test_the_run_starts_at_step_0(exported: Path, tmp_path: Path) -> None:
     moments = load_file(conversion.saved.folder / "rank_00000_moments.safetensors")
     assert not any(tensor.any() for tensor in moments.values())
     config = load_config([str(tmp_path / "run" / "config.json")], [])
-    assert config.run.out_dir == str(tmp_path / "run")
+    assert (config.run.name, config.run.out_dir) == (exported.name, str(tmp_path / "run"))
     assert (config.model.n_embd, config.model.context_length, config.model.vocab_size) == (24, 256, 50257)
     assert "step 0: " in str(conversion)
 
