@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.backends.compilation import compile_blocks, compiles_blocks
 from pipeline.backends.torch_native import TorchBackend
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
@@ -35,7 +36,7 @@ class DdpBackend(TorchBackend):
 
 
 def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
-    """Apply recomputation, precision and DDP to the model, then compile the result."""
+    """Apply recomputation, precision and DDP to the model, and compile its blocks or the whole result."""
     recompute_blocks(model)
     compute: nn.Module = replicated_compute(model, config.run.precision, world.device)
     if world.size > 1:
@@ -46,5 +47,8 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
             gradient_as_bucket_view=True,
         )
     if config.run.compiles:
-        compute.compile(dynamic=False)
+        if compiles_blocks(world):
+            compile_blocks(model)
+        else:
+            compute.compile(dynamic=False)
     return compute

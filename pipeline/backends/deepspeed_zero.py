@@ -15,11 +15,13 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
+from deepspeed.utils import set_z3_leaf_modules
 from packaging.version import Version
 from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.backends.base import Backend
+from pipeline.backends.compilation import compile_blocks, compiles_blocks
 from pipeline.backends.extension_lock import wait_for_build_elsewhere
 from pipeline.backends.optimizer import build_adamw, clip_and_step, parameter_groups
 from pipeline.backends.optimizer_state import ParameterState
@@ -29,7 +31,7 @@ from pipeline.config.schema import Config, OptimizerConfig
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
-from pipeline.model.gpt2 import GPT2
+from pipeline.model.gpt2 import GPT2, Block
 from pipeline.model.precision import AutocastModel, ComputeModel, replicated_compute
 from pipeline.model.recomputation import recompute_blocks
 
@@ -76,6 +78,9 @@ class DeepSpeedBackend(Backend):
         else:
             optimizer = build_adamw(model.parameters(), config.optimizer, world.device)
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), dist_init_required=False)
+        if self.stage == 3:
+            # A block's weights are gathered and released at once, outside of its compiled forward pass.
+            set_z3_leaf_modules(model, [Block])
         native = engine_config(config, plan, cpu_adam=isinstance(optimizer, DeepSpeedCPUAdam))
         _check_readable(native)
         try:
@@ -83,7 +88,11 @@ class DeepSpeedBackend(Backend):
         except (ValueError, AssertionError, NotImplementedError, ZeRORuntimeException) as error:
             raise _refused(error) from error
         if config.run.compiles:
-            engine.compile(compile_kwargs={"dynamic": False})
+            # In stage 3, hooks gather weights between the blocks and would break one graph into many.
+            if self.stage == 3 or compiles_blocks(world):
+                compile_blocks(model)
+            else:
+                engine.compile(compile_kwargs={"dynamic": False})
         return engine
 
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:

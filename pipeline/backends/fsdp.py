@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from pipeline.backends.compilation import compile_blocks
 from pipeline.backends.torch_native import TorchBackend
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
@@ -41,8 +42,7 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
     """
     recompute_blocks(model)
     if config.run.compiles:
-        for module in (*model.h, model.lm_head):
-            module.compile(dynamic=False)
+        compile_blocks(model)
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = _BF16 if config.run.precision == "bf16" else MixedPrecisionPolicy()
     reshard = config.backend.fsdp.reshard_after_forward

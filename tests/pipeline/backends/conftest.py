@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.backends.debugging import aot_eager
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pipeline.backends import Backend, create_backend
@@ -65,4 +66,23 @@ def micro_batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
-    return module._compiled_call_impl is not None
+    """Return whether a module is compiled by itself, with or without the hooks around it."""
+    return module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+
+
+def count_graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """Let torch.compile run its graphs eagerly. Returns the list to which every new graph is added."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def run_eagerly(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    compile_function = torch.compile
+
+    def count(function: Any, **_options: Any) -> Any:
+        return compile_function(function, backend=run_eagerly, dynamic=False)
+
+    monkeypatch.setattr(torch, "compile", count)  # Module.compile calls it, too
+    torch._dynamo.reset()
+    return graphs

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.backends import Backend
 from pipeline.distributed.world import World
-from tests.pipeline.backends.conftest import make_backend
+from tests.pipeline.backends.conftest import count_graphs, make_backend
 from tests.pipeline.conftest import random_tokens
 
 BACKENDS = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
@@ -146,13 +145,7 @@ def test_a_finite_loss_is_weighted_exactly() -> None:
 def test_recomputation_and_compilation_do_not_change_a_step(
     world: World, name: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_module = nn.Module.compile
-
-    def without_code_generation(module: nn.Module, **_options: Any) -> None:
-        """Trace and split the graph as ever, but run its operators eagerly."""
-        compile_module(module, backend="aot_eager", dynamic=False)
-
-    monkeypatch.setattr(nn.Module, "compile", without_code_generation)
+    count_graphs(monkeypatch)  # traces and splits graphs, but runs their operators eagerly
     plain = make_backend(name, world, run={"precision": precision})
     recomputing = make_backend(
         name, world, run={"precision": precision, "compile": True}, model={"activation_checkpointing": True}

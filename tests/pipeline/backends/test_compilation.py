@@ -1,0 +1,82 @@
+"""What one graph of torch.compile covers, counted without a compiler on one of two pretended ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from pipeline.backends import ddp, deepspeed_zero
+from pipeline.backends.compilation import compiles_blocks
+from pipeline.distributed.world import World
+from tests.pipeline.backends.conftest import count_graphs, make_backend, micro_batch, rank_of_two
+
+
+@pytest.mark.parametrize(
+    ("size", "device", "blocks"), [(1, "cuda", False), (2, "cuda", True), (2, "cpu", False), (1, "cpu", False)]
+)
+def test_blocks_are_compiled_where_reductions_overlap_the_backward_pass(size: int, device: str, blocks: bool) -> None:
+    assert compiles_blocks(World(0, size, 0, torch.device(device))) == blocks
+
+
+@pytest.fixture(scope="module")
+def one_of_two() -> Iterator[World]:
+    """One of two pretended ranks; one world for all tests because DeepSpeed keeps process groups in globals."""
+    deepspeed = pytest.importorskip("deepspeed")
+    with pytest.MonkeyPatch.context() as environment, rank_of_two(0) as world:
+        for name, value in (("LOCAL_RANK", "0"), ("DS_ACCELERATOR", "cpu")):
+            environment.setenv(name, value)
+        yield world
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # for rank_of_two to destroy
+
+
+def graphs_of_two_steps(world: World, name: str, precision: str, n_layer: int, recompute: bool) -> tuple[int, int]:
+    """Train two steps as one of two GPUs would, but on a CPU. Returns the numbers of graphs and of graph breaks."""
+    with pytest.MonkeyPatch.context() as patch:
+        for backend_module in (ddp, deepspeed_zero):
+            patch.setattr(backend_module, "compiles_blocks", lambda world: True)
+        graphs = count_graphs(patch)
+        counters.clear()
+        model = {"n_layer": n_layer, "activation_checkpointing": recompute}
+        backend = make_backend(name, world, run={"precision": precision, "compile": True}, model=model)
+        if isinstance(backend.compute, DistributedDataParallel):
+            backend.compute.register_comm_hook(None, keep_gradients)  # the pretended all-reduce returns no result
+        for seed in range(2):
+            backend.accumulate(*micro_batch(seed), 1 / 32, is_last=False)
+            backend.accumulate(*micro_batch(seed + 10), 1 / 32, is_last=True)
+            backend.step(1e-3)
+        return len(graphs), sum(counters["graph_break"].values())
+
+
+def keep_gradients(_state, bucket):  # type: ignore[no-untyped-def] # DDP reads annotations, and these are texts
+    """Return a finished all-reduce that changes nothing."""
+    future: torch.futures.Future[Any] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "recompute"),
+    [
+        ("ddp", "fp32", False),
+        ("ddp", "bf16", True),
+        ("fsdp", "bf16", False),
+        ("zero0", "bf16", False),
+        ("zero1", "bf16", True),
+        ("zero2", "amp_bf16", False),
+        ("zero3", "bf16", False),
+        ("zero3", "amp_bf16", True),
+    ],
+)
+def test_graphs_do_not_grow_with_depth(one_of_two: World, name: str, precision: str, recompute: bool) -> None:
+    """There is one graph for all blocks and one for the output layer with the loss, and none is broken."""
+    for n_layer in (2, 4):
+        assert graphs_of_two_steps(one_of_two, name, precision, n_layer, recompute) == (2, 0)
