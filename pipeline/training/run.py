@@ -123,7 +123,7 @@ def _log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -
     log.info("model     %s, %s parameters", config.model.preset, f"{parameter_count(config.model):,}")
     _log_data(trainer)
     if trainer.world.is_main:
-        _log_masks(trainer)
+        log_masks(trainer)
     log.info("batch     %s", trainer.plan)
     log.info("backend   %s on %s, world size %d", backend.describe(), device.type, trainer.world.size)
     log.info("precision %s: %s", config.run.precision, dtypes)
@@ -141,7 +141,7 @@ def _describe_start(start: Path | None, origin: dict[str, Any] | None) -> str:
     return f"step 0 with the weights of {origin['path']}{step}; moments of zero"
 
 
-def _log_masks(trainer: Trainer) -> None:
+def log_masks(trainer: Trainer) -> None:
     """Log the share of scored targets of each split with a mask, and warn if samples have none."""
     seq_len = trainer.config.seq_len
     for dataset, order in zip(trainer.loader.datasets, trainer.loader.orders, strict=True):

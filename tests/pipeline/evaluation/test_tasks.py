@@ -44,6 +44,7 @@ def test_an_unknown_name_needs_a_file() -> None:
         (["validation", "piqa"], {"limits": {"validation": 3}}, {}, "--limit validation: this task scores the whole"),
         (["validation"], {"limit": 3}, {}, "--limit 3: validation has no examples"),
         (["validation"], {"shots": 3}, {}, "--shots 3: validation has no examples"),
+        (["piqa", "piqa"], {}, {}, "--tasks: piqa is given more than once"),
         (["validation"], {"stride": 3}, {}, "--stride 3: validation has no examples"),
     ],
 )

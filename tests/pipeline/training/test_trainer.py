@@ -28,6 +28,7 @@ from pipeline.errors import CheckpointError, Interrupted, TrainingError
 from pipeline.model.gpt2 import build_model
 from pipeline.run_folder.metrics import read_metrics
 from pipeline.training.resuming import load_start
+from pipeline.training.run import log_masks
 from pipeline.training.schedule import lr_at
 from pipeline.training.throughput import ThroughputMeter
 from pipeline.training.trainer import Trainer
@@ -183,6 +184,14 @@ class TestMask:
         assert f"steps without a scored target since this start: {len(empty)}" in caplog.text
         assert trainer.state.updates == STEPS, "the weights stay finite"
         assert trainer.results == {"loss": next(loss for loss in reversed(losses.values()) if loss is not None)}
+
+    def test_the_scored_share_is_logged_at_the_start(self, trainer: Trainer, caplog: pytest.LogCaptureFixture) -> None:
+        """Of 33 windows of 12 tokens, the first 4 have 12 scored targets and the fifth 11. The validation has none."""
+        with caplog.at_level(logging.INFO):
+            log_masks(trainer)
+        assert f"prompts, train: {100 * 59 / 396:.2f}% of the targets are scored" in caplog.text
+        assert "prompts, train: 28 of 33 samples of 12 tokens have no scored target" in caplog.text
+        assert "prompts, val: 7 of 7 samples of 12 tokens have no scored target" in caplog.text
 
 
 class TestResume:
