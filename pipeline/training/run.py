@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from data_tools.shards.reader import TokenStream
 from data_tools.shards.validation_split import describe_small_validation
 from data_tools.storage.new_folders import removed_if_unused
 from pipeline.backends import create_backend
@@ -179,14 +180,19 @@ def _log_data(trainer: Trainer) -> None:
             ", with loss mask" if dataset.train.has_mask else "",
         )
         if dataset.validation:
-            windows = -(-(dataset.validation.tokens - 1) // trainer.plan.seq_len)
-            measured = (trainer.config.evaluation.max_batches or windows) * trainer.plan.micro_batch_size
-            log.info(
-                "          validation: %s tokens, %s windows of %d, %s of them per evaluation",
-                f"{dataset.validation.tokens:,}",
-                f"{windows:,}",
-                trainer.plan.seq_len,
-                f"{min(windows, measured):,}",
-            )
-            if warning := describe_small_validation(dataset.validation.manifest):
-                log.warning("%s: %s", dataset.path, warning)
+            _log_validation(dataset.path, dataset.validation, trainer)
+
+
+def _log_validation(path: str, validation: TokenStream, trainer: Trainer) -> None:
+    """Log the size of a validation split, and warn if it is small."""
+    windows = -(-(validation.tokens - 1) // trainer.plan.seq_len)
+    measured = (trainer.config.evaluation.max_batches or windows) * trainer.plan.micro_batch_size
+    log.info(
+        "          validation: %s tokens, %s windows of %d, %s of them per evaluation",
+        f"{validation.tokens:,}",
+        f"{windows:,}",
+        trainer.plan.seq_len,
+        f"{min(windows, measured):,}",
+    )
+    if warning := describe_small_validation(validation.manifest):
+        log.warning("%s: %s", path, warning)
