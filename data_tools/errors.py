@@ -2,11 +2,13 @@
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PROJECT = "gpt2-pipeline"
+_MOST_NAMES = 20
+_LONGEST_NAME = 40
 
 
 class UserError(Exception):
@@ -29,6 +31,14 @@ def json_type(value: object) -> str:
         return "true or false" if isinstance(value, bool) else "a number"
     names = {type(None): "null", str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), f"a {type(value).__name__}")
+
+
+def list_names(names: Iterable[object]) -> str:
+    """Return names from a file as text for a message: at most 20 names with at most 40 characters each."""
+    texts = [str(name) for name in names]
+    shown = [text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..." for text in texts[:_MOST_NAMES]]
+    more = [f"and {len(texts) - _MOST_NAMES} more"] if len(texts) > _MOST_NAMES else []
+    return ", ".join([*shown, *more]) or "none"
 
 
 def install_command(extra: str = "") -> str:

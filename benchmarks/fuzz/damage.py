@@ -18,6 +18,7 @@ _ODD_INTEGERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 
 _ODD_VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 1 << 62, 1 << 70, -(1 << 70), 1.5, 1e300, float("nan"), float("inf")),
     *("", " ", "x", "\0", "\ud800", "\x1b[31m", "line\nbreak", "../x", "/", "é" * 300, "9" * 5000),
+    *({"k" * 100_000: 1}, {f"key {n}": n for n in range(1000)}),
     *([], [None], [[]], {}, {"": None}, {"a": {"a": 1}}),
 )
 _LFS_POINTER = (

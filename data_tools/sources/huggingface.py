@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, list_names
 from data_tools.sources.files import Slice, describe_error, describe_files, find_files
 from data_tools.sources.jsonl import text_of_record
 from data_tools.storage.content import require_fetched
@@ -103,7 +103,7 @@ class HuggingFaceSource:
         if not isinstance(saved, datasets.DatasetDict):
             return saved
         if self._split not in saved:
-            raise DataError(f"{self._dataset} has no split {self._split!r}; it has {', '.join(saved)}")
+            raise DataError(f"{self._dataset} has no split {self._split!r}; it has {list_names(saved)}")
         return saved[self._split]
 
     def _is_saved(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from data_tools.errors import DataError, json_type
+from data_tools.errors import DataError, json_type, list_names
 from data_tools.sources.files import READ_BYTES, FileSource, Slice, compression_of, decode_utf8, open_decompressed
 from data_tools.storage.content import describe_content
 
@@ -93,12 +93,12 @@ def text_of_record(record: dict[str, Any], text_field: str, place: object) -> st
         DataError: the field is missing or not a string. ``place``, as a string, names the record in the message.
     """
     if text_field not in record:
-        names = ", ".join(map(str, record)) or "none"
+        names = list_names(record)
         raise DataError(f"{place}: no field {text_field!r}; the fields are {names}; choose one with --text-field")
     text = record[text_field]
     if not isinstance(text, str):
         raise DataError(
             f"{place}: field {text_field!r} is {json_type(text)}, it must be a string; "
-            f"the fields are {', '.join(map(str, record))}"
+            f"the fields are {list_names(record)}"
         )
     return text

@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, list_names
 from data_tools.sources.files import FileSource, Slice, group_sizes, open_file
 
 # Small enough to limit the memory for a batch of long documents, and large enough to make the cost per batch small.
@@ -74,8 +74,10 @@ def _texts_of(values: pa.Array, path: str, first_row: int, column: str) -> list[
 def _check_column(schema: pa.Schema, column: str, path: str) -> None:
     if column not in schema.names:
         raise DataError(
-            f"{path}: no column {column!r}; the columns are {', '.join(schema.names)}; choose one with --text-field"
+            f"{path}: no column {column!r}; the columns are {list_names(schema.names)}; choose one with --text-field"
         )
+    if schema.names.count(column) > 1:
+        raise DataError(f"{path}: has several columns {column!r}; choose another one with --text-field")
     kind = schema.field(column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type

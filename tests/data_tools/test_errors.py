@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_tools import errors
-from data_tools.errors import install_command
+from data_tools.errors import install_command, list_names
 from tests.support.runs import REPOSITORY
 
 
@@ -27,3 +27,9 @@ def test_the_command_of_an_installed_package(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(errors, "__file__", str(tmp_path / "data_tools" / "errors.py"))
     assert install_command("plots") == "python -m pip install 'gpt2-pipeline[plots]'"
     assert install_command() == "python -m pip install gpt2-pipeline"
+
+
+def test_names_from_a_file_are_shortened() -> None:
+    assert list_names([]) == "none"
+    assert list_names(["a", "x" * 41]) == f"a, {'x' * 40}..."
+    assert list_names(range(22)).endswith(", 18, 19, and 2 more")

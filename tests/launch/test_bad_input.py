@@ -6,6 +6,7 @@ names its own output folder.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -288,6 +289,24 @@ DATA_CASES = [
         "nothing to tok",
     ),
     command(
+        "pointer_text",
+        "tokenize_corpus.py --source text --input pointer.txt --out new_pointer",
+        "pointer.txt is a git-lfs pointer",
+        "git lfs pull",
+    ),
+    command(
+        "gzip_without_its_ending",
+        "tokenize_corpus.py --source jsonl --input gzip.jsonl --out new_gzip",
+        "gzip.jsonl is compressed by gzip",
+        "end in .gz",
+    ),
+    command(
+        "empty_tokens",
+        "shards.py convert empty_tokens --out new_tokens --to npy",
+        "empty_tokens/train.bin has no tokens (0 bytes)",
+        "make it again",
+    ),
+    command(
         "no_text_field", "tokenize_corpus.py --source jsonl --input a.jsonl --out new_field", "a.jsonl:1", "'text'"
     ),
     command(
@@ -469,6 +488,10 @@ def work_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     (folder / "empty").mkdir()
     (folder / "file").write_text("a regular file")
     (folder / "empty.txt").touch()
+    (folder / "pointer.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (folder / "gzip.jsonl").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    (folder / "empty_tokens").mkdir()
+    (folder / "empty_tokens" / "train.bin").touch()
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     (folder / "a.jsonl").write_text('{"body": "no field named text"}\n')
     _make_data(folder, corpus)

@@ -293,6 +293,10 @@ def test_parquet_faults_are_named(tmp_path: Path) -> None:
     assert f"{path}: no column 'text'; the columns are body, id; choose" in refusal("parquet", path)
     assert f"{path}: column 'id' holds int64, it must hold strings" in refusal("parquet", path, text_field="id")
     assert f"{path}: row 1: column 'body' is null" in refusal("parquet", path, text_field="body")
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    assert f"{path}: has several columns 'text'; choose another one" in refusal("parquet", path)
+    pq.write_table(pa.table({f"column {n}": [1] for n in range(25)}), path)
+    assert "column 19, and 5 more; choose one with --text-field" in refusal("parquet", path)
     path.write_bytes(b"PAR1 no parquet at all")
     assert refusal("parquet", path).startswith(f"cannot read {path}: ")
 
