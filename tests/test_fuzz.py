@@ -13,12 +13,13 @@ from benchmarks.fuzz.trial import Command, Group, Workbench
 from data_tools.errors import DataError
 
 INPUTS = 4
+SLOW = ("run", "hf-model")  # groups whose commands train
 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_damaged_input_ends_with_success_or_one_error_line(name: str, tmp_path: Path) -> None:
     bench = Workbench(GROUPS[name], tmp_path, seed=1)
-    trials = [trial for number in range(INPUTS) for trial in bench.try_number(number)]
+    trials = [trial for number in range(1 if name in SLOW else INPUTS) for trial in bench.try_number(number)]
     problems = [str(trial) for trial in trials if trial.problem]
     assert not problems, "\n".join(problems)
 

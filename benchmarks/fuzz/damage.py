@@ -181,7 +181,7 @@ def _change_json(content: bytes, stream: random.Random) -> bytes | None:
         value = json.loads(content)
     except (ValueError, RecursionError):
         lines = content.splitlines(keepends=True)
-        if not lines or not lines[0].startswith((b"{", b"[")):
+        if len(lines) < 2 or not lines[0].startswith((b"{", b"[")):
             return None
         at = stream.randrange(len(lines))
         changed = _change_json(lines[at], stream)

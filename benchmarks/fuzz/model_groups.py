@@ -29,6 +29,7 @@ from pipeline.checkpoint.verification import verify_checkpoints
 from pipeline.interop.hugging_face.exporting import export_checkpoint
 
 _TRAIN = "--config {fixed}/run.json --set run.out_dir={out} "
+_SMALL = "model.n_layer=1 model.n_embd=8 batch.tokens_per_step=64 schedule.max_steps=1 evaluation.max_batches=1"
 _ODD_TENSORS: tuple[Any, ...] = (
     *(torch.zeros(()), torch.zeros(0), torch.zeros(3), torch.full((2, 2), float("nan")), torch.zeros(2, 2).int()),
     *(torch.zeros(1, 2, 3), torch.zeros(2, dtype=torch.complex64), torch.zeros(3, 3).to_sparse(), None, "x", 7, [1]),
@@ -152,8 +153,8 @@ def _change_pickled(content: dict[Any, Any], stream: random.Random) -> None:
         del content[key]
     elif stream.random() < 0.2:
         content[stream.choice((f"module.{key}", f"{key}2", 3))] = content.pop(key)
-    elif isinstance(inner, torch.Tensor) and stream.random() < 0.5:
-        content[key] = stream.choice((inner * float("inf"), inner.double(), inner.half(), inner[..., :1], inner.int()))
+    elif isinstance(inner, torch.Tensor) and inner.ndim and stream.random() < 0.5:
+        content[key] = stream.choice((inner * float("inf"), inner.double(), inner.half(), inner[:0], inner.int()))
     else:
         content[key] = stream.choice((*_ODD_TENSORS, change_value(0, stream)))
 
@@ -162,15 +163,22 @@ _EVALUATE = "--checkpoint {source}/run --tasks validation --data validation={fix
 
 MODEL_GROUPS = (
     Group(
-        "run",
+        "checkpoint",
         _write_run,
         (
             *map(_checkpoint, ("inspect {source}/run", "inspect {source}/run --json", "prune {source}/run --dry-run")),
             _checkpoint("verify {source}/run"),
             _checkpoint("convert {source}/run --out {out}", _verify),
+            Command(launch.export.main, "--checkpoint {source}/run --out {out}"),
+        ),
+        damage_run,
+    ),
+    Group(
+        "run",
+        _write_run,
+        (
             Command(launch.evaluate.main, _EVALUATE, continues_in_source=True),
             Command(launch.generate.main, "--checkpoint {source}/run --max-new-tokens 2 --device cpu"),
-            Command(launch.export.main, "--checkpoint {source}/run --out {out}"),
             Command(launch.report.main, "{source}/run --out {out}"),
             Command(launch.train.main, _TRAIN + "--init-from {source}/run", check=_verify),
             Command(
@@ -181,7 +189,16 @@ MODEL_GROUPS = (
         ),
         damage_run,
     ),
-    Group("run-config", _write_config, (Command(launch.plan.main, "--config {source}/run.json --world-size 2"),)),
+    Group(
+        "run-config",
+        _write_config,
+        (
+            Command(launch.plan.main, "--config {source}/run.json --world-size 1"),
+            Command(
+                launch.train.main, f"--config {{source}}/run.json --set run.out_dir={{out}} {_SMALL}", check=_verify
+            ),
+        ),
+    ),
     Group(
         "hf-model",
         _write_export,

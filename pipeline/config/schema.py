@@ -8,11 +8,13 @@ Every setting of a run has its default and its meaning here, and nowhere else. `
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,6 +32,20 @@ from data_tools.tokenizer import GPT2_VOCAB_SIZE
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonEmptyText = Annotated[str, Field(min_length=1)]
+
+
+def _require_path(text: str) -> str:
+    """Return the text, or raise ValueError if no file can have this name."""
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise ValueError("no file can have this name, because it holds a character that is not text")
+    return text
+
+
+PathText = Annotated[NonEmptyText, AfterValidator(_require_path)]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "amp_bf16", "amp_fp16", "bf16"]
@@ -77,7 +93,7 @@ class RunConfig(Section):
     """The name of the run, its output folder, and how the run computes."""
 
     name: str = Field("gpt2", description="Name of the run in logs and TensorBoard.")
-    out_dir: NonEmptyText = Field("runs/gpt2", description="Run folder for metrics, checkpoints and results.")
+    out_dir: PathText = Field("runs/gpt2", description="Run folder for metrics, checkpoints and results.")
     seed: NonNegativeInt = Field(1337, description="Seed of the initial weights, the data order and dropout.")
     device: Device = Field("auto", description="`auto` chooses cuda if available, else mps, else cpu.")
     precision: Precision = Field(
@@ -176,7 +192,7 @@ class TokenizeConfig(Section):
     """
 
     source: SourceKind = Field("fineweb-edu", description="Kind of source of the documents.")
-    input: list[str] = Field([], description="Files, folders, or the name of a dataset.")
+    input: list[PathText] = Field([], description="Files, folders, or the name of a dataset.")
     format: ShardFormat | None = Field(None, description="File format of the shards.")
     val_fraction: Fraction | None = Field(None, description="Fraction of the documents held out for validation.")
     shard_tokens: PositiveInt | None = Field(None, description="Largest number of tokens in a shard.")
@@ -193,7 +209,7 @@ class TokenizeConfig(Section):
 class MixtureComponent(Section):
     """One dataset of a mixture."""
 
-    path: NonEmptyText = Field(description="A folder with a manifest.json.")
+    path: PathText = Field(description="A folder with a manifest.json.")
     weight: PositiveFloat = Field(description="The dataset's share of the samples, relative to the other weights.")
     name: str = Field(pattern=r"^[\w.-]+$", description="Name in the metrics (default: the folder's name).")
 
@@ -208,7 +224,7 @@ class MixtureComponent(Section):
 class DataConfig(Section):
     """The tokens to train on."""
 
-    path: NonEmptyText | None = Field("data/fineweb-edu", description="A folder with a manifest.json.")
+    path: PathText | None = Field("data/fineweb-edu", description="A folder with a manifest.json.")
     mixture: list[MixtureComponent] | None = Field(
         None,
         min_length=1,
@@ -335,12 +351,12 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = Field(
         2, description="Number of checkpoints to keep. An older checkpoint is deleted after a new one is verified."
     )
-    resume: NonEmptyText = Field(
+    resume: PathText = Field(
         "auto",
         description="`auto` resumes from the run's newest good checkpoint, `none` starts from scratch, and a path "
         "resumes from this checkpoint.",
     )
-    init_from: NonEmptyText | None = Field(
+    init_from: PathText | None = Field(
         None,
         description="Weights to start a new run from: a run folder, a checkpoint, a Hugging Face folder, or a file of "
         "nanoGPT. The step, the moments, the schedule and the data start from the beginning. Not read once the run has "
@@ -385,7 +401,7 @@ class EvaluationConfig(Section):
         description=f"Tasks to run: {', '.join(f'`{name}`' for name in get_args(TaskName))}, or a name in "
         "evaluation.data.",
     )
-    data: dict[Annotated[str, Field(pattern=f"^{TASK_NAME.pattern}$")], str] = Field(
+    data: dict[Annotated[str, Field(pattern=f"^{TASK_NAME.pattern}$")], PathText] = Field(
         {}, description="Maps a task to its file (default: the task's dataset on the Hugging Face hub)."
     )
     max_batches: PositiveInt | None = Field(

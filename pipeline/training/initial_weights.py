@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import ModelConfig
+from pipeline.config.schema import Config, ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.interop.weights import WeightSource, locate_weights, open_weights
 from pipeline.model.gpt2 import GPT2
@@ -18,15 +18,19 @@ _SIZES = ("n_layer", "n_head", "n_embd", "vocab_size")  # context_length may dif
 _POSITIONS = "wpe.weight"
 
 
-def find_initial_weights(init_from: str, model: ModelConfig) -> Path:
-    """Return the path for ``load_initial_weights``. Call this on the main rank only, because it verifies hashes.
+def find_initial_weights(config: Config) -> Path | None:
+    """Return the path of the weights for ``load_initial_weights``, or None if ``checkpoint.init_from`` is null.
+
+    Only the main rank calls this function, because it verifies the hashes of a checkpoint.
 
     Raises:
         CheckpointError: the path contains no weights, the weights are damaged, or the sizes differ from the model's.
         ConfigError: the config that is stored with the weights is not valid for this program.
     """
-    path = locate_weights(Path(init_from))
-    _require_same_sizes(open_weights(path), model)
+    if config.checkpoint.init_from is None:
+        return None
+    path = locate_weights(Path(config.checkpoint.init_from))
+    _require_same_sizes(open_weights(path), config.model)
     return path
 
 

@@ -81,9 +81,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
             config.schedule.max_steps,
         )
         return None
-    weights: Path | None = None
-    if start is None and (init_from := config.checkpoint.init_from) is not None:
-        weights = world.call_on_main(lambda: find_initial_weights(init_from, config.model))
+    weights = None if start else world.call_on_main(lambda: find_initial_weights(config))
     if config.data.verify:
         verify_datasets(datasets, world)
     tasks = prepare_tasks(config, world)

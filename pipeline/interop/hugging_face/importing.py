@@ -171,7 +171,8 @@ def _indexed_files(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: 'weight_map' must be an object of file names")
     names = sorted(set(weight_map.values()))
+    files = {path.name for path in index.parent.iterdir() if path.is_file()}
     for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
+        if name not in files:
             raise CheckpointError(f"{index}: names {name!r}, which is not a file beside it")
     return [index.parent / name for name in names]

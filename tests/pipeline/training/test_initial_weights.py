@@ -17,7 +17,7 @@ from pipeline.interop.hugging_face.exporting import export_checkpoint
 from pipeline.model.gpt2 import GPT2, build_model
 from pipeline.run_folder.metrics import read_metrics
 from pipeline.training.initial_weights import find_initial_weights, fit_positions, load_initial_weights
-from tests.pipeline.conftest import tiny_model_config
+from tests.pipeline.conftest import tiny_config, tiny_model_config
 from tests.pipeline.interop.test_nanogpt import NanoRun
 from tests.support.agreement import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE
 from tests.support.runs import TINY_BYTE_RUN, Curve, Sections, copy_with_masks, curve_of, merged, read_curve, train_run
@@ -109,13 +109,19 @@ def model_of(**sizes: Any) -> GPT2:
     return build_model(tiny_model_config(**sizes), 1)
 
 
+def find(path: Path, **sizes: Any) -> Path:
+    found = find_initial_weights(tiny_config(model=sizes, checkpoint={"init_from": str(path)}))
+    assert found is not None
+    return found
+
+
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GPT2]:
     """Return a file of nanoGPT, and its model as imported."""
     folder = tmp_path_factory.mktemp("foreign")
     torch.save(NanoRun().content(), folder / "ckpt.pt")
     model = model_of()
-    load_initial_weights(find_initial_weights(str(folder / "ckpt.pt"), model.config), model)
+    load_initial_weights(find(folder / "ckpt.pt"), model)
     return folder / "ckpt.pt", model
 
 
@@ -127,7 +133,7 @@ def test_weights_of_nanogpt_and_hugging_face(foreign: tuple[Path, GPT2], tmp_pat
     expected = load_model(tmp_path / "imported", torch.device("cpu")).model
     exported = export_checkpoint(tmp_path / "imported", tmp_path / "exported", "float32").folder
     again = model_of()
-    origin = load_initial_weights(find_initial_weights(str(exported), again.config), again)
+    origin = load_initial_weights(find(exported), again)
     assert origin == {"path": str(exported), "step": None}
     for name, parameter in expected.named_parameters():
         assert torch.equal(dict(model.named_parameters())[name], parameter), name
@@ -166,12 +172,12 @@ def test_another_size_is_refused_with_the_settings(
     sizes: dict[str, int], message: str, foreign: tuple[Path, GPT2]
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        find_initial_weights(str(foreign[0]), tiny_model_config(**sizes))
+        find(foreign[0], **sizes)
 
 
 def test_paths_without_weights_are_refused(tmp_path: Path) -> None:
     for name, message in ((".", "no checkpoint here"), ("openai-community/gpt2", "launch/export.py --from-hf")):
         with pytest.raises(CheckpointError, match=message):
-            find_initial_weights(str(tmp_path / name), tiny_model_config())
+            find(tmp_path / name)
     with pytest.raises(ValueError, match=r"resume \(a\) and init_from \(b\) are both given"):
         CheckpointConfig(resume="a", init_from="b")
