@@ -8,7 +8,6 @@ Every setting of a run has its default and its meaning here, and nowhere else. `
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
@@ -36,12 +35,8 @@ NonEmptyText = Annotated[str, Field(min_length=1)]
 
 def _require_path(text: str) -> str:
     """Return the text, or raise ValueError if no file can have this name."""
-    try:
-        encoded = os.fsencode(text)
-    except UnicodeEncodeError:
-        encoded = b"\0"
-    if b"\0" in encoded:
-        raise ValueError("no file can have this name, because it holds a character that is not text")
+    if "\0" in text:
+        raise ValueError("no file can have this name, because it holds a NUL character")
     return text
 
 

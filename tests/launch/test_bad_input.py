@@ -130,7 +130,6 @@ CONFIG_CASES = [
     config("dropout_of_one", {"model": {"dropout": 1.0}}, "model.dropout", "less than 1, found 1.0", "run.py"),
     config("no_steps", {"schedule": {"max_steps": 0}}, "schedule.max_steps", "greater than 0, found 0", "run.py"),
     config("nul_in_a_path", {"data": {"path": "a\0b"}}, "data.path: no file can have this name", "nul_in", "run.py"),
-    config("surrogate_in_a_path", {"checkpoint": {"resume": "\ud8ff"}}, "checkpoint.resume", "no file can", "run.py"),
     config("control_characters", {"run": {"\x1b[31m": 1}}, "run.\\x1b[31m: no such key", "valid keys", "run.py"),
     config("empty_folder", {"run": {"out_dir": ""}}, "run.out_dir", "at least 1 character", "run.py"),
     settings(
