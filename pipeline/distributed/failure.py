@@ -12,8 +12,8 @@ from data_tools.errors import DataError, UserError
 from pipeline.distributed.environment import launched_rank, launched_world_size
 from pipeline.errors import Interrupted, LostRankError, MainRankError
 
-#: Errors of the operating system that a user can cure.
-_USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+#: Errors of the operating system that a user can cure although they may not name a file.
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 #: If rank 0 has the same error, it prints the error and ends, and the launcher ends the other ranks in this time.
 _OTHER_RANKS_WAIT_S = 2.0
 
@@ -56,8 +56,8 @@ def _describe(error: BaseException) -> tuple[int, str]:
         return error.exit_status, _one_line("" if isinstance(error, Interrupted) else "error: ", str(error))
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "error: interrupted"
-    if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
-        what = f"{error.strerror}: {error.filename or 'the output folder'}"
+    if isinstance(error, OSError) and (error.errno in _FULL_DISK or (error.errno and error.filename)):
+        what = f"{error.strerror}: {error.filename2 or error.filename or 'the output folder'}"
         return UserError.exit_status, _one_line("error: ", what)
     text = "".join(traceback.format_exception(error)).rstrip()
     if launched_world_size() > 1:
