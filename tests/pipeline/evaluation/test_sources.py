@@ -27,7 +27,7 @@ def test_parquet_holds_the_same_rows_as_json_lines(tmp_path: Path) -> None:
 
 def test_an_invalid_parquet_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR")
-    with pytest.raises(DataError, match="a.parquet is not a Parquet file"):
+    with pytest.raises(DataError, match="a.parquet is not a whole Parquet file"):
         read_file(tmp_path / "a.parquet")
 
 
