@@ -2,22 +2,77 @@
 
 import os
 
+from pipeline.errors import ConfigError
+
 _RANK, _WORLD_SIZE, _LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+_MASTER_ADDR, _MASTER_PORT = "MASTER_ADDR", "MASTER_PORT"
+_LAUNCHER_VARIABLES = (_RANK, _WORLD_SIZE, _LOCAL_RANK, "LOCAL_WORLD_SIZE", _MASTER_ADDR, _MASTER_PORT)
 
 
 def launched_rank() -> int:
-    """Return this process's rank, or 0 without a launcher."""
-    return int(os.environ.get(_RANK, "0"))
+    """Return this process's rank; 0 under plain python."""
+    return _number(_RANK, 0) if launched_world_size() > 1 else 0
 
 
 def launched_world_size() -> int:
-    """Return the number of processes of the run, or 1 without a launcher."""
-    return int(os.environ.get(_WORLD_SIZE, "1"))
+    """Return the number of processes of the run; 1 under plain python."""
+    return _number(_WORLD_SIZE, 1)
 
 
 def launched_local_rank() -> int:
-    """Return this process's rank on its node, or 0 without a launcher."""
-    return int(os.environ.get(_LOCAL_RANK, "0"))
+    """Return this process's rank on its node; 0 under plain python."""
+    return _number(_LOCAL_RANK, 0)
+
+
+def _number(name: str, default: int) -> int:
+    """Return a variable's value, or the default if the value is not a number: ``check_launcher`` reports it."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+
+def master_address() -> tuple[str, int]:
+    """Return host and port of the store through which the ranks find each other."""
+    return os.environ[_MASTER_ADDR], int(os.environ[_MASTER_PORT])
+
+
+def launcher_holds_store() -> bool:
+    """Return whether the launcher serves the store. Otherwise rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def launcher_variables() -> dict[str, str]:
+    """Return the launcher's variables that are set, with their values."""
+    return {name: os.environ[name] for name in _LAUNCHER_VARIABLES if name in os.environ}
+
+
+def unset_command() -> str:
+    """Return the shell command that removes the launcher's variables."""
+    return f"unset {' '.join(launcher_variables())}"
+
+
+def check_launcher() -> None:
+    """Raise ConfigError if the variables of a launcher contradict each other, as those of another launcher do."""
+    if problem := _find_contradiction(launcher_variables()):
+        raise ConfigError(
+            f"{problem}; if the variable is left over from another launcher: {unset_command()}; "
+            "otherwise start the ranks with torchrun or deepspeed"
+        )
+
+
+def _find_contradiction(variables: dict[str, str]) -> str | None:
+    for name in (_RANK, _WORLD_SIZE, _LOCAL_RANK, _MASTER_PORT):
+        if name in variables and not variables[name].isdecimal():
+            return f"the environment variable {name} is {variables[name]!r}, not a whole number"
+    size, rank = int(variables.get(_WORLD_SIZE, "1")), int(variables.get(_RANK, "0"))
+    if size < 1:
+        return f"the environment variable {_WORLD_SIZE} is {size}"
+    if rank >= size:
+        total = f"{_WORLD_SIZE} is {size}" if _WORLD_SIZE in variables else f"{_WORLD_SIZE} is not set"
+        return f"the environment variable {_RANK} is {rank}, but {total}"
+    missing = [name for name in (_RANK, _MASTER_ADDR, _MASTER_PORT) if name not in variables]
+    if size > 1 and missing:
+        return f"the environment variable {_WORLD_SIZE} is {size}, but {' and '.join(missing)} are not set"
+    return None
 
 
 def launcher_restarts() -> int:

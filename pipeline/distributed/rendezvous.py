@@ -1,13 +1,24 @@
 """Let the ranks of a run find each other, also after the launcher has restarted them."""
 
+import errno
+import os
+import socket
+import sys
+import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed import DistNetworkError
+
+from pipeline.distributed.environment import launcher_holds_store, master_address, unset_command
+from pipeline.errors import ConfigError
 
 _POLL_S = 0.02
+_ANNOUNCE_AFTER_S = 8.0
 
 
 def open_store(rank: int, size: int, timeout: timedelta) -> Store:
@@ -16,24 +27,76 @@ def open_store(rank: int, size: int, timeout: timedelta) -> Store:
     torchrun keeps one store across restarts. If the ranks found the addresses of earlier, dead ranks in the store, they
     would wait for these ranks. The store of a single process is in memory and needs no port.
 
-    Raises TimeoutError if a rank is missing.
+    Raises:
+        TimeoutError: a rank is missing.
+        ConfigError: another process uses the port of the store.
     """
     if size == 1:
         return HashStore()
-    store = next(rendezvous("env://", timeout=timeout))[0]
-    deadline = time.monotonic() + timeout.total_seconds()
-    start_id = _publish_start_id(store, size, deadline) if rank == 0 else _request_start_id(store, rank, deadline)
+    missing = set(range(1, size)) if rank == 0 else {0}
+    with _announced(lambda: _describe_wait(rank, size, missing)):
+        store = connect(rank, size, timeout)
+        deadline = time.monotonic() + timeout.total_seconds()
+        if rank == 0:
+            start_id = _publish_start_id(store, missing, deadline)
+        else:
+            start_id = _request_start_id(store, rank, deadline)
     return PrefixStore(start_id, store)
 
 
-def _publish_start_id(store: Store, size: int, deadline: float) -> str:
+def connect(rank: int, size: int, timeout: timedelta) -> Store:
+    """Return the store at the launcher's address. Rank 0 serves it, unless the launcher does."""
+    host, port = master_address()
+    is_server = rank == 0 and not launcher_holds_store()
+    try:
+        return TCPStore(host, port, size, is_server, timeout, wait_for_workers=False)
+    except DistNetworkError as error:
+        if is_server and (os.strerror(errno.EADDRINUSE) in str(error) or "EADDRINUSE" in str(error)):
+            raise ConfigError(
+                f"port {port} of {host} (MASTER_PORT) is in use by another process, perhaps another run; choose a free "
+                f"one: deepspeed --master_port {free_port()} ..., or torchrun --standalone ..."
+            ) from None
+        raise
+
+
+def free_port() -> int:
+    """Return a port of this machine on which no process listens now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def _announced(describe: Callable[[], str]) -> Iterator[None]:
+    """Print what the block waits for, once, if it takes long."""
+    timer = threading.Timer(_ANNOUNCE_AFTER_S, lambda: print(describe(), file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _describe_wait(rank: int, size: int, missing: set[int]) -> str:
+    host, port = master_address()
+    numbers = [str(number) for number in sorted(missing)]
+    listed = ", ".join(numbers[:8]) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+    return (
+        f"rank {rank} on {socket.gethostname()} still waits at {host}:{port} (MASTER_ADDR, MASTER_PORT) for rank"
+        f"{'s' if len(numbers) > 1 else ''} {listed} of {size} (WORLD_SIZE); if these variables are left over from "
+        f"another launcher: {unset_command()}"
+    )
+
+
+def _publish_start_id(store: Store, waiting: set[int], deadline: float) -> str:
     """Choose an id for this start, send it to every rank that asks, and return it when all ranks have confirmed it.
 
     Each request has its own id, so that a rank recognizes an answer to a request of an earlier start.
     """
     start_id = uuid.uuid4().hex
     answered: dict[int, str] = {}
-    waiting = set(range(1, size))
     while waiting:
         for rank in list(waiting):
             request = _get(store, f"request_{rank}")

@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from data_tools.errors import UserError
 from pipeline.config.schema import RunConfig
 from pipeline.distributed.environment import (
+    check_launcher,
     launched_local_rank,
     launched_rank,
     launched_world_size,
@@ -131,8 +132,10 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
         process_group: whether to create torch's process group even for one rank. FSDP and DeepSpeed need this group.
 
     Raises:
-        ConfigError: this machine does not have the requested device, or the device is MPS and there are several ranks.
+        ConfigError: this machine does not have the requested device, the device is MPS and there are several ranks, the
+            launcher's variables contradict each other, or its port is in use.
     """
+    check_launcher()
     rank, size, local_rank = launched_rank(), launched_world_size(), launched_local_rank()
     device = _choose_device(run.device, local_rank)
     if device.type == "mps" and size > 1:

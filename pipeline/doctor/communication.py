@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch.cuda import nccl
 
 from pipeline.config.schema import RunConfig
+from pipeline.distributed.environment import launcher_variables, unset_command
 from pipeline.distributed.world import join_world
 from pipeline.doctor.findings import Finding
 
+SHUTDOWN_S = 40  # torchrun gives its ranks 30 s
 MASTER_PORT = 29500  # the default of torchrun and deepspeed
 RANKS_TIMEOUT_S = 120
 
@@ -54,21 +56,42 @@ def check_port() -> Finding:
     return Finding("port", "ok", f"{MASTER_PORT} is free")
 
 
+def check_variables() -> Finding:
+    """Check that no launcher has left its variables in this shell."""
+    variables = launcher_variables()
+    if not variables:
+        return Finding("launcher", "ok", "no variables are left over from a launcher")
+    says = "set in this shell: " + " ".join(f"{name}={value}" for name, value in variables.items())
+    is_fatal = variables.get("WORLD_SIZE", "1") != "1" or variables.get("RANK", "0") != "0"
+    return Finding("launcher", "problem" if is_fatal else "note", says, unset_command())
+
+
 def check_ranks() -> Finding:
     """Start two ranks that add a number, on two GPUs if the machine has two GPUs, otherwise on the CPU."""
     device = "cuda" if torch.cuda.device_count() > 1 else "cpu"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, "-m", "pipeline.doctor.communication", device]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=RANKS_TIMEOUT_S)
+        _, stderr = process.communicate(timeout=RANKS_TIMEOUT_S)
     except subprocess.TimeoutExpired:
+        _stop(process)
         says = f"on {device} they did not connect within {RANKS_TIMEOUT_S} s"
         cure = "check the firewall, or choose the interface: export GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo"
         return Finding("two ranks", "problem", says, cure)
-    if result.returncode:
-        reason = next((line for line in result.stderr.splitlines() if "Error" in line), f"status {result.returncode}")
+    if process.returncode:
+        reason = next((line for line in stderr.splitlines() if "Error" in line), f"status {process.returncode}")
         return Finding("two ranks", "problem", f"on {device}: {reason.strip()[:200]}", "NCCL_DEBUG=INFO shows more")
     return Finding("two ranks", "ok", f"connected and added a number on {device}")
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Stop torchrun with a signal that it passes on to its ranks. SIGKILL would leave the ranks behind."""
+    process.terminate()
+    try:
+        process.communicate(timeout=SHUTDOWN_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from data_tools.errors import DataError, install_command
 from data_tools.tokenizer import load_tokenizer
 from pipeline.backends import cpu_adam_problem
 from pipeline.distributed.device import GIB, compiler_works, device_name
-from pipeline.doctor.communication import check_collectives, check_host_name, check_port, check_ranks
+from pipeline.doctor.communication import check_collectives, check_host_name, check_port, check_ranks, check_variables
 from pipeline.doctor.findings import Finding, Level
 from pipeline.model.attention import fastest_kernel
 
@@ -41,6 +41,7 @@ def run_checks(folder: Path, *, thorough: bool) -> list[Finding]:
         ("collectives", lambda: [check_collectives()]),
         ("host name", lambda: [check_host_name()]),
         ("port", lambda: [check_port()]),
+        ("launcher", lambda: [check_variables()]),
     ]
     if thorough:
         checks += [("builds", check_builds), ("two ranks", lambda: [check_ranks()])]

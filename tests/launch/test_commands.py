@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.run_folder.metrics import read_metrics
+from tests.support.rank_server import free_port
 from tests.support.runs import (
     CONFIGS,
     REPOSITORY,
@@ -50,7 +51,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_deepspeed_launcher(corpus: Path, trained: Path, tmp_path: Path) -> None:
     """``deepspeed --num_gpus 2 launch/train.py`` works without a GPU and gives the same curve as one process."""
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
     arguments = ["--config", str(CONFIGS / "zero1.json"), *tiny_run(corpus, tmp_path / "run")]
     result = subprocess.run(
         [*launcher, str(TRAIN), *arguments],

@@ -92,7 +92,7 @@ class RankServer:
             self._statuses[number] = status
             self._pid_known = threading.Event()
             self._server.stdin.write(json.dumps({"number": number, **request}) + "\n")
-            if not self._pid_known.wait(300):
+            if self._server.poll() is not None or not self._pid_known.wait(300):
                 raise RuntimeError("the rank server does not answer")
             return self._pid, status
 
@@ -105,6 +105,9 @@ class RankServer:
                 self._pid_known.set()
             else:
                 self._statuses[answer["number"]].set_result(answer["status"])
+        for status in self._statuses.values():
+            if not status.done():
+                status.set_exception(RuntimeError("the rank server has ended"))
 
 
 def _first_failure(pids: list[int], statuses: list[Future[int]], timeout_s: float) -> int:

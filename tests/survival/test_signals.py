@@ -14,6 +14,7 @@ from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.verification import find_damage
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.live_run import LiveRun
+from tests.support.rank_server import free_port
 from tests.support.runs import Curve, Sections, curve_of, train_run
 from tests.survival.conftest import assert_same_curve
 
@@ -67,7 +68,7 @@ def test_a_signal_to_torchrun_reaches_the_ranks(sections: Sections, tmp_path: Pa
 
 def test_ctrl_c_under_deepspeed(sections: Sections, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
+    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
     with LiveRun("zero2", folder, sections, command=deepspeed, hold_after=2) as run:
         run.wait_for_step(2)
         ranks = run.ranks()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -11,13 +12,14 @@ from torch._C._distributed_c10d import HashStore, Store
 
 from pipeline.distributed import rendezvous
 from pipeline.distributed.rendezvous import open_store
+from pipeline.errors import ConfigError
 
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> Store:
     """The launcher's store, which outlives its ranks."""
     store = HashStore()
-    monkeypatch.setattr(rendezvous, "rendezvous", lambda url, timeout: iter([(store, None, None)]))
+    monkeypatch.setattr(rendezvous, "connect", lambda rank, size, timeout: store)
     return store
 
 
@@ -50,3 +52,29 @@ def test_a_missing_rank_is_named(shared: Store) -> None:
     with pytest.raises(TimeoutError, match="waiting for rank 0"):
         open_store(1, 3, timedelta(seconds=0.1))
     assert time.monotonic() - started < 10
+
+
+def test_missing_ranks_are_announced(
+    shared: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"MASTER_ADDR": "node0", "MASTER_PORT": "29500", "WORLD_SIZE": "3", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rendezvous, "_ANNOUNCE_AFTER_S", 0.1)
+    with pytest.raises(TimeoutError):
+        open_store(0, 3, timedelta(seconds=1))
+    line = capfd.readouterr().err
+    assert "still waits at node0:29500 (MASTER_ADDR, MASTER_PORT) for ranks 1, 2 of 3 (WORLD_SIZE)" in line
+    assert "unset RANK WORLD_SIZE" in line
+
+
+def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other_run:
+        other_run.bind(("", 0))
+        other_run.listen()
+        port = other_run.getsockname()[1]
+        for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(
+            ConfigError, match=rf"port {port} of localhost \(MASTER_PORT\) is in use .*--master_port \d+"
+        ):
+            open_store(0, 2, timedelta(seconds=5))

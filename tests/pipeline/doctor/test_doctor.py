@@ -179,9 +179,17 @@ class TestCommunication:
     def test_two_ranks_connect(self) -> None:
         assert communication.check_ranks().level == "ok"
 
+    @pytest.mark.parametrize(("size", "level"), [("8", "problem"), ("1", "note")])
+    def test_variables_that_a_launcher_has_left(self, size: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+        finding = communication.check_variables()
+        assert finding.level == level and f"WORLD_SIZE={size}" in finding.says
+        assert finding.cure.startswith("unset ") and "WORLD_SIZE" in finding.cure
+
     def test_two_ranks_that_cannot_connect(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        ended = SimpleNamespace(returncode=1, stderr="noise\nRuntimeError: no route to host\n")
-        monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+        stderr = "noise\nRuntimeError: no route to host\n"
+        ended = SimpleNamespace(returncode=1, communicate=lambda timeout: ("", stderr))
+        monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: ended)
         finding = communication.check_ranks()
         assert finding.level == "problem" and "no route to host" in finding.says
 
