@@ -1,4 +1,4 @@
-"""Compute hashes of files and JSON objects, and recognize URLs."""
+"""Compute hashes of files and JSON objects, recognize URLs, and check that a path can be written."""
 
 import hashlib
 import json
@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from data_tools.errors import DataError
 
 _HASH_CHUNK_BYTES = 8 << 20  # large, because each chunk releases and takes the GIL twice
 
@@ -21,6 +23,19 @@ def is_writable(path: Path) -> bool:
     while not existing.exists():
         existing = existing.parent
     return os.access(existing, os.W_OK) and (existing == path.absolute() or existing.is_dir())
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Check before long work that a file or folder can be written at a path.
+
+    Args:
+        option: the option that the path belongs to, for the message.
+
+    Raises:
+        DataError: the path cannot be written.
+    """
+    if not is_writable(path):
+        raise DataError(f"{option}: cannot write {path}; name a place that you may write to")
 
 
 def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_bytes: None) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data_tools.storage.atomic import write_json_durably
+from data_tools.storage.files import require_writable
 from data_tools.storage.new_folders import create_folder, removed_if_unused
 from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, list_checkpoints, read_manifest
 from pipeline.checkpoint.loading import read_parameter
@@ -96,8 +97,14 @@ def write_new_run(
 
 
 def require_new_run_folder(run_folder: Path) -> None:
-    """Raise CheckpointError if the path is a checkpoint, is not a folder, or is a run folder that has checkpoints."""
+    """Check that a new run can be written at a path.
+
+    Raises:
+        CheckpointError: the path is a checkpoint, is not a folder, or is a run folder that has checkpoints.
+        DataError: the path cannot be written.
+    """
     if run_folder.exists() and not run_folder.is_dir() or (run_folder / MANIFEST_FILE).exists():
         raise CheckpointError(f"--out: {run_folder} is not a run folder; name a folder for the new run")
     if existing := list_checkpoints(run_folder):
         raise CheckpointError(f"--out: {run_folder} already has checkpoints ({existing[-1].name}); name another folder")
+    require_writable(run_folder, "--out")

@@ -312,7 +312,7 @@ class TestConvert:
         monkeypatch.setattr(conversion, "read_parameter", vanished)
         with pytest.raises(CheckpointError, match=r"cannot save .*step_00000003: rank 0: rank_00001.*cannot be read"):
             convert_checkpoint(trained, tmp_path / "out")
-        assert not list((tmp_path / "out" / "checkpoints").iterdir())
+        assert not (tmp_path / "out").exists()
         monkeypatch.undo()
         convert_checkpoint(trained, tmp_path / "out")
         assert find_damage(tmp_path / "out" / LAST) is None
@@ -349,7 +349,8 @@ def test_a_mistake_is_one_line(
         (("convert", run_folder / LAST, "--out", tmp_path / "a"), "state.json: contents changed"),
         (("convert", run_folder, "--out", used), "already has checkpoints (step_00000003); name another"),
         (("convert", used, "--out", tmp_path / "file"), "file is not a run folder; name a folder"),
-        (("convert", used, "--out", tmp_path / "file" / "out"), "cannot create"),
+        (("convert", used, "--out", tmp_path / "file" / "out"), "cannot write"),
+        (("convert", nowhere, "--out", tmp_path / "file" / "out"), "cannot write"),  # before it reads the source
         (("convert", tmp_path / "file", "--out", tmp_path / "a"), "file: cannot be read as a file of torch.save"),
     ]
     for arguments, expected in mistakes:

@@ -82,6 +82,8 @@ def test_a_mistake_is_one_line(tmp_path: Path, run_export: Callable[..., Done]) 
         (("--checkpoint", run, "--out", used), f"{used} already exists and is not an empty folder"),
         (("--checkpoint", run, "--out", tmp_path / "file"), "file already exists and is not an empty folder"),
         (("--checkpoint", run, "--out", tmp_path / "file" / "out"), "cannot write"),
+        (("--checkpoint", used, "--out", tmp_path / "file" / "out"), "cannot write"),  # before it reads the checkpoint
+        (("--from-hf", used, "--out", tmp_path / "file" / "out"), "cannot write"),
         (("--checkpoint", used, "--out", new), f"{used}: no checkpoint here; expected a run folder"),
         (("--from-hf", used, "--out", new), "used/config.json: missing; expected a folder"),
         (("--from-hf", f"{tmp_path}/no", "--out", new), "no: no such folder; expected one with config.json, or a hub"),

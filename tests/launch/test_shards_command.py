@@ -183,6 +183,10 @@ def test_mistakes_are_one_line(run: Run, ours: Path, tmp_path: Path) -> None:
     refused(run("convert", ours, "--in-place", "--out", out), "--in-place", "takes no --out")
     refused(run("convert", ours, "--in-place"), "already has a manifest.json")
     refused(run("convert", ours, "--out", ours, "--to", "npy"), "is not empty")
+    below_a_file = ours / "manifest.json" / "out"
+    refused(
+        run("convert", out / "nowhere", "--out", below_a_file, "--to", "npy"), "--out: cannot write", "may write to"
+    )
     assert not out.exists()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data_tools.errors import one_line_write_errors
 from data_tools.storage.atomic import atomic_folder, partial_path
+from data_tools.storage.files import require_writable
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
 from pipeline.checkpoint.layout import STATE_FILE
 from pipeline.checkpoint.loading import index_for_model, read_parameter
@@ -65,6 +66,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: str) -> Export:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out: {out} already exists and is not an empty folder; name another one")
+    require_writable(out, "--out")
     source = locate_checkpoint(checkpoint)
     state, stored = read_state(source)
     config = config_from_json(stored, origin=str(source / STATE_FILE))

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.errors import DataError
 from data_tools.storage import files as storage
-from data_tools.storage.files import is_writable
+from data_tools.storage.files import is_writable, require_writable
 
 
 def test_sha256_of_a_file_longer_than_one_read(tmp_path: Path) -> None:
@@ -39,6 +40,8 @@ def test_what_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for path in (tmp_path, file, tmp_path / "new", tmp_path / "new" / "folder"):
         assert is_writable(path)
     assert not is_writable(file / "folder"), "a file is no folder"
+    with pytest.raises(DataError, match=f"--out: cannot write {file / 'folder'}; name a place that you may write to"):
+        require_writable(file / "folder", "--out")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     assert not is_writable(Path("new/folder"))
