@@ -1,1 +1,1 @@
-"""The processes of a run and the hardware each one computes on."""
+"""Manage the processes of a run, and the hardware that each process computes on."""

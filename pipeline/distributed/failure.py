@@ -1,4 +1,4 @@
-"""Print what ended this process, once, before anything that may wait for other ranks."""
+"""Print the error that ends this process. Print each error only once, before any code that may wait for other ranks."""
 
 import errno
 import signal
@@ -12,17 +12,17 @@ from data_tools.errors import DataError, UserError
 from pipeline.distributed.environment import launched_rank, launched_world_size
 from pipeline.errors import Interrupted, LostRankError, MainRankError
 
-#: Errors of the operating system that a user can cure although they may not name a file.
+#: Errors of the operating system that a user can correct, even if the error does not name a file.
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-#: If rank 0 has the same error, it prints the error and ends, and the launcher ends the other ranks in this time.
+#: If rank 0 has the same error, rank 0 prints the error and ends. The launcher then ends the other ranks in this time.
 _OTHER_RANKS_WAIT_S = 2.0
 
 
 def report(error: BaseException) -> int:
     """Print an error unless this process has printed it before. Returns the exit status of the error.
 
-    A user's mistake is one line. Anything else is a traceback. Most mistakes, such as a wrong config, are the same on
-    all ranks, so the other ranks leave it to rank 0 to print them.
+    For a ``UserError``, print one line. For other errors, print a traceback. Most user errors, such as a wrong config,
+    occur on all ranks, so the other ranks wait before they print the error. In this time, rank 0 prints the error.
     """
     status, text = _describe(error)
     if not getattr(error, "is_reported", False):
@@ -38,20 +38,20 @@ def report(error: BaseException) -> int:
 
 
 def printable(text: str) -> str:
-    """Return text with control characters as escapes, so that a terminal ignores them. Keep line breaks and tabs."""
+    """Return the text with control characters except line breaks and tabs replaced by escape sequences."""
     return "".join(
         c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
 
 
 def summarize(error: BaseException) -> str:
-    """Return the type and the first line of an error."""
+    """Return the type of an error and the first line of the message."""
     first_line = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first_line}"[:300].rstrip(": ")
 
 
 def _describe(error: BaseException) -> tuple[int, str]:
-    """Return the exit status and what to print."""
+    """Return the exit status for an error and the text to print."""
     if isinstance(error, UserError):
         return error.exit_status, _one_line("" if isinstance(error, Interrupted) else "error: ", str(error))
     if isinstance(error, KeyboardInterrupt):

@@ -23,7 +23,7 @@ from pipeline.errors import LostRankError
 Result = TypeVar("Result")
 
 INTERVAL_S = 1.0
-#: The longest time that a failed rank waits for answers of the store. Its process may be gone, or its host.
+#: The longest time that a failed rank waits for answers of the store, whose process or host may be dead.
 _STORE_TIMEOUT_S = 10.0
 _VERDICT = "verdict"
 _LOST_STORE = "lost rank 0, or the launcher on its node"
@@ -32,7 +32,7 @@ _CURE = "; run the same command again to continue from the last checkpoint"
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the run ends, the same on all ranks."""
+    """The reason for the end of the run, which is equal on all ranks."""
 
     reason: str
     stuck: tuple[int, ...] = ()  # the ranks whose main thread is stuck
@@ -41,17 +41,17 @@ class Verdict:
 class Heartbeat:
     """A thread that writes this rank's heartbeat to the store every second and reads the heartbeats of other ranks.
 
-    A heartbeat says where the main thread is. Rank 0 watches all ranks. The other ranks watch rank 0 and read its
-    verdict from the store. The number of requests therefore grows only linearly with the world size. If a rank has
-    been silent for ``timeout_s``, or is stuck (``find_stuck``), the thread prints the rank's name and ends the process
-    with ``LostRankError.exit_status``, because the main thread may hang in a collective. A second thread does the same
-    if the store does not answer.
+    A heartbeat contains the place of the main thread. Rank 0 watches all ranks. The other ranks watch rank 0, and read
+    the verdict of rank 0 from the store. The number of requests is therefore proportional to the world size. If a rank
+    has been silent for ``timeout_s``, or is stuck (``find_stuck``), the thread prints the rank's name and ends the
+    process with ``LostRankError.exit_status``, because the main thread may hang in a collective. A second thread ends
+    the process if the store does not answer.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
         self.rank, self.size = world.rank, world.size
         self.timeout_s = timeout_s
-        self._main_thread = MainThread(world.progress, is_patient=world.device.type == "mps")  # waits without CPU time
+        self._main_thread = MainThread(world.progress, is_patient=world.device.type == "mps")  # waits use no CPU time
         self._store = _connect(world)
         self._store.set(f"name_{self.rank}", f"{socket.gethostname()}, pid {os.getpid()}")
         self._store.set(f"beat_{self.rank}", "")
@@ -89,9 +89,9 @@ class Heartbeat:
                 self._exit(verdict)
 
     def _turns(self) -> Iterator[float]:
-        """Yield every second until ``stop`` is called: the time since the last turn, at most two seconds.
+        """Yield the time since the last turn, at most two seconds. Yields every second until ``stop`` is called.
 
-        A longer time means that this process itself was suspended, which must not count against other ranks.
+        If more time has passed, this process was suspended. The rest of the time must not count against other ranks.
         """
         last_turn = time.monotonic()
         while not self._stopped.wait(INTERVAL_S):
@@ -100,7 +100,7 @@ class Heartbeat:
             last_turn = now
 
     def _judge(self, own: Place, heard: dict[int, str], silent: list[int]) -> Verdict | None:
-        """Return rank 0's verdict if there is one, and otherwise that of this rank."""
+        """Return the verdict in the store. If the store has no verdict, return the verdict of this rank, or None."""
         if self._store.check([_VERDICT]):
             return _read_verdict(self._store)
         if silent:
@@ -119,7 +119,7 @@ class Heartbeat:
         return verdict
 
     def _watch_store(self) -> None:
-        """End the process if the store's process or host hangs: requests to the store would then wait without end."""
+        """End the process if the store does not answer. Otherwise, requests to the store could wait without a limit."""
         for turn_s in self._turns():
             self._unanswered_s += turn_s
             if self._unanswered_s > self.timeout_s + INTERVAL_S:
@@ -137,7 +137,7 @@ class Heartbeat:
 
 @contextmanager
 def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
-    """Watch all ranks inside the block. They leave it together. Errors are reported as they are raised."""
+    """Watch all ranks inside the block. All ranks leave the block together. Errors are printed when they are raised."""
     watch = Heartbeat(world, timeout_s)
     world.barrier()
     watch.start()
@@ -151,9 +151,9 @@ def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
 
 @contextmanager
 def failures_reported(world: World) -> Iterator[None]:
-    """Print an error of one of several ranks, and tell the other ranks, before cleanup that may wait for them.
+    """Print an error in the block and tell the other ranks, before cleanup code that may wait for the other ranks.
 
-    Raises LostRankError instead of the error of a collective that failed because another rank is lost.
+    Raises LostRankError if a collective failed because another rank is lost.
     """
     try:
         yield
@@ -164,7 +164,7 @@ def failures_reported(world: World) -> Iterator[None]:
     except Exception as error:
         if world.size == 1:
             raise
-        # torch raises these two if a collective fails, and subclasses of RuntimeError otherwise.
+        # torch raises these two types if a collective fails. Other errors are subclasses of RuntimeError.
         if (type(error) is RuntimeError or isinstance(error, DistError)) and (lost := find_lost(world)):
             lost_rank = LostRankError(lost + _CURE)
             report(lost_rank)
@@ -176,7 +176,7 @@ def failures_reported(world: World) -> Iterator[None]:
 
 
 def find_lost(world: World) -> str | None:
-    """Return which ranks have failed or send no heartbeat within a few seconds, or None if there are none."""
+    """Return the names of ranks that failed or send no heartbeat for a few seconds, or None if all ranks are alive."""
     otherwise: str | None = _LOST_STORE
     return _within_store_timeout(lambda: _find_lost(world), otherwise)
 
@@ -194,15 +194,15 @@ def _find_lost(world: World) -> str | None:
 
 
 def _publish_failure(world: World, reason: str) -> None:
-    """Tell the other ranks, which may wait in a collective for ever, that this rank has failed."""
+    """Tell the other ranks that this rank has failed, because they may wait in a collective without a limit."""
     store = _connect(world)
     if not store.check([_VERDICT]):
         _write_verdict(store, Verdict(f"lost {_describe(store, [world.rank])}, which failed: {reason}"))
-        time.sleep(2 * INTERVAL_S)  # the other ranks read it before this process, which may hold the store, ends
+        time.sleep(2 * INTERVAL_S)  # the other ranks read the verdict before this process ends, maybe with the store
 
 
 def _connect(world: World) -> Store:
-    """Return a separate connection: a request that waits would block all other threads on a shared one."""
+    """Return a separate connection. On a shared connection, a waiting request would block all other threads."""
     store = world.store.clone() if world.store else HashStore()  # type: ignore[attr-defined]
     return PrefixStore("heartbeat", store)
 

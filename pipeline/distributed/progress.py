@@ -1,9 +1,9 @@
-"""What the main thread of each rank is doing, and how a stuck rank is told from one that works or waits.
+"""Record the progress of each rank's main thread, and find stuck ranks.
 
 All ranks pass the same marks in the same order: the phases of a run, micro-batches, and collectives. The position of a
-rank is the number of marks that it has passed. A rank moves if it passes a mark, or if it uses CPU time. A rank that
-waits for another one in a collective does not move, as little as a rank that waits for a file system that is gone, so
-no rank is judged alone: see ``find_stuck``.
+rank is the number of marks that it has passed. A rank moves if it passes a mark or uses CPU time. A rank that waits
+for another rank in a collective does not move. A rank that waits for a dead file system does not move, either.
+``find_stuck`` therefore compares the ranks.
 """
 
 import json
@@ -16,14 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import FrameType
 
-#: How long a rank may stand still in a phase that can wait without using CPU time: for a compiler, a download, a disk.
+#: The longest time without a move in a phase that can wait without using CPU time: for a compiler, a download, a disk.
 PATIENCE_S = 600.0
 #: A thread uses less than this share of a core if it only polls.
 _LEAST_CPU_SHARE = 0.01
 
 
 class Progress:
-    """The phase that a rank is in, set by its main thread and read by the heartbeat's thread."""
+    """The current phase of a rank. The main thread sets the phase, and the heartbeat's thread reads the phase."""
 
     def __init__(self) -> None:
         self.position = 0
@@ -35,36 +35,36 @@ class Progress:
         """Begin a phase. All ranks must make the same calls in the same order.
 
         Args:
-            is_patient: a healthy rank may wait for minutes in this phase without using CPU time.
+            is_patient: whether a healthy rank may wait for minutes in this phase without using CPU time.
         """
         self.phase, self.is_patient = phase, is_patient
         self.pass_mark()
 
     def pass_mark(self) -> None:
-        """Count a point within the phase that all ranks pass, such as a collective."""
+        """Count a mark within the phase that all ranks pass, such as a collective."""
         self.position += 1
 
     def move(self) -> None:
-        """Count a sign of life that need not be the same on all ranks."""
+        """Count a move that the other ranks need not make."""
         self.moves += 1
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the main thread of a rank is, and for how long it has not moved."""
+    """The place of a rank's main thread, and the time since the thread has moved."""
 
     position: int
     phase: str
     is_patient: bool
     still_s: float
-    line: str  # of the source
+    line: str  # the current line of source code
 
     def to_json(self) -> str:
-        """Return the place for another rank."""
+        """Return the place as JSON text, to send to another rank."""
         return json.dumps(asdict(self))
 
     def is_overdue(self, timeout_s: float) -> bool:
-        """Return whether the rank has not moved for longer than its phase allows."""
+        """Return whether the time since the last move is longer than the phase allows."""
         return self.still_s > (max(timeout_s, PATIENCE_S) if self.is_patient else timeout_s)
 
 
@@ -80,7 +80,11 @@ class MainThread:
         self._still_s = 0.0
 
     def observe(self, elapsed_s: float) -> Place:
-        """Return where the thread is. ``elapsed_s``: the time since the last call, without time in suspension."""
+        """Return the place of the thread.
+
+        Args:
+            elapsed_s: the time since the last call, without the time in which the process was suspended.
+        """
         progress = self._progress
         seen, cpu_s = (progress.position, progress.moves), self._used_cpu_s()
         has_moved = seen != self._seen or cpu_s - self._cpu_s > _LEAST_CPU_SHARE * elapsed_s
@@ -94,13 +98,13 @@ class MainThread:
         return "".join(traceback.format_stack(sys._current_frames().get(self._thread_id)))
 
     def _used_cpu_s(self) -> float:
-        """Return the CPU time of the thread; of the whole process if other threads work for it, or as a substitute."""
+        """Return the CPU time of the thread. If other threads may work, return that of the process."""
         if self._progress.is_patient or not hasattr(time, "pthread_getcpuclockid"):
-            return time.process_time() - time.thread_time()  # without the thread that observes
+            return time.process_time() - time.thread_time()  # without the time of the thread that observes
         return time.clock_gettime(time.pthread_getcpuclockid(self._thread_id))
 
     def _line(self) -> str:
-        """Return the innermost line of this project, and the innermost line of all."""
+        """Return the current line in code of this project, and the current line in any code."""
         innermost = frame = sys._current_frames().get(self._thread_id)
         while frame and not frame.f_globals.get("__name__", "").startswith(("pipeline.", "data_tools.")):
             frame = frame.f_back
@@ -115,8 +119,8 @@ def _describe_frame(frame: FrameType) -> str:
 def find_stuck(places: Mapping[int, Place], timeout_s: float) -> list[int]:
     """Return the ranks that are stuck. Returns an empty list if the run is healthy.
 
-    A rank is stuck if it has not moved for its time, and another rank is ahead of it. If no rank has moved for its
-    time, the rearmost ranks are stuck: all of them if all are at the same mark.
+    A rank is overdue if it has not moved for longer than its phase allows. An overdue rank is stuck if another rank has
+    passed more marks. If all ranks are overdue, the ranks that have passed the fewest marks are stuck.
     """
     overdue = [rank for rank, place in places.items() if place.is_overdue(timeout_s)]
     positions = [place.position for place in places.values()]
@@ -126,7 +130,7 @@ def find_stuck(places: Mapping[int, Place], timeout_s: float) -> list[int]:
 
 
 def describe_places(places: Mapping[int, Place], stuck: Sequence[int], names: Mapping[int, str]) -> str:
-    """Return in words which ranks are stuck and where, and where the others are."""
+    """Return a text with the names and places of the stuck ranks, and the places of the other ranks."""
     groups: dict[tuple[bool, str, str], list[int]] = {}
     for rank, place in places.items():
         groups.setdefault((rank not in stuck, place.phase, place.line), []).append(rank)

@@ -1,4 +1,4 @@
-"""Let the ranks of a run find each other, also after the launcher has restarted them."""
+"""Let the ranks of a run find each other, even if the launcher has restarted the ranks."""
 
 import errno
 import os
