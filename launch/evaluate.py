@@ -107,7 +107,7 @@ def _task_and_path(assignment: str) -> tuple[str, str]:
 
 
 def _by_task(parser: ArgumentParser, option: str, values: list[tuple[str, _T]]) -> dict[str, _T]:
-    """Return the values of an option by task. It is an error if a task has several."""
+    """Return task -> value for an option. More than one value for a task is an error."""
     by_task = dict(values)
     for task in by_task:
         if [name for name, _ in values].count(task) > 1:

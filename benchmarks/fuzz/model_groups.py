@@ -1,4 +1,4 @@
-"""Groups of the files of models: checkpoints, run configs, Hugging Face folders, and files of nanoGPT."""
+"""Define the groups of model files: checkpoints, run configs, Hugging Face folders, and files of nanoGPT."""
 
 from __future__ import annotations
 

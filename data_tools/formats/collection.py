@@ -107,7 +107,7 @@ def require_tokens(path: Path, tokens: int) -> None:
     """Check that a file of another program has tokens. An empty file is usually an interrupted copy or download.
 
     Raises:
-        DataError: ``tokens``, their number, is 0.
+        DataError: ``tokens``, the number of tokens, is 0.
     """
     if not tokens:
         size = path.stat().st_size

@@ -93,7 +93,7 @@ def map_npy_file(path: Path) -> TokenArray:
     """Memory-map the tokens of an array that ``numpy.save`` wrote.
 
     Raises:
-        DataError: as for ``open_npy_file``.
+        DataError: see ``open_npy_file``.
     """
     try:
         return npy_tokens(map_file(path))

@@ -248,7 +248,7 @@ def open_decompressed(path: str) -> Iterator[BinaryIO]:
 
 
 def _ends_in_zero(file: BinaryIO) -> bool:
-    """Return whether the last byte of a file is zero. Afterwards the file is at its beginning."""
+    """Return whether the last byte of a file is zero, and seek to the beginning of the file."""
     file.seek(-1, os.SEEK_END)
     last = file.read(1)
     file.seek(0)

@@ -1,4 +1,4 @@
-"""Recognize by its first bytes what a file really holds, if reading it as what its name promises is of no use."""
+"""Recognize the content of a file by its first bytes, if the file cannot be read as the kind that its name says."""
 
 import os
 from pathlib import Path
@@ -54,7 +54,7 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
 
 
 def begins_as(path: Path | str, kind: str) -> bool:
-    """Return whether a file begins like those of a kind. Returns True for a URL and if the file cannot be read."""
+    """Return whether a file begins like files of this kind. Returns True for URLs and for unreadable files."""
     head = _read_head(path)
     return head is None or head.startswith(_KINDS[kind][0])
 
@@ -74,7 +74,7 @@ def require_fetched(path: Path | str) -> None:
     """Check that a local file is not a git-lfs pointer, for readers to which a pointer looks like any other file.
 
     Raises:
-        DataError: it is a pointer.
+        DataError: the file is a git-lfs pointer.
         OSError: the file does not exist.
     """
     if os.stat(path).st_size < LARGEST_POINTER_BYTES and os.path.isfile(path):

@@ -1,4 +1,4 @@
-"""Create output folders that do not remain if the command fails before it writes anything."""
+"""Create output folders, and remove the folders if the command fails before it writes a file."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress

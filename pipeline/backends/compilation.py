@@ -1,4 +1,4 @@
-"""Decide what torch.compile sees at once: a block, or the whole model."""
+"""Decide whether torch.compile compiles each block separately or the whole model."""
 
 import torch
 import torch._dynamo

@@ -10,22 +10,22 @@ _LAUNCHER_VARIABLES = (_RANK, _WORLD_SIZE, _LOCAL_RANK, "LOCAL_WORLD_SIZE", _MAS
 
 
 def launched_rank() -> int:
-    """Return this process's rank; 0 under plain python."""
+    """Return this process's rank, or 0 without a launcher."""
     return _number(_RANK, 0) if launched_world_size() > 1 else 0
 
 
 def launched_world_size() -> int:
-    """Return the number of processes of the run; 1 under plain python."""
+    """Return the number of processes of the run, or 1 without a launcher."""
     return _number(_WORLD_SIZE, 1)
 
 
 def launched_local_rank() -> int:
-    """Return this process's rank on its node; 0 under plain python."""
+    """Return this process's rank on its node, or 0 without a launcher."""
     return _number(_LOCAL_RANK, 0)
 
 
 def _number(name: str, default: int) -> int:
-    """Return a variable's value, or the default if the value is not a number: ``check_launcher`` reports it."""
+    """Return the value of a variable, or the default if it is no number. ``check_launcher`` reports it."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default
 
@@ -51,7 +51,7 @@ def unset_command() -> str:
 
 
 def check_launcher() -> None:
-    """Raise ConfigError if the variables of a launcher contradict each other, as those of another launcher do."""
+    """Raise ConfigError if launcher variables contradict each other, for example because two launchers set them."""
     if problem := _find_contradiction(launcher_variables()):
         raise ConfigError(
             f"{problem}; if the variable is left over from another launcher: {unset_command()}; "

@@ -45,7 +45,7 @@ def open_store(rank: int, size: int, timeout: timedelta) -> Store:
 
 
 def connect(rank: int, size: int, timeout: timedelta) -> Store:
-    """Return the store at the launcher's address. Rank 0 serves it, unless the launcher does."""
+    """Return the store at the launcher's address. Rank 0 serves the store unless the launcher serves it."""
     host, port = master_address()
     is_server = rank == 0 and not launcher_holds_store()
     try:
@@ -69,7 +69,7 @@ def free_port() -> int:
 
 @contextmanager
 def _announced(describe: Callable[[], str]) -> Iterator[None]:
-    """Print what the block waits for, once, if it takes long."""
+    """Print once what the block waits for, if the block takes longer than ``_ANNOUNCE_AFTER_S``."""
     timer = threading.Timer(_ANNOUNCE_AFTER_S, lambda: print(describe(), file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()

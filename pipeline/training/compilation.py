@@ -1,4 +1,4 @@
-"""Decide whether a run compiles its model: ``run.compile``."""
+"""Decide whether a run compiles the model (``run.compile``)."""
 
 import logging
 import time
@@ -42,7 +42,7 @@ def choose_compilation(config: Config, world: World, plan: BatchPlan, model: GPT
 
 
 def _decide(config: Config, world: World, plan: BatchPlan, model: GPT2, start: Path | None) -> tuple[bool, str]:
-    """Return the choice of ``auto`` and its reason."""
+    """Return the choice that ``auto`` makes, and the reason for the choice."""
     if world.device.type != "cpu":
         return world.device.type == "cuda", f"auto: always so on {world.device.type}"
     before = config_section(read_state(start)[1], "run").get("compile") if start else None
