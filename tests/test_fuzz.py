@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,13 @@ def test_what_counts_as_a_problem(tmp_path: Path) -> None:
         (tmp_path / "half" / "work" / "out").mkdir()
         raise DataError("too late")
 
+    def print_control_characters() -> None:
+        print("error: \x1b[31m", file=sys.stderr)
+        raise SystemExit(2)
+
     assert problem_of(tmp_path / "fine", lambda: refuse("the file is damaged")) is None
     assert "ZeroDivisionError" in str(problem_of(tmp_path / "other", lambda: 1 / 0))
-    assert "control characters" in str(problem_of(tmp_path / "escape", lambda: refuse("\x1b[31m")))
+    assert problem_of(tmp_path / "escaped", lambda: refuse("\x1b[31m")) is None, "run_command escapes it"
+    assert "control characters" in str(problem_of(tmp_path / "escape", print_control_characters))
     assert "an error line of" in str(problem_of(tmp_path / "long", lambda: refuse("x" * 10_000)))
     assert problem_of(tmp_path / "half", leave_output) == "the failed command left or changed out"

@@ -152,7 +152,7 @@ def _judge(status: int, error_output: str) -> str | None:
     lines = error_output.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     if status not in (0, UserError.exit_status):
-        return f"status {status}"
+        return f"status {status}: {error_output}"
     if len(errors) != bool(status) or (errors and lines[-1] != errors[0]):
         return f"status {status} with {len(errors)} error lines, and the last line is {lines[-1:]}"
     if errors and not errors[0].replace("\t", " ").isprintable():
