@@ -1,7 +1,7 @@
 """The layout of instructions and chats as text. Stage 1 writes it, and generation asks a model in the same layout."""
 
 ANSWERING_ROLE = "assistant"
-ROLES = ("system", "user", ANSWERING_ROLE)
+ROLES = ("system", "user", ANSWERING_ROLE, "tool")
 INSTRUCTION_FIELDS = ("Instruction", "Input", "Response")
 END_OF_TURN = "\n\n"
 

@@ -6,4 +6,5 @@ SourceKind = Literal["text", "jsonl", "instructions", "parquet", "hf", "fineweb-
 ShardFormat = Literal["npy", "arrow"]
 Deduplication = Literal["off", "exact"]
 EncoderChoice = Literal["auto", "gigatoken", "tiktoken"]
+BadRows = Literal["stop", "skip"]
 Engine = Literal["local", "ray"]

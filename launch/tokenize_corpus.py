@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data_tools.corpus.estimate import Estimate
 from data_tools.corpus.run import Observer, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
 from data_tools.errors import DataError
-from data_tools.options import Deduplication, EncoderChoice, Engine, ShardFormat, SourceKind
+from data_tools.options import BadRows, Deduplication, EncoderChoice, Engine, ShardFormat, SourceKind
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import VAL_SPLIT, Manifest
 from data_tools.shards.validation_split import describe_small_validation
@@ -85,6 +85,7 @@ def build_parser() -> ArgumentParser:
     add("--val-fraction", "fraction of the documents for validation", type=float, metavar="X")
     add("--shard-tokens", "maximum tokens per shard", type=int, metavar="N")
     add("--deduplicate", "exact leaves out documents that repeat an earlier one", choices=get_args(Deduplication))
+    add("--on-bad-rows", "skip leaves out and reports rows that cannot be read", choices=get_args(BadRows))
     add(
         "--encoder",
         "all encoders give the same tokens; auto uses gigatoken if it is installed",
@@ -213,7 +214,7 @@ def print_shards(manifest: Manifest, request: TokenizeRequest) -> None:
 
 
 def print_lengths(manifest: Manifest) -> None:
-    """Print a histogram of document lengths, and the number of documents that were left out."""
+    """Print a histogram of document lengths, and the documents and rows that were left out."""
     report = manifest.report or {}
     counts = report.get("documents_by_log2_tokens", [])
     first = next((k for k, count in enumerate(counts) if count), 0)
@@ -223,6 +224,10 @@ def print_lengths(manifest: Manifest) -> None:
         print(f"  {1 << k:>11,} to {(2 << k) - 1:>11,}: {count:>12,} {bar}".rstrip())
     if repeated := report.get("repeated_documents"):
         print(f"  left out: {repeated:,} documents that repeat an earlier one")
+    if bad_rows := report.get("bad_rows"):
+        print(f"  left out: {bad_rows:,} rows that cannot be read; the first:")
+        for place in report["first_bad_rows"]:
+            print(f"    {' '.join(place.splitlines())}")
 
 
 if __name__ == "__main__":

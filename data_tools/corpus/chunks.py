@@ -19,10 +19,12 @@ from data_tools.encoding.documents import Document, utf8_of
 from data_tools.errors import DataError
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import ShardRecord
-from data_tools.sources import Slice, Source
+from data_tools.sources import BadRowError, OnBadRow, Slice, Source, ignore_bad_row, stop_at_bad_row
 
 #: The subfolder with the records of finished chunks. It exists until the output folder is complete.
 RECORDS_FOLDER = "tasks/"
+#: The number of skipped rows whose places the report names.
+REPORTED_BAD_ROWS = 10
 #: The target number of chunks, which keeps all cores of a machine busy until the end. ``_chunk_bytes`` limits the size
 #: of a chunk, so the number of chunks can differ.
 _WANTED_CHUNKS = 64
@@ -85,6 +87,8 @@ class ChunkRecord:
         repeated: the number of documents that were left out because they repeat an earlier document.
         checked: the number of documents whose tokens were compared with the tokens of tiktoken.
         is_divided: whether the chunk's only document was divided between the splits.
+        bad_rows: the number of rows that were skipped because they cannot be read.
+        bad_places: the places of the first skipped rows, each with the reason.
     """
 
     index: int
@@ -93,6 +97,8 @@ class ChunkRecord:
     repeated: int
     checked: int
     is_divided: bool = False
+    bad_rows: int = 0
+    bad_places: tuple[str, ...] = ()
 
     @property
     def progress(self) -> Contents:
@@ -117,6 +123,20 @@ class ChunkRecord:
 
 
 _RECORD = TypeAdapter(ChunkRecord)
+
+
+class SkippedRows:
+    """The number of skipped rows, and the places of the first ones with the reasons."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.places: list[str] = []
+
+    def add(self, error: BadRowError) -> None:
+        """Count a row, and keep its place if it is one of the first."""
+        self.count += 1
+        if len(self.places) < REPORTED_BAD_ROWS:
+            self.places.append(str(error).encode(errors="backslashreplace").decode())
 
 
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
@@ -154,9 +174,18 @@ def _chunk_bytes(text_bytes: int | None, request: TokenizeRequest) -> int:
     return min(max(wanted, _SMALLEST_CHUNK_BYTES), largest)
 
 
-def documents_of(chunk: Chunk, source: Source) -> Iterator[Document]:
-    """Yield the documents of a chunk in the order of the source, without empty documents."""
-    documents = (document for item in chunk.slices for document in source.read(item) if document)
+def documents_of(
+    chunk: Chunk, source: Source, request: TokenizeRequest, on_skipped_row: OnBadRow = ignore_bad_row
+) -> Iterator[Document]:
+    """Yield the documents of a chunk in the order of the source, without empty documents.
+
+    If the request skips rows that cannot be read, ``on_skipped_row`` receives them.
+
+    Raises:
+        DataError: a file cannot be read, or a row cannot be read and the request does not skip it.
+    """
+    on_bad_row = stop_at_bad_row if request.on_bad_rows == "stop" else on_skipped_row
+    documents = (document for item in chunk.slices for document in source.read(item, on_bad_row) if document)
     return islice(documents, chunk.limit_documents)
 
 
@@ -164,7 +193,7 @@ def _apply_limit(chunks: Sequence[Chunk], source: Source, request: TokenizeReque
     """Yield the chunks up to ``limit_documents``, or up to the document that reaches ``limit_bytes``."""
     documents, utf8_bytes = 0, 0
     for chunk in chunks:
-        for taken, document in enumerate(documents_of(chunk, source), start=1):
+        for taken, document in enumerate(documents_of(chunk, source, request), start=1):
             documents += 1
             utf8_bytes += len(utf8_of(document))
             if documents == request.limit_documents or utf8_bytes >= (request.limit_bytes or float("inf")):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data_tools.corpus.chunks import Chunk, documents_of
+from data_tools.corpus.chunks import Chunk, SkippedRows, documents_of
 from data_tools.corpus.engines import workers_of
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.encoding.documents import encode_document, utf8_of
@@ -65,14 +65,19 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
         DataError: the first documents cannot be read, or no document has text.
     """
     text_bytes = tokens = 0
+    skipped = SkippedRows()
     encoder = load_encoder(REFERENCE_ENCODER)  # fast enough for a few documents, and needed later in any case
-    for document in (document for chunk in chunks for document in documents_of(chunk, source)):
+    documents = (document for chunk in chunks for document in documents_of(chunk, source, request, skipped.add))
+    for document in documents:
         text_bytes += len(utf8_of(document))
         tokens += encode_document(encoder, document).tokens.size
         if text_bytes >= _SAMPLE_BYTES:
             break
     if not tokens:
-        raise DataError(f"--source {request.source} has no document with text in it; there is nothing to tokenize")
+        cause = "there is nothing to tokenize"
+        if skipped.count:
+            cause = f"{skipped.count:,} rows cannot be read, the first is {skipped.places[0]}"
+        raise DataError(f"--source {request.source} has no document with text in it; {cause}")
     is_limited = request.limit_documents is not None or request.limit_bytes is not None
     return Estimate(
         text_bytes=None if is_limited else source.text_bytes(),

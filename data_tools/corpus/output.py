@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.corpus.chunks import RECORDS_FOLDER, Chunk, ChunkRecord
+from data_tools.corpus.chunks import RECORDS_FOLDER, REPORTED_BAD_ROWS, Chunk, ChunkRecord
 from data_tools.encoding.encoders import REFERENCE_ENCODER, encoder_version
 from data_tools.errors import DataError, one_line_write_errors
 from data_tools.shards.contents import Contents
@@ -142,7 +142,7 @@ class OutputFolder:
             source=SourceRecord(**self._identity["source"]),
             settings=self._identity["settings"],
             shards=tuple(sorted(shards, key=lambda shard: shard.split)),
-            report=_report(records),
+            report=_report(records, "on_bad_rows" in self._identity["source"]["options"]),
             made={
                 "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "encoder": encoder_version(encoder),
@@ -272,7 +272,7 @@ def _remove_work_files(folder: Folder) -> None:
     folder.remove({PLAN_NAME} & names)  # last, because the plan names the request that wrote the other files
 
 
-def _report(records: list[ChunkRecord]) -> dict[str, Any]:
+def _report(records: list[ChunkRecord], skips_bad_rows: bool) -> dict[str, Any]:
     """Return the report on all documents for the manifest. Equal requests give equal reports."""
     lengths = np.sum([record.lengths for record in records], axis=0).tolist()
     while lengths and lengths[-1] == 0:
@@ -283,4 +283,7 @@ def _report(records: list[ChunkRecord]) -> dict[str, Any]:
     }
     if any(record.is_divided for record in records):
         report["divided_documents"] = 1
+    if skips_bad_rows:
+        report["bad_rows"] = sum(record.bad_rows for record in records)
+        report["first_bad_rows"] = [place for record in records for place in record.bad_places][:REPORTED_BAD_ROWS]
     return report

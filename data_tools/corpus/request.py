@@ -5,12 +5,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 from data_tools.errors import DataError
-from data_tools.options import Deduplication, EncoderChoice, Engine, ShardFormat
+from data_tools.options import BadRows, Deduplication, EncoderChoice, Engine, ShardFormat
 from data_tools.shards.contents import gpt2_tokenizer_record
 from data_tools.shards.manifest import FORMAT_VERSION, SourceRecord
 from data_tools.sources import Source, SourceRequest
 
-_CHOICES = {"format": ShardFormat, "deduplicate": Deduplication, "encoder": EncoderChoice, "engine": Engine}
+_CHOICES = {
+    "format": ShardFormat,
+    "deduplicate": Deduplication,
+    "on_bad_rows": BadRows,
+    "encoder": EncoderChoice,
+    "engine": Engine,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,8 @@ class TokenizeRequest(SourceRequest):
         limit_bytes: the bytes of UTF-8 text after which to stop. The document that reaches this number is still
             tokenized. None means no limit.
         deduplicate: with ``exact``, every document that is equal to an earlier document is left out.
+        on_bad_rows: with ``skip``, rows that cannot be read are left out and reported. With ``stop``, the first one
+            ends the request.
         workers: the number of processes on this machine; None means one per core. Does not change the result.
         encoder: the argument of ``choose_encoder``. Does not change the result.
         engine: ``local`` (processes on this machine) or ``ray`` (a Ray cluster). Does not change the result.
@@ -44,6 +52,7 @@ class TokenizeRequest(SourceRequest):
     limit_documents: int | None = None
     limit_bytes: int | None = None
     deduplicate: Deduplication = "off"
+    on_bad_rows: BadRows = "stop"
     workers: int | None = None
     encoder: EncoderChoice = "auto"
     engine: Engine = "local"
@@ -53,7 +62,7 @@ class TokenizeRequest(SourceRequest):
         for name, literal in _CHOICES.items():
             choices, value = get_args(literal), getattr(self, name)
             if value not in choices:
-                raise DataError(f"--{name} must be one of {', '.join(choices)}, it is {value!r}")
+                raise DataError(f"--{name.replace('_', '-')} must be one of {', '.join(choices)}, it is {value!r}")
         if self.ray_address is not None and self.engine != "ray":
             raise DataError("--ray-address needs --engine ray")
         if not 0 <= self.val_fraction < 1:
@@ -67,7 +76,9 @@ class TokenizeRequest(SourceRequest):
 
     def identity(self, source: Source) -> dict[str, Any]:
         """Return all values that the bytes of the shards depend on, as JSON values in the layout of the manifest."""
-        limits = {"limit_documents": self.limit_documents, "limit_bytes": self.limit_bytes}
+        limits: dict[str, Any] = {"limit_documents": self.limit_documents, "limit_bytes": self.limit_bytes}
+        if self.on_bad_rows != "stop":  # absent by default, as in the manifests of earlier versions
+            limits["on_bad_rows"] = self.on_bad_rows
         return {
             "format_version": FORMAT_VERSION,
             "tokenizer": asdict(gpt2_tokenizer_record()),

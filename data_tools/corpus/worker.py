@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.arrays import CountArray
-from data_tools.corpus.chunks import Chunk, ChunkRecord, documents_of
+from data_tools.corpus.chunks import Chunk, ChunkRecord, SkippedRows, documents_of
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.split import AssignedDocument, assign_splits
 from data_tools.encoding.documents import EncodedDocument, encode_document, fingerprint_of, utf8_of
@@ -61,9 +61,10 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
     encoder = load_encoder(job.encoder)
     check = _ReferenceCheck(job.encoder, chunk)
     repeated = _load_repeated(request, chunk)
+    skipped = SkippedRows()
     lengths: CountArray = np.zeros(_LENGTH_CLASSES, dtype=np.int64)
     documents = assign_splits(
-        documents_of(chunk, _open_source(job)),
+        documents_of(chunk, _open_source(job), request, skipped.add),
         val_fraction=request.val_fraction,
         seed=request.seed,
         fill_both=job.is_one_chunk,
@@ -87,7 +88,16 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
                 done = Contents()
         shards = tuple(shard for writer in writers.values() for shard in writer.close())
         report(done)
-        record = ChunkRecord(chunk.index, shards, tuple(lengths.tolist()), len(repeated), check.checked, is_divided)
+        record = ChunkRecord(
+            index=chunk.index,
+            shards=shards,
+            lengths=tuple(lengths.tolist()),
+            repeated=len(repeated),
+            checked=check.checked,
+            is_divided=is_divided,
+            bad_rows=skipped.count,
+            bad_places=tuple(skipped.places),
+        )
         for shard in shards:
             for name in shard.files:
                 folder.take(scratch / name, name)
@@ -101,7 +111,7 @@ def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
     Raises:
         DataError: a document cannot be read, or the folder is not writable.
     """
-    documents = documents_of(chunk, _open_source(job))
+    documents = documents_of(chunk, _open_source(job), job.request)
     fingerprints = b"".join(fingerprint_of(document, utf8_of(document)) for document in documents)
     buffer = io.BytesIO()
     np.save(buffer, np.frombuffer(fingerprints, dtype="<u8").reshape(-1, 2))

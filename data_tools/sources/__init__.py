@@ -2,5 +2,16 @@
 
 from data_tools.sources.files import Slice
 from data_tools.sources.registry import SOURCE_KINDS, Source, SourceRequest, open_source
+from data_tools.sources.rows import BadRowError, OnBadRow, ignore_bad_row, stop_at_bad_row
 
-__all__ = ["SOURCE_KINDS", "Slice", "Source", "SourceRequest", "open_source"]
+__all__ = [
+    "SOURCE_KINDS",
+    "BadRowError",
+    "OnBadRow",
+    "Slice",
+    "Source",
+    "SourceRequest",
+    "ignore_bad_row",
+    "open_source",
+    "stop_at_bad_row",
+]

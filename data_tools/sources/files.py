@@ -20,6 +20,7 @@ import fsspec
 import pyarrow as pa
 
 from data_tools.errors import DataError
+from data_tools.sources.rows import BadRowError
 from data_tools.storage.content import (
     LARGEST_POINTER_BYTES,
     begins_as,
@@ -290,14 +291,14 @@ def decode_utf8(content: bytes, path: str, offset: int) -> str:
     """Decode a document or a line that begins at ``offset`` bytes in the decompressed file.
 
     Raises:
-        DataError: ``content`` is not valid UTF-8. The message names the file and the offset of the first invalid byte.
+        BadRowError: ``content`` is not valid UTF-8. The message names the file and the offset of the invalid byte.
     """
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         if found := describe_content(path, compression_of(path), "html"):
-            raise DataError(f"{path} {found}") from error
-        raise DataError(
+            raise BadRowError(f"{path} {found}") from error
+        raise BadRowError(
             f"{path}: byte {offset + error.start} ({content[error.start]:#04x}) is not valid UTF-8 "
             f"({error.reason}); convert the file to UTF-8"
         ) from error

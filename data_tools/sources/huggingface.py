@@ -10,6 +10,7 @@ from typing import Any
 from data_tools.errors import DataError, list_names
 from data_tools.sources.files import Slice, describe_error, describe_files, find_files
 from data_tools.sources.jsonl import text_of_record
+from data_tools.sources.rows import OnBadRow, parse_rows, stop_at_bad_row
 from data_tools.storage.content import require_fetched
 
 # Files that Dataset.save_to_disk and DatasetDict.save_to_disk write.
@@ -62,7 +63,11 @@ class HuggingFaceSource:
             bounds = [len(rows) * index // count for index in range(count + 1)] if count else []
             return [Slice(self._dataset, start, stop, text_bytes // count) for start, stop in pairwise(bounds)]
 
-    def read(self, piece: Slice) -> Iterator[str]:
+    def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
+        def parse(numbered: tuple[int, dict[str, Any]]) -> str:
+            number, row = numbered
+            return text_of_record(row, self._text_field, f"{piece}: row {number}")
+
         with self._one_line_errors(piece):
             rows = self._open()
             if not self._is_saved():
@@ -70,8 +75,7 @@ class HuggingFaceSource:
                 first = 0
             else:
                 rows, first = rows.select(range(piece.start, piece.stop)), piece.start
-            for number, row in enumerate(rows, start=first):
-                yield text_of_record(row, self._text_field, f"{piece}: row {number}")
+            yield from parse_rows(enumerate(rows, start=first), parse, on_bad_row)
 
     @contextmanager
     def _one_line_errors(self, piece: Slice | None = None) -> Iterator[None]:

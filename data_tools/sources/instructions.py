@@ -1,19 +1,34 @@
 """Read instructions and chats: prompts and answers, of which only the answers are scored.
 
-A record is ``{"instruction": ..., "input": ..., "output": ...}`` (``input`` may be absent or empty) or a chat,
-``{"messages": [{"role": "user", "content": ...}, ...]}``. Files are JSON Lines, or one JSON array.
+A record is ``{"instruction": ..., "input": ..., "output": ...}`` (``input`` may be absent or empty) or a chat. A chat
+is a list of messages ``{"role": "user", "content": ...}``, or an object with such a list. ShareGPT's names are read,
+too. Files are JSON Lines, or one JSON array.
 """
 
-import codecs
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from data_tools.encoding.documents import Dialogue
-from data_tools.errors import DataError, json_type
+from data_tools.errors import json_type, list_names
 from data_tools.layout import ANSWERING_ROLE, END_OF_TURN, ROLES, heading_of_role, instruction_prompt
-from data_tools.sources.files import FileSource, Slice, decode_utf8, open_decompressed
-from data_tools.sources.jsonl import JSONL_SUFFIXES, read_lines
+from data_tools.sources.files import FileSource, Slice
+from data_tools.sources.jsonl import CHAT_FIELDS, JSONL_SUFFIXES, ROLE_FIELDS, read_records
+from data_tools.sources.rows import BadRowError, OnBadRow, parse_rows, stop_at_bad_row
+
+#: Names of ShareGPT, OpenAI and others for the roles of the layout.
+_ROLE_OF_NAME = {
+    **{role: role for role in ROLES},
+    "human": "user",
+    "gpt": ANSWERING_ROLE,
+    "model": ANSWERING_ROLE,
+    "function_call": ANSWERING_ROLE,
+    "developer": "system",
+    "function": "tool",
+    "observation": "tool",
+}
+_CONTENT_FIELDS = ("content", "value")
 
 
 class InstructionSource(FileSource):
@@ -21,24 +36,9 @@ class InstructionSource(FileSource):
 
     def __init__(self, inputs: Sequence[str]) -> None:
         super().__init__(inputs, JSONL_SUFFIXES)
-        self._arrays = {path for path, _ in self.files if _is_array(path)}
 
-    def slices(self, slice_bytes: int) -> list[Slice]:
-        """Return ranges of bytes. A file that is one JSON array is one slice."""
-        sizes = dict(self.files)
-        return [
-            Slice(piece.path, 0, sizes[piece.path], sizes[piece.path]) if piece.path in self._arrays else piece
-            for piece in super().slices(slice_bytes)
-            if piece.start == 0 or piece.path not in self._arrays
-        ]
-
-    def read(self, piece: Slice) -> Iterator[Dialogue]:
-        if piece.path in self._arrays:
-            for index, record in enumerate(_load_array(piece.path)):
-                yield dialogue_of(record, f"{piece.path}: record {index}")
-        else:
-            for line in read_lines(piece):
-                yield dialogue_of(line.parse(), line)
+    def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[Dialogue]:
+        return parse_rows(read_records(piece), lambda row: dialogue_of(row.parse(), row), on_bad_row)
 
 
 def dialogue_of(record: Any, place: object) -> Dialogue:
@@ -49,54 +49,91 @@ def dialogue_of(record: Any, place: object) -> Dialogue:
         place: names the record in messages. It is converted to a string only for a message.
 
     Raises:
-        DataError: the record is not an object, a field is missing or not a string, a role is unknown, or no message is
-            an answer.
+        BadRowError: the record has none of the known shapes, a field is missing or not a string, a role is unknown, or
+            no message is an answer.
     """
-    if isinstance(record, dict) and "messages" in record:
-        return Dialogue(tuple(_segments_of_chat(record["messages"], place)))
-    return Dialogue(tuple(_segments_of_instruction(record, place)))
+    if isinstance(record, list):
+        return Dialogue(tuple(_segments_of_chat(record, place)))
+    if not isinstance(record, dict):
+        raise BadRowError(place, f"holds {json_type(record)}; it must be a JSON object or a list of messages")
+    field = next((name for name in CHAT_FIELDS if name in record), None)
+    if field is None:
+        return Dialogue(tuple(_segments_of_instruction(record, place)))
+    messages = record[field]
+    if isinstance(messages, list) and record.get("system"):  # ShareGPT's place for the first message
+        messages = [{"role": "system", "content": record["system"]}, *messages]
+    return Dialogue(tuple(_segments_of_chat(messages, place)))
 
 
-def _segments_of_instruction(record: Any, place: object) -> Iterator[tuple[str, bool]]:
-    if not isinstance(record, dict) or "instruction" not in record or "output" not in record:
-        raise DataError(f"{place}: needs instruction and output (input may be left out), or messages")
+def _segments_of_instruction(record: dict[str, Any], place: object) -> Iterator[tuple[str, bool]]:
+    if "instruction" not in record or "output" not in record:
+        raise BadRowError(
+            place,
+            f"needs instruction and output (input may be left out), or {' or '.join(CHAT_FIELDS[:2])}; "
+            f"the fields are {list_names(record)}",
+        )
+    for name in ("system", "history"):
+        if record.get(name):
+            raise BadRowError(place, f"an instruction with {name} is not read; write the record as messages")
     given = {name: record.get(name, "") for name in ("instruction", "input", "output")}
     for name, text in given.items():
         if not isinstance(text, str):
-            raise DataError(f"{place}: {name} is {json_type(text)}, it must be a string")
+            raise BadRowError(place, f"{name} is {json_type(text)}, it must be a string")
     yield instruction_prompt(given["instruction"], given["input"]), False
     yield given["output"], True
 
 
 def _segments_of_chat(messages: Any, place: object) -> Iterator[tuple[str, bool]]:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise DataError(f"{place}: messages must be a list of objects with role and content")
-    if not any(message.get("role") == ANSWERING_ROLE for message in messages):
-        raise DataError(f"{place}: no message has the role {ANSWERING_ROLE}; there is nothing to learn")
-    for index, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise DataError(f"{place}: message {index} has the role {role!r}; it must be one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise DataError(f"{place}: content of message {index} is {json_type(content)}, it must be a string")
-        is_last = index == len(messages) - 1
+        raise BadRowError(place, "messages must be a list of objects with role and content")
+    turns = [_turn_of(message, index, place) for index, message in enumerate(messages)]
+    if not any(role == ANSWERING_ROLE for role, _ in turns):
+        raise BadRowError(place, f"no message has the role {ANSWERING_ROLE}; there is nothing to learn")
+    for index, (role, text) in enumerate(turns):
+        is_last = index == len(turns) - 1
         yield heading_of_role(role), False
         # The end of the turn is scored with the answer, so that the model learns where to stop.
-        yield content + ("" if is_last else END_OF_TURN), role == ANSWERING_ROLE
+        yield text + ("" if is_last else END_OF_TURN), role == ANSWERING_ROLE
 
 
-def _is_array(path: str) -> bool:
-    with open_decompressed(path) as file:
-        return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+def _turn_of(message: dict[str, Any], index: int, place: object) -> tuple[str, str]:
+    """Return the role and the text of a message. Calls of tools follow the content, each as JSON on a line."""
+    name = next((message[field] for field in ROLE_FIELDS if field in message), None)
+    role = _ROLE_OF_NAME.get(name) if isinstance(name, str) else None
+    if role is None:
+        given = "no role" if name is None else f"the role {name!r}"
+        raise BadRowError(place, f"message {index} has {given}; it must be one of {', '.join(_ROLE_OF_NAME)}")
+    content = next((message[field] for field in _CONTENT_FIELDS if field in message), None)
+    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
+    if content is None and calls:
+        content = ""
+    if isinstance(content, list):
+        content = _join_texts(content, index, place)
+    if not isinstance(content, str):
+        problem = f"content of message {index} is {json_type(content)}, it must be a string"
+        raise BadRowError(place, problem + (" unless there are tool_calls" if content is None else ""))
+    return role, "\n".join([*([content] if content or not calls else []), *_lines_of(calls, index, place)])
 
 
-def _load_array(path: str) -> list[Any]:
-    with open_decompressed(path) as file:
-        content = file.read().removeprefix(codecs.BOM_UTF8)
-    text = decode_utf8(content, path, 0)
-    try:
-        records = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); it must be an array of objects, or JSON Lines") from error
-    assert isinstance(records, list)
-    return records
+def _join_texts(items: list[Any], index: int, place: object) -> str:
+    """Return the text of a content that is a list of texts, as ``[{"type": "text", "text": ...}]``."""
+    if not all(isinstance(item, dict) and isinstance(item.get("text"), str) for item in items):
+        raise BadRowError(place, f"content of message {index} has items other than text, which are not read")
+    return "".join(item["text"] for item in items)
+
+
+def _lines_of(calls: Any, index: int, place: object) -> list[str]:
+    """Return ``{"name": ..., "arguments": ...}`` for each call of a tool."""
+    if not isinstance(calls, list):
+        raise BadRowError(place, f"tool_calls of message {index} is {json_type(calls)}, it must be a list")
+    lines = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRowError(place, f"tool_calls of message {index} must be objects with a name and arguments")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):  # OpenAI writes them as JSON in a string
+            with suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+        lines.append(json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False))
+    return lines

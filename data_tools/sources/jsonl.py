@@ -1,4 +1,4 @@
-"""Read documents from JSON Lines, files with one JSON object per line. The files may be compressed."""
+"""Read documents from files of JSON records: one record per line, or one array. The files may be compressed."""
 
 import codecs
 import json
@@ -10,33 +10,43 @@ import orjson
 
 from data_tools.errors import DataError, json_type, list_names
 from data_tools.sources.files import READ_BYTES, FileSource, Slice, compression_of, decode_utf8, open_decompressed
+from data_tools.sources.rows import BadRowError, OnBadRow, parse_rows, stop_at_bad_row
 from data_tools.storage.content import describe_content
 
 JSONL_SUFFIXES = tuple(
     name + compression for name in (".jsonl", ".ndjson", ".json") for compression in ("", ".gz", ".zst")
 )
+#: Fields with which a record is not a text but a conversation.
+CHAT_FIELDS = ("messages", "conversations", "conversation")
+#: Fields that name the speaker of a message.
+ROLE_FIELDS = ("role", "from")
+# Counting the lines before a line of a larger offset takes too long if many lines are bad.
+_COUNTED_BYTES = 128 << 20
 
 
 class JsonlSource(FileSource):
-    """Files with one JSON object per line, of which one string field is the document."""
+    """Files of JSON objects, of which one string field is the document."""
 
     def __init__(self, inputs: Sequence[str], text_field: str) -> None:
         super().__init__(inputs, JSONL_SUFFIXES, text_field=text_field)
         self._text_field = text_field
 
-    def read(self, piece: Slice) -> Iterator[str]:
-        for line in read_lines(piece):
-            yield text_of_record(line.parse(), self._text_field, line)
+    def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
+        return parse_rows(
+            read_records(piece), lambda row: text_of_record(row.parse(), self._text_field, row), on_bad_row
+        )
 
 
 class Line(NamedTuple):
-    """One line of a file and its offset in the decompressed file. As a string it is ``<file>:<line number>``."""
+    """One line of a file and its offset in the decompressed file. As a string it names the file and the line."""
 
     path: str
     offset: int
     content: bytes
 
     def __str__(self) -> str:
+        if self.offset > _COUNTED_BYTES:
+            return f"{self.path}: line at byte {self.offset}"
         number, left = 1, self.offset
         with open_decompressed(self.path) as file:
             while left and (content := file.read(min(left, READ_BYTES))):
@@ -44,26 +54,51 @@ class Line(NamedTuple):
                 left -= len(content)
         return f"{self.path}:{number}"
 
-    def parse(self) -> dict[str, Any]:
-        """Return the line's JSON object.
+    def parse(self) -> Any:
+        """Return the line's JSON value.
 
         Raises:
-            DataError: the line is not UTF-8, not JSON, or not an object.
+            BadRowError: the line is not UTF-8 or not JSON.
         """
         try:
-            record = orjson.loads(self.content)
+            return orjson.loads(self.content)
         except orjson.JSONDecodeError:
             # The standard library also reads lone surrogates and NaN, and explains errors better.
             text = decode_utf8(self.content, self.path, self.offset)
-            try:
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                if found := describe_content(self.path, compression_of(self.path)):
-                    raise DataError(f"{self.path} {found}") from error
-                raise DataError(f"{self}: not valid JSON ({error}); each line must be one JSON object") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{self}: holds {json_type(record)}; each line must be one JSON object")
-        return record
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if found := describe_content(self.path, compression_of(self.path)):
+                raise DataError(f"{self.path} {found}") from error
+            raise BadRowError(self, f"not valid JSON ({error}); each line must be one JSON object") from error
+
+
+class ArrayRecord(NamedTuple):
+    """One record of a file that is a JSON array. As a string it is ``<file>: record <number>``."""
+
+    path: str
+    number: int
+    value: Any
+
+    def __str__(self) -> str:
+        return f"{self.path}: record {self.number}"
+
+    def parse(self) -> Any:
+        """Return the record."""
+        return self.value
+
+
+def read_records(piece: Slice) -> Iterator[Line | ArrayRecord]:
+    """Yield the records that begin in a range of bytes. All records of an array belong to the range that begins at 0.
+
+    Raises:
+        DataError: the file cannot be read, or begins like an array and is not valid JSON.
+    """
+    if not _is_array(piece.path):
+        yield from read_lines(piece)
+    elif piece.start == 0:
+        for number, value in enumerate(_load_array(piece.path)):
+            yield ArrayRecord(piece.path, number, value)
 
 
 def read_lines(piece: Slice) -> Iterator[Line]:
@@ -86,19 +121,55 @@ def read_lines(piece: Slice) -> Iterator[Line]:
             offset += len(line)
 
 
-def text_of_record(record: dict[str, Any], text_field: str, place: object) -> str:
+def text_of_record(record: Any, text_field: str, place: object) -> str:
     """Return the document in a JSON object or in a row of a dataset.
 
     Raises:
-        DataError: the field is missing or not a string. ``place``, as a string, names the record in the message.
+        BadRowError: the record is not an object, or the field is missing or not a string. ``place`` names the record.
     """
+    if not isinstance(record, dict):
+        raise BadRowError(place, f"holds {json_type(record)}; each record must be one JSON object")
     if text_field not in record:
-        names = list_names(record)
-        raise DataError(f"{place}: no field {text_field!r}; the fields are {names}; choose one with --text-field")
+        is_chat = any(name in record for name in (*CHAT_FIELDS, "instruction"))
+        cure = "choose one with --text-field"
+        if is_chat:
+            cure = "--source instructions reads JSON files of chats and instructions"
+        raise BadRowError(place, f"no field {text_field!r}; the fields are {list_names(record)}; {cure}")
     text = record[text_field]
     if not isinstance(text, str):
-        raise DataError(
-            f"{place}: field {text_field!r} is {json_type(text)}, it must be a string; "
-            f"the fields are {list_names(record)}"
+        raise BadRowError(
+            place,
+            f"field {text_field!r} is {json_type(text)}, it must be a string; the fields are {list_names(record)}",
         )
     return text
+
+
+def _is_array(path: str) -> bool:
+    """Return whether a file is one JSON array. A file whose first line is a chat, a list of messages, is not."""
+    with open_decompressed(path) as file:
+        if not file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            return False
+    with open_decompressed(path) as file:
+        head = file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+        first = _first_element(head) or _first_element(head + file.readline())
+    return not (isinstance(first, dict) and any(name in first for name in ROLE_FIELDS))
+
+
+def _first_element(head: bytes) -> Any:
+    """Return the first element of a JSON array of which ``head`` is the beginning. Returns None if it is incomplete."""
+    try:
+        return json.JSONDecoder().raw_decode(head[1:].decode("utf-8", "replace").lstrip())[0]
+    except (ValueError, RecursionError):
+        return None
+
+
+def _load_array(path: str) -> list[Any]:
+    with open_decompressed(path) as file:
+        content = file.read().removeprefix(codecs.BOM_UTF8)
+    text = decode_utf8(content, path, 0)
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); it must be an array of objects, or JSON Lines") from error
+    assert isinstance(records, list)
+    return records

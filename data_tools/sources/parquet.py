@@ -1,6 +1,6 @@
 """Read documents from Parquet files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import pyarrow as pa
@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 
 from data_tools.errors import DataError, list_names
 from data_tools.sources.files import FileSource, Slice, group_sizes, open_file
+from data_tools.sources.rows import BadRowError, OnBadRow, parse_rows, stop_at_bad_row
 
 # Small enough to limit the memory for a batch of long documents, and large enough to make the cost per batch small.
 _BATCH_ROWS = 512
@@ -30,12 +31,12 @@ class ParquetSource(FileSource):
             for start, stop, size in group_sizes(self._row_group_bytes(path), slice_bytes)
         ]
 
-    def read(self, piece: Slice) -> Iterator[str]:
+    def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
         groups = range(piece.start, piece.stop)
         with _open_parquet(piece.path) as file:
             row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
             for batch in file.iter_batches(_BATCH_ROWS, groups, columns=[self._text_field], use_threads=False):
-                yield from _texts_of(batch.column(0), piece.path, row, self._text_field)
+                yield from _texts_of(batch.column(0), f"{piece.path}: row", row, self._text_field, on_bad_row)
                 row += batch.num_rows
 
     def _row_group_bytes(self, path: str) -> list[int]:
@@ -54,21 +55,23 @@ def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-def _texts_of(values: pa.Array, path: str, first_row: int, column: str) -> list[str]:
-    """Return the strings of a batch. Raise DataError if a row has no string; the message names the first such row."""
+def _texts_of(values: pa.Array, place: str, first_row: int, column: str, on_bad_row: OnBadRow) -> Iterable[str]:
+    """Return the strings of a batch. ``on_bad_row`` receives the rows without a valid string."""
     if values.null_count == 0:
         with suppress(UnicodeDecodeError):
             return list(values.to_pylist())
-    texts = []
-    for row, value in enumerate(values, start=first_row):
+
+    def parse(numbered: tuple[int, pa.Scalar]) -> str:
+        row, value = numbered
         try:
             text = value.as_py()
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: row {row}: byte {error.start} of {column!r} is not valid UTF-8") from error
+            raise BadRowError(f"{place} {row}", f"byte {error.start} of {column!r} is not valid UTF-8") from error
         if text is None:
-            raise DataError(f"{path}: row {row}: column {column!r} is null, it must be a string")
-        texts.append(text)
-    return texts
+            raise BadRowError(f"{place} {row}", f"column {column!r} is null, it must be a string")
+        return str(text)
+
+    return parse_rows(enumerate(values, start=first_row), parse, on_bad_row)
 
 
 def _check_column(schema: pa.Schema, column: str, path: str) -> None:
@@ -81,5 +84,5 @@ def _check_column(schema: pa.Schema, column: str, path: str) -> None:
     kind = schema.field(column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
         raise DataError(f"{path}: column {column!r} holds {kind}, it must hold strings")

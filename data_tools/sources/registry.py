@@ -13,6 +13,7 @@ from data_tools.sources.huggingface import HuggingFaceSource
 from data_tools.sources.instructions import InstructionSource
 from data_tools.sources.jsonl import JsonlSource
 from data_tools.sources.parquet import ParquetSource
+from data_tools.sources.rows import OnBadRow, stop_at_bad_row
 from data_tools.sources.standard_library import StandardLibrarySource
 from data_tools.sources.text import TextSource
 
@@ -36,8 +37,11 @@ class Source(Protocol):
         """Return consecutive slices, each with about ``slice_bytes`` bytes of text if the files can be divided."""
         ...
 
-    def read(self, piece: Slice) -> Iterator[Document]:
-        """Yield the documents of a slice, always in the same order. Documents may be empty."""
+    def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[Document]:
+        """Yield the documents of a slice, always in the same order. Documents may be empty.
+
+        ``on_bad_row`` receives each row that cannot be read. If it returns, the row is skipped.
+        """
         ...
 
 

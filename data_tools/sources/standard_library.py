@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.sources.files import Slice, describe_files, group_files, one_line_read_errors, walk_files
+from data_tools.sources.rows import OnBadRow, stop_at_bad_row
 
 # Skip installed packages, tests (repetitive, and missing in some distributions) and caches. pydoc_data contains the
 # topics as string literals, which are read as separate documents.
@@ -39,7 +40,7 @@ class StandardLibrarySource:
     def slices(self, slice_bytes: int) -> list[Slice]:
         return [*group_files(self._files, slice_bytes), Slice(_TOPICS, 0, 1, 0)]
 
-    def read(self, piece: Slice) -> Iterator[str]:
+    def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
         if piece.path == _TOPICS:
             # Imported here because the module contains half a megabyte of text.
             from pydoc_data.topics import topics

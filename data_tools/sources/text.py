@@ -14,6 +14,7 @@ from data_tools.sources.files import (
     group_files,
     open_decompressed,
 )
+from data_tools.sources.rows import OnBadRow, parse_rows, stop_at_bad_row
 
 
 class TextSource(FileSource):
@@ -35,13 +36,19 @@ class TextSource(FileSource):
         """Return ranges of bytes if there is a separator, otherwise ranges of whole files."""
         return group_files(self.files, slice_bytes) if self._separator is None else super().slices(slice_bytes)
 
-    def read(self, piece: Slice) -> Iterator[str]:
-        """Yield the documents that begin in the slice, so that consecutive slices yield each document once."""
+    def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
+        return parse_rows(self._read_bytes(piece), lambda row: decode_utf8(*row), on_bad_row)
+
+    def _read_bytes(self, piece: Slice) -> Iterator[tuple[bytes, str, int]]:
+        """Yield bytes, file and offset of the documents that begin in the slice.
+
+        Consecutive slices yield each document once.
+        """
         if self._separator is None:
             for path, _ in self.files[piece.start : piece.stop]:
                 with open_decompressed(path) as file:
                     content = file.read()
-                yield decode_utf8(content, path, 0)
+                yield content, path, 0
             return
         # A compressed file is one slice, and the number of its decompressed bytes is not known.
         stop = math.inf if compression_of(piece.path) else piece.stop
@@ -51,7 +58,7 @@ class TextSource(FileSource):
         for offset, content in _split(piece.path, self._separator, start):
             if offset >= stop:
                 return
-            yield decode_utf8(content, piece.path, offset)
+            yield content, piece.path, offset
 
 
 def _first_beginning(piece: Slice, separator: bytes) -> int:

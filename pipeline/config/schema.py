@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from data_tools.options import Deduplication, ShardFormat, SourceKind
+from data_tools.options import BadRows, Deduplication, ShardFormat, SourceKind
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -193,6 +193,9 @@ class TokenizeConfig(Section):
     shard_tokens: PositiveInt | None = Field(None, description="Largest number of tokens in a shard.")
     deduplicate: Deduplication | None = Field(
         None, description="`exact` leaves out every document that is equal to an earlier document."
+    )
+    on_bad_rows: BadRows | None = Field(
+        None, description="`skip` leaves out and reports rows that cannot be read, `stop` ends with the first one."
     )
     workers: PositiveInt | None = Field(None, description="Number of encoding processes.")
     limit_documents: PositiveInt | None = Field(None, description="Largest number of documents to tokenize.")

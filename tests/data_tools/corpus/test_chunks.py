@@ -15,7 +15,7 @@ from data_tools.corpus import chunks as chunks_module
 from data_tools.corpus.chunks import Chunk, documents_of, plan_chunks
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.encoding.documents import utf8_of
-from data_tools.sources import Slice
+from data_tools.sources import OnBadRow, Slice, stop_at_bad_row
 
 
 class ListSource:
@@ -35,7 +35,7 @@ class ListSource:
         sizes = [len(utf8_of(document)) if self._sizes_known else None for document in self._documents]
         return [Slice("list", index, index + 1, size) for index, size in enumerate(sizes)]
 
-    def read(self, piece: Slice) -> Iterator[str]:
+    def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
         yield from self._documents[piece.start : piece.stop]
 
 
@@ -44,7 +44,7 @@ def plan(documents: Sequence[str], *, sizes_known: bool = True, **options: Any) 
     source = ListSource(documents, sizes_known=sizes_known)
     request = TokenizeRequest(source="jsonl", inputs=("a",), out="out", **options)
     chunks = plan_chunks(source, request)
-    return chunks, [[str(document) for document in documents_of(chunk, source)] for chunk in chunks]
+    return chunks, [[str(document) for document in documents_of(chunk, source, request)] for chunk in chunks]
 
 
 @pytest.fixture(autouse=True)

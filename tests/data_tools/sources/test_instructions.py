@@ -82,6 +82,67 @@ def test_no_token_crosses_from_the_prompt_to_the_answer(tmp_path: Path) -> None:
     assert mask.tolist() == [1] + [0] * prompt.size + [1] * (stream.tokens - prompt.size - 1)
 
 
+CHAT = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello"}]
+ANSWER = {"role": "assistant", "content": "Hi."}
+CHAT_TEXT = "### System:\nBe short.\n\n### User:\nHello\n\n### Assistant:\nHi."
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        [*CHAT, ANSWER],
+        {"messages": [*CHAT, ANSWER], "id": 7},
+        {"conversations": [*CHAT, ANSWER]},
+        {"conversation": [*CHAT, ANSWER]},
+        {
+            "system": "Be short.",
+            "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}],
+        },
+        [{"from": "system", "value": "Be short."}, {"from": "user", "value": "Hello"}, {"from": "gpt", "value": "Hi."}],
+        [
+            {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "short."}]},
+            CHAT[1],
+            ANSWER,
+        ],
+    ],
+    ids=["list", "messages", "conversations", "conversation", "sharegpt", "sharegpt_list", "openai"],
+)
+def test_all_shapes_of_a_chat_are_the_same(record: Any) -> None:
+    dialogue = dialogue_of(record, "a record")
+    assert dialogue.text == CHAT_TEXT
+    assert [text for text, is_scored in dialogue.segments if is_scored] == ["Hi."]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"of": [1, 2]}'}}]},
+        {"tool_calls": [{"name": "add", "arguments": {"of": [1, 2]}}]},
+        {"function_call": {"name": "add", "arguments": '{"of": [1, 2]}'}},
+    ],
+)
+def test_calls_of_tools_are_answers_and_results_are_not(call: dict[str, Any]) -> None:
+    asked = {"role": "assistant", "content": None, **call}
+    dialogue = dialogue_of([CHAT[1], asked, {"role": "tool", "content": "3"}, {**ANSWER, **call}], "a record")
+    json_of_call = '{"name": "add", "arguments": {"of": [1, 2]}}'
+    assert [text for text, is_scored in dialogue.segments if is_scored] == [
+        f"{json_of_call}\n\n",
+        f"Hi.\n{json_of_call}",
+    ]
+    assert "### Tool:\n3\n\n" in dialogue.text
+
+
+@pytest.mark.parametrize("slice_bytes", [1, 100, 1 << 20])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_lines_that_are_lists_of_messages_are_not_an_array(name: str, slice_bytes: int, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / name, [[*CHAT, ANSWER]] * 5)
+    source = open_source(SourceRequest(source="instructions", inputs=(str(path),)))
+    assert [document.text for document in read_documents(source, slice_bytes)] == [CHAT_TEXT] * 5
+    write_lines(path, [[[*CHAT, ANSWER]] * 5])
+    source = open_source(SourceRequest(source="instructions", inputs=(str(path),)))
+    assert [document.text for document in read_documents(source, slice_bytes)] == [CHAT_TEXT] * 5
+
+
 def test_an_array_and_lines_are_the_same(tmp_path: Path) -> None:
     lines = tokenized(write_lines(tmp_path / "a.jsonl", RECORDS), tmp_path / "lines")
     array = tmp_path / "a.json"
@@ -106,14 +167,19 @@ def test_arrow_shards_have_masks_too(tmp_path: Path) -> None:
     ("record", "problem"),
     [
         ({"instruction": "a"}, "needs instruction and output"),
-        ("text", "each line must be one JSON object"),
+        ("text", "holds a string; it must be a JSON object or a list of messages"),
         ({"instruction": "a", "output": 3}, "output is a number, it must be a string"),
         ({"messages": "hello"}, "messages must be a list"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no message has the role assistant"),
         ({"messages": [{"role": "robot", "content": "a"}, {"role": "assistant", "content": "b"}]}, "role 'robot'"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "content of message 0 is null"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "content of message 0 is null.* unless .* tool_calls"),
+        ({"prompt": "a", "completion": "b"}, "needs instruction .* or messages .*; the fields are prompt, completion"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "an instruction with history is not read"),
+        ([{**ANSWER, "content": [{"type": "image_url"}]}], "content of message 0 has items other than text"),
+        ([{**ANSWER, "tool_calls": "add"}], "tool_calls of message 0 is a string, it must be a list"),
+        ([{**ANSWER, "tool_calls": [{"id": 1}]}], "tool_calls of message 0 must be objects with a name"),
+        ([{"text": "a"}], "message 0 has no role; it must be one of system, user"),
     ],
-    ids=["no_output", "no_object", "no_string", "no_messages", "no_answer", "unknown_role", "no_content"],
 )
 def test_a_wrong_record_is_named(record: Any, problem: str, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [RECORDS[0], record])

@@ -211,9 +211,32 @@ def test_another_field_and_lone_surrogates(tmp_path: Path) -> None:
     assert documents("jsonl", tmp_path, text_field="body") == ["a\ud800b"]
 
 
+@pytest.mark.parametrize("slice_bytes", [7, 200, WHOLE])
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+def test_a_file_that_is_one_array_is_read_once(tmp_path: Path, name: str, indent: int | None, slice_bytes: int) -> None:
+    content = "\ufeff " + json.dumps([{"text": text} for text in DOCUMENTS], indent=indent)
+    (tmp_path / name).write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
+    assert documents("jsonl", tmp_path, slice_bytes=slice_bytes) == DOCUMENTS
+
+
+def test_faults_of_an_array_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"}, {"body": "b"}]')
+    assert refusal("jsonl", path).startswith(f"{path}: record 1: no field 'text'; the fields are body; choose one")
+    path.write_text('[{"text": "a"}, {"text": "b"}')
+    assert refusal("jsonl", path).startswith(f"{path}: not valid JSON (")
+
+
+def test_chats_are_pointed_to_their_own_source(tmp_path: Path) -> None:
+    for record in ({"messages": []}, {"conversations": []}, {"instruction": "a", "output": "b"}):
+        (tmp_path / "a.jsonl").write_text(json.dumps(record))
+        assert refusal("jsonl", tmp_path).endswith("--source instructions reads JSON files of chats and instructions")
+
+
 BAD_LINES = {
     b'{"text": "b"': "a.jsonl:2: not valid JSON",
-    b'["b"]': "a.jsonl:2: holds a list; each line must be one JSON object",
+    b'["b"]': "a.jsonl:2: holds a list; each record must be one JSON object",
     b'"b"': "a.jsonl:2: holds a string",
     b'{"body": "b", "id": 1}': "a.jsonl:2: no field 'text'; the fields are body, id; choose one with --text-field",
     b"{}": "a.jsonl:2: no field 'text'; the fields are none",
@@ -255,7 +278,9 @@ def test_a_damaged_compressed_file_is_named(
 # Parquet
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_parquet_by_record_batch(tmp_path: Path, kind: pa.DataType) -> None:
     texts = [f"{index} {DOCUMENTS[index % 30]}" for index in range(2000)]
     table = pa.table({"id": range(2000), "text": pa.array(texts).cast(kind)})
