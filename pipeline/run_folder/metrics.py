@@ -102,17 +102,30 @@ def _drop_rows_after(run_folder: Path, step: int) -> None:
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run. Lines that are incomplete after a crash are left out and logged."""
+    """Return the rows of a run. Lines that are incomplete after a crash, or are not rows, are left out and logged."""
     path = run_folder / METRICS_FILE
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            log.warning("%s: dropping a line that was cut short", path)
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if _is_row(row):
+            rows.append(row)
+        else:
+            log.warning("%s: dropping a line that was cut short or damaged", path)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Return whether a JSON value is a row: an object with a step, and numbers or null where numbers are shown."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    numbers = [key for key, pattern in _CONSOLE_FORMATS.items() if "{" in pattern]
+    is_shown = all(isinstance(row.get(key), (int, float, type(None))) for key in numbers)
+    return is_shown and isinstance(row.get("elapsed_s", 0), (int, float))
 
 
 def format_row(row: dict[str, Any], max_steps: int) -> str:

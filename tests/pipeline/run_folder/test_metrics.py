@@ -166,3 +166,12 @@ class TestConsole:
 def test_the_console_says_that_a_loss_is_null() -> None:
     assert format_row({"step": 3, "loss": None, "lr": 1e-3}, 10) == "step  3/10 | loss null | lr 1.00e-03"
     assert format_row({"step": 3, "val_loss": None, "val_perplexity": None}, 10) == "step  3/10 | validation loss null"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["5", "[]", "null", '{"loss": 1}', '{"step": "1"}', '{"step": 1, "loss": "x"}', '{"step": 1, "elapsed_s": []}'],
+)
+def test_a_damaged_line_is_dropped(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": null}\n\xff\n' + line.encode() + b"\n")
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": None}]
