@@ -31,7 +31,8 @@ def report(error: BaseException) -> int:
             return status
         if launched_rank() and isinstance(error, UserError) and not isinstance(error, (DataError, LostRankError)):
             time.sleep(_OTHER_RANKS_WAIT_S)
-            text = f"[rank {launched_rank()}] {text}"
+        if launched_rank() and isinstance(error, UserError) and not isinstance(error, LostRankError):
+            text = f"[rank {launched_rank()} on {socket.gethostname()}] {text}"
         with suppress(BrokenPipeError):
             print(printable(text), file=sys.stderr, flush=True)
     return status

@@ -27,6 +27,7 @@ from pipeline.run_folder.lock import lock_run_folder
 from pipeline.training.compilation import choose_compilation
 from pipeline.training.initial_weights import find_initial_weights, load_initial_weights
 from pipeline.training.resuming import choose_start, load_start, make_run_folder
+from pipeline.training.shared_folders import check_shared_folders
 from pipeline.training.throughput import ThroughputMeter, measure_ceiling
 from pipeline.training.trainer import Trainer
 
@@ -73,6 +74,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
 
     sha256 = data_sha256(datasets)
     start = world.call_on_main(lambda: open_run_folder(config, sha256, resources))
+    check_shared_folders(Path(config.run.out_dir), sha256, world)
     if start and (step := read_state(start)[0].step) >= config.schedule.max_steps:
         log.info(
             "%s: at step %d of schedule.max_steps %d, nothing to train; raise schedule.max_steps to train longer",
