@@ -252,8 +252,8 @@ def _check_same_request(out: Path | str, made_by: dict[str, Any], identity: dict
     for key in before | now:
         if before.get(key) != now.get(key):
             raise DataError(
-                f"{out} was made by another request: {key} was {before.get(key)!r}, "
-                f"now it is {now.get(key)!r}; name another --out, or delete {out} to start again"
+                f"{out} was made by another request: {key} was {json.dumps(before.get(key))}, "
+                f"now it is {json.dumps(now.get(key))}; name another --out, or delete {out} to start again"
             )
 
 

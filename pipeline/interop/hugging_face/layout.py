@@ -1,5 +1,6 @@
 """The layout of a GPT-2 in ``transformers``: tensor names, transposed tensors, and ``config.json``."""
 
+import json
 from typing import Any
 
 from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE
@@ -86,11 +87,12 @@ def from_config_json(content: dict[str, Any], where: str, notes: list[str]) -> d
         # A missing key has GPT-2's value. Only model_type is required.
         found = content.get(key, None if key == "model_type" else expected)
         if found != expected:
-            raise CheckpointError(f"{where}: '{key}' is {found!r}; GPT-2 has {expected!r}, which is required")
+            found, expected = json.dumps(found), json.dumps(expected)
+            raise CheckpointError(f"{where}: '{key}' is {found}; GPT-2 has {expected}, which is required")
     sizes = {ours: _positive(content, theirs, where) for ours, theirs in SIZE_KEYS.items()}
     if content.get("n_inner") not in (None, 4 * sizes["n_embd"]):
         raise CheckpointError(
-            f"{where}: 'n_inner' is {content['n_inner']!r}; GPT-2 has {4 * sizes['n_embd']}, 4 n_embd"
+            f"{where}: 'n_inner' is {json.dumps(content['n_inner'])}; GPT-2 has {4 * sizes['n_embd']}, 4 n_embd"
         )
     if sizes["vocab_size"] >= GPT2_VOCAB_SIZE:
         _note_special_tokens(content, notes)
@@ -110,7 +112,7 @@ def _note_special_tokens(content: dict[str, Any], notes: list[str]) -> None:
 def _positive(content: dict[str, Any], key: str, where: str) -> int:
     value = content.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{where}: {key!r} must be a whole number from 1, it is {value!r}")
+        raise CheckpointError(f"{where}: {key!r} must be a whole number from 1, it is {json.dumps(value)}")
     return value
 
 

@@ -107,7 +107,7 @@ def test_deduplication_belongs_to_the_identity_of_the_request(tmp_path: Path) ->
     assert manifest.report is not None
     assert manifest.report["repeated_documents"] == 0
     assert sum(shard.documents for shard in manifest.shards) == len(REPEATING) - 1
-    with pytest.raises(Exception, match=r"settings\.deduplicate was 'off', now it is 'exact'"):
+    with pytest.raises(Exception, match=r'settings\.deduplicate was "off", now it is "exact"'):
         tokenize_corpus(request_for(tmp_path, "all"))
 
 

@@ -246,12 +246,12 @@ def test_a_complete_folder_can_be_on_a_read_only_disk(tmp_path: Path, monkeypatc
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"seed": 5}, "settings.seed was 0, now it is 5"),
     ({"val_fraction": 0.5}, "settings.val_fraction was 0.2, now it is 0.5"),
-    ({"format": "arrow"}, "settings.format was 'npy', now it is 'arrow'"),
+    ({"format": "arrow"}, 'settings.format was "npy", now it is "arrow"'),
     ({"shard_tokens": 9}, "settings.shard_tokens was 2000, now it is 9"),
-    ({"deduplicate": "exact"}, "settings.deduplicate was 'off', now it is 'exact'"),
-    ({"limit_documents": 9}, "source.options.limit_documents was None, now it is 9"),
-    ({"text_field": "id"}, "source.options.text_field was 'text', now it is 'id'"),
-    ({"source": "python-stdlib", "inputs": ()}, "source.kind was 'jsonl', now it is 'python-stdlib'"),
+    ({"deduplicate": "exact"}, 'settings.deduplicate was "off", now it is "exact"'),
+    ({"limit_documents": 9}, "source.options.limit_documents was null, now it is 9"),
+    ({"text_field": "id"}, 'source.options.text_field was "text", now it is "id"'),
+    ({"source": "python-stdlib", "inputs": ()}, 'source.kind was "jsonl", now it is "python-stdlib"'),
 ]
 
 

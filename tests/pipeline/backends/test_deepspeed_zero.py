@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.backends import Backend
+from pipeline.backends import Backend, create_backend
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.world import World
@@ -115,6 +115,14 @@ class TestEngineConfig:
             config = tiny_config(backend={"name": "deepspeed", "deepspeed": {"zero_optimization": section}})
             assert native_config(config)["zero_optimization"] == {"stage": 3, "memory_efficient_linear": expected}
             assert config.backend.deepspeed["zero_optimization"] == section, "the run config is not changed"
+
+    def test_a_key_that_changes_the_numbers_wins_and_labels_the_backend(self, world: World) -> None:
+        section = {**backend_section("zero1", communication_data_type="bf16"), "allow_different_numbers": True}
+        config = tiny_config(backend=section, run={"precision": "bf16"})
+        assert native_config(config)["communication_data_type"] == "bf16"
+        config = tiny_config(backend=section)
+        backend = create_backend(build_model(config.model, 1), config, world, plan_batch(config, 1))
+        assert backend.describe().endswith("AdamW, different numbers: communication_data_type")
 
     def test_native_keys_pass_through(self) -> None:
         config = tiny_config(backend=backend_section("zero1", steps_per_print=7, wall_clock_breakdown=True))

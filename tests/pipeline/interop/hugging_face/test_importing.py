@@ -186,15 +186,15 @@ def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None
 
 
 BROKEN: list[tuple[Callable[[Path], Any], str]] = [
-    (setting("model_type", "llama"), "config.json: 'model_type' is 'llama'; GPT-2 has 'gpt2'"),
-    (setting("activation_function", "relu"), "'activation_function' is 'relu'; GPT-2 has 'gelu_new'"),
-    (setting("scale_attn_by_inverse_layer_idx", True), "'scale_attn_by_inverse_layer_idx' is True"),
-    (setting("scale_attn_weights", False), "'scale_attn_weights' is False"),
-    (setting("tie_word_embeddings", False), "'tie_word_embeddings' is False"),
-    (setting("add_cross_attention", True), "'add_cross_attention' is True"),
+    (setting("model_type", "llama"), 'config.json: \'model_type\' is "llama"; GPT-2 has "gpt2"'),
+    (setting("activation_function", "relu"), '\'activation_function\' is "relu"; GPT-2 has "gelu_new"'),
+    (setting("scale_attn_by_inverse_layer_idx", True), "'scale_attn_by_inverse_layer_idx' is true"),
+    (setting("scale_attn_weights", False), "'scale_attn_weights' is false"),
+    (setting("tie_word_embeddings", False), "'tie_word_embeddings' is false"),
+    (setting("add_cross_attention", True), "'add_cross_attention' is true"),
     (setting("layer_norm_epsilon", 1e-6), "'layer_norm_epsilon' is 1e-06; GPT-2 has 1e-05"),
     (setting("n_inner", 99), "'n_inner' is 99; GPT-2 has 32, 4 n_embd"),
-    (setting("n_layer", None), "'n_layer' must be a whole number from 1, it is None"),
+    (setting("n_layer", None), "'n_layer' must be a whole number from 1, it is null"),
     (setting("n_head", 3), r"n_embd \(8\) must be a multiple of n_head \(3\)"),
     (setting("n_layer", 2), "config.json: 'n_layer' is 2, and the weights have 1 blocks"),
     (setting("n_layer", 10**9), "config.json: 'n_layer' is 1000000000, and the weights have 1 blocks"),
