@@ -26,7 +26,7 @@ from pipeline.model.gpt2 import build_model, flops_per_token, parameter_count
 from pipeline.run_folder.lock import lock_run_folder
 from pipeline.training.compilation import choose_compilation
 from pipeline.training.initial_weights import find_initial_weights, load_initial_weights
-from pipeline.training.resuming import choose_start, load_start, make_run_folder
+from pipeline.training.resuming import choose_start, describe_changes, load_start, make_run_folder
 from pipeline.training.shared_folders import check_shared_folders
 from pipeline.training.throughput import ThroughputMeter, measure_ceiling
 from pipeline.training.trainer import Trainer
@@ -131,6 +131,8 @@ def _log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -
     log.info("attention %s", attention_kernel)
     log.info("ceiling   %.3g FLOP/s in matrix products, measured (MFU 100%%)", trainer.throughput.ceiling_flops)
     log.info("start     %s", _describe_start(start, trainer.origin))
+    for change in describe_changes(start, config) if start else ():
+        log.info("changed   %s", change)
 
 
 def _describe_start(start: Path | None, origin: dict[str, Any] | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,8 @@ def test_one_process_continues_what_two_ranks_began(tmp_path: Path, backend: str
     done = run_ranks(1, TRAIN, arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"continues {CHECKPOINT}" in done.stdout
+    assert re.search(rf"^changed   data.path .* -> {BEFORE / 'bytes'}$", done.stdout, re.MULTILINE)
+    assert ("changed   backend.name deepspeed -> ddp" in done.stdout) == (backend == "ddp")
     before, after = read_curve(RUN), read_curve(tmp_path / "run")
     assert (len(before.losses), len(after.losses)) == (6, 3)
     assert after.largest_loss_difference(before.after(3)) <= 5e-6
