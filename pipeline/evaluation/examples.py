@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, list_names
 from data_tools.tokenizer import Tokenizer
 from pipeline.evaluation.sources import Row, Rows, as_json, index_field, text_field, texts_field
 
@@ -246,7 +246,7 @@ def _read_rows(
             reason = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
             columns = (read.__doc__ or "").split("\n")[0].removeprefix("Read ").removesuffix(".").replace("``", "")
             raise DataError(
-                f"{rows.where(number)} has {', '.join(row)} and is no example of this task ({reason}); "
+                f"{rows.where(number)} has {list_names(row)} and is no example of this task ({reason}); "
                 f"expected {columns}"
             ) from error
     return examples
