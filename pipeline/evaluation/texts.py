@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, list_names
 from pipeline.errors import ConfigError
 from pipeline.evaluation.examples import TaskData
 from pipeline.evaluation.intervals import BOOTSTRAP, bootstrap_ratio
@@ -97,7 +97,7 @@ class TextTask:
             return [row["page"]]
         if isinstance(row.get("text"), str):
             return self.split(row["text"]) or [""]
-        reason = f"text is {as_json(row['text'])}" if "text" in row else f"has {', '.join(row)}"
+        reason = f"text is {as_json(row['text'])}" if "text" in row else f"has {list_names(row)}"
         raise DataError(f"{data.rows.where(number)}: {reason}; expected a text file, or rows with a text")
 
 
