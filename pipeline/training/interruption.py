@@ -64,6 +64,8 @@ class StopRequest:
             if not stays:
                 for number, handler in before.items():
                     signal.signal(number, handler)
+                if self.received and launcher_name():  # its SIGTERM may come late, and must not hide the last line
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 signal.set_wakeup_fd(before_fd)
                 self._writer.close()
                 thread.join()
@@ -71,9 +73,11 @@ class StopRequest:
     def _read_signals(self, reader: socket.socket) -> None:
         """Record each signal whose number arrives from the interpreter, until the other end is closed."""
         with reader:
-            while number := reader.recv(1):
-                if number[0] in STOP_SIGNALS:
-                    self._record(number[0])
+            while numbers := reader.recv(64):
+                # The kernel delivers signals that arrive together in any order. A launcher's SIGTERM follows Ctrl-C.
+                for number in sorted(numbers):
+                    if number in STOP_SIGNALS:
+                        self._record(number)
 
     def _record(self, number: int) -> None:
         now = time.monotonic()

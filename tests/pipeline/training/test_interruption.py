@@ -153,8 +153,10 @@ class TestAnswer:
     ) -> None:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
+        before = signal.getsignal(signal.SIGTERM)
         with StopRequest(world).listening():
             send(signal.SIGINT)
+        assert signal.signal(signal.SIGTERM, before) == signal.SIG_IGN, "the launcher's SIGTERM may come late"
         answer, launcher, *rest = capsys.readouterr().err.splitlines()
         assert "finishing the step" in answer and note in launcher and "traceback" in launcher and not rest
 
