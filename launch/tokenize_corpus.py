@@ -224,6 +224,8 @@ def print_lengths(manifest: Manifest) -> None:
         print(f"  {1 << k:>11,} to {(2 << k) - 1:>11,}: {count:>12,} {bar}".rstrip())
     if repeated := report.get("repeated_documents"):
         print(f"  left out: {repeated:,} documents that repeat an earlier one")
+    if empty := report.get("empty_documents"):
+        print(f"  left out: {empty:,} empty documents")
     if bad_rows := report.get("bad_rows"):
         print(f"  left out: {bad_rows:,} rows that cannot be read; the first:")
         for place in report["first_bad_rows"]:

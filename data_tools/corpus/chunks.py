@@ -19,7 +19,7 @@ from data_tools.encoding.documents import Document, utf8_of
 from data_tools.errors import DataError
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import ShardRecord
-from data_tools.sources import BadRowError, OnBadRow, Slice, Source, ignore_bad_row, stop_at_bad_row
+from data_tools.sources import BadRowError, Slice, Source, stop_at_bad_row
 
 #: The subfolder with the records of finished chunks. It exists until the output folder is complete.
 RECORDS_FOLDER = "tasks/"
@@ -89,6 +89,7 @@ class ChunkRecord:
         is_divided: whether the chunk's only document was divided between the splits.
         bad_rows: the number of rows that were skipped because they cannot be read.
         bad_places: the places of the first skipped rows, each with the reason.
+        empty: the number of documents that were left out because they are empty.
     """
 
     index: int
@@ -99,6 +100,7 @@ class ChunkRecord:
     is_divided: bool = False
     bad_rows: int = 0
     bad_places: tuple[str, ...] = ()
+    empty: int = 0
 
     @property
     def progress(self) -> Contents:
@@ -126,10 +128,11 @@ _RECORD = TypeAdapter(ChunkRecord)
 
 
 class SkippedRows:
-    """The number of skipped rows, and the places of the first ones with the reasons."""
+    """The number of skipped rows, the places of the first ones with the reasons, and the number of empty documents."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.empty = 0
         self.places: list[str] = []
 
     def add(self, error: BadRowError) -> None:
@@ -137,6 +140,11 @@ class SkippedRows:
         self.count += 1
         if len(self.places) < REPORTED_BAD_ROWS:
             self.places.append(str(error).encode(errors="backslashreplace").decode())
+
+    def keep(self, document: Document) -> bool:
+        """Return whether a document has text, and count it otherwise."""
+        self.empty += not document
+        return bool(document)
 
 
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
@@ -175,18 +183,19 @@ def _chunk_bytes(text_bytes: int | None, request: TokenizeRequest) -> int:
 
 
 def documents_of(
-    chunk: Chunk, source: Source, request: TokenizeRequest, on_skipped_row: OnBadRow = ignore_bad_row
+    chunk: Chunk, source: Source, request: TokenizeRequest, skipped: SkippedRows | None = None
 ) -> Iterator[Document]:
-    """Yield the documents of a chunk in the order of the source, without empty documents.
+    """Yield the documents of a chunk in the order of the source, without empty documents, which ``skipped`` counts.
 
-    If the request skips rows that cannot be read, ``on_skipped_row`` receives them.
+    If the request skips rows that cannot be read, ``skipped`` receives them.
 
     Raises:
         DataError: a file cannot be read, or a row cannot be read and the request does not skip it.
     """
-    on_bad_row = stop_at_bad_row if request.on_bad_rows == "stop" else on_skipped_row
-    documents = (document for item in chunk.slices for document in source.read(item, on_bad_row) if document)
-    return islice(documents, chunk.limit_documents)
+    skipped = SkippedRows() if skipped is None else skipped
+    on_bad_row = stop_at_bad_row if request.on_bad_rows == "stop" else skipped.add
+    documents = (document for item in chunk.slices for document in source.read(item, on_bad_row))
+    return islice(filter(skipped.keep, documents), chunk.limit_documents)
 
 
 def _apply_limit(chunks: Sequence[Chunk], source: Source, request: TokenizeRequest) -> Iterator[Chunk]:

@@ -283,6 +283,8 @@ def _report(records: list[ChunkRecord], skips_bad_rows: bool) -> dict[str, Any]:
     }
     if any(record.is_divided for record in records):
         report["divided_documents"] = 1
+    if empty := sum(record.empty for record in records):
+        report["empty_documents"] = empty
     if skips_bad_rows:
         report["bad_rows"] = sum(record.bad_rows for record in records)
         report["first_bad_rows"] = [place for record in records for place in record.bad_places][:REPORTED_BAD_ROWS]

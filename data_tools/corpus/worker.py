@@ -64,7 +64,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
     skipped = SkippedRows()
     lengths: CountArray = np.zeros(_LENGTH_CLASSES, dtype=np.int64)
     documents = assign_splits(
-        documents_of(chunk, _open_source(job), request, skipped.add),
+        documents_of(chunk, _open_source(job), request, skipped),
         val_fraction=request.val_fraction,
         seed=request.seed,
         fill_both=job.is_one_chunk,
@@ -97,6 +97,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
             is_divided=is_divided,
             bad_rows=skipped.count,
             bad_places=tuple(skipped.places),
+            empty=skipped.empty,
         )
         for shard in shards:
             for name in shard.files:

@@ -2,7 +2,7 @@
 
 from data_tools.sources.files import Slice
 from data_tools.sources.registry import SOURCE_KINDS, Source, SourceRequest, open_source
-from data_tools.sources.rows import BadRowError, OnBadRow, ignore_bad_row, stop_at_bad_row
+from data_tools.sources.rows import BadRowError, OnBadRow, stop_at_bad_row
 
 __all__ = [
     "SOURCE_KINDS",
@@ -11,7 +11,6 @@ __all__ = [
     "Slice",
     "Source",
     "SourceRequest",
-    "ignore_bad_row",
     "open_source",
     "stop_at_bad_row",
 ]

@@ -175,14 +175,22 @@ def _find_remote(text: str, suffixes: tuple[str, ...]) -> FileSizes:
 def walk_files(
     folder: Path, suffixes: tuple[str, ...], skipped_folders: frozenset[str] = frozenset()
 ) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders that have one of the suffixes (if given) and are not hidden."""
+    """Yield the files in a folder and its subfolders that have one of the suffixes (if given) and are not hidden.
+
+    Links to folders are followed, but each folder is visited only once.
+    """
+    visited: set[str] = set()
 
     def raise_error(error: OSError) -> None:
         raise error
 
     # Without onerror, os.walk skips the folders that it cannot read.
-    for parent, folders, names in os.walk(folder, onerror=raise_error):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped_folders]
+    for parent, folders, names in os.walk(folder, onerror=raise_error, followlinks=True):
+        if (real := os.path.realpath(parent)) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skipped_folders)
         for name in names:
             if not name.startswith(".") and (not suffixes or name.endswith(suffixes)):
                 yield Path(parent, name)

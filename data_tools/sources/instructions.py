@@ -29,6 +29,8 @@ _ROLE_OF_NAME = {
     "observation": "tool",
 }
 _CONTENT_FIELDS = ("content", "value")
+#: Fields of messages with text that is not part of the content.
+_UNREAD_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
 class InstructionSource(FileSource):
@@ -75,7 +77,8 @@ def _segments_of_instruction(record: dict[str, Any], place: object) -> Iterator[
     for name in ("system", "history"):
         if record.get(name):
             raise BadRowError(place, f"an instruction with {name} is not read; write the record as messages")
-    given = {name: record.get(name, "") for name in ("instruction", "input", "output")}
+    given = {name: record[name] for name in ("instruction", "output")}
+    given["input"] = "" if record.get("input") is None else record["input"]
     for name, text in given.items():
         if not isinstance(text, str):
             raise BadRowError(place, f"{name} is {json_type(text)}, it must be a string")
@@ -89,11 +92,17 @@ def _segments_of_chat(messages: Any, place: object) -> Iterator[tuple[str, bool]
     turns = [_turn_of(message, index, place) for index, message in enumerate(messages)]
     if not any(role == ANSWERING_ROLE for role, _ in turns):
         raise BadRowError(place, f"no message has the role {ANSWERING_ROLE}; there is nothing to learn")
+    is_scored = [
+        role == ANSWERING_ROLE and message.get("weight") != 0
+        for message, (role, _) in zip(messages, turns, strict=True)
+    ]
+    if not any(is_scored):
+        raise BadRowError(place, "every answer has the weight 0; there is nothing to learn")
     for index, (role, text) in enumerate(turns):
         is_last = index == len(turns) - 1
         yield heading_of_role(role), False
         # The end of the turn is scored with the answer, so that the model learns where to stop.
-        yield text + ("" if is_last else END_OF_TURN), role == ANSWERING_ROLE
+        yield text + ("" if is_last else END_OF_TURN), is_scored[index]
 
 
 def _turn_of(message: dict[str, Any], index: int, place: object) -> tuple[str, str]:
@@ -103,6 +112,11 @@ def _turn_of(message: dict[str, Any], index: int, place: object) -> tuple[str, s
     if role is None:
         given = "no role" if name is None else f"the role {name!r}"
         raise BadRowError(place, f"message {index} has {given}; it must be one of {', '.join(_ROLE_OF_NAME)}")
+    for field in _UNREAD_FIELDS:
+        if message.get(field):
+            raise BadRowError(place, f"{field} of message {index} is not read; write it into the content, or remove it")
+    if message.get("weight") not in (None, 0, 1):
+        raise BadRowError(place, f"weight of message {index} is {message['weight']!r}; it must be 0 or 1")
     content = next((message[field] for field in _CONTENT_FIELDS if field in message), None)
     calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
     if content is None and calls:

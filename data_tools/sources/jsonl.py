@@ -128,7 +128,8 @@ def text_of_record(record: Any, text_field: str, place: object) -> str:
         BadRowError: the record is not an object, or the field is missing or not a string. ``place`` names the record.
     """
     if not isinstance(record, dict):
-        raise BadRowError(place, f"holds {json_type(record)}; each record must be one JSON object")
+        cure = "; --source instructions reads chats" if isinstance(record, list) else ""
+        raise BadRowError(place, f"holds {json_type(record)}; each record must be one JSON object{cure}")
     if text_field not in record:
         is_chat = any(name in record for name in (*CHAT_FIELDS, "instruction"))
         cure = "choose one with --text-field"

@@ -29,10 +29,6 @@ def stop_at_bad_row(error: BadRowError) -> None:
     raise DataError(str(error)) from error
 
 
-def ignore_bad_row(error: BadRowError) -> None:
-    """Skip the row."""
-
-
 def parse_rows(
     rows: Iterable[Row], parse: Callable[[Row], Document], on_bad_row: OnBadRow = stop_at_bad_row
 ) -> Iterator[Document]:

@@ -22,6 +22,7 @@ _KINDS: dict[str, tuple[tuple[bytes, ...], str]] = {
     "xz": ((b"\xfd7zXZ\x00",), "is compressed by xz; decompress it"),
     "bzip2": ((b"BZh",), "is compressed by bzip2; decompress it"),
     "zip": ((b"PK\x03\x04",), "is a zip archive; extract the files in it"),
+    "pdf": ((b"%PDF-",), "is a PDF; extract its text into a file"),
     "parquet": ((b"PAR1",), "is a Parquet file; --source parquet reads it"),
     "arrow": ((b"ARROW1",), "is an Arrow file; give the folder that save_to_disk wrote to --source hf"),
     "npy": ((b"\x93NUMPY",), "is an array of numpy"),
@@ -47,6 +48,8 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
         return "is empty (0 bytes); copy or download it again"
     if not head.strip(b"\0") and len(head) > 1:
         return "begins with zeros only, as after an interrupted copy; copy or download it again"
+    if len(head) > 1 and not (head[::2].strip(b"\0") and head[1::2].strip(b"\0")):
+        return _KINDS["utf-16"][1]  # without a byte order mark: every second byte is zero
     for kind, (beginnings, description) in _KINDS.items():
         if head.startswith(beginnings):
             return None if kind in expected else description

@@ -92,3 +92,10 @@ def test_a_source_of_bad_rows_has_no_document(tmp_path: Path) -> None:
         tokenize_corpus(request)
     assert "no document with text in it; 6 rows cannot be read, the first is " in str(caught.value)
     assert f"{tmp_path}/a.jsonl:1: field 'text' is a number" in str(caught.value)
+
+
+def test_empty_documents_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["a", "", "b", ""]))
+    manifest = tokenize_corpus(TokenizeRequest("jsonl", (str(tmp_path / "a.jsonl"),), tmp_path / "out", workers=1))
+    assert documents_of(tmp_path / "out") == 2
+    assert manifest.report is not None and manifest.report["empty_documents"] == 2

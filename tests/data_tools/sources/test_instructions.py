@@ -157,6 +157,15 @@ def test_any_cut_has_every_record_once(slice_bytes: int, tmp_path: Path) -> None
     assert list(read_documents(source, slice_bytes)) == [dialogue_of(record, "a record") for record in RECORDS * 5]
 
 
+def test_an_answer_with_the_weight_0_is_not_scored() -> None:
+    chat = [{**ANSWER, "weight": 0}, {**ANSWER, "weight": 1}, {**ANSWER, "weight": None}]
+    assert [is_scored for _, is_scored in dialogue_of(chat, "a record").segments[1::2]] == [False, True, True]
+
+
+def test_an_input_of_null_is_left_out() -> None:
+    assert dialogue_of({**RECORDS[0], "input": None}, "a record") == dialogue_of(RECORDS[0], "a record")
+
+
 def test_arrow_shards_have_masks_too(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", RECORDS)
     arrow, npy = (tokenized(path, tmp_path / format, format=format) for format in ("arrow", "npy"))
@@ -179,6 +188,9 @@ def test_arrow_shards_have_masks_too(tmp_path: Path) -> None:
         ([{**ANSWER, "tool_calls": "add"}], "tool_calls of message 0 is a string, it must be a list"),
         ([{**ANSWER, "tool_calls": [{"id": 1}]}], "tool_calls of message 0 must be objects with a name"),
         ([{"text": "a"}], "message 0 has no role; it must be one of system, user"),
+        ([{**ANSWER, "reasoning_content": "a"}], "reasoning_content of message 0 is not read; write it into"),
+        ([{**ANSWER, "weight": 0}], "every answer has the weight 0"),
+        ([{**ANSWER, "weight": 0.5}], "weight of message 0 is 0.5; it must be 0 or 1"),
     ],
 )
 def test_a_wrong_record_is_named(record: Any, problem: str, tmp_path: Path) -> None:

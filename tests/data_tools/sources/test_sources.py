@@ -70,6 +70,16 @@ def test_folders_are_read_in_sorted_order_without_hidden_files(tmp_path: Path) -
     assert documents("text", tmp_path / "sub", tmp_path / "a.md") == ["sub/c.txt", "a.md"]
 
 
+def test_links_to_folders_are_followed_and_no_folder_is_read_twice(tmp_path: Path) -> None:
+    for name in ["data/z/a.txt", "elsewhere/b.txt"]:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "z" / "again").symlink_to(tmp_path / "elsewhere")
+    assert documents("text", tmp_path / "data") == ["elsewhere/b.txt", "data/z/a.txt"]
+
+
 SEPARATORS = ["\n\n", "<|endoftext|>", "§", "x", "ab", "aba", "aa", "ab§ab"]
 
 

@@ -51,7 +51,10 @@ def npy_bytes() -> bytes:
         (bytes(600), "zeros only"),
         (b"<!DOCTYPE html><html>", "HTML page"),
         ("text".encode("utf-16"), "text in UTF-16; save it as UTF-8"),
+        ("text".encode("utf-16-le"), "text in UTF-16; save it as UTF-8"),
+        ("text".encode("utf-16-be"), "text in UTF-16; save it as UTF-8"),
         ("text".encode("utf-32"), "text in UTF-32"),
+        (b"%PDF-1.7", "is a PDF; extract its text"),
     ],
 )
 def test_content_is_recognized(tmp_path: Path, content: bytes, expected: str) -> None:
