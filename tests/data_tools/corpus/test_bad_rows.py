@@ -79,7 +79,7 @@ def test_by_default_the_first_bad_row_ends_the_request_and_the_choice_belongs_to
         tokenize_corpus(request_for(tmp_path, "stop", on_bad_rows="stop"))
     assert not (tmp_path / "stop").exists()
     tokenize_corpus(request_for(tmp_path, "skip"))
-    with pytest.raises(DataError, match=r"another request: source\.options\.on_bad_rows was 'skip'"):
+    with pytest.raises(DataError, match=r"another request: source\.options\.on_bad_rows was .skip."):
         tokenize_corpus(request_for(tmp_path, "skip", on_bad_rows="stop"))
     with pytest.raises(DataError, match="--on-bad-rows must be one of stop, skip"):
         request_for(tmp_path, "skip", on_bad_rows="ignore")
@@ -96,6 +96,6 @@ def test_a_source_of_bad_rows_has_no_document(tmp_path: Path) -> None:
 
 def test_empty_documents_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines(["a", "", "b", ""]))
-    manifest = tokenize_corpus(TokenizeRequest("jsonl", (str(tmp_path / "a.jsonl"),), tmp_path / "out", workers=1))
+    manifest = tokenize_corpus(TokenizeRequest(source="jsonl", inputs=(str(tmp_path / "a.jsonl"),), out=tmp_path / "out", workers=1))
     assert documents_of(tmp_path / "out") == 2
     assert manifest.report is not None and manifest.report["empty_documents"] == 2
