@@ -96,6 +96,7 @@ def test_a_source_of_bad_rows_has_no_document(tmp_path: Path) -> None:
 
 def test_empty_documents_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines(["a", "", "b", ""]))
-    manifest = tokenize_corpus(TokenizeRequest(source="jsonl", inputs=(str(tmp_path / "a.jsonl"),), out=tmp_path / "out", workers=1))
+    inputs = (str(tmp_path / "a.jsonl"),)
+    manifest = tokenize_corpus(TokenizeRequest(source="jsonl", inputs=inputs, out=tmp_path / "out", workers=1))
     assert documents_of(tmp_path / "out") == 2
     assert manifest.report is not None and manifest.report["empty_documents"] == 2
