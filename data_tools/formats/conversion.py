@@ -20,7 +20,7 @@ from data_tools.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, Sou
 from data_tools.shards.verification import verify
 from data_tools.shards.writer import OpenFormat, ShardWriter, write_flat
 from data_tools.storage.atomic import atomic_folder, write_json_durably
-from data_tools.storage.files import require_writable, sha256_of_file
+from data_tools.storage.files import is_writable, require_writable, sha256_of_file
 from data_tools.threads import Advance, map_threads, no_progress
 
 
@@ -91,7 +91,8 @@ def adopt_in_place(
         raise DataError(f"{folder} already has a {MANIFEST_NAME}; nothing is left to do")
     if not folder.is_dir():
         raise DataError(f"--in-place: {folder} is not a folder")
-    require_writable(folder, "--in-place")
+    if not is_writable(folder):
+        raise DataError(f"--in-place: cannot write {folder}; write a copy elsewhere with --to npy --out DIR")
     collection = open_collection(folder, source_format, split_of)
     format = collection.format
     if format not in _IN_PLACE:

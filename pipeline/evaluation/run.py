@@ -132,6 +132,8 @@ def _open_validation(config: Config, path: str | None) -> dict[str, ValidationDa
     """
     if path is not None or config.data.mixture is None:
         path = find_path(path or config.data.components[0].path, config.run)
+        if not load_manifest(path).tokens_of(VAL_SPLIT):
+            raise DataError(f"{path} has no split {VAL_SPLIT!r}; name a folder that has one with --data validation=DIR")
         split = path, open_split(path, VAL_SPLIT)
         if not _has_scored_targets(split[1], config.seq_len):
             raise DataError(f"{path}: the split {VAL_SPLIT!r} has no scored target; tokenize more text")
@@ -179,7 +181,7 @@ def _check_examples_file(path: Path, tasks: Sequence[str]) -> None:
     if set(tasks) == {VALIDATION}:
         raise ConfigError(f"--save-examples {path}: {VALIDATION} has no examples; leave it out, or name other --tasks")
     if path.is_dir() or not path.parent.is_dir() or not is_writable(path):
-        raise ConfigError(f"--save-examples {path}: cannot be written; give a file in a folder that exists")
+        raise ConfigError(f"--save-examples {path}: cannot be written; give a file in a folder that exists and that you may write to")
 
 
 def _choose_folder(out: Path | None, run_folder: Path) -> Path | None:

@@ -5,6 +5,7 @@ import json
 import re
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data_tools.errors import DataError, json_type
+from data_tools.sources.files import compression_of, open_decompressed
 from data_tools.storage.content import describe_content, require_fetched
 from pipeline.distributed.world import World
 
@@ -83,17 +85,24 @@ def as_json(value: object) -> str:
 def read_file(path: Path) -> Rows:
     """Read the rows of a ``.jsonl``, ``.json`` or ``.parquet`` file. Another file becomes one row with a ``text``.
 
+    Files that end in ``.gz`` or ``.zst`` are decompressed. JSON is one object per line, or one array of objects.
+
     Raises:
         DataError: the file cannot be read or is empty.
     """
     try:
-        content = path.read_bytes()
         require_fetched(path)
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; expected a .jsonl, .parquet or text file") from error
-    if path.suffix in (".jsonl", ".json"):
+    suffix = path.suffix
+    if compression_of(str(path)):
+        with open_decompressed(str(path)) as file:
+            content = file.read()
+        suffix = path.with_suffix("").suffix
+    if suffix in (".jsonl", ".json"):
         rows = _parse_lines(content, path)
-    elif path.suffix == ".parquet":
+    elif suffix == ".parquet":
         rows = _parse_parquet(content, path)
     else:
         try:
@@ -108,6 +117,9 @@ def read_file(path: Path) -> Rows:
 
 def _parse_lines(content: bytes, path: Path) -> list[Row]:
     rows = []
+    with suppress(ValueError, RecursionError):
+        if isinstance(array := json.loads(content), list) and all(isinstance(row, dict) for row in array):
+            return array
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from data_tools.tokenizer import Tokenizer
 from pipeline.config.schema import ModelConfig
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.scoring import Scorer
+from pipeline.evaluation.sources import read_file
 from pipeline.evaluation.tasks import prepare_task
 from tests.pipeline.evaluation.conftest import ALONE, ARC, HELLASWAG, LAMBADA, PIQA, WINOGRANDE, measure, write_lines
 
@@ -21,6 +24,16 @@ def prompts(name: str, path: Path, model: ModelConfig, tokenizer: Tokenizer, **s
     task = prepare_task(name, str(path), Settings(**settings), model, ALONE)
     decode = tokenizer.decode
     return [[f"{decode(one.context)}|{decode(one.continuation)}" for one in group] for group in task.groups]
+
+
+def test_rows_may_be_an_array_or_compressed(tmp_path: Path) -> None:
+    rows = [{"query": "x", "choices": ["a", "b"], "gold": 0}, {"query": "y", "choices": ["a", "b"], "gold": 1}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    (tmp_path / "cut.jsonl.gz").write_bytes((tmp_path / "rows.jsonl.gz").read_bytes()[:-9])
+    assert read_file(tmp_path / "rows.json").rows == read_file(tmp_path / "rows.jsonl.gz").rows == rows
+    with pytest.raises(DataError, match=r"cannot read .*cut\.jsonl\.gz"):
+        read_file(tmp_path / "cut.jsonl.gz")
 
 
 @pytest.mark.parametrize(

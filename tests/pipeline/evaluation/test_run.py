@@ -226,7 +226,7 @@ class TestOnACheckpoint:
 
     def test_data_without_a_validation_split(self, run_folder: Path, tmp_path: Path) -> None:
         only_train = write_shards(tmp_path / "other", {"train": [np.arange(30)]})
-        with pytest.raises(DataError, match="no split 'val'"):
+        with pytest.raises(DataError, match="no split 'val'; name a folder that has one with --data validation=DIR"):
             run_tasks(run_folder, ["validation"], Settings(), ALONE, paths={"validation": str(only_train)})
 
 
