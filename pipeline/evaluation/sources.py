@@ -14,7 +14,6 @@ import pyarrow
 import pyarrow.parquet
 
 from data_tools.errors import DataError, json_type
-from data_tools.sources.files import compression_of, open_decompressed
 from data_tools.storage.content import describe_content, require_fetched
 from pipeline.distributed.world import World
 
@@ -85,7 +84,7 @@ def as_json(value: object) -> str:
 def read_file(path: Path) -> Rows:
     """Read the rows of a ``.jsonl``, ``.json`` or ``.parquet`` file. Another file becomes one row with a ``text``.
 
-    Files that end in ``.gz`` or ``.zst`` are decompressed. JSON is one object per line, or one array of objects.
+    JSON is one object per line, or one array of objects.
 
     Raises:
         DataError: the file cannot be read or is empty.
@@ -95,14 +94,11 @@ def read_file(path: Path) -> Rows:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; expected a .jsonl, .parquet or text file") from error
-    suffix = path.suffix
-    if compression_of(str(path)):
-        with open_decompressed(str(path)) as file:
-            content = file.read()
-        suffix = path.with_suffix("").suffix
-    if suffix in (".jsonl", ".json"):
+    if path.suffix in (".gz", ".zst"):
+        raise DataError(f"{path} is compressed; decompress it, because files of examples are read as they are")
+    if path.suffix in (".jsonl", ".json"):
         rows = _parse_lines(content, path)
-    elif suffix == ".parquet":
+    elif path.suffix == ".parquet":
         rows = _parse_parquet(content, path)
     else:
         try:
