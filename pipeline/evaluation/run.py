@@ -181,7 +181,9 @@ def _check_examples_file(path: Path, tasks: Sequence[str]) -> None:
     if set(tasks) == {VALIDATION}:
         raise ConfigError(f"--save-examples {path}: {VALIDATION} has no examples; leave it out, or name other --tasks")
     if path.is_dir() or not path.parent.is_dir() or not is_writable(path):
-        raise ConfigError(f"--save-examples {path}: cannot be written; give a file in a folder that exists and is writable")
+        raise ConfigError(
+            f"--save-examples {path}: cannot be written; give a file in a folder that exists and that you may write to"
+        )
 
 
 def _choose_folder(out: Path | None, run_folder: Path) -> Path | None:
