@@ -178,7 +178,9 @@ def load_manifest(folder: Path | str) -> Manifest:
             require_fetched(path)
             return parse_manifest(path.read_bytes(), str(path))
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise DataError(f"{path.parent} has no {MANIFEST_NAME}; make one with launch/tokenize_corpus.py") from error
+            exists = path.parent.exists()
+            problem = f"{path.parent} has no {MANIFEST_NAME}" if exists else f"{path.parent.absolute()} does not exist"
+            raise DataError(f"{problem}; make one with launch/tokenize_corpus.py") from error
 
 
 def parse_manifest(content: bytes, place: str) -> Manifest:

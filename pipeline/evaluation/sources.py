@@ -58,6 +58,8 @@ def texts_field(row: Row, key: str) -> list[str]:
     texts = row[key]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{key} is {as_json(texts)}; it must be a list of texts")
+    if len(texts) == 1:
+        raise ValueError(f"{key} has one text; a choice needs at least two")
     return texts
 
 

@@ -259,7 +259,7 @@ DEEPSPEED_CASES = [
 ]
 
 DATA_CASES = [
-    settings("no_data", "data.path=nowhere", "nowhere has no manifest.json", "make one with launch/tokenize_corpus.py"),
+    settings("no_data", "data.path=nowhere", "nowhere does not exist", "make one with launch/tokenize_corpus.py"),
     settings("no_manifest", "data.path=empty", "empty has no manifest.json", "make one with launch/tokenize_corpus.py"),
     settings("other_version", "data.path=other_version", "other_version/manifest.json", "this program reads 1"),
     settings(

@@ -128,6 +128,7 @@ def test_limit_takes_the_first_examples(scorer: Scorer, tmp_path: Path) -> None:
         ('{"query": "x", "choices": "ab", "gold": 0}', 'choices is "ab"; it must be a list of texts'),
         ('{"query": "x", "choices": ["a", 2], "gold": 0}', r'choices is \["a", 2\]; it must be a list of texts'),
         ('{"query": "x", "choices": [], "gold": 0}', r"choices is \[\]; it must be a list of texts"),
+        ('{"query": "x", "choices": ["a"], "gold": 0}', "choices has one text; a choice needs at least two"),
         ('{"query": null, "choices": ["a", "b"], "gold": 0}', "query is null; it must be a text"),
         ('{"goal": "x", "sol1": "", "sol2": "b", "label": 0}', r"row 1 .*\(choice 1 is empty\)"),
         (
