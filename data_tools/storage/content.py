@@ -48,8 +48,9 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
         return "is empty (0 bytes); copy or download it again"
     if not head.strip(b"\0") and len(head) > 1:
         return "begins with zeros only, as after an interrupted copy; copy or download it again"
-    if len(head) > 1 and not (head[::2].strip(b"\0") and head[1::2].strip(b"\0")):
-        return _KINDS["utf-16"][1]  # without a byte order mark: every second byte is zero
+    halves = head[::2], head[1::2]
+    if any(not half.strip(b"\0") and other and 0 not in other for half, other in (halves, halves[::-1])):
+        return _KINDS["utf-16"][1]  # without a byte order mark: every second byte is zero, and no other byte
     for kind, (beginnings, description) in _KINDS.items():
         if head.startswith(beginnings):
             return None if kind in expected else description

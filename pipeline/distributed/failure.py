@@ -1,6 +1,7 @@
 """Print the error that ends this process. Print each error only once, before any code that may wait for other ranks."""
 
 import errno
+import re
 import signal
 import socket
 import sys
@@ -14,6 +15,7 @@ from pipeline.errors import Interrupted, LostRankError, MainRankError
 
 #: Errors of the operating system that a user can correct, even if the error does not name a file.
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_LONG_WORD = re.compile(r"\S{500,}")
 #: If rank 0 has the same error, rank 0 prints the error and ends. The launcher then ends the other ranks in this time.
 _OTHER_RANKS_WAIT_S = 2.0
 
@@ -67,4 +69,6 @@ def _describe(error: BaseException) -> tuple[int, str]:
 
 
 def _one_line(prefix: str, message: str) -> str:
-    return prefix + " ".join(message.splitlines())
+    """Return a message as one line. Leave out the middle of a very long word, such as a damaged value in a file."""
+    line = prefix + " ".join(message.splitlines())
+    return _LONG_WORD.sub(lambda word: f"{word[0][:100]}[...]{word[0][-100:]}", line)
