@@ -1,4 +1,4 @@
-"""The layout of instructions and chats as text. Stage 1 writes it, and generation asks a model in the same layout."""
+"""The layout of instructions and chats as text. Stage 1 and generation share it."""
 
 ANSWERING_ROLE = "assistant"
 ROLES = ("system", "user", ANSWERING_ROLE, "tool")

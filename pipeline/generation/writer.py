@@ -173,7 +173,9 @@ def prompt_loop(
 
 
 def complete_while_training(backend: Backend, config: Config, world: World) -> str:
-    """Return the prompt of ``sample`` and its completion up to ``<|endoftext|>`` or the first of ``sample.stop``.
+    """Return the prompt of ``sample`` and its completion.
+
+    The completion ends before ``<|endoftext|>`` or before the first occurrence of a text in ``sample.stop``.
 
     This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``. Each
     token needs a forward pass over the whole text, because a wrapped model has no key-value cache. All ranks run

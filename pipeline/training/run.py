@@ -108,7 +108,8 @@ def open_run_folder(config: Config, data_sha256: str, resources: ExitStack) -> P
     """Create and lock the run folder. Returns the checkpoint to resume from, or None to start from scratch.
 
     Args:
-        resources: releases the lock at its end. If the start is refused, it also removes the folder that was created.
+        resources: releases the lock when it closes. If the run cannot start, it also removes the folder that this
+            function has created.
     """
     folder = Path(config.run.out_dir)
     resources.enter_context(removed_if_unused(make_run_folder(folder)))
