@@ -30,6 +30,8 @@ _JSON_MESSAGES = {
     "missing": "This item is missing",
 }
 _JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
+_MOST_MISTAKES = 20  # the most mistakes that a message lists
+_HINT = "; valid keys here: "
 _LONGEST_VALUE = 80  # the most characters of a wrong value that a message shows
 
 
@@ -106,12 +108,19 @@ def _resolve(layers: Sequence[tuple[dict[str, Any], str]]) -> Config:
 
 
 def _refuse(mistakes: list[str]) -> None:
-    """Raise ConfigError with all mistakes in one line, if there are any."""
+    """Raise ConfigError with all mistakes in one line, if there are any. Say the same hint only once."""
     if len(mistakes) == 1:
         raise ConfigError(mistakes[0])
     if mistakes:
-        listed = " ".join(f"({number}) {mistake};" for number, mistake in enumerate(mistakes, start=1))
-        raise ConfigError(f"{len(mistakes)} mistakes: {listed.removesuffix(';')}")
+        hints: set[str] = set()
+        listed = []
+        for number, mistake in enumerate(mistakes[:_MOST_MISTAKES], start=1):
+            text, _, hint = mistake.partition(_HINT)
+            listed.append(f"({number}) {text if hint in hints else mistake}")
+            hints.add(hint)
+        if len(mistakes) > _MOST_MISTAKES:
+            listed.append(f"and {len(mistakes) - _MOST_MISTAKES} more, so this may not be a run config")
+        raise ConfigError(f"{len(mistakes)} mistakes: {'; '.join(listed)}")
 
 
 def _find_mistakes(merged: dict[str, Any], origins: dict[str, str]) -> Iterator[str]:
@@ -286,4 +295,4 @@ def _suggest_key(section: str, name: str) -> str:
     for keys, cutoff in ((siblings, 0.5), (elsewhere, 0.8)):
         if nearest := difflib.get_close_matches(name, keys, n=1, cutoff=cutoff):
             return f"; did you mean {keys[nearest[0]]}?"
-    return f"; valid keys here: {', '.join(siblings)}" if siblings else ""
+    return f"{_HINT}{', '.join(siblings)}" if siblings else ""

@@ -193,6 +193,13 @@ class TestMistakes:
             assert key in line
         assert line.startswith("10 mistakes: ") and "\n" not in line
 
+    def test_many_mistakes_are_a_short_line(self, write: Any) -> None:
+        """A hint is said once, and a file that is no run config does not fill the terminal."""
+        line = mistake([write("a.json", {f"zz{number}": 1 for number in range(1000)})])
+        assert line.startswith("1000 mistakes: (1) zz0: no such key") and line.count("valid keys here") == 1
+        assert "(20) zz19: no such key" in line and "zz20:" not in line
+        assert line.endswith("and 980 more, so this may not be a run config")
+
     def test_all_mistakes_across_sections_are_listed(self) -> None:
         line = mistake([], "data.seq_len=2000", "evaluation.sample=true", "model.vocab_size=300")
         assert "data.seq_len (2000) must not exceed" in line and "evaluation.sample needs" in line
