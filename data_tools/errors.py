@@ -26,7 +26,7 @@ class DataError(UserError):
 
 
 def json_type(value: object) -> str:
-    """Return JSON's word for the type of a value, with an article, such as ``a list``."""
+    """Return the type of a JSON value for an error message, with an article, such as ``a list``."""
     if isinstance(value, bool | int | float):
         return "true or false" if isinstance(value, bool) else "a number"
     names = {type(None): "null", str: "a string", list: "a list", dict: "an object"}

@@ -70,7 +70,10 @@ class OptimizerState(ABC):
 
 
 class ParameterState(OptimizerState):
-    """The state of a torch optimizer whose parameters are the masters: whole tensors, or whole rows (DTensor)."""
+    """The state of a torch optimizer that updates the masters directly.
+
+    Each master is a whole tensor, or a DTensor of which this rank holds whole rows.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> None:
         super().__init__(optimizer, parameters.values())

@@ -24,7 +24,8 @@ def report(error: BaseException) -> int:
     """Print an error unless this process has printed it before. Returns the exit status of the error.
 
     For a ``UserError``, print one line. For other errors, print a traceback. Most user errors, such as a wrong config,
-    occur on all ranks, so the other ranks wait before they print the error. In this time, rank 0 prints the error.
+    occur on all ranks. Rank 0 prints such an error at once. The other ranks wait first, and meanwhile the launcher ends
+    them if rank 0 has failed, too.
     """
     status, text = _describe(error)
     if not getattr(error, "is_reported", False):

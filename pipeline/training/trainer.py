@@ -48,7 +48,7 @@ class Trainer:
     everything that is distributed. :func:`pipeline.training.run.train` builds the arguments of a trainer.
 
     Args:
-        state: the progress of the run that the backend's weights and moments correspond to.
+        state: the progress of the run. It must match the weights and moments of the backend.
         tasks: the prepared tasks of ``evaluation.tasks`` except ``validation``.
     """
 
