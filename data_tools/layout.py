@@ -7,7 +7,7 @@ END_OF_TURN = "\n\n"
 
 
 def heading(name: str) -> str:
-    """Return the line that precedes a field of an instruction."""
+    """Return the line that precedes the text of a field in an instruction record."""
     return f"### {name}:\n"
 
 

@@ -179,7 +179,7 @@ class ProgressDisplay(Observer):
         return time.monotonic() - self._started_s
 
     def speed(self) -> str:
-        """Return the encoded text per second, with its unit."""
+        """Return the encoding speed with its unit, such as ``12.0 MB/s``."""
         return f"{self.encoded_megabytes() / max(self.elapsed_s(), 1e-9):.1f} MB/s"
 
     def _line(self) -> str:

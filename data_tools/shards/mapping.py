@@ -107,10 +107,11 @@ def _map_whole_file(path: Path, pieces_of: Callable[[pa.Buffer], list[Mapped]], 
 
 
 def npy_tokens(content: pa.Buffer, dtype: np.dtype[Any] = _TOKEN_DTYPE) -> Mapped:
-    """Return the values of a ``.npy`` file's bytes, usually mapped, without a copy.
+    """Return the array in the bytes of a ``.npy`` file without copying the bytes, which are usually memory-mapped.
 
     Raises:
-        ValueError: the header is damaged, names another dtype or shape, or does not match the size. One line.
+        ValueError: the header is damaged, names another dtype or shape, or does not match the size. The
+            message is one line.
     """
     file = pa.BufferReader(content)
     try:

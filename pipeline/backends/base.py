@@ -71,7 +71,7 @@ class Backend(ABC):
         return self.state.fragments()
 
     def state_was_loaded(self, updates: int) -> None:
-        """Use the values that were loaded into the fragments from a checkpoint, and set AdamW's step count."""
+        """Use the values that loading a checkpoint has written into the fragments, and set AdamW's step count."""
         for state in self.state.adam_states():
             if isinstance(state["step"], Tensor):
                 state["step"].fill_(float(updates))

@@ -1,4 +1,4 @@
-"""Delete checkpoints, and rename checkpoints that a run no longer continues from."""
+"""Delete old checkpoints, and rename the later checkpoints of a run that returns to an older checkpoint."""
 
 import itertools
 import json

@@ -60,5 +60,5 @@ class Bf16ViewModel(ComputeModel):
 
 
 def replicated_compute(model: GPT2, precision: str, device: torch.device) -> ComputeModel:
-    """Return the module that computes in a precision if every rank holds the whole fp32 model."""
+    """Return the module that runs a model in a precision, for backends that hold the whole fp32 model on every rank."""
     return Bf16ViewModel(model) if precision == "bf16" else AutocastModel(model, precision, device)

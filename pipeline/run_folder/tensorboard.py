@@ -57,7 +57,7 @@ TENSORBOARD_LAYOUT = {
 
 
 class TensorBoardLog:
-    """Writes rows of metrics as TensorBoard events. If the disk is full or read-only, logs this and continues.
+    """Writes rows of metrics as TensorBoard events. If the disk is full or read-only, it logs a warning.
 
     Events of an earlier start for steps after ``resumed_step`` are hidden, because the run will write them again.
     """
