@@ -7,6 +7,7 @@ from data_tools.errors import DataError
 from data_tools.storage.files import is_remote
 
 _HEAD_BYTES = 512
+_SHORTEST_UTF16 = 4  # bytes; fewer do not tell
 # A pointer has fewer bytes than this, says the specification of git-lfs.
 LARGEST_POINTER_BYTES = 1024
 _POINTER_BEGINNING = b"version https://git-lfs.github.com/"
@@ -48,13 +49,20 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
         return "is empty (0 bytes); copy or download it again"
     if not head.strip(b"\0") and len(head) > 1:
         return "begins with zeros only, as after an interrupted copy; copy or download it again"
-    halves = head[::2], head[1::2]
-    if any(not half.strip(b"\0") and other and 0 not in other for half, other in (halves, halves[::-1])):
-        return _KINDS["utf-16"][1]  # without a byte order mark: every second byte is zero, and no other byte
+    if _is_utf16_without_mark(head):
+        return _KINDS["utf-16"][1]
     for kind, (beginnings, description) in _KINDS.items():
         if head.startswith(beginnings):
             return None if kind in expected else description
     return None
+
+
+def _is_utf16_without_mark(head: bytes) -> bool:
+    """Return whether bytes look like ASCII text in UTF-16: every second byte is zero, and the others are not."""
+    if len(head) < _SHORTEST_UTF16:
+        return False
+    halves = head[::2], head[1::2]
+    return any(not zeros.strip(b"\0") and text.isascii() and 0 not in text for zeros, text in (halves, halves[::-1]))
 
 
 def begins_as(path: Path | str, kind: str) -> bool:
