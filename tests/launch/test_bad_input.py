@@ -273,7 +273,7 @@ DATA_CASES = [
         "nothing_to_score_on",
         "evaluate.py --checkpoint trained --data validation=train_only",
         "no split 'val'",
-        "it has train",
+        "--data validation=DIR",
     ),
     command(
         "input_does_not_exist",
