@@ -18,6 +18,29 @@ EVERY_TASK = ""  # the name that a limit without a task has
 
 def main() -> None:
     """Score the checkpoint, and print the results and the paths of their files."""
+    arguments = parse_arguments()
+    start_logging()
+    limits = dict(arguments.limit)
+    settings = Settings(arguments.shots, limits.pop(EVERY_TASK, None), arguments.stride, limits)
+    with join_world(RunConfig(device=arguments.device), process_group=False) as world:
+        _, written = run_tasks(
+            arguments.checkpoint,
+            arguments.tasks,
+            settings,
+            world,
+            paths=arguments.data,
+            batch_size=arguments.batch_size,
+            precision=arguments.precision,
+            examples_file=arguments.save_examples,
+            out=arguments.out,
+            show=lambda results: print(format_table(results), flush=True),
+        )
+    if written:
+        print("wrote " + ", ".join(map(str, written)))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the options of the command line. ``data`` and ``limit`` map tasks to values."""
     parser = ArgumentParser(
         description=__doc__, example="python launch/evaluate.py --checkpoint runs/ddp --tasks validation"
     )
@@ -45,7 +68,6 @@ def main() -> None:
     parser.add_argument(
         "--limit",
         nargs="+",
-        action="extend",
         default=[],
         type=_limit,
         metavar="[TASK=]N",
@@ -76,25 +98,9 @@ def main() -> None:
         "--out", type=Path, metavar="DIR", help="folder for the results (default: evaluation/ in the run folder)"
     )
     arguments = parser.parse_args()
-    start_logging()
-    paths = _by_task(parser, "--data", arguments.data)
-    limits = _by_task(parser, "--limit", arguments.limit)
-    settings = Settings(arguments.shots, limits.pop(EVERY_TASK, None), arguments.stride, limits)
-    with join_world(RunConfig(device=arguments.device), process_group=False) as world:
-        _, written = run_tasks(
-            arguments.checkpoint,
-            arguments.tasks,
-            settings,
-            world,
-            paths=paths,
-            batch_size=arguments.batch_size,
-            precision=arguments.precision,
-            examples_file=arguments.save_examples,
-            out=arguments.out,
-            show=lambda results: print(format_table(results), flush=True),
-        )
-    if written:
-        print("wrote " + ", ".join(map(str, written)))
+    arguments.data = _by_task(parser, "--data", arguments.data)
+    arguments.limit = _by_task(parser, "--limit", arguments.limit)
+    return arguments
 
 
 def _task_and_path(assignment: str) -> tuple[str, str]:

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.distributed.rendezvous import free_port
 from pipeline.training.run_record import RunRecord
 from tests.pipeline.conftest import tiny_config
 from tests.support.browser import DESKTOP, PHONE, measured_by, needs_browser
-from tests.support.rank_server import free_port
 from tests.support.runs import child_environment
 
 PAGE = "/look"

@@ -185,9 +185,10 @@ def _chunk_bytes(text_bytes: int | None, request: TokenizeRequest) -> int:
 def documents_of(
     chunk: Chunk, source: Source, request: TokenizeRequest, skipped: SkippedRows | None = None
 ) -> Iterator[Document]:
-    """Yield the documents of a chunk in the order of the source, without empty documents, which ``skipped`` counts.
+    """Yield the documents of a chunk in the order of the source.
 
-    If the request skips rows that cannot be read, ``skipped`` receives them.
+    Empty documents are not yielded, but counted in ``skipped``. If the request skips rows that cannot be read, the
+    rows are also recorded in ``skipped``.
 
     Raises:
         DataError: a file cannot be read, or a row cannot be read and the request does not skip it.

@@ -34,6 +34,7 @@ from data_tools.shards.manifest import (
 )
 from data_tools.shards.mapping import map_mask, map_shard
 from data_tools.shards.writer import SHARD_FORMATS
+from data_tools.storage.files import dotted_keys
 from data_tools.storage.folders import Folder, LocalFolder, is_scratch, open_folder
 from data_tools.storage.locks import LOCK_NAME, FileLock, lock_folder
 from data_tools.storage.new_folders import create_folder, removed_if_unused
@@ -248,21 +249,13 @@ def _check_shard(folder: Folder, shard: ShardRecord, place: str) -> None:
 
 
 def _check_same_request(out: Path | str, made_by: dict[str, Any], identity: dict[str, Any]) -> None:
-    before, now = dict(_flatten(made_by)), dict(_flatten(identity))
+    before, now = dict(dotted_keys(made_by)), dict(dotted_keys(identity))
     for key in before | now:
         if before.get(key) != now.get(key):
             raise DataError(
                 f"{out} was made by another request: {key} was {json.dumps(before.get(key))}, "
                 f"now it is {json.dumps(now.get(key))}; name another --out, or delete {out} to start again"
             )
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, item in value.items():
-        if isinstance(item, dict):
-            yield from _flatten(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item
 
 
 def _remove_work_files(folder: Folder) -> None:

@@ -16,7 +16,6 @@ LLMC = "llmc"
 NANOGPT = "nanogpt"
 NPY = "npy"
 NPY_SUFFIX = ".npy"
-_NPY_MAGIC = b"\x93NUMPY"
 NANOGPT_NAMES = ("train.bin", "val.bin")
 # nanoGPT writes this pickle into a folder of data with another vocabulary. This project never opens the pickle.
 _OWN_VOCABULARY = "meta.pkl"
@@ -109,5 +108,6 @@ def is_npy(path: Path) -> bool:
     Raises:
         OSError: the file cannot be read.
     """
+    magic = np.lib.format.MAGIC_PREFIX
     with open(path, "rb") as file:
-        return file.read(len(_NPY_MAGIC)) == _NPY_MAGIC
+        return file.read(len(magic)) == magic

@@ -9,9 +9,9 @@ _SMALLEST_RATIO = 0.25
 
 
 def describe_small_validation(manifest: Manifest) -> str | None:
-    """Return a warning if the validation split is small, or far smaller than requested. Returns None if it is not.
+    """Return a warning if the validation split is small, or far smaller than requested.
 
-    Returns None also if there is no validation split.
+    Returns None if the split is large enough, or if there is no validation split.
     """
     tokens = manifest.tokens_of(VAL_SPLIT)
     share = tokens / max(sum(shard.tokens for shard in manifest.shards), 1)

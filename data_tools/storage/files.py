@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +57,12 @@ def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_byte
 def sha256_of_json(value: dict[str, Any]) -> str:
     """Return the SHA-256 of a JSON object as 64 hexadecimal digits. The order of the keys changes the hash."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def dotted_keys(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a JSON object with their keys, such as ``optimizer.eps`` for a key of an inner object."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from dotted_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -17,7 +17,7 @@ _LONGEST_CONTENT = 4096
 
 
 class LockHeldError(Exception):
-    """Another process holds a lock. ``content`` is the text that this process wrote into the lock file."""
+    """Another process holds a lock. ``content`` is the text that the other process wrote into the lock file."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__("another process holds the lock")

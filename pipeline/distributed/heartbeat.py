@@ -151,9 +151,10 @@ def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
 
 @contextmanager
 def failures_reported(world: World) -> Iterator[None]:
-    """Print an error in the block and tell the other ranks, before cleanup code that may wait for the other ranks.
+    """If the block raises an error, print the error and report it to the other ranks.
 
-    Raises LostRankError if a collective failed because another rank is lost.
+    This happens before any cleanup code, which may wait for the other ranks. Raises LostRankError if a collective
+    failed because another rank is lost.
     """
     try:
         yield

@@ -83,10 +83,7 @@ def run_tasks(
         _check_examples_file(examples_file, tasks)
     folder = _choose_folder(out, loaded.run_folder)
     check_tasks(tasks, settings, paths or {}, config.evaluation.data)
-    paths = dict(paths or {})
-    for task in tasks:
-        if task not in paths and (path := config.evaluation.data.get(task)):
-            paths[task] = find_path(path, config.run)
+    paths = _find_files(tasks, paths or {}, config)
     precision = precision or config.run.precision
     batch_size = batch_size or config.batch.micro_batch_size
     # Prepare all tasks before scoring starts, so that errors in the data appear at once. Scoring can take hours.
@@ -114,10 +111,15 @@ def run_tasks(
     if folder and out is None:
         _write_events(results, loaded)
     if examples_file:
-        lines = "".join(json.dumps(example) + "\n" for example in examples)
-        write_bytes_durably(examples_file, lines.encode())
+        write_bytes_durably(examples_file, "".join(json.dumps(example) + "\n" for example in examples).encode())
         written.append(examples_file)
     return results, written
+
+
+def _find_files(tasks: Sequence[str], paths: Mapping[str, str], config: Config) -> dict[str, str]:
+    """Return the given paths, and for the other tasks the paths in the run's ``evaluation.data``."""
+    of_run = {task: path for task, path in config.evaluation.data.items() if task in tasks and task not in paths}
+    return {**paths, **{task: find_path(path, config.run) for task, path in of_run.items()}}
 
 
 def _open_validation(config: Config, path: str | None) -> dict[str, ValidationData]:

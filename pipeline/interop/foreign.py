@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
+from data_tools.errors import list_names
 from data_tools.storage.content import describe_content
 from pipeline.checkpoint.finite import describe_not_finite
 from pipeline.checkpoint.pieces import WEIGHT
@@ -29,7 +30,6 @@ _WRAPPER_PREFIXES = ("_orig_mod.", "module.", "_module.", "model.")
 _MASK_SUFFIXES = (".attn.bias", ".attn.masked_bias")  # buffers with the causal mask, which some versions store
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SETTINGS_CLASS = ".GPTConfig"  # the class name in nanoGPT and build-nanogpt
-_MOST_KEYS = 6  # the maximum number of keys that a message lists
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,7 @@ def canonical_name(key: str) -> str:
 
 def list_keys(content: Mapping[Any, Any]) -> str:
     """Return the first keys of a dict as text, for an error message about a missing key."""
-    if not content:
-        return "it is empty"
-    shown = ", ".join(repr(str(key)) for key in list(content)[:_MOST_KEYS])
-    more = f" and {len(content) - _MOST_KEYS} more" if len(content) > _MOST_KEYS else ""
-    return f"its keys are {shown}{more}"
+    return f"its keys are {list_names(repr(str(key)) for key in content)}" if content else "it is empty"
 
 
 def _require_causal(what: str, mask: Any) -> None:

@@ -76,7 +76,7 @@ class _Case:
         return lambda finished: total * finished // self.sizes.total
 
     def partitions(self) -> Iterator[tuple[list[int], int]]:
-        """Yield the sizes of the parameters in each optimizer group, and the group's (even) elements per rank."""
+        """Yield, for each optimizer group, the sizes of its parameters and its elements per rank, an even number."""
         for decays in (True, False):
             group = [math.prod(shape) for shape in self.sizes.shapes if (len(shape) >= 2) == decays]
             yield group, 2 * -(-sum(group) // (2 * self.world_size))

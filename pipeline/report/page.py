@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_tools.errors import install_command
 from data_tools.storage.atomic import write_bytes_durably
-from data_tools.storage.files import is_writable
+from data_tools.storage.files import require_writable
 from pipeline.errors import ReportError
 from pipeline.report import colours
 from pipeline.report.curves import charts_of
@@ -44,14 +44,14 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
         The written files. The page is the first file.
 
     Raises:
-        ReportError: matplotlib is not installed, ``out`` is not writable, or ``read_runs`` raises ReportError.
+        ReportError: matplotlib is not installed, or ``read_runs`` raises ReportError.
+        DataError: ``out`` is not writable.
     """
     try:
         from pipeline.report.drawing import draw  # imports matplotlib, which is optional
     except ImportError as error:
         raise ReportError(f"a report needs matplotlib ({error}): {install_command('plots')}") from error
-    if not is_writable(out):
-        raise ReportError(f"--out {out}: cannot be written; give a folder that you may write to")
+    require_writable(out, "--out")
     runs = read_runs(run_folders)
     pictures = [draw(chart) for chart in charts_of(runs)]
     now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")

@@ -4,11 +4,11 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_tools.storage.files import dotted_keys
 from data_tools.storage.new_folders import create_folder
 from pipeline.backends import Backend
 from pipeline.checkpoint.layout import bytes_of_tensors, list_checkpoints
@@ -156,20 +156,12 @@ def describe_changes(start: Path, config: Config) -> list[str]:
 
     Keys that the checkpoint's config does not have yet are left out, except for DeepSpeed's own keys.
     """
-    before, now = (dict(_flatten(content)) for content in (read_state(start)[1], dump_config(config)))
+    before, now = (dict(dotted_keys(content)) for content in (read_state(start)[1], dump_config(config)))
     return [
         f"{key} {_as_text(before.get(key, 'unset'))} -> {_as_text(now.get(key, 'unset'))}"
         for key in sorted({*before, *now} - _KEYS_OF_A_START)
         if before.get(key) != now.get(key) and (key in before and key in now or key.startswith("backend.deepspeed."))
     ]
-
-
-def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in content.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _as_text(value: Any) -> str:

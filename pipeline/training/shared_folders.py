@@ -18,7 +18,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class View:
-    """What a rank sees."""
+    """The run folder and the data as one rank sees them."""
 
     host: str
     folder: str  # absolute
@@ -46,7 +46,7 @@ def check_shared_folders(run_folder: Path, data_sha256: str, world: World) -> No
 
 
 def find_difference(views: Sequence[View]) -> str | None:
-    """Return how the first rank that does not see what rank 0 sees differs. Returns None if all see the same."""
+    """Return a message about the first rank whose view differs from that of rank 0, or None if no view differs."""
     main = views[0]
     for rank, view in enumerate(views):
         if not view.has_token:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint.layout import list_checkpoints
+from pipeline.distributed.rendezvous import free_port
 from pipeline.run_folder.metrics import read_metrics
-from tests.support.rank_server import free_port
 from tests.support.runs import (
     CONFIGS,
     REPOSITORY,

@@ -10,7 +10,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,8 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
+
+from pipeline.distributed.rendezvous import free_port
 
 #: Modules that take long to import. They must not start threads, because the server forks.
 PRELOADED = ("pipeline.training.run", "torch.distributed.fsdp", "deepspeed")
@@ -134,14 +135,6 @@ def _signal(pids: list[int], statuses: list[Future[int]], number: int) -> None:
         if not status.done():
             with suppress(ProcessLookupError):  # the rank has just ended
                 os.kill(pid, number)
-
-
-def free_port() -> int:
-    """Return a port of this machine on which no process listens now."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def serve() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.distributed.rendezvous import free_port
 from tests.support.live_run import LiveRun
-from tests.support.rank_server import free_port
 from tests.support.runs import Curve, Sections, merged
 from tests.survival.conftest import EVERY_STEPS, assert_same_curve
 

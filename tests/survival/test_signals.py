@@ -12,9 +12,9 @@ import pytest
 from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.verification import find_damage
+from pipeline.distributed.rendezvous import free_port
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.live_run import LiveRun
-from tests.support.rank_server import free_port
 from tests.support.runs import Curve, Sections, curve_of, train_run
 from tests.survival.conftest import assert_same_curve
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from data_tools.corpus.run import TokenizeRequest, tokenize_corpus
-from tests.support.rank_server import free_port
+from pipeline.distributed.rendezvous import free_port
 from tests.support.runs import REPOSITORY, child_environment
 
 TOKENIZE = REPOSITORY / "launch" / "tokenize_corpus.py"

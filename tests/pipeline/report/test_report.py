@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from data_tools.errors import DataError
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.errors import ReportError
@@ -251,7 +252,7 @@ class TestWriting:
 
     def test_a_folder_that_cannot_be_written(self, run: Path, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        with pytest.raises(ReportError, match=r"--out .*file/report: cannot be written; give a folder"):
+        with pytest.raises(DataError, match=r"--out: cannot write .*file/report; name a place that you may write to"):
             write_report([run], tmp_path / "file" / "report")
 
     def test_without_matplotlib(self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
