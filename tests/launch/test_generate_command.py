@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -190,14 +191,26 @@ def test_interactive_on_a_terminal(run_folder: Path) -> None:
         read_until(controller, "\n", "Hello")  # the completion begins with the prompt
         os.write(controller, b"\x03")
         read_until(controller, "[interrupted]", "> ")
-        os.write(controller, b"\x03")
-        assert process.wait(timeout=60) == 0
+        assert interrupt_until_it_ends(process, controller) == 0
         rest = os.read(controller, 65536).decode(errors="replace")
         assert "error" not in rest and "Traceback" not in rest
     finally:
         process.kill()
         process.wait()
         os.close(controller)
+
+
+def interrupt_until_it_ends(process: subprocess.Popen[bytes], controller: int) -> int:
+    """Press Ctrl-C until the process has ended, and return its status.
+
+    Python loses a Ctrl-C that arrives after ``input`` has shown its prompt and before it waits for the keys: with
+    readline about one in thirty that are sent at once (a user presses it again).
+    """
+    for _ in range(10):
+        os.write(controller, b"\x03")
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=10)
+    raise AssertionError("Ctrl-C at the prompt does not end the program")
 
 
 def take_terminal() -> None:
