@@ -216,7 +216,7 @@ def waits_of(
         state = load_start(None, config, "0" * 64, backend, world)
         trainer = Trainer(config, world, backend, loader, throughput, state, tasks={})
         prefetcher = trainer.prefetcher
-        trainer.train_step().loss_share.item()  # the first step allocates
+        trainer.train_step().loss.read()  # the first step allocates
         for _ in range(rounds):
             for ahead in readings:
                 trainer.prefetcher = prefetcher if ahead else cast(Prefetcher, Unprefetched(loader))

@@ -20,6 +20,7 @@ from data_tools.shards.reader import TokenStream
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.data.datasets import TokenDataset
 from pipeline.data.sample_order import IndexArray, Mixture, SampleOrder
+from pipeline.distributed.device import copy_to
 from pipeline.errors import TrainingError
 from pipeline.model.output_layer import IGNORE_INDEX
 from pipeline.seeds import derive_seed
@@ -54,17 +55,11 @@ class MicroBatch:
 
         The tokens are copied to the device once, as uint16, then shifted and cast there.
         """
-        tokens = _copy_to(self.tokens, device).long()
+        tokens = copy_to(self.tokens, device).long()
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         if self.target_mask is not None:
-            targets = torch.where(_copy_to(self.target_mask, device), targets, IGNORE_INDEX)
+            targets = torch.where(copy_to(self.target_mask, device), targets, IGNORE_INDEX)
         return inputs.contiguous(), targets.contiguous()
-
-
-def _copy_to(array: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        return array.pin_memory().to(device, non_blocking=True)
-    return array.to(device)
 
 
 class TrainLoader:

@@ -74,6 +74,16 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from host memory to the device.
+
+    A copy to a GPU starts in pinned memory. A copy from other memory would wait until the GPU has finished its work.
+    """
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 class LateValue:
     """A number on the device whose copy to the host has been queued. Reading it waits for that copy only."""
 

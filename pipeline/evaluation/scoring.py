@@ -1,18 +1,20 @@
 """Compute the log-likelihoods of requests for all text tasks. The batch size and world size do not affect them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from pipeline.backends import Backend
 from pipeline.config.schema import ModelConfig
-from pipeline.distributed.device import summing_dtype
+from pipeline.distributed.device import copy_to, summing_dtype
 from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.packing import Request, Tree, build_trees, make_batch, pack
 from pipeline.model.attention import kernels_for_any_length
+from pipeline.model.gpt2 import ScoringBatch
 from pipeline.model.precision import ComputeModel
 
 
@@ -85,14 +87,20 @@ class Scorer:
             for first in range(0, len(batches), world.size):
                 turn = batches[first : first + world.size]  # one batch per rank
                 inputs, links = make_batch(turn[world.rank] if world.rank < len(turn) else idle)
-                scores = self.compute(inputs.to(device), method="score").to(sums.dtype)  # (2, N)
-                to_requests, from_scores = links.to(device)
+                scores = self.compute(_copy_batch(inputs, device), method="score").to(sums.dtype)  # (2, N)
+                to_requests, from_scores = copy_to(links, device)
                 sums.index_add_(1, to_requests, scores[:, from_scores])
                 progress.update(sum(len(tree.scored) for trees in turn for tree in trees))
         total = world.sum(sums)
         if not bool(torch.isfinite(total).all()):
             raise TrainingError(f"{label}: log-likelihoods are not finite; the model's weights are unusable")
         return total.T.tolist()
+
+
+def _copy_batch(batch: ScoringBatch, device: torch.device) -> ScoringBatch:
+    """Copy a batch from host memory to the device."""
+    tensors: dict[str, Any] = {name: None if t is None else copy_to(t, device) for name, t in vars(batch).items()}
+    return replace(batch, **tensors)
 
 
 def _number_new(group: Sequence[Request], numbers: dict[Request, int]) -> range:

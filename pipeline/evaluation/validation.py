@@ -124,7 +124,8 @@ def _sum_batch(logits: Tensor, targets: Tensor, end_of_text: int, dtype: torch.d
     by_position = torch.stack((losses, scored, matches[..., 0], matches.sum(-1))).sum(1)
     loss, count = losses.sum(1), scored.sum(1)  # (B,), by window
     windows = ((count > 0).to(dtype), loss**2, loss * count, count**2)
-    overall = torch.stack((losses[targets == end_of_text].sum(), *(values.sum() for values in windows)))
+    of_end_of_text = torch.where(targets == end_of_text, losses, 0.0)
+    overall = torch.stack((of_end_of_text.sum(), *(values.sum() for values in windows)))
     return by_position, overall
 
 

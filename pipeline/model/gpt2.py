@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -97,13 +97,6 @@ class ScoringBatch:
     positions: Tensor | None = None  # (B, T) int64, each token's position in its text; None if each row is one text
     mask: Tensor | None = None  # (B, 1, T, T) bool, True if query token i attends to key token j; None means causal
 
-    def to(self, device: torch.device) -> ScoringBatch:
-        """Return a copy of the batch on a device."""
-        tensors: dict[str, Any] = {
-            name: None if t is None else t.to(device, non_blocking=True) for name, t in vars(self).items()
-        }
-        return replace(self, **tensors)
-
 
 class GPT2(nn.Module):
     """The language model. ``lm_head.weight`` and ``wte.weight`` are one parameter with the name ``wte.weight``."""
@@ -161,10 +154,10 @@ class GPT2(nn.Module):
             lengths: the number of tokens per row, without padding.
             cache: the cache with all earlier tokens. The new tokens are appended.
         """
+        rows = torch.arange(len(lengths), device=tokens.device)
+        last = torch.tensor(lengths, device=tokens.device) - 1
         with cache.append(lengths):
             x = self.hidden_states(tokens, self._positions(tokens, cache), cache.attend)  # (B, T, C)
-        rows = torch.arange(len(lengths), device=x.device)
-        last = torch.tensor(lengths, device=x.device) - 1
         return self.lm_head(x[rows, last], method="logits")
 
     def hidden_states(self, tokens: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:

@@ -8,12 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from torch import Tensor
-
 from pipeline.checkpoint.state import GuardState
 from pipeline.config.schema import GuardConfig
 from pipeline.distributed.device import LateValue
-from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 
 log = logging.getLogger(__name__)
@@ -37,18 +34,11 @@ class TrainedStep:
     step: int
     first_sample: int
     stop_sample: int
-    loss_share: Tensor  # this rank's share; the sum over ranks is the mean loss of the global batch
+    loss: LateValue  # the mean loss of the global batch; NaN if no target is scored
     grad_norm: LateValue  # global, unscaled, before clipping
     loss_scale: float
     learning_rate: float
     scored_targets: LateValue  # of the global batch
-
-    def loss(self, world: World) -> float:
-        """Wait for the mean loss of the global batch and return it. Returns NaN if no target is scored.
-
-        This call is collective: every rank must make it.
-        """
-        return world.sum(self.loss_share).item()
 
 
 @dataclass(frozen=True)
@@ -82,14 +72,11 @@ class StepGuard:
         """Add a step to judge later."""
         self._queue.append(trained)
 
-    def judge_queued(self, world: World, *, leave: int = 0) -> Iterator[tuple[FinishedStep, Verdict]]:
-        """Yield queued steps with their verdicts, oldest first, until ``leave`` steps remain.
-
-        This call is collective: every rank must make it.
-        """
+    def judge_queued(self, *, leave: int = 0) -> Iterator[tuple[FinishedStep, Verdict]]:
+        """Yield queued steps with their verdicts, oldest first, until ``leave`` steps remain."""
         while len(self._queue) > leave:
             queued = self._queue.popleft()
-            loss = None if self.config.spike_zscore is None else queued.loss(world)
+            loss = None if self.config.spike_zscore is None else queued.loss.read()
             grad_norm = queued.grad_norm.read()
             finished = FinishedStep(
                 queued.step,

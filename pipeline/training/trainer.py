@@ -174,7 +174,7 @@ class Trainer:
         with self.throughput.waiting_for_data():
             micro_batches = self.prefetcher.micro_batches(first_sample)
         loss_scale = self.backend.loss_scaler.scale
-        loss_share, scored_targets = self._accumulate(micro_batches)
+        loss, scored_targets = self._accumulate(micro_batches)
         learning_rate = lr_at(self.state.step, self.config.optimizer, self.config.schedule)
         self._reach_in_step("optimizer")
         grad_norm = LateValue(self.backend.step(learning_rate))
@@ -184,17 +184,19 @@ class Trainer:
         self._has_stepped = True
         step, stop_sample = self.state.step, self.state.samples
         trained = TrainedStep(
-            step, first_sample, stop_sample, loss_share, grad_norm, loss_scale, learning_rate, scored_targets
+            step, first_sample, stop_sample, loss, grad_norm, loss_scale, learning_rate, scored_targets
         )
         self.guard.enqueue(trained)
         return trained
 
-    def _accumulate(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, LateValue]:
+    def _accumulate(self, micro_batches: list[MicroBatch]) -> tuple[LateValue, LateValue]:
         """Accumulate gradients over micro-batches.
 
+        The sum over the ranks starts here. If it started when the loss is read, it would run after all queued steps.
+
         Returns:
-            This rank's share of the global batch's mean loss, NaN if no target is scored; and the number of scored
-            targets of the global batch.
+            The mean loss of the global batch, NaN if no target is scored; and the number of scored targets of the
+            global batch.
         """
         scored_targets = self._count_scored_targets(micro_batches)
         # A step without scored targets has gradients of zero.
@@ -208,14 +210,15 @@ class Trainer:
                 torch.manual_seed(derive_seed(self.config.run.seed, "dropout", micro_batch.first_sample))
             tokens, targets = micro_batch.to(self.world.device)
             loss_sum += self.backend.accumulate(tokens, targets, loss_weight, is_last=i == len(micro_batches) - 1)
-        return loss_sum / scored_targets, LateValue(scored_targets)
+        return LateValue(self.world.sum(loss_sum / scored_targets)), LateValue(scored_targets)
 
     def _count_scored_targets(self, micro_batches: list[MicroBatch]) -> int | Tensor:
         """Return the number of scored targets of the global batch."""
         if not self.loader.has_mask:
             return self.plan.tokens_per_step
         local = sum(micro_batch.scored_targets for micro_batch in micro_batches)
-        return self.world.sum(torch.tensor(local, device=self.world.device))
+        # torch.tensor would copy the number from host memory, and the copy would wait for a GPU.
+        return self.world.sum(torch.full((), local, dtype=torch.int64, device=self.world.device))
 
     def _advance(self, first_sample: int) -> None:
         loss_scale, good_steps = self.backend.loss_scaler.state
@@ -231,11 +234,11 @@ class Trainer:
     def _judge_finished_steps(self, *, judge_all: bool) -> Iterator[FinishedStep]:
         """Judge the steps that the device has finished, and yield the steps that spiked.
 
-        This call is collective: every rank must make it. Reading the newest step would wait for a GPU. Therefore the
-        next call judges this step, unless ``judge_all`` is True.
+        Reading the newest step would wait for a GPU. Therefore the next call judges this step, unless ``judge_all`` is
+        True.
         """
         leave = 1 if self.world.device.type == "cuda" and not judge_all else 0
-        for finished, verdict in self.guard.judge_queued(self.world, leave=leave):
+        for finished, verdict in self.guard.judge_queued(leave=leave):
             if verdict is Verdict.SPIKE:
                 yield finished
             if verdict is Verdict.SKIPPED:
@@ -267,12 +270,9 @@ class Trainer:
         return True
 
     def log_step(self, trained: TrainedStep) -> None:
-        """Wait for a step's loss and gradient norm, and write a row of metrics.
-
-        This call is collective: every rank must make it.
-        """
+        """Wait for a step's loss and gradient norm, and write a row of metrics."""
         self._reach(f"the log of step {trained.step}")
-        loss = trained.loss(self.world)
+        loss = trained.loss.read()
         synchronize(self.world.device)
         row: dict[str, Any] = {
             "step": trained.step,

@@ -13,6 +13,7 @@ from pipeline.backends import Backend
 from pipeline.distributed.world import World
 from tests.pipeline.backends.conftest import count_graphs, make_backend
 from tests.pipeline.conftest import random_tokens
+from tests.support.host_reads import HostReads
 
 BACKENDS = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
 
@@ -154,3 +155,15 @@ def test_recomputation_and_compilation_do_not_change_a_step(
     for seed in range(2):
         norms = [train_step(backend, seed) for backend in (plain, recomputing)]
         assert norms[1] == pytest.approx(norms[0], rel=tolerance)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_no_micro_step_waits_for_the_device(name: str, world: World) -> None:
+    """The second step is counted, because libraries prepare their buffers in the first one."""
+    backend = make_backend(name, world, run={"precision": "amp_bf16"})
+    train_step(backend, 0)
+    tokens = random_tokens(2, 9)
+    with HostReads() as reads:
+        for is_last in (False, True):
+            backend.accumulate(tokens[:, :-1], tokens[:, 1:], 1 / 32, is_last=is_last)
+    assert reads.found == []

@@ -13,6 +13,7 @@ import torch
 from pipeline.distributed import device
 from pipeline.distributed.device import (
     compiler_works,
+    copy_to,
     matmul_dtype,
     measure_matmul_ceiling,
     peak_memory_bytes,
@@ -62,3 +63,25 @@ def test_a_working_compiler_is_used(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     monkeypatch.setattr(torch, "compile", lambda function: function)
     assert compiler_works(CPU)
     assert caplog.text == ""
+
+
+class HostTensor:
+    """Stands for a tensor in host memory and records how it is copied."""
+
+    def __init__(self) -> None:
+        self.calls: list[object] = []
+
+    def pin_memory(self) -> HostTensor:
+        self.calls.append("pin_memory")
+        return self
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> HostTensor:
+        self.calls.append((device.type, non_blocking))
+        return self
+
+
+@pytest.mark.parametrize(("type_", "calls"), [("cuda", ["pin_memory", ("cuda", True)]), ("cpu", [("cpu", False)])])
+def test_copies_to_a_gpu_start_in_pinned_memory(type_: str, calls: list[object]) -> None:
+    tensor = HostTensor()
+    copy_to(tensor, torch.device(type_))  # type: ignore[arg-type]
+    assert tensor.calls == calls

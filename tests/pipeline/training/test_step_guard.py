@@ -16,7 +16,6 @@ from pydantic import TypeAdapter
 from pipeline.checkpoint.state import GuardState
 from pipeline.config.schema import GuardConfig
 from pipeline.distributed.device import LateValue
-from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.training.step_guard import FinishedStep, StepGuard, TrainedStep, Verdict, z_score
 
@@ -247,28 +246,26 @@ class TestLeftOutSamples:
 
 
 class TestQueue:
-    WORLD = World(0, 1, 0, torch.device("cpu"))
-
     @staticmethod
     def enqueue(judge: StepGuard, step: int, norm: float = 1.0, loss: float = 3.0) -> None:
         samples = (4 * step - 4, 4 * step)
         judge.enqueue(
-            TrainedStep(step, *samples, torch.tensor(loss), LateValue(torch.tensor(norm)), 1.0, 1e-3, LateValue(48))
+            TrainedStep(step, *samples, LateValue(loss), LateValue(torch.tensor(norm)), 1.0, 1e-3, LateValue(48))
         )
 
     def test_steps_are_judged_in_order_and_the_newest_may_wait(self) -> None:
         judge = guard()
         for step, norm in ((1, 1.0), (2, math.nan), (3, 2.0)):
             self.enqueue(judge, step, norm)
-        judged = [(f.step, f.loss, verdict) for f, verdict in judge.judge_queued(self.WORLD, leave=1)]
+        judged = [(f.step, f.loss, verdict) for f, verdict in judge.judge_queued(leave=1)]
         assert judged == [(1, None, Verdict.GOOD), (2, None, Verdict.SKIPPED)]
-        assert [f.step for f, _ in judge.judge_queued(self.WORLD)] == [3]
-        assert list(judge.judge_queued(self.WORLD)) == []
+        assert [f.step for f, _ in judge.judge_queued()] == [3]
+        assert list(judge.judge_queued()) == []
 
     def test_the_loss_is_read_if_spikes_are_watched(self) -> None:
         judge = spike_guard()
         self.enqueue(judge, 7, norm=2.0, loss=5.0)
-        (judged,) = judge.judge_queued(self.WORLD)
+        (judged,) = judge.judge_queued()
         assert judged == (FinishedStep(7, 24, 28, 2.0, 1.0, 5.0, 48), Verdict.GOOD)
 
     def test_no_step_after_a_spike_is_judged_if_the_run_is_rolled_back(self) -> None:
@@ -276,10 +273,10 @@ class TestQueue:
         fill_window(judge)
         self.enqueue(judge, 11, loss=9.0)
         self.enqueue(judge, 12, norm=math.nan)
-        spike, verdict = next(judge.judge_queued(self.WORLD))
+        spike, verdict = next(judge.judge_queued())
         assert (spike.step, verdict) == (11, Verdict.SPIKE)
         judge.after_rollback(GuardState(), spike)
-        assert list(judge.judge_queued(self.WORLD)) == []
+        assert list(judge.judge_queued()) == []
         assert judge.state.bad_in_a_row == 0
 
 

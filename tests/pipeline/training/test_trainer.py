@@ -7,8 +7,9 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import data_sha256, open_datasets
 from pipeline.data.loader import TrainLoader
+from pipeline.distributed.device import LateValue
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted, TrainingError
 from pipeline.model.gpt2 import build_model
@@ -33,6 +35,7 @@ from pipeline.training.schedule import lr_at
 from pipeline.training.throughput import ThroughputMeter
 from pipeline.training.trainer import Trainer
 from tests.pipeline.conftest import END_OF_TEXT, random_tokens, tiny_config, write_shards
+from tests.support.host_reads import HostReads
 
 STEPS, SAMPLES_PER_STEP = 10, 4
 TOKENS_PER_STEP = 12 * SAMPLES_PER_STEP
@@ -155,6 +158,48 @@ class TestLoop:
             trainer.fit()
         assert rows_with(often, "loss") == rows_with(never, "loss")
         assert rows_with(never, "val_loss") == {}
+
+
+class UnreadValue(LateValue):
+    """Records at which training step each value is read, and copies nothing."""
+
+    newest_step = 0
+    reads: ClassVar[list[tuple[int, int]]] = []  # (step of the value, newest step at the time)
+
+    def __init__(self, value: torch.Tensor | float) -> None:
+        self._value = value
+        self._step = self.newest_step + 1
+
+    def read(self) -> float:
+        self.reads.append((self._step, self.newest_step))
+        return float(self._value)
+
+
+class TestWaiting:
+    """On a GPU, a step is queued without waiting for the steps before it, and no judge reads the newest step."""
+
+    @pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16"])
+    def test_no_step_waits_for_the_device(
+        self, make_trainer: MakeTrainer, world: World, monkeypatch: pytest.MonkeyPatch, precision: str
+    ) -> None:
+        trainer = make_trainer(data="masked", run={"precision": precision}, guard={"spike_zscore": 4.0})
+        read_ahead = {first: trainer.loader.micro_batches(first) for first in range(0, 4 * SAMPLES_PER_STEP, 4)}
+        monkeypatch.setattr(trainer.prefetcher, "micro_batches", read_ahead.__getitem__)
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # takes the way of a GPU through the optimizer
+        monkeypatch.setattr("pipeline.training.trainer.LateValue", UnreadValue)
+        monkeypatch.setattr("pipeline.data.loader.MicroBatch.scored_targets", 16)  # counted in host memory
+        monkeypatch.setattr(UnreadValue, "reads", [])
+        for step in range(1, 5):
+            monkeypatch.setattr(UnreadValue, "newest_step", step - 1)
+            with HostReads() as reads:
+                trainer.train_step()
+            assert reads.found == []
+            UnreadValue.newest_step = step
+            trainer.world = replace(world, device=torch.device("cuda", 0))
+            assert list(trainer._judge_finished_steps(judge_all=False)) == []
+            trainer.world = world
+        assert {newest - step for step, newest in UnreadValue.reads} == {1}
+        assert len(UnreadValue.reads) == 3 * 3  # loss, norm and number of targets of three steps
 
 
 class TestMask:
