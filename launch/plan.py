@@ -30,6 +30,11 @@ def main() -> None:
     """Parse the arguments, plan every backend, and print the plans."""
     arguments = _parse_arguments()
     config = load_config(arguments.config, arguments.set, arguments.deepspeed)
+    if arguments.schedule:
+        from pipeline.training.schedule import format_schedule
+
+        print(format_schedule(config))
+        return
     configs = {name: _with_backend(config, name) for name in arguments.backends}
     # Import torch late so that config errors appear at once.
     from pipeline.planning.devices import find_device
@@ -100,7 +105,11 @@ def _parse_arguments() -> argparse.Namespace:
         example="python launch/plan.py --config ds_configs/gpt2_774m.json --world-size 8 --device h100-80gb",
     )
     add_config_options(parser)
-    parser.add_argument("--world-size", required=True, type=positive_int, metavar="N", help="ranks, one per device")
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--world-size", type=positive_int, metavar="N", help="ranks, one per device")
+    wanted.add_argument(
+        "--schedule", action="store_true", help="show the learning rate over the steps of the run instead of a plan"
+    )
     parser.add_argument(
         "--device",
         default="h100-80gb",

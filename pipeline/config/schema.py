@@ -8,6 +8,7 @@ Every setting of a run has its default and its meaning here, and nowhere else. `
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
@@ -284,22 +285,63 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up, then cosine decay. The defaults train on 10B tokens at the default batch."""
+    """The learning rate over the steps of a run. The defaults train on 10B tokens at the default batch."""
 
+    name: Literal["cosine", "wsd", "linear", "constant"] = Field(
+        "cosine",
+        description="The curve after the warm-up. `cosine` and `linear` decay over all remaining steps. `wsd` (warm-up, "
+        "stable, decay) keeps the peak and decays over the last `decay_steps`. `constant` keeps the peak.",
+    )
     warmup_steps: NonNegativeInt = Field(715, description="Optimizer steps of linear warm-up.")
     max_steps: PositiveInt = Field(19_073, description="Optimizer steps of the whole run.")
+    decay_steps: PositiveInt | None = Field(
+        None,
+        description="For `wsd`: number of steps of the decay, which ends at `max_steps`. `null`: a fifth of the run.",
+    )
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] | None = Field(
+        None, description="For `wsd`: the curve of the decay. `null`: `linear`."
+    )
     min_lr_ratio: float = Field(
         0.1,
         ge=0,
         le=1,
-        description="Learning rate after `max_steps` steps, divided by the peak.",
+        description="Learning rate after `max_steps` steps, divided by the peak. `constant` does not use it.",
     )
 
     @model_validator(mode="after")
-    def _check_warmup(self) -> ScheduleConfig:
+    def _check_steps(self) -> ScheduleConfig:
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must not exceed max_steps ({self.max_steps})")
+        given = [key for key in ("decay_steps", "decay_shape") if getattr(self, key) is not None]
+        if given and self.name != "wsd":
+            raise ValueError(
+                f'{" and ".join(given)}: only name "wsd" has a separate decay, and name is "{self.name}"; '
+                'set name to "wsd", or leave out what it does not use'
+            )
+        if self.decay_start < self.warmup_steps:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) and decay_steps ({self.max_steps - self.decay_start}) must not "
+                f"exceed max_steps ({self.max_steps}) together"
+            )
         return self
+
+    @property
+    def decay_start(self) -> int:
+        """The step at which the learning rate begins to fall, or ``max_steps`` if it never falls."""
+        if self.name == "constant":
+            return self.max_steps
+        if self.name == "wsd":
+            return self.max_steps - (self.decay_steps or math.ceil(self.max_steps / 5))
+        return self.warmup_steps
+
+    def __str__(self) -> str:
+        """Return the schedule in words."""
+        if self.name == "constant":
+            return f"warm-up {self.warmup_steps:,} steps, then constant to step {self.max_steps:,}"
+        decay = f"{self.name} to {self.min_lr_ratio:g} of the peak at step {self.max_steps:,}"
+        if self.name == "wsd":
+            decay = f"constant to step {self.decay_start:,}, {self.decay_shape or 'linear'}" + decay.removeprefix("wsd")
+        return f"warm-up {self.warmup_steps:,} steps, {decay}"
 
 
 class DdpConfig(Section):

@@ -1,22 +1,50 @@
-"""The learning rate as a pure function of the step: linear warm-up, then cosine decay."""
+"""The learning rate as a pure function of the step: linear warm-up, then one of four curves."""
 
 import math
 
-from pipeline.config.schema import OptimizerConfig, ScheduleConfig
+from pipeline.config.schema import Config, OptimizerConfig, ScheduleConfig
+
+CHART_ROWS = 20
+CHART_COLUMNS = 50  # of the bar at the peak
 
 
 def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
     """Return the learning rate of the next optimizer step after ``step`` finished steps.
 
-    The rate rises linearly to the peak over ``warmup_steps`` steps; the first step already has a rate above zero. Then
-    it falls along half a cosine to ``min_lr_ratio`` of the peak at ``max_steps`` (Loshchilov and Hutter 2017, without
-    restarts). The last step of a run, ``lr_at(max_steps - 1)``, is slightly above that floor.
+    The rate rises linearly to the peak over ``warmup_steps`` steps; the first step already has a rate above zero. From
+    ``schedule.decay_start`` on, the rate falls from the peak to ``min_lr_ratio`` of the peak at ``max_steps``. The last
+    step of a run, ``lr_at(max_steps - 1)``, is slightly above that floor.
     """
     peak = optimizer.learning_rate
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
+    if step < schedule.decay_start or schedule.name == "constant":
+        return peak
     floor = peak * schedule.min_lr_ratio
     if step >= schedule.max_steps:
         return floor
-    progress = (step - schedule.warmup_steps) / (schedule.max_steps - schedule.warmup_steps)
-    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    progress = (step - schedule.decay_start) / (schedule.max_steps - schedule.decay_start)
+    return floor + (peak - floor) * _share_above_floor(progress, schedule)
+
+
+def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
+    """Return the share of the distance between floor and peak that is left after ``progress``, 0 to 1, of the decay."""
+    shape = (schedule.decay_shape or "linear") if schedule.name == "wsd" else schedule.name
+    if shape == "cosine":  # Loshchilov and Hutter 2017, without restarts
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    if shape == "1-sqrt":  # Hägele et al. 2024
+        return 1.0 - math.sqrt(progress)
+    return 1.0 - progress
+
+
+def format_schedule(config: Config) -> str:
+    """Return the schedule in words and as a chart of bars: one line per step, with the tokens trained until then."""
+    schedule = config.schedule
+    spread = {schedule.max_steps * row // CHART_ROWS for row in range(CHART_ROWS + 1)}
+    corners = {schedule.warmup_steps, schedule.decay_start}
+    lines = [f"schedule {schedule}", "", f"{'step':>12}{'tokens':>20}{'learning rate':>16}"]
+    for step in sorted(spread | corners):
+        rate = lr_at(step, config.optimizer, schedule)
+        bar = "#" * round(CHART_COLUMNS * rate / config.optimizer.learning_rate)
+        lines.append(f"{step:12,}{step * config.batch.tokens_per_step:20,}{rate:16.2e}  {bar}".rstrip())
+    return "\n".join(lines)

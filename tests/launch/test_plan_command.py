@@ -27,6 +27,24 @@ def plan(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     launch.plan.main()
 
 
+def test_the_schedule_is_shown_without_a_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule = ["schedule.name=wsd", "schedule.warmup_steps=30", "schedule.max_steps=1000", "schedule.decay_steps=100"]
+    settings = [*schedule, "schedule.min_lr_ratio=0", "optimizer.learning_rate=0.002", "batch.tokens_per_step=65536"]
+    monkeypatch.setattr(
+        "sys.argv", ["plan.py", "--schedule", "--config", str(CONFIGS / "zero1.json"), "--set", *settings]
+    )
+    launch.plan.main()
+    title, _, _, *lines = capsys.readouterr().out.splitlines()
+    assert title == "schedule warm-up 30 steps, constant to step 900, linear to 0 of the peak at step 1,000"
+    rows = {int(step.replace(",", "")): rest for step, *rest in (line.split() for line in lines)}
+    assert list(rows) == [0, 30, *range(50, 1001, 50)]
+    assert rows[500] == ["32,768,000", "2.00e-03", "#" * 50]
+    assert rows[950] == ["62,259,200", "1.00e-03", "#" * 25]
+    assert rows[1000] == ["65,536,000", "0.00e+00"]
+
+
 def test_a_table_of_every_backend(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plan(monkeypatch, "--tokens", "1000000", "--mfu", "0.3")
     printed = capsys.readouterr().out

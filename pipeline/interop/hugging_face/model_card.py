@@ -81,15 +81,14 @@ def _draw_curve(rows: list[dict[str, Any]], name: str) -> bytes | None:
 def _training(state: TrainingState, config: Config) -> str:
     if not state.step:
         return ""
-    optimizer, schedule = config.optimizer, config.schedule
+    optimizer = config.optimizer
     settings = {
         "data": ", ".join(component.path for component in config.data.components),
         **({"initial weights": config.checkpoint.init_from} if config.checkpoint.init_from else {}),
         "tokens per step": f"{config.batch.tokens_per_step:,}",
         "optimizer": f"AdamW, learning rate {optimizer.learning_rate:g}, betas {optimizer.betas}, "
         f"weight decay {optimizer.weight_decay:g}, clipping {optimizer.grad_clip:g}",
-        "schedule": f"warm-up {schedule.warmup_steps:,} steps, cosine to {schedule.min_lr_ratio:g} "
-        f"of the peak at step {schedule.max_steps:,}",
+        "schedule": str(config.schedule),
         "precision": config.run.precision,
         "seed": str(config.run.seed),
     }

@@ -1,10 +1,12 @@
-"""The learning rate rises linearly, falls along half a cosine, and depends on the step alone."""
+"""The learning rate rises linearly, falls along the curve of the schedule, and depends on the step alone."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.config.schema import OptimizerConfig, ScheduleConfig
 from pipeline.training.schedule import lr_at
@@ -30,6 +32,61 @@ SCHEDULE = ScheduleConfig(warmup_steps=10, max_steps=110, min_lr_ratio=0.1)
 )
 def test_values(step: int, share_of_peak: float) -> None:
     assert lr_at(step, OPTIMIZER, SCHEDULE) == pytest.approx(share_of_peak * PEAK, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shares_of_peak"),
+    [
+        ({"name": "linear"}, {9: 1.0, 10: 1.0, 35: 0.775, 60: 0.55, 110: 0.1, 500: 0.1}),
+        ({"name": "constant"}, {4: 0.5, 10: 1.0, 109: 1.0, 110: 1.0, 500: 1.0}),
+        ({"name": "wsd", "decay_steps": 40}, {4: 0.5, 10: 1.0, 70: 1.0, 80: 0.775, 90: 0.55, 110: 0.1, 500: 0.1}),
+        ({"name": "wsd", "decay_steps": 40, "decay_shape": "cosine"}, {70: 1.0, 90: 0.55, 110: 0.1}),
+        ({"name": "wsd", "decay_steps": 40, "decay_shape": "1-sqrt"}, {70: 1.0, 80: 0.55, 110: 0.1}),
+        ({"name": "wsd"}, {88: 1.0, 99: 0.55, 110: 0.1}),  # a fifth of the run
+        ({"name": "wsd", "decay_steps": 100}, {10: 1.0, 60: 0.55}),  # no stable steps
+    ],
+)
+def test_other_curves(settings: dict[str, Any], shares_of_peak: dict[int, float]) -> None:
+    schedule = ScheduleConfig(warmup_steps=10, max_steps=110, min_lr_ratio=0.1, **settings)
+    rates = {step: lr_at(step, OPTIMIZER, schedule) / PEAK for step in shares_of_peak}
+    assert rates == pytest.approx(shares_of_peak, rel=1e-12)
+
+
+def test_a_longer_stable_run_has_the_same_rates_until_the_decay_of_the_shorter_one() -> None:
+    """A run can therefore continue after a checkpoint before its decay, and decay later."""
+    short, long = (ScheduleConfig(name="wsd", warmup_steps=10, max_steps=n, decay_steps=20) for n in (60, 100))
+    rates = [[lr_at(step, OPTIMIZER, schedule) for step in range(41)] for schedule in (short, long)]
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decay_steps": 10}, 'only name "wsd"'),
+        ({"name": "linear", "decay_shape": "cosine"}, 'only name "wsd"'),
+        ({"name": "wsd", "decay_steps": 101}, "must not exceed max_steps"),
+        ({"name": "wsd", "decay_shape": "sqrt"}, "decay_shape"),
+        ({"name": "stable"}, "name"),
+    ],
+)
+def test_a_schedule_that_cannot_be_followed_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ScheduleConfig(warmup_steps=10, max_steps=110, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "warm-up 10 steps, cosine to 0.1 of the peak at step 1,100"),
+        ({"name": "constant"}, "warm-up 10 steps, then constant to step 1,100"),
+        (
+            {"name": "wsd", "decay_steps": 100},
+            "warm-up 10 steps, constant to step 1,000, linear to 0.1 of the peak at step 1,100",
+        ),
+    ],
+)
+def test_in_words(settings: dict[str, Any], words: str) -> None:
+    assert str(ScheduleConfig(warmup_steps=10, max_steps=1100, **settings)) == words
 
 
 def test_it_rises_to_the_peak_and_then_only_falls() -> None:
