@@ -289,8 +289,8 @@ class ScheduleConfig(Section):
 
     name: Literal["cosine", "wsd", "linear", "constant"] = Field(
         "cosine",
-        description="The curve after the warm-up. `cosine` and `linear` decay over all remaining steps. `wsd` (warm-up, "
-        "stable, decay) keeps the peak and decays over the last `decay_steps`. `constant` keeps the peak.",
+        description="The curve after the warm-up. `cosine` and `linear` decay over all remaining steps. `wsd` "
+        "(warm-up, stable, decay) keeps the peak and decays over the last `decay_steps`. `constant` keeps the peak.",
     )
     warmup_steps: NonNegativeInt = Field(715, description="Optimizer steps of linear warm-up.")
     max_steps: PositiveInt = Field(19_073, description="Optimizer steps of the whole run.")
