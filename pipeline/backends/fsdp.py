@@ -26,10 +26,17 @@ class FsdpBackend(TorchBackend):
 
     def __init__(self, model: GPT2, config: Config, world: World) -> None:
         super().__init__(model, _wrap(model, config, world), config, world)
+        self._reshards_blocks = config.backend.fsdp.reshard_after_forward
 
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
+        """Reduce gradients only in the last micro-step, and keep gathered weights until then.
+
+        Weights do not change between micro-steps, so what stays gathered between the forward and the backward pass also
+        stays gathered until the next micro-step. This needs no memory that the passes do not need.
+        """
         assert isinstance(self.compute, FSDPModule)
         self.compute.set_requires_gradient_sync(enabled)
+        self.compute.set_reshard_after_backward(enabled, recurse=not self._reshards_blocks)
         return nullcontext()
 
 

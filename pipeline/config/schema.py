@@ -353,7 +353,11 @@ class DdpConfig(Section):
 class FsdpConfig(Section):
     """FSDP2 (``fully_shard``): the weights, gradients and moments of each block are sharded over the ranks."""
 
-    reshard_after_forward: bool = Field(True, description="Free a block's gathered weights after its forward pass.")
+    reshard_after_forward: bool = Field(
+        True,
+        description="Free a block's gathered weights after its forward pass. With `false`, a step gathers each weight "
+        "once.",
+    )
 
 
 class BackendConfig(Section):

@@ -27,10 +27,12 @@ class Traffic:
     with_last_backward: int  # reductions that overlap with the last backward pass
     after_backward: int  # communication that does not overlap
     to_and_from_host: int  # copies of offloaded state
+    with_first_forward: int = 0  # gathers of weights that stay gathered until the end of the step
 
     def per_step(self, accumulation: int) -> int:
         """Return the bytes that a rank sends to other ranks in a whole step."""
-        return accumulation * self.with_each_micro_step + self.with_last_backward + self.after_backward
+        once = self.with_first_forward + self.with_last_backward + self.after_backward
+        return accumulation * self.with_each_micro_step + once
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,18 @@ class Speed:
 
 def traffic(config: Config, plan: BatchPlan) -> Traffic:
     """Return the traffic of the backend's collectives, in the dtypes that the backend uses."""
-    elements = sizes_of(config.model).total
+    sizes = sizes_of(config.model)
+    elements = sizes.total
     share = (plan.world_size - 1) / plan.world_size
     weight_width = BF16 if config.run.precision == "bf16" else FP32
-    gradients, weights = (int(share * elements * width) for width in (FP32, weight_width))
+    gradients, weights, root = (
+        int(share * size) for size in (FP32 * elements, weight_width * elements, weight_width * sizes.root)
+    )
     if config.backend.name == "ddp":
         return Traffic(0, 2 * gradients, 0, 0)
     if config.backend.name == "fsdp":
-        gathers = 2 if config.backend.fsdp.reshard_after_forward else 1
-        return Traffic(gathers * weights, gradients, 0, 0)
+        once = root if config.backend.fsdp.reshard_after_forward else weights
+        return Traffic(2 * (weights - once), gradients, 0, 0, with_first_forward=once)
     is_offloaded = config.backend.offloads("optimizer")
     host = (2 * FP32 + CPU_ADAM_BYTES) * elements // plan.world_size if is_offloaded else 0
     by_stage = (
@@ -78,6 +83,7 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
     link = LINK_EFFICIENCY * device.link_bytes_per_s(plan.world_size)
     exposed_s = (
         plan.accumulation * max(0.0, sent.with_each_micro_step / link - micro_step_s)
+        + max(0.0, sent.with_first_forward / link - (1 - BACKWARD_SHARE) * micro_step_s)
         + max(0.0, sent.with_last_backward / link - BACKWARD_SHARE * micro_step_s)
         + sent.after_backward / link
         + sent.to_and_from_host / (LINK_EFFICIENCY * device.host_gb_per_s * GB)

@@ -96,6 +96,46 @@ def test_two_ranks_hold_every_element_once_and_the_norm_counts_them_all(tmp_path
     assert result.stdout.count("agrees") == 2
 
 
+#: Two ranks count the gathers of a step with three micro-steps and two blocks.
+GATHERS = """
+from pipeline.backends.fsdp import AllGather, FsdpBackend
+from pipeline.distributed.world import join_world
+from pipeline.model.gpt2 import build_model
+from tests.pipeline.backends.conftest import backend_section, micro_batch
+from tests.pipeline.conftest import tiny_config
+
+gathered, gather = [], AllGather.__call__
+
+
+def count(self, *inputs, **options):
+    gathered.append(self)
+    gather(self, *inputs, **options)
+
+
+AllGather.__call__ = count
+with join_world(tiny_config().run) as world:
+    for reshards in (True, False):
+        config = tiny_config(backend=backend_section("fsdp", reshard_after_forward=reshards))
+        backend = FsdpBackend(build_model(config.model, 1), config, world)
+        for _ in range(2):
+            gathered.clear()
+            for seed in range(3):
+                backend.accumulate(*micro_batch(seed), 1 / 48, is_last=seed == 2)
+            backend.step(1e-3)
+        print(f"gathers: {reshards} {len(gathered)}", flush=True)
+"""
+
+
+def test_weights_that_stay_gathered_are_gathered_once_per_step(tmp_path: Path) -> None:
+    """The root is always gathered once. A block that is resharded is gathered twice per micro-step, otherwise once."""
+    program = tmp_path / "gathers.py"
+    program.write_text(GATHERS, encoding="utf-8")
+    result = run_ranks(2, program, [])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"gathers: True {1 + 3 * 2 * 2}") == 2
+    assert result.stdout.count(f"gathers: False {1 + 2}") == 2
+
+
 def make_fsdp(world: World, **sections: Any) -> FsdpBackend:
     config = backend_config("fsdp", **sections)
     return FsdpBackend(build_model(config.model, 1), config, world)

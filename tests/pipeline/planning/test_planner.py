@@ -116,7 +116,6 @@ class TestSpeed:
             "ddp": 2 * 4 * n,
             "zero0": 2 * 4 * n,
             "zero1": (4 + 4) * n,
-            "fsdp": (2 * 4 + 4) * n,
             "zero2": (4 + 4) * n,
             "zero3": (2 * 4 + 4) * n,
         }
@@ -125,6 +124,19 @@ class TestSpeed:
             batch = plan_batch(config, 8)
             assert batch.accumulation == 1
             assert traffic(config, batch).per_step(batch.accumulation) == pytest.approx(sent, rel=1e-6), backend
+
+    @pytest.mark.parametrize("precision", ["amp_bf16", "bf16"])
+    def test_fsdp_gathers_once_what_stays_gathered(self, precision: str) -> None:
+        """Four micro-steps gather a block twice each if it is resharded. The embeddings are gathered once per step."""
+        width = 2 if precision == "bf16" else 4
+        root = (50304 + 1024) * 768 + 2 * 768
+        for reshards, gathered in (("true", root + 4 * 2 * (TestState.N - root)), ("false", TestState.N)):
+            settings = [f"backend.fsdp.reshard_after_forward={reshards}", f"run.precision={precision}"]
+            config = config_of("fsdp", "batch.tokens_per_step=524288", *settings)
+            batch = plan_batch(config, 8)
+            assert batch.accumulation == 4
+            sent = (width * gathered + 4 * TestState.N) * 7 / 8
+            assert traffic(config, batch).per_step(batch.accumulation) == pytest.approx(sent, rel=1e-6)
 
     def test_one_rank_sends_nothing_and_computes_at_the_assumed_share(self) -> None:
         plan = planned("ddp", world_size=1)
