@@ -35,7 +35,7 @@ def main() -> None:
 
         print(format_schedule(config))
         return
-    configs = {name: _with_backend(config, name) for name in arguments.backends}
+    configs = {name: with_backend(config, name) for name in arguments.backends}
     # Import torch late so that config errors appear at once.
     from pipeline.planning.devices import find_device
     from pipeline.planning.planner import plan_run
@@ -155,15 +155,22 @@ def _picture_path(text: str) -> Path:
     return path
 
 
-def _with_backend(config: Config, name: str) -> Config:
-    """Return the config with another backend. Its settings are those of the config, or else those in ``ds_configs``."""
+def with_backend(config: Config, name: str) -> Config:
+    """Return the config with another backend.
+
+    The settings of ddp and fsdp are those of the config. The settings of DeepSpeed are those of the config if its
+    backend is of the same stage and offload, and otherwise those in ``ds_configs``.
+    """
     backend = load_config([CONFIGS / f"{name}.json"]).backend
     if config.backend.name == "deepspeed" and backend.name == "deepspeed":
         own, other = (config.backend.zero, backend.zero)
         same_kind = all(own.get(key) == other.get(key) for key in ("stage", "offload_optimizer", "offload_param"))
     else:
         same_kind = config.backend.name == backend.name
-    return config if same_kind else config.model_copy(update={"backend": backend})
+    if same_kind:
+        return config
+    changed = config.backend.model_copy(update={"name": backend.name, "deepspeed": backend.deepspeed})
+    return config.model_copy(update={"backend": changed})
 
 
 if __name__ == "__main__":

@@ -41,14 +41,18 @@ def format_verdict(plans: Sequence[Plan]) -> str:
     """Return in one line whether the model fits, and with which backend and micro-batch it is fastest."""
     if plan := fastest_plan(plans):
         assert plan.days is not None
-        time = f"{plan.days:,.1f} days" if plan.days >= 1 else f"{24 * plan.days:.2g} hours"
-        return f"fits: {plan.backend}, micro-batch {plan.micro_batch_size}, {time}"
+        return f"fits: {plan.backend}, micro-batch {plan.micro_batch_size}, {format_days(plan.days)}"
     least = min(plans, key=lambda plan: plan.memory.total)
     return (
         f"does not fit, not even one sequence: the least is {least.memory.total / GIB:.1f} GiB of {least.backend} with "
         f"micro-batch {least.batch.micro_batch_size}, of {least.usable_bytes / GIB:.1f} GiB; use more ranks, "
         "model.activation_checkpointing=true or a shorter data.seq_len"
     )
+
+
+def format_days(days: float) -> str:
+    """Return a duration in days, or in hours if it is shorter than a day."""
+    return f"{days:,.1f} days" if days >= 1 else f"{24 * days:.2g} hours"
 
 
 def _memory_table(plans: Sequence[Plan]) -> Iterator[str]:

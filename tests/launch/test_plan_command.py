@@ -136,6 +136,21 @@ def test_the_settings_of_the_configs_own_backend_count(
     assert buffers[1] == 3 * buffers[0]
 
 
+def test_fsdp_is_planned_and_started_with_the_settings_of_a_config_for_every_backend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent = {}
+    for reshards in ("true", "false"):
+        own = f"backend.fsdp.reshard_after_forward={reshards}"
+        plan(monkeypatch, "--set", own, "--backends", "fsdp", "--json")
+        sent[reshards] = json.loads(capsys.readouterr().out)[0]["speed"]["sent_bytes"]
+    assert sent["true"] > sent["false"]
+    plan(monkeypatch, "--set", own, "--backends", "fsdp")
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    config = load_config(words[words.index("--config") + 1 : words.index("--set")], words[words.index("--set") + 1 :])
+    assert (config.backend.name, config.backend.fsdp.reshard_after_forward) == ("fsdp", False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
