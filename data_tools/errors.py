@@ -42,9 +42,10 @@ def list_names(names: Iterable[object]) -> str:
 
 
 def install_command(extra: str = "") -> str:
-    """Return the shell command that installs this project with an extra. It works in every folder.
+    """Return the shell command that installs this project together with one of its extras.
 
-    A checkout installs itself with the tested versions, and an installed package is installed again with the extra.
+    If the project runs from a checkout, the command installs the checkout and the tested versions of the dependencies.
+    Otherwise it installs the published package. The command works in every working directory.
     """
     name = f"[{extra}]" if extra else ""
     root = Path(__file__).resolve().parents[1]
@@ -69,10 +70,11 @@ def one_line_write_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def one_line_read_errors(path: Path) -> Iterator[None]:
-    """Convert an ``OSError`` in the block to an error of one line. It names ``path`` if the error has no file name.
+    """Convert an ``OSError`` in the block to an error of one line.
 
     Raises:
-        DataError: the block raised ``OSError``. The message contains the path and the reason.
+        DataError: the block raised ``OSError``. The message contains the reason and the file that the ``OSError``
+            names. If the ``OSError`` names no file, the message contains ``path``.
     """
     try:
         yield

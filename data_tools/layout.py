@@ -17,7 +17,10 @@ def heading_of_role(role: str) -> str:
 
 
 def instruction_prompt(instruction: str, given: str = "") -> str:
-    """Return an instruction and its input, if there is any, as text up to the place where the answer begins."""
+    """Return the text of an instruction up to the place where the answer begins.
+
+    ``given`` is the input that belongs to the instruction. It may be empty.
+    """
     texts = (instruction, given) if given else (instruction,)
     fields = zip(INSTRUCTION_FIELDS, texts, strict=False)
     return "".join(heading(name) + text + END_OF_TURN for name, text in fields) + heading(INSTRUCTION_FIELDS[-1])

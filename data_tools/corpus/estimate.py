@@ -89,9 +89,10 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
 
 
 def check_free_space(estimate: Estimate, written_bytes: int, place: str) -> None:
-    """Raise DataError if the disk has no space for the rest of the shards.
+    """Raise DataError if the disk has too little free space for the rest of the shards.
 
-    ``written_bytes`` of the shards are already written. The message names the output folder by ``place``.
+    ``written_bytes`` is the number of bytes in the shards that are already written. The message names the output
+    folder by ``place``.
     """
     if estimate.shard_bytes is None or estimate.free_bytes is None:
         return

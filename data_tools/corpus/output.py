@@ -122,7 +122,7 @@ class OutputFolder:
     def complete(self, *, encoder: str, engine: str) -> Manifest | None:
         """Write the manifest and remove the plan and the records.
 
-        Returns None if the folder is shared and either another process is still writing or a chunk is not finished.
+        Returns None if other processes share the folder, and one of them is still writing or a chunk is not finished.
 
         Raises:
             DataError: the source has no document with text, or the folder is not writable.

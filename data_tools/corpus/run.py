@@ -29,7 +29,7 @@ class Observer:
         """Receive the estimate before the first chunk starts. ``tokenize_share`` does not call this method."""
 
     def progressed(self, progress: Contents) -> None:
-        """Receive the total progress, which includes the chunks that an earlier, interrupted process finished."""
+        """Receive the progress of the whole request, including the chunks that an interrupted process finished."""
 
 
 def find_complete(request: TokenizeRequest) -> Manifest | None:
@@ -44,7 +44,8 @@ def find_complete(request: TokenizeRequest) -> Manifest | None:
 def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) -> Manifest:
     """Tokenize a source into a folder of shards, or continue an interrupted request, and return the manifest.
 
-    If the folder is complete, this call returns immediately. A corpus of one document has no validation split.
+    If the folder is already complete, this call only checks the folder. If all documents of the corpus are equal, there
+    is no validation split; but a single text is divided between the splits.
 
     Args:
         request: the source, the output folder and the options. If the request has more than one worker, a script that
@@ -62,11 +63,14 @@ def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) 
 def tokenize_share(
     request: TokenizeRequest, share: int, shares: int, observer: Observer | None = None
 ) -> Manifest | None:
-    """Encode the chunks ``share``, ``share + shares``, ... of a request. Other processes encode the other chunks.
+    """Encode one share of the chunks of a request: the chunks ``share``, ``share + shares``, and so on.
 
-    The process that finishes last writes and returns the manifest. The other processes return None. If ``deduplicate``
-    is ``exact``, call this function twice for every share: the first calls write fingerprints of the documents, and
-    the second calls encode. Start the second calls after all first calls have returned.
+    Other processes encode the other shares. The process that finishes last writes the manifest and returns it. The
+    other processes return None.
+
+    If ``deduplicate`` is ``exact``, call this function twice for every share. The first call writes the fingerprints of
+    the documents, and the second call encodes the documents. Start the second calls only after all first calls have
+    returned.
 
     Raises:
         DataError: see ``tokenize_corpus``.

@@ -1,4 +1,4 @@
-"""Divide documents between training and validation. Equal seeds give equal divisions."""
+"""Divide documents between training and validation. The same documents and seed always give the same division."""
 
 import hashlib
 import struct
@@ -17,7 +17,7 @@ _OTHER_SPLIT = {TRAIN_SPLIT: VAL_SPLIT, VAL_SPLIT: TRAIN_SPLIT}
 class AssignedDocument:
     """A document, its text in UTF-8, its fingerprint and its split.
 
-    ``is_part`` says whether the document is a part of the only document of the corpus.
+    ``is_part`` is True if ``divide_text`` cut the only document of the corpus and this is one of the two pieces.
     """
 
     document: Document
@@ -30,7 +30,8 @@ class AssignedDocument:
 def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
     """Return the split of a document. The split depends on the fingerprint, so equal documents are in the same split.
 
-    ``val_fraction`` is the expected fraction of documents in the validation split. Another seed divides differently.
+    ``val_fraction`` is the expected fraction of documents in the validation split. A different ``seed`` gives a
+    different division.
     """
     digest = hashlib.blake2b(fingerprint, digest_size=8, key=struct.pack("<Q", seed)).digest()
     return VAL_SPLIT if int.from_bytes(digest, "little") < val_fraction * 2**64 else TRAIN_SPLIT
@@ -39,9 +40,10 @@ def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
 def assign_splits(
     documents: Iterable[Document], *, val_fraction: float, seed: int, fill_both: bool
 ) -> Iterator[AssignedDocument]:
-    """Yield each document with the split that ``draw_split`` returns, in order. No document may be empty.
+    """Yield each document together with its split, in the given order. No document may be empty.
 
-    Set ``fill_both`` if the documents are the whole corpus; ``fill_both_splits`` then fills an empty split.
+    ``draw_split`` chooses the splits. Set ``fill_both`` only if the documents are the whole corpus. This function then
+    calls ``fill_both_splits`` too, so that validation does not stay without documents.
     """
 
     def assign(document: Document) -> AssignedDocument:
@@ -55,11 +57,15 @@ def assign_splits(
 
 
 def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) -> Iterator[AssignedDocument]:
-    """Move one document to the other split if all documents are in the same split, so that no split is empty.
+    """Yield the documents. If all documents are in the same split, divide them between both splits where possible.
 
-    The function moves the last document that does not repeat an earlier document, and all documents that are equal to
-    this document. If all documents are equal, the function puts all of them into the training split. If there is only
-    one document and it is a text, ``divide_text`` divides it.
+    There are three cases if all documents are in the same split:
+
+    1. At least two documents differ. The function moves the last document that does not repeat an earlier document to
+       the other split. Documents that are equal to the moved document are moved, too.
+    2. The corpus is a single text. The function calls ``divide_text``.
+    3. The corpus is a single ``Dialogue``, or all of its documents are equal. They cannot be divided. They are used for
+       training, and the validation split stays empty.
     """
     held: list[AssignedDocument] = []  # the last document that repeats no earlier document, and all later documents
     seen: set[bytes] = set()
@@ -83,13 +89,14 @@ def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) 
 
 
 def divide_text(text: str, val_fraction: float) -> Iterator[AssignedDocument]:
-    """Yield the beginning of a text for training and its end, about ``val_fraction`` of it, for validation.
+    """Cut a text into two pieces. Yield the first piece for training and the second piece for validation.
 
-    The text is cut after the end of a paragraph, of a line or of a word, in this order of preference. A text without
-    such a place near the fraction is not divided and used for training.
+    The second piece has at least ``val_fraction`` of the characters, and at most about twice this fraction. The
+    function cuts after the end of a paragraph if one lies in this range, otherwise after the end of a line or of a
+    word. If there is no such place, the function yields the whole text for training.
     """
     ideal = int(len(text) * (1 - val_fraction))
-    earliest = max(1, 2 * ideal - len(text))  # with twice the fraction
+    earliest = max(1, 2 * ideal - len(text))  # A cut here gives validation twice the fraction.
     places = (text.rfind(end, earliest, ideal) + len(end) for end in _ENDS if end in text[earliest:ideal])
     cut = next(places, None)
     pieces = [(text, TRAIN_SPLIT)] if cut is None else [(text[:cut], TRAIN_SPLIT), (text[cut:], VAL_SPLIT)]

@@ -39,7 +39,7 @@ class Job:
     Attributes:
         request: the tokenize request.
         encoder: the encoder's name, ``gigatoken`` or ``tiktoken``.
-        is_one_chunk: whether one chunk is the whole corpus.
+        is_one_chunk: whether the whole corpus is a single chunk.
         identity_sha256: the hash of the request's identity. Each process checks that it computes the same hash.
     """
 
@@ -50,7 +50,7 @@ class Job:
 
 
 def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
-    """Write the shards of a chunk, then the record. The new files replace files of an earlier attempt.
+    """Write the shards of a chunk, and then its record. The new files replace the files of an interrupted attempt.
 
     Raises:
         DataError: a document cannot be read, the encoder and tiktoken return different tokens for a document, or the

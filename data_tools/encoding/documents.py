@@ -1,4 +1,8 @@
-"""The documents that sources yield: texts, and dialogues of which only some segments are scored."""
+"""The documents that sources yield. A document is a text or a dialogue.
+
+In a text, all tokens are scored. In a dialogue, only the tokens of some segments are scored. A *scored* token counts in
+the loss when the model predicts it.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,10 +16,10 @@ from data_tools.tokenizer import END_OF_TEXT, replace_lone_surrogates
 
 @dataclass(frozen=True)
 class Dialogue:
-    """An instruction or a chat in the form of text.
+    """An instruction with its answer, or a chat, as text.
 
     Attributes:
-        segments: consecutive segments of the text, each with a flag that says whether its tokens are scored.
+        segments: consecutive segments of the text, as pairs (text, is_scored).
     """
 
     segments: tuple[tuple[str, bool], ...]
@@ -47,7 +51,7 @@ class EncodedDocument:
 
 
 def utf8_of(document: Document) -> bytes:
-    """Return the document's text in UTF-8, with lone surrogates replaced as encoders do."""
+    """Return the document's text in UTF-8. As in the encoders, lone surrogates become U+FFFD."""
     text = document if isinstance(document, str) else document.text
     try:
         return text.encode()
@@ -56,9 +60,10 @@ def utf8_of(document: Document) -> bytes:
 
 
 def fingerprint_of(document: Document, utf8: bytes) -> bytes:
-    """Return the first 16 bytes of a SHA-256 over a document, which are equal only for equal documents.
+    """Return a document's fingerprint, which is the first 16 bytes of a SHA-256.
 
-    ``utf8`` is the document's text as ``utf8_of`` returns it.
+    Equal documents have equal fingerprints, and different documents have different fingerprints. ``utf8`` is the
+    document's text as ``utf8_of`` returns it.
     """
     digest = hashlib.sha256(utf8)
     if isinstance(document, Dialogue):
@@ -67,9 +72,10 @@ def fingerprint_of(document: Document, utf8: bytes) -> bytes:
 
 
 def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
-    """Encode a text as a whole, or each segment of a dialogue separately, so that no token spans two segments.
+    """Return the tokens of a document, with ``END_OF_TEXT`` before its text.
 
-    The ``END_OF_TEXT`` before a dialogue is scored, because it ends the answer of the previous dialogue.
+    The segments of a dialogue are encoded separately, so that no token spans two segments. The ``END_OF_TEXT`` before a
+    dialogue is scored, because the model learns from it to end the answer of the previous dialogue.
     """
     segments = ((document, True),) if isinstance(document, str) else document.segments
     pieces = [np.array([END_OF_TEXT], dtype=np.uint16), *(encoder.encode(text) for text, _ in segments)]

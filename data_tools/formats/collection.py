@@ -53,7 +53,7 @@ class TokenCollection:
         path: the path that the user gave.
         format: one of ``INPUT_FORMATS``.
         tokenizer: the tokenizer of the tokens. For files of other programs, this is assumed to be GPT-2's tokenizer.
-        source: the source that a manifest of these tokens will name.
+        source: the origin of the tokens. A manifest that is written for these tokens contains this record.
         splits: the splits by name.
         manifest: the manifest of a folder in our format, otherwise None.
     """
@@ -67,7 +67,7 @@ class TokenCollection:
 
     @property
     def shards(self) -> tuple[ShardRecord, ...]:
-        """Return the records of the shards of all splits. Returns no records for other formats than ours."""
+        """Return the records of the shards of all splits, or an empty tuple if the format is not this project's."""
         return self.manifest.shards if self.manifest else ()
 
 

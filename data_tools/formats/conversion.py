@@ -35,8 +35,9 @@ class Conversion:
 def convert(request: ConvertRequest, written: Advance = no_progress, verified: Advance = no_progress) -> Conversion:
     """Convert tokens into a new folder. The folder is not created if the conversion fails.
 
-    Tokens and their order do not change, except for the separators of Megatron's files (see ``open_megatron_pair``). A
-    source folder in our format is verified first. The new folder has a manifest unless the new format is nanoGPT's.
+    Tokens and their order do not change, except for the separators of Megatron's files (see ``open_megatron_pair``). If
+    the source is a folder of this project, this call verifies its shards first. The new folder has a manifest unless
+    its format is nanoGPT's.
 
     Args:
         written: a function that is called with the bytes of tokens that were written since the last call.
@@ -85,7 +86,8 @@ def adopt_in_place(
         advance: a function that is called with the bytes of files that were read since the last call.
 
     Raises:
-        DataError: the folder already has a manifest, contains no such shards or a damaged shard, or is not writable.
+        DataError: the folder already has a manifest, contains no such shards, contains a damaged shard, or is not
+            writable.
     """
     if (folder / MANIFEST_NAME).exists():
         raise DataError(f"{folder} already has a {MANIFEST_NAME}; nothing is left to do")

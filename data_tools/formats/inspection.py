@@ -166,7 +166,7 @@ def first_documents(
     Some formats have ``END_OF_TEXT`` before each document, others after each document. Both kinds can be read.
 
     Raises:
-        DataError: the split does not exist, the tokenizer is not GPT-2's, or the vocabulary does not contain a token.
+        DataError: the split does not exist, the tokenizer is not GPT-2's, or a token is outside the vocabulary.
     """
     if split not in collection.splits:
         raise DataError(f"{collection.path} has no split {split!r}; it has {', '.join(collection.splits) or 'none'}")

@@ -1,9 +1,14 @@
-"""Read the indexed datasets of Megatron-LM and gpt-neox: tokens in ``X.bin``, sequences and documents in ``X.idx``.
+"""Read the indexed datasets of Megatron-LM and gpt-neox.
 
-``MMapIndexedDataset`` of these programs writes the index, little-endian: magic, version (uint64), type of the tokens
-(uint8), number of sequences, number of document boundaries (uint64 each). Then follow the sizes of the sequences in
-tokens (int32), the offsets of the sequences in ``X.bin`` in bytes (int64), and the document boundaries as numbers of
-sequences (int64). The first boundary is 0, and the last boundary is the number of sequences.
+The file ``X.bin`` contains the tokens. The file ``X.idx`` is the index, which says where sequences and documents begin.
+``MMapIndexedDataset`` of these programs writes the index. It contains these values, all little-endian:
+
+1. the magic, the version (uint64) and the type of the tokens (uint8);
+2. the number of sequences and the number of document boundaries (uint64 each);
+3. the length of each sequence in tokens (int32);
+4. the offset of each sequence in ``X.bin`` in bytes (int64);
+5. the document boundaries (int64). A boundary is the number of sequences before it. The first boundary is 0, and the
+   last boundary is the number of all sequences.
 """
 
 from __future__ import annotations
@@ -51,7 +56,7 @@ def open_megatron_pair(index_path: Path, vocab_size: int) -> Tokens:
     reads the whole index and the last token of each document.
 
     Raises:
-        DataError: a file is missing or damaged, or has tokens of another type.
+        DataError: a file is missing or damaged, or the tokens have a type that is not supported.
     """
     path = tokens_file_of(index_path)
     index = _read_index(index_path)

@@ -45,7 +45,7 @@ _SPLIT_WORDS = {
 
 
 def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> TokenCollection:
-    """Open a folder, a file, or a pair of Megatron's files, which ``path`` names by the common prefix of their names.
+    """Open a folder, a file, or a pair of Megatron's files. For a pair, ``path`` is the common prefix of both names.
 
     Args:
         format: one of ``INPUT_FORMATS``, or ``auto``, which calls ``recognize``.

@@ -31,8 +31,8 @@ class ConvertRequest:
         to: one of ``OUTPUT_FORMATS``.
         source_format: one of ``INPUT_FORMATS``, or ``auto``.
         split_of: maps names of files of other programs to splits. Required if a name does not contain the split.
-        shard_tokens: the number of tokens per shard. None means 100 million, except that a conversion from a folder in
-            our format to npy or arrow keeps the shards of the source.
+        shard_tokens: the number of tokens per shard. None usually means 100 million. But if the source is a folder of
+            this project and the new format is npy or arrow, None means one new shard per shard of the source.
         name: the prefix of llm.c's file names; None means the name of ``out``.
         workers: the number of threads, which does not affect the result; None means one per core.
 
@@ -75,7 +75,7 @@ class ConvertRequest:
 class PlannedFile:
     """A file to write, with the tokens ``start`` to ``stop - 1`` of a split.
 
-    If a shard in our format contains exactly these tokens, ``record`` is the record of this shard.
+    If the source has a shard with exactly these tokens and a record in a manifest, ``record`` is this record.
     """
 
     name: str
@@ -110,12 +110,12 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
 
 
 def keeps_shards(request: ConvertRequest, collection: TokenCollection) -> bool:
-    """Return whether the source is a folder in our format and each of its shards becomes one new shard."""
+    """Return whether the source is a folder of this project and each of its shards becomes one new shard."""
     return collection.manifest is not None and request.to in SHARD_FORMATS and request.shard_tokens is None
 
 
 def chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, length) for each of the consecutive reads that cover a range."""
+    """Divide the range from ``start`` to ``stop`` into reads of limited size. Yield (start, length) of each read."""
     return ((at, min(CHUNK_TOKENS, stop - at)) for at in range(start, stop, CHUNK_TOKENS))
 
 

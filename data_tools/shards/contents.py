@@ -37,7 +37,7 @@ class Vocabulary:
 
     Attributes:
         size: the vocabulary size. All ids are below this number.
-        end_of_text: the id before each document, which has no bytes of text.
+        end_of_text: the id that comes before each document. This id counts as 0 bytes of text.
         knows_bytes: whether bytes of text can be counted. This is possible only with GPT-2's own vocabulary.
     """
 
@@ -60,7 +60,7 @@ class Vocabulary:
         Args:
             tokens: uint16 of shape (tokens,).
             place: the file or folder that error messages name.
-            advance: called regularly with 0. It can raise an error to end the work.
+            advance: a function that is called regularly with the argument 0. It can raise an error to end the work.
 
         Raises:
             DataError: an id is outside the vocabulary.

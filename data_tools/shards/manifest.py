@@ -120,10 +120,11 @@ class Manifest:
     Attributes:
         tokenizer: the tokenizer that created the ids in the shards.
         source: the origin of the documents.
-        settings: the settings of the shards (format, shard size, seed and fraction of the split).
+        settings: the settings of the shards (format, maximum tokens per shard, fraction for validation, seed).
         shards: the shards of each split in the order of their tokens.
         report: statistics (lengths of documents, duplicates), or None.
-        made: the time and the versions with which the folder was written, or None. It does not describe the contents.
+        made: when the folder was written and with which versions of the software, or None. The contents do not depend
+            on these values.
     """
 
     tokenizer: TokenizerRecord

@@ -1,4 +1,4 @@
-"""Memory-map the files of shards: tokens in three formats, and masks. Data is read from disk when it is used."""
+"""Memory-map the files of shards: tokens in three formats, and masks. Tokens are read from disk when they are used."""
 
 import os
 from collections.abc import Callable

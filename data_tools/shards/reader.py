@@ -63,9 +63,9 @@ class TokenStream:
         return windows
 
     def read_mask_windows(self, starts: CountArray, length: int) -> MaskArray:
-        """Return whether the tokens of these windows are scored, bool of shape (B, T). The split must have a mask.
+        """Return which tokens of several windows are scored, bool of shape (B, T). The split must have a mask.
 
-        The arguments are those of ``read_windows``.
+        The arguments have the same meaning as in ``read_windows``.
 
         Raises:
             DataError: a window is not within the stream, or the mask contains a value other than 0 and 1.

@@ -9,7 +9,7 @@ _SMALLEST_RATIO = 0.25
 
 
 def describe_small_validation(manifest: Manifest) -> str | None:
-    """Return a warning if the validation split is small, or far smaller than requested.
+    """Return a warning if the validation split is too small for a stable loss, or far smaller than requested.
 
     Returns None if the split is large enough, or if there is no validation split.
     """

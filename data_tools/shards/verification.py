@@ -12,9 +12,10 @@ from data_tools.threads import Advance, map_threads, no_progress
 
 
 def verify(folder: Path | str, workers: int | None = None, advance: Advance = no_progress) -> Manifest:
-    """Check the hashes and counts in the manifest, that ids are in the vocabulary, and that masks contain only 0 and 1.
+    """Compare the shards with the hashes and counts in the manifest. Check that all ids are in the vocabulary.
 
-    Bytes of text are counted only for GPT-2's own vocabulary, and not for shards with a mask.
+    Masks must contain only 0 and 1. This function counts bytes of text only in shards without a mask, and only if the
+    tokenizer is GPT-2's.
 
     Args:
         folder: the folder with the manifest.

@@ -29,10 +29,11 @@ OpenFormat = Callable[[BinaryIO], AbstractContextManager[WriteValues]]
 
 @contextmanager
 def write_flat(file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2") -> Iterator[WriteValues]:
-    """Write a file with a header that contains the number of values, followed by the values, all of one dtype.
+    """Write a file that consists of a header and values of one dtype. Yield the function that appends values.
 
-    ``header(n)`` must return the header for ``n`` values, with the same length for every ``n``. The header
-    with the final number is written at the end of the block.
+    The header contains the number of values, so this function writes it twice: with the number 0 at the beginning of
+    the block, and with the final number at the end. ``header(n)`` must return the header for ``n`` values. Its length
+    must be the same for every ``n``.
     """
     size = 0
 
@@ -105,8 +106,8 @@ class ShardWriter:
             tokens: uint16 of shape (tokens,), with ``END_OF_TEXT`` before each document.
             documents: the number of documents.
             utf8_bytes: the bytes of text in all documents.
-            scored: bool of shape (tokens,), True for tokens that are scored as targets. For one shard, either all calls
-                or no calls pass this mask. If no call passes a mask, all tokens are scored.
+            scored: bool of shape (tokens,), True for tokens that are scored as targets. Pass this mask in all calls
+                for one shard or in none of them. Without a mask, all tokens are scored.
 
         Raises:
             DataError: the disk is full or not writable.
@@ -134,7 +135,7 @@ class ShardWriter:
                 self._write_mask(scored.astype(np.bool_, copy=False).view(np.uint8))
 
     def close(self) -> ShardRecord:
-        """Write the mask and then the shard durably under their final names, and return the shard's record.
+        """Complete the files of the shard under their final names, the mask first. Return the shard's record.
 
         Raises:
             DataError: the disk is full or not writable.

@@ -1,6 +1,7 @@
-"""Find, slice, open and decompress the files that sources read. Each error message has one line.
+"""Find, slice, open and decompress the files that sources read.
 
-A path is a local path, or a URL of any protocol that fsspec supports (``s3://``, ``gs://``, ``hf://``, ...).
+A path is a local path, or a URL of any protocol that fsspec supports (``s3://``, ``gs://``, ``hf://``, ...). Each error
+message has one line.
 """
 
 import glob
@@ -95,7 +96,10 @@ def group_files(files: FileSizes, slice_bytes: int) -> list[Slice]:
 
 
 def group_sizes(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, stop, total) for groups of consecutive sizes. A total exceeds ``limit`` only if one size does."""
+    """Yield (start, stop, total) for groups of consecutive sizes. ``total`` is the sum of ``sizes[start:stop]``.
+
+    A total exceeds ``limit`` only if one of these sizes alone exceeds ``limit``.
+    """
     start, total = 0, 0
     for index, size in enumerate(sizes):
         if total and total + size > limit:
@@ -236,7 +240,8 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 def open_decompressed(path: str) -> Iterator[BinaryIO]:
     """Open a file for reading bytes. Files that end in ``.gz`` or ``.zst`` are decompressed in constant memory.
 
-    Zeros after the end of a ``.gz`` file are ignored, as gunzip does: tapes and some file systems add them.
+    Zeros after the end of a ``.gz`` file are ignored. Tapes and some file systems add such zeros, and gunzip ignores
+    them, too.
 
     Raises:
         DataError: the file cannot be opened, or reading in the block fails because the file is damaged or incomplete.
@@ -281,7 +286,11 @@ def one_line_read_errors(path: str | Path) -> Iterator[None]:
 
 
 def explain_content(path: str, reason: str) -> str:
-    """Return what a file that cannot be read holds, if its first bytes tell; otherwise the first line of ``reason``."""
+    """Explain why a file cannot be read.
+
+    If the first bytes show that the file is of another kind than its name says, return a text that names the kind and
+    says what to do. Otherwise return the first line of ``reason``.
+    """
     kind = _KINDS.get(os.path.splitext(path)[1])
     if found := describe_content(path, kind):
         return f"it {found}"

@@ -1,8 +1,9 @@
-"""Read instructions and chats: prompts and answers, of which only the answers are scored.
+"""Read instructions and chats, which consist of prompts and answers. Only the tokens of the answers are scored.
 
-A record is ``{"instruction": ..., "input": ..., "output": ...}`` (``input`` may be absent or empty) or a chat. A chat
-is a list of messages ``{"role": "user", "content": ...}``, or an object with such a list. ShareGPT's names are read,
-too. Files are JSON Lines, or one JSON array.
+A record is an instruction or a chat. An instruction is ``{"instruction": ..., "input": ..., "output": ...}``; ``input``
+may be absent or empty. A chat is a list of messages ``{"role": "user", "content": ...}``, or an object that contains
+such a list. The key names of ShareGPT are also accepted. A file contains one record per line, or one JSON array of
+records.
 """
 
 import json
@@ -44,11 +45,11 @@ class InstructionSource(FileSource):
 
 
 def dialogue_of(record: Any, place: object) -> Dialogue:
-    """Convert a record to text with one heading per turn. Only the answers, which the model has to learn, are scored.
+    """Convert a record to text with a heading before each message. Only the answers are scored.
 
     Args:
         record: a parsed JSON value.
-        place: names the record in messages. It is converted to a string only for a message.
+        place: an object whose ``str()`` names the record in error messages.
 
     Raises:
         BadRowError: the record has none of the known shapes, a field is missing or not a string, a role is unknown, or

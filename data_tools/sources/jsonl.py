@@ -25,7 +25,7 @@ _COUNTED_BYTES = 128 << 20
 
 
 class JsonlSource(FileSource):
-    """Files of JSON objects, of which one string field is the document."""
+    """Files of JSON objects. One string field of each object is the document."""
 
     def __init__(self, inputs: Sequence[str], text_field: str) -> None:
         super().__init__(inputs, JSONL_SUFFIXES, text_field=text_field)

@@ -23,14 +23,14 @@ FINEWEB_EDU_CONFIG = "sample-10BT"
 
 
 class Source(Protocol):
-    """A sequence of documents, divided into slices. Any process can read any slice, and gets the same documents."""
+    """A sequence of documents, divided into slices. A slice contains the same documents in every process."""
 
     def options(self) -> dict[str, Any]:
         """Return all values that decide which documents the source yields, as JSON values."""
         ...
 
     def text_bytes(self) -> int | None:
-        """Return the approximate bytes of text in the source, or None if the number is not known before reading."""
+        """Return the approximate bytes of text in the source, or None if only reading the documents would tell."""
         ...
 
     def slices(self, slice_bytes: int) -> list[Slice]:

@@ -1,4 +1,4 @@
-"""Read the rows of a source, and stop at the first row that cannot be read, or skip such rows."""
+"""Read the rows of a source. Either stop at the first row that cannot be read, or skip all such rows."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -10,10 +10,10 @@ Document = TypeVar("Document")
 
 
 class BadRowError(DataError):
-    """A row, line or text of a source cannot be read, but the rows after it can.
+    """A row, line or text of a source cannot be read, but the rows after it can be read.
 
-    The arguments are the place and the problem. They become text only when the message is needed, because a line counts
-    the lines before it to know its number.
+    The arguments are the place and the problem. The place is converted to text only when the message is needed. This
+    conversion can be slow, because the number of a line is found by counting the lines before it.
     """
 
     def __str__(self) -> str:
@@ -25,7 +25,7 @@ OnBadRow = Callable[[BadRowError], None]
 
 
 def stop_at_bad_row(error: BadRowError) -> None:
-    """Raise DataError with the message of ``error``, which any process can receive."""
+    """Raise DataError with the message of ``error``. Unlike ``error``, the DataError can be sent to another process."""
     raise DataError(str(error)) from error
 
 

@@ -21,8 +21,7 @@ _TOPICS = "pydoc_data.topics"
 class StandardLibrarySource:
     """The ``.py`` files of the running Python's standard library, followed by the topics of its language reference.
 
-    Each file is one document, and each topic is one document. The files are in the order of their sorted paths. Files
-    that are not UTF-8 are skipped.
+    Each file and each topic is one document. The files are sorted by path. Files that are not UTF-8 are skipped.
     """
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ from data_tools.sources.rows import OnBadRow, parse_rows, stop_at_bad_row
 
 
 class TextSource(FileSource):
-    """UTF-8 files. Each file is one document, or several documents with a separator between documents.
+    """UTF-8 files. A file is one document, or several documents with a separator between them.
 
     Texts are not changed: newlines are not translated, and white space is not stripped.
     """

@@ -1,4 +1,4 @@
-"""Recognize the content of a file by its first bytes, if the file cannot be read as the kind that its name says."""
+"""Recognize the kind of a file by its first bytes, for the error message about a file that cannot be read."""
 
 import os
 from pathlib import Path
@@ -37,10 +37,10 @@ _KINDS: dict[str, tuple[tuple[bytes, ...], str]] = {
 
 
 def describe_content(path: Path | str, *expected: str | None) -> str | None:
-    """Return what a local file that cannot be used holds, and the cure: ``is a git-lfs pointer, ...``.
+    """Return the end of an error message about a local file, for example ``is a PDF; extract its text into a file``.
 
-    Returns None if the first bytes do not tell, if the file is of an ``expected`` kind (a key of ``_KINDS``), or if it
-    cannot be read.
+    The text says of which kind the file is and what the user can do. Returns None if the first bytes do not show the
+    kind, if the kind is one of ``expected`` (keys of ``_KINDS``), or if the file cannot be read.
     """
     head = _read_head(path)
     if head is None:
@@ -66,13 +66,13 @@ def _is_utf16_without_mark(head: bytes) -> bool:
 
 
 def begins_as(path: Path | str, kind: str) -> bool:
-    """Return whether a file begins like files of this kind. Returns True for URLs and for unreadable files."""
+    """Return whether a file begins like files of ``kind``. Returns True for URLs and for files that cannot be read."""
     head = _read_head(path)
     return head is None or head.startswith(_KINDS[kind][0])
 
 
 def _read_head(path: Path | str) -> bytes | None:
-    """Return the first bytes of a local file, or None for a URL and if the file cannot be read."""
+    """Return the first bytes of a local file. Returns None for a URL, or if the file cannot be read."""
     if is_remote(str(path)):
         return None
     try:
@@ -83,7 +83,7 @@ def _read_head(path: Path | str) -> bytes | None:
 
 
 def require_fetched(path: Path | str) -> None:
-    """Check that a local file is not a git-lfs pointer, for readers to which a pointer looks like any other file.
+    """Check that a local file is not a git-lfs pointer, which a reader of text would take for the file itself.
 
     Raises:
         DataError: the file is a git-lfs pointer.
@@ -95,6 +95,6 @@ def require_fetched(path: Path | str) -> None:
 
 
 def require_no_pointer(head: bytes, path: Path | str) -> None:
-    """Check the first bytes of a file. Raises DataError if they are those of a git-lfs pointer."""
+    """Raise DataError if ``head``, the first bytes of a file, begins a git-lfs pointer."""
     if head.startswith(_POINTER_BEGINNING):
         raise DataError(f"{path} {_POINTER}")

@@ -88,7 +88,7 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """A folder at a URL, with the methods of ``LocalFolder``.
+    """A folder at a URL. It has the same methods as ``LocalFolder``.
 
     Object stores show a file under its name only after the upload of the whole file.
     """

@@ -47,9 +47,10 @@ class FileLock:
         return True
 
     def make_exclusive(self) -> bool:
-        """Make a shared lock exclusive and return True. If another process holds the lock, release it and return False.
+        """Make this process's shared lock exclusive. Return whether this succeeded.
 
-        If every process that shares a lock makes this call at its end, the call returns True in the last process.
+        If another process holds the lock too, this call releases the lock of this process and returns False. If every
+        process that shares the lock makes this call when it ends, only the last call returns True.
         """
         # Unlock first. If two processes kept their shared locks, neither of them could get the exclusive lock.
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
@@ -82,7 +83,8 @@ def acquire_lock(path: Path, content: bytes | None) -> FileLock:
     Args:
         path: the lock file. It is created if it does not exist.
         content: the text to write into the file while this process holds the lock exclusively. None means a shared
-            lock. A shared lock waits for a process that called ``make_exclusive``, because it finishes soon.
+            lock. A call for a shared lock waits if a process has called ``make_exclusive``, because such a process
+            ends soon.
 
     Raises:
         LockHeldError: another process holds the lock.

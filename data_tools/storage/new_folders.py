@@ -1,4 +1,4 @@
-"""Create output folders, and remove the folders if the command fails before it writes a file."""
+"""Create output folders. If the command fails before it writes a file, remove the created folders."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +21,7 @@ def create_folder(path: Path) -> list[Path]:
 
 @contextmanager
 def removed_if_unused(created: Sequence[Path]) -> Iterator[None]:
-    """If the block fails, remove the created folders that are empty."""
+    """Run the block. If the block fails, remove those of the ``created`` folders that are empty."""
     try:
         yield
     except BaseException:
