@@ -5,9 +5,13 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from pipeline.distributed.environment import set_allocator_default
 
 log = logging.getLogger(__name__)
 
@@ -18,9 +22,27 @@ CEILING_SECONDS = 0.3
 _CEILING_ROUNDS = 6
 
 
+def configure_allocator() -> None:
+    """Let torch's GPU memory grow in segments that expand. Call this before the first allocation on a GPU.
+
+    Evaluation and generation have many shapes, and fixed segments of freed shapes do not fit later shapes. If the user
+    has set an option of the allocator, nothing changes.
+    """
+    set_allocator_default("expandable_segments:True")
+
+
 def matmul_dtype(precision: str) -> torch.dtype:
     """Return the dtype of matrix products under a ``run.precision``."""
     return {"fp32": torch.float32, "amp_fp16": torch.float16}.get(precision, torch.bfloat16)
+
+
+def describe_fp32_products(precision: str, device: torch.device) -> str:
+    """Return a remark on the speed of matrix products in fp32 on a GPU, or "" if the run has no such products."""
+    if device.type != "cuda" or precision != "fp32":
+        return ""
+    if torch.get_float32_matmul_precision() != "highest":
+        return "; matrix products with TF32, which rounds their inputs to 10 bits"
+    return "; matrix products without TF32: exact, and several times slower than amp_bf16"
 
 
 def measure_matmul_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = CEILING_SECONDS) -> float:
@@ -100,6 +122,33 @@ class LateValue:
         if self._copied is not None:
             self._copied.synchronize()
         return float(self._value)
+
+
+class PeakMemory:
+    """The peak memory of this process since the object was created, without the memory of blocks in ``ignored``.
+
+    On a CPU, the peak includes the whole process, because the kernel keeps one peak per process.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._earlier_bytes = 0  # the peak before the last block in ``ignored``
+        self._forget()
+
+    def read(self) -> int:
+        """Return the peak in bytes."""
+        return max(self._earlier_bytes, peak_memory_bytes(self._device))
+
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        """Do not count the memory that the block allocates and frees."""
+        self._earlier_bytes = self.read()
+        yield
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -6,6 +6,7 @@ from pipeline.errors import ConfigError
 
 _RANK, _WORLD_SIZE, _LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 _MASTER_ADDR, _MASTER_PORT = "MASTER_ADDR", "MASTER_PORT"
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch still reads the older, second name
 _LAUNCHER_VARIABLES = (_RANK, _WORLD_SIZE, _LOCAL_RANK, "LOCAL_WORLD_SIZE", _MASTER_ADDR, _MASTER_PORT)
 
 
@@ -100,6 +101,12 @@ def requested_threads() -> int | None:
     text = os.environ.get("OMP_NUM_THREADS", "")
     is_torchrun_default = text == "1" and launch_id() is not None and launched_world_size() > 1
     return int(text) if text.isdecimal() and int(text) > 0 and not is_torchrun_default else None
+
+
+def set_allocator_default(options: str) -> None:
+    """Set the options of torch's memory allocator, unless the user has set any. torch reads them at its first use."""
+    if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        os.environ[_ALLOCATOR_VARIABLES[0]] = options
 
 
 def set_launcher_variables(device_type: str) -> None:

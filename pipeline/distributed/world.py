@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from data_tools.errors import UserError
 from pipeline.config.schema import RunConfig
+from pipeline.distributed.device import configure_allocator
 from pipeline.distributed.environment import (
     check_launcher,
     launched_local_rank,
@@ -141,6 +142,7 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
     if device.type == "mps" and size > 1:
         raise ConfigError("run.device: mps runs in a single process; start with plain python, or use cpu")
     if device.type == "cuda":
+        configure_allocator()
         torch.cuda.set_device(device)
     world = World(rank, size, local_rank, device)
     set_launcher_variables(device.type)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pipeline.distributed.device import GIB, matmul_dtype, measure_matmul_ceiling
+from pipeline.distributed.device import GIB, matmul_dtype, measure_matmul_ceiling, synchronize
 from pipeline.errors import ConfigError
 
 GB, TERA = 10**9, 10**12
 THIS = "this"
+_COPIED_BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}
 
 
 @dataclass(frozen=True)
@@ -88,27 +89,31 @@ def find_device(
 def _measure_this_machine(precision: str, world_size: int) -> Device:
     """Return the first GPU, or a rank's share of the CPU if there is no GPU, with measured FLOP/s and copy bandwidth.
 
-    The plan assumes that all ranks are on this machine if it has no GPU.
+    If there are several GPUs, the bandwidth between them is that of a copy from the first to the second GPU. With one
+    GPU, it is that of the copy from the host. The plan assumes that all ranks are on this machine if it has no GPU.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     tflops = measure_matmul_ceiling(device, matmul_dtype(precision)) / TERA
-    gb_per_s = _measure_copy(device) / GB
+    host_gb_per_s = _measure_copy(torch.device("cpu"), device) / GB
+    node_gb_per_s = host_gb_per_s
     if on_gpu:
+        if torch.cuda.device_count() > 1:
+            node_gb_per_s = _measure_copy(torch.device("cuda", 0), torch.device("cuda", 1)) / GB
         memory_bytes = torch.cuda.get_device_properties(device).total_memory
     else:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world_size
         # The measurement uses a rank's threads. All ranks together have no more than all cores.
         share = min(1.0, (os.cpu_count() or 1) / (torch.get_num_threads() * world_size))
-        tflops, gb_per_s = tflops * share, gb_per_s / world_size
+        tflops, host_gb_per_s, node_gb_per_s = tflops * share, host_gb_per_s / world_size, node_gb_per_s / world_size
     return Device(
         name=f"this {device.type}" + (f", shared by {world_size} ranks" if world_size > 1 and not on_gpu else ""),
         memory_gib=memory_bytes / GIB,
         bf16_tflops=tflops,
         fp32_tflops=tflops,
-        node_gb_per_s=gb_per_s,
-        network_gb_per_s=gb_per_s,
-        host_gb_per_s=gb_per_s,
+        node_gb_per_s=node_gb_per_s,
+        network_gb_per_s=host_gb_per_s,
+        host_gb_per_s=host_gb_per_s,
         mfu=0.5,
         per_node=torch.cuda.device_count() if on_gpu else world_size,
         reserved_gib=1.0 if on_gpu else 0.5,
@@ -116,14 +121,21 @@ def _measure_this_machine(precision: str, world_size: int) -> Device:
     )
 
 
-def _measure_copy(device: torch.device) -> float:
-    """Return the bytes/s of a copy from host memory, the slowest way in which ranks of one machine communicate."""
-    source = torch.ones(1 << 24, dtype=torch.uint8)
-    target = torch.empty_like(source, device=device)
-    target.copy_(source)
+def _measure_copy(start: torch.device, end: torch.device) -> float:
+    """Return the bytes/s of a copy from one device to another.
+
+    A copy from the host to a GPU starts in pinned memory, as in training. From other memory, it would be slower.
+    """
+    is_pinned = start.type == "cpu" and end.type == "cuda"
+    size = _COPIED_BYTES[end.type]
+    source = torch.ones(size, dtype=torch.uint8, device=start, pin_memory=is_pinned)
+    target = torch.ones(size, dtype=torch.uint8, device=end)
     times = []
-    for _ in range(3):
+    for _ in range(4):  # the first one warms up
+        synchronize(end)
         started = time.perf_counter()
-        target.copy_(source)
+        target.copy_(source, non_blocking=True)
+        synchronize(start)
+        synchronize(end)
         times.append(time.perf_counter() - started)
-    return source.numel() / min(times)
+    return size / min(times)

@@ -16,7 +16,7 @@ from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import data_sha256, open_datasets, verify_datasets
 from pipeline.data.loader import TrainLoader, scored_targets
 from pipeline.distributed.cpu import configure_cpu
-from pipeline.distributed.device import matmul_dtype
+from pipeline.distributed.device import describe_fp32_products, matmul_dtype
 from pipeline.distributed.heartbeat import heartbeat
 from pipeline.distributed.world import World, join_world
 from pipeline.errors import ConfigError
@@ -128,7 +128,8 @@ def _log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -
         log_masks(trainer)
     log.info("batch     %s", trainer.plan)
     log.info("backend   %s on %s, world size %d", backend.describe(), device.type, trainer.world.size)
-    log.info("precision %s: %s", config.run.precision, dtypes)
+    remark = describe_fp32_products(config.run.precision, device)
+    log.info("precision %s: %s%s", config.run.precision, dtypes, remark)
     log.info("attention %s", attention_kernel)
     log.info("ceiling   %.3g FLOP/s in matrix products, measured (MFU 100%%)", trainer.throughput.ceiling_flops)
     log.info("start     %s", _describe_start(start, trainer.origin))

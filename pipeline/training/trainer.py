@@ -17,7 +17,7 @@ from pipeline.checkpoint.verification import newest_good_checkpoint
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader
-from pipeline.distributed.device import GIB, LateValue, device_name, matmul_dtype, peak_memory_bytes, synchronize
+from pipeline.distributed.device import GIB, LateValue, PeakMemory, device_name, matmul_dtype, synchronize
 from pipeline.distributed.heartbeat import failures_reported
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted
@@ -71,6 +71,7 @@ class Trainer:
         self.loader = loader
         self.prefetcher = Prefetcher(loader, world.device)
         self.throughput = throughput
+        self.peak_memory = PeakMemory(world.device)
         self.state = state
         self.tasks = tasks
         self.run_folder = Path(config.run.out_dir)
@@ -281,7 +282,7 @@ class Trainer:
             "grad_norm": trained.grad_norm.read(),
             "tokens": self.state.tokens,
             **self.throughput.read(),
-            "peak_memory_gib": peak_memory_bytes(self.world.device) / GIB,
+            "peak_memory_gib": self.peak_memory.read() / GIB,
             "skipped_steps": self.state.step - self.state.updates,
         }
         if self.loader.has_mask:
@@ -319,7 +320,8 @@ class Trainer:
         """Measure the ceiling of MFU again during the run, because another program may have disturbed it before."""
         if 0 < self.state.step < self.config.schedule.max_steps:
             dtype = matmul_dtype(self.config.run.precision)
-            self.throughput.raise_ceiling(measure_ceiling(self.world, dtype, CHECK_SECONDS))
+            with self.peak_memory.ignored():
+                self.throughput.raise_ceiling(measure_ceiling(self.world, dtype, CHECK_SECONDS))
 
     def save(self) -> None:
         """Start to save a checkpoint of the current state. Training continues while the checkpoint is written.

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ def test_ways_to_write_a_budget(
 
 def test_ranks_share_the_cpu_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "measure_matmul_ceiling", lambda *_: 1e12)
-    monkeypatch.setattr(devices, "_measure_copy", lambda _: 1e10)
+    monkeypatch.setattr(devices, "_measure_copy", lambda *_: 1e10)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
@@ -110,6 +111,37 @@ def test_ranks_share_the_cpu_of_this_machine(monkeypatch: pytest.MonkeyPatch) ->
     assert shared.host_gb_per_s * 4 == alone.host_gb_per_s
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # each rank has two threads, also when it is alone
     assert devices.find_device("this", "fp32", 4).flops("fp32") == 1e12
+
+
+@pytest.mark.parametrize(("gpus", "node_gb_per_s"), [(1, 25), (2, 200)])
+def test_links_of_this_machines_gpus_are_measured(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, node_gb_per_s: int
+) -> None:
+    bandwidths = {("cpu", "cuda"): 25e9, ("cuda:0", "cuda:1"): 200e9}
+    monkeypatch.setattr(devices, "measure_matmul_ceiling", lambda *_: 1e12)
+    monkeypatch.setattr(devices, "_measure_copy", lambda start, end: bandwidths[str(start), str(end)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 << 30))
+    device = devices.find_device("this", "fp32", gpus)
+    assert (device.host_gb_per_s, device.node_gb_per_s, device.per_node) == (25, node_gb_per_s, gpus)
+
+
+@pytest.mark.parametrize(("start", "end", "is_pinned"), [("cpu", "cuda", True), ("cuda:0", "cuda:1", False)])
+def test_copies_from_the_host_are_measured_from_pinned_memory(
+    monkeypatch: pytest.MonkeyPatch, start: str, end: str, is_pinned: bool
+) -> None:
+    made: list[tuple[str, bool]] = []
+    ones = torch.ones
+
+    def make(size: int, *, device: torch.device, pin_memory: bool = False, **_: Any) -> torch.Tensor:
+        made.append((str(device), pin_memory))
+        return ones(1 << 10)
+
+    monkeypatch.setattr(torch, "ones", make)
+    monkeypatch.setattr(devices, "synchronize", lambda _: None)
+    assert devices._measure_copy(torch.device(start), torch.device(end)) > 0
+    assert made == [(start, is_pinned), (end, False)]
 
 
 def test_json_and_picture(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

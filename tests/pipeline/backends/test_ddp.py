@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,13 @@ def ddp(reduced: list[int]) -> Iterator[DdpBackend]:
 
 def gradients(backend: DdpBackend) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in backend.parameters.items() if p.grad is not None}
+
+
+def test_wrapping_gives_no_warning() -> None:
+    """Torch deprecates options of DDP, such as ``broadcast_buffers``, with a warning on every rank."""
+    with rank_of_two(0) as world, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(make_ddp(world).compute, DistributedDataParallel)
 
 
 def test_one_process_needs_no_process_group_and_has_no_wrapper() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,8 +14,10 @@ import torch
 
 from pipeline.distributed import device
 from pipeline.distributed.device import (
+    PeakMemory,
     compiler_works,
     copy_to,
+    describe_fp32_products,
     matmul_dtype,
     measure_matmul_ceiling,
     peak_memory_bytes,
@@ -85,3 +89,53 @@ def test_copies_to_a_gpu_start_in_pinned_memory(type_: str, calls: list[object])
     tensor = HostTensor()
     copy_to(tensor, torch.device(type_))  # type: ignore[arg-type]
     assert tensor.calls == calls
+
+
+def test_peak_memory_of_a_gpu_ignores_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``allocated`` stands for torch's record of the peak, which can only be set back to the memory that is in use."""
+    allocated = {"peak": 900, "in use": 100}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: allocated["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: allocated.update(peak=allocated["in use"]))
+    memory = PeakMemory(torch.device("cuda", 0))
+    assert memory.read() == 100  # 900 was before training
+    allocated["peak"] = 300
+    with memory.ignored():
+        allocated["peak"] = 800
+    assert memory.read() == 300
+    allocated["peak"] = 400
+    assert memory.read() == 400
+
+
+def test_the_log_says_how_fp32_is_multiplied_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    assert "without TF32" in describe_fp32_products("fp32", gpu)
+    assert describe_fp32_products("amp_bf16", gpu) == describe_fp32_products("fp32", CPU) == ""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert "with TF32" in describe_fp32_products("fp32", gpu)
+
+
+#: torch reads the options at its first use of the allocator, so each case needs a new process.
+SETTINGS_PROGRAM = """
+import torch
+from pipeline.distributed.device import configure_allocator
+configure_allocator()
+print(torch._C._accelerator_getAllocatorSettings())
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_accelerator_getAllocatorSettings"), reason="torch 2.13 and later")
+@pytest.mark.parametrize(
+    ("variables", "settings"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:32"}, "max_split_size_mb:32"),
+    ],
+)
+def test_gpu_memory_expands_unless_the_user_has_set_an_option(variables: dict[str, str], settings: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | variables
+    result = subprocess.run(
+        [sys.executable, "-c", SETTINGS_PROGRAM], capture_output=True, text=True, check=True, env=environment
+    )
+    assert result.stdout.strip() == settings
