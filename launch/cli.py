@@ -146,7 +146,7 @@ class _PipeHandler(logging.StreamHandler[TextIO]):
 
 
 def start_logging() -> None:
-    """Log plain lines to standard output on rank 0. The other ranks only log errors."""
+    """Send log messages to standard output as plain lines. Rank 0 logs everything, the other ranks only errors."""
     rank = launched_rank()
     prefix = f"[rank {rank}] " if rank else ""
     handler = _PipeHandler(sys.stdout)

@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the options of the command line. ``data`` and ``limit`` map tasks to values."""
+    """Return the options of the command line. The options ``data`` and ``limit`` are dicts with tasks as keys."""
     parser = ArgumentParser(
         description=__doc__, example="python launch/evaluate.py --checkpoint runs/ddp --tasks validation"
     )

@@ -155,7 +155,7 @@ class ProgressDisplay(Observer):
         tqdm.write(str(estimate), file=sys.stderr)
 
     def progressed(self, progress: Contents) -> None:
-        """Show the progress. The first call has the progress of the chunks that an earlier process finished."""
+        """Show the progress. The first call receives the progress of the chunks that an earlier process finished."""
         self._now = progress
         if self._at_start is None:
             self._at_start = progress
@@ -192,7 +192,7 @@ class ProgressDisplay(Observer):
 
 
 def print_shards(manifest: Manifest, request: TokenizeRequest) -> None:
-    """Print the contents of each split of the folder, and warn about a small validation split or none."""
+    """Print the contents of each split of the folder. Warn if the validation split is small or missing."""
     print(f"{request.out}:")
     for split in manifest.splits():
         shards = manifest.shards_of(split)

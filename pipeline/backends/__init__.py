@@ -13,7 +13,7 @@ __all__ = ["Backend", "Fragment", "cpu_adam_problem", "create_backend"]
 def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -> Backend:
     """Wrap a newly built fp32 model in the backend that the config names.
 
-    Backends are imported here because DeepSpeed takes seconds to import, and runs without DeepSpeed do not need it.
+    This function imports the backend, because DeepSpeed takes seconds to import and other backends do not need it.
     """
     if config.backend.name == "ddp":
         from pipeline.backends.ddp import DdpBackend

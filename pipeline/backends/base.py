@@ -17,10 +17,10 @@ from pipeline.model.output_layer import Method
 
 
 class Backend(ABC):
-    """A wrapped model with its optimizer: forward, backward, gradient synchronization, clipping, step.
+    """A model with its optimizer, in the form in which a library distributes the training.
 
     The trainer calls ``accumulate`` once per micro-step and ``step`` once per step. Every backend averages gradients
-    over the ranks, so the trainer's loss weight includes the world size.
+    over the ranks. To get their sum instead, the trainer multiplies the loss by the world size.
     """
 
     #: Whether every rank holds all fragments. If True, each rank saves a share of the fragments.
@@ -39,12 +39,13 @@ class Backend(ABC):
 
     @abstractmethod
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
-        """Run the forward and backward pass of one micro-batch. Returns the detached sum of the losses without weight.
+        """Run the forward and backward pass of one micro-batch. Returns the sum of the losses, detached.
 
         Args:
             tokens: (B, T) int64 ids on the device.
             targets: (B, T) int64 ids. ``IGNORE_INDEX`` marks targets that are not scored.
-            loss_weight: the factor by which the summed loss is multiplied before the backward pass.
+            loss_weight: the factor by which the sum of the losses is multiplied for the backward pass. The returned sum
+                does not contain this factor.
             is_last: whether this is the last micro-step of the step. If False, ranks do not synchronize gradients.
         """
 
@@ -114,9 +115,9 @@ class Backend(ABC):
 
     @staticmethod
     def weighted(loss: Tensor, factor: Tensor | float) -> Tensor:
-        """Return ``loss`` times ``factor`` for the backward pass.
+        """Return ``loss`` times ``factor``, for the backward pass.
 
-        If the loss is not finite, the result makes every gradient NaN on every rank.
+        If the loss is not finite, the backward pass from this result makes every gradient NaN on every rank.
         """
         return loss * (factor + loss.detach() * 0.0)
 

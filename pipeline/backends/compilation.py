@@ -8,18 +8,20 @@ from pipeline.model.gpt2 import GPT2
 
 
 def compiles_blocks(world: World) -> bool:
-    """Return whether ranks reduce gradients while the backward pass runs, as several GPUs do.
+    """Return whether each block is compiled separately. This is the case for several ranks on GPUs.
 
-    In one graph for the whole model, all gradients are complete only at its end, so no reduction could start earlier.
-    A single process has nothing to reduce. On CPUs the reduction needs the same cores, and one graph is faster.
+    Several GPUs reduce the gradients of a block while the backward pass continues with the next block. This is possible
+    only if each block has its own graph. A graph of the whole model returns all gradients at its end, so all reductions
+    would have to wait. A single process has nothing to reduce. On CPUs, the reduction and the backward pass need the
+    same cores, so one graph is faster.
     """
     return world.size > 1 and world.device.type != "cpu"
 
 
 def compile_blocks(model: GPT2) -> None:
-    """Compile each block and the output layer with its loss by itself, without the hooks of a backend around them.
+    """Compile each block separately, and the output layer together with the loss. Hooks of a backend stay outside.
 
-    All blocks share one graph, so the time to compile does not grow with the depth of the model.
+    All blocks share one graph, so the time to compile does not grow with the number of blocks.
     """
     # DDP's own division of graphs would cut every block that is larger than a bucket. This changes the whole process.
     torch._dynamo.config.optimize_ddp = False

@@ -130,8 +130,9 @@ class DeepSpeedBackend(Backend):
 class Zero0Backend(DeepSpeedBackend):
     """Stage 0: whole fp32 weights on every rank.
 
-    In ``bf16``, the model computes with bf16 copies of the fp32 parameters, because DeepSpeed's own bf16 accumulates
-    gradients in bf16. This class computes the norm and clips, because DeepSpeed reports no norm in fp32.
+    With ``run.precision`` ``bf16``, the model computes with bf16 copies of the fp32 parameters. DeepSpeed's own bf16
+    mode is not used, because this mode accumulates gradients in bf16. This class computes the gradient norm and clips
+    the gradients itself, because DeepSpeed does not report the norm of fp32 gradients.
     """
 
     replicated = True

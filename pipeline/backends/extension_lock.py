@@ -24,9 +24,11 @@ def wait_for_build_elsewhere(extension: str) -> None:
 
 
 def clear_dead_lock(lock: Path) -> None:
-    """Wait while a lock exists that no process on this host has open. Remove a lock older than ``LONGEST_BUILD_S``.
+    """Remove a lock if its build was killed. Wait as long as this is not certain.
 
-    The owner of a newer lock may be building on another host that shares the home folder.
+    If a process on this host has the lock open, the build is running, and this function returns. Otherwise the build
+    may be running on another host that shares the home folder. This function then waits until the lock disappears or
+    is older than ``LONGEST_BUILD_S``. It removes the older lock.
     """
     while (age_s := _age_s(lock)) is not None and not _is_open_on_this_host(lock):
         if age_s > LONGEST_BUILD_S:

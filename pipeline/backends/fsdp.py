@@ -97,7 +97,7 @@ class AllGather(_GlooCollective):
 
 
 class ReduceScatter(_GlooCollective):
-    """A reduce-scatter in which each rank receives its shard from all ranks and adds them in the order of the ranks."""
+    """A reduce-scatter in which each rank receives all inputs for its shard and adds them in the order of the ranks."""
 
     def __call__(
         self,

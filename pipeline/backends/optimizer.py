@@ -34,7 +34,7 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[
 
 
 def build_adamw(parameters: Iterable[Tensor], config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
-    """Return torch's AdamW, in the fused version if the device supports this version. Otherwise, log a warning."""
+    """Return torch's fused AdamW. If the device does not support it, log a warning and return the plain AdamW."""
     fused = device.type in FUSED_DEVICES
     if not fused:
         log.warning("fused AdamW is not available on %s; using the plain one", device.type)
@@ -54,9 +54,10 @@ def set_learning_rate(param_groups: Iterable[dict[str, Any]], learning_rate: flo
 
 
 def global_grad_norm(gradients: list[Tensor]) -> Tensor:
-    """Return the L2 norm of the gradients as a scalar on the device of the gradients. DTensors count with all shards.
+    """Return the L2 norm of all gradients as a scalar on the device of the gradients.
 
-    Squares are summed in fp64, so the order of summation has almost no effect and the norms of all backends agree.
+    If a gradient is a DTensor, the norm includes the shards on all ranks. The squares are summed in ``summing_dtype``.
+    In fp64, the order of the sum has almost no effect, so the norms of all backends agree.
     """
     sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
@@ -83,7 +84,9 @@ def _sum_of_squares(gradient: Tensor) -> Tensor:
 
 
 def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float) -> Tensor:
-    """Divide the gradients by the loss scale, and clip their norm to ``max_norm``, both in place. 0 means no clipping.
+    """Divide the gradients by the loss scale, and clip their norm to ``max_norm``. If ``max_norm`` is 0, do not clip.
+
+    The gradients are changed in place.
 
     Returns:
         The global norm of the unscaled gradients before clipping, a scalar.
@@ -100,7 +103,8 @@ def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """Update the weights if the norm is finite. Otherwise, weights, moments and step count do not change.
 
-    On a GPU, fused AdamW reads a flag on the device and skips the update, so the host does not wait for the norm.
+    On a GPU, fused AdamW itself reads on the device whether it must skip the update, so the host need not wait for the
+    norm.
     """
     if norm.is_cuda and optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
@@ -138,7 +142,7 @@ class LossScaler:
         return cls(dynamic=True, scale=2.0**16) if precision == "amp_fp16" else cls(dynamic=False)
 
     def update(self, grad_norm: Tensor | float) -> None:
-        """Adjust the scale after a step. A dynamic scale waits until the device has computed the norm."""
+        """Adjust the scale after a step. If the scale is dynamic, wait until the device has computed the norm."""
         if not self.dynamic:
             return
         overflowed = not math.isfinite(grad_norm)

@@ -39,7 +39,10 @@ class PartitionedState(OptimizerState):
         return fragments
 
     def publish_masters(self) -> None:
-        """Copy the masters to the compute weights, gather the weights, and link the moments again."""
+        """Copy the masters to the weights that the model computes with, and gather these weights from all ranks.
+
+        DeepSpeed keeps a reference from each parameter to its moments. This call also updates these references.
+        """
         self.zero.update_lp_params()
         self.zero._hp_optimizer_states_linked = False
         self.adam_states()  # creates missing states, which must exist before they are linked
@@ -71,7 +74,11 @@ class FullyPartitionedState(OptimizerState):
         return fragments
 
     def publish_masters(self) -> None:
-        """Free gathered weights, copy the masters into the partitions, and gather the persistent weights again."""
+        """Copy the masters to this rank's shards of the weights that the model computes with.
+
+        Weights that are gathered on this rank are freed first. DeepSpeed always keeps some small parameters gathered.
+        These *persistent* parameters are gathered again at the end.
+        """
         self.zero._partition_all_parameters()
         for group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)

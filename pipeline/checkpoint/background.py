@@ -30,7 +30,7 @@ class SaveOutcome:
 
 
 class BackgroundSaver:
-    """A saver that writes one checkpoint at a time in a separate thread, with a separate process group.
+    """A saver that writes one checkpoint at a time in a thread. The thread has a process group of its own.
 
     Args:
         config: the resolved config, which is stored in each checkpoint.
@@ -59,9 +59,10 @@ class BackgroundSaver:
         self._in_flight: tuple[int, float, Future[SavedCheckpoint]] | None = None
 
     def start(self, state: TrainingState) -> list[SaveOutcome]:
-        """Copy the state, begin to write the copy, and return the outcome of the previous save if it was unfinished.
+        """Copy the state, and start to write the copy. If the previous save is not finished, wait for it first.
 
-        This call is collective: every rank must make it.
+        This call is collective: every rank must make it. Returns the outcome of the previous save, or an empty list if
+        an earlier call has returned this outcome.
         """
         started = time.perf_counter()
         outcomes = self.wait()
@@ -83,7 +84,10 @@ class BackgroundSaver:
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 
     def wait(self) -> list[SaveOutcome]:
-        """Wait for the unfinished save, if there is one, and return the outcome of this save."""
+        """Wait until the last save has ended, and return its outcome.
+
+        Returns an empty list if there was no save or an earlier call has returned its outcome.
+        """
         if self._in_flight is None:
             return []
         step, pause_s, future = self._in_flight
@@ -128,7 +132,10 @@ class SnapshotTaker:
 
 
 def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:
-    """Return all fragments of this rank, or an equal share of the fragments if every rank holds all of them."""
+    """Return the fragments that this rank writes.
+
+    These are all fragments of this rank. But if every rank holds all fragments, each rank writes an equal share.
+    """
     fragments = backend.fragments()
     if not backend.replicated or world.size == 1:
         return fragments

@@ -1,8 +1,8 @@
 """Name and index the pieces of parameters in safetensors files.
 
-A piece is a whole parameter or a range of its elements. A whole parameter has its original shape, and the key is the
-canonical name. A range is one-dimensional, and the key is ``name[start:stop]``. The keys of moments have the prefix
-``exp_avg/`` or ``exp_avg_sq/``.
+A piece is a whole parameter or a range of its elements. A whole parameter has its original shape, and its key in the
+file is the canonical name. A range is one-dimensional, and its key is ``name[start:stop]``. The keys of moments have
+the prefix ``exp_avg/`` or ``exp_avg_sq/``.
 """
 
 import re

@@ -46,7 +46,7 @@ def remove_leftovers(run_folder: Path) -> None:
 
 
 def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> None:
-    """Rename the checkpoints of steps after ``step``, because the run continues from ``step``.
+    """Rename the checkpoints of later steps than ``step``, because the run continues from ``step``.
 
     Args:
         origin: the checkpoint that the run continues from. If the run folder has a different checkpoint of this step,
@@ -91,7 +91,7 @@ def _remove_folder(folder: Path) -> None:
 
 
 def delete_older(run_folder: Path, verified: Path, keep_last: int) -> None:
-    """Delete the checkpoints older than ``verified``, except the newest ``keep_last - 1`` of these checkpoints."""
+    """Delete old checkpoints. Keep ``verified``, the ``keep_last - 1`` checkpoints before it, and all after it."""
     until_verified = [folder for folder in list_checkpoints(run_folder) if step_of(folder) <= step_of(verified)]
     for folder in until_verified[:-keep_last]:
         delete_checkpoint(folder)

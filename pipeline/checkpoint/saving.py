@@ -70,8 +70,8 @@ def write_checkpoint(
 ) -> SavedCheckpoint:
     """Write a checkpoint under a temporary name, fsync the files, read them back, and rename the folder.
 
-    Then delete older checkpoints, so that ``keep_last`` checkpoints remain.
-    This call is collective: every rank must make it.
+    Then delete older checkpoints, so that ``keep_last`` checkpoints remain. This call is collective: every rank must
+    make it.
 
     Args:
         config: the resolved config to store in the checkpoint.

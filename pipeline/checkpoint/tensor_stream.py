@@ -42,7 +42,8 @@ def write_tensors(
     """Write and fsync a safetensors file with one tensor in memory at a time, then read the file back.
 
     The file contains the length of the header in 8 bytes, the header in JSON, and the elements of all tensors. The
-    tensors are sorted by key. If all tensors have one dtype, the safetensors library would write identical bytes.
+    tensors are sorted by key. If all tensors have the same dtype, the file is byte for byte equal to the file that the
+    safetensors library would write.
 
     Returns:
         The entry for the file in a checkpoint's manifest: the size and the SHA-256 of the file.

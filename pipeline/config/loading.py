@@ -1,7 +1,8 @@
 """Build one validated :class:`~pipeline.config.schema.Config` from JSON files and ``--set`` overrides.
 
-Later files override earlier files, and ``--set`` overrides all files. All mistakes are one :class:`ConfigError` of one
-line with the dotted key, the file that set this key, the expected value, and the nearest valid key.
+Later files override earlier files, and ``--set`` overrides all files. All mistakes are reported together in one
+:class:`ConfigError`, whose message is one line. For each mistake, the message contains the dotted key, the file that
+set this key, and what is expected. For an unknown key, it also contains the nearest valid key.
 """
 
 import difflib
@@ -43,7 +44,7 @@ def load_config(
     Args:
         files: JSON files. Later files override earlier files.
         overrides: texts of the form ``section.key=value``. A value that is not valid JSON is used as a string.
-        deepspeed: a file with DeepSpeed's own JSON, which is merged into ``backend.deepspeed`` of the files.
+        deepspeed: a file with DeepSpeed's own JSON. It is merged over the section ``backend.deepspeed`` of ``files``.
 
     Raises:
         ConfigError: a file or an override cannot be read, or the merged config is not valid.

@@ -14,13 +14,14 @@ def with_working_dir(config: Config) -> Config:
 
 
 def find_path(path: str, run: RunConfig) -> str:
-    """Return the path of a file or folder that a config names. A URL is returned without a check.
+    """Return the path at which a file or folder that a config names is found. A URL is returned unchanged.
 
-    The function looks for a relative path in the current folder, then in the folder in which the run was started. A run
-    can therefore be evaluated and continued from any folder. If both folders are the same, there is no check.
+    The function looks for a relative path in the current folder, and then in the folder in which the run was started. A
+    run can therefore be evaluated and continued from any folder. If both folders are the same, the path is returned
+    even if nothing exists there.
 
     Raises:
-        DataError: the path does not exist in either of two different folders.
+        DataError: the two folders differ, and the path exists in neither of them.
     """
     if run.working_dir is None or is_remote(path) or Path(path).exists():
         return path

@@ -32,7 +32,7 @@ class TokenDataset:
 
 
 def open_datasets(config: Config) -> tuple[TokenDataset, ...]:
-    """Open the dataset at ``data.path``, or the datasets of ``data.mixture``, where ``find_path`` finds them.
+    """Open the dataset at ``data.path``, or the datasets of ``data.mixture``. ``find_path`` determines their paths.
 
     Raises:
         DataError: a dataset cannot be used.
@@ -84,8 +84,9 @@ def _check_same_tokenizer(first: TokenDataset, other: TokenDataset) -> None:
 def data_sha256(datasets: Sequence[TokenDataset]) -> str:
     """Return the hash by which a checkpoint recognizes its data.
 
-    This is the hash of the manifest's contents, or for a mixture a hash over all manifests and shares. It does not
-    depend on the time at which the data was tokenized, or on the versions of the packages.
+    For one dataset, this is the hash of the contents of its manifest. For a mixture, it is a hash of all manifests and
+    of the shares of the datasets. The hash does not depend on the time at which the data was tokenized, or on the
+    versions of the packages.
     """
     manifests = [dataset.train.manifest.content_sha256() for dataset in datasets]
     if len(datasets) == 1:

@@ -1,8 +1,8 @@
 """Read the micro-batches of this rank from token shards, for training steps and for the validation.
 
-A sample is a window of ``seq_len`` inputs and their targets, which are one token further. The windows cover the whole
-split without gaps, across shard boundaries, so the size of the shards does not change the data. A target is scored if
-its entry in the mask is 1. Without a mask, every target is scored.
+A sample is a window of ``seq_len`` inputs and their targets. The target of an input is the token after it. The windows
+cover the whole split without gaps, across shard boundaries, so the size of the shards does not change the data. A
+target is scored if its entry in the mask is 1. Without a mask, every target is scored.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class MicroBatch:
         return B * (width - 1) if self.target_mask is None else int(self.target_mask.sum())
 
     def pinned(self) -> MicroBatch:
-        """Return a copy in pinned memory, from which copies to a GPU are asynchronous.
+        """Return a copy in pinned memory. Copies from pinned memory to a GPU are asynchronous.
 
         PyTorch reuses pinned memory only after all copies from this memory have finished.
         """
@@ -53,7 +53,7 @@ class MicroBatch:
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return inputs and targets, (B, T) int64 on the device. Targets that are not scored are ``IGNORE_INDEX``.
 
-        The tokens are copied to the device once, as uint16, then shifted and cast there.
+        The tokens are copied to the device once, as uint16. Inputs and targets are made from this copy on the device.
         """
         tokens = copy_to(self.tokens, device).long()
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -65,9 +65,9 @@ class MicroBatch:
 class TrainLoader:
     """Reads one rank's micro-batches of a step.
 
-    The micro-batches depend only on the seed and on the number of samples that were consumed before the step.
-    Micro-batch j of a step has samples [jB, (j+1)B) of the step and belongs to rank j mod world size. The samples of a
-    step and of each micro-batch are therefore the same at every world size.
+    The micro-batches depend only on the seed and on the number of samples that were consumed before the step. If B is
+    the size of a micro-batch, micro-batch j of a step contains the samples [jB, (j+1)B) of the step. The rank j mod
+    world size reads it. The samples of a step and of each micro-batch are therefore the same at every world size.
     """
 
     def __init__(self, datasets: Sequence[TokenDataset], plan: BatchPlan, seed: int, rank: int) -> None:
@@ -82,9 +82,13 @@ class TrainLoader:
         self.orders = [SampleOrder(self._count_windows(index), seeds[index]) for index in range(len(datasets))]
 
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of the step that follows ``consumed`` samples.
+        """Return this rank's micro-batches of one step.
 
-        Raises DataError if a shard contains an invalid token or mask value.
+        Args:
+            consumed: the number of samples before the step, which is the index of the step's first sample.
+
+        Raises:
+            DataError: a shard contains an invalid token or mask value.
         """
         plan = self.plan
         size = plan.micro_batch_size
@@ -130,7 +134,7 @@ class TrainLoader:
 
 
 def suggest_batch(tokens: int, plan: BatchPlan) -> str:
-    """Return the settings with which a split of ``tokens`` tokens is enough for one step on every rank."""
+    """Return advice for a split that is too small: the settings with which ``tokens`` tokens are enough for a step."""
     windows = (tokens - 1) // plan.seq_len
     if windows < plan.world_size:
         longest = (tokens - 1) // plan.world_size
@@ -148,8 +152,8 @@ def suggest_batch(tokens: int, plan: BatchPlan) -> str:
 class Prefetcher:
     """Returns the micro-batches of a step, and reads the micro-batches of the next step in a thread.
 
-    The tokens of two steps are in memory. A caller may request any step. Samples that were not read ahead are read when
-    they are requested.
+    The tokens of two steps are in memory. A caller may request any step. If this step is not the one that was read
+    ahead, its samples are read during the call.
     """
 
     def __init__(self, loader: TrainLoader, device: torch.device) -> None:
@@ -182,14 +186,15 @@ class Prefetcher:
 def validation_batches(
     stream: TokenStream, seq_len: int, batch_size: int, rank: int, world_size: int, max_batches: int | None = None
 ) -> Iterator[MicroBatch]:
-    """Yield this rank's validation batches. Their windows are in order, and all windows contain each target once.
+    """Yield this rank's validation batches, with their windows in the order of the split.
 
-    Every rank gets the same number of batches, because forward passes are collective under FSDP and ZeRO-3. Missing
-    windows are filled with padding, which is not scored.
+    The batches of all ranks together contain each target of the split once. Every rank gets the same number of batches,
+    because forward passes are collective under FSDP and ZeRO-3. The last batches are filled up with padding, which is
+    not scored.
 
     Args:
-        max_batches: the largest number of batches over all ranks. Their windows are spread evenly over the split. None
-            means the whole split.
+        max_batches: the maximum number of batches of all ranks together. If this is too few for the whole split, the
+            batches contain fewer windows, spread evenly over the split. None means no limit.
     """
     windows = -(-(stream.tokens - 1) // seq_len)
     chosen = np.arange(windows, dtype=np.int64)

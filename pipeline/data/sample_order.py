@@ -1,7 +1,7 @@
 """Map each sample of a run to a dataset and to a window of this dataset, in constant memory and O(1) time.
 
-A mixture assigns the samples to datasets in exact proportions. In a dataset, every epoch is a fixed permutation of the
-windows.
+A mixture assigns the samples to datasets in proportion to their weights. Within a dataset, each epoch has its own
+order of the windows. The seed determines this order.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmi
 
 
 class SampleOrder:
-    """Maps the g-th sample of a run to one of ``n`` windows, for any g. The result depends only on g and the seed.
+    """Maps the number g of a sample to one of ``n`` windows, for any g. The window depends only on g and the seed.
 
-    Each epoch ``g // n`` has its own permutation: a balanced Feistel network over the next power of four, applied again
-    until the result is below ``n`` (Black and Rogaway 2002). The order is the same at every world size. To resume at
-    sample g, no earlier sample needs to be replayed.
+    The order is the same at every world size, and a run can resume at any sample without replaying earlier samples.
+
+    Each epoch ``g // n`` has its own permutation of the windows (Black and Rogaway 2002). The permutation is a balanced
+    Feistel network on the numbers below the smallest power of four that is at least ``n``. If the result is not below
+    ``n``, the network is applied to the result again.
     """
 
     def __init__(self, n: int, seed: int) -> None:
@@ -37,7 +39,7 @@ class SampleOrder:
         self._half_bits = max(1, -(-(n - 1).bit_length() // 2))
 
     def windows(self, samples: IndexArray) -> IndexArray:
-        """Return the window of each global sample. Samples and windows are int64 of shape (B,)."""
+        """Return the index of the window of each sample. Samples and windows are int64 of shape (B,)."""
         epochs, positions = np.divmod(samples, self.n)
         windows = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -70,7 +72,7 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class _Fork:
-    """An inner node of the tree. It sends round(n * left_weight / weight) of its first n samples to the left."""
+    """An inner node of the tree. Of its first n samples, round(n * left_weight / weight) go to the left child."""
 
     left: _Fork | int
     right: _Fork | int
@@ -78,32 +80,37 @@ class _Fork:
     weight: int
 
     def left_of(self, samples: int) -> int:
-        """Return the number of samples that go left, out of the first ``samples``."""
+        """Return how many of the first ``samples`` samples go to the left child."""
         return (2 * samples * self.left_weight + self.weight) // (2 * self.weight)
 
 
 class Mixture:
     """Assigns the samples of a run to datasets in proportion to their weights.
 
-    The weights are the leaves of a Huffman tree (Huffman 1952), and every inner node divides its samples between two
-    sides. The dataset of a sample, and the sample's index in this dataset, depend only on the sample's number and are
-    computed in exact integers. After any number of samples, each dataset has received its exact proportion with an
-    error of less than two samples: a node's rounding error is at most a half, the error shrinks with the shares below
-    the node, and over any two levels of a Huffman tree a share is at most a half.
+    After any number of samples, the number of samples from a dataset differs from its exact share by less than two. The
+    dataset of a sample, and the sample's index in this dataset, depend only on the sample's number.
+
+    The datasets are the leaves of a Huffman tree (Huffman 1952). Every inner node divides the samples that reach it
+    between its two children.
 
     Attributes:
-        shares: the exact proportion of the samples for each dataset. The sum is 1.
+        shares: the exact share of the samples for each dataset. The shares add up to 1.
     """
 
+    # Why the error is less than two samples: Each node on the path to a leaf adds a rounding error of at most 1/2
+    # sample. Each node further down multiplies this error by the share of its parent's samples that it receives. In a
+    # Huffman tree, two of these factors in a row have a product of at most 1/2. The sum of all errors is therefore less
+    # than 1/2 * (1 + 1 + 1/2 + 1/2 + 1/4 + 1/4 + ...) = 2.
+
     def __init__(self, weights: Sequence[float]) -> None:
-        """Build the tree for positive weights. A weight of 0.1 is exactly a tenth, not the nearest binary number."""
+        """Build the tree for positive weights. A weight of 0.1 means exactly 1/10, not the nearest binary number."""
         exact = [Fraction(str(weight)) for weight in weights]
         assert exact and min(exact) > 0, "a mixture has datasets with positive weights"
         self.shares = [weight / sum(exact) for weight in exact]
         self._root = _huffman_tree(self.shares)
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """Return the dataset of a sample, and the number of earlier samples from the same dataset."""
+        """Return the index of a sample's dataset, and the number of earlier samples from the same dataset."""
         node, ordinal = self._root, sample
         while isinstance(node, _Fork):
             left = node.left_of(ordinal)
@@ -121,7 +128,7 @@ class Mixture:
         return located[:, 0], located[:, 1]
 
     def counts(self, samples: int) -> list[int]:
-        """Return the number of samples from each dataset, out of the first ``samples``."""
+        """Return how many of the first ``samples`` samples of the run come from each dataset."""
         counts = [0] * len(self.shares)
         waiting: list[tuple[_Fork | int, int]] = [(self._root, samples)]
         while waiting:

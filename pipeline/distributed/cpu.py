@@ -26,8 +26,8 @@ def bind_to_cores(world: World) -> str:
     """Set this rank's number of threads, and bind the ranks of a host to separate cores. Returns a description of both.
 
     This call is collective: every rank must make it. Without binding, threads move between cores and lose the contents
-    of the caches, and ranks compete for the same core. If the user has set ``OMP_NUM_THREADS``, or if a launcher has
-    given each rank its own cores, this choice does not change.
+    of the caches, and ranks compete for the same core. If the user has set ``OMP_NUM_THREADS``, this function only sets
+    this number of threads. If a launcher has given each rank its own cores, the ranks keep these cores.
     """
     if threads := requested_threads():
         torch.set_num_threads(threads)
@@ -45,7 +45,10 @@ def bind_to_cores(world: World) -> str:
 
 
 def split_cores(cores: Sequence[int], index: int, ranks: int) -> Sequence[int]:
-    """Return the cores for the rank ``index``: at least one core, and adjacent cores, which share caches."""
+    """Return the cores for the rank ``index``. They are adjacent, because adjacent cores share caches.
+
+    Each rank gets at least one core. If there are fewer cores than ranks, several ranks get the same core.
+    """
     if len(cores) < ranks:
         return [cores[index % len(cores)]]
     return cores[index * len(cores) // ranks : (index + 1) * len(cores) // ranks]
@@ -66,9 +69,11 @@ def _cores_of_local_ranks(world: World, cores: list[int]) -> list[list[int]]:
 def keep_freed_memory() -> None:
     """Make malloc keep freed memory for the next allocation. This has no effect without glibc.
 
-    By default, glibc maps every block of more than 32 MiB and unmaps it when it is freed. Logits and gradients are that
-    large, so the kernel would clear their pages in every step, which costs a fifth of the step. All threads use the
-    main arena, because other arenas cannot keep large blocks, such as gloo's receive buffers.
+    By default, glibc requests every block of more than 32 MiB from the kernel and returns it when it is freed. Logits
+    and gradients are that large. The kernel would clear their pages in every step, and this takes a fifth of the step.
+
+    This call also makes all threads use the main arena of malloc, because other arenas cannot keep large blocks. Gloo,
+    for example, allocates large receive buffers in its own threads.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

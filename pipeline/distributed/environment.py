@@ -37,7 +37,7 @@ def master_address() -> tuple[str, int]:
 
 
 def launcher_holds_store() -> bool:
-    """Return whether the launcher serves the store. Otherwise rank 0 does."""
+    """Return whether the launcher serves the store. If not, rank 0 serves it."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -96,7 +96,8 @@ def launcher_name() -> str | None:
 def requested_threads() -> int | None:
     """Return the number of threads per process that the user has set, or None.
 
-    torchrun sets ``OMP_NUM_THREADS=1`` by default if it starts several processes, so this value is ignored.
+    If torchrun starts several processes, it sets ``OMP_NUM_THREADS=1`` unless the user has set this variable. The value
+    1 is therefore ignored in such a run.
     """
     text = os.environ.get("OMP_NUM_THREADS", "")
     is_torchrun_default = text == "1" and launch_id() is not None and launched_world_size() > 1

@@ -23,9 +23,11 @@ _OTHER_RANKS_WAIT_S = 2.0
 def report(error: BaseException) -> int:
     """Print an error unless this process has printed it before. Returns the exit status of the error.
 
-    For a ``UserError``, print one line. For other errors, print a traceback. Most user errors, such as a wrong config,
-    occur on all ranks. Rank 0 prints such an error at once. The other ranks wait first, and meanwhile the launcher ends
-    them if rank 0 has failed, too.
+    For a ``UserError``, print one line. For other errors, print a traceback.
+
+    Most user errors, such as a wrong config, occur on all ranks. Rank 0 prints such an error at once. The other ranks
+    wait a moment before they print. If rank 0 fails too, the launcher ends them while they wait, so the error is
+    printed only once.
     """
     status, text = _describe(error)
     if not getattr(error, "is_reported", False):
@@ -42,7 +44,7 @@ def report(error: BaseException) -> int:
 
 
 def printable(text: str) -> str:
-    """Return the text with control characters except line breaks and tabs replaced by escape sequences."""
+    """Return the text with control characters replaced by escape sequences. Line breaks and tabs do not change."""
     return "".join(
         c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
