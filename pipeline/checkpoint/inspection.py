@@ -22,7 +22,10 @@ from pipeline.checkpoint.pieces import GROUPS
 from pipeline.checkpoint.retention import list_abandoned, list_leftovers
 from pipeline.checkpoint.state import config_section, read_state_file
 from pipeline.checkpoint.verification import find_size_damage, no_checkpoint_error
+from pipeline.config.deepspeed_keys import changes_of_numbers
+from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError
+from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, read_metrics
 
 _MAX_RANKS_SHOWN = 8
 _MODEL_SIZES = ("preset", "n_layer", "n_head", "n_embd", "context_length", "vocab_size")
@@ -72,6 +75,16 @@ class RunReport:
         lines += [f"{folder}  left by an interrupted save or deletion" for folder in self.leftovers]
         lines += [f"{folder}  set aside when the run went back" for folder in self.abandoned]
         return "\n".join(lines)
+
+
+def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[str]:
+    """Return the config keys that make the numbers of a checkpoint differ from those of other backends.
+
+    These are the keys of ``config``, and those that the run had at earlier steps, according to its metrics.
+    """
+    rows = (row.get(DIFFERENT_NUMBERS_KEY) for row in read_metrics(run_folder) if row["step"] <= step)
+    earlier = [key for keys in rows if isinstance(keys, list) for key in keys]
+    return list(dict.fromkeys([*changes_of_numbers(config.backend), *earlier]))
 
 
 def inspect(path: Path) -> CheckpointReport | RunReport:

@@ -370,7 +370,7 @@ class BackendConfig(Section):
     allow_different_numbers: bool = Field(
         False,
         description="Accept keys of `backend.deepspeed` that change the results, such as quantized communication. The "
-        "log, every row of metrics and the report then name these keys.",
+        "log, every row of metrics, evaluation results, reports and model cards then name these keys.",
     )
 
     @property

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.run_folder.layout import EVALUATION_FOLDER
+from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY
 
 VALIDATION = "validation"  # the task that scores token shards; all other tasks score text
 INTERVAL = "_interval"  # a figure's key with this suffix is the key of the figure's 95% interval
@@ -38,6 +39,8 @@ def format_table(results: Results) -> str:
                 lines.append(f"  {key:<18} {value:>14.4f}{bounds}")
             elif isinstance(value, int) and key != "step":
                 lines.append(f"  {key:<18} {value:>14,}")
+            elif key == DIFFERENT_NUMBERS_KEY:
+                lines.append(f"  {'different numbers':<18} {', '.join(value)}")
         lines.extend(_format_losses(result.get("loss_by_position", [])))
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ from data_tools.shards.reader import TokenStream, open_split
 from data_tools.storage.atomic import write_bytes_durably, write_json_durably
 from data_tools.storage.files import is_writable
 from pipeline.backends import Backend
+from pipeline.checkpoint.inspection import find_different_numbers
 from pipeline.checkpoint.loading import LoadedModel, load_model
 from pipeline.config.paths import find_path
 from pipeline.config.schema import Config
@@ -32,7 +33,7 @@ from pipeline.evaluation.validation import mixture_loss, score_split
 from pipeline.model.packed_linear import pack_linear_layers
 from pipeline.model.precision import ComputeModel, replicated_compute
 from pipeline.run_folder.layout import EVALUATION_FOLDER, TENSORBOARD_FOLDER
-from pipeline.run_folder.metrics import TASK_PREFIX, perplexity
+from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, TASK_PREFIX, perplexity
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ def run_tasks(
         results[name] = {"task": task, "checkpoint": str(loaded.checkpoint), "step": loaded.step, **result}
     if not world.is_main:
         return results, []
+    if keys := find_different_numbers(loaded.run_folder, loaded.step, config):
+        results = {name: {**result, DIFFERENT_NUMBERS_KEY: keys} for name, result in results.items()}
     show(results)
     written = _write_results(results, folder) if folder else []
     if folder and out is None:

@@ -86,7 +86,10 @@ def evaluation_table(runs: Sequence[Run]) -> Table:
 
 
 def _format(value: Any) -> str:
-    """Format a number, an interval of two numbers, or a text as a cell. Any other value gives an empty cell."""
+    """Format a number, an interval of two numbers, a text, or a list of texts as a cell.
+
+    Any other value gives an empty cell.
+    """
     if isinstance(value, float):
         return f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.4g}"
     if isinstance(value, int):
@@ -95,6 +98,8 @@ def _format(value: Any) -> str:
         return value[:16] if re.fullmatch(r"[0-9a-f]{64}", value) else value  # a SHA-256
     if isinstance(value, list) and len(value) == 2 and all(isinstance(end, int | float) for end in value):
         return f"{_format(value[0])} to {_format(value[1])}"
+    if isinstance(value, list) and all(isinstance(key, str) for key in value):
+        return ", ".join(value)
     return ""
 
 

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.inspection import find_different_numbers
 from pipeline.checkpoint.layout import read_json_object
 from pipeline.checkpoint.state import TrainingState
 from pipeline.config.schema import Config
@@ -56,7 +57,12 @@ def model_card(checkpoint: Path, state: TrainingState, config: Config) -> dict[s
     metadata = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=[MODEL_TYPE], model_name=config.run.name
     )
-    sections = [_training(state, config), _curve(rows, has_picture=bool(picture)), _evaluation(run_folder, state.step)]
+    changes = find_different_numbers(run_folder, state.step, config)
+    sections = [
+        _training(state, config, changes),
+        _curve(rows, has_picture=bool(picture)),
+        _evaluation(run_folder, state.step),
+    ]
     text = _CARD.format(
         metadata=metadata.to_yaml(),
         name=config.run.name,
@@ -78,7 +84,7 @@ def _draw_curve(rows: list[dict[str, Any]], name: str) -> bytes | None:
     return draw(chart).png if chart.curves else None
 
 
-def _training(state: TrainingState, config: Config) -> str:
+def _training(state: TrainingState, config: Config, changes: list[str]) -> str:
     if not state.step:
         return ""
     optimizer = config.optimizer
@@ -91,6 +97,7 @@ def _training(state: TrainingState, config: Config) -> str:
         "schedule": str(config.schedule),
         "precision": config.run.precision,
         "seed": str(config.run.seed),
+        **({"numbers differ from those of other backends": ", ".join(changes)} if changes else {}),
     }
     return _table("Training", ("setting", "value"), settings.items())
 

@@ -28,6 +28,8 @@ from pipeline.evaluation.results import find_results, format_table
 from pipeline.evaluation.run import prepare_tasks, run_tasks
 from pipeline.evaluation.validation import validate
 from pipeline.generation.writer import load_writer
+from pipeline.report.runs import read_runs
+from pipeline.report.tables import evaluation_table
 from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.tensorboard import tensorboard_tag
 from tests.pipeline.conftest import randomised_model, tiny_config, tiny_model_config, write_shards
@@ -69,6 +71,29 @@ class TestOnACheckpoint:
         for precision in ("fp32", "amp_bf16", "bf16"):
             run_tasks(run_folder, ["validation"], Settings(), ALONE, precision=precision)
         assert packed == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+    @pytest.mark.parametrize("changed_until", [0, 6, 8])  # not at all, until an earlier start, after the checkpoint too
+    def test_results_name_the_keys_that_changed_the_numbers(self, changed_until: int, run_folder: Path) -> None:
+        keys = ["communication_data_type"]
+        rows = [{"step": step, **({"different_numbers": keys} if step <= changed_until else {})} for step in (6, 8)]
+        write_lines(run_folder / "metrics.jsonl", rows)
+        found, [file] = run_tasks(run_folder, ["validation"], Settings(), ALONE)
+        assert json.loads(file.read_text()).get("different_numbers") == (keys if changed_until else None)
+        label = ["different", "numbers", "communication_data_type"]
+        assert (label in [line.split() for line in format_table(found).splitlines()]) == bool(changed_until)
+        table = evaluation_table(read_runs([run_folder])).rows
+        assert table.get("validation different_numbers") == (keys if changed_until else None)
+
+    def test_the_results_of_a_checkpoint_alone_name_the_keys_of_its_config(
+        self, tmp_path: Path, data: Path, world: World
+    ) -> None:
+        changed = {"deepspeed": {"prescale_gradients": True}, "allow_different_numbers": True, "name": "deepspeed"}
+        config = tiny_config(tmp_path / "run", data={"path": str(data)}, backend=changed)
+        backend = DdpBackend(randomised_model(config.model), tiny_config(tmp_path / "run"), world)
+        state = TrainingState(7, 28, 336, 7, 1.0, 0, config.run.seed)
+        save_checkpoint(tmp_path / "run", state, dump_config(config), backend, world, 1)
+        found, _ = run_tasks(tmp_path / "run", ["validation"], Settings(), ALONE)
+        assert found["validation"]["different_numbers"] == ["prescale_gradients"]
 
     def test_results_are_written_to_another_folder(self, run_folder: Path, tmp_path: Path) -> None:
         found, files = run_tasks(run_folder, ["validation"], Settings(), ALONE, out=tmp_path / "new" / "results")

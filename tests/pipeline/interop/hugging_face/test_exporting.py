@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,20 @@ def test_the_card_has_the_curve_and_the_results(exported: Path) -> None:
     assert "9.8765" not in card  # of another step
     assert "![Loss against steps](loss.png)" in card
     assert (exported / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_card_names_the_keys_that_changed_the_numbers(run_folder: Path, exported: Path, tmp_path: Path) -> None:
+    label = "| numbers differ from those of other backends | prescale_gradients |"
+    assert label not in (exported / "README.md").read_text()
+    copy_of_run = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    rows = (
+        (copy_of_run / "metrics.jsonl")
+        .read_text()
+        .replace('"step": 7', '"different_numbers": ["prescale_gradients"], "step": 7')
+    )
+    (copy_of_run / "metrics.jsonl").write_text(rows)
+    folder = export_checkpoint(copy_of_run, tmp_path / "out", "float32").folder
+    assert label in (folder / "README.md").read_text()
 
 
 def test_without_matplotlib_the_curve_is_a_table(
