@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,7 @@ def fastest_kernel(
     """Run attention with the fastest kernel that works for these inputs, and yield the name of the kernel.
 
     The name is torch's name for the kernel. ``MATH`` means that no fused kernel works, which is logged as a warning.
+    ``UNKNOWN`` means that torch chooses the kernel and does not tell which.
 
     Args:
         shape: (B, H, T, D), the shape of the queries in training.
@@ -66,15 +67,17 @@ def fastest_kernel(
     """
     q = torch.zeros(shape, device=device, dtype=dtype, requires_grad=True)
     kernels = _preferred(device)
-    while (chosen := _choose(kernels, q, dropout)) != SDPBackend.MATH and not _runs(chosen, q, dropout):
+    chosen = _choose(kernels, q, dropout)
+    while chosen is not None and chosen != SDPBackend.MATH and not _runs(chosen, q, dropout):
         kernels.remove(chosen)
+        chosen = _choose(kernels, q, dropout)
     if chosen == SDPBackend.MATH:
         log.warning(
             "attention has no fused kernel for %s, %s, head size %d and dropout %g; using plain matrix products",
             *(device.type, str(dtype).removeprefix("torch."), shape[3], dropout),
         )
     with sdpa_kernel(kernels, set_priority=True):
-        yield chosen.name
+        yield "UNKNOWN" if chosen is None else chosen.name
 
 
 @contextmanager
@@ -96,9 +99,11 @@ def _preferred(device: torch.device) -> list[SDPBackend]:
     return [SDPBackend.CUDNN_ATTENTION, *_KERNELS] if version > _LAST_FAULTY_CUDNN else list(_KERNELS)
 
 
-def _choose(kernels: list[SDPBackend], q: Tensor, dropout: float) -> SDPBackend:
-    with sdpa_kernel(kernels, set_priority=True):
+def _choose(kernels: list[SDPBackend], q: Tensor, dropout: float) -> SDPBackend | None:
+    """Return the kernel that torch chooses. Returns None on devices for which torch has no such query, such as MPS."""
+    with sdpa_kernel(kernels, set_priority=True), suppress(NotImplementedError):
         return SDPBackend(torch._fused_sdp_choice(q, q, q, dropout_p=dropout, is_causal=True))
+    return None
 
 
 def _runs(kernel: SDPBackend, q: Tensor, dropout: float) -> bool:

@@ -68,6 +68,11 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     """
     if world.device.type == "mps" and config.backend.name != "ddp":
         raise ConfigError(f"backend.name: {config.backend.name} does not run on mps; use ddp, or run.device cpu")
+    if world.device.type == "mps" and config.model.dropout and config.model.activation_checkpointing:
+        raise ConfigError(
+            "model.activation_checkpointing: on mps, torch would draw other dropout masks when it recomputes a block; "
+            "set it to false, or model.dropout to 0"
+        )
     plan = plan_batch(config, world.size)
     datasets = open_datasets(config)
     loader = TrainLoader(datasets, plan, config.run.seed, world.rank)

@@ -92,6 +92,18 @@ def test_the_kernel_is_chosen_with_the_dropout_of_the_run(caplog: pytest.LogCapt
     assert "dropout 0.1" in caplog.text
 
 
+def test_torch_chooses_on_devices_on_which_it_does_not_tell_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On MPS, torch 2.11 to 2.13 has no ``_fused_sdp_choice``."""
+
+    def refuse(*inputs: Tensor, **options: object) -> int:
+        raise NotImplementedError("The operator 'aten::_fused_sdp_choice' is not currently implemented for MPS")
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", refuse)
+    with fastest_kernel(CPU, torch.float32, (1, 1, 8, 64), dropout=0.0) as name:
+        assert name == "UNKNOWN"
+        assert enabled_kernels() == [FLASH, EFFICIENT, MATH]
+
+
 CUDNN, FLASH, EFFICIENT, MATH = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
