@@ -12,7 +12,7 @@ import time
 import torch
 
 from benchmarks.train_setting import Setting
-from pipeline.distributed.cpu import bind_to_cores
+from pipeline.distributed.cpu import share_cores
 from pipeline.distributed.device import matmul_dtype, measure_matmul_ceiling, synchronize
 from pipeline.distributed.world import join_world
 
@@ -39,7 +39,7 @@ def main() -> None:
     setting = Setting.from_json(sys.argv[1])
     with join_world(setting.config().run) as world:
         if world.device.type == "cpu":
-            bind_to_cores(world)
+            share_cores(world)
         dtype = matmul_dtype(setting.precision)
         products = max(sum(world.gather(measure_matmul_ceiling(world.device, dtype))) for _ in range(_ROUNDS))
         copies = sum(world.gather(measure_copy_bandwidth(world.device)))

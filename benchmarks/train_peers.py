@@ -26,7 +26,7 @@ from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import open_datasets
 from pipeline.data.loader import TrainLoader
-from pipeline.distributed.cpu import bind_to_cores
+from pipeline.distributed.cpu import share_cores
 from pipeline.distributed.device import GIB, peak_memory_bytes
 from pipeline.distributed.world import World, join_world
 from pipeline.model.gpt2 import build_model
@@ -176,7 +176,7 @@ def main() -> None:
     needs_group = setting.processes > 1 or arguments.kind == "trainer"
     with join_world(config.run, process_group=needs_group) as world:
         if world.device.type == "cpu":
-            bind_to_cores(world)
+            share_cores(world)
         clock = RowClock(setting, world, arguments.rows if world.is_main else None)
         if arguments.kind == "loop":
             plain_loop(config, world, clock, compiled=not arguments.eager)

@@ -1,4 +1,4 @@
-"""Set up this process on its host: compute threads, bound cores, and the memory allocator."""
+"""Set up this process on its host: compute threads, bound cores, and the allocator of host memory."""
 
 import ctypes
 import os
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.distributed.environment import requested_threads
+from pipeline.distributed.environment import requested_threads, set_openmp_threads
 from pipeline.distributed.world import World
 
 # Parameters of mallopt(3), from glibc's <malloc.h>.
@@ -18,16 +18,19 @@ def configure_cpu(world: World) -> str:
 
     This call is collective: every rank must make it. Call this function before the first large computation.
     """
-    keep_freed_memory()
-    return bind_to_cores(world)
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    return share_cores(world)
 
 
-def bind_to_cores(world: World) -> str:
-    """Set this rank's number of threads, and bind the ranks of a host to separate cores. Returns a description of both.
+def share_cores(world: World) -> str:
+    """Divide the cores of a host among its ranks. Returns a description of this rank's threads and cores.
 
-    This call is collective: every rank must make it. Without binding, threads move between cores and lose the contents
-    of the caches, and ranks compete for the same core. If the user has set ``OMP_NUM_THREADS``, this function only sets
-    this number of threads. If a launcher has given each rank its own cores, the ranks keep these cores.
+    This call is collective: every rank must make it. Each rank gets one thread per core of its share. Ranks that
+    compute on the CPU are also bound to their cores. Otherwise, threads would move between cores and lose the contents
+    of the caches. Ranks with a GPU need the threads to update offloaded state. They are not bound, because NCCL's
+    threads run in this process, too. If the user has set ``OMP_NUM_THREADS``, this function only sets this number of
+    threads. If a launcher has given each rank its own cores, the ranks keep these cores.
     """
     if threads := requested_threads():
         torch.set_num_threads(threads)
@@ -38,7 +41,9 @@ def bind_to_cores(world: World) -> str:
     are_shared = ranks > 1 and all(other == cores for other in cores_of_ranks)
     own = split_cores(cores, world.local_rank, ranks) if are_shared else cores
     torch.set_num_threads(len(own))
-    if are_shared and len(cores) >= ranks and hasattr(os, "sched_setaffinity"):
+    if world.device.type == "cuda":
+        set_openmp_threads(len(own))
+    elif are_shared and len(cores) >= ranks and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, own)
         return f"{len(own)} per process, bound to cores {', '.join(map(str, own))}"
     return f"{len(own)} per process"

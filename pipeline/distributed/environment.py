@@ -104,6 +104,14 @@ def requested_threads() -> int | None:
     return int(text) if text.isdecimal() and int(text) > 0 and not is_torchrun_default else None
 
 
+def set_openmp_threads(threads: int) -> None:
+    """Set the number of threads of libraries that are loaded later and bring their own OpenMP.
+
+    DeepSpeed's CPUAdam is such a library. ``torch.set_num_threads`` has no effect on it.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
 def set_allocator_default(options: str) -> None:
     """Set the options of torch's memory allocator, unless the user has set any. torch reads them at its first use."""
     if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):

@@ -49,7 +49,7 @@ def train(config: Config) -> Trainer | None:
     config = with_working_dir(config)
     with join_world(config.run) as world, ExitStack() as resources:
         with heartbeat(world, config.run.rank_timeout_s):
-            if world.device.type == "cpu":
+            if world.device.type != "mps":
                 log.info("threads   %s", configure_cpu(world))
             trainer = _build_trainer(config, world, resources)
             if trainer is None:

@@ -8,13 +8,14 @@ import resource
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from pipeline.distributed import cpu
-from pipeline.distributed.cpu import bind_to_cores, split_cores
+from pipeline.distributed.cpu import share_cores, split_cores
 from pipeline.distributed.world import World
 
 
@@ -57,13 +58,62 @@ def test_the_ranks_of_a_host_split_its_cores(
     monkeypatch.setattr(cpu, "_usable_cores", lambda: usable)
     world = Hosts(rank, len(OFFERED), local_rank, torch.device("cpu"))
     cores = f", bound to cores {', '.join(map(str, cores_of_rank))}" if cores_of_rank else ""
-    assert bind_to_cores(world) == f"{threads} per process{cores}"
+    assert share_cores(world) == f"{threads} per process{cores}"
     assert bound == ([cores_of_rank] if cores_of_rank else [])
+
+
+@pytest.mark.parametrize(("rank", "threads"), [(0, 2), (1, 3), (2, 3), (3, 2), (5, 3)])
+def test_ranks_with_gpus_get_threads_for_offloaded_state_and_are_not_bound(
+    monkeypatch: pytest.MonkeyPatch, bound: list[list[int]], rank: int, threads: int
+) -> None:
+    """Under torchrun, which sets OMP_NUM_THREADS=1, and under deepspeed, which sets nothing."""
+    local_rank, usable = OFFERED[rank]
+    monkeypatch.setattr(cpu, "_usable_cores", lambda: usable)
+    set_threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_threads.append)
+    for launcher in ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, {}):
+        monkeypatch.setenv("WORLD_SIZE", str(len(OFFERED)))
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        for name, value in launcher.items():
+            monkeypatch.setenv(name, value)
+        world = Hosts(rank, len(OFFERED), local_rank, torch.device("cuda", local_rank))
+        assert share_cores(world) == f"{threads} per process"
+        assert os.environ["OMP_NUM_THREADS"] == str(threads)
+    assert set_threads == [threads, threads]
+    assert bound == []
+
+
+#: Loads a copy of torch's OpenMP library, which is a second OpenMP in the process, as in torch's builds for CUDA.
+OPENMP_PROGRAM = """
+import ctypes, shutil, sys
+from pathlib import Path
+import torch
+from pipeline.distributed.environment import set_openmp_threads
+
+torch.set_num_threads(5)
+if sys.argv[2] == "set":
+    set_openmp_threads(5)
+library = next((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+copy = shutil.copy(library, Path(sys.argv[1]) / "copy_of_openmp.so")
+print(ctypes.CDLL(copy).omp_get_max_threads())
+"""
+
+
+@pytest.mark.skipif(
+    not list((Path(torch.__file__).parent / "lib").glob("libgomp*")), reason="torch uses the OpenMP of the system"
+)
+@pytest.mark.parametrize(("how", "threads"), [("set", "5"), ("not set", "1")])
+def test_an_openmp_that_is_loaded_later_gets_the_same_threads(tmp_path: Path, how: str, threads: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", OPENMP_PROGRAM, str(tmp_path), how]
+    assert (
+        subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip() == threads
+    )
 
 
 def test_the_users_threads_are_kept(monkeypatch: pytest.MonkeyPatch, bound: list[list[int]]) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert bind_to_cores(World(0, 1, 0, torch.device("cpu"))) == "5 per process"
+    assert share_cores(World(0, 1, 0, torch.device("cpu"))) == "5 per process"
     assert bound == []
 
 
