@@ -34,7 +34,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a run as seen from this rank: its number, its device and the collectives with the other ranks."""
+    """A rank of a run: the number of this rank, its device, and its collectives with the other ranks."""
 
     rank: int
     size: int
@@ -46,7 +46,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes logs and metadata."""
+        """Whether this is rank 0, the main rank, which writes logs and metadata."""
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ def check_variables() -> Finding:
 
 
 def check_ranks() -> Finding:
-    """Start two ranks that add a number, on two GPUs if the machine has two GPUs, otherwise on the CPU."""
+    """Check that two ranks can compute a sum together. They use two GPUs if the machine has them, otherwise the CPU."""
     device = "cuda" if torch.cuda.device_count() > 1 else "cpu"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, "-m", "pipeline.doctor.communication", device]

@@ -1,7 +1,9 @@
 """Turn the rows of a dataset into examples and few-shot prompts.
 
 Prompts, separators and choices are copied from lm-evaluation-harness (the YAML files and ``utils.py`` of its tasks).
-The first line of a reader's docstring names the columns that the reader expects; error messages quote this line.
+
+A function that converts a row to an example is called a *reader*. The first line of its docstring names the columns
+that it expects, and error messages quote this line.
 """
 
 import random
@@ -29,7 +31,7 @@ class Example:
 
     @property
     def shot(self) -> str:
-        """The example and its right answer as text, which precedes another example in a few-shot prompt."""
+        """The text of this example with its right answer, for a few-shot prompt that ends with another example."""
         return (self.solved or "".join(self.pairs[self.gold])) + SHOT_SEPARATOR
 
     def require_answers(self) -> None:
@@ -66,7 +68,7 @@ def any_continuation(row: Row) -> Example:
 def any_contexts(row: Row) -> Example:
     """Read ``contexts``, ``continuation``, ``gold``: several contexts, and the index of the right context.
 
-    Returns one pair per context, as ``any_continuation`` does.
+    Returns one pair per context, with the same rule for white space as in ``any_continuation``.
     """
     contexts, continuation = texts_field(row, "contexts"), text_field(row, "continuation")
     pairs = tuple(_joined(context, continuation) for context in contexts)
@@ -81,7 +83,7 @@ def _joined(context: str, continuation: str) -> tuple[str, str]:
 def piqa(row: Row) -> Example:
     """Read ``goal``, ``sol1``, ``sol2``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    Returns the question, followed by "Answer:", with each solution.
+    Returns one pair per solution. The context of every pair is the question, followed by "Answer:".
     """
     if "query" in row:
         return _question(row, range(2, 3))
@@ -92,7 +94,7 @@ def piqa(row: Row) -> Example:
 def arc(row: Row) -> Example:
     """Read ``question``, ``choices`` (``text`` and ``label``), ``answerKey``; or ``query``, ``choices``, ``gold``.
 
-    Returns the question, followed by "Answer:", with each answer.
+    Returns one pair per answer. The context of every pair is the question, followed by "Answer:".
     """
     if "query" in row:
         return _question(row, range(3, 6))
@@ -124,7 +126,8 @@ def _question(row: Row, counts: range) -> Example:
 def hellaswag(row: Row) -> Example:
     """Read ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    Returns the activity and the context with each ending, without bracketed markup.
+    Returns one pair per ending. The context of every pair is the activity and the context of the row. Markup in
+    brackets is removed.
     """
     if "query" in row:
         return replace(any_choices(row), rendered_by_file=True)
@@ -143,7 +146,7 @@ def _without_markup(text: str) -> str:
 def hellaswag_completion(row: Row) -> Example:
     """Read ``ctx``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    Returns the context with each ending, without changing the texts.
+    Returns one pair per ending. The texts do not change.
     """
     if "query" in row:
         return replace(any_choices(row), rendered_by_file=True)
@@ -154,9 +157,9 @@ def hellaswag_completion(row: Row) -> Example:
 def winogrande(row: Row) -> Example:
     """Read ``sentence`` with a _, ``option1``, ``option2``, ``answer``; or ``contexts``, ``continuation``, ``gold``.
 
-    Returns one pair per option for partial scoring (Trinh and Le 2018): the context is the text up to the blank with
-    the option in the blank, and the continuation is the text after the blank. Only the continuation is scored, so the
-    length and the frequency of the option do not affect the score.
+    Returns one pair per option, for partial scoring (Trinh and Le 2018). The context is the text before the blank,
+    followed by the option. The continuation is the text after the blank. Only the continuation is scored, so the length
+    and the frequency of the option do not affect the score.
     """
     if "contexts" in row:
         return replace(any_contexts(row), rendered_by_file=True)
@@ -173,8 +176,8 @@ def winogrande(row: Row) -> Example:
 def lambada(row: Row) -> Example:
     """Read ``text``, whose last word is the continuation; or ``context`` and ``continuation``, the last word.
 
-    Returns one pair. In a few-shot example, two spaces precede the word, as in lm-evaluation-harness. If the
-    continuation has several words, the example has ``rendered_by_file=True``.
+    Returns one pair. As in lm-evaluation-harness, there are two spaces before the word if the example is used as a
+    few-shot example. If the continuation has several words, ``rendered_by_file`` is True.
     """
     if "context" in row:
         context, word = text_field(row, "context"), text_field(row, "continuation").removeprefix(" ")
@@ -258,8 +261,9 @@ def draw_shots(
     """Draw ``count`` few-shot examples per example from one random stream, in the same way as lm-evaluation-harness.
 
     Args:
-        spare: draw one few-shot example more than needed, so that no prompt contains the answer to its own example.
-            lm-evaluation-harness does this for tasks without a test split.
+        spare: whether the pool also contains the examples to score. The function then draws one few-shot example more
+            than needed and removes the example to score, so that no prompt contains the answer to its own question.
+            lm-evaluation-harness does the same for tasks without a test split.
 
     Raises:
         DataError: the pool has fewer few-shot examples than needed.

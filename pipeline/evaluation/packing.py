@@ -27,7 +27,11 @@ class Request:
     continuation: tuple[int, ...]  # at least one token
 
     def inputs(self, context_length: int) -> tuple[int, ...]:
-        """Drop the last token of the request, and return the last ``context_length`` tokens before it."""
+        """Return the tokens that the model reads.
+
+        These are all tokens except the last one of the request. If there are too many, only the last ``context_length``
+        of them are returned.
+        """
         return (self.context + self.continuation)[:-1][-context_length:]
 
     def is_truncated(self, context_length: int) -> bool:
@@ -52,7 +56,7 @@ class Tree:
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     def add(self, number: int, request: Request, context_length: int, reset_at: int | None) -> None:
-        """Add a request and its number. If ``reset_at`` is a token, positions restart at 0 at each such token."""
+        """Add a request and its number. If ``reset_at`` is a token id, positions restart at 0 at each such token."""
         node, path = -1, []
         for token in request.inputs(context_length):
             parent, node = node, self._children.setdefault((node, token), len(self.tokens))
@@ -77,7 +81,7 @@ class Tree:
 def build_trees(
     groups: Sequence[Sequence[int]], requests: Sequence[Request], context_length: int, reset_at: int | None
 ) -> list[Tree]:
-    """Return one tree per group of request numbers, or one tree per request if a common tree saves too little."""
+    """Return one tree per group of request numbers. If this saves too few tokens, return one tree per request."""
 
     def build(numbers: Sequence[int]) -> Tree:
         tree = Tree()
@@ -95,7 +99,9 @@ def build_trees(
 
 
 def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
-    """Sort trees by decreasing length, and split them into batches of at most ``batch_tokens`` tokens with padding.
+    """Sort trees by decreasing length, and split them into batches of at most ``batch_tokens`` tokens.
+
+    The padding counts, too.
 
     A tree that is longer than ``batch_tokens`` becomes a separate batch.
     """
@@ -108,11 +114,12 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
 
 
 def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
-    """Return the input of one forward pass, and links from the scores that the pass computes to requests.
+    """Return the input of one forward pass, and links that say which of the computed scores belong to which request.
 
     Returns:
-        The input in host memory, with one row per tree, padded on the right; and the links, shape (2, L), int64. Each
-        link is a request number and the index of one score of this request. Several requests can share a score.
+        The input in host memory, with one row per tree, padded on the right; and the links, int64 of shape (2, L). A
+        link consists of a request number and the index of a score that belongs to this request. A score can belong to
+        several requests.
     """
     width = max(len(tree.tokens) for tree in trees)
     tokens = np.zeros((len(trees), width), dtype=np.int64)

@@ -1,4 +1,7 @@
-"""Define the tasks of choices and continuations: convert examples to scoring requests, and scores to figures."""
+"""Define the tasks whose examples have choices, or one continuation.
+
+Convert their examples to scoring requests, and the scores to figures.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -36,9 +39,9 @@ class PreparedTask:
     describe: Callable[[Scores], list[Figures]]  # the scores of each example, for ``--save-examples``
 
     def measure(self, scorer: Scorer) -> dict[str, Any]:
-        """Return facts and figures as JSON values. Every rank returns equal values.
+        """Score the examples. Return ``facts`` and the figures, such as ``acc``, as JSON values.
 
-        This call is collective: every rank must make it.
+        This call is collective: every rank must make it. All ranks return the same values.
         """
         return self.measure_examples(scorer)[0]
 
@@ -57,11 +60,12 @@ class PreparedTask:
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
     """Encode a context and its continuation as one text, and split the tokens into context and continuation.
 
-    The context gets as many tokens as the context alone has when it is encoded.
+    To find the place of the split, the context is also encoded alone. If it then has n tokens, the first n tokens of
+    the whole text are the context.
 
-    White space at the end of the context moves to the continuation, because GPT-2's tokens begin with white space.
-    An empty context becomes ``<|endoftext|>``. ``TemplateLM.loglikelihood`` and ``_encode_pair`` of
-    lm-evaluation-harness do the same.
+    White space at the end of the context is moved to the continuation, because GPT-2 has tokens with white space before
+    a word, but not after it. An empty context becomes ``<|endoftext|>``. ``TemplateLM.loglikelihood`` and
+    ``_encode_pair`` of lm-evaluation-harness do the same.
 
     Raises:
         DataError: the continuation has no token, or the context contains only white space.
@@ -148,7 +152,10 @@ class ChoiceTask:
         return {**figures, "interval": WILSON}
 
     def answers(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> dict[str, list[int]]:
-        """Return the model's choices for ``acc`` and for ``acc_norm``, one per example. The first choice wins a tie."""
+        """Return the index of the model's choice in each example, for ``acc`` and for ``acc_norm``.
+
+        If several choices have the highest score, the model's choice is the first of them.
+        """
         rows = [np.array([score.log_likelihood for score in group]) for group in scores]
         answers = {"acc": [int(row.argmax()) for row in rows]}
         if self.normalised_by:

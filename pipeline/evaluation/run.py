@@ -55,8 +55,8 @@ def run_tasks(
 ) -> tuple[Results, list[Path]]:
     """Score a checkpoint on the given tasks. The main rank shows the results and writes them to files.
 
-    Results are written to ``evaluation/`` in the run folder and to its TensorBoard events, or to ``out``. If the run
-    folder is not writable and ``out`` is None, they are only shown.
+    If ``out`` is given, the results are written only to this folder. Otherwise they are written to ``evaluation/`` in
+    the run folder and to the TensorBoard events of the run. If the run folder is not writable, they are only shown.
 
     This call is collective: every rank must make it.
 

@@ -54,7 +54,12 @@ def text_field(row: Row, key: str) -> str:
 
 
 def texts_field(row: Row, key: str) -> list[str]:
-    """Return a list of texts of a row. Raises KeyError if the key is missing, ValueError for other values."""
+    """Return a list of at least two texts of a row.
+
+    Raises:
+        KeyError: the key is missing.
+        ValueError: the value is not such a list.
+    """
     texts = row[key]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{key} is {as_json(texts)}; it must be a list of texts")
@@ -64,7 +69,7 @@ def texts_field(row: Row, key: str) -> list[str]:
 
 
 def index_field(row: Row, key: str, count: int, first: int = 0) -> int:
-    """Return the index of the right choice, from 0 to ``count - 1``. In rows, indices begin at ``first``.
+    """Return the index of the right choice, from 0 to ``count - 1``. In the row, the first choice has index ``first``.
 
     Raises:
         KeyError: the index is missing.
@@ -84,9 +89,10 @@ def as_json(value: object) -> str:
 
 
 def read_file(path: Path) -> Rows:
-    """Read the rows of a ``.jsonl``, ``.json`` or ``.parquet`` file. Another file becomes one row with a ``text``.
+    """Read the rows of a file.
 
-    JSON is one object per line, or one array of objects.
+    A ``.jsonl`` or ``.json`` file contains one object per line, or one array of objects. A ``.parquet`` file contains a
+    table. Any other file is read as UTF-8 text, and becomes one row with the only column ``text``.
 
     Raises:
         DataError: the file cannot be read or is empty.

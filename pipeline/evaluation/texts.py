@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 def rolling_windows(tokens: list[int], first: int, context_length: int, stride: int) -> Iterator[Request]:
     """Split a text into windows that score each token once.
 
-    The first window scores up to ``context_length`` tokens after the token ``first``. Each later window scores the
-    next ``stride`` tokens, and the context before these tokens is as long as the model allows.
-    ``get_rolling_token_windows`` of lm-evaluation-harness returns equal windows for
-    ``context_len = context_length - stride + 1``.
+    ``first`` is the id of a token to put before the text, so that the first token of the text can be scored, too. The
+    first window scores at most ``context_length`` tokens. Each later window scores the next ``stride`` tokens, and the
+    context before these tokens is as long as the model allows. With ``context_len = context_length - stride + 1``,
+    ``get_rolling_token_windows`` of lm-evaluation-harness returns the same windows.
     """
     assert 1 <= stride <= context_length
     done = 0
@@ -38,7 +38,9 @@ def rolling_windows(tokens: list[int], first: int, context_length: int, stride: 
 
 @dataclass(frozen=True)
 class TextTask:
-    """A task that measures perplexities of whole texts. All tokens of a text are scored, after ``<|endoftext|>``.
+    """A task that measures perplexities of whole texts. All tokens of a text are scored.
+
+    Before the first token, the model sees ``<|endoftext|>``.
 
     Words and bytes are counted in the original text, before ``detokenize``, so that figures of different
     tokenizers can be compared. Version 2 of ``wikitext`` in lm-evaluation-harness counts in this way, too.

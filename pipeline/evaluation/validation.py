@@ -1,4 +1,6 @@
-"""Measure the loss on the validation split: on some batches during training, on all in the ``validation`` task.
+"""Measure the loss on the validation split.
+
+During training, some batches of the split are measured. The task ``validation`` measures all batches.
 
 Each target token is scored once, in windows of ``seq_len`` tokens without overlap. Bits per byte ignore
 ``<|endoftext|>`` targets, which encode no bytes. Models with different tokenizers can therefore be compared.

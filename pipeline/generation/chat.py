@@ -25,13 +25,14 @@ Template = Literal["messages", "instruction"]
 class Chat:
     """A conversation with a model.
 
-    An answer ends at ``<|endoftext|>`` or before a heading of the layout. With "messages", an answer also ends at the
-    token that ends a turn: GPT-2's tokenizer encodes the empty line at the end of a turn as one token, but encodes an
-    empty line between paragraphs as two tokens.
+    An answer ends at ``<|endoftext|>`` or before a heading of the layout. With the template "messages", an answer also
+    ends at the empty line that ends a turn. An empty line between two paragraphs does not end the answer. The two cases
+    have different tokens: GPT-2's tokenizer encodes the line at the end of a turn as one token, and the line between
+    paragraphs as two tokens.
 
     Args:
         template: the kind of records that the model was trained on. With "instruction", the model sees only the last
-            message, because these records have no history.
+            message, because a record of this kind contains only one question.
         system: the text of a first message with the role "system". Allowed only with "messages".
     """
 

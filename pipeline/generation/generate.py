@@ -1,4 +1,4 @@
-"""Generate token ids: draw a token from logits, and continue several prompts side by side."""
+"""Generate token ids: draw a token from logits, and continue several prompts at the same time."""
 
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
@@ -51,13 +51,15 @@ def generate_batch(
 ) -> Iterator[dict[int, int]]:
     """Generate one token per prompt at a time, at most ``sample.max_new_tokens`` times.
 
-    Each row draws from its own random stream, so a row depends on the other rows only by rounding.
+    Each prompt has one row in the batch. Each row has its own stream of random numbers, so the other rows affect it
+    only through rounding.
 
     Args:
         model: the model, in evaluation mode.
-        prompts: token ids, at least one per prompt. The model sees a long prompt from ``window_start`` on.
+        prompts: token ids, at least one per prompt. If a text does not fit into the context, the model sees only its
+            tokens from ``window_start`` on.
         sample: the options. ``prompt`` and ``stop`` are not used.
-        ends: the ids before which a row stops.
+        ends: the ids that end a row. They are not yielded.
         stopped: the rows that get no further tokens. The caller may add rows between two tokens.
 
     Yields:
@@ -126,8 +128,9 @@ class Decoder:
 def window_start(length: int, context_length: int) -> int:
     """Return the index of the first token that the model sees when it predicts the token after a text.
 
-    The index is 0 while the text fits into the context. After that it moves by half a context at a time, because
-    positions are absolute and each move invalidates the key-value cache.
+    The index is 0 if the text fits into the context. For longer texts, it grows in steps of half a context. It does not
+    grow with every token, because the positions of all tokens change with it, and the key-value cache must then be
+    computed again.
     """
     half = max(context_length // 2, 1)
     surplus = max(length - context_length, 0)

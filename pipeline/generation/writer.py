@@ -27,7 +27,7 @@ ENDS = frozenset({END_OF_TEXT})  # the tokens before which a completion ends
 
 
 def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32") -> Writer:
-    """Load a checkpoint to complete prompts.
+    """Load the model of a checkpoint, to complete prompts with it.
 
     Args:
         checkpoint: a checkpoint folder, or a run folder, whose newest good checkpoint is used.
@@ -61,18 +61,23 @@ class Writer:
         self.tokenizer = load_tokenizer()
 
     def stream(self, prompt: str, sample: SampleConfig, seed: int) -> Iterator[str]:
-        """Yield the completion of one prompt in pieces, each as soon as it is generated."""
+        """Yield the completion of one prompt in pieces of text. Each piece is yielded as soon as it is generated."""
         return self.stream_tokens(self.tokenizer.encode(prompt).tolist(), sample, seed)
 
     def stream_tokens(
         self, prompt: list[int], sample: SampleConfig, seed: int, ends: AbstractSet[int] = ENDS
     ) -> Iterator[str]:
-        """Yield the completion of a prompt of token ids like ``stream``. It ends before a token of ``ends``."""
+        """Yield the completion of one prompt in pieces of text, like ``stream``.
+
+        Args:
+            prompt: the token ids of the prompt.
+            ends: the token ids that end the completion. They are not in the completion.
+        """
         for _, piece in self._generate([prompt], sample, seed, ends):
             yield piece
 
     def complete(self, prompts: Sequence[str], sample: SampleConfig, seed: int) -> list[str]:
-        """Return the completions of several prompts, generated side by side."""
+        """Return the completions of several prompts, which are generated at the same time."""
         completions = [""] * len(prompts)
         tokens = [self.tokenizer.encode(prompt).tolist() for prompt in prompts]
         for row, piece in self._generate(tokens, sample, seed, ENDS):
@@ -102,7 +107,7 @@ class Writer:
 
 
 class TextStream:
-    """The text of one row of tokens.
+    """Converts the tokens of one text to pieces of this text, one token at a time.
 
     Args:
         token_bytes: the bytes of each token by id.
@@ -118,7 +123,10 @@ class TextStream:
         self._held = ""  # may be the beginning of a stop text
 
     def feed(self, token: int) -> str:
-        """Return the text that is final after this token. It is empty within a character or a possible stop text."""
+        """Add a token. Return the text that is certain now and was not returned before.
+
+        Text is held back if it ends with an incomplete character, or with a possible beginning of a stop text.
+        """
         return self._release(self._decoder.decode(self._token_bytes[token]))
 
     def finish(self) -> str:
@@ -149,7 +157,7 @@ def prompt_loop(
 ) -> None:
     """Complete each prompt that ``ask`` returns, until ``ask`` raises EOFError. The seed grows by 1 per prompt.
 
-    Ctrl-C ends the current completion. If no completion is in progress, it ends the loop.
+    Ctrl-C ends the current completion. If no completion is in progress, Ctrl-C ends the loop.
 
     Args:
         complete: yields the pieces of text to show for a prompt and a seed, each as soon as it is generated.

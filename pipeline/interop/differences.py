@@ -25,12 +25,16 @@ SHORT_TEXT = (
 
 
 def rows_of_the_tokenizer(rows: int) -> int:
-    """Return how many rows of an embedding GPT-2's tokenizer can use, without rows for added tokens and padding."""
+    """Return how many of the ``rows`` rows of an embedding belong to GPT-2's tokens.
+
+    If the number is a little larger than GPT-2's vocabulary, the last rows belong to added tokens or padding. Any other
+    number is returned unchanged.
+    """
     return GPT2_VOCAB_SIZE if GPT2_VOCAB_SIZE < rows <= LARGEST_PADDED_VOCABULARY else rows
 
 
 def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
-    """Return a line that names the dtypes of weights that are not fp32. Returns no line if all weights are fp32."""
+    """Return a list with one line, which names the dtypes other than fp32. If all weights are fp32, return no line."""
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()} - {"float32"})
     if not dtypes:
         return []
@@ -41,11 +45,14 @@ def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
 def describe_differences(
     config: ModelConfig, weights: Mapping[str, Tensor], kept_rows: int, *, exact_gelu: bool
 ) -> list[str]:
-    """Return one line per difference between the model in the files and our model, with the losses on a short text.
+    """Return one line per difference between the model in the files and our model.
+
+    A line contains the losses of both models on a short text.
 
     Args:
         config: the config of the model in the files, with all rows of the vocabulary.
-        weights: canonical name -> parameter of this model, in our orientation. Biases may be missing.
+        weights: canonical name -> parameter of the model in the files. Matrices have the same orientation as in our
+            model. Biases may be missing.
         kept_rows: the size of the vocabulary of our model.
         exact_gelu: whether the model in the files computes GELU with erf.
     """

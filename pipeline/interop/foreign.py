@@ -220,7 +220,7 @@ def model_shapes(config: ModelConfig) -> dict[str, list[int]]:
 
 
 def preset_of(sizes: dict[str, int]) -> dict[str, str]:
-    """Return the key ``preset`` for a model section with these sizes, or an empty dict if no preset has these sizes."""
+    """Return ``{"preset": name}`` if a preset has exactly these sizes, otherwise an empty dict."""
     return next(({"preset": name} for name, preset in MODEL_PRESETS.items() if preset.items() <= sizes.items()), {})
 
 

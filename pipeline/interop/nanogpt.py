@@ -2,7 +2,7 @@
 
 The file holds a dict: ``model`` (a state dict), ``optimizer`` (AdamW's), ``model_args``, ``iter_num`` and ``config``.
 build-nanogpt's ``model_*.pt`` has the sizes in ``config`` and the step in ``step``. Matrices have the same orientation
-in both programs and in ours.
+in both programs as in this project.
 """
 
 from __future__ import annotations

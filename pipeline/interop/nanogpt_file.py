@@ -69,7 +69,8 @@ def open_nanogpt_file(path: Path) -> NanoGptFile:
     The key ``config`` contains the sizes of the model in build-nanogpt, and the settings of the run in nanoGPT.
 
     Raises:
-        CheckpointError: the file does not come from these programs, is damaged, or contains other objects than sizes.
+        CheckpointError: the file does not come from these programs, is damaged, or contains objects that are neither
+            tensors nor plain values.
     """
     content = Section(str(path), load_pickled_tensors(path, _EXPECTED))
     config = content.content.get("config")

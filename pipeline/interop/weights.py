@@ -31,7 +31,9 @@ class WeightSource:
 
 
 def locate_weights(path: Path) -> Path:
-    """Return the argument for ``open_weights``: the newest good checkpoint of a run folder, or any other path itself.
+    """Return the path of the weights, for ``open_weights``.
+
+    If ``path`` is a run folder, this is the path of its newest good checkpoint. Otherwise it is ``path`` itself.
 
     Raises:
         CheckpointError: the path contains no weights, or the checkpoint is damaged.

@@ -39,7 +39,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
 
 
 def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute causal attention with matrix products, one block of queries at a time, so that the compiler can fuse."""
+    """Compute causal attention with matrix products, one block of queries at a time.
+
+    A compiler can fuse these operations with each other. It cannot look into the kernels of torch.
+    """
     T, D = q.shape[2:]
     width = T // QUERY_BLOCKS
     blocks = []
@@ -56,9 +59,9 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def fastest_kernel(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int], dropout: float
 ) -> Iterator[str]:
-    """Run attention with the fastest kernel that works for these inputs, and yield the name of the kernel.
+    """Make attention in the block use the fastest kernel that works for these inputs. Yield torch's name of the kernel.
 
-    The name is torch's name for the kernel. ``MATH`` means that no fused kernel works, which is logged as a warning.
+    If the name is ``MATH``, no fused kernel works. In this case, a warning is logged.
     ``UNKNOWN`` means that torch chooses the kernel and does not tell which.
 
     Args:
@@ -82,7 +85,7 @@ def fastest_kernel(
 
 @contextmanager
 def kernels_for_any_length() -> Iterator[None]:
-    """Run attention without cuDNN's kernel, which needs up to 0.4 s to build a plan for every new shape."""
+    """Prevent that attention in the block uses cuDNN's kernel. It needs up to 0.4 s to build a plan per new shape."""
     with sdpa_kernel(list(_KERNELS), set_priority=True):
         yield
 

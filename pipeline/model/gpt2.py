@@ -228,7 +228,7 @@ def initialise(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> 
 
 
 def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
-    """Return the number of parameters, with the tied weight once. If ``padded``, count its padding rows, too."""
+    """Return the number of parameters. The tied weight counts once. If ``padded``, its padding rows count, too."""
     C, V = config.n_embd, config.vocab_size
     rows = padded_vocab_size(V) if padded else V
     block = 12 * C * C + 13 * C  # 4 matrices of 3, 1, 4, 4 C*C; their biases; two LayerNorms
@@ -238,8 +238,9 @@ def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Return the model FLOPs of the forward and backward pass per token: 6 N + 12 L C T.
 
-    N is the number of parameters without the position embedding, which needs no matrix product. The second term is
-    attention (Chowdhery et al. 2022, appendix B). Recomputation is not counted.
+    N is the number of parameters without the position embedding, which needs no matrix product. L is ``n_layer``, C is
+    ``n_embd`` and T is ``seq_len``. The second term is for attention (Chowdhery et al. 2022, appendix B). Recomputation
+    is not counted.
     """
     n = parameter_count(config, padded=True) - config.context_length * config.n_embd
     return 6 * n + 12 * config.n_layer * config.n_embd * seq_len

@@ -45,7 +45,7 @@ class KeyValueCache:
 
     @contextmanager
     def append(self, lengths: list[int]) -> Iterator[None]:
-        """Append tokens to the rows. Within the context, every layer calls ``attend`` once with the new tokens.
+        """Append tokens to the rows. In the block of the ``with``, every layer calls ``attend`` once with new tokens.
 
         Args:
             lengths: the number of new tokens per row, without padding. All numbers are 1 unless the cache is empty.
@@ -60,10 +60,13 @@ class KeyValueCache:
         return torch.tensor(self.lengths, device=self._memory.device)[:, None]
 
     def carry_text_starts(self, starts: Tensor) -> Tensor:
-        """Return the slot where the text of each new token starts, (B, T), and store it for the last token of each row.
+        """Return the slot at which the text of each new token starts, (B, T). A row can contain several texts.
+
+        This call also stores where the last text of each row starts, for the tokens of later calls.
 
         Args:
-            starts: (B, T), the slots as found in the new tokens; 0 if the text of a token starts before the new tokens.
+            starts: (B, T), the slots that follow from the new tokens alone. The value is 0 if the text of a token
+                starts before the new tokens.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1

@@ -16,7 +16,10 @@ Method = Literal["loss", "logits", "score"]
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Return the number of rows of the embedding: the vocabulary size, rounded up. The softmax ignores padding rows."""
+    """Return the number of rows of the embedding. It is the vocabulary size, rounded up to ``VOCAB_MULTIPLE``.
+
+    The softmax ignores the additional rows, which are called padding rows.
+    """
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 

@@ -1,6 +1,7 @@
 """Linear layers for inference on a CPU. Their weights are converted once to the layout of oneDNN's matrix products.
 
-If there are few rows, as in generation, torch's own products reach half of the memory bandwidth. See docs/benchmarks.
+If the input has few rows, as in generation, torch's own matrix products reach only half of the memory bandwidth. See
+docs/benchmarks.
 """
 
 import torch
@@ -25,7 +26,10 @@ class PackedLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output (..., out) in the layer's dtype for an input (..., in) of any dtype, as autocast does."""
+        """Return the output for ``x``. As under autocast, ``x`` of shape (..., in) may have any dtype.
+
+        The output has the shape (..., out) and the dtype of the layer.
+        """
         rows = x.shape[:-1].numel()
         missing = FEWEST_ROWS[self.dtype] - rows
         if missing <= 0:
@@ -34,7 +38,7 @@ class PackedLinear(nn.Module):
         return y[:rows].view(*x.shape[:-1], y.shape[-1])
 
     def product(self, x: Tensor) -> Tensor:
-        """Return the output without padding the rows. ``x`` must be in the layer's dtype."""
+        """Return the output for ``x``, which must have the dtype of the layer. Unlike ``forward``, do not add rows."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 

@@ -31,10 +31,10 @@ class ComputeModel(nn.Module):
 
 
 class AutocastModel(ComputeModel):
-    """The model with autocast *inside* its forward, so that no wrapper can turn autocast off. fp32 has no autocast.
+    """The model with autocast inside its ``forward``. In the precision ``fp32``, there is no autocast.
 
-    DeepSpeed disables an autocast around its engine. With fp16, DeepSpeed's own ``torch_autocast`` clips gradients
-    before it unscales them.
+    An autocast around the wrapped model would not work in every backend: DeepSpeed turns it off. DeepSpeed's own option
+    ``torch_autocast`` is not used either, because in fp16 it clips gradients before it unscales them.
     """
 
     def __init__(self, model: GPT2, precision: str, device: torch.device) -> None:

@@ -31,7 +31,7 @@ Compute = Literal["autocast", "bf16_view", "bf16_weights"]
 
 @dataclass(frozen=True)
 class Peak:
-    """The peak memory in the interval between two finished gradients."""
+    """The peak memory in an interval. A new interval begins whenever the gradient of a parameter is finished."""
 
     finished_elements: int  # elements of all parameters whose gradients are finished
     activation_bytes: int  # without logits; includes copies of weights and the gradient that is being computed
@@ -40,7 +40,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Request:
-    """The model and the micro-batch to trace. ``precision`` only matters under autocast."""
+    """The model and the micro-batch to trace. ``precision`` has an effect only if ``compute`` is "autocast"."""
 
     model: ModelConfig
     compute: Compute
@@ -51,11 +51,12 @@ class Request:
 
 @lru_cache(maxsize=512)
 def trace_activations(request: Request) -> tuple[Peak, ...]:
-    """Return the peaks of a forward and backward pass, in order. No gradient is finished before the first peak.
+    """Return the peaks of a forward and backward pass, in order. The first peak is before any gradient is finished.
 
-    A deep model is not traced directly. Because all its blocks are equal, the function traces two shallow models, and
-    adds the difference between the two for every further block. Memory changes linearly from block to block, so no peak
-    in the middle is larger than both the peak at the first block and the peak at the last block.
+    A deep model is not traced directly. All its blocks are equal, so the function traces two shallow models with
+    different numbers of blocks. It adds the difference between the two for every further block. The result contains the
+    peaks at the first and at the last blocks, but not in the middle. Memory changes linearly from block to block, so no
+    peak in the middle is larger than the peaks at both ends.
     """
     config = request.model
     period = max(1, int(config.activation_checkpointing))

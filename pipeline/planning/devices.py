@@ -16,7 +16,7 @@ _COPIED_BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}
 
 @dataclass(frozen=True)
 class Device:
-    """The device of one rank, and the bandwidths of a machine with ``per_node`` devices, in one direction."""
+    """The device of one rank, in a machine with ``per_node`` such devices. All bandwidths are for one direction."""
 
     name: str
     memory_gib: float  # as torch reports it
@@ -68,8 +68,8 @@ def find_device(
 
     Args:
         world_size: the number of ranks. The ranks of this machine share its CPU.
-        memory_gib: the memory, instead of the device's own.
-        tflops: the TFLOP/s of dense matrix products in the run's precision, instead of the device's own.
+        memory_gib: the memory in GiB. If None, use the memory of the device.
+        tflops: the TFLOP/s of dense matrix products in the run's precision. If None, use the speed of the device.
 
     Raises:
         ConfigError: the name is unknown.

@@ -66,8 +66,8 @@ def plan_run(
     Args:
         name: the name of the plan.
         tokens: the token budget of the whole run.
-        grow_batch: if True, use one micro-batch per rank if the batch is too small for the ranks, and do not search for
-            the largest micro-batch.
+        grow_batch: whether to enlarge a batch that is too small for the ranks, so that each rank has one micro-batch
+            per step. If True, the function does not search for the largest micro-batch.
 
     Raises:
         ConfigError: ``grow_batch`` is False and the batch cannot be divided equally among the ranks.
@@ -97,9 +97,9 @@ def plan_run(
 
 
 def peak_memory(config: Config, plan: BatchPlan) -> Memory:
-    """Return the peak memory of a rank's device in the second or a later step.
+    """Return the peak memory of a rank's device in any step except the first.
 
-    The first step creates the optimizer state and the buckets.
+    The first step is different, because it creates the optimizer state and the buckets.
     """
     layout = layout_of(config, plan)
     request = Request(config.model, layout.compute, config.run.precision, plan.micro_batch_size, plan.seq_len)
@@ -120,9 +120,10 @@ def peak_memory(config: Config, plan: BatchPlan) -> Memory:
 
 
 def largest_micro_batch(config: Config, batch: BatchPlan, device: Device) -> int:
-    """Return the largest micro-batch that divides the batch and whose peak fits into the device's memory.
+    """Return the size of the largest micro-batch with which the run fits into the device's memory.
 
-    The tokens per step do not change. Returns 0 if one sequence already needs too much memory.
+    The size must divide the number of sequences per rank and step, so that the tokens per step do not change. Returns 0
+    if one sequence already needs too much memory.
     """
     sequences = batch.micro_batch_size * batch.accumulation  # per rank and step
     sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]

@@ -1,7 +1,7 @@
 """Estimate the bytes that a rank sends per step, and the time of a step.
 
-The plan assumes ring collectives with W ranks: in an all-gather or a reduce-scatter of n bytes, each rank sends
-n (W-1)/W bytes, and in an all-reduce twice as many (Rajbhandari et al. 2020, section 7).
+The plan assumes ring collectives with W ranks. In an all-gather or a reduce-scatter of n bytes, each rank sends
+n (W-1)/W bytes. In an all-reduce, it sends twice as many bytes (Rajbhandari et al. 2020, section 7).
 """
 
 from dataclasses import dataclass
@@ -71,7 +71,9 @@ def traffic(config: Config, plan: BatchPlan) -> Traffic:
 
 
 def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) -> Speed:
-    """Estimate the time of a step from FLOP/s and bandwidth. Adds only the communication that does not overlap.
+    """Estimate the time of a step from FLOP/s and bandwidth.
+
+    Communication that overlaps with the computation adds no time.
 
     Args:
         mfu: the fraction of the device's FLOP/s that the computation reaches, without communication.

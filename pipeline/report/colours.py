@@ -5,7 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Colour:
-    """A color. All light variants differ, so that replacing the light variants changes the colors of an SVG."""
+    """A color with a light and a dark variant.
+
+    No two colors have the same light variant. In an SVG, each light variant can therefore be replaced by the CSS
+    variable of its color.
+    """
 
     name: str
     light: str

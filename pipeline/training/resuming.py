@@ -152,7 +152,9 @@ def _start_from(folder: Path) -> str:
 
 
 def describe_changes(start: Path, config: Config) -> list[str]:
-    """Return a text such as ``optimizer.learning_rate 0.001 -> 0.0001`` for each key that differs from a checkpoint's.
+    """Return a text such as ``optimizer.learning_rate 0.001 -> 0.0001`` for each key whose value has changed.
+
+    The values are compared with the config in the checkpoint ``start``.
 
     Keys that the checkpoint's config does not have yet are left out, except for DeepSpeed's own keys.
     """

@@ -126,7 +126,14 @@ class StepGuard:
         )
 
     def next_sample(self, consumed: int, samples_per_step: int) -> int:
-        """Return the first sample of the next step, after ``consumed`` samples and without the skipped ones."""
+        """Return the index of the first sample of the next step.
+
+        This is ``consumed``, unless the step would then contain a sample that must be skipped. In this case, the step
+        begins after the skipped samples.
+
+        Args:
+            consumed: the index after the last sample of the previous step. Skipped samples count, too.
+        """
         first = consumed
         for start, stop in sorted(self.state.skipped_samples):
             if first < stop and start < first + samples_per_step:

@@ -19,9 +19,10 @@ _ROWS, _LOGGED_ROWS, _LONGEST_NAME = 40, 8, 90
 
 
 class StepProfile:
-    """Profiles operators on the CPU and kernels on the device in ``steps`` steps of this process, or nothing if 0.
+    """Profiles operators on the CPU and kernels on the device during ``steps`` steps. If ``steps`` is 0, does nothing.
 
-    It writes a Chrome trace (for chrome://tracing or ui.perfetto.dev) and a table to ``profile/`` in the run folder.
+    The profile is a Chrome trace (for chrome://tracing or ui.perfetto.dev) and a table. Both are written to
+    ``profile/`` in the run folder.
     """
 
     def __init__(self, run_folder: Path, device: torch.device, steps: int) -> None:

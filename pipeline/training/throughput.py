@@ -27,8 +27,9 @@ class ThroughputMeter:
     Args:
         tokens_per_step: the tokens of a step over all ranks.
         flops_per_token: the FLOPs of the model's forward and backward pass per token.
-        ceiling_flops: the FLOP/s that all ranks together can reach in matrix products, as first measured. Other
-            programs make a measurement too low, never too high, so ``raise_ceiling`` takes the best of all.
+        ceiling_flops: the first measurement of the FLOP/s that all ranks together can reach in matrix products. Other
+            programs on the machine can make a measurement too low, but never too high. The meter therefore uses the
+            highest of this and all later measurements.
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, ceiling_flops: float) -> None:
@@ -38,7 +39,7 @@ class ThroughputMeter:
         self.restart()
 
     def raise_ceiling(self, flops: float) -> None:
-        """Take a later measurement of the ceiling if it is higher than those before."""
+        """Use ``flops`` as the new ceiling if it is higher than all earlier measurements."""
         if flops > _NOTABLE_INCREASE * self.ceiling_flops:
             log.info("ceiling   %.3g FLOP/s, measured again (%.3g before)", flops, self.ceiling_flops)
         self.ceiling_flops = max(self.ceiling_flops, flops)

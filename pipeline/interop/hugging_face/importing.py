@@ -52,7 +52,9 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def import_folder(source: str, run_folder: Path) -> Conversion:
-    """Write a Hugging Face model into a new run folder: step 0, zero moments, and a ``config.json`` to train with.
+    """Write a Hugging Face model into a new run folder: a checkpoint of step 0 and a ``config.json`` to train with.
+
+    The moments in the checkpoint are zero.
 
     Args:
         source: a folder, or the name of a model on the hub.
@@ -87,7 +89,7 @@ def read_folder(folder: Path) -> ForeignModel:
 
     Raises:
         CheckpointError: the folder does not hold a GPT-2, or is damaged.
-        ConfigError: one of its sizes is not valid here.
+        ConfigError: a size of the model is not valid for this program.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
