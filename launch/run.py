@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launch.cli import ArgumentParser, add_config_options, positive_int, run_command
+from pipeline.checkpoint.layout import list_checkpoints, step_of
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
 from pipeline.evaluation.results import find_results, format_table
@@ -62,7 +63,8 @@ def train(arguments: argparse.Namespace) -> None:
 
 def evaluate(config: Config) -> None:
     """Run the tasks of ``evaluation.tasks`` on the last checkpoint, unless the results already exist."""
-    results = find_results(Path(config.run.out_dir), config.evaluation.tasks, config.schedule.max_steps)
+    run_folder = Path(config.run.out_dir)
+    results = find_results(run_folder, config.evaluation.tasks, step_of(list_checkpoints(run_folder)[-1]))
     if results is not None:
         print(f"\n== evaluate: done before\n{format_table(results)}", flush=True)
         return

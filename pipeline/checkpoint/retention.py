@@ -18,6 +18,7 @@ from pipeline.checkpoint.layout import (
     size_of_folder,
     step_of,
 )
+from pipeline.checkpoint.state import config_section, read_state_file
 from pipeline.checkpoint.verification import find_damage
 from pipeline.errors import CheckpointError
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
@@ -91,10 +92,44 @@ def _remove_folder(folder: Path) -> None:
 
 
 def delete_older(run_folder: Path, verified: Path, keep_last: int) -> None:
-    """Delete old checkpoints. Keep ``verified``, the ``keep_last - 1`` checkpoints before it, and all after it."""
+    """Delete old checkpoints.
+
+    Keep ``verified``, the ``keep_last - 1`` checkpoints before it, all after it, the milestones, and the best checkpoint.
+
+    Raises:
+        OSError: a checkpoint cannot be deleted.
+        CheckpointError: the state of ``verified`` cannot be read.
+    """
     until_verified = [folder for folder in list_checkpoints(run_folder) if step_of(folder) <= step_of(verified)]
+    best = best_step(verified)
     for folder in until_verified[:-keep_last]:
-        delete_checkpoint(folder)
+        if step_of(folder) != best and not is_milestone(folder):
+            delete_checkpoint(folder)
+
+
+def is_milestone(folder: Path) -> bool:
+    """Return whether the run that wrote a checkpoint keeps it for good (``checkpoint.keep_every_steps``).
+
+    Returns False if ``state.json`` is damaged.
+    """
+    with suppress(CheckpointError):
+        every_steps = config_section(read_state_file(folder).config, "checkpoint").get("keep_every_steps")
+        return isinstance(every_steps, int) and every_steps > 0 and step_of(folder) % every_steps == 0
+    return False
+
+
+def best_step(newest: Path) -> int | None:
+    """Return the step with the lowest validation loss, if the run keeps its best checkpoint, else None.
+
+    Args:
+        newest: the newest checkpoint of the run. It stores the history of the validation losses.
+
+    Raises:
+        CheckpointError: ``state.json`` cannot be read.
+    """
+    state = read_state_file(newest)
+    keeps_best = config_section(state.config, "checkpoint").get("keep_best")
+    return state.validation.best_step if keeps_best is True else None
 
 
 @dataclass(frozen=True)
@@ -115,6 +150,8 @@ class Pruning:
 
 def prune(run_folder: Path, keep: int, *, dry_run: bool) -> Pruning:
     """Delete all folders in a run's ``checkpoints`` except the newest ``keep`` checkpoints that pass verification.
+
+    Milestones and the best checkpoint are kept as well, if they pass verification.
 
     Args:
         dry_run: if True, delete nothing and only report what would be deleted.
@@ -145,15 +182,17 @@ def _plan_pruning(run_folder: Path, keep: int) -> tuple[list[Path], list[tuple[P
     The incomplete folders are deleted first, because the deletion of a checkpoint uses the same temporary names.
     """
     kept: list[Path] = []
+    best = None
     surplus: list[tuple[Path, str]] = []
     for folder in reversed(list_checkpoints(run_folder)):
-        if len(kept) == keep:
+        if len(kept) >= keep and step_of(folder) != best and not is_milestone(folder):
             surplus.append((folder, "older than what is kept"))
             continue
         _require_known_format(folder)
         if problem := find_damage(folder):
             surplus.append((folder, f"damaged: {problem}"))
         else:
+            best = best if kept else best_step(folder)
             kept.append(folder)
     if not kept:
         raise CheckpointError(

@@ -102,7 +102,7 @@ def write_checkpoint(
     if world.is_main:
         try:
             delete_older(run_folder, folder, keep_last)
-        except OSError as error:  # the new checkpoint is complete, so this is not an error
+        except (OSError, CheckpointError) as error:  # the new checkpoint is complete, so this is not an error
             log.warning("cannot delete older checkpoints of %s: %s", run_folder, error)
     return saved
 

@@ -1,7 +1,10 @@
 """Define and read ``state.json``, which stores a run's progress in a checkpoint."""
 
+from __future__ import annotations
+
 import json
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +25,21 @@ class GuardState:
 
 
 @dataclass(frozen=True)
+class ValidationHistory:
+    """The best validation loss of a run so far, for early stopping and for the best checkpoint."""
+
+    best_loss: float | None = None  # None before the first validation
+    best_step: NonNegativeInt | None = None
+    evaluations_since_best: NonNegativeInt = 0
+
+    def after(self, step: int, loss: float) -> ValidationHistory:
+        """Return the history after another validation. A loss of NaN is never the best."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            return ValidationHistory(loss, step)
+        return replace(self, evaluations_since_best=self.evaluations_since_best + 1)
+
+
+@dataclass(frozen=True)
 class TrainingState:
     """The progress of a run. ``seed`` and ``samples`` determine data order and dropout, so no RNG state is stored."""
 
@@ -34,6 +52,7 @@ class TrainingState:
     seed: NonNegativeInt
     data_sha256: str | None = None  # the hash of the dataset's manifest
     guard: GuardState = field(default_factory=GuardState)
+    validation: ValidationHistory = field(default_factory=ValidationHistory)
 
 
 @dataclass(frozen=True, kw_only=True)

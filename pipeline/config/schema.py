@@ -308,6 +308,15 @@ class ScheduleConfig(Section):
         description="Learning rate after `max_steps` steps, divided by the peak. `constant` does not use it.",
     )
 
+    stop_at_val_loss: PositiveFloat | None = Field(
+        None, description="End the run after an evaluation with at most this validation loss. `null`: do not."
+    )
+    stop_after_evaluations: PositiveInt | None = Field(
+        None,
+        description="End the run after this many evaluations in a row without a new lowest validation loss. `null`: do "
+        "not.",
+    )
+
     @model_validator(mode="after")
     def _check_steps(self) -> ScheduleConfig:
         if self.warmup_steps > self.max_steps:
@@ -394,6 +403,16 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt = Field(1000, description="Steps between checkpoints. The last step is always saved.")
     keep_last: PositiveInt = Field(
         2, description="Number of checkpoints to keep. An older checkpoint is deleted after a new one is verified."
+    )
+    keep_every_steps: PositiveInt | None = Field(
+        None,
+        description="Also save a checkpoint after every multiple of this number of steps, and never delete it. Another "
+        "run can branch off from such a milestone. `null`: no milestones.",
+    )
+    keep_best: bool = Field(
+        False,
+        description="Also save a checkpoint after each evaluation with a new lowest validation loss, and keep the "
+        "checkpoint with the lowest one.",
     )
     resume: PathText = Field(
         "auto",
@@ -536,5 +555,20 @@ class Config(Section):
                 f"evaluation.sample needs GPT-2's vocabulary: model.vocab_size is {self.model.vocab_size}, "
                 f"not {GPT2_VOCAB_SIZE}; set evaluation.sample to false"
             )
+        if "validation" not in self.evaluation.tasks:
+            mistakes += [
+                f"{key} needs the validation loss: add validation to evaluation.tasks, or leave {key} out"
+                for key in self.keys_that_need_validation
+            ]
         _refuse(mistakes)
         return self
+
+    @property
+    def keys_that_need_validation(self) -> list[str]:
+        """The given keys that end the run, or keep a checkpoint, because of a validation loss."""
+        is_given = {
+            "schedule.stop_at_val_loss": self.schedule.stop_at_val_loss is not None,
+            "schedule.stop_after_evaluations": self.schedule.stop_after_evaluations is not None,
+            "checkpoint.keep_best": self.checkpoint.keep_best,
+        }
+        return [key for key, given in is_given.items() if given]

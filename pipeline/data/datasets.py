@@ -39,6 +39,11 @@ def open_datasets(config: Config) -> tuple[TokenDataset, ...]:
         ConfigError: the tokenizer of a dataset does not match the model, or the datasets have different tokenizers.
     """
     datasets = tuple(_open_dataset(component, config) for component in config.data.components)
+    if (keys := config.keys_that_need_validation) and not any(dataset.validation for dataset in datasets):
+        raise ConfigError(
+            f"{keys[0]} needs the validation loss, and no dataset of this run has a validation split; tokenize again "
+            f"with a larger --val-fraction, or leave {' and '.join(keys)} out"
+        )
     for dataset in datasets[1:]:
         _check_same_tokenizer(datasets[0], dataset)
     return datasets

@@ -11,7 +11,7 @@ from data_tools.storage.new_folders import removed_if_unused
 from pipeline.backends import create_backend
 from pipeline.checkpoint.state import read_state
 from pipeline.config.paths import with_working_dir
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, ScheduleConfig
 from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import data_sha256, open_datasets, verify_datasets
 from pipeline.data.loader import TrainLoader, scored_targets
@@ -25,6 +25,7 @@ from pipeline.model.attention import fastest_kernel
 from pipeline.model.gpt2 import build_model, flops_per_token, parameter_count
 from pipeline.run_folder.lock import lock_run_folder
 from pipeline.training.compilation import choose_compilation
+from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.initial_weights import find_initial_weights, load_initial_weights
 from pipeline.training.resuming import choose_start, describe_changes, load_start, make_run_folder
 from pipeline.training.shared_folders import check_shared_folders
@@ -80,13 +81,8 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     sha256 = data_sha256(datasets)
     start = world.call_on_main(lambda: open_run_folder(config, sha256, resources))
     check_shared_folders(Path(config.run.out_dir), sha256, world)
-    if start and (step := read_state(start)[0].step) >= config.schedule.max_steps:
-        log.info(
-            "%s: at step %d of schedule.max_steps %d, nothing to train; raise schedule.max_steps to train longer",
-            start,
-            step,
-            config.schedule.max_steps,
-        )
+    if start and (reason := _why_complete(start, config.schedule)):
+        log.info("%s: %s", start, reason)
         return None
     weights = None if start else world.call_on_main(lambda: find_initial_weights(config))
     if config.data.verify:
@@ -107,6 +103,19 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     trainer = Trainer(config, world, backend, loader, throughput, state, tasks, origin)
     _log_settings(trainer, kernel, start)
     return trainer
+
+
+def _why_complete(start: Path, schedule: ScheduleConfig) -> str | None:
+    """Return why a checkpoint is the end of the run, and how to train longer. Returns None if it is not the end."""
+    state, _ = read_state(start)
+    if state.step >= schedule.max_steps:
+        return (
+            f"at step {state.step} of schedule.max_steps {schedule.max_steps}, nothing to train; raise "
+            "schedule.max_steps to train longer"
+        )
+    if reason := early_stop_reason(schedule, state.validation):
+        return f"at step {state.step}, nothing to train: {reason}; set this key to null to train longer"
+    return None
 
 
 def open_run_folder(config: Config, data_sha256: str, resources: ExitStack) -> Path | None:

@@ -28,6 +28,7 @@ from pipeline.generation.writer import complete_while_training
 from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.metrics import SAMPLE_KEY
 from pipeline.seeds import derive_seed
+from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.interruption import StopRequest
 from pipeline.training.resuming import load_checkpoint
 from pipeline.training.run_record import RunRecord
@@ -92,7 +93,7 @@ class Trainer:
         self.results: dict[str, float] = {}  # the latest loss and validation loss
 
     def fit(self) -> None:
-        """Train to the last step, with evaluations and checkpoints during training and at the end.
+        """Train to the last step or an early stop, with evaluations and checkpoints during training and at the end.
 
         Raises:
             TrainingError: too many steps were skipped or spiked.
@@ -127,10 +128,10 @@ class Trainer:
         if self.state.step == 0:
             self.evaluate()
         self.throughput.restart()
-        while self.state.step < config.schedule.max_steps:
+        while self.state.step < config.schedule.max_steps and not self._early_stop_reason():
             trained = self.train_step()
             received = self.stop_request.agreed()
-            saves = received is not None or self._is_due(config.checkpoint.every_steps)
+            saves = received is not None or self._is_due(config.checkpoint.every_steps) or self._is_milestone()
             evaluates = self._is_due(config.evaluation.every_steps)
             logs = saves or self.state.step == 1 or self._is_due(config.logging.every_steps)
             spikes = self._judge_finished_steps(judge_all=logs or evaluates)
@@ -141,10 +142,12 @@ class Trainer:
             if evaluates:
                 self.evaluate()
             self.record.write_saves(self.saver.poll())
-            if saves:
+            if saves or (evaluates and self._saves_after_evaluation()):
                 self.save()
             if received:
                 return received
+        if reason := self._early_stop_reason():
+            log.info("stopped after step %d of %d: %s", self.state.step, config.schedule.max_steps, reason)
         return None
 
     def _record_start(self) -> None:
@@ -160,6 +163,18 @@ class Trainer:
 
     def _is_due(self, every_steps: int) -> bool:
         return self.state.step % every_steps == 0 or self.state.step == self.config.schedule.max_steps
+
+    def _is_milestone(self) -> bool:
+        every_steps = self.config.checkpoint.keep_every_steps
+        return every_steps is not None and self.state.step % every_steps == 0
+
+    def _early_stop_reason(self) -> str | None:
+        return early_stop_reason(self.config.schedule, self.state.validation)
+
+    def _saves_after_evaluation(self) -> bool:
+        """Return whether the evaluation of this step found the best loss, or ends the run."""
+        is_best = self.state.validation.best_step == self.state.step
+        return self.config.checkpoint.keep_best and is_best or self._early_stop_reason() is not None
 
     def _reach(self, phase: str, *, is_patient: bool = False) -> None:
         """Tell the heartbeat what the main thread does next. ``is_patient``: see ``Progress.reach``."""
@@ -303,8 +318,10 @@ class Trainer:
             self._check_ceiling()
         with self.throughput.paused(), self.backend.evaluation_mode():
             if losses := validate(self.backend, self.loader.datasets, self.config, self.world):
-                if losses["val_loss"] is not None:
-                    self.results["validation_loss"] = losses["val_loss"]
+                if (loss := losses["val_loss"]) is not None:
+                    self.results["validation_loss"] = loss
+                    validation = self.state.validation.after(self.state.step, loss)
+                    self.state = replace(self.state, validation=validation)
                 self.record.write({"step": self.state.step, "tokens": self.state.tokens, **losses})
             # Examples and prompts have many shapes, and torch would compile the model again for each shape.
             with torch.compiler.set_stance("force_eager"):

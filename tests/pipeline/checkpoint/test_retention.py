@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint import retention, tensor_stream
 from pipeline.checkpoint.layout import list_checkpoints, step_of
 from pipeline.checkpoint.retention import (
@@ -19,13 +21,18 @@ from pipeline.checkpoint.retention import (
     delete_older,
     list_abandoned,
     list_leftovers,
+    prune,
     remove_leftovers,
     set_aside_after,
 )
-from pipeline.checkpoint.state import read_state
+from pipeline.checkpoint.state import ValidationHistory, read_state
 from pipeline.checkpoint.verification import find_damage, newest_good_checkpoint
+from pipeline.config.loading import dump_config
+from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
-from tests.pipeline.checkpoint.conftest import STATE, WEIGHTS, Save
+from tests.pipeline.checkpoint.conftest import STATE, WEIGHTS, Save, state_of
+from tests.pipeline.conftest import tiny_config
+from tests.support.checkpoints import save_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -151,6 +158,47 @@ class TestDeletion:
         delete_older(tmp_path, newer, 1)
         assert names(tmp_path) == [newer.name]
         assert find_damage(elsewhere) is None
+
+
+class TestKeptForGood:
+    """Milestones and the best checkpoint. What a checkpoint stores decides, not the config of the run that prunes."""
+
+    @pytest.fixture
+    def saved(self, tmp_path: Path, backend: DdpBackend, world: World) -> Path:
+        """Return a run with checkpoints of steps 1 to 7: milestones at 3 and 6, the best one at 2."""
+        config = dump_config(tiny_config())
+        config["checkpoint"] |= {"keep_every_steps": 3, "keep_best": True}
+        validation = ValidationHistory()
+        for step, loss in enumerate([5.0, 4.0, 4.5, 4.2, 4.3, 4.4, 4.1], start=1):
+            validation = validation.after(step, loss)
+            state = replace(state_of(backend, step), validation=validation)
+            save_checkpoint(tmp_path, state, config, backend, world, keep_last=1)
+        return tmp_path
+
+    def test_saving_keeps_them(self, saved: Path) -> None:
+        assert steps(saved) == [2, 3, 6, 7]
+
+    def test_pruning_keeps_them(self, saved: Path) -> None:
+        assert [step_of(folder) for folder in prune(saved, 1, dry_run=False).kept] == [7, 6, 3, 2]
+        assert steps(saved) == [2, 3, 6, 7]
+
+    def test_a_better_one_takes_the_place_of_the_best(self, saved: Path, backend: DdpBackend, world: World) -> None:
+        state, config = read_state(list_checkpoints(saved)[-1])
+        better = replace(state, step=8, validation=state.validation.after(8, 3.0))
+        save_checkpoint(saved, better, config, backend, world, keep_last=1)
+        assert steps(saved) == [3, 6, 8]
+
+    def test_a_run_without_these_settings_keeps_only_milestones(
+        self, saved: Path, backend: DdpBackend, world: World
+    ) -> None:
+        state, config = read_state(list_checkpoints(saved)[-1])
+        config["checkpoint"] |= {"keep_every_steps": None, "keep_best": False}
+        save_checkpoint(saved, replace(state, step=8), config, backend, world, keep_last=1)
+        assert steps(saved) == [3, 6, 8]
+
+    def test_a_damaged_milestone_is_pruned(self, saved: Path) -> None:
+        (list_checkpoints(saved)[1] / WEIGHTS).write_bytes(b"")
+        assert [step_of(folder) for folder in prune(saved, 1, dry_run=True).kept] == [7, 6, 2]
 
 
 class TestLeftovers:

@@ -82,6 +82,8 @@ class TestRefusals:
             {"model": {"preset": ["gpt2"]}},
             {"model": None},
             {"checkpoint": {"keep_last": 0}},
+            {"checkpoint": {"keep_best": True}, "evaluation": {"tasks": []}},
+            {"schedule": {"stop_at_val_loss": 3.0}, "evaluation": {"tasks": []}},
             {"schedule": {"min_lr_ratio": 1.1}},
             {"anything": {}},
             {"model": {"n_heads": 4}},

@@ -18,7 +18,7 @@ import torch
 from pipeline.backends import create_backend
 from pipeline.checkpoint import background
 from pipeline.checkpoint.layout import list_checkpoints, step_of
-from pipeline.checkpoint.state import read_state
+from pipeline.checkpoint.state import ValidationHistory, read_state
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
@@ -29,6 +29,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted, TrainingError
 from pipeline.model.gpt2 import build_model
 from pipeline.run_folder.metrics import read_metrics
+from pipeline.training import trainer as trainer_module
 from pipeline.training.resuming import load_start
 from pipeline.training.run import log_masks
 from pipeline.training.schedule import lr_at
@@ -237,6 +238,43 @@ class TestMask:
         assert f"prompts, train: {100 * 59 / 396:.2f}% of the targets are scored" in caplog.text
         assert "prompts, train: 28 of 33 samples of 12 tokens have no scored target" in caplog.text
         assert "prompts, val: 7 of 7 samples of 12 tokens have no scored target" in caplog.text
+
+
+class TestKeptCheckpoints:
+    def test_milestones_are_saved_and_never_deleted(self, make_trainer: MakeTrainer) -> None:
+        trainer = make_trainer(checkpoint={"every_steps": 4, "keep_last": 1, "keep_every_steps": 3})
+        trainer.fit()
+        assert [step_of(folder) for folder in list_checkpoints(trainer.run_folder)] == [3, 6, 9, 10]
+
+    def test_the_best_one_is_saved_and_kept(self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+        losses = iter([5.0, 4.0, 3.0, 3.5, 3.4, 3.3])  # after steps 0, 2, 4, 6, 8, 10
+        monkeypatch.setattr(trainer_module, "validate", lambda *_: {"val_loss": next(losses)})
+        trainer = make_trainer(
+            checkpoint={"every_steps": 5, "keep_last": 1, "keep_best": True}, evaluation={"every_steps": 2}
+        )
+        trainer.fit()
+        assert [step_of(folder) for folder in list_checkpoints(trainer.run_folder)] == [4, 10]
+        state, _ = read_state(list_checkpoints(trainer.run_folder)[-1])
+        assert state.validation == ValidationHistory(best_loss=3.0, best_step=4, evaluations_since_best=3)
+
+
+class TestEarlyStop:
+    def test_the_run_ends_with_a_checkpoint_at_the_target(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        losses = iter([5.0, 4.0, 3.0])
+        monkeypatch.setattr(trainer_module, "validate", lambda *_: {"val_loss": next(losses)})
+        sections = {"schedule": {"stop_at_val_loss": 3.1}, "evaluation": {"every_steps": 2}}
+        trainer = make_trainer(**sections)
+        with caplog.at_level(logging.INFO):
+            trainer.fit()
+        assert trainer.state.step == 4
+        assert "stopped after step 4 of 10: validation loss 3.0000 at step 4 has reached" in caplog.text
+        newest = list_checkpoints(trainer.run_folder)[-1]
+        assert step_of(newest) == 4
+        again = make_trainer(resume_from=newest, **sections)
+        again.fit()
+        assert again.state.step == 4
 
 
 class TestResume:
