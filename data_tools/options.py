@@ -1,4 +1,4 @@
-"""The choices of stage 1's options, in a module that imports nothing else."""
+"""The values that options of stage 1 can have. This module imports no other module of the project."""
 
 from typing import Literal
 

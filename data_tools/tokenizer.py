@@ -103,8 +103,8 @@ def cut_long_spaces(text: str) -> list[str]:
 
     tiktoken divides a text into words with a regular expression. The expression exceeds its stack at a very long
     sequence of white space in the middle of a text, but not at the end of a text. After the cut, each long sequence is
-    at the end of a piece. The cut does not change the tokens, because the expression divides the words at the same
-    place.
+    at the end of a piece. The cut does not change the tokens, because the expression divides two words at this place
+    even without the cut.
     """
     ends = [match.end() - 1 for match in _LONG_SPACE.finditer(text) if match.end() < len(text)]
     return [text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)], strict=True)]

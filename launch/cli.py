@@ -160,9 +160,15 @@ def start_logging() -> None:
 def run_command(command: Callable[[], object]) -> NoReturn:
     """Run a command and exit with status 0 if it succeeds, otherwise with the ``exit_status`` of its error.
 
-    Status 1 means an unexpected error, 2 a mistake or a run that cannot continue, 3 a lost or stuck rank, and
-    128 + n that signal n stopped the command. If the reader of the output, such as ``head``, has ended, the command
-    exits without a message and with the status of SIGPIPE.
+    The exit statuses have these meanings:
+
+    - 1: an unexpected error;
+    - 2: a mistake of the user, or a run that cannot continue;
+    - 3: a rank is lost or stuck;
+    - 128 + n: the signal n stopped the command.
+
+    If the program that reads the output, such as ``head``, has ended, the command exits without a message and with the
+    status of SIGPIPE.
     """
     status = 0
     lock_bars_among_threads()

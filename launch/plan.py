@@ -1,4 +1,4 @@
-"""Plan the memory, communication, tokens/s and days of a run before buying GPUs. You need neither a GPU nor data."""
+"""Estimate the memory, communication and time of a run before you buy GPUs. You need neither a GPU nor data."""
 
 import argparse
 import json
@@ -158,8 +158,9 @@ def _picture_path(text: str) -> Path:
 def with_backend(config: Config, name: str) -> Config:
     """Return the config with another backend.
 
-    The settings of ddp and fsdp are those of the config. The settings of DeepSpeed are those of the config if its
-    backend is of the same stage and offload, and otherwise those in ``ds_configs``.
+    ``name`` is the name of a file in ``ds_configs``. The settings of ddp and fsdp stay those of ``config``. For
+    DeepSpeed, the settings come from the file in ``ds_configs``. But if ``config`` already uses DeepSpeed with the same
+    stage and the same offload as the file, ``config`` does not change.
     """
     backend = load_config([CONFIGS / f"{name}.json"]).backend
     if config.backend.name == "deepspeed" and backend.name == "deepspeed":

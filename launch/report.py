@@ -1,4 +1,4 @@
-"""Show runs as one HTML page that needs no network, and one PNG file per chart. Several runs share the charts."""
+"""Show runs as one HTML page that needs no network, and one PNG file per chart. Each chart shows all given runs."""
 
 from pathlib import Path
 

@@ -134,7 +134,7 @@ def share_of(share: int | None, shares: int | None, request: TokenizeRequest) ->
 
 
 def unescape(text: str) -> str:
-    r"""Replace the escapes \n, \t, \r and \\, which are hard to type in a shell."""
+    r"""Replace each of the escapes \n, \t, \r and \\ by its character, which is hard to type in a shell."""
     return re.sub(r"\\[nrt\\]", lambda match: _ESCAPES[match.group()], text)
 
 

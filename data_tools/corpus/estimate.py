@@ -22,7 +22,7 @@ class Estimate:
     """The estimated work of a tokenize request.
 
     Attributes:
-        text_bytes: bytes of text in the source; None if the number is not known before the whole source was read.
+        text_bytes: bytes of text in the source; None if the number is not known before the whole source is read.
         bytes_per_token: bytes of text per token in the first documents.
         free_bytes: free disk space for the output folder; None if the free space is not known.
         chunks: number of chunks, including finished chunks.

@@ -44,7 +44,7 @@ _SHARD_FILES = re.compile(rf"({TRAIN_SPLIT}|{VAL_SPLIT})_\d{{5,}}_\d{{3,}}(\.mas
 
 
 def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
-    """Return the manifest of a folder that a request with this identity completed, or None if it is not complete.
+    """Return the manifest of a folder that a request with this identity completed. Returns None if it is incomplete.
 
     Raises:
         DataError: a request with another identity completed the folder, or a shard is missing or damaged.

@@ -35,10 +35,12 @@ class TokenizeRequest(SourceRequest):
         deduplicate: with ``exact``, every document that is equal to an earlier document is left out.
         on_bad_rows: with ``skip``, rows that cannot be read are left out and reported. With ``stop``, the first one
             ends the request.
-        workers: the number of processes on this machine; None means one per core. Does not change the result.
-        encoder: the argument of ``choose_encoder``. Does not change the result.
-        engine: ``local`` (processes on this machine) or ``ray`` (a Ray cluster). Does not change the result.
+        workers: the number of processes on this machine; None means one per core.
+        encoder: the argument of ``choose_encoder``.
+        engine: ``local`` (processes on this machine) or ``ray`` (a Ray cluster).
         ray_address: the address of the Ray cluster. If None, a cluster is started on this machine.
+
+    The last four options do not change the shards.
 
     Raises:
         DataError: an option has an invalid value.

@@ -44,8 +44,8 @@ def find_complete(request: TokenizeRequest) -> Manifest | None:
 def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) -> Manifest:
     """Tokenize a source into a folder of shards, or continue an interrupted request, and return the manifest.
 
-    If the folder is already complete, this call only checks the folder. If all documents of the corpus are equal, there
-    is no validation split; but a single text is divided between the splits.
+    If the folder is already complete, this call only checks the folder. For a corpus of one document, see
+    ``fill_both_splits``.
 
     Args:
         request: the source, the output folder and the options. If the request has more than one worker, a script that

@@ -42,8 +42,8 @@ def assign_splits(
 ) -> Iterator[AssignedDocument]:
     """Yield each document together with its split, in the given order. No document may be empty.
 
-    ``draw_split`` chooses the splits. Set ``fill_both`` only if the documents are the whole corpus. This function then
-    calls ``fill_both_splits`` too, so that validation does not stay without documents.
+    ``draw_split`` chooses the splits. Set ``fill_both`` only if the documents are the whole corpus. In this case,
+    ``fill_both_splits`` changes the choice if all documents are in the same split.
     """
 
     def assign(document: Document) -> AssignedDocument:
@@ -91,8 +91,8 @@ def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) 
 def divide_text(text: str, val_fraction: float) -> Iterator[AssignedDocument]:
     """Cut a text into two pieces. Yield the first piece for training and the second piece for validation.
 
-    The second piece has at least ``val_fraction`` of the characters, and at most about twice this fraction. The
-    function cuts after the end of a paragraph if one lies in this range, otherwise after the end of a line or of a
+    The second piece has at least ``val_fraction`` of the characters, and at most about twice this fraction. Within
+    these limits, the function cuts after the end of a paragraph if possible, otherwise after the end of a line or of a
     word. If there is no such place, the function yields the whole text for training.
     """
     ideal = int(len(text) * (1 - val_fraction))

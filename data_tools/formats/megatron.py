@@ -40,7 +40,7 @@ _REFUSED_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 5: "int64", 6: "floating p
 
 
 def is_index(path: Path) -> bool:
-    """Return whether a file begins like an index of this format or of the older format.
+    """Return whether a file begins like an index of this format, or of the older format of Megatron-LM.
 
     Raises:
         OSError: the file cannot be read.

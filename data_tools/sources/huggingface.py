@@ -51,7 +51,7 @@ class HuggingFaceSource:
             return None if rows is None else _text_bytes_of(rows, self._text_field)
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        """Return one slice per data file, or ranges of rows of a dataset that ``save_to_disk`` wrote."""
+        """Return ranges of rows for a dataset that ``save_to_disk`` wrote, and one slice per data file otherwise."""
         with self._one_line_errors():
             self._require_fetched_files()
             rows = self._open()

@@ -38,7 +38,7 @@ class JsonlSource(FileSource):
 
 
 class Line(NamedTuple):
-    """One line of a file and its offset in the decompressed file. As a string it names the file and the line."""
+    """One line of a file and its offset in the decompressed file. ``str()`` of the line says where it is."""
 
     path: str
     offset: int
@@ -74,7 +74,7 @@ class Line(NamedTuple):
 
 
 class ArrayRecord(NamedTuple):
-    """One record of a file that is a JSON array. As a string it is ``<file>: record <number>``."""
+    """One record of a file that is a JSON array. ``str()`` returns ``<file>: record <number>``."""
 
     path: str
     number: int

@@ -1,4 +1,4 @@
-"""Open a source by the name of its kind, and check that the kind reads every option of the request."""
+"""Open a source by the name of its kind. Refuse options that this kind of source does not use."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class Source(Protocol):
         ...
 
     def text_bytes(self) -> int | None:
-        """Return the approximate bytes of text in the source, or None if only reading the documents would tell."""
+        """Return the approximate bytes of text in the source, or None if the number is not known before reading it."""
         ...
 
     def slices(self, slice_bytes: int) -> list[Slice]:

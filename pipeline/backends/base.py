@@ -17,7 +17,7 @@ from pipeline.model.output_layer import Method
 
 
 class Backend(ABC):
-    """A model with its optimizer, in the form in which a library distributes the training.
+    """A model and its optimizer, which a library such as FSDP2 distributes over the ranks.
 
     The trainer calls ``accumulate`` once per micro-step and ``step`` once per step. Every backend averages gradients
     over the ranks. To get their sum instead, the trainer multiplies the loss by the world size.

@@ -19,9 +19,10 @@ def compiles_blocks(world: World) -> bool:
 
 
 def compile_blocks(model: GPT2) -> None:
-    """Compile each block separately, and the output layer together with the loss. Hooks of a backend stay outside.
+    """Compile each block separately, and the output layer together with the loss.
 
-    All blocks share one graph, so the time to compile does not grow with the number of blocks.
+    The compiled graphs do not contain the hooks that a backend adds to these modules. All blocks share one graph, so
+    the time to compile does not grow with the number of blocks.
     """
     # DDP's own division of graphs would cut every block that is larger than a bucket. This changes the whole process.
     torch._dynamo.config.optimize_ddp = False

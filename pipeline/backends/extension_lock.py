@@ -27,8 +27,8 @@ def clear_dead_lock(lock: Path) -> None:
     """Remove a lock if its build was killed. Wait as long as this is not certain.
 
     If a process on this host has the lock open, the build is running, and this function returns. Otherwise the build
-    may be running on another host that shares the home folder. This function then waits until the lock disappears or
-    is older than ``LONGEST_BUILD_S``. It removes the older lock.
+    may be running on another host that shares the home folder. This function then waits until the lock disappears. If
+    the lock becomes older than ``LONGEST_BUILD_S``, its build was killed, and this function removes it.
     """
     while (age_s := _age_s(lock)) is not None and not _is_open_on_this_host(lock):
         if age_s > LONGEST_BUILD_S:

@@ -15,7 +15,7 @@ from pipeline.model.gpt2 import GPT2
 
 
 class TorchBackend(Backend):
-    """A backend whose wrapper only synchronizes gradients."""
+    """A backend that leaves the update of the weights to torch's optimizer. Subclasses synchronize the gradients."""
 
     label: str
 

@@ -80,7 +80,8 @@ class RunReport:
 def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[str]:
     """Return the config keys that make the numbers of a checkpoint differ from those of other backends.
 
-    These are the keys of ``config``, and those that the run had at earlier steps, according to its metrics.
+    The result contains such keys of ``config``, and such keys that the run had at earlier steps. The metrics of the run
+    name the earlier keys.
     """
     rows = (row.get(DIFFERENT_NUMBERS_KEY) for row in read_metrics(run_folder) if row["step"] <= step)
     earlier = [key for keys in rows if isinstance(keys, list) for key in keys]

@@ -94,7 +94,8 @@ def _remove_folder(folder: Path) -> None:
 def delete_older(run_folder: Path, verified: Path, keep_last: int) -> None:
     """Delete old checkpoints.
 
-    Keep ``verified``, the ``keep_last - 1`` checkpoints before it, all after it, the milestones, and the best checkpoint.
+    This function keeps ``verified``, the ``keep_last - 1`` checkpoints before it, and all checkpoints after it. It also
+    keeps the milestones (see ``is_milestone``) and the best checkpoint (see ``best_step``).
 
     Raises:
         OSError: a checkpoint cannot be deleted.
@@ -108,9 +109,9 @@ def delete_older(run_folder: Path, verified: Path, keep_last: int) -> None:
 
 
 def is_milestone(folder: Path) -> bool:
-    """Return whether the run that wrote a checkpoint keeps it for good (``checkpoint.keep_every_steps``).
+    """Return whether a checkpoint is a milestone, which is never deleted. See ``checkpoint.keep_every_steps``.
 
-    Returns False if ``state.json`` is damaged.
+    The config in the checkpoint decides. Returns False if ``state.json`` is damaged.
     """
     with suppress(CheckpointError):
         every_steps = config_section(read_state_file(folder).config, "checkpoint").get("keep_every_steps")
@@ -119,7 +120,7 @@ def is_milestone(folder: Path) -> bool:
 
 
 def best_step(newest: Path) -> int | None:
-    """Return the step with the lowest validation loss, if the run keeps its best checkpoint, else None.
+    """Return the step with the lowest validation loss. Returns None if the run does not keep its best checkpoint.
 
     Args:
         newest: the newest checkpoint of the run. It stores the history of the validation losses.

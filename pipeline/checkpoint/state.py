@@ -33,7 +33,7 @@ class ValidationHistory:
     evaluations_since_best: NonNegativeInt = 0
 
     def after(self, step: int, loss: float) -> ValidationHistory:
-        """Return the history after another validation. A loss of NaN is never the best."""
+        """Return the history after one more validation. A loss that is NaN or infinite is never the best."""
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             return ValidationHistory(loss, step)
         return replace(self, evaluations_since_best=self.evaluations_since_best + 1)

@@ -66,7 +66,10 @@ def _find_not_finite(path: Path) -> str | None:
 
 
 def find_size_damage(path: Path, entry: dict[str, Any]) -> str | None:
-    """Return a problem if a file is a link, is missing, or has a size that differs from the manifest, else None."""
+    """Return a description of the problem if a file is a link, is missing, or has another size than in the manifest.
+
+    Returns None if there is no such problem.
+    """
     if path.is_symlink():
         return f"{path}: is a link, which may point outside the folder; expected a file"
     if not path.is_file():

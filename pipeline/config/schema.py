@@ -565,7 +565,7 @@ class Config(Section):
 
     @property
     def keys_that_need_validation(self) -> list[str]:
-        """The given keys that end the run, or keep a checkpoint, because of a validation loss."""
+        """The keys that are set and have an effect only if the run measures the validation loss."""
         is_given = {
             "schedule.stop_at_val_loss": self.schedule.stop_at_val_loss is not None,
             "schedule.stop_after_evaluations": self.schedule.stop_after_evaluations is not None,

@@ -188,13 +188,13 @@ def validation_batches(
 ) -> Iterator[MicroBatch]:
     """Yield this rank's validation batches, with their windows in the order of the split.
 
-    The batches of all ranks together contain each target of the split once. Every rank gets the same number of batches,
-    because forward passes are collective under FSDP and ZeRO-3. The last batches are filled up with padding, which is
-    not scored.
+    Unless ``max_batches`` limits their number, the batches of all ranks together contain each target of the split once.
+    Every rank gets the same number of batches, because forward passes are collective under FSDP and ZeRO-3. The last
+    batches are filled up with padding, which is not scored.
 
     Args:
-        max_batches: the maximum number of batches of all ranks together. If this is too few for the whole split, the
-            batches contain fewer windows, spread evenly over the split. None means no limit.
+        max_batches: the maximum number of batches of all ranks together, or None. If the split has more windows than
+            these batches can contain, the batches contain windows that are spread evenly over the split.
     """
     windows = -(-(stream.tokens - 1) // seq_len)
     chosen = np.arange(windows, dtype=np.int64)

@@ -26,11 +26,14 @@ def configure_cpu(world: World) -> str:
 def share_cores(world: World) -> str:
     """Divide the cores of a host among its ranks. Returns a description of this rank's threads and cores.
 
-    This call is collective: every rank must make it. Each rank gets one thread per core of its share. Ranks that
-    compute on the CPU are also bound to their cores. Otherwise, threads would move between cores and lose the contents
-    of the caches. Ranks with a GPU need the threads to update offloaded state. They are not bound, because NCCL's
-    threads run in this process, too. If the user has set ``OMP_NUM_THREADS``, this function only sets this number of
-    threads. If a launcher has given each rank its own cores, the ranks keep these cores.
+    This call is collective: every rank must make it. Each rank gets one thread per core of its share.
+
+    Ranks that compute on the CPU are also bound to their cores. Otherwise, threads would move between cores and lose
+    the contents of the caches. Ranks with a GPU use their threads to update offloaded state. They are not bound to
+    cores, because NCCL's threads run in the same process and need other cores.
+
+    If the user has set ``OMP_NUM_THREADS``, this function only sets this number of threads. If a launcher has given
+    each rank its own cores, the ranks keep these cores.
     """
     if threads := requested_threads():
         torch.set_num_threads(threads)

@@ -23,10 +23,10 @@ _CEILING_ROUNDS = 6
 
 
 def configure_allocator() -> None:
-    """Let torch's GPU memory grow in segments that expand. Call this before the first allocation on a GPU.
+    """Make torch allocate GPU memory in segments that can grow. Call this before the first allocation on a GPU.
 
-    Evaluation and generation have many shapes, and fixed segments of freed shapes do not fit later shapes. If the user
-    has set an option of the allocator, nothing changes.
+    Evaluation and generation use tensors of many sizes. In segments of a fixed size, the memory of freed tensors often
+    does not fit later tensors. If the user has set an option of the allocator, this call changes nothing.
     """
     set_allocator_default("expandable_segments:True")
 
@@ -99,7 +99,7 @@ def synchronize(device: torch.device) -> None:
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from host memory to the device.
 
-    A copy to a GPU starts in pinned memory. A copy from other memory would wait until the GPU has finished its work.
+    A copy to a GPU is made from pinned memory. A copy from other memory would wait until the GPU has finished its work.
     """
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -125,9 +125,10 @@ class LateValue:
 
 
 class PeakMemory:
-    """The peak memory of this process since the object was created, without the memory of blocks in ``ignored``.
+    """The peak memory of this process.
 
-    On a CPU, the peak includes the whole process, because the kernel keeps one peak per process.
+    On a GPU, this is the peak since the object was created. Memory that is allocated in blocks of ``ignored`` does not
+    count. On a CPU, this is the peak since the process was started, because the kernel stores only this number.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -141,7 +142,7 @@ class PeakMemory:
 
     @contextmanager
     def ignored(self) -> Iterator[None]:
-        """Do not count the memory that the block allocates and frees."""
+        """Do not count the memory that the block allocates and frees. This has an effect only on a GPU."""
         self._earlier_bytes = self.read()
         yield
         self._forget()

@@ -113,7 +113,10 @@ def set_openmp_threads(threads: int) -> None:
 
 
 def set_allocator_default(options: str) -> None:
-    """Set the options of torch's memory allocator, unless the user has set any. torch reads them at its first use."""
+    """Set the options of torch's memory allocator, unless the user has set any.
+
+    torch reads these options when it allocates memory for the first time.
+    """
     if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
         os.environ[_ALLOCATOR_VARIABLES[0]] = options
 

@@ -99,11 +99,9 @@ def build_trees(
 
 
 def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
-    """Sort trees by decreasing length, and split them into batches of at most ``batch_tokens`` tokens.
+    """Sort trees by decreasing length, and divide them into batches.
 
-    The padding counts, too.
-
-    A tree that is longer than ``batch_tokens`` becomes a separate batch.
+    A batch has at most ``batch_tokens`` tokens, including padding. A longer tree gets a batch of its own.
     """
     batches: list[list[Tree]] = []
     for tree in sorted(trees, key=lambda tree: -len(tree.tokens)):

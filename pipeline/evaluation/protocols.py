@@ -171,8 +171,8 @@ class ChoiceTask:
 class ContinuationTask:
     """A task with one right continuation per example.
 
-    ``acc`` is the fraction of continuations in which every token is the argmax. ``perplexity`` is exp of the mean
-    negative log-likelihood per continuation, not per token.
+    ``acc`` is the fraction of continuations in which the model gives every token the highest probability.
+    ``perplexity`` is exp of the mean negative log-likelihood per continuation, not per token.
     """
 
     protocol: str

@@ -15,7 +15,7 @@ Results = dict[str, dict[str, Any]]  # task -> figures, and facts about the data
 
 
 def find_results(run_folder: Path, tasks: Sequence[str], step: int) -> Results | None:
-    """Return the results that were written for this step. Returns None if the results of a task are missing."""
+    """Return the results that were written for this step. Returns None unless all ``tasks`` have results."""
     results = {}
     for task in tasks:
         path = run_folder / EVALUATION_FOLDER / f"{task}.json"

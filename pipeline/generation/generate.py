@@ -18,8 +18,8 @@ PADDING = 0  # any id: no token attends to it
 def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> int:
     """Draw a token from logits, and return its id.
 
-    ``top_k`` applies before ``top_p`` (nucleus sampling, Holtzman et al. 2020). ``top_p`` keeps the fewest most likely
-    tokens whose probabilities sum to at least ``top_p``, so it always keeps at least one token.
+    ``top_k`` applies before ``top_p`` (nucleus sampling, Holtzman et al. 2020). ``top_p`` keeps the most likely tokens,
+    one after another, until their probabilities add up to at least ``top_p``. It therefore keeps at least one token.
 
     Args:
         logits: (V,) fp32 on the CPU.
@@ -128,9 +128,9 @@ class Decoder:
 def window_start(length: int, context_length: int) -> int:
     """Return the index of the first token that the model sees when it predicts the token after a text.
 
-    The index is 0 if the text fits into the context. For longer texts, it grows in steps of half a context. It does not
-    grow with every token, because the positions of all tokens change with it, and the key-value cache must then be
-    computed again.
+    The index is 0 if the text fits into the context. For longer texts, it grows in steps of half a context. Whenever
+    the index changes, the positions of all tokens change, and the key-value cache must be computed again. The index
+    must therefore not change with every token.
     """
     half = max(context_length // 2, 1)
     surplus = max(length - context_length, 0)

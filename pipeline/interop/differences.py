@@ -34,7 +34,7 @@ def rows_of_the_tokenizer(rows: int) -> int:
 
 
 def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
-    """Return a list with one line, which names the dtypes other than fp32. If all weights are fp32, return no line."""
+    """Return a list with one line that names the dtypes other than fp32. Returns an empty list if there are none."""
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()} - {"float32"})
     if not dtypes:
         return []

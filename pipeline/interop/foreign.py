@@ -109,7 +109,9 @@ def _load_pickle(path: Path, classes: list[str]) -> Any:
 
 
 def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return canonical name -> parameter for a state dict. The result has the tied weight once and no masks.
+    """Return the parameters in a state dict by canonical name. The tied weight is contained only once.
+
+    Attention masks, which are not parameters, are left out.
 
     Raises:
         CheckpointError: no key is the key of a GPT-2, a value is not a tensor of finite floats, a parameter is stored

@@ -61,8 +61,8 @@ def fastest_kernel(
 ) -> Iterator[str]:
     """Make attention in the block use the fastest kernel that works for these inputs. Yield torch's name of the kernel.
 
-    If the name is ``MATH``, no fused kernel works. In this case, a warning is logged.
-    ``UNKNOWN`` means that torch chooses the kernel and does not tell which.
+    If the name is ``MATH``, no fused kernel works, and a warning is logged. ``UNKNOWN`` means that torch chooses the
+    kernel and does not report its name.
 
     Args:
         shape: (B, H, T, D), the shape of the queries in training.
@@ -85,7 +85,7 @@ def fastest_kernel(
 
 @contextmanager
 def kernels_for_any_length() -> Iterator[None]:
-    """Prevent that attention in the block uses cuDNN's kernel. It needs up to 0.4 s to build a plan per new shape."""
+    """Make attention in the block use other kernels than cuDNN's, which needs up to 0.4 s for every new shape."""
     with sdpa_kernel(list(_KERNELS), set_priority=True):
         yield
 

@@ -48,9 +48,9 @@ class AutocastModel(ComputeModel):
 
 
 class Bf16ViewModel(ComputeModel):
-    """The model, computed with bf16 copies of its fp32 parameters, for backends that replicate the weights.
+    """A model that computes with bf16 copies of its fp32 parameters, for backends with whole weights on every rank.
 
-    The parameters are the master weights. The cast to bf16 is part of the autograd graph, so gradients are accumulated
+    The parameters are the master weights. The cast to bf16 belongs to the autograd graph, so gradients are accumulated
     and reduced in fp32.
     """
 

@@ -1,1 +1,1 @@
-"""Plan the memory and speed of a run before buying GPUs. See ``docs/planning.md``."""
+"""Plan the memory and speed of a run before you buy GPUs. See ``docs/planning.md``."""

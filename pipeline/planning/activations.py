@@ -55,8 +55,8 @@ def trace_activations(request: Request) -> tuple[Peak, ...]:
 
     A deep model is not traced directly. All its blocks are equal, so the function traces two shallow models with
     different numbers of blocks. It adds the difference between the two for every further block. The result contains the
-    peaks at the first and at the last blocks, but not in the middle. Memory changes linearly from block to block, so no
-    peak in the middle is larger than the peaks at both ends.
+    peaks at the first and at the last blocks, but not those in the middle. Memory changes linearly from block to block,
+    so the largest peak is always at one of the two ends.
     """
     config = request.model
     period = max(1, int(config.activation_checkpointing))

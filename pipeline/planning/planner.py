@@ -1,4 +1,4 @@
-"""Plan one config on N devices: peak memory, whether it fits into the device, largest micro-batch, time."""
+"""Plan one config on N devices: the peak memory, the largest micro-batch that fits into a device, and the time."""
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace

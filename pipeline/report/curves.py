@@ -106,7 +106,10 @@ def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, *, d
 
 
 def thin_out(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most ``MOST_POINTS`` points that give the same picture: the lowest and highest point of each range."""
+    """Return at most ``MOST_POINTS`` points that give the same picture.
+
+    The function divides a longer list into ranges, and keeps the lowest and the highest point of each range.
+    """
     if len(points) <= MOST_POINTS:
         return points
     ranges = MOST_POINTS // 2

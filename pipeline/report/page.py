@@ -1,4 +1,4 @@
-"""Write the HTML page: one file for phones and desktops, in light and dark, that needs no scripts and no network."""
+"""Write the HTML page: one file without scripts, which needs no network. It has a light and a dark color scheme."""
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime

@@ -104,7 +104,7 @@ def _format(value: Any) -> str:
 
 
 def settings_table(runs: Sequence[Run]) -> Table:
-    """Return a table of the settings that differ between the runs, or between a single run and the defaults."""
+    """Return a table of the settings that differ between the runs. For a single run, compare with the defaults."""
     columns = {run.label: run.settings for run in runs}
     if len(runs) == 1:
         columns = {"default": dict(flatten(dump_config(Config()))), **columns}

@@ -5,10 +5,10 @@ from pipeline.config.schema import ScheduleConfig
 
 
 def early_stop_reason(schedule: ScheduleConfig, validation: ValidationHistory) -> str | None:
-    """Return why the run ends now, naming the config key. Returns None if the run continues.
+    """Return the reason why the run ends now, with the config key. Returns None if the run continues.
 
-    The answer depends only on state that a checkpoint stores, so a run that has ended early does not continue when
-    the same command is given again.
+    The result depends only on values that a checkpoint stores. If the command is given again after an early stop, the
+    run therefore does not continue.
     """
     if validation.best_loss is None:
         return None

@@ -21,7 +21,7 @@ _POSITIONS = "wpe.weight"
 def find_initial_weights(config: Config) -> Path | None:
     """Return the path of the weights for ``load_initial_weights``, or None if ``checkpoint.init_from`` is null.
 
-    Only the main rank calls this function, because it verifies the hashes of a checkpoint.
+    Only the main rank calls this function. It is slow, because it reads all files of a checkpoint to verify the hashes.
 
     Raises:
         CheckpointError: the path contains no weights, the weights are damaged, or the sizes differ from the model's.

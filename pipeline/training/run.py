@@ -161,7 +161,7 @@ def _describe_start(start: Path | None, origin: dict[str, Any] | None) -> str:
 
 
 def log_masks(trainer: Trainer) -> None:
-    """Log the share of scored targets of each split with a mask, and warn if samples have none."""
+    """Log the share of scored targets of each split with a mask, and warn if some samples have no scored target."""
     seq_len = trainer.config.seq_len
     for dataset, order in zip(trainer.loader.datasets, trainer.loader.orders, strict=True):
         for stream, windows in ((dataset.train, order.n), (dataset.validation, None)):

@@ -132,7 +132,7 @@ class StepGuard:
         begins after the skipped samples.
 
         Args:
-            consumed: the index after the last sample of the previous step. Skipped samples count, too.
+            consumed: the number of samples before this step in the order of the run, including skipped samples.
         """
         first = consumed
         for start, stop in sorted(self.state.skipped_samples):

@@ -53,7 +53,7 @@ class Export:
 
 
 def export_checkpoint(checkpoint: Path, out: Path, dtype: str) -> Export:
-    """Write the folder completely or not at all. One parameter is in memory at a time.
+    """Export a checkpoint into the folder ``out``, completely or not at all. One parameter is in memory at a time.
 
     Args:
         checkpoint: a checkpoint folder, or a run folder, whose newest good checkpoint is used.

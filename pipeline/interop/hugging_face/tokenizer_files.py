@@ -58,9 +58,10 @@ def _printer() -> Callable[[bytes], str]:
 
 
 def describe_other_tokenizer(folder: Path) -> str | None:
-    """Return a line about the tokenizer in a folder if it is not GPT-2's. Added tokens make no difference.
+    """Return a line about the tokenizer in a folder if it is not GPT-2's.
 
-    Returns None if it is GPT-2's, if the folder has none, or if GPT-2's is neither installed nor can be downloaded.
+    Returns None if all tokens of GPT-2 have the same ids in the tokenizer, which may have additional tokens. Also
+    returns None if the folder has no tokenizer, or if GPT-2's own vocabulary cannot be loaded.
 
     Raises:
         CheckpointError: a file of the tokenizer is malformed.
