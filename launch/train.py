@@ -1,9 +1,13 @@
 """Stage 2: train a run. Start it with python for one process, and with torchrun or deepspeed for several."""
 
+import argparse
 import json
+from pathlib import Path
 
 from launch.cli import ArgumentParser, add_config_options, positive_int, run_command, start_logging
+from pipeline.checkpoint.layout import checkpoint_of_step
 from pipeline.config.loading import load_config
+from pipeline.errors import ConfigError
 
 
 def main() -> object:
@@ -25,6 +29,18 @@ def main() -> object:
         "short for --set checkpoint.init_from=...",
     )
     parser.add_argument(
+        "--at-step",
+        type=positive_int,
+        metavar="N",
+        help="with --init-from or --resume and a run: take its checkpoint of this step instead of the newest",
+    )
+    parser.add_argument(
+        "--branch",
+        action="store_true",
+        help="with --init-from and a run: also continue its step, optimizer state and data order, in a new run folder "
+        "and with the schedule of this command",
+    )
+    parser.add_argument(
         "--profile",
         nargs="?",
         const=3,
@@ -35,18 +51,44 @@ def main() -> object:
     )
     parser.add_argument("--local_rank", help="ignored; the deepspeed launcher adds it")
     arguments = parser.parse_args()
-    overrides = list(arguments.set)
-    if arguments.resume is not None:
-        overrides.append(f"checkpoint.resume={arguments.resume}")
-    if arguments.init_from is not None:
-        overrides.append(f"checkpoint.init_from={json.dumps(arguments.init_from)}")
+    overrides = [*arguments.set, *_start_overrides(arguments)]
     if arguments.profile is not None:
         overrides.append(f"logging.profile_steps={arguments.profile}")
     config = load_config(arguments.config, overrides, arguments.deepspeed)
+    if arguments.branch and Path(config.run.out_dir).resolve() == Path(arguments.init_from).resolve():
+        raise ConfigError(
+            f"--branch: {arguments.init_from} is the run folder of this command, too; name a new folder for the branch "
+            "with --set run.out_dir=DIR"
+        )
     from pipeline.training.run import train  # import torch late so that config errors appear at once
 
     start_logging()
     return train(config)
+
+
+def _start_overrides(arguments: argparse.Namespace) -> list[str]:
+    """Return the config overrides for where the run starts.
+
+    Raises:
+        ConfigError: the options do not fit together.
+        CheckpointError: the run has no checkpoint of the step ``--at-step``.
+    """
+    given = arguments.init_from or arguments.resume
+    if arguments.branch and (arguments.init_from is None or arguments.resume is not None):
+        raise ConfigError("--branch: name the run to branch off from with --init-from RUN, without --resume")
+    if arguments.at_step is not None:
+        if given in (None, "auto", "none"):
+            raise ConfigError("--at-step: name the run that has this checkpoint with --init-from RUN or --resume RUN")
+        given = str(checkpoint_of_step(Path(given), arguments.at_step))
+    if arguments.branch:
+        return [f"checkpoint.resume={json.dumps(given)}", "checkpoint.init_from=null"]
+    overrides = []
+    if arguments.init_from is not None:
+        overrides.append(f"checkpoint.init_from={json.dumps(given)}")
+        given = arguments.resume
+    if given is not None:
+        overrides.append(f"checkpoint.resume={json.dumps(given)}")
+    return overrides
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.layout import list_checkpoints
+from pipeline.checkpoint.layout import checkpoint_of_step, list_checkpoints
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.agreement import LOSS_TOLERANCE
 from tests.support.runs import TINY_BYTE_RUN, Curve, curve_of, merged, read_curve, train_run
@@ -90,6 +90,24 @@ def test_another_backend_and_world_size_continue_the_curve(
     assert len(continued) == STEPS - SAVED_AT
     differences = [abs(a - b) for a, b in zip(continued, whole.losses[SAVED_AT:], strict=True)]
     assert max(differences) <= LOSS_TOLERANCE["fp32"]
+
+
+def test_a_branch_equals_the_uninterrupted_run_with_its_schedule(byte_corpus: Path, tmp_path: Path) -> None:
+    """A stable run under DDP serves a shorter budget: a branch under ZeRO-3 at another world size adds the decay."""
+    wsd = {"name": "wsd", "decay_steps": 3, "decay_shape": "1-sqrt", "min_lr_ratio": 0.0}
+    stable = run_sections(
+        byte_corpus, {"schedule": wsd, "checkpoint": {"every_steps": 100, "keep_every_steps": 6, "keep_last": 1}}
+    )
+    decayed = run_sections(byte_corpus, {"schedule": {**wsd, "max_steps": SAVED_AT + 3}})
+    expected = curve_of("ddp", tmp_path / "expected", decayed)
+    curve_of("ddp", tmp_path / "stable", stable)
+    milestone = checkpoint_of_step(tmp_path / "stable", SAVED_AT)
+
+    branch = merged(decayed, {"checkpoint": {"resume": str(milestone)}})
+    losses = curve_of("zero3", tmp_path / "branch", branch, 2).losses
+    differences = [abs(a - b) for a, b in zip(losses, expected.losses[SAVED_AT:], strict=True)]
+    assert max(differences) <= LOSS_TOLERANCE["fp32"]
+    assert weights_of(tmp_path / "stable"), "the stable run was not changed"
 
 
 @pytest.fixture(scope="module")

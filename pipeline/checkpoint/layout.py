@@ -35,6 +35,18 @@ def checkpoint_folder(run_folder: Path, step: int) -> Path:
     return run_folder / CHECKPOINTS_FOLDER / f"step_{step:08d}"
 
 
+def checkpoint_of_step(run_folder: Path, step: int) -> Path:
+    """Return the checkpoint of a step, or raise CheckpointError, which names the steps that have checkpoints."""
+    folder = checkpoint_folder(run_folder, step)
+    if not folder.is_dir():
+        steps = ", ".join(str(step_of(other)) for other in list_checkpoints(run_folder))
+        has = f"it has steps {steps}" if steps else "it has no checkpoints"
+        raise CheckpointError(
+            f"{run_folder}: no checkpoint of step {step}; {has} (checkpoint.keep_every_steps keeps milestones)"
+        )
+    return folder
+
+
 def is_checkpoint(path: Path) -> bool:
     """Return whether a folder is a checkpoint folder (and not a run folder). The checkpoint may be damaged."""
     return any((path / name).is_file() for name in (MANIFEST_FILE, STATE_FILE))
