@@ -21,8 +21,8 @@ def available_cores() -> int:
 def lock_bars_among_threads() -> None:
     """Replace the lock of tqdm's progress bars by a lock that works only among the threads of this process.
 
-    The lock that tqdm creates is a semaphore of the operating system. If a process is killed or ends without the
-    shutdown of the interpreter, as workers and ranks do, Python reports this semaphore as leaked.
+    The lock that tqdm creates is a semaphore of the operating system. Python reports this semaphore as leaked if a
+    process ends without shutting down the interpreter. Workers and ranks often end like this.
     """
     tqdm.set_lock(threading.RLock())
 

@@ -144,7 +144,7 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
 def byte_of_printable() -> dict[str, int]:
     """Return a dictionary from characters to bytes. GPT-2's vocabulary file writes each byte of a token as a character.
 
-    The file writes a printable byte as the character with the same number, and the other bytes as characters from
+    The file writes a printable byte as the character with the same number. It writes the other bytes as characters from
     U+0100 on.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]

@@ -122,7 +122,8 @@ class OutputFolder:
     def complete(self, *, encoder: str, engine: str) -> Manifest | None:
         """Write the manifest and remove the plan and the records.
 
-        Returns None if other processes share the folder, and one of them is still writing or a chunk is not finished.
+        If other processes share the folder, this call returns None as long as one of them is writing or a chunk is not
+        finished.
 
         Raises:
             DataError: the source has no document with text, or the folder is not writable.

@@ -61,11 +61,11 @@ def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) 
 
     There are three cases if all documents are in the same split:
 
-    1. At least two documents differ. The function moves the last document that does not repeat an earlier document to
-       the other split. Documents that are equal to the moved document are moved, too.
+    1. At least two documents differ. The function takes the last document that does not repeat an earlier document, and
+       moves it to the other split. Documents that are equal to the moved document are moved, too.
     2. The corpus is a single text. The function calls ``divide_text``.
-    3. The corpus is a single ``Dialogue``, or all of its documents are equal. They cannot be divided. They are used for
-       training, and the validation split stays empty.
+    3. The corpus is a single ``Dialogue``, or consists of several equal documents. It cannot be divided. All documents
+       are used for training, and the validation split stays empty.
     """
     held: list[AssignedDocument] = []  # the last document that repeats no earlier document, and all later documents
     seen: set[bytes] = set()

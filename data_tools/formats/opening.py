@@ -79,8 +79,8 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
 def recognize(path: Path) -> str:
     """Return the format of a file or folder.
 
-    A folder with a manifest is in our format. Files of Megatron, llm.c and numpy are recognized by the magic number at
-    the beginning of the file, and files of nanoGPT by their names, ``train.bin`` and ``val.bin``.
+    A folder with a manifest has the format of this project. Files of Megatron, llm.c and numpy begin with a magic
+    number. Files of nanoGPT have no such number and are recognized by their names, ``train.bin`` and ``val.bin``.
 
     Raises:
         DataError: the format cannot be recognized, or a file cannot be read.

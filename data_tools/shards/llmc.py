@@ -1,7 +1,7 @@
 """Read and write the header of shards of llm.c and modded-nanogpt.
 
-A shard has a header of 256 int32 (magic, version, number of tokens, zeros), followed by uint16 tokens, as defined in
-``dev/data/data_common.py`` of llm.c.
+A shard has a header of 256 int32 (magic, version, number of tokens, zeros), followed by uint16 tokens. The file
+``dev/data/data_common.py`` of llm.c defines this format.
 """
 
 from pathlib import Path

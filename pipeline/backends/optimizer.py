@@ -103,8 +103,8 @@ def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """Update the weights if the norm is finite. Otherwise, weights, moments and step count do not change.
 
-    On a GPU, fused AdamW itself reads on the device whether it must skip the update, so the host need not wait for the
-    norm.
+    On a GPU, this function does not wait for the norm. A flag on the device tells fused AdamW whether to skip the
+    update.
     """
     if norm.is_cuda and optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]

@@ -75,7 +75,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the manifest is missing or damaged, has a format version that this program does not read, or
-            names a file that is outside the checkpoint folder or does not belong to a checkpoint.
+            contains a file name that a checkpoint cannot have.
     """
     path = folder / MANIFEST_FILE
     if path.is_symlink():

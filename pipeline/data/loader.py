@@ -163,7 +163,7 @@ class Prefetcher:
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
-        """Return the result of :meth:`TrainLoader.micro_batches`, or raise the error that it raised in the thread."""
+        """Return the result of :meth:`TrainLoader.micro_batches`. Raise an error if reading in the thread raised it."""
         ahead, self._ahead = self._ahead, None
         batches = ahead[1].result() if ahead and ahead[0] == consumed else self._read(consumed)
         following = consumed + self._loader.plan.samples_per_step

@@ -261,9 +261,9 @@ def draw_shots(
     """Draw ``count`` few-shot examples per example from one random stream, in the same way as lm-evaluation-harness.
 
     Args:
-        spare: whether the pool also contains the examples to score. The function then draws one few-shot example more
-            than needed and removes the example to score, so that no prompt contains the answer to its own question.
-            lm-evaluation-harness does the same for tasks without a test split.
+        spare: whether the pool also contains the examples to score. In this case, the function draws one few-shot
+            example more than needed, and leaves out the example to score. No prompt then contains the answer to its own
+            question. lm-evaluation-harness does the same for tasks without a test split.
 
     Raises:
         DataError: the pool has fewer few-shot examples than needed.

@@ -63,9 +63,9 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
     To find the place of the split, the context is also encoded alone. If it then has n tokens, the first n tokens of
     the whole text are the context.
 
-    White space at the end of the context is moved to the continuation, because GPT-2 has tokens with white space before
-    a word, but not after it. An empty context becomes ``<|endoftext|>``. ``TemplateLM.loglikelihood`` and
-    ``_encode_pair`` of lm-evaluation-harness do the same.
+    White space at the end of the context is moved to the continuation, because a token of GPT-2 contains the space
+    before its word, not the space after it. An empty context becomes ``<|endoftext|>``. ``TemplateLM.loglikelihood``
+    and ``_encode_pair`` of lm-evaluation-harness do the same.
 
     Raises:
         DataError: the continuation has no token, or the context contains only white space.

@@ -149,7 +149,7 @@ def _parse_parquet(content: bytes, path: Path) -> list[Row]:
 
 
 def read_hub(data: HubData, world: World) -> Rows:
-    """Read a split of a dataset on the hub. The main rank downloads the dataset, and the other ranks read the cache.
+    """Read a split of a dataset on the hub. The main rank downloads it, then the other ranks read it from the cache.
 
     This call is collective: every rank must make it.
 

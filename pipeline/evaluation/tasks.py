@@ -29,8 +29,8 @@ TaskProtocol = ChoiceTask | ContinuationTask | TextTask
 def detokenize(page: str) -> str:
     """Return a WikiText article as ordinary text: ``1 @.@ 5 m ( 5 ft )`` becomes ``1.5 m (5 ft)``.
 
-    The rules and their order are copied from the task wikitext of lm-evaluation-harness, except for a rule about
-    numbers after an apostrophe, which never applies.
+    The rules and their order are copied from the task wikitext of lm-evaluation-harness. Its rule about numbers after
+    an apostrophe is left out, because this rule never applies.
     """
     page = page.replace("s '", "s'")
     for mark in "-,.":
@@ -136,7 +136,7 @@ _PROTOCOLS_BY_COLUMNS: tuple[tuple[set[str], TaskProtocol], ...] = (
 def check_tasks(
     tasks: Sequence[str], settings: Settings, files: Mapping[str, str], run_files: Mapping[str, str]
 ) -> None:
-    """Raise ConfigError if a task has no known name and no file, or if an option has no effect on any of the tasks.
+    """Raise ConfigError if a task is unknown and has no file, or if an option has no effect on any of the tasks.
 
     Args:
         files: task -> file, from ``--data``.

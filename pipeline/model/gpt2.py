@@ -138,7 +138,11 @@ class GPT2(nn.Module):
         return self.lm_head(self.hidden_states(tokens), method="logits")
 
     def score(self, batch: ScoringBatch) -> Tensor:
-        """Return each target's log-probability in nats and whether it is the argmax (1 or 0), (2, N) fp32."""
+        """Score the targets. Returns fp32 of shape (2, N), with one column per target.
+
+        The first row contains the log-probability of each target in nats. The second row is 1 if the target is the most
+        likely token, otherwise 0.
+        """
         hidden = self.hidden_states(
             batch.tokens,
             batch.positions,

@@ -56,7 +56,7 @@ class OutputLayer(nn.Linear):
         return self._padded_logits(hidden)[..., : self.vocab_size]
 
     def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return each target's log-probability and whether it is the argmax, (2, N) fp32.
+        """Score the targets. Returns fp32 of shape (2, N), as ``GPT2.score`` describes.
 
         Args:
             hidden: hidden states, (N, C).
@@ -109,7 +109,7 @@ class _CompiledCrossEntropy(torch.autograd.Function):
 
 
 def score_targets(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return each target's log-probability and whether the target is the argmax, (2, n) fp32, for logits (n, V)."""
+    """Score (n,) targets with logits of shape (n, V). Returns fp32 of shape (2, n), as ``GPT2.score`` describes."""
     logits = logits.float()  # also for argmax, which takes four times as long in bf16 on a CPU
     log_probabilities = torch.log_softmax(logits, dim=1).gather(1, targets.unsqueeze(1)).squeeze(1)
     return torch.stack((log_probabilities, (logits.argmax(1) == targets).float()))

@@ -92,8 +92,9 @@ class StepGuard:
     def judge(self, finished: FinishedStep) -> Verdict:
         """Return the verdict on a step and update the state.
 
-        Raises TrainingError if too many steps in a row were skipped, or if the step is a spike and the run has already
-        been rolled back ``guard.max_rollbacks`` times.
+        Raises:
+            TrainingError: too many steps in a row were skipped, or the run has reached ``guard.max_rollbacks`` and the
+                step is one more spike.
         """
         if not finished.scored_targets:
             self._count_without_targets(finished)
