@@ -13,7 +13,7 @@ from data_tools.formats.conversion import adopt_in_place, convert
 from data_tools.formats.inspection import first_documents, inspect
 from data_tools.formats.opening import AUTO, INPUT_FORMATS, open_collection
 from data_tools.formats.plan import OUTPUT_FORMATS, ConvertRequest
-from data_tools.shards.manifest import TRAIN_SPLIT, ShardRecord
+from data_tools.shards.manifest import MANIFEST_NAME, TRAIN_SPLIT, ShardRecord
 from data_tools.shards.verification import verify
 from launch.cli import ArgumentParser, positive_int, run_command
 from pipeline.distributed.failure import printable
@@ -158,12 +158,15 @@ def _convert_in_place(arguments: argparse.Namespace) -> None:
         if getattr(arguments, option) is not None:
             raise UserError(f"--in-place copies nothing, so it takes no --{option.replace('_', '-')}")
     progress = ProgressLines("read")
+    is_complete = (arguments.source / MANIFEST_NAME).exists()
     manifest = adopt_in_place(
         arguments.source, arguments.source_format, dict(arguments.split_of), arguments.workers, progress.advance
     )
-    print(f"{arguments.source}: manifest.json written")
+    done = f"already has a {MANIFEST_NAME}; nothing is left to do" if is_complete else f"{MANIFEST_NAME} written"
+    print(f"{arguments.source}: {done}")
     _print_splits(manifest.shards)
-    print(progress.summary())
+    if not is_complete:
+        print(progress.summary())
 
 
 def _print_splits(files: tuple[ShardRecord, ...]) -> None:

@@ -149,6 +149,10 @@ class ProgressDisplay(Observer):
         self._now = Contents()
         self._bar = tqdm(bar_format="{desc} [{elapsed}]", file=sys.stderr, disable=not sys.stderr.isatty())
 
+    def noticed(self, line: str) -> None:
+        """Print a line about the input."""
+        tqdm.write(line, file=sys.stderr)
+
     def planned(self, estimate: Estimate) -> None:
         """Print the estimate."""
         self._text_bytes = estimate.text_bytes

@@ -25,6 +25,9 @@ __all__ = ["Observer", "TokenizeRequest", "find_complete", "tokenize_corpus", "t
 class Observer:
     """Receives the estimate and the progress of a request. This base class does nothing with the values."""
 
+    def noticed(self, line: str) -> None:
+        """Receive a line about the input for the user, before ``planned``."""
+
     def planned(self, estimate: Estimate) -> None:
         """Receive the estimate before the first chunk starts. ``tokenize_share`` does not call this method."""
 
@@ -89,6 +92,8 @@ def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer:
         encoder = choose_encoder(request.encoder)
         output.plan(lambda: plan_chunks(source, request))
         job = Job(request, encoder, len(output.chunks) == 1, sha256_of_json(identity))
+        for line in source.notices():
+            observer.noticed(line)
         if share is None:
             chunks = output.chunks
             output.remove_leftovers()

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.arrays import TokenArray
-from data_tools.errors import DataError, one_line_read_errors, one_line_write_errors
+from data_tools.errors import DataError, list_names, one_line_read_errors, one_line_write_errors
 from data_tools.formats.collection import TokenCollection
 from data_tools.formats.flat_files import LLMC, NANOGPT, NPY, map_llmc_file, map_npy_file
 from data_tools.formats.opening import AUTO, open_collection
 from data_tools.formats.plan import DEFAULT_SHARD_TOKENS, ConvertRequest, PlannedFile, chunks, keeps_shards, plan_files
 from data_tools.shards.contents import Vocabulary
-from data_tools.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, SourceRecord, mask_file_of
+from data_tools.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, SourceRecord, load_manifest, mask_file_of
 from data_tools.shards.verification import verify
 from data_tools.shards.writer import OpenFormat, ShardWriter, write_flat
 from data_tools.storage.atomic import atomic_folder, write_json_durably
@@ -77,7 +77,7 @@ def adopt_in_place(
 ) -> Manifest:
     """Write a manifest into a folder of shards of llm.c or build-nanogpt, so that training can read the folder.
 
-    The shards do not change.
+    The shards do not change. If the folder has a manifest that names all its shards, return this manifest.
 
     Args:
         source_format: the format of the shards, or ``auto`` to recognize the format.
@@ -86,11 +86,11 @@ def adopt_in_place(
         advance: a function that is called with the bytes of files that were read since the last call.
 
     Raises:
-        DataError: the folder already has a manifest, contains no such shards, contains a damaged shard, or is not
-            writable.
+        DataError: the folder contains no such shards, contains a damaged shard, or is not writable. Or it has a
+            manifest, and the manifest does not name the same files or ``split_of`` is given.
     """
     if (folder / MANIFEST_NAME).exists():
-        raise DataError(f"{folder} already has a {MANIFEST_NAME}; nothing is left to do")
+        return _load_adopted(folder, split_of or {})
     if not folder.is_dir():
         raise DataError(f"--in-place: {folder} is not a folder")
     if not is_writable(folder):
@@ -110,6 +110,22 @@ def adopt_in_place(
     source = SourceRecord(format, options)
     manifest = Manifest(collection.tokenizer, source, {"format": format}, shards, made=_conversion_record(format))
     _write_manifest(folder, manifest)
+    return manifest
+
+
+def _load_adopted(folder: Path, split_of: Mapping[str, str]) -> Manifest:
+    """Return the manifest of a folder. Raises DataError if it does not name the folder's files, or splits are given."""
+    manifest = load_manifest(folder)
+    named = {name for shard in manifest.shards for name in (shard.file, shard.mask_file) if name}
+    suffixes = {Path(name).suffix for name in named}
+    present = {path.name for path in folder.iterdir() if path.suffix in suffixes and not path.name.startswith(".")}
+    again = f"delete {folder / MANIFEST_NAME} and repeat the command"
+    if split_of:
+        raise DataError(f"--split-of: the manifest of {folder} already names the splits; to change them, {again}")
+    if added := sorted(present - named):
+        raise DataError(f"{folder} has a {MANIFEST_NAME} that does not name {list_names(added)}; to add them, {again}")
+    if missing := sorted(named - present):
+        raise DataError(f"{folder} lacks {list_names(missing)}; copy them again, or to train without them, {again}")
     return manifest
 
 

@@ -11,6 +11,7 @@ import io
 import itertools
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ READ_BYTES = 1 << 20
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _KINDS = {**_COMPRESSIONS, ".parquet": "parquet"}
 _COMPRESSION_FACTOR = 4  # text is about four times as long as the compressed file
+
+_MAX_ENDINGS = 5  # in a message
 
 FileSizes = Sequence[tuple[str, int]]
 
@@ -70,10 +73,20 @@ class FileSource:
         """Find the files with ``find_files``. ``settings`` are all other options that the documents depend on."""
         self._inputs = inputs
         self._settings = settings
+        self._suffixes = suffixes
         self.files = find_files(inputs, suffixes)
 
     def options(self) -> dict[str, Any]:
         return {"inputs": list(self._inputs), **describe_files(self.files), **self._settings}
+
+    def notices(self) -> list[str]:
+        """Return a line about the files in input folders that have other endings. Returns no line without such files.
+
+        Raises:
+            DataError: an input folder cannot be read.
+        """
+        others = find_other_files(self._inputs, self._suffixes)
+        return [describe_skipped_files(others)] if others else []
 
     def text_bytes(self) -> int:
         return sum(_estimate_text_bytes(path, size) for path, size in self.files)
@@ -152,17 +165,54 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
     return tuple(files.items())
 
 
+def find_other_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
+    """Return the files in the folders among ``inputs`` that ``find_files`` does not return, because of their suffix.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    found: set[str] = set()
+    everything: set[str] = set()
+    for text in inputs if suffixes else ():
+        list_files = _list_remote if is_remote(text) else _list_local
+        with one_line_read_errors(text):
+            found.update(list_files(text, suffixes))
+            everything.update(list_files(text, ()))
+    return sorted(everything - found)
+
+
+def describe_skipped_files(paths: Sequence[str]) -> str:
+    """Return a line such as ``3 files with other endings skipped: .md (2), .py (1)``."""
+    endings = Counter(os.path.splitext(path)[1] or "without an ending" for path in paths)
+    most_common = sorted(endings.items(), key=lambda item: (-item[1], item[0]))[:_MAX_ENDINGS]
+    named = [f"{ending} ({count:,})" for ending, count in most_common]
+    more = len(endings) - len(named)
+    files = "file" if len(paths) == 1 else "files"
+    return f"{len(paths):,} {files} with other endings skipped: {', '.join(named)}" + (
+        f", {more:,} more" if more else ""
+    )
+
+
 def _find_local(text: str, suffixes: tuple[str, ...]) -> FileSizes:
+    return [(path, os.stat(path).st_size) for path in _list_local(text, suffixes)]
+
+
+def _list_local(text: str, suffixes: tuple[str, ...]) -> list[str]:
     if os.path.isdir(text):
         paths = walk_files(Path(text), suffixes)
     else:
         # The input may be a file whose name contains *, ? or [.
         matches = [text] if os.path.isfile(text) else glob.glob(text, recursive=True)
         paths = (Path(match) for match in matches if os.path.isfile(match))
-    return [(path.as_posix(), path.stat().st_size) for path in sorted(paths)]
+    return [path.as_posix() for path in sorted(paths)]
 
 
 def _find_remote(text: str, suffixes: tuple[str, ...]) -> FileSizes:
+    file_system, _ = fsspec.core.url_to_fs(text)
+    return [(path, int(file_system.size(path))) for path in _list_remote(text, suffixes)]
+
+
+def _list_remote(text: str, suffixes: tuple[str, ...]) -> list[str]:
     file_system, root = fsspec.core.url_to_fs(text)
     file_system.invalidate_cache()
     if glob.has_magic(root):
@@ -173,7 +223,7 @@ def _find_remote(text: str, suffixes: tuple[str, ...]) -> FileSizes:
     else:
         names = (path for path in file_system.find(root) if _is_visible(path, root))
         paths = sorted(path for path in names if not suffixes or path.endswith(suffixes))
-    return [(file_system.unstrip_protocol(path), int(file_system.size(path))) for path in paths]
+    return [file_system.unstrip_protocol(path) for path in paths]
 
 
 def walk_files(

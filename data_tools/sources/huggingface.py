@@ -1,5 +1,6 @@
 """Read datasets from the Hugging Face hub or a local folder with the library ``datasets``."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import DataError, list_names
-from data_tools.sources.files import Slice, describe_error, describe_files, find_files
+from data_tools.sources.files import (
+    Slice,
+    describe_error,
+    describe_files,
+    describe_skipped_files,
+    find_files,
+    find_other_files,
+)
 from data_tools.sources.jsonl import text_of_record
 from data_tools.sources.rows import OnBadRow, parse_rows, stop_at_bad_row
 from data_tools.storage.content import require_fetched
@@ -16,6 +24,17 @@ from data_tools.storage.content import require_fetched
 # Files that Dataset.save_to_disk and DatasetDict.save_to_disk write.
 _SAVED_DATASET = "state.json"
 _SAVED_DATASET_DICT = "dataset_dict.json"
+# The builder of a dataset with local data files -> the endings of these files.
+_ENDINGS = {
+    builder: tuple(ending + compression for ending in endings for compression in ("", ".gz", ".zst", ".bz2", ".xz"))
+    for builder, endings in {
+        "json": (".json", ".jsonl", ".ndjson"),
+        "parquet": (".parquet",),
+        "csv": (".csv", ".tsv"),
+        "text": (".txt",),
+        "arrow": (".arrow",),
+    }.items()
+}
 
 
 class HuggingFaceSource:
@@ -49,6 +68,18 @@ class HuggingFaceSource:
         with self._one_line_errors():
             rows = self._open() if self._is_saved() else None
             return None if rows is None else _text_bytes_of(rows, self._text_field)
+
+    def notices(self) -> list[str]:
+        """Return a line about the files of a local folder that ``datasets`` skips, because it reads files of one kind.
+
+        Returns no line for other datasets, and if the kind is not one of ``_ENDINGS``.
+        """
+        if not os.path.isdir(self._dataset) or self._is_saved():
+            return []
+        with self._one_line_errors():
+            endings = _ENDINGS.get(self._open().info.builder_name)
+        others = find_other_files((self._dataset,), endings) if endings else []
+        return [describe_skipped_files(others)] if others else []
 
     def slices(self, slice_bytes: int) -> list[Slice]:
         """Return ranges of rows for a dataset that ``save_to_disk`` wrote, and one slice per data file otherwise."""
@@ -101,6 +132,8 @@ class HuggingFaceSource:
         # Import datasets here, because the import takes a second and other sources do not need the library.
         import datasets
 
+        # This logger warns that a README.md in the folder has no metadata, which are not needed.
+        logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
         if not self._is_saved():
             return datasets.load_dataset(self._dataset, self._config, split=self._split, streaming=True)
         saved = datasets.load_from_disk(self._dataset)

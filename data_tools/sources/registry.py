@@ -33,6 +33,10 @@ class Source(Protocol):
         """Return the approximate bytes of text in the source, or None if the number is not known before reading it."""
         ...
 
+    def notices(self) -> list[str]:
+        """Return lines about the input for the user, such as the number of files that are skipped."""
+        ...
+
     def slices(self, slice_bytes: int) -> list[Slice]:
         """Return consecutive slices, each with about ``slice_bytes`` bytes of text if the files can be divided."""
         ...

@@ -36,6 +36,9 @@ class StandardLibrarySource:
     def text_bytes(self) -> int:
         return sum(size for _, size in self._files)
 
+    def notices(self) -> list[str]:
+        return []
+
     def slices(self, slice_bytes: int) -> list[Slice]:
         return [*group_files(self._files, slice_bytes), Slice(_TOPICS, 0, 1, 0)]
 

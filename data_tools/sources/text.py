@@ -14,7 +14,11 @@ from data_tools.sources.files import (
     group_files,
     open_decompressed,
 )
-from data_tools.sources.rows import OnBadRow, parse_rows, stop_at_bad_row
+from data_tools.sources.rows import BadRowError, OnBadRow, parse_rows, stop_at_bad_row
+from data_tools.storage.content import begins_as, describe_decoded
+from data_tools.storage.files import is_remote
+
+_MAX_HEADS = 1000  # how many files are opened to look for HTML before the work starts
 
 
 class TextSource(FileSource):
@@ -37,7 +41,18 @@ class TextSource(FileSource):
         return group_files(self.files, slice_bytes) if self._separator is None else super().slices(slice_bytes)
 
     def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
-        return parse_rows(self._read_bytes(piece), lambda row: decode_utf8(*row), on_bad_row)
+        return parse_rows(self._read_bytes(piece), lambda row: _decode_text(*row), on_bad_row)
+
+    def notices(self) -> list[str]:
+        """Return a line about the HTML pages among the first local files. Returns no line without such pages."""
+        local = [path for path, _ in self.files if not is_remote(path)][:_MAX_HEADS]
+        pages = [path for path in local if begins_as(path, "html")]
+        if not pages:
+            return []
+        return [
+            f"{len(pages):,} of {len(local):,} files begin as HTML pages, such as {pages[0]}: their tags are tokenized "
+            "as text; if you do not want this, extract the text of the pages first"
+        ]
 
     def _read_bytes(self, piece: Slice) -> Iterator[tuple[bytes, str, int]]:
         """Yield bytes, file and offset of the documents that begin in the slice.
@@ -59,6 +74,17 @@ class TextSource(FileSource):
             if offset >= stop:
                 return
             yield content, piece.path, offset
+
+
+def _decode_text(content: bytes, path: str, offset: int) -> str:
+    """Decode a document that begins at ``offset`` bytes in the decompressed file.
+
+    Raises:
+        BadRowError: the document is not valid UTF-8, or the file begins as a tar archive or as text in UTF-16.
+    """
+    if offset == 0 and content and (found := describe_decoded(content)):
+        raise BadRowError(f"{path} {found}")
+    return decode_utf8(content, path, offset)
 
 
 def _first_beginning(piece: Slice, separator: bytes) -> int:

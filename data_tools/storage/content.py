@@ -10,6 +10,8 @@ _HEAD_BYTES = 512
 _SHORTEST_UTF16 = 4  # bytes; fewer do not tell
 # A pointer has fewer bytes than this, says the specification of git-lfs.
 LARGEST_POINTER_BYTES = 1024
+_TAR_MAGIC, _TAR_MAGIC_OFFSET = b"ustar", 257
+_DECODED_KINDS = ("tar", "zeros", "utf-16")
 _POINTER_BEGINNING = b"version https://git-lfs.github.com/"
 _POINTER = "is a git-lfs pointer, not the file itself; fetch the file with: git lfs pull"
 #: By kind, the first bytes of a file, and what to say about it.
@@ -28,9 +30,13 @@ _KINDS: dict[str, tuple[tuple[bytes, ...], str]] = {
     "arrow": ((b"ARROW1",), "is an Arrow file; give the folder that save_to_disk wrote to --source hf"),
     "npy": ((b"\x93NUMPY",), "is an array of numpy"),
     "html": (
-        (b"<!DOCTYPE", b"<!doctype", b"<html", b"<HTML"),
+        (b"<!doctype html", b"<html"),  # in lower case, after blanks
         "is an HTML page, probably an error page that was saved in place of the file; download it again",
     ),
+    # Kinds that have no characteristic beginning.
+    "empty": ((), "is empty (0 bytes); copy or download it again"),
+    "zeros": ((), "begins with zeros only, as after an interrupted copy; copy or download it again"),
+    "tar": ((), "is a tar archive; extract the files in it"),
     "utf-32": ((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff"), "is text in UTF-32; save it as UTF-8"),
     "utf-16": ((b"\xff\xfe", b"\xfe\xff"), "is text in UTF-16; save it as UTF-8"),
 }
@@ -43,18 +49,36 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
     kind, if the kind is one of ``expected`` (keys of ``_KINDS``), or if the file cannot be read.
     """
     head = _read_head(path)
-    if head is None:
-        return None
+    kind = None if head is None else _recognize(head)
+    return None if kind is None or kind in expected else _KINDS[kind][1]
+
+
+def describe_decoded(content: bytes) -> str | None:
+    """Return the end of an error message about bytes that are valid UTF-8, but not text.
+
+    These are tar archives, zeros, and ASCII text in UTF-16. Returns None for text.
+    """
+    kind = _recognize(content[:_HEAD_BYTES])
+    return _KINDS[kind][1] if kind in _DECODED_KINDS else None
+
+
+def _recognize(head: bytes) -> str | None:
+    """Return the kind of a file with these first bytes, a key of ``_KINDS``, or None if they do not show the kind."""
     if not head:
-        return "is empty (0 bytes); copy or download it again"
+        return "empty"
     if not head.strip(b"\0") and len(head) > 1:
-        return "begins with zeros only, as after an interrupted copy; copy or download it again"
+        return "zeros"
     if _is_utf16_without_mark(head):
-        return _KINDS["utf-16"][1]
-    for kind, (beginnings, description) in _KINDS.items():
-        if head.startswith(beginnings):
-            return None if kind in expected else description
-    return None
+        return "utf-16"
+    if head[_TAR_MAGIC_OFFSET:].startswith(_TAR_MAGIC):
+        return "tar"
+    return next((kind for kind in _KINDS if _begins(head, kind)), None)
+
+
+def _begins(head: bytes, kind: str) -> bool:
+    if kind == "html":
+        head = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return head.startswith(_KINDS[kind][0])
 
 
 def _is_utf16_without_mark(head: bytes) -> bool:
@@ -68,7 +92,7 @@ def _is_utf16_without_mark(head: bytes) -> bool:
 def begins_as(path: Path | str, kind: str) -> bool:
     """Return whether a file begins like files of ``kind``. Returns True for URLs and for files that cannot be read."""
     head = _read_head(path)
-    return head is None or head.startswith(_KINDS[kind][0])
+    return head is None or _begins(head, kind)
 
 
 def _read_head(path: Path | str) -> bytes | None:

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data_tools.errors import DataError, json_type
-from data_tools.storage.content import describe_content, require_fetched
+from data_tools.storage.content import describe_content, describe_decoded, require_fetched
 from pipeline.distributed.world import World
 
 Row = dict[str, Any]
@@ -88,11 +88,14 @@ def as_json(value: object) -> str:
     return textwrap.shorten(json.dumps(value, ensure_ascii=False, default=str), 60, placeholder=" ...")
 
 
-def read_file(path: Path) -> Rows:
+def read_file(path: Path, *, by_line: bool = False) -> Rows:
     """Read the rows of a file.
 
     A ``.jsonl`` or ``.json`` file contains one object per line, or one array of objects. A ``.parquet`` file contains a
     table. Any other file is read as UTF-8 text, and becomes one row with the only column ``text``.
+
+    Args:
+        by_line: make one row per line of a text file, without the blanks at its end. Blank lines are left out.
 
     Raises:
         DataError: the file cannot be read or is empty.
@@ -110,13 +113,21 @@ def read_file(path: Path) -> Rows:
         rows = _parse_parquet(content, path)
     else:
         try:
-            rows = [{"text": content.decode("utf-8")}]
+            text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             reason = describe_content(path, "html") or f"is not UTF-8 text: {error.reason} at byte {error.start}"
             raise DataError(f"{path} {reason}") from error
+        if found := describe_decoded(content):
+            raise DataError(f"{path} {found}")
+        rows = _lines_of(text) if by_line else [{"text": text}]
     if not rows or rows == [{"text": ""}]:
         raise DataError(f"{path} is empty")
     return Rows(rows, str(path), hashlib.sha256(content).hexdigest())
+
+
+def _lines_of(text: str) -> list[Row]:
+    lines = (line.rstrip() for line in text.removeprefix("\ufeff").split("\n"))
+    return [{"text": line} for line in lines if line]
 
 
 def _parse_lines(content: bytes, path: Path) -> list[Row]:

@@ -64,6 +64,7 @@ class NamedTask:
 
     protocol: TaskProtocol
     hub: HubData
+    by_line: bool = False  # whether each line of a text file is an example
 
 
 _HARNESS = "lm-evaluation-harness"
@@ -86,6 +87,7 @@ NAMED_TASKS: dict[TaskName, NamedTask] = {
     "lambada": NamedTask(
         ContinuationTask(f"{_HARNESS} lambada_openai: the last word, greedy and by log-likelihood", examples.lambada),
         HubData("EleutherAI/lambada_openai", "default", "test"),
+        by_line=True,
     ),
     "hellaswag": NamedTask(_multiple_choice("hellaswag", examples.hellaswag), _HELLASWAG),
     "hellaswag_completion": NamedTask(
@@ -181,7 +183,7 @@ def prepare_task(name: str, path: str | None, settings: Settings, model: ModelCo
     settings = settings.of(name)
     named = NAMED_TASKS.get(cast(TaskName, name))
     if path is not None:
-        rows = pool = read_file(Path(path))
+        rows = pool = read_file(Path(path), by_line=named is not None and named.by_line)
         spare_shot = True
     else:
         assert named is not None, f"{name} needs a file"

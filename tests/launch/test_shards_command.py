@@ -120,6 +120,8 @@ def test_training_from_llmcs_shards_in_place(run: Run, tmp_path: Path) -> None:
     succeeded(run("convert", folder, "--out", tmp_path / "npy", "--to", "npy"))
     written = succeeded(run("convert", folder, "--in-place"))
     assert "manifest.json written" in written and "2,300 tokens" in written
+    again = succeeded(run("convert", folder, "--in-place"))
+    assert "already has a manifest.json; nothing is left to do" in again and "2,300 tokens" in again
 
     def losses(data: Path) -> list[float]:
         changes: Sections = {
@@ -181,7 +183,7 @@ def test_mistakes_are_one_line(run: Run, ours: Path, tmp_path: Path) -> None:
     refused(run("convert", ours, "--out", out, "--to", "npy", "--name", "x"), "--name is for --to llmc")
     refused(run("convert", ours, "--out", out, "--to", "llmc", "--name", "../x"), "--name", "'../x'")
     refused(run("convert", ours, "--in-place", "--out", out), "--in-place", "takes no --out")
-    refused(run("convert", ours, "--in-place"), "already has a manifest.json")
+    refused(run("convert", ours, "--in-place", "--split-of", "x=val"), "--split-of", "delete")
     refused(run("convert", ours, "--out", ours, "--to", "npy"), "is not empty")
     below_a_file = ours / "manifest.json" / "out"
     refused(

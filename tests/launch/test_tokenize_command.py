@@ -57,6 +57,16 @@ def test_it_prints_the_estimate_and_what_it_wrote_and_where(tmp_path: Path, run_
     assert contents(tmp_path / "data") == before
 
 
+def test_it_names_the_files_that_it_skips_once(tmp_path: Path, run_process: Command) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.jsonl").write_bytes(json_lines(varied_documents(20)))
+    (tmp_path / "corpus" / "b.xyz").touch()
+    ended = run_process("--source", "jsonl", "--input", "corpus", "--out", "data", "--workers", 2)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.splitlines()[0] == "1 file with other endings skipped: .xyz (1)"
+    assert ended.stderr.count("skipped") == 1
+
+
 def test_without_validation_documents_it_warns(tmp_path: Path, run_process: Command) -> None:
     (tmp_path / "corpus.txt").write_text("one")
     ended = run_process("--source", "text", "--input", "corpus.txt", "--out", "data")

@@ -253,10 +253,30 @@ class TestInPlace:
             adopt_in_place(folder, "npy")
         assert adopt_in_place(folder, "llmc").source.kind == "llmc"
 
-    def test_only_llmcs_folders_without_a_manifest(self, folder: Path) -> None:
-        adopt_in_place(folder)
-        with pytest.raises(DataError, match=r"already has a manifest\.json"):
+    def test_the_command_can_be_repeated(self, folder: Path) -> None:
+        manifest = adopt_in_place(folder)
+        before = (folder / "manifest.json").stat()
+        assert adopt_in_place(folder).content_sha256() == manifest.content_sha256()
+        assert (folder / "manifest.json").stat() == before
+
+    def test_a_manifest_that_does_not_name_the_shards_is_refused_with_the_cure(self, folder: Path) -> None:
+        splits = adopt_in_place(folder).splits()
+        with pytest.raises(DataError, match=r"--split-of: .* to change them, delete .*manifest\.json and repeat"):
+            adopt_in_place(folder, split_of={"fineweb_val_000000.bin": "train"})
+        shard = folder / "fineweb_train_000002.bin"
+        added = folder / "fineweb_train_000006.bin"
+        added.write_bytes(shard.read_bytes())
+        with pytest.raises(DataError, match=r"does not name fineweb_train_000006\.bin; to add them, delete"):
             adopt_in_place(folder)
+        (folder / "manifest.json").unlink()
+        assert {record.file for record in adopt_in_place(folder).shards} >= {added.name, shard.name}
+        shard.unlink()
+        with pytest.raises(DataError, match=r"lacks fineweb_train_000002\.bin; copy them again"):
+            adopt_in_place(folder)
+        (folder / "manifest.json").unlink()
+        assert adopt_in_place(folder).splits() == splits
+
+    def test_only_folders_of_llmcs_shards(self, folder: Path) -> None:
         with pytest.raises(DataError, match="is not a folder"):
             adopt_in_place(folder / "fineweb_val_000000.bin")
         write_sound(folder / "other", "nanogpt")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
+import tarfile
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -48,6 +50,20 @@ def refusal(source: str, *inputs: Path | str, **options: Any) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+@pytest.mark.parametrize("source", ["jsonl", "parquet", "instructions"])
+def test_files_of_a_folder_that_are_skipped_are_counted(tmp_path: Path, source: str) -> None:
+    ending = "parquet" if source == "parquet" else "jsonl"
+    for name in (f"a.{ending}", "b.xyz", "sub/c.xyz", "README", "d.jsonl.bz2", ".hidden", ".git/x.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    expected = ["4 files with other endings skipped: .xyz (2), .bz2 (1), without an ending (1)"]
+    assert source_of(source, tmp_path).notices() == expected
+    assert source_of(source, tmp_path, tmp_path / "sub" / "c.xyz").notices() == [
+        "3 files with other endings skipped: .bz2 (1), .xyz (1), without an ending (1)"
+    ]
+    assert source_of(source, tmp_path / f"a.{ending}").notices() == []
 
 
 # Text
@@ -122,6 +138,31 @@ def test_small_files_are_grouped(tmp_path: Path) -> None:
         (6, 9),
         (9, 10),
     ]
+
+
+@pytest.mark.parametrize("options", [{}, {"document_separator": "\n"}])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_files_that_are_valid_utf8_but_not_text_are_refused(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("member.txt"))
+    for content, message in (
+        (buffer.getvalue(), "is a tar archive; extract the files in it"),
+        (("Some text.\n" * 9).encode("utf-16-le"), "is text in UTF-16; save it as UTF-8"),
+    ):
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        assert refusal("text", tmp_path / name, **options) == f"{tmp_path / name} {message}"
+
+
+def test_html_pages_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in (("a.txt", "<p>"), ("b.txt", "\n<!DOCTYPE html>"), ("c.txt", "<html>")):
+        (tmp_path / name).write_text(content)
+    [line] = source_of("text", tmp_path).notices()
+    assert line.startswith(f"2 of 3 files begin as HTML pages, such as {tmp_path / 'b.txt'}: their tags are tokenized")
+    assert documents("text", tmp_path) == ["<p>", "\n<!DOCTYPE html>", "<html>"]
+    monkeypatch.setattr(text_module, "_MAX_HEADS", 2)
+    assert source_of("text", tmp_path).notices()[0].startswith("1 of 2 files")
+    assert not source_of("text", tmp_path / "a.txt").notices()
 
 
 @pytest.mark.parametrize(("source", "options"), [("jsonl", {}), ("text", {"document_separator": "\n\n"})])
@@ -387,6 +428,23 @@ def test_a_dataset_saved_to_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("hub_offline")
+def test_files_of_a_dataset_that_are_skipped_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        content = json_lines(DOCUMENTS[:2])
+        (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert source_of("hf", folder).notices() == []
+    (folder / "README.md").write_text("No metadata.")
+    (folder / "c.parquet").touch()
+    notices = source_of("hf", folder).notices()
+    assert notices == ["2 files with other endings skipped: .md (1), .parquet (1)"]
+    assert documents("hf", folder) == DOCUMENTS[:2] * 2
+    assert "metadata" not in caplog.text + capfd.readouterr().err, "the library's warning about README.md is silent"
+
+
 def test_dataset_faults_are_named(tmp_path: Path) -> None:
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset" / "train.jsonl").write_bytes(b'{"body": "a"}\n')
@@ -489,6 +547,13 @@ def test_json_lines_at_a_url(bucket: Callable[[str, bytes], str], slice_bytes: i
     bucket("a/1.jsonl", json_lines(DOCUMENTS) + b"{}\n")
     message = refusal("jsonl", "memory://bucket/a/1.jsonl", slice_bytes=slice_bytes)
     assert "/bucket/a/1.jsonl:31: no field 'text'" in message
+
+
+def test_files_at_a_url_that_are_skipped_are_counted(bucket: Callable[[str, bytes], str]) -> None:
+    bucket("skipped/b.xyz", b"")
+    folder = bucket("skipped/a.jsonl", json_lines(DOCUMENTS[:1])).removesuffix("a.jsonl")
+    assert source_of("jsonl", folder).notices() == ["1 file with other endings skipped: .xyz (1)"]
+    assert source_of("jsonl", f"{folder}*").notices() == []
 
 
 def test_text_and_parquet_at_a_url(bucket: Callable[[str, bytes], str], tmp_path: Path) -> None:

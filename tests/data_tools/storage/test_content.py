@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from data_tools.formats.plan import ConvertRequest
 from data_tools.shards.manifest import load_manifest
 from data_tools.shards.reader import open_split
 from data_tools.sources import SourceRequest, open_source
-from data_tools.storage.content import describe_content, require_fetched
+from data_tools.storage.content import describe_content, describe_decoded, require_fetched
 from pipeline.checkpoint.layout import read_json_object
 from pipeline.checkpoint.pieces import open_tensors
 from pipeline.config.loading import load_config
@@ -33,6 +34,13 @@ POINTER = (
 TEXT = b'{"text": "A line of JSON."}\n' * 50
 
 
+def tar_bytes() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.txt"))
+    return buffer.getvalue()
+
+
 def npy_bytes() -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.arange(9, dtype=np.uint16))
@@ -43,13 +51,15 @@ def npy_bytes() -> bytes:
     ("content", "expected"),
     [
         (POINTER, "git-lfs pointer, not the file itself; fetch the file with: git lfs pull"),
-        (gzip.compress(TEXT), "compressed by gzip"),
+        (gzip.compress(TEXT, mtime=0), "compressed by gzip"),
         (pa.Codec("zstd").compress(TEXT, asbytes=True), "compressed by zstd"),
         (b"PK\x03\x04....", "zip archive"),
         (npy_bytes(), "array of numpy"),
         (b"", "is empty"),
         (bytes(600), "zeros only"),
         (b"<!DOCTYPE html><html>", "HTML page"),
+        (b"\xef\xbb\xbf\n <HTML><body>", "HTML page"),
+        (tar_bytes(), "tar archive; extract the files in it"),
         ("text".encode("utf-16"), "text in UTF-16; save it as UTF-8"),
         ("text".encode("utf-16-le"), "text in UTF-16; save it as UTF-8"),
         ("text".encode("utf-16-be"), "text in UTF-16; save it as UTF-8"),
@@ -67,9 +77,22 @@ def test_nothing_is_said_of_other_content(tmp_path: Path) -> None:
     assert describe_content(tmp_path / "file") is None
     assert describe_content(tmp_path / "missing") is None
     assert describe_content("s3://bucket/file") is None
-    (tmp_path / "file").write_bytes(gzip.compress(TEXT))
+    (tmp_path / "file").write_bytes(gzip.compress(TEXT, mtime=0))
     assert describe_content(tmp_path / "file", "gzip") is None
     require_fetched(tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", [tar_bytes(), "text".encode("utf-16-le"), "text".encode("utf-16-be"), bytes(600)])
+def test_bytes_that_are_valid_utf8_but_not_text(content: bytes) -> None:
+    content.decode("utf-8")
+    assert describe_decoded(content)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "\0", "a\0", "ab", "ustar", "<html>", "a\0b", "PAR1", "%PDF-", TEXT.decode()]
+)
+def test_short_and_odd_texts_are_texts(text: str) -> None:
+    assert describe_decoded(text.encode()) is None
 
 
 def read_source(source: str) -> Callable[[Path], object]:
@@ -123,19 +146,24 @@ def test_a_shard_that_is_a_pointer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "name", "content", "expected"),
     [
-        ("text", "a.txt", gzip.compress(TEXT), "a.txt is compressed by gzip; decompress it, or let the name"),
-        ("jsonl", "a.jsonl", gzip.compress(TEXT), "a.jsonl is compressed by gzip"),
+        ("text", "a.txt", gzip.compress(TEXT, mtime=0), "a.txt is compressed by gzip; decompress it, or let the name"),
+        ("jsonl", "a.jsonl", gzip.compress(TEXT, mtime=0), "a.jsonl is compressed by gzip"),
         ("jsonl", "a.jsonl", pa.Codec("zstd").compress(TEXT, asbytes=True), "a.jsonl is compressed by zstd"),
-        ("instructions", "a.json", gzip.compress(b'[{"instruction": "a", "output": "b"}]'), "is compressed by gzip"),
+        (
+            "instructions",
+            "a.json",
+            gzip.compress(b'[{"instruction": "a", "output": "b"}]', mtime=0),
+            "is compressed by gzip",
+        ),
         ("jsonl", "a.jsonl.gz", TEXT, "it is not compressed by gzip, though its name says so; rename it"),
         ("jsonl", "a.jsonl.zst", TEXT, "it is not compressed by zstd, though its name says so; rename it"),
         ("jsonl", "a.jsonl.gz", b"", "a.jsonl.gz is empty (0 bytes)"),
-        ("jsonl", "a.jsonl.gz", gzip.compress(TEXT)[:-1], "a.jsonl.gz"),
-        ("jsonl", "a.jsonl.gz", gzip.compress(TEXT)[:-9], "a.jsonl.gz"),
-        ("jsonl", "a.jsonl.gz", gzip.compress(TEXT) + b"more", "a.jsonl.gz"),
+        ("jsonl", "a.jsonl.gz", gzip.compress(TEXT, mtime=0)[:-1], "a.jsonl.gz"),
+        ("jsonl", "a.jsonl.gz", gzip.compress(TEXT, mtime=0)[:-9], "a.jsonl.gz"),
+        ("jsonl", "a.jsonl.gz", gzip.compress(TEXT, mtime=0) + b"more", "a.jsonl.gz"),
         ("jsonl", "a.jsonl", "{}".encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
         ("jsonl", "a.jsonl", b"<!DOCTYPE html>\n", "is an HTML page"),
-        ("parquet", "a.parquet", gzip.compress(TEXT), "it is compressed by gzip"),
+        ("parquet", "a.parquet", gzip.compress(TEXT, mtime=0), "it is compressed by gzip"),
         ("parquet", "a.parquet", b"", "it is empty (0 bytes)"),
         ("text", "a.html", b"<html>caf\xe9</html>", "byte 9 (0xe9) is not valid UTF-8"),
     ],
@@ -151,9 +179,9 @@ def test_sources_name_what_a_file_holds(tmp_path: Path, source: str, name: str, 
 @pytest.mark.parametrize("content", [TEXT, TEXT * 2000, b'{"text": "x"}'])
 def test_zeros_after_a_gzip_file_are_ignored(tmp_path: Path, content: bytes, zeros: int) -> None:
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(content))
+    path.write_bytes(gzip.compress(content, mtime=0))
     sound = read_source("jsonl")(path)
-    path.write_bytes(gzip.compress(content) + bytes(zeros))
+    path.write_bytes(gzip.compress(content, mtime=0) + bytes(zeros))
     assert read_source("jsonl")(path) == sound
 
 

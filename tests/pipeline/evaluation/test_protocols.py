@@ -174,3 +174,11 @@ def test_a_text_longer_than_the_context_is_refused_before_scoring(scorer: Scorer
         prepare_task("own", str(path), Settings(), scorer.model, ALONE)
     with pytest.raises(ConfigError, match="--stride 5: .*rows.jsonl has no texts"):
         prepare_task("own", str(path), Settings(stride=5), scorer.model, ALONE)
+
+
+def test_lambada_as_text_has_one_passage_per_line(scorer: Scorer, tmp_path: Path) -> None:
+    rows = write_lines(tmp_path / "rows.jsonl", LAMBADA)
+    (tmp_path / "passages.txt").write_text("".join(f"{row['text']}\n" for row in LAMBADA))
+    figures, figures_of_lines = (measure(scorer, "lambada", path) for path in (rows, tmp_path / "passages.txt"))
+    assert figures_of_lines["examples"] == len(LAMBADA)
+    assert {**figures_of_lines, "data": "", "data_sha256": ""} == {**figures, "data": "", "data_sha256": ""}

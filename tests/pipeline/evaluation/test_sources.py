@@ -25,6 +25,23 @@ def test_parquet_holds_the_same_rows_as_json_lines(tmp_path: Path) -> None:
     )
 
 
+def test_each_line_of_a_text_file_is_a_row(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffA first passage \r\n\n  A second one\u2028is one line\n".encode())
+    rows = read_file(tmp_path / "a.txt", by_line=True).rows
+    assert rows == [{"text": "A first passage"}, {"text": "  A second one\u2028is one line"}]
+    [whole] = read_file(tmp_path / "a.txt").rows
+    assert whole["text"].encode() == (tmp_path / "a.txt").read_bytes()
+    (tmp_path / "a.txt").write_text("\n \n")
+    with pytest.raises(DataError, match="is empty"):
+        read_file(tmp_path / "a.txt", by_line=True)
+
+
+def test_text_in_utf16_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("A text without a mark.".encode("utf-16-le"))
+    with pytest.raises(DataError, match="a.txt is text in UTF-16; save it as UTF-8"):
+        read_file(tmp_path / "a.txt")
+
+
 def test_an_invalid_parquet_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR")
     with pytest.raises(DataError, match="a.parquet is not a whole Parquet file"):
