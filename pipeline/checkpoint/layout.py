@@ -36,7 +36,11 @@ def checkpoint_folder(run_folder: Path, step: int) -> Path:
 
 
 def checkpoint_of_step(run_folder: Path, step: int) -> Path:
-    """Return the checkpoint of a step, or raise CheckpointError, which names the steps that have checkpoints."""
+    """Return the checkpoint of a step.
+
+    Raises:
+        CheckpointError: the run has no checkpoint of this step. The message names the steps of its checkpoints.
+    """
     folder = checkpoint_folder(run_folder, step)
     if not folder.is_dir():
         steps = ", ".join(str(step_of(other)) for other in list_checkpoints(run_folder))
