@@ -95,7 +95,10 @@ def run_stage(stage: str, launcher: list[str], script: str, options: list[str]) 
 
 @contextmanager
 def _signals_belong_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Leave signals to a process, which may save first: ignore Ctrl-C, which the process also gets; forward SIGTERM."""
+    """Leave signals to a process, which may save before it ends.
+
+    Ignore Ctrl-C, because the process receives it, too. Forward SIGTERM to the process.
+    """
     handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda number, _: process.send_signal(number)}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:

@@ -86,8 +86,9 @@ def adopt_in_place(
         advance: a function that is called with the bytes of files that were read since the last call.
 
     Raises:
-        DataError: the folder contains no such shards, contains a damaged shard, or is not writable. Or it has a
-            manifest, and the manifest does not name the same files or ``split_of`` is given.
+        DataError: the folder contains no such shards, contains a damaged shard, or is not writable. If the folder has a
+            manifest already: the manifest does not name the same files as the folder contains, or ``split_of`` is
+            given.
     """
     if (folder / MANIFEST_NAME).exists():
         return _load_adopted(folder, split_of or {})

@@ -106,7 +106,7 @@ class _Pieces:
         self._starts = self._ends - lengths
 
     def copy_into(self, windows: Mapped, starts: CountArray) -> None:
-        """Copy the values from ``starts``, shape (B,), on into the rows of ``windows``, shape (B, T).
+        """Copy the values that begin at ``starts``, shape (B,), into the rows of ``windows``, shape (B, T).
 
         The caller must check that the windows are within the stream.
         """

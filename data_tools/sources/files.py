@@ -80,7 +80,9 @@ class FileSource:
         return {"inputs": list(self._inputs), **describe_files(self.files), **self._settings}
 
     def notices(self) -> list[str]:
-        """Return a line about the files in input folders that have other endings. Returns no line without such files.
+        """Return a list with a line about skipped files, which have other endings than this source reads.
+
+        The list is empty if no file in an input folder is skipped.
 
         Raises:
             DataError: an input folder cannot be read.
@@ -166,7 +168,7 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
 
 
 def find_other_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
-    """Return the files in the folders among ``inputs`` that ``find_files`` does not return, because of their suffix.
+    """Return the files in the input folders that ``find_files`` skips because they have none of the suffixes.
 
     Raises:
         DataError: a folder cannot be read.

@@ -70,9 +70,10 @@ class HuggingFaceSource:
             return None if rows is None else _text_bytes_of(rows, self._text_field)
 
     def notices(self) -> list[str]:
-        """Return a line about the files of a local folder that ``datasets`` skips, because it reads files of one kind.
+        """Return a list with a line about skipped files in a local folder.
 
-        Returns no line for other datasets, and if the kind is not one of ``_ENDINGS``.
+        ``datasets`` reads only files of one kind in a folder. The list is empty if no file is skipped, if the kind is
+        not in ``_ENDINGS``, or if the dataset is not a folder of data files.
         """
         if not os.path.isdir(self._dataset) or self._is_saved():
             return []

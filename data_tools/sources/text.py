@@ -44,7 +44,7 @@ class TextSource(FileSource):
         return parse_rows(self._read_bytes(piece), lambda row: _decode_text(*row), on_bad_row)
 
     def notices(self) -> list[str]:
-        """Return a line about the HTML pages among the first local files. Returns no line without such pages."""
+        """Return a list with a line about HTML pages. It is empty if the first local files contain no such pages."""
         local = [path for path, _ in self.files if not is_remote(path)][:_MAX_HEADS]
         pages = [path for path in local if begins_as(path, "html")]
         if not pages:

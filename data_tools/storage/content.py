@@ -54,9 +54,9 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
 
 
 def describe_decoded(content: bytes) -> str | None:
-    """Return the end of an error message about bytes that are valid UTF-8, but not text.
+    """Return the end of an error message if bytes are valid UTF-8, but not text. Returns None for text.
 
-    These are tar archives, zeros, and ASCII text in UTF-16. Returns None for text.
+    Tar archives, zeros and ASCII text in UTF-16 are recognized.
     """
     kind = _recognize(content[:_HEAD_BYTES])
     return _KINDS[kind][1] if kind in _DECODED_KINDS else None

@@ -31,8 +31,8 @@ class FsdpBackend(TorchBackend):
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
         """Reduce gradients only in the last micro-step, and keep gathered weights until then.
 
-        Weights do not change between micro-steps, so what stays gathered between the forward and the backward pass also
-        stays gathered until the next micro-step. This needs no memory that the passes do not need.
+        Weights do not change between micro-steps. Weights that stay gathered between the forward and the backward pass
+        therefore also stay gathered until the next micro-step. This does not increase the peak memory.
         """
         assert isinstance(self.compute, FSDPModule)
         self.compute.set_requires_gradient_sync(enabled)

@@ -142,7 +142,10 @@ class Mixture:
 
 
 def _huffman_tree(shares: Sequence[Fraction]) -> _Fork | int:
-    """Return the root of the tree. The leaves are indices of datasets. Of equal weights, join the older node first."""
+    """Return the root of the tree. Its leaves are indices of datasets.
+
+    Always join the two nodes with the smallest weights. If weights are equal, take the older node first.
+    """
     denominator = math.lcm(*(share.denominator for share in shares))
     heap: list[tuple[int, int, _Fork | int]] = [
         (int(share * denominator), index, index) for index, share in enumerate(shares)

@@ -95,7 +95,8 @@ def read_file(path: Path, *, by_line: bool = False) -> Rows:
     table. Any other file is read as UTF-8 text, and becomes one row with the only column ``text``.
 
     Args:
-        by_line: make one row per line of a text file, without the blanks at its end. Blank lines are left out.
+        by_line: whether each line of a text file becomes a row. Blanks at the end of a line are removed, and blank
+            lines are left out.
 
     Raises:
         DataError: the file cannot be read or is empty.

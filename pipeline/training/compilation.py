@@ -56,9 +56,9 @@ def _decide(config: Config, world: World, plan: BatchPlan, model: GPT2, start: P
 def measure_micro_step(model: GPT2, config: Config, plan: BatchPlan) -> float:
     """Measure the seconds of the forward and backward pass of one micro-batch on a CPU, without compilation.
 
-    Only some sequences of a micro-batch are computed, several times. The shortest time is multiplied to get the time
-    of the whole micro-batch. The weights and the state of the random numbers do not change, and the model has no
-    gradients afterwards.
+    This function computes only some sequences of a micro-batch, several times. It scales the shortest time in
+    proportion to the number of sequences in the micro-batch. The weights and the state of the random numbers do not
+    change, and the model has no gradients afterwards.
     """
     sequences = min(plan.micro_batch_size, max(1, _TIMED_TOKENS // plan.seq_len))
     compute = replicated_compute(model, config.run.precision, torch.device("cpu"))

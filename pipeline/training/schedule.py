@@ -40,8 +40,8 @@ def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
 def format_schedule(config: Config) -> str:
     """Return the schedule in words and as a bar chart of the learning rate.
 
-    The chart has one line per ``max_steps / CHART_ROWS`` steps, and one line each for the end of the warm-up and the
-    start of the decay. A line also contains the number of tokens that the run has trained on before this step.
+    The lines of the chart divide the run into ``CHART_ROWS`` equal ranges of steps. Two more lines show the end of the
+    warm-up and the start of the decay. A line also contains the number of tokens before its step.
     """
     schedule = config.schedule
     spread = {schedule.max_steps * row // CHART_ROWS for row in range(CHART_ROWS + 1)}
