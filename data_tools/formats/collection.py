@@ -55,7 +55,7 @@ class TokenCollection:
         tokenizer: the tokenizer of the tokens. For files of other programs, this is assumed to be GPT-2's tokenizer.
         source: the origin of the tokens. A manifest that is written for these tokens contains this record.
         splits: the splits by name.
-        manifest: the manifest of a folder in our format, otherwise None.
+        manifest: the manifest of a folder of this project, otherwise None.
     """
 
     path: Path

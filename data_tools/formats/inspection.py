@@ -77,7 +77,7 @@ class FolderReport:
 def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> FolderReport:
     """Return a report of tokens of any format. Takes the same arguments as ``open_collection``.
 
-    This call reads no tokens. It returns a report for a folder in our format even if shards are damaged.
+    This call reads no tokens. For a folder of this project, it returns a report even if shards are damaged.
 
     Raises:
         DataError: ``path`` does not exist, the format cannot be recognized, or the manifest or a file of another

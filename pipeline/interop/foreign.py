@@ -141,7 +141,7 @@ def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, T
 
 
 def canonical_name(key: str) -> str:
-    """Return our name for a parameter. The key may have the prefixes of wrappers and the prefix ``transformer.``."""
+    """Return the canonical name for a key, which may have prefixes of wrappers and the prefix ``transformer.``."""
     while prefix := next(filter(key.startswith, _WRAPPER_PREFIXES), None):
         key = key.removeprefix(prefix)
     return key.removeprefix(TRANSFORMER_PREFIX)
@@ -180,8 +180,8 @@ def require_sizes(where: str, weights: Mapping[str, Tensor], sizes: Mapping[str,
 
     Args:
         where: the file or section that contains the sizes, for the error message.
-        sizes: our name -> size.
-        keys: our name -> name of the size in the file.
+        sizes: name of a size in ``ModelConfig`` -> size.
+        keys: name of a size in ``ModelConfig`` -> its name in the file.
     """
     width = sizes["n_embd"]
     for name, key in (("wte.weight", "vocab_size"), ("wpe.weight", "context_length")):

@@ -1,4 +1,4 @@
-"""Import nanoGPT's ``ckpt.pt``: weights, AdamW's moments, and the settings that also exist in our run config.
+"""Import nanoGPT's ``ckpt.pt``: weights, AdamW's moments, and the settings that also exist in a run config.
 
 The file holds a dict: ``model`` (a state dict), ``optimizer`` (AdamW's), ``model_args``, ``iter_num`` and ``config``.
 build-nanogpt's ``model_*.pt`` has the sizes in ``config`` and the step in ``step``. Matrices have the same orientation
@@ -56,7 +56,7 @@ def import_nanogpt(path: Path, run_folder: Path) -> Conversion:
     Raises:
         CheckpointError: the file is not a ``ckpt.pt``, is damaged, contains code, or has a wrong tensor; or
             ``write_new_run`` raises CheckpointError.
-        ConfigError: a setting in the file is not valid in our config, or another process is using the run folder.
+        ConfigError: a setting in the file is not valid in a run config, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)
     file = open_nanogpt_file(path)
@@ -110,7 +110,7 @@ def _stored_shapes(stored: ModelConfig, model_args: Section) -> dict[str, list[i
 
 
 def _translate_config(file: NanoGptFile, model: ModelConfig, run_folder: Path, notes: list[str]) -> Config:
-    """Return a run config with the settings of the file. All other settings have our defaults."""
+    """Return a run config with the settings of the file. All other settings have their defaults."""
     given = file.settings.content
     beta1, beta2 = OptimizerConfig().betas
     sections: dict[str, dict[str, Any]] = {
@@ -134,7 +134,10 @@ def _translate_config(file: NanoGptFile, model: ModelConfig, run_folder: Path, n
 
 
 def _translate_schedule(settings: Section, notes: list[str]) -> dict[str, Any]:
-    """Return a schedule with the same learning rates. Our runs end with the cosine, but nanoGPT can train longer."""
+    """Return a schedule with the same learning rates.
+
+    The run ends at the end of the decay, even if nanoGPT would train longer at the lowest learning rate.
+    """
     default, max_iters = ScheduleConfig(), settings.get("max_iters", int)
     if settings.content.get("decay_lr") is False:
         return {"warmup_steps": 0, "max_steps": max_iters or default.max_steps, "min_lr_ratio": 1.0}

@@ -1,4 +1,4 @@
-"""Open the weights of one of our checkpoints, of a Hugging Face folder, or of a file of nanoGPT."""
+"""Open the weights of a checkpoint of this project, of a Hugging Face folder, or of a file of nanoGPT."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -62,7 +62,7 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
     Raises:
         CheckpointError: the model cannot be found, is not a GPT-2, or is damaged; or ``write_new_run`` raises
             CheckpointError.
-        ConfigError: a setting of the model is not valid in our config, or another process is using the run folder.
+        ConfigError: a setting of the model is not valid in a run config, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)
     folder = find_folder(source)

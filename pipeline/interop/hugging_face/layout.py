@@ -78,7 +78,7 @@ def to_generation_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def from_config_json(content: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    """Return our model section for a ``config.json``, and append messages for the user to ``notes``.
+    """Return the section ``model`` of a run config for a ``config.json``. Append messages for the user to ``notes``.
 
     Raises:
         CheckpointError: the model is not a GPT-2. The message names the key that differs.
