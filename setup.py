@@ -26,6 +26,7 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "packaging>=23",
+        "psutil>=5.9",  # deepspeed requires it too
     ],
     extras_require={
         "cluster": ["ray>=2.40"],
@@ -37,7 +38,6 @@ setup(
             "fsspec[http]>=2024.2",
             "hypothesis>=6.100",
             "matplotlib>=3.9",
-            "psutil>=5.9",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

@@ -6,6 +6,7 @@ from pipeline.errors import ConfigError
 
 _RANK, _WORLD_SIZE, _LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 _MASTER_ADDR, _MASTER_PORT = "MASTER_ADDR", "MASTER_PORT"
+_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch still reads the older, second name
 _LAUNCHER_VARIABLES = (_RANK, _WORLD_SIZE, _LOCAL_RANK, "LOCAL_WORLD_SIZE", _MASTER_ADDR, _MASTER_PORT)
 
@@ -102,6 +103,14 @@ def requested_threads() -> int | None:
     text = os.environ.get("OMP_NUM_THREADS", "")
     is_torchrun_default = text == "1" and launch_id() is not None and launched_world_size() > 1
     return int(text) if text.isdecimal() and int(text) > 0 and not is_torchrun_default else None
+
+
+def set_gloo_interface(name: str) -> bool:
+    """Set the network interface that gloo uses, unless the user has set one. Returns whether it was set."""
+    if _GLOO_INTERFACE in os.environ:
+        return False
+    os.environ[_GLOO_INTERFACE] = name
+    return True
 
 
 def set_openmp_threads(threads: int) -> None:

@@ -23,6 +23,7 @@ from pipeline.distributed.environment import (
     launched_world_size,
     set_launcher_variables,
 )
+from pipeline.distributed.interface import choose_gloo_interface
 from pipeline.distributed.progress import Progress
 from pipeline.distributed.rendezvous import open_store
 from pipeline.errors import ConfigError, MainRankError
@@ -181,6 +182,8 @@ def _start_process_group(world: World) -> Store | None:
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     device_id = world.device if world.device.type == "cuda" else None
     store = open_store(world.rank, world.size, COLLECTIVE_TIMEOUT)
+    if world.size > 1:
+        choose_gloo_interface(PrefixStore("interface", store), world.rank, world.size)
     dist.init_process_group(
         backend,
         store=PrefixStore("process_group", store),

@@ -3,6 +3,7 @@
 The two ranks run this file: ``torchrun -m pipeline.doctor.communication cpu``.
 """
 
+import ipaddress
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from torch.cuda import nccl
 
 from pipeline.config.schema import RunConfig
 from pipeline.distributed.environment import launcher_variables, unset_command
+from pipeline.distributed.interface import interface_of
 from pipeline.distributed.world import join_world
 from pipeline.doctor.findings import Finding
 
@@ -33,14 +35,17 @@ def check_collectives() -> Finding:
 
 
 def check_host_name() -> Finding:
-    """Check that this machine's name has an address."""
+    """Check that this machine's name has an address of this machine, because torchrun gives this name to the ranks."""
     name = socket.gethostname()
+    cure = f'echo "127.0.1.1 {name}" >> /etc/hosts; for several nodes: docs/multi-node.md, "When ranks do not connect"'
     try:
         address = socket.gethostbyname(name)
     except OSError as error:
-        cure = f'echo "127.0.0.1 {name}" >> /etc/hosts (on several nodes: the address that the other nodes reach)'
         return Finding("host name", "problem", f"{name} has no address ({error}), so ranks cannot connect", cure)
-    return Finding("host name", "ok", f"{name} is {address}")
+    if interface_of(address) or ipaddress.ip_address(address).is_loopback:
+        return Finding("host name", "ok", f"{name} is {address}")
+    says = f"{name} is {address}, which is no address of this machine, so ranks may not connect"
+    return Finding("host name", "note", says, cure)
 
 
 def check_port() -> Finding:
@@ -77,7 +82,7 @@ def check_ranks() -> Finding:
     except subprocess.TimeoutExpired:
         _stop(process)
         says = f"on {device} they did not connect within {RANKS_TIMEOUT_S} s"
-        cure = "check the firewall, or choose the interface: export GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo"
+        cure = "check the firewall; on one machine: export GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo"
         return Finding("two ranks", "problem", says, cure)
     if process.returncode:
         reason = next((line for line in stderr.splitlines() if "Error" in line), f"status {process.returncode}")

@@ -169,6 +169,13 @@ class TestCommunication:
         finding = communication.check_host_name()
         assert finding.level == "problem" and "/etc/hosts" in finding.cure
 
+    @pytest.mark.parametrize(("address", "level"), [("127.0.1.1", "ok"), ("203.0.113.7", "note")])
+    def test_the_address_of_the_host_name(self, monkeypatch: pytest.MonkeyPatch, address: str, level: str) -> None:
+        """Debian's 127.0.1.1 is fine, because ranks on several nodes choose another interface."""
+        monkeypatch.setattr(socket, "gethostbyname", lambda _: address)
+        finding = communication.check_host_name()
+        assert finding.level == level and address in finding.says
+
     def test_a_port_in_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with socket.socket() as taken:
             taken.bind(("", 0))

@@ -1,0 +1,68 @@
+"""Choose the network interface through which gloo connects the ranks of several nodes.
+
+By default, gloo uses the address of the host's own name. On Debian and Ubuntu, this address is 127.0.1.1, which other
+nodes cannot reach. Under NCCL, too, gloo carries the collectives of checkpoints and signals.
+"""
+
+import ipaddress
+import json
+import logging
+import socket
+from contextlib import suppress
+
+import psutil
+from torch._C._distributed_c10d import Store
+
+from pipeline.distributed.environment import master_address, set_gloo_interface
+
+log = logging.getLogger(__name__)
+
+
+def choose_gloo_interface(store: Store, rank: int, size: int) -> None:
+    """Let gloo use the interface that leads to the other nodes. Does nothing if all ranks are on one node.
+
+    This call is collective: every rank must make it, before it creates a process group. If the user has set
+    ``GLOO_SOCKET_IFNAME``, the choice does not change.
+    """
+    addresses = _exchange(store, rank, size, own=own_address_towards(*master_address()))
+    reachable = [address for address in addresses if not _is_loopback(address)]
+    if len(set(addresses)) == 1 or not reachable:
+        return
+    own = addresses[rank]
+    if _is_loopback(own):  # the store is on this node
+        own = own_address_towards(reachable[0], port=1)
+    if (interface := interface_of(own)) and set_gloo_interface(interface):
+        log.info("network   gloo uses %s (%s), which leads to the other nodes", interface, own)
+
+
+def own_address_towards(host: str, port: int) -> str:
+    """Return the address of this host from which packets to another host start, or "" if no route leads there."""
+    with suppress(OSError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
+            with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.connect(address)  # sends nothing, because this is UDP
+                own: str = probe.getsockname()[0]
+                return own
+    return ""
+
+
+def interface_of(address: str) -> str | None:
+    """Return the name of the network interface that has this address, or None."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in (each.address for each in addresses):
+            return str(name)
+    return None
+
+
+def _exchange(store: Store, rank: int, size: int, own: str) -> list[str]:
+    """Return the addresses of all ranks. Rank 0 collects them, so that the number of requests grows with the ranks."""
+    store.set(f"address_{rank}", own)
+    if rank == 0:
+        collected = store.multi_get([f"address_{other}" for other in range(size)])
+        store.set("addresses", json.dumps([address.decode() for address in collected]))
+    addresses: list[str] = json.loads(store.get("addresses"))
+    return addresses
+
+
+def _is_loopback(address: str) -> bool:
+    return not address or ipaddress.ip_address(address).is_loopback
