@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data fuzz checkpoint-cost bench-data bench-loader bench-evaluation bench-train bench-generation plan-check clean
+.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data fuzz checkpoint-cost bench-data bench-loader bench-evaluation bench-train bench-generation plan-check wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -61,8 +61,13 @@ bench-generation: .venv/dev ## compare the generation speed on the CPU with tran
 plan-check: .venv/dev ## compare planned memory with measured peaks and with up to 4,096 ranks
 	$(BIN)/python -m benchmarks.planned_memory
 
+wheel: .venv/dev ## build the wheel in dist/ and check it
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation
+	$(BIN)/python -m twine check --strict dist/*.whl
+
 clean: ## remove the environment and caches; keep data and runs
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/bin/python:

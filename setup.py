@@ -1,14 +1,44 @@
 """Packaging. These are the version ranges that should work; constraints.txt has the exact versions that are tested."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).resolve().parent
+
+
+class BuildWithConfigs(build_py):
+    """Also copies the configs in ``ds_configs`` into the package, where ``pipeline.config.shipped`` finds them."""
+
+    def run(self) -> None:
+        """Copy the modules, then the configs."""
+        super().run()
+        if not self.editable_mode:
+            shipped = Path(self.build_lib, "pipeline", "config", "shipped")
+            shipped.mkdir(parents=True, exist_ok=True)
+            for config in (HERE / "ds_configs").glob("*.json"):
+                self.copy_file(str(config), str(shipped / config.name))
+
 
 setup(
     name="gpt2-pipeline",
     version="0.1.0",
     description="Tokenize, train and evaluate GPT-2; the same curve under DDP, FSDP and DeepSpeed ZeRO",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="MIT",
+    classifiers=[
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["data_tools*", "pipeline*", "launch*"]),
+    package_data={"launch": ["slurm/*"]},
+    cmdclass={"build_py": BuildWithConfigs},
+    entry_points={"console_scripts": ["gpt2-pipeline = launch.__main__:main"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8,<0.20",  # pipeline/backends/zero_state.py reads its private names
@@ -35,6 +65,7 @@ setup(
         "remote": ["fsspec[http]>=2024.2", "s3fs>=2024.2", "gcsfs>=2024.2"],
         "test": [
             "accelerate>=1.1",  # required by transformers.Trainer, which benchmarks use
+            "build>=1.2",
             "fsspec[http]>=2024.2",
             "hypothesis>=6.100",
             "matplotlib>=3.9",
@@ -42,7 +73,9 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ray>=2.40",
+            "setuptools>=70.1",  # builds wheels by itself
             "transformers>=4.45",
+            "twine>=6",
         ],
         "lint": ["ruff>=0.9", "mypy>=1.14"],
     },

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launch.plan import BACKENDS, CONFIGS, with_backend
+from launch.plan import BACKENDS, with_backend
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
 from pipeline.distributed.device import GIB
@@ -22,7 +22,7 @@ COLUMNS = {"24 GB": "rtx4090", "40 GB": "a100-40gb", "80 GB": "a100-80gb"}
 
 def rows_of(recipe: str) -> Iterator[str]:
     """Yield one row per world size: the fastest backend on each device, its micro-batch, GiB per rank, and time."""
-    config = load_config([CONFIGS / f"{recipe}.json"])
+    config = load_config([recipe])
     for world_size in WORLD_SIZES:
         cells = (describe_fastest(config, world_size, DEVICES[name]) for name in COLUMNS.values())
         yield f"| `{recipe}` | {world_size} | {' | '.join(cells)} |"

@@ -73,7 +73,11 @@ class ArgumentParser(argparse.ArgumentParser):
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--config``, ``--set`` and ``--deepspeed``, the options of every command with a run config."""
     parser.add_argument(
-        "--config", nargs="+", required=True, metavar="FILE", help="JSON run configs; later ones win over earlier ones"
+        "--config",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON run configs, or names of shipped ones such as zero1; later ones win over earlier ones",
     )
     parser.add_argument(
         "--set",

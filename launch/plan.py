@@ -19,9 +19,9 @@ from launch.cli import (
 )
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
+from pipeline.config.shipped import shipped_configs
 from pipeline.errors import ConfigError
 
-CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 BACKENDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -87,7 +87,7 @@ def _train_options(
     if micro_batch_size != config.batch.micro_batch_size:
         overrides.append(f"batch.micro_batch_size={micro_batch_size}")
     own = list(map(str, arguments.config))
-    backend = os.path.relpath(CONFIGS / f"{name}.json")
+    backend = os.path.relpath(shipped_configs()[name])
     candidates = [(own, arguments.deepspeed), ([backend, *own], None)]
     candidates.append(([backend if Path(file).stem in BACKENDS else file for file in own], None))
     for files, deepspeed in candidates:
@@ -162,7 +162,7 @@ def with_backend(config: Config, name: str) -> Config:
     DeepSpeed, the settings come from the file in ``ds_configs``. But if ``config`` already uses DeepSpeed with the same
     stage and the same offload as the file, ``config`` does not change.
     """
-    backend = load_config([CONFIGS / f"{name}.json"]).backend
+    backend = load_config([shipped_configs()[name]]).backend
     if config.backend.name == "deepspeed" and backend.name == "deepspeed":
         own, other = (config.backend.zero, backend.zero)
         same_kind = all(own.get(key) == other.get(key) for key in ("stage", "offload_optimizer", "offload_param"))

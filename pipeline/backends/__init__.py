@@ -5,6 +5,7 @@ from pipeline.backends.optimizer_state import Fragment
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.distributed.world import World
+from pipeline.errors import ConfigError
 from pipeline.model.gpt2 import GPT2
 
 __all__ = ["Backend", "Fragment", "cpu_adam_problem", "create_backend"]
@@ -23,7 +24,13 @@ def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -
         from pipeline.backends.fsdp import FsdpBackend
 
         return FsdpBackend(model, config, world)
-    from pipeline.backends.deepspeed_zero import create_deepspeed_backend
+    try:
+        from pipeline.backends.deepspeed_zero import create_deepspeed_backend
+    except ImportError as error:
+        raise ConfigError(
+            f"backend.name: deepspeed cannot be imported ({error}); install it with pip install deepspeed, or use ddp "
+            "or fsdp"
+        ) from None
 
     return create_deepspeed_backend(model, config, world, plan)
 

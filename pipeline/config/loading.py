@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 from data_tools.storage.content import describe_content
 from pipeline.config.deepspeed_keys import find_mistakes, keys_of_deepspeed
 from pipeline.config.schema import BackendConfig, Config
+from pipeline.config.shipped import find_config, shipped_configs
 from pipeline.errors import ConfigError
 
 # Replacements for messages of pydantic, which name types of Python instead of types of JSON.
@@ -42,14 +43,28 @@ def load_config(
     """Read, merge and validate a run config.
 
     Args:
-        files: JSON files. Later files override earlier files.
+        files: JSON files, or names of shipped configs such as ``zero1``. Later files override earlier files.
         overrides: texts of the form ``section.key=value``. A value that is not valid JSON is used as a string.
         deepspeed: a file with DeepSpeed's own JSON. It is merged over the section ``backend.deepspeed`` of ``files``.
 
     Raises:
         ConfigError: a file or an override cannot be read, or the merged config is not valid.
     """
-    sources = [(partial(_read_run_config, Path(file)), str(file)) for file in files]
+    config, _ = load_config_with_origins(files, overrides, deepspeed)
+    return config
+
+
+def load_config_with_origins(
+    files: Sequence[str | Path], overrides: Sequence[str] = (), deepspeed: str | Path | None = None
+) -> tuple[Config, dict[str, str]]:
+    """Load a config like ``load_config``, and also return where each key was set.
+
+    Returns:
+        The config; and the dotted keys that a file or an override sets, with the path of the last file that sets the
+        key, or ``--set``.
+    """
+    paths = [find_config(file) for file in files]
+    sources = [(partial(_read_run_config, path), str(path)) for path in paths]
     if deepspeed is not None:
         sources.append((partial(_read_native, Path(deepspeed)), str(deepspeed)))
     sources += [(partial(_parse_override, override), "--set") for override in overrides]
@@ -73,7 +88,8 @@ def config_from_json(content: dict[str, Any], origin: str) -> Config:
     Raises:
         ConfigError: the config is not valid.
     """
-    return _resolve([(content, origin)])
+    config, _ = _resolve([(content, origin)])
+    return config
 
 
 def dump_config(config: Config) -> dict[str, Any]:
@@ -97,15 +113,15 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _sections_in(argument)
 
 
-def _resolve(layers: Sequence[tuple[dict[str, Any], str]]) -> Config:
-    """Merge and validate pairs of content and origin."""
+def _resolve(layers: Sequence[tuple[dict[str, Any], str]]) -> tuple[Config, dict[str, str]]:
+    """Merge and validate pairs of content and origin. Returns the config, and the origin of each dotted key."""
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}  # dotted key -> origin
     for content, origin in layers:
         _merge(merged, content, origins, origin)
     mistakes = list(_find_mistakes(merged, origins))
     _refuse(mistakes)
-    return Config.model_validate(merged)
+    return Config.model_validate(merged), origins
 
 
 def _refuse(mistakes: list[str]) -> None:
@@ -275,6 +291,8 @@ def _find_origin(path: str, origins: dict[str, str]) -> str:
 
 
 def _suggest_file(path: Path) -> str:
+    if path.stem in shipped_configs():
+        return f"; for the config that comes with the program, give its name: {path.stem}"
     candidates = {p.stem: p for p in sorted(path.parent.glob("*.json"))} if path.parent.is_dir() else {}
     nearest = difflib.get_close_matches(path.stem, candidates, n=1)
     if nearest:

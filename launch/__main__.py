@@ -1,0 +1,76 @@
+"""Run any command of the pipeline: ``gpt2-pipeline COMMAND ...``, or ``python -m launch COMMAND ...``."""
+
+import pkgutil
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import NoReturn
+
+from data_tools.errors import UserError
+from launch.cli import run_command
+
+DISTRIBUTION = "gpt2-pipeline"
+
+#: Command -> (module in ``launch``, options that come first, description).
+COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "quickstart": ("run", ("--config", "ddp", "quickstart"), "tokenize, train, evaluate and sample a small GPT-2"),
+    "run": ("run", (), "run all stages of one config"),
+    "tokenize": ("tokenize_corpus", (), "turn text into token shards"),
+    "train": ("train", (), "train with one process; for several: torchrun -m launch.train, deepspeed --module"),
+    "evaluate": ("evaluate", (), "score a checkpoint"),
+    "generate": ("generate", (), "complete prompts"),
+    "export": ("export", (), "export to Hugging Face, or import a model"),
+    "report": ("report", (), "show runs as an HTML page"),
+    "checkpoint": ("checkpoint", (), "inspect, verify, prune or convert checkpoints"),
+    "shards": ("shards", (), "inspect, verify or convert token shards"),
+    "init": ("config", ("init",), "write a first run config"),
+    "config": ("config", (), "show a resolved config with the origin of each key"),
+    "plan": ("plan", (), "estimate memory, speed and days of a run"),
+    "doctor": ("doctor", (), "check this machine"),
+}
+
+
+def main() -> NoReturn:
+    """Run the command that the first argument names, and exit with the status of the command."""
+    run_command(lambda: run_subcommand(sys.argv[1:]))
+
+
+def run_subcommand(arguments: Sequence[str]) -> object:
+    """Import the module of a command and call its ``main``, as if the command had been started on its own.
+
+    Raises UserError if the first argument is neither a command nor ``--help`` or ``--version``.
+    """
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(_help())
+        return None
+    if name == "--version":
+        print(f"{DISTRIBUTION} {version(DISTRIBUTION)}")
+        return None
+    if name not in COMMANDS:
+        raise UserError(f"{name}: no such command; there are {', '.join(COMMANDS)}")
+    module, first_options, _ = COMMANDS[name]
+    shown_name = module if first_options else name  # first options belong to a command with the name of its module
+    sys.argv = [f"{DISTRIBUTION} {shown_name}", *first_options, *arguments[1:]]
+    run = pkgutil.resolve_name(f"launch.{module}:main")  # only this command's imports are paid for
+    return run()
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {description}" for name, (_, _, description) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {DISTRIBUTION} COMMAND [options]",
+            "",
+            "Tokenize, train and evaluate GPT-2; the same curve under DDP, FSDP and DeepSpeed ZeRO.",
+            "",
+            *lines,
+            "",
+            f"{DISTRIBUTION} COMMAND --help shows the options of a command, {DISTRIBUTION} --version the version.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

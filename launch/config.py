@@ -1,0 +1,99 @@
+"""Write a first run config, or show a resolved config with the origin of each key."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from data_tools.errors import UserError
+from data_tools.storage.files import dotted_keys
+from launch.cli import ArgumentParser, add_config_options, run_command
+from pipeline.config.loading import dump_config, load_config_with_origins
+from pipeline.config.schema import Config
+
+#: The keys that most runs set. ``init`` writes these keys with their defaults.
+FIRST_KEYS = (
+    "run.out_dir",
+    "run.precision",
+    "run.seed",
+    "model.preset",
+    "tokenize.source",
+    "tokenize.input",
+    "data.path",
+    "batch.tokens_per_step",
+    "batch.micro_batch_size",
+    "optimizer.learning_rate",
+    "schedule.name",
+    "schedule.warmup_steps",
+    "schedule.max_steps",
+    "backend.name",
+    "checkpoint.every_steps",
+    "evaluation.every_steps",
+    "evaluation.tasks",
+)
+
+
+def main() -> None:
+    """Parse the arguments and run the sub-command."""
+    parser = ArgumentParser(description=__doc__, example="python launch/config.py show --config zero1 quickstart")
+    commands = parser.add_subparsers(required=True, metavar="init|show")
+    for add_command in (_add_init, _add_show):
+        add_command(commands)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+def _add_init(commands: Any) -> None:
+    description = (
+        "Write a new run config with the keys that most runs set, at their defaults. docs/config.md explains every key."
+    )
+    example = "python launch/config.py init my_run.json"
+    parser = commands.add_parser("init", help="write a first config", description=description, example=example)
+    parser.add_argument("file", type=Path, metavar="FILE", help="a JSON file that does not exist yet")
+    parser.set_defaults(run=lambda arguments: write_first_config(arguments.file))
+
+
+def _add_show(commands: Any) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        config, origins = load_config_with_origins(arguments.config, arguments.set, arguments.deepspeed)
+        print(json.dumps(dump_config(config), indent=2) if arguments.json else format_config(config, origins))
+
+    description = "Show the config that a run would use: every key, its value, and the file or option that sets it."
+    example = "python launch/config.py show --config zero1 quickstart --set schedule.max_steps=500"
+    parser = commands.add_parser("show", help="show a resolved config", description=description, example=example)
+    add_config_options(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON, which --config accepts")
+    parser.set_defaults(run=run)
+
+
+def write_first_config(path: Path) -> None:
+    """Write a config with the keys of ``FIRST_KEYS`` at their defaults, and print the next commands.
+
+    Raises UserError if the file exists or cannot be written.
+    """
+    content: dict[str, dict[str, Any]] = {}
+    defaults = dump_config(Config())
+    for key in FIRST_KEYS:
+        section, name = key.split(".")
+        content.setdefault(section, {})[name] = defaults[section][name]
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+    except FileExistsError:
+        raise UserError(f"{path}: exists already; name a new file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name a file in a writable folder") from None
+    print(f"wrote {path}; docs/config.md explains every key")
+
+
+def format_config(config: Config, origins: dict[str, str]) -> str:
+    """Return one line per key: the key, its value as JSON, and its origin. A key that nothing sets has no origin."""
+    values = [(key, json.dumps(value)) for key, value in dotted_keys(dump_config(config))]
+    key_width = max(len(key) for key, _ in values)
+    value_width = min(max(len(value) for _, value in values), 40)
+    lines = [f"{key:<{key_width}}  {value:<{value_width}}  {origins.get(key, '')}".rstrip() for key, value in values]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

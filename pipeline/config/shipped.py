@@ -1,0 +1,21 @@
+"""Find the run configs that come with the program by their names, such as ``zero1``."""
+
+from pathlib import Path
+
+_IN_CHECKOUT = Path(__file__).resolve().parents[2] / "ds_configs"
+_IN_WHEEL = Path(__file__).resolve().parent / "shipped"  # setup.py copies the configs into this folder
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the paths of the configs in ``ds_configs`` by name, in alphabetical order."""
+    folder = _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_CHECKOUT
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def find_config(name: str | Path) -> Path:
+    """Return the path of a config: a file of this name, or else the shipped config of this name.
+
+    If there is neither, the function returns the name as a path.
+    """
+    path = Path(name)
+    return path if path.is_file() else shipped_configs().get(str(name), path)

@@ -1,0 +1,62 @@
+"""``gpt2-pipeline`` and ``python -m launch``: every command, and what is not a command."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from data_tools.errors import UserError
+from launch.__main__ import COMMANDS, run_subcommand
+from tests.support.runs import REPOSITORY
+
+NO_COMMANDS = {"__init__", "__main__", "cli"}
+
+
+def test_every_script_is_a_command() -> None:
+    scripts = {path.stem for path in (REPOSITORY / "launch").glob("*.py")} - NO_COMMANDS
+    assert {module for module, _, _ in COMMANDS.values()} == scripts
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_shows_its_own_help(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpt2-pipeline"])
+    with pytest.raises(SystemExit) as exit_:
+        run_subcommand([name, "--help"])
+    printed = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert printed.startswith("usage: gpt2-pipeline ")
+    module, _, _ = COMMANDS[name]
+    assert f"launch/{module}.py" in printed, "the example of the command"
+
+
+def test_the_options_reach_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpt2-pipeline"])
+    run_subcommand(["init", str(tmp_path / "my.json")])
+    run_subcommand(["config", "show", "--config", str(tmp_path / "my.json"), "--set", "run.seed=7"])
+    printed = capsys.readouterr().out
+    assert re.search(r"run\.seed +7 +--set", printed)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_without_a_command_all_are_listed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    run_subcommand(arguments)
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in COMMANDS)
+
+
+def test_the_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
+    run_subcommand(["--version"])
+    assert capsys.readouterr().out == f"gpt2-pipeline {version('gpt2-pipeline')}\n"
+
+
+def test_an_unknown_command_is_one_line() -> None:
+    with pytest.raises(UserError, match="trian: no such command; there are quickstart, run, tokenize, train"):
+        run_subcommand(["trian"])
