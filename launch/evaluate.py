@@ -6,6 +6,7 @@ from typing import TypeVar, get_args
 
 from launch.cli import ArgumentParser, add_checkpoint_options, positive_int, run_command, start_logging
 from pipeline.config.schema import TASK_NAME, Precision, RunConfig, TaskName
+from pipeline.distributed.heartbeat import heartbeat
 from pipeline.distributed.world import join_world
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.results import format_table
@@ -22,7 +23,8 @@ def main() -> None:
     start_logging()
     limits = dict(arguments.limit)
     settings = Settings(arguments.shots, limits.pop(EVERY_TASK, None), arguments.stride, limits)
-    with join_world(RunConfig(device=arguments.device), process_group=False) as world:
+    run = RunConfig(device=arguments.device, rank_timeout_s=arguments.rank_timeout)
+    with join_world(run, process_group=False) as world, heartbeat(world, run.rank_timeout_s):
         _, written = run_tasks(
             arguments.checkpoint,
             arguments.tasks,
@@ -96,6 +98,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for the results (default: evaluation/ in the run folder)"
+    )
+    parser.add_argument(
+        "--rank-timeout",
+        type=positive_int,
+        default=RunConfig().rank_timeout_s,
+        metavar="SECONDS",
+        help="end if a process is silent or makes no progress for this time (default: %(default)s)",
     )
     arguments = parser.parse_args()
     arguments.data = _by_task(parser, "--data", arguments.data)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -17,8 +18,9 @@ from torch.distributed import DistError
 from data_tools.errors import UserError
 from pipeline.distributed.failure import report, summarize
 from pipeline.distributed.progress import MainThread, Place, describe_places, find_stuck
+from pipeline.distributed.signals import SignalThread
 from pipeline.distributed.world import World
-from pipeline.errors import LostRankError
+from pipeline.errors import Interrupted, LostRankError
 
 Result = TypeVar("Result")
 
@@ -27,7 +29,7 @@ INTERVAL_S = 1.0
 _STORE_TIMEOUT_S = 10.0
 _VERDICT = "verdict"
 _LOST_STORE = "lost rank 0, or the launcher on its node"
-_CURE = "; run the same command again to continue from the last checkpoint"
+_CURE = "; run the same command again (training continues from the last checkpoint)"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Heartbeat:
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
+        self._world = world
         self.rank, self.size = world.rank, world.size
         self.timeout_s = timeout_s
         self._main_thread = MainThread(world.progress, is_patient=world.device.type == "mps")  # waits use no CPU time
@@ -68,6 +71,32 @@ class Heartbeat:
     def stop(self) -> None:
         """Stop the threads. Call this after a barrier, so that no other rank expects further heartbeats."""
         self._stopped.set()
+
+    @contextmanager
+    def explaining_sigterm(self) -> Iterator[None]:
+        """Name a lost rank before SIGTERM ends this process. The launcher sends SIGTERM to the remaining ranks."""
+        if self.size == 1:
+            yield
+            return
+        thread = SignalThread(self._end_after_sigterm)
+        thread.start()
+        before = signal.signal(signal.SIGTERM, handler := lambda *_: None)
+        try:
+            yield
+        finally:
+            if signal.getsignal(signal.SIGTERM) is handler:  # StopRequest may have replaced it for good
+                signal.signal(signal.SIGTERM, before)
+            thread.stop()
+
+    def _end_after_sigterm(self, number: int) -> None:
+        """End the process from another thread, because the main thread may wait for a lost rank without a limit."""
+        if number != signal.SIGTERM:
+            return
+        lost = find_lost(self._world)
+        if self._stopped.wait(INTERVAL_S):  # the main thread has reported an error
+            return
+        stopped = Interrupted("SIGTERM received: stopped", signal.SIGTERM)
+        os._exit(report(LostRankError(lost + _CURE) if lost else stopped))
 
     def _run(self) -> None:
         watched = [0] if self.rank else list(range(1, self.size))
@@ -139,14 +168,15 @@ class Heartbeat:
 def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
     """Watch all ranks inside the block. All ranks leave the block together. Errors are printed when they are raised."""
     watch = Heartbeat(world, timeout_s)
-    world.barrier()
-    watch.start()
-    try:
-        with failures_reported(world):
-            yield
-            world.barrier()
-    finally:
-        watch.stop()
+    with watch.explaining_sigterm():
+        world.barrier()
+        watch.start()
+        try:
+            with failures_reported(world):
+                yield
+                world.barrier()
+        finally:
+            watch.stop()
 
 
 @contextmanager

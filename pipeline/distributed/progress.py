@@ -1,9 +1,14 @@
 """Record the progress of each rank's main thread, and find stuck ranks.
 
-All ranks pass the same marks in the same order: the phases of a run, micro-batches, and collectives. The position of a
-rank is the number of marks that it has passed. A rank moves if it passes a mark or uses CPU time. A rank that waits
-for another rank in a collective does not move. A rank that waits for a dead file system does not move, either.
-``find_stuck`` therefore compares the ranks.
+All ranks pass the same marks in the same order: the phases of a run, micro-batches, batches of an evaluation, and
+collectives. The position of a rank is the number of marks that it has passed. A stuck rank shows one of two signs:
+
+- It is still: it passes no mark and uses no CPU time, for example because a file system does not answer.
+- It loops: it uses CPU time without passing a mark, for much longer than ever before between two marks. A program that
+  waits for a GPU also uses CPU time.
+
+A healthy rank that waits for another rank in a collective shows the same signs. ``find_stuck`` therefore compares the
+ranks.
 """
 
 import json
@@ -12,14 +17,20 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
 
 #: The longest time without a move in a phase that can wait without using CPU time: for a compiler, a download, a disk.
 PATIENCE_S = 600.0
+#: A rank loops if it has used this many times the CPU time that it has ever used between two marks. Work that repeats
+#: does not vary as much. CPU time does not grow if another program uses the CPU, but waiting for a shared GPU does.
+LOOP_FACTOR = 20.0
 #: A thread uses less than this share of a core if it only polls.
 _LEAST_CPU_SHARE = 0.01
+#: A function of one of these modules is active only while torch.compile compiles, also in later steps.
+_COMPILERS = ("torch._dynamo.convert_frame", "torch._inductor.compile_fx")
 
 
 class Progress:
@@ -29,24 +40,52 @@ class Progress:
         self.position = 0
         self.phase = "start"
         self.is_patient = True
+        self.repeats = False
         self.moves = 0
+        self.longest_s = 0.0  # the most CPU time between two marks of a phase that repeats
+        self.excused_s = 0.0  # the CPU time since the last mark that compiling took, set by the observer
+        self.marked_at_s = time.thread_time()  # the CPU time of the main thread at the last mark
 
-    def reach(self, phase: str, *, is_patient: bool = False) -> None:
+    def reach(self, phase: str, *, is_patient: bool = False, repeats: bool = True) -> None:
         """Begin a phase. All ranks must make the same calls in the same order.
 
         Args:
-            is_patient: whether a healthy rank may wait for minutes in this phase without using CPU time.
+            is_patient: whether a healthy rank may wait for minutes in this phase without using CPU time, or may use
+                more CPU time than in other phases.
+            repeats: whether the phase belongs to the work that repeats. Its CPU time between two marks then shows what
+                is usual.
         """
-        self.phase, self.is_patient = phase, is_patient
-        self.pass_mark()
+        self._restart_clock()
+        self.phase, self.is_patient, self.repeats = phase, is_patient, repeats
+        self.position += 1
 
     def pass_mark(self) -> None:
         """Count a mark within the phase that all ranks pass, such as a collective."""
+        self._restart_clock()
         self.position += 1
 
     def move(self) -> None:
         """Count a move that the other ranks need not make."""
+        self._restart_clock()
         self.moves += 1
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Allow long work inside the block that this rank does rarely. The other ranks need not do it."""
+        before = self.is_patient, self.repeats
+        self.move()
+        self.is_patient, self.repeats = True, False
+        try:
+            yield
+        finally:
+            self.move()
+            self.is_patient, self.repeats = before
+
+    def _restart_clock(self) -> None:
+        now = time.thread_time()
+        if self.repeats:
+            self.longest_s = max(self.longest_s, now - self.marked_at_s - self.excused_s)
+        self.marked_at_s, self.excused_s = now, 0.0
 
 
 @dataclass(frozen=True)
@@ -58,14 +97,21 @@ class Place:
     is_patient: bool
     still_s: float
     line: str  # the current line of source code
+    busy_s: float = 0.0  # the CPU time since the last mark; 0 in a patient phase
+    longest_s: float = 0.0  # the most CPU time between two marks so far; 0 if not known yet
 
     def to_json(self) -> str:
         """Return the place as JSON text, to send to another rank."""
         return json.dumps(asdict(self))
 
     def is_overdue(self, timeout_s: float) -> bool:
-        """Return whether the time since the last move is longer than the phase allows."""
-        return self.still_s > (max(timeout_s, PATIENCE_S) if self.is_patient else timeout_s)
+        """Return whether the rank has not moved, or has used CPU time without a mark, for longer than is healthy."""
+        allowed_s = max(timeout_s, PATIENCE_S) if self.is_patient else timeout_s
+        return self.still_s > allowed_s or self.loops(timeout_s)
+
+    def loops(self, timeout_s: float) -> bool:
+        """Return whether the rank has used much more CPU time since its last mark than ever before."""
+        return self.longest_s > 0 and self.busy_s > max(timeout_s, LOOP_FACTOR * self.longest_s)
 
 
 class MainThread:
@@ -76,7 +122,8 @@ class MainThread:
         self._is_patient = is_patient
         self._thread_id = threading.get_ident()
         self._seen = (progress.position, progress.moves)
-        self._cpu_s = self._used_cpu_s()
+        self._own_cpu_s = self._read_own_cpu_s()
+        self._cpu_s = self._read_cpu_s()
         self._still_s = 0.0
 
     def observe(self, elapsed_s: float) -> Place:
@@ -86,21 +133,38 @@ class MainThread:
             elapsed_s: the time since the last call, without the time in which the process was suspended.
         """
         progress = self._progress
-        seen, cpu_s = (progress.position, progress.moves), self._used_cpu_s()
+        seen, cpu_s, own_cpu_s = (progress.position, progress.moves), self._read_cpu_s(), self._read_own_cpu_s()
         has_moved = seen != self._seen or cpu_s - self._cpu_s > _LEAST_CPU_SHARE * elapsed_s
         self._still_s = 0.0 if has_moved else self._still_s + elapsed_s
-        self._seen, self._cpu_s = seen, cpu_s
-        is_patient = self._is_patient or progress.is_patient
-        return Place(progress.position, progress.phase, is_patient, self._still_s, self._line())
+        is_compiling = _is_compiling()
+        if is_compiling:
+            progress.excused_s += own_cpu_s - self._own_cpu_s
+        self._seen, self._cpu_s, self._own_cpu_s = seen, cpu_s, own_cpu_s
+        is_busy = not (progress.is_patient or is_compiling)
+        return Place(
+            progress.position,
+            progress.phase,
+            self._is_patient or progress.is_patient or is_compiling,
+            self._still_s,
+            self._line(),
+            own_cpu_s - progress.marked_at_s - progress.excused_s if is_busy else 0.0,
+            progress.longest_s,
+        )
 
     def stack(self) -> str:
         """Return the stack of the thread as text."""
         return "".join(traceback.format_stack(sys._current_frames().get(self._thread_id)))
 
-    def _used_cpu_s(self) -> float:
+    def _read_cpu_s(self) -> float:
         """Return the CPU time of the thread. If other threads may work, return that of the process."""
         if self._progress.is_patient or not hasattr(time, "pthread_getcpuclockid"):
             return time.process_time() - time.thread_time()  # without the time of the thread that observes
+        return self._read_own_cpu_s()
+
+    def _read_own_cpu_s(self) -> float:
+        """Return the CPU time of the thread, or 0 if the operating system does not tell it to another thread."""
+        if not hasattr(time, "pthread_getcpuclockid"):
+            return 0.0
         return time.clock_gettime(time.pthread_getcpuclockid(self._thread_id))
 
     def _line(self) -> str:
@@ -110,6 +174,17 @@ class MainThread:
             frame = frame.f_back
         frames = [each for each in (frame, innermost) if each]
         return " > ".join(dict.fromkeys(map(_describe_frame, frames)))
+
+
+def _is_compiling() -> bool:
+    """Return whether any thread compiles. The backward pass may run, and compile, in another thread."""
+    for frame in sys._current_frames().values():
+        inner: FrameType | None = frame
+        while inner:
+            if inner.f_globals.get("__name__") in _COMPILERS:
+                return True
+            inner = inner.f_back
+    return False
 
 
 def _describe_frame(frame: FrameType) -> str:
@@ -138,6 +213,15 @@ def describe_places(places: Mapping[int, Place], stuck: Sequence[int], names: Ma
     for (is_other, phase, line), ranks in sorted(groups.items(), key=lambda item: (item[0][0], len(item[1])))[:4]:
         named = ", ".join(f"rank {rank}" + ("" if is_other else f" ({names[rank]})") for rank in ranks[:4])
         more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
-        still = "" if is_other else f" not moved for {min(places[rank].still_s for rank in ranks):.0f} s,"
-        texts.append(f"{named}{more}:{still} in {phase} ({line})")
+        delay = "" if is_other else f" {_describe_delay([places[rank] for rank in ranks])},"
+        texts.append(f"{named}{more}:{delay} in {phase} ({line})")
     return "; ".join(texts)
+
+
+def _describe_delay(places: Sequence[Place]) -> str:
+    """Return the shortest time for which stuck ranks have made no progress, as text."""
+    still_s, busy_s = min(place.still_s for place in places), min(place.busy_s for place in places)
+    if still_s >= busy_s:
+        return f"not moved for {still_s:.0f} s"
+    usual_s = max(place.longest_s for place in places)
+    return f"no progress in {busy_s:.0f} s of CPU time (at most {usual_s:.2g} s before)"

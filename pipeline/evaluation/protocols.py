@@ -53,8 +53,9 @@ class PreparedTask:
         length = scorer.model.context_length
         truncated = sum(request.is_truncated(length) for group in self.groups for request in group)
         scores = scorer.score(self.groups, self.name)
-        examples = [{"task": self.name, **example} for example in self.describe(scores)]
-        return {**self.facts, **self.figures(scores), "truncated_requests": truncated}, examples
+        with scorer.world.progress.patience():
+            examples = [{"task": self.name, **example} for example in self.describe(scores)]
+            return {**self.facts, **self.figures(scores), "truncated_requests": truncated}, examples
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:

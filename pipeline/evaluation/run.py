@@ -98,6 +98,7 @@ def run_tasks(
     results: Results = {}
     examples: list[Figures] = []
     for task in tasks:
+        world.progress.reach(f"task {task}")
         if task == VALIDATION:
             name, result = task, _measure_validation(compute, config, splits, batch_size, world)
         else:
@@ -105,6 +106,7 @@ def run_tasks(
             name, result = prepared[task].name, {"precision": precision, **figures}
             examples += of_task
         results[name] = {"task": task, "checkpoint": str(loaded.checkpoint), "step": loaded.step, **result}
+    world.progress.reach("writing the results", is_patient=True, repeats=False)
     if not world.is_main:
         return results, []
     if keys := find_different_numbers(loaded.run_folder, loaded.step, config):

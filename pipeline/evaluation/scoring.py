@@ -61,9 +61,11 @@ class Scorer:
         requests = list(numbers)
         longest = max((len(request.continuation) for request in requests), default=0)
         assert longest <= self.model.context_length, "tasks refuse longer continuations when they are prepared"
-        trees = build_trees(new_in_groups, requests, self.model.context_length, self.model.reset_positions_at)
+        with self.world.progress.patience():
+            trees = build_trees(new_in_groups, requests, self.model.context_length, self.model.reset_positions_at)
+            batches = pack(trees, self.batch_tokens)
         with kernels_for_any_length():
-            sums = self._sum_scores(pack(trees, self.batch_tokens), len(requests), label)
+            sums = self._sum_scores(batches, len(requests), label)
         scores = [
             Score(log_likelihood, greedy_tokens == len(request.continuation))
             for request, (log_likelihood, greedy_tokens) in zip(requests, sums, strict=True)
@@ -85,6 +87,7 @@ class Scorer:
             disable=None if world.is_main else True,  # None shows the bar only on a terminal
         ) as progress:
             for first in range(0, len(batches), world.size):
+                world.progress.pass_mark()
                 turn = batches[first : first + world.size]  # one batch per rank
                 inputs, links = make_batch(turn[world.rank] if world.rank < len(turn) else idle)
                 scores = self.compute(_copy_batch(inputs, device), method="score").to(sums.dtype)  # (2, N)

@@ -68,6 +68,7 @@ def _mean_loss(backend: Backend, stream: TokenStream, config: Config, world: Wor
     batch_size, max_batches = config.batch.micro_batch_size, config.evaluation.max_batches
     sums = torch.zeros(2, dtype=summing_dtype(world.device), device=world.device)
     for batch in validation_batches(stream, config.seq_len, batch_size, world.rank, world.size, max_batches):
+        world.progress.pass_mark()
         sums[0] += backend(*batch.to(world.device), method="loss")
         sums[1] += batch.scored_targets
     loss_sum, targets = world.sum(sums).tolist()
@@ -101,6 +102,7 @@ def score_split(
         leave=False,
         disable=None if world.is_main else True,  # None shows the bar only on a terminal
     ):
+        world.progress.pass_mark()
         tokens, targets = batch.to(device)
         logits = compute(tokens, method="logits").float()
         sums = _sum_batch(logits, targets, stream.manifest.tokenizer.end_of_text, dtype)

@@ -194,6 +194,7 @@ def complete_while_training(backend: Backend, config: Config, world: World) -> s
     text = tokenizer.encode(sample.prompt).tolist()
     new: list[int] = []
     for _ in range(sample.max_new_tokens):
+        world.progress.pass_mark()
         window = torch.tensor([[*text, *new][-config.model.context_length :]], device=world.device)
         new.append(draw(backend(window, method="logits")[0, -1].float().cpu(), sample, generator))
     completion = TextStream(tokenizer.token_bytes, sample.stop)

@@ -2,14 +2,13 @@
 
 import os
 import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from pipeline.distributed.environment import launcher_name
+from pipeline.distributed.signals import SignalThread
 from pipeline.distributed.world import World
 
 #: Sent by schedulers, by Ctrl-C, by a terminal that closes, and by Slurm with --signal=USR1@120 before the time limit.
@@ -28,14 +27,14 @@ _LAUNCHER_NOTES = {
 class StopRequest:
     """Records signals, and tells all ranks if any rank has received a signal.
 
-    A thread reads the signals, because Python calls signal handlers only between two instructions of the main thread,
-    which may compile the model or wait for a collective for minutes. The thread answers at once.
+    A thread reads the signals and answers at once, also while the main thread compiles the model.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world.with_cpu_group()
         self.received = 0  # number of the signal that this rank has received, or 0; other ranks may not know it yet
         self._received_at = 0.0
+        self._is_agreed = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -44,11 +43,8 @@ class StopRequest:
         The handlers stay in place after a ``RuntimeError``, because a lost rank may be the cause. The launcher then
         sends SIGTERM to the remaining ranks, which must not end before they have named the lost rank.
         """
-        reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        thread = threading.Thread(target=self._read_signals, args=(reader,), name="signals", daemon=True)
+        thread = SignalThread(self._record)
         thread.start()
-        before_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         if before[signal.SIGHUP] == signal.SIG_IGN:  # nohup: the run must outlive the terminal
             del before[signal.SIGHUP]
@@ -62,24 +58,16 @@ class StopRequest:
             raise
         finally:
             if not stays:
+                if launcher_name() and (self.received or self._is_agreed):
+                    # The launcher's SIGTERM may come late, and must not hide the last line.
+                    before[signal.SIGTERM] = signal.SIG_IGN
                 for number, handler in before.items():
                     signal.signal(number, handler)
-                if self.received and launcher_name():  # its SIGTERM may come late, and must not hide the last line
-                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-                signal.set_wakeup_fd(before_fd)
-                self._writer.close()
-                thread.join()
-
-    def _read_signals(self, reader: socket.socket) -> None:
-        """Record each signal whose number arrives from the interpreter, until the other end is closed."""
-        with reader:
-            while numbers := reader.recv(64):
-                # The kernel delivers signals that arrive together in any order. A launcher's SIGTERM follows Ctrl-C.
-                for number in sorted(numbers):
-                    if number in STOP_SIGNALS:
-                        self._record(number)
+                thread.stop()
 
     def _record(self, number: int) -> None:
+        if number not in STOP_SIGNALS:
+            return
         now = time.monotonic()
         if not self.received:
             self.received, self._received_at = number, now
@@ -106,4 +94,5 @@ class StopRequest:
         This call is collective: every rank must make it.
         """
         number = self._world.max(self.received)
+        self._is_agreed = bool(number)
         return signal.Signals(number) if number else None

@@ -89,7 +89,8 @@ class Trainer:
         )
         self.record = RunRecord(config, is_main=world.is_main, resumed_step=state.step)
         self.profile = StepProfile(self.run_folder, world.device, config.logging.profile_steps if world.is_main else 0)
-        self._has_stepped = self._has_evaluated = False  # in this process; the first time may compile
+        self._steps_here = 0  # in this process
+        self._has_evaluated = False  # in this process; the first time may compile
         self.results: dict[str, float] = {}  # the latest loss and validation loss
 
     def fit(self) -> None:
@@ -103,13 +104,13 @@ class Trainer:
         try:
             with failures_reported(self.world), self.stop_request.listening(), self.profile.recording():
                 received = self._train()
-                self._reach("the save of the last checkpoint", is_patient=True)
+                self._reach_rare("the save of the last checkpoint")
                 for outcome in self.saver.wait():
                     self.record.write_saves([outcome])
                     if outcome.problem:
                         raise CheckpointError(outcome.problem)
         finally:
-            self._reach("the end of the run", is_patient=True)
+            self._reach_rare("the end of the run")
             self.guard.log_steps_without_targets()
             self.prefetcher.close()
             self.record.write_saves(self.saver.wait())  # finish and verify an unfinished save, also after an error
@@ -176,12 +177,16 @@ class Trainer:
         is_best = self.state.validation.best_step == self.state.step
         return self.config.checkpoint.keep_best and is_best or self._early_stop_reason() is not None
 
-    def _reach(self, phase: str, *, is_patient: bool = False) -> None:
-        """Tell the heartbeat what the main thread does next. ``is_patient``: see ``Progress.reach``."""
-        self.world.progress.reach(phase, is_patient=is_patient)
+    def _reach_rare(self, phase: str) -> None:
+        """Tell the heartbeat that a phase begins that can wait for a disk, and whose time says nothing about steps."""
+        self.world.progress.reach(phase, is_patient=True, repeats=False)
+
+    def _reach_of_step(self, phase: str) -> None:
+        """Tell the heartbeat that a phase of a step begins. The first step compiles, the second shows what is usual."""
+        self.world.progress.reach(phase, is_patient=self._steps_here < 2, repeats=self._steps_here > 0)
 
     def _reach_in_step(self, activity: str) -> None:
-        self._reach(f"step {self.state.step + 1}, {activity}", is_patient=not self._has_stepped)
+        self._reach_of_step(f"step {self.state.step + 1}, {activity}")
 
     def train_step(self) -> TrainedStep:
         """Queue one optimizer step. The loss and the gradient norm stay on the device and are read later."""
@@ -195,9 +200,10 @@ class Trainer:
         self._reach_in_step("optimizer")
         grad_norm = LateValue(self.backend.step(learning_rate))
         self.throughput.count_step()
-        self.profile.count_step()
+        with self.world.progress.patience():  # after its last step, the profile is written
+            self.profile.count_step()
         self._advance(first_sample)
-        self._has_stepped = True
+        self._steps_here += 1
         step, stop_sample = self.state.step, self.state.samples
         trained = TrainedStep(
             step, first_sample, stop_sample, loss, grad_norm, loss_scale, learning_rate, scored_targets
@@ -268,7 +274,7 @@ class Trainer:
 
         This call is collective: every rank must make it.
         """
-        self._reach(f"rollback after step {self.state.step}", is_patient=True)
+        self._reach_rare(f"rollback after step {self.state.step}")
         self.record.write_saves(self.saver.wait())
         folder = self.world.call_on_main(lambda: newest_good_checkpoint(self.run_folder))
         if folder is None:
@@ -287,7 +293,7 @@ class Trainer:
 
     def log_step(self, trained: TrainedStep) -> None:
         """Wait for a step's loss and gradient norm, and write a row of metrics."""
-        self._reach(f"the log of step {trained.step}")
+        self._reach_of_step(f"the log of step {trained.step}")
         loss = trained.loss.read()
         synchronize(self.world.device)
         row: dict[str, Any] = {
@@ -313,7 +319,7 @@ class Trainer:
 
         This call is collective: every rank must make it.
         """
-        self._reach(f"evaluation after step {self.state.step}", is_patient=not self._has_evaluated)
+        self.world.progress.reach(f"evaluation after step {self.state.step}", is_patient=not self._has_evaluated)
         with self.throughput.paused():
             self._check_ceiling()
         with self.throughput.paused(), self.backend.evaluation_mode():
@@ -345,7 +351,7 @@ class Trainer:
 
         This call is collective: every rank must make it.
         """
-        self._reach(f"save of step {self.state.step}", is_patient=True)
+        self._reach_rare(f"save of step {self.state.step}")
         with self.throughput.paused():
             self.backend.model.assert_tied()
             self.record.write_saves(self.saver.start(replace(self.state, guard=self.guard.state)))

@@ -1,4 +1,7 @@
-"""Start a training run in the background, to watch, signal and kill it. Used by benchmarks and tests."""
+"""Start a training run or another command in the background, to watch, signal and kill it.
+
+Used by benchmarks and tests.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
@@ -25,55 +29,36 @@ from tests.support.runs import (
 POLL_S = 0.02
 HELD_TRAIN = REPOSITORY / "tests" / "support" / "held_train.py"
 
+Command = TypeVar("Command", bound="LiveCommand")
 
-class LiveRun:
-    """A run of ``launch/train.py`` in its own process group; its output goes to a file.
 
-    Use it as a context manager: on exit, all processes of the run are killed.
+class LiveCommand:
+    """A command of this project in its own process group; its output goes to a file.
+
+    Use it as a context manager: on exit, all processes of the command are killed.
 
     Args:
-        launcher: more options for torchrun; if given, a single process also runs under torchrun.
+        command: the launcher, the script and the script's options.
+        script: the script, by which the ranks are recognized among the processes of the launcher.
         environment: variables in addition to the caller's.
-        command: a launcher to use instead of python and torchrun, without the script.
-        name: the suffix of the output file, if several launchers start one run.
-        hold_after: every rank waits after this step, until a signal asks it to stop or ``release`` is called.
     """
 
     def __init__(
-        self,
-        config: str,
-        run_folder: Path,
-        sections: Sections,
-        processes: int = 1,
-        script: Path = TRAIN,
-        launcher: Sequence[str] = (),
-        environment: dict[str, str] | None = None,
-        command: Sequence[str] | None = None,
-        name: str = "output",
-        hold_after: int | None = None,
+        self, command: Sequence[str], script: Path, output_path: Path, environment: dict[str, str] | None = None
     ) -> None:
-        self.run_folder = run_folder
-        self.script = script if hold_after is None else HELD_TRAIN
-        self.output_path = run_folder.with_name(f"{run_folder.name}.{name}")
-        self.hold_path = run_folder.with_name(f"{run_folder.name}.hold")
-        holding = {}
-        if hold_after is not None:
-            self.hold_path.touch()
-            holding = {"HOLD_AFTER": str(hold_after), "HOLD_FILE": str(self.hold_path)}
-        arguments = train_arguments(config, run_folder, sections)
+        self.script = script
+        self.output_path = output_path
         with self.output_path.open("w") as output:
             self.process = subprocess.Popen(
-                [*command, str(self.script), *arguments]
-                if command
-                else ranks_command(processes, self.script, arguments, launcher),
+                command,
                 cwd=REPOSITORY,
-                env={**child_environment(), **holding, **(environment or {})},
+                env={**child_environment(), **(environment or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
 
-    def __enter__(self) -> LiveRun:
+    def __enter__(self: Command) -> Command:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,10 +68,6 @@ class LiveRun:
     def output(self) -> str:
         """Return what all processes have printed so far."""
         return self.output_path.read_text(errors="replace")
-
-    def last_step(self) -> int:
-        """Return the last training step that the run has logged, or 0."""
-        return last_logged_step(self.run_folder)
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
         """Poll until the condition holds.
@@ -101,14 +82,6 @@ class LiveRun:
                     f"the condition did not become true (status {self.process.returncode}):\n{self.output}"
                 )
             time.sleep(POLL_S)
-
-    def wait_for_step(self, step: int) -> None:
-        """Wait until a training step is logged."""
-        self.wait_until(lambda: self.last_step() >= step)
-
-    def release(self) -> None:
-        """Let a held run continue, also after a restart by its launcher."""
-        self.hold_path.unlink()
 
     def ranks(self) -> dict[int, psutil.Process]:
         """Return the training processes by rank."""
@@ -154,3 +127,54 @@ class LiveRun:
             with suppress(psutil.NoSuchProcess):
                 victim.kill()
         self.process.wait()
+
+
+class LiveRun(LiveCommand):
+    """A run of ``launch/train.py``.
+
+    Args:
+        launcher: more options for torchrun; if given, a single process also runs under torchrun.
+        environment: variables in addition to the caller's.
+        command: a launcher to use instead of python and torchrun, without the script.
+        name: the suffix of the output file, if several launchers start one run.
+        hold_after: every rank waits after this step, until a signal asks it to stop or ``release`` is called.
+    """
+
+    def __init__(
+        self,
+        config: str,
+        run_folder: Path,
+        sections: Sections,
+        processes: int = 1,
+        script: Path = TRAIN,
+        launcher: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+        command: Sequence[str] | None = None,
+        name: str = "output",
+        hold_after: int | None = None,
+    ) -> None:
+        self.run_folder = run_folder
+        self.hold_path = run_folder.with_name(f"{run_folder.name}.hold")
+        holding = {}
+        if hold_after is not None:
+            script = HELD_TRAIN
+            self.hold_path.touch()
+            holding = {"HOLD_AFTER": str(hold_after), "HOLD_FILE": str(self.hold_path)}
+        arguments = train_arguments(config, run_folder, sections)
+        whole = (
+            [*command, str(script), *arguments] if command else ranks_command(processes, script, arguments, launcher)
+        )
+        output_path = run_folder.with_name(f"{run_folder.name}.{name}")
+        super().__init__(whole, script, output_path, {**holding, **(environment or {})})
+
+    def last_step(self) -> int:
+        """Return the last training step that the run has logged, or 0."""
+        return last_logged_step(self.run_folder)
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until a training step is in the metrics. Its line in the output may come later."""
+        self.wait_until(lambda: self.last_step() >= step)
+
+    def release(self) -> None:
+        """Let a held run continue, also after a restart by its launcher."""
+        self.hold_path.unlink()

@@ -1,48 +1,35 @@
 """Run ``launch/train.py`` with one rank that fails or stops in the middle of training, as hardware and file systems do.
 
-Environment: STUCK_RANK; STUCK_STEP, the number of finished steps; STUCK_HOW, a name in ``HOW``.
+Environment: STUCK_RANK; STUCK_STEP, the number of finished steps; STUCK_WHERE, a name in ``WHERE``; STUCK_HOW, a name
+in ``FAULTS``; ABORTING_RANK, a rank that aborts when a collective fails, as NCCL's watchdog does.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from launch.cli import run_command
 from launch.train import main
 from pipeline.data.loader import Prefetcher
+from pipeline.distributed import heartbeat
+from pipeline.distributed.environment import launched_rank
 from pipeline.model.gpt2 import GPT2
+from pipeline.training import trainer as trainer_module
 from pipeline.training.trainer import Trainer
+from tests.support.faults import FAULTS, sleep_for_ever
 
 RANK, STEP = int(os.environ["STUCK_RANK"]), int(os.environ["STUCK_STEP"])
 
-
-def run_out_of_memory(*_: Any) -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-
-def sleep_for_ever(*_: Any, **__: Any) -> None:
-    print("stuck now", flush=True)
-    while True:
-        time.sleep(3600)
-
-
-def break_once(owner: Any, name: str, trainer_of: Any, fault: Any) -> None:
-    """Replace a method: call ``fault`` first, on the chosen rank and after the chosen step."""
-    plain = getattr(owner, name)
-
-    def broken(self: Any, *arguments: Any, **options: Any) -> Any:
-        trainer = trainer_of(self)
-        if trainer and trainer.world.rank == RANK and trainer.state.step == STEP:
-            fault()
-        return plain(self, *arguments, **options)
-
-    setattr(owner, name, broken)
-
+#: The function that the rank calls when the fault occurs. "gpu" is the wait for the device before a step is logged.
+WHERE: dict[str, tuple[Any, str]] = {
+    "step": (Trainer, "train_step"),
+    "data": (Prefetcher, "micro_batches"),
+    "forward": (GPT2, "loss"),
+    "gpu": (trainer_module, "synchronize"),
+}
 
 trainers: list[Trainer] = []
 
@@ -57,20 +44,22 @@ def remember_trainer() -> None:
     Trainer.fit = fit  # type: ignore[method-assign]
 
 
-def current(_: Any) -> Trainer | None:
-    return trainers[0] if trainers else None
+def break_once(owner: Any, name: str) -> None:
+    """Replace a function: call the fault first, on the chosen rank and after the chosen step."""
+    plain = getattr(owner, name)
 
+    def broken(*arguments: Any, **options: Any) -> Any:
+        if trainers and trainers[0].world.rank == RANK and trainers[0].state.step == STEP:
+            FAULTS[os.environ["STUCK_HOW"]]()
+        return plain(*arguments, **options)
 
-HOW = {
-    "raises": lambda: break_once(Trainer, "train_step", current, run_out_of_memory),
-    "step": lambda: break_once(Trainer, "train_step", current, sleep_for_ever),
-    "data": lambda: break_once(Prefetcher, "micro_batches", current, sleep_for_ever),
-    "forward": lambda: break_once(GPT2, "loss", current, sleep_for_ever),
-    "evaluation": lambda: break_once(Trainer, "evaluate", current, sleep_for_ever),
-}
+    setattr(owner, name, broken)
+
 
 if __name__ == "__main__":
     remember_trainer()
-    HOW[os.environ["STUCK_HOW"]]()
+    break_once(*WHERE[os.environ["STUCK_WHERE"]])
+    if os.environ.get("ABORTING_RANK") == str(launched_rank()):
+        heartbeat.find_lost = lambda _: os.abort()
     dist.destroy_process_group = sleep_for_ever  # as NCCL's does while other ranks are in a collective
     run_command(main)

@@ -13,16 +13,17 @@ from tests.support.runs import REPOSITORY, Sections, merged, train_run
 STUCK_TRAIN = REPOSITORY / "tests" / "support" / "stuck_train.py"
 
 
-@pytest.fixture
-def sabotage(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Break rank 1 after six steps. Destroying the process group would never end, either."""
-    for name, value in {"STUCK_RANK": "1", "STUCK_STEP": "6", "STUCK_HOW": request.param}.items():
+def break_rank(monkeypatch: pytest.MonkeyPatch, rank: int, where: str, how: str) -> None:
+    """Break a rank after six steps. Destroying the process group would never end, either."""
+    fault = {"STUCK_RANK": str(rank), "STUCK_STEP": "6", "STUCK_WHERE": where, "STUCK_HOW": how}
+    for name, value in fault.items():
         monkeypatch.setenv(name, value)
 
 
-@pytest.mark.parametrize("sabotage", ["raises"], indirect=True)
-@pytest.mark.usefixtures("sabotage")
-def test_the_exception_of_one_rank_is_printed_and_passed_on(sections: Sections, tmp_path: Path) -> None:
+def test_the_exception_of_one_rank_is_printed_and_passed_on(
+    sections: Sections, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_rank(monkeypatch, 1, "step", "raises")
     result = train_run("ddp", tmp_path / "run", sections, processes=2, script=STUCK_TRAIN)
     assert result.returncode in (1, LostRankError.exit_status)
     assert "[rank 1 on " in result.stderr
@@ -33,24 +34,60 @@ def test_the_exception_of_one_rank_is_printed_and_passed_on(sections: Sections, 
 
 
 @pytest.mark.parametrize(
-    ("config", "sabotage", "phase"),
+    ("config", "where", "how", "phase"),
     [
-        ("ddp", "forward", "micro-batch 1 of "),
-        ("fsdp", "data", "waiting for data "),
-        ("zero1", "data", "waiting for data "),
-        ("zero3", "forward", "micro-batch 1 of "),
+        ("ddp", "forward", "sleeps", "step 7, micro-batch 1 of "),
+        ("fsdp", "data", "sleeps", "step 7, waiting for data "),
+        ("zero1", "data", "sleeps", "step 7, waiting for data "),
+        ("zero3", "forward", "sleeps", "step 7, micro-batch 1 of "),
+        ("ddp", "forward", "loops", "step 7, micro-batch 1 of "),
+        ("fsdp", "forward", "loops", "step 7, micro-batch 1 of "),
+        ("zero1", "gpu", "loops", "the log of step 6 "),
+        ("zero3", "data", "loops", "step 7, waiting for data "),
     ],
-    indirect=["sabotage"],
 )
-@pytest.mark.usefixtures("sabotage")
 def test_a_rank_whose_main_thread_is_stuck_is_named(
-    config: str, phase: str, sections: Sections, tmp_path: Path
+    config: str, where: str, how: str, phase: str, sections: Sections, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Under FSDP and ZeRO-3, the other rank waits inside the forward pass and has passed as many marks."""
+    break_rank(monkeypatch, 1, where, how)
+    check_stuck(train_stuck(config, sections, tmp_path, processes=2), 1, how, phase)
+
+
+@pytest.mark.parametrize("how", ["sleeps", "loops"])
+def test_a_single_process_that_waits_for_its_gpu_for_ever_ends(
+    how: str, sections: Sections, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch waits for a GPU in a loop. A driver may also be set to wait without using CPU time."""
+    break_rank(monkeypatch, 0, "gpu", how)
+    check_stuck(train_stuck("ddp", sections, tmp_path, processes=1), 0, how, "the log of step 6 ")
+
+
+def train_stuck(config: str, sections: Sections, tmp_path: Path, processes: int) -> str:
+    """Train with a timeout of five seconds, and return what the ranks have printed to standard error."""
     hurried = merged(sections, {"run": {"rank_timeout_s": 5}})
-    result = train_run(config, tmp_path / "run", hurried, processes=2, script=STUCK_TRAIN)
+    result = train_run(config, tmp_path / "run", hurried, processes, script=STUCK_TRAIN)
     assert result.returncode == LostRankError.exit_status
-    assert re.search(
-        rf"^error: .*rank 1 \([^)]*\): not moved for \d+ s, in step 7, {phase}", result.stderr, re.MULTILINE
-    )
-    assert re.search(r"in sleep_for_ever\); .*run the same command again to continue", result.stderr)
-    assert "the main thread is stuck here" in result.stderr
+    return result.stderr
+
+
+def check_stuck(output: str, rank: int, how: str, phase: str) -> None:
+    delay, function = {
+        "sleeps": (r"not moved for \d+ s", "sleep_for_ever"),
+        "loops": (r"no progress in \d+ s of CPU time \(at most [0-9.e-]+ s before\)", "loop_for_ever"),
+    }[how]
+    assert re.search(rf"^error: .*rank {rank} \([^)]*\): {delay}, in {phase}", output, re.MULTILINE), output
+    assert re.search(rf"in {function}\).*run the same command again", output), output
+    assert "the main thread is stuck here" in output
+
+
+def test_a_rank_that_aborts_because_another_one_is_lost_is_lost_too(
+    sections: Sections, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's watchdog may abort the remaining ranks (SIGABRT) before they have named the lost rank."""
+    break_rank(monkeypatch, 2, "forward", "is killed")
+    monkeypatch.setenv("ABORTING_RANK", "1")
+    batch = {"batch": {"tokens_per_step": 288}}  # three ranks
+    result = train_run("ddp", tmp_path / "run", merged(sections, batch), processes=3, script=STUCK_TRAIN)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert re.match(r"error: lost rank 1 \(.*\), rank 2 \(.*\); run the same command again", line)

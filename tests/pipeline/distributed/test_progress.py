@@ -8,7 +8,15 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.distributed.progress import PATIENCE_S, MainThread, Place, Progress, describe_places, find_stuck
+from pipeline.distributed.progress import (
+    LOOP_FACTOR,
+    PATIENCE_S,
+    MainThread,
+    Place,
+    Progress,
+    describe_places,
+    find_stuck,
+)
 
 TIMEOUT_S = 60.0
 MOVING = Place(position=7, phase="step 5, optimizer", is_patient=False, still_s=0.0, line="trainer.py:1 in train_step")
@@ -16,6 +24,10 @@ STILL = replace(MOVING, still_s=61.0)
 BEHIND = replace(STILL, position=6, phase="step 5, waiting for data", line="loader.py:2 in _read")
 PATIENT = replace(BEHIND, is_patient=True)
 OUT_OF_PATIENCE = replace(PATIENT, still_s=PATIENCE_S + 1)
+SPINS = replace(MOVING, busy_s=61.0, longest_s=2.0)  # for example in a wait for a GPU
+LOOPS = replace(SPINS, position=6)
+WORKS = replace(LOOPS, longest_s=61.0 / LOOP_FACTOR)
+FIRST = replace(LOOPS, longest_s=0.0)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +43,16 @@ OUT_OF_PATIENCE = replace(PATIENT, still_s=PATIENCE_S + 1)
         pytest.param([STILL, PATIENT], [], id="the rank behind compiles"),
         pytest.param([STILL, OUT_OF_PATIENCE], [1], id="the rank behind has compiled for too long"),
         pytest.param([BEHIND, STILL, BEHIND], [0, 2], id="two ranks are behind"),
+        pytest.param([STILL, LOOPS], [1], id="a rank waits for one that loops"),
+        pytest.param([SPINS, LOOPS], [1], id="a rank waits with its GPU for one that loops"),
+        pytest.param([SPINS, BEHIND], [1], id="a rank waits with its GPU for one that is still"),
+        pytest.param([SPINS], [0], id="the only rank waits for its GPU"),
+        pytest.param([SPINS, SPINS], [0, 1], id="all wait for their GPUs"),
+        pytest.param([STILL, WORKS], [], id="the rank behind works as long as it has worked before"),
+        pytest.param([STILL, FIRST], [], id="the rank behind does its first work"),
+        pytest.param([SPINS, replace(MOVING, position=6)], [], id="a rank waits with its GPU for one that works"),
+        pytest.param([SPINS, MOVING], [], id="a rank waits with its GPU for one in the same collective"),
+        pytest.param([SPINS, PATIENT], [], id="a rank waits with its GPU for one that compiles"),
     ],
 )
 def test_ranks_are_stuck_if_they_hold_up_the_others(places: list[Place], stuck: list[int]) -> None:
@@ -47,6 +69,11 @@ def test_stuck_ranks_are_described_first() -> None:
         "rank 1 (host, pid 5): not moved for 61 s, in step 5, waiting for data (loader.py:2 in _read); "
         "rank 0: in step 5, optimizer (trainer.py:1 in train_step)"
     )
+
+
+def test_a_loop_is_described_with_its_cpu_time() -> None:
+    text = describe_places({0: LOOPS}, [0], {0: "host, pid 5"})
+    assert text.startswith("rank 0 (host, pid 5): no progress in 61 s of CPU time (at most 2 s before), in step 5, ")
 
 
 def test_many_ranks_are_counted() -> None:
@@ -79,3 +106,48 @@ def test_a_thread_is_still_until_it_passes_a_mark_or_uses_the_cpu() -> None:
     assert place.line.endswith(" in join") or "threading.py" in place.line
     progress.pass_mark()
     assert observe(progress, main_thread).still_s == 0.0
+
+
+def use_cpu(seconds: float) -> None:
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
+def test_cpu_time_is_counted_between_marks_and_compared_with_the_work_that_repeats() -> None:
+    progress = Progress()
+    main_thread = MainThread(progress, is_patient=False)
+    use_cpu(0.3)
+    place = observe(progress, main_thread)
+    assert (place.busy_s, place.longest_s) == (0.0, 0.0), "the start is patient"
+    progress.reach("step 1")
+    use_cpu(0.1)
+    progress.pass_mark()
+    use_cpu(0.05)
+    progress.reach("save", is_patient=True, repeats=False)
+    use_cpu(0.3)
+    progress.reach("step 2")
+    with progress.patience():
+        use_cpu(0.3)
+        assert observe(progress, main_thread).busy_s == 0.0
+    use_cpu(0.2)
+    place = observe(progress, main_thread)
+    assert 0.2 <= place.busy_s < 0.3 and 0.1 <= place.longest_s < 0.2
+    progress.move()
+    assert observe(progress, main_thread).busy_s < 0.1
+
+
+def test_compiling_is_patient_and_does_not_count_as_work() -> None:
+    progress = Progress()
+    main_thread = MainThread(progress, is_patient=False)
+    compiler = {"__name__": "torch._dynamo.convert_frame"}
+    exec("def compile(call): return call()", compiler)
+    progress.reach("step 1")
+    observe(progress, main_thread)
+    use_cpu(0.2)
+    place = compiler["compile"](lambda: observe(progress, main_thread))
+    assert place.is_patient and place.busy_s == 0.0
+    place = observe(progress, main_thread)
+    assert not place.is_patient and place.busy_s < 0.1
+    progress.pass_mark()
+    assert progress.longest_s < 0.1
