@@ -36,7 +36,7 @@ def main() -> NoReturn:
 
 
 def run_subcommand(arguments: Sequence[str]) -> object:
-    """Import the module of a command and call its ``main``, as if the command had been started on its own.
+    """Import the module of the command that the first argument names, and call its ``main`` with the other arguments.
 
     Raises UserError if the first argument is neither a command nor ``--help`` or ``--version``.
     """

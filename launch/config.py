@@ -67,7 +67,7 @@ def _add_show(commands: Any) -> None:
 
 
 def write_first_config(path: Path) -> None:
-    """Write a config with the keys of ``FIRST_KEYS`` at their defaults, and print the next commands.
+    """Write a config with the keys of ``FIRST_KEYS`` at their defaults, and print its path.
 
     Raises UserError if the file exists or cannot be written.
     """
@@ -87,7 +87,7 @@ def write_first_config(path: Path) -> None:
 
 
 def format_config(config: Config, origins: dict[str, str]) -> str:
-    """Return one line per key: the key, its value as JSON, and its origin. A key that nothing sets has no origin."""
+    """Return one line per key: the key, its value as JSON, and its origin. A key with its default has no origin."""
     values = [(key, json.dumps(value)) for key, value in dotted_keys(dump_config(config))]
     key_width = max(len(key) for key, _ in values)
     value_width = min(max(len(value) for _, value in values), 40)

@@ -60,8 +60,8 @@ def load_config_with_origins(
     """Load a config like ``load_config``, and also return where each key was set.
 
     Returns:
-        The config; and the dotted keys that a file or an override sets, with the path of the last file that sets the
-        key, or ``--set``.
+        The config, and a dict from dotted keys to their origins. The origin of a key is the last file that sets it, or
+        ``--set``. A key that nothing sets is not in the dict.
     """
     paths = [find_config(file) for file in files]
     sources = [(partial(_read_run_config, path), str(path)) for path in paths]

@@ -13,9 +13,10 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(name: str | Path) -> Path:
-    """Return the path of a config: a file of this name, or else the shipped config of this name.
+    """Return the path of a config, which is a file or the name of a shipped config.
 
-    If there is neither, the function returns the name as a path.
+    If a file has this name, its path is returned. If there is neither a file nor a shipped config with this name, the
+    name itself is returned as a path.
     """
     path = Path(name)
     return path if path.is_file() else shipped_configs().get(str(name), path)

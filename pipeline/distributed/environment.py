@@ -106,7 +106,7 @@ def requested_threads() -> int | None:
 
 
 def set_gloo_interface(name: str) -> bool:
-    """Set the network interface that gloo uses, unless the user has set one. Returns whether it was set."""
+    """Set the network interface that gloo uses, unless the user has set one. Returns False if the user has set one."""
     if _GLOO_INTERFACE in os.environ:
         return False
     os.environ[_GLOO_INTERFACE] = name

@@ -43,11 +43,12 @@ class Verdict:
 class Heartbeat:
     """A thread that writes this rank's heartbeat to the store every second and reads the heartbeats of other ranks.
 
-    A heartbeat contains the place of the main thread. Rank 0 watches all ranks. The other ranks watch rank 0, and read
-    the verdict of rank 0 from the store. The number of requests is therefore proportional to the world size. If a rank
-    has been silent for ``timeout_s``, or is stuck (``find_stuck``), the thread prints the rank's name and ends the
-    process with ``LostRankError.exit_status``, because the main thread may hang in a collective. A second thread ends
-    the process if the store does not answer.
+    A heartbeat contains the place of the main thread. Rank 0 watches all ranks. The other ranks watch only rank 0, and
+    read its verdict from the store. The number of requests is therefore proportional to the world size.
+
+    A rank is lost if it has been silent for ``timeout_s`` or is stuck (see ``find_stuck``). In this case, the thread
+    prints the name of the lost rank and ends the process with ``LostRankError.exit_status``. The main thread cannot do
+    this, because it may hang in a collective. A second thread ends the process if the store does not answer.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
@@ -74,7 +75,10 @@ class Heartbeat:
 
     @contextmanager
     def explaining_sigterm(self) -> Iterator[None]:
-        """Name a lost rank before SIGTERM ends this process. The launcher sends SIGTERM to the remaining ranks."""
+        """If SIGTERM arrives in the block, print which rank is lost before this process ends.
+
+        A launcher sends SIGTERM to all other ranks when it finds a dead rank.
+        """
         if self.size == 1:
             yield
             return
@@ -166,7 +170,10 @@ class Heartbeat:
 
 @contextmanager
 def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
-    """Watch all ranks inside the block. All ranks leave the block together. Errors are printed when they are raised."""
+    """Watch all ranks inside the block. A rank that reaches the end of the block waits for all other ranks.
+
+    If the block raises an error, ``failures_reported`` prints it at once.
+    """
     watch = Heartbeat(world, timeout_s)
     with watch.explaining_sigterm():
         world.barrier()
@@ -183,8 +190,10 @@ def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
 def failures_reported(world: World) -> Iterator[None]:
     """If the block raises an error, print the error and report it to the other ranks.
 
-    This happens before any cleanup code, which may wait for the other ranks. Raises LostRankError if a collective
-    failed because another rank is lost.
+    The error is printed before any cleanup code runs, because this code may wait for the other ranks.
+
+    Raises:
+        LostRankError: a collective failed because another rank is lost.
     """
     try:
         yield
@@ -207,7 +216,10 @@ def failures_reported(world: World) -> Iterator[None]:
 
 
 def find_lost(world: World) -> str | None:
-    """Return the names of ranks that failed or send no heartbeat for a few seconds, or None if all ranks are alive."""
+    """Return a text that names the ranks that have failed or have sent no heartbeat for a few seconds.
+
+    Returns None if all ranks are alive. This call takes a few seconds.
+    """
     otherwise: str | None = _LOST_STORE
     return _within_store_timeout(lambda: _find_lost(world), otherwise)
 

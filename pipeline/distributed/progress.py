@@ -4,11 +4,11 @@ All ranks pass the same marks in the same order: the phases of a run, micro-batc
 collectives. The position of a rank is the number of marks that it has passed. A stuck rank shows one of two signs:
 
 - It is still: it passes no mark and uses no CPU time, for example because a file system does not answer.
-- It loops: it uses CPU time without passing a mark, for much longer than ever before between two marks. A program that
-  waits for a GPU also uses CPU time.
+- It loops: since its last mark, it has used much more CPU time than ever before between two marks. A rank that waits
+  for its GPU also uses CPU time.
 
 A healthy rank that waits for another rank in a collective shows the same signs. ``find_stuck`` therefore compares the
-ranks.
+positions of the ranks.
 """
 
 import json
@@ -52,26 +52,26 @@ class Progress:
         Args:
             is_patient: whether a healthy rank may wait for minutes in this phase without using CPU time, or may use
                 more CPU time than in other phases.
-            repeats: whether the phase belongs to the work that repeats. Its CPU time between two marks then shows what
-                is usual.
+            repeats: whether the phase belongs to work that repeats. Only in such phases, the CPU time between two marks
+                is measured, to find out how much is usual.
         """
         self._restart_clock()
         self.phase, self.is_patient, self.repeats = phase, is_patient, repeats
         self.position += 1
 
     def pass_mark(self) -> None:
-        """Count a mark within the phase that all ranks pass, such as a collective."""
+        """Count a mark within the current phase, such as a collective. All ranks must pass the same marks."""
         self._restart_clock()
         self.position += 1
 
     def move(self) -> None:
-        """Count a move that the other ranks need not make."""
+        """Count a move of this rank, which shows that it is not stuck. Other ranks need not make this call."""
         self._restart_clock()
         self.moves += 1
 
     @contextmanager
     def patience(self) -> Iterator[None]:
-        """Allow long work inside the block that this rank does rarely. The other ranks need not do it."""
+        """Allow work inside the block that is rare and takes long. Other ranks need not make this call."""
         before = self.is_patient, self.repeats
         self.move()
         self.is_patient, self.repeats = True, False
@@ -90,7 +90,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a rank's main thread, and the time since the thread has moved."""
+    """The place of a rank's main thread, and the time since its last move."""
 
     position: int
     phase: str
@@ -105,7 +105,7 @@ class Place:
         return json.dumps(asdict(self))
 
     def is_overdue(self, timeout_s: float) -> bool:
-        """Return whether the rank has not moved, or has used CPU time without a mark, for longer than is healthy."""
+        """Return whether the rank has been still for longer than its phase allows, or loops."""
         allowed_s = max(timeout_s, PATIENCE_S) if self.is_patient else timeout_s
         return self.still_s > allowed_s or self.loops(timeout_s)
 
@@ -194,8 +194,8 @@ def _describe_frame(frame: FrameType) -> str:
 def find_stuck(places: Mapping[int, Place], timeout_s: float) -> list[int]:
     """Return the ranks that are stuck. Returns an empty list if the run is healthy.
 
-    A rank is overdue if it has not moved for longer than its phase allows. An overdue rank is stuck if another rank has
-    passed more marks. If all ranks are overdue, the ranks that have passed the fewest marks are stuck.
+    A rank is overdue if it has been still for longer than its phase allows, or if it loops. An overdue rank is stuck if
+    another rank has passed more marks. If all ranks are overdue, the ranks that have passed the fewest marks are stuck.
     """
     overdue = [rank for rank, place in places.items() if place.is_overdue(timeout_s)]
     positions = [place.position for place in places.values()]

@@ -9,11 +9,12 @@ from collections.abc import Callable
 class SignalThread:
     """A thread that calls a function for each signal that has a Python handler.
 
-    Python calls signal handlers only between two instructions of the main thread, which may compile the model or wait
-    for a collective for minutes. Call all methods from the main thread.
+    Without this thread, a signal can wait for minutes: Python calls a signal handler only between two instructions of
+    the main thread, and one instruction can compile the model or wait for a collective. Call all methods from the main
+    thread.
 
     Args:
-        hear: receives the number of each signal, in this thread.
+        hear: the function. It receives the number of the signal, and runs in this thread.
     """
 
     def __init__(self, hear: Callable[[int], None]) -> None:
@@ -21,7 +22,7 @@ class SignalThread:
         self._thread = threading.Thread(target=self._read_signals, name="signals", daemon=True)
 
     def start(self) -> None:
-        """Start the thread. Until ``stop`` is called, the thread that received signals before receives none."""
+        """Start the thread. If another ``SignalThread`` is running, it receives no signals until ``stop`` is called."""
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._thread.start()

@@ -40,8 +40,8 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """Record signals inside the block instead of ending the process. A second Ctrl-C ends the process.
 
-        The handlers stay in place after a ``RuntimeError``, because a lost rank may be the cause. The launcher then
-        sends SIGTERM to the remaining ranks, which must not end before they have named the lost rank.
+        After a ``RuntimeError`` in the block, the handlers stay in place, because a lost rank may be the cause. In this
+        case, the launcher sends SIGTERM to the remaining ranks. They must first print the name of the lost rank.
         """
         thread = SignalThread(self._record)
         thread.start()
