@@ -95,7 +95,7 @@ def compare_small(name: str, world_size: int) -> Iterator[Shards]:
         if name == "ddp":
             sizes = backend.compute._get_ddp_logging_data()["bucket_sizes"]  # one string
             yield Shards(name, world_size, "gradients", layout.gradients(0), sum(map(int, str(sizes).split(","))))
-            moments = sum(fragment.exp_avg.nbytes + fragment.exp_avg_sq.nbytes for fragment in backend.fragments())
+            moments = sum(tensor.nbytes for fragment in backend.fragments() for tensor in fragment.state.values())
         else:
             states = backend.state.adam_states()  # creates moments if no step has
             moments = sum(state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes for state in states)

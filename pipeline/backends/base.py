@@ -14,6 +14,7 @@ from pipeline.backends.optimizer_state import Fragment, OptimizerState
 from pipeline.config.schema import Config
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.output_layer import Method
+from pipeline.model.parameter_state import optimizer_state_names
 
 
 class Backend(ABC):
@@ -33,6 +34,7 @@ class Backend(ABC):
     def __init__(self, model: GPT2, config: Config) -> None:
         self.model = model
         self.parameter_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.state_names = optimizer_state_names(self.parameter_shapes, config.optimizer)
         self.precision = config.run.precision
         self.max_norm = config.optimizer.grad_clip
         self.loss_scaler = LossScaler.for_precision(config.run.precision)
@@ -53,7 +55,7 @@ class Backend(ABC):
         """Unscale and clip the gradients, update the weights, and clear the gradients.
 
         Call this after ``accumulate(..., is_last=True)``. If the gradients of any rank are not finite, only the loss
-        scale changes. Weights, moments and AdamW's step count do not change.
+        scale changes. Weights, optimizer state and AdamW's step count do not change.
 
         Returns:
             The global L2 norm of the unscaled gradients before clipping, the same on every rank.
@@ -68,26 +70,26 @@ class Backend(ABC):
         """Do the work of ``step`` at the current learning rate, and return the gradient norm."""
 
     def fragments(self) -> list[Fragment]:
-        """Return the training state on this rank. Moments that do not exist yet are created as zeros."""
+        """Return the training state on this rank. Optimizer state that does not exist yet is created as zeros."""
         return self.state.fragments()
 
     def state_was_loaded(self, updates: int) -> None:
-        """Use the values that loading a checkpoint has written into the fragments, and set AdamW's step count."""
-        for state in self.state.adam_states():
-            if isinstance(state["step"], Tensor):
-                state["step"].fill_(float(updates))
-            else:
-                state["step"] = updates
+        """Use the values that loading a checkpoint has written into the fragments, and set AdamW's step count.
+
+        Args:
+            updates: the number of updates since the optimizer's state was zero.
+        """
+        self.state.set_step_count(updates)
         self.state.publish_masters()
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Return the dtypes in use: master weights, compute weights, gradient accumulation, moments."""
+        """Return the dtypes in use: master weights, compute weights, gradient accumulation, optimizer state."""
         fragment = self.fragments()[0]
         return {
             "master weights": fragment.weight.dtype,
             "compute weights": torch.bfloat16 if self.precision == "bf16" else fragment.weight.dtype,
             "gradient accumulation": self._accumulation_dtype() or fragment.weight.dtype,
-            "moments": fragment.exp_avg.dtype,
+            "optimizer state": next(iter(fragment.state.values())).dtype,
         }
 
     def _accumulation_dtype(self) -> torch.dtype | None:

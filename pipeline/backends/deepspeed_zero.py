@@ -6,6 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -14,7 +15,7 @@ import torch.nn as nn
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.zero.utils import ZeRORuntimeException
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS, ZeRORuntimeException
 from deepspeed.utils import set_z3_leaf_modules
 from packaging.version import Version
 from pydantic import ValidationError
@@ -23,7 +24,14 @@ from torch import Tensor
 from pipeline.backends.base import Backend
 from pipeline.backends.compilation import compile_blocks, compiles_blocks
 from pipeline.backends.extension_lock import wait_for_build_elsewhere
-from pipeline.backends.optimizer import build_adamw, clip_and_step, parameter_groups
+from pipeline.backends.muon import Muon
+from pipeline.backends.optimizer import (
+    build_adamw,
+    build_optimizer,
+    clip_and_step,
+    describe_optimizer,
+    parameter_groups,
+)
 from pipeline.backends.optimizer_state import ParameterState
 from pipeline.backends.zero_state import FullyPartitionedState, PartitionedState
 from pipeline.config.deepspeed_keys import changes_of_numbers
@@ -50,6 +58,7 @@ def _configure_process() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     # On CPUs, DeepSpeed would compile an operator for inference at the start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
 
 
 _configure_process()
@@ -73,10 +82,8 @@ class DeepSpeedBackend(Backend):
         """Apply recomputation and precision to the model, wrap the result in an engine, then compile."""
         recompute_blocks(model)
         compute = self.in_precision(model, self.precision, world.device)
-        if config.backend.offloads("optimizer"):
-            optimizer = _build_cpu_adam(model.parameters(), config.optimizer)
-        else:
-            optimizer = build_adamw(model.parameters(), config.optimizer, world.device)
+        build_rest = partial(_build_cpu_adam, config=config.optimizer) if config.backend.offloads("optimizer") else None
+        optimizer = build_optimizer(dict(model.named_parameters()), config, world, build_rest)
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), dist_init_required=False)
         if self.stage == 3:
             # A block's weights are gathered and released at once, outside of its compiled forward pass.
@@ -113,10 +120,9 @@ class DeepSpeedBackend(Backend):
         self.engine.global_steps = updates
 
     def describe(self) -> str:
-        optimizer = self.engine.basic_optimizer
-        fused = "fused " if optimizer.defaults.get("fused") else ""
+        optimizer = describe_optimizer(self.engine.basic_optimizer)
         label = f", different numbers: {', '.join(self.changes)}" if self.changes else ""
-        return f"DeepSpeed {deepspeed.__version__} ZeRO-{self.stage} with {fused}{type(optimizer).__name__}{label}"
+        return f"DeepSpeed {deepspeed.__version__} ZeRO-{self.stage} with {optimizer}{label}"
 
     def _accumulation_dtype(self) -> torch.dtype | None:
         dtype: torch.dtype | None = self.engine.get_data_types()[1]
@@ -140,7 +146,8 @@ class Zero0Backend(DeepSpeedBackend):
 
     def __init__(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> None:
         super().__init__(model, config, world, plan)
-        self.state = ParameterState(self.optimizer, dict(model.named_parameters()))
+        self.state = ParameterState(self.optimizer, dict(model.named_parameters()), self.state_names)
+        self.state.connect_optimizer(replicated=True)
 
     def _loss_scale_outside_engine(self) -> float:
         return self.loss_scaler.scale
@@ -148,7 +155,7 @@ class Zero0Backend(DeepSpeedBackend):
     def _update(self) -> Tensor:
         norm = clip_and_step(self.optimizer, self.model.parameters(), self.loss_scaler.scale, self.max_norm)
         self.engine.zero_grad()
-        self.engine.step()  # only counts the step, because AdamW skips parameters without gradients
+        self.engine.step()  # only counts the step, because parameters without gradients are skipped
         return norm
 
 
@@ -163,9 +170,10 @@ class ZeroBackend(DeepSpeedBackend):
         weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()} if is_bf16 else {}
         super().__init__(model, config, world, plan)
         if self.stage == 3:
-            self.state = FullyPartitionedState(self.engine, names)
+            self.state = FullyPartitionedState(self.engine, names, self.state_names)
         else:
-            self.state = PartitionedState(self.engine, names)
+            self.state = PartitionedState(self.engine, names, self.state_names)
+        self.state.connect_optimizer(replicated=False)
         if is_bf16:
             self._restore_masters(weights)
 

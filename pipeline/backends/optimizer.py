@@ -1,11 +1,12 @@
-"""Build AdamW with its parameter groups, compute the global gradient norm, clip, and scale the loss for fp16."""
+"""Build the optimizer with its parameter groups, compute the gradient norm, clip, and scale the loss for fp16."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from pipeline.config.schema import OptimizerConfig
+from pipeline.backends.muon import Muon, divide_parameters
+from pipeline.config.schema import Config, OptimizerConfig
 from pipeline.distributed.device import summing_dtype
+from pipeline.distributed.world import World
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,39 @@ def build_adamw(parameters: Iterable[Tensor], config: OptimizerConfig, device: t
         eps=config.eps,
         fused=fused,
     )
+
+
+def build_optimizer(
+    parameters: Mapping[str, Tensor],
+    config: Config,
+    world: World,
+    build_rest: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
+) -> torch.optim.Optimizer:
+    """Return AdamW, or Muon with an AdamW for the parameters that Muon does not update.
+
+    Args:
+        parameters: all parameters, by canonical name.
+        build_rest: a function that returns the AdamW. If None, use ``build_adamw`` on the device of the world.
+    """
+    build = build_rest or partial(build_adamw, config=config.optimizer, device=world.device)
+    if config.optimizer.name == "adamw":
+        return build(parameters.values())
+    matrices, rest = divide_parameters(parameters)
+    return Muon(
+        matrices,
+        build(rest.values()),
+        config.optimizer.muon,
+        world,
+        weight_decay=config.optimizer.weight_decay,
+        dtype=torch.float32 if config.run.precision == "fp32" else torch.bfloat16,
+    )
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
+    """Return the name of an optimizer, such as ``Muon and fused AdamW``."""
+    if isinstance(optimizer, Muon):
+        return f"Muon and {describe_optimizer(optimizer.adamw)}"
+    return f"{'fused ' if optimizer.defaults.get('fused') else ''}{type(optimizer).__name__}"
 
 
 def set_learning_rate(param_groups: Iterable[dict[str, Any]], learning_rate: float) -> None:

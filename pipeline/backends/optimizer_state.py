@@ -1,4 +1,4 @@
-"""Access AdamW's state and the fp32 master weights on one rank in the same way for every backend."""
+"""Access the optimizer's state and the fp32 master weights on one rank in the same way for every backend."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -10,63 +10,101 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from pipeline.backends.muon import Muon
+from pipeline.backends.ranges import Range, local_elements
+from pipeline.model.parameter_state import ADAMW_STATE, WEIGHT, StateNames
+
 
 @dataclass(frozen=True)
 class Fragment:
     """A contiguous range of one parameter's elements whose training state is on this rank.
 
-    The tensors are views, so writing into them changes the state. On a replicated backend, a fragment is a whole
-    parameter. Under FSDP2 a fragment consists of whole rows, and under ZeRO it can be any range. The fragments of all
-    ranks cover every element, including the vocabulary's padding rows, which are zero. Padding for alignment is not
-    part of a fragment.
+    The tensors are views, so writing into them changes the state. See ``Range`` for the possible ranges. The fragments
+    of all ranks cover every element, including the vocabulary's padding rows, which are zero.
     """
 
     name: str  # the canonical name, as in GPT2.named_parameters()
     start: int  # the first element, counted in the flattened parameter
     weight: Tensor  # (n,) fp32 master weights
-    exp_avg: Tensor  # (n,) fp32 first moment of AdamW
-    exp_avg_sq: Tensor  # (n,) fp32 second moment of AdamW
+    state: dict[str, Tensor]  # the optimizer's state by name, (n,) fp32 each
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights, under the name ``weight``, and the optimizer's state."""
+        return {WEIGHT: self.weight, **self.state}
 
 
 class OptimizerState(ABC):
-    """The master weights and AdamW's state of a backend on this rank.
+    """The master weights and the optimizer's state of a backend on this rank.
 
     Args:
-        optimizer: torch's AdamW or DeepSpeed's CPUAdam.
+        optimizer: torch's AdamW, DeepSpeed's CPUAdam, or Muon with one of these.
         masters: the fp32 tensors that the optimizer updates on this rank.
+        names: the names of the state of every parameter.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, masters: Iterable[Tensor]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, masters: Iterable[Tensor], names: StateNames) -> None:
         self.optimizer = optimizer
+        self.adamw = optimizer.adamw if isinstance(optimizer, Muon) else optimizer
         self.masters = list(masters)
+        self.state_names = names
 
     @abstractmethod
-    def fragments(self) -> list[Fragment]:
-        """Return views of the masters and moments. Moments that do not exist yet are created as zeros."""
+    def ranges(self) -> list[Range]:
+        """Return the ranges of all masters. The masters of different parameter groups are different tensors."""
 
     @abstractmethod
     def publish_masters(self) -> None:
         """Copy the masters to the weights that the model computes with. Call this after writing into fragments."""
 
+    def connect_optimizer(self, *, replicated: bool) -> None:
+        """Tell Muon which elements the masters contain. AdamW does not need to know.
+
+        This call is collective: every rank must make it before the first step.
+        """
+        if isinstance(self.optimizer, Muon):
+            self.optimizer.use_ranges(self.masters, self.ranges(), replicated=replicated)
+
+    def fragments(self) -> list[Fragment]:
+        """Return views of the masters and of the state. State that does not exist yet is created as zeros."""
+        self.create_states()
+        return [
+            Fragment(
+                held.name,
+                held.start,
+                held.of(held.master),
+                {name: held.of(self.optimizer.state[held.master][name]) for name in self.state_names[held.name]},
+            )
+            for held in self.ranges()
+        ]
+
+    def set_step_count(self, count: int) -> None:
+        """Set the number of updates that AdamW corrects its bias for."""
+        self.create_states()
+        for state in self.adam_states():
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(float(count))
+            else:
+                state["step"] = count
+
     def adam_states(self) -> list[dict[str, Any]]:
-        """Return AdamW's state of each master."""
-        return [self.adam_state(master) for master in self.masters]
+        """Return the state of each master that AdamW updates. State that does not exist yet is created as zeros."""
+        self.create_states()
+        states = (self.optimizer.state[master] for master in self.masters)
+        return [state for state in states if "step" in state]
 
-    def adam_state(self, master: Tensor) -> dict[str, Any]:
-        """Return AdamW's state of one master. If the state does not exist yet, create it with zeros."""
-        state = self.optimizer.state[master]
-        if not state:
-            counts_in_tensor = isinstance(self.optimizer, torch.optim.AdamW)  # DeepSpeed's CPUAdam counts with an int
+    def create_states(self) -> None:
+        """Create the state of each master that has no state yet, with zeros."""
+        for held in self.ranges():
+            if not self.optimizer.state[held.master]:
+                self.optimizer.state[held.master] = self._new_state(held.master, self.state_names[held.name])
+
+    def _new_state(self, master: Tensor, names: Iterable[str]) -> dict[str, Any]:
+        state: dict[str, Any] = {name: torch.zeros_like(master, requires_grad=False) for name in names}
+        if state.keys() == set(ADAMW_STATE):
+            counts_in_tensor = isinstance(self.adamw, torch.optim.AdamW)  # DeepSpeed's CPUAdam counts with an int
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device) if counts_in_tensor else 0
-            state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
         return state
-
-    def views(self, master: Tensor) -> list[Tensor]:
-        """Return flat views of this rank's elements of a master and of its two moments."""
-        state = self.adam_state(master)
-        tensors = (master, state["exp_avg"], state["exp_avg_sq"])
-        return [(t.to_local() if isinstance(t, DTensor) else t).detach().view(-1) for t in tensors]
 
 
 class ParameterState(OptimizerState):
@@ -75,14 +113,14 @@ class ParameterState(OptimizerState):
     Each master is a whole tensor, or a DTensor of which this rank holds whole rows.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> None:
-        super().__init__(optimizer, parameters.values())
-        self.names = list(parameters)
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], names: StateNames) -> None:
+        super().__init__(optimizer, parameters.values(), names)
+        self.parameters = parameters
 
-    def fragments(self) -> list[Fragment]:
+    def ranges(self) -> list[Range]:
         return [
-            Fragment(name, _first_element(parameter), *self.views(parameter))
-            for name, parameter in zip(self.names, self.masters, strict=True)
+            Range(name, _first_element(parameter), parameter, 0, local_elements(parameter).numel())
+            for name, parameter in self.parameters.items()
         ]
 
     def publish_masters(self) -> None:

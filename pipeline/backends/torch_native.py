@@ -1,4 +1,4 @@
-"""Provide the base class of DDP and FSDP2. torch's AdamW updates the model's parameters, which are the fp32 masters."""
+"""Provide the base class of DDP and FSDP2. The optimizer updates the model's parameters, which are the fp32 masters."""
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager
@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from pipeline.backends.base import Backend
-from pipeline.backends.optimizer import build_adamw, clip_and_step
+from pipeline.backends.optimizer import build_optimizer, clip_and_step, describe_optimizer
 from pipeline.backends.optimizer_state import ParameterState
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
@@ -23,8 +23,9 @@ class TorchBackend(Backend):
         super().__init__(model, config)
         self.compute = compute
         self.parameters: dict[str, Tensor] = dict(model.named_parameters())
-        self.optimizer = build_adamw(self.parameters.values(), config.optimizer, world.device)
-        self.state = ParameterState(self.optimizer, self.parameters)
+        self.optimizer = build_optimizer(self.parameters, config, world)
+        self.state = ParameterState(self.optimizer, self.parameters, self.state_names)
+        self.state.connect_optimizer(replicated=self.replicated)
 
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
         with self._gradient_sync(is_last):
@@ -45,4 +46,4 @@ class TorchBackend(Backend):
         self.optimizer.zero_grad(set_to_none=True)
 
     def describe(self) -> str:
-        return f"{self.label} with {'fused ' if self.optimizer.defaults['fused'] else ''}AdamW"
+        return f"{self.label} with {describe_optimizer(self.optimizer)}"

@@ -1,4 +1,4 @@
-"""Access the fp32 masters and moments of ZeRO stages 1 to 3. Only this file uses private names of DeepSpeed 0.19.8.
+"""Access the fp32 masters and the state of ZeRO stages 1 to 3. Only this file uses private names of DeepSpeed 0.19.8.
 
 The tests save and resume with every stage, so they fail if a release of DeepSpeed changes these names.
 """
@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from pipeline.backends.optimizer_state import Fragment, OptimizerState
+from pipeline.backends.optimizer_state import OptimizerState
+from pipeline.backends.ranges import Range
+from pipeline.model.parameter_state import StateNames
 
 
 class PartitionedState(OptimizerState):
@@ -15,28 +17,28 @@ class PartitionedState(OptimizerState):
 
     Args:
         names: maps ``id(parameter)`` to the canonical name of the parameter.
+        state_names: the names of the state of every parameter.
     """
 
-    def __init__(self, engine: Any, names: dict[int, str]) -> None:
+    def __init__(self, engine: Any, names: dict[int, str], state_names: StateNames) -> None:
         self.zero = engine.optimizer
         self.names = names
         if hasattr(self.zero, "fp32_groups_flat_partition"):  # BF16_Optimizer
             self.groups, masters = self.zero.bf16_groups, self.zero.fp32_groups_flat_partition
         else:
             self.groups, masters = self.zero.bit16_groups, self.zero.single_partition_of_fp32_groups
-        super().__init__(self.zero.optimizer, masters)
+        super().__init__(self.zero.optimizer, masters, state_names)
 
-    def fragments(self) -> list[Fragment]:
-        fragments = []
+    def ranges(self) -> list[Range]:
+        ranges = []
         for parameters, master in zip(self.groups, self.masters, strict=True):
-            views = self.views(master)
             for parameter in parameters:
                 mapping = parameter._hp_mapping
                 if mapping is not None:  # otherwise the whole parameter is on other ranks
-                    start, n = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
-                    ranges = [view[start : start + n] for view in views]
-                    fragments.append(Fragment(self.names[id(parameter)], mapping.lp_fragment_address.start, *ranges))
-        return fragments
+                    name, start = self.names[id(parameter)], mapping.lp_fragment_address.start
+                    held = mapping.hp_fragment_address
+                    ranges.append(Range(name, start, master, held.start, held.numel))
+        return ranges
 
     def publish_masters(self) -> None:
         """Copy the masters to the weights that the model computes with, and gather these weights from all ranks.
@@ -45,7 +47,7 @@ class PartitionedState(OptimizerState):
         """
         self.zero.update_lp_params()
         self.zero._hp_optimizer_states_linked = False
-        self.adam_states()  # creates missing states, which must exist before they are linked
+        self.create_states()  # missing states must exist before they are linked
         self.zero._lazy_init_hp_params_optimizer_state()
 
 
@@ -54,24 +56,23 @@ class FullyPartitionedState(OptimizerState):
 
     Args:
         names: maps ``id(parameter)`` to the canonical name of the parameter.
+        state_names: the names of the state of every parameter.
     """
 
-    def __init__(self, engine: Any, names: dict[int, str]) -> None:
+    def __init__(self, engine: Any, names: dict[int, str], state_names: StateNames) -> None:
         self.zero = engine.optimizer
         self.names = names
-        super().__init__(self.zero.optimizer, self.zero.fp32_partitioned_groups_flat)
+        super().__init__(self.zero.optimizer, self.zero.fp32_partitioned_groups_flat, state_names)
 
-    def fragments(self) -> list[Fragment]:
-        fragments = []
-        views = [self.views(master) for master in self.masters]
+    def ranges(self) -> list[Range]:
+        ranges = []
         for parameter in (parameter for parameters in self.zero.fp16_groups for parameter in parameters):
             group, at, partition_numel = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = torch.distributed.get_rank() * partition_numel
             n = min(partition_numel, parameter.ds_numel - start)
             if n > 0:  # otherwise this rank has only padding
-                ranges = [view[at : at + n] for view in views[group]]
-                fragments.append(Fragment(self.names[id(parameter)], start, *ranges))
-        return fragments
+                ranges.append(Range(self.names[id(parameter)], start, self.masters[group], at, n))
+        return ranges
 
     def publish_masters(self) -> None:
         """Copy the masters to this rank's shards of the weights that the model computes with.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backends import Backend, Fragment
-from pipeline.checkpoint.pieces import GROUPS, KINDS, piece_key
+from pipeline.checkpoint.pieces import GROUPS, group_of, piece_key
 from pipeline.checkpoint.saving import SavedCheckpoint, Snapshot, write_checkpoint
 from pipeline.checkpoint.state import TrainingState
 from pipeline.checkpoint.tensor_stream import TensorGroups, in_memory
@@ -101,8 +101,9 @@ class BackgroundSaver:
 class SnapshotTaker:
     """Copies a rank's share of the state into host buffers.
 
-    Every snapshot uses the same buffers, so a snapshot is valid until the next snapshot is taken. The buffers need 12
-    bytes of host memory per element that this rank writes. The buffers are in pinned memory if the state is on a GPU.
+    Every snapshot uses the same buffers, so a snapshot is valid until the next snapshot is taken. The buffers have the
+    size of the copied state: 12 bytes per element that this rank writes under AdamW. They are in pinned memory if the
+    state is on a GPU.
     """
 
     def __init__(self, backend: Backend, world: World) -> None:
@@ -117,13 +118,12 @@ class SnapshotTaker:
         for fragment in fragments_to_write(self.backend, self.world):
             n, shape = fragment.weight.numel(), shapes[fragment.name]
             is_whole = n == torch.Size(shape).numel()
-            for group, kinds in GROUPS.items():
-                for kind in kinds:
-                    key = piece_key(kind, fragment.name, None if is_whole else (fragment.start, fragment.start + n))
-                    copy = self._copy(key, getattr(fragment, kind))
-                    groups[group][key] = in_memory(copy.view(shape) if is_whole else copy)
+            for kind, tensor in fragment.tensors.items():
+                key = piece_key(kind, fragment.name, None if is_whole else (fragment.start, fragment.start + n))
+                copy = self._copy(key, tensor)
+                groups[group_of(kind)][key] = in_memory(copy.view(shape) if is_whole else copy)
         synchronize(self.world.device)
-        return Snapshot(state, shapes, groups)
+        return Snapshot(state, shapes, self.backend.state_names, groups)
 
     def _copy(self, key: str, source: Tensor) -> Tensor:
         if key not in self._buffers:
@@ -153,5 +153,5 @@ def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:
 
 def slice_fragment(fragment: Fragment, low: int, high: int) -> Fragment:
     """Return elements ``low`` to ``high - 1`` of a fragment, counted from the first element of the fragment."""
-    tensors = {kind: getattr(fragment, kind)[low:high] for kind in KINDS}
-    return replace(fragment, start=fragment.start + low, **tensors)
+    state = {name: tensor[low:high] for name, tensor in fragment.state.items()}
+    return replace(fragment, start=fragment.start + low, weight=fragment.weight[low:high], state=state)

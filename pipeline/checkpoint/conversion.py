@@ -13,15 +13,16 @@ from data_tools.storage.files import require_writable
 from data_tools.storage.new_folders import create_folder, removed_if_unused
 from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, list_checkpoints, read_manifest
 from pipeline.checkpoint.loading import read_parameter
-from pipeline.checkpoint.pieces import GROUPS, index_pieces, piece_key
+from pipeline.checkpoint.pieces import GROUPS, group_of, index_pieces, piece_key
 from pipeline.checkpoint.saving import SavedCheckpoint, Snapshot, write_checkpoint
 from pipeline.checkpoint.state import TrainingState, read_state
-from pipeline.checkpoint.tensor_stream import StreamedTensor
+from pipeline.checkpoint.tensor_stream import StreamedTensor, TensorGroups
 from pipeline.checkpoint.verification import locate_checkpoint
 from pipeline.config.loading import config_from_json, dump_config
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
+from pipeline.model.parameter_state import WEIGHT, StateNames, optimizer_state_names
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE
 from pipeline.run_folder.lock import lock_run_folder
 
@@ -51,7 +52,7 @@ def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
     def read(kind: str, name: str) -> Tensor:
         return read_parameter(shapes[name], pieces[kind][name])
 
-    return write_new_run(run_folder, config, state, shapes, read, stored_config)
+    return write_new_run(run_folder, config, state, shapes, read, stored_config, manifest["optimizer_state"])
 
 
 def write_new_run(
@@ -61,28 +62,28 @@ def write_new_run(
     shapes: dict[str, list[int]],
     read: Callable[[str, str], Tensor],
     stored_config: dict[str, Any] | None = None,
+    state_names: StateNames | None = None,
 ) -> SavedCheckpoint:
     """Write ``config.json`` and a checkpoint into a run folder. Create the folder if it does not exist.
 
     Args:
         shapes: the shapes of all parameters, by canonical name.
-        read: a function that takes a kind from ``KINDS`` and the canonical name of a parameter, and returns the weight
-            or the moment. Each tensor is read just before it is written.
+        read: a function that takes ``weight`` or the name of the optimizer's state, and the canonical name of a
+            parameter, and returns the tensor. Each tensor is read just before it is written.
         stored_config: the config to store in the checkpoint if it differs from ``config``.
+        state_names: the names of the optimizer's state if they are not those of the optimizer in ``config``.
 
     Raises:
         CheckpointError: the folder already has checkpoints, or the checkpoint cannot be written. If writing fails, the
             incomplete checkpoint is removed.
         ConfigError: another process is using the run folder.
     """
-    groups = {
-        group: {
-            piece_key(kind, name): StreamedTensor(shape, torch.float32, partial(read, kind, name))
-            for kind in kinds
-            for name, shape in shapes.items()
-        }
-        for group, kinds in GROUPS.items()
-    }
+    state_names = state_names or optimizer_state_names(shapes, config.optimizer)
+    groups: TensorGroups = {group: {} for group in GROUPS}
+    for name, shape in shapes.items():
+        for kind in (WEIGHT, *state_names[name]):
+            tensor = StreamedTensor(shape, torch.float32, partial(read, kind, name))
+            groups[group_of(kind)][piece_key(kind, name)] = tensor
     try:
         created = create_folder(run_folder / CHECKPOINTS_FOLDER)
     except OSError as error:
@@ -90,7 +91,7 @@ def write_new_run(
     content = dump_config(config)
     with removed_if_unused(created), lock_run_folder(run_folder):
         require_new_run_folder(run_folder)
-        snapshot = Snapshot(state, shapes, groups)
+        snapshot = Snapshot(state, shapes, state_names, groups)
         saved = write_checkpoint(run_folder, snapshot, stored_config or content, _SINGLE_RANK, keep_last=1)
         write_json_durably(run_folder / CONFIG_FILE, content)
         return saved

@@ -11,15 +11,19 @@ from typing import Any
 from data_tools.storage.content import describe_content
 from data_tools.storage.files import sha256_of_json
 from pipeline.errors import CheckpointError
+from pipeline.model.parameter_state import ADAMW_STATE, WEIGHT
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+#: Version 1 has no ``optimizer_state`` in the manifest: every parameter has AdamW's two moments.
+READABLE_VERSIONS = (1, 2)
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _TENSOR_FILE = re.compile(r"rank_(\d{5,})_(weights|moments)\.safetensors")
 _MAX_ELEMENTS = 1 << 48
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_STATE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
@@ -75,7 +79,9 @@ def parse_tensor_file(name: str) -> tuple[int, str] | None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest, and check its format version, hash, file names and shapes.
+    """Read the manifest, and check its format version, hash, file names, shapes and names of the optimizer's state.
+
+    The result has the keys of the newest format version.
 
     Raises:
         CheckpointError: the manifest is missing or damaged, has a format version that this program does not read, or
@@ -85,9 +91,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if path.is_symlink():
         raise CheckpointError(f"{path}: is a link, which may point outside the folder; expected a file")
     manifest = read_json_object(path)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        found = manifest.get("format_version")
-        raise CheckpointError(f"{path}: format version {found!r}, this program reads {FORMAT_VERSION}")
+    if (found := manifest.get("format_version")) not in READABLE_VERSIONS:
+        raise CheckpointError(f"{path}: format version {found!r}, this program reads {describe_readable_versions()}")
     if manifest.pop("sha256", None) != sha256_of_json(manifest):
         raise CheckpointError(f"{path}: contents changed (its own SHA-256 differs)")
     try:
@@ -101,11 +106,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         for shape in manifest["parameters"].values():
             if not all(isinstance(size, int) and size > 0 for size in shape) or math.prod(shape) > _MAX_ELEMENTS:
                 raise ValueError(f"{shape} is not a shape")
+        if found == 1:
+            manifest["optimizer_state"] = dict.fromkeys(manifest["parameters"], list(ADAMW_STATE))
+        _check_state_names(manifest["optimizer_state"], manifest["parameters"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: malformed ({error})") from None
     if STATE_FILE not in manifest["files"]:
         raise CheckpointError(f"{path}: malformed (does not name {STATE_FILE})")
     return manifest
+
+
+def _check_state_names(state_names: dict[str, list[str]], parameters: dict[str, list[int]]) -> None:
+    """Raise ValueError or TypeError if the manifest's ``optimizer_state`` is malformed."""
+    if state_names.keys() != parameters.keys():
+        raise ValueError("optimizer_state and parameters name different parameters")
+    for name, kinds in state_names.items():
+        are_names = isinstance(kinds, list) and all(_STATE_NAME.fullmatch(kind) for kind in kinds)
+        if not are_names or len(set(kinds)) != len(kinds) or WEIGHT in kinds:
+            raise ValueError(f"optimizer_state of {name}: {kinds} is not a list of names")
+
+
+def describe_readable_versions() -> str:
+    """Return the format versions that this program reads, as text."""
+    return " and ".join(map(str, READABLE_VERSIONS))
 
 
 def bytes_of_tensors(folder: Path) -> int:

@@ -1,6 +1,7 @@
 """Load checkpoints. Each rank reads only the stored elements that it needs."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,26 @@ from torch import Tensor
 
 from pipeline.backends import Backend
 from pipeline.checkpoint.layout import STATE_FILE, read_manifest
-from pipeline.checkpoint.pieces import KINDS, WEIGHT, Piece, PieceIndex, index_pieces, open_tensors
+from pipeline.checkpoint.pieces import Piece, PieceIndex, index_pieces, open_tensors
 from pipeline.checkpoint.state import TrainingState, read_state
 from pipeline.checkpoint.verification import locate_checkpoint
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import GPT2, allocate_model
+from pipeline.model.parameter_state import WEIGHT
 from pipeline.run_folder.layout import run_folder_of
+
+log = logging.getLogger(__name__)
 
 _POSITIONS = "wpe.weight"
 
 
 def load_training_state(folder: Path, backend: Backend) -> TrainingState:
-    """Copy a checkpoint into this rank's weights and moments, and restore AdamW's step count and the loss scale.
+    """Copy a checkpoint into this rank's weights and optimizer state. Restore AdamW's step count and the loss scale.
+
+    If another optimizer has written the checkpoint, only the weights are copied. The optimizer's state becomes zero,
+    and AdamW counts its steps from 0. The result then has a new ``optimizer_start``.
 
     Raises:
         CheckpointError: the checkpoint belongs to a model with other parameters, is malformed, or cannot be read. In
@@ -30,12 +37,25 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
     """
     state, _ = read_state(folder)
     index = index_for_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
-    for kind in KINDS:
-        for fragment in backend.fragments():
-            _copy_overlap(getattr(fragment, kind), fragment.start, index[kind][fragment.name])
-    backend.state_was_loaded(state.updates)
+    is_same_optimizer = _stored_state_names(index) == {name: set(kinds) for name, kinds in backend.state_names.items()}
+    if not is_same_optimizer:
+        log.warning("%s: another optimizer has written this checkpoint; the optimizer's state starts from zero", folder)
+        state = replace(state, optimizer_start=state.updates)
+    for fragment in backend.fragments():
+        for kind, tensor in fragment.tensors.items():
+            if kind == WEIGHT or is_same_optimizer:
+                _copy_overlap(tensor, fragment.start, index[kind][fragment.name])
+            else:
+                tensor.zero_()
+    backend.state_was_loaded(state.updates - state.optimizer_start)
     backend.loss_scaler.restore(state.loss_scale, state.loss_scale_good_steps)
     return state
+
+
+def _stored_state_names(index: PieceIndex) -> dict[str, set[str]]:
+    """Return the names of the optimizer's state of every parameter in a checkpoint."""
+    kinds = index.keys() - {WEIGHT}
+    return {name: {kind for kind in kinds if name in index[kind]} for name in index[WEIGHT]}
 
 
 def load_weights(folder: Path, parameters: dict[str, Tensor]) -> None:

@@ -1,8 +1,8 @@
 """Name and index the pieces of parameters in safetensors files.
 
 A piece is a whole parameter or a range of its elements. A whole parameter has its original shape, and its key in the
-file is the canonical name. A range is one-dimensional, and its key is ``name[start:stop]``. The keys of moments have
-the prefix ``exp_avg/`` or ``exp_avg_sq/``.
+file is the canonical name. A range is one-dimensional, and its key is ``name[start:stop]``. The keys of the optimizer's
+state have the name of the state as prefix, such as ``exp_avg/`` or ``momentum/``.
 """
 
 import re
@@ -18,13 +18,10 @@ from safetensors import SafetensorError, safe_open
 from data_tools.storage.content import describe_content
 from pipeline.checkpoint.layout import parse_tensor_file
 from pipeline.errors import CheckpointError
+from pipeline.model.parameter_state import WEIGHT
 
-#: The kinds of tensors. Each kind is also the name of an attribute of ``Fragment``.
-WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
-KINDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
-
-#: Each rank writes one file per group.
-GROUPS = {"weights": (WEIGHT,), "moments": (EXP_AVG, EXP_AVG_SQ)}
+#: Each rank writes one file per group: the weights, and the optimizer's state.
+WEIGHTS, MOMENTS = GROUPS = ("weights", "moments")
 
 _RANGE_KEY = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
 _DTYPE = "F32"  # the name in safetensors
@@ -40,8 +37,14 @@ class Piece:
     stop: int
 
 
-#: kind -> parameter -> pieces, sorted by their first element. The pieces contain every element exactly once.
+#: kind -> parameter -> pieces, sorted by their first element. The pieces contain every element exactly once. A kind is
+#: ``weight`` or a name of the optimizer's state, which may exist only for some of the parameters.
 PieceIndex = dict[str, dict[str, list[Piece]]]
+
+
+def group_of(kind: str) -> str:
+    """Return the group in which the tensors of a kind are stored."""
+    return WEIGHTS if kind == WEIGHT else MOMENTS
 
 
 def piece_key(kind: str, name: str, elements: tuple[int, int] | None = None) -> str:
@@ -68,10 +71,13 @@ def index_pieces(folder: Path, manifest: dict[str, Any]) -> PieceIndex:
             not fp32; or elements are missing or stored twice.
     """
     shapes = {name: torch.Size(shape) for name, shape in manifest["parameters"].items()}
-    index: PieceIndex = {kind: {name: [] for name in shapes} for kind in KINDS}
+    index: PieceIndex = {WEIGHT: {name: [] for name in shapes}}
+    for name, kinds in manifest["optimizer_state"].items():
+        for kind in kinds:
+            index.setdefault(kind, {})[name] = []
     for file in manifest["files"]:
         if rank_and_group := parse_tensor_file(file):
-            for kind, name, piece in _read_pieces(folder / file, rank_and_group[1], shapes):
+            for kind, name, piece in _read_pieces(folder / file, rank_and_group[1], shapes, index):
                 index[kind][name].append(piece)
     for kind, by_name in index.items():
         for name, pieces in by_name.items():
@@ -80,17 +86,23 @@ def index_pieces(folder: Path, manifest: dict[str, Any]) -> PieceIndex:
     return index
 
 
-def _read_pieces(path: Path, group: str, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, str, Piece]]:
-    """Yield (kind, parameter name, piece) for each tensor of a file. Raises the same errors as ``index_pieces``."""
+def _read_pieces(
+    path: Path, group: str, shapes: dict[str, torch.Size], index: PieceIndex
+) -> Iterator[tuple[str, str, Piece]]:
+    """Yield (kind, parameter name, piece) for each tensor of a file. Raises the same errors as ``index_pieces``.
+
+    Args:
+        index: the kinds and parameters that the manifest names.
+    """
     with open_tensors(path) as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
             stored = file.get_slice(key)
             shape, dtype = stored.get_shape(), stored.get_dtype()
             try:
-                kind, name, elements = _parse_key(key, group)
+                kind, name, elements = _parse_key(key, group, index)
             except ValueError as error:
                 raise CheckpointError(f"{path}: {error}") from None
-            if name not in shapes:
+            if name not in index[kind]:
                 raise CheckpointError(f"{path}: holds {key!r}, which the manifest does not name")
             if dtype != _DTYPE:
                 raise CheckpointError(f"{path}: {key} is {dtype}, expected {_DTYPE}")
@@ -102,12 +114,12 @@ def _read_pieces(path: Path, group: str, shapes: dict[str, torch.Size]) -> Itera
             yield kind, name, Piece(path, key, start, stop)
 
 
-def _parse_key(key: str, group: str) -> tuple[str, str, tuple[int, int] | None]:
-    """Return (kind, parameter name, range) for a key. Raise ValueError if the key of a moment has no prefix."""
+def _parse_key(key: str, group: str, index: PieceIndex) -> tuple[str, str, tuple[int, int] | None]:
+    """Return (kind, parameter name, range) for a key. Raise ValueError if the key of a moment has no known prefix."""
     kind, label = WEIGHT, key
-    if group == "moments":
+    if group == MOMENTS:
         kind, _, label = key.partition("/")
-        if kind not in GROUPS[group]:
+        if kind == WEIGHT or kind not in index:
             raise ValueError(f"{key!r} is not a moment")
     match = _RANGE_KEY.fullmatch(label)
     return (kind, match["name"], (int(match["start"]), int(match["stop"]))) if match else (kind, label, None)

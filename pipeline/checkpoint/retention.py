@@ -10,8 +10,9 @@ from pathlib import Path
 
 from data_tools.storage.atomic import fsync_folder
 from pipeline.checkpoint.layout import (
-    FORMAT_VERSION,
     MANIFEST_FILE,
+    READABLE_VERSIONS,
+    describe_readable_versions,
     format_size,
     is_checkpoint,
     list_checkpoints,
@@ -210,8 +211,9 @@ def _require_known_format(folder: Path) -> None:
     """Raise CheckpointError if a checkpoint has an unknown format version, because it may be undamaged."""
     with suppress(OSError, ValueError, AttributeError):
         found = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("format_version")
-        if found != FORMAT_VERSION:
+        if found not in READABLE_VERSIONS:
             raise CheckpointError(
-                f"{folder}: format version {found!r}, this program knows {FORMAT_VERSION} and cannot verify it; "
+                f"{folder}: format version {found!r}, this program knows {describe_readable_versions()} and cannot "
+                "verify it; "
                 "prune with the program that wrote it"
             )

@@ -27,6 +27,7 @@ from pipeline.checkpoint.tensor_stream import TensorGroups, write_tensors
 from pipeline.distributed.environment import launch_id
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
+from pipeline.model.parameter_state import StateNames
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Snapshot:
 
     state: TrainingState
     shapes: dict[str, list[int]]  # the shapes of all parameters, by canonical name
+    state_names: StateNames  # the names of the optimizer's state of all parameters
     groups: TensorGroups
 
 
@@ -92,7 +94,7 @@ def write_checkpoint(
         own_files = _on_every_rank(world, lambda: _write_tensor_files(aside, snapshot, world.rank))
         files_of_ranks: list[Files] = world.gather(own_files)
         all_files = {name: entry for files in files_of_ranks for name, entry in files.items()}
-        _on_main_rank(world, lambda: _complete_and_publish(aside, folder, state, snapshot.shapes, all_files))
+        _on_main_rank(world, lambda: _complete_and_publish(aside, folder, state, snapshot, all_files))
     except CheckpointError as error:
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -138,16 +140,15 @@ def _write_tensor_files(aside: Path, snapshot: Snapshot, rank: int) -> Files:
     return {name: write_tensors(aside / name, snapshot.groups[group]) for group, name in names.items()}
 
 
-def _complete_and_publish(
-    aside: Path, folder: Path, state: StateFile, shapes: dict[str, list[int]], tensor_files: Files
-) -> None:
+def _complete_and_publish(aside: Path, folder: Path, state: StateFile, snapshot: Snapshot, tensor_files: Files) -> None:
     """Write the JSON files, check the manifest and the headers of all tensor files, and rename the folder."""
     state_path = aside / STATE_FILE
     write_json_durably(state_path, asdict(state))
     state_entry = {"bytes": state_path.stat().st_size, "sha256": sha256_of_file(state_path)}
     manifest = {
         "format_version": FORMAT_VERSION,
-        "parameters": shapes,
+        "parameters": snapshot.shapes,
+        "optimizer_state": {name: list(kinds) for name, kinds in snapshot.state_names.items()},
         "files": {**tensor_files, STATE_FILE: state_entry},
     }
     write_json_durably(aside / MANIFEST_FILE, {**manifest, "sha256": sha256_of_json(manifest)})

@@ -46,13 +46,14 @@ class TrainingState:
     step: NonNegativeInt  # finished optimizer steps, including skipped steps
     samples: NonNegativeInt  # samples that all ranks consumed: the position in the data order
     tokens: NonNegativeInt  # target tokens that the run has trained on
-    updates: NonNegativeInt  # optimizer steps that changed the weights: AdamW's step count
+    updates: NonNegativeInt  # optimizer steps that changed the weights
     loss_scale: Annotated[PositiveFloat, AllowInfNan(False)] | None  # None if the precision uses no loss scale
     loss_scale_good_steps: NonNegativeInt
     seed: NonNegativeInt
     data_sha256: str | None = None  # the hash of the dataset's manifest
     guard: GuardState = field(default_factory=GuardState)
     validation: ValidationHistory = field(default_factory=ValidationHistory)
+    optimizer_start: NonNegativeInt = 0  # updates at which the optimizer's state was zero; AdamW counts steps from here
 
 
 @dataclass(frozen=True, kw_only=True)

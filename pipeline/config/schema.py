@@ -272,16 +272,35 @@ class BatchConfig(Section):
     micro_batch_size: PositiveInt = Field(16, description="Sequences per rank and micro-step.")
 
 
-class OptimizerConfig(Section):
-    """AdamW. Weight decay applies to tensors with two or more dimensions."""
+class MuonConfig(Section):
+    """The settings of Muon for the matrices of the blocks. AdamW updates embeddings, biases and LayerNorm weights."""
 
+    momentum: Fraction = Field(0.95, description="Decay rate of the mean of the gradients.")
+    nesterov: bool = Field(True, description="Add the newest gradient to the momentum once more (Nesterov momentum).")
+    iterations: PositiveInt = Field(5, le=20, description="Newton-Schulz iterations that orthogonalize a matrix.")
+    split_qkv: bool = Field(
+        True, description="Orthogonalize the projections to queries, keys and values as three matrices instead of one."
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW, or Muon with AdamW. Weight decay applies to tensors with two or more dimensions."""
+
+    name: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="`adamw` for all parameters, or `muon` for the matrices of the blocks and AdamW for the rest. The "
+        "learning rate and the weight decay of AdamW also suit Muon.",
+    )
     learning_rate: PositiveFloat = Field(6e-4, description="Peak learning rate, reached after warm-up.")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="Decay rates of the two moments.")
-    eps: PositiveFloat = Field(1e-8, description="Term added to the square root of the second moment.")
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.95), strict=False, description="Decay rates of AdamW's two moments."
+    )
+    eps: PositiveFloat = Field(1e-8, description="Term that AdamW adds to the square root of the second moment.")
     weight_decay: NonNegativeFloat = Field(
         0.1, description="Decoupled weight decay. It does not apply to biases and LayerNorm weights."
     )
     grad_clip: NonNegativeFloat = Field(1.0, description="Largest global gradient norm. 0 turns clipping off.")
+    muon: MuonConfig = MuonConfig()
 
 
 class ScheduleConfig(Section):

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
-from pipeline.checkpoint.pieces import WEIGHT
 from pipeline.config.schema import ModelConfig
 from pipeline.interop.foreign import model_shapes, read_padded
 from pipeline.model.gpt2 import GPT2, MLP, gelu
+from pipeline.model.parameter_state import WEIGHT
 
 #: The largest vocabulary that is assumed to be GPT-2's with added tokens or padding, if the files contain no other
 #: tokenizer. The value is 50257 rounded up to a multiple of 1024.

@@ -16,11 +16,11 @@ from torch.serialization import safe_globals
 from data_tools.errors import list_names
 from data_tools.storage.content import describe_content
 from pipeline.checkpoint.finite import describe_not_finite
-from pipeline.checkpoint.pieces import WEIGHT
 from pipeline.checkpoint.saving import SavedCheckpoint
 from pipeline.config.schema import MODEL_PRESETS, ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import allocate_model
+from pipeline.model.parameter_state import WEIGHT
 
 #: The prefix of GPT-2's parameters in a model with an output layer, in nanoGPT and in transformers.
 TRANSFORMER_PREFIX = "transformer."

@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.checkpoint.conversion import require_new_run_folder, write_new_run
-from pipeline.checkpoint.pieces import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config, ModelConfig, OptimizerConfig, ScheduleConfig
@@ -35,6 +34,7 @@ from pipeline.interop.foreign import (
     require_sizes,
 )
 from pipeline.interop.nanogpt_file import NanoGptFile, Section, open_nanogpt_file
+from pipeline.model.parameter_state import EXP_AVG, EXP_AVG_SQ, WEIGHT
 
 _SIZE_KEYS = {
     **{key: key for key in ("n_layer", "n_head", "n_embd", "vocab_size")},

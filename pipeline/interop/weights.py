@@ -8,7 +8,6 @@ from torch import Tensor
 
 from pipeline.checkpoint.layout import STATE_FILE, is_checkpoint, list_checkpoints
 from pipeline.checkpoint.loading import index_for_model, read_parameter
-from pipeline.checkpoint.pieces import WEIGHT
 from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.verification import locate_checkpoint
 from pipeline.config.loading import config_from_json
@@ -17,6 +16,7 @@ from pipeline.errors import CheckpointError
 from pipeline.interop.foreign import ForeignModel, model_shapes
 from pipeline.interop.hugging_face.importing import has_model, read_folder
 from pipeline.interop.nanogpt import read_nanogpt_model
+from pipeline.model.parameter_state import WEIGHT
 
 
 @dataclass(frozen=True)

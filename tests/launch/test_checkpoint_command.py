@@ -246,9 +246,9 @@ class TestPrune:
 
     def test_what_another_version_wrote_is_not_damaged(self, run_folder: Path) -> None:
         path = run_folder / LAST / "manifest.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 3}))
         before = hashes(run_folder)
-        with pytest.raises(CheckpointError, match="format version 2, this program knows 1"):
+        with pytest.raises(CheckpointError, match="format version 3, this program knows 1 and 2"):
             prune(run_folder, keep=1, dry_run=False)
         assert hashes(run_folder) == before
 

@@ -15,7 +15,6 @@ from data_tools.storage.files import require_writable
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
 from pipeline.checkpoint.layout import STATE_FILE
 from pipeline.checkpoint.loading import index_for_model, read_parameter
-from pipeline.checkpoint.pieces import WEIGHT
 from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.tensor_stream import StreamedTensor, write_tensors
 from pipeline.checkpoint.verification import locate_checkpoint
@@ -35,6 +34,7 @@ from pipeline.interop.hugging_face.layout import (
 )
 from pipeline.interop.hugging_face.model_card import model_card
 from pipeline.interop.hugging_face.tokenizer_files import tokenizer_files
+from pipeline.model.parameter_state import WEIGHT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _METADATA = {"format": "pt"}  # transformers refuses files without this entry

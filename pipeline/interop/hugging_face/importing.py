@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.conversion import require_new_run_folder, write_new_run
 from pipeline.checkpoint.layout import read_json_object
-from pipeline.checkpoint.pieces import WEIGHT, open_tensors
+from pipeline.checkpoint.pieces import open_tensors
 from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config, ModelConfig, RunConfig
@@ -39,6 +39,7 @@ from pipeline.interop.hugging_face.layout import (
     stored_shapes,
 )
 from pipeline.interop.hugging_face.tokenizer_files import VOCABULARY_FILE, describe_other_tokenizer
+from pipeline.model.parameter_state import WEIGHT
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ BACKENDS = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
 
 
 def contents(backend: Backend) -> dict[str, Tensor]:
-    """Return copies of weights and moments."""
+    """Return copies of weights and optimizer state."""
     return {
-        f"{fragment.name} {fragment.start} {kind}": getattr(fragment, kind).clone()
+        f"{fragment.name} {fragment.start} {kind}": tensor.clone()
         for fragment in backend.fragments()
-        for kind in ("weight", "exp_avg", "exp_avg_sq")
+        for kind, tensor in fragment.tensors.items()
     }
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from pipeline.backends import Backend
 from pipeline.backends.ddp import DdpBackend
+from pipeline.checkpoint.layout import read_manifest
 from pipeline.checkpoint.loading import load_training_state, load_weights
-from pipeline.checkpoint.pieces import KINDS, index_pieces
+from pipeline.checkpoint.pieces import index_pieces
 from pipeline.checkpoint.state import TrainingState
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import dump_config
@@ -51,9 +52,9 @@ def train_steps(backend: Backend, steps: int, first_seed: int = 0) -> None:
         backend.step(1e-2)
 
 
-def updates_of(backend: DdpBackend) -> int:
+def updates_of(backend: Backend) -> int:
     """Return AdamW's step count, which is the same for all parameters."""
-    counts = {state["step"].item() for state in backend.optimizer.state.values()} or {0}
+    counts = {float(state["step"]) for state in backend.state.adam_states()}
     assert len(counts) == 1
     return int(counts.pop())
 
@@ -65,9 +66,9 @@ def state_of(backend: DdpBackend, step: int) -> TrainingState:
 def contents(backend: Backend) -> dict[str, Tensor]:
     """Return copies of the weights and moments by name."""
     return {
-        f"{fragment.name} {kind}": getattr(fragment, kind).clone()
+        f"{fragment.name} {kind}": tensor.clone()
         for fragment in backend.fragments()
-        for kind in ("weight", "exp_avg", "exp_avg_sq")
+        for kind, tensor in fragment.tensors.items()
     }
 
 
@@ -104,10 +105,10 @@ def save(tmp_path: Path, world: World, backend: DdpBackend) -> Save:
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
     """Return the whole tensors of a checkpoint by kind and name."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_manifest(folder)
     tensors = {}
-    for kind in KINDS:
-        for name, pieces in index_pieces(folder, manifest)[kind].items():
+    for kind, by_name in index_pieces(folder, manifest).items():
+        for name, pieces in by_name.items():
             elements = []
             for piece in pieces:
                 with safe_open(piece.file, framework="pt") as file:

@@ -136,9 +136,7 @@ class TestBuffers:
         ]
         assert places[0] == places[1]
         assert len(set(places[0].values())) == len(places[0]) == 3 * len(backend.parameter_shapes)
-        in_use = {
-            getattr(f, kind).data_ptr() for f in backend.fragments() for kind in ("weight", "exp_avg", "exp_avg_sq")
-        }
+        in_use = {tensor.data_ptr() for fragment in backend.fragments() for tensor in fragment.tensors.values()}
         assert not in_use & set(places[0].values())
 
 

@@ -67,6 +67,19 @@ def test_a_malformed_shape_is_rejected(folder: Path, world: World, shape: Any) -
     assert_rejected(folder, world, folder / MANIFEST, "malformed")
 
 
+@pytest.mark.parametrize(
+    "names", [None, 3, ["weight"], ["exp_avg", "exp_avg"], ["exp_avg", "../x"], [1], ["Exp"]], ids=json.dumps
+)
+def test_malformed_names_of_the_optimizers_state_are_rejected(folder: Path, world: World, names: Any) -> None:
+    edit_manifest(folder, lambda manifest: manifest["optimizer_state"].update({POSITIONS: names}))
+    assert_rejected(folder, world, folder / MANIFEST, "malformed")
+
+
+def test_optimizer_state_of_other_parameters_is_rejected(folder: Path, world: World) -> None:
+    edit_manifest(folder, lambda manifest: manifest["optimizer_state"].pop(POSITIONS))
+    assert_rejected(folder, world, folder / MANIFEST, "name different parameters")
+
+
 def test_a_manifest_without_the_state_is_rejected(folder: Path, world: World) -> None:
     edit_manifest(folder, lambda manifest: manifest["files"].pop(STATE))
     assert_rejected(folder, world, folder / MANIFEST, "does not name state.json")

@@ -15,6 +15,7 @@ import torch
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint.loading import load_training_state, load_weights
 from pipeline.checkpoint.state import GuardState, read_state
+from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import dump_config
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
@@ -25,6 +26,7 @@ from tests.pipeline.checkpoint.conftest import (
     contents,
     make_backend,
     state_of,
+    stored_tensors,
     train_steps,
     unchanged,
     updates_of,
@@ -101,6 +103,70 @@ class TestRoundTrip:
         other = make_backend(world, seed=2)
         load_training_state(save(), other)
         assert_same(contents(other), contents(backend))
+
+
+class TestOptimizers:
+    """The state of any optimizer is stored by name. Another optimizer starts with state of zeros."""
+
+    MUON = {"name": "muon"}
+    ADAMW = {"name": "adamw"}
+
+    def trained(self, world: World, optimizer: dict[str, str]) -> DdpBackend:
+        backend = make_backend(world, seed=1, optimizer=optimizer)
+        train_steps(backend, 3)
+        return backend
+
+    def test_muon_continues_as_if_never_stopped(self, save: Save, world: World) -> None:
+        trained, other = self.trained(world, self.MUON), make_backend(world, seed=2, optimizer=self.MUON)
+        folder = save(of=trained)
+        assert find_damage(folder) is None
+        assert load_training_state(folder, other) == state_of(trained, 3)
+        assert_same(contents(other), contents(trained))
+        for backend in (trained, other):
+            train_steps(backend, 2, first_seed=50)
+        assert_same(contents(other), contents(trained))
+
+    def test_muon_stores_one_tensor_per_matrix(self, save: Save, world: World) -> None:
+        trained = self.trained(world, self.MUON)
+        stored = stored_tensors(save(of=trained))
+        assert stored.keys() == {f"{kind} {name}" for name, kind in map(str.split, contents(trained))}
+        assert "momentum h.0.mlp.c_fc.weight" in stored and "exp_avg h.0.mlp.c_fc.weight" not in stored
+        assert "exp_avg_sq wte.weight" in stored and "momentum wte.weight" not in stored
+
+    @pytest.mark.parametrize(("before", "after"), [(ADAMW, MUON), (MUON, ADAMW)], ids=["to muon", "to adamw"])
+    def test_another_optimizer_starts_from_zero_and_says_so(
+        self,
+        save: Save,
+        world: World,
+        before: dict[str, str],
+        after: dict[str, str],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        trained, other = self.trained(world, before), self.trained(world, after)
+        fresh = make_backend(world, seed=2, optimizer=after)
+        folder = save(of=trained)
+        state = load_training_state(folder, other)
+        assert "another optimizer has written this checkpoint; the optimizer's state starts from zero" in caplog.text
+        assert state == replace(state_of(trained, 3), optimizer_start=3)
+        load_weights(folder, {name: p.detach() for name, p in fresh.model.named_parameters()})
+        assert_same(contents(other), contents(fresh))
+        for backend in (other, fresh):
+            train_steps(backend, 2, first_seed=50)
+        assert_same(contents(other), contents(fresh))
+
+    def test_the_new_optimizer_continues_from_its_own_start(self, tmp_path: Path, save: Save, world: World) -> None:
+        """AdamW counts the updates since the change, also after another resume."""
+        changed = make_backend(world, seed=2, optimizer=self.MUON)
+        state = load_training_state(save(of=self.trained(world, self.ADAMW)), changed)
+        train_steps(changed, 2, first_seed=50)
+        state = replace(state, step=5, updates=5)
+        folder = save_checkpoint(tmp_path, state, dump_config(tiny_config()), changed, world, 10)
+        other = make_backend(world, seed=3, optimizer=self.MUON)
+        assert load_training_state(folder, other) == state
+        assert updates_of(other) == updates_of(changed) == 2
+        for backend in (changed, other):
+            train_steps(backend, 2, first_seed=60)
+        assert_same(contents(other), contents(changed))
 
 
 class TestOtherModel:

@@ -16,7 +16,7 @@ from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint.background import fragments_to_write, slice_fragment
 from pipeline.checkpoint.layout import tensor_file
 from pipeline.checkpoint.loading import load_training_state, load_weights
-from pipeline.checkpoint.pieces import KINDS, WEIGHT, piece_key
+from pipeline.checkpoint.pieces import GROUPS, group_of, piece_key
 from pipeline.checkpoint.verification import find_damage
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
@@ -73,14 +73,13 @@ class TestSharding:
     def rewrite(folder: Path, backend: Backend, fragments_of_rank: list[list[Fragment]]) -> None:
         """Rewrite a checkpoint as several ranks would have written it."""
         for rank, fragments in enumerate(fragments_of_rank):
-            groups: dict[str, dict[str, Tensor]] = {"weights": {}, "moments": {}}
+            groups: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
             for fragment in fragments:
                 shape, n = backend.parameter_shapes[fragment.name], fragment.weight.numel()
                 elements = None if n == shape.numel() else (fragment.start, fragment.start + n)
-                for kind in KINDS:
-                    tensor = getattr(fragment, kind).view(shape if elements is None else (n,)).clone()
-                    group = groups["weights" if kind == WEIGHT else "moments"]
-                    group[piece_key(kind, fragment.name, elements)] = tensor
+                for kind, tensor in fragment.tensors.items():
+                    stored = tensor.view(shape if elements is None else (n,)).clone()
+                    groups[group_of(kind)][piece_key(kind, fragment.name, elements)] = stored
             for name, tensors in groups.items():
                 save_file(tensors, folder / tensor_file(rank, name))
         seal(folder)
@@ -216,6 +215,11 @@ WRONG_TENSORS: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
     "pieces overlap": (WEIGHTS, split_at((0, 10), (9, N)), r"wpe.weight\[9:252\] overlaps another piece"),
     "a piece inside another": (WEIGHTS, split_at((0, N), (3, 5)), r"wpe.weight\[3:5\] overlaps another piece"),
     "a moment without its kind": (MOMENTS, rename(f"exp_avg/{POSITIONS}", POSITIONS), "'wpe.weight' is not a moment"),
+    "a weight among the moments": (
+        MOMENTS,
+        rename(f"exp_avg/{POSITIONS}", f"weight/{POSITIONS}"),
+        "'weight/wpe.weight' is not a moment",
+    ),
     "a moment of another kind": (
         MOMENTS,
         rename(f"exp_avg/{POSITIONS}", f"velocity/{POSITIONS}"),

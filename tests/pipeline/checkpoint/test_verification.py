@@ -133,11 +133,11 @@ def test_a_path_without_checkpoints(tmp_path: Path, place: str) -> None:
 
 def test_another_format_version_is_refused(save: Save) -> None:
     folder = save()
-    edit_manifest(folder, lambda manifest: manifest.update(format_version=2))
-    assert "format version 2, this program reads 1" in str(find_damage(folder))
+    edit_manifest(folder, lambda manifest: manifest.update(format_version=3))
+    assert "format version 3, this program reads 1 and 2" in str(find_damage(folder))
 
 
-@pytest.mark.parametrize("key", ["files", "parameters"])
+@pytest.mark.parametrize("key", ["files", "parameters", "optimizer_state"])
 @pytest.mark.parametrize("value", [None, [1], "x", {"a": 3}], ids=["none", "list", "text", "object"])
 def test_a_malformed_manifest_is_one_line(save: Save, key: str, value: Any) -> None:
     folder = save()

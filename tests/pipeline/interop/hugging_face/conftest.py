@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.checkpoint.pieces import KINDS, WEIGHT, piece_key
+from pipeline.checkpoint.pieces import GROUPS, group_of, piece_key
 from pipeline.checkpoint.saving import Snapshot, write_checkpoint
 from pipeline.checkpoint.state import TrainingState
 from pipeline.checkpoint.tensor_stream import TensorGroups, in_memory
@@ -18,6 +18,7 @@ from pipeline.config.schema import Config
 from pipeline.distributed.world import World
 from pipeline.interop.hugging_face.exporting import export_checkpoint
 from pipeline.model.gpt2 import GPT2
+from pipeline.model.parameter_state import ADAMW_STATE, WEIGHT, optimizer_state_names
 from tests.pipeline.conftest import randomised_model, tiny_config
 
 STEP = 7
@@ -42,17 +43,18 @@ def save_in_pieces(model: GPT2, config: Config, run_folder: Path) -> Path:
     """Save a checkpoint whose parameters are split in two pieces within a row."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
-    groups: TensorGroups = {"weights": {}, "moments": {}}
-    for kind in KINDS:
+    state_names = optimizer_state_names(shapes, config.optimizer)
+    groups: TensorGroups = {group: {} for group in GROUPS}
+    for kind in (WEIGHT, *ADAMW_STATE):
         for name, weight in weights.items():
             flat = weight.reshape(-1) if kind == WEIGHT else torch.zeros(weight.numel())
             middle = flat.numel() // 2 + 1
             for low, high in ((0, middle), (middle, flat.numel())):
-                group = groups["weights" if kind == WEIGHT else "moments"]
-                group[piece_key(kind, name, (low, high))] = in_memory(flat[low:high])
+                groups[group_of(kind)][piece_key(kind, name, (low, high))] = in_memory(flat[low:high])
     state = TrainingState(STEP, 28, 336, STEP, None, 0, 1337)
     alone = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    write_checkpoint(run_folder, Snapshot(state, shapes, groups), dump_config(config), alone, keep_last=1)
+    snapshot = Snapshot(state, shapes, state_names, groups)
+    write_checkpoint(run_folder, snapshot, dump_config(config), alone, keep_last=1)
     return run_folder
 
 

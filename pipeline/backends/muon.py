@@ -1,0 +1,142 @@
+"""Muon for the matrices of the transformer blocks, with AdamW for all other parameters, on every backend.
+
+Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal matrix. The update needs the whole
+matrix, but a rank may hold any range of its elements. Therefore momentum is kept like a moment of AdamW, as ranges, and
+each matrix is assembled on one rank for the time of the update. The update is multiplied by
+0.2 sqrt(max(rows, columns)), so that learning rates and weight decay of AdamW also suit Muon (Liu et al. 2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.backends.matrix_exchange import MatrixExchange, Span
+from pipeline.backends.newton_schulz import orthogonalize
+from pipeline.backends.ranges import Range, local_elements
+from pipeline.config.schema import MuonConfig
+from pipeline.distributed.world import World
+from pipeline.model.muon_matrices import belongs_to_muon, muon_matrices
+from pipeline.model.parameter_state import MOMENTUM
+
+_IS_MUON = "is_muon"  # the key of a parameter group that Muon updates
+
+
+class Muon(torch.optim.Optimizer):
+    """An optimizer that updates one group of matrices with Muon, and all other groups with an AdamW.
+
+    A backend may replace the parameters of a group by its own tensors, the masters, as DeepSpeed does. ``use_ranges``
+    must then tell which elements of which parameters the masters contain.
+
+    Args:
+        parameters: all parameters that Muon updates, by canonical name.
+        adamw: the optimizer of all other parameters. Its groups and its state are also those of this optimizer.
+        dtype: the dtype of the Newton-Schulz iterations and of the communication.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        adamw: torch.optim.Optimizer,
+        config: MuonConfig,
+        world: World,
+        *,
+        weight_decay: float,
+        dtype: torch.dtype,
+    ) -> None:
+        learning_rate = adamw.param_groups[0]["lr"]
+        super().__init__(parameters.values(), {"lr": learning_rate, "weight_decay": weight_decay, _IS_MUON: True})
+        self.adamw = adamw
+        self.param_groups += adamw.param_groups
+        self.state = adamw.state
+        self.config = config
+        self.world = world
+        self.dtype = dtype
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self._ranges: list[Range] = []
+        self._spans: list[list[tuple[int, Span]]] = []  # the spans of every rank, with the index of their master
+        self._indices: dict[int, int] = {}  # id(master) -> index of the master
+        self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}
+
+    def use_ranges(self, masters: Iterable[Tensor], ranges: Iterable[Range], *, replicated: bool) -> None:
+        """Set the elements that the masters of this rank contain.
+
+        This call is collective: every rank must make it.
+
+        Args:
+            masters: all masters, in the same order on every rank.
+            ranges: the ranges of all masters.
+            replicated: whether every rank holds all elements.
+        """
+        self.replicated = replicated
+        self._indices = {id(master): i for i, master in enumerate(masters)}
+        self._ranges = [held for held in ranges if held.name in self.shapes and held.length]
+        own = [(self._indices[id(held.master)], Span(held.name, held.start, held.stop)) for held in self._ranges]
+        self._spans = self.world.gather(own)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override] # no backend passes a closure
+        """Update the masters of all groups. Masters without a gradient do not change.
+
+        This call is collective: every rank must make it with the same groups.
+        """
+        assert closure is None
+        self.adamw.param_groups = [group for group in self.param_groups if not group.get(_IS_MUON)]
+        if self.adamw.param_groups:
+            self.adamw.step()
+        for group in self.param_groups:
+            masters = [master for master in group["params"] if master.grad is not None]
+            if group.get(_IS_MUON) and masters:
+                self._update(masters, group["lr"], group["weight_decay"])
+
+    def _update(self, masters: list[Tensor], learning_rate: float, weight_decay: float) -> None:
+        """Update masters. The gradients are overwritten with the updates, so that no further memory is needed."""
+        weights = [local_elements(master) for master in masters]
+        updates = [local_elements(master.grad) for master in masters]  # type: ignore[arg-type]
+        momenta = [local_elements(self._momentum(master)) for master in masters]
+        torch._foreach_lerp_(momenta, updates, 1 - self.config.momentum)
+        if self.config.nesterov:
+            torch._foreach_lerp_(updates, momenta, self.config.momentum)
+        else:
+            torch._foreach_copy_(updates, momenta)
+        self._orthogonalize(masters)
+        torch._foreach_mul_(weights, 1 - learning_rate * weight_decay)
+        torch._foreach_add_(weights, updates, alpha=-learning_rate)
+
+    def _momentum(self, master: Tensor) -> Tensor:
+        state = self.state[master]
+        if MOMENTUM not in state:
+            state[MOMENTUM] = torch.zeros_like(master, requires_grad=False)
+        momentum: Tensor = state[MOMENTUM]
+        return momentum
+
+    def _orthogonalize(self, masters: list[Tensor]) -> None:
+        """Replace the gradients of masters by the scaled orthogonal matrices."""
+        indices = tuple(self._indices[id(master)] for master in masters)
+        if indices not in self._exchanges:
+            self._exchanges[indices] = self._create_exchange(set(indices))
+        elements = [
+            held.of(held.master.grad)  # type: ignore[arg-type]
+            for held in self._ranges
+            if self._indices[id(held.master)] in indices
+        ]
+        function = partial(orthogonalize, iterations=self.config.iterations)
+        self._exchanges[indices].transform(elements, function)
+
+    def _create_exchange(self, indices: set[int]) -> MatrixExchange:
+        """Return the exchange for the matrices that are in some of the masters on any rank."""
+        spans = [[span for index, span in of_rank if index in indices] for of_rank in self._spans]
+        names = {span.name for of_rank in spans for span in of_rank}
+        shapes = {name: shape for name, shape in self.shapes.items() if name in names}
+        matrices = list(muon_matrices(shapes, split_qkv=self.config.split_qkv))
+        return MatrixExchange(matrices, spans, self.world, replicated=self.replicated, dtype=self.dtype)
+
+
+def divide_parameters(parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the parameters that Muon updates, and all other parameters."""
+    muon = {name: parameter for name, parameter in parameters.items() if belongs_to_muon(name, parameter.shape)}
+    return muon, {name: parameter for name, parameter in parameters.items() if name not in muon}

@@ -1,0 +1,27 @@
+"""Name the tensors of a parameter's training state: the weight, and the state that the optimizer keeps for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from pipeline.config.schema import OptimizerConfig
+from pipeline.model.muon_matrices import belongs_to_muon
+
+WEIGHT = "weight"
+EXP_AVG, EXP_AVG_SQ = ADAMW_STATE = ("exp_avg", "exp_avg_sq")  # the names of the two moments in torch's AdamW
+MOMENTUM = "momentum"
+MUON_STATE = (MOMENTUM,)
+
+#: parameter name -> names of the tensors that the optimizer keeps for the parameter, each of the parameter's shape
+StateNames = Mapping[str, Iterable[str]]
+
+
+def optimizer_state_names(shapes: Mapping[str, Sequence[int]], config: OptimizerConfig) -> dict[str, tuple[str, ...]]:
+    """Return the names of the optimizer's state of every parameter. They do not depend on the backend and the rank.
+
+    Args:
+        shapes: the shapes of all parameters, by canonical name.
+    """
+    uses_muon = config.name == "muon"
+    muon = {name for name, shape in shapes.items() if uses_muon and belongs_to_muon(name, shape)}
+    return {name: MUON_STATE if name in muon else ADAMW_STATE for name in shapes}

@@ -1,0 +1,129 @@
+"""Matrices cut between ranks in any way are assembled, transformed and returned. The ranks are threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.backends import matrix_exchange
+from pipeline.backends.matrix_exchange import MatrixExchange, Span, assign_owners, divide_into_batches
+from pipeline.distributed.world import World
+from pipeline.model.muon_matrices import Matrix, muon_matrices
+
+SHAPES = {"h.0.attn.c_attn.weight": (21, 7), "h.0.mlp.c_fc.weight": (28, 7), "h.1.mlp.c_proj.weight": (7, 28)}
+MATRICES = list(muon_matrices(SHAPES, split_qkv=True))
+
+
+class ThreadedRanks:
+    """Runs a function on several ranks, one per thread, and replaces ``all_to_all_single`` between them."""
+
+    def __init__(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.size = size
+        self.calls = 0
+        self._rank = threading.local()
+        self._sent: list[list[Tensor]] = [[] for _ in range(size)]
+        self._barrier = threading.Barrier(size)
+        monkeypatch.setattr(matrix_exchange.dist, "all_to_all_single", self.all_to_all_single)
+
+    def run(self, function: Callable[[World], Any]) -> list[Any]:
+        def on_rank(rank: int) -> Any:
+            self._rank.number = rank
+            return function(World(rank, self.size, rank, torch.device("cpu")))
+
+        with ThreadPoolExecutor(self.size) as threads:
+            return list(threads.map(on_rank, range(self.size)))
+
+    def all_to_all_single(
+        self, received: Tensor, sent: Tensor, sizes_received: list[int], sizes_sent: list[int], group: Any
+    ) -> None:
+        rank = self._rank.number
+        self._sent[rank] = list(torch.split(sent, sizes_sent))
+        self._barrier.wait(30)
+        shares = [self._sent[source][rank] for source in range(self.size)]
+        assert [len(share) for share in shares] == sizes_received
+        torch.cat(shares, out=received)
+        self._barrier.wait(30)
+        self.calls += rank == 0
+
+
+def whole_parameters() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def cut(length: int | None, rank: int, ranks: int) -> list[Span]:
+    """Return every ``ranks``-th range of ``length`` elements, or whole parameters if ``length`` is None."""
+    spans = []
+    for name, parameter in whole_parameters().items():
+        n = parameter.numel()
+        if length is None:
+            spans.append(Span(name, 0, n))
+        else:
+            spans += [Span(name, low, min(low + length, n)) for low in range(0, n, length)][rank::ranks]
+    return spans
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("length", [5, 64, 1000, None])
+def test_every_matrix_is_transformed_once(monkeypatch: pytest.MonkeyPatch, ranks: int, length: int | None) -> None:
+    threaded = ThreadedRanks(ranks, monkeypatch)
+    seen: list[tuple[int, int]] = []
+
+    def transform(world: World) -> list[Tensor]:
+        spans = [cut(length, rank, ranks) for rank in range(ranks)]
+        exchange = MatrixExchange(MATRICES, spans, world, replicated=length is None, dtype=torch.float32)
+        parameters = whole_parameters()
+        elements = [parameters[span.name].view(-1)[span.start : span.stop].clone() for span in spans[world.rank]]
+
+        def function(matrix: Tensor) -> Tensor:
+            seen.append((matrix.shape[0], matrix.shape[1]))
+            return matrix.cumsum(0)
+
+        exchange.transform(elements, function)
+        return elements
+
+    results = threaded.run(transform)
+    assert sorted(seen) == sorted((matrix.rows, matrix.columns) for matrix in MATRICES)
+    assert threaded.calls == (0 if ranks == 1 else 2), "one all-to-all for all matrices, in each direction"
+    expected = whole_parameters()
+    for matrix in MATRICES:
+        rows = expected[matrix.name].view(-1)[matrix.start : matrix.stop].view(matrix.rows, matrix.columns)
+        rows.copy_(rows.cumsum(0) * matrix.update_scale)
+    for rank, elements in enumerate(results):
+        for span, found in zip(cut(length, rank, ranks), elements, strict=True):
+            torch.testing.assert_close(found, expected[span.name].view(-1)[span.start : span.stop])
+
+
+def test_the_work_is_balanced() -> None:
+    shapes = {
+        f"h.{i}.{name}.weight": shape
+        for i in range(12)
+        for name, shape in {
+            "attn.c_attn": (2304, 768),
+            "attn.c_proj": (768, 768),
+            "mlp.c_fc": (3072, 768),
+            "mlp.c_proj": (768, 3072),
+        }.items()
+    }
+    matrices = list(muon_matrices(shapes, split_qkv=True))
+    for ranks in (2, 4, 8):
+        for batch in divide_into_batches(matrices, ranks):
+            assert batch
+            work = [sum(matrix.cost for matrix in owned) for owned in assign_owners(batch, ranks)]
+            assert max(work) <= 1.2 * sum(work) / ranks
+
+
+def test_every_matrix_has_one_owner_and_is_in_one_batch() -> None:
+    large = [Matrix(f"h.{i}.mlp.c_fc.weight", 0, 4096, 1024) for i in range(20)]
+    batches = divide_into_batches(large, 2)
+    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4]
+    assert [matrix for batch in batches for matrix in batch] == large
+    owned = assign_owners(large, 3)
+    assert sorted(matrix.name for matrices in owned for matrix in matrices) == sorted(m.name for m in large)
+    assert divide_into_batches([], 2) == []

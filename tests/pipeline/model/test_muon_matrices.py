@@ -1,0 +1,35 @@
+"""Muon updates the matrices of the blocks and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config.schema import OptimizerConfig
+from pipeline.model.gpt2 import build_model
+from pipeline.model.muon_matrices import muon_matrices
+from pipeline.model.parameter_state import optimizer_state_names
+from tests.pipeline.conftest import TINY_MODEL, tiny_model_config
+
+C = TINY_MODEL["n_embd"]
+
+
+def shapes_of_tiny_model() -> dict[str, list[int]]:
+    return {name: list(p.shape) for name, p in build_model(tiny_model_config(), 1).named_parameters()}
+
+
+@pytest.mark.parametrize("split_qkv", [False, True])
+def test_the_matrices_of_the_blocks(split_qkv: bool) -> None:
+    matrices = list(muon_matrices(shapes_of_tiny_model(), split_qkv=split_qkv))
+    attention = [(C, C)] * 3 if split_qkv else [(3 * C, C)]
+    assert [(m.rows, m.columns) for m in matrices] == [*attention, (C, C), (4 * C, C), (C, 4 * C)] * 2
+    assert [m.start for m in matrices if "c_attn" in m.name] == ([0, C * C, 2 * C * C] if split_qkv else [0]) * 2
+
+
+def test_adamw_keeps_its_moments_for_the_rest() -> None:
+    shapes = shapes_of_tiny_model()
+    names = optimizer_state_names(shapes, OptimizerConfig(name="muon"))
+    assert names.keys() == shapes.keys()
+    for name, kinds in names.items():
+        is_matrix_of_a_block = name.startswith("h.") and name.endswith("weight") and "ln_" not in name
+        assert kinds == (("momentum",) if is_matrix_of_a_block else ("exp_avg", "exp_avg_sq")), name
+    assert set(optimizer_state_names(shapes, OptimizerConfig()).values()) == {("exp_avg", "exp_avg_sq")}
