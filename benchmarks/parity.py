@@ -2,6 +2,7 @@
 
 python -m benchmarks.parity            # 60 steps, fp32, amp_bf16 and bf16; what `make parity` runs
 python -m benchmarks.parity --compile  # compare compiled runs with the uncompiled reference
+python -m benchmarks.parity --optimizer muon --offload
 """
 
 from __future__ import annotations
@@ -10,34 +11,46 @@ import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
+from pipeline.config.schema import OptimizerConfig
 from tests.support.agreement import LOSS_TOLERANCE, Agreement, print_table
 from tests.support.runs import BACKENDS, TINY_RUN, Curve, curve_of, make_corpus, merged
 
 PROCESSES = (1, 2)
+OPTIMIZERS = get_args(OptimizerConfig.model_fields["name"].annotation)
+OFFLOADS = ("zero2_offload", "zero3_offload")
 
 
 def compare(
-    data: Path, scratch: Path, precisions: Sequence[str], steps: int, *, compiled: bool = False
+    data: Path,
+    scratch: Path,
+    precisions: Sequence[str],
+    steps: int,
+    *,
+    compiled: bool = False,
+    optimizer: str = "adamw",
+    backends: Sequence[str] = BACKENDS,
+    processes: Sequence[int] = PROCESSES,
 ) -> Iterator[Agreement]:
     """Train each backend with each number of processes. Yields one comparison with the uncompiled reference per run."""
 
-    def curve(precision: str, backend: str, processes: int, compiled: bool) -> Curve:
+    def curve(precision: str, backend: str, ranks: int, compiled: bool) -> Curve:
         sections = merged(
             TINY_RUN,
             {"run": {"precision": precision, "compile": compiled}},
-            {"data": {"path": str(data)}, "schedule": {"max_steps": steps}},
+            {"data": {"path": str(data)}, "schedule": {"max_steps": steps}, "optimizer": {"name": optimizer}},
         )
-        return curve_of(backend, scratch / f"{precision}-{backend}-{processes}-{compiled}", sections, processes)
+        return curve_of(backend, scratch / f"{precision}-{backend}-{ranks}-{compiled}", sections, ranks)
 
     for precision in precisions:
         reference = curve(precision, "ddp", 1, compiled=False)
         clipped = sum(norm > TINY_RUN["optimizer"]["grad_clip"] for norm in reference.grad_norms)
         assert clipped > steps // 2, "clipping is inactive at most steps: the comparison would prove little"
-        for backend in BACKENDS:
-            for processes in PROCESSES:
-                if compiled or (backend, processes) != ("ddp", 1):
-                    run = (precision, backend, processes)
+        for backend in backends:
+            for ranks in processes:
+                if compiled or (backend, ranks) != ("ddp", 1):
+                    run = (precision, backend, ranks)
                     yield Agreement.of(run, precision, curve(*run, compiled=compiled), reference)
 
 
@@ -47,10 +60,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "amp_bf16", "bf16"], choices=LOSS_TOLERANCE)
     parser.add_argument("--compile", action="store_true", help="compile all runs except the reference")
+    parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
+    parser.add_argument("--offload", action="store_true", help="also compare the configs with offload")
+    parser.add_argument("--processes", type=int, nargs="+", default=list(PROCESSES))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         data = make_corpus(Path(scratch) / "data")
-        rows = compare(data, Path(scratch), arguments.precisions, arguments.steps, compiled=arguments.compile)
+        rows = compare(
+            data,
+            Path(scratch),
+            arguments.precisions,
+            arguments.steps,
+            compiled=arguments.compile,
+            optimizer=arguments.optimizer,
+            backends=(*BACKENDS, *OFFLOADS) if arguments.offload else BACKENDS,
+            processes=arguments.processes,
+        )
         failures = print_table(("precision", "backend", "processes"), rows)
     raise SystemExit(f"{failures} runs do not agree" if failures else 0)
 

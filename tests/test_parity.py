@@ -19,17 +19,20 @@ def tiny_run(byte_corpus: Path, **sections: dict[str, object]) -> dict[str, dict
 
 
 class References:
-    """Curves of single-process DDP, one per precision, trained at first use."""
+    """Curves of single-process DDP, one per precision and optimizer, trained at first use."""
 
     def __init__(self, byte_corpus: Path, folder: Path) -> None:
         self.corpus, self.folder = byte_corpus, folder
-        self.curves: dict[str, Curve] = {}
+        self.curves: dict[tuple[str, str], Curve] = {}
 
-    def __getitem__(self, precision: str) -> Curve:
-        if precision not in self.curves:
-            sections = tiny_run(self.corpus, run={"precision": precision})
-            self.curves[precision] = curve_of("ddp", self.folder / precision, sections)
-        return self.curves[precision]
+    def __getitem__(self, key: str | tuple[str, str]) -> Curve:
+        """Return the curve of a precision under AdamW, or of a precision and an optimizer."""
+        precision, optimizer = key if isinstance(key, tuple) else (key, "adamw")
+        if (precision, optimizer) not in self.curves:
+            sections = tiny_run(self.corpus, run={"precision": precision}, optimizer={"name": optimizer})
+            folder = self.folder / f"{precision}-{optimizer}"
+            self.curves[precision, optimizer] = curve_of("ddp", folder, sections)
+        return self.curves[precision, optimizer]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,20 @@ def test_offload_does_not_change_the_curve(
     curve = curve_of(backend, tmp_path, tiny_run(byte_corpus), processes=2)
     assert curve.largest_loss_difference(references["fp32"]) <= LOSS_TOLERANCE["fp32"]
     assert curve.largest_grad_norm_difference(references["fp32"]) <= GRAD_NORM_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("backend", "processes"),
+    [("ddp", 2), ("fsdp", 4), ("zero0", 2), ("zero1", 2), ("zero2_offload", 2), ("zero3", 1), ("zero3_offload", 2)],
+)
+def test_curves_of_muon_agree(
+    backend: str, processes: int, byte_corpus: Path, references: References, tmp_path: Path
+) -> None:
+    reference = references["fp32", "muon"]
+    curve = curve_of(backend, tmp_path, tiny_run(byte_corpus, optimizer={"name": "muon"}), processes)
+    assert reference.largest_loss_difference(references["fp32"]) > 1e-2, "Muon is in use"
+    assert curve.largest_loss_difference(reference) <= LOSS_TOLERANCE["fp32"]
+    assert curve.largest_grad_norm_difference(reference) <= GRAD_NORM_TOLERANCE
 
 
 @pytest.mark.parametrize(

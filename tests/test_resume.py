@@ -43,14 +43,25 @@ def weights_of(run_folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("backend", "processes", "precision"),
-    [("ddp", 1, "fp32"), ("fsdp", 2, "amp_bf16"), ("zero1", 2, "bf16"), ("zero2", 1, "amp_fp16"), ("zero3", 2, "fp32")],
+    ("backend", "processes", "precision", "optimizer"),
+    [
+        ("ddp", 1, "fp32", "adamw"),
+        ("fsdp", 2, "amp_bf16", "adamw"),
+        ("zero1", 2, "bf16", "adamw"),
+        ("zero2", 1, "amp_fp16", "adamw"),
+        ("zero3", 2, "fp32", "adamw"),
+        ("ddp", 2, "bf16", "muon"),
+        ("fsdp", 2, "fp32", "muon"),
+        ("zero1", 2, "amp_fp16", "muon"),
+        ("zero3", 2, "amp_bf16", "muon"),
+    ],
 )
 def test_the_same_run_continues_bit_for_bit(
-    backend: str, processes: int, precision: str, byte_corpus: Path, tmp_path: Path
+    backend: str, processes: int, precision: str, optimizer: str, byte_corpus: Path, tmp_path: Path
 ) -> None:
-    """Losses, weights and moments equal those of the uninterrupted run; dropout is active."""
-    sections = run_sections(byte_corpus, {"run": {"precision": precision}, "model": {"dropout": 0.1}})
+    """Losses, weights and optimizer state equal those of the uninterrupted run; dropout is active."""
+    changes = {"run": {"precision": precision}, "model": {"dropout": 0.1}, "optimizer": {"name": optimizer}}
+    sections = run_sections(byte_corpus, changes)
     whole = curve_of(backend, tmp_path, sections, processes)
     weights = weights_of(tmp_path)
     rows = steps_logged(tmp_path)
@@ -65,30 +76,39 @@ def test_the_same_run_continues_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
+    ("before", "after", "optimizer"),
     [
-        (("ddp", 1), ("zero3", 2)),
-        (("zero3", 2), ("fsdp", 1)),
-        (("fsdp", 2), ("zero1", 1)),
-        (("zero1", 1), ("zero2", 2)),
-        (("zero2", 2), ("zero0", 1)),
-        (("zero0", 2), ("ddp", 1)),
+        (("ddp", 1), ("zero3", 2), "adamw"),
+        (("zero3", 2), ("fsdp", 1), "adamw"),
+        (("fsdp", 2), ("zero1", 1), "adamw"),
+        (("zero1", 1), ("zero2", 2), "adamw"),
+        (("zero2", 2), ("zero0", 1), "adamw"),
+        (("zero0", 2), ("ddp", 1), "adamw"),
+        (("zero3", 2), ("ddp", 1), "muon"),
+        (("ddp", 1), ("fsdp", 2), "muon"),
+        (("fsdp", 2), ("zero2_offload", 1), "muon"),
+        (("zero1", 1), ("zero3", 2), "muon"),
     ],
-    ids=lambda side: f"{side[0]}x{side[1]}",
+    ids=lambda side: side if isinstance(side, str) else f"{side[0]}x{side[1]}",
 )
 def test_another_backend_and_world_size_continue_the_curve(
-    before: tuple[str, int], after: tuple[str, int], byte_corpus: Path, tmp_path: Path, whole: Curve
+    before: tuple[str, int],
+    after: tuple[str, int],
+    optimizer: str,
+    byte_corpus: Path,
+    tmp_path: Path,
+    wholes: dict[str, Curve],
 ) -> None:
-    first = run_sections(byte_corpus, {"schedule": {"max_steps": STEPS}})
+    first = run_sections(byte_corpus, {"optimizer": {"name": optimizer}})
     curve_of(before[0], tmp_path / "before", first, before[1])
     saved = tmp_path / "before" / "checkpoints" / f"step_{SAVED_AT:08d}"
 
-    second = run_sections(byte_corpus, {"checkpoint": {"resume": str(saved)}})
+    second = merged(first, {"checkpoint": {"resume": str(saved)}})
     curve_of(after[0], tmp_path / "after", second, after[1])
 
     continued = read_curve(tmp_path / "after").losses
     assert len(continued) == STEPS - SAVED_AT
-    differences = [abs(a - b) for a, b in zip(continued, whole.losses[SAVED_AT:], strict=True)]
+    differences = [abs(a - b) for a, b in zip(continued, wholes[optimizer].losses[SAVED_AT:], strict=True)]
     assert max(differences) <= LOSS_TOLERANCE["fp32"]
 
 
@@ -111,8 +131,23 @@ def test_a_branch_equals_the_uninterrupted_run_with_its_schedule(byte_corpus: Pa
 
 
 @pytest.fixture(scope="module")
-def whole(byte_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve:
-    return curve_of("ddp", tmp_path_factory.mktemp("whole"), run_sections(byte_corpus))
+def wholes(byte_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
+    """Return the uninterrupted run of each optimizer."""
+    return {
+        name: curve_of("ddp", tmp_path_factory.mktemp(name), run_sections(byte_corpus, {"optimizer": {"name": name}}))
+        for name in ("adamw", "muon")
+    }
+
+
+def test_another_optimizer_continues_with_the_weights(byte_corpus: Path, tmp_path: Path) -> None:
+    curve_of("fsdp", tmp_path, run_sections(byte_corpus, {"schedule": {"max_steps": SAVED_AT}}), processes=2)
+    changed = run_sections(byte_corpus, {"optimizer": {"name": "muon"}})
+    result = train_run("zero1", tmp_path, changed, processes=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "changed   optimizer.name adamw -> muon" in result.stdout
+    assert result.stdout.count("another optimizer has written this checkpoint; the optimizer's state starts") == 1
+    losses = read_curve(tmp_path).losses
+    assert len(losses) == STEPS and losses[-1] < losses[SAVED_AT] + 0.1 < losses[0]
 
 
 def test_a_finished_run_is_not_changed(byte_corpus: Path, tmp_path: Path) -> None:

@@ -98,6 +98,8 @@ OTHER_NUMBERS: dict[str, Any] = {
     "zero_optimization.offload_optimizer.super_offload": False,
 }
 
+#: What to do instead of DeepSpeed's own Muon, which exists only in some of its stages and gives other numbers.
+_MUON_HERE = "set optimizer.name to muon and optimizer.muon.* instead, which give the same numbers under every backend"
 _OFFLOAD_STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
 _REPLACED = {
     "cpu_offload": "offload_optimizer",
@@ -147,7 +149,9 @@ def keys_of_deepspeed(content: dict[str, Any]) -> list[str]:
 
 def _check_keys(native: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in native.items():
-        if key in OWNED_BY_RUN:
+        if key == "optimizer" and isinstance(value, dict) and str(value.get("type")).lower() == "muon":
+            yield key, f"DeepSpeed's own Muon is not used; remove this and {_MUON_HERE}"
+        elif key in OWNED_BY_RUN:
             yield key, f"the run config owns this; remove it and set {OWNED_BY_RUN[key]} instead"
         elif key in MONITORS:
             instead = "metrics.jsonl in the run folder, and its TensorBoard events (logging.tensorboard)"
@@ -168,7 +172,9 @@ def _check_zero(zero: Any) -> Iterator[tuple[str, str]]:
         yield "zero_optimization.stage", f"must be 0, 1, 2 or 3, found {json.dumps(stage)}"
         return
     for key in zero:
-        if key in _REPLACED:
+        if "muon" in key:
+            yield f"zero_optimization.{key}", f"DeepSpeed's own Muon is not used; remove this and {_MUON_HERE}"
+        elif key in _REPLACED:
             instead = f'{_REPLACED[key]}: {{"device": "cpu"}}'
             yield f"zero_optimization.{key}", f"DeepSpeed no longer supports this; set {instead} instead"
         elif key not in SAME_NUMBERS and f"zero_optimization.{key}" not in OTHER_NUMBERS:

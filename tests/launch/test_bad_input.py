@@ -90,7 +90,7 @@ CONFIG_CASES = [
         "unknown_override",
         "optimizer.lr=1e-3",
         "optimizer.lr: no such key (set in --set)",
-        "valid keys here: learning_rate,",
+        "valid keys here: name, learning_rate,",
     ),
     # --- types
     config(

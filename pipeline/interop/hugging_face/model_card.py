@@ -43,6 +43,8 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 ```
 """
 
+_OPTIMIZER_NAMES = {"adamw": "AdamW", "muon": "Muon for the matrices of the blocks and AdamW for the rest"}
+
 
 def model_card(checkpoint: Path, state: TrainingState, config: Config) -> dict[str, bytes]:
     """Return the files of the model card: Markdown with metadata for the hub, and a picture of the loss curve.
@@ -92,8 +94,8 @@ def _training(state: TrainingState, config: Config, changes: list[str]) -> str:
         "data": ", ".join(component.path for component in config.data.components),
         **({"initial weights": config.checkpoint.init_from} if config.checkpoint.init_from else {}),
         "tokens per step": f"{config.batch.tokens_per_step:,}",
-        "optimizer": f"AdamW, learning rate {optimizer.learning_rate:g}, betas {optimizer.betas}, "
-        f"weight decay {optimizer.weight_decay:g}, clipping {optimizer.grad_clip:g}",
+        "optimizer": f"{_OPTIMIZER_NAMES[optimizer.name]}, learning rate {optimizer.learning_rate:g}, "
+        f"betas {optimizer.betas}, weight decay {optimizer.weight_decay:g}, clipping {optimizer.grad_clip:g}",
         "schedule": str(config.schedule),
         "precision": config.run.precision,
         "seed": str(config.run.seed),

@@ -64,6 +64,22 @@ class TestKeysThatChangeTheNumbers:
         assert {*SAME_NUMBERS, *accepted} <= known
 
 
+@pytest.mark.parametrize(
+    ("native", "key"),
+    [
+        ({"optimizer": {"type": "Muon", "params": {"lr": 0.02}}}, "optimizer"),
+        (nest("zero_optimization.save_muon_momentum_buffer_in_memory", True), "zero_optimization.save_muon_momentum"),
+    ],
+)
+def test_the_muon_of_deepspeed_is_refused_with_the_key_to_use(native: dict[str, Any], key: str, tmp_path: Path) -> None:
+    native = {**native, "zero_optimization": {"stage": 2, **native.get("zero_optimization", {})}}
+    with pytest.raises(
+        ConfigError, match=rf"backend.deepspeed.{key}\w*: .*set optimizer.name to muon and optimizer.muon"
+    ):
+        load(tmp_path, native)
+    assert load_config([CONFIGS / "zero2.json"], ["optimizer.name=muon"]).optimizer.name == "muon"
+
+
 class TestOwnFile:
     def test_is_merged_into_the_backend_section(self, tmp_path: Path) -> None:
         (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "steps_per_print": 5}))

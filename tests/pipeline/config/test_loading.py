@@ -141,7 +141,7 @@ class TestMistakes:
                 "backend.ddp.bucket_mb",
                 "did you mean backend.ddp.bucket_cap_mb?",
             ),
-            ({"optimizer": {"lr": 1}}, "optimizer.lr", "valid keys here: learning_rate, betas, eps"),
+            ({"optimizer": {"lr": 1}}, "optimizer.lr", "valid keys here: name, learning_rate, betas, eps"),
             (
                 {"data": {"mixture": [{"path": "a", "weight": 1}, {"path": "b", "weight": 1, "wieght": 1}]}},
                 "data.mixture.1.wieght",

@@ -26,7 +26,7 @@ class TestDefaults:
 
     def test_the_optimizer_is_that_of_the_gpt3_paper(self) -> None:
         optimizer = Config().optimizer
-        assert optimizer.learning_rate == 6e-4
+        assert (optimizer.name, optimizer.learning_rate) == ("adamw", 6e-4)
         assert optimizer.betas == (0.9, 0.95)
         assert (optimizer.eps, optimizer.weight_decay, optimizer.grad_clip) == (1e-8, 0.1, 1.0)
 

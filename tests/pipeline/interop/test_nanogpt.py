@@ -23,7 +23,7 @@ from pipeline.checkpoint.loading import load_model, load_training_state
 from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import load_config
-from pipeline.config.schema import Config, RunConfig
+from pipeline.config.schema import Config, OptimizerConfig, RunConfig
 from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
@@ -226,6 +226,7 @@ class TestNanoGpt:
         _, config, _ = imported(NanoRun().content())
         assert config.run.name.endswith("/ckpt.pt"), "the folder and the file that were imported"
         assert config.optimizer.model_dump() == {
+            **OptimizerConfig().model_dump(),
             "learning_rate": 3e-3,
             "betas": (0.8, 0.97),
             "eps": 1e-8,
