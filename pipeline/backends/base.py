@@ -70,14 +70,16 @@ class Backend(ABC):
         """Do the work of ``step`` at the current learning rate, and return the gradient norm."""
 
     def fragments(self) -> list[Fragment]:
-        """Return the training state on this rank. Optimizer state that does not exist yet is created as zeros."""
+        """Return the training state on this rank. Missing optimizer state is created as zeros first."""
         return self.state.fragments()
 
     def state_was_loaded(self, updates: int) -> None:
-        """Use the values that loading a checkpoint has written into the fragments, and set AdamW's step count.
+        """Complete the loading of a checkpoint. Call this after all values were written into the fragments.
+
+        This call sets AdamW's step count, and copies the masters to the weights that the model computes with.
 
         Args:
-            updates: the number of updates since the optimizer's state was zero.
+            updates: AdamW's step count: the number of updates since the optimizer's state was zero.
         """
         self.state.set_step_count(updates)
         self.state.publish_masters()

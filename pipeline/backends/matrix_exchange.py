@@ -1,4 +1,7 @@
-"""Assemble matrices whose elements are spread over the ranks, transform each on one rank, and return the elements."""
+"""Transform matrices whose elements are spread over the ranks.
+
+For each matrix, one rank receives all elements, transforms the matrix, and sends the new elements back.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _LARGEST_MATRICES_PER_RANK = 2
 
 @dataclass(frozen=True)
 class Span:
-    """A contiguous range of elements of a flattened parameter that one rank holds."""
+    """A contiguous range of elements that one rank holds, counted in the flattened parameter."""
 
     name: str  # the canonical name of the parameter
     start: int
@@ -36,13 +39,14 @@ class _Overlap:
 
 
 class MatrixExchange:
-    """Transforms matrices. Each matrix has one owner rank, and the owners of a batch have similar work.
+    """Transforms matrices. Each matrix is transformed on one rank, which is called its owner.
 
-    One all-to-all per batch brings the elements to the owners, and another one returns the results. If every rank holds
-    all elements, only the results are sent.
+    The matrices are exchanged in batches. One all-to-all per batch sends the elements to the owners, and another
+    all-to-all returns the results. If every rank holds all elements, the first all-to-all is not needed. All ranks own
+    about the same amount of work in each batch.
 
     Args:
-        spans: the spans of every rank.
+        spans: the spans of every rank, in the order of the ranks.
         replicated: whether every rank holds all elements.
         dtype: the dtype of the transformation and of the communication.
     """
@@ -63,13 +67,13 @@ class MatrixExchange:
         ]
 
     def transform(self, elements: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> None:
-        """Replace the elements of every matrix by those of ``function(matrix)``, times the matrix's ``update_scale``.
+        """Replace each matrix by ``function(matrix)``, multiplied by the ``update_scale`` of the matrix.
 
         This call is collective: every rank must make it.
 
         Args:
-            elements: the elements of each of this rank's spans, one-dimensional.
-            function: receives a matrix on ``world.device`` and returns a matrix of the same shape.
+            elements: one tensor of shape (n,) for each span of this rank. The tensors are changed in place.
+            function: a function that takes a matrix on ``world.device`` and returns a matrix of the same shape.
         """
         for batch in self._batches:
             whole = self._assemble(batch, elements)
@@ -135,9 +139,10 @@ class _Batch:
 
 
 def divide_into_batches(matrices: Sequence[Matrix], ranks: int) -> list[list[Matrix]]:
-    """Return batches of consecutive matrices that are exchanged together. All batches have about the same size.
+    """Divide matrices into batches of consecutive matrices. All batches have about the same size.
 
-    A batch is large enough to balance the work of the ranks, and small enough to limit the memory of the exchange.
+    A batch is large enough that all ranks can have about the same work. It is small enough that the exchange of a batch
+    does not need much memory.
     """
     total = sum(matrix.numel for matrix in matrices)
     largest = max((matrix.numel for matrix in matrices), default=0)
@@ -151,7 +156,10 @@ def divide_into_batches(matrices: Sequence[Matrix], ranks: int) -> list[list[Mat
 
 
 def assign_owners(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
-    """Return the matrices of each rank. The next largest matrix goes to the rank with the least work so far."""
+    """Return the matrices that each rank owns.
+
+    The matrices are assigned in the order of decreasing cost. Each matrix goes to the rank with the least work so far.
+    """
     owned: list[list[Matrix]] = [[] for _ in range(ranks)]
     work = [0] * ranks
     for matrix in sorted(matrices, key=lambda matrix: -matrix.cost):  # sorted() is stable, so all ranks agree

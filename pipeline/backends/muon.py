@@ -1,9 +1,10 @@
 """Muon for the matrices of the transformer blocks, with AdamW for all other parameters, on every backend.
 
-Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal matrix. The update needs the whole
-matrix, but a rank may hold any range of its elements. Therefore momentum is kept like a moment of AdamW, as ranges, and
-each matrix is assembled on one rank for the time of the update. The update is multiplied by
-0.2 sqrt(max(rows, columns)), so that learning rates and weight decay of AdamW also suit Muon (Liu et al. 2025).
+Muon (Jordan et al. 2024) updates a matrix with the orthogonal matrix that is nearest to the momentum. To compute it,
+one rank needs the whole matrix, but a rank may hold any range of its elements. Each rank therefore stores only its
+ranges of the momentum, as it does with the moments of AdamW. Only for the update, one rank receives the whole matrix.
+The update is multiplied by 0.2 sqrt(max(rows, columns)). With this factor, learning rates and weight decay that suit
+AdamW also suit Muon (Liu et al. 2025).
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ _IS_MUON = "is_muon"  # the key of a parameter group that Muon updates
 
 
 class Muon(torch.optim.Optimizer):
-    """An optimizer that updates one group of matrices with Muon, and all other groups with an AdamW.
+    """An optimizer that updates one group of matrices with Muon. It leaves all other groups to an AdamW.
 
-    A backend may replace the parameters of a group by its own tensors, the masters, as DeepSpeed does. ``use_ranges``
-    must then tell which elements of which parameters the masters contain.
+    A *master* is a tensor that the optimizer updates. It is a parameter, or, under DeepSpeed, a tensor that contains
+    ranges of several parameters. Call ``use_ranges`` before the first step, because this optimizer must know which
+    elements of which parameters each master contains.
 
     Args:
         parameters: all parameters that Muon updates, by canonical name.
-        adamw: the optimizer of all other parameters. Its groups and its state are also those of this optimizer.
+        adamw: the optimizer of all other parameters. This optimizer also contains its groups and its state.
         dtype: the dtype of the Newton-Schulz iterations and of the communication.
     """
 
@@ -63,14 +65,14 @@ class Muon(torch.optim.Optimizer):
         self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}
 
     def use_ranges(self, masters: Iterable[Tensor], ranges: Iterable[Range], *, replicated: bool) -> None:
-        """Set the elements that the masters of this rank contain.
+        """Set which elements of which parameters the masters on this rank contain.
 
         This call is collective: every rank must make it.
 
         Args:
             masters: all masters, in the same order on every rank.
-            ranges: the ranges of all masters.
-            replicated: whether every rank holds all elements.
+            ranges: the ranges in all masters on this rank.
+            replicated: whether every rank holds all elements of all parameters.
         """
         self.replicated = replicated
         self._indices = {id(master): i for i, master in enumerate(masters)}
@@ -94,7 +96,7 @@ class Muon(torch.optim.Optimizer):
                 self._update(masters, group["lr"], group["weight_decay"])
 
     def _update(self, masters: list[Tensor], learning_rate: float, weight_decay: float) -> None:
-        """Update masters. The gradients are overwritten with the updates, so that no further memory is needed."""
+        """Update masters. To save memory, the updates are written into the gradients."""
         weights = [local_elements(master) for master in masters]
         updates = [local_elements(master.grad) for master in masters]  # type: ignore[arg-type]
         momenta = [local_elements(self._momentum(master)) for master in masters]
@@ -137,6 +139,6 @@ class Muon(torch.optim.Optimizer):
 
 
 def divide_parameters(parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the parameters that Muon updates, and all other parameters."""
+    """Divide parameters into those that Muon updates and all others. Both are dicts by canonical name."""
     muon = {name: parameter for name, parameter in parameters.items() if belongs_to_muon(name, parameter.shape)}
     return muon, {name: parameter for name, parameter in parameters.items() if name not in muon}

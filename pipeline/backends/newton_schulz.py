@@ -10,12 +10,13 @@ _EPS = 1e-7
 
 
 def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
-    """Return a matrix with the same singular vectors, whose singular values are moved close to 1, (rows, columns).
+    """Return an approximation of the nearest orthogonal matrix, (rows, columns).
 
-    Each iteration replaces X by a X + (b X X^T + c (X X^T)^2) X. A matrix of zeros stays zero.
+    The result has the same singular vectors as ``matrix``, and singular values close to 1. Each iteration replaces X by
+    a X + (b X X^T + c (X X^T)^2) X. A matrix of zeros stays zero.
 
     Args:
-        matrix: (rows, columns). The result and all products have the dtype of the matrix.
+        matrix: (rows, columns). The result and all products have the same dtype as this matrix.
     """
     x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller of the two Gram matrices
     x = x / torch.linalg.vector_norm(x).clamp(min=_EPS)  # so that no singular value exceeds 1

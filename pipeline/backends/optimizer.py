@@ -56,11 +56,11 @@ def build_optimizer(
     world: World,
     build_rest: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
 ) -> torch.optim.Optimizer:
-    """Return AdamW, or Muon with an AdamW for the parameters that Muon does not update.
+    """Return AdamW, or a Muon that contains an AdamW for the parameters that Muon does not update.
 
     Args:
-        parameters: all parameters, by canonical name.
-        build_rest: a function that returns the AdamW. If None, use ``build_adamw`` on the device of the world.
+        parameters: all parameters of the model, by canonical name.
+        build_rest: a function that builds the AdamW for the given parameters. If None, use ``build_adamw``.
     """
     build = build_rest or partial(build_adamw, config=config.optimizer, device=world.device)
     if config.optimizer.name == "adamw":

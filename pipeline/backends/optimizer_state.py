@@ -19,8 +19,9 @@ from pipeline.model.parameter_state import ADAMW_STATE, WEIGHT, StateNames
 class Fragment:
     """A contiguous range of one parameter's elements whose training state is on this rank.
 
-    The tensors are views, so writing into them changes the state. See ``Range`` for the possible ranges. The fragments
-    of all ranks cover every element, including the vocabulary's padding rows, which are zero.
+    The tensors are views of the training state, so writing into them changes it. ``Range`` explains which ranges are
+    possible. The fragments of all ranks together contain every element, including the zeros in the padding rows of the
+    vocabulary.
     """
 
     name: str  # the canonical name, as in GPT2.named_parameters()
@@ -38,9 +39,9 @@ class OptimizerState(ABC):
     """The master weights and the optimizer's state of a backend on this rank.
 
     Args:
-        optimizer: torch's AdamW, DeepSpeed's CPUAdam, or Muon with one of these.
+        optimizer: torch's AdamW, DeepSpeed's CPUAdam, or a Muon that contains one of them.
         masters: the fp32 tensors that the optimizer updates on this rank.
-        names: the names of the state of every parameter.
+        names: the names of the tensors that the optimizer keeps for each parameter.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, masters: Iterable[Tensor], names: StateNames) -> None:
@@ -51,14 +52,14 @@ class OptimizerState(ABC):
 
     @abstractmethod
     def ranges(self) -> list[Range]:
-        """Return the ranges of all masters. The masters of different parameter groups are different tensors."""
+        """Return the ranges in all masters. A master belongs to only one parameter group."""
 
     @abstractmethod
     def publish_masters(self) -> None:
         """Copy the masters to the weights that the model computes with. Call this after writing into fragments."""
 
     def connect_optimizer(self, *, replicated: bool) -> None:
-        """Tell Muon which elements the masters contain. AdamW does not need to know.
+        """Tell Muon which elements the masters contain. Do nothing for AdamW, which does not need this.
 
         This call is collective: every rank must make it before the first step.
         """
@@ -66,7 +67,7 @@ class OptimizerState(ABC):
             self.optimizer.use_ranges(self.masters, self.ranges(), replicated=replicated)
 
     def fragments(self) -> list[Fragment]:
-        """Return views of the masters and of the state. State that does not exist yet is created as zeros."""
+        """Return views of the masters and of the optimizer's state. Missing state is created as zeros first."""
         self.create_states()
         return [
             Fragment(
@@ -79,7 +80,7 @@ class OptimizerState(ABC):
         ]
 
     def set_step_count(self, count: int) -> None:
-        """Set the number of updates that AdamW corrects its bias for."""
+        """Set AdamW's step count, which determines its bias correction."""
         self.create_states()
         for state in self.adam_states():
             if isinstance(state["step"], Tensor):
@@ -88,13 +89,13 @@ class OptimizerState(ABC):
                 state["step"] = count
 
     def adam_states(self) -> list[dict[str, Any]]:
-        """Return the state of each master that AdamW updates. State that does not exist yet is created as zeros."""
+        """Return the state of each master that AdamW updates. Missing state is created as zeros first."""
         self.create_states()
         states = (self.optimizer.state[master] for master in self.masters)
         return [state for state in states if "step" in state]
 
     def create_states(self) -> None:
-        """Create the state of each master that has no state yet, with zeros."""
+        """Create the optimizer's state, filled with zeros, for each master that has no state yet."""
         for held in self.ranges():
             if not self.optimizer.state[held.master]:
                 self.optimizer.state[held.master] = self._new_state(held.master, self.state_names[held.name])
@@ -108,9 +109,9 @@ class OptimizerState(ABC):
 
 
 class ParameterState(OptimizerState):
-    """The state of a torch optimizer that updates the masters directly.
+    """The state of a backend whose masters are the parameters of the model.
 
-    Each master is a whole tensor, or a DTensor of which this rank holds whole rows.
+    Each master is a whole tensor, or a DTensor. Of a DTensor, this rank holds whole rows.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], names: StateNames) -> None:

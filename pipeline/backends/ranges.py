@@ -8,10 +8,10 @@ from torch.distributed.tensor import DTensor
 
 @dataclass(frozen=True)
 class Range:
-    """A contiguous range of one parameter's elements in a master: the fp32 tensor that the optimizer updates.
+    """A contiguous range of one parameter's elements in a *master*, which is an fp32 tensor that the optimizer updates.
 
-    On a replicated backend, a range is a whole parameter. Under FSDP2 a range consists of whole rows, and under ZeRO it
-    can be any range. Padding for alignment is not part of a range.
+    If every rank holds all weights, a range is a whole parameter. Under FSDP2, a range consists of whole rows. Under
+    ZeRO-1 to ZeRO-3, it can begin and end at any element. A range does not contain padding for alignment.
     """
 
     name: str  # the canonical name of the parameter, as in GPT2.named_parameters()
@@ -22,15 +22,15 @@ class Range:
 
     @property
     def stop(self) -> int:
-        """The element after the last element, counted in the flattened parameter."""
+        """The index after the last element, counted in the flattened parameter."""
         return self.start + self.length
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the view of the range's elements, (length,), in a tensor with the layout of the master."""
+        """Return a view of this range, (length,), in a tensor that has the same shape and sharding as the master."""
         return local_elements(tensor)[self.offset : self.offset + self.length]
 
 
 def local_elements(tensor: Tensor) -> Tensor:
-    """Return a flat view of a tensor's elements on this rank, without gradients."""
+    """Return a detached, one-dimensional view of a tensor's elements on this rank."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.detach().view(-1)

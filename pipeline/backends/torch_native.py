@@ -1,4 +1,4 @@
-"""Provide the base class of DDP and FSDP2. The optimizer updates the model's parameters, which are the fp32 masters."""
+"""Define the base class of DDP and FSDP2. The optimizer updates the model's parameters, which are the fp32 masters."""
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager

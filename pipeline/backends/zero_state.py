@@ -1,4 +1,4 @@
-"""Access the fp32 masters and the state of ZeRO stages 1 to 3. Only this file uses private names of DeepSpeed 0.19.8.
+"""Access the masters and optimizer state of ZeRO-1 to ZeRO-3. Only this file uses private names of DeepSpeed 0.19.8.
 
 The tests save and resume with every stage, so they fail if a release of DeepSpeed changes these names.
 """
@@ -13,11 +13,13 @@ from pipeline.model.parameter_state import StateNames
 
 
 class PartitionedState(OptimizerState):
-    """Stages 1 and 2: the parameters of each group are concatenated, and each rank has one range of the elements.
+    """The state under stages 1 and 2.
+
+    The parameters of each group are concatenated, and each rank has one range of the concatenated elements.
 
     Args:
         names: maps ``id(parameter)`` to the canonical name of the parameter.
-        state_names: the names of the state of every parameter.
+        state_names: the names of the tensors that the optimizer keeps for each parameter.
     """
 
     def __init__(self, engine: Any, names: dict[int, str], state_names: StateNames) -> None:
@@ -43,7 +45,7 @@ class PartitionedState(OptimizerState):
     def publish_masters(self) -> None:
         """Copy the masters to the weights that the model computes with, and gather these weights from all ranks.
 
-        DeepSpeed keeps a reference from each parameter to its moments. This call also updates these references.
+        DeepSpeed keeps references from each parameter to its optimizer state. This call also updates the references.
         """
         self.zero.update_lp_params()
         self.zero._hp_optimizer_states_linked = False
@@ -52,11 +54,11 @@ class PartitionedState(OptimizerState):
 
 
 class FullyPartitionedState(OptimizerState):
-    """Stage 3: each parameter is divided into equal ranges, one per rank. The last range is padded.
+    """The state under stage 3. Each parameter is divided into equal ranges, one per rank. The last range is padded.
 
     Args:
         names: maps ``id(parameter)`` to the canonical name of the parameter.
-        state_names: the names of the state of every parameter.
+        state_names: the names of the tensors that the optimizer keeps for each parameter.
     """
 
     def __init__(self, engine: Any, names: dict[int, str], state_names: StateNames) -> None:

@@ -101,9 +101,9 @@ class BackgroundSaver:
 class SnapshotTaker:
     """Copies a rank's share of the state into host buffers.
 
-    Every snapshot uses the same buffers, so a snapshot is valid until the next snapshot is taken. The buffers have the
-    size of the copied state: 12 bytes per element that this rank writes under AdamW. They are in pinned memory if the
-    state is on a GPU.
+    Every snapshot uses the same buffers, so a snapshot is valid until the next snapshot is taken. The buffers are as
+    large as the copied state. With AdamW, this is 12 bytes per element that this rank writes. The buffers are in pinned
+    memory if the state is on a GPU.
     """
 
     def __init__(self, backend: Backend, world: World) -> None:

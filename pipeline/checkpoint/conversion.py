@@ -68,10 +68,11 @@ def write_new_run(
 
     Args:
         shapes: the shapes of all parameters, by canonical name.
-        read: a function that takes ``weight`` or the name of the optimizer's state, and the canonical name of a
-            parameter, and returns the tensor. Each tensor is read just before it is written.
+        read: a function that takes a kind and the canonical name of a parameter, and returns the tensor. The kind is
+            ``weight`` or the name of a tensor that the optimizer keeps. Each tensor is read just before it is written.
         stored_config: the config to store in the checkpoint if it differs from ``config``.
-        state_names: the names of the optimizer's state if they are not those of the optimizer in ``config``.
+        state_names: the names of the tensors that the optimizer keeps for each parameter. If None, they follow from
+            ``config``.
 
     Raises:
         CheckpointError: the folder already has checkpoints, or the checkpoint cannot be written. If writing fails, the

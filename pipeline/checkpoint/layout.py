@@ -79,9 +79,9 @@ def parse_tensor_file(name: str) -> tuple[int, str] | None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest, and check its format version, hash, file names, shapes and names of the optimizer's state.
+    """Read the manifest. Check its format version, its hash, and the names and shapes in it.
 
-    The result has the keys of the newest format version.
+    If the manifest has an older format version, the result still has the keys of the newest version.
 
     Raises:
         CheckpointError: the manifest is missing or damaged, has a format version that this program does not read, or
@@ -127,7 +127,7 @@ def _check_state_names(state_names: dict[str, list[str]], parameters: dict[str, 
 
 
 def describe_readable_versions() -> str:
-    """Return the format versions that this program reads, as text."""
+    """Return a text with the format versions that this program reads."""
     return " and ".join(map(str, READABLE_VERSIONS))
 
 

@@ -28,8 +28,9 @@ _POSITIONS = "wpe.weight"
 def load_training_state(folder: Path, backend: Backend) -> TrainingState:
     """Copy a checkpoint into this rank's weights and optimizer state. Restore AdamW's step count and the loss scale.
 
-    If another optimizer has written the checkpoint, only the weights are copied. The optimizer's state becomes zero,
-    and AdamW counts its steps from 0. The result then has a new ``optimizer_start``.
+    If a run with another optimizer has written the checkpoint, only the weights are copied. In this case, the
+    optimizer's state becomes zero, AdamW counts its steps from 0, and ``optimizer_start`` in the result is the number
+    of updates so far.
 
     Raises:
         CheckpointError: the checkpoint belongs to a model with other parameters, is malformed, or cannot be read. In

@@ -1,8 +1,8 @@
 """Name and index the pieces of parameters in safetensors files.
 
 A piece is a whole parameter or a range of its elements. A whole parameter has its original shape, and its key in the
-file is the canonical name. A range is one-dimensional, and its key is ``name[start:stop]``. The keys of the optimizer's
-state have the name of the state as prefix, such as ``exp_avg/`` or ``momentum/``.
+file is the canonical name, which is the name in ``GPT2.named_parameters()``. A range is one-dimensional, and its key is
+``name[start:stop]``. The keys of the optimizer's tensors have a prefix, such as ``exp_avg/`` or ``momentum/``.
 """
 
 import re
@@ -43,7 +43,7 @@ PieceIndex = dict[str, dict[str, list[Piece]]]
 
 
 def group_of(kind: str) -> str:
-    """Return the group in which the tensors of a kind are stored."""
+    """Return the group of files in which the tensors of a kind are stored."""
     return WEIGHTS if kind == WEIGHT else MOMENTS
 
 

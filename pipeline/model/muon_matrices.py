@@ -11,7 +11,7 @@ _QUERY_KEY_VALUE = "attn.c_attn.weight"
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix that is orthogonalized as a whole: a parameter, or consecutive rows of a parameter."""
+    """A matrix that Muon orthogonalizes. It consists of all rows or of consecutive rows of a parameter."""
 
     name: str  # the canonical name of the parameter
     start: int  # the first element, counted in the flattened parameter
@@ -25,17 +25,17 @@ class Matrix:
 
     @property
     def stop(self) -> int:
-        """The element after the last element, counted in the flattened parameter."""
+        """The index after the last element, counted in the flattened parameter."""
         return self.start + self.numel
 
     @property
     def cost(self) -> int:
-        """The cost of the matrix products of an iteration, up to a factor."""
+        """The cost of an iteration's matrix products, in a unit that is the same for all matrices."""
         return self.numel * min(self.rows, self.columns)
 
     @property
     def update_scale(self) -> float:
-        """The factor that gives an orthogonal matrix the root mean square of AdamW's updates (Liu et al. 2025)."""
+        """The factor for an orthogonal matrix. After it, the update is about as large as AdamW's (Liu et al. 2025)."""
         return 0.2 * math.sqrt(max(self.rows, self.columns))
 
 
@@ -45,11 +45,11 @@ def belongs_to_muon(name: str, shape: Sequence[int]) -> bool:
 
 
 def muon_matrices(shapes: Mapping[str, Sequence[int]], *, split_qkv: bool) -> Iterator[Matrix]:
-    """Yield the matrices of the parameters that Muon updates, in the order of the parameters.
+    """Yield the matrices of all parameters that Muon updates, in the order of ``shapes``.
 
     Args:
         shapes: the shapes of parameters, by canonical name.
-        split_qkv: whether the projections to queries, keys and values are three matrices instead of one.
+        split_qkv: whether the projection to queries, keys and values counts as three matrices instead of one.
     """
     for name, shape in shapes.items():
         if belongs_to_muon(name, shape):

@@ -1,4 +1,4 @@
-"""Name the tensors of a parameter's training state: the weight, and the state that the optimizer keeps for it."""
+"""Name the tensors of a parameter's training state: the weight, and the tensors that the optimizer keeps for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ StateNames = Mapping[str, Iterable[str]]
 
 
 def optimizer_state_names(shapes: Mapping[str, Sequence[int]], config: OptimizerConfig) -> dict[str, tuple[str, ...]]:
-    """Return the names of the optimizer's state of every parameter. They do not depend on the backend and the rank.
+    """Return the names of the tensors that the optimizer keeps for each parameter.
+
+    The result is the same under every backend and on every rank.
 
     Args:
         shapes: the shapes of all parameters, by canonical name.
