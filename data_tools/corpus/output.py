@@ -44,7 +44,9 @@ _SHARD_FILES = re.compile(rf"({TRAIN_SPLIT}|{VAL_SPLIT})_\d{{5,}}_\d{{3,}}(\.mas
 
 
 def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
-    """Return the manifest of a folder that a request with this identity completed. Returns None if it is incomplete.
+    """Return the manifest of a folder that a request with this identity completed.
+
+    Returns None if the folder is not complete.
 
     Raises:
         DataError: a request with another identity completed the folder, or a shard is missing or damaged.

@@ -1,4 +1,4 @@
-"""Open the files of nanoGPT, llm.c and build-nanogpt: consecutive tokens, without or with a header."""
+"""Open the files of nanoGPT, llm.c and build-nanogpt, which contain consecutive tokens. Some begin with a header."""
 
 from pathlib import Path
 

@@ -151,7 +151,7 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 
 @dataclass(frozen=True)
 class DocumentPreview:
-    """The number of tokens of a document without ``END_OF_TEXT``, and the beginning of the document's text."""
+    """The number of tokens of a document, not counting ``END_OF_TEXT``, and the beginning of the document's text."""
 
     tokens: int
     text: str

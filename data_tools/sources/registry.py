@@ -30,7 +30,7 @@ class Source(Protocol):
         ...
 
     def text_bytes(self) -> int | None:
-        """Return the approximate bytes of text in the source, or None if the number is not known before reading it."""
+        """Return the approximate bytes of text in the source. Returns None if only reading the source can tell."""
         ...
 
     def notices(self) -> list[str]:

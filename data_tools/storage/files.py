@@ -60,7 +60,7 @@ def sha256_of_json(value: dict[str, Any]) -> str:
 
 
 def dotted_keys(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of a JSON object with their keys, such as ``optimizer.eps`` for a key of an inner object."""
+    """Yield (key, value) for each value in a JSON object. Keys in inner objects get dots: ``optimizer.eps``."""
     for key, value in content.items():
         if isinstance(value, dict):
             yield from dotted_keys(value, f"{prefix}{key}.")

@@ -111,7 +111,7 @@ class OptimizerState(ABC):
 class ParameterState(OptimizerState):
     """The state of a backend whose masters are the parameters of the model.
 
-    Each master is a whole tensor, or a DTensor. Of a DTensor, this rank holds whole rows.
+    Each master is a whole tensor, or a DTensor whose shard on this rank consists of whole rows.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], names: StateNames) -> None:

@@ -61,8 +61,8 @@ class BackgroundSaver:
     def start(self, state: TrainingState) -> list[SaveOutcome]:
         """Copy the state, and start to write the copy. If the previous save is not finished, wait for it first.
 
-        This call is collective: every rank must make it. Returns the outcome of the previous save, or an empty list if
-        an earlier call has returned this outcome.
+        This call is collective: every rank must make it. Returns the outcome of the previous save. Returns an empty
+        list if this is the first save or an earlier call has returned the outcome.
         """
         started = time.perf_counter()
         outcomes = self.wait()

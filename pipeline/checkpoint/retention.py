@@ -1,4 +1,4 @@
-"""Delete old checkpoints, and rename the later checkpoints of a run that returns to an older checkpoint."""
+"""Delete old checkpoints. If a run continues from an older checkpoint, rename the checkpoints of later steps."""
 
 import itertools
 import json

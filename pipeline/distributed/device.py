@@ -46,9 +46,9 @@ def describe_fp32_products(precision: str, device: torch.device) -> str:
 
 
 def measure_matmul_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = CEILING_SECONDS) -> float:
-    """Measure the FLOP/s of large square matrix products on one rank, an upper bound for a model.
+    """Measure the FLOP/s of large square matrix products on one rank. No model can be faster than this.
 
-    Measuring gives the right value for any device, power limit and number of threads.
+    Unlike a published figure, the measurement is right for any device, power limit and number of threads.
     """
     n = _CEILING_SIZE[device.type]
     if device.type == "cpu" and 64 * _seconds_of_product(n // 4, dtype) > CEILING_SECONDS:
@@ -107,7 +107,7 @@ def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class LateValue:
-    """A number on the device whose copy to the host has been queued. Reading it waits for that copy only."""
+    """A number that is being copied from the device to the host. ``read`` waits only until this copy has finished."""
 
     def __init__(self, value: Tensor | float) -> None:
         self._value = value

@@ -1,4 +1,4 @@
-"""Read the environment variables that launchers (torchrun, deepspeed) set. No other file reads them."""
+"""Read and set environment variables, such as those of torchrun and deepspeed. No other file accesses them."""
 
 import os
 

@@ -52,8 +52,8 @@ class Progress:
         Args:
             is_patient: whether a healthy rank may wait for minutes in this phase without using CPU time, or may use
                 more CPU time than in other phases.
-            repeats: whether the phase belongs to work that repeats. Only in such phases, the CPU time between two marks
-                is measured, to find out how much is usual.
+            repeats: whether the phase belongs to work that repeats. The longest CPU time between two marks in such
+                phases shows how much is usual.
         """
         self._restart_clock()
         self.phase, self.is_patient, self.repeats = phase, is_patient, repeats

@@ -241,7 +241,7 @@ def prepare_tasks(config: Config, world: World) -> dict[str, PreparedTask]:
 def measure_tasks(
     tasks: Mapping[str, PreparedTask], backend: Backend, config: Config, world: World
 ) -> dict[str, float]:
-    """Measure all tasks. Return a dict from the keys that the figures have in a row of metrics to the figures.
+    """Measure all tasks. Return the figures as a dict, with the same keys as in a row of metrics.
 
     This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``.
     """

@@ -47,7 +47,7 @@ class Scorer:
         """Return the scores of all requests, nested like ``groups``. Every rank returns all scores.
 
         This call is collective: every rank must make it. The requests of one group may have a common prefix.
-        Identical requests are scored once. The batches are distributed over the ranks. All ranks run equally many
+        Identical requests are scored once. The batches are distributed over the ranks. All ranks run the same number of
         forward passes, because a forward pass is collective under FSDP and ZeRO-3.
 
         Args:

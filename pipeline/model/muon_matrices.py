@@ -35,7 +35,10 @@ class Matrix:
 
     @property
     def update_scale(self) -> float:
-        """The factor for an orthogonal matrix. After it, the update is about as large as AdamW's (Liu et al. 2025)."""
+        """The factor by which the orthogonal matrix is multiplied (Liu et al. 2025).
+
+        With this factor, an update of Muon is about as large as an update of AdamW.
+        """
         return 0.2 * math.sqrt(max(self.rows, self.columns))
 
 

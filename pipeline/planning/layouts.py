@@ -29,7 +29,8 @@ REPLICATED_BUCKET_ELEMENTS = 500_000_000
 class Layout:
     """The bytes of state on one rank.
 
-    ``gradients`` and ``buffers`` are functions of the number of elements whose gradients are finished.
+    ``gradients`` and ``buffers`` are functions. They take the number of elements whose gradients are finished, and
+    return bytes.
     """
 
     compute: Compute

@@ -12,8 +12,8 @@ def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> fl
     """Return the learning rate of the next optimizer step after ``step`` finished steps.
 
     The rate rises linearly to the peak over ``warmup_steps`` steps; the first step already has a rate above zero. From
-    ``schedule.decay_start`` on, the rate falls from the peak to ``min_lr_ratio`` of the peak at ``max_steps``. The last
-    step of a run, ``lr_at(max_steps - 1)``, is slightly above that floor.
+    ``schedule.decay_start`` on, the rate falls from the peak to ``min_lr_ratio`` of the peak at ``max_steps``. The rate
+    of the last step of a run, ``lr_at(max_steps - 1)``, is slightly higher than this lowest value.
     """
     peak = optimizer.learning_rate
     if step < schedule.warmup_steps:

@@ -179,7 +179,7 @@ class StepGuard:
 
 
 def z_score(value: float, window: tuple[float, ...]) -> float:
-    """Return the number of standard deviations that ``value`` is above the mean of ``window``. Returns NaN for NaN."""
+    """Return how many standard deviations ``value`` is above the mean of ``window``, or NaN if ``value`` is NaN."""
     mean = statistics.fmean(window)
     spread = max(statistics.pstdev(window, mean), abs(mean) * _LEAST_RELATIVE_SPREAD)
     return (value - mean) / spread if spread else math.inf if value > mean else 0.0

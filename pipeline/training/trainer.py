@@ -49,7 +49,7 @@ class Trainer:
     everything that is distributed. :func:`pipeline.training.run.train` builds the arguments of a trainer.
 
     Args:
-        state: the progress of the run. It must match the weights and moments of the backend.
+        state: the progress of the run. It must match the weights and the optimizer's state in the backend.
         tasks: the prepared tasks of ``evaluation.tasks`` except ``validation``.
     """
 
