@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data fuzz checkpoint-cost bench-data bench-loader bench-evaluation bench-train bench-generation plan-check wheel clean
+.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data fuzz checkpoint-cost gpu-check bench-data bench-loader bench-evaluation bench-train bench-generation plan-check wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -47,6 +47,10 @@ bench-data: .venv/dev ## compare stage 1 with other tools: speed, identical ids,
 
 bench-loader: .venv/dev ## compare the data loader with one that reads whole shards
 	$(BIN)/python -m benchmarks.loader
+
+CHECK ?=
+gpu-check: .venv/dev ## check a machine with GPUs in nine minutes: CHECK="--minutes 20"
+	$(BIN)/python -m benchmarks.gpu_check $(CHECK)
 
 DATA ?=
 bench-evaluation: .venv/harness ## compare with lm-evaluation-harness and build-nanogpt: DATA="--piqa FILE --lambada FILE"

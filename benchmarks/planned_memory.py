@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -29,7 +30,8 @@ RANK_SCRIPT = REPOSITORY / "benchmarks" / "memory_rank.py"
 #: With these variables, glibc returns the memory of freed tensors at once, so resident memory is memory in use.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
-#: Models in which different parts of the memory are the largest: state, logits, activations. "small" is for the tests.
+#: Models in which different parts of the memory are the largest: state, logits, activations. "gpt2" is for GPUs, and
+#: "small" for the tests.
 MODELS: dict[str, Sections] = {
     "state": {"model": {"preset": "gpt2", "context_length": 128}, "batch": {"micro_batch_size": 2}},
     "logits": {
@@ -40,6 +42,7 @@ MODELS: dict[str, Sections] = {
         "model": {"n_layer": 8, "n_head": 6, "n_embd": 384, "context_length": 512, "vocab_size": 2000},
         "batch": {"micro_batch_size": 8},
     },
+    "gpt2": {"model": {"preset": "gpt2"}, "batch": {"micro_batch_size": 8}},
     "small": {
         "model": {"n_layer": 3, "n_head": 4, "n_embd": 256, "context_length": 256, "vocab_size": 20000},
         "batch": {"micro_batch_size": 4},
@@ -47,6 +50,10 @@ MODELS: dict[str, Sections] = {
 }
 #: Small buckets, so that all buckets are filled. On a CPU, an unfilled bucket is not resident.
 SMALL_BUCKETS = {"zero_optimization.reduce_bucket_size": 4_000_000}
+
+
+#: Runs a script on several ranks and returns the exit status, with the arguments of ``RankServer.run``.
+RunRanks = Callable[[int, Path, Sequence[str], dict[str, str], Path, float], int]
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ class Compared:
         return [*first, json.dumps(checkpointing), *sizes, f"{self.difference:+.1%}"]
 
 
-def compare(setting: Setting, ranks: RankServer, scratch: Path) -> Compared:
+def compare(setting: Setting, run_ranks: RunRanks, scratch: Path) -> Compared:
     """Plan the memory of a run, and measure it in a real run."""
     config = load_config([CONFIGS / f"{setting.backend}.json"], setting.overrides())
     plan = plan_batch(config, setting.world_size)
@@ -131,7 +138,7 @@ def compare(setting: Setting, ranks: RankServer, scratch: Path) -> Compared:
     out = Path(tempfile.mkdtemp(dir=scratch))
     arguments = [str(out / "peak.json"), "--config", str(CONFIGS / f"{setting.backend}.json")]
     arguments += ["--set", *setting.overrides()]
-    status = ranks.run(setting.world_size, RANK_SCRIPT, arguments, rank_environment(), out, timeout_s=600)
+    status = run_ranks(setting.world_size, RANK_SCRIPT, arguments, rank_environment(), out, 600)
     if status:
         command = " ".join(ranks_command(setting.world_size, RANK_SCRIPT, arguments))
         raise RuntimeError(f"{command} failed:\n{(out / 'stdout').read_text()}\n{(out / 'stderr').read_text()}")
@@ -158,7 +165,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         ranks = start_ranks()
         for setting in SETTINGS:
-            compared = compare(setting, ranks, Path(scratch))
+            compared = compare(setting, ranks.run, Path(scratch))
             failures += not compared.agrees
             print_row(*compared.cells())
     print()

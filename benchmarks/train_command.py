@@ -71,7 +71,7 @@ class PeerCommand:
             raise RuntimeError(f"{self.name} printed {len(steps)} steps, status {process.returncode}:\n{text[-3000:]}")
         counted = [milliseconds for step, _, milliseconds in steps if step > setting.warmup_steps]
         on_cpu = setting.device == "cpu"
-        return Measured({step: loss for step, loss, _ in steps}, counted, peak if on_cpu else None)
+        return Measured({step: loss for step, loss, _ in steps}, counted, peak if on_cpu else None, steps[0][2])
 
     def filled(self, setting: Setting, data: Path, out: Path) -> str:
         """Return the command for a setting."""

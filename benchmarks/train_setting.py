@@ -75,6 +75,7 @@ class Measured:
     losses: dict[int, float]  # by step: the mean over its targets, in nats
     step_ms: list[float]  # of the rows after the warm-up
     peak_bytes: int | None  # of the process that used most: resident on a CPU, allocated on a GPU; None if unknown
+    first_step_ms: float | None = None  # with compilation; None if unknown
 
     @classmethod
     def of_rows(cls, rows: list[dict[str, Any]], setting: Setting) -> Measured:
@@ -82,4 +83,5 @@ class Measured:
         trained = [row for row in rows if "loss" in row]
         counted = [row["step_ms"] for row in trained if row["step"] > setting.warmup_steps]
         peak = max(row["peak_memory_gib"] for row in trained)
-        return cls({row["step"]: row["loss"] for row in trained}, counted, int(peak * GIB))
+        losses = {row["step"]: row["loss"] for row in trained}
+        return cls(losses, counted, int(peak * GIB), trained[0]["step_ms"])

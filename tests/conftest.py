@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.runs import make_byte_corpus, make_corpus
 
@@ -14,6 +15,18 @@ def pytest_configure() -> None:
     """Restore Ctrl-C, which a shell that starts the tests in the background makes them and their children ignore."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests with the marker ``gpu`` on a machine without a CUDA device."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """Return the first GPU, for tests with the marker ``gpu``."""
+    return torch.device("cuda", 0)
 
 
 @pytest.fixture(scope="session")

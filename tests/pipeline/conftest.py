@@ -108,6 +108,15 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         yield joined
 
 
+@pytest.fixture
+def gpu_world(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """Join an NCCL group of this process alone on the first GPU, and restore the environment afterwards."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("DS_ACCELERATOR", gpu.type)):
+        monkeypatch.setenv(name, value)
+    with join_world(tiny_config(run={"device": gpu.type}).run) as joined:
+        yield joined
+
+
 @contextmanager
 def largest_file(size_bytes: int) -> Iterator[None]:
     """Let no file grow beyond this size, as on a full disk."""

@@ -86,3 +86,19 @@ def count_graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     monkeypatch.setattr(torch, "compile", count)  # Module.compile calls it, too
     torch._dynamo.reset()
     return graphs
+
+
+#: A model whose head size suits the fused attention kernels of GPUs.
+GPU_MODEL = {"n_head": 1, "n_embd": 64}
+
+
+def losses_and_norms(backend: Backend, steps: int = 3) -> list[float]:
+    """Train a few steps of two micro-batches, and return the losses and gradient norms in order."""
+    device = next(backend.model.parameters()).device
+    values: list[float] = []
+    for seed in range(steps):
+        for half in range(2):
+            tokens, targets = (tensor.to(device) for tensor in micro_batch(2 * seed + half))
+            values.append(float(backend.accumulate(tokens, targets, 1 / 32, is_last=half == 1)))
+        values.append(float(backend.step(1e-3)))
+    return values

@@ -14,7 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.backends.ddp import DdpBackend
 from pipeline.distributed.world import World
 from pipeline.model.gpt2 import build_model
-from tests.pipeline.backends.conftest import backend_config, is_compiled, micro_batch, rank_of_two
+from tests.pipeline.backends.conftest import (
+    GPU_MODEL,
+    backend_config,
+    is_compiled,
+    losses_and_norms,
+    micro_batch,
+    rank_of_two,
+)
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -112,3 +119,16 @@ def test_the_wrapper_is_compiled_as_a_whole() -> None:
         assert is_compiled(backend.compute)
         assert not any(is_compiled(module) for module in backend.model.modules())
     assert not is_compiled(make_ddp(ALONE).compute)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("precision", "compiled", "tolerance"),
+    [("fp32", False, 1e-5), ("fp32", True, 1e-5), ("amp_fp16", False, 1e-2), ("bf16", True, 1e-2)],
+)
+def test_steps_on_a_gpu_are_those_of_a_cpu(gpu: torch.device, precision: str, compiled: bool, tolerance: float) -> None:
+    """One process compiles the whole model."""
+    run = {"precision": precision, "compile": compiled}
+    found = losses_and_norms(make_ddp(World(0, 1, 0, gpu), run={**run, "device": gpu.type}, model=GPU_MODEL))
+    expected = losses_and_norms(make_ddp(ALONE, run={"precision": "fp32"}, model=GPU_MODEL))
+    assert found == pytest.approx(expected, rel=tolerance)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,16 @@ from pipeline.model.gpt2 import build_model
 from pipeline.model.precision import AutocastModel, Bf16ViewModel
 from tests.pipeline.backends.conftest import backend_config, backend_section, is_compiled, make_backend, micro_batch
 from tests.pipeline.conftest import tiny_config
+from tests.support.runs import (
+    TINY_BYTE_RUN,
+    TRAIN,
+    child_environment,
+    curve_of,
+    merged,
+    ranks_command,
+    read_curve,
+    train_arguments,
+)
 
 pytest.importorskip("deepspeed")
 
@@ -189,3 +201,28 @@ def test_without_a_compiler_torchs_adamw_takes_the_offloaded_state(
 def test_deepspeed_is_quiet() -> None:
     assert logging.getLogger("DeepSpeed").level == logging.WARNING
     assert deepspeed_zero.deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("backend", "precision", "tolerance"),
+    [("zero1", "fp32", 1e-4), ("zero2", "amp_fp16", 2e-2), ("zero3", "bf16", 2e-2)],
+)
+def test_a_gpu_has_the_curve_of_a_cpu(
+    backend: str, precision: str, tolerance: float, byte_corpus: Path, tmp_path: Path, gpu: torch.device
+) -> None:
+    """In a process of its own, because DeepSpeed chooses its accelerator once per process."""
+    sections = merged(
+        TINY_BYTE_RUN,
+        {
+            "model": {"n_head": 1, "n_embd": 64},
+            "data": {"path": str(byte_corpus)},
+            "schedule": {"max_steps": 6},
+            "evaluation": {"tasks": []},
+        },
+    )
+    expected = curve_of("ddp", tmp_path / "cpu", sections)
+    changed = merged(sections, {"run": {"device": gpu.type, "precision": precision}})
+    command = ranks_command(1, TRAIN, train_arguments(backend, tmp_path / "gpu", changed))
+    subprocess.run(command, env={**child_environment(), "DS_ACCELERATOR": gpu.type}, check=True, timeout=300)
+    assert read_curve(tmp_path / "gpu").largest_loss_difference(expected) <= tolerance

@@ -10,10 +10,11 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from pipeline.backends.ddp import DdpBackend
 from pipeline.backends.fsdp import FsdpBackend
 from pipeline.distributed.world import World
 from pipeline.model.gpt2 import build_model
-from tests.pipeline.backends.conftest import backend_config, is_compiled, micro_batch
+from tests.pipeline.backends.conftest import GPU_MODEL, backend_config, is_compiled, losses_and_norms, micro_batch
 from tests.support.runs import run_ranks
 
 #: The custom collectives against gloo's gather, and against a sum in the order of the ranks, bit for bit.
@@ -183,3 +184,20 @@ def test_collectives_on_cpus_equal_those_of_gloo(ranks: int, tmp_path: Path) -> 
     result = run_ranks(ranks, program, [])
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("agrees") == ranks
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("precision", "compiled", "tolerance"),
+    [("fp32", False, 1e-5), ("fp32", True, 1e-5), ("amp_fp16", False, 1e-2), ("bf16", True, 1e-2)],
+)
+def test_steps_on_a_gpu_are_those_of_a_cpu(gpu_world: World, precision: str, compiled: bool, tolerance: float) -> None:
+    """FSDP2 compiles each block, and uses NCCL's collectives instead of those for CPUs."""
+    run = {"precision": precision, "compile": compiled, "device": gpu_world.device.type}
+    config = backend_config("fsdp", run=run, model=GPU_MODEL)
+    found = losses_and_norms(FsdpBackend(build_model(config.model, 1), config, gpu_world))
+    config = backend_config("ddp", model=GPU_MODEL)
+    alone = World(0, 1, 0, torch.device("cpu"))
+    assert found == pytest.approx(
+        losses_and_norms(DdpBackend(build_model(config.model, 1), config, alone)), rel=tolerance
+    )

@@ -26,7 +26,6 @@ from pipeline.model.gpt2 import build_model
 from tests.pipeline.conftest import random_tokens, tiny_model_config
 
 CPU = torch.device("cpu")
-GPU = torch.cuda.is_available()
 GOOD, OVERFLOW = 1.5, math.inf
 
 
@@ -200,9 +199,7 @@ class TestSkipping:
 
     @pytest.mark.parametrize("where", ["one element", "everywhere"])
     @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-    @pytest.mark.parametrize(
-        "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")])]
-    )
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
     def test_nothing_moves(self, device: str, value: float, where: str) -> None:
         """Weights, moments and step count stay, and the next good step is as if the bad ones had not been."""
 
@@ -285,3 +282,36 @@ class TestLossScale:
         scaler = LossScaler.for_precision("amp_bf16")
         scaler.restore(1024.0, 5)
         assert (scaler.scale, scaler.good_steps) == (1.0, 0)
+
+
+@pytest.mark.gpu
+def test_fused_adamw_on_a_gpu_updates_as_on_a_cpu(gpu: torch.device) -> None:
+    """Clipping, the gradient norm and the update are the same, and the host does not wait for the norm."""
+    results = []
+    for device in (CPU, gpu):
+        weights = [torch.nn.Parameter(gradient.to(device)) for gradient in some_gradients(seed=9)]
+        adamw = build_adamw(weights, OptimizerConfig(), device)
+        assert adamw.defaults["fused"]
+        norms = []
+        for seed in range(5):
+            for weight, gradient in zip(weights, some_gradients(seed), strict=True):
+                weight.grad = gradient.to(device)
+            norms.append(clip_and_step(adamw, weights, 4.0, 0.5))
+        assert all(norm.device.type == device.type and norm.dtype == torch.float64 for norm in norms)
+        results.append(([norm.item() for norm in norms], [weight.detach().cpu() for weight in weights]))
+    (norms_on_cpu, on_cpu), (norms_on_gpu, on_gpu) = results
+    assert norms_on_gpu == pytest.approx(norms_on_cpu, rel=1e-12)
+    for found, expected in zip(on_gpu, on_cpu, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.gpu
+def test_an_overflow_on_a_gpu_halves_the_loss_scale(gpu: torch.device) -> None:
+    weight = torch.nn.Parameter(torch.ones(3, device=gpu))
+    adamw, scaler = build_adamw([weight], OptimizerConfig(), gpu), LossScaler.for_precision("amp_fp16")
+    for gradient, scale in ((OVERFLOW, 2.0**15), (GOOD * 2.0**15, 2.0**15)):
+        before = weight.detach().clone()
+        weight.grad = torch.full((3,), gradient, device=gpu)
+        scaler.update(clip_and_step(adamw, [weight], scaler.scale, 1.0))
+        assert scaler.scale == scale
+        assert torch.equal(weight, before) == (gradient == OVERFLOW)

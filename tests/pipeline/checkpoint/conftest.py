@@ -47,7 +47,7 @@ def make_backend(world: World, seed: int, **sections: dict[str, Any]) -> DdpBack
 
 def train_steps(backend: Backend, steps: int, first_seed: int = 0) -> None:
     for seed in range(first_seed, first_seed + steps):
-        tokens = random_tokens(2, 9, seed=seed)
+        tokens = random_tokens(2, 9, seed=seed).to(backend.model.wte.weight.device)
         backend.accumulate(tokens[:, :-1], tokens[:, 1:], 1 / 16, is_last=True)
         backend.step(1e-2)
 
@@ -64,9 +64,9 @@ def state_of(backend: DdpBackend, step: int) -> TrainingState:
 
 
 def contents(backend: Backend) -> dict[str, Tensor]:
-    """Return copies of the weights and moments by name."""
+    """Return copies of the weights and moments by name, in host memory."""
     return {
-        f"{fragment.name} {kind}": tensor.clone()
+        f"{fragment.name} {kind}": tensor.cpu().clone()
         for fragment in backend.fragments()
         for kind, tensor in fragment.tensors.items()
     }

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint import background
 from pipeline.checkpoint.background import BackgroundSaver, SnapshotTaker
 from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints
 from pipeline.checkpoint.loading import load_training_state
+from pipeline.checkpoint.pieces import piece_key
 from pipeline.checkpoint.verification import find_damage
 from pipeline.distributed.world import World
 from tests.pipeline.checkpoint.conftest import (
@@ -69,6 +71,24 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDisk]:
     monkeypatch.setattr(background, "write_checkpoint", disk.write)
     yield disk
     disk.released.set()
+
+
+@pytest.mark.gpu
+def test_a_snapshot_of_a_gpu_is_in_pinned_memory(gpu: torch.device) -> None:
+    """The next steps do not change it, although the device has queued them already."""
+    on_gpu = World(0, 1, 0, gpu)
+    trained = make_backend(on_gpu, seed=1, run={"device": gpu.type})
+    train_steps(trained, 3)
+    taker, before = SnapshotTaker(trained, on_gpu), contents(trained)
+    taker.take(state_of(trained, 3))
+    train_steps(trained, 3, first_seed=50)
+    buffers = taker._buffers
+    assert len(buffers) == len(before)
+    assert all(buffer.is_pinned() for buffer in buffers.values())
+    for fragment in trained.fragments():
+        for kind in fragment.tensors:
+            copied = buffers[piece_key(kind, fragment.name, None)]
+            assert torch.equal(copied.view(-1), before[f"{fragment.name} {kind}"].view(-1)), fragment.name
 
 
 class TestWhatIsSaved:

@@ -54,6 +54,26 @@ class TestRoundTrip:
             train_steps(trained, 3, first_seed=50)
         assert_same(contents(other), contents(backend))
 
+    @pytest.mark.gpu
+    def test_a_checkpoint_goes_from_a_cpu_to_a_gpu_and_back(
+        self, save: Save, backend: DdpBackend, tmp_path: Path, world: World, gpu: torch.device
+    ) -> None:
+        """Weights and moments stay bit for bit, and training continues on the other device."""
+        on_gpu = World(0, 1, 0, gpu)
+        moved = make_backend(on_gpu, seed=2, run={"device": gpu.type})
+        state = load_training_state(save(), moved)
+        assert all(t.device.type == gpu.type for fragment in moved.fragments() for t in fragment.tensors.values())
+        assert_same(contents(moved), contents(backend))
+        train_steps(moved, 1, first_seed=50)
+        there = contents(moved)
+        returned = make_backend(world, seed=3)
+        folder = save_checkpoint(tmp_path / "moved", state_of(moved, 4), dump_config(tiny_config()), moved, on_gpu, 1)
+        assert load_training_state(folder, returned).step == state.step + 1
+        assert_same(contents(returned), there)
+        train_steps(backend, 1, first_seed=50)
+        for name, tensor in contents(backend).items():
+            torch.testing.assert_close(there[name], tensor, rtol=1e-3, atol=1e-3)
+
     def test_a_checkpoint_of_an_untrained_model(self, save: Save, world: World) -> None:
         fresh, other = make_backend(world, seed=5), make_backend(world, seed=6)
         load_training_state(save(0, of=fresh), other)

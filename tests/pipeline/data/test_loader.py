@@ -256,16 +256,14 @@ class TestMicroBatch:
         assert inputs.tolist() == [[50256, 65535]]
 
     @pytest.mark.gpu
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-    def test_pinned_memory_is_not_reused_before_it_is_copied(self) -> None:
+    def test_pinned_memory_is_not_reused_before_it_is_copied(self, gpu: torch.device) -> None:
         """Copies wait in the queue of a busy GPU while later batches are pinned and earlier ones are freed."""
-        device = torch.device("cuda")
-        a = torch.randn(4096, 4096, device=device)
+        a = torch.randn(4096, 4096, device=gpu)
         arrived = []
         for number in range(50):
             a = a @ a / 64
             batch = MicroBatch(0, torch.full((8, 1025), number).to(torch.uint16), torch.ones(8, 1024, dtype=torch.bool))
-            arrived.append(batch.pinned().to(device))
+            arrived.append(batch.pinned().to(gpu))
         for number, (inputs, targets) in enumerate(arrived):
             assert (inputs == number).all() and (targets == number).all()
 
@@ -493,14 +491,12 @@ def test_no_thread_is_left_after_close(loader: WatchedLoader) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_batches_for_a_gpu_are_in_pinned_memory(loader: WatchedLoader) -> None:
-    device = torch.device("cuda", torch.cuda.current_device())
-    prefetcher = Prefetcher(loader, device)
+def test_batches_for_a_gpu_are_in_pinned_memory(loader: WatchedLoader, gpu: torch.device) -> None:
+    prefetcher = Prefetcher(loader, gpu)
     for consumed in range(0, 80, 4):
         expected = TrainLoader.micro_batches(loader, consumed)
         batches = prefetcher.micro_batches(consumed)
         assert all(batch.tokens.is_pinned() for batch in batches)
         for batch, plain in zip(batches, expected, strict=True):
-            assert [t.tolist() for t in batch.to(device)] == [t.tolist() for t in plain.to(CPU)]
+            assert [t.tolist() for t in batch.to(gpu)] == [t.tolist() for t in plain.to(CPU)]
     prefetcher.close()

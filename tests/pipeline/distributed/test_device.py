@@ -14,6 +14,7 @@ import torch
 
 from pipeline.distributed import device
 from pipeline.distributed.device import (
+    LateValue,
     PeakMemory,
     compiler_works,
     copy_to,
@@ -21,6 +22,7 @@ from pipeline.distributed.device import (
     matmul_dtype,
     measure_matmul_ceiling,
     peak_memory_bytes,
+    synchronize,
 )
 
 CPU = torch.device("cpu")
@@ -139,3 +141,33 @@ def test_gpu_memory_expands_unless_the_user_has_set_an_option(variables: dict[st
         [sys.executable, "-c", SETTINGS_PROGRAM], capture_output=True, text=True, check=True, env=environment
     )
     assert result.stdout.strip() == settings
+
+
+@pytest.mark.gpu
+def test_a_late_value_of_a_gpu_waits_for_its_own_copy_only(gpu: torch.device) -> None:
+    late = LateValue(torch.full((), 7.5, device=gpu))
+    torch.cuda._sleep(2 * 10**9)  # about a second
+    assert late.read() == 7.5
+    assert not torch.cuda.current_stream(gpu).query(), "reading waited for later work"
+    synchronize(gpu)
+    assert torch.cuda.current_stream(gpu).query()
+
+
+@pytest.mark.gpu
+def test_peak_memory_of_a_gpu_is_the_allocated_memory(gpu: torch.device) -> None:
+    torch.cuda.reset_peak_memory_stats(gpu)
+    before = peak_memory_bytes(gpu)
+    tensor = torch.empty(1 << 26, dtype=torch.uint8, device=gpu)
+    del tensor
+    assert peak_memory_bytes(gpu) == before + (1 << 26)
+
+
+@pytest.mark.gpu
+def test_the_ceiling_of_a_gpu_is_higher_in_bf16(gpu: torch.device) -> None:
+    fp32, bf16 = (measure_matmul_ceiling(gpu, dtype, 0.1) for dtype in (torch.float32, torch.bfloat16))
+    assert bf16 > fp32 > 0
+
+
+@pytest.mark.gpu
+def test_torch_compile_works_on_a_gpu(gpu: torch.device, caplog: pytest.LogCaptureFixture) -> None:
+    assert compiler_works(gpu), caplog.text

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pipeline.config.schema import RunConfig
 from pipeline.distributed.world import World, join_world
 from pipeline.errors import CheckpointError, ConfigError, LostRankError, MainRankError
+from tests.support.runs import child_environment, ranks_command
 
 CPU = torch.device("cpu")
 
@@ -72,3 +76,43 @@ def test_a_rank_without_a_gpu_is_a_config_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="local rank 2 has no GPU: this machine has 2"), join_world(RunConfig()):
         pass
+
+
+@pytest.mark.gpu
+def test_nccl_collectives_of_one_rank(gpu_world: World) -> None:
+    assert dist.get_backend() == "nccl"
+    assert torch.cuda.current_device() == gpu_world.device.index == 0
+    values = torch.tensor([1.0, 2.0], device=gpu_world.device)
+    assert gpu_world.sum(values).tolist() == [1.0, 2.0]
+    assert gpu_world.max(3) == 3
+    assert gpu_world.gather("a") == ["a"]
+    assert gpu_world.broadcast("a") == "a"
+    gpu_world.barrier()
+    assert gpu_world.with_cpu_group().device == CPU
+
+
+#: Each rank adds its number to a tensor on its own GPU, and the ranks exchange objects on both groups.
+TWO_RANKS = """
+import torch
+
+from pipeline.config.schema import RunConfig
+from pipeline.distributed.world import join_world
+
+with join_world(RunConfig(device="cuda")) as world:
+    assert world.device.index == torch.cuda.current_device() == world.rank
+    assert world.sum(torch.tensor(world.rank + 1.0, device=world.device)).item() == 3
+    assert world.max(world.rank) == 1
+    for each in (world, world.with_cpu_group()):
+        assert each.gather(world.rank) == [0, 1]
+        assert each.broadcast(world.rank) == 0
+        each.barrier()
+"""
+
+
+@pytest.mark.gpu
+def test_two_ranks_use_two_gpus(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    subprocess.run(ranks_command(2, script, []), env=child_environment(), check=True, timeout=180)

@@ -209,3 +209,11 @@ def test_a_check_that_fails_is_a_finding(tmp_path: Path, monkeypatch: pytest.Mon
     findings = machine.run_checks(tmp_path, thorough=False)
     assert findings[0].level == "problem" and "libcudart.so: cannot open" in findings[0].says
     assert found(findings, "tokenizer").level == "ok", "the other checks still run"
+
+
+@pytest.mark.gpu
+def test_a_gpu_and_its_kernels_are_found(gpu: torch.device) -> None:
+    findings = list(machine.check_devices())
+    assert torch.cuda.get_device_name(gpu) in found(findings, "cuda:0").says
+    assert found(findings, "attention").level == "ok"
+    assert "NCCL" in communication.check_collectives().says

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 
@@ -129,3 +130,14 @@ def test_scored_outputs_are_those_of_all_logits(text_model: GPT2) -> None:
         found[1].nonzero().flatten().tolist() == (log_probabilities.argmax(1) == targets).nonzero().flatten().tolist()
     )
     assert found[1][7] == 1
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_scores_of_a_cpu(
+    text_model: GPT2, plain: list[list[tuple[float, bool]]], gpu: torch.device
+) -> None:
+    copied = copy.deepcopy(text_model).to(gpu)
+    found = scorer_of(copied, 300, World(0, 1, 0, gpu)).score(GROUPS, "test")
+    for score, (log_likelihood, is_greedy) in zip(sum(found, []), sum(plain, []), strict=True):
+        assert score.log_likelihood == pytest.approx(log_likelihood, abs=1e-4)
+        assert score.is_greedy == is_greedy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,13 @@ class TestMasks:
 
 def test_mixture_loss_is_the_weighted_mean() -> None:
     assert mixture_loss({"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 1.0, "without a loss": 5.0}) == pytest.approx(1.25)
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_the_loss_of_a_cpu(
+    model: GPT2, stream: TokenStream, results: dict[str, Any], gpu: torch.device
+) -> None:
+    found = score(copy.deepcopy(model).to(gpu), stream, 4, World(0, 1, 0, gpu))
+    assert found["loss"] == pytest.approx(results["loss"], rel=1e-5)
+    assert found["loss_by_position"] == pytest.approx(results["loss_by_position"], rel=1e-4)
+    assert found["top1_accuracy"] == results["top1_accuracy"]

@@ -11,6 +11,7 @@ import torch
 from pipeline.config.schema import SampleConfig
 from pipeline.generation.generate import Decoder, draw, generate_batch, window_start
 from pipeline.model.gpt2 import GPT2
+from pipeline.model.packed_linear import PackedLinear, pack_linear_layers
 from tests.pipeline.conftest import VOCAB_SIZE, randomised_model, tiny_model_config
 from tests.pipeline.generation.conftest import generate, sampling
 
@@ -220,3 +221,17 @@ def test_the_global_random_stream_is_not_used() -> None:
     first = [draw(logits, sampling(), torch.Generator().manual_seed(7)) for _ in range(3)]
     assert len(set(first)) == 1
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.gpu
+def test_a_gpu_generates_what_a_cpu_generates(model: GPT2, gpu: torch.device) -> None:
+    """Rows of different lengths, beyond the context; the layers for a CPU stay unused on a GPU."""
+    copied = randomised_model(tiny_model_config()).eval().to(gpu)
+    pack_linear_layers(copied, torch.float32)
+    assert not any(isinstance(module, PackedLinear) for module in copied.modules())
+    prompts = [PROMPT, [7], list(range(30))]
+    for options in ({"temperature": 0}, {"temperature": 0.8, "top_k": 5}):
+        rows = [list(generate_batch(each, prompts, sampling(20, **options), seed=3)) for each in (model, copied)]
+        assert rows[0] == rows[1]
+    logits = [Decoder(each, 3, 40).next_token_logits(prompts) for each in (model, copied)]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)

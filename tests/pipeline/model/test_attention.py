@@ -150,6 +150,61 @@ def test_cudnn_is_off_for_inputs_of_any_length() -> None:
     assert enabled_kernels() == before
 
 
+def heads_on(device: torch.device, dtype: torch.dtype, tokens: int) -> list[Tensor]:
+    """Return queries, keys and values with the head size of GPT-2."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, tokens, 64)
+    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 5e-3), (torch.float32, 1e-4)], ids=str
+)
+def test_the_fastest_kernel_of_a_gpu_is_fused_and_right(
+    gpu: torch.device, dtype: torch.dtype, tolerance: float
+) -> None:
+    """The named kernel is the one that runs, forward and backward."""
+    q, k, v = heads_on(gpu, dtype, 256)
+    with fastest_kernel(gpu, dtype, (2, 3, 256, 64), dropout=0.0) as name:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            found = causal_attention(q, k, v)
+        gradients = torch.autograd.grad(found.double().sum(), (q, k, v))
+    assert name in {"CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"}
+    assert any(name.lower() in event.key for event in profiled.key_averages())
+    exact = [tensor.detach().cpu().double().requires_grad_() for tensor in (q, k, v)]
+    expected = plain(*exact)
+    torch.testing.assert_close(found.detach().cpu().double(), expected.detach(), rtol=tolerance, atol=tolerance)
+    for one, other in zip(gradients, torch.autograd.grad(expected.sum(), exact), strict=True):
+        torch.testing.assert_close(one.cpu().double(), other, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_dropout_of_a_gpu_kernel_follows_the_seed(gpu: torch.device, dtype: torch.dtype) -> None:
+    q, k, v = heads_on(gpu, dtype, 256)
+    outputs = []
+    with fastest_kernel(gpu, dtype, (2, 3, 256, 64), dropout=0.1) as name:
+        assert name != "MATH"
+        for seed in (5, 5, 6):
+            torch.manual_seed(seed)
+            outputs.append(causal_attention(q, k, v, 0.1))
+        without = causal_attention(q, k, v)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[0], without)
+
+
+@pytest.mark.gpu
+def test_lengths_without_a_plan_on_a_gpu(gpu: torch.device) -> None:
+    """Generation and scoring have lengths that no kernel prefers."""
+    for tokens in (1, 7, 77):
+        q, k, v = (tensor.detach() for tensor in heads_on(gpu, torch.float32, tokens))
+        with kernels_for_any_length():
+            found = causal_attention(q, k, v)
+        torch.testing.assert_close(found.cpu().double(), plain(q.cpu(), k.cpu(), v.cpu()), rtol=1e-4, atol=1e-4)
+
+
 def enabled_kernels() -> list[SDPBackend]:
     """Return the kernels that torch may choose on CUDA, in the order of their priority."""
     flags = {

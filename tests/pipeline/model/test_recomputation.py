@@ -112,3 +112,36 @@ def test_names_of_modules_and_parameters_stay() -> None:
     recompute_blocks(recomputing)
     assert [name for name, _ in recomputing.named_modules()] == [name for name, _ in plain.named_modules()]
     assert recomputing.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_recomputed_dropout_on_a_gpu_keeps_to_the_seeds_of_the_run(gpu: torch.device, compiled: bool) -> None:
+    """The same seed gives the same masks in both forward passes, also in compiled code."""
+    config = tiny_model_config(n_head=2, n_embd=64, dropout=0.3, activation_checkpointing=True)
+    model = randomised_model(config).to(gpu).train()
+    recompute_blocks(model)
+    compute = torch.compile(model, dynamic=False) if compiled else model
+    batch = [tensor.to(gpu) for tensor in BATCH]
+    found = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        loss = compute(*batch)
+        model.zero_grad()
+        found.append((loss.item(), {name: t.clone() for name, t in gradients(model, loss).items()}))
+    assert found[0][0] == found[1][0] != found[2][0]
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_recomputed_gradients_on_a_gpu_are_those_without(gpu: torch.device) -> None:
+    found = []
+    for setting in (False, True):
+        config = tiny_model_config(n_head=2, n_embd=64, dropout=0.3, activation_checkpointing=setting)
+        model = randomised_model(config).to(gpu).train()
+        recompute_blocks(model)
+        torch.manual_seed(5)
+        found.append(gradients(model, model.loss(*(tensor.to(gpu) for tensor in BATCH))))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5)

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.planned_memory import LARGEST_DIFFERENCE, Setting, compare, start_ranks
 from benchmarks.wrapped_shards import Shards, compare_fsdp, compare_small
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
+from pipeline.distributed.device import GIB
 from pipeline.model.gpt2 import parameter_count
 from pipeline.planning.devices import DEVICES, Device, find_device
 from pipeline.planning.layouts import layout_of
@@ -175,5 +177,14 @@ class TestAgainstMeasurements:
 
     def test_measured_peak(self, tmp_path: Path) -> None:
         """Run one setting of ``make plan-check`` at a size that takes seconds."""
-        compared = compare(Setting("ddp", 2, "small", checkpointing=2), start_ranks(), tmp_path)
+        compared = compare(Setting("ddp", 2, "small", checkpointing=2), start_ranks().run, tmp_path)
         assert abs(compared.difference) <= LARGEST_DIFFERENCE, compared
+
+
+@pytest.mark.gpu
+def test_this_machine_is_its_gpu(gpu: torch.device) -> None:
+    found = find_device("this", "bf16", world_size=1)
+    assert found.name == "this cuda"
+    assert found.memory_gib * GIB == torch.cuda.get_device_properties(gpu).total_memory
+    assert found.per_node == torch.cuda.device_count()
+    assert found.bf16_tflops > 1 and found.host_gb_per_s > 0.1

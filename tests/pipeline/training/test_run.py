@@ -1,4 +1,4 @@
-"""A run says at its start which validation split it measures."""
+"""A run says at its start which validation split it measures. On a GPU, it has the curve of a CPU."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from pipeline.checkpoint.layout import checkpoint_folder
 from pipeline.config.loading import config_from_json
+from pipeline.run_folder.metrics import read_metrics
 from pipeline.training.run import train
-from tests.support.runs import TINY_RUN, Sections, merged
+from tests.support.runs import TINY_RUN, Sections, copy_with_masks, merged
 from tests.support.token_files import documents, write_ours
 
 
@@ -39,3 +42,45 @@ def test_a_run_without_a_validation_split_says_so(tmp_path: Path, caplog: pytest
     log = log_of_a_run(tmp_path, {"train": [documents(50)]}, caplog)
     assert "has no validation split: this run has no validation loss for it" in log
     assert "validation:" not in log
+
+
+def losses_of_a_run(folder: Path, data: Path, changes: Sections) -> dict[int, float]:
+    """Train for eight steps, four micro-batches each, and return the losses of steps 1, 4 and 8."""
+    sections: Sections = {
+        "run": {"out_dir": str(folder), "compile": False},
+        "model": {"n_layer": 1, "n_head": 2, "n_embd": 32, "context_length": 16},
+        "data": {"path": str(data)},
+        "batch": {"tokens_per_step": 128},
+        "schedule": {"warmup_steps": 2, "max_steps": 8},
+        "checkpoint": {"every_steps": 4, "keep_last": 9},
+        "logging": {"every_steps": 4},
+    }
+    train(config_from_json(merged(TINY_RUN, sections, changes), "test"))
+    return {row["step"]: row["loss"] for row in read_metrics(folder) if "loss" in row}
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_has_the_curve_of_a_cpu(tmp_path: Path, gpu: torch.device) -> None:
+    """With masked targets, whose number is on the device, and with steps whose loss is read later."""
+    tokens = {"train": [documents(50)], "val": [np.arange(1000, dtype=np.uint16)]}
+    write_ours(tmp_path / "tokens", tokens)
+    data = copy_with_masks(tmp_path / "tokens", tmp_path / "data", 10)
+    expected = losses_of_a_run(tmp_path / "cpu", data, {})
+    for precision, tolerance in (("fp32", 1e-4), ("amp_fp16", 2e-2), ("amp_bf16", 2e-2)):
+        run = {"device": gpu.type, "precision": precision}
+        assert losses_of_a_run(tmp_path / precision, data, {"run": run}) == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_on_a_gpu_resumes_bit_for_bit(tmp_path: Path, gpu: torch.device, precision: str) -> None:
+    """With dropout and recomputation, whose masks depend on the samples only."""
+    write_ours(tmp_path / "data", {"train": [documents(50)]})
+    changes: Sections = {
+        "run": {"device": gpu.type, "precision": precision},
+        "model": {"dropout": 0.1, "activation_checkpointing": True},
+    }
+    whole = losses_of_a_run(tmp_path / "whole", tmp_path / "data", changes)
+    start: Sections = {"checkpoint": {"resume": str(checkpoint_folder(tmp_path / "whole", 4))}}
+    resumed = losses_of_a_run(tmp_path / "resumed", tmp_path / "data", merged(changes, start))
+    assert resumed == {8: whole[8]}

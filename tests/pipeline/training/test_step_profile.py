@@ -16,8 +16,8 @@ from pipeline.training.step_profile import PROFILE_FOLDER, SETTLING_STEPS, TABLE
 CPU = torch.device("cpu")
 
 
-def train(profile: StepProfile, steps: int) -> None:
-    a = torch.ones(8, 8)
+def train(profile: StepProfile, steps: int, device: torch.device = CPU) -> None:
+    a = torch.ones(8, 8, device=device)
     with profile.recording():
         for _ in range(steps):
             torch.mm(a, a)
@@ -58,3 +58,14 @@ def test_a_run_that_ends_too_early_is_logged(tmp_path: Path, caplog: pytest.LogC
 def test_nothing_is_profiled_by_default(tmp_path: Path) -> None:
     train(StepProfile(tmp_path, CPU, steps=0), SETTLING_STEPS + 4)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_kernels_of_a_gpu_are_profiled(tmp_path: Path, caplog: pytest.LogCaptureFixture, gpu: torch.device) -> None:
+    with caplog.at_level(logging.INFO, "pipeline"):
+        train(StepProfile(tmp_path, gpu, steps=2), SETTLING_STEPS + 4, gpu)
+    trace = json.loads((tmp_path / PROFILE_FOLDER / TRACE_FILE).read_text())
+    kernels = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "kernel"]
+    assert len(kernels) >= 2
+    assert any(kernel[:40] in caplog.text for kernel in kernels), caplog.text
+    assert "it has no time" not in caplog.text
