@@ -69,7 +69,7 @@ class LiveCommand:
         """Return what all processes have printed so far."""
         return self.output_path.read_text(errors="replace")
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 300) -> None:
         """Poll until the condition holds.
 
         Raises:
@@ -97,7 +97,7 @@ class LiveCommand:
                     found[int(process.environ().get("RANK", "0"))] = process
         return found
 
-    def wait_until_gone(self, ranks: dict[int, psutil.Process], timeout_s: float = 60) -> None:
+    def wait_until_gone(self, ranks: dict[int, psutil.Process], timeout_s: float = 300) -> None:
         """Wait for the given processes to end, whether or not the launcher still exists.
 
         Raises:
@@ -107,7 +107,7 @@ class LiveCommand:
         if alive:
             raise RuntimeError(f"{alive} still running after {timeout_s} s:\n{self.output}")
 
-    def wait(self, timeout_s: float = 120) -> int:
+    def wait(self, timeout_s: float = 300) -> int:
         """Wait for the launcher to end and return its exit status.
 
         Raises:
