@@ -13,10 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.distributed.world import World
-from pipeline.model.muon_matrices import Matrix
-
-_MIN_BATCH_ELEMENTS = 1 << 24
-_LARGEST_MATRICES_PER_RANK = 2
+from pipeline.model.muon_matrices import Matrix, assign_owners, divide_into_batches
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,10 @@ class MatrixExchange:
         """
         for batch in self._batches:
             whole = self._assemble(batch, elements)
-            results = {matrix: function(flat.view(matrix.rows, matrix.columns)) for matrix, flat in whole.items()}
-            self._return(batch, results, elements)
+            for matrix, flat in whole.items():
+                view = flat.view(matrix.rows, matrix.columns)
+                view.copy_(function(view))
+            self._return(batch, whole, elements)
 
     def _assemble(self, batch: _Batch, elements: Sequence[Tensor]) -> dict[Matrix, Tensor]:
         """Return the matrices that this rank owns."""
@@ -91,9 +90,8 @@ class MatrixExchange:
             whole[overlap.matrix][overlap.start - overlap.matrix.start : overlap.stop - overlap.matrix.start] = values
         return whole
 
-    def _return(self, batch: _Batch, results: dict[Matrix, Tensor], elements: Sequence[Tensor]) -> None:
-        """Send the results of this rank to all ranks that hold their elements, and write the received results."""
-        flat = {matrix: result.reshape(-1) for matrix, result in results.items()}
+    def _return(self, batch: _Batch, flat: dict[Matrix, Tensor], elements: Sequence[Tensor]) -> None:
+        """Send the matrices of this rank to all ranks that hold their elements, and write the received elements."""
         sent = [flat[o.matrix][o.start - o.matrix.start : o.stop - o.matrix.start] for o in batch.returned]
         received = self._all_to_all(sent, batch.sizes_returned, batch.sizes_kept)
         for overlap, values in zip(batch.kept, _split(received, batch.kept), strict=True):
@@ -136,37 +134,6 @@ class _Batch:
     def first(self, span: int) -> int:
         """Return the first element of one of this rank's spans, counted in the flattened parameter."""
         return self._firsts[span]
-
-
-def divide_into_batches(matrices: Sequence[Matrix], ranks: int) -> list[list[Matrix]]:
-    """Divide matrices into batches of consecutive matrices. All batches have about the same size.
-
-    A batch is large enough that all ranks can have about the same work. It is small enough that the exchange of a batch
-    does not need much memory.
-    """
-    total = sum(matrix.numel for matrix in matrices)
-    largest = max((matrix.numel for matrix in matrices), default=0)
-    limit = max(_MIN_BATCH_ELEMENTS, _LARGEST_MATRICES_PER_RANK * ranks * largest)
-    batches: list[list[Matrix]] = [[] for _ in range(-(-total // limit))]
-    before = 0
-    for matrix in matrices:
-        batches[before * len(batches) // total].append(matrix)
-        before += matrix.numel
-    return batches
-
-
-def assign_owners(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
-    """Return the matrices that each rank owns.
-
-    The matrices are assigned in the order of decreasing cost. Each matrix goes to the rank with the least work so far.
-    """
-    owned: list[list[Matrix]] = [[] for _ in range(ranks)]
-    work = [0] * ranks
-    for matrix in sorted(matrices, key=lambda matrix: -matrix.cost):  # sorted() is stable, so all ranks agree
-        rank = work.index(min(work))
-        owned[rank].append(matrix)
-        work[rank] += matrix.cost
-    return owned
 
 
 def _overlaps(spans: Sequence[Span], matrices: Iterable[Matrix]) -> list[_Overlap]:

@@ -411,6 +411,11 @@ class BackendConfig(Section):
         """The ZeRO stage, 0 to 3."""
         return int(self.zero.get("stage", 0))
 
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every rank holds the whole optimizer state, as under DDP and ZeRO-0."""
+        return self.name == "ddp" or (self.name == "deepspeed" and self.zero_stage == 0)
+
     def offloads(self, what: Literal["optimizer", "param"]) -> bool:
         """Return whether DeepSpeed keeps the optimizer's state or the parameters outside the device."""
         return bool(self.zero.get(f"offload_{what}", {}).get("device", "none") != "none")

@@ -1,12 +1,14 @@
-"""List the matrices that Muon updates: the weights of the transformer blocks, without biases and LayerNorm."""
+"""List the matrices that Muon updates, the weights of the transformer blocks, and divide them among the ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 _QUERY_KEY_VALUE = "attn.c_attn.weight"
+_MIN_BATCH_ELEMENTS = 1 << 24
+_LARGEST_MATRICES_PER_RANK = 2
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Matrix:
     def cost(self) -> int:
         """The cost of an iteration's matrix products, in a unit that is the same for all matrices."""
         return self.numel * min(self.rows, self.columns)
+
+    @property
+    def flops_per_iteration(self) -> int:
+        """The FLOPs of the three matrix products of a Newton-Schulz iteration."""
+        return 4 * self.cost + 2 * min(self.rows, self.columns) ** 3
 
     @property
     def update_scale(self) -> float:
@@ -60,3 +67,49 @@ def muon_matrices(shapes: Mapping[str, Sequence[int]], *, split_qkv: bool) -> It
             rows, columns = shape[0] // count, shape[1]
             for i in range(count):
                 yield Matrix(name, i * rows * columns, rows, columns)
+
+
+def divide_into_batches(matrices: Sequence[Matrix], ranks: int) -> list[list[Matrix]]:
+    """Divide matrices into batches of consecutive matrices. All batches have about the same size.
+
+    A batch is large enough that all ranks can have about the same work. It is small enough that the exchange of a batch
+    does not need much memory.
+    """
+    total = sum(matrix.numel for matrix in matrices)
+    largest = max((matrix.numel for matrix in matrices), default=0)
+    limit = max(_MIN_BATCH_ELEMENTS, _LARGEST_MATRICES_PER_RANK * ranks * largest)
+    batches: list[list[Matrix]] = [[] for _ in range(-(-total // limit))]
+    before = 0
+    for matrix in matrices:
+        batches[before * len(batches) // total].append(matrix)
+        before += matrix.numel
+    return batches
+
+
+def assign_owners(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
+    """Return the matrices that each rank owns.
+
+    The matrices are assigned in the order of decreasing cost. Each matrix goes to the rank with the least work so far.
+    """
+    owned: list[list[Matrix]] = [[] for _ in range(ranks)]
+    work = [0] * ranks
+    for matrix in sorted(matrices, key=lambda matrix: -matrix.cost):  # sorted() is stable, so all ranks agree
+        rank = work.index(min(work))
+        owned[rank].append(matrix)
+        work[rank] += matrix.cost
+    return owned
+
+
+def exchange_elements(batch: Sequence[Matrix], ranks: int, *, replicated: bool) -> int:
+    """Return the largest number of elements that a rank holds while a batch is exchanged and orthogonalized.
+
+    Args:
+        replicated: whether every rank holds all elements of all matrices.
+    """
+    total = sum(matrix.numel for matrix in batch)
+    own = max(sum(matrix.numel for matrix in owned) for owned in assign_owners(batch, ranks))
+    share = own if replicated else -(-total // ranks)  # of the elements that a rank sends to the owners
+    assembling = share + own * (2 if ranks > 1 else 1)
+    returning = own + (ranks * own if replicated else own) + (0 if ranks == 1 else total if replicated else share)
+    iterating = own + max(3 * matrix.numel + 2 * min(matrix.rows, matrix.columns) ** 2 for matrix in batch)
+    return max(assembling, iterating, returning)

@@ -6,17 +6,19 @@ source of every term. ``make plan-check`` compares the results with measured pea
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
-from pipeline.config.schema import BackendConfig, Config, ModelConfig
+from pipeline.config.schema import BackendConfig, Config, ModelConfig, OptimizerConfig
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.model.gpt2 import GPT2
+from pipeline.model.muon_matrices import divide_into_batches, exchange_elements, muon_matrices
+from pipeline.model.parameter_state import optimizer_state_names
 from pipeline.planning.activations import Compute
 
-FP32, BF16, MOMENTS = 4, 2, 8  # bytes per element; AdamW has two fp32 moments
+FP32, BF16 = 4, 2  # bytes per element
 
 #: DeepSpeed's defaults, in elements (runtime/zero/config.py of 0.19.8).
 REDUCE_BUCKET_ELEMENTS = 500_000_000
@@ -46,7 +48,7 @@ class Layout:
 class Sizes:
     """The sizes of a model's parameters, in elements."""
 
-    shapes: tuple[torch.Size, ...]  # of all parameters, in order
+    shapes: dict[str, torch.Size]  # of all parameters, by canonical name
     total: int
     block: int  # elements of one transformer block
     root: int  # elements outside the blocks
@@ -61,6 +63,7 @@ class _Case:
     accumulates: bool  # more than one micro-step per optimizer step
     is_bf16: bool
     backend: BackendConfig
+    optimizer: OptimizerConfig
 
     @property
     def width(self) -> int:
@@ -76,11 +79,26 @@ class _Case:
         """Return a function for bytes that grow from 0 to ``total`` as gradients are finished."""
         return lambda finished: total * finished // self.sizes.total
 
-    def partitions(self) -> Iterator[tuple[list[int], int]]:
-        """Yield, for each optimizer group, the sizes of its parameters and its elements per rank, an even number."""
-        for decays in (True, False):
-            group = [math.prod(shape) for shape in self.sizes.shapes if (len(shape) >= 2) == decays]
-            yield group, 2 * -(-sum(group) // (2 * self.world_size))
+    @property
+    def state_widths(self) -> dict[str, int]:
+        """The bytes of optimizer state per element of every parameter."""
+        names = optimizer_state_names(self.sizes.shapes, self.optimizer)
+        return {name: FP32 * len(kinds) for name, kinds in names.items()}
+
+    def state_bytes(self, shard: Callable[[torch.Size], int]) -> int:
+        """Return the bytes of optimizer state if a rank holds ``shard(shape)`` elements of each parameter."""
+        return sum(width * shard(self.sizes.shapes[name]) for name, width in self.state_widths.items())
+
+    def partitions(self) -> Iterator[tuple[list[int], int, int]]:
+        """Yield, for each optimizer group, the sizes of its parameters, its elements per rank and the bytes of state.
+
+        The number of elements per rank is even. The bytes of optimizer state are per element.
+        """
+        groups: dict[tuple[bool, int], list[int]] = {}
+        for name, shape in self.sizes.shapes.items():
+            groups.setdefault((len(shape) >= 2, self.state_widths[name]), []).append(math.prod(shape))
+        for (_, state_width), group in groups.items():
+            yield group, 2 * -(-sum(group) // (2 * self.world_size)), state_width
 
 
 @cache
@@ -89,18 +107,37 @@ def sizes_of(model: ModelConfig) -> Sizes:
     with torch.device("meta"):
         built = GPT2(model)
     block = sum(parameter.numel() for parameter in built.h[0].parameters())
-    shapes = tuple(parameter.shape for parameter in built.parameters())
-    total = sum(map(math.prod, shapes))
+    shapes = {name: parameter.shape for name, parameter in built.named_parameters()}
+    total = sum(map(math.prod, shapes.values()))
     return Sizes(shapes, total, block, total - model.n_layer * block)
 
 
 def layout_of(config: Config, plan: BatchPlan) -> Layout:
     """Return the layout of the config's backend."""
     backend, is_bf16 = config.backend, config.run.precision == "bf16"
-    case = _Case(sizes_of(config.model), plan.world_size, plan.accumulation > 1, is_bf16, backend)
+    case = _Case(sizes_of(config.model), plan.world_size, plan.accumulation > 1, is_bf16, backend, config.optimizer)
     if backend.name == "deepspeed":
-        return (_zero0, _zero1, _zero2, _zero3)[backend.zero_stage](case)
-    return _ddp(case) if backend.name == "ddp" else _fsdp(case)
+        layout = (_zero0, _zero1, _zero2, _zero3)[backend.zero_stage](case)
+    else:
+        layout = _ddp(case) if backend.name == "ddp" else _fsdp(case)
+    exchanged = exchange_bytes(config, plan.world_size)
+
+    def buffers(finished: int) -> int:
+        return layout.buffers(finished) + (exchanged if finished == case.sizes.total else 0)
+
+    return replace(layout, buffers=buffers)
+
+
+def exchange_bytes(config: Config, world_size: int) -> int:
+    """Return the bytes in which Muon assembles and orthogonalizes matrices on one rank. AdamW needs none."""
+    if config.optimizer.name != "muon":
+        return 0
+    shapes = sizes_of(config.model).shapes
+    matrices = list(muon_matrices(shapes, split_qkv=config.optimizer.muon.split_qkv))
+    replicated = config.backend.is_replicated
+    width = FP32 if config.run.precision == "fp32" else BF16
+    batches = divide_into_batches(matrices, world_size)
+    return width * max(exchange_elements(batch, world_size, replicated=replicated) for batch in batches)
 
 
 def _always(size: int) -> Callable[[int], int]:
@@ -110,7 +147,7 @@ def _always(size: int) -> Callable[[int], int]:
 def _replicated(case: _Case, gradients: Callable[[int], int], buffers: Callable[[int], int]) -> Layout:
     total = case.sizes.total
     compute: Compute = "bf16_view" if case.is_bf16 else "autocast"
-    return Layout(compute, FP32 * total, 0, MOMENTS * total, gradients, buffers)
+    return Layout(compute, FP32 * total, 0, case.state_bytes(math.prod), gradients, buffers)
 
 
 def _ddp(case: _Case) -> Layout:
@@ -138,7 +175,11 @@ def _fsdp(case: _Case) -> Layout:
     gathered.
     """
     sizes = case.sizes
-    shard = sum(-(-shape[0] // case.world_size) * math.prod(shape[1:]) for shape in sizes.shapes)
+
+    def shard_of(shape: torch.Size) -> int:
+        return -(-shape[0] // case.world_size) * math.prod(shape[1:])
+
+    shard = sum(map(shard_of, sizes.shapes.values()))
     in_blocks = sizes.total - sizes.root
     root = case.width * sizes.root
     blocks = case.width * (min(2 * sizes.block, in_blocks) if case.backend.fsdp.reshard_after_forward else in_blocks)
@@ -154,13 +195,13 @@ def _fsdp(case: _Case) -> Layout:
             return root + 2 * FP32 * sizes.root
         return root + (blocks + 2 * FP32 * sizes.block if finished <= in_blocks else 0)
 
-    return Layout(case.compute, FP32 * shard, 0, MOMENTS * shard, gradients, buffers)
+    return Layout(case.compute, FP32 * shard, 0, case.state_bytes(shard_of), gradients, buffers)
 
 
 def _overlapping_elements(case: _Case) -> int:
     """Return the elements of all parameters that overlap a rank's partition, for the rank with the most elements."""
     largest = 0
-    for group, partition in case.partitions():
+    for group, partition, _ in case.partitions():
         overlapping = [0] * case.world_size
         start = 0
         for count in group:
@@ -183,7 +224,8 @@ def _reduce_buckets(case: _Case) -> int:
 def _zero1(case: _Case) -> Layout:
     """Return the layout of ZeRO-1: moments and master weights are partitioned. Accumulated gradients are whole."""
     sizes = case.sizes
-    shard = sum(partition for _, partition in case.partitions())
+    shard = sum(partition for _, partition, _ in case.partitions())
+    state = sum(partition * width for _, partition, width in case.partitions())
     if case.is_bf16:
         # DeepSpeed's BF16_Optimizer keeps fp32 gradients of all parameters in addition to the bf16 gradients.
         new = _always(BF16 * sizes.total) if case.accumulates else case.growing(BF16 * sizes.total)
@@ -192,7 +234,7 @@ def _zero1(case: _Case) -> Layout:
         overlapping = FP32 * _overlapping_elements(case)
         gradients = _always(FP32 * sizes.total) if case.accumulates else case.growing(overlapping)
         buffers = _shard_after_backward(case, shard)
-    return Layout(case.compute, case.width * sizes.total, FP32 * shard, MOMENTS * shard, gradients, buffers)
+    return Layout(case.compute, case.width * sizes.total, FP32 * shard, state, gradients, buffers)
 
 
 def _shard_after_backward(case: _Case, shard: int) -> Callable[[int], int]:
@@ -208,14 +250,15 @@ def _zero2(case: _Case) -> Layout:
     parameters that overlap the partition.
     """
     sizes, width = case.sizes, case.width
-    shard = sum(partition for _, partition in case.partitions())
+    shard = sum(partition for _, partition, _ in case.partitions())
+    state = sum(partition * width for _, partition, width in case.partitions())
     kept = FP32 * (shard if case.is_bf16 else _overlapping_elements(case))
     if not case.backend.offloads("optimizer"):
         gradients = _always(kept) if case.accumulates else case.growing(kept)
         buffers = _shard_after_backward(case, shard)
-        return Layout(case.compute, width * sizes.total, FP32 * shard, MOMENTS * shard, gradients, buffers)
+        return Layout(case.compute, width * sizes.total, FP32 * shard, state, gradients, buffers)
     accumulated = kept if case.accumulates else 0
-    largest = width * max(map(math.prod, sizes.shapes))
+    largest = width * max(map(math.prod, sizes.shapes.values()))
     return Layout(
         compute=case.compute,
         parameters=width * sizes.total,
@@ -223,7 +266,7 @@ def _zero2(case: _Case) -> Layout:
         optimizer=0,
         gradients=_always(0),
         buffers=_always(_reduce_buckets(case) + largest),
-        host=(2 * FP32 + MOMENTS + width) * shard + largest + accumulated,
+        host=(2 * FP32 + width) * shard + state + largest + accumulated,
     )
 
 
@@ -233,17 +276,21 @@ def _zero3(case: _Case) -> Layout:
     Up to ``stage3_max_live_parameters`` weights stay gathered.
     """
     zero = case.backend.zero
-    shard = sum(-(-math.prod(shape) // case.world_size) for shape in case.sizes.shapes)
+
+    def shard_of(shape: torch.Size) -> int:
+        return -(-math.prod(shape) // case.world_size)
+
+    shard = sum(map(shard_of, case.sizes.shapes.values()))
     live = min(case.sizes.total, int(zero.get("stage3_max_live_parameters", MAX_LIVE_ELEMENTS)))
     bucket = FP32 * int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS))
-    parameters, state = case.width * shard, (FP32 + MOMENTS) * shard
+    parameters, state = case.width * shard, case.state_bytes(shard_of)
     offloads_state, offloads_parameters = case.backend.offloads("optimizer"), case.backend.offloads("param")
     return Layout(
         compute=case.compute,
         parameters=0 if offloads_parameters else parameters,
         masters=0 if offloads_state else FP32 * shard,
-        optimizer=0 if offloads_state else MOMENTS * shard,
+        optimizer=0 if offloads_state else state,
         gradients=_always(0 if offloads_state else FP32 * shard),
         buffers=_always(case.width * live + bucket),
-        host=(state + 2 * FP32 * shard if offloads_state else 0) + (parameters if offloads_parameters else 0),
+        host=(state + 3 * FP32 * shard if offloads_state else 0) + (parameters if offloads_parameters else 0),
     )

@@ -4,19 +4,20 @@ The plan assumes ring collectives with W ranks. In an all-gather or a reduce-sca
 n (W-1)/W bytes. In an all-reduce, it sends twice as many bytes (Rajbhandari et al. 2020, section 7).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.model.gpt2 import flops_per_token
+from pipeline.model.muon_matrices import Matrix, muon_matrices
 from pipeline.planning.devices import GB, Device
-from pipeline.planning.layouts import BF16, FP32, MOMENTS, sizes_of
+from pipeline.planning.layouts import BF16, FP32, sizes_of
 
 LINK_EFFICIENCY = 0.7  # assumed fraction of a link's published bandwidth
 BACKWARD_SHARE = 2 / 3  # of a micro-step's FLOPs; reductions overlap with the backward pass
 #: Bytes per element that CPUAdam reads (weight, moments, gradient) and writes (weight, moments). The plan assumes the
 #: bandwidth of the link between device and host for these bytes.
-CPU_ADAM_BYTES = 2 * (FP32 + MOMENTS) + FP32
+CPU_ADAM_BYTES = 2 * (FP32 + 2 * FP32) + FP32
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,27 @@ class Speed:
 
 def traffic(config: Config, plan: BatchPlan) -> Traffic:
     """Return the traffic of the backend's collectives, in the dtypes that the backend uses."""
+    of_backend = _traffic_of_backend(config, plan)
+    return replace(of_backend, after_backward=of_backend.after_backward + _muon_traffic(config, plan.world_size))
+
+
+def _muon_traffic(config: Config, ranks: int) -> int:
+    """Return the bytes that a rank sends to assemble matrices and to return their updates."""
+    elements = sum(matrix.numel for matrix in _matrices(config))
+    width = FP32 if config.run.precision == "fp32" else BF16
+    if config.backend.is_replicated:  # each owner sends the updates of its matrices to all other ranks
+        return width * elements * (ranks - 1) // ranks
+    return 2 * width * elements * (ranks - 1) // ranks**2
+
+
+def _matrices(config: Config) -> list[Matrix]:
+    """Return the matrices that Muon updates. Returns an empty list for AdamW."""
+    if config.optimizer.name != "muon":
+        return []
+    return list(muon_matrices(sizes_of(config.model).shapes, split_qkv=config.optimizer.muon.split_qkv))
+
+
+def _traffic_of_backend(config: Config, plan: BatchPlan) -> Traffic:
     sizes = sizes_of(config.model)
     elements = sizes.total
     share = (plan.world_size - 1) / plan.world_size
@@ -90,7 +112,9 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
         + sent.after_backward / link
         + sent.to_and_from_host / (LINK_EFFICIENCY * device.host_gb_per_s * GB)
     )
-    compute_s = plan.accumulation * micro_step_s
+    iterations = config.optimizer.muon.iterations * sum(matrix.flops_per_iteration for matrix in _matrices(config))
+    update_s = iterations / plan.world_size / (device.flops(config.run.precision) * mfu)
+    compute_s = plan.accumulation * micro_step_s + update_s
     return Speed(sent.per_step(plan.accumulation), compute_s, exposed_s, plan.tokens_per_step / (compute_s + exposed_s))
 
 

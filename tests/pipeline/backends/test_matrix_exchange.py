@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pipeline.backends import matrix_exchange
-from pipeline.backends.matrix_exchange import MatrixExchange, Span, assign_owners, divide_into_batches
+from pipeline.backends.matrix_exchange import MatrixExchange, Span
 from pipeline.distributed.world import World
-from pipeline.model.muon_matrices import Matrix, muon_matrices
+from pipeline.model.muon_matrices import muon_matrices
 
 SHAPES = {"h.0.attn.c_attn.weight": (21, 7), "h.0.mlp.c_fc.weight": (28, 7), "h.1.mlp.c_proj.weight": (7, 28)}
 MATRICES = list(muon_matrices(SHAPES, split_qkv=True))
@@ -98,32 +98,3 @@ def test_every_matrix_is_transformed_once(monkeypatch: pytest.MonkeyPatch, ranks
     for rank, elements in enumerate(results):
         for span, found in zip(cut(length, rank, ranks), elements, strict=True):
             torch.testing.assert_close(found, expected[span.name].view(-1)[span.start : span.stop])
-
-
-def test_the_work_is_balanced() -> None:
-    shapes = {
-        f"h.{i}.{name}.weight": shape
-        for i in range(12)
-        for name, shape in {
-            "attn.c_attn": (2304, 768),
-            "attn.c_proj": (768, 768),
-            "mlp.c_fc": (3072, 768),
-            "mlp.c_proj": (768, 3072),
-        }.items()
-    }
-    matrices = list(muon_matrices(shapes, split_qkv=True))
-    for ranks in (2, 4, 8):
-        for batch in divide_into_batches(matrices, ranks):
-            assert batch
-            work = [sum(matrix.cost for matrix in owned) for owned in assign_owners(batch, ranks)]
-            assert max(work) <= 1.2 * sum(work) / ranks
-
-
-def test_every_matrix_has_one_owner_and_is_in_one_batch() -> None:
-    large = [Matrix(f"h.{i}.mlp.c_fc.weight", 0, 4096, 1024) for i in range(20)]
-    batches = divide_into_batches(large, 2)
-    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4]
-    assert [matrix for batch in batches for matrix in batch] == large
-    owned = assign_owners(large, 3)
-    assert sorted(matrix.name for matrices in owned for matrix in matrices) == sorted(m.name for m in large)
-    assert divide_into_batches([], 2) == []

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config.schema import OptimizerConfig
 from pipeline.model.gpt2 import build_model
-from pipeline.model.muon_matrices import muon_matrices
+from pipeline.model.muon_matrices import Matrix, assign_owners, divide_into_batches, muon_matrices
 from pipeline.model.parameter_state import optimizer_state_names
 from tests.pipeline.conftest import TINY_MODEL, tiny_model_config
 
@@ -33,3 +33,32 @@ def test_adamw_keeps_its_moments_for_the_rest() -> None:
         is_matrix_of_a_block = name.startswith("h.") and name.endswith("weight") and "ln_" not in name
         assert kinds == (("momentum",) if is_matrix_of_a_block else ("exp_avg", "exp_avg_sq")), name
     assert set(optimizer_state_names(shapes, OptimizerConfig()).values()) == {("exp_avg", "exp_avg_sq")}
+
+
+def test_the_work_is_balanced() -> None:
+    shapes = {
+        f"h.{i}.{name}.weight": shape
+        for i in range(12)
+        for name, shape in {
+            "attn.c_attn": (2304, 768),
+            "attn.c_proj": (768, 768),
+            "mlp.c_fc": (3072, 768),
+            "mlp.c_proj": (768, 3072),
+        }.items()
+    }
+    matrices = list(muon_matrices(shapes, split_qkv=True))
+    for ranks in (2, 4, 8):
+        for batch in divide_into_batches(matrices, ranks):
+            assert batch
+            work = [sum(matrix.cost for matrix in owned) for owned in assign_owners(batch, ranks)]
+            assert max(work) <= 1.2 * sum(work) / ranks
+
+
+def test_every_matrix_has_one_owner_and_is_in_one_batch() -> None:
+    large = [Matrix(f"h.{i}.mlp.c_fc.weight", 0, 4096, 1024) for i in range(20)]
+    batches = divide_into_batches(large, 2)
+    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4]
+    assert [matrix for batch in batches for matrix in batch] == large
+    owned = assign_owners(large, 3)
+    assert sorted(matrix.name for matrices in owned for matrix in matrices) == sorted(m.name for m in large)
+    assert divide_into_batches([], 2) == []

@@ -16,7 +16,7 @@ from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.device import GIB
 from pipeline.model.gpt2 import parameter_count
 from pipeline.planning.devices import DEVICES, Device, find_device
-from pipeline.planning.layouts import layout_of
+from pipeline.planning.layouts import layout_of, sizes_of
 from pipeline.planning.planner import largest_micro_batch, peak_memory, plan_run
 from pipeline.planning.speed import estimate_speed, traffic
 from tests.support.runs import CONFIGS
@@ -43,6 +43,23 @@ class TestState:
         config = config_of(backend, *overrides)
         layout = layout_of(config, plan_batch(config, 8))
         return (layout.parameters + layout.masters + layout.optimizer) / self.N
+
+    @pytest.mark.parametrize(("backend", "ranks"), [("ddp", 1), ("fsdp", 8), ("zero1", 8), ("zero3", 8)])
+    def test_muon_keeps_one_momentum_per_matrix(self, backend: str, ranks: int) -> None:
+        adamw, muon = (config_of(backend, f"optimizer.name={name}") for name in ("adamw", "muon"))
+        matrices = 12 * 12 * 768**2  # 12 blocks
+        saved = layout_of(adamw, plan_batch(adamw, 8)).optimizer - layout_of(muon, plan_batch(muon, 8)).optimizer
+        assert saved == pytest.approx(4 * matrices / ranks, rel=1e-3)
+
+    def test_muon_needs_memory_and_time_for_whole_matrices(self) -> None:
+        adamw, muon = (config_of("zero1", f"optimizer.name={name}") for name in ("adamw", "muon"))
+        n = sum(shape.numel() for shape in sizes_of(muon.model).shapes.values())
+        buffers = [layout_of(config, plan_batch(config, 8)).buffers for config in (adamw, muon)]
+        assert buffers[1](0) == buffers[0](0)
+        assert 0 < buffers[1](n) - buffers[0](n) < 2 * 4 * n / 8, "less than four bf16 shards"
+        speeds = [estimate_speed(config, plan_batch(config, 8), H100, 0.4) for config in (adamw, muon)]
+        assert speeds[1].sent_bytes > speeds[0].sent_bytes
+        assert 1 < speeds[1].compute_s / speeds[0].compute_s < 1.2
 
     @pytest.mark.parametrize(
         ("backend", "precision", "bytes_per_element"),
