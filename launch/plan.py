@@ -56,16 +56,17 @@ def main() -> None:
     ]
     if arguments.plot:
         draw_world_sizes(arguments.plot, configs, device, mfu=mfu, tokens=tokens)
+    verdict, command = format_verdict(plans), None
+    if best := fastest_plan(plans):
+        launcher = _launcher(arguments.world_size, device.per_node)
+        options = _train_options(arguments, config, best.backend, configs[best.backend], best.micro_batch_size)
+        command = shlex.join([*launcher, "launch/train.py", *options])
     if arguments.json:
-        print(json.dumps([plan.to_json() for plan in plans], indent=2))
+        of_verdict = {"fits": best is not None, "text": verdict, "command": command}
+        print(json.dumps({"verdict": of_verdict, "plans": [plan.to_json() for plan in plans]}, indent=2))
     else:
         print(format_plans(config, device, plans, mfu=mfu, tokens=tokens), end="\n\n")
-        verdict = format_verdict(plans)
-        if best := fastest_plan(plans):
-            launcher = _launcher(arguments.world_size, device.per_node)
-            options = _train_options(arguments, config, best.backend, configs[best.backend], best.micro_batch_size)
-            verdict += f": {shlex.join([*launcher, 'launch/train.py', *options])}"
-        print(verdict)
+        print(f"{verdict}: {command}" if command else verdict)
 
 
 def _launcher(world_size: int, per_node: int) -> list[str]:

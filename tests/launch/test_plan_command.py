@@ -71,14 +71,14 @@ def test_the_command_of_the_verdict_is_accepted(
     assert batch.micro_batch_size < 16
     assert config.backend.name == ("deepspeed" if "zero" in backends[0] else backends[0])
     plan(monkeypatch, "--set", *overrides, "--backends", *backends, "--memory", "2.5", "--json")
-    assert any(each["fits"] for each in json.loads(capsys.readouterr().out))
+    assert any(each["fits"] for each in json.loads(capsys.readouterr().out)["plans"])
 
 
 def test_every_micro_batch_that_is_named_can_be_set(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan(monkeypatch, "--memory", "2.5", "--json")
-    plans = json.loads(capsys.readouterr().out)
+    plans = json.loads(capsys.readouterr().out)["plans"]
     for size in {each[key] for each in plans for key in ("largest_micro_batch", "micro_batch_size")} - {0}:
         plan_batch(load_config([CONFIGS / "zero1.json"], [*TINY[1:3], f"batch.micro_batch_size={size}"]), 4)
     assert all(each["days"] is not None for each in plans if each["largest_micro_batch"])
@@ -148,13 +148,27 @@ def test_json_and_picture(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     pytest.importorskip("matplotlib")
     picture = tmp_path / "plan.png"
     plan(monkeypatch, "--backends", "fsdp", "zero1", "--json", "--plot", str(picture))
-    plans: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    plans: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["plans"]
     assert [each["backend"] for each in plans] == ["fsdp", "zero1"]
     for each in plans:
         memory = each["memory"]
         assert memory.pop("total") == sum(memory.values())
         assert each["fits"] and each["largest_micro_batch"] > each["batch"]["micro_batch_size"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("memory", ["2.5", "1.05"])  # a smaller micro-batch fits, nothing fits
+def test_json_has_the_verdict_of_the_text(
+    memory: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--backends", "ddp", "zero1", "--memory", memory]
+    plan(monkeypatch, *options)
+    first, *_, last = capsys.readouterr().out.splitlines()
+    plan(monkeypatch, *options, "--json")
+    verdict = json.loads(capsys.readouterr().out)["verdict"]
+    assert first == f"verdict  {verdict['text']}"
+    assert last == (f"{verdict['text']}: {verdict['command']}" if verdict["fits"] else verdict["text"])
+    assert verdict["fits"] == (memory == "2.5") == ("launch/train.py --config " in str(verdict["command"]))
 
 
 def test_the_settings_of_the_configs_own_backend_count(
@@ -164,7 +178,7 @@ def test_the_settings_of_the_configs_own_backend_count(
     for bucket in (1_000_000, 3_000_000):
         own = f"backend.deepspeed.zero_optimization.reduce_bucket_size={bucket}"
         plan(monkeypatch, "--set", own, "--backends", "zero1", "--json")
-        buffers.append(json.loads(capsys.readouterr().out)[0]["memory"]["buffers"])
+        buffers.append(json.loads(capsys.readouterr().out)["plans"][0]["memory"]["buffers"])
     assert buffers[1] == 3 * buffers[0]
 
 
@@ -175,7 +189,7 @@ def test_fsdp_is_planned_and_started_with_the_settings_of_a_config_for_every_bac
     for reshards in ("true", "false"):
         own = f"backend.fsdp.reshard_after_forward={reshards}"
         plan(monkeypatch, "--set", own, "--backends", "fsdp", "--json")
-        sent[reshards] = json.loads(capsys.readouterr().out)[0]["speed"]["sent_bytes"]
+        sent[reshards] = json.loads(capsys.readouterr().out)["plans"][0]["speed"]["sent_bytes"]
     assert sent["true"] > sent["false"]
     plan(monkeypatch, "--set", own, "--backends", "fsdp")
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
