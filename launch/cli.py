@@ -133,7 +133,7 @@ def _parse_count(text: str) -> int:
 
 
 positive_int = _option_type(int, lambda value: value >= 1, "a whole number from 1")
-positive_number = _option_type(float, lambda value: 0 < value < math.inf, "a number above 0")
+positive_number = _option_type(float, lambda value: 0 < value < math.inf, "a number above 0, without a unit")
 token_count = _option_type(_parse_count, lambda value: value >= 1, "a whole number such as 5000000, 10B or 10e9")
 non_negative_float = _option_type(float, lambda value: 0 <= value < math.inf, "a number from 0")
 probability = _option_type(float, lambda value: 0 < value <= 1, "above 0 and at most 1")

@@ -210,10 +210,12 @@ def print_shards(manifest: Manifest, request: TokenizeRequest) -> None:
     if request.val_fraction > 0 and (warning := describe_small_validation(manifest)):
         print(f"warning: {warning}", file=sys.stderr)
     if request.val_fraction > 0 and VAL_SPLIT not in manifest.splits():
+        if sum(shard.documents for shard in manifest.shards) == 1:
+            cure = "tokenize more documents into another folder, or divide a text file with --document-separator"
+        else:
+            cure = "tokenize into another folder with a larger --val-fraction, or with another --seed"
         print(
-            "warning: no document was drawn for validation, so there is no validation split; raise --val-fraction, "
-            "or divide a text file into documents with --document-separator",
-            file=sys.stderr,
+            f"warning: no document was drawn for validation, so there is no validation split; {cure}", file=sys.stderr
         )
 
 

@@ -27,7 +27,10 @@ _KINDS: dict[str, tuple[tuple[bytes, ...], str]] = {
     "zip": ((b"PK\x03\x04",), "is a zip archive; extract the files in it"),
     "pdf": ((b"%PDF-",), "is a PDF; extract its text into a file"),
     "parquet": ((b"PAR1",), "is a Parquet file; --source parquet reads it"),
-    "arrow": ((b"ARROW1",), "is an Arrow file; give the folder that save_to_disk wrote to --source hf"),
+    "arrow": (
+        (b"ARROW1", b"\xff\xff\xff\xff"),  # a file, a stream
+        "is an Arrow file; give the folder that save_to_disk wrote to --source hf",
+    ),
     "npy": ((b"\x93NUMPY",), "is an array of numpy"),
     "html": (
         (b"<!doctype html", b"<html"),  # in lower case, after blanks

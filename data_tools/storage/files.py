@@ -26,14 +26,16 @@ def is_writable(path: Path) -> bool:
 
 
 def require_writable(path: Path, option: str) -> None:
-    """Check before long work that a file or folder can be written at a path.
+    """Check before long work that a folder can be written or created at a path.
 
     Args:
         option: the option that the path belongs to, for the message.
 
     Raises:
-        DataError: the path cannot be written.
+        DataError: the path cannot be written, or is a file.
     """
+    if path.is_file():
+        raise DataError(f"{option}: {path} is a file; name a folder")
     if not is_writable(path):
         raise DataError(f"{option}: cannot write {path}; name a place that you may write to")
 

@@ -12,7 +12,7 @@ from data_tools.errors import DataError
 from data_tools.shards.manifest import VAL_SPLIT, load_manifest
 from data_tools.shards.reader import TokenStream, open_split
 from data_tools.storage.atomic import write_bytes_durably, write_json_durably
-from data_tools.storage.files import is_writable
+from data_tools.storage.files import is_writable, require_writable
 from pipeline.backends import Backend
 from pipeline.checkpoint.inspection import find_different_numbers
 from pipeline.checkpoint.loading import LoadedModel, load_model
@@ -197,13 +197,13 @@ def _choose_folder(out: Path | None, run_folder: Path) -> Path | None:
     """Return the folder for results before hours of scoring. Returns None if only the run folder could hold them.
 
     Raises:
-        ConfigError: ``out`` is not writable.
+        DataError: ``out`` is not writable, or is a file.
     """
     folder = out or run_folder / EVALUATION_FOLDER
+    if out is not None:
+        require_writable(out, "--out")
     if is_writable(folder):
         return folder
-    if out is not None:
-        raise ConfigError(f"--out {out}: cannot be written; give a folder that you may write to")
     log.warning("%s cannot be written: the results are only printed; --out DIR writes them elsewhere", run_folder)
     return None
 

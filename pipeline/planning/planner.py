@@ -41,6 +41,7 @@ class Plan:
     memory: Memory
     host_bytes: int
     usable_bytes: int
+    least_bytes: int  # the peak memory with one sequence, if the config's micro-batch does not fit; otherwise the peak
     largest_micro_batch: int  # the largest that fits and divides the batch; 0 if one sequence needs too much memory
     micro_batch_size: int  # of ``speed`` and ``days``: that of the config if it fits, otherwise the largest that fits
     speed: Speed
@@ -81,6 +82,7 @@ def plan_run(
     memory = peak_memory(config, batch)
     fits = memory.total <= device.usable_bytes
     largest = 0 if grow_batch else largest_micro_batch(config, batch, device)
+    least = memory if fits or grow_batch else peak_memory(config, _divide(batch, 1))
     used = batch if fits or not largest else _divide(batch, largest)
     speed = estimate_speed(config, used, device, mfu)
     return Plan(
@@ -89,6 +91,7 @@ def plan_run(
         memory=memory,
         host_bytes=layout_of(config, batch).host,
         usable_bytes=device.usable_bytes,
+        least_bytes=least.total,
         largest_micro_batch=largest,
         micro_batch_size=used.micro_batch_size,
         speed=speed,

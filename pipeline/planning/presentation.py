@@ -42,10 +42,10 @@ def format_verdict(plans: Sequence[Plan]) -> str:
     if plan := fastest_plan(plans):
         assert plan.days is not None
         return f"fits: {plan.backend}, micro-batch {plan.micro_batch_size}, {format_days(plan.days)}"
-    least = min(plans, key=lambda plan: plan.memory.total)
+    least = min(plans, key=lambda plan: plan.least_bytes)
     return (
-        f"does not fit, not even one sequence: the least is {least.memory.total / GIB:.1f} GiB of {least.backend} with "
-        f"micro-batch {least.batch.micro_batch_size}, of {least.usable_bytes / GIB:.1f} GiB; use more ranks, "
+        f"does not fit: {least.backend} needs the least, {least.least_bytes / GIB:.2f} GiB for one sequence, and "
+        f"{least.usable_bytes / GIB:.2f} GiB are usable; use more ranks, "
         "model.activation_checkpointing=true or a shorter data.seq_len"
     )
 

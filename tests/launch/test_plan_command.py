@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,7 +88,14 @@ def test_every_micro_batch_that_is_named_can_be_set(
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plan(monkeypatch, "--memory", "1.05")
     *_, last = capsys.readouterr().out.splitlines()
-    assert last.startswith("does not fit, not even one sequence: the least is ")
+    found = re.match(
+        r"does not fit: (\w+) needs the least, ([\d.]+) GiB for one sequence, and 0\.05 GiB are usable", last
+    )
+    assert found, last
+    # With one sequence per micro-batch and as much memory, the same backend fits.
+    needed = 1 + (float(found[2]) + 0.005) / 0.95
+    plan(monkeypatch, "--memory", str(needed), "--backends", found[1])
+    assert capsys.readouterr().out.startswith(f"verdict  fits: {found[1]}, micro-batch 1, ")
     assert "torchrun" not in last
 
 

@@ -80,7 +80,12 @@ def test_without_validation_documents_it_warns(tmp_path: Path, run_process: Comm
     options = ["--source", "jsonl", "--input", "a.jsonl", "--out", "c", "--workers", 1, "--val-fraction", 1e-9]
     several = run_process(*options, "--shard-tokens", 500, chunk_bytes=CHUNK_BYTES)
     assert "8 chunks" in several.stderr
-    assert several.stderr.splitlines()[-1].startswith("warning: no document was drawn for validation")
+    warning = several.stderr.splitlines()[-1]
+    assert warning.startswith("warning: no document was drawn for validation")
+    assert "tokenize into another folder with a larger --val-fraction" in warning
+    options = [{"c": "d", 1e-9: 0.5}.get(option, option) for option in options]
+    cured = run_process(*options, "--shard-tokens", 500, chunk_bytes=CHUNK_BYTES)
+    assert "no document was drawn" not in cured.stderr and load_manifest(tmp_path / "d").splits() == ("train", "val")
 
 
 def test_a_single_file_gets_a_validation_split(tmp_path: Path, run_process: Command) -> None:

@@ -41,6 +41,14 @@ def tar_bytes() -> bytes:
     return buffer.getvalue()
 
 
+def arrow_stream_bytes() -> bytes:
+    """Return an empty table in the format of ``save_to_disk``."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, pa.schema({"text": pa.string()})):
+        pass
+    return sink.getvalue().to_pybytes()
+
+
 def npy_bytes() -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.arange(9, dtype=np.uint16))
@@ -60,6 +68,7 @@ def npy_bytes() -> bytes:
         (b"<!DOCTYPE html><html>", "HTML page"),
         (b"\xef\xbb\xbf\n <HTML><body>", "HTML page"),
         (tar_bytes(), "tar archive; extract the files in it"),
+        (arrow_stream_bytes(), "Arrow file; give the folder that save_to_disk wrote to --source hf"),
         ("text".encode("utf-16"), "text in UTF-16; save it as UTF-8"),
         ("text".encode("utf-16-le"), "text in UTF-16; save it as UTF-8"),
         ("text".encode("utf-16-be"), "text in UTF-16; save it as UTF-8"),

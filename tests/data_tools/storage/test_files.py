@@ -42,6 +42,8 @@ def test_what_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not is_writable(file / "folder"), "a file is no folder"
     with pytest.raises(DataError, match=f"--out: cannot write {file / 'folder'}; name a place that you may write to"):
         require_writable(file / "folder", "--out")
+    with pytest.raises(DataError, match=f"--out: {file} is a file; name a folder"):
+        require_writable(file, "--out")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     assert not is_writable(Path("new/folder"))
