@@ -10,6 +10,7 @@ _HEAD_BYTES = 512
 _SHORTEST_UTF16 = 4  # bytes; fewer do not tell
 # A pointer has fewer bytes than this, says the specification of git-lfs.
 LARGEST_POINTER_BYTES = 1024
+_LONGEST_ARROW_SCHEMA = 1 << 24  # bytes; other files rarely have such a length after four bytes of 255
 _TAR_MAGIC, _TAR_MAGIC_OFFSET = b"ustar", 257
 _DECODED_KINDS = ("tar", "zeros", "utf-16")
 _POINTER_BEGINNING = b"version https://git-lfs.github.com/"
@@ -28,7 +29,7 @@ _KINDS: dict[str, tuple[tuple[bytes, ...], str]] = {
     "pdf": ((b"%PDF-",), "is a PDF; extract its text into a file"),
     "parquet": ((b"PAR1",), "is a Parquet file; --source parquet reads it"),
     "arrow": (
-        (b"ARROW1", b"\xff\xff\xff\xff"),  # a file, a stream
+        (b"ARROW1", b"\xff\xff\xff\xff"),  # a file, and the continuation marker of a stream
         "is an Arrow file; give the folder that save_to_disk wrote to --source hf",
     ),
     "npy": ((b"\x93NUMPY",), "is an array of numpy"),
@@ -81,6 +82,9 @@ def _recognize(head: bytes) -> str | None:
 def _begins(head: bytes, kind: str) -> bool:
     if kind == "html":
         head = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if kind == "arrow" and head.startswith(b"\xff"):  # the length of the schema in bytes follows the marker
+        schema_bytes = int.from_bytes(head[4:8], "little")
+        return head.startswith(_KINDS[kind][0]) and 0 < schema_bytes < _LONGEST_ARROW_SCHEMA
     return head.startswith(_KINDS[kind][0])
 
 

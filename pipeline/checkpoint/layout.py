@@ -92,7 +92,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is a link, which may point outside the folder; expected a file")
     manifest = read_json_object(path)
     if "shards" in manifest:
-        raise CheckpointError(f"{folder}: holds token shards, not a checkpoint")
+        raise CheckpointError(f"{path}: is the manifest of token shards, not of a checkpoint")
     if (found := manifest.get("format_version")) not in READABLE_VERSIONS:
         raise CheckpointError(f"{path}: format version {found!r}, this program reads {describe_readable_versions()}")
     if manifest.pop("sha256", None) != sha256_of_json(manifest):

@@ -335,7 +335,7 @@ CASES: dict[str, Case] = {
     ),
     "shards as a checkpoint": Case(
         [f"{E} own --data own=choices.jsonl".replace("run", "data")],
-        r"holds token shards, not a checkpoint; give another checkpoint, or the run folder",
+        r"is the manifest of token shards, not of a checkpoint; give another checkpoint, or the run folder",
         [f"{E} own --data own=choices.jsonl"],
     ),
     "no checkpoint": Case(
