@@ -118,7 +118,7 @@ class TestOnACheckpoint:
         monkeypatch.setattr(run, "score_split", None)  # nothing is measured
         out = run_folder / "config.json" / "results"
         (run_folder / "config.json").touch()
-        with pytest.raises(ConfigError, match=f"--out: cannot write {out}; name a place"):
+        with pytest.raises(DataError, match=f"--out: cannot write {out}; name a place"):
             run_tasks(run_folder, ["validation"], Settings(), ALONE, out=out)
 
     def test_results_are_written_to_tensorboard(self, run_folder: Path) -> None:
