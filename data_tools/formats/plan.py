@@ -33,7 +33,7 @@ class ConvertRequest:
         split_of: maps names of files of other programs to splits. Required if a name does not contain the split.
         shard_tokens: the number of tokens per shard. None usually means 100 million. But if the source is a folder of
             this project and the new format is npy or arrow, None means one new shard per shard of the source.
-        name: the prefix of llm.c's file names; None means the name of ``out``.
+        name: the prefix of the names of files in the format of llm.c; None means the name of ``out``.
         workers: the number of threads, which does not affect the result; None means one per core.
 
     Raises:
@@ -62,12 +62,12 @@ class ConvertRequest:
             raise DataError(f"--workers must be at least 1, it is {self.workers}")
         if self.name is not None and self.to != LLMC:
             raise DataError("--name is for --to llmc; other files are named by their split alone")
-        if self.to == LLMC and not FILE_NAME.fullmatch(self.file_name):
-            raise DataError(f"--name: {self.file_name!r} must have letters, digits and . _ - only")
+        if self.to == LLMC and not FILE_NAME.fullmatch(self.file_prefix):
+            raise DataError(f"--name: {self.file_prefix!r} must have letters, digits and . _ - only")
 
     @property
-    def file_name(self) -> str:
-        """The prefix of llm.c's file names."""
+    def file_prefix(self) -> str:
+        """Return the prefix of the names of files in the format of llm.c."""
         return self.name or Path(os.path.abspath(self.out)).name
 
 
@@ -105,7 +105,7 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
         return [PlannedFile(f"{name}.bin", name, 0, it.stream.tokens) for name, it in collection.splits.items()]
     shard_tokens = request.shard_tokens or DEFAULT_SHARD_TOKENS
     if request.to == LLMC:
-        return list(_llmc_shards(collection, request.file_name, shard_tokens))
+        return list(_llmc_shards(collection, request.file_prefix, shard_tokens))
     return list(_document_shards(collection, request.to, shard_tokens))
 
 

@@ -43,8 +43,9 @@ class Verdict:
 class Heartbeat:
     """A thread that writes this rank's heartbeat to the store every second and reads the heartbeats of other ranks.
 
-    A heartbeat contains the place of the main thread. Rank 0 watches all ranks. The other ranks watch only rank 0, and
-    read its verdict from the store. The number of requests is therefore proportional to the world size.
+    A heartbeat contains what the main thread does, and since when (see ``Place``). Rank 0 watches all ranks. The other
+    ranks watch only rank 0, and read its verdict from the store. The number of requests is therefore proportional to
+    the world size.
 
     A rank is lost if it has been silent for ``timeout_s`` or is stuck (see ``find_stuck``). In this case, the thread
     prints the name of the lost rank and ends the process with ``LostRankError.exit_status``. The main thread cannot do

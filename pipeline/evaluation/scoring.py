@@ -46,9 +46,9 @@ class Scorer:
     def score(self, groups: Sequence[Sequence[Request]], label: str) -> list[list[Score]]:
         """Return the scores of all requests, nested like ``groups``. Every rank returns all scores.
 
-        This call is collective: every rank must make it. The requests of one group may have a common prefix.
-        Identical requests are scored once. The batches are distributed over the ranks. All ranks run the same number of
-        forward passes, because a forward pass is collective under FSDP and ZeRO-3.
+        This call is collective: every rank must make it. Requests of a group that have a common prefix share its
+        computation. Identical requests are scored once. The batches are distributed over the ranks. All ranks run the
+        same number of forward passes, because a forward pass is collective under FSDP and ZeRO-3.
 
         Args:
             label: the text next to the progress bar.

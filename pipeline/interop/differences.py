@@ -50,10 +50,11 @@ def describe_differences(
     A line contains the losses of both models on a short text.
 
     Args:
-        config: the config of the model in the files, with all rows of the vocabulary.
+        config: the config of the model in the files. Its ``vocab_size`` counts all rows of the stored embedding, also
+            rows that our model drops.
         weights: canonical name -> parameter of the model in the files. Matrices have the same orientation as in our
             model. Biases may be missing.
-        kept_rows: the size of the vocabulary of our model.
+        kept_rows: the number of rows of the embedding that our model keeps.
         exact_gelu: whether the model in the files computes GELU with erf.
     """
     rows = config.vocab_size

@@ -49,7 +49,10 @@ class CausalSelfAttention(nn.Module):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Return GELU in the tanh approximation that GPT-2 uses, x/2 (1 + tanh u) (Hendrycks and Gimpel 2016)."""
+    """Return GELU in the tanh approximation that GPT-2 uses (Hendrycks and Gimpel 2016).
+
+    GELU is x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3).
+    """
     if torch.compiler.is_compiling():  # x sigmoid(2u) is the same function, and exp is cheaper than tanh
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * torch.sigmoid(wide * (_GELU_LINEAR + _GELU_CUBIC * wide * wide))).to(x.dtype)

@@ -27,7 +27,8 @@ _LAUNCHER_NOTES = {
 class StopRequest:
     """Records signals, and tells all ranks if any rank has received a signal.
 
-    A thread reads the signals and answers at once, also while the main thread compiles the model.
+    A separate thread reads the signals. It prints what the run does next at once, even if the main thread is compiling
+    the model.
     """
 
     def __init__(self, world: World) -> None:
@@ -41,7 +42,8 @@ class StopRequest:
         """Record signals inside the block instead of ending the process. A second Ctrl-C ends the process.
 
         After a ``RuntimeError`` in the block, the handlers stay in place, because a lost rank may be the cause. In this
-        case, the launcher sends SIGTERM to the remaining ranks. They must first print the name of the lost rank.
+        case, the launcher sends SIGTERM to the remaining ranks. With the default handlers, this signal would end them
+        before they have printed the name of the lost rank.
         """
         thread = SignalThread(self._record)
         thread.start()
