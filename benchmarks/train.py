@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.train_command import PeerCommand
+from benchmarks.train_command import PeerCommand, add_peer_option
 from benchmarks.train_setting import Measured, Setting
 from pipeline.distributed.device import GIB
 from pipeline.model.gpt2 import flops_per_token, parameter_count
@@ -214,14 +214,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         choices=[*OURS, *PEERS],
         help="the others are compared with the first (default: %(default)s)",
     )
-    parser.add_argument(
-        "--peer-command",
-        type=PeerCommand.parse,
-        action="append",
-        default=[],
-        metavar="NAME=COMMAND",
-        help="another peer; docs/benchmarks/training.md has the protocol and an example",
-    )
+    add_peer_option(parser)
     return parser.parse_args(arguments)
 
 

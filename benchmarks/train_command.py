@@ -13,6 +13,7 @@ The command uses its own weights and batches, so its losses only have to be clos
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -95,3 +96,15 @@ def read_steps(lines: Iterable[str], tokens_per_step: int) -> Iterator[tuple[int
 def _number(pattern: re.Pattern[str], line: str) -> float | None:
     match = pattern.search(line)
     return float(match[1].rstrip(".,").replace(",", "")) if match else None
+
+
+def add_peer_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--peer-command``, which collects other trainers to compare with."""
+    parser.add_argument(
+        "--peer-command",
+        type=PeerCommand.parse,
+        action="append",
+        default=[],
+        metavar="NAME=COMMAND",
+        help="another trainer to compare with; docs/benchmarks/training.md has the protocol and an example",
+    )

@@ -26,7 +26,7 @@ from types import FrameType
 from benchmarks.gpu_check.page import render
 from benchmarks.gpu_check.plan import Check
 from benchmarks.gpu_check.steps import FAILED, PASSED, Figures, Record, Runner, Stage, Step, write_text
-from benchmarks.train_command import PeerCommand
+from benchmarks.train_command import add_peer_option
 from tests.support.runs import REPOSITORY
 
 PAGE_FILE = "page.md"
@@ -42,14 +42,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu rehearses at a tiny size")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these steps, such as 'curve ddp *' 'speed *'")
     parser.add_argument("--repeat-failed", action="store_true", help="also repeat the steps that failed before")
-    parser.add_argument(
-        "--peer-command",
-        type=PeerCommand.parse,
-        action="append",
-        default=[],
-        metavar="NAME=COMMAND",
-        help="another trainer to compare with; docs/benchmarks/training.md has the protocol and an example",
-    )
+    add_peer_option(parser)
     return parser.parse_args(arguments)
 
 
