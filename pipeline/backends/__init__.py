@@ -1,4 +1,7 @@
-"""Create distributed backends. Each backend has its own file and the interface in :mod:`pipeline.backends.base`."""
+"""Create distributed backends.
+
+Each backend is defined in its own file, and all backends have the interface ``Backend``.
+"""
 
 from pipeline.backends.base import Backend
 from pipeline.backends.optimizer_state import Fragment
@@ -12,9 +15,9 @@ __all__ = ["Backend", "Fragment", "cpu_adam_problem", "create_backend"]
 
 
 def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -> Backend:
-    """Wrap a newly built fp32 model in the backend that the config names.
+    """Wrap a newly built fp32 model in the backend that the config selects.
 
-    This function imports the backend, because DeepSpeed takes seconds to import and other backends do not need it.
+    The module of the backend is imported only here, because the import of DeepSpeed takes seconds.
     """
     if config.backend.name == "ddp":
         from pipeline.backends.ddp import DdpBackend
@@ -36,7 +39,10 @@ def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -
 
 
 def cpu_adam_problem() -> str | None:
-    """Build DeepSpeed's AdamW for offloaded state. Returns the error message if the build fails, otherwise None."""
+    """Build DeepSpeed's AdamW for offloaded optimizer state, unless it is already built.
+
+    Returns the error message if the build fails, otherwise None.
+    """
     from pipeline.backends.deepspeed_zero import cpu_adam_problem
 
     return cpu_adam_problem()

@@ -18,10 +18,10 @@ from pipeline.model.parameter_state import optimizer_state_names
 
 
 class Backend(ABC):
-    """A model and its optimizer, which a library such as FSDP2 distributes over the ranks.
+    """A model and its optimizer, distributed over the ranks by a library such as FSDP2.
 
     The trainer calls ``accumulate`` once per micro-step and ``step`` once per step. Every backend averages gradients
-    over the ranks. To get their sum instead, the trainer multiplies the loss by the world size.
+    over the ranks. The trainer needs their sum, and therefore multiplies the loss by the world size.
     """
 
     #: Whether every rank holds all fragments. If True, each rank saves a share of the fragments.
@@ -41,24 +41,28 @@ class Backend(ABC):
 
     @abstractmethod
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
-        """Run the forward and backward pass of one micro-batch. Returns the sum of the losses, detached.
+        """Run the forward and backward pass of one micro-batch, and add its gradients to the accumulated gradients.
+
+        Returns the sum of the losses of all scored targets, a detached scalar.
 
         Args:
             tokens: (B, T) int64 ids on the device.
             targets: (B, T) int64 ids. ``IGNORE_INDEX`` marks targets that are not scored.
-            loss_weight: the factor by which the sum of the losses is multiplied for the backward pass. The returned sum
-                does not contain this factor.
-            is_last: whether this is the last micro-step of the step. If False, ranks do not synchronize gradients.
+            loss_weight: the factor for the sum of the losses in the backward pass. The returned sum is not multiplied
+                by this factor.
+            is_last: whether this is the last micro-step of the step. If False, the backend may skip the synchronization
+                of gradients between ranks.
         """
 
     def step(self, learning_rate: float) -> Tensor | float:
         """Unscale and clip the gradients, update the weights, and clear the gradients.
 
-        Call this after ``accumulate(..., is_last=True)``. If the gradients of any rank are not finite, only the loss
-        scale changes. Weights, optimizer state and AdamW's step count do not change.
+        Call this method after ``accumulate(..., is_last=True)``. If the gradients of any rank are not finite, the
+        update is skipped: the gradients are cleared and a dynamic loss scale is halved, but the weights and the
+        optimizer state do not change.
 
         Returns:
-            The global L2 norm of the unscaled gradients before clipping, the same on every rank.
+            The global L2 norm of the unscaled gradients before clipping. All ranks return the same value.
         """
         set_learning_rate(self.optimizer.param_groups, learning_rate)
         norm = self._update()
@@ -70,22 +74,26 @@ class Backend(ABC):
         """Do the work of ``step`` at the current learning rate, and return the gradient norm."""
 
     def fragments(self) -> list[Fragment]:
-        """Return the training state on this rank. Missing optimizer state is created as zeros first."""
+        """Return views of all weights and optimizer state on this rank.
+
+        If the optimizer has not created its state yet, the state is first created and filled with zeros.
+        """
         return self.state.fragments()
 
     def state_was_loaded(self, updates: int) -> None:
-        """Complete the loading of a checkpoint. Call this after all values were written into the fragments.
+        """Prepare the backend for training after the values of a checkpoint were written into the fragments.
 
-        This call sets AdamW's step count, and copies the masters to the weights that the model computes with.
+        This call sets the optimizer's step count, and copies the master weights to the weights that the model computes
+        with.
 
         Args:
-            updates: AdamW's step count: the number of updates since the optimizer's state was zero.
+            updates: the step count: the number of updates since the optimizer's state was zero.
         """
         self.state.set_step_count(updates)
         self.state.publish_masters()
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Return the dtypes in use: master weights, compute weights, gradient accumulation, optimizer state."""
+        """Return the dtypes of the master weights, compute weights, gradient accumulation and optimizer state."""
         fragment = self.fragments()[0]
         return {
             "master weights": fragment.weight.dtype,
@@ -100,7 +108,10 @@ class Backend(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Return a text with the library, the variant and the optimizer, for the log at the start of a run."""
+        """Return the names of the library, its variant and the optimizer.
+
+        The log shows this text at the start of a run.
+        """
 
     @torch.no_grad()
     def __call__(self, *inputs: Any, method: Method) -> Tensor:
@@ -110,7 +121,7 @@ class Backend(ABC):
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
-        """Turn dropout off within the block."""
+        """Return a context manager that turns dropout off inside its ``with`` block."""
         self.compute.eval()
         try:
             yield
@@ -121,9 +132,13 @@ class Backend(ABC):
     def weighted(loss: Tensor, factor: Tensor | float) -> Tensor:
         """Return ``loss`` times ``factor``, for the backward pass.
 
-        If the loss is not finite, the backward pass from this result makes every gradient NaN on every rank.
+        If the loss is not finite, a backward pass from the result gives NaN gradients. The step is then skipped on
+        every rank.
         """
         return loss * (factor + loss.detach() * 0.0)
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to release
-        """Release global resources at the end of a run. This must be the last call. It makes no collective calls."""
+        """Release global resources at the end of a run. The backend cannot be used afterwards.
+
+        This call is not collective.
+        """

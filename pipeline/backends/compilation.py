@@ -1,4 +1,4 @@
-"""Decide whether torch.compile compiles each block separately or the whole model."""
+"""Decide whether torch.compile compiles each transformer block separately or the whole model at once."""
 
 import torch
 import torch._dynamo
@@ -8,21 +8,21 @@ from pipeline.model.gpt2 import GPT2
 
 
 def compiles_blocks(world: World) -> bool:
-    """Return whether each block is compiled separately. This is the case for several ranks on GPUs.
+    """Return whether torch.compile compiles each block separately. This is so if there are several ranks on GPUs.
 
-    Several GPUs reduce the gradients of a block while the backward pass continues with the next block. This is possible
-    only if each block has its own graph. A graph of the whole model returns all gradients at its end, so all reductions
-    would have to wait. A single process has nothing to reduce. On CPUs, the reduction and the backward pass need the
-    same cores, so one graph is faster.
+    On several GPUs, the gradients of a block are reduced while the backward pass continues with the next block. This is
+    possible only if each block has its own graph, because a graph of the whole model returns all gradients at its end.
+    A single process reduces nothing. On CPUs, the reduction and the backward pass use the same cores, so overlapping
+    them saves no time, and one graph is faster.
     """
     return world.size > 1 and world.device.type != "cpu"
 
 
 def compile_blocks(model: GPT2) -> None:
-    """Compile each block separately, and the output layer together with the loss.
+    """Compile each block separately. Compile the output layer and the loss together.
 
-    The compiled graphs do not contain the hooks that a backend adds to these modules. All blocks share one graph, so
-    the time to compile does not grow with the number of blocks.
+    The hooks that a backend adds to these modules run outside the compiled graphs. All blocks share one graph, so the
+    compilation time does not depend on the number of blocks.
     """
     # DDP's own division of graphs would cut every block that is larger than a bucket. This changes the whole process.
     torch._dynamo.config.optimize_ddp = False

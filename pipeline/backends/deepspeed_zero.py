@@ -65,7 +65,7 @@ _configure_process()
 
 
 class DeepSpeedBackend(Backend):
-    """The base class for all stages. It uses DeepSpeed's engine."""
+    """The base class for all ZeRO stages. It uses DeepSpeed's engine."""
 
     in_precision: Callable[[GPT2, str, torch.device], ComputeModel]  # creates the module that the engine wraps
 
@@ -134,11 +134,11 @@ class DeepSpeedBackend(Backend):
 
 
 class Zero0Backend(DeepSpeedBackend):
-    """Stage 0: whole fp32 weights on every rank.
+    """The backend for ZeRO stage 0. Every rank has all fp32 weights.
 
-    With ``run.precision`` ``bf16``, the model computes with bf16 copies of the fp32 parameters. DeepSpeed's own bf16
-    mode is not used, because this mode accumulates gradients in bf16. This class computes the gradient norm and clips
-    the gradients itself, because DeepSpeed does not report the norm of fp32 gradients.
+    If ``run.precision`` is ``bf16``, the model computes with bf16 copies of the fp32 parameters. DeepSpeed's own bf16
+    mode is not used, because it accumulates gradients in bf16. This class computes the gradient norm and clips the
+    gradients itself, because DeepSpeed does not report the norm of fp32 gradients.
     """
 
     replicated = True
@@ -160,7 +160,10 @@ class Zero0Backend(DeepSpeedBackend):
 
 
 class ZeroBackend(DeepSpeedBackend):
-    """Stages 1 to 3. Stage 1 shards the moments, stage 2 also the gradients, and stage 3 also the weights."""
+    """The backend for ZeRO stages 1 to 3.
+
+    Stage 1 shards the optimizer state. Stage 2 also shards the gradients. Stage 3 also shards the weights.
+    """
 
     in_precision = AutocastModel
 
@@ -205,10 +208,10 @@ def create_deepspeed_backend(model: GPT2, config: Config, world: World, plan: Ba
 
 
 def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[str, Any]:
-    """Return the DeepSpeed config of the user with additional keys, whose values come from the run config.
+    """Return the config for DeepSpeed's engine: the user's ``backend.deepspeed``, with keys added from the run config.
 
     Args:
-        cpu_adam: whether an offloaded optimizer is DeepSpeed's CPUAdam. If False, torch's AdamW runs on the CPU.
+        cpu_adam: whether an offloaded optimizer uses DeepSpeed's CPUAdam. If False, it uses torch's AdamW on the CPU.
     """
     native = {
         "steps_per_print": config.schedule.max_steps + 1,  # DeepSpeed never prints, because the trainer does
@@ -264,7 +267,10 @@ def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> to
 
 
 def cpu_adam_problem() -> str | None:
-    """Build DeepSpeed's CPUAdam if it is not built yet. Returns the error message if this fails, otherwise None."""
+    """Build DeepSpeed's CPUAdam, unless it is already built.
+
+    Returns the error message if the build fails, otherwise None.
+    """
     wait_for_build_elsewhere(CPUAdamBuilder.NAME)
     try:
         DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])

@@ -1,7 +1,9 @@
-"""Remove dead locks of C++ extensions, which torch builds at first use.
+"""Remove the lock file of an extension build that was killed.
 
-If a build is killed, the lock is not removed. torch waits for the lock without a time limit
-(``torch.utils.file_baton``), so every later run would hang.
+torch builds C++ extensions when they are first used, and locks each build with a file.
+
+If the build is killed, the file remains. torch (``torch.utils.file_baton``) waits for the file to disappear without a
+time limit, so every later run would hang.
 """
 
 import logging
@@ -19,16 +21,17 @@ _POLL_S = 0.5
 
 
 def wait_for_build_elsewhere(extension: str) -> None:
-    """Wait while another host may be building the extension, and remove the lock if the build was killed."""
+    """Wait while a process on another host may be building the extension. Remove the lock file of a killed build."""
     clear_dead_lock(Path(_get_build_directory(extension, verbose=False)) / "lock")
 
 
 def clear_dead_lock(lock: Path) -> None:
-    """Remove a lock if its build was killed. Wait as long as this is not certain.
+    """Remove a lock file if its build was killed. Wait while it is not clear whether the build is still running.
 
-    If a process on this host has the lock open, the build is running, and this function returns. Otherwise the build
-    may be running on another host that shares the home folder. This function then waits until the lock disappears. If
-    the lock becomes older than ``LONGEST_BUILD_S``, its build was killed, and this function removes it.
+    If a process on this host has the file open, the build is running, and this function returns. Otherwise, the build
+    may be running on another host with the same home folder. In this case, the function waits until the file
+    disappears. If the file becomes older than ``LONGEST_BUILD_S`` seconds, the function assumes that the build was
+    killed, and removes the file.
     """
     while (age_s := _age_s(lock)) is not None and not _is_open_on_this_host(lock):
         if age_s > LONGEST_BUILD_S:

@@ -78,7 +78,7 @@ class _GlooCollective:
 
 
 class AllGather(_GlooCollective):
-    """An all-gather in which each rank broadcasts its shard directly into the output of the other ranks."""
+    """An all-gather with Gloo. Each rank broadcasts its shard directly into the output tensors of all ranks."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -97,7 +97,7 @@ class AllGather(_GlooCollective):
 
 
 class ReduceScatter(_GlooCollective):
-    """A reduce-scatter in which each rank receives all inputs for its shard and adds them in the order of the ranks."""
+    """A reduce-scatter with Gloo. Each rank receives and adds the inputs for its shard, in the order of the ranks."""
 
     def __call__(
         self,

@@ -1,6 +1,6 @@
-"""Transform matrices whose elements are spread over the ranks.
+"""Transform matrices whose elements are distributed over the ranks.
 
-For each matrix, one rank receives all elements, transforms the matrix, and sends the new elements back.
+For each matrix, one rank receives all its elements, transforms the matrix, and sends the new elements back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.model.muon_matrices import Matrix, assign_owners, divide_into_batc
 
 @dataclass(frozen=True)
 class Span:
-    """A contiguous range of elements that one rank holds, counted in the flattened parameter."""
+    """A range of elements of a flattened parameter. One rank holds these elements."""
 
     name: str  # the canonical name of the parameter
     start: int
@@ -36,14 +36,14 @@ class _Overlap:
 
 
 class MatrixExchange:
-    """Transforms matrices. Each matrix is transformed on one rank, which is called its owner.
+    """Transforms matrices. Each matrix has an owner, which is the rank that transforms it.
 
-    The matrices are exchanged in batches. One all-to-all per batch sends the elements to the owners, and another
-    all-to-all returns the results. If every rank holds all elements, the first all-to-all is not needed. All ranks own
-    about the same amount of work in each batch.
+    The matrices are processed in groups. For each group, one all-to-all sends the elements to the owners, and another
+    all-to-all sends the results back. If every rank holds all elements, the first all-to-all sends nothing. The
+    matrices of a group are assigned to owners so that all ranks have about the same amount of work.
 
     Args:
-        spans: the spans of every rank, in the order of the ranks.
+        spans: for each rank, the spans that the rank holds.
         replicated: whether every rank holds all elements.
         dtype: the dtype of the transformation and of the communication.
     """
@@ -64,7 +64,7 @@ class MatrixExchange:
         ]
 
     def transform(self, elements: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> None:
-        """Replace each matrix by ``function(matrix)``, multiplied by the ``update_scale`` of the matrix.
+        """Replace each matrix by ``function(matrix)`` times the ``update_scale`` of the matrix.
 
         This call is collective: every rank must make it.
 

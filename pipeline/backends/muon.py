@@ -1,10 +1,12 @@
-"""Muon for the matrices of the transformer blocks, with AdamW for all other parameters, on every backend.
+"""Optimize the matrices of the transformer blocks with Muon, and all other parameters with AdamW, on every backend.
 
-Muon (Jordan et al. 2024) updates a matrix with the orthogonal matrix that is nearest to the momentum. To compute it,
-one rank needs the whole matrix, but a rank may hold any range of its elements. Each rank therefore stores only its
-ranges of the momentum, as it does with the moments of AdamW. Only for the update, one rank receives the whole matrix.
-The update is multiplied by 0.2 sqrt(max(rows, columns)). With this factor, learning rates and weight decay that suit
-AdamW also suit Muon (Liu et al. 2025).
+Muon (Jordan et al. 2024) updates a weight matrix with the orthogonal matrix that is nearest to its momentum matrix.
+Computing this orthogonal matrix needs the whole momentum matrix on one rank, but each rank may hold only some ranges of
+the matrix. Therefore, each step collects every momentum matrix on one rank, computes the orthogonal matrix there, and
+sends its elements to the ranks that need them.
+
+The update is multiplied by 0.2 sqrt(max(rows, columns)). With this factor, Muon works with the same learning rates and
+weight decay as AdamW (Liu et al. 2025).
 """
 
 from __future__ import annotations
@@ -28,15 +30,16 @@ _IS_MUON = "is_muon"  # the key of a parameter group that Muon updates
 
 
 class Muon(torch.optim.Optimizer):
-    """An optimizer that updates one group of matrices with Muon. It leaves all other groups to an AdamW.
+    """An optimizer that updates one group of matrices with Muon, and all other parameters with an AdamW optimizer.
 
-    A *master* is a tensor that the optimizer updates. It is a parameter, or, under DeepSpeed, a tensor that contains
-    ranges of several parameters. Call ``use_ranges`` before the first step, because this optimizer must know which
-    elements of which parameters each master contains.
+    A *master* is a tensor that the optimizer updates. It is a parameter. Under DeepSpeed, it is a tensor that contains
+    ranges of several parameters. Call ``use_ranges`` before the first step to tell the optimizer which elements of
+    which parameters each master contains.
 
     Args:
-        parameters: all parameters that Muon updates, by canonical name.
-        adamw: the optimizer of all other parameters. This optimizer also contains its groups and its state.
+        parameters: maps canonical names to the parameters that Muon updates.
+        adamw: the optimizer for all other parameters. Its parameter groups and its state become accessible through this
+            optimizer.
         dtype: the dtype of the Newton-Schulz iterations and of the communication.
     """
 
@@ -65,13 +68,13 @@ class Muon(torch.optim.Optimizer):
         self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}
 
     def use_ranges(self, masters: Iterable[Tensor], ranges: Iterable[Range], *, replicated: bool) -> None:
-        """Set which elements of which parameters the masters on this rank contain.
+        """Tell the optimizer which elements of which parameters the masters on this rank contain.
 
         This call is collective: every rank must make it.
 
         Args:
-            masters: all masters, in the same order on every rank.
-            ranges: the ranges in all masters on this rank.
+            masters: all masters on this rank. Every rank must pass them in the same order.
+            ranges: the ranges of parameters that the masters on this rank contain.
             replicated: whether every rank holds all elements of all parameters.
         """
         self.replicated = replicated
@@ -84,7 +87,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override] # no backend passes a closure
         """Update the masters of all groups. Masters without a gradient do not change.
 
-        This call is collective: every rank must make it with the same groups.
+        This call is collective: every rank must make it, with the same parameter groups.
         """
         assert closure is None
         self.adamw.param_groups = [group for group in self.param_groups if not group.get(_IS_MUON)]
@@ -139,6 +142,6 @@ class Muon(torch.optim.Optimizer):
 
 
 def divide_parameters(parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Divide parameters into those that Muon updates and all others. Both are dicts by canonical name."""
+    """Divide parameters into those that Muon updates and all others. The dicts map canonical names to parameters."""
     muon = {name: parameter for name, parameter in parameters.items() if belongs_to_muon(name, parameter.shape)}
     return muon, {name: parameter for name, parameter in parameters.items() if name not in muon}

@@ -1,4 +1,4 @@
-"""Orthogonalize a matrix with Newton-Schulz iterations, which consist of matrix products only."""
+"""Orthogonalize a matrix with Newton-Schulz iterations, which use only matrix products."""
 
 import torch
 from torch import Tensor
@@ -10,13 +10,13 @@ _EPS = 1e-7
 
 
 def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
-    """Return an approximation of the nearest orthogonal matrix, (rows, columns).
+    """Return an approximation of the orthogonal matrix that is nearest to ``matrix``, shape (rows, columns).
 
     The result has the same singular vectors as ``matrix``, and singular values close to 1. Each iteration replaces X by
     a X + (b X X^T + c (X X^T)^2) X. A matrix of zeros stays zero.
 
     Args:
-        matrix: (rows, columns). The result and all products have the same dtype as this matrix.
+        matrix: shape (rows, columns). Its dtype is also the dtype of the computation and of the result.
     """
     x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller of the two Gram matrices
     x = x / torch.linalg.vector_norm(x).clamp(min=_EPS)  # so that no singular value exceeds 1

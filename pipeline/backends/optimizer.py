@@ -1,4 +1,4 @@
-"""Build the optimizer with its parameter groups, compute the gradient norm, clip, and scale the loss for fp16."""
+"""Build the optimizer, compute the gradient norm, clip the gradients, and scale the loss for fp16."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[
 
 
 def build_adamw(parameters: Iterable[Tensor], config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
-    """Return torch's fused AdamW. If the device does not support it, log a warning and return the plain AdamW."""
+    """Return torch's fused AdamW.
+
+    If the device does not support the fused AdamW, log a warning and return the plain one.
+    """
     fused = device.type in FUSED_DEVICES
     if not fused:
         log.warning("fused AdamW is not available on %s; using the plain one", device.type)
@@ -56,11 +59,13 @@ def build_optimizer(
     world: World,
     build_rest: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
 ) -> torch.optim.Optimizer:
-    """Return AdamW, or a Muon that contains an AdamW for the parameters that Muon does not update.
+    """Return the optimizer that the config selects.
+
+    The optimizer is AdamW, or a ``Muon`` that uses an AdamW for some of the parameters.
 
     Args:
-        parameters: all parameters of the model, by canonical name.
-        build_rest: a function that builds the AdamW for the given parameters. If None, use ``build_adamw``.
+        parameters: maps canonical names to all parameters of the model.
+        build_rest: a function that takes parameters and returns an AdamW for them. If None, ``build_adamw`` is used.
     """
     build = build_rest or partial(build_adamw, config=config.optimizer, device=world.device)
     if config.optimizer.name == "adamw":
@@ -84,16 +89,17 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
 
 
 def set_learning_rate(param_groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of all parameter groups."""
     for group in param_groups:
         group["lr"] = learning_rate
 
 
 def global_grad_norm(gradients: list[Tensor]) -> Tensor:
-    """Return the L2 norm of all gradients as a scalar on the device of the gradients.
+    """Return the L2 norm of all gradients together, as a scalar on the device of the gradients.
 
-    If a gradient is a DTensor, the norm includes the shards on all ranks. The squares are summed in ``summing_dtype``.
-    In fp64, the order of the sum has almost no effect, so the norms of all backends agree.
+    If a gradient is a DTensor, the norm includes the shards on all ranks. The squares are summed in the dtype that
+    ``summing_dtype`` returns, which is fp64 if the device supports it. In fp64, the order of the additions has almost
+    no effect, so all backends get the same norm.
     """
     sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
@@ -120,9 +126,9 @@ def _sum_of_squares(gradient: Tensor) -> Tensor:
 
 
 def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float) -> Tensor:
-    """Divide the gradients by the loss scale, and clip their norm to ``max_norm``. If ``max_norm`` is 0, do not clip.
+    """Divide the gradients by the loss scale, and clip them to the global norm ``max_norm``.
 
-    The gradients are changed in place.
+    If ``max_norm`` is 0, the gradients are not clipped. The gradients are changed in place.
 
     Returns:
         The global norm of the unscaled gradients before clipping, a scalar.
@@ -137,10 +143,10 @@ def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-    """Update the weights if the norm is finite. Otherwise, weights, moments and step count do not change.
+    """Update the weights if the gradient norm is finite. Otherwise, weights, moments and step count do not change.
 
-    On a GPU, this function does not wait for the norm. A flag on the device tells fused AdamW whether to skip the
-    update.
+    On a GPU, the function returns without waiting for the norm, because fused AdamW reads a flag on the device that
+    tells it whether to skip the update.
     """
     if norm.is_cuda and optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
@@ -161,11 +167,11 @@ def clip_and_step(
 
 @dataclass
 class LossScaler:
-    """The factor by which the loss is multiplied, so that small fp16 gradients do not become zero.
+    """The factor for the loss in the backward pass, which prevents small fp16 gradients from becoming zero.
 
-    If the gradient norm is not finite, the step is skipped and the scale is halved. After ``GROWTH_INTERVAL`` good
-    steps in a row, the scale is doubled. The scale is a power of two, so unscaling is exact. If ``dynamic`` is False,
-    the scale is always 1.
+    If ``dynamic`` is True, the scale is halved when the gradient norm is not finite, and doubled after
+    ``GROWTH_INTERVAL`` good steps in a row. The scale is a power of two, so unscaling is exact. If ``dynamic`` is
+    False, the scale is always 1.
     """
 
     dynamic: bool
@@ -174,11 +180,17 @@ class LossScaler:
 
     @classmethod
     def for_precision(cls, precision: str) -> LossScaler:
-        """Return a dynamic scale that starts at 2**16 for ``amp_fp16``, and a constant scale of 1 otherwise."""
+        """Return the loss scaler for a precision.
+
+        For ``amp_fp16``, the scale is dynamic and starts at 2**16. For all other precisions, the scale is always 1.
+        """
         return cls(dynamic=True, scale=2.0**16) if precision == "amp_fp16" else cls(dynamic=False)
 
     def update(self, grad_norm: Tensor | float) -> None:
-        """Adjust the scale after a step. If the scale is dynamic, wait until the device has computed the norm."""
+        """Adjust the scale after a step.
+
+        If the scale is dynamic, this call waits until the device has computed the norm.
+        """
         if not self.dynamic:
             return
         overflowed = not math.isfinite(grad_norm)
@@ -190,11 +202,14 @@ class LossScaler:
             self.good_steps = 0
 
     def restore(self, scale: float | None, good_steps: int) -> None:
-        """Use the values of a checkpoint. Does nothing if ``scale`` is None or this precision uses no loss scale."""
+        """Set the scale and the number of good steps to the values in a checkpoint.
+
+        Does nothing if ``scale`` is None or this loss scaler is not dynamic.
+        """
         if self.dynamic and scale is not None:
             self.scale, self.good_steps = scale, good_steps
 
     @property
     def state(self) -> tuple[float | None, int]:
-        """The scale and the number of good steps, as arguments for ``restore``."""
+        """Return the scale and the number of good steps. These are the arguments of ``restore``."""
         return (self.scale if self.dynamic else None), self.good_steps

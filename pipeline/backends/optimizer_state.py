@@ -1,4 +1,7 @@
-"""Access the optimizer's state and the fp32 master weights on one rank in the same way for every backend."""
+"""Give access to the fp32 master weights and the optimizer state on one rank.
+
+The interface is the same for every backend.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -17,11 +20,11 @@ from pipeline.model.parameter_state import ADAMW_STATE, WEIGHT, StateNames
 
 @dataclass(frozen=True)
 class Fragment:
-    """A contiguous range of one parameter's elements whose training state is on this rank.
+    """A range of elements of one flattened parameter. Their weights and optimizer state are on this rank.
 
-    The tensors are views of the training state, so writing into them changes it. ``Range`` explains which ranges are
-    possible. The fragments of all ranks together contain every element, including the zeros in the padding rows of the
-    vocabulary.
+    The tensors are views, so writing into them changes the weights and the optimizer state. The fragments of all ranks
+    together contain all elements of the parameter, including the padding rows of the vocabulary, which are zero. See
+    ``Range`` for the ranges that each backend has.
     """
 
     name: str  # the canonical name, as in GPT2.named_parameters()
@@ -31,17 +34,17 @@ class Fragment:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The weights, under the name ``weight``, and the optimizer's state."""
+        """Return the weights, under the key ``weight``, and the tensors of the optimizer state, under their names."""
         return {WEIGHT: self.weight, **self.state}
 
 
 class OptimizerState(ABC):
-    """The master weights and the optimizer's state of a backend on this rank.
+    """The master weights and the optimizer state of a backend on this rank.
 
     Args:
         optimizer: torch's AdamW, DeepSpeed's CPUAdam, or a Muon that contains one of them.
-        masters: the fp32 tensors that the optimizer updates on this rank.
-        names: the names of the tensors that the optimizer keeps for each parameter.
+        masters: the tensors in fp32 that the optimizer updates on this rank.
+        names: maps each parameter to the names of its optimizer tensors.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, masters: Iterable[Tensor], names: StateNames) -> None:
@@ -52,22 +55,33 @@ class OptimizerState(ABC):
 
     @abstractmethod
     def ranges(self) -> list[Range]:
-        """Return the ranges in all masters. A master belongs to only one parameter group."""
+        """Return which ranges of which parameters the masters on this rank contain.
+
+        All ranges in one master belong to the same parameter group.
+        """
 
     @abstractmethod
     def publish_masters(self) -> None:
-        """Copy the masters to the weights that the model computes with. Call this after writing into fragments."""
+        """Copy the masters to the weights that the model computes with.
+
+        Call this method after you write into fragments.
+        """
 
     def connect_optimizer(self, *, replicated: bool) -> None:
-        """Tell Muon which elements the masters contain. Do nothing for AdamW, which does not need this.
+        """Tell Muon which elements of which parameters the masters contain.
 
-        This call is collective: every rank must make it before the first step.
+        AdamW does not need this, so nothing is done.
+
+        This call is collective: every rank must make it, before the first step.
         """
         if isinstance(self.optimizer, Muon):
             self.optimizer.use_ranges(self.masters, self.ranges(), replicated=replicated)
 
     def fragments(self) -> list[Fragment]:
-        """Return views of the masters and of the optimizer's state. Missing state is created as zeros first."""
+        """Return views of the masters and of the optimizer state.
+
+        If the optimizer has not created its state yet, the state is first created and filled with zeros.
+        """
         self.create_states()
         return [
             Fragment(
@@ -80,7 +94,7 @@ class OptimizerState(ABC):
         ]
 
     def set_step_count(self, count: int) -> None:
-        """Set AdamW's step count, which determines its bias correction."""
+        """Set AdamW's step count, which AdamW uses for its bias correction."""
         self.create_states()
         for state in self.adam_states():
             if isinstance(state["step"], Tensor):
@@ -89,13 +103,16 @@ class OptimizerState(ABC):
                 state["step"] = count
 
     def adam_states(self) -> list[dict[str, Any]]:
-        """Return the state of each master that AdamW updates. Missing state is created as zeros first."""
+        """Return AdamW's state of each master that AdamW updates.
+
+        If AdamW has not created the state yet, the state is first created and filled with zeros.
+        """
         self.create_states()
         states = (self.optimizer.state[master] for master in self.masters)
         return [state for state in states if "step" in state]
 
     def create_states(self) -> None:
-        """Create the optimizer's state, filled with zeros, for each master that has no state yet."""
+        """Create the optimizer state for all masters that have none. The state is filled with zeros."""
         for held in self.ranges():
             if not self.optimizer.state[held.master]:
                 self.optimizer.state[held.master] = self._new_state(held.master, self.state_names[held.name])
@@ -111,7 +128,7 @@ class OptimizerState(ABC):
 class ParameterState(OptimizerState):
     """The state of a backend whose masters are the parameters of the model.
 
-    Each master is a whole tensor, or a DTensor whose shard on this rank consists of whole rows.
+    Each master is a whole tensor, or a DTensor. The shard of a DTensor on this rank consists of whole rows.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], names: StateNames) -> None:
@@ -125,7 +142,7 @@ class ParameterState(OptimizerState):
         ]
 
     def publish_masters(self) -> None:
-        """Do nothing, because the model computes with the masters."""
+        """Do nothing, because the model computes directly with the masters."""
 
 
 def _first_element(parameter: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Describe which elements of which parameters an optimizer's tensors contain on this rank."""
+"""Describe which elements of which parameters the tensors of an optimizer contain on this rank."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,12 @@ from torch.distributed.tensor import DTensor
 
 @dataclass(frozen=True)
 class Range:
-    """A contiguous range of one parameter's elements in a *master*, which is an fp32 tensor that the optimizer updates.
+    """A range of elements of one flattened parameter, and where these elements are in a *master*.
+
+    A master is an fp32 tensor that the optimizer updates.
 
     If every rank holds all weights, a range is a whole parameter. Under FSDP2, a range consists of whole rows. Under
-    ZeRO-1 to ZeRO-3, it can begin and end at any element. A range does not contain padding for alignment.
+    ZeRO-1 to ZeRO-3, a range can begin and end at any element. Padding for alignment does not belong to any range.
     """
 
     name: str  # the canonical name of the parameter, as in GPT2.named_parameters()
@@ -22,15 +24,19 @@ class Range:
 
     @property
     def stop(self) -> int:
-        """The index after the last element, counted in the flattened parameter."""
+        """Return the index after the last element. The index counts elements of the flattened parameter."""
         return self.start + self.length
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return a view of this range, (length,), in a tensor that has the same shape and sharding as the master."""
+        """Return a view of the elements of this range in a tensor, shape (length,).
+
+        Args:
+            tensor: a tensor that has the same shape and sharding as the master, such as its gradient.
+        """
         return local_elements(tensor)[self.offset : self.offset + self.length]
 
 
 def local_elements(tensor: Tensor) -> Tensor:
-    """Return a detached, one-dimensional view of a tensor's elements on this rank."""
+    """Return a detached view of the elements of a tensor on this rank, with one dimension."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.detach().view(-1)

@@ -1,4 +1,4 @@
-"""Define the base class of DDP and FSDP2. The optimizer updates the model's parameters, which are the fp32 masters."""
+"""Define the base class of the DDP and FSDP2 backends. Their fp32 master weights are the parameters of the model."""
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager
@@ -15,7 +15,7 @@ from pipeline.model.gpt2 import GPT2
 
 
 class TorchBackend(Backend):
-    """A backend that leaves the update of the weights to torch's optimizer. Subclasses synchronize the gradients."""
+    """A backend whose weights are updated by torch's optimizer. Subclasses synchronize the gradients."""
 
     label: str
 

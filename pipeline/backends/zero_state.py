@@ -1,6 +1,7 @@
-"""Access the masters and optimizer state of ZeRO-1 to ZeRO-3. Only this file uses private names of DeepSpeed 0.19.8.
+"""Give access to the masters and the optimizer state under ZeRO-1 to ZeRO-3.
 
-The tests save and resume with every stage, so they fail if a release of DeepSpeed changes these names.
+Only this file uses private names of DeepSpeed 0.19.8. The tests save and resume runs with every stage, so they fail if
+a new release of DeepSpeed changes these names.
 """
 
 from typing import Any
@@ -13,13 +14,13 @@ from pipeline.model.parameter_state import StateNames
 
 
 class PartitionedState(OptimizerState):
-    """The state under stages 1 and 2.
+    """The masters and the optimizer state under ZeRO-1 and ZeRO-2.
 
-    The parameters of each group are concatenated, and each rank has one range of the concatenated elements.
+    DeepSpeed concatenates the parameters of each group. Each rank has one range of the concatenated elements.
 
     Args:
         names: maps ``id(parameter)`` to the canonical name of the parameter.
-        state_names: the names of the tensors that the optimizer keeps for each parameter.
+        state_names: maps each parameter to the names of its optimizer tensors.
     """
 
     def __init__(self, engine: Any, names: dict[int, str], state_names: StateNames) -> None:
@@ -45,7 +46,7 @@ class PartitionedState(OptimizerState):
     def publish_masters(self) -> None:
         """Copy the masters to the weights that the model computes with, and gather these weights from all ranks.
 
-        DeepSpeed keeps references from each parameter to its optimizer state. This call also updates the references.
+        This call also updates the references that DeepSpeed keeps from each parameter to its optimizer state.
         """
         self.zero.update_lp_params()
         self.zero._hp_optimizer_states_linked = False
@@ -54,11 +55,13 @@ class PartitionedState(OptimizerState):
 
 
 class FullyPartitionedState(OptimizerState):
-    """The state under stage 3. Each parameter is divided into equal ranges, one per rank. The last range is padded.
+    """The masters and the optimizer state under ZeRO-3.
+
+    DeepSpeed divides each parameter into equal ranges, one per rank. The last range is padded.
 
     Args:
         names: maps ``id(parameter)`` to the canonical name of the parameter.
-        state_names: the names of the tensors that the optimizer keeps for each parameter.
+        state_names: maps each parameter to the names of its optimizer tensors.
     """
 
     def __init__(self, engine: Any, names: dict[int, str], state_names: StateNames) -> None:
@@ -77,10 +80,10 @@ class FullyPartitionedState(OptimizerState):
         return ranges
 
     def publish_masters(self) -> None:
-        """Copy the masters to this rank's shards of the weights that the model computes with.
+        """Copy the masters to the weights that the model computes with. Only this rank's shards of these weights exist.
 
-        Weights that are gathered on this rank are freed first. DeepSpeed always keeps some small parameters gathered.
-        These *persistent* parameters are gathered again at the end.
+        If weights are gathered on this rank, they are freed first. DeepSpeed always keeps some small parameters
+        gathered, which it calls *persistent*. These parameters are gathered again at the end.
         """
         self.zero._partition_all_parameters()
         for group in range(len(self.zero.fp16_groups)):

@@ -1,16 +1,17 @@
-"""Save portable checkpoints: any backend at any world size can load a checkpoint that another backend saved.
+"""Save and load checkpoints. Every backend at every world size can load every checkpoint.
 
 A checkpoint is a folder, for example ``checkpoints/step_00000100``, with these files:
 
-``rank_00000_weights.safetensors``    pieces of the fp32 master weights, under their canonical names
-``rank_00000_moments.safetensors``    the corresponding pieces of the optimizer's state, such as AdamW's two moments
-``state.json``                        step, samples, loss scale, seed, resolved config, versions
-``manifest.json``                     format version, parameter shapes, names of the optimizer's state, size and SHA-256
-                                      of each other file, and the SHA-256 of the manifest
+``rank_00000_weights.safetensors`` pieces of the fp32 master weights, under their canonical names
+``rank_00000_moments.safetensors`` the corresponding pieces of the optimizer's state, such as AdamW's two moments
+``state.json`` step, samples, loss scale, seed, resolved config, versions ``manifest.json`` format version, parameter
+shapes, names of the optimizer's state, size and SHA-256
+                                      of each other file, and a SHA-256 of these entries
 
-Each rank writes the pieces that it holds, without gathering pieces of other ranks. When a rank loads a checkpoint, it
-copies only the stored elements that it needs, so no rank ever holds the whole state. No file contains pickled objects.
+When a checkpoint is saved, each rank writes the pieces that it holds. When a checkpoint is loaded, each rank copies
+only the elements that it needs. Therefore, no rank ever needs memory for the whole state. No file contains pickled
+objects.
 
-Three modules save a checkpoint: ``background`` copies the state to host memory and starts a thread, ``saving`` writes
-the files, and ``retention`` deletes older checkpoints.
+Three modules save a checkpoint: ``background`` copies the state to host memory and starts a thread. In this thread,
+``saving`` writes the files, and ``retention`` deletes older checkpoints.
 """

@@ -1,4 +1,4 @@
-"""Save checkpoints while training continues: copy the state to host memory, and let a thread write the copy."""
+"""Save checkpoints while training continues: copy the state to host memory, and write the copy in a thread."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +21,7 @@ from pipeline.errors import CheckpointError
 
 @dataclass(frozen=True)
 class SaveOutcome:
-    """The result of a save. All fields except ``pause_s`` are equal on all ranks."""
+    """The result of a save. All ranks have the same values, except for ``pause_s``."""
 
     step: int
     pause_s: float  # the time that training on this rank waited for the previous save and for the copy
@@ -30,12 +30,12 @@ class SaveOutcome:
 
 
 class BackgroundSaver:
-    """A saver that writes one checkpoint at a time in a thread. The thread has a process group of its own.
+    """Saves checkpoints in a thread, one at a time. The threads of all ranks use their own process group.
 
     Args:
         config: the resolved config, which is stored in each checkpoint.
         keep_last: the number of checkpoints to keep.
-        asynchronous: if False, ``start`` waits until the checkpoint is complete.
+        asynchronous: if False, ``start`` returns only after the checkpoint is complete.
     """
 
     def __init__(
@@ -59,10 +59,13 @@ class BackgroundSaver:
         self._in_flight: tuple[int, float, Future[SavedCheckpoint]] | None = None
 
     def start(self, state: TrainingState) -> list[SaveOutcome]:
-        """Copy the state, and start to write the copy. If the previous save is not finished, wait for it first.
+        """Copy the state, and let the thread write the copy. If the previous save is not finished, wait for it first.
 
-        This call is collective: every rank must make it. Returns the outcome of the previous save. Returns an empty
-        list if this is the first save or an earlier call has returned the outcome.
+        This call is collective: every rank must make it.
+
+        Returns:
+            The outcome of the previous save. The list is empty if this is the first save, or if ``poll`` or ``wait``
+            has already returned that outcome.
         """
         started = time.perf_counter()
         outcomes = self.wait()
@@ -77,16 +80,18 @@ class BackgroundSaver:
         return outcomes
 
     def poll(self) -> list[SaveOutcome]:
-        """Return the outcome of a save that has ended since the last call. Returns an empty list if no save has ended.
+        """Return the outcome of the last save if this save is finished, without waiting.
 
-        This call does not wait, so the result can differ between ranks.
+        Otherwise, return an empty list.
+
+        Each outcome is returned only once. The result can differ between ranks.
         """
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 
     def wait(self) -> list[SaveOutcome]:
-        """Wait until the last save has ended, and return its outcome.
+        """Wait until the last save is finished, and return its outcome.
 
-        Returns an empty list if there was no save or an earlier call has returned its outcome.
+        Returns an empty list if there was no save, or if ``poll`` or ``wait`` has already returned the outcome.
         """
         if self._in_flight is None:
             return []
@@ -99,11 +104,10 @@ class BackgroundSaver:
 
 
 class SnapshotTaker:
-    """Copies a rank's share of the state into host buffers.
+    """Copies the elements that this rank must write into buffers in host memory.
 
-    Every snapshot uses the same buffers, so a snapshot is valid until the next snapshot is taken. The buffers are as
-    large as the copied state. With AdamW, this is 12 bytes per element that this rank writes. The buffers are in pinned
-    memory if the state is on a GPU.
+    Every snapshot uses the same buffers, so a snapshot is only valid until the next one is taken. With AdamW, the
+    buffers need 12 bytes per element that this rank writes. If the state is on a GPU, the buffers are in pinned memory.
     """
 
     def __init__(self, backend: Backend, world: World) -> None:
@@ -112,7 +116,7 @@ class SnapshotTaker:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, state: TrainingState) -> Snapshot:
-        """Copy the share of the state that this rank writes."""
+        """Copy the elements that this rank must write, and return the copy together with ``state``."""
         shapes = {name: list(shape) for name, shape in self.backend.parameter_shapes.items()}
         groups: TensorGroups = {group: {} for group in GROUPS}
         for fragment in fragments_to_write(self.backend, self.world):
@@ -132,9 +136,10 @@ class SnapshotTaker:
 
 
 def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:
-    """Return the fragments that this rank writes.
+    """Return the fragments that this rank must write.
 
-    These are all fragments of this rank. But if every rank holds all fragments, each rank writes an equal share.
+    If each rank holds only some of the elements, a rank writes all elements that it holds. If every rank holds all
+    elements, each rank writes an equal share.
     """
     fragments = backend.fragments()
     if not backend.replicated or world.size == 1:
@@ -152,6 +157,9 @@ def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:
 
 
 def slice_fragment(fragment: Fragment, low: int, high: int) -> Fragment:
-    """Return elements ``low`` to ``high - 1`` of a fragment, counted from the first element of the fragment."""
+    """Return a fragment with the elements ``low`` to ``high - 1`` of a fragment.
+
+    Both numbers count from its first element.
+    """
     state = {name: tensor[low:high] for name, tensor in fragment.state.items()}
     return replace(fragment, start=fragment.start + low, weight=fragment.weight[low:high], state=state)

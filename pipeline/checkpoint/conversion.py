@@ -1,4 +1,4 @@
-"""Rewrite a checkpoint into a new run folder, with the files that a single rank would have saved."""
+"""Copy a checkpoint into a new run folder, in the form in which a single rank would have saved it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,15 +30,17 @@ _SINGLE_RANK = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
-    """Rewrite a checkpoint into a new run folder, with the files that a single rank would have saved.
+    """Copy a checkpoint into a new run folder, in the form in which a single rank would have saved it.
 
-    The training state and the config in the checkpoint do not change. The new ``config.json`` names the new run folder.
+    The new checkpoint contains the same training state and the same config. In the ``config.json`` of the new run
+    folder, ``run.out_dir`` is the new run folder.
 
     Args:
         source: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used.
 
     Raises:
-        CheckpointError: the source cannot be used, or ``write_new_run`` raises CheckpointError.
+        CheckpointError: the source cannot be used, the run folder already has checkpoints, or the new checkpoint cannot
+            be written.
         ConfigError: the config of the source is not valid for this program, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)
@@ -67,12 +69,13 @@ def write_new_run(
     """Write ``config.json`` and a checkpoint into a run folder. Create the folder if it does not exist.
 
     Args:
-        shapes: the shapes of all parameters, by canonical name.
-        read: a function that takes a kind and the canonical name of a parameter, and returns the tensor. The kind is
-            ``weight`` or the name of a tensor that the optimizer keeps. Each tensor is read just before it is written.
-        stored_config: the config to store in the checkpoint if it differs from ``config``.
-        state_names: the names of the tensors that the optimizer keeps for each parameter. If None, they follow from
-            ``config``.
+        shapes: maps the canonical names of all parameters to their shapes.
+        read: a function that returns a tensor to write. Its arguments are a kind and the canonical name of a parameter.
+            The kind is ``weight`` or the name of an optimizer tensor, such as ``exp_avg``. The function is called for
+            each tensor just before the tensor is written.
+        stored_config: the config to store in the checkpoint. If None, ``config`` is stored.
+        state_names: maps each parameter to the names of its optimizer tensors. If None, ``config.optimizer`` determines
+            these names.
 
     Raises:
         CheckpointError: the folder already has checkpoints, or the checkpoint cannot be written. If writing fails, the
@@ -99,11 +102,11 @@ def write_new_run(
 
 
 def require_new_run_folder(run_folder: Path) -> None:
-    """Check that a new run can be written at a path.
+    """Raise an error if a new run cannot be written to a path.
 
     Raises:
         CheckpointError: the path is a checkpoint, is not a folder, or is a run folder that has checkpoints.
-        DataError: the path cannot be written.
+        DataError: the path is not writable.
     """
     if run_folder.exists() and not run_folder.is_dir() or (run_folder / MANIFEST_FILE).exists():
         raise CheckpointError(f"--out: {run_folder} is not a run folder; name a folder for the new run")

@@ -1,4 +1,4 @@
-"""Find weights and moments that are NaN or infinite."""
+"""Find NaN and infinite values in weights and optimizer state."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 def describe_not_finite(tensor: Tensor) -> str | None:
     """Return a text such as ``3 of 768 numbers are NaN or infinite``. Returns None if all elements are finite.
 
-    A number that is too large for fp32 counts as infinite.
+    A value that is too large for fp32 counts as infinite.
     """
     if tensor.numel() == 0:
         return None

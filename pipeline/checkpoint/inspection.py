@@ -1,4 +1,4 @@
-"""Describe a checkpoint, or all checkpoints of a run. No file is hashed or changed."""
+"""Describe a checkpoint, or all checkpoints of a run, without computing hashes. No file is changed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class SizedFolder:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A description of all folders in a run's ``checkpoints``."""
+    """A description of all checkpoints and of all other folders in the folder ``checkpoints`` of a run."""
 
     path: Path
     checkpoints: list[CheckpointReport]  # oldest first
@@ -78,10 +78,9 @@ class RunReport:
 
 
 def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[str]:
-    """Return the config keys that make the numbers of a checkpoint differ from those of other backends.
+    """Return the config keys because of which this run's results can differ from those of other backends.
 
-    The result contains such keys of ``config``, and such keys that the run had at earlier steps. The metrics of the run
-    name the earlier keys.
+    These are such keys of ``config``, and such keys that any earlier step of the run used, according to its metrics.
     """
     rows = (row.get(DIFFERENT_NUMBERS_KEY) for row in read_metrics(run_folder) if row["step"] <= step)
     earlier = [key for keys in rows if isinstance(keys, list) for key in keys]
@@ -89,11 +88,11 @@ def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[
 
 
 def inspect(path: Path) -> CheckpointReport | RunReport:
-    """Describe a checkpoint folder, or all checkpoints of a run folder.
+    """Return a description of a checkpoint folder, or of all checkpoints in a run folder.
 
     Raises:
-        CheckpointError: the path is neither a checkpoint folder nor a run folder with checkpoints, or a JSON file of
-            the checkpoint cannot be read.
+        CheckpointError: the path is neither a checkpoint folder nor a run folder with checkpoints, or ``path`` is a
+            checkpoint folder and one of its JSON files cannot be read.
     """
     if is_checkpoint(path):
         report = _inspect_checkpoint(path)

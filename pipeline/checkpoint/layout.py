@@ -1,4 +1,4 @@
-"""Define the files of a checkpoint folder, and read the manifest."""
+"""Define the names of the files in a checkpoint folder, and read the manifest."""
 
 import json
 import math
@@ -27,7 +27,7 @@ _STATE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
-    """Return the finished checkpoint folders of a run, oldest first, without verifying the files."""
+    """Return the complete checkpoint folders of a run, oldest first. The files in them are not verified."""
     parent = run_folder / CHECKPOINTS_FOLDER
     if not parent.is_dir():
         return []
@@ -35,15 +35,15 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
-    """Return the path of the checkpoint of a step, whether the checkpoint exists or not."""
+    """Return the path for the checkpoint of a step. The checkpoint need not exist."""
     return run_folder / CHECKPOINTS_FOLDER / f"step_{step:08d}"
 
 
 def checkpoint_of_step(run_folder: Path, step: int) -> Path:
-    """Return the checkpoint of a step.
+    """Return the checkpoint folder of a step.
 
     Raises:
-        CheckpointError: the run has no checkpoint of this step. The message names the steps of its checkpoints.
+        CheckpointError: the run has no checkpoint of this step. The message lists the steps that have checkpoints.
     """
     folder = checkpoint_folder(run_folder, step)
     if not folder.is_dir():
@@ -56,7 +56,7 @@ def checkpoint_of_step(run_folder: Path, step: int) -> Path:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a folder is a checkpoint folder (and not a run folder). The checkpoint may be damaged."""
+    """Return whether a path is a checkpoint folder, and not a run folder. The checkpoint may be damaged."""
     return any((path / name).is_file() for name in (MANIFEST_FILE, STATE_FILE))
 
 
@@ -73,19 +73,22 @@ def tensor_file(rank: int, group: str) -> str:
 
 
 def parse_tensor_file(name: str) -> tuple[int, str] | None:
-    """Return the rank and the group (``weights`` or ``moments``) of a tensor file. Returns None for any other name."""
+    """Return the rank and the group (``weights`` or ``moments``) in the name of a tensor file.
+
+    Returns None if the name is not the name of a tensor file.
+    """
     match = _TENSOR_FILE.fullmatch(name)
     return (int(match[1]), match[2]) if match else None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest. Check its format version, its hash, and the names and shapes in it.
+    """Read ``manifest.json``. Check its format version, its hash, and the names and shapes in it.
 
-    If the manifest has an older format version, the result still has the keys of the newest version.
+    The result always has the keys of the newest format version, even if the file has an older version.
 
     Raises:
         CheckpointError: the manifest is missing or damaged, has a format version that this program does not read, or
-            contains a file name that a checkpoint cannot have.
+            contains the name of a file that does not belong to a checkpoint.
     """
     path = folder / MANIFEST_FILE
     if path.is_symlink():
@@ -129,12 +132,12 @@ def _check_state_names(state_names: dict[str, list[str]], parameters: dict[str, 
 
 
 def describe_readable_versions() -> str:
-    """Return a text with the format versions that this program reads."""
+    """Return the format versions that this program can read, as text for messages."""
     return " and ".join(map(str, READABLE_VERSIONS))
 
 
 def bytes_of_tensors(folder: Path) -> int:
-    """Return the total size of all ranks' tensor files according to the manifest.
+    """Return the total size in bytes of all ranks' tensor files. The sizes are taken from the manifest.
 
     Raises the same errors as ``read_manifest``.
     """
@@ -143,7 +146,11 @@ def bytes_of_tensors(folder: Path) -> int:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object, or raise CheckpointError if the file is missing or does not contain a JSON object."""
+    """Read a file that contains one JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, cannot be read, or does not contain a JSON object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -161,7 +168,10 @@ def size_of_file(path: Path) -> int:
 
 
 def size_of_folder(folder: Path) -> int:
-    """Return the total bytes of all files below a folder. A file that disappears during the call counts as 0."""
+    """Return the total size in bytes of all files in a folder and its subfolders.
+
+    A file that another process deletes during the call counts as 0.
+    """
     return sum(size_of_file(Path(parent, name)) for parent, _, files in os.walk(folder) for name in files)
 
 

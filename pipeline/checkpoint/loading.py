@@ -26,15 +26,16 @@ _POSITIONS = "wpe.weight"
 
 
 def load_training_state(folder: Path, backend: Backend) -> TrainingState:
-    """Copy a checkpoint into this rank's weights and optimizer state. Restore AdamW's step count and the loss scale.
+    """Copy the elements that this rank needs from a checkpoint into its weights and optimizer state.
 
-    If a run with another optimizer has written the checkpoint, only the weights are copied. In this case, the
-    optimizer's state becomes zero, AdamW counts its steps from 0, and ``optimizer_start`` in the result is the number
-    of updates so far.
+    Also restore the optimizer's step count and the loss scale of the backend.
+
+    If the checkpoint was written with another optimizer, only the weights are copied. The optimizer then starts with
+    zero state and with step count 0, and ``optimizer_start`` in the result is the number of updates so far.
 
     Raises:
-        CheckpointError: the checkpoint belongs to a model with other parameters, is malformed, or cannot be read. In
-            the first two cases, the backend does not change.
+        CheckpointError: the checkpoint belongs to a model with other parameters, is malformed, or cannot be read. Only
+            if the checkpoint cannot be read, some weights and optimizer state may already have changed.
     """
     state, _ = read_state(folder)
     index = index_for_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
@@ -60,7 +61,7 @@ def _stored_state_names(index: PieceIndex) -> dict[str, set[str]]:
 
 
 def load_weights(folder: Path, parameters: dict[str, Tensor]) -> None:
-    """Copy a checkpoint's weights into ``parameters``, a mapping from canonical names to whole parameters.
+    """Copy the weights of a checkpoint into ``parameters``, which maps canonical names to whole parameters.
 
     Raises the same errors as ``load_training_state``.
     """
@@ -71,14 +72,17 @@ def load_weights(folder: Path, parameters: dict[str, Tensor]) -> None:
 
 
 def read_parameter(shape: list[int], pieces: list[Piece]) -> Tensor:
-    """Read all pieces of a parameter, and return the whole parameter in fp32."""
+    """Read all pieces of a parameter from their files, and return the whole parameter in fp32."""
     parameter = torch.empty(shape)
     _copy_overlap(parameter.view(-1), 0, pieces)
     return parameter
 
 
 def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
-    """Return an index of the pieces of a checkpoint whose parameters have these names and shapes.
+    """Return an index of the pieces in a checkpoint, after a check that the checkpoint fits a model.
+
+    Args:
+        shapes: maps the canonical names of the model's parameters to their shapes.
 
     Raises:
         CheckpointError: the parameters in the checkpoint have other names or shapes, or ``index_pieces`` raises
@@ -117,7 +121,7 @@ def _read_elements(file: Any, piece: Piece, low: int, high: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that was loaded from a checkpoint. The model is in evaluation mode."""
+    """A model from a checkpoint. The model is in evaluation mode."""
 
     model: GPT2
     config: Config  # the config of the run that trained the model
@@ -126,12 +130,12 @@ class LoadedModel:
 
     @property
     def run_folder(self) -> Path:
-        """The folder for results: the run folder, or the checkpoint folder if it is not in a run folder."""
+        """Return the folder for results: the run folder, or the checkpoint folder if it is not in a run folder."""
         return run_folder_of(self.checkpoint)
 
 
 def load_model(path: Path, device: torch.device) -> LoadedModel:
-    """Load the fp32 model of a checkpoint folder, or of the newest good checkpoint of a run folder.
+    """Load the model in fp32 from a checkpoint folder, or from the newest good checkpoint of a run folder.
 
     Raises:
         CheckpointError: the path contains no checkpoint, or all its checkpoints are damaged.

@@ -1,8 +1,9 @@
-"""Name and index the pieces of parameters in safetensors files.
+"""Define how parameters are stored in pieces in safetensors files, and find the pieces.
 
-A piece is a whole parameter or a range of its elements. A whole parameter has its original shape, and its key in the
-file is the canonical name, which is the name in ``GPT2.named_parameters()``. A range is one-dimensional, and its key is
-``name[start:stop]``. The keys of the optimizer's tensors have a prefix, such as ``exp_avg/`` or ``momentum/``.
+A piece is a whole parameter or a range of its flattened elements. A whole parameter is stored in its original shape.
+Its key in the file is its canonical name, which is its name in ``GPT2.named_parameters()``. A range is stored as a
+one-dimensional tensor under the key ``name[start:stop]``. The keys of optimizer tensors begin with a prefix, such as
+``exp_avg/`` or ``momentum/``.
 """
 
 import re
@@ -29,7 +30,7 @@ _DTYPE = "F32"  # the name in safetensors
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of a flattened parameter, which the file ``file`` stores under the key ``key``."""
+    """A stored piece of a parameter: elements ``start`` to ``stop - 1`` of the flattened parameter."""
 
     file: Path
     key: str
@@ -43,19 +44,32 @@ PieceIndex = dict[str, dict[str, list[Piece]]]
 
 
 def group_of(kind: str) -> str:
-    """Return the group of files in which the tensors of a kind are stored."""
+    """Return the group of files (``weights`` or ``moments``) that stores the tensors of a kind.
+
+    The kind is ``weight`` or the name of an optimizer tensor, such as ``exp_avg``.
+    """
     return WEIGHTS if kind == WEIGHT else MOMENTS
 
 
 def piece_key(kind: str, name: str, elements: tuple[int, int] | None = None) -> str:
-    """Return the key of a range of a flattened parameter, or the key of a whole parameter if ``elements`` is None."""
+    """Return the key under which a piece is stored in a safetensors file.
+
+    Args:
+        kind: ``weight``, or the name of an optimizer tensor.
+        name: the canonical name of the parameter.
+        elements: the range (start, stop) of the flattened parameter. If None, the piece is the whole parameter.
+    """
     label = name if elements is None else f"{name}[{elements[0]}:{elements[1]}]"
     return label if kind == WEIGHT else f"{kind}/{label}"
 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file and map the tensors into memory. Raise CheckpointError if the file cannot be read."""
+    """Open a safetensors file in a context manager. The file is memory-mapped.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -64,11 +78,11 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def index_pieces(folder: Path, manifest: dict[str, Any]) -> PieceIndex:
-    """Return an index of all stored pieces. Reads and checks only the headers of the tensor files.
+    """Return an index of all pieces in a checkpoint. Only the headers of the tensor files are read and checked.
 
     Raises:
-        CheckpointError: a file is not in the safetensors format; a name or a shape contradicts the manifest; a dtype is
-            not fp32; or elements are missing or stored twice.
+        CheckpointError: a file is not in the safetensors format; a name or a shape differs from the manifest; a tensor
+            is not fp32; or elements of a parameter are missing or stored twice.
     """
     shapes = {name: torch.Size(shape) for name, shape in manifest["parameters"].items()}
     index: PieceIndex = {WEIGHT: {name: [] for name in shapes}}

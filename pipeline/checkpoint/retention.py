@@ -39,7 +39,9 @@ def list_abandoned(run_folder: Path) -> list[Path]:
 
 
 def remove_leftovers(run_folder: Path) -> None:
-    """Delete the incomplete folders of interrupted saves and deletions. Call this only if no save is in progress.
+    """Delete the incomplete folders of interrupted saves and deletions.
+
+    Call this function only while no checkpoint is being saved.
 
     Raises OSError if a folder cannot be deleted.
     """
@@ -48,11 +50,11 @@ def remove_leftovers(run_folder: Path) -> None:
 
 
 def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> None:
-    """Rename the checkpoints of later steps than ``step``, because the run continues from ``step``.
+    """Rename the checkpoints of all steps after ``step``, because the run continues from ``step``.
 
     Args:
-        origin: the checkpoint that the run continues from. If the run folder has a different checkpoint of this step,
-            that checkpoint is renamed too.
+        origin: the checkpoint from which the run continues. If the run folder contains a different checkpoint of the
+            same step, that checkpoint is also renamed.
 
     Raises:
         OSError: a folder cannot be renamed.
@@ -72,7 +74,9 @@ def _unused_abandoned_path(folder: Path) -> Path:
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint. If the process dies, the checkpoint is either still complete or has a temporary name.
+    """Delete a checkpoint.
+
+    The folder first gets a temporary name. If the process then dies, no incomplete folder looks like a checkpoint.
 
     Raises OSError if the checkpoint cannot be deleted.
     """
@@ -93,10 +97,10 @@ def _remove_folder(folder: Path) -> None:
 
 
 def delete_older(run_folder: Path, verified: Path, keep_last: int) -> None:
-    """Delete old checkpoints.
+    """Delete old checkpoints after a new checkpoint was verified.
 
-    This function keeps ``verified``, the ``keep_last - 1`` checkpoints before it, and all checkpoints after it. It also
-    keeps the milestones (see ``is_milestone``) and the best checkpoint (see ``best_step``).
+    The function keeps the newest ``keep_last`` checkpoints up to and including ``verified``, all checkpoints of later
+    steps, all milestones (see ``is_milestone``), and the best checkpoint (see ``best_step``).
 
     Raises:
         OSError: a checkpoint cannot be deleted.
@@ -110,9 +114,10 @@ def delete_older(run_folder: Path, verified: Path, keep_last: int) -> None:
 
 
 def is_milestone(folder: Path) -> bool:
-    """Return whether a checkpoint is a milestone, which is never deleted. See ``checkpoint.keep_every_steps``.
+    """Return whether a checkpoint is a milestone, which is kept when older checkpoints are deleted.
 
-    The config in the checkpoint decides. Returns False if ``state.json`` is damaged.
+    A checkpoint is a milestone if its step is a multiple of ``checkpoint.keep_every_steps`` in its own config. Returns
+    False if ``state.json`` is damaged.
     """
     with suppress(CheckpointError):
         every_steps = config_section(read_state_file(folder).config, "checkpoint").get("keep_every_steps")
@@ -121,10 +126,10 @@ def is_milestone(folder: Path) -> bool:
 
 
 def best_step(newest: Path) -> int | None:
-    """Return the step with the lowest validation loss. Returns None if the run does not keep its best checkpoint.
+    """Return the step with the lowest validation loss. Returns None if ``checkpoint.keep_best`` is not true.
 
     Args:
-        newest: the newest checkpoint of the run. It stores the history of the validation losses.
+        newest: the newest checkpoint of the run. Its ``state.json`` contains the step with the lowest validation loss.
 
     Raises:
         CheckpointError: ``state.json`` cannot be read.
@@ -136,7 +141,7 @@ def best_step(newest: Path) -> int | None:
 
 @dataclass(frozen=True)
 class Pruning:
-    """The folders that pruning keeps and deletes."""
+    """A list of the checkpoints that pruning keeps, and a list of the folders that it deletes."""
 
     kept: list[Path]  # newest first
     deletions: list[tuple[Path, int, str]]  # (folder, bytes, reason), in the order of deletion
@@ -151,17 +156,17 @@ class Pruning:
 
 
 def prune(run_folder: Path, keep: int, *, dry_run: bool) -> Pruning:
-    """Delete all folders in a run's ``checkpoints`` except the newest ``keep`` checkpoints that pass verification.
+    """Delete everything in a run's ``checkpoints`` except the newest ``keep`` checkpoints that pass verification.
 
-    Milestones and the best checkpoint are kept as well, if they pass verification.
+    If milestones and the best checkpoint pass verification, they are kept as well.
 
     Args:
         dry_run: if True, delete nothing and only report what would be deleted.
 
     Raises:
         ConfigError: another process is using the run folder.
-        CheckpointError: the folder is not a run folder; no checkpoint passes verification (then nothing is deleted);
-            or a folder cannot be deleted.
+        CheckpointError: the folder is not a run folder; no checkpoint passes verification (then nothing is deleted); or
+            a folder cannot be deleted.
     """
     if is_checkpoint(run_folder):
         raise CheckpointError(f"{run_folder}: is a checkpoint; give the run folder that holds it")

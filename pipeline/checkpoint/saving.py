@@ -1,4 +1,4 @@
-"""Write a checkpoint: every rank writes its pieces into a temporary folder, and the main rank renames the folder."""
+"""Write a checkpoint. Every rank writes its pieces into a temporary folder. Then the main rank renames the folder."""
 
 import logging
 import shutil
@@ -37,7 +37,7 @@ Files = dict[str, dict[str, Any]]  # file name -> size and SHA-256, in the forma
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The data that this rank writes into a checkpoint."""
+    """The state that this rank writes into a checkpoint."""
 
     state: TrainingState
     shapes: dict[str, list[int]]  # the shapes of all parameters, by canonical name
@@ -47,7 +47,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A complete checkpoint whose files were read back and checked."""
+    """A complete checkpoint. After the files were written, they were read back and compared."""
 
     folder: Path
     bytes_of_rank: dict[int, int]
@@ -55,7 +55,7 @@ class SavedCheckpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Return the size of all ranks' tensor files."""
+        """Return the total size in bytes of all ranks' tensor files."""
         return sum(self.bytes_of_rank.values())
 
     def __str__(self) -> str:
@@ -70,18 +70,17 @@ class SavedCheckpoint:
 def write_checkpoint(
     run_folder: Path, snapshot: Snapshot, config: dict[str, Any], world: World, keep_last: int
 ) -> SavedCheckpoint:
-    """Write a checkpoint under a temporary name, fsync the files, read them back, and rename the folder.
+    """Write a checkpoint into a temporary folder, fsync the files, read them back, and rename the folder.
 
-    Then delete older checkpoints, so that ``keep_last`` checkpoints remain. This call is collective: every rank must
-    make it.
+    Then delete old checkpoints with ``delete_older``. This call is collective: every rank must make it.
 
     Args:
         config: the resolved config to store in the checkpoint.
 
     Raises:
         CheckpointError: a rank could not write a file (for example because the disk is full), or the bytes that a rank
-            read back differ from the bytes that it wrote. The incomplete folder is removed, and older checkpoints do
-            not change.
+            read back differ from the bytes that it wrote. In this case, the incomplete folder is removed, and older
+            checkpoints are kept.
     """
     started = time.perf_counter()
     folder = checkpoint_folder(run_folder, snapshot.state.step)

@@ -16,7 +16,7 @@ from pipeline.errors import CheckpointError
 
 @dataclass(frozen=True)
 class GuardState:
-    """The state of the step guard that a checkpoint stores."""
+    """The state of the step guard, which decides what to do about bad steps. Checkpoints store this state."""
 
     bad_in_a_row: NonNegativeInt = 0
     rollbacks: NonNegativeInt = 0
@@ -26,14 +26,17 @@ class GuardState:
 
 @dataclass(frozen=True)
 class ValidationHistory:
-    """The best validation loss of a run so far, for early stopping and for the best checkpoint."""
+    """The best validation loss of a run so far. Early stopping and ``checkpoint.keep_best`` use it."""
 
     best_loss: float | None = None  # None before the first validation
     best_step: NonNegativeInt | None = None
     evaluations_since_best: NonNegativeInt = 0
 
     def after(self, step: int, loss: float) -> ValidationHistory:
-        """Return the history after one more validation. A loss that is NaN or infinite is never the best."""
+        """Return the history after one more validation, at step ``step``.
+
+        A NaN or infinite loss is never the best loss.
+        """
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             return ValidationHistory(loss, step)
         return replace(self, evaluations_since_best=self.evaluations_since_best + 1)
@@ -41,7 +44,10 @@ class ValidationHistory:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The progress of a run. ``seed`` and ``samples`` determine data order and dropout, so no RNG state is stored."""
+    """The progress of a run.
+
+    A checkpoint needs no random generator state, because ``seed`` and ``samples`` determine the data order and dropout.
+    """
 
     step: NonNegativeInt  # finished optimizer steps, including skipped steps
     samples: NonNegativeInt  # samples that all ranks consumed: the position in the data order
@@ -58,7 +64,7 @@ class TrainingState:
 
 @dataclass(frozen=True, kw_only=True)
 class StateFile(TrainingState):
-    """All fields of ``state.json``."""
+    """The content of ``state.json``."""
 
     world_size: PositiveInt  # the world size of the run that wrote the checkpoint
     launch_id: str | None = None  # the id of the launch that wrote the checkpoint
@@ -70,7 +76,11 @@ _STATE_FILE_SCHEMA = TypeAdapter(StateFile)
 
 
 def read_state_file(folder: Path) -> StateFile:
-    """Read a checkpoint's ``state.json``, or raise CheckpointError if the file is missing or malformed."""
+    """Read the ``state.json`` of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing or malformed.
+    """
     path = folder / STATE_FILE
     content = read_json_object(path)
     try:
@@ -90,9 +100,9 @@ def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
 
 
 def config_section(content: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return a section of a stored config. Returns an empty dict if the section is missing or is not a dict.
+    """Return the section ``key`` of a stored config. Returns an empty dict if the section is missing or is not a dict.
 
-    Another version of this program may have written the config, so the config may be invalid here.
+    The config need not be valid, because another version of this program may have written it.
     """
     section = content.get(key)
     return section if isinstance(section, dict) else {}

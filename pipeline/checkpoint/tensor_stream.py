@@ -1,4 +1,4 @@
-"""Write a safetensors file with one tensor in memory at a time. The safetensors library needs all tensors in memory."""
+"""Write a safetensors file while only one tensor is in memory. The safetensors library needs all tensors in memory."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # the names in sa
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor to write. ``read`` returns the tensor when the file is written."""
+    """A tensor to write. ``read`` is called just before the tensor is written, and returns the tensor."""
 
     shape: list[int]
     dtype: torch.dtype  # the dtype in the file
@@ -32,21 +32,20 @@ TensorGroups = dict[str, dict[str, StreamedTensor]]  # weights or moments -> key
 
 
 def in_memory(tensor: Tensor) -> StreamedTensor:
-    """Wrap a tensor that is already in memory."""
+    """Return a ``StreamedTensor`` for a tensor that is already in memory."""
     return StreamedTensor(list(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def write_tensors(
     path: Path, tensors: dict[str, StreamedTensor], metadata: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Write and fsync a safetensors file with one tensor in memory at a time, then read the file back.
+    """Write and fsync a safetensors file, and read the file back. Only one tensor is in memory at a time.
 
-    The file contains the length of the header in 8 bytes, the header in JSON, and the elements of all tensors. The
-    tensors are sorted by key. If all tensors have the same dtype, the file is byte for byte equal to the file that the
-    safetensors library would write.
+    The file contains the length of the header (8 bytes), the header (JSON), and the elements of all tensors, sorted by
+    key. If all tensors have the same dtype, the safetensors library would write exactly the same bytes.
 
     Returns:
-        The entry for the file in a checkpoint's manifest: the size and the SHA-256 of the file.
+        The size and the SHA-256 of the file, as in a checkpoint's manifest.
 
     Raises:
         CheckpointError: the bytes in the file differ from the bytes that were written.

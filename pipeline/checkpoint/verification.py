@@ -31,10 +31,10 @@ Item = TypeVar("Item")
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return a description of the first problem of a checkpoint in one line. Returns None if the checkpoint is good.
+    """Return one line that describes the first problem of a checkpoint. Returns None if the checkpoint is good.
 
-    The checks are, in this order: the size and the hash of every file, ``state.json``, the headers of all tensor files,
-    and whether all weights and moments are finite.
+    This function checks, in this order: ``manifest.json``, the size and the hash of every file, ``state.json``, the
+    headers of all tensor files, and whether all weights and optimizer tensors are finite.
     """
     try:
         manifest = read_manifest(folder)
@@ -66,9 +66,12 @@ def _find_not_finite(path: Path) -> str | None:
 
 
 def find_size_damage(path: Path, entry: dict[str, Any]) -> str | None:
-    """Return a description of the problem if a file is a link, is missing, or has another size than in the manifest.
+    """Return a description of the problem if a file is missing, is a link, or has the wrong size.
 
-    Returns None if there is no such problem.
+    Otherwise, return None.
+
+    Args:
+        entry: the entry of the file in the manifest.
     """
     if path.is_symlink():
         return f"{path}: is a link, which may point outside the folder; expected a file"
@@ -93,7 +96,7 @@ def _find_file_damage(path: Path, entry: dict[str, Any]) -> str | None:
 def newest_good_checkpoint(run_folder: Path) -> Path | None:
     """Return the newest good checkpoint of a run. Returns None if there is no good checkpoint.
 
-    Logs a warning for each newer checkpoint that is damaged.
+    For each damaged checkpoint that is newer, a warning is logged.
     """
     for folder in reversed(list_checkpoints(run_folder)):
         problem = find_damage(folder)
@@ -104,9 +107,13 @@ def newest_good_checkpoint(run_folder: Path) -> Path | None:
 
 
 def locate_checkpoint(path: Path) -> Path:
-    """Return ``path`` if it is a good checkpoint, or the newest good checkpoint if ``path`` is a run folder.
+    """Return the checkpoint that a user means by a path.
 
-    Raises CheckpointError if ``path`` is damaged or contains no good checkpoint.
+    If ``path`` is a checkpoint folder, the result is ``path``. If ``path`` is a run folder, the result is the newest
+    good checkpoint of the run.
+
+    Raises:
+        CheckpointError: ``path`` is a damaged checkpoint, or contains no good checkpoint.
     """
     if (path / MANIFEST_FILE).is_file():
         if problem := find_damage(path):
@@ -122,7 +129,7 @@ def verify_checkpoints(path: Path, print_line: Callable[[str], None]) -> None:
     """Verify a checkpoint, or all checkpoints of a run, oldest first.
 
     Args:
-        print_line: a function that prints one line for each verified checkpoint, and at the end a line with the speed.
+        print_line: a function that prints a line. It is called once per checkpoint, and then once with the speed.
 
     Raises:
         CheckpointError: the path contains no checkpoint, or a checkpoint is damaged.

@@ -1,1 +1,1 @@
-"""The schema of the run config, and functions that load a config from JSON files and overrides."""
+"""Define the schema of the run config, and load a config from JSON files and overrides."""

@@ -1,4 +1,4 @@
-"""Check ``backend.deepspeed``, which contains DeepSpeed's own JSON, without importing DeepSpeed."""
+"""Check the section ``backend.deepspeed``, which contains DeepSpeed's own JSON config, without importing DeepSpeed."""
 
 import difflib
 import json
@@ -111,7 +111,7 @@ _TYPE_NAMES = {dict: "an object", bool: "true or false", int: "a whole number", 
 
 
 def find_mistakes(backend: BackendConfig) -> Iterator[tuple[str, str]]:
-    """Yield the config key of each mistake, and one line that explains the mistake."""
+    """Yield one pair per mistake in ``backend.deepspeed``: the config key, and one line that explains the mistake."""
     native = backend.deepspeed
     for key, mistake in (*_check_keys(native), *_check_zero(native.get("zero_optimization", {}))):
         yield f"backend.deepspeed.{key}", mistake
@@ -129,7 +129,7 @@ def find_mistakes(backend: BackendConfig) -> Iterator[tuple[str, str]]:
 
 
 def changes_of_numbers(backend: BackendConfig) -> list[str]:
-    """Return the keys of ``backend.deepspeed`` that make the results differ from those of other backends."""
+    """Return the keys of ``backend.deepspeed`` because of which the results can differ from those of other backends."""
 
     def value_of(key: str) -> Any:
         value: Any = backend.deepspeed
@@ -141,7 +141,10 @@ def changes_of_numbers(backend: BackendConfig) -> list[str]:
 
 
 def keys_of_deepspeed(content: dict[str, Any]) -> list[str]:
-    """Return the keys that identify a config file as DeepSpeed's own JSON. Returns an empty list for a run config."""
+    """Return the keys which show that a config file contains DeepSpeed's own JSON config.
+
+    Returns an empty list if the file is a run config.
+    """
     own = [key for key in content if key in (*PASSED_THROUGH, *OWNED_BY_RUN, *MONITORS)]
     sections = [key for key in content if key in Config.model_fields and key not in OWNED_BY_RUN]
     return [] if sections else [key for key in own if key not in Config.model_fields]

@@ -1,8 +1,8 @@
-"""Build one validated :class:`~pipeline.config.schema.Config` from JSON files and ``--set`` overrides.
+"""Load a :class:`~pipeline.config.schema.Config` from JSON files and ``--set`` overrides, and validate it.
 
-Later files override earlier files, and ``--set`` overrides all files. All mistakes are reported together in one
-:class:`ConfigError`, whose message is one line. For each mistake, the message contains the dotted key, the file that
-set this key, and what is expected. For an unknown key, it also contains the nearest valid key.
+Later files override earlier files, and ``--set`` overrides all files. If the config has mistakes, one
+:class:`ConfigError` reports all of them in one line. For each mistake, the line contains the dotted key, the file that
+sets the key, and what is expected. For an unknown key, it also suggests the most similar valid key.
 """
 
 import difflib
@@ -40,12 +40,13 @@ _LONGEST_VALUE = 80  # the most characters of a wrong value that a message shows
 def load_config(
     files: Sequence[str | Path], overrides: Sequence[str] = (), deepspeed: str | Path | None = None
 ) -> Config:
-    """Read, merge and validate a run config.
+    """Read config files, merge them into one run config, and validate it.
 
     Args:
         files: JSON files, or names of shipped configs such as ``zero1``. Later files override earlier files.
         overrides: texts of the form ``section.key=value``. A value that is not valid JSON is used as a string.
-        deepspeed: a file with DeepSpeed's own JSON. It is merged over the section ``backend.deepspeed`` of ``files``.
+        deepspeed: a file with DeepSpeed's own JSON config. Its keys override the keys of ``backend.deepspeed`` in
+            ``files``.
 
     Raises:
         ConfigError: a file or an override cannot be read, or the merged config is not valid.
@@ -57,11 +58,11 @@ def load_config(
 def load_config_with_origins(
     files: Sequence[str | Path], overrides: Sequence[str] = (), deepspeed: str | Path | None = None
 ) -> tuple[Config, dict[str, str]]:
-    """Load a config like ``load_config``, and also return where each key was set.
+    """Load a config as ``load_config`` does, and also return where each key was set.
 
     Returns:
-        The config, and a dict from dotted keys to their origins. The origin of a key is the last file that sets it, or
-        ``--set``. A key that nothing sets is not in the dict.
+        The config, and a dict that maps each dotted key to its origin. The origin is the last file that sets the key,
+        or ``--set``. Keys that have their default values because nothing sets them are not in the dict.
     """
     paths = [find_config(file) for file in files]
     sources = [(partial(_read_run_config, path), str(path)) for path in paths]
@@ -80,10 +81,10 @@ def load_config_with_origins(
 
 
 def config_from_json(content: dict[str, Any], origin: str) -> Config:
-    """Validate a resolved config, for example the config in a checkpoint.
+    """Build a config from a resolved config in JSON, for example from the config in a checkpoint.
 
     Args:
-        origin: the file that contains the config, for error messages.
+        origin: the path of the file that contains the config. Error messages name it.
 
     Raises:
         ConfigError: the config is not valid.
@@ -93,12 +94,15 @@ def config_from_json(content: dict[str, Any], origin: str) -> Config:
 
 
 def dump_config(config: Config) -> dict[str, Any]:
-    """Return the resolved config as plain JSON values, which ``load_config`` accepts unchanged."""
+    """Return a config as JSON values, with all defaults filled in. ``load_config`` accepts a file with these values."""
     return config.model_dump(mode="json")
 
 
 def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key of the schema, including the sections. ``*`` stands for the index of a list item."""
+    """Yield all dotted keys of the schema, including the keys of the sections.
+
+    ``*`` in a key means any index of a list.
+    """
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"
         for inner in _sections_in(field.annotation):

@@ -1,4 +1,4 @@
-"""Find the files and folders that a run config names."""
+"""Find the files and folders whose paths are in a run config."""
 
 from pathlib import Path
 
@@ -8,17 +8,17 @@ from pipeline.config.schema import Config, RunConfig
 
 
 def with_working_dir(config: Config) -> Config:
-    """Set ``run.working_dir`` to the current folder if the config does not have this key yet."""
+    """Return a config in which ``run.working_dir`` is set. If the config has no value, the current folder is used."""
     run = config.run.model_copy(update={"working_dir": config.run.working_dir or str(Path.cwd())})
     return config.model_copy(update={"run": run})
 
 
 def find_path(path: str, run: RunConfig) -> str:
-    """Return the path at which a file or folder that a config names is found. A URL is returned unchanged.
+    """Find a file or folder whose path is in a config, and return the path that exists. A URL is returned unchanged.
 
-    The function looks for a relative path in the current folder, and then in the folder in which the run was started. A
-    run can therefore be evaluated and continued from any folder. If both folders are the same, the path is returned
-    even if nothing exists there.
+    A relative path is first searched in the current folder, and then in the folder in which the run was started. A run
+    can therefore be evaluated and resumed from any folder. If the two folders are the same, the path is returned
+    without checking that it exists.
 
     Raises:
         DataError: the two folders differ, and the path exists in neither of them.

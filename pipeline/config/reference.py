@@ -1,4 +1,4 @@
-"""Write ``docs/config.md`` from the schema: ``python -m pipeline.config.reference > docs/config.md``."""
+"""Generate ``docs/config.md`` from the schema: ``python -m pipeline.config.reference > docs/config.md``."""
 
 import json
 import textwrap
@@ -21,7 +21,7 @@ Do not edit this page. Change the schema in `pipeline/config/schema.py`, then ru
 
 
 def config_reference() -> str:
-    """Return all keys with their defaults and meanings as Markdown."""
+    """Return a Markdown page with all config keys, their defaults and their meanings."""
     defaults = dump_config(Config())
     lines = [_INTRODUCTION]
     for name, field in Config.model_fields.items():

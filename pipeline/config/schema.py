@@ -1,8 +1,7 @@
-"""The schema of a run config. Its defaults are the GPT-2 124M recipe.
+"""Define the schema of the run config. The default values are the recipe for GPT-2 124M.
 
-Every setting of a run has its default and its meaning here, and nowhere else. ``pipeline.config.loading`` builds a
-:class:`Config` from JSON files and ``--set`` overrides; ``pipeline.config.reference`` turns the schema into
-``docs/config.md``.
+The default and the meaning of every setting are defined only here. ``pipeline.config.loading`` builds a :class:`Config`
+from JSON files and ``--set`` overrides. ``pipeline.config.reference`` generates ``docs/config.md`` from the schema.
 """
 
 from __future__ import annotations
@@ -70,7 +69,10 @@ MODEL_PRESETS: dict[Preset, dict[str, int]] = {
 
 
 class Section(BaseModel):
-    """A section of the config. Sections are immutable, refuse unknown keys, and do not convert "3" to 3."""
+    """The base class of all sections of the config.
+
+    A section is immutable, refuses unknown keys, and does not convert texts such as "3" to numbers.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -86,7 +88,7 @@ def _number_as_text(given: Any) -> Any:
 
 
 class RunConfig(Section):
-    """The name of the run, its output folder, and how the run computes."""
+    """The name and output folder of the run, and settings for the computation."""
 
     name: str = Field("gpt2", description="Name of the run in logs and TensorBoard.")
     out_dir: PathText = Field("runs/gpt2", description="Run folder for metrics, checkpoints and results.")
@@ -99,45 +101,50 @@ class RunConfig(Section):
     )
     compile: Annotated[Literal["auto", True, False], BeforeValidator(_number_as_text)] = Field(
         "auto",
-        description="Compile model and loss with torch.compile. `auto` compiles if a compiler works, on CUDA always "
-        "and on a CPU if the run takes more than ten minutes at the measured time of a step.",
+        description="Compile model and loss with torch.compile. `auto` compiles on CUDA, and on a CPU if the "
+        "run will take more than ten minutes. If no compiler works, the model is not compiled.",
     )
     working_dir: NonEmptyText | None = Field(
         None,
-        description="Folder in which the run was started (set by the program). Data that is missing at a relative path "
-        "is looked for there.",
+        description="Folder in which the run was started (set by the program). If a relative path of data does "
+        "not exist in the current folder, it is searched in this folder.",
     )
     rank_timeout_s: PositiveInt = Field(
-        60, description="Seconds without a heartbeat, or without progress, after which the run ends and names the rank."
+        60,
+        description="If a rank sends no heartbeat or makes no progress for this number of seconds, the run ends "
+        "and names the rank.",
     )
 
     @property
     def compiles(self) -> bool:
-        """Whether the model is compiled. ``auto`` counts as False until ``choose_compilation`` replaces it."""
+        """Return whether torch.compile compiles the model. Returns False if ``compile`` is still ``auto``."""
         return self.compile is True
 
 
 class ModelConfig(Section):
-    """The architecture: a preset, and the sizes that differ from the preset."""
+    """The architecture of the model: a preset, and sizes that replace sizes of the preset."""
 
     preset: Preset = Field("gpt2", description="The preset for all sizes that the config does not set.")
     n_layer: PositiveInt = Field(description="Number of transformer blocks.")
     n_head: PositiveInt = Field(description="Number of attention heads. It must divide n_embd.")
     n_embd: PositiveInt = Field(description="Width of the residual stream.")
-    context_length: PositiveInt = Field(description="Number of learned positions, in tokens.")
+    context_length: PositiveInt = Field(
+        description="Number of learned position embeddings, which is the longest context in tokens."
+    )
     vocab_size: PositiveInt = Field(
         GPT2_VOCAB_SIZE, description="Vocabulary size of the tokenizer. The model pads it to a multiple of 128."
     )
     dropout: Fraction = Field(0.0, description="Dropout of embeddings, attention weights and residual branches.")
     reset_positions_at: NonNegativeInt | None = Field(
         None,
-        description="Token at which positions restart from 0 (GPT-2's end of text is 50256), in training, evaluation "
-        "and generation. Attention still includes earlier tokens. With `null`, positions never restart in a window.",
+        description="Token id at which positions restart from 0 in training, evaluation and generation (50256 "
+        "is GPT-2's end of text). Attention still includes earlier tokens. If `null`, positions "
+        "never restart inside a window.",
     )
     activation_checkpointing: bool | PositiveInt = Field(
         False,
-        description="Recompute blocks in the backward pass instead of keeping their activations: `true` for every "
-        "block, n for the first of every n blocks.",
+        description="Recompute the activations of some blocks in the backward pass instead of keeping them: "
+        "`true` for all blocks, a number n for the first of every n blocks.",
     )
 
     @model_validator(mode="before")
@@ -176,7 +183,7 @@ class ModelConfig(Section):
         return self
 
     def recomputes_block(self, index: int) -> bool:
-        """Return whether the backward pass recomputes the block with this index instead of keeping its activations."""
+        """Return whether the backward pass recomputes the activations of the block with this index."""
         every = int(self.activation_checkpointing)
         return every > 0 and index % every == 0
 
@@ -184,7 +191,7 @@ class ModelConfig(Section):
 class TokenizeConfig(Section):
     """The options with which ``launch/run.py`` starts ``launch/tokenize_corpus.py``.
 
-    null means the default of ``launch/tokenize_corpus.py``.
+    If a value is null, ``launch/tokenize_corpus.py`` uses its own default.
     """
 
     source: SourceKind = Field("fineweb-edu", description="Kind of source of the documents.")
@@ -196,12 +203,13 @@ class TokenizeConfig(Section):
         None, description="`exact` leaves out every document that is equal to an earlier document."
     )
     on_bad_rows: BadRows | None = Field(
-        None, description="`skip` leaves out and reports rows that cannot be read, `stop` ends with the first one."
+        None,
+        description="`skip` leaves out rows that cannot be read, and reports them. `stop` ends at the first such row.",
     )
     workers: PositiveInt | None = Field(None, description="Number of encoding processes.")
     limit_documents: PositiveInt | None = Field(None, description="Largest number of documents to tokenize.")
     limit_bytes: PositiveInt | None = Field(
-        None, description="Stop after the document that reaches this total of bytes in UTF-8."
+        None, description="Stop after the document with which the texts reach this number of UTF-8 bytes."
     )
 
 
@@ -221,7 +229,7 @@ class MixtureComponent(Section):
 
 
 class DataConfig(Section):
-    """The tokens to train on."""
+    """The token shards to train on."""
 
     path: PathText | None = Field("data/fineweb-edu", description="A folder with a manifest.json.")
     mixture: list[MixtureComponent] | None = Field(
@@ -232,7 +240,7 @@ class DataConfig(Section):
     )
     seq_len: PositiveInt | None = Field(None, description="Tokens per sample (default: model.context_length).")
     verify: bool = Field(
-        True, description="Check the hash of every shard before training. Each rank checks a share of the shards."
+        True, description="Check the hash of every shard before training. Each rank checks some of the shards."
     )
 
     @model_validator(mode="before")
@@ -258,7 +266,7 @@ class DataConfig(Section):
 
     @property
     def components(self) -> list[MixtureComponent]:
-        """The datasets of the mixture, or the dataset at ``path`` alone."""
+        """Return the datasets of the mixture. If there is no mixture, return the one dataset at ``path``."""
         if self.mixture is not None:
             return self.mixture
         assert self.path is not None
@@ -266,16 +274,18 @@ class DataConfig(Section):
 
 
 class BatchConfig(Section):
-    """The batch size in tokens. The number of micro-steps follows from the batch size and the world size."""
+    """The batch size. The number of micro-steps is computed from these values and the world size."""
 
-    tokens_per_step: PositiveInt = Field(524_288, description="Target tokens per optimizer step over all ranks.")
+    tokens_per_step: PositiveInt = Field(
+        524_288, description="Target tokens per optimizer step, on all ranks together."
+    )
     micro_batch_size: PositiveInt = Field(16, description="Sequences per rank and micro-step.")
 
 
 class MuonConfig(Section):
-    """The settings of Muon for the matrices of the blocks. AdamW updates embeddings, biases and LayerNorm weights."""
+    """Settings for Muon, which updates the matrices of the transformer blocks."""
 
-    momentum: Fraction = Field(0.95, description="Decay rate of the mean of the gradients.")
+    momentum: Fraction = Field(0.95, description="Decay rate of the running mean of the gradients.")
     nesterov: bool = Field(True, description="Add the newest gradient to the momentum once more (Nesterov momentum).")
     iterations: PositiveInt = Field(5, le=20, description="Newton-Schulz iterations that orthogonalize a matrix.")
     split_qkv: bool = Field(
@@ -284,7 +294,7 @@ class MuonConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW, or Muon with AdamW. Weight decay applies to tensors with two or more dimensions."""
+    """The optimizer. Weight decay applies only to tensors with two or more dimensions."""
 
     name: Literal["adamw", "muon"] = Field(
         "adamw",
@@ -304,7 +314,10 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """The learning rate over the steps of a run. The defaults train on 10B tokens at the default batch."""
+    """The learning rate schedule and the length of the run.
+
+    The default run trains on 10B tokens with the default batch size.
+    """
 
     name: Literal["cosine", "wsd", "linear", "constant"] = Field(
         "cosine",
@@ -328,12 +341,12 @@ class ScheduleConfig(Section):
     )
 
     stop_at_val_loss: PositiveFloat | None = Field(
-        None, description="End the run after an evaluation with at most this validation loss. `null`: do not."
+        None, description="End the run after an evaluation with this validation loss or less. `null` turns this off."
     )
     stop_after_evaluations: PositiveInt | None = Field(
         None,
-        description="End the run after this many evaluations in a row without a new lowest validation loss. `null`: do "
-        "not.",
+        description="End the run if this number of evaluations in a row gives no new lowest validation loss. "
+        "`null` turns this off.",
     )
 
     @model_validator(mode="after")
@@ -355,7 +368,7 @@ class ScheduleConfig(Section):
 
     @property
     def decay_start(self) -> int:
-        """The step at which the learning rate begins to fall, or ``max_steps`` if it never falls."""
+        """Return the step at which the learning rate begins to fall, or ``max_steps`` if it never falls."""
         if self.name == "constant":
             return self.max_steps
         if self.name == "wsd":
@@ -373,28 +386,28 @@ class ScheduleConfig(Section):
 
 
 class DdpConfig(Section):
-    """DistributedDataParallel: every rank has all weights, and gradients are all-reduced."""
+    """Settings for DDP, which keeps all weights on every rank and all-reduces the gradients."""
 
     bucket_cap_mb: PositiveInt = Field(25, description="Size of a gradient bucket in MiB.")
 
 
 class FsdpConfig(Section):
-    """FSDP2 (``fully_shard``): the weights, gradients and moments of each block are sharded over the ranks."""
+    """Settings for FSDP2 (``fully_shard``), which shards the weights, gradients and optimizer state of each block."""
 
     reshard_after_forward: bool = Field(
         True,
-        description="Free a block's gathered weights after its forward pass. With `false`, a step gathers each weight "
-        "once.",
+        description="Free a block's gathered weights after its forward pass. If `false`, a step gathers each "
+        "weight only once.",
     )
 
 
 class BackendConfig(Section):
-    """The library that distributes the training. The choice of the library does not change the results."""
+    """The library that distributes the training. All libraries give the same results."""
 
     name: Literal["ddp", "fsdp", "deepspeed"] = Field("ddp", description="The library.")
     ddp: DdpConfig = DdpConfig()
     fsdp: FsdpConfig = FsdpConfig()
-    deepspeed: dict[str, Any] = Field({}, description="Native DeepSpeed JSON, passed on to DeepSpeed.")
+    deepspeed: dict[str, Any] = Field({}, description="DeepSpeed's own JSON config, which is passed to DeepSpeed.")
     allow_different_numbers: bool = Field(
         False,
         description="Accept keys of `backend.deepspeed` that change the results, such as quantized communication. The "
@@ -403,26 +416,26 @@ class BackendConfig(Section):
 
     @property
     def zero(self) -> dict[str, Any]:
-        """The section ``zero_optimization`` of DeepSpeed's JSON."""
+        """Return the section ``zero_optimization`` of DeepSpeed's JSON config."""
         return dict(self.deepspeed.get("zero_optimization", {}))
 
     @property
     def zero_stage(self) -> int:
-        """The ZeRO stage, 0 to 3."""
+        """Return the ZeRO stage, 0 to 3."""
         return int(self.zero.get("stage", 0))
 
     @property
     def is_replicated(self) -> bool:
-        """Whether every rank holds the whole optimizer state, as under DDP and ZeRO-0."""
+        """Return whether every rank holds the whole optimizer state. This is so under DDP and ZeRO-0."""
         return self.name == "ddp" or (self.name == "deepspeed" and self.zero_stage == 0)
 
     def offloads(self, what: Literal["optimizer", "param"]) -> bool:
-        """Return whether DeepSpeed keeps the optimizer's state or the parameters outside the device."""
+        """Return whether DeepSpeed offloads the optimizer state or the parameters from the device."""
         return bool(self.zero.get(f"offload_{what}", {}).get("device", "none") != "none")
 
 
 class CheckpointConfig(Section):
-    """The settings for saving, keeping and resuming from checkpoints."""
+    """Settings for saving checkpoints, deleting old checkpoints, and starting from a checkpoint."""
 
     every_steps: PositiveInt = Field(1000, description="Steps between checkpoints. The last step is always saved.")
     keep_last: PositiveInt = Field(
@@ -445,9 +458,9 @@ class CheckpointConfig(Section):
     )
     init_from: PathText | None = Field(
         None,
-        description="Weights to start a new run from: a run folder, a checkpoint, a Hugging Face folder, or a file of "
-        "nanoGPT. The step, the moments, the schedule and the data start from the beginning. Not read once the run has "
-        "checkpoints of its own.",
+        description="Start a new run from the weights at this path: a run folder, a checkpoint, a Hugging Face "
+        "folder, or a nanoGPT file. Step count, optimizer state, schedule and data start from the "
+        "beginning. The weights are not loaded again when the run resumes from its own checkpoints.",
     )
     asynchronous: bool = Field(
         True, description="Copy the state to host memory and write the copy while training continues."
@@ -464,21 +477,21 @@ class CheckpointConfig(Section):
 
 
 class GuardConfig(Section):
-    """The reaction to bad steps. A step whose loss or gradient is not finite is always skipped."""
+    """The limits for bad steps. A step with a NaN or infinite gradient is always skipped."""
 
     max_bad_steps: PositiveInt = Field(10, description="Number of skipped steps in a row after which the run stops.")
     spike_zscore: PositiveFloat | None = Field(
         None,
-        description="A step is a spike if its loss or gradient norm is more than this number of standard deviations "
-        "above the mean of the last steps. After a spike, the run continues from the last checkpoint and leaves the "
-        "batch out. `null` turns this off.",
+        description="A step is a spike if its loss or gradient norm is more than this number of standard "
+        "deviations above the mean of the last steps. After a spike, the run continues from the "
+        "last checkpoint and skips the samples of the spike. `null` turns this off.",
     )
-    spike_window: int = Field(100, ge=10, description="Number of previous steps that a step is compared with.")
+    spike_window: int = Field(100, ge=10, description="Number of previous steps with which a step is compared.")
     max_rollbacks: NonNegativeInt = Field(5, description="Number of spikes after which the next spike stops the run.")
 
 
 class EvaluationConfig(Section):
-    """The validation and the evaluation tasks during training."""
+    """Settings for the validation and the evaluation tasks during training."""
 
     every_steps: PositiveInt = Field(
         250, description="Steps between evaluations. A run also evaluates before the first and after the last step."
@@ -493,7 +506,8 @@ class EvaluationConfig(Section):
     )
     max_batches: PositiveInt | None = Field(
         40,
-        description="Validation batches over all ranks, spread evenly over the split. `null` uses the whole split.",
+        description="Largest number of validation batches on all ranks together. They are spread evenly over "
+        "the split. `null` uses the whole split.",
     )
     max_examples: PositiveInt | None = Field(
         500, description="Largest number of examples per task, from the beginning. `null` uses all examples."
@@ -512,7 +526,7 @@ class EvaluationConfig(Section):
 
 
 class LoggingConfig(Section):
-    """The rows, events and profiles that a run writes during training."""
+    """Settings for the metrics, TensorBoard events and profiles that a run writes during training."""
 
     every_steps: PositiveInt = Field(10, description="Optimizer steps between logged rows.")
     tensorboard: bool = Field(True, description="Write TensorBoard event files into the run folder.")
@@ -524,7 +538,7 @@ class LoggingConfig(Section):
 
 
 class SampleConfig(Section):
-    """The settings for completions in evaluations (``evaluation.sample``) and at the end of ``launch/run.py``.
+    """Settings for the completions that a run generates in evaluations and at the end of ``launch/run.py``.
 
     These settings are also the defaults of ``launch/generate.py``.
     """
@@ -539,8 +553,8 @@ class SampleConfig(Section):
         None,
         gt=0,
         le=1,
-        description="Sample from the fewest most likely tokens whose probabilities sum to at least this number. `null` "
-        "samples from all tokens.",
+        description="Sample from the smallest set of most likely tokens whose probabilities sum to at least "
+        "this number. `null` samples from all tokens.",
     )
     stop: list[NonEmptyText] = Field([], description="The completion ends before the first of these texts.")
 
@@ -564,7 +578,7 @@ class Config(Section):
 
     @property
     def seq_len(self) -> int:
-        """The number of tokens per sample."""
+        """Return the number of tokens per sample."""
         return self.data.seq_len or self.model.context_length
 
     @model_validator(mode="after")
@@ -589,7 +603,7 @@ class Config(Section):
 
     @property
     def keys_that_need_validation(self) -> list[str]:
-        """The keys that are set and have an effect only if the run measures the validation loss."""
+        """Return the keys in use that have an effect only if the run measures the validation loss."""
         is_given = {
             "schedule.stop_at_val_loss": self.schedule.stop_at_val_loss is not None,
             "schedule.stop_after_evaluations": self.schedule.stop_after_evaluations is not None,

@@ -1,4 +1,4 @@
-"""Find the run configs that come with the program by their names, such as ``zero1``."""
+"""Find the run configs in the folder ``ds_configs`` by their names, such as ``zero1``."""
 
 from pathlib import Path
 
@@ -7,16 +7,15 @@ _IN_WHEEL = Path(__file__).resolve().parent / "shipped"  # setup.py copies the c
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return the paths of the configs in ``ds_configs`` by name, in alphabetical order."""
+    """Return a dict from the names of the configs in ``ds_configs`` to their paths, in alphabetical order."""
     folder = _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_CHECKOUT
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
 
 
 def find_config(name: str | Path) -> Path:
-    """Return the path of a config, which is a file or the name of a shipped config.
+    """Return the path of a config, given the path of a file or the name of a shipped config.
 
-    If a file has this name, its path is returned. If there is neither a file nor a shipped config with this name, the
-    name itself is returned as a path.
+    If both exist, the file is used. If neither exists, ``name`` itself is returned as a path.
     """
     path = Path(name)
     return path if path.is_file() else shipped_configs().get(str(name), path)

@@ -1,1 +1,1 @@
-"""Token shards to micro-batches: datasets, mixtures, sample order, loaders."""
+"""Turn token shards into micro-batches: open the datasets, mix them, order the samples, and load the micro-batches."""

@@ -1,4 +1,4 @@
-"""Derive gradient accumulation from a batch in tokens and the world size."""
+"""Compute the number of gradient accumulation steps from the number of tokens per optimizer step and the world size."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,10 @@ from pipeline.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The division of one optimizer step into micro-batches and ranks."""
+    """The sizes of an optimizer step.
+
+    A step consists of micro-steps, in each of which every rank computes a micro-batch.
+    """
 
     micro_batch_size: int  # sequences per rank and micro-step
     seq_len: int  # tokens per sequence
@@ -17,12 +20,12 @@ class BatchPlan:
 
     @property
     def samples_per_step(self) -> int:
-        """Sequences per optimizer step over all ranks."""
+        """Return the number of sequences per optimizer step, on all ranks together."""
         return self.micro_batch_size * self.accumulation * self.world_size
 
     @property
     def tokens_per_step(self) -> int:
-        """Target tokens per optimizer step over all ranks."""
+        """Return the number of target tokens per optimizer step, on all ranks together."""
         return self.samples_per_step * self.seq_len
 
     def __str__(self) -> str:
@@ -33,10 +36,11 @@ class BatchPlan:
 
 
 def plan_batch(config: Config, world_size: int) -> BatchPlan:
-    """Derive the number of micro-steps from the batch in tokens.
+    """Compute the number of micro-steps per optimizer step from ``batch.tokens_per_step``.
 
-    Raises ConfigError if ``batch.tokens_per_step`` is not a multiple of the tokens of one micro-step on all ranks. The
-    message contains valid batch sizes.
+    Raises:
+        ConfigError: ``batch.tokens_per_step`` is not a multiple of the tokens of one micro-step on all ranks. The
+            message suggests values that work.
     """
     batch, seq_len = config.batch, config.seq_len
     unit = batch.micro_batch_size * seq_len * world_size

@@ -1,4 +1,4 @@
-"""The datasets of a run: open them, check them against the model and each other, hash and verify them."""
+"""Open the datasets of a run, check that they fit the model and each other, and compute and verify their hashes."""
 
 import logging
 import time
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """An opened dataset of a run."""
+    """A dataset of a run. Its token shards are open."""
 
     name: str  # in metrics
     path: str
@@ -32,11 +32,14 @@ class TokenDataset:
 
 
 def open_datasets(config: Config) -> tuple[TokenDataset, ...]:
-    """Open the dataset at ``data.path``, or the datasets of ``data.mixture``. ``find_path`` determines their paths.
+    """Open the dataset at ``data.path``, or the datasets of ``data.mixture``.
+
+    The paths can be relative; see ``find_path``.
 
     Raises:
         DataError: a dataset cannot be used.
-        ConfigError: the tokenizer of a dataset does not match the model, or the datasets have different tokenizers.
+        ConfigError: the tokenizer of a dataset does not match the model, the datasets have different tokenizers, or the
+            config needs a validation loss and no dataset has a validation split.
     """
     datasets = tuple(_open_dataset(component, config) for component in config.data.components)
     if (keys := config.keys_that_need_validation) and not any(dataset.validation for dataset in datasets):
@@ -60,7 +63,7 @@ def _open_dataset(component: MixtureComponent, config: Config) -> TokenDataset:
 
 
 def check_same_vocabulary(stream: TokenStream, model: ModelConfig, path: str) -> None:
-    """Raise ConfigError if the dataset and the model differ in the vocabulary size or the end-of-text token."""
+    """Raise ConfigError if a dataset and a model have different vocabulary sizes or different end-of-text tokens."""
     tokenizer = stream.manifest.tokenizer
     if tokenizer.vocab_size != model.vocab_size:
         raise ConfigError(
@@ -87,11 +90,10 @@ def _check_same_tokenizer(first: TokenDataset, other: TokenDataset) -> None:
 
 
 def data_sha256(datasets: Sequence[TokenDataset]) -> str:
-    """Return the hash by which a checkpoint recognizes its data.
+    """Return a hash of the datasets. A checkpoint stores it to detect later whether the data has changed.
 
-    For one dataset, this is the hash of the contents of its manifest. For a mixture, it is a hash of all manifests and
-    of the shares of the datasets. The hash does not depend on the time at which the data was tokenized, or on the
-    versions of the packages.
+    For one dataset, the hash is computed from the manifest. For a mixture, it is computed from all manifests and the
+    weights of the datasets. The hash does not depend on when the data was tokenized, or with which package versions.
     """
     manifests = [dataset.train.manifest.content_sha256() for dataset in datasets]
     if len(datasets) == 1:
@@ -101,7 +103,9 @@ def data_sha256(datasets: Sequence[TokenDataset]) -> str:
 
 
 def verify_datasets(datasets: Sequence[TokenDataset], world: World) -> None:
-    """Raise DataError if a shard's hash differs from the hash in the manifest. Each rank hashes a share of the shards.
+    """Raise DataError if the hash of a shard differs from the hash in the manifest.
+
+    Each rank checks some of the shards.
 
     This call is collective: every rank must make it.
     """

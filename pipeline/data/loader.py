@@ -1,8 +1,9 @@
-"""Read the micro-batches of this rank from token shards, for training steps and for the validation.
+"""Read the micro-batches of one rank from token shards, for training and for validation.
 
-A sample is a window of ``seq_len`` inputs and their targets. The target of an input is the token after it. The windows
-cover the whole split without gaps, across shard boundaries, so the size of the shards does not change the data. A
-target is scored if its entry in the mask is 1. Without a mask, every target is scored.
+A sample is a window of ``seq_len`` input tokens and their targets. The target of an input token is the next token. The
+windows cover a split without gaps. A window can cross from one shard to the next, so the samples do not depend on the
+size of the shards. If the split has a loss mask, a target is scored if its mask value is 1. Otherwise, every target is
+scored.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ COUNTED_AT_ONCE = 2**24  # entries of a mask
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The samples of one rank in one micro-step, in host memory."""
+    """The samples that one rank processes in one micro-step. The tensors are in host memory."""
 
     first_sample: int  # the global index, from which the seed of dropout is derived
     tokens: Tensor  # (B, T + 1) uint16
@@ -38,22 +39,25 @@ class MicroBatch:
 
     @property
     def scored_targets(self) -> int:
-        """The number of targets that enter the loss."""
+        """Return the number of targets that count in the loss."""
         B, width = self.tokens.shape
         return B * (width - 1) if self.target_mask is None else int(self.target_mask.sum())
 
     def pinned(self) -> MicroBatch:
-        """Return a copy in pinned memory. Copies from pinned memory to a GPU are asynchronous.
+        """Return a copy in pinned memory, which can be copied to a GPU asynchronously.
 
-        PyTorch reuses pinned memory only after all copies from this memory have finished.
+        The result can be freed during such a copy, because PyTorch reuses pinned memory only after the copy has
+        finished.
         """
         mask = self.target_mask
         return replace(self, tokens=self.tokens.pin_memory(), target_mask=None if mask is None else mask.pin_memory())
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets, (B, T) int64 on the device. Targets that are not scored are ``IGNORE_INDEX``.
+        """Return inputs and targets on the device, both int64 of shape (B, T).
 
-        The tokens are copied to the device once, as uint16. Inputs and targets are made from this copy on the device.
+        Targets that are not scored are ``IGNORE_INDEX``.
+
+        The tokens are copied to the device as uint16. The inputs and the targets are then created on the device.
         """
         tokens = copy_to(self.tokens, device).long()
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -63,11 +67,11 @@ class MicroBatch:
 
 
 class TrainLoader:
-    """Reads one rank's micro-batches of a step.
+    """Reads the micro-batches that one rank processes in a step.
 
-    The micro-batches depend only on the seed and on the number of samples that were consumed before the step. If B is
-    the size of a micro-batch, micro-batch j of a step contains the samples [jB, (j+1)B) of the step. The rank j mod
-    world size reads it. The samples of a step and of each micro-batch are therefore the same at every world size.
+    The samples of a step depend only on the seed and on the number of samples before the step, and not on the world
+    size. If B is the size of a micro-batch, micro-batch j of a step contains the samples jB to (j+1)B - 1 of the step.
+    The rank j mod world_size processes micro-batch j.
     """
 
     def __init__(self, datasets: Sequence[TokenDataset], plan: BatchPlan, seed: int, rank: int) -> None:
@@ -82,10 +86,10 @@ class TrainLoader:
         self.orders = [SampleOrder(self._count_windows(index), seeds[index]) for index in range(len(datasets))]
 
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of one step.
+        """Return the micro-batches that this rank processes in one step.
 
         Args:
-            consumed: the number of samples before the step, which is the index of the step's first sample.
+            consumed: the number of samples before the step. This is also the index of the first sample of the step.
 
         Raises:
             DataError: a shard contains an invalid token or mask value.
@@ -134,7 +138,10 @@ class TrainLoader:
 
 
 def suggest_batch(tokens: int, plan: BatchPlan) -> str:
-    """Return advice for a split that is too small: the settings with which ``tokens`` tokens are enough for a step."""
+    """Return advice for a split that has too few samples for one step.
+
+    The advice names settings with which a split of ``tokens`` tokens is large enough.
+    """
     windows = (tokens - 1) // plan.seq_len
     if windows < plan.world_size:
         longest = (tokens - 1) // plan.world_size
@@ -150,10 +157,10 @@ def suggest_batch(tokens: int, plan: BatchPlan) -> str:
 
 
 class Prefetcher:
-    """Returns the micro-batches of a step, and reads the micro-batches of the next step in a thread.
+    """Reads the micro-batches of the next step in a thread while the current step is computed.
 
-    The tokens of two steps are in memory. A caller may request any step. If this step is not the one that was read
-    ahead, its samples are read during the call.
+    The tokens of two steps are in memory. If a caller requests any other step than the next one, the call reads this
+    step and waits for it.
     """
 
     def __init__(self, loader: TrainLoader, device: torch.device) -> None:
@@ -163,7 +170,10 @@ class Prefetcher:
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
-        """Return the result of :meth:`TrainLoader.micro_batches`. Raise an error if reading in the thread raised it."""
+        """Return the result of :meth:`TrainLoader.micro_batches`.
+
+        If the thread has raised an error, this call raises it.
+        """
         ahead, self._ahead = self._ahead, None
         batches = ahead[1].result() if ahead and ahead[0] == consumed else self._read(consumed)
         following = consumed + self._loader.plan.samples_per_step
@@ -171,7 +181,7 @@ class Prefetcher:
         return batches
 
     def close(self) -> None:
-        """End the thread, and drop the micro-batches that were read ahead."""
+        """Stop the thread, and discard the micro-batches of the next step."""
         self._ahead = None
         self._thread.shutdown(cancel_futures=True)
 
@@ -186,15 +196,16 @@ class Prefetcher:
 def validation_batches(
     stream: TokenStream, seq_len: int, batch_size: int, rank: int, world_size: int, max_batches: int | None = None
 ) -> Iterator[MicroBatch]:
-    """Yield this rank's validation batches, with their windows in the order of the split.
+    """Yield the validation batches of this rank, in the order of the split.
 
-    Unless ``max_batches`` limits their number, the batches of all ranks together contain each target of the split once.
-    Every rank gets the same number of batches, because forward passes are collective under FSDP and ZeRO-3. The last
-    batches are filled up with padding, which is not scored.
+    If ``max_batches`` is None, the batches of all ranks together contain each target of the split once. Every rank gets
+    the same number of batches, because forward passes are collective under FSDP and ZeRO-3. For this purpose, the last
+    batches are filled with padding, which is not scored.
 
     Args:
         max_batches: the maximum number of batches of all ranks together, or None. If the split has more windows than
-            these batches can contain, the batches contain windows that are spread evenly over the split.
+            fit into this number of batches, the batches contain a selection of windows that are spread evenly over the
+            split.
     """
     windows = -(-(stream.tokens - 1) // seq_len)
     chosen = np.arange(windows, dtype=np.int64)
@@ -207,7 +218,7 @@ def validation_batches(
 
 
 def scored_targets(stream: TokenStream, seq_len: int) -> IndexArray:
-    """Return the number of scored targets of each window of a split with a mask, int64 of shape (windows,).
+    """Return the number of scored targets in each window of a split that has a loss mask, int64 of shape (windows,).
 
     The last window may be shorter than ``seq_len``.
     """

@@ -1,7 +1,7 @@
-"""Map each sample of a run to a dataset and to a window of this dataset, in constant memory and O(1) time.
+"""Compute which dataset and which window of this dataset each sample of a run is, in O(1) time and memory.
 
-A mixture assigns the samples to datasets in proportion to their weights. Within a dataset, each epoch has its own
-order of the windows. The seed determines this order.
+A mixture assigns each sample to a dataset, in proportion to the weights of the datasets. Within a dataset, each epoch
+has a different random order of the windows. The seed determines these orders.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmi
 
 
 class SampleOrder:
-    """Maps the number g of a sample to one of ``n`` windows, for any g. The window depends only on g and the seed.
+    """Maps the number g of a sample to one of ``n`` windows. The window depends only on g, ``n`` and the seed.
 
-    The order is the same at every world size, and a run can resume at any sample without replaying earlier samples.
+    Therefore, the order is the same at every world size, and a run can resume at any sample without going through the
+    earlier samples.
 
-    Each epoch ``g // n`` has its own permutation of the windows (Black and Rogaway 2002). The permutation is a balanced
-    Feistel network on the numbers below the smallest power of four that is at least ``n``. If the result is not below
-    ``n``, the network is applied to the result again.
+    In each epoch ``g // n``, the windows have a different permutation. It is computed with a balanced Feistel network
+    on the numbers from 0 to 4**k - 1, where 4**k is the smallest power of four that is at least ``n``. While the result
+    is not below ``n``, the network is applied again to the result (Black and Rogaway 2002).
     """
 
     def __init__(self, n: int, seed: int) -> None:
@@ -39,7 +40,7 @@ class SampleOrder:
         self._half_bits = max(1, -(-(n - 1).bit_length() // 2))
 
     def windows(self, samples: IndexArray) -> IndexArray:
-        """Return the index of the window of each sample. Samples and windows are int64 of shape (B,)."""
+        """Return the index of the window for each sample number. Argument and result are int64 of shape (B,)."""
         epochs, positions = np.divmod(samples, self.n)
         windows = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -87,14 +88,14 @@ class _Fork:
 class Mixture:
     """Assigns the samples of a run to datasets in proportion to their weights.
 
-    After any number of samples, the number of samples from a dataset differs from its exact share by less than two. The
-    dataset of a sample, and the sample's index in this dataset, depend only on the sample's number.
+    At any time, the number of samples from a dataset differs from the exact number by less than two. The dataset of a
+    sample depends only on the weights and on the number of the sample.
 
-    The datasets are the leaves of a Huffman tree (Huffman 1952). Every inner node divides the samples that reach it
-    between its two children.
+    To compute the dataset, this class uses a Huffman tree (Huffman 1952), whose leaves are the datasets. Every inner
+    node divides its samples between its two children.
 
-    Attributes:
-        shares: the exact share of the samples for each dataset. The shares add up to 1.
+    Attributes: shares: for each dataset, the exact fraction of the samples that come from it. The sum of all shares is
+    1.
     """
 
     # Why the error is less than two samples: Each node on the path to a leaf adds a rounding error of at most 1/2
@@ -110,7 +111,7 @@ class Mixture:
         self._root = _huffman_tree(self.shares)
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """Return the index of a sample's dataset, and the number of earlier samples from the same dataset."""
+        """Return the index of a sample's dataset, and how many earlier samples come from the same dataset."""
         node, ordinal = self._root, sample
         while isinstance(node, _Fork):
             left = node.left_of(ordinal)
@@ -128,7 +129,7 @@ class Mixture:
         return located[:, 0], located[:, 1]
 
     def counts(self, samples: int) -> list[int]:
-        """Return how many of the first ``samples`` samples of the run come from each dataset."""
+        """Return how many of the first ``samples`` samples of a run come from each dataset."""
         counts = [0] * len(self.shares)
         waiting: list[tuple[_Fork | int, int]] = [(self._root, samples)]
         while waiting:

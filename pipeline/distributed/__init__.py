@@ -1,1 +1,1 @@
-"""Manage the processes of a run, and the hardware that each process computes on."""
+"""Manage the processes of a run, and the hardware that each process uses."""

@@ -1,4 +1,4 @@
-"""Set up this process on its host: compute threads, bound cores, and the allocator of host memory."""
+"""Configure this process on its host: the number of threads, the cores, and the memory allocator."""
 
 import ctypes
 import os
@@ -14,7 +14,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def configure_cpu(world: World) -> str:
-    """Configure the memory allocator, threads and cores. Returns a description of the threads and cores.
+    """Configure the memory allocator, the threads and the cores of this process.
+
+    Returns a description of the threads and cores for the log.
 
     This call is collective: every rank must make it. Call this function before the first large computation.
     """
@@ -24,16 +26,16 @@ def configure_cpu(world: World) -> str:
 
 
 def share_cores(world: World) -> str:
-    """Divide the cores of a host among its ranks. Returns a description of this rank's threads and cores.
+    """Divide the cores of a host among its ranks. Return a description of this rank's threads and cores for the log.
 
-    This call is collective: every rank must make it. Each rank gets one thread per core of its share.
+    This call is collective: every rank must make it. Each rank uses one thread for each of its cores.
 
-    Ranks that compute on the CPU are also bound to their cores. Otherwise, threads would move between cores and lose
-    the contents of the caches. Ranks with a GPU use their threads to update offloaded state. They are not bound to
-    cores, because NCCL's threads run in the same process and need other cores.
+    Ranks that compute on the CPU are also bound to their cores. Otherwise, their threads would move between cores and
+    would lose the contents of the caches. Ranks that compute on a GPU need threads to update offloaded state. These
+    ranks are not bound to cores, because the threads of NCCL run in the same process and need other cores.
 
-    If the user has set ``OMP_NUM_THREADS``, this function only sets this number of threads. If a launcher has given
-    each rank its own cores, the ranks keep these cores.
+    If the user has set ``OMP_NUM_THREADS``, each rank uses this number of threads and is not bound to cores. If a
+    launcher has already bound each rank to its own cores, the ranks keep these cores.
     """
     if threads := requested_threads():
         torch.set_num_threads(threads)
@@ -53,7 +55,9 @@ def share_cores(world: World) -> str:
 
 
 def split_cores(cores: Sequence[int], index: int, ranks: int) -> Sequence[int]:
-    """Return the cores for the rank ``index``. They are adjacent, because adjacent cores share caches.
+    """Return the cores for the rank ``index`` of ``ranks`` ranks on a host.
+
+    The cores of a rank are adjacent, because adjacent cores share caches.
 
     Each rank gets at least one core. If there are fewer cores than ranks, several ranks get the same core.
     """
@@ -77,11 +81,12 @@ def _cores_of_local_ranks(world: World, cores: list[int]) -> list[list[int]]:
 def keep_freed_memory() -> None:
     """Make malloc keep freed memory for the next allocation. This has no effect without glibc.
 
-    By default, glibc requests every block of more than 32 MiB from the kernel and returns it when it is freed. Logits
-    and gradients are that large. The kernel would clear their pages in every step, and this takes a fifth of the step.
+    By default, glibc gets every block of more than 32 MiB from the kernel, and gives the block back when it is freed.
+    Blocks for logits and gradients are larger than this. The kernel would clear their memory in every step, which takes
+    a fifth of the time of a step.
 
-    This call also makes all threads use the main arena of malloc, because other arenas cannot keep large blocks. Gloo,
-    for example, allocates large receive buffers in its own threads.
+    This call also makes all threads use the main arena of malloc, because the other arenas cannot keep large blocks.
+    For example, the threads of Gloo allocate large receive buffers.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Read properties of the device: name, memory, matrix-product speed, and whether torch.compile works."""
+"""Read properties of a device: name, memory, speed of matrix products, and whether torch.compile works."""
 
 import logging
 import platform
@@ -23,21 +23,26 @@ _CEILING_ROUNDS = 6
 
 
 def configure_allocator() -> None:
-    """Make torch allocate GPU memory in segments that can grow. Call this before the first allocation on a GPU.
+    """Make torch allocate GPU memory in segments that can grow.
 
-    Evaluation and generation use tensors of many sizes. In segments of a fixed size, the memory of freed tensors often
-    does not fit later tensors. If the user has set an option of the allocator, this call changes nothing.
+    Call this function before the first allocation on a GPU.
+
+    Evaluation and generation use tensors of many sizes. With segments of fixed sizes, the memory of freed tensors is
+    often too small for later tensors. If the user has already set options of torch's allocator, this call does nothing.
     """
     set_allocator_default("expandable_segments:True")
 
 
 def matmul_dtype(precision: str) -> torch.dtype:
-    """Return the dtype of matrix products under a ``run.precision``."""
+    """Return the dtype in which matrix products are computed if ``run.precision`` is ``precision``."""
     return {"fp32": torch.float32, "amp_fp16": torch.float16}.get(precision, torch.bfloat16)
 
 
 def describe_fp32_products(precision: str, device: torch.device) -> str:
-    """Return a remark on the speed of matrix products in fp32 on a GPU, or "" if the run has no such products."""
+    """Return a text for the log on how a GPU computes matrix products in fp32.
+
+    Returns "" if the device is not a GPU or the precision is not ``fp32``.
+    """
     if device.type != "cuda" or precision != "fp32":
         return ""
     if torch.get_float32_matmul_precision() != "highest":
@@ -46,9 +51,9 @@ def describe_fp32_products(precision: str, device: torch.device) -> str:
 
 
 def measure_matmul_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = CEILING_SECONDS) -> float:
-    """Measure the FLOP/s of large square matrix products on one rank. No model can be faster than this.
+    """Measure the FLOP/s that one rank reaches in large square matrix products. No model can be faster.
 
-    Unlike a published figure, the measurement is right for any device, power limit and number of threads.
+    Published values are not used, because the speed depends on the power limit and on the number of threads.
     """
     n = _CEILING_SIZE[device.type]
     if device.type == "cpu" and 64 * _seconds_of_product(n // 4, dtype) > CEILING_SECONDS:
@@ -77,12 +82,12 @@ def _seconds_of_product(n: int, dtype: torch.dtype) -> float:
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype for long sums: fp64, or fp32 on MPS, which has no fp64."""
+    """Return the dtype for long sums: fp64, but fp32 on MPS, which does not support fp64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def device_name(device: torch.device) -> str:
-    """Return the product name of a GPU, otherwise the device type and the machine's architecture."""
+    """Return the product name of a GPU. For other devices, return the device type and the machine's architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()})"
@@ -99,7 +104,8 @@ def synchronize(device: torch.device) -> None:
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from host memory to the device.
 
-    A copy to a GPU is made from pinned memory. A copy from other memory would wait until the GPU has finished its work.
+    The copy to a GPU is made through pinned memory, because a copy from other memory waits until the GPU has finished
+    its queued work.
     """
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -107,7 +113,7 @@ def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class LateValue:
-    """A number that is being copied from the device to the host. ``read`` waits only until this copy has finished."""
+    """A number that is being copied from the device to the host."""
 
     def __init__(self, value: Tensor | float) -> None:
         self._value = value
@@ -118,7 +124,10 @@ class LateValue:
             self._copied.record()
 
     def read(self) -> float:
-        """Return the number."""
+        """Return the number.
+
+        This call waits until the copy has finished, but not for work that was queued after the copy.
+        """
         if self._copied is not None:
             self._copied.synchronize()
         return float(self._value)
@@ -127,8 +136,8 @@ class LateValue:
 class PeakMemory:
     """The peak memory of this process.
 
-    On a GPU, this is the peak since the object was created. Memory that is allocated in blocks of ``ignored`` does not
-    count. On a CPU, this is the peak since the process was started, because the kernel stores only this number.
+    On a GPU, this is the peak since this object was created, without the memory that was allocated inside ``ignored``.
+    On a CPU, this is the peak since the process was started, because the kernel stores only this value.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -137,12 +146,15 @@ class PeakMemory:
         self._forget()
 
     def read(self) -> int:
-        """Return the peak in bytes."""
+        """Return the peak memory in bytes."""
         return max(self._earlier_bytes, peak_memory_bytes(self._device))
 
     @contextmanager
     def ignored(self) -> Iterator[None]:
-        """Do not count the memory that the block allocates and frees. This has an effect only on a GPU."""
+        """Return a context manager. Memory that is allocated and freed inside its ``with`` block does not count.
+
+        This has an effect only on a GPU.
+        """
         self._earlier_bytes = self.read()
         yield
         self._forget()
@@ -153,7 +165,7 @@ class PeakMemory:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return this process's peak memory: the allocated memory on a GPU, the resident memory on a CPU."""
+    """Return the peak memory of this process in bytes: allocated memory on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":

@@ -1,4 +1,7 @@
-"""Read and set environment variables, such as those of torchrun and deepspeed. No other file accesses them."""
+"""Read and set environment variables, such as those of torchrun and deepspeed.
+
+Only this file uses environment variables.
+"""
 
 import os
 
@@ -12,17 +15,17 @@ _LAUNCHER_VARIABLES = (_RANK, _WORLD_SIZE, _LOCAL_RANK, "LOCAL_WORLD_SIZE", _MAS
 
 
 def launched_rank() -> int:
-    """Return this process's rank, or 0 without a launcher."""
+    """Return the rank of this process. Returns 0 if no launcher started it."""
     return _number(_RANK, 0) if launched_world_size() > 1 else 0
 
 
 def launched_world_size() -> int:
-    """Return the number of processes of the run, or 1 without a launcher."""
+    """Return the number of processes of the run. Returns 1 if no launcher started this process."""
     return _number(_WORLD_SIZE, 1)
 
 
 def launched_local_rank() -> int:
-    """Return this process's rank on its node, or 0 without a launcher."""
+    """Return the rank of this process on its node. Returns 0 if no launcher started it."""
     return _number(_LOCAL_RANK, 0)
 
 
@@ -33,27 +36,30 @@ def _number(name: str, default: int) -> int:
 
 
 def master_address() -> tuple[str, int]:
-    """Return host and port of the store through which the ranks find each other."""
+    """Return the host and the port of the key-value store through which the ranks find each other."""
     return os.environ[_MASTER_ADDR], int(os.environ[_MASTER_PORT])
 
 
 def launcher_holds_store() -> bool:
-    """Return whether the launcher serves the store. If not, rank 0 serves it."""
+    """Return whether the launcher serves the key-value store. If the result is False, rank 0 must serve the store."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def launcher_variables() -> dict[str, str]:
-    """Return the launcher's variables that are set, with their values."""
+    """Return the names and values of all environment variables of a launcher that are set."""
     return {name: os.environ[name] for name in _LAUNCHER_VARIABLES if name in os.environ}
 
 
 def unset_command() -> str:
-    """Return the shell command that removes the launcher's variables."""
+    """Return a shell command that unsets the environment variables of a launcher."""
     return f"unset {' '.join(launcher_variables())}"
 
 
 def check_launcher() -> None:
-    """Raise ConfigError if launcher variables contradict each other, for example because two launchers set them."""
+    """Raise ConfigError if the variables of a launcher are wrong or contradict each other.
+
+    They can contradict each other if two launchers have set them.
+    """
     if problem := _find_contradiction(launcher_variables()):
         raise ConfigError(
             f"{problem}; if the variable is left over from another launcher: {unset_command()}; "
@@ -78,27 +84,29 @@ def _find_contradiction(variables: dict[str, str]) -> str | None:
 
 
 def launcher_restarts() -> int:
-    """Return the number of times that the launcher has restarted the processes after a failure."""
+    """Return how many times the launcher has restarted the processes after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def launch_id() -> str | None:
-    """Return an id that is the same in all restarts by one launcher. Returns None if no launcher restarts processes."""
+    """Return an id that does not change when the launcher restarts the processes.
+
+    Returns None if no launcher that can restart processes started this process.
+    """
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def launcher_name() -> str | None:
-    """Return ``torchrun`` or ``deepspeed``, or None if neither of these launchers started this process."""
+    """Return ``torchrun`` or ``deepspeed``, or None if neither of them started this process."""
     if launch_id() is not None:
         return "torchrun"
     return "deepspeed" if "CROSS_SIZE" in os.environ and "LOCAL_SIZE" in os.environ else None
 
 
 def requested_threads() -> int | None:
-    """Return the number of threads per process that the user has set, or None.
+    """Return the number of threads per process that the user has requested with ``OMP_NUM_THREADS``, or None.
 
-    If torchrun starts several processes, it sets ``OMP_NUM_THREADS=1`` unless the user has set this variable. The value
-    1 is therefore ignored in such a run.
+    If torchrun has started several processes, the value 1 is ignored, because torchrun sets it by default.
     """
     text = os.environ.get("OMP_NUM_THREADS", "")
     is_torchrun_default = text == "1" and launch_id() is not None and launched_world_size() > 1
@@ -106,7 +114,7 @@ def requested_threads() -> int | None:
 
 
 def set_gloo_interface(name: str) -> bool:
-    """Set the network interface that gloo uses, unless the user has set one. Returns False if the user has set one."""
+    """Set the network interface for Gloo. If the user has set one, change nothing and return False."""
     if _GLOO_INTERFACE in os.environ:
         return False
     os.environ[_GLOO_INTERFACE] = name
@@ -114,23 +122,23 @@ def set_gloo_interface(name: str) -> bool:
 
 
 def set_openmp_threads(threads: int) -> None:
-    """Set the number of threads of libraries that are loaded later and bring their own OpenMP.
+    """Set the number of threads for libraries that use their own copy of OpenMP and are loaded later.
 
-    DeepSpeed's CPUAdam is such a library. ``torch.set_num_threads`` has no effect on it.
+    ``torch.set_num_threads`` has no effect on such a library. An example is DeepSpeed's CPUAdam.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def set_allocator_default(options: str) -> None:
-    """Set the options of torch's memory allocator, unless the user has set any.
+    """Set options of torch's memory allocator, unless the user has already set options.
 
-    torch reads these options when it allocates memory for the first time.
+    Call this function before torch first allocates memory, because torch reads the options at this time.
     """
     if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
         os.environ[_ALLOCATOR_VARIABLES[0]] = options
 
 
 def set_launcher_variables(device_type: str) -> None:
-    """Set the variables that DeepSpeed requires, unless a launcher has set them."""
+    """Set the environment variables that DeepSpeed requires. Variables that are already set do not change."""
     for name, value in ((_RANK, "0"), (_WORLD_SIZE, "1"), (_LOCAL_RANK, "0"), ("DS_ACCELERATOR", device_type)):
         os.environ.setdefault(name, value)

@@ -1,4 +1,7 @@
-"""Print the error that ends this process. Print each error only once, before any code that may wait for other ranks."""
+"""Print the error that ends this process.
+
+Each error is printed only once, before any code that may wait for other ranks.
+"""
 
 import errno
 import re
@@ -21,13 +24,15 @@ _OTHER_RANKS_WAIT_S = 2.0
 
 
 def report(error: BaseException) -> int:
-    """Print an error unless this process has printed it before. Returns the exit status of the error.
+    """Print an error, and return the exit status of the process.
+
+    If the error was already printed, do not print it again.
 
     For a ``UserError``, print one line. For other errors, print a traceback.
 
-    Most user errors, such as a wrong config, occur on all ranks. Rank 0 prints such an error at once. The other ranks
-    wait a moment before they print. If rank 0 fails too, the launcher ends them while they wait, so the error is
-    printed only once.
+    Most user errors, such as a wrong config, occur on all ranks, but should be printed only once. Therefore, rank 0
+    prints such an error at once, and the other ranks first wait for two seconds. If rank 0 has failed, the launcher
+    ends the other ranks before they print.
     """
     status, text = _describe(error)
     if not getattr(error, "is_reported", False):
@@ -44,14 +49,14 @@ def report(error: BaseException) -> int:
 
 
 def printable(text: str) -> str:
-    """Return the text with control characters replaced by escape sequences. Line breaks and tabs do not change."""
+    """Return a text with escape sequences in place of control characters, except for line breaks and tabs."""
     return "".join(
         c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
 
 
 def summarize(error: BaseException) -> str:
-    """Return the type of an error and the first line of the message."""
+    """Return the type of an error and the first line of its message."""
     first_line = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first_line}"[:300].rstrip(": ")
 

@@ -1,4 +1,4 @@
-"""Exchange heartbeats between ranks. If a rank dies, hangs or is stuck, all ranks exit and name the lost rank."""
+"""Exchange heartbeats between ranks. If a rank dies or hangs, all ranks name it and exit."""
 
 import json
 import os
@@ -34,22 +34,22 @@ _CURE = "; run the same command again (training continues from the last checkpoi
 
 @dataclass(frozen=True)
 class Verdict:
-    """The reason for the end of the run, which is equal on all ranks."""
+    """The reason why the run ends. It is the same on all ranks."""
 
     reason: str
     stuck: tuple[int, ...] = ()  # the ranks whose main thread is stuck
 
 
 class Heartbeat:
-    """A thread that writes this rank's heartbeat to the store every second and reads the heartbeats of other ranks.
+    """Writes this rank's heartbeat to a key-value store every second, and reads the heartbeats of other ranks.
 
-    A heartbeat contains what the main thread does, and since when (see ``Place``). Rank 0 watches all ranks. The other
-    ranks watch only rank 0, and read its verdict from the store. The number of requests is therefore proportional to
-    the world size.
+    A heartbeat says what the main thread of the rank is doing (see ``Place``). Rank 0 watches all other ranks. The
+    other ranks watch only rank 0, and read its verdict from the store.
 
-    A rank is lost if it has been silent for ``timeout_s`` or is stuck (see ``find_stuck``). In this case, the thread
-    prints the name of the lost rank and ends the process with ``LostRankError.exit_status``. The main thread cannot do
-    this, because it may hang in a collective. A second thread ends the process if the store does not answer.
+    A rank is lost if it has sent no heartbeat for ``timeout_s`` seconds, or if it is stuck (see ``find_stuck``). This
+    object then prints which rank is lost, and ends the process with ``LostRankError.exit_status``. All this happens in
+    a thread, because the main thread may wait in a collective. If the store does not answer, a second thread ends the
+    process.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
@@ -66,19 +66,21 @@ class Heartbeat:
         self._guard = threading.Thread(target=self._watch_store, name="heartbeat-guard", daemon=True)
 
     def start(self) -> None:
-        """Start the threads. Call this after a barrier, because every rank must have constructed its heartbeat."""
+        """Start the threads. Before this call, wait with a barrier until every rank has created its ``Heartbeat``."""
         self._thread.start()
         self._guard.start()
 
     def stop(self) -> None:
-        """Stop the threads. Call this after a barrier, so that no other rank expects further heartbeats."""
+        """Stop the threads. Before this call, wait with a barrier, because other ranks expect heartbeats until then."""
         self._stopped.set()
 
     @contextmanager
     def explaining_sigterm(self) -> Iterator[None]:
-        """If SIGTERM arrives in the block, print which rank is lost before this process ends.
+        """Return a context manager.
 
-        A launcher sends SIGTERM to all other ranks when it finds a dead rank.
+        If SIGTERM arrives inside its ``with`` block, the process prints which rank is lost and ends.
+
+        When a launcher finds a dead rank, it sends SIGTERM to all other ranks.
         """
         if self.size == 1:
             yield
@@ -171,9 +173,10 @@ class Heartbeat:
 
 @contextmanager
 def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
-    """Watch all ranks inside the block. A rank that reaches the end of the block waits for all other ranks.
+    """Return a context manager that watches all ranks inside its ``with`` block.
 
-    If the block raises an error, ``failures_reported`` prints it at once.
+    At the end of the block, each rank waits for all other ranks. If the block raises an error, it is printed at once
+    (see ``failures_reported``).
     """
     watch = Heartbeat(world, timeout_s)
     with watch.explaining_sigterm():
@@ -189,9 +192,11 @@ def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
 
 @contextmanager
 def failures_reported(world: World) -> Iterator[None]:
-    """If the block raises an error, print the error and report it to the other ranks.
+    """Return a context manager.
 
-    The error is printed before any cleanup code runs, because this code may wait for the other ranks.
+    If its ``with`` block raises an error, print the error and report it to the other ranks.
+
+    The error is printed before any cleanup code runs, because cleanup code may wait for the other ranks.
 
     Raises:
         LostRankError: a collective failed because another rank is lost.
@@ -217,9 +222,9 @@ def failures_reported(world: World) -> Iterator[None]:
 
 
 def find_lost(world: World) -> str | None:
-    """Return a text that names the ranks that have failed or have sent no heartbeat for a few seconds.
+    """Return a text that names the lost ranks. Returns None if all ranks are alive.
 
-    Returns None if all ranks are alive. This call takes a few seconds.
+    A rank is lost if it has failed or sends no heartbeat during this call. The call takes a few seconds.
     """
     otherwise: str | None = _LOST_STORE
     return _within_store_timeout(lambda: _find_lost(world), otherwise)

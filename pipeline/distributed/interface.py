@@ -1,7 +1,7 @@
-"""Choose the network interface through which gloo connects the ranks of several nodes.
+"""Choose the network interface through which Gloo connects ranks on different nodes.
 
-By default, gloo uses the address that belongs to the name of its host. On Debian and Ubuntu, this address is 127.0.1.1,
-which other nodes cannot reach. Runs with NCCL also use gloo, for the collectives of checkpoints and signals.
+By default, Gloo uses the IP address that the name of the host resolves to. On Debian and Ubuntu, this is 127.0.1.1,
+which other nodes cannot reach. Runs with NCCL also need Gloo, to save checkpoints and to agree on signals.
 """
 
 import ipaddress
@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 def choose_gloo_interface(store: Store, rank: int, size: int) -> None:
-    """Make gloo use the interface that leads to the other nodes. Do nothing if all ranks are on one node.
+    """Make Gloo use the network interface that leads to the other nodes. Do nothing if all ranks are on one node.
 
-    This call is collective: every rank must make it, before it creates a process group. If the user has set
-    ``GLOO_SOCKET_IFNAME``, gloo keeps the interface of the user.
+    This call is collective: every rank must make it before it creates a process group. If the user has set
+    ``GLOO_SOCKET_IFNAME``, Gloo uses that interface.
     """
     addresses = _exchange(store, rank, size, own=own_address_towards(*master_address()))
     reachable = [address for address in addresses if not _is_loopback(address)]
@@ -36,7 +36,7 @@ def choose_gloo_interface(store: Store, rank: int, size: int) -> None:
 
 
 def own_address_towards(host: str, port: int) -> str:
-    """Return the address that this host uses to send packets to another host. Returns "" if there is no route."""
+    """Return the IP address from which this host sends packets to another host. Returns "" if there is no route."""
     with suppress(OSError):
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
             with suppress(OSError), socket.socket(family, kind, protocol) as probe:
@@ -47,7 +47,7 @@ def own_address_towards(host: str, port: int) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """Return the name of the network interface that has this address, or None if no interface has it."""
+    """Return the name of the network interface that has an IP address. Returns None if no interface has the address."""
     for name, addresses in psutil.net_if_addrs().items():
         if address in (each.address for each in addresses):
             return str(name)

@@ -1,14 +1,15 @@
 """Record the progress of each rank's main thread, and find stuck ranks.
 
-All ranks pass the same marks in the same order: the phases of a run, micro-batches, batches of an evaluation, and
-collectives. The position of a rank is the number of marks that it has passed. A stuck rank shows one of two signs:
+The code that all ranks run contains *marks*: the begin of each phase, each micro-batch, each batch of an evaluation,
+and each collective. All ranks pass the same marks in the same order. The position of a rank is the number of marks that
+it has passed. A stuck rank shows one of two signs:
 
-- It is still: it passes no mark and uses no CPU time, for example because a file system does not answer.
-- It loops: since its last mark, it has used much more CPU time than ever before between two marks. A rank that waits
+- It is *still*: it passes no mark and uses no CPU time, for example because a file system does not answer.
+- It *loops*: since its last mark, it has used much more CPU time than between any two earlier marks. A rank that waits
   for its GPU also uses CPU time.
 
-A healthy rank that waits for another rank in a collective shows the same signs. ``find_stuck`` therefore compares the
-positions of the ranks.
+A healthy rank shows the same signs while it waits for another rank in a collective. Therefore, ``find_stuck`` compares
+the positions of the ranks.
 """
 
 import json
@@ -34,7 +35,7 @@ _COMPILERS = ("torch._dynamo.convert_frame", "torch._inductor.compile_fx")
 
 
 class Progress:
-    """The current phase of a rank. The main thread sets the phase, and the heartbeat's thread reads the phase."""
+    """The progress of one rank. The main thread writes it, and the heartbeat's thread reads it."""
 
     def __init__(self) -> None:
         self.position = 0
@@ -47,31 +48,39 @@ class Progress:
         self.marked_at_s = time.thread_time()  # the CPU time of the main thread at the last mark
 
     def reach(self, phase: str, *, is_patient: bool = False, repeats: bool = True) -> None:
-        """Begin a phase. All ranks must make the same calls in the same order.
+        """Record that a phase of the run begins. This is a mark: all ranks must make the same calls in the same order.
 
         Args:
-            is_patient: whether a healthy rank may wait for minutes in this phase without using CPU time, or may use
-                more CPU time than in other phases.
-            repeats: whether the phase belongs to work that repeats. The longest CPU time between two marks in such
-                phases shows how much is usual.
+            is_patient: whether this phase can take long. A healthy rank may then wait for minutes without using CPU
+                time, and may use more CPU time than in other phases.
+            repeats: whether the run does the work of this phase repeatedly. The largest CPU time between two marks in
+                such phases is used to find ranks that loop.
         """
         self._restart_clock()
         self.phase, self.is_patient, self.repeats = phase, is_patient, repeats
         self.position += 1
 
     def pass_mark(self) -> None:
-        """Count a mark within the current phase, such as a collective. All ranks must pass the same marks."""
+        """Record a mark inside the current phase, such as a collective. All ranks must pass the same marks."""
         self._restart_clock()
         self.position += 1
 
     def move(self) -> None:
-        """Count a move of this rank, which shows that it is not stuck. Other ranks need not make this call."""
+        """Record that this rank has made progress and is not stuck.
+
+        This is not a mark, so other ranks need not make this call.
+        """
         self._restart_clock()
         self.moves += 1
 
     @contextmanager
     def patience(self) -> Iterator[None]:
-        """Allow work inside the block that is rare and takes long. Other ranks need not make this call."""
+        """Return a context manager for rare work that takes long.
+
+        A rank inside its ``with`` block counts as stuck only later.
+
+        Other ranks need not make this call.
+        """
         before = self.is_patient, self.repeats
         self.move()
         self.is_patient, self.repeats = True, False
@@ -90,7 +99,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a rank's main thread, and the time since its last move."""
+    """What the main thread of a rank is doing, and for how long it has made no progress."""
 
     position: int
     phase: str
@@ -101,7 +110,7 @@ class Place:
     longest_s: float = 0.0  # the most CPU time between two marks so far; 0 if not known yet
 
     def to_json(self) -> str:
-        """Return the place as JSON text, to send to another rank."""
+        """Return this place as JSON text, which a heartbeat contains."""
         return json.dumps(asdict(self))
 
     def is_overdue(self, timeout_s: float) -> bool:
@@ -110,12 +119,15 @@ class Place:
         return self.still_s > allowed_s or self.loops(timeout_s)
 
     def loops(self, timeout_s: float) -> bool:
-        """Return whether the rank has used much more CPU time since its last mark than ever before."""
+        """Return whether the rank has used much more CPU time since its last mark than between any two earlier marks.
+
+        The result is False until the rank has used more than ``timeout_s`` seconds of CPU time.
+        """
         return self.longest_s > 0 and self.busy_s > max(timeout_s, LOOP_FACTOR * self.longest_s)
 
 
 class MainThread:
-    """Observes the thread that creates this object, from another thread."""
+    """Observes a thread from another thread. The observed thread is the thread that creates this object."""
 
     def __init__(self, progress: Progress, *, is_patient: bool) -> None:
         self._progress = progress
@@ -127,10 +139,10 @@ class MainThread:
         self._still_s = 0.0
 
     def observe(self, elapsed_s: float) -> Place:
-        """Return the place of the thread.
+        """Return what the observed thread is doing.
 
         Args:
-            elapsed_s: the time since the last call, without the time in which the process was suspended.
+            elapsed_s: the seconds since the last call, without the time in which the process was suspended.
         """
         progress = self._progress
         seen, cpu_s, own_cpu_s = (progress.position, progress.moves), self._read_cpu_s(), self._read_own_cpu_s()
@@ -152,7 +164,7 @@ class MainThread:
         )
 
     def stack(self) -> str:
-        """Return the stack of the thread as text."""
+        """Return the call stack of the observed thread as text."""
         return "".join(traceback.format_stack(sys._current_frames().get(self._thread_id)))
 
     def _read_cpu_s(self) -> float:
@@ -194,8 +206,8 @@ def _describe_frame(frame: FrameType) -> str:
 def find_stuck(places: Mapping[int, Place], timeout_s: float) -> list[int]:
     """Return the ranks that are stuck. Returns an empty list if the run is healthy.
 
-    A rank is overdue if it has been still for longer than its phase allows, or if it loops. An overdue rank is stuck if
-    another rank has passed more marks. If all ranks are overdue, the ranks that have passed the fewest marks are stuck.
+    Only an overdue rank (see ``Place.is_overdue``) can be stuck. An overdue rank is stuck if another rank has passed
+    more marks. If all ranks are overdue, the ranks that have passed the fewest marks are stuck.
     """
     overdue = [rank for rank, place in places.items() if place.is_overdue(timeout_s)]
     positions = [place.position for place in places.values()]
@@ -205,7 +217,11 @@ def find_stuck(places: Mapping[int, Place], timeout_s: float) -> list[int]:
 
 
 def describe_places(places: Mapping[int, Place], stuck: Sequence[int], names: Mapping[int, str]) -> str:
-    """Return a text with the names and places of the stuck ranks, and the places of the other ranks."""
+    """Return a text that says which ranks are stuck, where they are stuck, and where the other ranks are.
+
+    Args:
+        names: maps each stuck rank to its host and process id.
+    """
     groups: dict[tuple[bool, str, str], list[int]] = {}
     for rank, place in places.items():
         groups.setdefault((rank not in stuck, place.phase, place.line), []).append(rank)

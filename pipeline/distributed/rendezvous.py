@@ -1,4 +1,4 @@
-"""Let the ranks of a run find each other, even if the launcher has restarted the ranks."""
+"""Connect the ranks of a run with each other, even after the launcher has restarted the ranks."""
 
 import errno
 import os
@@ -22,13 +22,14 @@ _ANNOUNCE_AFTER_S = 8.0
 
 
 def open_store(rank: int, size: int, timeout: timedelta) -> Store:
-    """Return a key-value store that the ranks share, without the keys of earlier starts.
+    """Return a key-value store that all ranks share. It contains no keys from before the last restart of the ranks.
 
-    torchrun keeps one store across restarts. If the ranks found the addresses of earlier, dead ranks in the store, they
-    would wait for these ranks. The store of a single process is in memory and needs no port.
+    torchrun does not replace its store when it restarts the ranks. If the ranks found addresses of the earlier ranks in
+    the store, they would wait for them without a limit. If there is only one rank, the store is in memory and needs no
+    port.
 
     Raises:
-        TimeoutError: a rank is missing.
+        TimeoutError: a rank has not connected within ``timeout``.
         ConfigError: another process uses the port of the store.
     """
     if size == 1:
@@ -45,7 +46,7 @@ def open_store(rank: int, size: int, timeout: timedelta) -> Store:
 
 
 def connect(rank: int, size: int, timeout: timedelta) -> Store:
-    """Return the store at the launcher's address. Rank 0 serves the store unless the launcher serves it."""
+    """Connect to the store at the launcher's address. Rank 0 serves the store, unless the launcher serves it."""
     host, port = master_address()
     is_server = rank == 0 and not launcher_holds_store()
     try:
@@ -60,7 +61,7 @@ def connect(rank: int, size: int, timeout: timedelta) -> Store:
 
 
 def free_port() -> int:
-    """Return a port of this machine on which no process listens now."""
+    """Return a port of this host on which no process is listening now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]

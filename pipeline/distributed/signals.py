@@ -1,4 +1,4 @@
-"""Receive signals in a thread, even while the main thread compiles or waits for a collective."""
+"""Receive signals in a thread, even while the main thread compiles the model or waits for a collective."""
 
 import signal
 import socket
@@ -9,12 +9,13 @@ from collections.abc import Callable
 class SignalThread:
     """A thread that calls a function for each signal that has a Python handler.
 
-    Without this thread, a signal can wait for minutes: Python calls a signal handler only between two instructions of
-    the main thread, and one instruction can compile the model or wait for a collective. Call all methods from the main
-    thread.
+    Without this thread, minutes can pass before a signal is handled. Python calls a signal handler only between two
+    instructions of the main thread, and one instruction can compile the model or wait for a collective.
+
+    Call all methods from the main thread.
 
     Args:
-        hear: the function. It receives the number of the signal, and runs in this thread.
+        hear: the function to call with the number of the signal. It runs in this thread.
     """
 
     def __init__(self, hear: Callable[[int], None]) -> None:
@@ -22,14 +23,14 @@ class SignalThread:
         self._thread = threading.Thread(target=self._read_signals, name="signals", daemon=True)
 
     def start(self) -> None:
-        """Start the thread. If another ``SignalThread`` is running, it receives no signals until ``stop`` is called."""
+        """Start the thread. If another ``SignalThread`` is running, it gets no signals until this one is stopped."""
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._thread.start()
         self._before_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
     def stop(self) -> None:
-        """Stop the thread after it has called the function for all signals that have arrived."""
+        """Stop the thread. First, the function is called for all signals that have already arrived."""
         signal.set_wakeup_fd(self._before_fd)
         self._writer.close()
         self._thread.join()

@@ -1,4 +1,4 @@
-"""The ranks of a run, including this process, and the collectives between the ranks."""
+"""Define the ranks of a run and the collectives between them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class World:
-    """A rank of a run: the number of this rank, its device, and its collectives with the other ranks."""
+    """One rank of a run: its number, the number of ranks, its device, and its collectives with the other ranks."""
 
     rank: int
     size: int
@@ -47,11 +47,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, the main rank, which writes logs and metadata."""
+        """Return whether this is rank 0. Rank 0 is the main rank, which writes logs and metadata."""
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the elementwise sum over all ranks, and leave ``values`` unchanged.
+        """Return the elementwise sum of ``values`` over all ranks. ``values`` does not change.
 
         This call is collective: every rank must make it.
         """
@@ -62,7 +62,7 @@ class World:
         return total
 
     def max(self, value: int) -> int:
-        """Return the largest value of all ranks. This call is collective: every rank must make it."""
+        """Return the largest ``value`` of all ranks. This call is collective: every rank must make it."""
         self.progress.pass_mark()
         if self.size == 1:
             return value
@@ -77,7 +77,7 @@ class World:
             dist.barrier(group=self.group)
 
     def gather(self, item: Any) -> list[Any]:
-        """Return the small Python objects of all ranks in rank order.
+        """Return the items of all ranks, in the order of the ranks. An item is a small Python object.
 
         This call is collective: every rank must make it.
         """
@@ -88,7 +88,10 @@ class World:
         return items
 
     def broadcast(self, item: Any) -> Any:
-        """Return the small Python object of rank 0. This call is collective: every rank must make it."""
+        """Return the item of rank 0 on every rank. An item is a small Python object.
+
+        This call is collective: every rank must make it.
+        """
         self.progress.pass_mark()
         items = [item]
         if self.size > 1:
@@ -96,10 +99,10 @@ class World:
         return items[0]
 
     def call_on_main(self, function: Callable[[], Result]) -> Result:
-        """Call a function on the main rank, and return its small result on every rank.
+        """Call a function on the main rank only, and return its result on every rank. The result must be small.
 
-        This call is collective: every rank must make it. If the function raises a ``UserError``, the other ranks raise
-        ``MainRankError``.
+        This call is collective: every rank must make it. If the function raises a ``UserError`` on the main rank, this
+        call raises ``MainRankError`` on the other ranks.
         """
         result: Result | None = None
         failure: UserError | None = None
@@ -117,10 +120,10 @@ class World:
         return cast(Result, result)
 
     def with_cpu_group(self) -> World:
-        """Return a world with the same ranks and a new gloo process group, for collectives on CPU tensors.
+        """Return a world with the same ranks and a new Gloo process group, for collectives on CPU tensors.
 
-        This call is collective: every rank must make it. One thread may use the new world while another thread uses
-        this world.
+        This call is collective: every rank must make it. Another thread may use the new world at the same time as this
+        world is used.
         """
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if self.size > 1 else None
         return replace(self, device=torch.device("cpu"), group=group, progress=Progress())
@@ -128,10 +131,13 @@ class World:
 
 @contextmanager
 def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]:
-    """Join the ranks that the launcher started. Without a launcher, there is one rank.
+    """Return a context manager that connects this process with the other ranks, and gives the ``World``.
+
+    Without a launcher, there is only one rank.
 
     Args:
-        process_group: whether to create torch's process group even for one rank. FSDP and DeepSpeed need this group.
+        process_group: whether to create torch's process group even if there is only one rank. FSDP and DeepSpeed need
+            this group.
 
     Raises:
         ConfigError: this machine does not have the requested device, the device is MPS and there are several ranks, the

@@ -2,8 +2,8 @@
 
 Prompts, separators and choices are copied from lm-evaluation-harness (the YAML files and ``utils.py`` of its tasks).
 
-A function that converts a row to an example is called a *reader*. The first line of its docstring names the columns
-that it expects, and error messages quote this line.
+A function that converts a row to an example is called a *reader*. The first line of a reader's docstring names the
+columns that the reader expects. Error messages quote this line.
 """
 
 import random
@@ -21,7 +21,10 @@ SHOTS_SEED = 1234  # the default fewshot_random_seed of lm-evaluation-harness
 
 @dataclass(frozen=True)
 class Example:
-    """Pairs of a context and a continuation, and the index of the right pair. A task without choices has one pair."""
+    """A question with its possible answers, as pairs of a context and a continuation.
+
+    ``gold`` is the index of the right pair. An example of a task without choices has one pair.
+    """
 
     pairs: tuple[tuple[str, str], ...]
     gold: int = 0
@@ -31,11 +34,11 @@ class Example:
 
     @property
     def shot(self) -> str:
-        """The text of this example with its right answer, for a few-shot prompt that ends with another example."""
+        """Return the text of this example with its right answer and a separator, for use in a few-shot prompt."""
         return (self.solved or "".join(self.pairs[self.gold])) + SHOT_SEPARATOR
 
     def require_answers(self) -> None:
-        """Raise ValueError if a choice or a continuation has no text except white space."""
+        """Raise ValueError if a choice or a continuation is empty or contains only white space."""
         for number, choice in enumerate(self.choices, 1):
             if not choice.strip():
                 raise ValueError(f"choice {number} is empty")
@@ -60,7 +63,8 @@ def any_choices(row: Row) -> Example:
 def any_continuation(row: Row) -> Example:
     """Read ``context`` and ``continuation``.
 
-    Returns one pair, with a space before the continuation if there is no white space between the two texts.
+    Returns one pair. If there is no white space between the two texts, the continuation in the pair begins with a
+    space.
     """
     return Example((_joined(text_field(row, "context"), text_field(row, "continuation")),))
 
@@ -68,7 +72,8 @@ def any_continuation(row: Row) -> Example:
 def any_contexts(row: Row) -> Example:
     """Read ``contexts``, ``continuation``, ``gold``: several contexts, and the index of the right context.
 
-    Returns one pair per context, with the same rule for white space as in ``any_continuation``.
+    Returns one pair per context. If there is no white space between the context and the continuation, the continuation
+    begins with a space.
     """
     contexts, continuation = texts_field(row, "contexts"), text_field(row, "continuation")
     pairs = tuple(_joined(context, continuation) for context in contexts)
@@ -126,8 +131,8 @@ def _question(row: Row, counts: range) -> Example:
 def hellaswag(row: Row) -> Example:
     """Read ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    Returns one pair per ending. The context of every pair is the activity and the context of the row. Markup in
-    brackets is removed.
+    Returns one pair per ending. The context of every pair consists of ``activity_label``, ``ctx_a`` and ``ctx_b``. The
+    function removes markup in brackets, such as ``[title]``.
     """
     if "query" in row:
         return replace(any_choices(row), rendered_by_file=True)
@@ -146,7 +151,7 @@ def _without_markup(text: str) -> str:
 def hellaswag_completion(row: Row) -> Example:
     """Read ``ctx``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    Returns one pair per ending. The texts do not change.
+    Returns one pair per ending. The context of every pair is ``ctx``. Markup in brackets is not removed.
     """
     if "query" in row:
         return replace(any_choices(row), rendered_by_file=True)
@@ -157,9 +162,9 @@ def hellaswag_completion(row: Row) -> Example:
 def winogrande(row: Row) -> Example:
     """Read ``sentence`` with a _, ``option1``, ``option2``, ``answer``; or ``contexts``, ``continuation``, ``gold``.
 
-    Returns one pair per option, for partial scoring (Trinh and Le 2018). The context is the text before the blank,
-    followed by the option. The continuation is the text after the blank. Only the continuation is scored, so the length
-    and the frequency of the option do not affect the score.
+    Returns one pair per option, for partial scoring (Trinh and Le 2018). The context is the text before the ``_``,
+    followed by the option. The continuation is the text after the ``_``. Only the continuation is scored. Therefore, a
+    long or rare option does not lower the score.
     """
     if "contexts" in row:
         return replace(any_contexts(row), rendered_by_file=True)
@@ -176,8 +181,8 @@ def winogrande(row: Row) -> Example:
 def lambada(row: Row) -> Example:
     """Read ``text``, whose last word is the continuation; or ``context`` and ``continuation``, the last word.
 
-    Returns one pair. As in lm-evaluation-harness, there are two spaces before the word if the example is used as a
-    few-shot example. If the continuation has several words, ``rendered_by_file`` is True.
+    Returns one pair. The text for few-shot prompts has two spaces before the last word, as in lm-evaluation-harness. If
+    the continuation has several words, ``rendered_by_file`` is True.
     """
     if "context" in row:
         context, word = text_field(row, "context"), text_field(row, "continuation").removeprefix(" ")
@@ -190,7 +195,7 @@ def lambada(row: Row) -> Example:
 
 @dataclass(frozen=True)
 class Settings:
-    """The options for running a task."""
+    """The options for running tasks, such as the number of few-shot examples."""
 
     shots: int = 0
     limit: int | None = None  # score only this number of examples; all if None
@@ -198,11 +203,14 @@ class Settings:
     limits: Mapping[str, int] = field(default_factory=dict)  # task -> limit, for tasks with another limit
 
     def of(self, task: str) -> "Settings":
-        """Return the options for one task. ``limit`` is then the limit of this task."""
+        """Return the options for one task. In the returned options, ``limit`` is the limit of this task."""
         return replace(self, limit=self.limits.get(task, self.limit), limits={})
 
     def label(self, task: str) -> str:
-        """Return the name of the task's results: the task's name and all options that differ from their defaults."""
+        """Return the name under which the results of a task are stored.
+
+        The name consists of the task's name and all options that differ from their defaults.
+        """
         shots = f"_{self.shots}shot" if self.shots else ""
         limit = f"_first{self.limit}" if self.limit else ""
         stride = f"_stride{self.stride}" if self.stride else ""
@@ -211,7 +219,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The rows of a task, the options for running it, and the tokenizer."""
+    """What a task needs to prepare its examples: the rows, the options and the tokenizer."""
 
     rows: Rows
     pool: Rows  # the rows from which few-shot examples are drawn
@@ -222,7 +230,11 @@ class TaskData:
 
 
 def read_examples(data: TaskData, read: Callable[[Row], Example]) -> tuple[list[Example], list[str]]:
-    """Return the examples to score, and the few-shot text that precedes each example.
+    """Convert the rows of a task to examples, and draw the few-shot examples.
+
+    Returns:
+        The examples, and for each example the text of its few-shot examples. The text is empty without few-shot
+        examples.
 
     Raises:
         DataError: a row lacks a column that ``read`` needs, an answer is empty, or there are too few rows to draw the
@@ -258,15 +270,17 @@ def _read_rows(
 def draw_shots(
     examples: Sequence[Example], pool: Sequence[Example], count: int, *, spare: bool
 ) -> list[Sequence[Example]]:
-    """Draw ``count`` few-shot examples per example from one random stream, in the same way as lm-evaluation-harness.
+    """Draw ``count`` few-shot examples from ``pool`` for each example to score.
+
+    All draws use one random number generator with a fixed seed, as in lm-evaluation-harness.
 
     Args:
-        spare: whether the pool also contains the examples to score. In this case, the function draws one few-shot
-            example more than needed, and leaves out the example to score. No prompt then contains the answer to its own
-            question. lm-evaluation-harness does the same for tasks without a test split.
+        spare: whether the pool can also contain the examples to score. If True, the function draws one more few-shot
+            example than needed, and removes the example to score from the drawn examples. Therefore, no prompt contains
+            the answer to its own question. lm-evaluation-harness does the same for tasks without a test split.
 
     Raises:
-        DataError: the pool has fewer few-shot examples than needed.
+        DataError: the pool contains too few examples.
     """
     if len(pool) < count + spare:
         raise DataError(f"--shots {count}: there are only {len(pool) - spare} examples to draw from")

@@ -1,4 +1,4 @@
-"""Compute 95% confidence intervals of figures. The examples of a task are treated as a random sample."""
+"""Compute 95% confidence intervals of results. The formulas treat the examples of a task as a random sample."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ Interval = tuple[float, float]
 
 
 def wilson(successes: int, trials: int) -> Interval:
-    """Return the Wilson score interval of a proportion (Wilson 1927). The interval lies within [0, 1]."""
+    """Return the 95% Wilson score interval of ``successes / trials`` (Wilson 1927). The interval lies within [0, 1]."""
     share, spread = successes / trials, Z_95**2 / trials
     centre = share + spread / 2
     half = math.sqrt(spread * (share * (1 - share) + spread / 4))
@@ -27,14 +27,20 @@ def wilson(successes: int, trials: int) -> Interval:
 
 
 def normal_mean(values: Sequence[float]) -> Interval:
-    """Return the normal interval of a mean. For a single value, both bounds equal the value."""
+    """Return the 95% interval of the mean of the values, with the normal approximation.
+
+    If there is only one value, both bounds equal this value.
+    """
     mean = float(np.mean(values))
     half = Z_95 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return mean - half, mean + half
 
 
 def bootstrap_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:
-    """Return the bootstrap percentile interval of sum(numerators) / sum(denominators). The random seed is fixed."""
+    """Return the 95% bootstrap percentile interval of sum(numerators) / sum(denominators).
+
+    The random seed is fixed, so the same values always give the same interval.
+    """
     above, below = np.asarray(numerators), np.asarray(denominators)
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     ratios = []

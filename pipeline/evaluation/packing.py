@@ -1,8 +1,9 @@
 """Define scoring requests, and pack requests into batches.
 
-The requests of one example often have the same context, and the model needs to process a common prefix only once. The
-tokens of the requests form a tree, and the nodes of the tree form one row with parents before children. A mask lets
-each node attend only to itself and its ancestors, so the result equals the result of a separate row per request.
+The requests of one example often have the same context. The model needs to process such a common prefix only once.
+Therefore, the tokens of these requests are stored as a tree, and the nodes of the tree become one row of a batch, with
+parents before children. An attention mask lets each node attend only to itself and its ancestors. The result is the
+same as with a separate row for each request.
 """
 
 from collections.abc import Sequence
@@ -27,15 +28,14 @@ class Request:
     continuation: tuple[int, ...]  # at least one token
 
     def inputs(self, context_length: int) -> tuple[int, ...]:
-        """Return the tokens that the model reads.
+        """Return the last ``context_length`` tokens that the model must read to score the continuation.
 
-        These are all tokens except the last one of the request. If there are too many, only the last ``context_length``
-        of them are returned.
+        The model does not read the last token of the continuation, because no token after it is scored.
         """
         return (self.context + self.continuation)[:-1][-context_length:]
 
     def is_truncated(self, context_length: int) -> bool:
-        """Return whether ``inputs`` leaves out tokens at the beginning of the context."""
+        """Return whether the model cannot read the beginning of the context, because the request is too long."""
         return len(self.context) + len(self.continuation) - 1 > context_length
 
 
@@ -52,11 +52,14 @@ class Tree:
 
     @property
     def is_chain(self) -> bool:
-        """Whether every token attends to all tokens before it."""
+        """Return whether the tree has no branches. The causal mask is then sufficient."""
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     def add(self, number: int, request: Request, context_length: int, reset_at: int | None) -> None:
-        """Add a request and its number. If ``reset_at`` is a token id, positions restart at 0 at each such token."""
+        """Add the tokens of a request to the tree. ``number`` identifies the request in the results.
+
+        If ``reset_at`` is a token id, positions restart at 0 at each token with this id.
+        """
         node, path = -1, []
         for token in request.inputs(context_length):
             parent, node = node, self._children.setdefault((node, token), len(self.tokens))
@@ -70,7 +73,10 @@ class Tree:
         self.scored.append((number, [self.pairs.setdefault(pair, len(self.pairs)) for pair in pairs]))
 
     def ancestors(self, width: int) -> np.ndarray:
-        """Return the attention mask, shape (width, width), bool. Padding tokens attend only to themselves."""
+        """Return the attention mask of this tree, shape (width, width), bool. True allows attention.
+
+        Padding tokens attend only to themselves.
+        """
         mask = np.eye(width, dtype=np.bool_)
         for node, parent in enumerate(self.parents):
             if parent >= 0:
@@ -81,7 +87,15 @@ class Tree:
 def build_trees(
     groups: Sequence[Sequence[int]], requests: Sequence[Request], context_length: int, reset_at: int | None
 ) -> list[Tree]:
-    """Return one tree per group of request numbers. If this saves too few tokens, return one tree per request."""
+    """Build one tree for each group of requests that have a common prefix.
+
+    If a tree saves less than ``LEAST_SAVING`` of the tokens of its group, each request of the group gets its own tree.
+
+    Args:
+        groups: the numbers of the requests of each group.
+        requests: all requests. A request's number is its index.
+        reset_at: the token id at which positions restart at 0, or None.
+    """
 
     def build(numbers: Sequence[int]) -> Tree:
         tree = Tree()
@@ -101,7 +115,7 @@ def build_trees(
 def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
     """Sort trees by decreasing length, and divide them into batches.
 
-    A batch has at most ``batch_tokens`` tokens, including padding. A longer tree gets a batch of its own.
+    A batch has at most ``batch_tokens`` tokens, including padding. A tree with more tokens gets its own batch.
     """
     batches: list[list[Tree]] = []
     for tree in sorted(trees, key=lambda tree: -len(tree.tokens)):
@@ -112,12 +126,13 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
 
 
 def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
-    """Return the input of one forward pass, and links that say which of the computed scores belong to which request.
+    """Build the input of one forward pass. The forward pass computes one score per (node, target token).
 
     Returns:
-        The input in host memory, with one row per tree, padded on the right; and the links, int64 of shape (2, L). A
-        link consists of a request number and the index of a score that belongs to this request. A score can belong to
-        several requests.
+        The input, in host memory. It has one row per tree, padded on the right.
+
+        The links between requests and scores, int64, shape (2, L). Each column is a link: the number of a request, and
+        the index of a score to add to the result of this request. Several requests can use the same score.
     """
     width = max(len(tree.tokens) for tree in trees)
     tokens = np.zeros((len(trees), width), dtype=np.int64)

@@ -1,6 +1,6 @@
-"""Define the tasks whose examples have choices, or one continuation.
+"""Define two kinds of tasks: tasks whose examples have choices, and tasks whose examples have one continuation.
 
-Convert their examples to scoring requests, and the scores to figures.
+The tasks convert their examples to scoring requests, and compute results such as accuracy from the scores.
 """
 
 import logging
@@ -30,7 +30,7 @@ Encode = Callable[[Tokenizer, str, str], Request]
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task whose examples are read and encoded. The task can be measured several times, for example in training."""
+    """A task whose examples are already read and encoded. It can be measured several times, as during training."""
 
     name: str
     facts: dict[str, Any]  # protocol, data, hash of the data, and counts
@@ -39,14 +39,16 @@ class PreparedTask:
     describe: Callable[[Scores], list[Figures]]  # the scores of each example, for ``--save-examples``
 
     def measure(self, scorer: Scorer) -> dict[str, Any]:
-        """Score the examples. Return ``facts`` and the figures, such as ``acc``, as JSON values.
+        """Score the examples. Return ``facts`` and the results, such as ``acc``, as JSON values.
 
         This call is collective: every rank must make it. All ranks return the same values.
         """
         return self.measure_examples(scorer)[0]
 
     def measure_examples(self, scorer: Scorer) -> tuple[dict[str, Any], list[Figures]]:
-        """Return the result of ``measure``, and the scores of each example as JSON values.
+        """Score the examples.
+
+        Return the same dict as ``measure``, and a list with the scores of each example as JSON values.
 
         This call is collective: every rank must make it.
         """
@@ -61,12 +63,12 @@ class PreparedTask:
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
     """Encode a context and its continuation as one text, and split the tokens into context and continuation.
 
-    To find the place of the split, the context is also encoded alone. If it then has n tokens, the first n tokens of
-    the whole text are the context.
+    To find where to split, the function also encodes the context alone. If the context alone has n tokens, the first n
+    tokens of the whole text are returned as the context.
 
-    White space at the end of the context is moved to the continuation, because a token of GPT-2 contains the space
-    before its word, not the space after it. An empty context becomes ``<|endoftext|>``. ``TemplateLM.loglikelihood``
-    and ``_encode_pair`` of lm-evaluation-harness do the same.
+    Before that, white space at the end of the context is moved to the beginning of the continuation, because GPT-2's
+    tokens contain the space before a word and not the space after a word. An empty context becomes ``<|endoftext|>``.
+    ``TemplateLM.loglikelihood`` and ``_encode_pair`` of lm-evaluation-harness do the same.
 
     Raises:
         DataError: the continuation has no token, or the context contains only white space.
@@ -81,7 +83,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
 
 
 def encode_apart(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
-    """Encode a context and its continuation separately, like build-nanogpt for HellaSwag.
+    """Encode a context and its continuation separately, as build-nanogpt does for HellaSwag.
 
     Raises:
         DataError: the context or the continuation has no token.
@@ -100,14 +102,14 @@ def _request(context: list[int], continuation: list[int], text: str) -> Request:
 
 @dataclass(frozen=True)
 class ChoiceTask:
-    """A task in which the model chooses the most likely of several continuations.
+    """A task in which the model chooses between several continuations or contexts. It chooses the most likely one.
 
-    ``acc`` compares the log-likelihoods of the choices. ``acc_norm`` compares the log-likelihoods divided by the
-    lengths of the choices.
+    For ``acc``, the model's choice has the highest log-likelihood. For ``acc_norm``, the log-likelihood of each choice
+    is first divided by the length of the choice.
 
     Args:
-        normalised_by: the unit of the lengths, "characters" (as in lm-evaluation-harness) or "tokens". If None, the
-            task has no ``acc_norm``.
+        normalised_by: the unit of the length of a choice: "characters" (as in lm-evaluation-harness) or "tokens". If
+            None, the task does not compute ``acc_norm``.
     """
 
     protocol: str
@@ -153,9 +155,9 @@ class ChoiceTask:
         return {**figures, "interval": WILSON}
 
     def answers(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> dict[str, list[int]]:
-        """Return the index of the model's choice in each example, for ``acc`` and for ``acc_norm``.
+        """Return the indices of the model's choices, one per example, under the keys ``acc`` and ``acc_norm``.
 
-        If several choices have the highest score, the model's choice is the first of them.
+        If several choices have the highest score, the first of them is the model's choice.
         """
         rows = [np.array([score.log_likelihood for score in group]) for group in scores]
         answers = {"acc": [int(row.argmax()) for row in rows]}
@@ -172,8 +174,8 @@ class ChoiceTask:
 class ContinuationTask:
     """A task with one right continuation per example.
 
-    ``acc`` is the fraction of continuations in which the model gives every token the highest probability.
-    ``perplexity`` is exp of the mean negative log-likelihood per continuation, not per token.
+    ``acc`` is the fraction of examples for which greedy decoding generates exactly the right continuation.
+    ``perplexity`` is exp of the mean negative log-likelihood. The mean is over continuations, not over tokens.
     """
 
     protocol: str
@@ -241,7 +243,7 @@ def _protocol_of(name: str, protocol: str, examples: Sequence[Example]) -> str:
 
 
 def facts_of(protocol: str, data: TaskData, examples: int) -> dict[str, Any]:
-    """Return the facts that are common to the results of all tasks."""
+    """Return the entries that the results of all tasks contain, such as the protocol and the hash of the data."""
     return {
         "protocol": protocol,
         "data": data.rows.origin,

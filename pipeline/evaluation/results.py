@@ -1,4 +1,4 @@
-"""Find the results of stage 3 in a run folder, and format them as a table. This module does not import torch."""
+"""Find the results of evaluations in a run folder, and format them as a table. This module does not import torch."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,10 @@ Results = dict[str, dict[str, Any]]  # task -> figures, and facts about the data
 
 
 def find_results(run_folder: Path, tasks: Sequence[str], step: int) -> Results | None:
-    """Return the results that were written for this step. Returns None unless all ``tasks`` have results."""
+    """Return the stored results of the given tasks for the checkpoint of a step.
+
+    Returns None if the results of any task are missing or belong to another step.
+    """
     results = {}
     for task in tasks:
         path = run_folder / EVALUATION_FOLDER / f"{task}.json"
@@ -28,7 +31,7 @@ def find_results(run_folder: Path, tasks: Sequence[str], step: int) -> Results |
 
 
 def format_table(results: Results) -> str:
-    """Return results as a table for a terminal, one line per figure."""
+    """Return a table for a terminal. It has one line per number in the results."""
     lines = []
     for task, result in results.items():
         lines.append(f"{task}  (step {result['step']}, {result['checkpoint']})")

@@ -55,21 +55,23 @@ def run_tasks(
 ) -> tuple[Results, list[Path]]:
     """Score a checkpoint on the given tasks. The main rank shows the results and writes them to files.
 
-    If ``out`` is given, the results are written only to this folder. Otherwise they are written to ``evaluation/`` in
-    the run folder and to the TensorBoard events of the run. If the run folder is not writable, they are only shown.
+    If ``out`` is given, the results are written only to this folder. Otherwise, they are written to the folder
+    ``evaluation/`` of the run folder and to the TensorBoard events of the run. If the run folder is not writable, the
+    results are only shown.
 
     This call is collective: every rank must make it.
 
     Args:
-        paths: maps tasks to paths. A path replaces the path that the run's ``evaluation.data`` has for the task.
-        batch_size: the number of sequences per forward pass and rank. If None, the micro-batch size of the run.
-        precision: the precision of forward passes. If None, the precision of the run.
-        examples_file: a file for the scores of each example, as JSON lines. ``validation`` has no examples.
+        paths: maps tasks to data paths. For these tasks, the paths in the run's ``evaluation.data`` are ignored.
+        batch_size: the number of sequences per forward pass and rank. If None, the micro-batch size of the run is used.
+        precision: the precision of forward passes. If None, the precision of the run is used.
+        examples_file: a JSONL file to write, with one line of scores per example. The task ``validation`` has no
+            examples.
         out: a folder for the JSON files of the results.
-        show: receives the results before they are written.
+        show: a function that is called with the results before they are written.
 
     Returns:
-        The results by name, and the files that this rank has written.
+        A dict from the name of each result to the result, and the paths of the files that this rank has written.
 
     Raises:
         ConfigError: a task does not exist, or a task does not support one of the settings.
@@ -241,7 +243,7 @@ def prepare_tasks(config: Config, world: World) -> dict[str, PreparedTask]:
 def measure_tasks(
     tasks: Mapping[str, PreparedTask], backend: Backend, config: Config, world: World
 ) -> dict[str, float]:
-    """Measure all tasks. Return the figures as a dict, with the same keys as in a row of metrics.
+    """Measure all tasks during training. Return a dict from the keys of ``metrics.jsonl`` to numbers.
 
     This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``.
     """

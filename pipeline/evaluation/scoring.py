@@ -1,4 +1,7 @@
-"""Compute the log-likelihoods of requests for all text tasks. The batch size and world size do not affect them."""
+"""Compute the log-likelihoods of requests for all text tasks.
+
+The results do not depend on the batch size or the world size.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +23,7 @@ from pipeline.model.precision import ComputeModel
 
 @dataclass(frozen=True)
 class Score:
-    """A continuation's log-likelihood in nats, and whether greedy decoding would generate the continuation."""
+    """The score of a continuation: its log-likelihood in nats, and whether greedy decoding would generate it."""
 
     log_likelihood: float
     is_greedy: bool
@@ -44,14 +47,15 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, groups: Sequence[Sequence[Request]], label: str) -> list[list[Score]]:
-        """Return the scores of all requests, nested like ``groups``. Every rank returns all scores.
+        """Return the score of each request, in lists of the same shape as ``groups``. Every rank returns all scores.
 
-        This call is collective: every rank must make it. Requests of a group that have a common prefix share its
-        computation. Identical requests are scored once. The batches are distributed over the ranks. All ranks run the
-        same number of forward passes, because a forward pass is collective under FSDP and ZeRO-3.
+        This call is collective: every rank must make it. The batches are distributed over the ranks. All ranks run the
+        same number of forward passes, because a forward pass is collective under FSDP and ZeRO-3. If requests of a
+        group have a common prefix, the model can process the prefix once for all of them. Identical requests are scored
+        once.
 
         Args:
-            label: the text next to the progress bar.
+            label: the text to show next to the progress bar.
 
         Raises:
             TrainingError: a log-likelihood is not finite.

@@ -22,7 +22,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class HubData:
-    """A dataset on the Hugging Face hub: the path, config and splits that lm-evaluation-harness uses."""
+    """The location of a dataset on the Hugging Face hub.
+
+    Path, config and splits are the same as in lm-evaluation-harness.
+    """
 
     address: str
     config: str | None
@@ -35,30 +38,35 @@ class HubData:
 
 @dataclass(frozen=True)
 class Rows:
-    """The unchanged rows of a dataset."""
+    """The rows of a dataset, as they are in the file or on the hub."""
 
     rows: Sequence[Row]
     origin: str
     sha256: str  # the hash of the file, or of the rows from the hub as JSON lines with sorted keys
 
     def where(self, number: int) -> str:
-        """Return the name of a row for error messages."""
+        """Return a description of where a row is, for error messages. The first row has number 0."""
         return f"{self.origin}: row {number + 1}"
 
 
 def text_field(row: Row, key: str) -> str:
-    """Return a text of a row. Raises KeyError if the key is missing, and ValueError if the value is not a text."""
+    """Return the text that a row has under a key.
+
+    Raises:
+        KeyError: the key is missing.
+        ValueError: the value is not a text.
+    """
     if not isinstance(row[key], str):
         raise ValueError(f"{key} is {as_json(row[key])}; it must be a text")
     return row[key]
 
 
 def texts_field(row: Row, key: str) -> list[str]:
-    """Return a list of at least two texts of a row.
+    """Return the list of texts that a row has under a key.
 
     Raises:
         KeyError: the key is missing.
-        ValueError: the value is not such a list.
+        ValueError: the value is not a list of at least two texts.
     """
     texts = row[key]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
@@ -69,11 +77,15 @@ def texts_field(row: Row, key: str) -> list[str]:
 
 
 def index_field(row: Row, key: str, count: int, first: int = 0) -> int:
-    """Return the index of the right choice, from 0 to ``count - 1``. In the row, the first choice has index ``first``.
+    """Return the index of the right choice, from 0 to ``count - 1``.
+
+    Args:
+        count: the number of choices.
+        first: the number that the row uses for the first choice.
 
     Raises:
-        KeyError: the index is missing.
-        ValueError: the index is neither a whole number nor the text of a whole number, or is out of range.
+        KeyError: the key is missing.
+        ValueError: the value is neither an integer nor the text of an integer, or is out of range.
     """
     match = re.fullmatch(r"(\d+)(\.0)?", str(row[key]).strip())  # Parquet files of pandas may have 1.0
     index = int(match[1]) - first if match else -1
@@ -91,15 +103,15 @@ def as_json(value: object) -> str:
 def read_file(path: Path, *, by_line: bool = False) -> Rows:
     """Read the rows of a file.
 
-    A ``.jsonl`` or ``.json`` file contains one object per line, or one array of objects. A ``.parquet`` file contains a
-    table. Any other file is read as UTF-8 text, and becomes one row with the only column ``text``.
+    A ``.jsonl`` or ``.json`` file must contain one JSON object per line, or one array of objects. A ``.parquet`` file
+    must contain a table. Any other file is read as UTF-8 text and gives one row, which has the single column ``text``.
 
     Args:
-        by_line: whether each line of a text file becomes a row. Blanks at the end of a line are removed, and blank
-            lines are left out.
+        by_line: whether each line of a text file becomes a row. White space at the end of a line is removed, and empty
+            lines are ignored.
 
     Raises:
-        DataError: the file cannot be read or is empty.
+        DataError: the file cannot be read, is compressed or is empty.
     """
     try:
         require_fetched(path)
@@ -161,7 +173,9 @@ def _parse_parquet(content: bytes, path: Path) -> list[Row]:
 
 
 def read_hub(data: HubData, world: World) -> Rows:
-    """Read a split of a dataset on the hub. The main rank downloads it, then the other ranks read it from the cache.
+    """Read a split of a dataset on the hub.
+
+    The main rank downloads the split. Then all ranks read it from the local cache.
 
     This call is collective: every rank must make it.
 

@@ -1,4 +1,7 @@
-"""Define the named text tasks with their protocols and datasets, and prepare a task from its name or a file."""
+"""Define the text tasks that have names, and prepare tasks for scoring.
+
+A named task has a protocol and a dataset. A task can also be a user's own file.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +30,10 @@ TaskProtocol = ChoiceTask | ContinuationTask | TextTask
 
 
 def detokenize(page: str) -> str:
-    """Return a WikiText article as ordinary text: ``1 @.@ 5 m ( 5 ft )`` becomes ``1.5 m (5 ft)``.
+    """Return a WikiText article with normal spacing: ``1 @.@ 5 m ( 5 ft )`` becomes ``1.5 m (5 ft)``.
 
-    The rules and their order are copied from the task wikitext of lm-evaluation-harness. Its rule about numbers after
-    an apostrophe is left out, because this rule never applies.
+    The rules and their order are copied from the task ``wikitext`` of lm-evaluation-harness. One of its rules, about
+    numbers after an apostrophe, is left out, because this rule never applies.
     """
     page = page.replace("s '", "s'")
     for mark in "-,.":
@@ -60,7 +63,7 @@ def split_pages(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class NamedTask:
-    """The protocol of a task, and the dataset that the task uses by default."""
+    """The protocol of a named task, and the dataset that the task uses if the user gives no file."""
 
     protocol: TaskProtocol
     hub: HubData
@@ -138,11 +141,13 @@ _PROTOCOLS_BY_COLUMNS: tuple[tuple[set[str], TaskProtocol], ...] = (
 def check_tasks(
     tasks: Sequence[str], settings: Settings, files: Mapping[str, str], run_files: Mapping[str, str]
 ) -> None:
-    """Raise ConfigError if a task is unknown and has no file, or if an option has no effect on any of the tasks.
+    """Raise ConfigError if a task cannot be run, or if an option would have no effect.
+
+    A task that has no file must be a named task. Every option must apply to at least one of the tasks.
 
     Args:
-        files: task -> file, from ``--data``.
-        run_files: task -> file, from the run's ``evaluation.data``. It may contain tasks that are not in ``tasks``.
+        files: maps tasks to the files that the user gave with ``--data``.
+        run_files: maps tasks to the files in the run's ``evaluation.data``. These tasks need not be in ``tasks``.
     """
     for task in tasks:
         if list(tasks).count(task) > 1:
@@ -166,10 +171,12 @@ def check_tasks(
 
 
 def prepare_task(name: str, path: str | None, settings: Settings, model: ModelConfig, world: World) -> PreparedTask:
-    """Read and encode the examples of a task. This call is collective: every rank must make it.
+    """Read and encode the examples of a task.
+
+    This call is collective: every rank must make it.
 
     Args:
-        path: the task's file. If None, the task's dataset on the hub is used.
+        path: the file with the examples. If None, the examples are read from the task's dataset on the hub.
 
     Raises:
         ConfigError: the model does not have GPT-2's vocabulary, or the task does not support an option in ``settings``.

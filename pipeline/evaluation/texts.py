@@ -1,4 +1,4 @@
-"""Define the task that scores whole texts in windows and measures their perplexities."""
+"""Define the tasks that measure the perplexity of whole texts. A text is scored in windows."""
 
 import logging
 import math
@@ -21,10 +21,12 @@ log = logging.getLogger(__name__)
 def rolling_windows(tokens: list[int], first: int, context_length: int, stride: int) -> Iterator[Request]:
     """Split a text into windows that score each token once.
 
-    ``first`` is the id of a token to put before the text, so that the first token of the text can be scored, too. The
-    first window scores at most ``context_length`` tokens. Each later window scores the next ``stride`` tokens, and the
-    context before these tokens is as long as the model allows. With ``context_len = context_length - stride + 1``,
-    ``get_rolling_token_windows`` of lm-evaluation-harness returns the same windows.
+    The token ``first`` is put before the text, so that the first token of the text also has a context. The first window
+    scores at most ``context_length`` tokens. Each later window scores the next ``stride`` tokens, and uses as many
+    earlier tokens as context as the model allows.
+
+    ``get_rolling_token_windows`` of lm-evaluation-harness returns the same windows if its argument ``context_len`` is
+    ``context_length - stride + 1``.
     """
     assert 1 <= stride <= context_length
     done = 0
@@ -38,12 +40,13 @@ def rolling_windows(tokens: list[int], first: int, context_length: int, stride: 
 
 @dataclass(frozen=True)
 class TextTask:
-    """A task that measures perplexities of whole texts. All tokens of a text are scored.
+    """A task that measures the perplexity of whole texts. All tokens of a text are scored.
 
-    Before the first token, the model sees ``<|endoftext|>``.
+    The first token of a text has the context ``<|endoftext|>``.
 
-    Words and bytes are counted in the original text, before ``detokenize``, so that figures of different
-    tokenizers can be compared. Version 2 of ``wikitext`` in lm-evaluation-harness counts in this way, too.
+    The perplexities per word and per byte use the numbers of words and bytes in the original text, before
+    ``detokenize``. Models with different tokenizers can therefore be compared. Version 2 of the task ``wikitext`` in
+    lm-evaluation-harness does the same.
 
     Args:
         detokenize: converts a text to ordinary text before it is encoded.
@@ -55,11 +58,13 @@ class TextTask:
     split: Callable[[str], list[str]] = lambda text: [text]
 
     def prepare(self, name: str, data: TaskData) -> PreparedTask:
-        """Encode the texts and split the tokens into windows. Empty texts are counted but not scored.
+        """Encode the texts and split the tokens into windows.
+
+        Empty texts are not scored, but the result states how many there are.
 
         Raises:
             DataError: a row has no text, or all texts are empty.
-            ConfigError: few-shot examples are requested, or the stride is larger than the context length.
+            ConfigError: ``settings`` asks for few-shot examples, or the stride is larger than the context length.
         """
         settings = data.settings
         if settings.shots:

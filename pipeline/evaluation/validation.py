@@ -1,9 +1,10 @@
 """Measure the loss on the validation split.
 
-During training, some batches of the split are measured. The task ``validation`` measures all batches.
+During training, only some batches of the split are scored. The task ``validation`` scores all batches.
 
-Each target token is scored once, in windows of ``seq_len`` tokens without overlap. Bits per byte ignore
-``<|endoftext|>`` targets, which encode no bytes. Models with different tokenizers can therefore be compared.
+The split is divided into windows of ``seq_len`` tokens that do not overlap, so each target token is scored once.
+``<|endoftext|>`` targets do not count for bits per byte, because they encode no bytes of text. Therefore, the bits per
+byte of models with different tokenizers can be compared.
 """
 
 import math
@@ -40,9 +41,10 @@ def validate(
     This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``.
 
     Returns:
-        ``val_loss``, ``val_perplexity``, and ``val_loss_<name>`` for each dataset of a mixture. The
-        result is empty if ``evaluation.tasks`` does not contain ``validation``, or if no dataset has a validation
-        split. The loss of a dataset without scored targets is None, and a mixture's loss ignores this dataset.
+        ``val_loss``, ``val_perplexity``, and ``val_loss_<name>`` for each dataset of a mixture. The dict is empty if
+        ``evaluation.tasks`` does not contain ``validation``, or if no dataset has a validation split. If a loss mask
+        excludes all targets of a dataset, the loss of this dataset is None, and the loss of the mixture ignores this
+        dataset.
     """
     if VALIDATION not in config.evaluation.tasks:
         return {}
@@ -58,7 +60,10 @@ def validate(
 
 
 def mixture_loss(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """Return the weighted mean of the losses on the datasets of a mixture. Datasets without a loss are ignored."""
+    """Return the mean of the datasets' losses, weighted with the weights of the datasets in the mixture.
+
+    Datasets that are missing in ``losses`` are ignored.
+    """
     total = sum(weights[name] for name in losses)
     return sum(weights[name] * loss for name, loss in losses.items()) / total
 
@@ -79,10 +84,10 @@ def _mean_loss(backend: Backend, stream: TokenStream, config: Config, world: Wor
 def score_split(
     compute: ComputeModel, stream: TokenStream, seq_len: int, batch_size: int, world: World
 ) -> dict[str, Any]:
-    """Return loss, perplexity, bits per byte, top-1 and top-5 accuracy, and the loss by position in the window.
+    """Score a whole split. Return the loss, perplexity, bits per byte, top-1 and top-5 accuracy, and loss per position.
 
-    This call is collective: every rank must make it. Each rank scores a share of the batches, and every rank returns
-    the result for all batches.
+    This call is collective: every rank must make it. Each rank scores some of the batches, and every rank returns the
+    result for all batches.
 
     Args:
         compute: the model, on ``world.device`` and in evaluation mode.

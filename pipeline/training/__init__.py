@@ -1,1 +1,1 @@
-"""The training loop and its surroundings: start, resume, schedule, interruption, throughput."""
+"""Train a model: start or resume a run, run the training loop, handle interruptions, and measure the throughput."""

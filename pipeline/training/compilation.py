@@ -24,13 +24,14 @@ _TIMED_REPEATS = 3
 
 
 def choose_compilation(config: Config, world: World, plan: BatchPlan, model: GPT2, start: Path | None) -> Config:
-    """Return the config with ``run.compile`` set to true or false, the same on every rank, and log the choice.
+    """Decide whether to compile. Return the config with ``run.compile`` set to true or false, the same on every rank.
 
-    This call is collective: every rank must make it. ``auto`` measures the model before a backend wraps it, so that the
-    choice does not depend on the backend. A run that continues keeps its choice, because compiling changes rounding.
+    This call is collective: every rank must make it. If ``run.compile`` is ``auto``, a run on a CPU is compiled only if
+    it will take long. To estimate how long, the function measures the model before a backend wraps it, so the choice
+    does not depend on the backend. A resumed run on a CPU keeps its first choice, because compilation changes rounding.
 
     Args:
-        start: the checkpoint to continue from, or None.
+        start: the checkpoint from which the run resumes, or None.
     """
     wanted, reason = config.run.compile, ""
     if wanted == "auto":
@@ -54,11 +55,10 @@ def _decide(config: Config, world: World, plan: BatchPlan, model: GPT2, start: P
 
 
 def measure_micro_step(model: GPT2, config: Config, plan: BatchPlan) -> float:
-    """Measure the seconds of the forward and backward pass of one micro-batch on a CPU, without compilation.
+    """Measure how many seconds the forward and backward pass of one micro-batch takes on a CPU without compilation.
 
-    This function computes only some sequences of a micro-batch, several times. It scales the shortest time in
-    proportion to the number of sequences in the micro-batch. The weights and the state of the random numbers do not
-    change, and the model has no gradients afterwards.
+    The function measures a smaller number of sequences several times, and scales the shortest time to the size of the
+    micro-batch. The weights and the random generator do not change, and the gradients are removed afterwards.
     """
     sequences = min(plan.micro_batch_size, max(1, _TIMED_TOKENS // plan.seq_len))
     compute = replicated_compute(model, config.run.precision, torch.device("cpu"))

@@ -1,14 +1,14 @@
-"""Decide from the validation losses whether a run ends before ``schedule.max_steps``."""
+"""Decide whether a run stops before ``schedule.max_steps``, because of its validation losses."""
 
 from pipeline.checkpoint.state import ValidationHistory
 from pipeline.config.schema import ScheduleConfig
 
 
 def early_stop_reason(schedule: ScheduleConfig, validation: ValidationHistory) -> str | None:
-    """Return the reason why the run ends now, with the config key. Returns None if the run continues.
+    """Return the reason why the run must stop now. The reason names the config key. Returns None if the run continues.
 
-    The result depends only on values that a checkpoint stores. If the command is given again after an early stop, the
-    run therefore does not continue.
+    The result depends only on the config and on values that are stored in checkpoints. Therefore, a run that has
+    stopped early does not continue when the train command is started again.
     """
     if validation.best_loss is None:
         return None

@@ -19,12 +19,14 @@ _POSITIONS = "wpe.weight"
 
 
 def find_initial_weights(config: Config) -> Path | None:
-    """Return the path of the weights for ``load_initial_weights``, or None if ``checkpoint.init_from`` is null.
+    """Return the path of the weights that a new run starts from, or None if ``checkpoint.init_from`` is null.
 
-    Only the main rank calls this function. It is slow, because it reads all files of a checkpoint to verify the hashes.
+    Call this function only on the main rank. It is slow, because it reads all files of a checkpoint to verify their
+    hashes.
 
     Raises:
-        CheckpointError: the path contains no weights, the weights are damaged, or the sizes differ from the model's.
+        CheckpointError: the path contains no weights, the weights are damaged, or the weights have other shapes than
+            the model's parameters.
         ConfigError: the config that is stored with the weights is not valid for this program.
     """
     if config.checkpoint.init_from is None:
@@ -35,12 +37,14 @@ def find_initial_weights(config: Config) -> Path | None:
 
 
 def load_initial_weights(path: Path, model: GPT2) -> dict[str, Any]:
-    """Copy weights into a model on the CPU before a backend shards the model, and log the differences.
+    """Copy weights into a model on the CPU, before a backend wraps the model.
 
-    Every rank calls this function, so every backend starts with equal weights at every world size.
+    Log which settings of the model differ.
+
+    Call this function on every rank. All ranks then start with the same weights under every backend.
 
     Returns:
-        The path and the step of the weights, for the record of the run.
+        The path and the step of the weights, for the files of the run.
 
     Raises:
         CheckpointError: the weights cannot be read.
@@ -56,10 +60,11 @@ def load_initial_weights(path: Path, model: GPT2) -> dict[str, Any]:
 
 
 def fit_positions(stored: Tensor, rows: int) -> Tensor:
-    """Return position embeddings for a context of ``rows`` tokens, (rows, C).
+    """Return position embeddings for a context of ``rows`` tokens, shape (rows, C).
 
-    For a shorter context, keep the first rows. For a longer context, repeat the n stored rows: row i is a copy of row
-    i mod n. Texts of at most n tokens therefore get the same embeddings as before (Beltagy et al. 2020, section 5).
+    If the context becomes shorter, the first ``rows`` rows are kept. If it becomes longer, the n stored rows are
+    repeated: row i is a copy of row i mod n (Beltagy et al. 2020, section 5). Texts of at most n tokens keep their
+    embeddings.
     """
     return stored[torch.arange(rows) % len(stored)]
 

@@ -25,10 +25,9 @@ _LAUNCHER_NOTES = {
 
 
 class StopRequest:
-    """Records signals, and tells all ranks if any rank has received a signal.
+    """Records the signals that ask a run to stop, and tells all ranks if any rank has received one.
 
-    A separate thread reads the signals. It prints what the run does next at once, even if the main thread is compiling
-    the model.
+    A separate thread reads the signals. It can print a message at once, even while the main thread compiles the model.
     """
 
     def __init__(self, world: World) -> None:
@@ -39,11 +38,13 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Record signals inside the block instead of ending the process. A second Ctrl-C ends the process.
+        """Return a context manager. Inside its ``with`` block, signals are recorded and do not end the process.
 
-        After a ``RuntimeError`` in the block, the handlers stay in place, because a lost rank may be the cause. In this
-        case, the launcher sends SIGTERM to the remaining ranks. With the default handlers, this signal would end them
-        before they have printed the name of the lost rank.
+        A second Ctrl-C ends the process.
+
+        If a ``RuntimeError`` leaves the block, signals are still recorded afterwards, because the cause may be a lost
+        rank. The launcher then sends SIGTERM to the remaining ranks. If this signal ended them at once, they could not
+        print the name of the lost rank.
         """
         thread = SignalThread(self._record)
         thread.start()
@@ -91,7 +92,9 @@ class StopRequest:
             print(line, file=sys.stderr, flush=True)
 
     def agreed(self) -> signal.Signals | None:
-        """Return a signal that any rank has received, the same on all ranks. Returns None if no rank has received one.
+        """Return a signal that any rank has received, the same signal on all ranks.
+
+        Returns None if there is no such signal.
 
         This call is collective: every rank must make it.
         """

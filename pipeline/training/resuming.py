@@ -1,4 +1,4 @@
-"""Start a run from scratch, from its own newest good checkpoint, or from a named checkpoint."""
+"""Decide where a run starts: from scratch, from its own newest good checkpoint, or from a given checkpoint."""
 
 import json
 import logging
@@ -31,9 +31,10 @@ AUTO, NONE = "auto", "none"  # values of checkpoint.resume; any other value is a
 
 
 def make_run_folder(folder: Path) -> list[Path]:
-    """Create a run folder. Returns the created folders.
+    """Create a run folder. Return the folders that did not exist before.
 
-    Raises ConfigError if the folder cannot be created or is not writable.
+    Raises:
+        ConfigError: the folder cannot be created or is not writable.
     """
     try:
         created = create_folder(folder)
@@ -47,14 +48,16 @@ def make_run_folder(folder: Path) -> list[Path]:
 
 
 def choose_start(config: Config, data_sha256: str) -> Path | None:
-    """Return the checkpoint to resume from, or None to start from scratch. The caller must hold the run folder's lock.
+    """Return the checkpoint from which to resume, or None to start from scratch.
 
-    This function removes the incomplete folders of crashed saves. It renames the checkpoints of later steps than the
-    chosen checkpoint, because the next start would otherwise resume from them.
+    The caller must hold the lock of the run folder.
+
+    The function deletes the incomplete folders of interrupted saves. It renames all checkpoints of later steps than the
+    chosen one, because otherwise the next start would resume from them.
 
     Raises:
-        CheckpointError: the named checkpoint cannot be used, the data order would change, or the folder contains
-            another run.
+        CheckpointError: the checkpoint that the config names cannot be used, the data or the seed have changed, or the
+            run folder contains another run.
     """
     run_folder = Path(config.run.out_dir)
     try:
@@ -152,11 +155,11 @@ def _start_from(folder: Path) -> str:
 
 
 def describe_changes(start: Path, config: Config) -> list[str]:
-    """Return a text such as ``optimizer.learning_rate 0.001 -> 0.0001`` for each key whose value has changed.
+    """Return one text per config key whose value differs from the config in the checkpoint ``start``.
 
-    The values are compared with the config in the checkpoint ``start``.
+    An example of such a text is ``optimizer.learning_rate 0.001 -> 0.0001``.
 
-    Keys that the checkpoint's config does not have yet are left out, except for DeepSpeed's own keys.
+    Keys that only one of the two configs contains are ignored, except for keys of ``backend.deepspeed``.
     """
     before, now = (dict(dotted_keys(content)) for content in (read_state(start)[1], dump_config(config)))
     return [
@@ -171,7 +174,7 @@ def _as_text(value: Any) -> str:
 
 
 def load_start(start: Path | None, config: Config, data_sha256: str, backend: Backend, world: World) -> TrainingState:
-    """Return the state to train from. If ``start`` is a checkpoint, load it into the backend.
+    """Return the training state from which the run starts. If ``start`` is a checkpoint, load it into the backend.
 
     This call is collective: every rank must make it.
     """
@@ -183,7 +186,9 @@ def load_start(start: Path | None, config: Config, data_sha256: str, backend: Ba
 
 
 def load_checkpoint(folder: Path, backend: Backend, world: World) -> TrainingState:
-    """Load a checkpoint into the backend, log the loading speed, and return the training state.
+    """Load a checkpoint into the backend, and return its training state.
+
+    The log shows how fast the checkpoint was read.
 
     This call is collective: every rank must make it.
     """

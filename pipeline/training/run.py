@@ -1,4 +1,4 @@
-"""Stage 2: build a run in order (world, data plan, run folder, model, backend, trainer) and train it."""
+"""Run stage 2: create the objects of a run in order (world, batch plan, data, model, backend, trainer), and train."""
 
 import logging
 from contextlib import ExitStack
@@ -36,15 +36,15 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> Trainer | None:
-    """Train a run to its last step, from scratch or from a checkpoint.
+    """Train to the last step of a run. Start from scratch or resume from a checkpoint.
 
-    Returns the trainer, or None if the run is already complete. If there are several ranks, freeing the trainer can
-    hang. Keep the trainer until the process ends, as ``launch.cli.run_command`` does.
+    Returns the trainer, or None if the run is already complete. Keep a reference to the trainer until the process ends,
+    as ``launch.cli.run_command`` does. With several ranks, freeing the trainer earlier can hang.
 
     Raises:
-        UserError: a config, dataset or checkpoint cannot be used, so training did not start; or training cannot
-            continue, see ``Trainer.fit``.
-        Interrupted: a signal asked the run to stop. The state of the run is saved.
+        UserError: training did not start because the config, a dataset or a checkpoint cannot be used, or training
+            cannot continue (see ``Trainer.fit``).
+        Interrupted: a signal asked the run to stop. A checkpoint was saved.
         LostRankError: another rank died or hangs.
     """
     config = with_working_dir(config)
@@ -119,11 +119,11 @@ def _why_complete(start: Path, schedule: ScheduleConfig) -> str | None:
 
 
 def open_run_folder(config: Config, data_sha256: str, resources: ExitStack) -> Path | None:
-    """Create and lock the run folder. Returns the checkpoint to resume from, or None to start from scratch.
+    """Create and lock the run folder. Return the checkpoint from which to resume, or None to start from scratch.
 
     Args:
-        resources: releases the lock when it closes. If the run cannot start, it also removes the folder that this
-            function has created.
+        resources: when this stack closes, it releases the lock. If the run could not start, the stack also removes the
+            folders that this function has created.
     """
     folder = Path(config.run.out_dir)
     resources.enter_context(removed_if_unused(make_run_folder(folder)))
@@ -161,7 +161,10 @@ def _describe_start(start: Path | None, origin: dict[str, Any] | None) -> str:
 
 
 def log_masks(trainer: Trainer) -> None:
-    """Log the share of scored targets of each split with a mask, and warn if some samples have no scored target."""
+    """Log for each split with a loss mask how many percent of its targets are scored.
+
+    If some samples have no scored target, log a warning.
+    """
     seq_len = trainer.config.seq_len
     for dataset, order in zip(trainer.loader.datasets, trainer.loader.orders, strict=True):
         for stream, windows in ((dataset.train, order.n), (dataset.validation, None)):

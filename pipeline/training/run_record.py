@@ -1,4 +1,4 @@
-"""Write the record of a run except its checkpoints: resolved config, metrics, console lines."""
+"""Write the files that describe a run: the resolved config, the metrics and the TensorBoard events."""
 
 import logging
 import math
@@ -21,10 +21,11 @@ log = logging.getLogger(__name__)
 class RunRecord:
     """Writes rows to ``metrics.jsonl``, TensorBoard and the console, on the main rank only.
 
-    Each row has ``elapsed_s``, the wall-clock seconds of the run over all its starts. This time includes logged steps
-    that were lost in a crash, but not the time between two starts. If an earlier start wrote rows for steps after
-    ``resumed_step``, these rows are dropped. Each row also names the config keys that make its numbers differ from
-    those of other backends, if there are such keys.
+    Each row has ``elapsed_s``, the wall-clock seconds that the run has taken in all its starts together. The time
+    between two starts does not count.
+
+    If an earlier start has written rows for steps after ``resumed_step``, these rows are deleted. If the config has
+    keys because of which the results can differ from those of other backends, each row names these keys.
     """
 
     def __init__(self, config: Config, *, is_main: bool, resumed_step: int) -> None:
@@ -46,7 +47,10 @@ class RunRecord:
                 self._outputs.append(self._tensorboard)
 
     def write(self, row: dict[str, Any], *, console: bool = True) -> None:
-        """Write one row, which must have a ``step``. NaN and infinity become null, because JSON has no such numbers."""
+        """Write one row. The row must have the key ``step``.
+
+        NaN and infinity are written as null, because JSON lacks them.
+        """
         if self._outputs:
             row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
             row["elapsed_s"] = round(time.perf_counter() - self._started, 3)
@@ -58,7 +62,10 @@ class RunRecord:
                 log.info(format_row(row, self.config.schedule.max_steps))
 
     def write_saves(self, outcomes: list[SaveOutcome]) -> None:
-        """Record the outcomes of saves. If a save failed, log and count the failure, but do not stop the run."""
+        """Write rows about finished saves of checkpoints.
+
+        A failed save is logged and counted, but does not stop the run.
+        """
         for outcome in outcomes:
             if saved := outcome.saved:
                 log.info("%s, training paused %.3f s", saved, outcome.pause_s)
@@ -70,12 +77,12 @@ class RunRecord:
             self.write({"step": outcome.step, **row}, console=False)
 
     def rewind(self, step: int) -> None:
-        """Drop the rows of steps after ``step``, because the run was rolled back to ``step``."""
+        """Delete the rows of steps after ``step``, because the run was rolled back to ``step``."""
         for output in self._outputs:
             output.rewind(step)
 
     def close(self, results: dict[str, float]) -> None:
-        """Write the hyperparameters and the final results for TensorBoard, and close all files."""
+        """Write the hyperparameters and the final results to TensorBoard, and close all files."""
         if self._tensorboard:
             finite = {f"final/{name}": value for name, value in results.items() if math.isfinite(value)}
             self._tensorboard.write_hyperparameters(dump_config(self.config), finite)

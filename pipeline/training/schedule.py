@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: linear warm-up, then one of four curves."""
+"""Compute the learning rate from the step: a linear warm-up, a constant rate, and a decay with one of four curves."""
 
 import math
 
@@ -9,11 +9,11 @@ CHART_COLUMNS = 50  # of the bar at the peak
 
 
 def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
-    """Return the learning rate of the next optimizer step after ``step`` finished steps.
+    """Return the learning rate for the optimizer step that follows after ``step`` finished steps.
 
-    The rate rises linearly to the peak over ``warmup_steps`` steps; the first step already has a rate above zero. From
-    ``schedule.decay_start`` on, the rate falls from the peak to ``min_lr_ratio`` of the peak at ``max_steps``. The rate
-    of the last step of a run, ``lr_at(max_steps - 1)``, is slightly higher than this lowest value.
+    During the first ``warmup_steps`` steps, the rate rises linearly to its peak. The rate of the first step is above
+    zero. From step ``schedule.decay_start`` on, the rate falls, and reaches ``min_lr_ratio`` times the peak at
+    ``max_steps``. The last step of a run is step ``max_steps - 1``, so its rate is slightly higher than this minimum.
     """
     peak = optimizer.learning_rate
     if step < schedule.warmup_steps:
@@ -38,10 +38,11 @@ def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
 
 
 def format_schedule(config: Config) -> str:
-    """Return the schedule in words and as a bar chart of the learning rate.
+    """Return a description of the schedule and a bar chart of the learning rate, as text.
 
-    The lines of the chart divide the run into ``CHART_ROWS`` equal ranges of steps. Two more lines show the end of the
-    warm-up and the start of the decay. A line also contains the number of tokens before its step.
+    The chart has one line for each of ``CHART_ROWS + 1`` equally spaced steps, and one line each for the end of the
+    warm-up and the start of the decay. A line shows the step, the number of tokens before this step, and the learning
+    rate.
     """
     schedule = config.schedule
     spread = {schedule.max_steps * row // CHART_ROWS for row in range(CHART_ROWS + 1)}

@@ -1,4 +1,4 @@
-"""Check at the start that all ranks see the same run folder and the same data, also on several hosts."""
+"""Check at the start of a run that the ranks on all hosts see the same run folder and the same data."""
 
 import socket
 import time
@@ -18,7 +18,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class View:
-    """The run folder and the data as one rank sees them."""
+    """What one rank sees: the run folder and the hash of the data."""
 
     host: str
     folder: str  # absolute
@@ -27,10 +27,10 @@ class View:
 
 
 def check_shared_folders(run_folder: Path, data_sha256: str, world: World) -> None:
-    """Raise ConfigError if a rank sees another run folder than rank 0, or other data.
+    """Raise ConfigError if a rank sees another run folder or other data than rank 0.
 
-    Rank 0 writes a token into the run folder, and every rank looks for it. This call is collective: every rank must
-    make it.
+    To check this, rank 0 writes a file into the run folder, and every rank looks for the file. This call is collective:
+    every rank must make it.
     """
     if world.size == 1:
         return
@@ -46,7 +46,7 @@ def check_shared_folders(run_folder: Path, data_sha256: str, world: World) -> No
 
 
 def find_difference(views: Sequence[View]) -> str | None:
-    """Return a message about the first rank whose view differs from that of rank 0, or None if no view differs."""
+    """Return a message about the first rank whose view differs from rank 0's, or None if all views are the same."""
     main = views[0]
     for rank, view in enumerate(views):
         if not view.has_token:

@@ -1,4 +1,7 @@
-"""Judge finished steps: find skipped steps and spikes, and stop the run if there are too many."""
+"""Judge finished steps: was the step good, was it skipped, or was it a spike?
+
+Stop the run if there are too many bad steps.
+"""
 
 import logging
 import math
@@ -20,7 +23,7 @@ _LEAST_RELATIVE_SPREAD = 1e-3
 
 
 class Verdict(Enum):
-    """The result of judging a step."""
+    """The judgment on a step."""
 
     GOOD = "good"
     SKIPPED = "skipped"  # the update was not applied
@@ -29,7 +32,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class TrainedStep:
-    """A queued optimizer step; the device may still be computing its loss and gradient norm."""
+    """An optimizer step whose loss and gradient norm the device may still be computing."""
 
     step: int
     first_sample: int
@@ -43,7 +46,7 @@ class TrainedStep:
 
 @dataclass(frozen=True)
 class FinishedStep:
-    """The numbers by which the guard judges a step, the same on every rank."""
+    """The values from which the guard judges a step. They are the same on every rank."""
 
     step: int
     first_sample: int
@@ -60,7 +63,10 @@ class FinishedStep:
 
 
 class StepGuard:
-    """Judges the steps of a run in order, each after the device has finished it. All ranks reach the same verdicts."""
+    """Judges the steps of a run in order. A step is judged after the device has finished it.
+
+    All ranks come to the same judgments.
+    """
 
     def __init__(self, config: GuardConfig, state: GuardState) -> None:
         self.config = config
@@ -69,11 +75,14 @@ class StepGuard:
         self._steps_without_targets = 0  # since this start of the run
 
     def enqueue(self, trained: TrainedStep) -> None:
-        """Add a step to judge later."""
+        """Add a step to the queue of steps to judge."""
         self._queue.append(trained)
 
     def judge_queued(self, *, leave: int = 0) -> Iterator[tuple[FinishedStep, Verdict]]:
-        """Yield queued steps with their verdicts, oldest first, until ``leave`` steps remain."""
+        """Judge the steps in the queue, oldest first. Yield each step with its verdict.
+
+        The last ``leave`` steps stay queued.
+        """
         while len(self._queue) > leave:
             queued = self._queue.popleft()
             loss = None if self.config.spike_zscore is None else queued.loss.read()
@@ -90,11 +99,11 @@ class StepGuard:
             yield finished, self.judge(finished)
 
     def judge(self, finished: FinishedStep) -> Verdict:
-        """Return the verdict on a step and update the state.
+        """Judge a step, update the state of the guard, and return the verdict.
 
         Raises:
-            TrainingError: too many steps in a row were skipped, or the run has reached ``guard.max_rollbacks`` and the
-                step is one more spike.
+            TrainingError: too many steps in a row were skipped, or the step is a spike and the run has already been
+                rolled back ``guard.max_rollbacks`` times.
         """
         if not finished.scored_targets:
             self._count_without_targets(finished)
@@ -118,7 +127,7 @@ class StepGuard:
         return Verdict.GOOD
 
     def after_rollback(self, stored: GuardState, spike: FinishedStep) -> None:
-        """Continue from the guard state of a checkpoint, and skip the samples of the step that spiked."""
+        """Restore the guard state of a checkpoint. The samples of the step ``spike`` will be skipped."""
         self._queue.clear()
         self.state = replace(
             stored,
@@ -127,13 +136,13 @@ class StepGuard:
         )
 
     def next_sample(self, consumed: int, samples_per_step: int) -> int:
-        """Return the index of the first sample of the next step.
+        """Return the index of the first sample of the next step, counted in the sample order of the run.
 
-        This is ``consumed``, unless the step would then contain a sample that must be skipped. In this case, the step
-        begins after the skipped samples.
+        Usually, this is ``consumed``. If the step would contain a sample to skip, the step begins after the samples to
+        skip.
 
         Args:
-            consumed: the number of samples before this step in the order of the run, including skipped samples.
+            consumed: the index of the first sample after the previous step.
         """
         first = consumed
         for start, stop in sorted(self.state.skipped_samples):
@@ -148,7 +157,7 @@ class StepGuard:
             log.warning("step %d: none of its targets is scored (%s): its loss is null", finished.step, samples)
 
     def log_steps_without_targets(self) -> None:
-        """Log a warning with the number of steps without scored targets since this start of the run."""
+        """Log a warning if some steps since the start of the program had no scored target."""
         if count := self._steps_without_targets:
             log.warning("steps without a scored target since this start: %d; their loss is null", count)
 
@@ -179,7 +188,10 @@ class StepGuard:
 
 
 def z_score(value: float, window: tuple[float, ...]) -> float:
-    """Return how many standard deviations ``value`` is above the mean of ``window``, or NaN if ``value`` is NaN."""
+    """Return by how many standard deviations ``value`` is above the mean of ``window``.
+
+    Returns NaN if ``value`` is NaN.
+    """
     mean = statistics.fmean(window)
     spread = max(statistics.pstdev(window, mean), abs(mean) * _LEAST_RELATIVE_SPREAD)
     return (value - mean) / spread if spread else math.inf if value > mean else 0.0

@@ -1,4 +1,4 @@
-"""Profile a few training steps: write a trace and a table of the operators that took longest."""
+"""Profile some training steps. Write a trace, and a table of the operators that took most time."""
 
 import logging
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ _ROWS, _LOGGED_ROWS, _LONGEST_NAME = 40, 8, 90
 
 
 class StepProfile:
-    """Profiles operators on the CPU and kernels on the device during ``steps`` steps. If ``steps`` is 0, does nothing.
+    """Profiles ``steps`` training steps on the CPU and on the device. If ``steps`` is 0, it does nothing.
 
-    The profile is a Chrome trace (for chrome://tracing or ui.perfetto.dev) and a table. Both are written to
-    ``profile/`` in the run folder.
+    It writes a Chrome trace (for chrome://tracing or ui.perfetto.dev) and a table to the folder ``profile/`` in the run
+    folder.
     """
 
     def __init__(self, run_folder: Path, device: torch.device, steps: int) -> None:
@@ -34,7 +34,7 @@ class StepProfile:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Profile the steps inside the block and write the result."""
+        """Return a context manager that profiles the steps inside its ``with`` block and then writes the files."""
         if not self._steps:
             yield
             return
@@ -48,7 +48,7 @@ class StepProfile:
             log.warning("no profile was written: it begins after %d steps, and the run ended earlier", SETTLING_STEPS)
 
     def count_step(self) -> None:
-        """Count one more queued optimizer step."""
+        """Count an optimizer step. Call this method after each step is queued."""
         if self._profiler:
             self._profiler.step()
 

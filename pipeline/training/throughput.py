@@ -1,4 +1,4 @@
-"""Measure tokens per second and model FLOPs utilization (MFU) over the time that is spent on training."""
+"""Measure tokens per second and model FLOPs utilization (MFU). Only the time that is spent on training counts."""
 
 import logging
 import time
@@ -16,20 +16,22 @@ _NOTABLE_INCREASE = 1.05
 
 
 def measure_ceiling(world: World, dtype: torch.dtype, seconds: float = CEILING_SECONDS) -> float:
-    """Measure the FLOP/s that all ranks together reach in matrix products. This call is collective."""
+    """Measure the FLOP/s that all ranks together reach in matrix products.
+
+    This call is collective: every rank must make it.
+    """
     world.gather(None)  # all ranks measure at the same time, because on a CPU they share the cores
     return sum(world.gather(measure_matmul_ceiling(world.device, dtype, seconds)))
 
 
 class ThroughputMeter:
-    """Counts steps and measures the time since the last reading, without the time of evaluations and checkpoints.
+    """Measures the time per step since the last reading, without the time for evaluations and checkpoints.
 
     Args:
-        tokens_per_step: the tokens of a step over all ranks.
-        flops_per_token: the FLOPs of the model's forward and backward pass per token.
-        ceiling_flops: the first measurement of the FLOP/s that all ranks together can reach in matrix products. Other
-            programs on the machine can make a measurement too low, but never too high. The meter therefore uses the
-            highest of this and all later measurements.
+        tokens_per_step: the number of tokens of a step on all ranks together.
+        flops_per_token: the FLOPs of a forward and backward pass per token.
+        ceiling_flops: the FLOP/s that all ranks together reach in matrix products. If other programs use the machine, a
+            measurement of this value is too low. Therefore, the meter always uses the highest measurement so far.
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, ceiling_flops: float) -> None:
@@ -39,21 +41,24 @@ class ThroughputMeter:
         self.restart()
 
     def raise_ceiling(self, flops: float) -> None:
-        """Use ``flops`` as the new ceiling if it is higher than all earlier measurements."""
+        """Use ``flops`` as ``ceiling_flops`` if it is higher than all earlier measurements."""
         if flops > _NOTABLE_INCREASE * self.ceiling_flops:
             log.info("ceiling   %.3g FLOP/s, measured again (%.3g before)", flops, self.ceiling_flops)
         self.ceiling_flops = max(self.ceiling_flops, flops)
 
     def restart(self) -> None:
-        """Restart the clock. Call this right before the first step."""
+        """Restart the clock. Call this method just before the first step."""
         self._started, self._steps, self._waited_s = time.perf_counter(), 0, 0.0
 
     def count_step(self) -> None:
-        """Count one more queued optimizer step."""
+        """Count an optimizer step. Call this method after each step is queued."""
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Return the rates since the last reading as metrics. Synchronize the device before this call."""
+        """Return the metrics since the last reading, such as ``tokens_per_s``.
+
+        Synchronize the device before this call.
+        """
         now = time.perf_counter()
         seconds = (now - self._started) / self._steps
         tokens_per_s = self.tokens_per_step / seconds
@@ -69,7 +74,7 @@ class ThroughputMeter:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Count the time of the block as waiting for data."""
+        """Return a context manager. The time inside its ``with`` block counts as time of waiting for data."""
         started = time.perf_counter()
         try:
             yield
@@ -78,7 +83,7 @@ class ThroughputMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock during the block."""
+        """Return a context manager that stops the clock inside its ``with`` block."""
         stopped = time.perf_counter()
         try:
             yield

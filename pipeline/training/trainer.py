@@ -1,4 +1,4 @@
-"""The training loop, the same for every backend."""
+"""Define the training loop, which is the same for every backend."""
 
 import logging
 import signal
@@ -43,13 +43,13 @@ CHECK_SECONDS = 0.1  # to measure the ceiling again at an evaluation
 
 
 class Trainer:
-    """Trains a model from a state to ``schedule.max_steps``.
+    """Trains a model from a given state to step ``schedule.max_steps``.
 
-    The trainer owns the loop: micro-batches, learning rate, logging, evaluation, checkpoints. The backend owns
-    everything that is distributed. :func:`pipeline.training.run.train` builds the arguments of a trainer.
+    The trainer runs the loop: micro-batches, learning rate, logging, evaluation and checkpoints. The backend
+    distributes the computation over the ranks. :func:`pipeline.training.run.train` creates a trainer from a config.
 
     Args:
-        state: the progress of the run. It must match the weights and the optimizer's state in the backend.
+        state: the progress of the run. It must belong to the weights and the optimizer state that the backend has now.
         tasks: the prepared tasks of ``evaluation.tasks`` except ``validation``.
     """
 
@@ -94,12 +94,13 @@ class Trainer:
         self.results: dict[str, float] = {}  # the latest loss and validation loss
 
     def fit(self) -> None:
-        """Train to the last step or an early stop, with evaluations and checkpoints during training and at the end.
+        """Train until the last step or an early stop. Evaluate and save checkpoints during training and at the end.
 
         Raises:
-            TrainingError: too many steps were skipped or spiked.
-            CheckpointError: the last checkpoint could not be written. Earlier failed saves are only logged.
-            Interrupted: a signal asked the run to stop. The state of the run is saved.
+            TrainingError: too many steps were skipped or were spikes.
+            CheckpointError: the last checkpoint could not be written. If an earlier checkpoint could not be written,
+                this is only logged.
+            Interrupted: a signal asked the run to stop. A checkpoint was saved.
         """
         try:
             with failures_reported(self.world), self.stop_request.listening(), self.profile.recording():
@@ -189,7 +190,7 @@ class Trainer:
         self._reach_of_step(f"step {self.state.step + 1}, {activity}")
 
     def train_step(self) -> TrainedStep:
-        """Queue one optimizer step. The loss and the gradient norm stay on the device and are read later."""
+        """Queue one optimizer step. The returned loss and gradient norm stay on the device until they are needed."""
         first_sample = self.guard.next_sample(self.state.samples, self.plan.samples_per_step)
         self._reach_in_step("waiting for data")
         with self.throughput.waiting_for_data():
@@ -292,7 +293,7 @@ class Trainer:
         return True
 
     def log_step(self, trained: TrainedStep) -> None:
-        """Wait for a step's loss and gradient norm, and write a row of metrics."""
+        """Write a row of metrics about a step. This call waits until the device has finished the step."""
         self._reach_of_step(f"the log of step {trained.step}")
         loss = trained.loss.read()
         synchronize(self.world.device)
@@ -315,7 +316,7 @@ class Trainer:
         self.record.write(row)
 
     def evaluate(self) -> None:
-        """Measure the validation loss and the tasks, and generate a completion.
+        """Measure the validation loss and the evaluation tasks, and generate a completion.
 
         This call is collective: every rank must make it.
         """
@@ -347,7 +348,9 @@ class Trainer:
                 self.throughput.raise_ceiling(measure_ceiling(self.world, dtype, CHECK_SECONDS))
 
     def save(self) -> None:
-        """Start to save a checkpoint of the current state. Training continues while the checkpoint is written.
+        """Save a checkpoint of the current state.
+
+        This call copies the state. A thread writes the copy while training continues.
 
         This call is collective: every rank must make it.
         """
