@@ -273,7 +273,7 @@ def compare(inputs: dict[str, Path], megabytes: float, rounds: int, against: Seq
     for kind, source in inputs.items():
         medians: dict[str, float] = {}
         print()
-        print_header(f"{kind}, {megabytes:.0f} MB of text", "s", "MB/s", "spread", "this project is")
+        print_header(f"{kind}, {megabytes:.0f} MB of text", "s", "MB/s", "spread", "time relative to this project")
         for name in (_OURS, *against):
             results = [run_contender(name, source, scratch) for _ in range(rounds)]
             hashes |= {result.sha256 for result in results}
@@ -282,7 +282,7 @@ def compare(inputs: dict[str, Path], megabytes: float, rounds: int, against: Seq
             spread = (max(seconds) - min(seconds)) / medians[name]
             ratio = medians[name] / medians[_OURS]
             rate = megabytes / medians[name]
-            print_row(name, f"{medians[name]:.2f}", f"{rate:.1f}", f"{spread:.0%}", f"{ratio:.2f} x as fast")
+            print_row(name, f"{medians[name]:.2f}", f"{rate:.1f}", f"{spread:.0%}", f"{ratio:.2f}")
     print(f"\nidentical ids in all contenders: {'yes' if len(hashes) == 1 else 'NO'}")
     return len(hashes) == 1
 
