@@ -1,4 +1,4 @@
-"""Inspect, verify, prune and convert checkpoints."""
+"""Inspect, verify, prune, convert and average checkpoints."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cli import ArgumentParser, positive_int, run_command, start_logging
+from pipeline.checkpoint.averaging import average_checkpoints
 from pipeline.checkpoint.conversion import convert_checkpoint
 from pipeline.checkpoint.inspection import inspect
 from pipeline.checkpoint.retention import prune
@@ -17,8 +18,8 @@ from pipeline.interop.nanogpt import import_nanogpt
 def main() -> None:
     """Parse the arguments and run the sub-command."""
     parser = ArgumentParser(description=__doc__, example="python launch/checkpoint.py inspect runs/ddp")
-    commands = parser.add_subparsers(required=True, metavar="inspect|verify|prune|convert")
-    for add_command in (_add_inspect, _add_verify, _add_prune, _add_convert):
+    commands = parser.add_subparsers(required=True, metavar="inspect|verify|prune|convert|average")
+    for add_command in (_add_inspect, _add_verify, _add_prune, _add_convert, _add_average):
         add_command(commands)
     arguments = parser.parse_args()
     start_logging()
@@ -76,6 +77,27 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint, a run folder, or a file of nanoGPT")
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="a run folder without checkpoints")
     parser.set_defaults(run=run)
+
+
+def _add_average(commands: Any) -> None:
+    description = (
+        "Write a new run whose weights are the mean of the weights of several checkpoints of a run. The optimizer's "
+        "state is that of the newest of them. All commands accept the resulting run folder."
+    )
+    example = "python launch/checkpoint.py average runs/ddp --last 5 --out runs/averaged"
+    parser = commands.add_parser("average", help="average the weights", description=description, example=example)
+    parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--last", type=positive_int, metavar="N", help="average the newest N checkpoints")
+    chosen.add_argument(
+        "--steps", type=positive_int, nargs="+", metavar="N", help="average the checkpoints of these steps"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="a run folder without checkpoints")
+    parser.set_defaults(
+        run=lambda arguments: print(
+            average_checkpoints(arguments.folder, arguments.out, last=arguments.last, steps=arguments.steps)
+        )
+    )
 
 
 if __name__ == "__main__":

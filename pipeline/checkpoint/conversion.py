@@ -47,14 +47,22 @@ def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
     folder = locate_checkpoint(source)
     manifest = read_manifest(folder)
     state, stored_config = read_state(folder)
-    config = config_from_json(stored_config, origin=str(folder / STATE_FILE))
-    config = config.model_copy(update={"run": config.run.model_copy(update={"out_dir": str(run_folder)})})
+    config = config_of_new_run(folder, stored_config, run_folder)
     pieces, shapes = index_pieces(folder, manifest), manifest["parameters"]
 
     def read(kind: str, name: str) -> Tensor:
         return read_parameter(shapes[name], pieces[kind][name])
 
     return write_new_run(run_folder, config, state, shapes, read, stored_config, manifest["optimizer_state"])
+
+
+def config_of_new_run(folder: Path, stored_config: dict[str, Any], run_folder: Path) -> Config:
+    """Return the config of the checkpoint ``folder`` with another run folder as ``run.out_dir``.
+
+    Raises ConfigError if the stored config is not valid for this program.
+    """
+    config = config_from_json(stored_config, origin=str(folder / STATE_FILE))
+    return config.model_copy(update={"run": config.run.model_copy(update={"out_dir": str(run_folder)})})
 
 
 def write_new_run(
@@ -65,6 +73,7 @@ def write_new_run(
     read: Callable[[str, str], Tensor],
     stored_config: dict[str, Any] | None = None,
     state_names: StateNames | None = None,
+    averaged_steps: tuple[int, ...] = (),
 ) -> SavedCheckpoint:
     """Write ``config.json`` and a checkpoint into a run folder. Create the folder if it does not exist.
 
@@ -76,6 +85,7 @@ def write_new_run(
         stored_config: the config to store in the checkpoint. If None, ``config`` is stored.
         state_names: maps each parameter to the names of its optimizer tensors. If None, ``config.optimizer`` determines
             these names.
+        averaged_steps: the steps of the checkpoints whose mean the weights are. ``state.json`` names these steps.
 
     Raises:
         CheckpointError: the folder already has checkpoints, or the checkpoint cannot be written. If writing fails, the
@@ -95,7 +105,7 @@ def write_new_run(
     content = dump_config(config)
     with removed_if_unused(created), lock_run_folder(run_folder):
         require_new_run_folder(run_folder)
-        snapshot = Snapshot(state, shapes, state_names, groups)
+        snapshot = Snapshot(state, shapes, state_names, groups, averaged_steps)
         saved = write_checkpoint(run_folder, snapshot, stored_config or content, _SINGLE_RANK, keep_last=1)
         write_json_durably(run_folder / CONFIG_FILE, content)
         return saved

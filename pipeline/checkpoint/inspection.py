@@ -129,6 +129,7 @@ def _read_contents(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         **{key: getattr(state, key) for key in ("step", "samples", "tokens", "updates", "loss_scale")},
         "skipped_samples": state.guard.skipped_samples,
         "rollbacks": state.guard.rollbacks,
+        "averaged_steps": state.averaged_steps,
         "precision": str(config_section(state.config, "run").get("precision", "unknown")),
         "backend": _backend_name(config_section(state.config, "backend")),
         "world_size": state.world_size,
@@ -176,6 +177,8 @@ def _content_rows(contents: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if contents["rollbacks"]:
         skipped = ", ".join(f"{first} to {stop - 1}" for first, stop in contents["skipped_samples"])
         yield "rollbacks", f"{contents['rollbacks']}, samples left out: {skipped}"
+    if contents["averaged_steps"]:
+        yield "weights", f"mean of steps {', '.join(map(str, contents['averaged_steps']))}"
     model = contents["model"]
     sizes = ", ".join(f"{key} {value}" for key, value in model.items() if key != "preset")
     yield "model", f"{model.get('preset', 'unknown')}, {contents['parameters']:,} parameters ({sizes})"

@@ -43,6 +43,7 @@ class Snapshot:
     shapes: dict[str, list[int]]  # the shapes of all parameters, by canonical name
     state_names: StateNames  # the names of the optimizer's state of all parameters
     groups: TensorGroups
+    averaged_steps: tuple[int, ...] = ()  # see StateFile
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,12 @@ def write_checkpoint(
     folder = checkpoint_folder(run_folder, snapshot.state.step)
     aside = hidden_partial_path(folder)
     state = StateFile(
-        **vars(snapshot.state), world_size=world.size, launch_id=launch_id(), versions=_versions(), config=config
+        **vars(snapshot.state),
+        averaged_steps=snapshot.averaged_steps,
+        world_size=world.size,
+        launch_id=launch_id(),
+        versions=_versions(),
+        config=config,
     )
     try:
         _on_main_rank(world, lambda: make_empty_folder(aside))

@@ -68,6 +68,7 @@ class StateFile(TrainingState):
 
     world_size: PositiveInt  # the world size of the run that wrote the checkpoint
     launch_id: str | None = None  # the id of the launch that wrote the checkpoint
+    averaged_steps: tuple[NonNegativeInt, ...] = ()  # the weights are the mean over the checkpoints of these steps
     versions: dict[str, str]
     config: dict[str, Any]  # the resolved config
 

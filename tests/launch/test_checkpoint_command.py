@@ -25,13 +25,16 @@ from pipeline.checkpoint.inspection import inspect
 from pipeline.checkpoint.layout import format_size, list_checkpoints
 from pipeline.checkpoint.loading import load_training_state
 from pipeline.checkpoint.retention import prune, set_aside_after
-from pipeline.checkpoint.state import read_state
+from pipeline.checkpoint.state import read_state, read_state_file
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import config_from_json, load_config
 from pipeline.config.schema import Config, RunConfig
 from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.world import World, join_world
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.evaluation.examples import Settings
+from pipeline.evaluation.run import run_tasks
+from pipeline.interop.hugging_face.exporting import export_checkpoint
 from pipeline.model.gpt2 import build_model
 from pipeline.run_folder.lock import lock_run_folder
 from pipeline.run_folder.metrics import read_metrics
@@ -318,6 +321,30 @@ class TestConvert:
         assert find_damage(tmp_path / "out" / LAST) is None
 
 
+class TestAverage:
+    def test_the_new_run_is_evaluated_exported_and_trained_further(
+        self, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Two ranks under FSDP have written the checkpoints."""
+        out = tmp_path / "out"
+        arguments = ("average", trained, "--steps", "1", "2", "3", "--out", out)
+        assert f"saved {out / LAST} in " in succeeded(in_process(monkeypatch, capsys, *arguments))
+        inspected = succeeded(in_process(monkeypatch, capsys, "inspect", out / LAST))
+        assert "  weights    mean of steps 1, 2, 3\n" in inspected
+        export_checkpoint(out, tmp_path / "exported", "float32")
+        assert (tmp_path / "exported" / "model.safetensors").is_file()
+        with alone() as world:
+            results, _ = run_tasks(out, ["validation"], Settings(), world)
+        assert results["validation"]["step"] == 3
+
+        more = ["--config", str(out / "config.json"), "--set", "schedule.max_steps=4"]
+        result = run_ranks(1, TRAIN, more)
+        assert result.returncode == 0, result.stderr
+        assert f"continues {out / LAST}" in result.stdout
+        assert [row["step"] for row in read_metrics(out) if "loss" in row] == [4]
+        assert read_state_file(out / "checkpoints/step_00000004").averaged_steps == ()
+
+
 @contextmanager
 def alone() -> Iterator[World]:
     """Yield this process as a world of one, and restore the environment afterwards."""
@@ -336,7 +363,7 @@ def test_a_mistake_is_one_line(
     flip_a_bit(run_folder / LAST / "state.json")
     (tmp_path / "file").write_text("no checkpoint")
     mistakes: list[tuple[tuple[object, ...], str]] = [
-        ((), "required: inspect|verify|prune|convert (see checkpoint.py --help)"),
+        ((), "required: inspect|verify|prune|convert|average (see checkpoint.py --help)"),
         (("look", nowhere), "invalid choice: 'look' (choose from"),
         (("inspect",), "required: DIR (see checkpoint.py inspect --help)"),
         (("prune", used, "--keep", "0"), "--keep: must be a whole number from 1, it is '0'"),
@@ -351,6 +378,10 @@ def test_a_mistake_is_one_line(
         (("convert", used, "--out", tmp_path / "file"), "file is not a run folder; name a folder"),
         (("convert", used, "--out", tmp_path / "file" / "out"), "cannot write"),
         (("convert", nowhere, "--out", tmp_path / "file" / "out"), "cannot write"),  # before it reads the source
+        (("average", used, "--out", tmp_path / "a"), "one of the arguments --last --steps is required"),
+        (("average", used, "--last", "4", "--out", tmp_path / "a"), "has fewer than 4 checkpoints"),
+        (("average", run_folder, "--last", "2", "--out", tmp_path / "a"), "state.json: contents changed"),
+        (("average", used, "--last", "2", "--out", used), "already has checkpoints (step_00000003); name another"),
         (("convert", tmp_path / "file", "--out", tmp_path / "a"), "file: cannot be read as a file of torch.save"),
     ]
     for arguments, expected in mistakes:
@@ -364,6 +395,6 @@ def test_a_mistake_is_one_line(
 def test_each_sub_command_has_help_with_an_example(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("inspect", "verify", "prune", "convert"):
+    for name in ("inspect", "verify", "prune", "convert", "average"):
         done = in_process(monkeypatch, capsys, name, "--help")
         assert f"example:\n  python launch/checkpoint.py {name} " in succeeded(done)

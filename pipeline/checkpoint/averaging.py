@@ -1,0 +1,108 @@
+"""Average the weights of several checkpoints of a run, and write the result as a new run."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint.conversion import config_of_new_run, require_new_run_folder, write_new_run
+from pipeline.checkpoint.layout import checkpoint_of_step, is_checkpoint, list_checkpoints, read_manifest, step_of
+from pipeline.checkpoint.loading import read_parameter
+from pipeline.checkpoint.pieces import PieceIndex, index_pieces
+from pipeline.checkpoint.saving import SavedCheckpoint
+from pipeline.checkpoint.state import read_state
+from pipeline.checkpoint.verification import find_damage, no_checkpoint_error
+from pipeline.errors import CheckpointError
+from pipeline.model.parameter_state import WEIGHT
+
+
+def average_checkpoints(
+    run: Path, run_folder: Path, *, last: int | None = None, steps: Sequence[int] | None = None
+) -> SavedCheckpoint:
+    """Write a new run whose weights are the mean of the weights of several checkpoints (Izmailov et al. 2018).
+
+    The optimizer's state, the training state and the config are those of the newest of these checkpoints. At any time,
+    only one parameter is in memory.
+
+    Args:
+        run: the run folder that has the checkpoints.
+        run_folder: the folder of the new run.
+        last: the number of newest checkpoints to average, at least 2. Give either ``last`` or ``steps``.
+        steps: the steps of the checkpoints to average.
+
+    Raises:
+        CheckpointError: the run does not have these checkpoints, one of them is damaged, their parameters have
+            different shapes, or ``write_new_run`` raises CheckpointError.
+        ConfigError: the config of the newest checkpoint is not valid for this program, or another process is using the
+            new run folder.
+    """
+    require_new_run_folder(run_folder)
+    folders = _choose_checkpoints(run, last, steps)
+    for folder in folders:
+        if problem := find_damage(folder):
+            raise CheckpointError(f"{problem}; leave this checkpoint out: name the other ones with --steps")
+    manifests = [read_manifest(folder) for folder in folders]
+    _require_same_parameters(folders, manifests)
+    indices = [index_pieces(folder, manifest) for folder, manifest in zip(folders, manifests, strict=True)]
+    state, stored_config = read_state(folders[-1])
+    shapes = manifests[-1]["parameters"]
+    return write_new_run(
+        run_folder,
+        config_of_new_run(folders[-1], stored_config, run_folder),
+        state,
+        shapes,
+        partial(_read_mean, shapes, indices),
+        stored_config,
+        manifests[-1]["optimizer_state"],
+        averaged_steps=tuple(map(step_of, folders)),
+    )
+
+
+def _choose_checkpoints(run: Path, last: int | None, steps: Sequence[int] | None) -> list[Path]:
+    """Return the chosen checkpoints, oldest first."""
+    if is_checkpoint(run):
+        raise CheckpointError(f"{run}: is a checkpoint; give the run folder that holds it")
+    if steps is not None:
+        chosen = sorted(set(steps))
+        if len(chosen) < 2:
+            raise CheckpointError(f"--steps: a mean needs at least two checkpoints, {len(chosen)} is named")
+        return [checkpoint_of_step(run, step) for step in chosen]
+    assert last is not None
+    if last < 2:
+        raise CheckpointError(f"--last: a mean needs at least two checkpoints, {last} is asked for")
+    folders = list_checkpoints(run)
+    if not folders:
+        raise no_checkpoint_error(run)
+    if len(folders) < last:
+        existing = ", ".join(str(step_of(folder)) for folder in folders)
+        raise CheckpointError(
+            f"{run}: has fewer than {last} checkpoints (those of steps {existing}); give a smaller --last, or raise "
+            "checkpoint.keep_last in the next run"
+        )
+    return folders[-last:]
+
+
+def _require_same_parameters(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
+    """Raise CheckpointError if a checkpoint's parameters have other names or shapes than those of the newest."""
+    newest = manifests[-1]["parameters"]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        for name in {**newest, **manifest["parameters"]}:
+            here, there = (parameters.get(name, "none") for parameters in (manifest["parameters"], newest))
+            if here != there:
+                raise CheckpointError(
+                    f"{folder}: {name} has shape {here}, and {there} in {folders[-1].name}; average checkpoints of one "
+                    "model"
+                )
+
+
+def _read_mean(shapes: dict[str, list[int]], indices: Sequence[PieceIndex], kind: str, name: str) -> Tensor:
+    """Return the mean of a parameter over all checkpoints, summed in fp64. For another kind, read the newest."""
+    if kind != WEIGHT:
+        return read_parameter(shapes[name], indices[-1][kind][name])
+    total = torch.zeros(shapes[name], dtype=torch.float64)
+    for index in indices:
+        total += read_parameter(shapes[name], index[WEIGHT][name])
+    return total / len(indices)

@@ -1,0 +1,116 @@
+"""The mean of several checkpoints as a new run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.backends.ddp import DdpBackend
+from pipeline.checkpoint.averaging import average_checkpoints
+from pipeline.checkpoint.inspection import inspect
+from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints
+from pipeline.checkpoint.loading import load_model, load_training_state
+from pipeline.checkpoint.state import read_state, read_state_file
+from pipeline.checkpoint.verification import find_damage
+from pipeline.config.loading import load_config
+from pipeline.distributed.world import World
+from pipeline.errors import CheckpointError
+from tests.pipeline.checkpoint.conftest import (
+    STATE,
+    WEIGHTS,
+    Save,
+    edit_tensors,
+    make_backend,
+    stored_tensors,
+    train_steps,
+)
+
+
+@pytest.fixture
+def run(save: Save, backend: DdpBackend, tmp_path: Path) -> Path:
+    """Return a run with checkpoints of steps 3, 5 and 8, after 3, 4 and 5 updates."""
+    for step in (3, 5, 8):
+        save(step)
+        train_steps(backend, 1, first_seed=step)
+    return tmp_path
+
+
+def mean_in_fp64(run: Path, steps: list[int]) -> dict[str, torch.Tensor]:
+    stored = [stored_tensors(checkpoint_folder(run, step)) for step in steps]
+    weights = [name for name in stored[0] if name.startswith("weight ")]
+    return {name: sum(tensors[name].double() for tensors in stored).float() / len(stored) for name in weights}
+
+
+class TestMean:
+    def test_the_weights_are_the_mean_and_the_rest_is_the_newest(self, run: Path) -> None:
+        folder = average_checkpoints(run, run / "mean", last=2).folder
+        assert folder == checkpoint_folder(run / "mean", 8) and find_damage(folder) is None
+        newest, averaged = stored_tensors(checkpoint_folder(run, 8)), stored_tensors(folder)
+        expected = {**newest, **mean_in_fp64(run, [5, 8])}
+        assert averaged.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert averaged[name].dtype == torch.float32
+            torch.testing.assert_close(averaged[name], tensor, rtol=1e-7, atol=0, msg=name)
+        assert not torch.equal(averaged["weight wte.weight"], newest["weight wte.weight"])
+        assert read_state(folder) == read_state(checkpoint_folder(run, 8))
+
+    def test_the_steps_are_chosen_and_recorded(self, run: Path) -> None:
+        folder = average_checkpoints(run, run / "mean", steps=[8, 3, 8]).folder
+        assert read_state_file(folder).averaged_steps == (3, 8)
+        assert json.loads((folder / STATE).read_text())["averaged_steps"] == [3, 8]
+        assert "  weights    mean of steps 3, 8\n" in str(inspect(folder))
+        assert "mean of" not in str(inspect(checkpoint_folder(run, 8)))
+        for name, tensor in mean_in_fp64(run, [3, 8]).items():
+            torch.testing.assert_close(stored_tensors(folder)[name], tensor, rtol=1e-7, atol=0)
+
+    def test_the_sum_is_in_fp64(self, run: Path) -> None:
+        """In fp32, 1 would vanish beside 2^24, and the mean would be 0 instead of 1/3."""
+        for step, value in ((3, 2.0**24), (5, 1.0), (8, -(2.0**24))):
+            edit_tensors(checkpoint_folder(run, step), WEIGHTS, lambda tensors, x=value: tensors["wpe.weight"].fill_(x))
+        folder = average_checkpoints(run, run / "mean", last=3).folder
+        assert stored_tensors(folder)["weight wpe.weight"].unique().tolist() == [pytest.approx(1 / 3)]
+
+    def test_the_new_run_loads_and_trains(self, run: Path, world: World) -> None:
+        average_checkpoints(run, run / "mean", last=3)
+        assert load_config([run / "mean" / "config.json"]).run.out_dir == str(run / "mean")
+        loaded = load_model(run / "mean", torch.device("cpu"))
+        backend = make_backend(world, seed=7)
+        assert load_training_state(loaded.checkpoint, backend).step == 8
+        for name, parameter in loaded.model.named_parameters():
+            assert torch.equal(parameter, backend.model.get_parameter(name)), name
+        train_steps(backend, 1)
+
+
+class TestMistakes:
+    def refused(self, run: Path, message: str, out: str = "mean", **chosen: object) -> None:
+        with pytest.raises(CheckpointError, match=message) as refusal:
+            average_checkpoints(run, run / out, **chosen)  # type: ignore[arg-type]
+        assert "\n" not in str(refusal.value)
+        assert not (run / "mean").exists()
+
+    def test_too_few_checkpoints(self, run: Path) -> None:
+        self.refused(run, r"has fewer than 5 checkpoints \(those of steps 3, 5, 8\); give a smaller --last", last=5)
+        self.refused(run, "--last: a mean needs at least two checkpoints, 1 is asked for", last=1)
+        self.refused(run, "--steps: a mean needs at least two checkpoints, 1 is named", steps=[3, 3])
+        self.refused(run, "no checkpoint of step 4; it has steps 3, 5, 8", steps=[3, 4])
+
+    def test_other_folders(self, run: Path, tmp_path: Path) -> None:
+        self.refused(checkpoint_folder(run, 3), "is a checkpoint; give the run folder that holds it", last=2)
+        (tmp_path / "empty").mkdir()
+        self.refused(tmp_path / "empty", "no checkpoint here; expected a run folder", last=2)
+        self.refused(run, r"already has checkpoints \(step_00000008\); name another folder", out=".", last=2)
+
+    def test_a_damaged_checkpoint(self, run: Path) -> None:
+        content = bytearray((checkpoint_folder(run, 5) / WEIGHTS).read_bytes())
+        content[-1] ^= 1
+        (checkpoint_folder(run, 5) / WEIGHTS).write_bytes(content)
+        self.refused(run, r"step_00000005/rank_00000_weights.safetensors: contents changed.*; leave .* --steps", last=3)
+        average_checkpoints(run, run / "mean", steps=[3, 8])  # the advice
+
+    def test_other_shapes(self, run: Path, save: Save, world: World) -> None:
+        save(9, of=make_backend(world, seed=1, model={"n_layer": 1}))
+        self.refused(run, r"step_00000008: h.1.ln_1.weight has shape \[21\], and none in step_00000009", last=2)
+        assert len(list_checkpoints(run)) == 4
