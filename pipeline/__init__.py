@@ -1,1 +1,1 @@
-"""Stages 2 and 3: token shards to checkpoints, checkpoints to results. See docs/design.md."""
+"""Run stages 2 and 3: train checkpoints from token shards, and evaluate checkpoints. See docs/design.md."""

@@ -1,4 +1,4 @@
-"""Errors of training and evaluation that a user can fix. See ``data_tools.errors.UserError``."""
+"""Define the errors in training and evaluation that a user can correct. See ``data_tools.errors.UserError``."""
 
 import signal
 
@@ -6,7 +6,7 @@ from data_tools.errors import UserError
 
 
 class ConfigError(UserError):
-    """The run config is wrong, or a run cannot start with this config. Raised before training starts."""
+    """The config of a run is wrong, or the run cannot start with this config."""
 
 
 class CheckpointError(UserError):
@@ -28,7 +28,7 @@ class LostRankError(UserError):
 
 
 class MainRankError(UserError):
-    """The main rank raised a ``UserError``. The other ranks raise this error and exit without printing it."""
+    """The main rank raised a ``UserError``. This error is raised on the other ranks, which exit without printing it."""
 
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)
@@ -36,7 +36,7 @@ class MainRankError(UserError):
 
 
 class Interrupted(UserError):
-    """A signal asked the run to stop, and the state was saved. To continue the run, start the same command again."""
+    """A signal asked the run to stop, and a checkpoint was saved. To continue, start the same command again."""
 
     def __init__(self, message: str, received: signal.Signals) -> None:
         super().__init__(message)

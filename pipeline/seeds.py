@@ -1,9 +1,12 @@
-"""Derive the seeds of independent random streams from one seed."""
+"""Compute the seeds of independent random generators from one seed."""
 
 import hashlib
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
-    """Return a 63-bit seed for one purpose, such as ``derive_seed(1337, "dropout", first_sample)``."""
+    """Return a 63-bit seed for one purpose, for example ``derive_seed(1337, "dropout", first_sample)``.
+
+    Different purposes give independent seeds.
+    """
     key = "/".join(map(str, (seed, *purpose)))
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,1 +1,1 @@
-"""Check whether this machine can train, and name a solution for each problem."""
+"""Check whether this machine can train, and suggest a solution for each problem."""

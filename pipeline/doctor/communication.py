@@ -1,4 +1,4 @@
-"""Check whether ranks can communicate: libraries, host name, port, and two real ranks.
+"""Check whether ranks can communicate. The checks cover libraries, the host name, the port, and two real ranks.
 
 The two ranks run this file: ``torchrun -m pipeline.doctor.communication cpu``.
 """
@@ -35,7 +35,7 @@ def check_collectives() -> Finding:
 
 
 def check_host_name() -> Finding:
-    """Check that this machine's name has an address of this machine, because torchrun gives this name to the ranks."""
+    """Check that this machine's name leads to one of its own addresses. torchrun gives this name to the ranks."""
     name = socket.gethostname()
     cure = f'echo "127.0.1.1 {name}" >> /etc/hosts; for several nodes: docs/multi-node.md, "When ranks do not connect"'
     try:
@@ -49,7 +49,7 @@ def check_host_name() -> Finding:
 
 
 def check_port() -> Finding:
-    """Check that the launchers' default port is free."""
+    """Check that the default port of torchrun and deepspeed is free."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -62,7 +62,7 @@ def check_port() -> Finding:
 
 
 def check_variables() -> Finding:
-    """Check that no launcher has left its variables in this shell."""
+    """Check that this shell does not contain environment variables that a launcher has set."""
     variables = launcher_variables()
     if not variables:
         return Finding("launcher", "ok", "no variables are left over from a launcher")
@@ -72,7 +72,10 @@ def check_variables() -> Finding:
 
 
 def check_ranks() -> Finding:
-    """Check that two ranks can compute a sum together. They use two GPUs if the machine has them, otherwise the CPU."""
+    """Check that two ranks can compute a sum together.
+
+    The ranks use two GPUs if the machine has two. Otherwise, they use the CPU.
+    """
     device = "cuda" if torch.cuda.device_count() > 1 else "cpu"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, "-m", "pipeline.doctor.communication", device]

@@ -1,4 +1,4 @@
-"""Define the results of the checks, and format them as text and as JSON."""
+"""Define the results of the checks, and format them as text or as JSON."""
 
 import json
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ Level = Literal["ok", "note", "problem"]
 class Finding:
     """The result of one check.
 
-    The level ``note`` means that training works, but is slower or lacks an optional feature. The level ``problem``
-    means that training does not work.
+    If the level is ``note``, training works but is slower or lacks an optional feature. If the level is ``problem``,
+    training does not work.
     """
 
     subject: str
@@ -26,12 +26,12 @@ class Finding:
 
 
 def has_problem(findings: Sequence[Finding]) -> bool:
-    """Return whether a finding has the level ``problem``."""
+    """Return whether any finding has the level ``problem``."""
     return any(finding.level == "problem" for finding in findings)
 
 
 def format_findings(findings: Sequence[Finding]) -> str:
-    """Return one line per finding, followed by a line with the solution if the finding has one."""
+    """Return one line per finding. If a finding has a solution, the next line contains the solution."""
     width = max(len(finding.subject) for finding in findings)
     lines = []
     for finding in findings:

@@ -1,4 +1,4 @@
-"""Check the devices, memory, disk, limits, compilers and tokenizer files of this machine, and run all checks."""
+"""Check the devices, memory, disk, limits, compilers and tokenizer files of this machine. Run all checks."""
 
 import math
 import os
@@ -25,11 +25,11 @@ SAMPLE_TEXT = "GPT-2: naïve 数据\n"
 
 
 def run_checks(folder: Path, *, thorough: bool) -> list[Finding]:
-    """Run all checks except the check of the packages. If a check raises an error, the error becomes a finding.
+    """Run all checks except the check of the packages. If a check raises an error, the error is returned as a finding.
 
     Args:
-        folder: the folder for runs and data. It need not exist.
-        thorough: also compile code and start two ranks. This takes a minute or two the first time.
+        folder: the folder for runs and data. It need not exist yet.
+        thorough: whether to also compile code and start two ranks. This takes one or two minutes the first time.
     """
     checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
         ("device", check_devices),
@@ -151,7 +151,7 @@ def check_compilers() -> Iterator[Finding]:
 
 
 def check_builds() -> Iterator[Finding]:
-    """Compile with torch.compile and build DeepSpeed's CPUAdam. torch and DeepSpeed cache the results."""
+    """Compile a function with torch.compile and build DeepSpeed's CPUAdam. The results are kept for later runs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if compiler_works(device):
         yield Finding("torch.compile", "ok", f"works on {device}")
@@ -166,7 +166,7 @@ def check_builds() -> Iterator[Finding]:
 
 
 def check_tokenizer() -> Finding:
-    """Check that GPT-2's vocabulary is found, has the right hash, and can encode and decode a text."""
+    """Check that GPT-2's vocabulary is available, has the right hash, and can encode and decode a text."""
     try:
         tokenizer = load_tokenizer()
     except DataError as error:

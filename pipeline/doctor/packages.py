@@ -1,4 +1,4 @@
-"""Compare Python and the packages with setup.py and constraints.txt. This module does not import torch."""
+"""Compare the installed Python and packages with setup.py and constraints.txt. This module does not import torch."""
 
 import platform
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ DEVELOPMENT_EXTRAS = ("test", "lint")
 
 
 def check_packages() -> list[Finding]:
-    """Check Python, the required packages, the tested versions, and the optional packages."""
+    """Check Python, the required packages, the versions used in tests, and the optional packages."""
     try:
         project = distribution(PROJECT)
     except PackageNotFoundError:
@@ -63,7 +63,10 @@ def _check_extras(project: Distribution) -> Iterator[Finding]:
 
 
 def requirements(project: Distribution, extra: str) -> list[Requirement]:
-    """Return the additional requirements of an extra. If ``extra`` is "", return the requirements of the project."""
+    """Return the requirements that an extra of a project adds.
+
+    If ``extra`` is "", return the project's own requirements.
+    """
     found = [Requirement(line) for line in project.requires or ()]
     return [r for r in found if _applies(r, extra) and (not extra or not _applies(r, ""))]
 

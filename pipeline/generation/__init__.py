@@ -1,1 +1,1 @@
-"""Generating text: sampling, key-value caching, streaming."""
+"""Generate text: draw tokens, cache keys and values, and show the text while it is generated."""

@@ -1,4 +1,7 @@
-"""Answer messages with a model that was trained on instructions or chats, in the layout of its training data."""
+"""Answer messages with a model that was trained on instructions or chats.
+
+The messages are formatted in the same way as in the training data.
+"""
 
 import logging
 from collections.abc import Generator
@@ -25,15 +28,17 @@ Template = Literal["messages", "instruction"]
 class Chat:
     """A conversation with a model.
 
-    An answer ends at ``<|endoftext|>`` or before a heading of the layout. With the template "messages", an answer also
-    ends at the empty line that ends a turn. An empty line between two paragraphs does not end the answer. The two cases
-    have different tokens: GPT-2's tokenizer encodes the line at the end of a turn as one token, and the line between
-    paragraphs as two tokens.
+    An answer ends at ``<|endoftext|>``, or before a heading of the training data, such as the heading of the next
+    message.
+
+    With the template "messages", an answer also ends at the empty line after a message. An empty line between two
+    paragraphs does not end the answer, because its tokens are different: the line after a message is one token, and the
+    line between paragraphs is two tokens.
 
     Args:
-        template: the kind of records that the model was trained on. With "instruction", the model sees only the last
-            message, because a record of this kind contains only one question.
-        system: the text of a first message with the role "system". Allowed only with "messages".
+        template: the kind of training data that the model was trained on. With "instruction", the model sees only the
+            last message, because a training document of this kind contains only one question.
+        system: the text of a message with the role "system" at the beginning. Allowed only with "messages".
     """
 
     def __init__(self, writer: Writer, sample: SampleConfig, template: Template, system: str | None = None) -> None:
@@ -48,7 +53,7 @@ class Chat:
         self._history: list[list[int]] = []  # the tokens of each finished exchange, oldest first
 
     def answer(self, message: str, seed: int) -> Generator[str]:
-        """Yield the answer to a message in pieces. Each piece is yielded as soon as it is generated."""
+        """Yield the answer to a message in pieces of text. Each piece is yielded as soon as it is generated."""
         question = self._encode_question(message)
         prompt = [END_OF_TEXT, *self._recall(question), *question]
         answer = ""

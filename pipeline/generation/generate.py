@@ -18,12 +18,12 @@ PADDING = 0  # any id: no token attends to it
 def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> int:
     """Draw a token from logits, and return its id.
 
-    ``top_k`` applies before ``top_p`` (nucleus sampling, Holtzman et al. 2020). ``top_p`` keeps the most likely tokens,
-    one after another, until their probabilities add up to at least ``top_p``. It therefore keeps at least one token.
+    First, ``top_k`` keeps the k most likely tokens. Then, ``top_p`` keeps the smallest number of most likely tokens
+    whose probabilities add up to at least ``top_p`` (nucleus sampling, Holtzman et al. 2020).
 
     Args:
-        logits: (V,) fp32 on the CPU.
-        generator: a generator on the CPU. It is not used at temperature 0.
+        logits: fp32 of shape (V,), on the CPU.
+        generator: a random generator on the CPU. If the temperature is 0, it is not used.
     """
     if sample.temperature == 0:
         return int(logits.argmax())
@@ -49,21 +49,22 @@ def generate_batch(
     ends: AbstractSet[int] = frozenset(),
     stopped: AbstractSet[int] = frozenset(),
 ) -> Iterator[dict[int, int]]:
-    """Generate one token per prompt at a time, at most ``sample.max_new_tokens`` times.
+    """Continue several prompts. Yield one new token per prompt at a time, at most ``sample.max_new_tokens`` times.
 
-    Each prompt has one row in the batch. Each row has its own stream of random numbers, so the other rows affect it
-    only through rounding.
+    Each prompt is one row of the batch. Each row has its own random generator, so the tokens of a row depend on the
+    other rows only through rounding.
 
     Args:
         model: the model, in evaluation mode.
-        prompts: token ids, at least one per prompt. If a text does not fit into the context, the model sees only its
-            tokens from ``window_start`` on.
-        sample: the options. ``prompt`` and ``stop`` are not used.
-        ends: the ids that end a row. They are not yielded.
-        stopped: the rows that get no further tokens. The caller may add rows between two tokens.
+        prompts: the token ids of each prompt, at least one. If a text becomes longer than the context, the model sees
+            only its last tokens (see ``window_start``).
+        sample: the options for sampling. ``prompt`` and ``stop`` are not used.
+        ends: the token ids at which a row ends. They are not yielded.
+        stopped: the indices of rows for which no further tokens are generated. The caller may add indices while the
+            tokens are yielded.
 
     Yields:
-        The new token of each row that has not stopped, by the index of the row.
+        A dict that maps the index of each row that has not ended to its new token.
     """
     assert prompts and all(prompts), "a prompt is empty"
     generators = [torch.Generator().manual_seed(derive_seed(seed, "generate", str(row))) for row in range(len(prompts))]
@@ -84,11 +85,11 @@ def generate_batch(
 
 
 class Decoder:
-    """A model with a key-value cache of the texts that it continues.
+    """A model, and a key-value cache of the texts that the model continues.
 
     Args:
         rows: the number of texts.
-        longest: the number of tokens that the longest text will have at the end.
+        longest: the largest number of tokens that a text will have, including generated tokens.
     """
 
     def __init__(self, model: GPT2, rows: int, longest: int) -> None:
@@ -100,10 +101,11 @@ class Decoder:
 
     @torch.inference_mode()
     def next_token_logits(self, texts: list[list[int]]) -> Tensor:
-        """Return the logits of the token after each text, (B, V) fp32 on the CPU.
+        """Return the logits for the next token of each text, fp32 of shape (B, V), on the CPU.
 
         Args:
-            texts: new texts in the first call. In later calls, the texts of the previous call with one more token each.
+            texts: the token ids of each text. In each later call, every text must have one more token than in the
+                previous call.
         """
         starts = [window_start(len(text), self.model.config.context_length) for text in texts]
         if starts == self._starts:
@@ -120,17 +122,16 @@ class Decoder:
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
-        """Keep only these texts in the cache, in this order."""
+        """Keep only the given texts in the cache, in the given order."""
         self.cache.keep(rows)
         self._starts = [self._starts[row] for row in rows]
 
 
 def window_start(length: int, context_length: int) -> int:
-    """Return the index of the first token that the model sees when it predicts the token after a text.
+    """Return the index of the first token that the model sees when it predicts the next token of a text.
 
-    The index is 0 if the text fits into the context. For longer texts, it grows in steps of half a context. Whenever
-    the index changes, the positions of all tokens change, and the key-value cache must be computed again. The index
-    must therefore not change with every token.
+    The index is 0 if the text fits into the context. For longer texts, it grows in steps of half a context, because the
+    key-value cache must be computed again whenever the index changes.
     """
     half = max(context_length // 2, 1)
     surplus = max(length - context_length, 0)

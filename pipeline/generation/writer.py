@@ -1,4 +1,4 @@
-"""Complete prompts as text, with a checkpoint or with a model in training."""
+"""Complete prompts as text, with the model of a checkpoint or with a model in training."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ ENDS = frozenset({END_OF_TEXT})  # the tokens before which a completion ends
 
 
 def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32") -> Writer:
-    """Load the model of a checkpoint, to complete prompts with it.
+    """Load the model of a checkpoint into a ``Writer``.
 
     Args:
-        checkpoint: a checkpoint folder, or a run folder, whose newest good checkpoint is used.
-        dtype: a key of ``DTYPES``, the dtype of weights and matrix products.
+        checkpoint: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used.
+        dtype: the dtype of weights and matrix products, a key of ``DTYPES``.
 
     Raises:
         CheckpointError: there is no good checkpoint, or the vocabulary of the model is not GPT-2's.
@@ -49,10 +49,10 @@ def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32") -> 
 
 
 class Writer:
-    """A model that completes text, with GPT-2's tokenizer. Its methods do not use ``sample.prompt``.
+    """Completes prompts with a model and GPT-2's tokenizer. Its methods do not use ``sample.prompt``.
 
     Args:
-        sample: the section ``sample`` of the model's run.
+        sample: the section ``sample`` in the config of the run that trained the model.
     """
 
     def __init__(self, model: GPT2, sample: SampleConfig) -> None:
@@ -67,17 +67,17 @@ class Writer:
     def stream_tokens(
         self, prompt: list[int], sample: SampleConfig, seed: int, ends: AbstractSet[int] = ENDS
     ) -> Iterator[str]:
-        """Yield the completion of one prompt in pieces of text, like ``stream``.
+        """Yield the completion of a prompt that is already encoded, in pieces of text.
 
         Args:
             prompt: the token ids of the prompt.
-            ends: the token ids that end the completion. They are not in the completion.
+            ends: the token ids at which the completion ends. Their text is not yielded.
         """
         for _, piece in self._generate([prompt], sample, seed, ends):
             yield piece
 
     def complete(self, prompts: Sequence[str], sample: SampleConfig, seed: int) -> list[str]:
-        """Return the completions of several prompts, which are generated at the same time."""
+        """Return the completions of several prompts. They are generated at the same time."""
         completions = [""] * len(prompts)
         tokens = [self.tokenizer.encode(prompt).tolist() for prompt in prompts]
         for row, piece in self._generate(tokens, sample, seed, ENDS):
@@ -107,11 +107,11 @@ class Writer:
 
 
 class TextStream:
-    """Converts the tokens of one text to pieces of this text, one token at a time.
+    """Converts the tokens of a text to pieces of text, one token at a time.
 
     Args:
-        token_bytes: the bytes of each token by id.
-        stops: the stop texts. The text ends before the first stop text. A stop text must not be empty.
+        token_bytes: the bytes of each token. The index is the token id.
+        stops: texts that are not empty. The stream ends before the first occurrence of one of them.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str] = ()) -> None:
@@ -123,14 +123,15 @@ class TextStream:
         self._held = ""  # may be the beginning of a stop text
 
     def feed(self, token: int) -> str:
-        """Add a token. Return the text that is certain now and was not returned before.
+        """Add a token, and return the next piece of text. The piece can be empty.
 
-        Text is held back if it ends with an incomplete character, or with a possible beginning of a stop text.
+        A piece is not yet returned while it ends with an incomplete character, or with a possible beginning of a stop
+        text.
         """
         return self._release(self._decoder.decode(self._token_bytes[token]))
 
     def finish(self) -> str:
-        """Return the rest of the text; an incomplete character becomes U+FFFD."""
+        """Return the rest of the text. An incomplete character at the end becomes U+FFFD."""
         return self._release(self._decoder.decode(b"", final=True), is_last=True)
 
     def _release(self, new: str, *, is_last: bool = False) -> str:
@@ -155,13 +156,14 @@ def _overlap(text: str, stop: str) -> int:
 def prompt_loop(
     complete: Callable[[str, int], Generator[str]], seed: int, ask: Callable[[], str], show: Callable[[str], None]
 ) -> None:
-    """Complete each prompt that ``ask`` returns, until ``ask`` raises EOFError. The seed grows by 1 per prompt.
+    """Complete each prompt that ``ask`` returns, until ``ask`` raises EOFError. The seed increases by 1 per prompt.
 
     Ctrl-C ends the current completion. If no completion is in progress, Ctrl-C ends the loop.
 
     Args:
-        complete: yields the pieces of text to show for a prompt and a seed, each as soon as it is generated.
-        show: receives each piece.
+        complete: a function that takes a prompt and a seed, and yields pieces of text to show.
+        ask: a function that returns the next prompt.
+        show: a function that shows a piece of text.
     """
     while True:
         try:
@@ -185,9 +187,9 @@ def complete_while_training(backend: Backend, config: Config, world: World) -> s
 
     The completion ends before ``<|endoftext|>`` or before the first occurrence of a text in ``sample.stop``.
 
-    This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``. Each
-    token needs a forward pass over the whole text, because a wrapped model has no key-value cache. All ranks run
-    ``max_new_tokens`` forward passes, even if ``<|endoftext|>`` comes earlier.
+    This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``. The model
+    has no key-value cache while a backend wraps it, so each new token needs a forward pass over the whole text. All
+    ranks run ``max_new_tokens`` forward passes, even if the completion ends earlier.
     """
     sample, tokenizer = config.sample, load_tokenizer()
     generator = torch.Generator().manual_seed(derive_seed(config.run.seed, "sample"))

@@ -1,4 +1,4 @@
-"""Describe how an imported model differs from the model in the files, and measure the effect on a short text."""
+"""Describe how an imported model differs from the original in the files, and measure the effect on a short text."""
 
 from collections.abc import Callable, Mapping
 
@@ -25,16 +25,16 @@ SHORT_TEXT = (
 
 
 def rows_of_the_tokenizer(rows: int) -> int:
-    """Return how many of the ``rows`` rows of an embedding belong to GPT-2's tokens.
+    """Return how many rows of an embedding with ``rows`` rows belong to tokens of the tokenizer.
 
-    If the number is a little larger than GPT-2's vocabulary, the last rows belong to added tokens or padding. Any other
-    number is returned unchanged.
+    If ``rows`` is a little larger than GPT-2's vocabulary, the result is the size of GPT-2's vocabulary, because the
+    last rows belong to added tokens or padding. Otherwise, the result is ``rows``.
     """
     return GPT2_VOCAB_SIZE if GPT2_VOCAB_SIZE < rows <= LARGEST_PADDED_VOCABULARY else rows
 
 
 def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
-    """Return a list with one line that names the dtypes other than fp32. Returns an empty list if there are none."""
+    """Return a list with one line about all dtypes other than fp32. Returns an empty list if all weights are fp32."""
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()} - {"float32"})
     if not dtypes:
         return []
@@ -45,17 +45,17 @@ def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
 def describe_differences(
     config: ModelConfig, weights: Mapping[str, Tensor], kept_rows: int, *, exact_gelu: bool
 ) -> list[str]:
-    """Return one line per difference between the model in the files and our model.
+    """Return one line per difference between the original in the files and our model.
 
-    A line contains the losses of both models on a short text.
+    Each line contains the losses of both models on a short text.
 
     Args:
-        config: the config of the model in the files. Its ``vocab_size`` counts all rows of the stored embedding, also
-            rows that our model drops.
-        weights: canonical name -> parameter of the model in the files. Matrices have the same orientation as in our
+        config: the config of the original. Its ``vocab_size`` counts all rows of the stored embedding, also rows that
+            our model does not keep.
+        weights: maps canonical names to the parameters of the original. Matrices have the same orientation as in our
             model. Biases may be missing.
         kept_rows: the number of rows of the embedding that our model keeps.
-        exact_gelu: whether the model in the files computes GELU with erf.
+        exact_gelu: whether the original computes GELU exactly (with erf) and not with the tanh approximation.
     """
     rows = config.vocab_size
     if not exact_gelu and kept_rows == rows:

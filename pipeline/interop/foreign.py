@@ -1,4 +1,4 @@
-"""Read and check a GPT-2 from files of another program: pickles, parameter names, dtypes, shapes, missing tensors."""
+"""Read a GPT-2 from the files of another program, and check its parameter names, dtypes and shapes."""
 
 import re
 import warnings
@@ -34,20 +34,20 @@ _SETTINGS_CLASS = ".GPTConfig"  # the class name in nanoGPT and build-nanogpt
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """A GPT-2 that was read from the files of another program. Tensors are memory-mapped if the format allows this."""
+    """A GPT-2 from the files of another program. The tensors are memory-mapped if the file format allows this."""
 
     config: ModelConfig
     weights: dict[str, Tensor]  # canonical name -> tensor in our orientation; no padding rows, biases may be missing
     notes: list[str]  # messages for the user, one per difference to the model in the files
 
     def read(self, name: str) -> Tensor:
-        """Return a parameter in our shape, including the padding rows."""
+        """Return a parameter in the shape of our model, including the padding rows."""
         return read_padded({WEIGHT: self.weights}, model_shapes(self.config), WEIGHT, name)
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A checkpoint of another program that was written into a new run folder."""
+    """The result of importing a model: the checkpoint in the new run folder, and messages for the user."""
 
     saved: SavedCheckpoint
     notes: list[str]  # messages for the user about the conversion
@@ -57,16 +57,17 @@ class Conversion:
 
 
 class SettingsObject:
-    """Replaces a pickled ``GPTConfig``, so that the values can be read without executing the code of the class."""
+    """Takes the place of a pickled ``GPTConfig``. Its values can then be read without executing code of that class."""
 
 
 def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
-    """Load a dict that ``torch.save`` wrote, and memory-map its tensors. No code in the file is executed.
+    """Load a dict from a file of ``torch.save``. The tensors are memory-mapped. No code in the file is executed.
 
-    An object of a class called ``GPTConfig`` becomes a ``SettingsObject`` with the same attributes.
+    If the dict contains an object of a class named ``GPTConfig``, it becomes a ``SettingsObject`` with the same
+    attributes.
 
     Args:
-        expected: the expected kind of file, for the error message.
+        expected: what kind of file is expected, for the error message.
 
     Raises:
         CheckpointError: the file does not contain a dict that ``torch.save`` wrote, is damaged, or contains other
@@ -109,13 +110,14 @@ def _load_pickle(path: Path, classes: list[str]) -> Any:
 
 
 def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return the parameters in a state dict by canonical name. The tied weight is contained only once.
+    """Return the parameters of a state dict. The result maps canonical names to tensors.
 
-    Attention masks, which are not parameters, are left out.
+    The weight that output layer and embedding share is in the result only once. Attention masks are left out, because
+    they are not parameters.
 
     Raises:
-        CheckpointError: no key is the key of a GPT-2, a value is not a tensor of finite floats, a parameter is stored
-            twice, an attention mask is not causal, or the output layer differs from the embedding.
+        CheckpointError: the embedding of a GPT-2 is missing, a value is not a tensor of finite floats, a parameter is
+            stored twice, an attention mask is not causal, or the output layer differs from the embedding.
     """
     weights: dict[str, Tensor] = {}
     for key, value in state_dict.items():
@@ -141,14 +143,17 @@ def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, T
 
 
 def canonical_name(key: str) -> str:
-    """Return the canonical name for a key, which may have prefixes of wrappers and the prefix ``transformer.``."""
+    """Return the canonical name of the parameter with the given key.
+
+    The key may begin with ``transformer.`` and with the prefixes that wrappers such as DDP add.
+    """
     while prefix := next(filter(key.startswith, _WRAPPER_PREFIXES), None):
         key = key.removeprefix(prefix)
     return key.removeprefix(TRANSFORMER_PREFIX)
 
 
 def list_keys(content: Mapping[Any, Any]) -> str:
-    """Return the first keys of a dict as text, for an error message about a missing key."""
+    """Return a text with the first keys of a dict, for an error message about a missing key."""
     return f"its keys are {list_names(repr(str(key)) for key in content)}" if content else "it is empty"
 
 
@@ -164,7 +169,8 @@ def require_finite_floats(what: str, value: Any) -> Tensor:
     """Return a value as a detached tensor.
 
     Raises:
-        CheckpointError: the value is not a dense CPU tensor of floats of 16 to 64 bits, or an element is not finite.
+        CheckpointError: the value is not a dense CPU tensor of 16-bit to 64-bit floats, or an element is NaN or
+            infinite.
     """
     if not isinstance(value, Tensor):
         raise CheckpointError(f"{what} must be Tensor, found {type(value).__name__}")
@@ -176,12 +182,14 @@ def require_finite_floats(what: str, value: Any) -> Tensor:
 
 
 def require_sizes(where: str, weights: Mapping[str, Tensor], sizes: Mapping[str, int], keys: Mapping[str, str]) -> None:
-    """Raise CheckpointError if sizes contradict the weights. Call this before a model is created with these sizes.
+    """Raise CheckpointError if the sizes of a model in a file contradict its weights.
+
+    Call this function before you create a model with these sizes.
 
     Args:
         where: the file or section that contains the sizes, for the error message.
-        sizes: name of a size in ``ModelConfig`` -> size.
-        keys: name of a size in ``ModelConfig`` -> its name in the file.
+        sizes: maps names of sizes in ``ModelConfig`` to the sizes in the file.
+        keys: maps names of sizes in ``ModelConfig`` to their keys in the file.
     """
     width = sizes["n_embd"]
     for name, key in (("wte.weight", "vocab_size"), ("wpe.weight", "context_length")):
@@ -202,6 +210,7 @@ def require_shapes(where: str, source: str, weights: Mapping[str, Tensor], expec
     """Raise CheckpointError if ``weights`` does not have exactly the names and shapes in ``expected``.
 
     Args:
+        where: the file that contains the weights, for the error message.
         source: the file or section that contains the sizes of the model, for the error message.
     """
     unknown = {name: weights[name] for name in weights if name not in expected}
@@ -217,22 +226,26 @@ def require_shapes(where: str, source: str, weights: Mapping[str, Tensor], expec
 
 
 def model_shapes(config: ModelConfig) -> dict[str, list[int]]:
-    """Return the shapes of our parameters by canonical name, including the padding rows."""
+    """Return a dict that maps the canonical names of our parameters to their shapes, including the padding rows."""
     return {name: list(p.shape) for name, p in allocate_model(config, "meta").named_parameters()}
 
 
 def preset_of(sizes: dict[str, int]) -> dict[str, str]:
-    """Return ``{"preset": name}`` if a preset has exactly these sizes, otherwise an empty dict."""
+    """Return ``{"preset": name}`` if a preset has exactly these sizes. Otherwise, return an empty dict."""
     return next(({"preset": name} for name, preset in MODEL_PRESETS.items() if preset.items() <= sizes.items()), {})
 
 
 def read_padded(
     tensors: Mapping[str, Mapping[str, Tensor]], shapes: dict[str, list[int]], kind: str, name: str
 ) -> Tensor:
-    """Return a tensor in our shape, with zeros in our padding rows. Returns only zeros if the tensor is missing.
+    """Return a tensor in the shape of our model. The padding rows are zero.
+
+    If the tensor is missing, all rows are zero.
 
     Args:
-        tensors: kind (``weight``, ``exp_avg`` or ``exp_avg_sq``) -> canonical name -> tensor.
+        tensors: maps kinds (``weight``, ``exp_avg`` or ``exp_avg_sq``) to dicts from canonical names to tensors.
+        kind: the kind of the tensor.
+        name: the canonical name of the parameter.
     """
     tensor = tensors.get(kind, {}).get(name)
     if tensor is not None and list(tensor.shape) == shapes[name]:

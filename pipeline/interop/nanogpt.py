@@ -1,8 +1,8 @@
-"""Import nanoGPT's ``ckpt.pt``: weights, AdamW's moments, and the settings that also exist in a run config.
+"""Import nanoGPT's ``ckpt.pt``: the weights, AdamW's moments, and the settings that a run config also has.
 
-The file holds a dict: ``model`` (a state dict), ``optimizer`` (AdamW's), ``model_args``, ``iter_num`` and ``config``.
-build-nanogpt's ``model_*.pt`` has the sizes in ``config`` and the step in ``step``. Matrices have the same orientation
-in both programs as in this project.
+The file contains a dict with the keys ``model`` (a state dict), ``optimizer`` (the state dict of AdamW),
+``model_args``, ``iter_num`` and ``config``. In the files ``model_*.pt`` of build-nanogpt, ``config`` contains the sizes
+of the model, and ``step`` the step. Matrices have the same orientation as in this project.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ _WEIGHTS_ONLY = "remove 'optimizer' from the file to import its weights alone"
 
 
 def import_nanogpt(path: Path, run_folder: Path) -> Conversion:
-    """Write the contents of a file into a new run folder. Tensors are converted when they are written.
+    """Write the model and the settings in a file into a new run folder.
 
     Raises:
-        CheckpointError: the file is not a ``ckpt.pt``, is damaged, contains code, or has a wrong tensor; or
-            ``write_new_run`` raises CheckpointError.
+        CheckpointError: the file is not a ``ckpt.pt``, is damaged, contains code, or contains a wrong tensor; or the
+            run folder already has checkpoints or cannot be written.
         ConfigError: a setting in the file is not valid in a run config, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)
@@ -74,7 +74,7 @@ def import_nanogpt(path: Path, run_folder: Path) -> Conversion:
 
 
 def read_nanogpt_model(path: Path) -> ForeignModel:
-    """Read the model of a file, without its moments and settings. Raises the same errors as ``import_nanogpt``."""
+    """Read only the model in a file, without moments and settings. Raises the same errors as ``import_nanogpt``."""
     return _read_model(open_nanogpt_file(path))[0]
 
 

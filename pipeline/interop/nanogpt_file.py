@@ -1,4 +1,4 @@
-"""Open nanoGPT's ``ckpt.pt`` or build-nanogpt's ``model_*.pt``. The items are checked when they are read."""
+"""Open nanoGPT's ``ckpt.pt`` or build-nanogpt's ``model_*.pt``. The values in it are checked when they are read."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ _EXPECTED = "nanoGPT's ckpt.pt or build-nanogpt's model_*.pt"
 
 @dataclass(frozen=True)
 class Section:
-    """A dict in the file. Each item is checked when it is read."""
+    """A dict in the file. Each value is checked when it is read."""
 
     where: str
     content: dict[Any, Any]
 
     def get(self, key: Any, kind: type[Any]) -> Any | None:
-        """Return an item, or None if the item is missing. Raise CheckpointError if the item is not of type ``kind``.
+        """Return the value of a key, or None if the key is missing.
 
-        If ``kind`` is float, an int is accepted, too.
+        If ``kind`` is float, the value may also be an int.
+
+        Raises:
+            CheckpointError: the value is not of type ``kind``.
         """
         if key not in self.content:
             return None
@@ -33,19 +36,23 @@ class Section:
         return value
 
     def require(self, key: Any, kind: type[Any]) -> Any:
-        """Return an item. Raise CheckpointError if the item is missing or is not of type ``kind``."""
+        """Return the value of a key.
+
+        Raises:
+            CheckpointError: the key is missing, or the value is not of type ``kind``.
+        """
         if key not in self.content:
             raise CheckpointError(f"{self.where}: has no {key!r}; {list_keys(self.content)}; expected {_EXPECTED}")
         return self.get(key, kind)
 
     def section(self, key: Any) -> Section:
-        """Return an item that is a dict as a ``Section``. Raises the same errors as ``require``."""
+        """Return the value of a key, which must be a dict, as a ``Section``. Raises the same errors as ``require``."""
         return Section(f"{self.where}: {key}", self.require(key, dict))
 
 
 @dataclass(frozen=True)
 class NanoGptFile:
-    """The contents of a file of nanoGPT or build-nanogpt, under the names of nanoGPT."""
+    """The content of a file of nanoGPT or build-nanogpt. The fields have the names that nanoGPT uses."""
 
     path: Path
     content: Section
@@ -55,7 +62,7 @@ class NanoGptFile:
 
     @property
     def steps(self) -> int:
-        """The number of finished optimizer steps."""
+        """Return the number of finished optimizer steps."""
         key = "step" if self.is_build_nanogpt else "iter_num"
         steps: int = self.content.require(key, int)
         if steps < 0:
@@ -66,7 +73,8 @@ class NanoGptFile:
 def open_nanogpt_file(path: Path) -> NanoGptFile:
     """Open a file. Tensors are memory-mapped, and no code in the file is executed.
 
-    The key ``config`` contains the sizes of the model in build-nanogpt, and the settings of the run in nanoGPT.
+    In files of nanoGPT, the key ``config`` contains the settings of the run. In files of build-nanogpt, it contains the
+    sizes of the model.
 
     Raises:
         CheckpointError: the file does not come from these programs, is damaged, or contains objects that are neither

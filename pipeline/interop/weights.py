@@ -1,4 +1,4 @@
-"""Open the weights of a checkpoint of this project, of a Hugging Face folder, or of a file of nanoGPT."""
+"""Open the weights of a checkpoint, of a Hugging Face folder, or of a nanoGPT file."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from pipeline.model.parameter_state import WEIGHT
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Weights that can be read one parameter at a time."""
+    """Open weights. ``read`` reads one parameter at a time."""
 
     path: Path  # a checkpoint folder, a Hugging Face folder, or a file
     step: int | None  # the step of the run that wrote the weights; None if the step is not known
@@ -31,9 +31,9 @@ class WeightSource:
 
 
 def locate_weights(path: Path) -> Path:
-    """Return the path of the weights, for ``open_weights``.
+    """Return the path to pass to ``open_weights``.
 
-    If ``path`` is a run folder, this is the path of its newest good checkpoint. Otherwise it is ``path`` itself.
+    If ``path`` is a run folder, the result is its newest good checkpoint. Otherwise, the result is ``path``.
 
     Raises:
         CheckpointError: the path contains no weights, or the checkpoint is damaged.
@@ -49,7 +49,7 @@ def locate_weights(path: Path) -> Path:
 
 
 def open_weights(path: Path) -> WeightSource:
-    """Open the weights at a path that ``locate_weights`` returned, without verifying hashes again.
+    """Open the weights at a path that ``locate_weights`` has returned. The hashes are not verified again.
 
     Raises:
         CheckpointError: the weights cannot be read, or are not the weights of a GPT-2.

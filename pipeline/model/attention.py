@@ -1,4 +1,4 @@
-"""Causal self-attention with the fastest of torch's kernels. All kernels compute the same result."""
+"""Compute causal self-attention with the fastest kernel of torch. All kernels compute the same function."""
 
 import logging
 import math
@@ -25,10 +25,10 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Return softmax(q k^T / sqrt(D)) v, (B, H, T, D). No token attends to a later token.
+    """Return softmax(q k^T / sqrt(D)) v, shape (B, H, T, D). No token attends to a later token.
 
     Args:
-        q, k, v: queries, keys and values, (B, H, T, D).
+        q, k, v: queries, keys and values, each of shape (B, H, T, D).
         dropout: the dropout probability for the attention weights.
     """
     T = q.shape[2]
@@ -41,7 +41,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
 def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute causal attention with matrix products, one block of queries at a time.
 
-    A compiler can fuse these operations with each other. It cannot look into the kernels of torch.
+    A compiler can fuse these matrix products with the other operations. It cannot do this with torch's attention
+    kernels.
     """
     T, D = q.shape[2:]
     width = T // QUERY_BLOCKS
@@ -59,14 +60,16 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def fastest_kernel(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int], dropout: float
 ) -> Iterator[str]:
-    """Make attention in the block use the fastest kernel that works for these inputs. Yield torch's name of the kernel.
+    """Return a context manager.
 
-    If the name is ``MATH``, no fused kernel works, and a warning is logged. ``UNKNOWN`` means that torch chooses the
-    kernel and does not report its name.
+    Attention inside its ``with`` block uses the fastest kernel that works for these inputs.
+
+    The context manager gives torch's name of the kernel. The name is ``MATH`` if no fused kernel works. In this case, a
+    warning is logged. The name is ``UNKNOWN`` if torch does not report which kernel it uses.
 
     Args:
-        shape: (B, H, T, D), the shape of the queries in training.
-        dropout: the probability in training. Some kernels do not support dropout, or only some probabilities.
+        shape: the shape (B, H, T, D) of the queries in training.
+        dropout: the dropout probability in training. Some kernels support no dropout, or only some probabilities.
     """
     q = torch.zeros(shape, device=device, dtype=dtype, requires_grad=True)
     kernels = _preferred(device)
@@ -85,7 +88,10 @@ def fastest_kernel(
 
 @contextmanager
 def kernels_for_any_length() -> Iterator[None]:
-    """Make attention in the block use other kernels than cuDNN's, which needs up to 0.4 s for every new shape."""
+    """Return a context manager. Attention inside its ``with`` block does not use cuDNN's kernel.
+
+    Use this if the shapes vary, because cuDNN's kernel needs up to 0.4 s for each new shape.
+    """
     with sdpa_kernel(list(_KERNELS), set_priority=True):
         yield
 

@@ -1,6 +1,7 @@
-"""GPT-2 as published (Radford et al. 2019), with GPT-2's own names.
+"""Define GPT-2 as published (Radford et al. 2019), with the module names of the original.
 
-Shapes: B sequences, T tokens, C = n_embd, H heads, V = vocabulary of the tokenizer.
+In shapes, B is the number of sequences, T the number of tokens per sequence, C is ``n_embd``, H the number of heads,
+and V the vocabulary size of the tokenizer.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ class CausalSelfAttention(nn.Module):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Return GELU in the tanh approximation that GPT-2 uses (Hendrycks and Gimpel 2016).
+    """Return GELU, computed with the tanh approximation that GPT-2 uses (Hendrycks and Gimpel 2016).
 
-    GELU is x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3).
+    The result is x/2 (1 + tanh u), where u = sqrt(2/pi) (x + 0.044715 x^3).
     """
     if torch.compiler.is_compiling():  # x sigmoid(2u) is the same function, and exp is cheaper than tanh
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -76,7 +77,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with pre-LayerNorm. The residual stream itself is not normalized."""
+    """A transformer block. LayerNorm is applied before attention and before the MLP (pre-LayerNorm)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -92,7 +93,7 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """Rows of tokens, and the targets to score in these rows."""
+    """The input of ``GPT2.score``: rows of tokens, and the target tokens to score."""
 
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (N,) int64
@@ -102,7 +103,7 @@ class ScoringBatch:
 
 
 class GPT2(nn.Module):
-    """The language model. ``lm_head.weight`` and ``wte.weight`` are one parameter with the name ``wte.weight``."""
+    """The language model. ``lm_head.weight`` and ``wte.weight`` are the same parameter, named ``wte.weight``."""
 
     __call__: Callable[..., Tensor]
 
@@ -117,18 +118,19 @@ class GPT2(nn.Module):
         self.lm_head.weight = self.wte.weight
 
     def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
-        """Call ``loss``, ``logits`` or ``score``.
+        """Call the method ``loss``, ``logits`` or ``score``.
 
-        DDP, FSDP2, DeepSpeed, autocast and torch.compile gather weights, cast inputs and run compiled code only in
-        calls of ``forward``. Every computation of a wrapped model must therefore start with ``forward``.
+        Every computation with a wrapped model must start with a call of ``forward``. Only then do DDP, FSDP2,
+        DeepSpeed, autocast and torch.compile gather weights, cast inputs and run compiled code.
         """
         result: Tensor = getattr(self, method)(*inputs)
         return result
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Return the summed cross-entropy in nats, an fp32 scalar.
+        """Return the sum of the cross-entropies of all scored targets in nats, an fp32 scalar.
 
-        The result is a sum and not a mean, because the mean needs the number of targets in the global batch.
+        The result is a sum, because only the caller knows the number of targets in the global batch, which a mean
+        needs.
 
         Args:
             tokens: (B, T) integer ids below ``vocab_size``.
@@ -137,14 +139,14 @@ class GPT2(nn.Module):
         return self.lm_head(self.hidden_states(tokens), targets, method="loss")
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Return the logits, (B, T, V) in the compute dtype."""
+        """Return the logits, shape (B, T, V), in the compute dtype."""
         return self.lm_head(self.hidden_states(tokens), method="logits")
 
     def score(self, batch: ScoringBatch) -> Tensor:
-        """Score the targets. Returns fp32 of shape (2, N), with one column per target.
+        """Compute the log-probabilities of the targets. Return fp32 of shape (2, N), with one column per target.
 
-        The first row contains the log-probability of each target in nats. The second row is 1 if the target is the most
-        likely token, otherwise 0.
+        The first row contains the log-probability of each target in nats. The second row contains 1 if the target is
+        the most likely token, otherwise 0.
         """
         hidden = self.hidden_states(
             batch.tokens,
@@ -154,12 +156,13 @@ class GPT2(nn.Module):
         return self.lm_head(hidden.flatten(0, 1)[batch.outputs], batch.targets, method="score")
 
     def next_token_logits(self, tokens: Tensor, lengths: list[int], cache: KeyValueCache) -> Tensor:
-        """Return the logits of the token that follows each row, (B, V) in the compute dtype.
+        """Return the logits for the next token of each row, shape (B, V), in the compute dtype.
 
         Args:
-            tokens: if the cache is empty, whole rows (B, T), padded on the right. Otherwise the next tokens (B, 1).
-            lengths: the number of tokens per row, without padding.
-            cache: the cache with all earlier tokens. The new tokens are appended.
+            tokens: the new tokens. If the cache is empty, these are whole rows, shape (B, T), padded on the right.
+                Otherwise, this is one token per row, shape (B, 1).
+            lengths: the number of new tokens per row, without padding.
+            cache: the cache with all earlier tokens. The new tokens are appended to it.
         """
         rows = torch.arange(len(lengths), device=tokens.device)
         last = torch.tensor(lengths, device=tokens.device) - 1
@@ -168,12 +171,12 @@ class GPT2(nn.Module):
         return self.lm_head(x[rows, last], method="logits")
 
     def hidden_states(self, tokens: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
-        """Return the normalized residual stream after the last block, (B, T, C).
+        """Return the hidden states after the last block and the last LayerNorm, shape (B, T, C).
 
         Args:
             tokens: (B, T) integer ids below ``vocab_size``.
             positions: (B, T) int64, see ``ScoringBatch``.
-            attend: the attention function. If None, causal attention over each row.
+            attend: the attention function. If None, causal attention within each row is used.
         """
         x = self.wte(tokens) + self.wpe(self._positions(tokens) if positions is None else positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -194,7 +197,7 @@ class GPT2(nn.Module):
         return positions - starts
 
     def assert_tied(self) -> None:
-        """Assert that the output layer and the embedding still share one tensor."""
+        """Assert that the output layer and the token embedding use the same tensor."""
         assert self.lm_head.weight is self.wte.weight, "lm_head.weight and wte.weight came apart"
 
 
@@ -208,7 +211,10 @@ def allocate_model(config: ModelConfig, device: torch.device | str) -> GPT2:
 
 
 def build_model(config: ModelConfig, seed: int) -> GPT2:
-    """Return an initialized fp32 model on the CPU. The same seed gives the same weights on every rank and machine."""
+    """Return a new fp32 model on the CPU with initial weights.
+
+    The same seed gives the same weights on every rank and machine.
+    """
     model = allocate_model(config, "cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -217,10 +223,10 @@ def build_model(config: ModelConfig, seed: int) -> GPT2:
 
 
 def initialise(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
-    """Fill one parameter in place with numbers from its own random stream.
+    """Set the initial values of one parameter, in place. Each parameter uses its own random generator.
 
-    Weights are normally distributed with standard deviation 0.02. Weights that write to the residual stream have
-    0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3). Biases are 0, and LayerNorm weights are 1.
+    Weights are normally distributed with standard deviation 0.02. For weights whose output is added to the residual
+    stream, it is 0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3). Biases are 0, and LayerNorm weights are 1.
     """
     if name.endswith("bias"):
         parameter.zero_()
@@ -235,7 +241,11 @@ def initialise(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> 
 
 
 def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
-    """Return the number of parameters. The tied weight counts once. If ``padded``, its padding rows count, too."""
+    """Return the number of parameters of a model. The weight that embedding and output layer share is counted once.
+
+    Args:
+        padded: whether to count the padding rows of this weight.
+    """
     C, V = config.n_embd, config.vocab_size
     rows = padded_vocab_size(V) if padded else V
     block = 12 * C * C + 13 * C  # 4 matrices of 3, 1, 4, 4 C*C; their biases; two LayerNorms
@@ -245,9 +255,9 @@ def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Return the model FLOPs of the forward and backward pass per token: 6 N + 12 L C T.
 
-    N is the number of parameters without the position embedding, which needs no matrix product. L is ``n_layer``, C is
-    ``n_embd`` and T is ``seq_len``. The second term is for attention (Chowdhery et al. 2022, appendix B). Recomputation
-    is not counted.
+    N is the number of parameters without the position embedding, L is ``n_layer``, C is ``n_embd``, and T is
+    ``seq_len``. The second term is for attention. Recomputation is not counted. The formula is from Chowdhery et al.
+    2022, appendix B.
     """
     n = parameter_count(config, padded=True) - config.context_length * config.n_embd
     return 6 * n + 12 * config.n_layer * config.n_embd * seq_len

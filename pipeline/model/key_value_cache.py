@@ -1,4 +1,4 @@
-"""Cache the keys and values of earlier tokens, so that each new token requires a forward pass over one token only."""
+"""Store the keys and values of earlier tokens, so that a forward pass only needs to process the new tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +11,15 @@ from pipeline.config.schema import ModelConfig
 
 
 class KeyValueCache:
-    """The keys and values of a batch of texts, in memory that is allocated once.
+    """The keys and values of a batch of texts. The memory is allocated once, when the cache is created.
 
-    Each text is one row. Rows begin at slot 0 and may differ in length. The first call of ``append`` fills the cache
-    with whole rows, padded on the right. Attention never reads the entries of the padding, and later tokens overwrite
-    these entries. Each later call appends one token per row.
+    Each text is one row. Rows begin at slot 0 and can have different lengths. The first call of ``append`` adds whole
+    rows, padded on the right. Each later call adds one token per row. Attention never reads the entries of padding
+    tokens, and later tokens overwrite them.
 
     Args:
-        rows: the number of texts, B.
-        capacity: the number of tokens per row, S, at most ``context_length``.
+        rows: the number B of texts.
+        capacity: the largest number S of tokens per row. It must not exceed ``context_length``.
     """
 
     def __init__(
@@ -38,14 +38,16 @@ class KeyValueCache:
         self._text_starts.zero_()
 
     def keep(self, rows: list[int]) -> None:
-        """Keep only these rows, in this order."""
+        """Keep only the given rows, in the given order."""
         self._memory = self._memory[:, :, rows]
         self._text_starts = self._text_starts[rows]
         self.lengths = [self.lengths[row] for row in rows]
 
     @contextmanager
     def append(self, lengths: list[int]) -> Iterator[None]:
-        """Append tokens to the rows. In the block of the ``with``, every layer calls ``attend`` once with new tokens.
+        """Return a context manager that appends tokens to the rows.
+
+        Inside the ``with`` block, every layer must call ``attend`` once with the new tokens.
 
         Args:
             lengths: the number of new tokens per row, without padding. All numbers are 1 unless the cache is empty.
@@ -56,17 +58,17 @@ class KeyValueCache:
         self.lengths = [seen + new for seen, new in zip(self.lengths, lengths, strict=True)]
 
     def first_slots(self) -> Tensor:
-        """Return the slot of each row's next token, (B, 1)."""
+        """Return the slot for the next token of each row, shape (B, 1)."""
         return torch.tensor(self.lengths, device=self._memory.device)[:, None]
 
     def carry_text_starts(self, starts: Tensor) -> Tensor:
-        """Return the slot at which the text of each new token starts, (B, T). A row can contain several texts.
+        """Return the slot at which the text of each new token starts, shape (B, T). A row can contain several texts.
 
-        This call also stores where the last text of each row starts, for the tokens of later calls.
+        The call also stores where the last text of each row starts, because the next call needs it.
 
         Args:
-            starts: (B, T), the slots that follow from the new tokens alone. The value is 0 if the text of a token
-                starts before the new tokens.
+            starts: shape (B, T). For each new token, the slot at which its text starts, or 0 if the text starts before
+                the new tokens.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1
@@ -74,10 +76,11 @@ class KeyValueCache:
         return starts
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the new keys and values, and return causal attention over all stored tokens, (B, H, T, C/H).
+        """Store the new keys and values. Return causal attention over all stored tokens, shape (B, H, T, C/H).
 
         Args:
-            q, k, v: the queries, keys and values of the new tokens, (B, H, T, C/H). T is 1 unless the cache is empty.
+            q, k, v: the queries, keys and values of the new tokens, each of shape (B, H, T, C/H). T is 1 unless the
+                cache is empty.
         """
         keys, values = self._memory[layer]  # (B, H, S, C/H) each
         if q.shape[2] > 1:

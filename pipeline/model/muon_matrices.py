@@ -1,4 +1,7 @@
-"""List the matrices that Muon updates, the weights of the transformer blocks, and divide them among the ranks."""
+"""List the weight matrices that Muon updates, and divide them among the ranks.
+
+Muon updates the weight matrices of the transformer blocks.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _LARGEST_MATRICES_PER_RANK = 2
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix that Muon orthogonalizes. It consists of all rows or of consecutive rows of a parameter."""
+    """A matrix that Muon orthogonalizes: a whole parameter, or consecutive rows of a parameter."""
 
     name: str  # the canonical name of the parameter
     start: int  # the first element, counted in the flattened parameter
@@ -22,27 +25,27 @@ class Matrix:
 
     @property
     def numel(self) -> int:
-        """The number of elements."""
+        """Return the number of elements."""
         return self.rows * self.columns
 
     @property
     def stop(self) -> int:
-        """The index after the last element, counted in the flattened parameter."""
+        """Return the index after the last element. The index counts elements of the flattened parameter."""
         return self.start + self.numel
 
     @property
     def cost(self) -> int:
-        """The cost of an iteration's matrix products, in a unit that is the same for all matrices."""
+        """Return the relative cost of orthogonalizing this matrix. The unit is the same for all matrices."""
         return self.numel * min(self.rows, self.columns)
 
     @property
     def flops_per_iteration(self) -> int:
-        """The FLOPs of the three matrix products of a Newton-Schulz iteration."""
+        """Return the FLOPs of one Newton-Schulz iteration, which consists of three matrix products."""
         return 4 * self.cost + 2 * min(self.rows, self.columns) ** 3
 
     @property
     def update_scale(self) -> float:
-        """The factor by which the orthogonal matrix is multiplied (Liu et al. 2025).
+        """Return the factor for the orthogonal matrix (Liu et al. 2025).
 
         With this factor, an update of Muon is about as large as an update of AdamW.
         """
@@ -50,7 +53,10 @@ class Matrix:
 
 
 def belongs_to_muon(name: str, shape: Sequence[int]) -> bool:
-    """Return whether Muon updates a parameter. AdamW updates the embeddings, biases and LayerNorm weights."""
+    """Return whether Muon updates a parameter.
+
+    If not, AdamW updates it. This is so for embeddings, biases and LayerNorm weights.
+    """
     return name.startswith("h.") and len(shape) == 2
 
 
@@ -58,8 +64,8 @@ def muon_matrices(shapes: Mapping[str, Sequence[int]], *, split_qkv: bool) -> It
     """Yield the matrices of all parameters that Muon updates, in the order of ``shapes``.
 
     Args:
-        shapes: the shapes of parameters, by canonical name.
-        split_qkv: whether the projection to queries, keys and values counts as three matrices instead of one.
+        shapes: maps canonical names of parameters to their shapes.
+        split_qkv: whether the weight of the projection to queries, keys and values is split into three matrices.
     """
     for name, shape in shapes.items():
         if belongs_to_muon(name, shape):
@@ -70,10 +76,12 @@ def muon_matrices(shapes: Mapping[str, Sequence[int]], *, split_qkv: bool) -> It
 
 
 def divide_into_batches(matrices: Sequence[Matrix], ranks: int) -> list[list[Matrix]]:
-    """Divide matrices into batches of consecutive matrices. All batches have about the same size.
+    """Divide matrices into batches of about the same size.
 
-    A batch is large enough that all ranks can have about the same work. It is small enough that the exchange of a batch
-    does not need much memory.
+    The matrices of a batch are exchanged between ranks together.
+
+    A batch contains enough matrices to give all ranks about the same work, but not so many that the exchange needs much
+    memory.
     """
     total = sum(matrix.numel for matrix in matrices)
     largest = max((matrix.numel for matrix in matrices), default=0)
@@ -87,9 +95,10 @@ def divide_into_batches(matrices: Sequence[Matrix], ranks: int) -> list[list[Mat
 
 
 def assign_owners(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
-    """Return the matrices that each rank owns.
+    """Assign matrices to ranks. Return the matrices of each rank.
 
-    The matrices are assigned in the order of decreasing cost. Each matrix goes to the rank with the least work so far.
+    The matrices are assigned in the order of decreasing cost. Each matrix goes to the rank that has the least work so
+    far.
     """
     owned: list[list[Matrix]] = [[] for _ in range(ranks)]
     work = [0] * ranks
@@ -101,7 +110,7 @@ def assign_owners(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
 
 
 def exchange_elements(batch: Sequence[Matrix], ranks: int, *, replicated: bool) -> int:
-    """Return the largest number of elements that a rank holds while a batch is exchanged and orthogonalized.
+    """Return the largest number of elements that a rank needs in memory to exchange and orthogonalize a batch.
 
     Args:
         replicated: whether every rank holds all elements of all matrices.

@@ -1,4 +1,4 @@
-"""The output layer and the loss, which need half of the time and most of the memory of a small model."""
+"""Define the output layer and the loss. In a small model, they need half of the time and most of the memory."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,17 +16,19 @@ Method = Literal["loss", "logits", "score"]
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Return the number of rows of the embedding. It is the vocabulary size, rounded up to ``VOCAB_MULTIPLE``.
+    """Return the vocabulary size, rounded up to a multiple of ``VOCAB_MULTIPLE``.
 
-    The softmax ignores the additional rows, which are called padding rows.
+    This is the number of rows of the token embedding. The softmax ignores the additional rows, which are called padding
+    rows.
     """
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class OutputLayer(nn.Linear):
-    """The projection from hidden states to logits, and the loss.
+    """The linear layer that computes logits from hidden states, and the loss.
 
-    The loss is in the same module, so that a backend that compiles each module can fuse the loss with the projection.
+    The loss belongs to the same module, so that a backend that compiles each module separately can fuse it with the
+    linear layer.
     """
 
     __call__: Callable[..., Tensor]
@@ -37,7 +39,7 @@ class OutputLayer(nn.Linear):
         self.packed_product: Callable[[Tensor], Tensor] | None = None  # see pipeline/model/packed_linear.py
 
     def forward(self, *inputs: Tensor, method: Method = "loss") -> Tensor:
-        """Call ``loss``, ``logits`` or ``score``. The docstring of ``GPT2.forward`` explains why."""
+        """Call the method ``loss``, ``logits`` or ``score``. The docstring of ``GPT2.forward`` says why."""
         result: Tensor = getattr(self, method)(*inputs)
         return result
 
@@ -45,21 +47,21 @@ class OutputLayer(nn.Linear):
         """Return the sum of the cross-entropies of all scored targets in nats, an fp32 scalar.
 
         Args:
-            hidden: hidden states, (B, T, C).
+            hidden: hidden states, shape (B, T, C).
             targets: (B, T) int64 ids. ``IGNORE_INDEX`` marks targets that are not scored.
         """
         losses = cross_entropy(self._padded_logits(hidden).flatten(0, 1), targets.flatten(), self.vocab_size)
         return losses.sum()  # torch sums pairwise, so the error is about the rounding error of one addition
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits (..., V) for hidden states (..., C), in the compute dtype."""
+        """Return the logits for hidden states, in the compute dtype. Shape (..., C) gives shape (..., V)."""
         return self._padded_logits(hidden)[..., : self.vocab_size]
 
     def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Score the targets. Returns fp32 of shape (2, N), as ``GPT2.score`` describes.
+        """Compute the log-probabilities of the targets. Return fp32 of shape (2, N), as ``GPT2.score`` does.
 
         Args:
-            hidden: hidden states, (N, C).
+            hidden: hidden states, shape (N, C).
             targets: (N,) int64 ids.
         """
         # The loop is inside the layer, because FSDP2 and ZeRO-3 gather the layer's weight once per call of the layer.
@@ -71,10 +73,10 @@ class OutputLayer(nn.Linear):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Return each target's cross-entropy in nats, (N,) fp32. It is 0 if the target is ``IGNORE_INDEX``.
+    """Return the cross-entropy of each target in nats, fp32 of shape (N,). It is 0 if the target is ``IGNORE_INDEX``.
 
     Args:
-        logits: (N, padded vocabulary) in any dtype. Columns from ``vocab_size`` on are padding.
+        logits: shape (N, padded vocabulary size), in any dtype. Columns from ``vocab_size`` on are padding.
         targets: (N,) int64 ids.
     """
     if torch.compiler.is_compiling():
@@ -109,7 +111,10 @@ class _CompiledCrossEntropy(torch.autograd.Function):
 
 
 def score_targets(logits: Tensor, targets: Tensor) -> Tensor:
-    """Score (n,) targets with logits of shape (n, V). Returns fp32 of shape (2, n), as ``GPT2.score`` describes."""
+    """Compute the log-probabilities of (n,) targets from logits of shape (n, V). Return fp32 of shape (2, n).
+
+    The rows of the result are the same as in ``GPT2.score``.
+    """
     logits = logits.float()  # also for argmax, which takes four times as long in bf16 on a CPU
     log_probabilities = torch.log_softmax(logits, dim=1).gather(1, targets.unsqueeze(1)).squeeze(1)
     return torch.stack((log_probabilities, (logits.argmax(1) == targets).float()))

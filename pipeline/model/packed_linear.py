@@ -1,6 +1,6 @@
-"""Linear layers for inference on a CPU. Their weights are converted once to the layout of oneDNN's matrix products.
+"""Define linear layers for fast inference on a CPU. Their weights are stored in the memory layout of oneDNN.
 
-If the input has few rows, as in generation, torch's own matrix products reach only half of the memory bandwidth. See
+If the input has few rows, as in generation, torch's own linear layers reach only half of the memory bandwidth. See
 docs/benchmarks.
 """
 
@@ -17,7 +17,7 @@ FEWEST_ROWS = {torch.float32: 4, torch.bfloat16: 1}
 
 
 class PackedLinear(nn.Module):
-    """A linear layer in one dtype, without parameters and without a backward pass."""
+    """A linear layer that computes in one dtype. It has no parameters and no backward pass."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -26,9 +26,10 @@ class PackedLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output for ``x``. As under autocast, ``x`` of shape (..., in) may have any dtype.
+        """Return the output of the layer, shape (..., out), in the dtype of the layer.
 
-        The output has the shape (..., out) and the dtype of the layer.
+        Args:
+            x: shape (..., in), in any dtype.
         """
         rows = x.shape[:-1].numel()
         missing = FEWEST_ROWS[self.dtype] - rows
@@ -38,16 +39,18 @@ class PackedLinear(nn.Module):
         return y[:rows].view(*x.shape[:-1], y.shape[-1])
 
     def product(self, x: Tensor) -> Tensor:
-        """Return the output for ``x``, which must have the dtype of the layer. Unlike ``forward``, do not add rows."""
+        """Return the output of the layer for ``x`` of shape (rows, in), which must have the dtype of the layer."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
 
 def pack_linear_layers(model: GPT2, dtype: torch.dtype) -> None:
-    """Replace the linear layers of a model with packed layers. Do nothing on a GPU or if oneDNN lacks the dtype.
+    """Replace the linear layers of a model with packed layers. Do nothing if the model is on a GPU.
 
-    The original weights of the blocks are freed. The weight of the output layer stays, because it is also the
-    embedding.
+    Also do nothing if oneDNN does not support the dtype on this CPU.
+
+    The original weights of the blocks are freed. The original weight of the output layer is kept, because the embedding
+    uses it.
     """
     if model.wte.weight.device.type != "cpu" or not can_pack(dtype):
         return
@@ -60,7 +63,7 @@ def pack_linear_layers(model: GPT2, dtype: torch.dtype) -> None:
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Return whether the installed torch has packed products and the CPU supports these products in this dtype."""
+    """Return whether the installed torch and this CPU support packed layers in a dtype."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):

@@ -1,4 +1,4 @@
-"""Name the tensors of a parameter's training state: the weight, and the tensors that the optimizer keeps for it."""
+"""Define the names of the tensors that belong to a parameter: the weight, and its tensors in the optimizer state."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ StateNames = Mapping[str, Iterable[str]]
 
 
 def optimizer_state_names(shapes: Mapping[str, Sequence[int]], config: OptimizerConfig) -> dict[str, tuple[str, ...]]:
-    """Return the names of the tensors that the optimizer keeps for each parameter.
+    """Return a dict that maps each parameter to the names of its optimizer tensors, such as ``exp_avg``.
 
     The result is the same under every backend and on every rank.
 
     Args:
-        shapes: the shapes of all parameters, by canonical name.
+        shapes: maps the canonical names of all parameters to their shapes.
     """
     uses_muon = config.name == "muon"
     muon = {name for name, shape in shapes.items() if uses_muon and belongs_to_muon(name, shape)}

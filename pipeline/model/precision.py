@@ -1,8 +1,7 @@
-"""Let the model compute in a precision. The dtypes of a precision are the same in every backend.
+"""Run the model in one of the precisions below. A precision means the same dtypes in every backend.
 
-``fp32``                  everything is in fp32
-``amp_bf16``, ``amp_fp16``  fp32 weights and ``torch.autocast``; ``amp_fp16`` also scales the loss
-``bf16``                  bf16 weights in forward and backward, fp32 master weights, fp32 gradient accumulation
+``fp32`` everything is in fp32 ``amp_bf16``, ``amp_fp16`` fp32 weights and ``torch.autocast``; ``amp_fp16`` also scales
+the loss ``bf16`` bf16 weights in forward and backward, fp32 master weights, fp32 gradient accumulation
 """
 
 from collections.abc import Callable
@@ -21,7 +20,7 @@ AUTOCAST_DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
 class ComputeModel(nn.Module):
-    """A model that computes in one precision. Its ``forward`` has the arguments of :meth:`GPT2.forward`."""
+    """A model that computes in one precision. Its ``forward`` takes the same arguments as :meth:`GPT2.forward`."""
 
     __call__: Callable[..., Tensor]
 
@@ -31,10 +30,10 @@ class ComputeModel(nn.Module):
 
 
 class AutocastModel(ComputeModel):
-    """The model with autocast inside its ``forward``. In the precision ``fp32``, there is no autocast.
+    """A model that uses autocast inside its ``forward``. In the precision ``fp32``, it does not use autocast.
 
-    An autocast around the wrapped model would not work in every backend: DeepSpeed turns it off. DeepSpeed's own option
-    ``torch_autocast`` is not used either, because in fp16 it clips gradients before it unscales them.
+    Autocast around the wrapped model would not work, because DeepSpeed turns it off. DeepSpeed's own option
+    ``torch_autocast`` is not used, because it clips fp16 gradients before it unscales them.
     """
 
     def __init__(self, model: GPT2, precision: str, device: torch.device) -> None:
@@ -48,7 +47,7 @@ class AutocastModel(ComputeModel):
 
 
 class Bf16ViewModel(ComputeModel):
-    """A model that computes with bf16 copies of its fp32 parameters, for backends with whole weights on every rank.
+    """A model that computes with bf16 copies of its fp32 parameters, for backends that keep all weights on every rank.
 
     The parameters are the master weights. The cast to bf16 belongs to the autograd graph, so gradients are accumulated
     and reduced in fp32.
@@ -60,5 +59,8 @@ class Bf16ViewModel(ComputeModel):
 
 
 def replicated_compute(model: GPT2, precision: str, device: torch.device) -> ComputeModel:
-    """Return the module that runs a model in a precision, for backends that hold the whole fp32 model on every rank."""
+    """Wrap a model in the module that computes in the given precision.
+
+    This is for backends that keep the whole fp32 model on every rank, and for use without a backend.
+    """
     return Bf16ViewModel(model) if precision == "bf16" else AutocastModel(model, precision, device)

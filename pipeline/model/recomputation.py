@@ -14,9 +14,10 @@ from pipeline.model.gpt2 import GPT2, Block
 
 
 def recompute_blocks(model: GPT2) -> None:
-    """Let the blocks that ``model.activation_checkpointing`` selects recompute their activations in the backward pass.
+    """Make some blocks recompute their activations in the backward pass.
 
-    This function replaces the blocks' ``forward`` and not the blocks, so modules and parameters keep their names.
+    The config key ``model.activation_checkpointing`` selects these blocks. The function replaces only the ``forward``
+    of the blocks, so all modules and parameters keep their names.
     """
     # Without this setting, compiled code draws the dropout masks of these blocks from its own generators, which do not
     # use the seeds of the micro-batches. The setting applies to the whole process.

@@ -1,1 +1,1 @@
-"""Plan the memory and speed of a run before you buy GPUs. See ``docs/planning.md``."""
+"""Plan how much memory and time a run will need on given GPUs. See ``docs/planning.md``."""

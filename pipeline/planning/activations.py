@@ -1,9 +1,9 @@
-"""Find the memory of one micro-batch, without weights and gradients, by tracing the real model on fake tensors.
+"""Compute the memory that one micro-batch needs for activations, by tracing the real model with fake tensors.
 
-Fake tensors have shapes and dtypes but no memory. The GPT-2 of :mod:`pipeline.model.gpt2` runs one forward and backward
-pass on fake tensors. Every storage is counted from the operation that allocates the storage until the storage is freed.
-A change of the model, the loss or the attention therefore changes the plan, too. The tensors are fake CPU tensors; the
-plan assumes that other devices keep the same tensors.
+Fake tensors have shapes and dtypes but no memory. The model of :mod:`pipeline.model.gpt2` runs one forward and backward
+pass with fake tensors, and every storage is counted while it exists. Therefore, a change of the model, the loss or the
+attention also changes the plan. The fake tensors are CPU tensors. The plan assumes that the same tensors exist on other
+devices.
 """
 
 import weakref
@@ -31,7 +31,10 @@ Compute = Literal["autocast", "bf16_view", "bf16_weights"]
 
 @dataclass(frozen=True)
 class Peak:
-    """The peak memory in an interval. A new interval begins whenever the gradient of a parameter is finished."""
+    """The peak memory in an interval of the backward pass.
+
+    An interval ends when the gradient of a parameter is complete.
+    """
 
     finished_elements: int  # elements of all parameters whose gradients are finished
     activation_bytes: int  # without logits; includes copies of weights and the gradient that is being computed
@@ -40,7 +43,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Request:
-    """The model and the micro-batch to trace. ``precision`` has an effect only if ``compute`` is "autocast"."""
+    """What to trace: the model and the micro-batch. ``precision`` has an effect only if ``compute`` is "autocast"."""
 
     model: ModelConfig
     compute: Compute
@@ -51,12 +54,14 @@ class Request:
 
 @lru_cache(maxsize=512)
 def trace_activations(request: Request) -> tuple[Peak, ...]:
-    """Return the peaks of a forward and backward pass, in order. The first peak is before any gradient is finished.
+    """Return the memory peaks of a forward and backward pass, in order.
 
-    A deep model is not traced directly. All its blocks are equal, so the function traces two shallow models with
-    different numbers of blocks. It adds the difference between the two for every further block. The result contains the
-    peaks at the first and at the last blocks, but not those in the middle. Memory changes linearly from block to block,
-    so the largest peak is always at one of the two ends.
+    The first peak is before any gradient is complete.
+
+    A deep model is not traced directly. Because its blocks are equal, the function traces two models with few and
+    different numbers of blocks, and adds the difference between them for every further block. The result contains only
+    the peaks at the first and at the last blocks. The memory changes linearly from block to block, so the largest peak
+    is among them.
     """
     config = request.model
     period = max(1, int(config.activation_checkpointing))
@@ -114,10 +119,9 @@ def _build(request: Request) -> tuple[GPT2, nn.Module]:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that operations inside this mode allocate, until they are freed.
+    """Counts the bytes of all storages that operations inside this mode have allocated and not yet freed.
 
-    This works with real and with fake tensors. It does not count the memory that a kernel allocates and frees
-    internally.
+    This works with real and with fake tensors. Memory that a kernel allocates and frees internally is not counted.
     """
 
     def __init__(self, vocabulary: Container[int] = ()) -> None:
@@ -136,7 +140,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count the storages of these tensors from now on."""
+        """Stop counting the storages of these tensors."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._forget(storage._cdata)

@@ -1,4 +1,4 @@
-"""The devices that a plan can use: GPUs with published figures, and this machine with measured figures."""
+"""Define the devices for a plan: GPUs with the speeds of their data sheets, and this machine with measured speeds."""
 
 import os
 import time
@@ -16,7 +16,7 @@ _COPIED_BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}
 
 @dataclass(frozen=True)
 class Device:
-    """The device of one rank, in a machine with ``per_node`` such devices. All bandwidths are for one direction."""
+    """The device of one rank, in a machine that has ``per_node`` such devices. All bandwidths are for one direction."""
 
     name: str
     memory_gib: float  # as torch reports it
@@ -32,15 +32,15 @@ class Device:
 
     @property
     def usable_bytes(self) -> int:
-        """The bytes of memory that tensors can use."""
+        """Return the number of bytes that tensors can use."""
         return int((self.memory_gib - self.reserved_gib) * (1 - self.fragmentation) * GIB)
 
     def flops(self, precision: str) -> float:
-        """Return the FLOP/s of matrix products in a precision."""
+        """Return the FLOP/s of the device in matrix products, for a value of ``run.precision``."""
         return TERA * (self.fp32_tflops if precision == "fp32" else self.bf16_tflops)
 
     def link_bytes_per_s(self, world_size: int) -> float:
-        """Return the published bandwidth of the slowest link among ``world_size`` ranks."""
+        """Return the published bandwidth, in bytes per second, of the slowest link between ``world_size`` ranks."""
         return GB * (self.node_gb_per_s if world_size <= self.per_node else self.network_gb_per_s)
 
 
@@ -64,7 +64,7 @@ DEVICES: dict[str, Device] = {
 def find_device(
     name: str, precision: str, world_size: int, *, memory_gib: float | None = None, tflops: float | None = None
 ) -> Device:
-    """Return the device with this name from ``DEVICES``, or measure this machine if the name is ``this``.
+    """Return the device with this name from ``DEVICES``. If the name is ``this``, measure this machine.
 
     Args:
         world_size: the number of ranks. The ranks of this machine share its CPU.

@@ -1,6 +1,8 @@
-"""Compute the bytes of weights, master weights, moments, gradients and buffers on the rank that uses most memory.
+"""Compute how many bytes a rank needs for weights, master weights, optimizer state, gradients and buffers.
 
-The formulas describe this project's backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` names the
+If the ranks differ, the result is for the rank that needs most.
+
+The formulas describe this project's backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` gives the
 source of every term. ``make plan-check`` compares the results with measured peaks and with the real wrapping code.
 """
 
@@ -29,10 +31,10 @@ REPLICATED_BUCKET_ELEMENTS = 500_000_000
 
 @dataclass(frozen=True)
 class Layout:
-    """The bytes of state on one rank.
+    """The number of bytes that one rank needs for each kind of state.
 
-    ``gradients`` and ``buffers`` are functions. They take the number of elements whose gradients are finished, and
-    return bytes.
+    ``gradients`` and ``buffers`` are functions, because these bytes change during the backward pass. Their argument is
+    the number of parameter elements whose gradients are complete.
     """
 
     compute: Compute
@@ -46,7 +48,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model's parameters, in elements."""
+    """The sizes of a model's parameters, as numbers of elements."""
 
     shapes: dict[str, torch.Size]  # of all parameters, by canonical name
     total: int
@@ -103,7 +105,7 @@ class _Case:
 
 @cache
 def sizes_of(model: ModelConfig) -> Sizes:
-    """Return the sizes of the real model's parameters. The model is built without allocating memory."""
+    """Return the sizes of the parameters of the real model. No memory is allocated for the parameters."""
     with torch.device("meta"):
         built = GPT2(model)
     block = sum(parameter.numel() for parameter in built.h[0].parameters())
@@ -113,7 +115,7 @@ def sizes_of(model: ModelConfig) -> Sizes:
 
 
 def layout_of(config: Config, plan: BatchPlan) -> Layout:
-    """Return the layout of the config's backend."""
+    """Return how many bytes one rank needs under the backend of the config."""
     backend, is_bf16 = config.backend, config.run.precision == "bf16"
     case = _Case(sizes_of(config.model), plan.world_size, plan.accumulation > 1, is_bf16, backend, config.optimizer)
     if backend.name == "deepspeed":
@@ -129,7 +131,7 @@ def layout_of(config: Config, plan: BatchPlan) -> Layout:
 
 
 def exchange_bytes(config: Config, world_size: int) -> int:
-    """Return the bytes in which Muon assembles and orthogonalizes matrices on one rank. AdamW needs none."""
+    """Return how many bytes one rank needs while Muon assembles and orthogonalizes matrices. Returns 0 for AdamW."""
     if config.optimizer.name != "muon":
         return 0
     shapes = sizes_of(config.model).shapes

@@ -1,4 +1,4 @@
-"""Plan one config on N devices: the peak memory, the largest micro-batch that fits into a device, and the time."""
+"""Plan a config on N devices: the peak memory, the largest micro-batch that fits into the memory, and the speed."""
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ SECONDS_PER_DAY = 86_400
 
 @dataclass(frozen=True)
 class Memory:
-    """The peak memory of one rank in bytes, divided by purpose."""
+    """The peak memory of one rank in bytes, divided by use."""
 
     parameters: int
     masters: int
@@ -28,13 +28,13 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The bytes of all purposes."""
+        """Return the sum of all fields."""
         return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of one backend at one world size."""
+    """The result of planning a config with one backend and one world size."""
 
     backend: str
     batch: BatchPlan
@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the config's micro-batch fits into the device's memory."""
+        """Return whether the config's micro-batch fits into the memory of the device."""
         return self.memory.total <= self.usable_bytes
 
     def to_json(self) -> dict[str, Any]:
@@ -62,16 +62,17 @@ class Plan:
 def plan_run(
     name: str, config: Config, world_size: int, device: Device, *, mfu: float, tokens: int, grow_batch: bool = False
 ) -> Plan:
-    """Plan the memory and the speed of a run.
+    """Estimate the memory and the speed of a run.
 
     Args:
-        name: the name of the plan.
-        tokens: the token budget of the whole run.
-        grow_batch: whether to enlarge a batch that is too small for the ranks, so that each rank has one micro-batch
-            per step. If True, the function does not search for the largest micro-batch.
+        name: the name for the plan in tables, such as the name of the backend.
+        mfu: the fraction of the device's FLOP/s that the computation reaches.
+        tokens: the number of tokens that the whole run trains on.
+        grow_batch: whether to enlarge the batch if it is too small for the number of ranks. Each rank then has one
+            micro-batch per step. If True, the function does not search for the largest micro-batch.
 
     Raises:
-        ConfigError: ``grow_batch`` is False and the batch cannot be divided equally among the ranks.
+        ConfigError: ``grow_batch`` is False, and the batch cannot be divided equally among the ranks.
     """
     if grow_batch:
         size, seq_len = config.batch.micro_batch_size, config.seq_len
@@ -100,9 +101,9 @@ def plan_run(
 
 
 def peak_memory(config: Config, plan: BatchPlan) -> Memory:
-    """Return the peak memory of a rank's device in any step except the first.
+    """Return the peak memory of a rank's device during a step.
 
-    The first step is different, because it creates the optimizer state and the buckets.
+    The first step of a run is not considered, because it also creates the optimizer state and the buckets.
     """
     layout = layout_of(config, plan)
     request = Request(config.model, layout.compute, config.run.precision, plan.micro_batch_size, plan.seq_len)
@@ -123,10 +124,10 @@ def peak_memory(config: Config, plan: BatchPlan) -> Memory:
 
 
 def largest_micro_batch(config: Config, batch: BatchPlan, device: Device) -> int:
-    """Return the size of the largest micro-batch with which the run fits into the device's memory.
+    """Return the largest micro-batch size with which the run fits into the memory of the device.
 
-    The size must divide the number of sequences per rank and step, so that the tokens per step do not change. Returns 0
-    if one sequence already needs too much memory.
+    The number of tokens per step must not change. Therefore, only sizes that divide the number of sequences per rank
+    and step are considered. Returns 0 if a single sequence already needs too much memory.
     """
     sequences = batch.micro_batch_size * batch.accumulation  # per rank and step
     sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]

@@ -1,6 +1,6 @@
-"""Estimate the bytes that a rank sends per step, and the time of a step.
+"""Estimate how many bytes a rank sends per step, and how long a step takes.
 
-The plan assumes ring collectives with W ranks. In an all-gather or a reduce-scatter of n bytes, each rank sends
+The estimate assumes ring collectives between W ranks. In an all-gather or a reduce-scatter of n bytes, each rank sends
 n (W-1)/W bytes. In an all-reduce, it sends twice as many bytes (Rajbhandari et al. 2020, section 7).
 """
 
@@ -22,7 +22,7 @@ CPU_ADAM_BYTES = 2 * (FP32 + 2 * FP32) + FP32
 
 @dataclass(frozen=True)
 class Traffic:
-    """The bytes that one rank sends per optimizer step, grouped by the time at which the rank sends them."""
+    """The bytes that one rank sends per optimizer step, divided by when the rank sends them."""
 
     with_each_micro_step: int  # gathers and reductions that overlap with the computation of a micro-step
     with_last_backward: int  # reductions that overlap with the last backward pass
@@ -31,14 +31,14 @@ class Traffic:
     with_first_forward: int = 0  # gathers of weights that stay gathered until the end of the step
 
     def per_step(self, accumulation: int) -> int:
-        """Return the bytes that a rank sends to other ranks in a whole step."""
+        """Return the number of bytes that a rank sends to other ranks in a whole step."""
         once = self.with_first_forward + self.with_last_backward + self.after_backward
         return accumulation * self.with_each_micro_step + once
 
 
 @dataclass(frozen=True)
 class Speed:
-    """The time and the speed of a step."""
+    """The estimated duration and speed of a step."""
 
     sent_bytes: int  # bytes that each rank sends
     compute_s: float
@@ -47,7 +47,7 @@ class Speed:
 
 
 def traffic(config: Config, plan: BatchPlan) -> Traffic:
-    """Return the traffic of the backend's collectives, in the dtypes that the backend uses."""
+    """Return how many bytes one rank sends in the collectives of the backend."""
     of_backend = _traffic_of_backend(config, plan)
     return replace(of_backend, after_backward=of_backend.after_backward + _muon_traffic(config, plan.world_size))
 
@@ -93,7 +93,7 @@ def _traffic_of_backend(config: Config, plan: BatchPlan) -> Traffic:
 
 
 def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) -> Speed:
-    """Estimate the time of a step from FLOP/s and bandwidth.
+    """Estimate the duration of a step from the FLOP/s and the bandwidths of a device.
 
     Communication that overlaps with the computation adds no time.
 

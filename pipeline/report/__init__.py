@@ -1,1 +1,1 @@
-"""Show finished and running runs as one HTML page and PNG files."""
+"""Show runs, which may still be in progress, on one HTML page and as PNG files."""

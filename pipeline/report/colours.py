@@ -1,4 +1,4 @@
-"""The colors of the page and the charts, each with a light and a dark variant."""
+"""Define the colors of the page and the charts. Each color has a light and a dark variant."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 class Colour:
     """A color with a light and a dark variant.
 
-    No two colors have the same light variant. In an SVG, each light variant can therefore be replaced by the CSS
-    variable of its color.
+    All light variants are different. Therefore, the light variants in an SVG can be replaced by CSS variables.
     """
 
     name: str
@@ -17,7 +16,7 @@ class Colour:
 
     @property
     def css(self) -> str:
-        """The CSS variable that contains the color."""
+        """Return the CSS variable of this color."""
         return f"var(--{self.name})"
 
 

@@ -1,4 +1,4 @@
-"""Define the charts of a report and their curves as numbers, without drawing."""
+"""Define the charts of a report and compute their curves. This module does not draw."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ MOST_POINTS = 2000  # points per curve, more than a screen can show
 
 @dataclass(frozen=True)
 class Axis:
-    """The horizontal axis of a chart: a key of the rows, and the unit for its values."""
+    """The horizontal axis of a chart: a key of the metrics, a label, and the number by which the values are divided."""
 
     key: str
     label: str
@@ -49,7 +49,7 @@ class Chart:
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
-    """Return all charts of a report, except the charts for which no run has numbers."""
+    """Return all charts of a report. A chart is left out if no run has values for it."""
     longest_s = max((value for run in runs for value in run.values(HOURS.key)), default=0.0)
     charts = [
         loss_chart(runs, "loss_by_steps", STEPS),
@@ -66,7 +66,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 
 
 def loss_chart(runs: Sequence[Run], name: str, axis: Axis) -> Chart:
-    """Return the chart of the training and validation losses of all runs."""
+    """Return a chart of the training and validation losses of all runs."""
     curves = []
     for i, run in enumerate(runs):
         curves += _curve(i, f"{run.label}, training", run.rows, axis, "loss")
@@ -106,9 +106,10 @@ def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, *, d
 
 
 def thin_out(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most ``MOST_POINTS`` points that give the same picture.
+    """Return a selection of at most ``MOST_POINTS`` points that gives nearly the same curve.
 
-    The function divides a longer list into ranges, and keeps the lowest and the highest point of each range.
+    If there are more points, the function divides them into ranges, and keeps the lowest and the highest point of each
+    range.
     """
     if len(points) <= MOST_POINTS:
         return points

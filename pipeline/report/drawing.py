@@ -1,4 +1,4 @@
-"""Draw charts with matplotlib, as SVG for the page and as PNG files."""
+"""Draw charts with matplotlib, as SVG for the HTML page and as PNG files."""
 
 import io
 import re
@@ -53,7 +53,7 @@ class Picture:
 
 
 def draw(chart: Chart) -> Picture:
-    """Draw a chart in the light colors. In the SVG, the page's CSS variables replace these colors."""
+    """Draw a chart in the light colors. In the SVG, these colors are replaced by CSS variables of the page."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": chart.name}):
         figure = Figure(SIZE_INCHES, layout="constrained")
         FigureCanvasAgg(figure)

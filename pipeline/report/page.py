@@ -1,4 +1,7 @@
-"""Write the HTML page: one file without scripts, which needs no network. It has a light and a dark color scheme."""
+"""Write the HTML page of a report.
+
+The page is one file without scripts that needs no network. It has a light and a dark color scheme.
+"""
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -38,13 +41,15 @@ td { min-width: 7rem; max-width: 26rem; overflow-wrap: anywhere; white-space: pr
 
 
 def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write the page and the PNG files of one run, or of several runs whose curves are overlaid.
+    """Write the HTML page and the PNG files of a report on one or several runs.
+
+    If there are several runs, each chart shows the curves of all runs.
 
     Returns:
-        The written files. The page is the first file.
+        The paths of the written files. The first one is the HTML page.
 
     Raises:
-        ReportError: matplotlib is not installed, or ``read_runs`` raises ReportError.
+        ReportError: matplotlib is not installed, or a run folder cannot be used (see ``read_runs``).
         DataError: ``out`` is not writable.
     """
     try:

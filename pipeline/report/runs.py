@@ -1,4 +1,4 @@
-"""Read the settings, metrics rows and results from a run folder. The run may still be in progress."""
+"""Read the settings, metrics and results in a run folder. The run may still be in progress."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """The content of one run folder."""
+    """The settings, metrics and results in a run folder."""
 
     label: str  # unique among the runs of a report
     settings: dict[str, str]  # dotted key -> JSON value, resolved
@@ -25,16 +25,16 @@ class Run:
     results: Results
 
     def values(self, key: str) -> list[Any]:
-        """Return the values that the rows have for a key, in order, without nulls."""
+        """Return all values of a key in the metrics, in order. Nulls are left out."""
         return [row[key] for row in self.rows if row.get(key) is not None]
 
     def last(self, key: str) -> Any:
-        """Return the last value of a key, or None if no row has a value for this key."""
+        """Return the last value of a key in the metrics. Returns None if there is no value."""
         return next(reversed(self.values(key)), None)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders.
+    """Read the settings, metrics and results of several run folders.
 
     Raises:
         ReportError: a folder is not a run folder, a folder is given twice, or a JSON file is damaged.
@@ -71,7 +71,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the dotted keys and JSON values of nested objects."""
+    """Yield the dotted key and the value, as JSON text, of each value in nested objects."""
     for key, value in section.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{key}.")

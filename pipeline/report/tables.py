@@ -1,4 +1,4 @@
-"""Create the tables of a report, with one row per fact and one column per run."""
+"""Create the tables of a report, with one row per value and one column per run."""
 
 import re
 import statistics
@@ -20,14 +20,14 @@ HEADS = ("task", "step", "checkpoint")
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text. Each row has a name and one cell per column."""
+    """A table of texts. Each row has a name and one cell per column."""
 
     columns: list[str]
     rows: dict[str, list[str]] = field(default_factory=dict)
 
 
 def summary_table(runs: Sequence[Run]) -> Table:
-    """Return a table of each run's main settings, progress, last losses and best loss."""
+    """Return a table with the main settings, the progress, the last losses and the best loss of each run."""
     facts = [_facts(run) for run in runs]
     names = dict.fromkeys(name for column in facts for name in column)
     return Table([run.label for run in runs], {name: [column.get(name, "") for column in facts] for name in names})
@@ -63,7 +63,7 @@ def _describe_start(step: int, backend: str, world_size: int, device: str, **_: 
 
 
 def format_duration(seconds: float) -> str:
-    """Return seconds as ``3 h 07 min``, ``7 min 30 s`` or ``12.5 s``."""
+    """Return a number of seconds as text, such as ``3 h 07 min``, ``7 min 30 s`` or ``12.5 s``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -73,7 +73,7 @@ def format_duration(seconds: float) -> str:
 
 
 def evaluation_table(runs: Sequence[Run]) -> Table:
-    """Return a table of all figures of all tasks, with the data and the protocols of the tasks."""
+    """Return a table with all results of all tasks, and with the data and protocol of each task."""
     table = Table([run.label for run in runs])
     for task in dict.fromkeys(task for run in runs for task in run.results):
         results = [run.results.get(task, {}) for run in runs]
@@ -104,7 +104,10 @@ def _format(value: Any) -> str:
 
 
 def settings_table(runs: Sequence[Run]) -> Table:
-    """Return a table of the settings that differ between the runs. For a single run, compare with the defaults."""
+    """Return a table of the settings in which the runs differ.
+
+    If there is only one run, return the settings that differ from the defaults.
+    """
     columns = {run.label: run.settings for run in runs}
     if len(runs) == 1:
         columns = {"default": dict(flatten(dump_config(Config()))), **columns}

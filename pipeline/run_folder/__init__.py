@@ -1,1 +1,1 @@
-"""The folder that a run writes into: file names, lock, metrics."""
+"""Define the run folder: its file names, its lock, and the metrics in it."""

@@ -1,4 +1,4 @@
-"""The names of the files and folders in a run folder."""
+"""Define the names of the files and folders in a run folder."""
 
 from pathlib import Path
 
@@ -11,5 +11,5 @@ LOCK_FILE = "run.lock"
 
 
 def run_folder_of(checkpoint: Path) -> Path:
-    """Return the run folder that contains a checkpoint, or the checkpoint folder if it is not in a run folder."""
+    """Return the run folder of a checkpoint. If the checkpoint is not in a run folder, return the checkpoint folder."""
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS_FOLDER else checkpoint

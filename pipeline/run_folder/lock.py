@@ -1,4 +1,4 @@
-"""Lock a run folder, so that only one process or run writes into the folder at a time."""
+"""Lock a run folder, so that only one process or run writes to it at a time."""
 
 import json
 import os
@@ -14,9 +14,12 @@ from pipeline.run_folder.layout import LOCK_FILE
 
 @contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder for the block. If the process dies, the kernel releases the lock.
+    """Return a context manager that locks a run folder during its ``with`` block.
 
-    Raises ConfigError if another process holds the lock. The message names the host and the process.
+    If the process dies, the kernel releases the lock.
+
+    Raises:
+        ConfigError: another process holds the lock. The message names the host and the process.
     """
     holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
     try:

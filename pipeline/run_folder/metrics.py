@@ -1,4 +1,4 @@
-"""Write and read the metrics of a run: the keys of rows, ``metrics.jsonl``, and one console line per row."""
+"""Write and read the metrics of a run: the keys, the file ``metrics.jsonl``, and the lines on the console."""
 
 import json
 import logging
@@ -42,10 +42,10 @@ _LOSSES = {"loss": "loss", "val_loss": "validation loss"}
 
 
 class MetricsFile:
-    """Appends rows to ``metrics.jsonl``. While the disk is full or read-only, keeps the rows in memory.
+    """Appends rows to ``metrics.jsonl``. While the disk is full or read-only, the rows are kept in memory.
 
-    If an earlier start wrote rows for steps after ``resumed_step``, these rows are dropped, because the run writes them
-    again.
+    If an earlier start of the run has written rows for steps after ``resumed_step``, these rows are deleted, because
+    the run will write them again.
     """
 
     def __init__(self, run_folder: Path, resumed_step: int) -> None:
@@ -56,7 +56,7 @@ class MetricsFile:
         self._rewind_to: int | None = None  # a step to rewind to once the disk can be written
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row, which must have a ``step``."""
+        """Append one row. The row must have the key ``step``."""
         self._waiting.append(row)
         try:
             if self._rewind_to is not None:
@@ -70,12 +70,12 @@ class MetricsFile:
                 log.warning("cannot write metrics (%s); they wait in memory", error.strerror)
 
     def rewind(self, step: int) -> None:
-        """Drop the rows of steps after ``step``, because the run will write these rows again."""
+        """Delete the rows of steps after ``step``, because the run will write these rows again."""
         self._waiting = [row for row in self._waiting if row["step"] <= step]
         self._rewind_to = step if self._rewind_to is None else min(step, self._rewind_to)
 
     def close(self) -> None:
-        """Log the number of rows that could not be written, if there are such rows."""
+        """Log how many rows could not be written, if there are any."""
         if self._waiting:
             log.warning("%d rows of metrics could not be written", len(self._waiting))
 
@@ -102,7 +102,7 @@ def _drop_rows_after(run_folder: Path, step: int) -> None:
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run. Lines that are incomplete after a crash, or are not rows, are left out and logged."""
+    """Return the rows in ``metrics.jsonl``. Lines that are incomplete or damaged are left out and logged."""
     path = run_folder / METRICS_FILE
     if not path.exists():
         return []
@@ -129,7 +129,7 @@ def _is_row(row: Any) -> bool:
 
 
 def format_row(row: dict[str, Any], max_steps: int) -> str:
-    """Return the console line of a row, such as ``step 100/200 | loss 5.1234 | lr 6.00e-04 | ...``."""
+    """Return a row as a line for the console, such as ``step 100/200 | loss 5.1234 | lr 6.00e-04 | ...``."""
     width = len(str(max_steps))
     figures = [pattern.format(row[key]) for key, pattern in _CONSOLE_FORMATS.items() if row.get(key) is not None]
     figures[:0] = [f"{name} null" for key, name in _LOSSES.items() if key in row and row[key] is None]
@@ -137,5 +137,5 @@ def format_row(row: dict[str, Any], max_steps: int) -> str:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), limited so that the result is finite, because JSON has no infinity."""
+    """Return exp(loss). A loss above 700 counts as 700, so that the result is finite. JSON cannot contain infinity."""
     return math.exp(min(loss, 700.0))

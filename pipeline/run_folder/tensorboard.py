@@ -1,4 +1,4 @@
-"""Write the TensorBoard pages of a run: scalars, generated text, charts, hyperparameters."""
+"""Write TensorBoard events: metrics, generated text, charts and hyperparameters."""
 
 import json
 import logging
@@ -59,7 +59,8 @@ TENSORBOARD_LAYOUT = {
 class TensorBoardLog:
     """Writes rows of metrics as TensorBoard events. If the disk is full or read-only, it logs a warning.
 
-    Events of an earlier start for steps after ``resumed_step`` are hidden, because the run will write them again.
+    If an earlier start of the run has written events for steps after ``resumed_step``, TensorBoard no longer shows
+    them, because the run will write them again.
     """
 
     def __init__(self, run_folder: Path, resumed_step: int) -> None:
@@ -68,7 +69,7 @@ class TensorBoardLog:
         self._purge_step: int | None = resumed_step + 1 if resumed_step else 0  # first step whose old events are hidden
 
     def write(self, row: dict[str, Any]) -> None:
-        """Write one row. If the thread of the writer has ended with an error, the next call creates a new writer."""
+        """Write one row. If a write fails, the events are lost, and the next call opens a new event file."""
         try:
             if self._writer is None:
                 self._writer = SummaryWriter(self._folder, purge_step=self._purge_step)
@@ -86,12 +87,12 @@ class TensorBoardLog:
             self._writer = None
 
     def rewind(self, step: int) -> None:
-        """Hide the events of steps after ``step``."""
+        """Make TensorBoard hide the events of steps after ``step``."""
         self.close()
         self._writer, self._purge_step = None, step + 1
 
     def write_hyperparameters(self, config: dict[str, Any], results: dict[str, float]) -> None:
-        """Write the run's settings and results for the HPARAMS page."""
+        """Write the settings and the results of the run, which TensorBoard shows on its page HPARAMS."""
         settings = {
             f"{section}.{key}": value if isinstance(value, bool | int | float | str) else json.dumps(value)
             for section, keys in config.items()
@@ -110,7 +111,7 @@ class TensorBoardLog:
 
 
 def tensorboard_tag(key: str) -> str | None:
-    """Return the TensorBoard tag for a key of a row, or None if TensorBoard does not show this key."""
+    """Return the TensorBoard tag for a key of the metrics. Returns None if TensorBoard does not show this key."""
     if key.startswith(DATASET_LOSS_PREFIX):
         return f"validation/loss_{key.removeprefix(DATASET_LOSS_PREFIX)}"
     if key.startswith(TASK_PREFIX):

@@ -1,1 +1,1 @@
-"""Import and export folders of Hugging Face ``transformers``, without using ``transformers``."""
+"""Import and export model folders of Hugging Face ``transformers``. The package ``transformers`` is not needed."""

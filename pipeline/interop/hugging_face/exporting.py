@@ -1,4 +1,4 @@
-"""Export a checkpoint as a folder that ``GPT2LMHeadModel.from_pretrained`` and ``AutoTokenizer`` can open."""
+"""Export a checkpoint as a folder that ``GPT2LMHeadModel.from_pretrained`` and ``AutoTokenizer`` can load."""
 
 import json
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ _METADATA = {"format": "pt"}  # transformers refuses files without this entry
 
 @dataclass(frozen=True)
 class Export:
-    """The result of an export."""
+    """The result of an export: the folder, its size in bytes, and messages for the user."""
 
     folder: Path
     bytes: int  # the size of the file with the weights
@@ -53,16 +53,18 @@ class Export:
 
 
 def export_checkpoint(checkpoint: Path, out: Path, dtype: str) -> Export:
-    """Export a checkpoint into the folder ``out``, completely or not at all. One parameter is in memory at a time.
+    """Export a checkpoint into the folder ``out``. Only one parameter is in memory at a time.
+
+    If the export fails, ``out`` does not change.
 
     Args:
-        checkpoint: a checkpoint folder, or a run folder, whose newest good checkpoint is used.
+        checkpoint: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used.
         out: a folder that does not exist or is empty.
-        dtype: a key of ``DTYPES``, the dtype of the exported weights.
+        dtype: the dtype of the exported weights, a key of ``DTYPES``.
 
     Raises:
-        CheckpointError: there is no good checkpoint, or ``out`` is a file or a folder that is not empty.
-        DataError: the folder could not be written, or another process is writing it.
+        CheckpointError: there is no good checkpoint, or ``out`` is a file, or is a folder that is not empty.
+        DataError: the folder could not be written, or another process is writing to it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out: {out} already exists and is not an empty folder; name another one")

@@ -1,7 +1,7 @@
-"""Import a ``GPT2LMHeadModel`` or ``GPT2Model`` from a folder or from the Hugging Face hub as a new run.
+"""Import a ``GPT2LMHeadModel`` or ``GPT2Model`` into a new run, from a folder or from the Hugging Face hub.
 
-The weights are in ``model.safetensors``, in ``pytorch_model.bin``, or in several files of one of these formats with an
-index.
+The weights may be in ``model.safetensors``, in ``pytorch_model.bin``, or in several files of one of these formats with
+an index file.
 """
 
 import logging
@@ -53,16 +53,16 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def import_folder(source: str, run_folder: Path) -> Conversion:
-    """Write a Hugging Face model into a new run folder: a checkpoint of step 0 and a ``config.json`` to train with.
+    """Write a Hugging Face model into a new run folder, as a checkpoint of step 0 and a ``config.json`` for training.
 
-    The moments in the checkpoint are zero.
+    The optimizer state in the checkpoint is zero.
 
     Args:
         source: a folder, or the name of a model on the hub.
 
     Raises:
-        CheckpointError: the model cannot be found, is not a GPT-2, or is damaged; or ``write_new_run`` raises
-            CheckpointError.
+        CheckpointError: the model cannot be found, is not a GPT-2, or is damaged; or the run folder already has
+            checkpoints or cannot be written.
         ConfigError: a setting of the model is not valid in a run config, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)
@@ -89,7 +89,7 @@ def read_folder(folder: Path) -> ForeignModel:
     """Read the model of a Hugging Face folder.
 
     Raises:
-        CheckpointError: the folder does not hold a GPT-2, or is damaged.
+        CheckpointError: the folder does not contain a GPT-2, or a file is damaged.
         ConfigError: a size of the model is not valid for this program.
     """
     path = folder / CONFIG_FILE
@@ -110,15 +110,15 @@ def read_folder(folder: Path) -> ForeignModel:
 
 
 def has_model(folder: Path) -> bool:
-    """Return whether a folder has files with the names of a Hugging Face model's weights."""
+    """Return whether a folder contains files named like the weight files of a Hugging Face model."""
     return any((folder / f"{name}{ending}").is_file() for name in _WEIGHT_FILES for ending in ("", _INDEX_ENDING))
 
 
 def find_folder(source: str) -> Path:
-    """Return ``source`` if it is a local folder. Otherwise download the model from the hub and return its folder.
+    """Return ``source`` if it is a local folder. Otherwise, download the model from the hub and return its folder.
 
     Raises:
-        CheckpointError: the folder does not exist, and the hub does not have the model or cannot be reached.
+        CheckpointError: the local folder does not exist, and the model cannot be downloaded from the hub.
     """
     path = Path(source)
     if path.exists() or not _HUB_NAME.fullmatch(source) or source.startswith("."):

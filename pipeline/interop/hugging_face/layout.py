@@ -1,4 +1,4 @@
-"""The layout of a GPT-2 in ``transformers``: tensor names, transposed tensors, and ``config.json``."""
+"""Convert between our model and GPT-2 in ``transformers``: tensor names, tensor shapes and ``config.json``."""
 
 import json
 from typing import Any
@@ -38,17 +38,17 @@ _GPT2_SETTINGS = {
 
 
 def hugging_face_name(name: str) -> str:
-    """Return the key of a parameter in the files of ``GPT2LMHeadModel``."""
+    """Return the key under which the files of ``GPT2LMHeadModel`` store a parameter."""
     return TRANSFORMER_PREFIX + name
 
 
 def is_transposed(name: str) -> bool:
-    """Return whether ``transformers`` stores the transpose of our parameter."""
+    """Return whether ``transformers`` stores a parameter transposed."""
     return name.endswith(_TRANSPOSED_SUFFIXES)
 
 
 def stored_shapes(config: ModelConfig) -> dict[str, list[int]]:
-    """Return the shapes in which ``transformers`` stores the parameters, by canonical name."""
+    """Return a dict that maps canonical names to the shapes in which ``transformers`` stores the parameters."""
     shapes = {**model_shapes(config), "wte.weight": [config.vocab_size, config.n_embd]}
     return {name: shape[::-1] if is_transposed(name) else shape for name, shape in shapes.items()}
 
@@ -72,16 +72,21 @@ def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def to_generation_json(config: ModelConfig) -> dict[str, Any]:
-    """Return the content of ``generation_config.json``. It contains ``<|endoftext|>`` if the vocabulary is GPT-2's."""
+    """Return the content of ``generation_config.json``.
+
+    It contains the id of ``<|endoftext|>`` if the model has GPT-2's vocabulary.
+    """
     token = END_OF_TEXT if config.vocab_size == GPT2_VOCAB_SIZE else None
     return dict.fromkeys(_SPECIAL_KEYS, token)
 
 
 def from_config_json(content: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    """Return the section ``model`` of a run config for a ``config.json``. Append messages for the user to ``notes``.
+    """Convert a ``config.json`` of Hugging Face to the section ``model`` of a run config.
+
+    Messages for the user are appended to ``notes``.
 
     Raises:
-        CheckpointError: the model is not a GPT-2. The message names the key that differs.
+        CheckpointError: the model is not a GPT-2, or a size is not valid. The message names the key.
     """
     for key, expected in _GPT2_SETTINGS.items():
         # A missing key has GPT-2's value. Only model_type is required.

@@ -1,4 +1,4 @@
-"""Write the ``README.md`` of an exported model: training settings, loss curve, evaluation results."""
+"""Write the ``README.md`` of an exported model, with training settings, loss curve and evaluation results."""
 
 from collections.abc import Iterable
 from contextlib import suppress
@@ -47,9 +47,9 @@ _OPTIMIZER_NAMES = {"adamw": "AdamW", "muon": "Muon for the matrices of the bloc
 
 
 def model_card(checkpoint: Path, state: TrainingState, config: Config) -> dict[str, bytes]:
-    """Return the files of the model card: Markdown with metadata for the hub, and a picture of the loss curve.
+    """Return the files of the model card: a Markdown file with metadata for the hub, and a picture of the loss curve.
 
-    The picture is missing if matplotlib is not installed, or if the run folder has no metrics.
+    There is no picture if matplotlib is not installed or the run folder has no metrics.
     """
     from huggingface_hub import ModelCardData  # slow to import
 

@@ -17,7 +17,7 @@ _TOKENIZER_FILE = "tokenizer.json"
 
 
 def tokenizer_files(context_length: int) -> dict[str, str]:
-    """Return the contents of the tokenizer's files by file name."""
+    """Return a dict that maps the file names of the tokenizer to the contents of the files."""
     vocabulary, merges = _vocabulary_and_merges()
     special_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT_TOKEN)
     settings = {
@@ -58,10 +58,10 @@ def _printer() -> Callable[[bytes], str]:
 
 
 def describe_other_tokenizer(folder: Path) -> str | None:
-    """Return a line about the tokenizer in a folder if it is not GPT-2's.
+    """Return a line for the user if the tokenizer in a folder is not GPT-2's.
 
-    Returns None if all tokens of GPT-2 have the same ids in the tokenizer, which may have additional tokens. Also
-    returns None if the folder has no tokenizer, or if GPT-2's own vocabulary cannot be loaded.
+    Returns None if the tokenizer gives all of GPT-2's tokens the same ids as GPT-2 does. It may have additional tokens.
+    Also returns None if the folder has no tokenizer, or if GPT-2's vocabulary cannot be loaded for the comparison.
 
     Raises:
         CheckpointError: a file of the tokenizer is malformed.
