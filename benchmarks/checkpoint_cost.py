@@ -28,7 +28,7 @@ GPT2_RUN: Sections = {
     "batch": {"tokens_per_step": 256, "micro_batch_size": 1},
     "schedule": {"warmup_steps": 1},
     "evaluation": {"every_steps": 1000, "max_batches": 1},
-    "logging": {"every_steps": 1, "tensorboard": False},
+    "logging": {"every_steps": 1, "sinks": ["jsonl", "console"]},
 }
 _LOADED = re.compile(r"loaded \S+ in ([\d.]+) s, ([\d,]+) MB/s")
 

@@ -58,7 +58,7 @@ BRIEF_RUN: dict[str, dict[str, Any]] = {
     "batch": {"tokens_per_step": 1024, "micro_batch_size": 4},
     "schedule": {"warmup_steps": 5, "max_steps": 60},
     "evaluation": {"every_steps": 1000, "max_batches": 4},
-    "logging": {"tensorboard": False},
+    "logging": {"sinks": ["jsonl", "console"]},
 }
 
 

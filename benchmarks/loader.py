@@ -203,7 +203,7 @@ def waits_of(
             "model": {"preset": preset},
             "data": {"path": str(folder), "seq_len": 256},
             "batch": {"tokens_per_step": 256, "micro_batch_size": 1},
-            "logging": {"tensorboard": False},
+            "logging": {"sinks": ["jsonl", "console"]},
         }
     )
     readings: dict[bool, list[dict[str, float]]] = {False: [], True: []}

@@ -51,7 +51,7 @@ class Setting:
             "schedule": {"warmup_steps": 5, "max_steps": self.steps, "min_lr_ratio": 1.0},
             "checkpoint": {"every_steps": self.steps, "asynchronous": False},
             "evaluation": {"tasks": []},
-            "logging": {"every_steps": self.steps_per_row, "tensorboard": False},
+            "logging": {"every_steps": self.steps_per_row, "sinks": ["jsonl", "console"]},
         }
 
     def config(self) -> Config:

@@ -21,7 +21,7 @@ def run_sections(byte_corpus: Path, *layers: dict[str, dict[str, object]]) -> di
         "schedule": {"max_steps": STEPS},
         "checkpoint": {"every_steps": SAVED_AT, "keep_last": 5},
         "evaluation": {"every_steps": 3},
-        "logging": {"tensorboard": True},
+        "logging": {"sinks": ["jsonl", "tensorboard", "console"]},
     }
     return merged(TINY_BYTE_RUN, base, *layers)
 

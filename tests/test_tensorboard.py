@@ -56,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             row = {"step": step, "loss": 5.0 / step, "lr": learning_rate, "grad_norm": 1.0 + step, "tokens": step * 64}
             record.write({**row, "tokens_per_s": 100.0 + step, "mfu": 0.5, "step_ms": 10.0})
         record.write({"step": 5, "val_loss": 2.0, "val_perplexity": 7.4, "tokens": 320})
-        record.write({"step": 5, "sample": f"Once upon a time a {name} run"}, console=False)
+        record.write({"step": 5, "sample": f"Once upon a time a {name} run"})
         record.close({"loss": 1.0, "validation_loss": 2.0})
     return folder
 

@@ -160,7 +160,7 @@ def write_tiny_run(folder: Path) -> None:
         "batch": {"tokens_per_step": 64, "micro_batch_size": 2},
         "schedule": {"warmup_steps": 0, "max_steps": 1},
         "evaluation": {"max_batches": 1},
-        "logging": {"tensorboard": False},
+        "logging": {"sinks": ["jsonl", "console"]},
     }
     (folder / "run.json").write_text(json.dumps(config))
     _succeed(launch.train.main, f"--config {folder / 'run.json'}")

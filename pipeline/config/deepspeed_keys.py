@@ -157,7 +157,7 @@ def _check_keys(native: dict[str, Any]) -> Iterator[tuple[str, str]]:
         elif key in OWNED_BY_RUN:
             yield key, f"the run config owns this; remove it and set {OWNED_BY_RUN[key]} instead"
         elif key in MONITORS:
-            instead = "metrics.jsonl in the run folder, and its TensorBoard events (logging.tensorboard)"
+            instead = "logging.sinks"
             yield key, f"logs under DeepSpeed only; remove it and use what every backend writes: {instead}"
         elif key not in PASSED_THROUGH:
             nearest = difflib.get_close_matches(key, [*PASSED_THROUGH, *OWNED_BY_RUN], n=1)

@@ -56,6 +56,7 @@ TaskName = Literal[
     "winogrande",
 ]
 TASK_NAME = re.compile(r"[\w.-]+")  # a task's name is also the name of its result file
+SinkName = Literal["jsonl", "tensorboard", "console", "csv"]
 Preset = Literal["gpt2-tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 # OpenAI's four sizes are those of Radford et al. 2019, table 2.
@@ -529,12 +530,34 @@ class LoggingConfig(Section):
     """Settings for the metrics, TensorBoard events and profiles that a run writes during training."""
 
     every_steps: PositiveInt = Field(10, description="Optimizer steps between logged rows.")
-    tensorboard: bool = Field(True, description="Write TensorBoard event files into the run folder.")
+    sinks: list[SinkName] = Field(
+        ["jsonl", "tensorboard", "console"],
+        description="Where the rows go: `jsonl` (`metrics.jsonl`), `tensorboard`, `console`, `csv` (`metrics.csv`). "
+        "`jsonl` is always written, also if it is not in the list, because resuming, reports and other sinks read it.",
+    )
     profile_steps: NonNegativeInt = Field(
         0,
         description="Number of optimizer steps to profile after the first five steps. The profile is written to "
         "`profile/` in the run folder. Same as --profile.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older_key(cls, section: Any) -> Any:
+        """Accept ``tensorboard``, which older configs have: false removes this sink from ``sinks``, true adds it."""
+        if not isinstance(section, dict) or not isinstance(section.get("tensorboard"), bool):
+            return section
+        keys = {key: value for key, value in section.items() if key != "tensorboard"}
+        sinks = keys.get("sinks", cls.model_fields["sinks"].default)
+        if isinstance(sinks, list):
+            others = [name for name in sinks if name != "tensorboard"]
+            keys["sinks"] = [*others, "tensorboard"] if section["tensorboard"] else others
+        return keys
+
+    @field_validator("sinks")
+    @classmethod
+    def _add_jsonl(cls, sinks: list[SinkName]) -> list[SinkName]:
+        return list(dict.fromkeys(["jsonl", *sinks]))
 
 
 class SampleConfig(Section):

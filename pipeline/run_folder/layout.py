@@ -4,6 +4,7 @@ from pathlib import Path
 
 CONFIG_FILE = "config.json"  # the resolved run config
 METRICS_FILE = "metrics.jsonl"
+TABLE_FILE = "metrics.csv"  # the same rows as a table
 TENSORBOARD_FOLDER = "tensorboard"
 CHECKPOINTS_FOLDER = "checkpoints"
 EVALUATION_FOLDER = "evaluation"  # one JSON file per task

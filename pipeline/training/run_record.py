@@ -12,14 +12,14 @@ from pipeline.config.deepspeed_keys import changes_of_numbers
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.run_folder.layout import CONFIG_FILE
-from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, MetricsFile, format_row, read_metrics
-from pipeline.run_folder.tensorboard import TensorBoardLog
+from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, read_metrics
+from pipeline.run_folder.sinks import Sink, create_sinks
 
 log = logging.getLogger(__name__)
 
 
 class RunRecord:
-    """Writes rows to ``metrics.jsonl``, TensorBoard and the console, on the main rank only.
+    """Writes rows to the sinks of ``logging.sinks``, on the main rank only.
 
     Each row has ``elapsed_s``, the wall-clock seconds that the run has taken in all its starts together. The time
     between two starts does not count.
@@ -34,32 +34,28 @@ class RunRecord:
         self.failed_saves = 0
         self._changes = changes_of_numbers(config.backend)
         self._started = time.perf_counter()
-        self._outputs: list[MetricsFile | TensorBoardLog] = []  # none on the other ranks
-        self._tensorboard: TensorBoardLog | None = None
+        self._sinks: list[Sink] = []  # none on the other ranks
         if is_main:
             if resumed_step:
                 elapsed = (row.get("elapsed_s", 0.0) for row in read_metrics(self.run_folder))
                 self._started -= max(elapsed, default=0.0)
             write_json_durably(self.run_folder / CONFIG_FILE, dump_config(config))
-            self._outputs.append(MetricsFile(self.run_folder, resumed_step))
-            if config.logging.tensorboard:
-                self._tensorboard = TensorBoardLog(self.run_folder, resumed_step)
-                self._outputs.append(self._tensorboard)
+            self._sinks = create_sinks(config.logging.sinks, self.run_folder)
+            for sink in self._sinks:
+                sink.start(dump_config(config), resumed_step)
 
-    def write(self, row: dict[str, Any], *, console: bool = True) -> None:
+    def write(self, row: dict[str, Any]) -> None:
         """Write one row. The row must have the key ``step``.
 
         NaN and infinity are written as null, because JSON lacks them.
         """
-        if self._outputs:
-            row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+        if self._sinks:
+            row = _without_nan(row)
             row["elapsed_s"] = round(time.perf_counter() - self._started, 3)
             if self._changes:
                 row[DIFFERENT_NUMBERS_KEY] = self._changes
-            for output in self._outputs:
-                output.write(row)
-            if console:
-                log.info(format_row(row, self.config.schedule.max_steps))
+            for sink in self._sinks:
+                sink.write(row)
 
     def write_saves(self, outcomes: list[SaveOutcome]) -> None:
         """Write rows about finished saves of checkpoints.
@@ -74,17 +70,21 @@ class RunRecord:
                 self.failed_saves += 1
                 log.warning("%s; failed saves in this run: %d", outcome.problem, self.failed_saves)
                 row = {"failed_saves": self.failed_saves}
-            self.write({"step": outcome.step, **row}, console=False)
+            self.write({"step": outcome.step, **row})
+            if outcome.saved:
+                for sink in self._sinks:
+                    sink.settle(outcome.step)
 
     def rewind(self, step: int) -> None:
         """Delete the rows of steps after ``step``, because the run was rolled back to ``step``."""
-        for output in self._outputs:
-            output.rewind(step)
+        for sink in self._sinks:
+            sink.rewind(step)
 
     def close(self, results: dict[str, float]) -> None:
-        """Write the hyperparameters and the final results to TensorBoard, and close all files."""
-        if self._tensorboard:
-            finite = {f"final/{name}": value for name, value in results.items() if math.isfinite(value)}
-            self._tensorboard.write_hyperparameters(dump_config(self.config), finite)
-        for output in self._outputs:
-            output.close()
+        """Close all sinks with the last results of the run."""
+        for sink in self._sinks:
+            sink.end(_without_nan(results))
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}

@@ -161,7 +161,7 @@ class Trainer:
             "parameters": parameter_count(self.config.model),
             **({} if self.origin is None else {"init_from": self.origin}),
         }
-        self.record.write({"step": self.state.step, "started": started}, console=False)
+        self.record.write({"step": self.state.step, "started": started})
 
     def _is_due(self, every_steps: int) -> bool:
         return self.state.step % every_steps == 0 or self.state.step == self.config.schedule.max_steps
@@ -266,7 +266,7 @@ class Trainer:
                 yield finished
             if verdict is Verdict.SKIPPED:
                 samples = [finished.first_sample, finished.stop_sample]
-                self.record.write({"step": finished.step, "skipped_samples": samples}, console=False)
+                self.record.write({"step": finished.step, "skipped_samples": samples})
             else:
                 self.state = replace(self.state, updates=self.state.updates + 1)
 
@@ -288,7 +288,7 @@ class Trainer:
         )
         self.record.rewind(self.state.step)
         samples = [spike.first_sample, spike.stop_sample]
-        self.record.write({"step": self.state.step, "left_out_samples": samples}, console=False)
+        self.record.write({"step": self.state.step, "left_out_samples": samples})
         self.throughput.restart()
         return True
 
@@ -334,10 +334,10 @@ class Trainer:
             with torch.compiler.set_stance("force_eager"):
                 if self.tasks:
                     figures = measure_tasks(self.tasks, self.backend, self.config, self.world)
-                    self.record.write({"step": self.state.step, **figures}, console=False)
+                    self.record.write({"step": self.state.step, **figures})
                 if self.config.evaluation.sample:
                     text = complete_while_training(self.backend, self.config, self.world)
-                    self.record.write({"step": self.state.step, SAMPLE_KEY: text}, console=False)
+                    self.record.write({"step": self.state.step, SAMPLE_KEY: text})
         self._has_evaluated = True
 
     def _check_ceiling(self) -> None:

@@ -31,7 +31,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "batch": {"tokens_per_step": 128, "micro_batch_size": 2},
     "schedule": {"warmup_steps": 0, "max_steps": 1},
     "evaluation": {"max_batches": 1},
-    "logging": {"tensorboard": False},
+    "logging": {"sinks": ["jsonl", "console"]},
 }
 STEP = "checkpoints/step_00000001"
 

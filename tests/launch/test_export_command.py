@@ -54,7 +54,7 @@ def test_exported_imported_and_trained_on(corpus: Path, tmp_path: Path, run_expo
         "optimizer": {"learning_rate": 1e-3},
         "schedule": {"max_steps": 3, "warmup_steps": 1},
         "evaluation": {"max_batches": 2},
-        "logging": {"every_steps": 1, "tensorboard": False},
+        "logging": {"every_steps": 1, "sinks": ["jsonl", "console"]},
     }
     imported = tmp_path / "imported"
     arguments = ["--config", str(imported / "config.json"), "--resume", str(imported), "--set", *overrides(settings)]

@@ -53,7 +53,7 @@ TINY_RUN: Sections = {
     "schedule": {"warmup_steps": 5, "max_steps": 20},
     "checkpoint": {"every_steps": 1000},
     "evaluation": {"every_steps": 1000, "max_batches": 4},
-    "logging": {"every_steps": 1, "tensorboard": False},
+    "logging": {"every_steps": 1, "sinks": ["jsonl", "console"]},
 }
 
 #: One token per byte value, and END_OF_TEXT.

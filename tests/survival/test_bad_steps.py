@@ -84,7 +84,7 @@ def test_a_spike_rolls_the_run_back_and_leaves_the_batch_out(
         {
             "schedule": {"max_steps": 18},
             "guard": {"spike_zscore": 12.0, "spike_window": 10},
-            "logging": {"tensorboard": True},
+            "logging": {"sinks": ["jsonl", "tensorboard", "console"]},
         },
     )
     folder = tmp_path / "run"

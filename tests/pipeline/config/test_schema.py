@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config.schema import MODEL_PRESETS, Config
+from pipeline.config.schema import MODEL_PRESETS, Config, LoggingConfig
 
 
 def with_model(**model: Any) -> Config:
@@ -113,3 +113,22 @@ class TestRefusals:
     def test_a_config_cannot_be_changed(self) -> None:
         with pytest.raises(ValidationError, match="frozen"):
             Config().run.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({}, ["jsonl", "tensorboard", "console"]),
+        ({"sinks": ["csv"]}, ["jsonl", "csv"]),
+        ({"sinks": ["console", "jsonl", "console"]}, ["jsonl", "console"]),
+        ({"tensorboard": False}, ["jsonl", "console"]),
+        ({"tensorboard": True, "sinks": ["csv"]}, ["jsonl", "csv", "tensorboard"]),
+    ],
+)
+def test_sinks_always_have_jsonl_and_understand_the_older_key(section: dict[str, Any], expected: list[str]) -> None:
+    assert LoggingConfig.model_validate(section).sinks == expected
+
+
+def test_an_unknown_sink_is_refused() -> None:
+    with pytest.raises(ValidationError, match="tensorboard"):
+        LoggingConfig.model_validate({"sinks": ["tensorbord"]})

@@ -31,7 +31,7 @@ from pipeline.generation.writer import load_writer
 from pipeline.report.runs import read_runs
 from pipeline.report.tables import evaluation_table
 from pipeline.run_folder.metrics import read_metrics
-from pipeline.run_folder.tensorboard import tensorboard_tag
+from pipeline.run_folder.sinks.tensorboard import tensorboard_tag
 from tests.pipeline.conftest import randomised_model, tiny_config, tiny_model_config, write_shards
 from tests.pipeline.evaluation.conftest import ALONE, LAMBADA, PIQA, write_lines
 from tests.support.checkpoints import save_checkpoint
@@ -276,7 +276,7 @@ def test_two_ranks_measure_what_the_checkpoint_measures(backend: str, corpus: Pa
                 "sample": True,
             },
             "sample": {"prompt": "The", "max_new_tokens": 6, "temperature": 0},
-            "logging": {"tensorboard": True},
+            "logging": {"sinks": ["jsonl", "tensorboard", "console"]},
         },
     )
     run_folder = tmp_path / "run"

@@ -31,14 +31,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def open_record(folder: Path, resumed_step: int) -> RunRecord:
-    config = Config.model_validate({"run": {"out_dir": str(folder)}, "logging": {"tensorboard": False}})
+    config = Config.model_validate({"run": {"out_dir": str(folder)}, "logging": {"sinks": ["jsonl", "console"]}})
     return RunRecord(config, is_main=True, resumed_step=resumed_step)
 
 
 def log_steps(record: RunRecord, clock: Clock, steps: range, seconds: float) -> None:
     for step in steps:
         clock.now += seconds
-        record.write({"step": step, "loss": 1.0}, console=False)
+        record.write({"step": step, "loss": 1.0})
 
 
 def elapsed(folder: Path) -> dict[int, float]:
@@ -83,7 +83,9 @@ def test_without_tensorboard_there_are_no_event_files(tmp_path: Path) -> None:
 def test_every_row_names_the_keys_that_change_the_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     backend = {"name": "deepspeed", "deepspeed": {"prescale_gradients": True}, "allow_different_numbers": True}
     run = {"out_dir": str(tmp_path)}
-    config = Config.model_validate({"run": run, "backend": backend, "logging": {"tensorboard": True}})
+    config = Config.model_validate(
+        {"run": run, "backend": backend, "logging": {"sinks": ["jsonl", "tensorboard", "console"]}}
+    )
     record = RunRecord(config, is_main=True, resumed_step=0)
     with caplog.at_level("INFO"):
         record.write({"step": 1, "loss": 2.0})

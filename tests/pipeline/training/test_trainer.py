@@ -59,7 +59,7 @@ def make_trainer(tmp_path: Path, world: World) -> MakeTrainer:
             "schedule": {"max_steps": STEPS},
             "checkpoint": {"every_steps": 4, "keep_last": 9},
             "evaluation": {"every_steps": 5},
-            "logging": {"every_steps": 3, "tensorboard": False},
+            "logging": {"every_steps": 3, "sinks": ["jsonl", "console"]},
         }
         changed = {section: {**defaults.get(section, {}), **keys} for section, keys in sections.items()}
         config = tiny_config(tmp_path / name, **{**defaults, **changed})
@@ -212,7 +212,9 @@ class TestMask:
         masks = {"train": [np.arange(400) < 60], "val": [np.zeros(80, dtype=bool)]}
         write_shards(tmp_path / "prompts", {"train": [tokens], "val": [tokens[:80]]}, masks=masks)
         guard = {"spike_zscore": 1000.0, "spike_window": 10}  # reads the loss of each step
-        return make_trainer("run", "prompts", logging={"every_steps": 1, "tensorboard": True}, guard=guard)
+        return make_trainer(
+            "run", "prompts", logging={"every_steps": 1, "sinks": ["jsonl", "tensorboard", "console"]}, guard=guard
+        )
 
     def test_a_step_without_scored_targets_has_no_loss(
         self, trainer: Trainer, caplog: pytest.LogCaptureFixture

@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.run_folder.layout import TENSORBOARD_FOLDER
 from pipeline.run_folder.metrics import DATASET_LOSS_PREFIX, SAMPLE_KEY, TASK_PREFIX
+from pipeline.run_folder.sinks.sink import Row, Sink
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,9 @@ TENSORBOARD_TAGS = {
 #: The sections of a config that affect the result or the speed.
 HYPERPARAMETER_SECTIONS = ("run", "model", "data", "batch", "optimizer", "schedule", "backend")
 
+#: The keys of the summary that the HPARAMS page shows.
+RESULTS = ("loss", "validation_loss")
+
 #: TensorBoard's CUSTOM SCALARS page: group -> chart -> regular expressions of its tags.
 TENSORBOARD_LAYOUT = {
     "loss": {
@@ -56,20 +60,24 @@ TENSORBOARD_LAYOUT = {
 }
 
 
-class TensorBoardLog:
+class TensorBoardLog(Sink):
     """Writes rows of metrics as TensorBoard events. If the disk is full or read-only, it logs a warning.
 
-    If an earlier start of the run has written events for steps after ``resumed_step``, TensorBoard no longer shows
-    them, because the run will write them again.
+    Events of dropped rows stay in the files, and TensorBoard hides them.
     """
 
-    def __init__(self, run_folder: Path, resumed_step: int) -> None:
+    def __init__(self, run_folder: Path) -> None:
         self._folder = str(run_folder / TENSORBOARD_FOLDER)
         self._writer: SummaryWriter | None = None
-        self._purge_step: int | None = resumed_step + 1 if resumed_step else 0  # first step whose old events are hidden
+        self._config: dict[str, Any] = {}
+        self._purge_step: int | None = None  # the first step whose old events are hidden
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Write one row. If a write fails, the events are lost, and the next call opens a new event file."""
+    def start(self, config: dict[str, Any], resumed_step: int) -> None:
+        self._config = config
+        self._purge_step = resumed_step + 1 if resumed_step else 0
+
+    def write(self, row: Row) -> None:
+        """Write one row. If the thread of the writer has ended with an error, the next call creates a new writer."""
         try:
             if self._writer is None:
                 self._writer = SummaryWriter(self._folder, purge_step=self._purge_step)
@@ -87,24 +95,24 @@ class TensorBoardLog:
             self._writer = None
 
     def rewind(self, step: int) -> None:
-        """Make TensorBoard hide the events of steps after ``step``."""
-        self.close()
+        self._close()
         self._writer, self._purge_step = None, step + 1
 
-    def write_hyperparameters(self, config: dict[str, Any], results: dict[str, float]) -> None:
-        """Write the settings and the results of the run, which TensorBoard shows on its page HPARAMS."""
+    def end(self, summary: Row) -> None:
+        """Write the settings and the last results for the HPARAMS page, and close the event file."""
         settings = {
             f"{section}.{key}": value if isinstance(value, bool | int | float | str) else json.dumps(value)
-            for section, keys in config.items()
+            for section, keys in self._config.items()
             if section in HYPERPARAMETER_SECTIONS
             for key, value in keys.items()
         }
+        results = {f"final/{key}": summary[key] for key in RESULTS if summary.get(key) is not None}
         if self._writer:
             with suppress(OSError):  # an earlier row has logged the error
                 self._writer.add_hparams(settings, results, run_name=".")
+        self._close()
 
-    def close(self) -> None:
-        """Flush and close the event file."""
+    def _close(self) -> None:
         if self._writer:
             with suppress(OSError):
                 self._writer.close()

@@ -14,7 +14,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.summary.writer import event_file_writer
 
 from pipeline.run_folder.layout import TENSORBOARD_FOLDER
-from pipeline.run_folder.tensorboard import TENSORBOARD_TAGS, TensorBoardLog
+from pipeline.run_folder.sinks.tensorboard import TENSORBOARD_TAGS, TensorBoardLog
 from tests.pipeline.conftest import largest_file
 
 GROUPS = {"train", "validation", "optimizer", "throughput", "memory", "guard", "checkpoint"}
@@ -26,15 +26,21 @@ def first_files_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
+def start(folder: Path, resumed_step: int = 0, config: dict[str, Any] | None = None) -> TensorBoardLog:
+    tensorboard = TensorBoardLog(folder)
+    tensorboard.start(config or {}, resumed_step)
+    return tensorboard
+
+
 def row(step: int) -> dict[str, Any]:
     return {"step": step, "loss": 10.0 - step, "lr": step / 1000}
 
 
 def log_steps(folder: Path, steps: range, *, resumed_step: int = 0) -> None:
-    tensorboard = TensorBoardLog(folder, resumed_step)
+    tensorboard = start(folder, resumed_step)
     for step in steps:
         tensorboard.write(row(step))
-    tensorboard.close()
+    tensorboard.end({})
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -45,9 +51,9 @@ def events(folder: Path) -> EventAccumulator:
 
 def test_tags_are_grouped(tmp_path: Path) -> None:
     everything = {key: float(i) for i, key in enumerate(TENSORBOARD_TAGS)}
-    tensorboard = TensorBoardLog(tmp_path, resumed_step=0)
+    tensorboard = start(tmp_path)
     tensorboard.write({**everything, "step": 1})
-    tensorboard.close()
+    tensorboard.end({})
     drawn = events(tmp_path)
     tags = drawn.Tags()["scalars"]
     assert sorted(tags) == sorted(TENSORBOARD_TAGS.values())
@@ -57,9 +63,9 @@ def test_tags_are_grouped(tmp_path: Path) -> None:
 
 
 def test_the_losses_of_a_mixture_s_data_sets_are_beside_their_mean(tmp_path: Path) -> None:
-    tensorboard = TensorBoardLog(tmp_path, resumed_step=0)
+    tensorboard = start(tmp_path)
     tensorboard.write({"step": 3, "val_loss": 2.0, "val_loss_wiki": 1.0, "val_loss_code.v2": 3.0})
-    tensorboard.close()
+    tensorboard.end({})
     drawn = events(tmp_path)
     tags = ["validation/loss", "validation/loss_wiki", "validation/loss_code.v2"]
     assert {tag: drawn.Scalars(tag)[0].value for tag in tags} == dict(zip(tags, (2.0, 1.0, 3.0), strict=True))
@@ -72,9 +78,9 @@ def test_values_are_those_of_the_rows(tmp_path: Path) -> None:
 
 
 def test_missing_figures_are_not_drawn(tmp_path: Path) -> None:
-    tensorboard = TensorBoardLog(tmp_path, resumed_step=0)
+    tensorboard = start(tmp_path)
     tensorboard.write({"step": 1, "val_loss": 2.0, "loss": None})
-    tensorboard.close()
+    tensorboard.end({})
     assert events(tmp_path).Tags()["scalars"] == ["validation/loss"]
 
 
@@ -87,16 +93,15 @@ def test_no_step_is_drawn_twice(tmp_path: Path, resumed_step: int, expected: ran
 
 
 def test_hyperparameters_and_results(tmp_path: Path) -> None:
-    tensorboard = TensorBoardLog(tmp_path, resumed_step=0)
-    tensorboard.write(row(1))
     config = {
         "run": {"name": "x", "compile": False},
         "optimizer": {"betas": [0.9, 0.95]},
         "data": {"seq_len": None},
         "logging": {"every_steps": 7},
     }
-    tensorboard.write_hyperparameters(config, {"final/loss": 3.25})
-    tensorboard.close()
+    tensorboard = start(tmp_path, config=config)
+    tensorboard.write(row(1))
+    tensorboard.end({"loss": 3.25, "state": "finished"})
     accumulator = events(tmp_path)
     settings = accumulator.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     for text in (b"run.name", b"optimizer.betas", b"[0.9, 0.95]", b"data.seq_len"):
@@ -120,7 +125,7 @@ def test_a_full_disk_loses_only_what_the_writer_had_not_written(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The writer's thread ends with its first error, and a new writer takes over."""
-    tensorboard = TensorBoardLog(tmp_path, resumed_step=0)
+    tensorboard = start(tmp_path)
     steps = iter(range(1, 10_000))
     with caplog.at_level(logging.WARNING), largest_file(1000):
         until = time.monotonic() + 30
@@ -129,17 +134,17 @@ def test_a_full_disk_loses_only_what_the_writer_had_not_written(
         assert "cannot write TensorBoard events (File too large)" in caplog.text
     last = next(steps)
     tensorboard.write(row(last))
-    tensorboard.close()
+    tensorboard.end({})
     assert [s.step for s in events(tmp_path).Scalars("train/loss")][-1] == last
 
 
 def test_a_rewind_hides_later_steps(tmp_path: Path) -> None:
-    tensorboard = TensorBoardLog(tmp_path, resumed_step=0)
+    tensorboard = start(tmp_path)
     for step in (1, 2, 3, 4):
         tensorboard.write(row(step))
     tensorboard.rewind(2)
     tensorboard.write({**row(3), "loss": 0.5})
-    tensorboard.close()
+    tensorboard.end({})
     assert [(s.step, s.value) for s in events(tmp_path).Scalars("train/loss")] == [(1, 9.0), (2, 8.0), (3, 0.5)]
 
 
@@ -147,7 +152,7 @@ def test_a_rewind_hides_later_steps(tmp_path: Path) -> None:
 def test_a_rewind_while_the_disk_is_full_does_not_stop_the_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tensorboard = TensorBoardLog(tmp_path, resumed_step=0)
+    tensorboard = start(tmp_path)
     for step in (1, 2, 3):
         tensorboard.write(row(step))
     with caplog.at_level(logging.WARNING), largest_file(0):
@@ -155,5 +160,5 @@ def test_a_rewind_while_the_disk_is_full_does_not_stop_the_training(
         tensorboard.write(row(2))
     assert "cannot write TensorBoard events (File too large)" in caplog.text
     tensorboard.write({**row(3), "loss": 0.5})
-    tensorboard.close()
+    tensorboard.end({})
     assert [s.value for s in events(tmp_path).Scalars("train/loss") if s.step >= 2] == [0.5], "step 3 is hidden"
