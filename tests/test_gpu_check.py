@@ -235,6 +235,13 @@ class TestPlan:
         setting = Check(tmp_path, ONE_GPU).speed_setting()
         assert (setting.n_layer, setting.n_embd, setting.seq_len, setting.micro_batch_size) == (12, 768, 1024, 32)
 
+    def test_a_rehearsal_has_longer_time_limits(self, tmp_path: Path) -> None:
+        limits = [
+            {step.name: step.limit_s for stage in Check(tmp_path, machine).stages() for step in stage.steps}
+            for machine in ({**ONE_GPU, "devices": 2}, {**ONE_GPU, "devices": 2, "device_type": "cpu"})
+        ]
+        assert limits[1] == {name: 5 * limit_s for name, limit_s in limits[0].items()}
+
     def test_every_test_for_gpus_is_a_step(self, tmp_path: Path) -> None:
         names = [step.name for step in Check(tmp_path, ONE_GPU).gpu_tests()]
         assert {"tests pipeline.model.test_attention", "tests pipeline.distributed.test_world"} <= set(names)
@@ -298,6 +305,20 @@ def test_results_of_another_machine_are_refused(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "has results of another machine (device_type cuda is now cpu" in result.stderr
     assert json.loads((tmp_path / RESULTS_FILE).read_text())["machine"]["figures"] == ONE_GPU
+
+
+@pytest.mark.parametrize(
+    ("log", "line"), [([], "still running after 120 s"), (["a", "b"], "still running after 120 s; b")]
+)
+def test_a_machine_that_cannot_be_described_is_one_line(log: list[str], line: str, tmp_path: Path) -> None:
+    """A step that is stopped before it prints anything has an empty log."""
+
+    class Slow(Runner):
+        def run_one(self, step: Step) -> None:
+            self.record.add(step.name, {"status": FAILED, "problem": "still running after 120 s", "log": log})
+
+    with pytest.raises(SystemExit, match=rf"^error: the machine cannot be described: {line}$"):
+        command.find_machine("cuda", Slow(Record(tmp_path), 0, workers=1))
 
 
 def test_the_command_line() -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 from benchmarks.gpu_check.page import render
-from benchmarks.gpu_check.plan import Check
+from benchmarks.gpu_check.plan import Check, patient
 from benchmarks.gpu_check.steps import FAILED, PASSED, Figures, Record, Runner, Stage, Step, write_text
 from benchmarks.train_command import add_peer_option
 from tests.support.runs import REPOSITORY
@@ -63,11 +63,14 @@ def find_machine(device: str, runner: Runner) -> Figures:
         usual_s=10,
         environment={"PYTHONPATH": str(REPOSITORY)},
     )
+    if device == "cpu":
+        step = patient(step)
     runner.run_one(step)
     found = record.figures(MACHINE)
     if record.status(MACHINE) != PASSED:
-        lines = record.outcomes.get(MACHINE, {}).get("log", ["there is no time for it"])
-        raise SystemExit(f"error: the machine cannot be described: {lines[-1]}")
+        outcome = record.outcomes.get(MACHINE, {"problem": "there is no time for it"})
+        reason = "; ".join([outcome["problem"], *outcome.get("log", [])[-1:]])
+        raise SystemExit(f"error: the machine cannot be described: {reason}")
     changed = [key for key in IDENTITY if known and known[key] != found[key]]
     if changed:
         record.add(MACHINE, {"status": PASSED, "figures": known})

@@ -48,6 +48,14 @@ BESIDE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}  # for s
 
 STAGE_TITLES = {"a": "machine and tests", "b": "correctness", "c": "speed and memory", "d": "several devices"}
 
+#: A rehearsal on a CPU may run beside other programs, so its steps may take this many times as long.
+PATIENCE = 5
+
+
+def patient(step: Step) -> Step:
+    """Return the step with a longer time limit, for a rehearsal on a CPU."""
+    return replace(step, limit_s=PATIENCE * step.limit_s)
+
 
 @dataclass(frozen=True)
 class Check:
@@ -85,7 +93,7 @@ class Check:
         moved = [self.moved(backend) for backend in ("ddp", "fsdp", "zero2")]
         offload = [self.curve(backend, "fp32", False) for backend in OFFLOAD]
         several = self.several_curves()
-        return [
+        stages = [
             Stage("a", [self.data()], alone=False),
             Stage("a", [self.reference(), self.doctor(), *self.gpu_tests()], alone=False),
             Stage("b", [*curves, self.inference(), *moved], alone=False),
@@ -99,6 +107,9 @@ class Check:
             Stage("d", self.several_speeds(), alone=True),
             Stage("d", several[len(BACKENDS) :], alone=True),
         ]
+        if self.on_gpu:
+            return stages
+        return [replace(stage, steps=[patient(step) for step in stage.steps]) for stage in stages]
 
     # a: the machine and its tests
 
