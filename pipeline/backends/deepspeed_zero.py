@@ -170,7 +170,8 @@ class ZeroBackend(DeepSpeedBackend):
     def __init__(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> None:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         is_bf16 = config.run.precision == "bf16"
-        weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()} if is_bf16 else {}
+        # DeepSpeed gives each parameter new memory for its bf16 values, so these fp32 values stay as they are.
+        weights = {name: p.detach() for name, p in model.named_parameters()} if is_bf16 else {}
         super().__init__(model, config, world, plan)
         if self.stage == 3:
             self.state = FullyPartitionedState(self.engine, names, self.state_names)

@@ -15,6 +15,7 @@ from pipeline.checkpoint.saving import SavedCheckpoint, Snapshot, write_checkpoi
 from pipeline.checkpoint.state import TrainingState
 from pipeline.checkpoint.tensor_stream import TensorGroups, in_memory
 from pipeline.distributed.device import synchronize
+from pipeline.distributed.pinned_buffers import allocate_host_buffers
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
 
@@ -119,20 +120,21 @@ class SnapshotTaker:
         """Copy the elements that this rank must write, and return the copy together with ``state``."""
         shapes = {name: list(shape) for name, shape in self.backend.parameter_shapes.items()}
         groups: TensorGroups = {group: {} for group in GROUPS}
+        sources: dict[str, Tensor] = {}
+        group_of_key: dict[str, str] = {}
         for fragment in fragments_to_write(self.backend, self.world):
             n, shape = fragment.weight.numel(), shapes[fragment.name]
             is_whole = n == torch.Size(shape).numel()
             for kind, tensor in fragment.tensors.items():
                 key = piece_key(kind, fragment.name, None if is_whole else (fragment.start, fragment.start + n))
-                copy = self._copy(key, tensor)
-                groups[group_of(kind)][key] = in_memory(copy.view(shape) if is_whole else copy)
+                sources[key] = tensor.view(shape) if is_whole else tensor
+                group_of_key[key] = group_of(kind)
+        if not self._buffers:
+            self._buffers = allocate_host_buffers(sources)
+        for key, source in sources.items():
+            groups[group_of_key[key]][key] = in_memory(self._buffers[key].copy_(source, non_blocking=True))
         synchronize(self.world.device)
         return Snapshot(state, shapes, self.backend.state_names, groups)
-
-    def _copy(self, key: str, source: Tensor) -> Tensor:
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-        return self._buffers[key].copy_(source, non_blocking=True)
 
 
 def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:

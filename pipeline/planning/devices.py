@@ -29,6 +29,7 @@ class Device:
     per_node: int = 8
     reserved_gib: float = 1.0  # used by the driver context, collectives and libraries
     fragmentation: float = 0.05  # assumed fraction of the remaining memory that fragmentation takes
+    is_gpu: bool = True
 
     @property
     def usable_bytes(self) -> int:
@@ -118,6 +119,7 @@ def _measure_this_machine(precision: str, world_size: int) -> Device:
         per_node=torch.cuda.device_count() if on_gpu else world_size,
         reserved_gib=1.0 if on_gpu else 0.5,
         fragmentation=0.05 if on_gpu else 0.0,
+        is_gpu=on_gpu,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from pipeline.config.schema import BackendConfig, Config, ModelConfig, OptimizerConfig
 from pipeline.data.batch_plan import BatchPlan
+from pipeline.distributed.pinned_buffers import pinned_size
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.muon_matrices import divide_into_batches, exchange_elements, muon_matrices
 from pipeline.model.parameter_state import optimizer_state_names
@@ -66,6 +67,16 @@ class _Case:
     is_bf16: bool
     backend: BackendConfig
     optimizer: OptimizerConfig
+    pins_host_memory: bool
+
+    def pinned(self, size: int, *, always: bool = False) -> int:
+        """Return the bytes of host memory of a buffer that DeepSpeed pins.
+
+        Args:
+            always: whether DeepSpeed also pins the buffer if ``offload_optimizer.pin_memory`` is false.
+        """
+        pins = always or self.backend.zero.get("offload_optimizer", {}).get("pin_memory", True)
+        return pinned_size(size) if self.pins_host_memory and pins else size
 
     @property
     def width(self) -> int:
@@ -114,10 +125,15 @@ def sizes_of(model: ModelConfig) -> Sizes:
     return Sizes(shapes, total, block, total - model.n_layer * block)
 
 
-def layout_of(config: Config, plan: BatchPlan) -> Layout:
-    """Return how many bytes one rank needs under the backend of the config."""
+def layout_of(config: Config, plan: BatchPlan, *, pins_host_memory: bool = False) -> Layout:
+    """Return how many bytes one rank needs under the backend of the config.
+
+    Args:
+        pins_host_memory: whether buffers in host memory are pinned, as with GPUs.
+    """
     backend, is_bf16 = config.backend, config.run.precision == "bf16"
-    case = _Case(sizes_of(config.model), plan.world_size, plan.accumulation > 1, is_bf16, backend, config.optimizer)
+    sizes, accumulates = sizes_of(config.model), plan.accumulation > 1
+    case = _Case(sizes, plan.world_size, accumulates, is_bf16, backend, config.optimizer, pins_host_memory)
     if backend.name == "deepspeed":
         layout = (_zero0, _zero1, _zero2, _zero3)[backend.zero_stage](case)
     else:
@@ -128,6 +144,13 @@ def layout_of(config: Config, plan: BatchPlan) -> Layout:
         return layout.buffers(finished) + (exchanged if finished == case.sizes.total else 0)
 
     return replace(layout, buffers=buffers)
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Return the bytes of the fp32 weights and the optimizer state of all ranks, which a checkpoint stores."""
+    sizes = sizes_of(config.model)
+    names = optimizer_state_names(sizes.shapes, config.optimizer)
+    return sum(FP32 * (1 + len(names[name])) * math.prod(shape) for name, shape in sizes.shapes.items())
 
 
 def exchange_bytes(config: Config, world_size: int) -> int:
@@ -200,15 +223,19 @@ def _fsdp(case: _Case) -> Layout:
     return Layout(case.compute, FP32 * shard, 0, case.state_bytes(shard_of), gradients, buffers)
 
 
-def _overlapping_elements(case: _Case) -> int:
-    """Return the elements of all parameters that overlap a rank's partition, for the rank with the most elements."""
+def _overlapping_bytes(case: _Case, bytes_of: Callable[[int], int]) -> int:
+    """Return the bytes of all parameters that overlap a rank's partition, for the rank with the most bytes.
+
+    Args:
+        bytes_of: returns the bytes of a whole parameter with a number of elements.
+    """
     largest = 0
     for group, partition, _ in case.partitions():
         overlapping = [0] * case.world_size
         start = 0
         for count in group:
             for rank in range(start // partition, (start + count - 1) // partition + 1):
-                overlapping[rank] += count
+                overlapping[rank] += bytes_of(count)
             start += count
         largest += max(overlapping)
     return largest
@@ -233,7 +260,7 @@ def _zero1(case: _Case) -> Layout:
         new = _always(BF16 * sizes.total) if case.accumulates else case.growing(BF16 * sizes.total)
         gradients, buffers = lambda finished: FP32 * sizes.total + new(finished), _always(0)
     else:
-        overlapping = FP32 * _overlapping_elements(case)
+        overlapping = _overlapping_bytes(case, lambda count: FP32 * count)
         gradients = _always(FP32 * sizes.total) if case.accumulates else case.growing(overlapping)
         buffers = _shard_after_backward(case, shard)
     return Layout(case.compute, case.width * sizes.total, FP32 * shard, state, gradients, buffers)
@@ -249,17 +276,18 @@ def _zero2(case: _Case) -> Layout:
     """Return the layout of ZeRO-2: as ZeRO-1, with partitioned gradients.
 
     With bf16 weights, a rank keeps exactly the gradients of its partition. Otherwise it keeps the gradients of all
-    parameters that overlap the partition.
+    parameters that overlap the partition. With offload, a rank accumulates the gradients of these parameters in host
+    memory, in the dtype of the weights.
     """
     sizes, width = case.sizes, case.width
     shard = sum(partition for _, partition, _ in case.partitions())
     state = sum(partition * width for _, partition, width in case.partitions())
-    kept = FP32 * (shard if case.is_bf16 else _overlapping_elements(case))
     if not case.backend.offloads("optimizer"):
+        kept = FP32 * shard if case.is_bf16 else _overlapping_bytes(case, lambda count: FP32 * count)
         gradients = _always(kept) if case.accumulates else case.growing(kept)
         buffers = _shard_after_backward(case, shard)
         return Layout(case.compute, width * sizes.total, FP32 * shard, state, gradients, buffers)
-    accumulated = kept if case.accumulates else 0
+    accumulated = _overlapping_bytes(case, lambda count: case.pinned(width * count)) if case.accumulates else 0
     largest = width * max(map(math.prod, sizes.shapes.values()))
     return Layout(
         compute=case.compute,
@@ -268,8 +296,14 @@ def _zero2(case: _Case) -> Layout:
         optimizer=0,
         gradients=_always(0),
         buffers=_always(_reduce_buckets(case) + largest),
-        host=(2 * FP32 + width) * shard + state + largest + accumulated,
+        host=state + _pinned_partitions(case) + case.pinned(largest) + accumulated,
     )
+
+
+def _pinned_partitions(case: _Case) -> int:
+    """Return the bytes of the masters, their gradients and the compute weights that ZeRO-2 keeps on the host."""
+    partitions = [partition for _, partition, _ in case.partitions()]
+    return sum(2 * case.pinned(FP32 * count) + case.pinned(case.width * count) for count in partitions)
 
 
 def _zero3(case: _Case) -> Layout:
@@ -294,5 +328,6 @@ def _zero3(case: _Case) -> Layout:
         optimizer=0 if offloads_state else state,
         gradients=_always(0 if offloads_state else FP32 * shard),
         buffers=_always(case.width * live + bucket),
-        host=(state + 3 * FP32 * shard if offloads_state else 0) + (parameters if offloads_parameters else 0),
+        host=(state + FP32 * shard + 2 * case.pinned(FP32 * shard) if offloads_state else 0)
+        + (case.pinned(parameters, always=True) if offloads_parameters else 0),
     )

@@ -8,7 +8,7 @@ from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch
 from pipeline.planning.activations import Peak, Request, trace_activations
 from pipeline.planning.devices import Device
-from pipeline.planning.layouts import layout_of, sizes_of
+from pipeline.planning.layouts import BF16, FP32, checkpoint_bytes, layout_of, sizes_of
 from pipeline.planning.speed import Speed, estimate_speed
 
 SECONDS_PER_DAY = 86_400
@@ -39,7 +39,7 @@ class Plan:
     backend: str
     batch: BatchPlan
     memory: Memory
-    host_bytes: int
+    host_bytes: int  # of each rank, see ``host_memory``
     usable_bytes: int
     least_bytes: int  # the peak memory with one sequence, if the config's micro-batch does not fit; otherwise the peak
     largest_micro_batch: int  # the largest that fits and divides the batch; 0 if one sequence needs too much memory
@@ -90,7 +90,7 @@ def plan_run(
         backend=name,
         batch=batch,
         memory=memory,
-        host_bytes=layout_of(config, batch).host,
+        host_bytes=host_memory(config, batch, device),
         usable_bytes=device.usable_bytes,
         least_bytes=least.total,
         largest_micro_batch=largest,
@@ -121,6 +121,21 @@ def peak_memory(config: Config, plan: BatchPlan) -> Memory:
         )
 
     return max(map(memory_at, (*trace_activations(request), before_update)), key=lambda memory: memory.total)
+
+
+def host_memory(config: Config, plan: BatchPlan, device: Device) -> int:
+    """Return the peak of a rank's host memory in bytes, without libraries and data.
+
+    At the start, each rank builds the whole model in fp32. ZeRO-1 to 3 in bf16 keep these weights while DeepSpeed makes
+    a bf16 copy and then allocates the offloaded state. During training, host memory contains offloaded state and the
+    copy of the state from which checkpoints are written.
+    """
+    total = sizes_of(config.model).total
+    offloaded = layout_of(config, plan, pins_host_memory=device.is_gpu).host
+    at_start = FP32 * total
+    if config.backend.name == "deepspeed" and config.backend.zero_stage > 0 and config.run.precision == "bf16":
+        at_start += max(BF16 * total, offloaded)
+    return max(at_start, offloaded - (-checkpoint_bytes(config) // plan.world_size))
 
 
 def largest_micro_batch(config: Config, batch: BatchPlan, device: Device) -> int:

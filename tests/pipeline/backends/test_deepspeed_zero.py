@@ -76,6 +76,25 @@ def test_fragments_are_the_initial_fp32_weights(world: World, stage: int, precis
     assert set(dtypes.values()) == {torch.float32}
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_makes_no_second_copy_of_the_fp32_weights(
+    world: World, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: dict[str, torch.Tensor] = {}
+    restore = ZeroBackend._restore_masters
+
+    def record(self: ZeroBackend, weights: dict[str, torch.Tensor]) -> None:
+        kept.update(weights)
+        restore(self, weights)
+
+    monkeypatch.setattr(ZeroBackend, "_restore_masters", record)
+    config = backend_config(f"zero{stage}", run={"precision": "bf16"})
+    model = build_model(config.model, 1)
+    places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    create_backend(model, config, world, plan_batch(config, 1))
+    assert {name: weight.data_ptr() for name, weight in kept.items()} == places
+
+
 @pytest.mark.parametrize(("stage", "wrapped"), [(0, Bf16ViewModel), (1, AutocastModel), (3, AutocastModel)])
 def test_bf16_of_stage_0_is_a_view(world: World, stage: int, wrapped: type) -> None:
     backend = make_backend(f"zero{stage}", world, run={"precision": "bf16"})

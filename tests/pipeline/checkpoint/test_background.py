@@ -18,6 +18,7 @@ from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints
 from pipeline.checkpoint.loading import load_training_state
 from pipeline.checkpoint.pieces import piece_key
 from pipeline.checkpoint.verification import find_damage
+from pipeline.distributed.pinned_buffers import allocate_host_buffers
 from pipeline.distributed.world import World
 from tests.pipeline.checkpoint.conftest import (
     WEIGHTS,
@@ -158,6 +159,19 @@ class TestBuffers:
         assert len(set(places[0].values())) == len(places[0]) == 3 * len(backend.parameter_shapes)
         in_use = {tensor.data_ptr() for fragment in backend.fragments() for tensor in fragment.tensors.values()}
         assert not in_use & set(places[0].values())
+
+    def test_they_are_allocated_once(self, backend: DdpBackend, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        requests: list[int] = []
+
+        def allocate(sources: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            requests.append(len(sources))
+            return allocate_host_buffers(sources)
+
+        monkeypatch.setattr(background, "allocate_host_buffers", allocate)
+        taker = SnapshotTaker(backend, world)
+        for step in (1, 2, 3):
+            taker.take(state_of(backend, step))
+        assert requests == [3 * len(backend.fragments())]
 
 
 class TestOneAtATime:

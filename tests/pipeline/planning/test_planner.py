@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from pipeline.distributed.device import GIB
 from pipeline.model.gpt2 import parameter_count
 from pipeline.planning.devices import DEVICES, Device, find_device
 from pipeline.planning.layouts import layout_of, sizes_of
-from pipeline.planning.planner import largest_micro_batch, peak_memory, plan_run
+from pipeline.planning.planner import host_memory, largest_micro_batch, peak_memory, plan_run
 from pipeline.planning.speed import estimate_speed, traffic
 from tests.support.runs import CONFIGS
 
 H100 = DEVICES["h100-80gb"]
+OFFLOAD = "backend.deepspeed.zero_optimization.offload_optimizer"
 
 
 def config_of(backend: str, *overrides: str) -> Config:
@@ -125,6 +127,56 @@ class TestFitting:
             config = load_config([CONFIGS / f"{backend}.json", CONFIGS / f"{name}.json"])
             memory = peak_memory(config, plan_batch(config, 8))
             assert (memory.total <= DEVICES[device].usable_bytes) == (backend not in too_large), backend
+
+
+class TestHostMemory:
+    """Bytes in the memory of the host, per rank. N is the number of parameters with padding rows."""
+
+    N = TestState.N
+    MATRICES, VECTORS = 512 << 20, 512 << 10  # pinned buffers of the two groups in fp32: 474 MiB and 474 KiB
+
+    def host(self, backend: str, world_size: int, *overrides: str, device: Device = H100) -> int:
+        config = config_of(backend, *overrides)
+        return host_memory(config, plan_batch(config, world_size), device)
+
+    def test_many_ranks_need_most_at_the_start(self) -> None:
+        assert self.host("fsdp", 8) == self.host("ddp", 8) == 4 * self.N
+        assert self.host("zero1", 8, "run.precision=bf16") == (4 + 2) * self.N
+
+    def test_one_rank_needs_most_for_the_copy_of_the_state(self) -> None:
+        assert self.host("ddp", 1) == self.host("zero2", 1) == 12 * self.N
+        matrices = 12 * 12 * 768**2  # 12 blocks
+        assert self.host("ddp", 1, "optimizer.name=muon") == 12 * self.N - 4 * matrices
+
+    def test_zero_in_bf16_keeps_fp32_weights_while_offloaded_state_is_allocated(self) -> None:
+        """The state of each of eight ranks is 4 + 4 + 2 + 8 bytes per parameter, and the largest gradient."""
+        one_micro_step = ["run.precision=bf16", "batch.micro_batch_size=16"]
+        host = self.host("zero2_offload", 8, *one_micro_step, device=replace(H100, is_gpu=False))
+        largest = 2 * 50304 * 768
+        assert host == pytest.approx((4 + 18 / 8) * self.N + largest, rel=1e-4)
+
+    def test_pinned_buffers_of_offloaded_state_are_rounded_up_to_powers_of_two(self) -> None:
+        """With one GPU: gradients, masters and weights of two groups, and the largest gradient."""
+        one_micro_step = ["batch.tokens_per_step=16384"]
+        pinned = self.host("zero2_offload", 1, *one_micro_step)
+        largest = 256 << 20
+        assert pinned == 3 * (self.MATRICES + self.VECTORS) + largest + (8 + 12) * self.N
+        for different in (
+            self.host("zero2_offload", 1, *one_micro_step, device=replace(H100, is_gpu=False)),
+            self.host("zero2_offload", 1, *one_micro_step, f"{OFFLOAD}.pin_memory=false"),
+        ):
+            assert 1.05 < pinned / different < 1.2
+
+    def test_gradients_that_are_accumulated_in_host_memory_are_pinned_one_by_one(self) -> None:
+        accumulated = self.host("zero2_offload", 1) - self.host("zero2_offload", 1, "batch.tokens_per_step=16384")
+        assert 1.5 * 4 * self.N < accumulated < 2 * 4 * self.N
+
+    def test_zero3_pins_gradients_and_offloaded_weights(self) -> None:
+        """The offloaded weights are pinned in any case."""
+        pinned = self.host("zero3_offload", 1)
+        assert pinned == pytest.approx((4 + 8 + 12) * self.N + 3 * self.MATRICES)
+        partly = self.host("zero3_offload", 1, f"{OFFLOAD}.pin_memory=false")
+        assert partly == pytest.approx((4 + 8 + 12 + 2 * 4) * self.N + self.MATRICES)
 
 
 class TestSpeed:
