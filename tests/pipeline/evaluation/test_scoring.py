@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config.schema import ModelConfig
 from pipeline.distributed.world import World
@@ -79,6 +80,16 @@ def test_ranks_share_the_work_and_run_equally_many_forward_passes(
     assert_same(found, plain)
     assert len(set(forwards)) == 1
     assert forwards[0] > 2
+
+
+def test_scoring_does_not_use_cudnn(text_model: GPT2) -> None:
+    """The kernel of cuDNN needs time for each new shape, and batches of requests have many shapes."""
+    used: list[bool] = []
+    scorer = scorer_of(text_model, 64)
+    hook = text_model.h[0].register_forward_pre_hook(lambda *_: used.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    with hook, sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
+        scorer.score(GROUPS, "test")
+    assert used and not any(used)
 
 
 def test_a_continuation_that_the_model_would_generate_is_greedy(text_model: GPT2, scorer: Scorer) -> None:

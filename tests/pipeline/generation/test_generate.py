@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config.schema import SampleConfig
 from pipeline.generation.generate import Decoder, draw, generate_batch, window_start
@@ -55,6 +56,15 @@ def test_generation_stops_before_end_of_text(model: GPT2) -> None:
     endless = list(generate(model, PROMPT, 12, seed=3))
     end = endless[7]
     assert list(generate(model, PROMPT, 12, seed=3, end_of_text=end)) == endless[: endless.index(end)]
+
+
+def test_generation_does_not_use_cudnn(model: GPT2) -> None:
+    """The kernel of cuDNN needs time for each new shape, and every token makes the text longer."""
+    used: list[bool] = []
+    hook = model.h[0].register_forward_pre_hook(lambda *_: used.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    with hook, sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
+        list(generate(model, PROMPT, 3, temperature=0))
+    assert used == [False] * 3
 
 
 def test_generation_continues_beyond_the_context(model: GPT2) -> None:
