@@ -23,6 +23,7 @@ from pipeline.config.shipped import shipped_configs
 from pipeline.errors import ConfigError
 
 BACKENDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+_GROUP_MARK = "/"  # in the name of a plan, between the backend and the size of the shard groups
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -50,16 +51,18 @@ def main() -> None:
     )
     mfu = arguments.mfu or device.mfu
     tokens = arguments.tokens or config.schedule.max_steps * config.batch.tokens_per_step
+    hybrids = with_shard_groups(configs.get("fsdp"), arguments.world_size, device.per_node)
     plans = [
         plan_run(name, of_backend, arguments.world_size, device, mfu=mfu, tokens=tokens)
-        for name, of_backend in configs.items()
+        for name, of_backend in (configs | hybrids).items()
     ]
     if arguments.plot:
         draw_world_sizes(arguments.plot, configs, device, mfu=mfu, tokens=tokens)
     verdict, command = format_verdict(plans), None
     if best := fastest_plan(plans):
         launcher = _launcher(arguments.world_size, device.per_node)
-        options = _train_options(arguments, config, best.backend, configs[best.backend], best.micro_batch_size)
+        chosen = (configs | hybrids)[best.backend]
+        options = _train_options(arguments, config, best.backend, chosen, best.micro_batch_size)
         command = shlex.join([*launcher, "launch/train.py", *options])
     if arguments.json:
         of_verdict = {"fits": best is not None, "text": verdict, "command": command}
@@ -85,6 +88,9 @@ def _train_options(
 ) -> list[str]:
     """Return the options of ``launch/train.py`` for the planned backend and micro-batch."""
     overrides = list(arguments.set)
+    name, _, group = name.partition(_GROUP_MARK)
+    if group:
+        overrides.append(f"backend.fsdp.shard_group_size={group}")
     if micro_batch_size != config.batch.micro_batch_size:
         overrides.append(f"batch.micro_batch_size={micro_batch_size}")
     own = list(map(str, arguments.config))
@@ -173,6 +179,24 @@ def with_backend(config: Config, name: str) -> Config:
         return config
     changed = config.backend.model_copy(update={"name": backend.name, "deepspeed": backend.deepspeed})
     return config.model_copy(update={"backend": changed})
+
+
+def with_shard_groups(config: Config | None, world_size: int, per_node: int) -> dict[str, Config]:
+    """Return the FSDP2 config with shard groups of one node, two nodes, and so on, by the name of the plan.
+
+    Returns an empty dict if there is no such config, if it already sets the size of the shard groups, or if the ranks
+    do not fill several nodes.
+    """
+    if config is None or config.backend.fsdp.shard_group_size is not None or world_size % per_node:
+        return {}
+    configs, size = {}, per_node
+    while size < world_size:
+        if world_size % size == 0:
+            fsdp = config.backend.fsdp.model_copy(update={"shard_group_size": size})
+            backend = config.backend.model_copy(update={"fsdp": fsdp})
+            configs[f"fsdp{_GROUP_MARK}{size}"] = config.model_copy(update={"backend": backend})
+        size *= 2
+    return configs
 
 
 if __name__ == "__main__":

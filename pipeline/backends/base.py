@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.backends.optimizer import LossScaler, set_learning_rate
 from pipeline.backends.optimizer_state import Fragment, OptimizerState
 from pipeline.config.schema import Config
+from pipeline.distributed.world import World
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.output_layer import Method
 from pipeline.model.parameter_state import optimizer_state_names
@@ -24,15 +25,15 @@ class Backend(ABC):
     over the ranks. The trainer needs their sum, and therefore multiplies the loss by the world size.
     """
 
-    #: Whether every rank holds all fragments. If True, each rank saves a share of the fragments.
-    replicated: bool = False
-
     compute: nn.Module  # the wrapped module; calling it has the same effect as calling GPT2
     optimizer: torch.optim.Optimizer
     state: OptimizerState
 
-    def __init__(self, model: GPT2, config: Config) -> None:
+    def __init__(self, model: GPT2, config: Config, world: World) -> None:
         self.model = model
+        #: The number of consecutive ranks that together hold one copy of the training state. If there are several
+        #: copies, each rank saves a share of its fragments.
+        self.ranks_per_copy = config.backend.ranks_per_copy(world.size)
         self.parameter_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.state_names = optimizer_state_names(self.parameter_shapes, config.optimizer)
         self.precision = config.run.precision

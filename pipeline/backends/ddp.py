@@ -19,7 +19,6 @@ from pipeline.model.recomputation import recompute_blocks
 
 class DdpBackend(TorchBackend):
     label = "DDP"
-    replicated = True
 
     def __init__(self, model: GPT2, config: Config, world: World) -> None:
         super().__init__(model, _wrap(model.to(world.device), config, world), config, world)

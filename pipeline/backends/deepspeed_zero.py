@@ -70,7 +70,7 @@ class DeepSpeedBackend(Backend):
     in_precision: Callable[[GPT2, str, torch.device], ComputeModel]  # creates the module that the engine wraps
 
     def __init__(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> None:
-        super().__init__(model, config)
+        super().__init__(model, config, world)
         _check_version()
         self.stage = config.backend.zero_stage
         self.changes = changes_of_numbers(config.backend)
@@ -141,13 +141,12 @@ class Zero0Backend(DeepSpeedBackend):
     gradients itself, because DeepSpeed does not report the norm of fp32 gradients.
     """
 
-    replicated = True
     in_precision = staticmethod(replicated_compute)
 
     def __init__(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> None:
         super().__init__(model, config, world, plan)
         self.state = ParameterState(self.optimizer, dict(model.named_parameters()), self.state_names)
-        self.state.connect_optimizer(replicated=True)
+        self.state.connect_optimizer(self.ranks_per_copy)
 
     def _loss_scale_outside_engine(self) -> float:
         return self.loss_scaler.scale
@@ -177,7 +176,7 @@ class ZeroBackend(DeepSpeedBackend):
             self.state = FullyPartitionedState(self.engine, names, self.state_names)
         else:
             self.state = PartitionedState(self.engine, names, self.state_names)
-        self.state.connect_optimizer(replicated=False)
+        self.state.connect_optimizer(self.ranks_per_copy)
         if is_bf16:
             self._restore_masters(weights)
 

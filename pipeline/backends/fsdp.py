@@ -1,4 +1,4 @@
-"""Train with FSDP2 (``fully_shard``), which shards weights, gradients and moments of each block over the ranks."""
+"""Train with FSDP2 (``fully_shard``), which shards weights, gradients and moments of each block over ranks."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from pipeline.backends.compilation import compile_blocks
@@ -27,6 +27,7 @@ class FsdpBackend(TorchBackend):
     def __init__(self, model: GPT2, config: Config, world: World) -> None:
         super().__init__(model, _wrap(model, config, world), config, world)
         self._reshards_blocks = config.backend.fsdp.reshard_after_forward
+        self._copies = world.size // self.ranks_per_copy
 
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
         """Reduce gradients only in the last micro-step, and keep gathered weights until then.
@@ -39,6 +40,17 @@ class FsdpBackend(TorchBackend):
         self.compute.set_reshard_after_backward(enabled, recurse=not self._reshards_blocks)
         return nullcontext()
 
+    def state_was_loaded(self, updates: int) -> None:
+        """Complete the loading of a checkpoint. Free weights that are still gathered since the last forward pass."""
+        super().state_was_loaded(updates)
+        for module in self.compute.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def describe(self) -> str:
+        groups = f", {self._copies} shard groups of {self.ranks_per_copy}" if self._copies > 1 else ""
+        return super().describe() + groups
+
 
 def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
     """Apply recomputation, compile each module, and shard the model. Compiled graphs contain no collectives.
@@ -50,7 +62,7 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
     recompute_blocks(model)
     if config.run.compiles:
         compile_blocks(model)
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    mesh = _create_mesh(world, config.backend.ranks_per_copy(world.size))
     policy = _BF16 if config.run.precision == "bf16" else MixedPrecisionPolicy()
     reshard = config.backend.fsdp.reshard_after_forward
     for block in model.h:
@@ -63,6 +75,14 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
                 module.set_custom_all_gather(AllGather())  # type: ignore[arg-type]
                 module.set_custom_reduce_scatter(ReduceScatter())  # type: ignore[arg-type]
     return root
+
+
+def _create_mesh(world: World, shard_group_size: int) -> DeviceMesh:
+    """Return a mesh of all ranks: (shard,), or (replicate, shard) if the ranks hold several copies of the weights."""
+    copies = world.size // shard_group_size
+    if copies == 1:
+        return init_device_mesh(world.device.type, (world.size,))
+    return init_device_mesh(world.device.type, (copies, shard_group_size), mesh_dim_names=("replicate", "shard"))
 
 
 class _GlooCollective:

@@ -39,12 +39,13 @@ class MatrixExchange:
     """Transforms matrices. Each matrix has an owner, which is the rank that transforms it.
 
     The matrices are processed in groups. For each group, one all-to-all sends the elements to the owners, and another
-    all-to-all sends the results back. If every rank holds all elements, the first all-to-all sends nothing. The
-    matrices of a group are assigned to owners so that all ranks have about the same amount of work.
+    all-to-all sends the results to all ranks that hold the elements. The matrices of a group are assigned to owners so
+    that all ranks have about the same amount of work. If the ranks hold several copies of the elements, an owner
+    receives them only from the ranks of its own copy. All copies receive the same results, so they stay equal.
 
     Args:
         spans: for each rank, the spans that the rank holds.
-        replicated: whether every rank holds all elements.
+        ranks_per_copy: the number of consecutive ranks that together hold all elements once.
         dtype: the dtype of the transformation and of the communication.
     """
 
@@ -54,13 +55,13 @@ class MatrixExchange:
         spans: Sequence[Sequence[Span]],
         world: World,
         *,
-        replicated: bool,
+        ranks_per_copy: int,
         dtype: torch.dtype,
     ) -> None:
         self.world = world
         self.dtype = dtype
         self._batches = [
-            _Batch(batch, spans, world, replicated=replicated) for batch in divide_into_batches(matrices, world.size)
+            _Batch(batch, spans, world, ranks_per_copy) for batch in divide_into_batches(matrices, world.size)
         ]
 
     def transform(self, elements: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> None:
@@ -115,7 +116,7 @@ class _Batch:
     """The owners of some matrices, and the elements that this rank exchanges with each other rank."""
 
     def __init__(
-        self, matrices: Sequence[Matrix], spans: Sequence[Sequence[Span]], world: World, *, replicated: bool
+        self, matrices: Sequence[Matrix], spans: Sequence[Sequence[Span]], world: World, ranks_per_copy: int
     ) -> None:
         own = spans[world.rank]
         self._firsts = [span.start for span in own]
@@ -125,9 +126,10 @@ class _Batch:
         owners = [_overlaps(own, owned[rank]) for rank in range(world.size)]
         self.returned, self.sizes_returned = _flatten(holders)
         self.kept, self.sizes_kept = _flatten(owners)
-        if replicated:  # the owner already holds all elements
-            holders = [overlaps if rank == world.rank else [] for rank, overlaps in enumerate(holders)]
-            owners = [overlaps if rank == world.rank else [] for rank, overlaps in enumerate(owners)]
+        first = world.rank - world.rank % ranks_per_copy
+        own_copy = range(first, first + ranks_per_copy)
+        holders = [overlaps if rank in own_copy else [] for rank, overlaps in enumerate(holders)]
+        owners = [overlaps if rank in own_copy else [] for rank, overlaps in enumerate(owners)]
         self.received, self.sizes_received = _flatten(holders)
         self.sent, self.sizes_sent = _flatten(owners)
 

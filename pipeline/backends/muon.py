@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
         self._indices: dict[int, int] = {}  # id(master) -> index of the master
         self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}
 
-    def use_ranges(self, masters: Iterable[Tensor], ranges: Iterable[Range], *, replicated: bool) -> None:
+    def use_ranges(self, masters: Iterable[Tensor], ranges: Iterable[Range], ranks_per_copy: int) -> None:
         """Tell the optimizer which elements of which parameters the masters on this rank contain.
 
         This call is collective: every rank must make it.
@@ -75,9 +75,9 @@ class Muon(torch.optim.Optimizer):
         Args:
             masters: all masters on this rank. Every rank must pass them in the same order.
             ranges: the ranges of parameters that the masters on this rank contain.
-            replicated: whether every rank holds all elements of all parameters.
+            ranks_per_copy: the number of consecutive ranks that together hold all elements once.
         """
-        self.replicated = replicated
+        self.ranks_per_copy = ranks_per_copy
         self._indices = {id(master): i for i, master in enumerate(masters)}
         self._ranges = [held for held in ranges if held.name in self.shapes and held.length]
         own = [(self._indices[id(held.master)], Span(held.name, held.start, held.stop)) for held in self._ranges]
@@ -138,7 +138,7 @@ class Muon(torch.optim.Optimizer):
         names = {span.name for of_rank in spans for span in of_rank}
         shapes = {name: shape for name, shape in self.shapes.items() if name in names}
         matrices = list(muon_matrices(shapes, split_qkv=self.config.split_qkv))
-        return MatrixExchange(matrices, spans, self.world, replicated=self.replicated, dtype=self.dtype)
+        return MatrixExchange(matrices, spans, self.world, ranks_per_copy=self.ranks_per_copy, dtype=self.dtype)
 
 
 def divide_parameters(parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -97,16 +97,21 @@ def set_learning_rate(param_groups: Iterable[dict[str, Any]], learning_rate: flo
 def global_grad_norm(gradients: list[Tensor]) -> Tensor:
     """Return the L2 norm of all gradients together, as a scalar on the device of the gradients.
 
-    If a gradient is a DTensor, the norm includes the shards on all ranks. The squares are summed in the dtype that
-    ``summing_dtype`` returns, which is fp64 if the device supports it. In fp64, the order of the additions has almost
-    no effect, so all backends get the same norm.
+    If the gradients are DTensors, the norm includes the shards on all ranks that share a copy of the model. The squares
+    are summed in the dtype that ``summing_dtype`` returns, which is fp64 if the device supports it. In fp64, the order
+    of the additions has almost no effect, so all backends get the same norm.
     """
-    sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     squares = torch.stack([_sum_of_squares(gradient) for gradient in local]).sum()
-    if sharded:
-        dist.all_reduce(squares)
+    if isinstance(gradients[0], DTensor):
+        dist.all_reduce(squares, group=_sharding_group(gradients[0]))
     return squares.sqrt()
+
+
+def _sharding_group(tensor: DTensor) -> dist.ProcessGroup:
+    """Return the ranks that hold the shards of a DTensor. Other groups of ranks may hold copies of the same shards."""
+    (dimension,) = (i for i, placement in enumerate(tensor.placements) if placement.is_shard())
+    return tensor.device_mesh.get_group(dimension)
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:

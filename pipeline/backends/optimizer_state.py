@@ -67,7 +67,7 @@ class OptimizerState(ABC):
         Call this method after you write into fragments.
         """
 
-    def connect_optimizer(self, *, replicated: bool) -> None:
+    def connect_optimizer(self, ranks_per_copy: int) -> None:
         """Tell Muon which elements of which parameters the masters contain.
 
         AdamW does not need this, so nothing is done.
@@ -75,12 +75,13 @@ class OptimizerState(ABC):
         This call is collective: every rank must make it, before the first step.
         """
         if isinstance(self.optimizer, Muon):
-            self.optimizer.use_ranges(self.masters, self.ranges(), replicated=replicated)
+            self.optimizer.use_ranges(self.masters, self.ranges(), ranks_per_copy)
 
     def fragments(self) -> list[Fragment]:
         """Return views of the masters and of the optimizer state.
 
-        If the optimizer has not created its state yet, the state is first created and filled with zeros.
+        If the optimizer has not created its state yet, the state is first created and filled with zeros. If FSDP2 has
+        more ranks than a parameter has rows, some ranks have no fragment of this parameter.
         """
         self.create_states()
         return [
@@ -91,6 +92,7 @@ class OptimizerState(ABC):
                 {name: held.of(self.optimizer.state[held.master][name]) for name in self.state_names[held.name]},
             )
             for held in self.ranges()
+            if held.length
         ]
 
     def set_step_count(self, count: int) -> None:

@@ -20,12 +20,12 @@ class TorchBackend(Backend):
     label: str
 
     def __init__(self, model: GPT2, compute: nn.Module, config: Config, world: World) -> None:
-        super().__init__(model, config)
+        super().__init__(model, config, world)
         self.compute = compute
         self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         self.optimizer = build_optimizer(self.parameters, config, world)
         self.state = ParameterState(self.optimizer, self.parameters, self.state_names)
-        self.state.connect_optimizer(replicated=self.replicated)
+        self.state.connect_optimizer(self.ranks_per_copy)
 
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
         with self._gradient_sync(is_last):

@@ -83,9 +83,11 @@ class FullyPartitionedState(OptimizerState):
         """Copy the masters to the weights that the model computes with. Only this rank's shards of these weights exist.
 
         If weights are gathered on this rank, they are freed first. DeepSpeed always keeps some small parameters
-        gathered, which it calls *persistent*. These parameters are gathered again at the end.
+        gathered, which it calls *persistent*. These parameters are gathered again at the end. With hpZ, a rank also has
+        *secondary* shards of the weights. They are deleted, and DeepSpeed makes them again in the next forward pass.
         """
         self.zero._partition_all_parameters()
+        self.zero.invalidate_secondary_tensor()
         for group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:

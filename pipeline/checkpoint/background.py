@@ -140,14 +140,15 @@ class SnapshotTaker:
 def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:
     """Return the fragments that this rank must write.
 
-    If each rank holds only some of the elements, a rank writes all elements that it holds. If every rank holds all
-    elements, each rank writes an equal share.
+    If all ranks together hold one copy of the elements, a rank writes all elements that it holds. If there are several
+    copies, the ranks that hold the same elements write an equal share each.
     """
     fragments = backend.fragments()
-    if not backend.replicated or world.size == 1:
+    copy, copies = world.rank // backend.ranks_per_copy, world.size // backend.ranks_per_copy
+    if copies == 1:
         return fragments
     total = sum(fragment.weight.numel() for fragment in fragments)
-    begin, end = total * world.rank // world.size, total * (world.rank + 1) // world.size
+    begin, end = total * copy // copies, total * (copy + 1) // copies
     share, position = [], 0
     for fragment in fragments:
         n = fragment.weight.numel()

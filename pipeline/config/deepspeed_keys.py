@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.config.schema import BackendConfig, Config
+from pipeline.config.schema import HPZ, BackendConfig, Config
 
 #: DeepSpeed key -> config key, for DeepSpeed keys whose values come from other keys of the run config.
 OWNED_BY_RUN = {
@@ -78,7 +78,7 @@ SAME_NUMBERS = (
     "ignore_unused_parameters",
     "round_robin_gradients",
     "parameter_alignment",
-    "zero_hpz_partition_size",
+    HPZ,
     "memory_efficient_linear",
     "override_module_apply",
     "log_trace_cache_warnings",
@@ -100,7 +100,10 @@ OTHER_NUMBERS: dict[str, Any] = {
 
 #: What to do instead of DeepSpeed's own Muon, which exists only in some of its stages and gives other numbers.
 _MUON_HERE = "set optimizer.name to muon and optimizer.muon.* instead, which give the same numbers under every backend"
-_OFFLOAD_STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
+#: What to use instead of MiCS (``mics_shard_size``), which DeepSpeed no longer contains.
+_HYBRID_HERE = "set backend.name to fsdp and backend.fsdp.shard_group_size, which shards within groups of ranks"
+_STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,), HPZ: (3,)}
+_TYPES = {"offload_optimizer": dict, "offload_param": dict, HPZ: int}
 _REPLACED = {
     "cpu_offload": "offload_optimizer",
     "cpu_offload_param": "offload_param",
@@ -175,7 +178,9 @@ def _check_zero(zero: Any) -> Iterator[tuple[str, str]]:
         yield "zero_optimization.stage", f"must be 0, 1, 2 or 3, found {json.dumps(stage)}"
         return
     for key in zero:
-        if "muon" in key:
+        if key.startswith("mics_"):
+            yield f"zero_optimization.{key}", f"DeepSpeed 0.19 has no MiCS; remove this, or {_HYBRID_HERE}"
+        elif "muon" in key:
             yield f"zero_optimization.{key}", f"DeepSpeed's own Muon is not used; remove this and {_MUON_HERE}"
         elif key in _REPLACED:
             instead = f'{_REPLACED[key]}: {{"device": "cpu"}}'
@@ -184,9 +189,9 @@ def _check_zero(zero: Any) -> Iterator[tuple[str, str]]:
             nearest = difflib.get_close_matches(key, SAME_NUMBERS, n=1, cutoff=0.8)
             hint = f"did you mean {nearest[0]}?" if nearest else "remove it"
             yield f"zero_optimization.{key}", f"{_NOT_PASSED_ON}; {hint}"
-    for key, stages in _OFFLOAD_STAGES.items():
+    for key, stages in _STAGES.items():
         if key in zero:
-            yield from _check_type(f"zero_optimization.{key}", zero[key], dict)
+            yield from _check_type(f"zero_optimization.{key}", zero[key], _TYPES[key])
             if stage not in stages:
                 needed = " or ".join(map(str, stages))
                 yield f"zero_optimization.{key}", f"needs zero_optimization.stage {needed}, which is {stage}"

@@ -55,6 +55,8 @@ TaskName = Literal[
     "arc_challenge",
     "winogrande",
 ]
+#: DeepSpeed's key for the number of consecutive ranks that share secondary shards of all weights (ZeRO++ hpZ).
+HPZ = "zero_hpz_partition_size"
 TASK_NAME = re.compile(r"[\w.-]+")  # a task's name is also the name of its result file
 SinkName = Literal["jsonl", "tensorboard", "console", "csv"]
 Preset = Literal["gpt2-tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
@@ -400,6 +402,11 @@ class FsdpConfig(Section):
         description="Free a block's gathered weights after its forward pass. If `false`, a step gathers each "
         "weight only once.",
     )
+    shard_group_size: PositiveInt | None = Field(
+        None,
+        description="Number of consecutive ranks that shard one copy of the model, such as the GPUs of a node. Each "
+        "group of this size has its own copy. It must divide the number of ranks. `null`: all ranks share one copy.",
+    )
 
 
 class BackendConfig(Section):
@@ -426,9 +433,21 @@ class BackendConfig(Section):
         return int(self.zero.get("stage", 0))
 
     @property
-    def is_replicated(self) -> bool:
-        """Return whether every rank holds the whole optimizer state. This is so under DDP and ZeRO-0."""
-        return self.name == "ddp" or (self.name == "deepspeed" and self.zero_stage == 0)
+    def hpz_group_size(self) -> int:
+        """Return the number of consecutive ranks that share secondary shards of all weights, or 1 without hpZ."""
+        return int(self.zero.get(HPZ, 1)) or 1
+
+    def ranks_per_copy(self, world_size: int) -> int:
+        """Return the number of consecutive ranks that together hold one copy of the optimizer state.
+
+        This is 1 under DDP and ZeRO-0, where every rank holds the whole state. It is ``world_size`` if all ranks share
+        one copy.
+        """
+        if self.name == "ddp" or (self.name == "deepspeed" and self.zero_stage == 0):
+            return 1
+        if self.name == "fsdp" and self.fsdp.shard_group_size is not None:
+            return self.fsdp.shard_group_size
+        return world_size
 
     def offloads(self, what: Literal["optimizer", "param"]) -> bool:
         """Return whether DeepSpeed offloads the optimizer state or the parameters from the device."""

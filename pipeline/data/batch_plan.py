@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import HPZ, BackendConfig, Config
 from pipeline.errors import ConfigError
 
 
@@ -39,9 +39,10 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
     """Compute the number of micro-steps per optimizer step from ``batch.tokens_per_step``.
 
     Raises:
-        ConfigError: ``batch.tokens_per_step`` is not a multiple of the tokens of one micro-step on all ranks. The
-            message suggests values that work.
+        ConfigError: ``batch.tokens_per_step`` is not a multiple of the tokens of one micro-step on all ranks, or the
+            ranks cannot be divided into groups of the size in the config. The message suggests values that work.
     """
+    _check_groups(config.backend, world_size)
     batch, seq_len = config.batch, config.seq_len
     unit = batch.micro_batch_size * seq_len * world_size
     accumulation, rest = divmod(batch.tokens_per_step, unit)
@@ -58,3 +59,17 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
             message += f"; or batch.micro_batch_size: {', '.join(map(str, fitting))}"
         raise ConfigError(message)
     return BatchPlan(batch.micro_batch_size, seq_len, accumulation, world_size)
+
+
+def _check_groups(backend: BackendConfig, world_size: int) -> None:
+    """Raise ConfigError if the ranks cannot be divided into groups of the size in the config."""
+    if backend.name == "fsdp":
+        key, size, off = "backend.fsdp.shard_group_size", backend.fsdp.shard_group_size, "null for all ranks"
+    else:
+        key, size, off = f"backend.deepspeed.zero_optimization.{HPZ}", backend.hpz_group_size, "leave it out"
+    if size and world_size % size:
+        fitting = [str(divisor) for divisor in range(1, world_size + 1) if world_size % divisor == 0]
+        raise ConfigError(
+            f"{key} ({size}) does not divide the number of ranks ({world_size}); sizes that would fit: "
+            f"{', '.join(fitting)}, or {off}"
+        )

@@ -109,16 +109,17 @@ def assign_owners(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
     return owned
 
 
-def exchange_elements(batch: Sequence[Matrix], ranks: int, *, replicated: bool) -> int:
+def exchange_elements(batch: Sequence[Matrix], ranks: int, ranks_per_copy: int) -> int:
     """Return the largest number of elements that a rank needs in memory to exchange and orthogonalize a batch.
 
     Args:
-        replicated: whether every rank holds all elements of all matrices.
+        ranks_per_copy: the number of ranks that together hold all elements of all matrices once.
     """
     total = sum(matrix.numel for matrix in batch)
     own = max(sum(matrix.numel for matrix in owned) for owned in assign_owners(batch, ranks))
-    share = own if replicated else -(-total // ranks)  # of the elements that a rank sends to the owners
+    share = own if ranks_per_copy == 1 else -(-total // ranks)  # of the elements that a rank sends to the owners
     assembling = share + own * (2 if ranks > 1 else 1)
-    returning = own + (ranks * own if replicated else own) + (0 if ranks == 1 else total if replicated else share)
+    held = 0 if ranks == 1 else -(-total // ranks_per_copy)  # the elements that a rank receives
+    returning = own + own * (ranks // ranks_per_copy) + held
     iterating = own + max(3 * matrix.numel + 2 * min(matrix.rows, matrix.columns) ** 2 for matrix in batch)
     return max(assembling, iterating, returning)

@@ -40,9 +40,14 @@ class Device:
         """Return the FLOP/s of the device in matrix products, for a value of ``run.precision``."""
         return TERA * (self.fp32_tflops if precision == "fp32" else self.bf16_tflops)
 
-    def link_bytes_per_s(self, world_size: int) -> float:
-        """Return the published bandwidth, in bytes per second, of the slowest link between ``world_size`` ranks."""
-        return GB * (self.node_gb_per_s if world_size <= self.per_node else self.network_gb_per_s)
+    def link_bytes_per_s(self, world_size: int, *, group_size: int) -> float:
+        """Return the published bandwidth, in bytes per second, of the slowest link within groups of consecutive ranks.
+
+        Args:
+            group_size: the number of ranks per group.
+        """
+        is_in_node = world_size <= self.per_node or self.per_node % group_size == 0
+        return GB * (self.node_gb_per_s if is_in_node else self.network_gb_per_s)
 
 
 #: Dense TFLOP/s and NVLink or PCIe bandwidths are from NVIDIA's data sheets. The network has 400 Gbit/s per GPU in DGX

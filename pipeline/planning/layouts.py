@@ -159,10 +159,10 @@ def exchange_bytes(config: Config, world_size: int) -> int:
         return 0
     shapes = sizes_of(config.model).shapes
     matrices = list(muon_matrices(shapes, split_qkv=config.optimizer.muon.split_qkv))
-    replicated = config.backend.is_replicated
+    ranks_per_copy = config.backend.ranks_per_copy(world_size)
     width = FP32 if config.run.precision == "fp32" else BF16
     batches = divide_into_batches(matrices, world_size)
-    return width * max(exchange_elements(batch, world_size, replicated=replicated) for batch in batches)
+    return width * max(exchange_elements(batch, world_size, ranks_per_copy) for batch in batches)
 
 
 def _always(size: int) -> Callable[[int], int]:
@@ -194,15 +194,16 @@ def _zero0(case: _Case) -> Layout:
 
 
 def _fsdp(case: _Case) -> Layout:
-    """Return the layout of FSDP2: each parameter is sharded along its rows, and each rank allocates the largest shard.
+    """Return the layout of FSDP2: the ranks of a shard group divide the rows of each parameter.
 
-    The root and two consecutive blocks are gathered at a time. Without resharding, the root and all blocks are
-    gathered.
+    Each rank allocates the largest shard. The root and two consecutive blocks are gathered at a time. Without
+    resharding, the root and all blocks are gathered.
     """
     sizes = case.sizes
+    group = case.backend.ranks_per_copy(case.world_size)
 
     def shard_of(shape: torch.Size) -> int:
-        return -(-shape[0] // case.world_size) * math.prod(shape[1:])
+        return -(-shape[0] // group) * math.prod(shape[1:])
 
     shard = sum(map(shard_of, sizes.shapes.values()))
     in_blocks = sizes.total - sizes.root
@@ -309,9 +310,10 @@ def _pinned_partitions(case: _Case) -> int:
 def _zero3(case: _Case) -> Layout:
     """Return the layout of ZeRO-3: each parameter is padded and divided into one shard per rank.
 
-    Up to ``stage3_max_live_parameters`` weights stay gathered.
+    Up to ``stage3_max_live_parameters`` weights stay gathered. With hpZ, the ranks of a group also share secondary
+    shards of all weights.
     """
-    zero = case.backend.zero
+    zero, group = case.backend.zero, case.backend.hpz_group_size
 
     def shard_of(shape: torch.Size) -> int:
         return -(-math.prod(shape) // case.world_size)
@@ -319,7 +321,8 @@ def _zero3(case: _Case) -> Layout:
     shard = sum(map(shard_of, case.sizes.shapes.values()))
     live = min(case.sizes.total, int(zero.get("stage3_max_live_parameters", MAX_LIVE_ELEMENTS)))
     bucket = FP32 * int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS))
-    parameters, state = case.width * shard, case.state_bytes(shard_of)
+    secondary = case.width * shard * case.world_size // group if group > 1 else 0
+    parameters, state = case.width * shard + secondary, case.state_bytes(shard_of)
     offloads_state, offloads_parameters = case.backend.offloads("optimizer"), case.backend.offloads("param")
     return Layout(
         compute=case.compute,

@@ -96,10 +96,11 @@ def draw_world_sizes(path: Path, configs: dict[str, Config], device: Device, *, 
     FigureCanvasAgg(figure)
     memory, speed = figure.subplots(1, 2)
     for name, config in configs.items():
-        plans = [plan_run(name, config, n, device, mfu=mfu, tokens=tokens, grow_batch=True) for n in _WORLD_SIZES]
-        memory.plot(_WORLD_SIZES, [plan.memory.total / GIB for plan in plans], marker=".", label=name)
+        world_sizes = [n for n in _WORLD_SIZES if n % config.backend.ranks_per_copy(n) == 0]
+        plans = [plan_run(name, config, n, device, mfu=mfu, tokens=tokens, grow_batch=True) for n in world_sizes]
+        memory.plot(world_sizes, [plan.memory.total / GIB for plan in plans], marker=".", label=name)
         tokens_per_s = [plan.speed.tokens_per_s if plan.fits else math.nan for plan in plans]
-        speed.plot(_WORLD_SIZES, tokens_per_s, marker=".", label=name)
+        speed.plot(world_sizes, tokens_per_s, marker=".", label=name)
     memory.axhline(device.usable_bytes / GIB, color="black", linestyle="--", label=f"{device.name}, usable")
     memory.set(yscale="log", xlabel="ranks", ylabel="GiB per rank at the peak")
     speed.set(yscale="log", xlabel="ranks", ylabel="tokens/s of all ranks, where it fits")

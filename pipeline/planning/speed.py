@@ -29,10 +29,11 @@ class Traffic:
     after_backward: int  # communication that does not overlap
     to_and_from_host: int  # copies of offloaded state
     with_first_forward: int = 0  # gathers of weights that stay gathered until the end of the step
+    between_copies: int = 0  # reductions between the copies of the model, which overlap with the last backward pass
 
     def per_step(self, accumulation: int) -> int:
         """Return the number of bytes that a rank sends to other ranks in a whole step."""
-        once = self.with_first_forward + self.with_last_backward + self.after_backward
+        once = self.with_first_forward + self.with_last_backward + self.after_backward + self.between_copies
         return accumulation * self.with_each_micro_step + once
 
 
@@ -56,9 +57,10 @@ def _muon_traffic(config: Config, ranks: int) -> int:
     """Return the bytes that a rank sends to assemble matrices and to return their updates."""
     elements = sum(matrix.numel for matrix in _matrices(config))
     width = FP32 if config.run.precision == "fp32" else BF16
-    if config.backend.is_replicated:  # each owner sends the updates of its matrices to all other ranks
-        return width * elements * (ranks - 1) // ranks
-    return 2 * width * elements * (ranks - 1) // ranks**2
+    group = config.backend.ranks_per_copy(ranks)
+    # A rank holds 1/group of the elements, and sends group/ranks of them to the owners in its group. Each owner then
+    # sends the updates of its matrices to all other ranks that hold the elements.
+    return width * elements * ((group - 1) + (ranks - 1)) // (ranks * group)
 
 
 def _matrices(config: Config) -> list[Matrix]:
@@ -71,7 +73,8 @@ def _matrices(config: Config) -> list[Matrix]:
 def _traffic_of_backend(config: Config, plan: BatchPlan) -> Traffic:
     sizes = sizes_of(config.model)
     elements = sizes.total
-    share = (plan.world_size - 1) / plan.world_size
+    group = _ranks_of_most_collectives(config, plan)
+    share = (group - 1) / group
     weight_width = BF16 if config.run.precision == "bf16" else FP32
     gradients, weights, root = (
         int(share * size) for size in (FP32 * elements, weight_width * elements, weight_width * sizes.root)
@@ -80,7 +83,9 @@ def _traffic_of_backend(config: Config, plan: BatchPlan) -> Traffic:
         return Traffic(0, 2 * gradients, 0, 0)
     if config.backend.name == "fsdp":
         once = root if config.backend.fsdp.reshard_after_forward else weights
-        return Traffic(2 * (weights - once), gradients, 0, 0, with_first_forward=once)
+        copies = plan.world_size // group
+        reduced = 2 * (FP32 * elements // group) * (copies - 1) // copies
+        return Traffic(2 * (weights - once), gradients, 0, 0, with_first_forward=once, between_copies=reduced)
     is_offloaded = config.backend.offloads("optimizer")
     host = (2 * FP32 + CPU_ADAM_BYTES) * elements // plan.world_size if is_offloaded else 0
     by_stage = (
@@ -90,6 +95,11 @@ def _traffic_of_backend(config: Config, plan: BatchPlan) -> Traffic:
         Traffic(2 * weights + gradients, 0, 0, host),
     )
     return by_stage[config.backend.zero_stage]
+
+
+def _ranks_of_most_collectives(config: Config, plan: BatchPlan) -> int:
+    """Return the number of ranks that gather weights and reduce gradients together: all ranks, or a shard group."""
+    return config.backend.ranks_per_copy(plan.world_size) if config.backend.name == "fsdp" else plan.world_size
 
 
 def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) -> Speed:
@@ -104,12 +114,16 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
     tokens_per_rank = plan.micro_batch_size * plan.seq_len
     flops = tokens_per_rank * flops_per_token(config.model, plan.seq_len) * _recomputation(config)
     micro_step_s = flops / (device.flops(config.run.precision) * mfu)
-    link = LINK_EFFICIENCY * device.link_bytes_per_s(plan.world_size)
+    within_group, between_all = (
+        LINK_EFFICIENCY * device.link_bytes_per_s(plan.world_size, group_size=size)
+        for size in (_ranks_of_most_collectives(config, plan), plan.world_size)
+    )
+    last_reduction_s = sent.with_last_backward / within_group + sent.between_copies / between_all
     exposed_s = (
-        plan.accumulation * max(0.0, sent.with_each_micro_step / link - micro_step_s)
-        + max(0.0, sent.with_first_forward / link - (1 - BACKWARD_SHARE) * micro_step_s)
-        + max(0.0, sent.with_last_backward / link - BACKWARD_SHARE * micro_step_s)
-        + sent.after_backward / link
+        plan.accumulation * max(0.0, sent.with_each_micro_step / within_group - micro_step_s)
+        + max(0.0, sent.with_first_forward / within_group - (1 - BACKWARD_SHARE) * micro_step_s)
+        + max(0.0, last_reduction_s - BACKWARD_SHARE * micro_step_s)
+        + sent.after_backward / between_all
         + sent.to_and_from_host / (LINK_EFFICIENCY * device.host_gb_per_s * GB)
     )
     iterations = config.optimizer.muon.iterations * sum(matrix.flops_per_iteration for matrix in _matrices(config))

@@ -241,8 +241,27 @@ DEEPSPEED_CASES = [
     deepspeed(
         "removed_native_key",
         {"zero_optimization": {"stage": 3, "mics_shard_size": 2}},
-        "backend.deepspeed.zero_optimization.mics_shard_size: not among the keys that are passed on to DeepSpeed",
-        "remove it",
+        "backend.deepspeed.zero_optimization.mics_shard_size: DeepSpeed 0.19 has no MiCS",
+        "backend.fsdp.shard_group_size",
+    ),
+    deepspeed(
+        "hpz_without_stage_3",
+        {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}},
+        "backend.deepspeed.zero_optimization.zero_hpz_partition_size: needs zero_optimization.stage 3, which is 2",
+    ),
+    deepspeed(
+        "hpz_group_that_does_not_divide_the_ranks",
+        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+        "backend.deepspeed.zero_optimization.zero_hpz_partition_size (2) does not divide the number of ranks (1)",
+        "sizes that would fit: 1, or leave it out",
+        "train.py",
+    ),
+    config(
+        "shard_group_that_does_not_divide_the_ranks",
+        {"backend": {"name": "fsdp", "fsdp": {"shard_group_size": 2}}},
+        "backend.fsdp.shard_group_size (2) does not divide the number of ranks (1)",
+        "sizes that would fit: 1, or null for all ranks",
+        "train.py",
     ),
     deepspeed(
         "native_key_of_no_use",

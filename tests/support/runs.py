@@ -44,6 +44,12 @@ BACKENDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
 #: Overrides of a config: section -> key -> value.
 Sections = dict[str, dict[str, Any]]
 
+#: The section and the key for the size of the groups of ranks that hold a copy of the weights.
+GROUP_KEYS = {
+    "fsdp": ("backend.fsdp", "shard_group_size"),
+    "zero3": ("backend.deepspeed.zero_optimization", "zero_hpz_partition_size"),
+}
+
 #: A run whose steps take a fraction of a second on one core, with clipping active.
 TINY_RUN: Sections = {
     "run": {"precision": "fp32", "device": "cpu"},
@@ -171,10 +177,24 @@ def overrides(sections: Sections) -> list[str]:
     return [f"{section}.{key}={json.dumps(value)}" for section, keys in sections.items() for key, value in keys.items()]
 
 
+def split_config(config: str) -> tuple[str, Sections]:
+    """Return ``fsdp/2`` as the name of a file in ``ds_configs`` and the sections that set groups of two ranks."""
+    name, _, size = config.partition("/")
+    if not size:
+        return name, {}
+    section, key = GROUP_KEYS[name]
+    return name, {section: {key: int(size)}}
+
+
 def train_arguments(config: str, run_folder: Path, sections: Sections) -> list[str]:
-    """Return the options of ``launch/train.py`` for ``ds_configs/<config>.json`` with overrides."""
-    sets = [*overrides(sections), f"run.out_dir={run_folder}"]
-    return ["--config", str(CONFIGS / f"{config}.json"), "--set", *sets]
+    """Return the options of ``launch/train.py`` for ``ds_configs/<config>.json`` with overrides.
+
+    Args:
+        config: the name of the config, such as ``fsdp``, or with groups of ranks, such as ``fsdp/2``.
+    """
+    name, groups = split_config(config)
+    sets = [*overrides(merged(groups, sections)), f"run.out_dir={run_folder}"]
+    return ["--config", str(CONFIGS / f"{name}.json"), "--set", *sets]
 
 
 def train_run(

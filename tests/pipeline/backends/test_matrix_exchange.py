@@ -57,27 +57,27 @@ def whole_parameters() -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def cut(length: int | None, rank: int, ranks: int) -> list[Span]:
-    """Return every ``ranks``-th range of ``length`` elements, or whole parameters if ``length`` is None."""
+def cut(length: int, rank: int, ranks: int) -> list[Span]:
+    """Return every ``ranks``-th range of ``length`` elements."""
     spans = []
     for name, parameter in whole_parameters().items():
         n = parameter.numel()
-        if length is None:
-            spans.append(Span(name, 0, n))
-        else:
-            spans += [Span(name, low, min(low + length, n)) for low in range(0, n, length)][rank::ranks]
+        spans += [Span(name, low, min(low + length, n)) for low in range(0, n, length)][rank::ranks]
     return spans
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("length", [5, 64, 1000, None])
-def test_every_matrix_is_transformed_once(monkeypatch: pytest.MonkeyPatch, ranks: int, length: int | None) -> None:
+@pytest.mark.parametrize(("ranks", "ranks_per_copy"), [(1, 1), (2, 2), (4, 4), (2, 1), (4, 1), (4, 2), (6, 3)])
+@pytest.mark.parametrize("length", [5, 64, 1000])
+def test_every_matrix_is_transformed_once(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, ranks_per_copy: int, length: int
+) -> None:
+    """One copy of the elements on all ranks, one copy on each rank, and copies that several ranks share."""
     threaded = ThreadedRanks(ranks, monkeypatch)
     seen: list[tuple[int, int]] = []
 
     def transform(world: World) -> list[Tensor]:
-        spans = [cut(length, rank, ranks) for rank in range(ranks)]
-        exchange = MatrixExchange(MATRICES, spans, world, replicated=length is None, dtype=torch.float32)
+        spans = [cut(length, rank % ranks_per_copy, ranks_per_copy) for rank in range(ranks)]
+        exchange = MatrixExchange(MATRICES, spans, world, ranks_per_copy=ranks_per_copy, dtype=torch.float32)
         parameters = whole_parameters()
         elements = [parameters[span.name].view(-1)[span.start : span.stop].clone() for span in spans[world.rank]]
 
@@ -96,5 +96,7 @@ def test_every_matrix_is_transformed_once(monkeypatch: pytest.MonkeyPatch, ranks
         rows = expected[matrix.name].view(-1)[matrix.start : matrix.stop].view(matrix.rows, matrix.columns)
         rows.copy_(rows.cumsum(0) * matrix.update_scale)
     for rank, elements in enumerate(results):
-        for span, found in zip(cut(length, rank, ranks), elements, strict=True):
+        for span, found in zip(cut(length, rank % ranks_per_copy, ranks_per_copy), elements, strict=True):
             torch.testing.assert_close(found, expected[span.name].view(-1)[span.start : span.stop])
+        for first, found in zip(results[rank % ranks_per_copy], elements, strict=True):
+            assert torch.equal(first, found), "copies are equal bit for bit"

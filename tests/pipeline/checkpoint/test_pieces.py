@@ -56,7 +56,7 @@ class ShardedBackend(Backend):
     accumulate = _update = describe = None  # type: ignore[assignment]
 
     def __init__(self, whole: DdpBackend, length: int, rank: int) -> None:
-        vars(self).update(vars(whole))
+        vars(self).update(vars(whole), ranks_per_copy=2)
         self.whole, self.mine = whole, cut_into_ranges(whole.fragments(), length)[rank::2]
 
     def fragments(self) -> list[Fragment]:
@@ -126,6 +126,20 @@ class TestSharding:
         assert max(sizes) - min(sizes) <= 1
         self.rewrite(folder, backend, shares)
         assert find_damage(folder) is None
+        other = make_backend(world, seed=2)
+        load_training_state(folder, other)
+        assert_same(contents(other), contents(backend))
+
+    def test_copies_of_shards_share_the_writing(self, save: Save, backend: DdpBackend, world: World) -> None:
+        """Six ranks in three shard groups of two: each element is written once."""
+        folder = save()
+        halves = [ShardedBackend(backend, 64, rank) for rank in range(2)]
+        shares = [fragments_to_write(halves[rank % 2], replace(world, rank=rank, size=6)) for rank in range(6)]
+        self.rewrite(folder, backend, shares)
+        assert find_damage(folder) is None
+        for half in range(2):
+            sizes = [sum(fragment.weight.numel() for fragment in share) for share in shares[half::2]]
+            assert max(sizes) - min(sizes) <= 1
         other = make_backend(world, seed=2)
         load_training_state(folder, other)
         assert_same(contents(other), contents(backend))

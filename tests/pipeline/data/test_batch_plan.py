@@ -69,3 +69,15 @@ def test_what_does_not_divide_lists_what_would(
         assert plan_batch(config(fitting, micro_batch_size, seq_len=64), world_size).tokens_per_step == fitting
     for fitting in micro_batches_that_fit:
         assert plan_batch(config(tokens, fitting, seq_len=64), world_size).tokens_per_step == tokens
+
+
+@pytest.mark.parametrize(("size", "world_size", "fitting"), [(2, 3, "1, 3"), (8, 4, "1, 2, 4"), (3, 8, "1, 2, 4, 8")])
+def test_shard_groups_must_divide_the_ranks(size: int, world_size: int, fitting: str) -> None:
+    section = {"name": "fsdp", "fsdp": {"shard_group_size": size}}
+    with pytest.raises(ConfigError) as caught:
+        plan_batch(Config.model_validate({"backend": section}), world_size)
+    assert str(caught.value) == (
+        f"backend.fsdp.shard_group_size ({size}) does not divide the number of ranks ({world_size}); sizes that would "
+        f"fit: {fitting}, or null for all ranks"
+    )
+    plan_batch(Config.model_validate({"backend": {**section, "name": "ddp"}}), 8)
