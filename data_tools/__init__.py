@@ -1,1 +1,1 @@
-"""Stage 1: turn documents into token shards. This package does not import torch."""
+"""Run stage 1: convert documents to token shards. This package does not import torch."""

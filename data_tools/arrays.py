@@ -1,4 +1,4 @@
-"""The types of the arrays that the stages exchange, and a function that converts an array to Arrow without a copy."""
+"""Define array types that all stages use, and convert arrays to Arrow without a copy."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ CountArray = npt.NDArray[np.int64]  # counts and positions
 
 
 def as_arrow(values: npt.NDArray[Any]) -> pa.Array:
-    """Return contiguous integers of shape (n,) as an Arrow array without nulls. Both arrays share the memory.
+    """Return a contiguous integer array of shape (n,) as an Arrow array. Both arrays use the same memory.
 
-    This function does not call ``pa.array``, which would import pandas and make the program start slowly.
+    ``pa.array`` is not used, because it imports pandas, which makes the program start slowly.
     """
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), values.size, [None, pa.py_buffer(values)])

@@ -1,4 +1,4 @@
-"""The errors that a user can cause, used by every stage."""
+"""Define the errors that users can cause. All stages use these errors."""
 
 import os
 import shlex
@@ -12,10 +12,10 @@ _LONGEST_NAME = 40
 
 
 class UserError(Exception):
-    """A mistake or a condition that the user can correct.
+    """A mistake or a problem that the user can correct.
 
-    The message is one line that says what is wrong, where, and what would be right. The commands print this line and
-    exit with ``exit_status``. Any other exception is a defect of this project.
+    The message is one line. It says what is wrong, where it is, and what would be right. The commands print this line
+    and exit with ``exit_status``. Any other exception is a bug in this project.
     """
 
     exit_status = 2
@@ -26,7 +26,7 @@ class DataError(UserError):
 
 
 def json_type(value: object) -> str:
-    """Return the type of a JSON value for an error message, with an article, such as ``a list``."""
+    """Return the type of a JSON value with an article, such as ``a list``, for an error message."""
     if isinstance(value, bool | int | float):
         return "true or false" if isinstance(value, bool) else "a number"
     names = {type(None): "null", str: "a string", list: "a list", dict: "an object"}
@@ -34,7 +34,7 @@ def json_type(value: object) -> str:
 
 
 def list_names(names: Iterable[object]) -> str:
-    """Return names from a file as text for a message: at most 20 names with at most 40 characters each."""
+    """Return a list of names as text, for a message. It contains at most 20 names, with at most 40 characters each."""
     texts = [str(name) for name in names]
     shown = [text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..." for text in texts[:_MOST_NAMES]]
     more = [f"and {len(texts) - _MOST_NAMES} more"] if len(texts) > _MOST_NAMES else []
@@ -42,10 +42,10 @@ def list_names(names: Iterable[object]) -> str:
 
 
 def install_command(extra: str = "") -> str:
-    """Return the shell command that installs this project together with one of its extras.
+    """Return the shell command that installs this project and one of its extras.
 
-    If the project runs from a checkout, the command installs the checkout and the tested versions of the dependencies.
-    Otherwise it installs the published package. The command works in every working directory.
+    If the project runs from a checkout, the command installs the checkout, with the tested versions of the
+    dependencies. Otherwise, it installs the published package. The command works in every current folder.
     """
     name = f"[{extra}]" if extra else ""
     root = Path(__file__).resolve().parents[1]
@@ -57,10 +57,12 @@ def install_command(extra: str = "") -> str:
 
 @contextmanager
 def one_line_write_errors(path: Path) -> Iterator[None]:
-    """Convert an ``OSError`` in the block (such as a full disk) to an error of one line that names ``path``.
+    """Return a context manager.
+
+    It converts an ``OSError`` in its ``with`` block to a DataError, for example if the disk is full.
 
     Raises:
-        DataError: the block raised ``OSError``. The message contains the path and the reason.
+        DataError: the block raised ``OSError``. The message is one line with ``path`` and the reason.
     """
     try:
         yield
@@ -70,11 +72,11 @@ def one_line_write_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def one_line_read_errors(path: Path) -> Iterator[None]:
-    """Convert an ``OSError`` in the block to an error of one line.
+    """Return a context manager that converts an ``OSError`` in its ``with`` block to a DataError.
 
     Raises:
-        DataError: the block raised ``OSError``. The message contains the reason and the file that the ``OSError``
-            names. If the ``OSError`` names no file, the message contains ``path``.
+        DataError: the block raised ``OSError``. The message is one line with the reason and the file that the
+            ``OSError`` names. If the ``OSError`` names no file, the message names ``path``.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The layout of instructions and chats as text. Stage 1 and generation share it."""
+"""Define how instructions and chats are formatted as text. Stage 1 and generation use the same format."""
 
 ANSWERING_ROLE = "assistant"
 ROLES = ("system", "user", ANSWERING_ROLE, "tool")
@@ -7,19 +7,20 @@ END_OF_TURN = "\n\n"
 
 
 def heading(name: str) -> str:
-    """Return the line that precedes the text of a field in an instruction record."""
+    """Return the heading line before a field of an instruction, such as ``### Response:``."""
     return f"### {name}:\n"
 
 
 def heading_of_role(role: str) -> str:
-    """Return the line that precedes a message of a chat."""
+    """Return the heading line before a message of a chat, such as ``### User:``."""
     return heading(role.capitalize())
 
 
 def instruction_prompt(instruction: str, given: str = "") -> str:
-    """Return the text of an instruction up to the place where the answer begins.
+    """Return the text of an instruction, up to the place where the answer begins.
 
-    ``given`` is the input that belongs to the instruction. It may be empty.
+    Args:
+        given: the input that belongs to the instruction. It may be empty.
     """
     texts = (instruction, given) if given else (instruction,)
     fields = zip(INSTRUCTION_FIELDS, texts, strict=False)

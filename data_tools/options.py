@@ -1,4 +1,4 @@
-"""The values that options of stage 1 can have. This module imports no other module of the project."""
+"""Define the allowed values of options of stage 1. This module imports no other module of the project."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Process items in several threads. Hashing, numpy, Arrow and file access release the GIL."""
+"""Process items in several threads. This is useful because hashing, numpy, Arrow and file access release the GIL."""
 
 import os
 import threading
@@ -14,38 +14,38 @@ Advance = Callable[[int], None]  # called from any thread with the bytes that we
 
 
 def available_cores() -> int:
-    """Return the number of processor cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def lock_bars_among_threads() -> None:
-    """Replace the lock of tqdm's progress bars by a lock that works only among the threads of this process.
+    """Make tqdm's progress bars use a lock that works only for threads, and not for several processes.
 
-    The lock that tqdm creates is a semaphore of the operating system. Python reports this semaphore as leaked if a
-    process ends without shutting down the interpreter. Workers and ranks often end like this.
+    By default, tqdm creates a semaphore of the operating system. If a process ends without shutting down the
+    interpreter, as workers and ranks often do, Python prints a warning about this semaphore.
     """
     tqdm.set_lock(threading.RLock())
 
 
 def no_progress(done_bytes: int) -> None:
-    """Ignore the progress. This function can be used as an ``Advance``."""
+    """Ignore the progress. This function can be passed as an ``Advance``."""
 
 
 def map_threads(
     work: Callable[[Item, Advance], Result], items: Sequence[Item], workers: int | None, advance: Advance
 ) -> list[Result]:
-    """Return the results of ``work(item, advance)`` in the order of the items.
+    """Call ``work(item, advance)`` for each item in several threads. Return the results in the order of the items.
 
     Args:
-        work: a function that calls its argument ``advance`` every few megabytes. If another item has failed, this call
-            of ``advance`` raises an error, which ends the work.
-        items: the items. Work on them starts in their order.
-        workers: the maximum number of threads. None means one thread per core.
-        advance: a function that receives the number of bytes since its last call. It is called once with 0 before the
-            work starts, and never by two threads at the same time.
+        work: a function. It must call its argument ``advance`` every few megabytes with the number of bytes since the
+            last call. If another item has failed, this call raises an error that stops the work.
+        items: the items. They are started in this order.
+        workers: the largest number of threads. None means one per core.
+        advance: a function that is called with the number of bytes since its last call. The first call has the argument
+            0. Two threads never call it at the same time.
 
     Raises:
-        BaseException: the exception of the first item that failed. Later items are abandoned.
+        BaseException: the exception of the first item that failed. Items that are not finished are abandoned.
     """
     advance(0)
     abandoned = threading.Event()

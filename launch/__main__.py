@@ -38,7 +38,8 @@ def main() -> NoReturn:
 def run_subcommand(arguments: Sequence[str]) -> object:
     """Import the module of the command that the first argument names, and call its ``main`` with the other arguments.
 
-    Raises UserError if the first argument is neither a command nor ``--help`` or ``--version``.
+    Raises:
+        UserError: the first argument is neither a command nor ``--help`` or ``--version``.
     """
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):

@@ -1,4 +1,4 @@
-"""Provide common options, one-line errors and exit statuses for all commands."""
+"""Define common options, error messages of one line, and exit statuses for all commands."""
 
 import argparse
 import io
@@ -47,7 +47,10 @@ class _StoreEveryValue(argparse.Action):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser with an example in ``--help`` and with one-line errors. Sub-commands use this class, too."""
+    """An argument parser whose ``--help`` shows an example, and whose error messages have one line.
+
+    The parsers of sub-commands also use this class.
+    """
 
     def __init__(self, *, description: str, example: str, **options: Any) -> None:
         super().__init__(
@@ -60,7 +63,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.register("action", None, _StoreEveryValue)
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
-        """Parse a command line. ``parse_args`` and parsers with sub-commands call this method."""
+        """Parse a command line. ``argparse`` also calls this method for ``parse_args`` and for sub-commands."""
         for action in self._actions:
             if isinstance(action, _StoreEveryValue):
                 action.was_given = False
@@ -71,7 +74,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--config``, ``--set`` and ``--deepspeed``, the options of every command with a run config."""
+    """Add the options ``--config``, ``--set`` and ``--deepspeed``, which all commands that need a run config have."""
     parser.add_argument(
         "--config",
         nargs="+",
@@ -94,7 +97,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--checkpoint`` and ``--device``, the options of every command that reads a trained model."""
+    """Add the options ``--checkpoint`` and ``--device``, which all commands that read a trained model have."""
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -150,7 +153,7 @@ class _PipeHandler(logging.StreamHandler[TextIO]):
 
 
 def start_logging() -> None:
-    """Send log messages to standard output as plain lines. Rank 0 logs everything, the other ranks only errors."""
+    """Write log messages to standard output as plain lines. Rank 0 logs all messages, the other ranks only errors."""
     rank = launched_rank()
     prefix = f"[rank {rank}] " if rank else ""
     handler = _PipeHandler(sys.stdout)
@@ -171,8 +174,8 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     - 3: a rank is lost or stuck;
     - 128 + n: the signal n stopped the command.
 
-    If the program that reads the output, such as ``head``, has ended, the command exits without a message and with the
-    status of SIGPIPE.
+    If the output goes to another program, such as ``head``, and this program has ended, the command exits without a
+    message. The status is then that of SIGPIPE.
     """
     status = 0
     lock_bars_among_threads()

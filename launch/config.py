@@ -67,9 +67,10 @@ def _add_show(commands: Any) -> None:
 
 
 def write_first_config(path: Path) -> None:
-    """Write a config with the keys of ``FIRST_KEYS`` at their defaults, and print its path.
+    """Write a config file with the keys of ``FIRST_KEYS`` and their default values, and print its path.
 
-    Raises UserError if the file exists or cannot be written.
+    Raises:
+        UserError: the file exists already, or cannot be written.
     """
     content: dict[str, dict[str, Any]] = {}
     defaults = dump_config(Config())
@@ -87,7 +88,10 @@ def write_first_config(path: Path) -> None:
 
 
 def format_config(config: Config, origins: dict[str, str]) -> str:
-    """Return one line per key: the key, its value as JSON, and its origin. A key with its default has no origin."""
+    """Return a text with one line per key: the key, its value as JSON, and where it was set.
+
+    A line does not say where the key was set if the key has its default value because nothing sets it.
+    """
     values = [(key, json.dumps(value)) for key, value in dotted_keys(dump_config(config))]
     key_width = max(len(key) for key, _ in values)
     value_width = min(max(len(value) for _, value in values), 40)

@@ -18,7 +18,7 @@ EVERY_TASK = ""  # the name that a limit without a task has
 
 
 def main() -> None:
-    """Score the checkpoint, and print the results and the paths of their files."""
+    """Score the checkpoint. Print the results and the paths of the files that contain them."""
     arguments = parse_arguments()
     start_logging()
     limits = dict(arguments.limit)
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the options of the command line. The options ``data`` and ``limit`` are dicts with tasks as keys."""
+    """Return the options of the command line. The options ``data`` and ``limit`` are dicts whose keys are tasks."""
     parser = ArgumentParser(
         description=__doc__, example="python launch/evaluate.py --checkpoint runs/ddp --tasks validation"
     )

@@ -8,7 +8,7 @@ from pipeline.interop.hugging_face.importing import import_folder
 
 
 def main() -> None:
-    """Parse the arguments, then export or import."""
+    """Parse the arguments, and export or import a model."""
     parser = ArgumentParser(
         description=__doc__, example="python launch/export.py --checkpoint runs/ddp --out exported/ddp"
     )

@@ -37,7 +37,7 @@ SAMPLING_OPTIONS = {
 
 
 def main() -> None:
-    """Load the model, and complete the prompts from the command line or from the terminal."""
+    """Load the model, and complete the prompts that the user gives on the command line or types in the terminal."""
     arguments = parse_arguments()
     start_logging()
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():

@@ -28,7 +28,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def main() -> None:
-    """Parse the arguments, plan every backend, and print the plans."""
+    """Parse the arguments, plan the run with every backend, and print the plans."""
     arguments = _parse_arguments()
     config = load_config(arguments.config, arguments.set, arguments.deepspeed)
     if arguments.schedule:
@@ -163,11 +163,11 @@ def _picture_path(text: str) -> Path:
 
 
 def with_backend(config: Config, name: str) -> Config:
-    """Return the config with another backend.
+    """Return a copy of a config with another backend.
 
-    ``name`` is the name of a file in ``ds_configs``. The settings of ddp and fsdp stay those of ``config``. For
-    DeepSpeed, the settings come from the file in ``ds_configs``. But if ``config`` already uses DeepSpeed with the same
-    stage and the same offload as the file, ``config`` does not change.
+    ``name`` is the name of a file in ``ds_configs``. For DDP and FSDP, the settings are those in ``config``. For
+    DeepSpeed, the settings are those in the file. However, if ``config`` already uses DeepSpeed with the same stage and
+    the same offload as the file, ``config`` is returned unchanged.
     """
     backend = load_config([shipped_configs()[name]]).backend
     if config.backend.name == "deepspeed" and backend.name == "deepspeed":

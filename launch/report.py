@@ -7,7 +7,7 @@ from pipeline.report.page import write_report
 
 
 def main() -> None:
-    """Parse the arguments, write the report, and print the paths of its files."""
+    """Parse the arguments, write the report, and print the paths of the written files."""
     parser = ArgumentParser(description=__doc__, example="python launch/report.py runs/ddp runs/zero1 --out report")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, finished or in progress")
     parser.add_argument(

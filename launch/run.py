@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def tokenize(config: Config) -> None:
-    """Write the shards to ``data.path``. If the corpus is complete, the command does nothing."""
+    """Tokenize the corpus into ``data.path``. If the corpus is already complete, nothing is done."""
     if config.data.path is None:
         print("\n== tokenize: nothing to do, data.mixture names finished datasets", flush=True)
         return
@@ -51,7 +51,7 @@ def tokenize(config: Config) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train the model. The command resumes an interrupted run, and does nothing if the run is complete."""
+    """Train the model, or resume an interrupted run. If the run is already complete, nothing is done."""
     launcher = [sys.executable]
     if arguments.processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.processes}"]
@@ -62,7 +62,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(config: Config) -> None:
-    """Run the tasks of ``evaluation.tasks`` on the last checkpoint, unless the results already exist."""
+    """Run the tasks in ``evaluation.tasks`` on the last checkpoint. If the results already exist, nothing is done."""
     run_folder = Path(config.run.out_dir)
     results = find_results(run_folder, config.evaluation.tasks, step_of(list_checkpoints(run_folder)[-1]))
     if results is not None:
@@ -84,7 +84,7 @@ def _options(settings: dict[str, object]) -> list[str]:
 
 
 def run_stage(stage: str, launcher: list[str], script: str, options: list[str]) -> None:
-    """Run one command, and exit with its status if it fails. The command prints the reason itself."""
+    """Run the command of a stage. If it fails, exit with its status. The command itself prints the reason."""
     print(f"\n== {stage}", flush=True)
     command = [*launcher, str(Path(__file__).resolve().parent / script), *options]
     with subprocess.Popen(command) as process, _signals_belong_to(process):

@@ -180,7 +180,7 @@ def _print_splits(files: tuple[ShardRecord, ...]) -> None:
 
 
 class ProgressLines:
-    """Prints the progress of a long command to standard error, one line every ten seconds."""
+    """Prints the progress of a long command to standard error. It prints one line every ten seconds."""
 
     def __init__(self, done: str) -> None:
         """Create a counter whose lines begin with ``done``. Time runs from the first call of ``advance``."""
@@ -190,7 +190,7 @@ class ProgressLines:
         self._next_line_s = 0.0
 
     def advance(self, done_bytes: int) -> None:
-        """Add ``done_bytes`` to the total, and print a line if ten seconds have passed."""
+        """Add ``done_bytes`` to the finished bytes. Print a line if ten seconds have passed since the last line."""
         if self._started_s is None:
             self._started_s = time.monotonic()
             self._next_line_s = self._started_s + _LINE_EVERY_S
@@ -200,7 +200,7 @@ class ProgressLines:
             print(self.summary(), file=sys.stderr, flush=True)
 
     def summary(self) -> str:
-        """Return the bytes, the elapsed time and the speed as one line."""
+        """Return one line with the finished bytes, the elapsed time and the speed."""
         megabytes = self._bytes / 1e6
         elapsed_s = 0.0 if self._started_s is None else time.monotonic() - self._started_s
         return f"{self._done} {megabytes:,.1f} MB in {elapsed_s:.1f} s, {megabytes / max(elapsed_s, 1e-9):,.0f} MB/s"

@@ -28,7 +28,7 @@ _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
 
 def main() -> None:
-    """Parse the command line, tokenize, and print what was written."""
+    """Parse the command line, tokenize the corpus, and print a summary of the shards."""
     start_logging()
     options = vars(build_parser().parse_args())
     task, tasks = options.pop("task"), options.pop("tasks")
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line. The defaults are the defaults of ``TokenizeRequest``."""
+    """Return the parser of the command line. Its default values are those of ``TokenizeRequest``."""
     defaults = {field.name: field.default for field in fields(TokenizeRequest)}
     parser = ArgumentParser(
         description="Tokenize documents with GPT-2's vocabulary into shards for training.",
@@ -117,7 +117,7 @@ def build_parser() -> ArgumentParser:
 
 
 def share_of(share: int | None, shares: int | None, request: TokenizeRequest) -> tuple[int, int] | None:
-    """Return the checked values of ``--task`` and ``--tasks``, or None if this process encodes all chunks.
+    """Check and return the values of ``--task`` and ``--tasks``. Returns None if this process encodes all chunks.
 
     Raises:
         DataError: only one of the two options is given, ``--task`` is out of range, or the engine is ``ray``.
@@ -134,12 +134,18 @@ def share_of(share: int | None, shares: int | None, request: TokenizeRequest) ->
 
 
 def unescape(text: str) -> str:
-    r"""Replace each of the escapes \n, \t, \r and \\ by its character, which is hard to type in a shell."""
+    r"""Replace each escape sequence \n, \t, \r and \\ by its character.
+
+    The character itself is hard to type in a shell.
+    """
     return re.sub(r"\\[nrt\\]", lambda match: _ESCAPES[match.group()], text)
 
 
 class ProgressDisplay(Observer):
-    """Shows the estimate and the progress on standard error: a bar on a terminal, otherwise a line every 30 seconds."""
+    """Shows the estimate and the progress of tokenizing on standard error.
+
+    On a terminal, it shows a progress bar. Otherwise, it prints a line every 30 seconds.
+    """
 
     def __init__(self) -> None:
         self._started_s = time.monotonic()
@@ -150,7 +156,7 @@ class ProgressDisplay(Observer):
         self._bar = tqdm(bar_format="{desc} [{elapsed}]", file=sys.stderr, disable=not sys.stderr.isatty())
 
     def noticed(self, line: str) -> None:
-        """Print a line about the input."""
+        """Print a message about the input."""
         tqdm.write(line, file=sys.stderr)
 
     def planned(self, estimate: Estimate) -> None:
@@ -159,7 +165,7 @@ class ProgressDisplay(Observer):
         tqdm.write(str(estimate), file=sys.stderr)
 
     def progressed(self, progress: Contents) -> None:
-        """Show the progress. The first call receives the progress of the chunks that an earlier process finished."""
+        """Show the progress. The first call gets the progress of chunks that an earlier process has finished."""
         self._now = progress
         if self._at_start is None:
             self._at_start = progress
@@ -171,15 +177,15 @@ class ProgressDisplay(Observer):
             print(self._line(), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar on the terminal and end its line."""
+        """End the progress bar. It stays visible on the terminal."""
         self._bar.close()
 
     def encoded_megabytes(self) -> float:
-        """Return the megabytes of text that were encoded since the first call of ``progressed``."""
+        """Return how many megabytes of text were encoded since the first call of ``progressed``."""
         return (self._now.utf8_bytes - (self._at_start or Contents()).utf8_bytes) / 1e6
 
     def elapsed_s(self) -> float:
-        """Return the seconds since the display was created."""
+        """Return the number of seconds since this object was created."""
         return time.monotonic() - self._started_s
 
     def speed(self) -> str:
@@ -196,7 +202,7 @@ class ProgressDisplay(Observer):
 
 
 def print_shards(manifest: Manifest, request: TokenizeRequest) -> None:
-    """Print the contents of each split of the folder. Warn if the validation split is small or missing."""
+    """Print the contents of each split. Print a warning if the validation split is small or missing."""
     print(f"{request.out}:")
     for split in manifest.splits():
         shards = manifest.shards_of(split)
@@ -220,7 +226,7 @@ def print_shards(manifest: Manifest, request: TokenizeRequest) -> None:
 
 
 def print_lengths(manifest: Manifest) -> None:
-    """Print a histogram of document lengths, and the documents and rows that were left out."""
+    """Print a histogram of the document lengths, and how many documents and rows were left out."""
     report = manifest.report or {}
     counts = report.get("documents_by_log2_tokens", [])
     first = next((k for k, count in enumerate(counts) if count), 0)

@@ -11,7 +11,10 @@ from pipeline.errors import ConfigError
 
 
 def main() -> object:
-    """Parse the arguments, load the config, and train. Returns the trainer, which ``run_command`` keeps in memory."""
+    """Parse the arguments, load the config, and train.
+
+    Returns the trainer, so that ``run_command`` can keep a reference to it.
+    """
     parser = ArgumentParser(
         description=__doc__,
         example="torchrun --nproc_per_node=2 launch/train.py --config ds_configs/fsdp.json --set run.out_dir=runs/a",

@@ -1,7 +1,7 @@
-"""Divide the source into chunks, which any process on any machine can encode in any order.
+"""Divide the source into chunks. Any process on any machine can encode a chunk, and in any order.
 
-A chunk is a range of the source. Each chunk has its own shards. The same source and request always give the same
-chunks, and the shards of these chunks always have the same bytes.
+A chunk is a range of the source, and has its own shards. The same source and request always give the same chunks. The
+shards of these chunks always have the same bytes.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ _BYTES_PER_TOKEN = 4
 class Chunk:
     """A range of the source that one process encodes.
 
-    Attributes:
-        index: the chunk's number in the order of the source. The names of the chunk's shards contain this number.
-        slices: the slices of the source that the chunk consists of.
-        limit_documents: the number of non-empty documents to encode; None means all documents of the slices.
+    Attributes: index: the number of the chunk in the order of the source. The names of the chunk's shards contain this
+    number. slices: the slices of the source that belong to the chunk. limit_documents: the number of documents to
+    encode, without empty documents. None means all documents.
     """
 
     index: int
@@ -49,22 +48,22 @@ class Chunk:
 
     @property
     def name(self) -> str:
-        """The index with at least five digits, so that the names of the first 100,000 chunks sort by index."""
+        """Return the index of the chunk as text, with at least five digits."""
         return f"{self.index:05d}"
 
     @property
     def record_file(self) -> str:
-        """The name of the file with the chunk's record. This file is written last, when the chunk is finished."""
+        """Return the name of the chunk's record file. This file is written last, when the chunk is finished."""
         return f"{RECORDS_FOLDER}{self.name}.json"
 
     @property
     def fingerprints_file(self) -> str:
-        """The name of the file with the fingerprints of the chunk's documents, uint64 of shape (documents, 2)."""
+        """Return the name of the file with the fingerprints of the documents, uint64 of shape (documents, 2)."""
         return f"{RECORDS_FOLDER}{self.name}.fingerprints.npy"
 
     @property
     def repeated_file(self) -> str:
-        """The name of the file with the positions of repeated documents in the chunk, int64 of shape (repeated,)."""
+        """Return the name of the file with the positions of repeated documents, int64 of shape (repeated,)."""
         return f"{RECORDS_FOLDER}{self.name}.repeated.npy"
 
     def __str__(self) -> str:
@@ -72,7 +71,7 @@ class Chunk:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Chunk:
-        """Return the chunk that ``value`` describes: the result of ``dataclasses.asdict``, read from JSON."""
+        """Return the chunk that a JSON value describes. ``dataclasses.asdict(chunk)`` creates such a value."""
         return cls(value["index"], tuple(Slice(**item) for item in value["slices"]), value["limit_documents"])
 
 
@@ -80,16 +79,13 @@ class Chunk:
 class ChunkRecord:
     """The results of a finished chunk.
 
-    Attributes:
-        index: the chunk's index.
-        shards: the records of the chunk's shards, grouped by split.
-        lengths: entry k is the number of documents that have 2**k to 2**(k+1) - 1 tokens.
-        repeated: the number of documents that were left out because they repeat an earlier document.
-        checked: the number of documents whose tokens were compared with the tokens of tiktoken.
-        is_divided: whether the chunk's only document was divided between the splits.
-        bad_rows: the number of rows that were skipped because they cannot be read.
-        bad_places: the places of the first skipped rows, each with the reason.
-        empty: the number of documents that were left out because they are empty.
+    Attributes: index: the chunk's index. shards: the records of the chunk's shards. Shards of the same split follow
+    each other. lengths: a histogram. Entry k is the number of documents that have 2**k to 2**(k+1) - 1 tokens.
+    repeated: the number of documents that were left out because they are equal to an earlier document. checked: the
+    number of documents whose tokens were compared with the tokens of tiktoken. is_divided: whether the chunk's only
+    document was divided between the splits. bad_rows: the number of rows that were skipped because they cannot be read.
+    bad_places: for each of the first skipped rows, where it is and why it cannot be read. empty: the number of
+    documents that were left out because they are empty.
     """
 
     index: int
@@ -104,16 +100,19 @@ class ChunkRecord:
 
     @property
     def progress(self) -> Contents:
-        """The documents, tokens and bytes of text in all shards of the chunk."""
+        """Return the number of documents, tokens and bytes of text in all shards of the chunk."""
         return sum((Contents(shard.documents, shard.tokens, shard.utf8_bytes) for shard in self.shards), Contents())
 
     def to_bytes(self) -> bytes:
-        """Return the content of the chunk's record file, which is JSON."""
+        """Return this record as the content of the record file, which is JSON."""
         return json.dumps({**asdict(self), "shards": [shard.to_json() for shard in self.shards]}).encode("ascii")
 
     @classmethod
     def from_bytes(cls, content: bytes, place: str) -> ChunkRecord:
-        """Parse the content of a record file. ``place`` is the name of the file in error messages.
+        """Read a record from the content of a record file.
+
+        Args:
+            place: the name of the file, for error messages.
 
         Raises:
             DataError: the content is not a valid record.
@@ -128,7 +127,7 @@ _RECORD = TypeAdapter(ChunkRecord)
 
 
 class SkippedRows:
-    """The number of skipped rows, the places of the first ones with the reasons, and the number of empty documents."""
+    """Counts skipped rows and empty documents. For the first skipped rows, it also stores where they are and why."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -136,19 +135,19 @@ class SkippedRows:
         self.places: list[str] = []
 
     def add(self, error: BadRowError) -> None:
-        """Count a row, and keep its place if it is one of the first."""
+        """Count a skipped row. If it is one of the first, store where it is and why it was skipped."""
         self.count += 1
         if len(self.places) < REPORTED_BAD_ROWS:
             self.places.append(str(error).encode(errors="backslashreplace").decode())
 
     def keep(self, document: Document) -> bool:
-        """Return True if a document has text. Otherwise count the document as empty and return False."""
+        """Return whether a document has text. If it has no text, count it as empty."""
         self.empty += not document
         return bool(document)
 
 
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
-    """Return the chunks of a source. If the request has a limit, this call reads the documents up to the limit.
+    """Divide a source into chunks. If the request has a limit, the documents up to the limit are read for this.
 
     Raises:
         DataError: the source cannot be read.
@@ -187,11 +186,13 @@ def documents_of(
 ) -> Iterator[Document]:
     """Yield the documents of a chunk in the order of the source.
 
-    Empty documents are not yielded. ``skipped``, if given, counts the empty documents. It also records the rows that
-    cannot be read, if the request says to skip such rows.
+    Empty documents are not yielded.
+
+    Args:
+        skipped: counts empty documents and skipped rows. May be None.
 
     Raises:
-        DataError: a file cannot be read, or a row cannot be read and the request does not skip it.
+        DataError: a file cannot be read; or a row cannot be read, and ``on_bad_rows`` of the request is not ``skip``.
     """
     skipped = SkippedRows() if skipped is None else skipped
     on_bad_row = stop_at_bad_row if request.on_bad_rows == "stop" else skipped.add

@@ -1,4 +1,4 @@
-"""Find the documents that are equal to an earlier document of the corpus. Only fingerprints are compared."""
+"""Find documents that are equal to an earlier document of the corpus, by comparing fingerprints."""
 
 import io
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ _DOCUMENTS_AT_A_TIME = 4 << 20
 
 
 def write_repeated(folder: Folder, chunks: Sequence[Chunk]) -> None:
-    """Write one file per chunk with the positions of the repeated documents in the chunk.
+    """Write one file per chunk that contains the positions of the chunk's repeated documents.
 
-    A document is repeated if an equal document comes before it in the source, in the same chunk or in an earlier chunk.
+    A document is repeated if the same or an earlier chunk contains an equal document before it.
     """
     fingerprints = [np.load(io.BytesIO(folder.read(chunk.fingerprints_file)), allow_pickle=False) for chunk in chunks]
     repeated = _find_repeated(np.concatenate([np.empty((0, 2), np.uint64), *fingerprints]))

@@ -1,4 +1,4 @@
-"""Process chunks in worker processes on this machine or on a Ray cluster. Both engines write the same shards."""
+"""Process chunks in worker processes on this machine or on a Ray cluster. Both write the same shards."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ _REACHABLE_S = 10.0
 def run_chunks(
     work: ChunkWork[Result], job: Job, chunks: Sequence[Chunk], on_report: Report
 ) -> Generator[Result, None, None]:
-    """Yield the result of each chunk when the chunk is finished. Closing the generator stops the unfinished chunks.
+    """Process chunks in parallel. Yield the result of each chunk as soon as it is finished.
+
+    If the generator is closed, the work on unfinished chunks stops.
 
     Raises:
-        DataError: a chunk failed, or the worker process died repeatedly at the same chunk.
+        DataError: a chunk cannot be processed, or several worker processes died while they processed the same chunk.
     """
     if job.request.engine == "ray":
         yield from _run_on_ray(work, job, chunks, on_report)

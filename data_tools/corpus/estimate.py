@@ -1,4 +1,4 @@
-"""Estimate how much a tokenize request will write, and compare the estimate with the free disk space."""
+"""Estimate how many bytes a tokenize request will write, and compare this with the free disk space."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +19,12 @@ WORKER_BYTES = 350 << 20
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimated work of a tokenize request.
+    """An estimate of the work for a tokenize request.
 
-    Attributes:
-        text_bytes: bytes of text in the source; None if the number is not known before the whole source is read.
-        bytes_per_token: bytes of text per token in the first documents.
-        free_bytes: free disk space for the output folder; None if the free space is not known.
-        chunks: number of chunks, including finished chunks.
-        workers: number of worker processes on this machine.
+    Attributes: text_bytes: the bytes of text in the source. None if the whole source must be read to know this number.
+    bytes_per_token: the bytes of text per token, measured in the first documents. free_bytes: the free disk space for
+    the output folder. None if it is not known. chunks: the number of chunks, including finished chunks. workers: the
+    number of worker processes on this machine.
     """
 
     text_bytes: int | None
@@ -37,12 +35,12 @@ class Estimate:
 
     @property
     def tokens(self) -> int | None:
-        """The estimated number of tokens in the source. None if the number of bytes of text is not known."""
+        """Return the estimated number of tokens in the source. Returns None if ``text_bytes`` is None."""
         return None if self.text_bytes is None else int(self.text_bytes / self.bytes_per_token)
 
     @property
     def shard_bytes(self) -> int | None:
-        """The estimated bytes of all shards. None if the number of bytes of text in the source is not known."""
+        """Return the estimated bytes of all shards together. Returns None if ``text_bytes`` is None."""
         return None if self.tokens is None else self.tokens * _TOKEN_BYTES
 
     def __str__(self) -> str:
@@ -59,7 +57,7 @@ class Estimate:
 
 
 def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chunk], free_bytes: int | None) -> Estimate:
-    """Estimate the work of a request from its first documents.
+    """Estimate the work for a request. For this, the first documents of the source are encoded.
 
     Raises:
         DataError: the first documents cannot be read, or no document has text.
@@ -89,10 +87,11 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
 
 
 def check_free_space(estimate: Estimate, written_bytes: int, place: str) -> None:
-    """Raise DataError if the disk has too little free space for the rest of the shards.
+    """Raise DataError if the disk has too little free space for the shards that are not yet written.
 
-    ``written_bytes`` is the number of bytes in the shards that are already written. The message names the output
-    folder by ``place``.
+    Args:
+        written_bytes: the number of bytes in the shards that are already written.
+        place: the output folder, for the error message.
     """
     if estimate.shard_bytes is None or estimate.free_bytes is None:
         return

@@ -1,8 +1,9 @@
-"""Create the output folder of a tokenize request, continue an interrupted request, and complete the folder.
+"""Manage the output folder of a tokenize request: create it, continue after an interruption, and complete it.
 
-An incomplete folder contains ``plan.json`` with the identity and the chunks of the request. For each finished chunk, it
-also contains the shards and the record ``tasks/<chunk>.json``. At the end, the manifest replaces the plan and the
-records. A request with another identity cannot use the folder.
+While the request runs, the folder contains the plan (``plan.json``), which consists of the identity and the chunks of
+the request. For each finished chunk, the folder contains the shards and the record ``tasks/<chunk>.json``. At the end,
+the manifest is written, and the plan and the records are removed. A request with another identity cannot use the
+folder.
 """
 
 import json
@@ -44,12 +45,13 @@ _SHARD_FILES = re.compile(rf"({TRAIN_SPLIT}|{VAL_SPLIT})_\d{{5,}}_\d{{3,}}(\.mas
 
 
 def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
-    """Return the manifest of a folder that a request with this identity completed.
+    """Return the manifest of a complete output folder. Returns None if the folder is not complete.
 
-    Returns None if the folder is not complete.
+    Args:
+        identity: the identity of the request (see ``TokenizeRequest.identity``).
 
     Raises:
-        DataError: a request with another identity completed the folder, or a shard is missing or damaged.
+        DataError: a request with another identity has written the folder, or a shard is missing or damaged.
     """
     folder = open_folder(out)
     if folder.size(MANIFEST_NAME) is None:
@@ -69,12 +71,10 @@ def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
 
 
 class OutputFolder:
-    """The output folder of a request that is not complete yet. ``open_output`` returns an instance.
+    """The output folder of a request that is not complete yet. Use ``open_output`` to get an instance.
 
-    Attributes:
-        folder: reads and writes the files in the folder.
-        chunks: all chunks of the request. The list is empty before ``plan`` is called.
-        finished: chunk index -> record, for the finished chunks.
+    Attributes: folder: reads and writes the files in the folder. chunks: all chunks of the request. The list is empty
+    before ``plan`` is called. finished: maps the index of each finished chunk to its record.
     """
 
     def __init__(self, out: Path | str, identity: dict[str, Any], *, shared: bool, lock: FileLock | None) -> None:
@@ -89,11 +89,16 @@ class OutputFolder:
 
     @property
     def progress(self) -> Contents:
-        """The documents, tokens and bytes of text in all finished chunks."""
+        """Return the number of documents, tokens and bytes of text in all finished chunks."""
         return sum((record.progress for record in self.finished.values()), Contents())
 
     def plan(self, make_plan: Callable[[], list[Chunk]]) -> None:
-        """Write a plan. If the folder has a plan already, load the plan and the records of the finished chunks instead.
+        """Write the plan.
+
+        If the folder already has a plan, load this plan and the records of the finished chunks instead.
+
+        Args:
+            make_plan: a function that returns the chunks of the request.
 
         Raises:
             DataError: the folder belongs to another request, the plan is damaged, or the folder is not writable.
@@ -116,7 +121,7 @@ class OutputFolder:
         self._find_finished()
 
     def remove_leftovers(self) -> None:
-        """Remove the files of unfinished chunks. Call this only while no other process writes to the folder."""
+        """Remove the files of unfinished chunks. Call this method only while no other process writes to the folder."""
         finished = {name for record in self.finished.values() for shard in record.shards for name in shard.files}
         self.folder.remove({name for name in self.folder.names() - finished if _SHARD_FILES.fullmatch(name)})
         self.folder.remove_scratch()
@@ -124,8 +129,8 @@ class OutputFolder:
     def complete(self, *, encoder: str, engine: str) -> Manifest | None:
         """Write the manifest and remove the plan and the records.
 
-        If other processes share the folder, this call returns None as long as one of them is writing or a chunk is not
-        finished.
+        If several processes share the folder, only the last one writes the manifest. The others return None, because
+        another process is still writing or a chunk is not finished.
 
         Raises:
             DataError: the source has no document with text, or the folder is not writable.
@@ -161,10 +166,10 @@ class OutputFolder:
         return manifest
 
     def abandon(self) -> None:
-        """Remove the files of unfinished chunks after an error, so that the same request can continue later.
+        """Remove the files of unfinished chunks after an error. The same request can continue later.
 
-        The plan and the files of finished chunks stay. If no chunk is finished, this call removes the plan, too. This
-        call does nothing if ``plan`` has not succeeded or if other processes are writing to the folder.
+        The plan and the files of finished chunks are kept. If no chunk is finished, the plan is also removed. Nothing
+        is removed if ``plan`` has not succeeded, or if other processes are writing to the folder.
         """
         if not self._is_planned:  # the folder may belong to another request
             return
@@ -192,12 +197,14 @@ class OutputFolder:
 
 @contextmanager
 def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> Iterator[OutputFolder]:
-    """Create an output folder, or open the incomplete folder of the same request. Calls ``abandon`` if the block fails.
+    """Return a context manager that creates an output folder, or opens the incomplete folder of the same request.
+
+    If the ``with`` block raises an error, ``abandon`` is called.
 
     Args:
         out: the path or URL of the folder.
-        identity: the request's identity, which ``TokenizeRequest.identity`` returns.
-        shared: whether other processes write other chunks to the folder at the same time.
+        identity: the identity of the request (see ``TokenizeRequest.identity``).
+        shared: whether other processes write to the folder at the same time.
 
     Raises:
         DataError: the folder contains files that this command did not write, another process is using the folder, or

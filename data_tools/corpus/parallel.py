@@ -1,4 +1,4 @@
-"""Call a function for many items in worker processes, and replace workers that die."""
+"""Call a function for many items in worker processes. Workers that die are replaced."""
 
 from __future__ import annotations
 
@@ -34,17 +34,19 @@ def unordered_map(
     on_report: Callable[..., None],
     preload: tuple[str, ...] = (),
 ) -> Generator[Result, None, None]:
-    """Yield the result of ``work(item, report)`` for each item, in the order in which the items are finished.
+    """Call ``work(item, report)`` for each item in worker processes. Yield each result as soon as it is finished.
 
-    If ``workers`` is 1, this process does the work. Otherwise ``work``, items and results must be picklable, and a
-    script that calls this function needs ``if __name__ == "__main__"``. Closing the generator kills the workers.
+    If ``workers`` is 1, this process does the work. Otherwise, ``work``, the items and the results must be picklable,
+    and the script that calls this function needs ``if __name__ == "__main__"``. If the generator is closed, the workers
+    are killed.
 
     Args:
-        on_report: a function that is called in this process with the arguments of each ``report`` call.
+        on_report: a function. When ``work`` calls ``report`` in a worker, this function is called in this process with
+            the same arguments.
         preload: the names of modules to import once for all workers.
 
     Raises:
-        DataError: worker processes died repeatedly at the same item, or a worker process cannot be started.
+        DataError: several worker processes died while they processed the same item, or a worker cannot be started.
     """
     if workers == 1:
         for item in items:

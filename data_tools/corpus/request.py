@@ -1,4 +1,4 @@
-"""Define the options of stage 1, with their defaults and limits."""
+"""Define the options of stage 1, their defaults and their limits."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,24 +21,18 @@ _CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeRequest(SourceRequest):
-    """A request to stage 1: the source (see ``SourceRequest``) and the options for tokenizing the source.
+    """A request to stage 1: the source (see ``SourceRequest``), the output folder, and options for tokenizing.
 
-    Attributes:
-        out: the path or URL of the folder for the shards and their manifest.
-        format: the file format of the shards.
-        val_fraction: the fraction of documents for validation, in [0, 1).
-        shard_tokens: the maximum tokens per shard. A document with more tokens gets a shard of its own.
-        seed: the seed that decides which documents are in which split.
-        limit_documents: the maximum number of documents to tokenize; None means no limit.
-        limit_bytes: the bytes of UTF-8 text after which to stop. The document that reaches this number is still
-            tokenized. None means no limit.
-        deduplicate: with ``exact``, every document that is equal to an earlier document is left out.
-        on_bad_rows: with ``skip``, rows that cannot be read are left out and reported. With ``stop``, the first one
-            ends the request.
-        workers: the number of processes on this machine; None means one per core.
-        encoder: the argument of ``choose_encoder``.
-        engine: ``local`` (processes on this machine) or ``ray`` (a Ray cluster).
-        ray_address: the address of the Ray cluster. If None, a cluster is started on this machine.
+    Attributes: out: the path or URL of the folder for the shards and their manifest. format: the file format of the
+    shards. val_fraction: the fraction of the documents that is used for validation, in [0, 1). shard_tokens: the
+    largest number of tokens per shard. A document with more tokens gets its own shard. seed: the seed that determines
+    the split of each document. limit_documents: the largest number of documents to tokenize. None means no limit.
+    limit_bytes: stop after the document with which the texts reach this number of UTF-8 bytes. None means no limit.
+    deduplicate: if ``exact``, every document that is equal to an earlier document is left out. on_bad_rows: if
+    ``skip``, rows that cannot be read are left out and reported. If ``stop``, the first such row ends the request.
+    workers: the number of worker processes on this machine. None means one per core. encoder: the encoder to use (see
+    ``choose_encoder``). engine: ``local`` (processes on this machine) or ``ray`` (a Ray cluster). ray_address: the
+    address of the Ray cluster. If None, a cluster is started on this machine.
 
     The last four options do not change the shards.
 
@@ -77,7 +71,10 @@ class TokenizeRequest(SourceRequest):
                 raise DataError(f"--{name.replace('_', '-')} must be at least 1, it is {value}")
 
     def identity(self, source: Source) -> dict[str, Any]:
-        """Return all values that the bytes of the shards depend on, as JSON values in the layout of the manifest."""
+        """Return the identity of the request: all values that determine the bytes of the shards, as JSON values.
+
+        The keys are the same as in the manifest.
+        """
         limits: dict[str, Any] = {"limit_documents": self.limit_documents, "limit_bytes": self.limit_bytes}
         if self.on_bad_rows != "stop":  # absent by default, as in the manifests of earlier versions
             limits["on_bad_rows"] = self.on_bad_rows

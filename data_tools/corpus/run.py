@@ -1,6 +1,6 @@
-"""Execute a tokenize request: divide the source into chunks, encode them in parallel, write shards and a manifest.
+"""Execute a tokenize request: divide the source into chunks, encode the chunks in parallel, and write the manifest.
 
-The bytes of the shards do not depend on the engine, the number of processes or interruptions.
+The bytes of the shards do not depend on the engine, the number of processes, or interruptions.
 """
 
 from collections.abc import Sequence
@@ -23,20 +23,23 @@ __all__ = ["Observer", "TokenizeRequest", "find_complete", "tokenize_corpus", "t
 
 
 class Observer:
-    """Receives the estimate and the progress of a request. This base class does nothing with the values."""
+    """Receives messages, the estimate and the progress of a request. This base class ignores all of them."""
 
     def noticed(self, line: str) -> None:
-        """Receive a line about the input for the user, before ``planned``."""
+        """Receive a message about the input for the user. This is called before ``planned``."""
 
     def planned(self, estimate: Estimate) -> None:
-        """Receive the estimate before the first chunk starts. ``tokenize_share`` does not call this method."""
+        """Receive the estimate. This is called before the first chunk is processed, but not by ``tokenize_share``."""
 
     def progressed(self, progress: Contents) -> None:
-        """Receive the progress of the whole request, including the chunks that an interrupted process finished."""
+        """Receive the progress of the whole request.
+
+        It includes chunks that earlier, interrupted processes have finished.
+        """
 
 
 def find_complete(request: TokenizeRequest) -> Manifest | None:
-    """Return the manifest of the output folder, or None if the folder is not complete.
+    """Return the manifest of the output folder of a request. Returns None if the folder is not complete.
 
     Raises:
         DataError: the source cannot be opened, or the folder is damaged or belongs to another request.
@@ -45,15 +48,15 @@ def find_complete(request: TokenizeRequest) -> Manifest | None:
 
 
 def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) -> Manifest:
-    """Tokenize a source into a folder of shards, or continue an interrupted request, and return the manifest.
+    """Tokenize a source into a folder of shards, and return the manifest. An interrupted request is continued.
 
-    If the folder is already complete, this call only checks the folder. For a corpus of one document, see
-    ``fill_both_splits``.
+    If the folder is already complete, it is only checked. ``fill_both_splits`` explains how a corpus of one document is
+    divided between the splits.
 
     Args:
-        request: the source, the output folder and the options. If the request has more than one worker, a script that
+        request: the source, the output folder and the options. If the request has more than one worker, the script that
             calls this function needs ``if __name__ == "__main__"``.
-        observer: an object that receives the estimate and the progress.
+        observer: an object that receives messages, the estimate and the progress.
 
     Raises:
         DataError: the source or a document cannot be read, the folder cannot be used, or the disk is full.
@@ -66,14 +69,14 @@ def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) 
 def tokenize_share(
     request: TokenizeRequest, share: int, shares: int, observer: Observer | None = None
 ) -> Manifest | None:
-    """Encode one share of the chunks of a request: the chunks ``share``, ``share + shares``, and so on.
+    """Encode only some of the chunks of a request: the chunks whose index modulo ``shares`` is ``share``.
 
-    Other processes encode the other shares. The process that finishes last writes the manifest and returns it. The
-    other processes return None.
+    Other processes, which are started with other values of ``share``, encode the other chunks. The process that
+    finishes last writes the manifest and returns it. The other processes return None.
 
-    If ``deduplicate`` is ``exact``, call this function twice for every share. The first call writes the fingerprints of
-    the documents, and the second call encodes the documents. Start the second calls only after all first calls have
-    returned.
+    If ``deduplicate`` of the request is ``exact``, call this function twice for every share. The first call only writes
+    the fingerprints of the documents. The second call encodes the documents. Start the second calls only after all
+    first calls have returned.
 
     Raises:
         DataError: see ``tokenize_corpus``.

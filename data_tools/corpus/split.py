@@ -1,4 +1,7 @@
-"""Divide documents between training and validation. The same documents and seed always give the same division."""
+"""Assign documents to the training split or the validation split.
+
+The same documents with the same seed always get the same splits.
+"""
 
 import hashlib
 import struct
@@ -15,9 +18,9 @@ _OTHER_SPLIT = {TRAIN_SPLIT: VAL_SPLIT, VAL_SPLIT: TRAIN_SPLIT}
 
 @dataclass(frozen=True)
 class AssignedDocument:
-    """A document, its text in UTF-8, its fingerprint and its split.
+    """A document with its text in UTF-8, its fingerprint and its split.
 
-    ``is_part`` is True if ``divide_text`` cut the only document of the corpus and this is one of the two pieces.
+    ``is_part`` is True if this is one of the two pieces into which ``divide_text`` has divided the only document.
     """
 
     document: Document
@@ -28,10 +31,10 @@ class AssignedDocument:
 
 
 def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
-    """Return the split of a document. The split depends on the fingerprint, so equal documents are in the same split.
+    """Return the split of a document. Equal documents get the same split, because their fingerprints are equal.
 
-    ``val_fraction`` is the expected fraction of documents in the validation split. A different ``seed`` gives a
-    different division.
+    ``val_fraction`` is the expected fraction of documents in the validation split. Another ``seed`` gives another
+    random choice of these documents.
     """
     digest = hashlib.blake2b(fingerprint, digest_size=8, key=struct.pack("<Q", seed)).digest()
     return VAL_SPLIT if int.from_bytes(digest, "little") < val_fraction * 2**64 else TRAIN_SPLIT
@@ -40,10 +43,13 @@ def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
 def assign_splits(
     documents: Iterable[Document], *, val_fraction: float, seed: int, fill_both: bool
 ) -> Iterator[AssignedDocument]:
-    """Yield each document together with its split, in the given order. No document may be empty.
+    """Choose a split for each document with ``draw_split``. Yield the documents with their splits, in the same order.
 
-    ``draw_split`` chooses the splits. Set ``fill_both`` only if the documents are the whole corpus. In this case,
-    ``fill_both_splits`` changes the choice if all documents are in the same split.
+    No document may be empty.
+
+    Args:
+        fill_both: whether to call ``fill_both_splits``, so that both splits contain documents if possible. This is
+            allowed only if ``documents`` is the whole corpus.
     """
 
     def assign(document: Document) -> AssignedDocument:
@@ -57,15 +63,15 @@ def assign_splits(
 
 
 def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) -> Iterator[AssignedDocument]:
-    """Yield the documents. If all documents are in the same split, divide them between both splits where possible.
+    """Yield the documents. If all of them are in the same split, move some text to the other split if possible.
 
-    There are three cases if all documents are in the same split:
+    If all documents are in the same split, there are three cases:
 
-    1. At least two documents differ. The function takes the last document that does not repeat an earlier document, and
-       moves it to the other split. Documents that are equal to the moved document are moved, too.
-    2. The corpus is a single text. The function calls ``divide_text``.
-    3. The corpus is a single ``Dialogue``, or consists of several equal documents. It cannot be divided. All documents
-       are used for training, and the validation split stays empty.
+    1. At least two documents differ. The function finds the last document that is not equal to an earlier document. It
+       moves this document, and all documents that are equal to it, to the other split.
+    2. The corpus is a single text. The function divides it with ``divide_text``.
+    3. The corpus is a single ``Dialogue``, or consists of equal documents. It cannot be divided. All documents are used
+       for training, and the validation split is empty.
     """
     held: list[AssignedDocument] = []  # the last document that repeats no earlier document, and all later documents
     seen: set[bytes] = set()
@@ -89,11 +95,11 @@ def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) 
 
 
 def divide_text(text: str, val_fraction: float) -> Iterator[AssignedDocument]:
-    """Cut a text into two pieces. Yield the first piece for training and the second piece for validation.
+    """Divide a text into two pieces. Yield the first piece for training and the second piece for validation.
 
-    The second piece has at least ``val_fraction`` of the characters, and at most about twice this fraction. Within
-    these limits, the function cuts after the end of a paragraph if possible, otherwise after the end of a line or of a
-    word. If there is no such place, the function yields the whole text for training.
+    The second piece has at least the fraction ``val_fraction`` of the characters, and at most about twice this
+    fraction. Within these limits, the text is divided after the end of a paragraph. If there is none, it is divided
+    after the end of a line, or otherwise of a word. If there is none of these, the whole text is used for training.
     """
     ideal = int(len(text) * (1 - val_fraction))
     earliest = max(1, 2 * ideal - len(text))  # A cut here gives validation twice the fraction.

@@ -1,4 +1,4 @@
-"""Process one chunk: read the documents, divide them between the splits, and encode, check and write each document."""
+"""Process one chunk: read its documents, choose their splits, and encode, check and write each document."""
 
 import functools
 import io
@@ -34,13 +34,11 @@ _LENGTH_CLASSES = 33
 
 @dataclass(frozen=True)
 class Job:
-    """The values that all chunks of a request share.
+    """The values that are the same for all chunks of a request.
 
-    Attributes:
-        request: the tokenize request.
-        encoder: the encoder's name, ``gigatoken`` or ``tiktoken``.
-        is_one_chunk: whether the whole corpus is a single chunk.
-        identity_sha256: the hash of the request's identity. Each process checks that it computes the same hash.
+    Attributes: request: the tokenize request. encoder: the encoder's name, ``gigatoken`` or ``tiktoken``. is_one_chunk:
+    whether the whole corpus is only one chunk. identity_sha256: the hash of the identity of the request. Each worker
+    checks that it computes the same hash.
     """
 
     request: TokenizeRequest
@@ -50,7 +48,7 @@ class Job:
 
 
 def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
-    """Write the shards of a chunk, and then its record. The new files replace the files of an interrupted attempt.
+    """Write the shards of a chunk, and then its record. Files from an interrupted attempt are replaced.
 
     Raises:
         DataError: a document cannot be read, the encoder and tiktoken return different tokens for a document, or the
@@ -107,7 +105,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
 
 
 def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
-    """Write the fingerprints of the chunk's documents, which ``write_repeated`` compares.
+    """Write the fingerprints of a chunk's documents to a file. ``write_repeated`` later compares the fingerprints.
 
     Raises:
         DataError: a document cannot be read, or the folder is not writable.

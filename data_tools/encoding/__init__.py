@@ -1,1 +1,1 @@
-"""Documents and the encoders that turn their text into tokens."""
+"""Define documents, and the encoders that convert text to tokens."""

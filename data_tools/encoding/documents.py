@@ -1,7 +1,7 @@
-"""The documents that sources yield. A document is a text or a dialogue.
+"""Define the documents that sources yield, and encode them. A document is a text or a dialogue.
 
-In a text, all tokens are scored. In a dialogue, only the tokens of some segments are scored. A *scored* token counts in
-the loss when the model predicts it.
+A *scored* token counts in the loss when the model predicts it. In a text, all tokens are scored. In a dialogue, only
+the tokens of some segments are scored.
 """
 
 import hashlib
@@ -16,17 +16,16 @@ from data_tools.tokenizer import END_OF_TEXT, replace_lone_surrogates
 
 @dataclass(frozen=True)
 class Dialogue:
-    """An instruction with its answer, or a chat, as text.
+    """An instruction with its answer, or a chat, formatted as text.
 
-    Attributes:
-        segments: consecutive segments of the text, as pairs (text, is_scored).
+    Attributes: segments: consecutive segments of the text, as pairs (text, is_scored).
     """
 
     segments: tuple[tuple[str, bool], ...]
 
     @property
     def text(self) -> str:
-        """The text of all segments."""
+        """Return the text of all segments together."""
         return "".join(text for text, _ in self.segments)
 
     def __bool__(self) -> bool:
@@ -51,7 +50,7 @@ class EncodedDocument:
 
 
 def utf8_of(document: Document) -> bytes:
-    """Return the document's text in UTF-8. As in the encoders, lone surrogates become U+FFFD."""
+    """Return the text of a document in UTF-8. Lone surrogates become U+FFFD, as in the encoders."""
     text = document if isinstance(document, str) else document.text
     try:
         return text.encode()
@@ -60,10 +59,12 @@ def utf8_of(document: Document) -> bytes:
 
 
 def fingerprint_of(document: Document, utf8: bytes) -> bytes:
-    """Return a document's fingerprint, which is the first 16 bytes of a SHA-256.
+    """Return the fingerprint of a document: the first 16 bytes of a SHA-256.
 
-    Equal documents have equal fingerprints, and different documents have different fingerprints. ``utf8`` is the
-    document's text as ``utf8_of`` returns it.
+    Equal documents have equal fingerprints. Different documents have different fingerprints.
+
+    Args:
+        utf8: the text of the document, as ``utf8_of`` returns it.
     """
     digest = hashlib.sha256(utf8)
     if isinstance(document, Dialogue):
@@ -74,8 +75,8 @@ def fingerprint_of(document: Document, utf8: bytes) -> bytes:
 def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
     """Return the tokens of a document, with ``END_OF_TEXT`` before its text.
 
-    The segments of a dialogue are encoded separately, so that no token spans two segments. The ``END_OF_TEXT`` before a
-    dialogue is scored, because the model learns from it to end the answer of the previous dialogue.
+    The segments of a dialogue are encoded separately, so that each token belongs to one segment. The ``END_OF_TEXT``
+    before a dialogue is scored, so that the model learns to end the last answer of the previous dialogue.
     """
     segments = ((document, True),) if isinstance(document, str) else document.segments
     pieces = [np.array([END_OF_TEXT], dtype=np.uint16), *(encoder.encode(text) for text, _ in segments)]

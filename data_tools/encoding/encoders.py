@@ -1,4 +1,7 @@
-"""Encoders of text. All encoders return the same tokens. gigatoken is several times as fast as tiktoken."""
+"""Define the encoders, which convert text to tokens.
+
+All encoders return the same tokens. gigatoken is several times as fast as tiktoken.
+"""
 
 import functools
 import importlib.metadata
@@ -33,12 +36,13 @@ _NEW_IN_UNICODE_17 = (
 
 
 class Encoder(Protocol):
-    """The interface of an encoder. The encoder with tiktoken is ``data_tools.tokenizer.Tokenizer``."""
+    """The interface of an encoder. ``data_tools.tokenizer.Tokenizer`` is the encoder that uses tiktoken."""
 
     def encode(self, text: str) -> TokenArray:
         """Return the tokens of a text, uint16 of shape (tokens,).
 
-        The literal ``<|endoftext|>`` is ordinary text. Lone surrogates become U+FFFD.
+        If the text contains the string ``<|endoftext|>``, it is encoded like any other text. Lone surrogates become
+        U+FFFD.
         """
         ...
 
@@ -46,8 +50,8 @@ class Encoder(Protocol):
 class GigatokenEncoder:
     """An encoder that uses gigatoken with tiktoken's vocabulary.
 
-    gigatoken and tiktoken use different versions of Unicode to decide whether a character is a letter or a number. If
-    a text contains a character that is too new for one of them, this encoder uses tiktoken for the text.
+    gigatoken and tiktoken know different versions of Unicode. If a text contains a character that only one of them
+    knows, this encoder uses tiktoken for this text.
     """
 
     def __init__(self) -> None:
@@ -86,10 +90,12 @@ def _new_characters() -> npt.NDArray[np.bool_]:
 
 
 def choose_encoder(name: str) -> str:
-    """Return the name of the encoder to use. ``auto`` is gigatoken if it is installed, otherwise tiktoken.
+    """Return the name of the encoder to use.
+
+    If ``name`` is ``auto``, this is gigatoken if installed, otherwise tiktoken.
 
     Raises:
-        DataError: gigatoken is requested but not installed.
+        DataError: ``name`` is ``gigatoken``, which is not installed.
     """
     if name == "tiktoken":
         return name
@@ -103,7 +109,7 @@ def choose_encoder(name: str) -> str:
 
 @functools.cache
 def load_encoder(name: str) -> Encoder:
-    """Return the encoder ``gigatoken`` or ``tiktoken``. Loading takes a second, so each process loads it only once."""
+    """Return the encoder ``gigatoken`` or ``tiktoken``. Loading takes a second, so it is done only once per process."""
     return GigatokenEncoder() if name == "gigatoken" else load_tokenizer()
 
 

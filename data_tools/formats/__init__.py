@@ -1,6 +1,6 @@
-"""Inspect and convert token files of other programs, and folders of this project, through one interface.
+"""Inspect and convert tokens: token files of other programs, and folders of token shards of this project.
 
-nanoGPT's ``train.bin`` and the shards of llm.c and modded-nanogpt can be read and written. The pairs of ``.bin`` and
-``.idx`` files of Megatron-LM and gpt-neox, and the ``.npy`` files of build-nanogpt, can only be read.
+This package reads and writes nanoGPT's ``train.bin``, and the shards of llm.c and modded-nanogpt. It only reads the
+pairs of ``.bin`` and ``.idx`` files of Megatron-LM and gpt-neox, and the ``.npy`` files of build-nanogpt.
 ``open_collection`` opens the files of any format, ``plan_files`` plans new files, and ``convert`` writes new files.
 """

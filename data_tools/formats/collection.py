@@ -1,4 +1,4 @@
-"""Represent tokens of any format as a collection of splits. Each split is one stream with random access."""
+"""Represent tokens in any format as a collection of splits. Each split is a stream of tokens with random access."""
 
 import errno
 import re
@@ -21,15 +21,17 @@ FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Tokens(Protocol):
-    """The interface of a stream of tokens of known length. ``TokenStream`` implements this interface."""
+    """The interface of a stream of tokens with a known length. ``TokenStream`` is one of the implementations."""
 
     @property
     def tokens(self) -> int:
-        """The number of tokens."""
+        """Return the number of tokens."""
         ...
 
     def read(self, start: int, length: int) -> TokenArray:
-        """Return ``length`` tokens from ``start`` on, uint16 of shape (length,). The range must be in the stream.
+        """Return the ``length`` tokens that begin at index ``start``, uint16 of shape (length,).
+
+        All of them must exist.
 
         Raises:
             DataError: a token is outside the vocabulary.
@@ -39,7 +41,10 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """The tokens of one split, and the number of tokens in each of its files. A Megatron pair counts as one file."""
+    """The tokens of one split. ``tokens_of_file`` maps each file to its number of tokens.
+
+    A pair of Megatron's files counts as one file.
+    """
 
     stream: Tokens
     tokens_of_file: dict[Path, int]
@@ -47,15 +52,12 @@ class Split:
 
 @dataclass(frozen=True)
 class TokenCollection:
-    """A folder, a file or a pair of files with tokens.
+    """The tokens in a folder, in a file or in a pair of files.
 
-    Attributes:
-        path: the path that the user gave.
-        format: one of ``INPUT_FORMATS``.
-        tokenizer: the tokenizer of the tokens. For files of other programs, this is assumed to be GPT-2's tokenizer.
-        source: the origin of the tokens. A manifest that is written for these tokens contains this record.
-        splits: the splits by name.
-        manifest: the manifest of a folder of this project, otherwise None.
+    Attributes: path: the path that the user gave. format: one of ``INPUT_FORMATS``. tokenizer: the tokenizer that
+    created the tokens. Files of other programs are assumed to use GPT-2's tokenizer. source: the origin of the tokens.
+    If a manifest is written for these tokens, it contains this record. splits: maps the names of splits to the splits.
+    manifest: the manifest, if this is a folder of this project. Otherwise None.
     """
 
     path: Path
@@ -67,12 +69,15 @@ class TokenCollection:
 
     @property
     def shards(self) -> tuple[ShardRecord, ...]:
-        """Return the records of the shards of all splits, or an empty tuple if the format is not this project's."""
+        """Return the records of all shards in all splits.
+
+        Returns an empty tuple unless this is a folder of this project.
+        """
         return self.manifest.shards if self.manifest else ()
 
 
 class Concatenated:
-    """Several streams that are read as if they were one stream."""
+    """A stream that consists of several consecutive streams."""
 
     def __init__(self, streams: Sequence[Tokens]) -> None:
         self._streams = streams
@@ -92,7 +97,7 @@ class Concatenated:
 
 
 def map_file(path: Path) -> pa.Buffer:
-    """Memory-map the bytes of a file. The file may be empty.
+    """Return the bytes of a file as a memory map. The file may be empty.
 
     Raises:
         DataError: the file is missing or cannot be read.
@@ -104,10 +109,10 @@ def map_file(path: Path) -> pa.Buffer:
 
 
 def require_tokens(path: Path, tokens: int) -> None:
-    """Check that a file of another program has tokens. An empty file is usually an interrupted copy or download.
+    """Raise DataError if a file of another program has no tokens. This usually means that a download was interrupted.
 
-    Raises:
-        DataError: ``tokens``, the number of tokens, is 0.
+    Args:
+        tokens: the number of tokens in the file.
     """
     if not tokens:
         size = path.stat().st_size
@@ -115,10 +120,10 @@ def require_tokens(path: Path, tokens: int) -> None:
 
 
 def require_split_name(name: str, place: str) -> None:
-    """Check that a split's name can be part of a file name.
+    """Raise DataError if the name of a split contains a character that is not allowed in file names.
 
-    Raises:
-        DataError: the name contains a character that is not allowed. The message begins with ``place``.
+    Args:
+        place: the file or folder that has this split. The message begins with it.
     """
     if not FILE_NAME.fullmatch(name):
         raise DataError(f"{place}: {name!r} is not a name for a split; use letters, digits and . _ -")

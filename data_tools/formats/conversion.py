@@ -1,4 +1,4 @@
-"""Convert tokens into a new folder, or write a manifest into a folder of shards of llm.c or build-nanogpt."""
+"""Convert tokens into a new folder, or write a manifest into a folder with shards of llm.c or build-nanogpt."""
 
 import os
 import shutil
@@ -33,18 +33,18 @@ class Conversion:
 
 
 def convert(request: ConvertRequest, written: Advance = no_progress, verified: Advance = no_progress) -> Conversion:
-    """Convert tokens into a new folder. The folder is not created if the conversion fails.
+    """Convert tokens into a new folder. If the conversion fails, the folder is not created.
 
-    Tokens and their order do not change, except for the separators of Megatron's files (see ``open_megatron_pair``). If
-    the source is a folder of this project, this call verifies its shards first. The new folder has a manifest unless
-    its format is nanoGPT's.
+    The tokens and their order do not change, but ``END_OF_TEXT`` tokens in Megatron's files move (see
+    ``open_megatron_pair``). If the source is a folder of this project, its shards are first verified. If the new format
+    is not nanoGPT's, a manifest is written into the new folder.
 
     Args:
-        written: a function that is called with the bytes of tokens that were written since the last call.
-        verified: a function that is called with the bytes of source files that were verified since the last call.
+        written: a function that is called with the number of bytes that were written since the last call.
+        verified: a function that is called with the number of bytes that were verified since the last call.
 
     Raises:
-        DataError: an input is damaged, the requested format cannot store all information in the input, or the folder
+        DataError: the source is damaged, the new format cannot store all information of the source, or the new folder
             is not writable.
     """
     _require_new(request.out)
@@ -75,19 +75,20 @@ def adopt_in_place(
     workers: int | None = None,
     advance: Advance = no_progress,
 ) -> Manifest:
-    """Write a manifest into a folder of shards of llm.c or build-nanogpt, so that training can read the folder.
+    """Write a manifest into a folder with shards of llm.c or build-nanogpt, so that training can read the folder.
 
-    The shards do not change. If the folder has a manifest that names all its shards, return this manifest.
+    The shards do not change. If the folder already has a manifest that names exactly its shards, only return this
+    manifest.
 
     Args:
-        source_format: the format of the shards, or ``auto`` to recognize the format.
-        split_of: maps the name of a file to its split. Required if the file's name does not contain the split.
-        workers: the number of threads; None means one per core.
-        advance: a function that is called with the bytes of files that were read since the last call.
+        source_format: the format of the shards. If ``auto``, the format is recognized.
+        split_of: maps file names to splits. Required if a file name does not contain the split.
+        workers: the number of threads. None means one per core.
+        advance: a function that is called with the number of bytes that were read since the last call.
 
     Raises:
-        DataError: the folder contains no such shards, contains a damaged shard, or is not writable. If the folder has a
-            manifest already: the manifest does not name the same files as the folder contains, or ``split_of`` is
+        DataError: the folder contains no such shards, contains a damaged shard, or is not writable. Also if the folder
+            already has a manifest, and this manifest does not name exactly the files in the folder, or ``split_of`` is
             given.
     """
     if (folder / MANIFEST_NAME).exists():

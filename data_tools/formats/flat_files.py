@@ -1,4 +1,7 @@
-"""Open the files of nanoGPT, llm.c and build-nanogpt, which contain consecutive tokens. Some begin with a header."""
+"""Open token files of nanoGPT, llm.c and build-nanogpt.
+
+The tokens in these files are consecutive. Some files begin with a header.
+"""
 
 from pathlib import Path
 
@@ -47,12 +50,14 @@ def open_llmc_file(path: Path, vocab_size: int) -> Tokens:
 
 
 def open_nanogpt_file(path: Path, vocab_size: int) -> Tokens:
-    """Open a ``train.bin`` or ``val.bin`` of nanoGPT's ``prepare.py``: little-endian uint16 tokens without a header.
+    """Open a ``train.bin`` or ``val.bin`` that nanoGPT's ``prepare.py`` wrote.
 
-    The tokens do not change, so nanoGPT's ``<|endoftext|>`` stays after each document.
+    The file consists of little-endian uint16 tokens without a header.
+
+    nanoGPT writes ``<|endoftext|>`` after each document, not before it. This order is kept.
 
     Raises:
-        DataError: the file is damaged, cannot be read or has another vocabulary.
+        DataError: the file is damaged, cannot be read, or has a token outside the vocabulary.
     """
     own_vocabulary = path.parent / _OWN_VOCABULARY
     if own_vocabulary.exists():
@@ -68,7 +73,7 @@ def open_nanogpt_file(path: Path, vocab_size: int) -> Tokens:
 
 
 def map_llmc_file(path: Path) -> TokenArray:
-    """Memory-map the tokens of a shard of llm.c.
+    """Return the tokens of a shard of llm.c as a memory map.
 
     Raises:
         DataError: the file is damaged or cannot be read.
@@ -80,19 +85,18 @@ def map_llmc_file(path: Path) -> TokenArray:
 
 
 def open_npy_file(path: Path, vocab_size: int) -> Tokens:
-    """Open a one-dimensional uint16 array that ``numpy.save`` wrote, as build-nanogpt's ``fineweb.py`` does.
+    """Open a shard of build-nanogpt: a one-dimensional uint16 array in a ``.npy`` file.
 
     Raises:
-        DataError: the file is damaged, cannot be read, or holds an array of another dtype or shape.
+        DataError: the file is damaged, cannot be read, or contains an array of another dtype or shape.
     """
     return _MappedTokens(path, map_npy_file(path), vocab_size)
 
 
 def map_npy_file(path: Path) -> TokenArray:
-    """Memory-map the tokens of an array that ``numpy.save`` wrote.
+    """Return the tokens in a ``.npy`` file as a memory map.
 
-    Raises:
-        DataError: see ``open_npy_file``.
+    Raises the same errors as ``open_npy_file``.
     """
     try:
         return npy_tokens(map_file(path))
@@ -103,7 +107,7 @@ def map_npy_file(path: Path) -> TokenArray:
 
 
 def is_npy(path: Path) -> bool:
-    """Return whether a file begins like an array of numpy.
+    """Return whether a file begins like a ``.npy`` file of numpy.
 
     Raises:
         OSError: the file cannot be read.

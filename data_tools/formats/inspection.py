@@ -1,4 +1,4 @@
-"""Inspect a folder or file of tokens: return a report, or the first documents as text."""
+"""Inspect tokens in a folder or file: describe them in a report, or show the first documents as text."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ _SHOWN_APART = ("format_version", "dtype", "tokenizer", "source", "settings", "s
 
 @dataclass(frozen=True)
 class SplitReport:
-    """The sizes of a split. ``documents`` and ``utf8_bytes`` are None if no manifest contains the numbers."""
+    """The sizes of a split. If there is no manifest, ``documents`` and ``utf8_bytes`` are None."""
 
     shards: int
     tokens: int
@@ -40,21 +40,21 @@ class SplitReport:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes of text per token, including ``END_OF_TEXT``. None if the bytes are unknown or there are no tokens."""
+        """Return the bytes of text per token, where ``END_OF_TEXT`` also counts as a token.
+
+        Returns None if the bytes of text are not known or there are no tokens.
+        """
         return None if self.utf8_bytes is None or not self.tokens else self.utf8_bytes / self.tokens
 
 
 @dataclass(frozen=True)
 class FolderReport:
-    """A summary of tokens of any format. ``str()`` of the report is a table.
+    """A summary of the tokens in a folder or file. ``str(report)`` returns a table.
 
-    Attributes:
-        path: the path that the user gave.
-        format: one of ``INPUT_FORMATS``.
-        problem: the first file that is missing or has the wrong size; None if there is no such file.
-        about: the other values of the manifest as JSON values. For formats of other programs: the assumed tokenizer,
-            and a description of the source.
-        splits: split name -> report of the split.
+    Attributes: path: the path that the user gave. format: one of ``INPUT_FORMATS``. problem: a message about the first
+    file that is missing or has the wrong size. None if there is no such file. about: the other values in the manifest,
+    as JSON values. If there is no manifest, the assumed tokenizer, and a description of the source. splits: maps the
+    names of splits to their reports.
     """
 
     path: Path
@@ -75,9 +75,9 @@ class FolderReport:
 
 
 def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> FolderReport:
-    """Return a report of tokens of any format. Takes the same arguments as ``open_collection``.
+    """Return a report on tokens in any format. The arguments are the same as those of ``open_collection``.
 
-    This call reads no tokens. For a folder of this project, it returns a report even if shards are damaged.
+    No tokens are read. If the path is a folder of this project, a report is returned even if shards are damaged.
 
     Raises:
         DataError: ``path`` does not exist, the format cannot be recognized, or the manifest or a file of another
@@ -151,7 +151,7 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 
 @dataclass(frozen=True)
 class DocumentPreview:
-    """The number of tokens of a document, not counting ``END_OF_TEXT``, and the beginning of the document's text."""
+    """The beginning of a document's text, and the number of its tokens without ``END_OF_TEXT``."""
 
     tokens: int
     text: str
@@ -161,9 +161,9 @@ class DocumentPreview:
 def first_documents(
     collection: TokenCollection, split: str, *, documents: int, characters: int
 ) -> Iterator[DocumentPreview]:
-    """Yield at most ``documents`` documents of a split as text, with at most ``characters`` characters each.
+    """Yield the first ``documents`` documents of a split as text, each cut to at most ``characters`` characters.
 
-    Some formats have ``END_OF_TEXT`` before each document, others after each document. Both kinds can be read.
+    ``END_OF_TEXT`` may be before or after each document.
 
     Raises:
         DataError: the split does not exist, the tokenizer is not GPT-2's, or a token is outside the vocabulary.

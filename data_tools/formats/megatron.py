@@ -1,7 +1,8 @@
-"""Read the indexed datasets of Megatron-LM and gpt-neox.
+"""Read datasets of Megatron-LM and gpt-neox.
 
-The file ``X.bin`` contains the tokens. The file ``X.idx`` is the index, which says where sequences and documents begin.
-``MMapIndexedDataset`` of these programs writes the index. It contains these values, all little-endian:
+A dataset consists of two files. ``X.bin`` contains the tokens. ``X.idx`` is the index, which says where sequences and
+documents begin. The class ``MMapIndexedDataset`` of these programs writes the index. It contains the following values,
+which are all little-endian:
 
 1. the magic, the version (uint64) and the type of the tokens (uint8);
 2. the number of sequences and the number of document boundaries (uint64 each);
@@ -40,7 +41,7 @@ _REFUSED_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 5: "int64", 6: "floating p
 
 
 def is_index(path: Path) -> bool:
-    """Return whether a file begins like an index of this format, or of the older format of Megatron-LM.
+    """Return whether a file begins like an index of this format, or like an index of Megatron-LM's older format.
 
     Raises:
         OSError: the file cannot be read.
@@ -50,10 +51,10 @@ def is_index(path: Path) -> bool:
 
 
 def open_megatron_pair(index_path: Path, vocab_size: int) -> Tokens:
-    """Open an index and its token file as a stream with ``END_OF_TEXT`` before each document.
+    """Open an index and its token file as one stream of tokens. The stream has ``END_OF_TEXT`` before each document.
 
-    If a document ends with an ``END_OF_TEXT``, which ``--append-eod`` writes, this token is dropped. This function
-    reads the whole index and the last token of each document.
+    If a document ends with ``END_OF_TEXT``, because the files were written with ``--append-eod``, this token is left
+    out. The function reads the whole index and the last token of each document.
 
     Raises:
         DataError: a file is missing or damaged, or the tokens have a type that is not supported.
@@ -210,7 +211,7 @@ def _check_boundaries(path: Path, boundaries: CountArray, sequences: int) -> Non
 
 
 def tokens_file_of(index: Path) -> Path:
-    """Return the path of the token file that belongs to an index."""
+    """Return the path of the token file (``.bin``) that belongs to an index (``.idx``)."""
     return index.with_suffix(".bin")
 
 

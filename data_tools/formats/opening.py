@@ -1,4 +1,4 @@
-"""Open tokens of any format: recognize the format of the files, and group the files by split."""
+"""Open tokens in any format: recognize the format of the files, and group the files by split."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -45,11 +45,14 @@ _SPLIT_WORDS = {
 
 
 def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> TokenCollection:
-    """Open a folder, a file, or a pair of Megatron's files. For a pair, ``path`` is the common prefix of both names.
+    """Open the tokens in a folder, in a file, or in a pair of Megatron's files.
+
+    For a pair of files, ``path`` is the path without ``.bin`` and ``.idx``.
 
     Args:
-        format: one of ``INPUT_FORMATS``, or ``auto``, which calls ``recognize``.
-        split_of: maps names of files of other programs to splits. Required if a name does not contain the split.
+        format: one of ``INPUT_FORMATS``. If ``auto``, the format is recognized (see ``recognize``).
+        split_of: maps file names to splits, for files that another program wrote. Required if a file name does not
+            contain the split.
 
     Raises:
         DataError: ``path`` does not exist, the format cannot be recognized, a file is damaged, or the split of a file
@@ -79,8 +82,8 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
 def recognize(path: Path) -> str:
     """Return the format of a file or folder.
 
-    A folder with a manifest has the format of this project. Files of Megatron, llm.c and numpy begin with a magic
-    number. Files of nanoGPT have no such number and are recognized by their names, ``train.bin`` and ``val.bin``.
+    A folder with a manifest is a folder of this project. Files of Megatron, llm.c and numpy are recognized by the first
+    bytes of the file. Files of nanoGPT are recognized by their names ``train.bin`` and ``val.bin``.
 
     Raises:
         DataError: the format cannot be recognized, or a file cannot be read.

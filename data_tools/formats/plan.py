@@ -1,4 +1,4 @@
-"""Check the options of a conversion, and plan which file will contain which tokens."""
+"""Check the options of a conversion, and plan which files will contain which tokens."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -23,18 +23,15 @@ CHUNK_TOKENS = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertRequest:
-    """A conversion of a folder or file of tokens into a new folder.
+    """A request to convert tokens in a folder or file into a new folder.
 
-    Attributes:
-        source: a folder, a file, or the common prefix of a pair of Megatron's files.
-        out: a new or empty folder.
-        to: one of ``OUTPUT_FORMATS``.
-        source_format: one of ``INPUT_FORMATS``, or ``auto``.
-        split_of: maps names of files of other programs to splits. Required if a name does not contain the split.
-        shard_tokens: the number of tokens per shard. None usually means 100 million. But if the source is a folder of
-            this project and the new format is npy or arrow, None means one new shard per shard of the source.
-        name: the prefix of the names of files in the format of llm.c; None means the name of ``out``.
-        workers: the number of threads, which does not affect the result; None means one per core.
+    Attributes: source: a folder, a file, or the path of a pair of Megatron's files without ``.bin`` and ``.idx``. out:
+    a new or empty folder. to: one of ``OUTPUT_FORMATS``. source_format: one of ``INPUT_FORMATS``, or ``auto``.
+    split_of: maps file names to splits, for files that another program wrote. Required if a file name does not contain
+    the split. shard_tokens: the number of tokens per shard. None usually means 100 million. However, if the source is a
+    folder of this project and the new format is npy or arrow, None means that each shard becomes one new shard. name:
+    the prefix of the new file names, if the new format is llm.c's. None means the name of ``out``. workers: the number
+    of threads. None means one per core. The result does not depend on it.
 
     Raises:
         DataError: an option has an invalid value. The message says which values are valid.
@@ -67,15 +64,15 @@ class ConvertRequest:
 
     @property
     def file_prefix(self) -> str:
-        """Return the prefix of the names of files in the format of llm.c."""
+        """Return the prefix of the new file names, if the new format is llm.c's."""
         return self.name or Path(os.path.abspath(self.out)).name
 
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file to write, with the tokens ``start`` to ``stop - 1`` of a split.
+    """A file to write. It will contain the tokens ``start`` to ``stop - 1`` of a split.
 
-    If the source has a shard with exactly these tokens and a record in a manifest, ``record`` is this record.
+    If a shard of the source contains exactly these tokens, ``record`` is the record of this shard in the manifest.
     """
 
     name: str
@@ -86,13 +83,13 @@ class PlannedFile:
 
 
 def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_bytes: bool) -> list[PlannedFile]:
-    """Return the files that a conversion writes.
+    """Return the files that a conversion must write.
 
     Args:
         knows_bytes: whether the bytes of text can be counted for the tokenizer of the collection.
 
     Raises:
-        DataError: the requested format cannot store all information in the collection.
+        DataError: the new format cannot store all information in the collection, or a split has no tokens.
     """
     for split, tokens in collection.splits.items():
         require_split_name(split, str(collection.path))
@@ -110,12 +107,15 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
 
 
 def keeps_shards(request: ConvertRequest, collection: TokenCollection) -> bool:
-    """Return whether the source is a folder of this project and each of its shards becomes one new shard."""
+    """Return whether the conversion makes one new shard from each shard of the source.
+
+    This requires that the source is a folder of this project.
+    """
     return collection.manifest is not None and request.to in SHARD_FORMATS and request.shard_tokens is None
 
 
 def chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Divide the range from ``start`` to ``stop`` into reads of limited size. Yield (start, length) of each read."""
+    """Divide a range into pieces that are small enough to be read at once. Yield (start, length) of each piece."""
     return ((at, min(CHUNK_TOKENS, stop - at)) for at in range(start, stop, CHUNK_TOKENS))
 
 

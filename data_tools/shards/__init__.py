@@ -1,9 +1,9 @@
-"""Token shards, which stage 1 writes and every other stage reads.
+"""Read and write token shards, which stage 1 produces and the other stages use.
 
-A folder contains ``manifest.json`` and shards. A shard contains one-dimensional uint16 tokens in a ``.npy`` file, an
-Arrow IPC stream, or a ``.bin`` file with llm.c's header. The shards of a split, concatenated in the manifest's order,
-are one stream of tokens. A shard may have a mask file with one uint8 per token, which is 1 if the token is scored as a
-target.
+A folder contains ``manifest.json`` and shards. A shard is a file with a one-dimensional array of uint16 tokens: a
+``.npy`` file, an Arrow IPC stream, or a ``.bin`` file with llm.c's header. The shards of a split form one stream of
+tokens, in the order of the manifest. A shard may have a mask file, which contains one uint8 per token. The value is 1
+if the token counts in the loss when it is a target.
 """
 
 from data_tools.shards.manifest import load_manifest

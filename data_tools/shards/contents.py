@@ -1,4 +1,4 @@
-"""Count documents and bytes of text in tokens, and check that tokens are in the vocabulary."""
+"""Count documents and bytes of text in tokens, and check that all tokens are in the vocabulary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SCAN_TOKENS = 1 << 18  # the tokens that are counted together, few enough to fi
 
 @dataclass(frozen=True)
 class Contents:
-    """The numbers of documents, tokens and bytes of text in UTF-8. Each document has one ``END_OF_TEXT``."""
+    """The number of documents, of tokens, and of bytes of text in UTF-8. Each document has one ``END_OF_TEXT``."""
 
     documents: int = 0
     tokens: int = 0
@@ -33,12 +33,11 @@ class Contents:
 
 
 class Vocabulary:
-    """Counts documents, tokens and bytes of text in the tokens of one tokenizer.
+    """Counts documents, tokens and bytes of text in the tokens of a given tokenizer.
 
-    Attributes:
-        size: the vocabulary size. All ids are below this number.
-        end_of_text: the id that comes before each document. This id counts as 0 bytes of text.
-        knows_bytes: whether bytes of text can be counted. This is possible only with GPT-2's own vocabulary.
+    Attributes: size: the vocabulary size. All ids are below this number. end_of_text: the id of the token that
+    separates documents. This token counts as 0 bytes of text. knows_bytes: whether bytes of text can be counted. This
+    is possible only for GPT-2's vocabulary.
     """
 
     def __init__(self, tokenizer: TokenizerRecord) -> None:
@@ -55,12 +54,13 @@ class Vocabulary:
             self._byte_lengths = as_arrow(np.array([*map(len, load_tokenizer().token_bytes), 0], dtype=np.uint8))
 
     def count(self, tokens: TokenArray, place: object, advance: Advance = no_progress) -> Contents:
-        """Count documents, tokens and bytes of text. Returns 0 bytes if the bytes cannot be counted.
+        """Count documents, tokens and bytes of text. If ``knows_bytes`` is False, the number of bytes is 0.
 
         Args:
             tokens: uint16 of shape (tokens,).
-            place: the file or folder that error messages name.
-            advance: a function that is called regularly with the argument 0. It can raise an error to end the work.
+            place: the file or folder with the tokens, for error messages.
+            advance: a function that is called regularly with the argument 0. It can raise an error to stop the
+                counting.
 
         Raises:
             DataError: an id is outside the vocabulary.
@@ -79,10 +79,11 @@ class Vocabulary:
 
 
 def require_in_vocabulary(tokens: npt.NDArray[np.integer], vocab_size: int, place: object) -> None:
-    """Check that every id is in the vocabulary. The ids may have any integer type.
+    """Raise DataError if a token id is outside the vocabulary.
 
-    Raises:
-        DataError: an id is outside the vocabulary. The message begins with ``place``.
+    Args:
+        tokens: integers of any type.
+        place: the file or folder with the tokens. The message begins with it.
     """
     if tokens.size == 0:
         return
@@ -92,7 +93,7 @@ def require_in_vocabulary(tokens: npt.NDArray[np.integer], vocab_size: int, plac
 
 
 def gpt2_tokenizer_record() -> TokenizerRecord:
-    """Return the record of GPT-2's own vocabulary.
+    """Return the record of GPT-2's tokenizer.
 
     Raises:
         DataError: the vocabulary cannot be loaded.

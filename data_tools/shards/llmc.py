@@ -1,7 +1,7 @@
-"""Read and write the header of shards of llm.c and modded-nanogpt.
+"""Read and write shards of llm.c and modded-nanogpt.
 
-A shard has a header of 256 int32 (magic, version, number of tokens, zeros), followed by uint16 tokens. The file
-``dev/data/data_common.py`` of llm.c defines this format.
+A shard consists of a header and uint16 tokens. The header is 256 int32: a magic number, the version, the number of
+tokens, and zeros. The file ``dev/data/data_common.py`` of llm.c defines this format.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ _TOKEN_BYTES = 2
 
 
 def is_llmc(path: Path) -> bool:
-    """Return whether a file begins with llm.c's magic.
+    """Return whether a file begins with the magic number of llm.c.
 
     Raises:
         OSError: the file cannot be read.
@@ -30,10 +30,11 @@ def is_llmc(path: Path) -> bool:
 
 
 def llmc_tokens(content: pa.Buffer) -> TokenArray:
-    """Return the tokens in the bytes of a shard without copying. The bytes are usually memory-mapped.
+    """Return the tokens in the content of a shard, without copying them.
 
     Raises:
-        ValueError: the header is wrong, or its number of tokens does not match the size. The message is one line.
+        ValueError: the header is wrong, or the number of tokens in the header does not match the size of the content.
+            The message is one line.
     """
     if content.size < HEADER_BYTES:
         raise ValueError(f"it ends after {content.size} bytes, within its header")
@@ -49,10 +50,10 @@ def llmc_tokens(content: pa.Buffer) -> TokenArray:
 
 
 def llmc_header(tokens: int) -> bytes:
-    """Return the header of a shard.
+    """Return the header for a shard with the given number of tokens.
 
     Raises:
-        ValueError: the header cannot store this number of tokens.
+        ValueError: the header cannot store this number.
     """
     if tokens > MAX_TOKENS:
         raise ValueError(f"a shard of llm.c holds at most {MAX_TOKENS} tokens, not {tokens}")

@@ -1,4 +1,4 @@
-"""Define the manifest of a folder of shards, and read a manifest with a check of every field."""
+"""Define the manifest of a folder of token shards. Read it, and check every field."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -63,7 +63,7 @@ _forbid_unknown_keys = with_config(ConfigDict(extra="forbid"))
 @_forbid_unknown_keys
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """The tokenizer that made the ids in the shards."""
+    """The tokenizer that created the tokens in the shards."""
 
     name: StrictStr
     vocab_size: StrictInt
@@ -74,7 +74,7 @@ class TokenizerRecord:
 @_forbid_unknown_keys
 @dataclass(frozen=True)
 class SourceRecord:
-    """The origin of the documents. ``options`` contains every option that selects the documents."""
+    """The origin of the documents. ``options`` contains all options that determine which documents were read."""
 
     kind: StrictStr
     options: dict[str, Any]
@@ -83,10 +83,10 @@ class SourceRecord:
 @_forbid_unknown_keys
 @dataclass(frozen=True)
 class ShardRecord:
-    """The record of one shard: its file name in the folder, its contents, and the SHA-256 of the file.
+    """The entry for one shard in a manifest: the file name, the contents, and the SHA-256 of the file.
 
-    ``mask_sha256`` is the SHA-256 of the mask file, which says which tokens are scored. None means that all tokens are
-    scored and there is no mask file.
+    ``mask_sha256`` is the SHA-256 of the mask file, which says which tokens are scored. If it is None, there is no mask
+    file, and all tokens are scored.
     """
 
     file: FileInside
@@ -99,32 +99,29 @@ class ShardRecord:
 
     @property
     def mask_file(self) -> str | None:
-        """The name of the mask file in the folder, or None if the shard has no mask."""
+        """Return the name of the mask file in the folder. Returns None if the shard has no mask."""
         return None if self.mask_sha256 is None else mask_file_of(self.file)
 
     @property
     def files(self) -> list[str]:
-        """The names of the shard's files in the folder: the mask file, if the shard has a mask, and the token file."""
+        """Return the names of the files of the shard: the mask file, if there is one, and then the token file."""
         return [name for name in (self.mask_file, self.file) if name is not None]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as plain JSON values, without keys whose value is None."""
+        """Return the record as JSON values. Keys whose value is None are left out."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @_forbid_unknown_keys
 @dataclass(frozen=True)
 class Manifest:
-    """The description of a folder of shards.
+    """The description of a folder of token shards.
 
-    Attributes:
-        tokenizer: the tokenizer that created the ids in the shards.
-        source: the origin of the documents.
-        settings: the settings of the shards (format, maximum tokens per shard, fraction for validation, seed).
-        shards: the shards of each split in the order of their tokens.
-        report: statistics (lengths of documents, duplicates), or None.
-        made: when the folder was written and with which versions of the software, or None. The contents do not depend
-            on these values.
+    Attributes: tokenizer: the tokenizer that created the ids in the shards. source: the origin of the documents.
+    settings: the options for the shards, such as the format and the fraction of documents for validation. shards: the
+    records of all shards. The shards of a split are in the order of their tokens. report: statistics about the
+    documents, such as their lengths, or None. made: when and with which software versions the folder was written, or
+    None. The shards do not depend on this.
     """
 
     tokenizer: TokenizerRecord
@@ -139,7 +136,7 @@ class Manifest:
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     def shards_of(self, split: str) -> tuple[ShardRecord, ...]:
-        """Return the shards of a split in the order of their tokens. Returns no shards for an unknown split."""
+        """Return the records of the shards of a split, in the order of their tokens. An unknown split has no shards."""
         return tuple(shard for shard in self.shards if shard.split == split)
 
     def tokens_of(self, split: str) -> int:
@@ -147,18 +144,21 @@ class Manifest:
         return sum(shard.tokens for shard in self.shards_of(split))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest as plain JSON values: version and dtype first, its own SHA-256 last."""
+        """Return the manifest as JSON values. The first keys are the version and the dtype.
+
+        The last key is a SHA-256 of the others.
+        """
         content = {**asdict(self), "shards": [shard.to_json() for shard in self.shards]}
         content = {key: item for key, item in content.items() if key not in _OPTIONAL or item is not None}
         value = {"format_version": FORMAT_VERSION, "dtype": TOKEN_DTYPE_NAME, **content}
         return {**value, _SEAL: sha256_of_json(value)}
 
     def to_bytes(self) -> bytes:
-        """Return the bytes of the manifest's file."""
+        """Return the manifest as the content of the file ``manifest.json``."""
         return (json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n").encode("ascii")
 
     def content_sha256(self) -> str:
-        """Return the SHA-256 of all keys that describe the contents. It does not depend on ``made``."""
+        """Return a SHA-256 of all keys except ``made``. Two folders with the same shards can be recognized by it."""
         return sha256_of_json({key: value for key, value in self.to_json().items() if key not in ("made", _SEAL)})
 
 
@@ -170,8 +170,8 @@ def load_manifest(folder: Path | str) -> Manifest:
     """Read and check the manifest of a folder.
 
     Raises:
-        DataError: the manifest is missing, is not JSON, has another version or dtype, or a field is wrong. The message
-            is one line that names the field and the expected value.
+        DataError: the manifest is missing, is not JSON, has an unknown version or dtype, or has a wrong field. The
+            message is one line, which names the field and what is expected.
     """
     path = Path(folder) / MANIFEST_NAME
     with one_line_read_errors(path):
@@ -185,10 +185,13 @@ def load_manifest(folder: Path | str) -> Manifest:
 
 
 def parse_manifest(content: bytes, place: str) -> Manifest:
-    """Parse and check the bytes of a manifest. Error messages name the manifest by ``place``.
+    """Parse and check the content of a manifest file.
+
+    Args:
+        place: the path or URL of the file, for error messages.
 
     Raises:
-        DataError: the manifest is invalid, see ``load_manifest``.
+        DataError: the manifest is not valid, as in ``load_manifest``.
     """
     try:
         value = json.loads(content)
@@ -214,7 +217,7 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
 
 
 def mask_file_of(shard_file: str) -> str:
-    """Return the name of a shard's mask file, for example ``train_000000.mask.npy`` for ``train_000000.npy``."""
+    """Return the name of the mask file of a shard, for example ``train_000000.mask.npy`` for ``train_000000.npy``."""
     path = PurePosixPath(shard_file)
     return str(path.with_name(path.stem + _MASK_SUFFIX))
 

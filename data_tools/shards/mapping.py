@@ -1,4 +1,4 @@
-"""Memory-map the files of shards: tokens in three formats, and masks. Tokens are read from disk when they are used."""
+"""Memory-map token shards in three formats, and mask files. Tokens are read from disk only when they are used."""
 
 import os
 from collections.abc import Callable
@@ -25,10 +25,10 @@ Mapped = npt.NDArray[Any]
 
 
 def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
-    """Memory-map one shard. Returns one array for each range of tokens that is contiguous in the file.
+    """Memory-map one shard. Return its tokens as a list of arrays, one per contiguous range in the file.
 
     Raises:
-        DataError: the file is missing, unreadable or in another format, or its number of tokens differs from the
+        DataError: the file is missing, unreadable or in another format, or the number of its tokens differs from the
             manifest.
     """
     path = folder / shard.file
@@ -42,12 +42,13 @@ def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
 
 
 def map_mask(folder: Path, shard: ShardRecord) -> Mapped:
-    """Memory-map the mask of a shard, uint8 of shape (tokens,), which is 1 if a token is scored.
+    """Memory-map the mask of a shard, uint8 of shape (tokens,). A value is 1 if the token is scored.
 
     The shard must have a mask.
 
     Raises:
-        DataError: the file is missing, unreadable or not a mask, or its length differs from the number of tokens.
+        DataError: the file is missing, unreadable or not a mask, or its length is not the number of tokens of the
+            shard.
     """
     assert shard.mask_file, f"{shard.file} has no mask"
     path = folder / shard.mask_file
@@ -60,10 +61,10 @@ def map_mask(folder: Path, shard: ShardRecord) -> Mapped:
 
 
 def require_flags(mask: Mapped, place: str) -> None:
-    """Check that a mask contains only 0 and 1.
+    """Raise DataError if a mask contains other values than 0 and 1.
 
-    Raises:
-        DataError: the mask contains another value. The message begins with ``place``.
+    Args:
+        place: the mask file. The message begins with it.
     """
     for start in range(0, len(mask), _SCAN_TOKENS):
         largest = int(mask[start : start + _SCAN_TOKENS].max(initial=0))
@@ -72,12 +73,12 @@ def require_flags(mask: Mapped, place: str) -> None:
 
 
 def map_bytes(path: Path) -> pa.Buffer:
-    """Memory-map the bytes of a file. The file descriptor is closed, so any number of files can be mapped.
+    """Memory-map a file. No file descriptor stays open, so any number of files can be mapped at the same time.
 
     Raises:
         DataError: the file is a git-lfs pointer.
         OSError: the file is missing, empty or unreadable.
-        ValueError: the system has not mapped the file as one contiguous range.
+        ValueError: the file cannot be mapped as one contiguous range of memory.
     """
     require_fetched(path)
     with pa.memory_map(str(path)) as file:
@@ -107,11 +108,11 @@ def _map_whole_file(path: Path, pieces_of: Callable[[pa.Buffer], list[Mapped]], 
 
 
 def npy_tokens(content: pa.Buffer, dtype: np.dtype[Any] = _TOKEN_DTYPE) -> Mapped:
-    """Return the array in the bytes of a ``.npy`` file without copying the bytes, which are usually memory-mapped.
+    """Return the array in the content of a ``.npy`` file, without copying it.
 
     Raises:
-        ValueError: the header is damaged, names another dtype or shape, or does not match the size. The
-            message is one line.
+        ValueError: the header is damaged, the array has another dtype or shape, or the header does not match the size
+            of the content. The message is one line.
     """
     file = pa.BufferReader(content)
     try:

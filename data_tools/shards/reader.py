@@ -1,4 +1,4 @@
-"""Read the shards of a split as one memory-mapped stream of tokens."""
+"""Read the shards of a split as one stream of tokens."""
 
 from pathlib import Path
 
@@ -11,15 +11,13 @@ from data_tools.shards.mapping import MASK_DTYPE, Mapped, map_mask, map_shard, r
 
 
 class TokenStream:
-    """The shards of one split as a single stream of tokens. Call ``open_split`` to open a stream.
+    """The tokens of one split as a single stream, across its shards. Use ``open_split`` to get an instance.
 
-    Shards are memory-mapped, so only the tokens that are read are loaded from disk.
+    The shards are memory-mapped, so tokens are loaded from disk only when they are read.
 
-    Attributes:
-        manifest: the folder's manifest.
-        split: the split's name.
-        tokens, documents, utf8_bytes: totals over the split.
-        has_mask: whether the split has a mask, which says which tokens are scored. Without a mask, all are scored.
+    Attributes: manifest: the manifest of the folder. split: the name of the split. tokens, documents, utf8_bytes: the
+    total numbers in the split. has_mask: whether the split has a mask, which says which tokens are scored. If not, all
+    tokens are scored.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
@@ -39,22 +37,22 @@ class TokenStream:
         return open_split, (self._folder, self.split)
 
     def read(self, start: int, length: int) -> TokenArray:
-        """Return a copy of ``length`` tokens from ``start`` on, across shards if needed, uint16 of shape (length,).
+        """Return a copy of the ``length`` tokens that begin at index ``start``, uint16 of shape (length,).
 
         Raises:
-            DataError: the range is not within the stream, or a token is outside the vocabulary.
+            DataError: the stream does not contain this range, or a token is outside the vocabulary.
         """
         return self.read_windows(np.array([start], dtype=np.int64), length)[0]
 
     def read_windows(self, starts: CountArray, length: int) -> TokenArray:
-        """Return a copy of several windows of equal length, uint16 of shape (B, T).
+        """Return a copy of several windows with T tokens each, uint16 of shape (B, T).
 
         Args:
-            starts: int64 of shape (B,), the first token of each window.
-            length: T, the number of tokens per window.
+            starts: the index of the first token of each window, int64 of shape (B,).
+            length: the number T of tokens per window.
 
         Raises:
-            DataError: a window is not within the stream, or a token is outside the vocabulary.
+            DataError: the stream does not contain a window, or a token is outside the vocabulary.
         """
         self._require_in_range(starts, length)
         windows = np.empty((len(starts), length), dtype=np.uint16)
@@ -63,12 +61,12 @@ class TokenStream:
         return windows
 
     def read_mask_windows(self, starts: CountArray, length: int) -> MaskArray:
-        """Return which tokens of several windows are scored, bool of shape (B, T). The split must have a mask.
+        """Return which tokens in several windows are scored, bool of shape (B, T). The split must have a mask.
 
-        The arguments have the same meaning as in ``read_windows``.
+        The arguments are the same as in ``read_windows``.
 
         Raises:
-            DataError: a window is not within the stream, or the mask contains a value other than 0 and 1.
+            DataError: the stream does not contain a window, or the mask contains other values than 0 and 1.
         """
         assert self.has_mask, f"{self._folder}: the split {self.split!r} has no mask"
         self._require_in_range(starts, length)
@@ -124,13 +122,13 @@ class _Pieces:
 
 
 def open_split(folder: Path | str, split: str) -> TokenStream:
-    """Open a split of a folder of shards, in time proportional to the number of shards.
+    """Open a split of a folder of token shards.
 
-    This function compares sizes with the manifest. To check the contents, call ``verify``.
+    Only the sizes of the shards are compared with the manifest. To check the contents, call ``verify``.
 
     Raises:
-        DataError: the manifest is unusable, the split does not exist or is empty, or a shard is missing, in another
-            format, or of the wrong size.
+        DataError: the manifest cannot be used, the split does not exist or is empty, or a shard is missing, has another
+            format or has the wrong size.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)

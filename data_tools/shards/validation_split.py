@@ -1,4 +1,4 @@
-"""Judge whether the validation split of a dataset is large enough for a stable loss."""
+"""Check whether the validation split of a dataset is large enough to measure a stable loss."""
 
 from data_tools.shards.manifest import VAL_SPLIT, Manifest
 
@@ -9,7 +9,7 @@ _SMALLEST_RATIO = 0.25
 
 
 def describe_small_validation(manifest: Manifest) -> str | None:
-    """Return a warning if the validation split is too small for a stable loss, or far smaller than requested.
+    """Return a warning if the validation split is too small for a stable loss, or much smaller than requested.
 
     Returns None if the split is large enough, or if there is no validation split.
     """

@@ -1,4 +1,4 @@
-"""Verify that shards match their manifest."""
+"""Verify that token shards match their manifest."""
 
 from functools import partial
 from pathlib import Path
@@ -12,18 +12,18 @@ from data_tools.threads import Advance, map_threads, no_progress
 
 
 def verify(folder: Path | str, workers: int | None = None, advance: Advance = no_progress) -> Manifest:
-    """Compare the shards with the hashes and counts in the manifest. Check that all ids are in the vocabulary.
+    """Compare the shards with the hashes and numbers in the manifest. Check that all tokens are in the vocabulary.
 
-    Masks must contain only 0 and 1. This function counts bytes of text only in shards without a mask, and only if the
-    tokenizer is GPT-2's.
+    Masks must contain only 0 and 1. The number of bytes of text is checked only if the tokenizer is GPT-2's and the
+    shard has no mask.
 
     Args:
         folder: the folder with the manifest.
-        workers: the number of threads. Each thread verifies one shard at a time. None means one thread per core.
-        advance: called with the number of verified bytes since the last call.
+        workers: the number of threads. None means one per core.
+        advance: a function that is called with the number of bytes that were verified since the last call.
 
     Raises:
-        DataError: a shard does not match the manifest. The message names the first such shard and the difference.
+        DataError: a shard does not match the manifest. The message names the first such shard, and how it differs.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
@@ -33,11 +33,7 @@ def verify(folder: Path | str, workers: int | None = None, advance: Advance = no
 
 
 def require_unchanged(folder: Path, shard: ShardRecord, advance: Advance = no_progress) -> None:
-    """Compare the SHA-256 of one shard, and of its mask if it has one, with the manifest.
-
-    Raises:
-        DataError: a hash differs, or a file cannot be read.
-    """
+    """Raise DataError if the SHA-256 of a shard or its mask differs from the manifest, or a file cannot be read."""
     for name, sha256 in ((shard.file, shard.sha256), (shard.mask_file, shard.mask_sha256)):
         if name is None:
             continue

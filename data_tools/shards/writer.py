@@ -1,4 +1,4 @@
-"""Write shards in constant memory: stream each shard to a temporary name, fsync the file, then rename it."""
+"""Write token shards in constant memory. A shard is written under a temporary name, fsynced, and then renamed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -29,11 +29,16 @@ OpenFormat = Callable[[BinaryIO], AbstractContextManager[WriteValues]]
 
 @contextmanager
 def write_flat(file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2") -> Iterator[WriteValues]:
-    """Write a file that consists of a header and values of one dtype. Yield the function that appends values.
+    """Return a context manager that writes a file with a header and values of one dtype.
 
-    The header contains the number of values, so this function writes it twice: with the number 0 at the beginning of
-    the block, and with the final number at the end. ``header(n)`` must return the header for ``n`` values. Its length
-    must be the same for every ``n``.
+    It gives a function to append values.
+
+    The header contains the number of values, so it is written twice: at the beginning with the number 0, and when the
+    ``with`` block ends with the final number.
+
+    Args:
+        header: a function that takes a number of values and returns the header. The length of the header must always be
+            the same.
     """
     size = 0
 
@@ -78,7 +83,7 @@ def _shard_file(path: Path, open_format: OpenFormat) -> Iterator[WriteValues]:
 
 
 class ShardWriter:
-    """A shard that is being written. Call ``close`` to complete the shard, or ``abort`` to remove the files."""
+    """A shard that is being written. Call ``close`` to complete the shard, or ``abort`` to remove its files."""
 
     def __init__(self, folder: Path, file: str, split: str, open_format: OpenFormat | None = None) -> None:
         """Open ``folder/file`` for writing. If ``open_format`` is None, the suffix of the file determines the format.
@@ -100,14 +105,14 @@ class ShardWriter:
         self._write_tokens = self._files.enter_context(_shard_file(self._path, open_format))
 
     def append(self, tokens: TokenArray, *, documents: int, utf8_bytes: int, scored: MaskArray | None = None) -> None:
-        """Append whole documents.
+        """Append the tokens of whole documents.
 
         Args:
             tokens: uint16 of shape (tokens,), with ``END_OF_TEXT`` before each document.
-            documents: the number of documents.
-            utf8_bytes: the bytes of text in all documents.
-            scored: bool of shape (tokens,), True for tokens that are scored as targets. Pass this mask in all calls
-                for one shard or in none of them. Without a mask, all tokens are scored.
+            documents: the number of these documents.
+            utf8_bytes: the bytes of text in these documents.
+            scored: the mask, bool of shape (tokens,), True for tokens that are scored. If None, all tokens are scored.
+                For one shard, either all calls must have a mask, or none.
 
         Raises:
             DataError: the disk is full or not writable.
@@ -135,7 +140,7 @@ class ShardWriter:
                 self._write_mask(scored.astype(np.bool_, copy=False).view(np.uint8))
 
     def close(self) -> ShardRecord:
-        """Complete the files of the shard under their final names, the mask first. Return the shard's record.
+        """Complete the shard: give its files their final names, the mask file first. Return the record of the shard.
 
         Raises:
             DataError: the disk is full or not writable.

@@ -1,4 +1,4 @@
-"""The sources of documents. Each source always yields the same documents in the same order."""
+"""Read documents from sources. A source always yields the same documents in the same order."""
 
 from data_tools.sources.files import Slice
 from data_tools.sources.registry import SOURCE_KINDS, Source, SourceRequest, open_source

@@ -1,7 +1,7 @@
-"""Find, slice, open and decompress the files that sources read.
+"""Find, divide, open and decompress the files that sources read.
 
-A path is a local path, or a URL of any protocol that fsspec supports (``s3://``, ``gs://``, ``hf://``, ...). Each error
-message has one line.
+A path is a local path, or a URL of a protocol that fsspec supports (such as ``s3://``, ``gs://`` or ``hf://``). Each
+error message is one line.
 """
 
 import glob
@@ -45,12 +45,11 @@ FileSizes = Sequence[tuple[str, int]]
 
 @dataclass(frozen=True)
 class Slice:
-    """A range of a source that a process can read without the other ranges.
+    """A range of a source. A process can read it without reading other ranges.
 
-    Attributes:
-        path: the file, or the first file if the range covers several files.
-        start, stop: a half-open range. The unit depends on the source: bytes, row groups, rows or files.
-        text_bytes: the approximate bytes of text in the range; None if the number is not known.
+    Attributes: path: the file. If the range contains several files, the first of them. start, stop: the range from
+    ``start`` to ``stop - 1``, in bytes, row groups, rows or files, depending on the source. text_bytes: the approximate
+    number of bytes of text in the range. None if it is not known.
     """
 
     path: str
@@ -65,8 +64,7 @@ class Slice:
 class FileSource:
     """The base class for sources that read files.
 
-    Attributes:
-        files: (path, size in bytes) of each file, in the order in which the files are read.
+    Attributes: files: the path and the size in bytes of each file, in the order in which the files are read.
     """
 
     def __init__(self, inputs: Sequence[str], suffixes: tuple[str, ...], **settings: str | None) -> None:
@@ -80,7 +78,7 @@ class FileSource:
         return {"inputs": list(self._inputs), **describe_files(self.files), **self._settings}
 
     def notices(self) -> list[str]:
-        """Return a list with a line about skipped files, which have other endings than this source reads.
+        """Return a list with one message about the files that are skipped because of their suffix.
 
         The list is empty if no file in an input folder is skipped.
 
@@ -94,7 +92,7 @@ class FileSource:
         return sum(_estimate_text_bytes(path, size) for path, size in self.files)
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        """Return ranges of bytes of at most ``slice_bytes``. A compressed file is one slice."""
+        """Divide the files into slices of at most ``slice_bytes`` bytes. A compressed file is one slice."""
         slices = []
         for path, size in self.files:
             count = max(1, -(-size // slice_bytes)) if compression_of(path) is None else 1
@@ -105,15 +103,16 @@ class FileSource:
 
 
 def group_files(files: FileSizes, slice_bytes: int) -> list[Slice]:
-    """Return slices of whole files, at most ``slice_bytes`` each. A larger file gets a slice of its own."""
+    """Group consecutive files into slices of at most ``slice_bytes`` bytes. A larger file gets its own slice."""
     groups = group_sizes([size for _, size in files], slice_bytes)
     return [Slice(files[start][0], start, stop, size) for start, stop, size in groups]
 
 
 def group_sizes(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, stop, total) for groups of consecutive sizes. ``total`` is the sum of ``sizes[start:stop]``.
+    """Group consecutive sizes so that the total size of each group is at most ``limit``.
 
-    A total exceeds ``limit`` only if one of these sizes alone exceeds ``limit``.
+    A size above ``limit`` gets its own group. Yields (start, stop, total) for each group, where ``total`` is the sum of
+    ``sizes[start:stop]``.
     """
     start, total = 0, 0
     for index, size in enumerate(sizes):
@@ -126,9 +125,9 @@ def group_sizes(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int, in
 
 
 def describe_files(files: FileSizes) -> dict[str, Any]:
-    """Return the number of files, the total bytes, and a SHA-256 of all names and sizes, as JSON values.
+    """Return the number of files, the total of their sizes, and a SHA-256 of all names and sizes, as JSON values.
 
-    The values change if a file is added, removed, renamed or changes its size.
+    The values change if a file is added, removed or renamed, or if its size changes.
     """
     listing = hashlib.sha256()
     for path, size in files:
@@ -137,15 +136,15 @@ def describe_files(files: FileSizes) -> dict[str, Any]:
 
 
 def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
-    """Return (path, size) for each input file. The files of each input are sorted.
+    """Return the path and the size in bytes of each input file. The files of each input are sorted by path.
 
     Args:
-        inputs: files, folders and glob patterns. A folder stands for all files in the folder and its subfolders, except
+        inputs: files, folders and glob patterns. A folder means all files in this folder and its subfolders, except
             hidden files.
-        suffixes: the suffixes of the files to find in folders. If it is empty, all files are found.
+        suffixes: in folders, only files with these suffixes are found. If empty, all files are found.
 
     Raises:
-        DataError: an input does not exist or contains no file, or two inputs contain the same file.
+        DataError: an input does not exist, an input contains no file, or two inputs contain the same file.
     """
     files: dict[str, int] = {}
     for text in inputs:
@@ -168,7 +167,7 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
 
 
 def find_other_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
-    """Return the files in the input folders that ``find_files`` skips because they have none of the suffixes.
+    """Return the files in input folders that ``find_files`` skips, because they have none of the suffixes.
 
     Raises:
         DataError: a folder cannot be read.
@@ -231,9 +230,10 @@ def _list_remote(text: str, suffixes: tuple[str, ...]) -> list[str]:
 def walk_files(
     folder: Path, suffixes: tuple[str, ...], skipped_folders: frozenset[str] = frozenset()
 ) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders that have one of the suffixes (if given) and are not hidden.
+    """Yield the files in a folder and its subfolders that have one of the suffixes. Hidden files are skipped.
 
-    Links to folders are followed, but each folder is visited only once.
+    If ``suffixes`` is empty, files with any suffix are yielded. Links to folders are followed, but each folder is
+    visited only once.
     """
     visited: set[str] = set()
 
@@ -263,16 +263,16 @@ def _estimate_text_bytes(path: str, size: int) -> int:
 
 
 def compression_of(path: str) -> str | None:
-    """Return the name of a file's compression, or None if the suffix is not that of a compressed file."""
+    """Return the name of a file's compression, according to its suffix. Returns None if the file is not compressed."""
     return _COMPRESSIONS.get(os.path.splitext(path)[1])
 
 
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
-    """Open a file at a local path or a URL. The block can read bytes and seek.
+    """Return a context manager that opens a file at a local path or a URL. The file can be read as bytes, and can seek.
 
     Raises:
-        DataError: the file cannot be opened, is a git-lfs pointer, or reading the file fails in the block.
+        DataError: the file cannot be opened, is a git-lfs pointer, or cannot be read inside the ``with`` block.
     """
     with one_line_read_errors(path):
         if is_remote(path):
@@ -290,13 +290,14 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def open_decompressed(path: str) -> Iterator[BinaryIO]:
-    """Open a file for reading bytes. Files that end in ``.gz`` or ``.zst`` are decompressed in constant memory.
+    """Return a context manager that opens a file for reading bytes. ``.gz`` and ``.zst`` files are decompressed.
 
-    Zeros after the end of a ``.gz`` file are ignored. Tapes and some file systems add such zeros, and gunzip ignores
-    them, too.
+    The decompression needs constant memory. Zeros after the end of a ``.gz`` file are ignored, as gunzip does, because
+    tapes and some file systems add such zeros.
 
     Raises:
-        DataError: the file cannot be opened, or reading in the block fails because the file is damaged or incomplete.
+        DataError: the file cannot be opened, or cannot be read inside the ``with`` block because it is damaged or
+            incomplete.
     """
     compression = compression_of(path)
     with open_file(path) as file:
@@ -323,7 +324,10 @@ def _ends_in_zero(file: BinaryIO) -> bool:
 
 @contextmanager
 def one_line_read_errors(path: str | Path) -> Iterator[None]:
-    """Convert read errors in the block to a DataError. The message has one line with the file and the reason."""
+    """Return a context manager that converts read errors in its ``with`` block to a DataError.
+
+    The message is one line with the file and the reason.
+    """
     try:
         yield
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
@@ -338,10 +342,10 @@ def one_line_read_errors(path: str | Path) -> Iterator[None]:
 
 
 def explain_content(path: str, reason: str) -> str:
-    """Explain why a file cannot be read.
+    """Return the reason why a file cannot be read.
 
-    If the first bytes show that the file is of another kind than its name says, return a text that names the kind and
-    says what to do. Otherwise return the first line of ``reason``.
+    If the first bytes show that the file is of another kind than its name says, the result names this kind and says
+    what to do. Otherwise, the result is the first line of ``reason``.
     """
     kind = _KINDS.get(os.path.splitext(path)[1])
     if found := describe_content(path, kind):
@@ -352,15 +356,18 @@ def explain_content(path: str, reason: str) -> str:
 
 
 def describe_error(error: Exception) -> str:
-    """Return the type of an error and the first line of the message."""
+    """Return the type of an error and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def decode_utf8(content: bytes, path: str, offset: int) -> str:
-    """Decode a document or a line that begins at ``offset`` bytes in the decompressed file.
+    """Decode a document or a line of a file.
+
+    Args:
+        offset: the position of ``content`` in the decompressed file, in bytes. It is needed for the error message.
 
     Raises:
-        BadRowError: ``content`` is not valid UTF-8. The message names the file and the offset of the invalid byte.
+        BadRowError: ``content`` is not valid UTF-8. The message contains the file and the position of the invalid byte.
     """
     try:
         return content.decode("utf-8")

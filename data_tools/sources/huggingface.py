@@ -1,4 +1,4 @@
-"""Read datasets from the Hugging Face hub or a local folder with the library ``datasets``."""
+"""Read datasets from the Hugging Face hub or from a local folder, with the library ``datasets``."""
 
 import logging
 import os
@@ -38,7 +38,7 @@ _ENDINGS = {
 
 
 class HuggingFaceSource:
-    """One split of a dataset. The dataset is not copied into a cache."""
+    """One split of a dataset. The documents are read without copying the dataset to a cache."""
 
     def __init__(self, inputs: Sequence[str], text_field: str, dataset_config: str | None, dataset_split: str) -> None:
         """Choose a dataset on the hub, or a local folder with data files or with the output of ``save_to_disk``.
@@ -64,16 +64,16 @@ class HuggingFaceSource:
         }
 
     def text_bytes(self) -> int | None:
-        """Return the bytes of text in a dataset that ``save_to_disk`` wrote. Returns None for other datasets."""
+        """Return the bytes of text in the dataset, if ``save_to_disk`` wrote the dataset. Otherwise, return None."""
         with self._one_line_errors():
             rows = self._open() if self._is_saved() else None
             return None if rows is None else _text_bytes_of(rows, self._text_field)
 
     def notices(self) -> list[str]:
-        """Return a list with a line about skipped files in a local folder.
+        """Return a list with one message about the files in a local folder that are skipped.
 
-        ``datasets`` reads only files of one kind in a folder. The list is empty if no file is skipped, if the kind is
-        not in ``_ENDINGS``, or if the dataset is not a folder of data files.
+        ``datasets`` reads only files of one kind in a folder, such as JSON files. The list is empty if no file is
+        skipped, if the kind is not known here, or if the dataset is not a folder of data files.
         """
         if not os.path.isdir(self._dataset) or self._is_saved():
             return []
@@ -83,7 +83,10 @@ class HuggingFaceSource:
         return [describe_skipped_files(others)] if others else []
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        """Return ranges of rows for a dataset that ``save_to_disk`` wrote, and one slice per data file otherwise."""
+        """Divide the dataset into slices.
+
+        If ``save_to_disk`` wrote the dataset, the slices are ranges of rows. Otherwise, each data file is one slice.
+        """
         with self._one_line_errors():
             self._require_fetched_files()
             rows = self._open()

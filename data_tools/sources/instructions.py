@@ -1,9 +1,9 @@
-"""Read instructions and chats, which consist of prompts and answers. Only the tokens of the answers are scored.
+"""Read instructions and chats. They consist of prompts and answers. Only the tokens of the answers are scored.
 
-A record is an instruction or a chat. An instruction is ``{"instruction": ..., "input": ..., "output": ...}``; ``input``
-may be absent or empty. A chat is a list of messages ``{"role": "user", "content": ...}``, or an object that contains
-such a list. The key names of ShareGPT are also accepted. A file contains one record per line, or one JSON array of
-records.
+A file contains one record per line, or one JSON array of records. A record is an instruction or a chat. An instruction
+is ``{"instruction": ..., "input": ..., "output": ...}``, where ``input`` may be missing or empty. A chat is a list of
+messages ``{"role": "user", "content": ...}``, or an object that contains such a list. The key names of ShareGPT are
+also accepted.
 """
 
 import json
@@ -35,7 +35,7 @@ _UNREAD_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
 class InstructionSource(FileSource):
-    """Files of instructions and chats, laid out as text with headings."""
+    """Files of instructions and chats. Each record becomes a document with a heading before each message."""
 
     def __init__(self, inputs: Sequence[str]) -> None:
         super().__init__(inputs, JSONL_SUFFIXES)
@@ -45,15 +45,15 @@ class InstructionSource(FileSource):
 
 
 def dialogue_of(record: Any, place: object) -> Dialogue:
-    """Convert a record to text with a heading before each message. Only the answers are scored.
+    """Convert a record to a document that has a heading before each message. Only the answers are scored.
 
     Args:
-        record: a parsed JSON value.
-        place: an object whose ``str()`` names the record in error messages.
+        record: the JSON value of the record.
+        place: an object. ``str(place)`` says where the record is, for error messages.
 
     Raises:
-        BadRowError: the record has none of the known shapes, a field is missing or not a string, a role is unknown, or
-            no message is an answer.
+        BadRowError: the record is neither an instruction nor a chat, a field is missing or is not a string, a role is
+            unknown, or no message is an answer.
     """
     if isinstance(record, list):
         return Dialogue(tuple(_segments_of_chat(record, place)))

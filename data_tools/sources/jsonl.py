@@ -1,4 +1,7 @@
-"""Read documents from files of JSON records: one record per line, or one array. The files may be compressed."""
+"""Read documents from JSON files, which may be compressed.
+
+A file contains one JSON record per line, or one JSON array of records.
+"""
 
 import codecs
 import json
@@ -25,7 +28,7 @@ _COUNTED_BYTES = 128 << 20
 
 
 class JsonlSource(FileSource):
-    """Files of JSON objects. One string field of each object is the document."""
+    """Files of JSON objects. A string field of each object contains the document."""
 
     def __init__(self, inputs: Sequence[str], text_field: str) -> None:
         super().__init__(inputs, JSONL_SUFFIXES, text_field=text_field)
@@ -38,7 +41,7 @@ class JsonlSource(FileSource):
 
 
 class Line(NamedTuple):
-    """One line of a file and its offset in the decompressed file. ``str()`` of the line says where it is."""
+    """One line of a file, and its position in bytes in the decompressed file. ``str(line)`` says where the line is."""
 
     path: str
     offset: int
@@ -55,7 +58,7 @@ class Line(NamedTuple):
         return f"{self.path}:{number}"
 
     def parse(self) -> Any:
-        """Return the line's JSON value.
+        """Return the JSON value in the line.
 
         Raises:
             BadRowError: the line is not UTF-8 or not JSON.
@@ -74,7 +77,7 @@ class Line(NamedTuple):
 
 
 class ArrayRecord(NamedTuple):
-    """One record of a file that is a JSON array. ``str()`` returns ``<file>: record <number>``."""
+    """One record of a file that is a JSON array. ``str(record)`` returns ``<file>: record <number>``."""
 
     path: str
     number: int
@@ -84,15 +87,17 @@ class ArrayRecord(NamedTuple):
         return f"{self.path}: record {self.number}"
 
     def parse(self) -> Any:
-        """Return the record."""
+        """Return the JSON value of the record."""
         return self.value
 
 
 def read_records(piece: Slice) -> Iterator[Line | ArrayRecord]:
-    """Yield the records that begin in a range of bytes. All records of an array belong to the range that begins at 0.
+    """Yield the records of a file that begin in a range of bytes.
+
+    If the file is a single JSON array, all its records belong to the range that begins at byte 0.
 
     Raises:
-        DataError: the file cannot be read, or begins like an array and is not valid JSON.
+        DataError: the file cannot be read, or begins like a JSON array but is not valid JSON.
     """
     if not _is_array(piece.path):
         yield from read_lines(piece)
@@ -102,7 +107,10 @@ def read_records(piece: Slice) -> Iterator[Line | ArrayRecord]:
 
 
 def read_lines(piece: Slice) -> Iterator[Line]:
-    """Yield the lines that begin in a range of bytes. Blank lines and a byte order mark are skipped."""
+    """Yield the lines of a file that begin in a range of bytes. Empty lines are skipped.
+
+    A byte order mark at the beginning of the file is removed.
+    """
     with open_decompressed(piece.path) as file:
         offset = piece.start
         if offset:
@@ -122,10 +130,14 @@ def read_lines(piece: Slice) -> Iterator[Line]:
 
 
 def text_of_record(record: Any, text_field: str, place: object) -> str:
-    """Return the document in a JSON object or in a row of a dataset.
+    """Return the document in a record, which is a JSON object or a row of a dataset.
+
+    Args:
+        text_field: the field that contains the document.
+        place: an object. ``str(place)`` says where the record is, for error messages.
 
     Raises:
-        BadRowError: the record is not an object, or the field is missing or not a string. ``place`` names the record.
+        BadRowError: the record is not an object, or the field is missing or is not a string.
     """
     if not isinstance(record, dict):
         cure = "; --source instructions reads chats" if isinstance(record, list) else ""

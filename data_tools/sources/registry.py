@@ -1,4 +1,4 @@
-"""Open a source by the name of its kind. Refuse options that this kind of source does not use."""
+"""Open a source of a given kind. Refuse options that this kind of source does not use."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -23,42 +23,50 @@ FINEWEB_EDU_CONFIG = "sample-10BT"
 
 
 class Source(Protocol):
-    """A sequence of documents, divided into slices. A slice contains the same documents in every process."""
+    """The interface of a source: a sequence of documents, divided into slices.
+
+    A slice contains the same documents in every process.
+    """
 
     def options(self) -> dict[str, Any]:
-        """Return all values that decide which documents the source yields, as JSON values."""
+        """Return all values that determine which documents the source yields, as JSON values."""
         ...
 
     def text_bytes(self) -> int | None:
-        """Return the approximate bytes of text in the source. Returns None if only reading the source can tell."""
+        """Return the approximate number of bytes of text in the source.
+
+        Returns None if the documents must be read to know this number.
+        """
         ...
 
     def notices(self) -> list[str]:
-        """Return lines about the input for the user, such as the number of files that are skipped."""
+        """Return messages about the input for the user, for example how many files are skipped."""
         ...
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        """Return consecutive slices, each with about ``slice_bytes`` bytes of text if the files can be divided."""
+        """Divide the source into consecutive slices.
+
+        A slice has about ``slice_bytes`` bytes of text, but more if a file is larger and cannot be divided.
+        """
         ...
 
     def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[Document]:
         """Yield the documents of a slice, always in the same order. Documents may be empty.
 
-        ``on_bad_row`` receives each row that cannot be read. If it returns, the row is skipped.
+        For each row that cannot be read, ``on_bad_row`` is called with the error. If it raises no error, the row is
+        skipped.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRequest:
-    """The user's choice of a source.
+    """The options with which a user selects a source.
 
-    Attributes:
-        inputs: files, folders or glob patterns. For ``hf``, the name of one dataset or one local folder.
-        text_field: the field or column that contains a document's text.
-        document_separator: for ``text``, the separator between documents of a file. None if a file is one document.
-        dataset_config: for ``hf`` and ``fineweb-edu``, the dataset's configuration.
-        dataset_split: for ``hf`` and ``fineweb-edu``, the dataset's split.
+    Attributes: inputs: files, folders or glob patterns. For ``hf``, the name of one dataset or one local folder.
+    text_field: the field or column that contains a document's text. document_separator: for ``text``, the text between
+    two documents of a file. If None, each file is one document. dataset_config: for ``hf`` and ``fineweb-edu``, the
+    configuration of the dataset. dataset_split: for ``hf`` and ``fineweb-edu``, the split of the dataset.
     """
 
     source: SourceKind
@@ -86,11 +94,11 @@ _KINDS: dict[SourceKind, Callable[..., Source]] = {
 
 
 def open_source(request: SourceRequest) -> Source:
-    """Open the source of a request, without reading its documents.
+    """Open the source that a request selects. Documents are not read yet.
 
     Raises:
-        DataError: the kind is unknown, an input is missing, does not exist or is not used by this kind of source, or
-            an option is set that this kind does not use.
+        DataError: the kind is unknown, an input is missing or does not exist, or this kind of source does not use one
+            of the options.
     """
     if request.source not in _KINDS:
         raise DataError(f"--source {request.source} is not one of {', '.join(SOURCE_KINDS)}")

@@ -1,4 +1,4 @@
-"""Read the rows of a source. Either stop at the first row that cannot be read, or skip all such rows."""
+"""Read the rows of a source. If a row cannot be read, either stop or skip the row."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -10,10 +10,10 @@ Document = TypeVar("Document")
 
 
 class BadRowError(DataError):
-    """A row, line or text of a source cannot be read, but the rows after it can be read.
+    """A row, line or text of a source cannot be read. The rows after it may still be readable.
 
-    The arguments are the place and the problem. The place is converted to text only when the message is needed. This
-    conversion can be slow, because the number of a line is found by counting the lines before it.
+    The arguments are where the row is, and what is wrong. The first argument is converted to text only when the message
+    is needed, because this can be slow: to find the number of a line, all lines before it must be counted.
     """
 
     def __str__(self) -> str:
@@ -25,14 +25,17 @@ OnBadRow = Callable[[BadRowError], None]
 
 
 def stop_at_bad_row(error: BadRowError) -> None:
-    """Raise DataError with the message of ``error``. Unlike ``error``, the DataError can be sent to another process."""
+    """Raise a DataError with the message of ``error``.
+
+    This DataError can be sent to another process, but ``error`` cannot.
+    """
     raise DataError(str(error)) from error
 
 
 def parse_rows(
     rows: Iterable[Row], parse: Callable[[Row], Document], on_bad_row: OnBadRow = stop_at_bad_row
 ) -> Iterator[Document]:
-    """Yield ``parse(row)`` for each row. ``on_bad_row`` receives each BadRowError that ``parse`` raises."""
+    """Yield ``parse(row)`` for each row. If ``parse`` raises a BadRowError, ``on_bad_row`` is called with it."""
     for row in rows:
         try:
             document = parse(row)

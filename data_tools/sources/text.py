@@ -22,9 +22,9 @@ _MAX_HEADS = 1000  # how many files are opened to look for HTML before the work 
 
 
 class TextSource(FileSource):
-    """UTF-8 files. A file is one document, or several documents with a separator between them.
+    """Text files in UTF-8. A file is one document, or contains several documents with a separator between them.
 
-    Texts are not changed: newlines are not translated, and white space is not stripped.
+    The texts do not change. Line ends and white space are kept.
     """
 
     def __init__(self, inputs: Sequence[str], document_separator: str | None) -> None:
@@ -37,14 +37,14 @@ class TextSource(FileSource):
         super().__init__(inputs, suffixes=(), document_separator=document_separator)
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        """Return ranges of bytes if there is a separator, otherwise ranges of whole files."""
+        """Divide the files into slices: ranges of bytes if there is a separator, otherwise whole files."""
         return group_files(self.files, slice_bytes) if self._separator is None else super().slices(slice_bytes)
 
     def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
         return parse_rows(self._read_bytes(piece), lambda row: _decode_text(*row), on_bad_row)
 
     def notices(self) -> list[str]:
-        """Return a list with a line about HTML pages. It is empty if the first local files contain no such pages."""
+        """Return a list with one message if some of the first local files are HTML pages, otherwise an empty list."""
         local = [path for path, _ in self.files if not is_remote(path)][:_MAX_HEADS]
         pages = [path for path in local if begins_as(path, "html")]
         if not pages:

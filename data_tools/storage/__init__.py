@@ -1,1 +1,1 @@
-"""Files and folders, local and remote: durable writes, hashes, locks."""
+"""Work with local and remote files and folders: durable writes, hashes and locks."""

@@ -1,9 +1,11 @@
-"""Write files and folders atomically and durably. Under its final name, a file or folder is always complete.
+"""Write files and folders atomically and durably. A file or folder with its final name is always complete.
 
-The functions write to a temporary name (the *aside* path), call fsync and then rename the file or folder. After a
-crash, an existing target is unchanged and the aside path is left. The next write replaces the aside path.
+The functions write to a temporary name, which is called the *aside* path. Then they call fsync, and rename the file or
+folder to its final name. If the program crashes before that, an existing file or folder with the final name has not
+changed, and the aside path remains. The next write replaces it.
 
-If several processes write one folder, one process calls ``make_empty_folder`` first and ``publish_folder`` last.
+If several processes write into one folder, one of them must call ``make_empty_folder`` before the others begin, and
+``publish_folder`` after all have finished.
 """
 
 import json
@@ -20,23 +22,23 @@ PARTIAL_SUFFIX = ".partial"
 
 
 def partial_path(path: Path) -> Path:
-    """Return the visible aside path of ``path``, for example ``x.json.partial`` for ``x.json``."""
+    """Return an aside path for ``path`` that is not hidden, for example ``x.json.partial`` for ``x.json``."""
     return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
 def hidden_partial_path(path: Path) -> Path:
-    """Return the hidden aside path of ``path``, for example ``.step_00000001.partial`` for ``step_00000001``."""
+    """Return a hidden aside path for ``path``, for example ``.step_00000001.partial`` for ``step_00000001``."""
     return path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
 
 
 def fsync_file(path: Path) -> None:
-    """Fsync a file that another library or process wrote, so that its contents survive a power failure."""
+    """Fsync a file that another library or process has written, so that its contents survive a power failure."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def fsync_folder(path: Path) -> None:
-    """Fsync a folder, so that creations, renames and removals in the folder survive a power failure."""
+    """Fsync a folder, so that files that were created, renamed or removed in it stay so after a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -45,9 +47,9 @@ def fsync_folder(path: Path) -> None:
 
 
 def publish(aside: Path, target: Path) -> None:
-    """Rename a complete and fsynced file or folder atomically, and fsync the parent folder.
+    """Rename ``aside`` to ``target`` atomically, and fsync the parent folder. ``aside`` must be complete and fsynced.
 
-    A file replaces an existing file. A folder replaces only an empty folder.
+    If ``aside`` is a file, it replaces an existing file. If ``aside`` is a folder, it replaces only an empty folder.
 
     Raises:
         OSError: ``aside`` does not exist, or ``target`` cannot be replaced.
@@ -58,11 +60,13 @@ def publish(aside: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
-    """Yield a new file, which replaces ``path`` when the block ends. If the block fails, the new file is deleted.
+    """Return a context manager that gives a new file. When its ``with`` block ends, the new file replaces ``path``.
+
+    If the block raises an error, the new file is deleted.
 
     Args:
         path: the final name. Its folder must exist.
-        aside: the name of the file while it is written, on the same file system. None means ``partial_path(path)``.
+        aside: the temporary name of the file, on the same file system. None means ``partial_path(path)``.
 
     Raises:
         OSError: the file cannot be written, for example because the disk is full or the folder is read-only.
@@ -85,31 +89,32 @@ def atomic_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def write_bytes_durably(path: Path, content: bytes) -> None:
-    """Write a whole file atomically. If writing raises ``OSError``, the old file does not change."""
+    """Write a whole file atomically. If this raises ``OSError``, an existing file has not changed."""
     with atomic_file(path) as file:
         file.write(content)
 
 
 def write_json_durably(path: Path, value: Any) -> None:
-    """Write a value atomically as indented ASCII JSON with a final newline. Keys keep their order."""
+    """Write a value to a file atomically, as indented ASCII JSON with a final newline. Keys keep their order."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_bytes_durably(path, text.encode("ascii"))
 
 
 @contextmanager
 def atomic_folder(target: Path, aside: Path | None = None) -> Iterator[Path]:
-    """Yield an empty folder, which is renamed to ``target`` when the block ends.
+    """Return a context manager that gives an empty folder.
 
-    The folder is locked while the block runs, and deleted if the block fails. If a killed process left the folder
-    behind, its contents are deleted first.
+    When its ``with`` block ends, the folder is renamed to ``target``.
+
+    The folder is locked inside the block, and deleted if the block raises an error. If the folder already exists,
+    because a process was killed, its contents are deleted first.
 
     Args:
-        target: the final name. It must not exist, or it must be an empty folder.
-        aside: the name of the folder while it is written, on the same file system. None means
-            ``hidden_partial_path(target)``.
+        target: the final name. It must not exist yet, or it must be an empty folder.
+        aside: the temporary name of the folder, on the same file system. None means ``hidden_partial_path(target)``.
 
     Raises:
-        DataError: another process is writing the folder.
+        DataError: another process is writing to the folder.
         OSError: the folder cannot be written, for example because the disk is full or ``target`` is not empty.
     """
     target = Path(os.path.abspath(target))
@@ -136,9 +141,9 @@ def make_empty_folder(folder: Path) -> None:
 
 
 def publish_folder(aside: Path, target: Path) -> None:
-    """Fsync every file and folder in ``aside``, then rename ``aside`` to ``target`` and fsync the parent folder.
+    """Fsync everything in the folder ``aside``, rename ``aside`` to ``target``, and fsync the parent folder.
 
-    Processes on other machines that write into ``aside`` must fsync their own files before this call.
+    Processes on other machines must fsync the files that they have written into ``aside`` before this call.
 
     Raises:
         OSError: ``target`` is a file, ``target`` is a folder that is not empty, or the disk reports an error.

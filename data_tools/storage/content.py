@@ -1,4 +1,4 @@
-"""Recognize the kind of a file by its first bytes, for the error message about a file that cannot be read."""
+"""Recognize the kind of a file by its first bytes, for error messages about files that cannot be read."""
 
 import os
 from pathlib import Path
@@ -49,8 +49,8 @@ _KINDS: dict[str, tuple[tuple[bytes, ...], str]] = {
 def describe_content(path: Path | str, *expected: str | None) -> str | None:
     """Return the end of an error message about a local file, for example ``is a PDF; extract its text into a file``.
 
-    The text says of which kind the file is and what the user can do. Returns None if the first bytes do not show the
-    kind, if the kind is one of ``expected`` (keys of ``_KINDS``), or if the file cannot be read.
+    The text says what kind of file it is, and what the user can do. Returns None if the kind is not recognized, if the
+    file cannot be read, or if the kind is one of ``expected``, which are keys of ``_KINDS``.
     """
     head = _read_head(path)
     kind = None if head is None else _recognize(head)
@@ -58,9 +58,11 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
 
 
 def describe_decoded(content: bytes) -> str | None:
-    """Return the end of an error message if bytes are valid UTF-8, but not text. Returns None for text.
+    """Return the end of an error message if bytes can be decoded as UTF-8 but are not text.
 
-    Tar archives, zeros and ASCII text in UTF-16 are recognized.
+    Returns None if they are text.
+
+    This function recognizes tar archives, files of zeros, and ASCII text that is encoded in UTF-16.
     """
     kind = _recognize(content[:_HEAD_BYTES])
     return _KINDS[kind][1] if kind in _DECODED_KINDS else None
@@ -97,7 +99,7 @@ def _is_utf16_without_mark(head: bytes) -> bool:
 
 
 def begins_as(path: Path | str, kind: str) -> bool:
-    """Return whether a file begins like files of ``kind``. Returns True for URLs and for files that cannot be read."""
+    """Return whether a file begins like files of a kind. Returns True for URLs and for files that cannot be read."""
     head = _read_head(path)
     return head is None or _begins(head, kind)
 
@@ -114,7 +116,7 @@ def _read_head(path: Path | str) -> bytes | None:
 
 
 def require_fetched(path: Path | str) -> None:
-    """Check that a local file is not a git-lfs pointer, which a reader of text would take for the file itself.
+    """Raise an error if a local file is only a git-lfs pointer, so that it is not read as if it were the real file.
 
     Raises:
         DataError: the file is a git-lfs pointer.
@@ -126,6 +128,6 @@ def require_fetched(path: Path | str) -> None:
 
 
 def require_no_pointer(head: bytes, path: Path | str) -> None:
-    """Raise DataError if ``head``, the first bytes of a file, begins a git-lfs pointer."""
+    """Raise DataError if a file is a git-lfs pointer. ``head`` is the beginning of the file."""
     if head.startswith(_POINTER_BEGINNING):
         raise DataError(f"{path} {_POINTER}")

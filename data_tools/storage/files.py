@@ -1,4 +1,4 @@
-"""Compute hashes of files and JSON objects, recognize URLs, and check that a path can be written."""
+"""Compute hashes of files and JSON objects, recognize URLs, and check that paths are writable."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ def is_remote(path: str) -> bool:
 
 
 def is_writable(path: Path) -> bool:
-    """Return whether a file or a folder can be written at a path, including missing folders. Nothing is created."""
+    """Return whether a file or a folder can be created at a path. Parent folders may be missing. Nothing is created."""
     existing = path.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -26,13 +26,10 @@ def is_writable(path: Path) -> bool:
 
 
 def require_writable(path: Path, option: str) -> None:
-    """Check before long work that a folder can be written or created at a path.
+    """Raise DataError if a folder cannot be created or written at a path. Call this function before long work.
 
     Args:
-        option: the option that the path belongs to, for the message.
-
-    Raises:
-        DataError: the path cannot be written, or is a file.
+        option: the command-line option that has this path, for the message.
     """
     if path.is_file():
         raise DataError(f"{option}: {path} is a file; name a folder")
@@ -41,11 +38,12 @@ def require_writable(path: Path, option: str) -> None:
 
 
 def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_bytes: None) -> str:
-    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits, in constant memory.
+    """Return the SHA-256 of a file as 64 hexadecimal digits. The file is read in constant memory.
 
     Args:
         path: the file.
-        advance: called every few megabytes with the bytes read since the last call.
+        advance: a function that is called every few megabytes with the number of bytes that were read since the last
+            call.
     """
     digest = hashlib.sha256()
     chunk = memoryview(bytearray(_HASH_CHUNK_BYTES))
@@ -57,12 +55,15 @@ def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_byte
 
 
 def sha256_of_json(value: dict[str, Any]) -> str:
-    """Return the SHA-256 of a JSON object as 64 hexadecimal digits. The order of the keys changes the hash."""
+    """Return a SHA-256 of a JSON object as 64 hexadecimal digits. It depends on the order of the keys."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def dotted_keys(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (key, value) for each value in a JSON object. Keys in inner objects get dots: ``optimizer.eps``."""
+    """Yield the key and the value of each value in nested JSON objects. Keys of inner objects are joined by dots.
+
+    An example of such a key is ``optimizer.eps``.
+    """
     for key, value in content.items():
         if isinstance(value, dict):
             yield from dotted_keys(value, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""The output folder of stage 1, local or at a URL that fsspec knows. Files appear completely or not at all."""
+"""Write files into a folder that is local or at a URL. A file with its final name is always complete."""
 
 import hashlib
 import os
@@ -20,13 +20,13 @@ _SCRATCH_PREFIX = ".scratch-"
 
 
 class LocalFolder:
-    """A folder on this machine or on a network file system. Names may contain folders, such as ``tasks/00000.json``."""
+    """A folder on this machine or on a network file system. File names may contain subfolders: ``tasks/00000.json``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def names(self) -> set[str]:
-        """Return the names of all files. Returns an empty set if the folder does not exist."""
+        """Return the names of all files in the folder. Returns an empty set if the folder does not exist."""
         return {
             Path(parent, name).relative_to(self.path).as_posix()
             for parent, _, names in os.walk(self.path)
@@ -34,7 +34,7 @@ class LocalFolder:
         }
 
     def size(self, name: str) -> int | None:
-        """Return the size of a file in bytes, or None if the file does not exist."""
+        """Return the size of a file in bytes. Returns None if the file does not exist."""
         with one_line_write_errors(self.path / name):
             try:
                 return (self.path / name).stat().st_size
@@ -42,7 +42,11 @@ class LocalFolder:
                 return None
 
     def read(self, name: str) -> bytes:
-        """Return the content of a file. Raises ``FileNotFoundError`` if the file does not exist."""
+        """Return the content of a file.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+        """
         return (self.path / name).read_bytes()
 
     def write(self, name: str, content: bytes) -> None:
@@ -54,12 +58,12 @@ class LocalFolder:
             path.parent.mkdir(exist_ok=True)
 
     def take(self, path: Path, name: str) -> None:
-        """Move a complete local file into the folder, atomically and durably."""
+        """Move a complete local file into the folder, atomically and durably. ``name`` is its new name."""
         with one_line_write_errors(self.path / name):
             publish(path, self.path / name)
 
     def remove(self, names: set[str]) -> None:
-        """Remove the given files if they exist, and folders that become empty."""
+        """Remove the given files if they exist. Also remove subfolders that become empty."""
         if not names:
             return
         with one_line_write_errors(self.path):
@@ -71,18 +75,18 @@ class LocalFolder:
                         folder.rmdir()
 
     def scratch(self) -> Path:
-        """Create a local folder for files that ``take`` will move. The caller must remove the folder."""
+        """Create a local folder for files that will be moved with ``take``. The caller must remove this folder."""
         path = self.path / f"{_SCRATCH_PREFIX}{uuid.uuid4().hex}"
         with one_line_write_errors(path):
             path.mkdir(parents=True)
         return path
 
     def remove_scratch(self) -> None:
-        """Remove the scratch folders that killed processes left."""
+        """Remove scratch folders that remain because processes were killed."""
         _remove_folders(self.path, _SCRATCH_PREFIX)
 
     def free_bytes(self) -> int | None:
-        """Return the free bytes on the disk, or None if the number is not known."""
+        """Return the free disk space in bytes. Returns None if it is not known."""
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         return shutil.disk_usage(existing).free
 
@@ -90,7 +94,7 @@ class LocalFolder:
 class RemoteFolder:
     """A folder at a URL. It has the same methods as ``LocalFolder``.
 
-    Object stores show a file under its name only after the upload of the whole file.
+    In an object store, a file appears only after it was completely uploaded.
     """
 
     def __init__(self, url: str) -> None:
@@ -175,13 +179,13 @@ def open_folder(place: str | Path) -> Folder:
 
 
 def is_scratch(name: str) -> bool:
-    """Return whether a name is the name of a scratch folder."""
+    """Return whether a file or folder has the name of a scratch folder."""
     return name.startswith(_SCRATCH_PREFIX)
 
 
 @contextmanager
 def scratch_of(folder: Folder) -> Iterator[Path]:
-    """Yield a scratch folder, and remove the folder when the block ends."""
+    """Return a context manager that gives a scratch folder, and removes it when its ``with`` block ends."""
     path = folder.scratch()
     try:
         yield path

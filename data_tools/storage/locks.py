@@ -1,4 +1,4 @@
-"""Locks on folders (``flock``). The kernel releases a lock when the process that holds it dies."""
+"""Lock folders with ``flock``. When a process dies, the kernel releases its locks."""
 
 import fcntl
 import os
@@ -17,7 +17,7 @@ _LONGEST_CONTENT = 4096
 
 
 class LockHeldError(Exception):
-    """Another process holds a lock. ``content`` is the text that the other process wrote into the lock file."""
+    """Another process holds the lock. ``content`` is the text that this process wrote into the lock file."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__("another process holds the lock")
@@ -25,14 +25,14 @@ class LockHeldError(Exception):
 
 
 class FileLock:
-    """A lock file that this process holds, exclusively or shared. ``acquire_lock`` returns an instance."""
+    """A lock file that this process has locked, exclusively or shared. Use ``acquire_lock`` to get an instance."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def acquire(self, content: bytes | None) -> bool:
-        """Lock the open file, as ``acquire_lock`` describes. Returns False if another process has removed the file."""
+        """Lock the file, as described for ``acquire_lock``. Returns False if another process has removed the file."""
         operation = fcntl.LOCK_SH if content is None else fcntl.LOCK_EX
         while not _try_flock(self._descriptor, operation):
             held_by = os.pread(self._descriptor, _LONGEST_CONTENT, 0)
@@ -47,17 +47,17 @@ class FileLock:
         return True
 
     def make_exclusive(self) -> bool:
-        """Make this process's shared lock exclusive. Return whether this succeeded.
+        """Change this process's shared lock to an exclusive lock. Return whether this was possible.
 
-        If another process holds the lock too, this call releases the lock of this process and returns False. If every
-        process that shares the lock makes this call when it ends, only the last call returns True.
+        If other processes also hold the lock, this call only releases the lock of this process and returns False. If
+        every process makes this call when it has finished, only the last process gets True.
         """
         # Unlock first. If two processes kept their shared locks, neither of them could get the exclusive lock.
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         return _try_flock(self._descriptor, fcntl.LOCK_EX) and self._is_in_place()
 
     def release(self) -> None:
-        """Release the lock, and remove the file if no other process holds the lock."""
+        """Release the lock. If no other process holds the lock, also remove the lock file."""
         try:
             # If the folder was deleted or is read-only, the file cannot be removed. Closing it still releases the lock.
             with suppress(OSError):
@@ -67,7 +67,7 @@ class FileLock:
             self.close()
 
     def close(self) -> None:
-        """Close the file without removing it from the folder."""
+        """Close the lock file. The file stays in the folder."""
         os.close(self._descriptor)
 
     def _is_in_place(self) -> bool:
@@ -78,13 +78,12 @@ class FileLock:
 
 
 def acquire_lock(path: Path, content: bytes | None) -> FileLock:
-    """Acquire the lock of a lock file. The caller must release the lock.
+    """Lock a lock file. The caller must release the lock.
 
     Args:
         path: the lock file. It is created if it does not exist.
-        content: the text to write into the file while this process holds the lock exclusively. None means a shared
-            lock. A call for a shared lock waits if a process has called ``make_exclusive``, because such a process
-            ends soon.
+        content: the text to write into the file. The lock is then exclusive. If None, the lock is shared. A call for a
+            shared lock waits while another process that has called ``make_exclusive`` finishes.
 
     Raises:
         LockHeldError: another process holds the lock.
@@ -106,7 +105,11 @@ def acquire_lock(path: Path, content: bytes | None) -> FileLock:
 
 @contextmanager
 def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
-    """Hold the lock of a folder for the block, exclusively or shared with other processes.
+    """Return a context manager that holds the lock of a folder during its ``with`` block.
+
+    Args:
+        shared: if True, other processes can hold the lock at the same time, if they also call this with
+            ``shared=True``.
 
     Raises:
         DataError: another process holds the lock, or the lock file is not writable.
@@ -125,7 +128,7 @@ def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
 
 @contextmanager
 def lock_without_file(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the folder itself for the block, without a lock file in the folder.
+    """Return a context manager that locks a folder exclusively during its ``with`` block. It creates no lock file.
 
     Raises:
         DataError: another process holds the lock.

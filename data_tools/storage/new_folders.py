@@ -1,4 +1,4 @@
-"""Create output folders. If the command fails before it writes a file, remove the created folders."""
+"""Create output folders. If a command fails before it has written a file, remove the folders that it has created."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -8,9 +8,10 @@ from data_tools.storage.atomic import fsync_folder
 
 
 def create_folder(path: Path) -> list[Path]:
-    """Create a folder and its missing parents durably. Returns the created folders, the innermost first.
+    """Create a folder and its missing parents durably. Return the created folders, the innermost folder first.
 
-    Raises OSError if the folder cannot be created.
+    Raises:
+        OSError: the folder cannot be created.
     """
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
@@ -21,7 +22,10 @@ def create_folder(path: Path) -> list[Path]:
 
 @contextmanager
 def removed_if_unused(created: Sequence[Path]) -> Iterator[None]:
-    """Run the block. If the block fails, remove those of the ``created`` folders that are empty."""
+    """Return a context manager.
+
+    If its ``with`` block raises an error, the folders ``created`` that are empty are removed.
+    """
     try:
         yield
     except BaseException:
