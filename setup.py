@@ -61,21 +61,29 @@ setup(
     extras_require={
         "cluster": ["ray>=2.40"],
         "harness": ["lm-eval[hf]>=0.4.13,<0.5"],  # for comparison; not in test because it brings about 30 packages
+        "mlflow": ["mlflow-skinny>=3"],
         "plots": ["matplotlib>=3.9"],
         "remote": ["fsspec[http]>=2024.2", "s3fs>=2024.2", "gcsfs>=2024.2"],
+        "wandb": ["wandb>=0.31"],
         "test": [
             "accelerate>=1.1",  # required by transformers.Trainer, which benchmarks use
+            "alembic>=1.13",  # this and three lines below: the server of MLflow
             "build>=1.2",
+            "flask>=3",
+            "flask-cors>=5",
             "fsspec[http]>=2024.2",
             "hypothesis>=6.100",
             "matplotlib>=3.9",
+            "mlflow-skinny>=3",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ray>=2.40",
             "setuptools>=70.1",  # builds wheels by itself
+            "sqlalchemy>=2",
             "transformers>=4.45",
             "twine>=6",
+            "wandb>=0.31",
         ],
         "lint": ["ruff>=0.9", "mypy>=1.14"],
     },

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from launch.cli import ArgumentParser, run_command, start_logging
 from pipeline.report.page import write_report
+from pipeline.run_folder.layout import REPORT_FOLDER
 
 
 def main() -> None:
@@ -15,7 +16,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     start_logging()
-    page, *pictures = write_report(arguments.runs, arguments.out or arguments.runs[0] / "report")
+    page, *pictures = write_report(arguments.runs, arguments.out or arguments.runs[0] / REPORT_FOLDER)
     print(f"wrote {page} and {len(pictures)} PNG files beside it")
 
 

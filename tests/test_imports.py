@@ -50,7 +50,7 @@ ROOMS: dict[str, str] = {
     "pipeline.report": "errors config run_folder evaluation",
     "pipeline.interop": "errors config run_folder model checkpoint report",
     "pipeline.training": (
-        "errors seeds config run_folder distributed model data backends checkpoint evaluation generation interop"
+        "errors seeds config run_folder distributed model data backends checkpoint evaluation generation report interop"
     ),
     "pipeline.planning": "errors config distributed model data",
     "pipeline.doctor": "config distributed model backends",

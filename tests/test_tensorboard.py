@@ -57,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             record.write({**row, "tokens_per_s": 100.0 + step, "mfu": 0.5, "step_ms": 10.0})
         record.write({"step": 5, "val_loss": 2.0, "val_perplexity": 7.4, "tokens": 320})
         record.write({"step": 5, "sample": f"Once upon a time a {name} run"})
-        record.close({"loss": 1.0, "validation_loss": 2.0})
+        record.close(0, "finished", {"loss": 1.0, "validation_loss": 2.0})
     return folder
 
 

@@ -58,7 +58,7 @@ TaskName = Literal[
 #: DeepSpeed's key for the number of consecutive ranks that share secondary shards of all weights (ZeRO++ hpZ).
 HPZ = "zero_hpz_partition_size"
 TASK_NAME = re.compile(r"[\w.-]+")  # a task's name is also the name of its result file
-SinkName = Literal["jsonl", "tensorboard", "console", "csv"]
+SinkName = Literal["jsonl", "tensorboard", "console", "csv", "wandb", "mlflow"]
 Preset = Literal["gpt2-tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 # OpenAI's four sizes are those of Radford et al. 2019, table 2.
@@ -551,8 +551,16 @@ class LoggingConfig(Section):
     every_steps: PositiveInt = Field(10, description="Optimizer steps between logged rows.")
     sinks: list[SinkName] = Field(
         ["jsonl", "tensorboard", "console"],
-        description="Where the rows go: `jsonl` (`metrics.jsonl`), `tensorboard`, `console`, `csv` (`metrics.csv`). "
+        description="Where the rows go: `jsonl` (`metrics.jsonl`), `tensorboard`, `console`, `csv` (`metrics.csv`), "
+        "`wandb`, `mlflow`. "
         "`jsonl` is always written, also if it is not in the list, because resuming, reports and other sinks read it.",
+    )
+    project: NonEmptyText = Field("gpt2-pipeline", description="Name of the W&B project and of the MLflow experiment.")
+    wait_for_checkpoint: bool = Field(
+        True,
+        description="W&B and MLflow cannot delete rows. `true` sends a row when a checkpoint at or after its step is "
+        "saved, so that each step appears once, also after a crash. `false` sends each row at once. If the run then "
+        "goes back to a checkpoint, it continues in a new run of W&B or MLflow, which gets all rows again.",
     )
     profile_steps: NonNegativeInt = Field(
         0,

@@ -16,8 +16,9 @@ from pipeline.report import colours
 from pipeline.report.curves import charts_of
 from pipeline.report.runs import Run, read_runs
 from pipeline.report.tables import Table, evaluation_table, settings_table, summary_table
+from pipeline.run_folder.layout import REPORT_PAGE
 
-PAGE_FILE = "report.html"
+PAGE_FILE = Path(REPORT_PAGE).name
 STYLE = """
 :root { color-scheme: light dark; %(light)s }
 @media (prefers-color-scheme: dark) { :root { %(dark)s } }

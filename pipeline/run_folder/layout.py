@@ -7,6 +7,8 @@ METRICS_FILE = "metrics.jsonl"
 TABLE_FILE = "metrics.csv"  # the same rows as a table
 TENSORBOARD_FOLDER = "tensorboard"
 CHECKPOINTS_FOLDER = "checkpoints"
+REPORT_FOLDER = "report"
+REPORT_PAGE = f"{REPORT_FOLDER}/report.html"
 EVALUATION_FOLDER = "evaluation"  # one JSON file per task
 LOCK_FILE = "run.lock"
 

@@ -24,6 +24,7 @@ from pipeline.evaluation.run import prepare_tasks
 from pipeline.model.attention import fastest_kernel
 from pipeline.model.gpt2 import build_model, flops_per_token, parameter_count
 from pipeline.run_folder.lock import lock_run_folder
+from pipeline.run_folder.sinks import check_sinks
 from pipeline.training.compilation import choose_compilation
 from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.initial_weights import find_initial_weights, load_initial_weights
@@ -74,6 +75,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
             "model.activation_checkpointing: on mps, torch would draw other dropout masks when it recomputes a block; "
             "set it to false, or model.dropout to 0"
         )
+    world.call_on_main(lambda: check_sinks(config.logging.sinks))
     plan = plan_batch(config, world.size)
     datasets = open_datasets(config)
     loader = TrainLoader(datasets, plan, config.run.seed, world.rank)

@@ -6,14 +6,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data_tools.errors import UserError
 from data_tools.storage.atomic import write_json_durably
 from pipeline.checkpoint.background import SaveOutcome
 from pipeline.config.deepspeed_keys import changes_of_numbers
 from pipeline.config.loading import dump_config
-from pipeline.config.schema import Config
-from pipeline.run_folder.layout import CONFIG_FILE
+from pipeline.config.schema import Config, LoggingConfig
+from pipeline.report.page import write_report
+from pipeline.run_folder.layout import CONFIG_FILE, REPORT_FOLDER
 from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, read_metrics
-from pipeline.run_folder.sinks import Sink, create_sinks
+from pipeline.run_folder.sinks import SERVICES, Sink, create_sinks
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class RunRecord:
                 elapsed = (row.get("elapsed_s", 0.0) for row in read_metrics(self.run_folder))
                 self._started -= max(elapsed, default=0.0)
             write_json_durably(self.run_folder / CONFIG_FILE, dump_config(config))
-            self._sinks = create_sinks(config.logging.sinks, self.run_folder)
+            self._sinks = _create_sinks(config.logging, self.run_folder)
             for sink in self._sinks:
                 sink.start(dump_config(config), resumed_step)
 
@@ -80,10 +82,33 @@ class RunRecord:
         for sink in self._sinks:
             sink.rewind(step)
 
-    def close(self, results: dict[str, float]) -> None:
-        """Close all sinks with the last results of the run."""
+    def close(self, step: int, ended: str, results: dict[str, float]) -> None:
+        """Write a row about the end of the run, and close all sinks with a summary.
+
+        Args:
+            step: the number of finished steps.
+            ended: ``finished``, ``interrupted`` (the state is saved) or ``failed``.
+            results: the last losses by name.
+        """
+        self.write({"step": step, "ended": ended})
+        if SERVICES.keys() & set(self.config.logging.sinks) and self._sinks:
+            self._write_report()
+        elapsed_s = round(time.perf_counter() - self._started, 3)
         for sink in self._sinks:
-            sink.end(_without_nan(results))
+            if ended != "failed":
+                sink.settle(step)
+            sink.end({"state": ended, "step": step, "elapsed_s": elapsed_s, **_without_nan(results)})
+
+    def _write_report(self) -> None:
+        """Write the report that services get."""
+        try:
+            write_report([self.run_folder], self.run_folder / REPORT_FOLDER)
+        except (UserError, OSError) as error:
+            log.info("the sinks get no report: %s", error)
+
+
+def _create_sinks(config: LoggingConfig, run_folder: Path) -> list[Sink]:
+    return create_sinks(config.sinks, run_folder, config.project, waits_for_checkpoint=config.wait_for_checkpoint)
 
 
 def _without_nan(row: dict[str, Any]) -> dict[str, Any]:

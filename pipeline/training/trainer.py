@@ -102,6 +102,7 @@ class Trainer:
                 this is only logged.
             Interrupted: a signal asked the run to stop. A checkpoint was saved.
         """
+        ended = "failed"
         try:
             with failures_reported(self.world), self.stop_request.listening(), self.profile.recording():
                 received = self._train()
@@ -110,12 +111,13 @@ class Trainer:
                     self.record.write_saves([outcome])
                     if outcome.problem:
                         raise CheckpointError(outcome.problem)
+            ended = "interrupted" if received else "finished"
         finally:
             self._reach_rare("the end of the run")
             self.guard.log_steps_without_targets()
             self.prefetcher.close()
             self.record.write_saves(self.saver.wait())  # finish and verify an unfinished save, also after an error
-            self.record.close(self.results)
+            self.record.close(self.state.step, ended, self.results)
         if received:
             raise Interrupted(
                 f"{received.name} received: stopped after step {self.state.step} of {self.config.schedule.max_steps}, "

@@ -1,26 +1,45 @@
 """Create the log sinks of a run: one file per sink, one record for all."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.run_folder.sinks.console import Console
 from pipeline.run_folder.sinks.csv_file import CsvFile
 from pipeline.run_folder.sinks.jsonl import MetricsFile
+from pipeline.run_folder.sinks.mlflow_run import MlflowRun, check_mlflow
+from pipeline.run_folder.sinks.service import ServiceSink
 from pipeline.run_folder.sinks.sink import Sink
 from pipeline.run_folder.sinks.tensorboard import TensorBoardLog
+from pipeline.run_folder.sinks.wandb_run import WandbRun, check_wandb
 
-__all__ = ["Sink", "create_sinks"]
+__all__ = ["SERVICES", "Sink", "check_sinks", "create_sinks"]
+
+#: The sinks that are services, with a function that raises ConfigError if the service cannot be used here.
+SERVICES = {"wandb": check_wandb, "mlflow": check_mlflow}
 
 
-def create_sinks(names: Sequence[str], run_folder: Path) -> list[Sink]:
+def check_sinks(names: Sequence[str]) -> None:
+    """Raise ConfigError if a sink cannot be used here, for example because its package is not installed."""
+    for name in names:
+        if name in SERVICES:
+            SERVICES[name]()
+
+
+def create_sinks(names: Sequence[str], run_folder: Path, project: str, *, waits_for_checkpoint: bool) -> list[Sink]:
     """Return the sinks with these names, see ``logging.sinks``. ``metrics.jsonl`` comes first, because others read it.
+
+    Args:
+        project: see ``logging.project``.
+        waits_for_checkpoint: see ``logging.wait_for_checkpoint``.
 
     Raises KeyError if there is no sink with a name.
     """
-    create = {
+    create: dict[str, Callable[[], Sink]] = {
         "jsonl": lambda: MetricsFile(run_folder),
         "csv": lambda: CsvFile(run_folder),
         "tensorboard": lambda: TensorBoardLog(run_folder),
         "console": Console,
+        "wandb": lambda: ServiceSink(WandbRun(project, run_folder), run_folder, waits=waits_for_checkpoint),
+        "mlflow": lambda: ServiceSink(MlflowRun(project), run_folder, waits=waits_for_checkpoint),
     }
     return [create[name]() for name in sorted(names, key=lambda name: name != "jsonl")]

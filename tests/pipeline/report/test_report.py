@@ -139,7 +139,7 @@ class TestReadingRuns:
         record.write({"step": 3, "left_out_samples": [30, 40]})
         for step in range(4, 7):
             record.write(training_row(step, loss=4.0))
-        record.close({})
+        record.close(0, "finished", {})
         charts = {chart.name: chart for chart in charts_of(read_runs([folder]))}
         (curve,) = charts["loss_by_steps"].curves
         assert (curve.x, curve.y) == ([1, 2, 3, 4, 5, 6], [5.0, 5.0, 5.0, 4.0, 4.0, 4.0])

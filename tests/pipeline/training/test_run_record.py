@@ -42,18 +42,18 @@ def log_steps(record: RunRecord, clock: Clock, steps: range, seconds: float) -> 
 
 
 def elapsed(folder: Path) -> dict[int, float]:
-    return {row["step"]: row["elapsed_s"] for row in read_metrics(folder)}
+    return {row["step"]: row["elapsed_s"] for row in read_metrics(folder) if "loss" in row}
 
 
 def test_elapsed_time_continues_with_the_run(tmp_path: Path, clock: Clock) -> None:
     """Ten seconds per step. Steps 4 and 5 are lost in a crash but count; the hours until the next start do not."""
     first = open_record(tmp_path, resumed_step=0)
     log_steps(first, clock, range(1, 6), 10.0)
-    first.close({})
+    first.close(0, "finished", {})
     clock.now += 8 * 3600
     second = open_record(tmp_path, resumed_step=3)
     log_steps(second, clock, range(4, 7), 10.0)
-    second.close({})
+    second.close(0, "finished", {})
     assert elapsed(tmp_path) == {1: 10.0, 2: 20.0, 3: 30.0, 4: 60.0, 5: 70.0, 6: 80.0}
 
 
@@ -61,7 +61,7 @@ def test_a_run_from_scratch_starts_at_zero(tmp_path: Path, clock: Clock) -> None
     for _ in range(2):
         record = open_record(tmp_path, resumed_step=0)
         log_steps(record, clock, range(1, 3), 10.0)
-        record.close({})
+        record.close(0, "finished", {})
     assert elapsed(tmp_path) == {1: 10.0, 2: 20.0}
 
 
@@ -69,14 +69,14 @@ def test_rows_without_elapsed_time_count_as_zero(tmp_path: Path, clock: Clock) -
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     record = open_record(tmp_path, resumed_step=1)
     log_steps(record, clock, range(2, 3), 10.0)
-    record.close({})
+    record.close(0, "finished", {})
     assert read_metrics(tmp_path)[1]["elapsed_s"] == 10.0
 
 
 def test_without_tensorboard_there_are_no_event_files(tmp_path: Path) -> None:
     record = open_record(tmp_path, resumed_step=0)
     record.write({"step": 1, "loss": 1.0})
-    record.close({"loss": 1.0})
+    record.close(0, "finished", {"loss": 1.0})
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG_FILE, METRICS_FILE}
 
 
@@ -89,6 +89,6 @@ def test_every_row_names_the_keys_that_change_the_numbers(tmp_path: Path, caplog
     record = RunRecord(config, is_main=True, resumed_step=0)
     with caplog.at_level("INFO"):
         record.write({"step": 1, "loss": 2.0})
-    record.close({})
-    assert [row["different_numbers"] for row in read_metrics(tmp_path)] == [["prescale_gradients"]]
+    record.close(0, "finished", {})
+    assert [row["different_numbers"] for row in read_metrics(tmp_path) if "loss" in row] == [["prescale_gradients"]]
     assert "loss 2.0000 | different numbers" in caplog.text

@@ -18,7 +18,7 @@ from tests.pipeline.conftest import largest_file
 
 
 def start(folder: Path, resumed_step: int = 0) -> list[Sink]:
-    sinks = create_sinks(["csv", "jsonl"], folder)
+    sinks = create_sinks(["csv", "jsonl"], folder, "project", waits_for_checkpoint=True)
     for sink in sinks:
         sink.start({}, resumed_step)
     return sinks

@@ -1,0 +1,203 @@
+"""Send the rows to a service such as W&B or MLflow, in a thread, so that a slow or absent server never stops a run."""
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+from data_tools.storage.atomic import write_json_durably
+from pipeline.run_folder.layout import CONFIG_FILE, METRICS_FILE, REPORT_PAGE
+from pipeline.run_folder.metrics import read_metrics
+from pipeline.run_folder.sinks.sink import Row, Sink
+
+log = logging.getLogger(__name__)
+
+LONGEST_END_S = 30.0  # how long the end of a run waits for rows that are not sent yet
+
+
+class Service(ABC):
+    """A connection to a service that cannot delete rows. Every method may raise any error of the service's library."""
+
+    name: str
+
+    @abstractmethod
+    def connect(self, config: dict[str, Any], run_id: str | None) -> str:
+        """Continue the service's run ``run_id``, or create a run. Returns the id of the run.
+
+        Args:
+            config: the resolved run config.
+        """
+
+    @abstractmethod
+    def send(self, rows: Sequence[Row]) -> None:
+        """Send rows, in order."""
+
+    @abstractmethod
+    def attach(self, files: Sequence[Path]) -> None:
+        """Upload files, or replace them."""
+
+    @abstractmethod
+    def end(self, summary: Row) -> None:
+        """Send the summary and end the service's run. The run can be continued later."""
+
+
+class ServiceSink(Sink):
+    """Sends each row of ``metrics.jsonl`` once, also after a resume, a rollback and while the server is away.
+
+    A service cannot delete rows. Therefore, a row is sent when a checkpoint at or after its step is saved, because the
+    run will then not write this row again. If ``waits`` is False, a row is sent at once. If rows that were sent are
+    dropped later, the rows that are left are sent again, to a new run of the service.
+
+    The file ``NAME_run.json`` in the run folder stores the id of the service's run and the number of sent rows. If some
+    rows of ``metrics.jsonl`` were not sent, the next start of the run sends these rows.
+    """
+
+    def __init__(self, service: Service, run_folder: Path, *, waits: bool) -> None:
+        self._service = service
+        self._run_folder = run_folder
+        self._waits = waits
+        self._config: dict[str, Any] = {}
+        self._held: list[Row] = []  # rows that wait for a checkpoint
+        self._queued_step = -1  # the largest step of the rows that were queued or sent
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        # The following attributes belong to the thread.
+        self._run_id: str | None = None
+        self._is_connected = False
+        self._unsent: list[Row] = []
+        self._sent = 0
+        self._sent_step = -1
+        self._failures = 0
+        self._thread = Thread(target=self._work, name=f"{service.name} sink", daemon=True)
+
+    @property
+    def _state_file(self) -> Path:
+        return self._run_folder / f"{self._service.name}_run.json"
+
+    def start(self, config: dict[str, Any], resumed_step: int) -> None:
+        self._config = config
+        kept = read_metrics(self._run_folder)
+        state = self._read_state()
+        if state["sent_step"] <= resumed_step and state["rows"] <= len(kept):
+            self._run_id, self._sent = state["run_id"], state["rows"]
+            self._queued_step = self._sent_step = state["sent_step"]
+        self._held = kept[self._sent :]
+        self._thread.start()
+        self._jobs.put(self._flush)  # the service shows the run and its config before the first rows
+        self.settle(resumed_step)
+
+    def _read_state(self) -> dict[str, Any]:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            state = json.loads(self._state_file.read_text(encoding="utf-8"))
+            return {"run_id": str(state["run_id"]), "rows": int(state["rows"]), "sent_step": int(state["sent_step"])}
+        return {"run_id": None, "rows": 0, "sent_step": -1}
+
+    def write(self, row: Row) -> None:
+        self._held.append(row)
+        if not self._waits:
+            self._queue(len(self._held))
+
+    def settle(self, step: int) -> None:
+        later = (number for number, row in enumerate(self._held) if row["step"] > step)
+        self._queue(next(later, len(self._held)))
+
+    def _queue(self, count: int) -> None:
+        """Queue the first rows that are held. Rows are sent in the order of ``metrics.jsonl``."""
+        rows, self._held = self._held[:count], self._held[count:]
+        if rows:
+            self._queued_step = max(self._queued_step, *(row["step"] for row in rows))
+            self._jobs.put(lambda: self._send(rows))
+
+    def rewind(self, step: int) -> None:
+        if self._queued_step <= step:
+            self._held = [row for row in self._held if row["step"] <= step]
+            return
+        self._held = [row for row in read_metrics(self._run_folder) if row["step"] <= step]
+        self._queued_step = -1
+        self._jobs.put(self._start_again)
+        self._queue(len(self._held))
+
+    def end(self, summary: Row) -> None:
+        self._jobs.put(lambda: self._end(summary))
+        self._jobs.put(None)
+        self._thread.join(LONGEST_END_S)
+        name, left = self._service.name, len(self._unsent)
+        if self._thread.is_alive():
+            log.warning("%s: did not finish within %.0f s; failures: %d", name, LONGEST_END_S, self._failures)
+        elif self._failures:
+            log.warning("%s: failures: %d; rows that were not sent: %d", name, self._failures, left)
+        if left:
+            log.warning("%s: %s has all rows; the next start of this run sends the rest", name, METRICS_FILE)
+
+    # The thread calls the following methods.
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    def _send(self, rows: list[Row]) -> None:
+        self._unsent += rows
+        if self._jobs.empty():  # otherwise, send these rows together with later ones
+            self._flush()
+
+    def _flush(self) -> None:
+        """Connect if necessary, and send all rows that are not sent yet."""
+        with _Caught(self):
+            if not self._is_connected:
+                self._run_id = self._service.connect(self._config, self._run_id)
+                self._is_connected = True
+                self._write_state()
+                self._service.attach([self._run_folder / CONFIG_FILE])
+            if self._unsent:
+                self._service.send(self._unsent)
+                self._sent += len(self._unsent)
+                self._sent_step = max(self._sent_step, *(row["step"] for row in self._unsent))
+                self._unsent = []
+                self._write_state()
+
+    def _start_again(self) -> None:
+        """Continue in a new run of the service, without the rows that were sent to the earlier run."""
+        if self._is_connected:
+            with _Caught(self):
+                self._service.end({"state": "superseded"})
+        self._is_connected, self._run_id, self._unsent, self._sent, self._sent_step = False, None, [], 0, -1
+
+    def _end(self, summary: Row) -> None:
+        self._flush()
+        if self._is_connected:
+            with _Caught(self):
+                files = [self._run_folder / REPORT_PAGE, self._run_folder / METRICS_FILE]
+                self._service.attach([file for file in files if file.exists()])
+                self._service.end(summary)
+
+    def _write_state(self) -> None:
+        state = {"run_id": self._run_id, "rows": self._sent, "sent_step": self._sent_step}
+        write_json_durably(self._state_file, state)
+
+    def count_failure(self, error: Exception) -> None:
+        """Count an error of the service, and log the first one."""
+        self._failures += 1
+        if self._failures == 1:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            log.warning("%s: cannot send (%s); the run continues and tries again later", self._service.name, reason)
+
+
+class _Caught:
+    """Catches every error in the block, because a library may raise anything, and lets the sink count it."""
+
+    def __init__(self, sink: ServiceSink) -> None:
+        self._sink = sink
+
+    def __enter__(self) -> None:
+        """Enter the block."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        """Count an error, and continue after the block."""
+        if isinstance(error, Exception):
+            self._sink.count_failure(error)
+            return True
+        return False

@@ -1,0 +1,77 @@
+"""Send the rows to Weights & Biases. With ``WANDB_MODE=offline``, they are written into the run folder."""
+
+import secrets
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.errors import install_command
+from data_tools.storage.files import dotted_keys
+from pipeline.errors import ConfigError
+from pipeline.run_folder.sinks.service import Service
+from pipeline.run_folder.sinks.sink import Row
+
+FLUSH_INTERVAL_S = 0.5
+
+
+def check_wandb() -> None:
+    """Raise ConfigError if the package is missing, or if the user is not logged in and W&B is not offline."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(f"logging.sinks: wandb cannot be imported ({error}): {install_command('wandb')}") from None
+    if wandb.setup().settings.mode in ("offline", "disabled"):
+        return
+    try:
+        wandb.login(verify=False)
+    except wandb.errors.UsageError:
+        raise ConfigError(
+            "logging.sinks: wandb is not logged in; run 'wandb login', or set WANDB_MODE=offline and upload the run "
+            "later with 'wandb sync'"
+        ) from None
+
+
+class WandbRun(Service):
+    """A W&B run. Each row is one row of its history, with ``step`` as the x-axis of all charts."""
+
+    name = "wandb"
+
+    def __init__(self, project: str, run_folder: Path) -> None:
+        self._project = project
+        self._run_folder = run_folder
+        self._run: Any = None
+
+    def connect(self, config: dict[str, Any], run_id: str | None) -> str:
+        import wandb
+
+        run_id = run_id or secrets.token_hex(4)
+        self._run = wandb.init(
+            project=self._project,
+            name=config["run"]["name"],
+            id=run_id,
+            resume="allow",
+            dir=str(self._run_folder),
+            settings=wandb.Settings(console="off", silent=True, x_transaction_log_flush_interval=FLUSH_INTERVAL_S),
+        )
+        self._run.config.update(dict(dotted_keys(config)), allow_val_change=True)
+        # W&B's own step must not fall, but the row of a save comes after later steps.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step", step_sync=False)
+        return run_id
+
+    def send(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._run.log(row)
+        time.sleep(2 * FLUSH_INTERVAL_S)  # then the rows are in W&B's file, and a kill of all processes keeps them
+
+    def attach(self, files: Sequence[Path]) -> None:
+        for file in files:
+            copy = Path(self._run.dir, file.name)  # W&B would link a file in another folder, and print a warning
+            shutil.copyfile(file, copy)
+            self._run.save(str(copy), base_path=self._run.dir, policy="now")
+
+    def end(self, summary: Row) -> None:
+        self._run.summary.update(summary)
+        self._run.finish(exit_code=int(summary["state"] == "failed"))
