@@ -37,9 +37,10 @@ _BYTES_PER_TOKEN = 4
 class Chunk:
     """A range of the source that one process encodes.
 
-    Attributes: index: the number of the chunk in the order of the source. The names of the chunk's shards contain this
-    number. slices: the slices of the source that belong to the chunk. limit_documents: the number of documents to
-    encode, without empty documents. None means all documents.
+    Attributes:
+        index: the number of the chunk in the order of the source. The names of the chunk's shards contain this number.
+        slices: the slices of the source that belong to the chunk.
+        limit_documents: the number of documents to encode, without empty documents. None means all documents.
     """
 
     index: int
@@ -79,13 +80,16 @@ class Chunk:
 class ChunkRecord:
     """The results of a finished chunk.
 
-    Attributes: index: the chunk's index. shards: the records of the chunk's shards. Shards of the same split follow
-    each other. lengths: a histogram. Entry k is the number of documents that have 2**k to 2**(k+1) - 1 tokens.
-    repeated: the number of documents that were left out because they are equal to an earlier document. checked: the
-    number of documents whose tokens were compared with the tokens of tiktoken. is_divided: whether the chunk's only
-    document was divided between the splits. bad_rows: the number of rows that were skipped because they cannot be read.
-    bad_places: for each of the first skipped rows, where it is and why it cannot be read. empty: the number of
-    documents that were left out because they are empty.
+    Attributes:
+        index: the chunk's index.
+        shards: the records of the chunk's shards. Shards of the same split follow each other.
+        lengths: a histogram. Entry k is the number of documents that have 2**k to 2**(k+1) - 1 tokens.
+        repeated: the number of documents that were left out because they are equal to an earlier document.
+        checked: the number of documents whose tokens were compared with the tokens of tiktoken.
+        is_divided: whether the chunk's only document was divided between the splits.
+        bad_rows: the number of rows that were skipped because they cannot be read.
+        bad_places: for each of the first skipped rows, where it is and why it cannot be read.
+        empty: the number of documents that were left out because they are empty.
     """
 
     index: int

@@ -21,10 +21,12 @@ WORKER_BYTES = 350 << 20
 class Estimate:
     """An estimate of the work for a tokenize request.
 
-    Attributes: text_bytes: the bytes of text in the source. None if the whole source must be read to know this number.
-    bytes_per_token: the bytes of text per token, measured in the first documents. free_bytes: the free disk space for
-    the output folder. None if it is not known. chunks: the number of chunks, including finished chunks. workers: the
-    number of worker processes on this machine.
+    Attributes:
+        text_bytes: the bytes of text in the source. None if the whole source must be read to know this number.
+        bytes_per_token: the bytes of text per token, measured in the first documents.
+        free_bytes: the free disk space for the output folder. None if it is not known.
+        chunks: the number of chunks, including finished chunks.
+        workers: the number of worker processes on this machine.
     """
 
     text_bytes: int | None

@@ -73,8 +73,10 @@ def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
 class OutputFolder:
     """The output folder of a request that is not complete yet. Use ``open_output`` to get an instance.
 
-    Attributes: folder: reads and writes the files in the folder. chunks: all chunks of the request. The list is empty
-    before ``plan`` is called. finished: maps the index of each finished chunk to its record.
+    Attributes:
+        folder: reads and writes the files in the folder.
+        chunks: all chunks of the request. The list is empty before ``plan`` is called.
+        finished: maps the index of each finished chunk to its record.
     """
 
     def __init__(self, out: Path | str, identity: dict[str, Any], *, shared: bool, lock: FileLock | None) -> None:

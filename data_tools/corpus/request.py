@@ -23,16 +23,21 @@ _CHOICES = {
 class TokenizeRequest(SourceRequest):
     """A request to stage 1: the source (see ``SourceRequest``), the output folder, and options for tokenizing.
 
-    Attributes: out: the path or URL of the folder for the shards and their manifest. format: the file format of the
-    shards. val_fraction: the fraction of the documents that is used for validation, in [0, 1). shard_tokens: the
-    largest number of tokens per shard. A document with more tokens gets its own shard. seed: the seed that determines
-    the split of each document. limit_documents: the largest number of documents to tokenize. None means no limit.
-    limit_bytes: stop after the document with which the texts reach this number of UTF-8 bytes. None means no limit.
-    deduplicate: if ``exact``, every document that is equal to an earlier document is left out. on_bad_rows: if
-    ``skip``, rows that cannot be read are left out and reported. If ``stop``, the first such row ends the request.
-    workers: the number of worker processes on this machine. None means one per core. encoder: the encoder to use (see
-    ``choose_encoder``). engine: ``local`` (processes on this machine) or ``ray`` (a Ray cluster). ray_address: the
-    address of the Ray cluster. If None, a cluster is started on this machine.
+    Attributes:
+        out: the path or URL of the folder for the shards and their manifest.
+        format: the file format of the shards.
+        val_fraction: the fraction of the documents that is used for validation, in [0, 1).
+        shard_tokens: the largest number of tokens per shard. A document with more tokens gets its own shard.
+        seed: the seed that determines the split of each document.
+        limit_documents: the largest number of documents to tokenize. None means no limit.
+        limit_bytes: stop after the document with which the texts reach this number of UTF-8 bytes. None means no limit.
+        deduplicate: if ``exact``, every document that is equal to an earlier document is left out.
+        on_bad_rows: if ``skip``, rows that cannot be read are left out and reported. If ``stop``, the first such row
+            ends the request.
+        workers: the number of worker processes on this machine. None means one per core.
+        encoder: the encoder to use (see ``choose_encoder``).
+        engine: ``local`` (processes on this machine) or ``ray`` (a Ray cluster).
+        ray_address: the address of the Ray cluster. If None, a cluster is started on this machine.
 
     The last four options do not change the shards.
 

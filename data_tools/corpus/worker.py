@@ -36,9 +36,11 @@ _LENGTH_CLASSES = 33
 class Job:
     """The values that are the same for all chunks of a request.
 
-    Attributes: request: the tokenize request. encoder: the encoder's name, ``gigatoken`` or ``tiktoken``. is_one_chunk:
-    whether the whole corpus is only one chunk. identity_sha256: the hash of the identity of the request. Each worker
-    checks that it computes the same hash.
+    Attributes:
+        request: the tokenize request.
+        encoder: the encoder's name, ``gigatoken`` or ``tiktoken``.
+        is_one_chunk: whether the whole corpus is only one chunk.
+        identity_sha256: the hash of the identity of the request. Each worker checks that it computes the same hash.
     """
 
     request: TokenizeRequest

@@ -18,7 +18,8 @@ from data_tools.tokenizer import END_OF_TEXT, replace_lone_surrogates
 class Dialogue:
     """An instruction with its answer, or a chat, formatted as text.
 
-    Attributes: segments: consecutive segments of the text, as pairs (text, is_scored).
+    Attributes:
+        segments: consecutive segments of the text, as pairs (text, is_scored).
     """
 
     segments: tuple[tuple[str, bool], ...]

@@ -54,10 +54,13 @@ class Split:
 class TokenCollection:
     """The tokens in a folder, in a file or in a pair of files.
 
-    Attributes: path: the path that the user gave. format: one of ``INPUT_FORMATS``. tokenizer: the tokenizer that
-    created the tokens. Files of other programs are assumed to use GPT-2's tokenizer. source: the origin of the tokens.
-    If a manifest is written for these tokens, it contains this record. splits: maps the names of splits to the splits.
-    manifest: the manifest, if this is a folder of this project. Otherwise None.
+    Attributes:
+        path: the path that the user gave.
+        format: one of ``INPUT_FORMATS``.
+        tokenizer: the tokenizer that created the tokens. Files of other programs are assumed to use GPT-2's tokenizer.
+        source: the origin of the tokens. If a manifest is written for these tokens, it contains this record.
+        splits: maps the names of splits to the splits.
+        manifest: the manifest, if this is a folder of this project. Otherwise None.
     """
 
     path: Path

@@ -51,10 +51,13 @@ class SplitReport:
 class FolderReport:
     """A summary of the tokens in a folder or file. ``str(report)`` returns a table.
 
-    Attributes: path: the path that the user gave. format: one of ``INPUT_FORMATS``. problem: a message about the first
-    file that is missing or has the wrong size. None if there is no such file. about: the other values in the manifest,
-    as JSON values. If there is no manifest, the assumed tokenizer, and a description of the source. splits: maps the
-    names of splits to their reports.
+    Attributes:
+        path: the path that the user gave.
+        format: one of ``INPUT_FORMATS``.
+        problem: a message about the first file that is missing or has the wrong size. None if there is no such file.
+        about: the other values in the manifest, as JSON values. If there is no manifest, the assumed tokenizer, and a
+            description of the source.
+        splits: maps the names of splits to their reports.
     """
 
     path: Path

@@ -25,13 +25,17 @@ CHUNK_TOKENS = 1 << 20
 class ConvertRequest:
     """A request to convert tokens in a folder or file into a new folder.
 
-    Attributes: source: a folder, a file, or the path of a pair of Megatron's files without ``.bin`` and ``.idx``. out:
-    a new or empty folder. to: one of ``OUTPUT_FORMATS``. source_format: one of ``INPUT_FORMATS``, or ``auto``.
-    split_of: maps file names to splits, for files that another program wrote. Required if a file name does not contain
-    the split. shard_tokens: the number of tokens per shard. None usually means 100 million. However, if the source is a
-    folder of this project and the new format is npy or arrow, None means that each shard becomes one new shard. name:
-    the prefix of the new file names, if the new format is llm.c's. None means the name of ``out``. workers: the number
-    of threads. None means one per core. The result does not depend on it.
+    Attributes:
+        source: a folder, a file, or the path of a pair of Megatron's files without ``.bin`` and ``.idx``.
+        out: a new or empty folder.
+        to: one of ``OUTPUT_FORMATS``.
+        source_format: one of ``INPUT_FORMATS``, or ``auto``.
+        split_of: maps file names to splits, for files that another program wrote. Required if a file name does not
+            contain the split.
+        shard_tokens: the number of tokens per shard. None usually means 100 million. However, if the source is a folder
+            of this project and the new format is npy or arrow, None means that each shard becomes one new shard.
+        name: the prefix of the new file names, if the new format is llm.c's. None means the name of ``out``.
+        workers: the number of threads. None means one per core. The result does not depend on it.
 
     Raises:
         DataError: an option has an invalid value. The message says which values are valid.

@@ -35,9 +35,10 @@ class Contents:
 class Vocabulary:
     """Counts documents, tokens and bytes of text in the tokens of a given tokenizer.
 
-    Attributes: size: the vocabulary size. All ids are below this number. end_of_text: the id of the token that
-    separates documents. This token counts as 0 bytes of text. knows_bytes: whether bytes of text can be counted. This
-    is possible only for GPT-2's vocabulary.
+    Attributes:
+        size: the vocabulary size. All ids are below this number.
+        end_of_text: the id of the token that separates documents. This token counts as 0 bytes of text.
+        knows_bytes: whether bytes of text can be counted. This is possible only for GPT-2's vocabulary.
     """
 
     def __init__(self, tokenizer: TokenizerRecord) -> None:

@@ -117,11 +117,13 @@ class ShardRecord:
 class Manifest:
     """The description of a folder of token shards.
 
-    Attributes: tokenizer: the tokenizer that created the ids in the shards. source: the origin of the documents.
-    settings: the options for the shards, such as the format and the fraction of documents for validation. shards: the
-    records of all shards. The shards of a split are in the order of their tokens. report: statistics about the
-    documents, such as their lengths, or None. made: when and with which software versions the folder was written, or
-    None. The shards do not depend on this.
+    Attributes:
+        tokenizer: the tokenizer that created the ids in the shards.
+        source: the origin of the documents.
+        settings: the options for the shards, such as the format and the fraction of documents for validation.
+        shards: the records of all shards. The shards of a split are in the order of their tokens.
+        report: statistics about the documents, such as their lengths, or None.
+        made: when and with which software versions the folder was written, or None. The shards do not depend on this.
     """
 
     tokenizer: TokenizerRecord

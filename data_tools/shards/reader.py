@@ -15,9 +15,11 @@ class TokenStream:
 
     The shards are memory-mapped, so tokens are loaded from disk only when they are read.
 
-    Attributes: manifest: the manifest of the folder. split: the name of the split. tokens, documents, utf8_bytes: the
-    total numbers in the split. has_mask: whether the split has a mask, which says which tokens are scored. If not, all
-    tokens are scored.
+    Attributes:
+        manifest: the manifest of the folder.
+        split: the name of the split.
+        tokens, documents, utf8_bytes: the total numbers in the split.
+        has_mask: whether the split has a mask, which says which tokens are scored. If not, all tokens are scored.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:

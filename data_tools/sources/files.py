@@ -47,9 +47,11 @@ FileSizes = Sequence[tuple[str, int]]
 class Slice:
     """A range of a source. A process can read it without reading other ranges.
 
-    Attributes: path: the file. If the range contains several files, the first of them. start, stop: the range from
-    ``start`` to ``stop - 1``, in bytes, row groups, rows or files, depending on the source. text_bytes: the approximate
-    number of bytes of text in the range. None if it is not known.
+    Attributes:
+        path: the file. If the range contains several files, the first of them.
+        start, stop: the range from ``start`` to ``stop - 1``, in bytes, row groups, rows or files, depending on the
+            source.
+        text_bytes: the approximate number of bytes of text in the range. None if it is not known.
     """
 
     path: str
@@ -64,7 +66,8 @@ class Slice:
 class FileSource:
     """The base class for sources that read files.
 
-    Attributes: files: the path and the size in bytes of each file, in the order in which the files are read.
+    Attributes:
+        files: the path and the size in bytes of each file, in the order in which the files are read.
     """
 
     def __init__(self, inputs: Sequence[str], suffixes: tuple[str, ...], **settings: str | None) -> None:

@@ -17,7 +17,7 @@ __all__ = ["Backend", "Fragment", "cpu_adam_problem", "create_backend"]
 def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -> Backend:
     """Wrap a newly built fp32 model in the backend that the config selects.
 
-    The module of the backend is imported only here, because the import of DeepSpeed takes seconds.
+    The function imports the module of the backend only when it is called, because importing DeepSpeed takes seconds.
     """
     if config.backend.name == "ddp":
         from pipeline.backends.ddp import DdpBackend

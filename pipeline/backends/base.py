@@ -21,8 +21,8 @@ from pipeline.model.parameter_state import optimizer_state_names
 class Backend(ABC):
     """A model and its optimizer, distributed over the ranks by a library such as FSDP2.
 
-    The trainer calls ``accumulate`` once per micro-step and ``step`` once per step. Every backend averages gradients
-    over the ranks. The trainer needs their sum, and therefore multiplies the loss by the world size.
+    The trainer calls ``accumulate`` once per micro-step and ``step`` once per step. A backend averages the gradients
+    over the ranks. Because the trainer needs the sum of the gradients, it multiplies the loss by the world size.
     """
 
     compute: nn.Module  # the wrapped module; calling it has the same effect as calling GPT2
@@ -44,13 +44,12 @@ class Backend(ABC):
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
         """Run the forward and backward pass of one micro-batch, and add its gradients to the accumulated gradients.
 
-        Returns the sum of the losses of all scored targets, a detached scalar.
+        Returns the sum of the losses of all scored targets as a detached scalar.
 
         Args:
             tokens: (B, T) int64 ids on the device.
             targets: (B, T) int64 ids. ``IGNORE_INDEX`` marks targets that are not scored.
-            loss_weight: the factor for the sum of the losses in the backward pass. The returned sum is not multiplied
-                by this factor.
+            loss_weight: a factor for the loss. It affects only the gradients, not the returned sum.
             is_last: whether this is the last micro-step of the step. If False, the backend may skip the synchronization
                 of gradients between ranks.
         """
@@ -58,9 +57,9 @@ class Backend(ABC):
     def step(self, learning_rate: float) -> Tensor | float:
         """Unscale and clip the gradients, update the weights, and clear the gradients.
 
-        Call this method after ``accumulate(..., is_last=True)``. If the gradients of any rank are not finite, the
-        update is skipped: the gradients are cleared and a dynamic loss scale is halved, but the weights and the
-        optimizer state do not change.
+        Call this method after ``accumulate(..., is_last=True)``. If the gradients of any rank are not finite, the step
+        is skipped: the weights and the optimizer state do not change. The gradients are cleared, and a dynamic loss
+        scale is halved.
 
         Returns:
             The global L2 norm of the unscaled gradients before clipping. All ranks return the same value.
@@ -84,8 +83,7 @@ class Backend(ABC):
     def state_was_loaded(self, updates: int) -> None:
         """Prepare the backend for training after the values of a checkpoint were written into the fragments.
 
-        This call sets the optimizer's step count, and copies the master weights to the weights that the model computes
-        with.
+        This method sets the optimizer's step count, and copies the master weights to the compute weights.
 
         Args:
             updates: the step count: the number of updates since the optimizer's state was zero.
@@ -133,8 +131,7 @@ class Backend(ABC):
     def weighted(loss: Tensor, factor: Tensor | float) -> Tensor:
         """Return ``loss`` times ``factor``, for the backward pass.
 
-        If the loss is not finite, a backward pass from the result gives NaN gradients. The step is then skipped on
-        every rank.
+        If the loss is not finite, the gradients of the result are NaN. Every rank then skips the step.
         """
         return loss * (factor + loss.detach() * 0.0)
 

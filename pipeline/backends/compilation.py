@@ -8,12 +8,12 @@ from pipeline.model.gpt2 import GPT2
 
 
 def compiles_blocks(world: World) -> bool:
-    """Return whether torch.compile compiles each block separately. This is so if there are several ranks on GPUs.
+    """Return whether torch.compile compiles each block separately. The result is True if several ranks use GPUs.
 
-    On several GPUs, the gradients of a block are reduced while the backward pass continues with the next block. This is
-    possible only if each block has its own graph, because a graph of the whole model returns all gradients at its end.
-    A single process reduces nothing. On CPUs, the reduction and the backward pass use the same cores, so overlapping
-    them saves no time, and one graph is faster.
+    On several GPUs, the gradients of a block are reduced while the backward pass continues with the next block. This
+    works only if each block has its own graph, because a graph of the whole model returns all gradients at its end. A
+    single process does not reduce gradients. On CPUs, the reduction and the backward pass need the same cores, so one
+    graph is faster.
     """
     return world.size > 1 and world.device.type != "cpu"
 

@@ -208,7 +208,9 @@ def create_deepspeed_backend(model: GPT2, config: Config, world: World, plan: Ba
 
 
 def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[str, Any]:
-    """Return the config for DeepSpeed's engine: the user's ``backend.deepspeed``, with keys added from the run config.
+    """Return the config for DeepSpeed's engine.
+
+    It contains ``backend.deepspeed``, and keys that are computed from other keys of the run config.
 
     Args:
         cpu_adam: whether an offloaded optimizer uses DeepSpeed's CPUAdam. If False, it uses torch's AdamW on the CPU.

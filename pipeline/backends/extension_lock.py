@@ -1,9 +1,8 @@
 """Remove the lock file of an extension build that was killed.
 
-torch builds C++ extensions when they are first used, and locks each build with a file.
-
-If the build is killed, the file remains. torch (``torch.utils.file_baton``) waits for the file to disappear without a
-time limit, so every later run would hang.
+torch builds a C++ extension when it is first used, and creates a lock file during the build. If the build is killed,
+the file remains. torch (``torch.utils.file_baton``) waits for the file to disappear without a time limit, so every
+later run would hang.
 """
 
 import logging
@@ -26,7 +25,7 @@ def wait_for_build_elsewhere(extension: str) -> None:
 
 
 def clear_dead_lock(lock: Path) -> None:
-    """Remove a lock file if its build was killed. Wait while it is not clear whether the build is still running.
+    """Remove a lock file if the build that created it was killed. Wait while this is not certain.
 
     If a process on this host has the file open, the build is running, and this function returns. Otherwise, the build
     may be running on another host with the same home folder. In this case, the function waits until the file

@@ -41,7 +41,10 @@ class FsdpBackend(TorchBackend):
         return nullcontext()
 
     def state_was_loaded(self, updates: int) -> None:
-        """Complete the loading of a checkpoint. Free weights that are still gathered since the last forward pass."""
+        """Prepare the backend for training after a checkpoint was loaded.
+
+        This method also frees weights that are still gathered since the last forward pass.
+        """
         super().state_was_loaded(updates)
         for module in self.compute.modules():
             if isinstance(module, FSDPModule):
@@ -98,7 +101,7 @@ class _GlooCollective:
 
 
 class AllGather(_GlooCollective):
-    """An all-gather with Gloo. Each rank broadcasts its shard directly into the output tensors of all ranks."""
+    """An all-gather that uses Gloo. Each rank broadcasts its shard directly into the output tensors of all ranks."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -117,7 +120,7 @@ class AllGather(_GlooCollective):
 
 
 class ReduceScatter(_GlooCollective):
-    """A reduce-scatter with Gloo. Each rank receives and adds the inputs for its shard, in the order of the ranks."""
+    """A reduce-scatter that uses Gloo. Each rank receives the inputs for its shard, and adds them in rank order."""
 
     def __call__(
         self,

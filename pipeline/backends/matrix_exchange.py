@@ -1,6 +1,7 @@
 """Transform matrices whose elements are distributed over the ranks.
 
-For each matrix, one rank receives all its elements, transforms the matrix, and sends the new elements back.
+Each matrix is transformed on one rank. This rank receives all elements of the matrix, transforms the matrix, and sends
+the new elements back.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pipeline.model.muon_matrices import Matrix, assign_owners, divide_into_batc
 
 @dataclass(frozen=True)
 class Span:
-    """A range of elements of a flattened parameter. One rank holds these elements."""
+    """A range of elements of a flattened parameter. A single rank holds all of these elements."""
 
     name: str  # the canonical name of the parameter
     start: int
@@ -41,7 +42,7 @@ class MatrixExchange:
     The matrices are processed in groups. For each group, one all-to-all sends the elements to the owners, and another
     all-to-all sends the results to all ranks that hold the elements. The matrices of a group are assigned to owners so
     that all ranks have about the same amount of work. If the ranks hold several copies of the elements, an owner
-    receives them only from the ranks of its own copy. All copies receive the same results, so they stay equal.
+    receives the elements of only one copy. All copies receive the same results, so the copies stay equal.
 
     Args:
         spans: for each rank, the spans that the rank holds.

@@ -32,14 +32,14 @@ _IS_MUON = "is_muon"  # the key of a parameter group that Muon updates
 class Muon(torch.optim.Optimizer):
     """An optimizer that updates one group of matrices with Muon, and all other parameters with an AdamW optimizer.
 
-    A *master* is a tensor that the optimizer updates. It is a parameter. Under DeepSpeed, it is a tensor that contains
-    ranges of several parameters. Call ``use_ranges`` before the first step to tell the optimizer which elements of
-    which parameters each master contains.
+    A *master* is a tensor that the optimizer updates. Under DeepSpeed, a master contains ranges of several parameters.
+    Under the other backends, a master is a parameter. Call ``use_ranges`` before the first step, to tell the optimizer
+    which ranges of which parameters each master contains.
 
     Args:
         parameters: maps canonical names to the parameters that Muon updates.
-        adamw: the optimizer for all other parameters. Its parameter groups and its state become accessible through this
-            optimizer.
+        adamw: the optimizer for all other parameters. ``param_groups`` and ``state`` of this optimizer also contain
+            those of ``adamw``.
         dtype: the dtype of the Newton-Schulz iterations and of the communication.
     """
 
@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
         self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}
 
     def use_ranges(self, masters: Iterable[Tensor], ranges: Iterable[Range], ranks_per_copy: int) -> None:
-        """Tell the optimizer which elements of which parameters the masters on this rank contain.
+        """Tell the optimizer which ranges of which parameters the masters on this rank contain.
 
         This call is collective: every rank must make it.
 

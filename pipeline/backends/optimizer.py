@@ -61,7 +61,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer that the config selects.
 
-    The optimizer is AdamW, or a ``Muon`` that uses an AdamW for some of the parameters.
+    The optimizer is AdamW, or a ``Muon`` that updates some parameters with an AdamW.
 
     Args:
         parameters: maps canonical names to all parameters of the model.
@@ -150,8 +150,8 @@ def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """Update the weights if the gradient norm is finite. Otherwise, weights, moments and step count do not change.
 
-    On a GPU, the function returns without waiting for the norm, because fused AdamW reads a flag on the device that
-    tells it whether to skip the update.
+    On a GPU, the function does not wait for the norm. It passes a flag on the device to fused AdamW, and fused AdamW
+    skips the update if the flag is set.
     """
     if norm.is_cuda and optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]

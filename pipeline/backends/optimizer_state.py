@@ -20,7 +20,7 @@ from pipeline.model.parameter_state import ADAMW_STATE, WEIGHT, StateNames
 
 @dataclass(frozen=True)
 class Fragment:
-    """A range of elements of one flattened parameter. Their weights and optimizer state are on this rank.
+    """The weights and the optimizer state on this rank for a range of elements of one flattened parameter.
 
     The tensors are views, so writing into them changes the weights and the optimizer state. The fragments of all ranks
     together contain all elements of the parameter, including the padding rows of the vocabulary, which are zero. See
@@ -57,20 +57,18 @@ class OptimizerState(ABC):
     def ranges(self) -> list[Range]:
         """Return which ranges of which parameters the masters on this rank contain.
 
-        All ranges in one master belong to the same parameter group.
+        All ranges in a master belong to the same parameter group.
         """
 
     @abstractmethod
     def publish_masters(self) -> None:
-        """Copy the masters to the weights that the model computes with.
+        """Copy the masters to the compute weights, which the model uses.
 
         Call this method after you write into fragments.
         """
 
     def connect_optimizer(self, ranks_per_copy: int) -> None:
-        """Tell Muon which elements of which parameters the masters contain.
-
-        AdamW does not need this, so nothing is done.
+        """Tell Muon which ranges of which parameters the masters contain. If the optimizer is AdamW, do nothing.
 
         This call is collective: every rank must make it, before the first step.
         """
@@ -80,8 +78,8 @@ class OptimizerState(ABC):
     def fragments(self) -> list[Fragment]:
         """Return views of the masters and of the optimizer state.
 
-        If the optimizer has not created its state yet, the state is first created and filled with zeros. If FSDP2 has
-        more ranks than a parameter has rows, some ranks have no fragment of this parameter.
+        If the optimizer has not created its state yet, the state is first created and filled with zeros. Under FSDP2, a
+        rank has no fragment of a parameter if the parameter has fewer rows than there are ranks.
         """
         self.create_states()
         return [

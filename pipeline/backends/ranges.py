@@ -1,4 +1,4 @@
-"""Describe which elements of which parameters the tensors of an optimizer contain on this rank."""
+"""Describe which ranges of which parameters the tensors of an optimizer contain on this rank."""
 
 from dataclasses import dataclass
 
@@ -37,6 +37,6 @@ class Range:
 
 
 def local_elements(tensor: Tensor) -> Tensor:
-    """Return a detached view of the elements of a tensor on this rank, with one dimension."""
+    """Return the elements of a tensor that are on this rank, as a detached view with one dimension."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.detach().view(-1)

@@ -1,4 +1,4 @@
-"""Define the base class of the DDP and FSDP2 backends. Their fp32 master weights are the parameters of the model."""
+"""Define the base class of the DDP and FSDP2 backends, in which the parameters of the model are the fp32 masters."""
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager

@@ -80,11 +80,12 @@ class FullyPartitionedState(OptimizerState):
         return ranges
 
     def publish_masters(self) -> None:
-        """Copy the masters to the weights that the model computes with. Only this rank's shards of these weights exist.
+        """Copy the masters to this rank's shards of the compute weights.
 
         If weights are gathered on this rank, they are freed first. DeepSpeed always keeps some small parameters
         gathered, which it calls *persistent*. These parameters are gathered again at the end. With hpZ, a rank also has
-        *secondary* shards of the weights. They are deleted, and DeepSpeed makes them again in the next forward pass.
+        *secondary* shards of the weights. The secondary shards are deleted, and DeepSpeed creates them again in the
+        next forward pass.
         """
         self.zero._partition_all_parameters()
         self.zero.invalidate_secondary_tensor()

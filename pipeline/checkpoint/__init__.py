@@ -2,10 +2,10 @@
 
 A checkpoint is a folder, for example ``checkpoints/step_00000100``, with these files:
 
-``rank_00000_weights.safetensors`` pieces of the fp32 master weights, under their canonical names
-``rank_00000_moments.safetensors`` the corresponding pieces of the optimizer's state, such as AdamW's two moments
-``state.json`` step, samples, loss scale, seed, resolved config, versions ``manifest.json`` format version, parameter
-shapes, names of the optimizer's state, size and SHA-256
+``rank_00000_weights.safetensors``    pieces of the fp32 master weights, under their canonical names
+``rank_00000_moments.safetensors``    the corresponding pieces of the optimizer state, such as AdamW's two moments
+``state.json``                        step, samples, loss scale, seed, resolved config, versions
+``manifest.json``                     format version, parameter shapes, names of the optimizer tensors, size and SHA-256
                                       of each other file, and a SHA-256 of these entries
 
 When a checkpoint is saved, each rank writes the pieces that it holds. When a checkpoint is loaded, each rank copies

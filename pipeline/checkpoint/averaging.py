@@ -1,4 +1,4 @@
-"""Average the weights of several checkpoints of a run, and write the result as a new run."""
+"""Average the weights of several checkpoints of a run, and write the result into a new run folder."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -24,8 +24,8 @@ def average_checkpoints(
 ) -> SavedCheckpoint:
     """Write a new run whose weights are the mean of the weights of several checkpoints (Izmailov et al. 2018).
 
-    The optimizer's state, the training state and the config are those of the newest of these checkpoints. At any time,
-    only one parameter is in memory.
+    The optimizer state, the training state and the config are copied from the newest of these checkpoints. Only one
+    parameter is in memory at a time.
 
     Args:
         run: the run folder that has the checkpoints.
@@ -35,7 +35,7 @@ def average_checkpoints(
 
     Raises:
         CheckpointError: the run does not have these checkpoints, one of them is damaged, their parameters have
-            different shapes, or ``write_new_run`` raises CheckpointError.
+            different shapes, or the new run cannot be written.
         ConfigError: the config of the newest checkpoint is not valid for this program, or another process is using the
             new run folder.
     """

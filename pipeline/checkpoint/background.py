@@ -31,7 +31,7 @@ class SaveOutcome:
 
 
 class BackgroundSaver:
-    """Saves checkpoints in a thread, one at a time. The threads of all ranks use their own process group.
+    """Saves checkpoints in a thread, one at a time. The threads use another process group than the training.
 
     Args:
         config: the resolved config, which is stored in each checkpoint.
@@ -81,9 +81,7 @@ class BackgroundSaver:
         return outcomes
 
     def poll(self) -> list[SaveOutcome]:
-        """Return the outcome of the last save if this save is finished, without waiting.
-
-        Otherwise, return an empty list.
+        """Return the outcome of the last save if the save is finished. Otherwise, return an empty list at once.
 
         Each outcome is returned only once. The result can differ between ranks.
         """
@@ -117,7 +115,7 @@ class SnapshotTaker:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, state: TrainingState) -> Snapshot:
-        """Copy the elements that this rank must write, and return the copy together with ``state``."""
+        """Copy the elements that this rank must write. Return a snapshot, which consists of the copy and ``state``."""
         shapes = {name: list(shape) for name, shape in self.backend.parameter_shapes.items()}
         groups: TensorGroups = {group: {} for group in GROUPS}
         sources: dict[str, Tensor] = {}
@@ -140,8 +138,8 @@ class SnapshotTaker:
 def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:
     """Return the fragments that this rank must write.
 
-    If all ranks together hold one copy of the elements, a rank writes all elements that it holds. If there are several
-    copies, the ranks that hold the same elements write an equal share each.
+    If each element is on only one rank, this rank writes it. If several ranks hold the same elements, each of these
+    ranks writes an equal share of them.
     """
     fragments = backend.fragments()
     copy, copies = world.rank // backend.ranks_per_copy, world.size // backend.ranks_per_copy
@@ -160,9 +158,6 @@ def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:
 
 
 def slice_fragment(fragment: Fragment, low: int, high: int) -> Fragment:
-    """Return a fragment with the elements ``low`` to ``high - 1`` of a fragment.
-
-    Both numbers count from its first element.
-    """
+    """Return a new fragment with the elements ``low`` to ``high - 1`` of ``fragment``, whose first element is 0."""
     state = {name: tensor[low:high] for name, tensor in fragment.state.items()}
     return replace(fragment, start=fragment.start + low, weight=fragment.weight[low:high], state=state)

@@ -57,9 +57,14 @@ def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
 
 
 def config_of_new_run(folder: Path, stored_config: dict[str, Any], run_folder: Path) -> Config:
-    """Return the config of the checkpoint ``folder`` with another run folder as ``run.out_dir``.
+    """Return the config for a new run folder, made from the config in a checkpoint. ``run.out_dir`` is ``run_folder``.
 
-    Raises ConfigError if the stored config is not valid for this program.
+    Args:
+        folder: the checkpoint folder, for error messages.
+        stored_config: the config in the checkpoint.
+
+    Raises:
+        ConfigError: the stored config is not valid for this program.
     """
     config = config_from_json(stored_config, origin=str(folder / STATE_FILE))
     return config.model_copy(update={"run": config.run.model_copy(update={"out_dir": str(run_folder)})})
@@ -85,7 +90,8 @@ def write_new_run(
         stored_config: the config to store in the checkpoint. If None, ``config`` is stored.
         state_names: maps each parameter to the names of its optimizer tensors. If None, ``config.optimizer`` determines
             these names.
-        averaged_steps: the steps of the checkpoints whose mean the weights are. ``state.json`` names these steps.
+        averaged_steps: if the weights are the mean of several checkpoints, the steps of these checkpoints. They are
+            stored in ``state.json``.
 
     Raises:
         CheckpointError: the folder already has checkpoints, or the checkpoint cannot be written. If writing fails, the

@@ -80,7 +80,7 @@ class RunReport:
 def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[str]:
     """Return the config keys because of which this run's results can differ from those of other backends.
 
-    These are such keys of ``config``, and such keys that any earlier step of the run used, according to its metrics.
+    The result also contains such keys if the run used them only at earlier steps, as its metrics show.
     """
     rows = (row.get(DIFFERENT_NUMBERS_KEY) for row in read_metrics(run_folder) if row["step"] <= step)
     earlier = [key for keys in rows if isinstance(keys, list) for key in keys]

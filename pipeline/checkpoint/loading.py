@@ -26,16 +26,17 @@ _POSITIONS = "wpe.weight"
 
 
 def load_training_state(folder: Path, backend: Backend) -> TrainingState:
-    """Copy the elements that this rank needs from a checkpoint into its weights and optimizer state.
+    """Load the weights and the optimizer state that this rank needs from a checkpoint into the backend.
 
-    Also restore the optimizer's step count and the loss scale of the backend.
+    The optimizer's step count and the loss scale are also restored.
 
     If the checkpoint was written with another optimizer, only the weights are copied. The optimizer then starts with
     zero state and with step count 0, and ``optimizer_start`` in the result is the number of updates so far.
 
     Raises:
-        CheckpointError: the checkpoint belongs to a model with other parameters, is malformed, or cannot be read. Only
-            if the checkpoint cannot be read, some weights and optimizer state may already have changed.
+        CheckpointError: the checkpoint belongs to a model with other parameters, is malformed, or cannot be read. If it
+            cannot be read, the backend may already contain some of its values. In the other cases, the backend has not
+            changed.
     """
     state, _ = read_state(folder)
     index = index_for_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
@@ -79,14 +80,14 @@ def read_parameter(shape: list[int], pieces: list[Piece]) -> Tensor:
 
 
 def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
-    """Return an index of the pieces in a checkpoint, after a check that the checkpoint fits a model.
+    """Check that a checkpoint fits a model, and return an index of the pieces in the checkpoint.
 
     Args:
         shapes: maps the canonical names of the model's parameters to their shapes.
 
     Raises:
-        CheckpointError: the parameters in the checkpoint have other names or shapes, or ``index_pieces`` raises
-            CheckpointError.
+        CheckpointError: the parameters in the checkpoint have other names or shapes, or a file is damaged (see
+            ``index_pieces``).
     """
     manifest = read_manifest(folder)
     stored = manifest["parameters"]
@@ -121,7 +122,7 @@ def _read_elements(file: Any, piece: Piece, low: int, high: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model from a checkpoint. The model is in evaluation mode."""
+    """A model in evaluation mode, and the checkpoint and config from which it was loaded."""
 
     model: GPT2
     config: Config  # the config of the run that trained the model

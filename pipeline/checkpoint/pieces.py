@@ -65,7 +65,7 @@ def piece_key(kind: str, name: str, elements: tuple[int, int] | None = None) -> 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file in a context manager. The file is memory-mapped.
+    """Return a context manager that opens a safetensors file. The file is memory-mapped.
 
     Raises:
         CheckpointError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""Delete old checkpoints. If a run continues from an older checkpoint, rename the checkpoints of later steps."""
+"""Delete old checkpoints. If a run continues from an older checkpoint, set the checkpoints of later steps aside."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def list_leftovers(run_folder: Path) -> list[Path]:
 
 
 def list_abandoned(run_folder: Path) -> list[Path]:
-    """Return the checkpoints that were renamed because the run continued from an earlier checkpoint."""
+    """Return the checkpoints that were set aside because the run continued from an earlier checkpoint."""
     return sorted((run_folder / CHECKPOINTS_FOLDER).glob("step_*.abandoned*"))
 
 
@@ -43,14 +43,15 @@ def remove_leftovers(run_folder: Path) -> None:
 
     Call this function only while no checkpoint is being saved.
 
-    Raises OSError if a folder cannot be deleted.
+    Raises:
+        OSError: a folder cannot be deleted.
     """
     for leftover in list_leftovers(run_folder):
         _remove_folder(leftover)
 
 
 def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> None:
-    """Rename the checkpoints of all steps after ``step``, because the run continues from ``step``.
+    """Rename the checkpoints of all steps after ``step``, so that the next start does not resume from them.
 
     Args:
         origin: the checkpoint from which the run continues. If the run folder contains a different checkpoint of the
@@ -76,9 +77,11 @@ def _unused_abandoned_path(folder: Path) -> Path:
 def delete_checkpoint(folder: Path) -> None:
     """Delete a checkpoint.
 
-    The folder first gets a temporary name. If the process then dies, no incomplete folder looks like a checkpoint.
+    The folder is first renamed to a temporary name. If the process dies during the deletion, the remaining files are
+    therefore not taken for a checkpoint.
 
-    Raises OSError if the checkpoint cannot be deleted.
+    Raises:
+        OSError: the checkpoint cannot be deleted.
     """
     # Do not use hidden_partial_path(folder) here: that folder may contain a new checkpoint of this step.
     temporary = folder.with_name(f".{folder.name}.deleted.partial")
@@ -99,8 +102,8 @@ def _remove_folder(folder: Path) -> None:
 def delete_older(run_folder: Path, verified: Path, keep_last: int) -> None:
     """Delete old checkpoints after a new checkpoint was verified.
 
-    The function keeps the newest ``keep_last`` checkpoints up to and including ``verified``, all checkpoints of later
-    steps, all milestones (see ``is_milestone``), and the best checkpoint (see ``best_step``).
+    The function keeps ``verified`` and the ``keep_last - 1`` checkpoints before it, all checkpoints of later steps, all
+    milestones (see ``is_milestone``), and the best checkpoint (see ``best_step``).
 
     Raises:
         OSError: a checkpoint cannot be deleted.
@@ -141,7 +144,7 @@ def best_step(newest: Path) -> int | None:
 
 @dataclass(frozen=True)
 class Pruning:
-    """A list of the checkpoints that pruning keeps, and a list of the folders that it deletes."""
+    """The result of pruning: the checkpoints that are kept, and the folders that are deleted."""
 
     kept: list[Path]  # newest first
     deletions: list[tuple[Path, int, str]]  # (folder, bytes, reason), in the order of deletion

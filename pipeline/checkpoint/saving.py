@@ -1,4 +1,4 @@
-"""Write a checkpoint. Every rank writes its pieces into a temporary folder. Then the main rank renames the folder."""
+"""Write a checkpoint. Every rank writes its pieces into a temporary folder. The main rank then renames this folder."""
 
 import logging
 import shutil

@@ -1,4 +1,4 @@
-"""Write a safetensors file while only one tensor is in memory. The safetensors library needs all tensors in memory."""
+"""Write a safetensors file while only one tensor is in memory. The safetensors library itself needs all in memory."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # the names in sa
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor to write. ``read`` is called just before the tensor is written, and returns the tensor."""
+    """A tensor to write. ``read`` returns the tensor, and is called just before the tensor is written."""
 
     shape: list[int]
     dtype: torch.dtype  # the dtype in the file

@@ -66,9 +66,7 @@ def _find_not_finite(path: Path) -> str | None:
 
 
 def find_size_damage(path: Path, entry: dict[str, Any]) -> str | None:
-    """Return a description of the problem if a file is missing, is a link, or has the wrong size.
-
-    Otherwise, return None.
+    """Return a message if a file is missing, is a link, or has the wrong size. Otherwise, return None.
 
     Args:
         entry: the entry of the file in the manifest.
@@ -96,7 +94,7 @@ def _find_file_damage(path: Path, entry: dict[str, Any]) -> str | None:
 def newest_good_checkpoint(run_folder: Path) -> Path | None:
     """Return the newest good checkpoint of a run. Returns None if there is no good checkpoint.
 
-    For each damaged checkpoint that is newer, a warning is logged.
+    If newer checkpoints are damaged, a warning is logged for each of them.
     """
     for folder in reversed(list_checkpoints(run_folder)):
         problem = find_damage(folder)
@@ -107,10 +105,7 @@ def newest_good_checkpoint(run_folder: Path) -> Path | None:
 
 
 def locate_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that a user means by a path.
-
-    If ``path`` is a checkpoint folder, the result is ``path``. If ``path`` is a run folder, the result is the newest
-    good checkpoint of the run.
+    """Return the path of a good checkpoint: ``path`` itself, or the newest good checkpoint if ``path`` is a run folder.
 
     Raises:
         CheckpointError: ``path`` is a damaged checkpoint, or contains no good checkpoint.

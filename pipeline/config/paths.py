@@ -14,11 +14,14 @@ def with_working_dir(config: Config) -> Config:
 
 
 def find_path(path: str, run: RunConfig) -> str:
-    """Find a file or folder whose path is in a config, and return the path that exists. A URL is returned unchanged.
+    """Return the path at which a file or folder of a config exists. A URL is returned unchanged.
 
-    A relative path is first searched in the current folder, and then in the folder in which the run was started. A run
-    can therefore be evaluated and resumed from any folder. If the two folders are the same, the path is returned
-    without checking that it exists.
+    Args:
+        path: the path in the config. It may be relative.
+
+    A relative path is first searched in the current folder, and then in the folder in which the run was started.
+    Therefore, a run can be evaluated and resumed from any folder. If both folders are the same, the path need not
+    exist.
 
     Raises:
         DataError: the two folders differ, and the path exists in neither of them.

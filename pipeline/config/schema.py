@@ -125,7 +125,7 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    """The architecture of the model: a preset, and sizes that replace sizes of the preset."""
+    """The architecture of the model. The preset gives the sizes that the config does not set."""
 
     preset: Preset = Field("gpt2", description="The preset for all sizes that the config does not set.")
     n_layer: PositiveInt = Field(description="Number of transformer blocks.")
@@ -434,7 +434,7 @@ class BackendConfig(Section):
 
     @property
     def hpz_group_size(self) -> int:
-        """Return the number of consecutive ranks that share secondary shards of all weights, or 1 without hpZ."""
+        """Return the number of consecutive ranks that share one set of secondary shards, or 1 if hpZ is not used."""
         return int(self.zero.get(HPZ, 1)) or 1
 
     def ranks_per_copy(self, world_size: int) -> int:
@@ -497,7 +497,7 @@ class CheckpointConfig(Section):
 
 
 class GuardConfig(Section):
-    """The limits for bad steps. A step with a NaN or infinite gradient is always skipped."""
+    """The limits for bad steps. A step whose gradients are not finite is always skipped."""
 
     max_bad_steps: PositiveInt = Field(10, description="Number of skipped steps in a row after which the run stops.")
     spike_zscore: PositiveFloat | None = Field(
@@ -653,7 +653,7 @@ class Config(Section):
 
     @property
     def keys_that_need_validation(self) -> list[str]:
-        """Return the keys in use that have an effect only if the run measures the validation loss."""
+        """Return the keys in this config that need a validation loss, such as ``checkpoint.keep_best``."""
         is_given = {
             "schedule.stop_at_val_loss": self.schedule.stop_at_val_loss is not None,
             "schedule.stop_after_evaluations": self.schedule.stop_after_evaluations is not None,

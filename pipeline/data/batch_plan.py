@@ -8,9 +8,9 @@ from pipeline.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The sizes of an optimizer step.
+    """How the sequences of an optimizer step are divided into micro-batches.
 
-    A step consists of micro-steps, in each of which every rank computes a micro-batch.
+    A step consists of ``accumulation`` micro-steps. In each micro-step, every rank computes one micro-batch.
     """
 
     micro_batch_size: int  # sequences per rank and micro-step

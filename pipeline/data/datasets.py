@@ -93,7 +93,7 @@ def data_sha256(datasets: Sequence[TokenDataset]) -> str:
     """Return a hash of the datasets. A checkpoint stores it to detect later whether the data has changed.
 
     For one dataset, the hash is computed from the manifest. For a mixture, it is computed from all manifests and the
-    weights of the datasets. The hash does not depend on when the data was tokenized, or with which package versions.
+    weights of the datasets. If the same data is tokenized again, the hash is the same.
     """
     manifests = [dataset.train.manifest.content_sha256() for dataset in datasets]
     if len(datasets) == 1:
@@ -105,9 +105,7 @@ def data_sha256(datasets: Sequence[TokenDataset]) -> str:
 def verify_datasets(datasets: Sequence[TokenDataset], world: World) -> None:
     """Raise DataError if the hash of a shard differs from the hash in the manifest.
 
-    Each rank checks some of the shards.
-
-    This call is collective: every rank must make it.
+    Each rank checks some of the shards. This call is collective: every rank must make it.
     """
     started, problem = time.perf_counter(), None
     shards = [(Path(dataset.path), shard) for dataset in datasets for shard in dataset.train.manifest.shards]

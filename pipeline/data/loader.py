@@ -46,8 +46,8 @@ class MicroBatch:
     def pinned(self) -> MicroBatch:
         """Return a copy in pinned memory, which can be copied to a GPU asynchronously.
 
-        The result can be freed during such a copy, because PyTorch reuses pinned memory only after the copy has
-        finished.
+        The caller may free the result before the copy to the GPU has finished. PyTorch waits until then before it
+        reuses the memory.
         """
         mask = self.target_mask
         return replace(self, tokens=self.tokens.pin_memory(), target_mask=None if mask is None else mask.pin_memory())
@@ -55,9 +55,7 @@ class MicroBatch:
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return inputs and targets on the device, both int64 of shape (B, T).
 
-        Targets that are not scored are ``IGNORE_INDEX``.
-
-        The tokens are copied to the device as uint16. The inputs and the targets are then created on the device.
+        Targets that are not scored are ``IGNORE_INDEX``. To save time, the tokens are copied to the device as uint16.
         """
         tokens = copy_to(self.tokens, device).long()
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -157,10 +155,10 @@ def suggest_batch(tokens: int, plan: BatchPlan) -> str:
 
 
 class Prefetcher:
-    """Reads the micro-batches of the next step in a thread while the current step is computed.
+    """Reads the micro-batches of the next step in a thread, while the device computes the current step.
 
-    The tokens of two steps are in memory. If a caller requests any other step than the next one, the call reads this
-    step and waits for it.
+    The micro-batches of two steps are in memory. A caller may also request another step than the next one. The call
+    then reads the micro-batches of this step itself.
     """
 
     def __init__(self, loader: TrainLoader, device: torch.device) -> None:
@@ -199,13 +197,13 @@ def validation_batches(
     """Yield the validation batches of this rank, in the order of the split.
 
     If ``max_batches`` is None, the batches of all ranks together contain each target of the split once. Every rank gets
-    the same number of batches, because forward passes are collective under FSDP and ZeRO-3. For this purpose, the last
-    batches are filled with padding, which is not scored.
+    the same number of batches, because forward passes are collective under FSDP and ZeRO-3. The last batches may
+    therefore contain padding, which is not scored.
 
     Args:
-        max_batches: the maximum number of batches of all ranks together, or None. If the split has more windows than
-            fit into this number of batches, the batches contain a selection of windows that are spread evenly over the
-            split.
+        max_batches: the largest number of batches on all ranks together. If the split has more windows than these
+            batches can contain, only some windows are used, which are spread evenly over the split. None means no
+            limit.
     """
     windows = -(-(stream.tokens - 1) // seq_len)
     chosen = np.arange(windows, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Compute which dataset and which window of this dataset each sample of a run is, in O(1) time and memory.
+"""Compute from the number of a sample its dataset and its window in this dataset, in O(1) time and memory.
 
 A mixture assigns each sample to a dataset, in proportion to the weights of the datasets. Within a dataset, each epoch
 has a different random order of the windows. The seed determines these orders.
@@ -25,8 +25,8 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmi
 class SampleOrder:
     """Maps the number g of a sample to one of ``n`` windows. The window depends only on g, ``n`` and the seed.
 
-    Therefore, the order is the same at every world size, and a run can resume at any sample without going through the
-    earlier samples.
+    Therefore, the order does not depend on the world size, and a run can resume at any sample without reading the
+    earlier ones.
 
     In each epoch ``g // n``, the windows have a different permutation. It is computed with a balanced Feistel network
     on the numbers from 0 to 4**k - 1, where 4**k is the smallest power of four that is at least ``n``. While the result
@@ -88,14 +88,14 @@ class _Fork:
 class Mixture:
     """Assigns the samples of a run to datasets in proportion to their weights.
 
-    At any time, the number of samples from a dataset differs from the exact number by less than two. The dataset of a
-    sample depends only on the weights and on the number of the sample.
+    At any time, the number of samples from a dataset differs from its exact share by less than two samples. The dataset
+    of a sample depends only on the weights and on the number of the sample.
 
     To compute the dataset, this class uses a Huffman tree (Huffman 1952), whose leaves are the datasets. Every inner
     node divides its samples between its two children.
 
-    Attributes: shares: for each dataset, the exact fraction of the samples that come from it. The sum of all shares is
-    1.
+    Attributes:
+        shares: for each dataset, the exact fraction of the samples that come from it. The sum of all shares is 1.
     """
 
     # Why the error is less than two samples: Each node on the path to a leaf adds a rounding error of at most 1/2

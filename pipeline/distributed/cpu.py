@@ -16,9 +16,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 def configure_cpu(world: World) -> str:
     """Configure the memory allocator, the threads and the cores of this process.
 
-    Returns a description of the threads and cores for the log.
-
-    This call is collective: every rank must make it. Call this function before the first large computation.
+    Returns a description of the threads and cores for the log. This call is collective: every rank must make it. Call
+    this function before the first large computation.
     """
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -57,9 +56,8 @@ def share_cores(world: World) -> str:
 def split_cores(cores: Sequence[int], index: int, ranks: int) -> Sequence[int]:
     """Return the cores for the rank ``index`` of ``ranks`` ranks on a host.
 
-    The cores of a rank are adjacent, because adjacent cores share caches.
-
-    Each rank gets at least one core. If there are fewer cores than ranks, several ranks get the same core.
+    The cores of a rank are adjacent, because adjacent cores share caches. If there are fewer cores than ranks, several
+    ranks get the same core.
     """
     if len(cores) < ranks:
         return [cores[index % len(cores)]]

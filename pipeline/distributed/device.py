@@ -25,10 +25,9 @@ _CEILING_ROUNDS = 6
 def configure_allocator() -> None:
     """Make torch allocate GPU memory in segments that can grow.
 
-    Call this function before the first allocation on a GPU.
-
-    Evaluation and generation use tensors of many sizes. With segments of fixed sizes, the memory of freed tensors is
-    often too small for later tensors. If the user has already set options of torch's allocator, this call does nothing.
+    Call this function before the first allocation on a GPU. Evaluation and generation use tensors of many sizes. With
+    segments of fixed sizes, the memory of freed tensors is often too small for later tensors. If the user has already
+    set options of torch's allocator, this call does nothing.
     """
     set_allocator_default("expandable_segments:True")
 
@@ -39,7 +38,7 @@ def matmul_dtype(precision: str) -> torch.dtype:
 
 
 def describe_fp32_products(precision: str, device: torch.device) -> str:
-    """Return a text for the log on how a GPU computes matrix products in fp32.
+    """Return a text for the log that says how a GPU computes matrix products in fp32, with or without TF32.
 
     Returns "" if the device is not a GPU or the precision is not ``fp32``.
     """
@@ -51,7 +50,7 @@ def describe_fp32_products(precision: str, device: torch.device) -> str:
 
 
 def measure_matmul_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = CEILING_SECONDS) -> float:
-    """Measure the FLOP/s that one rank reaches in large square matrix products. No model can be faster.
+    """Measure the FLOP/s of large square matrix products on one rank. No model can reach more FLOP/s.
 
     Published values are not used, because the speed depends on the power limit and on the number of threads.
     """
@@ -104,8 +103,8 @@ def synchronize(device: torch.device) -> None:
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from host memory to the device.
 
-    The copy to a GPU is made through pinned memory, because a copy from other memory waits until the GPU has finished
-    its queued work.
+    If the device is a GPU, the tensor is first copied to pinned memory. A direct copy would wait until the GPU has
+    finished its queued work.
     """
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -136,8 +135,8 @@ class LateValue:
 class PeakMemory:
     """The peak memory of this process.
 
-    On a GPU, this is the peak since this object was created, without the memory that was allocated inside ``ignored``.
-    On a CPU, this is the peak since the process was started, because the kernel stores only this value.
+    On a GPU, the peak is measured since this object was created. Memory that is allocated inside ``ignored`` does not
+    count. On a CPU, the peak is measured since the process was started, because the kernel stores only this value.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -20,7 +20,7 @@ def launched_rank() -> int:
 
 
 def launched_world_size() -> int:
-    """Return the number of processes of the run. Returns 1 if no launcher started this process."""
+    """Return the number of processes of the run. Returns 1 if no launcher started it."""
     return _number(_WORLD_SIZE, 1)
 
 
@@ -91,7 +91,7 @@ def launcher_restarts() -> int:
 def launch_id() -> str | None:
     """Return an id that does not change when the launcher restarts the processes.
 
-    Returns None if no launcher that can restart processes started this process.
+    Returns None if this process was not started by a launcher that can restart processes.
     """
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
@@ -114,7 +114,7 @@ def requested_threads() -> int | None:
 
 
 def set_gloo_interface(name: str) -> bool:
-    """Set the network interface for Gloo. If the user has set one, change nothing and return False."""
+    """Set the network interface for Gloo. If the user has already set it, change nothing and return False."""
     if _GLOO_INTERFACE in os.environ:
         return False
     os.environ[_GLOO_INTERFACE] = name

@@ -26,9 +26,8 @@ _OTHER_RANKS_WAIT_S = 2.0
 def report(error: BaseException) -> int:
     """Print an error, and return the exit status of the process.
 
-    If the error was already printed, do not print it again.
-
-    For a ``UserError``, print one line. For other errors, print a traceback.
+    A ``UserError`` is printed as one line, any other error with a traceback. If the error was already printed, it is
+    not printed again.
 
     Most user errors, such as a wrong config, occur on all ranks, but should be printed only once. Therefore, rank 0
     prints such an error at once, and the other ranks first wait for two seconds. If rank 0 has failed, the launcher

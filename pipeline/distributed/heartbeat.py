@@ -76,11 +76,10 @@ class Heartbeat:
 
     @contextmanager
     def explaining_sigterm(self) -> Iterator[None]:
-        """Return a context manager.
+        """Return a context manager for a block in which the run may be stopped by its launcher.
 
-        If SIGTERM arrives inside its ``with`` block, the process prints which rank is lost and ends.
-
-        When a launcher finds a dead rank, it sends SIGTERM to all other ranks.
+        When a launcher finds a dead rank, it sends SIGTERM to all other ranks. If this happens inside the ``with``
+        block, the process prints which rank is lost, and ends.
         """
         if self.size == 1:
             yield
@@ -192,9 +191,7 @@ def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
 
 @contextmanager
 def failures_reported(world: World) -> Iterator[None]:
-    """Return a context manager.
-
-    If its ``with`` block raises an error, print the error and report it to the other ranks.
+    """Return a context manager that prints an error of its ``with`` block and reports it to the other ranks.
 
     The error is printed before any cleanup code runs, because cleanup code may wait for the other ranks.
 

@@ -1,7 +1,8 @@
-"""Allocate buffers in host memory. Buffers for tensors on a GPU are pinned, so that the GPU copies without waiting.
+"""Allocate buffers in host memory. Buffers for tensors on a GPU are pinned, so that copies do not wait.
 
-torch rounds each pinned allocation up to a power of two. One allocation per tensor of GPT-2 would need 1.1 to 1.7 times
-the memory of the tensors. Therefore the tensors share a few allocations whose sizes are powers of two.
+torch rounds the size of each pinned allocation up to a power of two. If each tensor of GPT-2 had its own allocation,
+they would need 1.1 to 1.7 times the memory of the tensors. Therefore, several tensors share an allocation whose size is
+a power of two.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,16 +16,16 @@ _ALIGNMENT = 512  # bytes, as for tensors on a GPU
 
 @dataclass(frozen=True)
 class Slab:
-    """An allocation that several tensors share."""
+    """A pinned allocation that several tensors share."""
 
     size: int  # bytes, a power of two
     offsets: dict[int, int]  # index of a tensor -> its first byte
 
 
 def allocate_host_buffers(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return one uninitialized tensor in host memory per source, with the shape and dtype of the source.
+    """Return one uninitialized tensor in host memory for each tensor in ``sources``, with the same shape and dtype.
 
-    The tensors for sources on a GPU are pinned.
+    If a source is on a GPU, its buffer is pinned.
     """
     on_gpu = {name: source for name, source in sources.items() if source.is_cuda}
     others = {name: source for name, source in sources.items() if name not in on_gpu}
@@ -43,10 +44,10 @@ def _allocate_pinned(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
-    """Divide tensors of these sizes, in bytes, among slabs, so that little memory is lost.
+    """Divide tensors with the given sizes in bytes among slabs, so that little memory is lost.
 
-    The size of each slab is the largest power of two that the remaining tensors fill. If the largest tensor does not
-    fit into this size, the slab is as large as the pinned allocation of this tensor. The largest tensors come first.
+    The size of the next slab is the largest power of two that the remaining tensors fill, but at least the pinned size
+    of the largest remaining tensor. The largest tensors are placed first.
     """
     padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
     remaining = sorted(range(len(sizes)), key=lambda index: -padded[index])
@@ -66,5 +67,5 @@ def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
 
 
 def pinned_size(size: int) -> int:
-    """Return the bytes that torch allocates for a pinned tensor of ``size`` bytes: the next power of two."""
+    """Return how many bytes torch allocates for a pinned tensor of ``size`` bytes, which is the next power of two."""
     return 1 << (size - 1).bit_length() if size else 0

@@ -1,8 +1,8 @@
 """Record the progress of each rank's main thread, and find stuck ranks.
 
-The code that all ranks run contains *marks*: the begin of each phase, each micro-batch, each batch of an evaluation,
-and each collective. All ranks pass the same marks in the same order. The position of a rank is the number of marks that
-it has passed. A stuck rank shows one of two signs:
+The code that all ranks run contains *marks*: the beginning of each phase, each micro-batch, each batch of an
+evaluation, and each collective. All ranks pass the same marks in the same order. The position of a rank is the number
+of marks that it has passed. A stuck rank shows one of two signs:
 
 - It is *still*: it passes no mark and uses no CPU time, for example because a file system does not answer.
 - It *loops*: since its last mark, it has used much more CPU time than between any two earlier marks. A rank that waits
@@ -68,7 +68,7 @@ class Progress:
     def move(self) -> None:
         """Record that this rank has made progress and is not stuck.
 
-        This is not a mark, so other ranks need not make this call.
+        This call is not a mark, so other ranks need not make it.
         """
         self._restart_clock()
         self.moves += 1
@@ -77,7 +77,7 @@ class Progress:
     def patience(self) -> Iterator[None]:
         """Return a context manager for rare work that takes long.
 
-        A rank inside its ``with`` block counts as stuck only later.
+        Inside its ``with`` block, more time may pass without progress.
 
         Other ranks need not make this call.
         """

@@ -22,11 +22,11 @@ _ANNOUNCE_AFTER_S = 8.0
 
 
 def open_store(rank: int, size: int, timeout: timedelta) -> Store:
-    """Return a key-value store that all ranks share. It contains no keys from before the last restart of the ranks.
+    """Return an empty key-value store that all ranks share.
 
-    torchrun does not replace its store when it restarts the ranks. If the ranks found addresses of the earlier ranks in
-    the store, they would wait for them without a limit. If there is only one rank, the store is in memory and needs no
-    port.
+    torchrun keeps its store when it restarts the ranks. If the new ranks found the addresses of the earlier ranks in
+    it, they would wait for these ranks without a limit. Therefore, the keys get a new prefix at each start. If there is
+    only one rank, the store is in memory and needs no port.
 
     Raises:
         TimeoutError: a rank has not connected within ``timeout``.

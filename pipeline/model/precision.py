@@ -1,7 +1,8 @@
 """Run the model in one of the precisions below. A precision means the same dtypes in every backend.
 
-``fp32`` everything is in fp32 ``amp_bf16``, ``amp_fp16`` fp32 weights and ``torch.autocast``; ``amp_fp16`` also scales
-the loss ``bf16`` bf16 weights in forward and backward, fp32 master weights, fp32 gradient accumulation
+``fp32``                    fp32 for everything
+``amp_bf16``, ``amp_fp16``  fp32 weights and ``torch.autocast``; ``amp_fp16`` also scales the loss
+``bf16``                    bf16 weights in forward and backward, fp32 master weights, fp32 gradient accumulation
 """
 
 from collections.abc import Callable
