@@ -1,6 +1,7 @@
 """Compare the curves of every backend with 1 and 2 processes with the curve of single-process DDP.
 
 python -m benchmarks.parity            # 60 steps, fp32, amp_bf16 and bf16; what `make parity` runs
+python -m benchmarks.parity --processes 3 4     # also with groups of two ranks
 python -m benchmarks.parity --compile  # compare compiled runs with the uncompiled reference
 python -m benchmarks.parity --optimizer muon --offload
 """
@@ -8,6 +9,7 @@ python -m benchmarks.parity --optimizer muon --offload
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ from tests.support.runs import BACKENDS, TINY_RUN, Curve, curve_of, make_corpus,
 
 PROCESSES = (1, 2)
 OPTIMIZERS = get_args(OptimizerConfig.model_fields["name"].annotation)
+GROUPED = ("fsdp/2", "zero3/2")  # backends with groups of two ranks, see ``tests.support.runs.split_config``
+MICRO_BATCHES = 4  # per step of TINY_RUN
 OFFLOADS = ("zero2_offload", "zero3_offload")
 
 
@@ -33,22 +37,36 @@ def compare(
     backends: Sequence[str] = BACKENDS,
     processes: Sequence[int] = PROCESSES,
 ) -> Iterator[Agreement]:
-    """Train each backend with each number of processes. Yields one comparison with the uncompiled reference per run."""
+    """Train each backend with each number of processes. Yields one comparison with the uncompiled reference per run.
+
+    With four or more processes, also train with groups of two ranks (``GROUPED``). A step has as many micro-batches as
+    are needed so that every number of processes divides them.
+    """
+    batch = dict(TINY_RUN["batch"])
+    batch["tokens_per_step"] *= math.lcm(MICRO_BATCHES, *processes) // MICRO_BATCHES
 
     def curve(precision: str, backend: str, ranks: int, compiled: bool) -> Curve:
         sections = merged(
             TINY_RUN,
             {"run": {"precision": precision, "compile": compiled}},
-            {"data": {"path": str(data)}, "schedule": {"max_steps": steps}, "optimizer": {"name": optimizer}},
+            {
+                "data": {"path": str(data)},
+                "batch": batch,
+                "schedule": {"max_steps": steps},
+                "optimizer": {"name": optimizer},
+            },
         )
-        return curve_of(backend, scratch / f"{precision}-{backend}-{ranks}-{compiled}", sections, ranks)
+        folder = scratch / f"{precision}-{backend.replace('/', '_')}-{ranks}-{compiled}"
+        return curve_of(backend, folder, sections, ranks)
 
     for precision in precisions:
         reference = curve(precision, "ddp", 1, compiled=False)
         clipped = sum(norm > TINY_RUN["optimizer"]["grad_clip"] for norm in reference.grad_norms)
         assert clipped > steps // 2, "clipping is inactive at most steps: the comparison would prove little"
-        for backend in backends:
+        for backend in (*backends, *GROUPED):
             for ranks in processes:
+                if backend in GROUPED and (ranks < 4 or ranks % 2):
+                    continue
                 if compiled or (backend, ranks) != ("ddp", 1):
                     run = (precision, backend, ranks)
                     yield Agreement.of(run, precision, curve(*run, compiled=compiled), reference)

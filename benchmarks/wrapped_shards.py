@@ -32,6 +32,7 @@ from pipeline.planning.layouts import layout_of
 from tests.support.runs import CONFIGS
 
 WORLD_SIZES = (8, 64, 1024, 4096)
+RANKS_PER_NODE = 8
 SMALL_BACKENDS = ("ddp", "zero1", "zero2", "zero3")
 SEQ_LEN = 64
 
@@ -63,13 +64,17 @@ class Shards:
 def compare_shards(world_size: int) -> Iterator[Shards]:
     """Compare every backend at one world size."""
     yield from compare_fsdp(world_size)
+    if world_size > RANKS_PER_NODE:
+        yield from compare_fsdp(world_size, RANKS_PER_NODE)
     for backend in SMALL_BACKENDS:
         yield from compare_small(backend, world_size)
 
 
-def compare_fsdp(world_size: int) -> Iterator[Shards]:
+def compare_fsdp(world_size: int, shard_group_size: int | None = None) -> Iterator[Shards]:
     """Wrap fake tensors, run a step, and sum the local bytes."""
-    config, plan = _planned("fsdp", world_size, REAL_MODEL)
+    groups = [] if shard_group_size is None else [f"backend.fsdp.shard_group_size={shard_group_size}"]
+    name = "fsdp" if shard_group_size is None else f"fsdp/{shard_group_size}"
+    config, plan = _planned("fsdp", world_size, [*REAL_MODEL, *groups])
     with _fake_world(world_size) as world, _mesh_of_real_tensors(), FakeTensorMode():
         backend: Any = create_backend(GPT2(config.model), config, world, plan)
         tokens = torch.zeros(1, SEQ_LEN, dtype=torch.int64)
@@ -81,9 +86,9 @@ def compare_fsdp(world_size: int) -> Iterator[Shards]:
             _local_bytes(state[key]) for state in backend.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
         )
     layout = layout_of(config, plan)
-    yield Shards("fsdp", world_size, "parameters", layout.parameters, sum(map(_local_bytes, parameters)))
-    yield Shards("fsdp", world_size, "gradients", layout.parameters, gradients)
-    yield Shards("fsdp", world_size, "moments", layout.optimizer, moments)
+    yield Shards(name, world_size, "parameters", layout.parameters, sum(map(_local_bytes, parameters)))
+    yield Shards(name, world_size, "gradients", layout.parameters, gradients)
+    yield Shards(name, world_size, "moments", layout.optimizer, moments)
 
 
 def compare_small(name: str, world_size: int) -> Iterator[Shards]:

@@ -247,7 +247,8 @@ DEEPSPEED_CASES = [
     deepspeed(
         "hpz_without_stage_3",
         {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}},
-        "backend.deepspeed.zero_optimization.zero_hpz_partition_size: needs zero_optimization.stage 3, which is 2",
+        "backend.deepspeed.zero_optimization.zero_hpz_partition_size: needs",
+        "zero_optimization.stage 3, which is 2",
     ),
     deepspeed(
         "hpz_group_that_does_not_divide_the_ranks",

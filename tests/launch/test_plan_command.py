@@ -205,6 +205,24 @@ def test_fsdp_is_planned_and_started_with_the_settings_of_a_config_for_every_bac
     assert (config.backend.name, config.backend.fsdp.reshard_after_forward) == ("fsdp", False)
 
 
+def test_shard_groups_of_whole_nodes_are_planned_and_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--world-size", "32", "--device", "l4", "--set", "batch.tokens_per_step=131072"]
+    plan(monkeypatch, *options, "--backends", "fsdp", "--json")
+    printed = json.loads(capsys.readouterr().out)
+    plans = {each["backend"]: each["memory"]["parameters"] for each in printed["plans"]}
+    assert list(plans) == ["fsdp", "fsdp/8", "fsdp/16"]
+    assert plans["fsdp/8"] == pytest.approx(4 * plans["fsdp"], rel=1e-2)
+    words = shlex.split(printed["verdict"]["command"])
+    overrides = words[words.index("--set") + 1 :]
+    config = load_config(words[words.index("--config") + 1 : words.index("--set")], overrides)
+    assert config.backend.name == "fsdp" and config.backend.fsdp.shard_group_size == 8, "less traffic between nodes"
+    plan(monkeypatch, *options, "backend.fsdp.shard_group_size=2", "--backends", "fsdp", "--json")
+    (own,) = json.loads(capsys.readouterr().out)["plans"]
+    assert own["memory"]["parameters"] == pytest.approx(16 * plans["fsdp"], rel=1e-2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -79,6 +79,17 @@ class TestState:
     def test_weights_masters_and_moments(self, backend: str, precision: str, bytes_per_element: float) -> None:
         assert self.persistent(backend, f"run.precision={precision}") == pytest.approx(bytes_per_element, rel=1e-3)
 
+    @pytest.mark.parametrize(("size", "shards"), [("1", 1), ("2", 2), ("8", 8), ("null", 8)])
+    def test_a_shard_group_divides_the_state(self, size: str, shards: int) -> None:
+        found = self.persistent("fsdp", f"backend.fsdp.shard_group_size={size}")
+        assert found == pytest.approx((4 + 8) / shards, rel=1e-3)
+
+    def test_secondary_shards_are_counted(self) -> None:
+        key = "backend.deepspeed.zero_optimization.zero_hpz_partition_size"
+        saved = self.persistent("zero3", f"{key}=2") - self.persistent("zero3")
+        assert saved == pytest.approx(4 / 2, rel=1e-3)
+        assert self.persistent("zero3", f"{key}=1") == self.persistent("zero3")
+
     def test_a_peak_is_the_sum_of_its_purposes(self) -> None:
         config = config_of("zero1")
         memory = peak_memory(config, plan_batch(config, 8))
@@ -209,6 +220,25 @@ class TestSpeed:
             sent = (width * gathered + 4 * TestState.N) * 7 / 8
             assert traffic(config, batch).per_step(batch.accumulation) == pytest.approx(sent, rel=1e-6)
 
+    @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+    def test_groups_send_more_bytes_but_fewer_between_nodes(self, optimizer: str) -> None:
+        """16 ranks on two nodes. Groups of one rank send the bytes of DDP, and one group those of FSDP2."""
+        settings = [f"optimizer.name={optimizer}", "run.precision=bf16", "batch.tokens_per_step=262144"]
+        speeds = {}
+        for size in ("1", "8", "16", "null"):
+            config = config_of("fsdp", f"backend.fsdp.shard_group_size={size}", *settings)
+            batch = plan_batch(config, 16)
+            speeds[size] = estimate_speed(config, batch, DEVICES["l4"], 0.4)
+        ddp = config_of("ddp", *settings)
+        assert speeds["1"].sent_bytes == pytest.approx(traffic(ddp, batch).per_step(1), rel=1e-6)
+        assert speeds["16"] == speeds["null"]
+        assert speeds["8"].exposed_communication_s < speeds["null"].exposed_communication_s / 2
+        if optimizer == "adamw":
+            root = (50304 + 1024) * 768 + 2 * 768
+            gathered = 2 * (root + 2 * (TestState.N - root)) * 7 / 8
+            reduced = 4 * TestState.N * 7 / 8 + 4 * TestState.N / 8  # in the group, then between two groups
+            assert speeds["8"].sent_bytes == pytest.approx(gathered + reduced, rel=1e-6)
+
     def test_one_rank_sends_nothing_and_computes_at_the_assumed_share(self) -> None:
         plan = planned("ddp", world_size=1)
         assert plan.speed.sent_bytes == 0
@@ -230,9 +260,9 @@ class TestSpeed:
 
 
 class TestAgainstMeasurements:
-    @pytest.mark.parametrize("world_size", [3, 64])
-    def test_shards_of_fsdp(self, world_size: int) -> None:
-        self.check(list(compare_fsdp(world_size)))
+    @pytest.mark.parametrize(("world_size", "shard_group_size"), [(3, None), (64, None), (64, 8), (4, 1)])
+    def test_shards_of_fsdp(self, world_size: int, shard_group_size: int | None) -> None:
+        self.check(list(compare_fsdp(world_size, shard_group_size)))
 
     @pytest.mark.parametrize(("backend", "world_size"), [("ddp", 1024), ("zero1", 64), ("zero2", 4096), ("zero3", 24)])
     def test_shards_of_ddp_and_deepspeed(self, backend: str, world_size: int) -> None:
