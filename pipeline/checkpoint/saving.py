@@ -91,7 +91,7 @@ def write_checkpoint(
         averaged_steps=snapshot.averaged_steps,
         world_size=world.size,
         launch_id=launch_id(),
-        versions=_versions(),
+        versions=package_versions(),
         config=config,
     )
     try:
@@ -163,7 +163,7 @@ def _complete_and_publish(aside: Path, folder: Path, state: StateFile, snapshot:
     publish_folder(aside, folder)
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Return the versions of the main packages, without the version of DeepSpeed if DeepSpeed is not installed."""
     installed = {}
     for package in ("torch", "deepspeed", "safetensors", "numpy"):

@@ -30,6 +30,7 @@ from pipeline.run_folder.metrics import SAMPLE_KEY
 from pipeline.seeds import derive_seed
 from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.interruption import StopRequest
+from pipeline.training.provenance import describe_process
 from pipeline.training.resuming import load_checkpoint
 from pipeline.training.run_record import RunRecord
 from pipeline.training.schedule import lr_at
@@ -162,6 +163,7 @@ class Trainer:
             "device": device_name(self.world.device),
             "parameters": parameter_count(self.config.model),
             **({} if self.origin is None else {"init_from": self.origin}),
+            **(describe_process() if self.world.is_main else {}),
         }
         self.record.write({"step": self.state.step, "started": started})
 

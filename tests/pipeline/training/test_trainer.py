@@ -138,6 +138,7 @@ class TestLoop:
         started = rows_with(trainer, "started")[0]
         assert started["world_size"] == 1
         assert started["backend"] == trainer.backend.describe()
+        assert {"command", "host", "launcher", "python", "packages", "git", "device"} <= started.keys()
 
     @pytest.mark.parametrize("data", ["plain", "masked"])
     def test_the_batch_decides_and_not_how_it_is_divided(self, make_trainer: MakeTrainer, data: str) -> None:
