@@ -10,8 +10,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.run_options import add_run_options, run_options
 from tests.support.agreement import Agreement, print_table
-from tests.support.runs import TINY_RUN, Curve, Sections, copy_with_masks, curve_of, make_corpus, merged
+from tests.support.runs import TINY_RUN, Curve, Sections, copy_with_masks, curve_of, merged
 
 MICRO_BATCHES = (1, 2, 4)
 PROCESSES = (1, 2)
@@ -55,13 +56,21 @@ def main() -> None:
     """Print the tables. Exit with a non-zero status if a run does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--backends", nargs="+", default=["ddp", "fsdp", "zero1"])
+    add_run_options(parser, backends=("ddp", "fsdp", "zero1"))
     arguments = parser.parse_args()
+    options = run_options(arguments)
     failures = 0
     with tempfile.TemporaryDirectory() as scratch:
-        data = make_corpus(Path(scratch) / "data")
+        data = options.make_corpus(Path(scratch) / "data")
         for masked in (False, True):
-            rows = compare(data, Path(scratch), masked=masked, steps=arguments.steps, backends=arguments.backends)
+            rows = compare(
+                data,
+                Path(scratch),
+                masked=masked,
+                steps=arguments.steps,
+                backends=options.backends,
+                base=options.base,
+            )
             failures += print_table(("targets", "backend", "micro-batch", "processes"), rows)
             print()
     raise SystemExit(f"{failures} runs do not agree" if failures else 0)

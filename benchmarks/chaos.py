@@ -1,6 +1,7 @@
 """Kill runs with SIGKILL at random moments, and resume each run with a random backend and world size.
 
 python -m benchmarks.chaos --runs 60        # what `make chaos` runs
+python -m benchmarks.chaos --runs 20 --optimizer muon --bytes
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import random
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from benchmarks.run_options import add_run_options, run_options
 from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.checkpoint.verification import find_damage
 from pipeline.run_folder.metrics import read_metrics
@@ -27,7 +30,6 @@ from tests.support.runs import (
     Sections,
     curve_of,
     last_logged_step,
-    make_corpus,
     merged,
     read_curve,
 )
@@ -85,10 +87,10 @@ class Outcome:
                 self.problems.append(problem)
 
 
-def sections_of(data: Path) -> Sections:
+def sections_of(data: Path, base: Sections = TINY_RUN) -> Sections:
     """Return the config of a run that takes a few seconds and saves every few steps."""
     return merged(
-        TINY_RUN,
+        base,
         {
             "model": {"dropout": 0.1},
             "data": {"path": str(data)},
@@ -99,7 +101,14 @@ def sections_of(data: Path) -> Sections:
     )
 
 
-def survive(number: int, seed: int, data: Path, scratch: Path, reference: Curve) -> Outcome:
+def survive(
+    number: int,
+    seed: int,
+    sections: Sections,
+    scratch: Path,
+    reference: Curve,
+    backends: Sequence[str] = BACKENDS,
+) -> Outcome:
     """Start a run, kill and resume it one to three times, let it finish, and check the result and the files."""
     chance = random.Random(f"{seed}-{number}")
     outcome = Outcome(number)
@@ -107,9 +116,9 @@ def survive(number: int, seed: int, data: Path, scratch: Path, reference: Curve)
     kills_wanted = chance.choice((1, 1, 2, 3))
     ended = False
     while not ended:
-        backend, processes = chance.choice(BACKENDS), chance.choice((1, 2))
+        backend, processes = chance.choice(backends), chance.choice((1, 2))
         reached = last_logged_step(folder)
-        with LiveRun(backend, folder, sections_of(data), processes) as run:
+        with LiveRun(backend, folder, sections, processes) as run:
             killed = outcome.kills < kills_wanted and kill_at_random(run, processes, chance)
             status = run.wait()
             outcome.note_continuation(run.output, reached)
@@ -157,13 +166,22 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
+    add_run_options(parser)
     arguments = parser.parse_args()
+    options = run_options(arguments)
     outcomes = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         scratch = Path(folder)
-        data = make_corpus(scratch / "data")
-        reference = curve_of("ddp", scratch / "uninterrupted", sections_of(data))
-        survived = partial(survive, seed=arguments.seed, data=data, scratch=scratch, reference=reference)
+        sections = sections_of(options.make_corpus(scratch / "data"), options.base)
+        reference = curve_of("ddp", scratch / "uninterrupted", sections)
+        survived = partial(
+            survive,
+            seed=arguments.seed,
+            sections=sections,
+            scratch=scratch,
+            reference=reference,
+            backends=options.backends,
+        )
         for outcome in pool.map(survived, range(arguments.runs)):
             print(outcome, flush=True)
             outcomes.append(outcome)

@@ -3,7 +3,7 @@
 python -m benchmarks.parity            # 60 steps, fp32, amp_bf16 and bf16; what `make parity` runs
 python -m benchmarks.parity --processes 3 4     # also with groups of two ranks
 python -m benchmarks.parity --compile  # compare compiled runs with the uncompiled reference
-python -m benchmarks.parity --optimizer muon --offload
+python -m benchmarks.parity --bytes --optimizer muon --offload --processes 1 2 4
 """
 
 from __future__ import annotations
@@ -13,17 +13,14 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import get_args
 
-from pipeline.config.schema import OptimizerConfig
+from benchmarks.run_options import add_run_options, run_options
 from tests.support.agreement import LOSS_TOLERANCE, Agreement, print_table
-from tests.support.runs import BACKENDS, TINY_RUN, Curve, curve_of, make_corpus, merged
+from tests.support.runs import BACKENDS, TINY_RUN, Curve, Sections, curve_of, merged
 
 PROCESSES = (1, 2)
-OPTIMIZERS = get_args(OptimizerConfig.model_fields["name"].annotation)
 GROUPED = ("fsdp/2", "zero3/2")  # backends with groups of two ranks, see ``tests.support.runs.split_config``
 MICRO_BATCHES = 4  # per step of TINY_RUN
-OFFLOADS = ("zero2_offload", "zero3_offload")
 
 
 def compare(
@@ -33,7 +30,7 @@ def compare(
     steps: int,
     *,
     compiled: bool = False,
-    optimizer: str = "adamw",
+    base: Sections = TINY_RUN,
     backends: Sequence[str] = BACKENDS,
     processes: Sequence[int] = PROCESSES,
 ) -> Iterator[Agreement]:
@@ -42,26 +39,21 @@ def compare(
     With four or more processes, also train with groups of two ranks (``GROUPED``). A step has as many micro-batches as
     are needed so that every number of processes divides them.
     """
-    batch = dict(TINY_RUN["batch"])
+    batch = dict(base["batch"])
     batch["tokens_per_step"] *= math.lcm(MICRO_BATCHES, *processes) // MICRO_BATCHES
 
     def curve(precision: str, backend: str, ranks: int, compiled: bool) -> Curve:
         sections = merged(
-            TINY_RUN,
+            base,
             {"run": {"precision": precision, "compile": compiled}},
-            {
-                "data": {"path": str(data)},
-                "batch": batch,
-                "schedule": {"max_steps": steps},
-                "optimizer": {"name": optimizer},
-            },
+            {"data": {"path": str(data)}, "batch": batch, "schedule": {"max_steps": steps}},
         )
         folder = scratch / f"{precision}-{backend.replace('/', '_')}-{ranks}-{compiled}"
         return curve_of(backend, folder, sections, ranks)
 
     for precision in precisions:
         reference = curve(precision, "ddp", 1, compiled=False)
-        clipped = sum(norm > TINY_RUN["optimizer"]["grad_clip"] for norm in reference.grad_norms)
+        clipped = sum(norm > base["optimizer"]["grad_clip"] for norm in reference.grad_norms)
         assert clipped > steps // 2, "clipping is inactive at most steps: the comparison would prove little"
         for backend in (*backends, *GROUPED):
             for ranks in processes:
@@ -78,20 +70,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "amp_bf16", "bf16"], choices=LOSS_TOLERANCE)
     parser.add_argument("--compile", action="store_true", help="compile all runs except the reference")
-    parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
-    parser.add_argument("--offload", action="store_true", help="also compare the configs with offload")
     parser.add_argument("--processes", type=int, nargs="+", default=list(PROCESSES))
+    add_run_options(parser)
     arguments = parser.parse_args()
+    options = run_options(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        data = make_corpus(Path(scratch) / "data")
+        data = options.make_corpus(Path(scratch) / "data")
         rows = compare(
             data,
             Path(scratch),
             arguments.precisions,
             arguments.steps,
             compiled=arguments.compile,
-            optimizer=arguments.optimizer,
-            backends=(*BACKENDS, *OFFLOADS) if arguments.offload else BACKENDS,
+            base=options.base,
+            backends=options.backends,
             processes=arguments.processes,
         )
         failures = print_table(("precision", "backend", "processes"), rows)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.run_options import OPTIMIZERS
 from benchmarks.wrapped_shards import WORLD_SIZES, compare_shards
 from pipeline.config.loading import load_config
 from pipeline.data.batch_plan import plan_batch
@@ -66,6 +67,7 @@ class Setting:
     precision: str = "amp_bf16"
     accumulation: int = 1
     checkpointing: bool | int = False
+    optimizer: str = "adamw"
 
     def overrides(self) -> list[str]:
         """Return the overrides for ``--set``."""
@@ -73,6 +75,7 @@ class Setting:
         tokens = size["batch"]["micro_batch_size"] * size["model"]["context_length"] * self.world_size
         own: Sections = {
             "run": {"precision": self.precision},
+            "optimizer": {"name": self.optimizer},
             "model": {"activation_checkpointing": self.checkpointing},
             "batch": {"tokens_per_step": tokens * self.accumulation},
         }
@@ -100,6 +103,10 @@ SETTINGS = (
     Setting("fsdp", 1, "activations", "bf16"),
     Setting("zero2_offload", 1, "state"),
     Setting("zero3_offload", 2, "state", "bf16"),
+    Setting("ddp", 2, "state", optimizer="muon"),
+    Setting("fsdp", 2, "state", optimizer="muon"),
+    Setting("zero1", 2, "state", optimizer="muon"),
+    Setting("zero3", 2, "state", "bf16", optimizer="muon"),
 )
 
 
@@ -124,8 +131,8 @@ class Compared:
     def cells(self) -> list[object]:
         """Return the cells of a table row."""
         sizes = [f"{size / MIB:,.0f}" for size in (self.planned_bytes, self.measured_bytes)]
-        *first, checkpointing = astuple(self.setting)
-        return [*first, json.dumps(checkpointing), *sizes, f"{self.difference:+.1%}"]
+        *first, checkpointing, optimizer = astuple(self.setting)
+        return [*first, json.dumps(checkpointing), optimizer, *sizes, f"{self.difference:+.1%}"]
 
 
 def compare(setting: Setting, run_ranks: RunRanks, scratch: Path) -> Compared:
@@ -158,13 +165,16 @@ def start_ranks() -> RankServer:
 def main() -> None:
     """Print both tables. Exit with a non-zero status if a row does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
-    columns = ["backend", "ranks", "model", "precision", "micro-steps", "checkpointing"]
+    parser.add_argument(
+        "--optimizer", nargs="+", default=OPTIMIZERS, choices=OPTIMIZERS, help="rows of the first table"
+    )
+    arguments = parser.parse_args()
+    columns = ["backend", "ranks", "model", "precision", "micro-steps", "checkpointing", "optimizer"]
     print_header(*columns, "planned MiB", "measured MiB", "difference")
     failures = 0
     with tempfile.TemporaryDirectory() as scratch:
         ranks = start_ranks()
-        for setting in SETTINGS:
+        for setting in (setting for setting in SETTINGS if setting.optimizer in arguments.optimizer):
             compared = compare(setting, ranks.run, Path(scratch))
             failures += not compared.agrees
             print_row(*compared.cells())

@@ -1,6 +1,7 @@
 """Resume from every backend's checkpoint with every other backend and world size. Compare with uninterrupted runs.
 
-python -m benchmarks.portability            # fp32 and bf16; what `make portability` runs
+python -m benchmarks.portability            # all pairs of backends in fp32 and bf16; what `make portability` runs
+python -m benchmarks.portability --optimizer muon --offload --pairs ring
 """
 
 from __future__ import annotations
@@ -14,17 +15,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from benchmarks.run_options import add_run_options, run_options
 from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints
 from tests.support.agreement import LOSS_TOLERANCE
-from tests.support.runs import (
-    BACKENDS,
-    TINY_BYTE_RUN,
-    Sections,
-    curve_of,
-    make_byte_corpus,
-    merged,
-    read_curve,
-)
+from tests.support.runs import Sections, curve_of, merged, read_curve
 from tests.support.tables import print_header, print_row
 
 SAVED_AT, STEPS_AFTER = 10, 30
@@ -60,13 +54,13 @@ class Continuation:
 
 
 class Portability:
-    """Trains and continues runs in one precision, in the folder ``scratch``."""
+    """Trains and continues runs with the config ``base`` in one precision, in the folder ``scratch``."""
 
-    def __init__(self, data: Path, scratch: Path, precision: str) -> None:
+    def __init__(self, base: Sections, data: Path, scratch: Path, precision: str) -> None:
         self.scratch = scratch
         self.precision = precision
         self.sections = merged(
-            TINY_BYTE_RUN,
+            base,
             {
                 "run": {"precision": precision},
                 "model": {"dropout": 0.1},
@@ -101,18 +95,30 @@ def last_tensors(run_folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in list_checkpoints(run_folder)[-1].glob("*.safetensors")}
 
 
-def every_pair() -> list[tuple[Side, Side]]:
-    """Return all pairs of backends from one process to two and back, and each side with itself."""
-    pairs = [
+def all_pairs(backends: Sequence[str]) -> list[tuple[Side, Side]]:
+    """Return all pairs of backends from one process to two and back."""
+    return [
         (Side(saved_by, processes), Side(continued_by, 3 - processes))
-        for processes, saved_by, continued_by in product((1, 2), BACKENDS, BACKENDS)
+        for processes, saved_by, continued_by in product((1, 2), backends, backends)
     ]
-    return pairs + [(Side(backend, processes),) * 2 for processes, backend in product((1, 2), BACKENDS)]
 
 
-def compare(data: Path, scratch: Path, precision: str, pairs: Sequence[tuple[Side, Side]]) -> Iterator[Continuation]:
+def ring_of_pairs(backends: Sequence[str]) -> list[tuple[Side, Side]]:
+    """Return the pairs from each backend to the next backend, from one process to two and back."""
+    following = dict(zip(backends, (*backends[1:], backends[0]), strict=True))
+    return [pair for pair in all_pairs(backends) if pair[1].backend == following[pair[0].backend]]
+
+
+PAIRS = {"all": all_pairs, "ring": ring_of_pairs}
+
+
+def same_sides(backends: Sequence[str]) -> list[tuple[Side, Side]]:
+    """Return each backend at each world size, paired with itself."""
+    return [(Side(backend, processes),) * 2 for processes, backend in product((1, 2), backends)]
+
+
+def compare(runs: Portability, pairs: Sequence[tuple[Side, Side]]) -> Iterator[Continuation]:
     """Run all pairs and yield one result per pair. Single-process runs use one core each, in parallel."""
-    runs = Portability(data, scratch, precision)
     sources = list(dict.fromkeys(saved_by for saved_by, _ in pairs))
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as single, ThreadPoolExecutor(max(1, cores // 2)) as double:
@@ -124,18 +130,18 @@ def compare(data: Path, scratch: Path, precision: str, pairs: Sequence[tuple[Sid
             yield from pool.map(lambda pair: runs.continue_run(*pair), chosen)
 
 
-def print_matrices(results: list[Continuation]) -> None:
+def print_matrices(results: Sequence[Continuation], backends: Sequence[str]) -> None:
     """Print the largest loss differences. Rows are the side that saved, columns are the side that resumed."""
     for processes in (1, 2):
         print()
-        print_header(f"{results[0].precision}: {processes} -> {3 - processes}", *BACKENDS)
-        for saved_by in BACKENDS:
+        print_header(f"{results[0].precision}: {processes} -> {3 - processes}", *backends)
+        for saved_by in backends:
             cells = {
                 result.continued_by.backend: f"{result.loss_difference:.1e}"
                 for result in results
                 if result.saved_by == Side(saved_by, processes) and result.continued_by.processes != processes
             }
-            print_row(saved_by, *(cells[backend] for backend in BACKENDS))
+            print_row(saved_by, *(cells.get(backend, "") for backend in backends))
     same = [result for result in results if result.saved_by == result.continued_by]
     print(f"\nthe same side continues bit by bit: {sum(result.same_bits for result in same)} of {len(same)}")
     worst = max(result.loss_difference for result in results)
@@ -146,18 +152,27 @@ def main() -> None:
     """Print the matrices. Exit with a non-zero status if a continuation does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=LOSS_TOLERANCE)
+    parser.add_argument(
+        "--pairs",
+        default="all",
+        choices=PAIRS,
+        help="the backends that save and resume; with `ring`, each backend and the next one (default: %(default)s)",
+    )
+    add_run_options(parser, uses_bytes=True)
     arguments = parser.parse_args()
+    options = run_options(arguments)
+    pairs = PAIRS[arguments.pairs](options.backends) + same_sides(options.backends)
     failures = []
     with tempfile.TemporaryDirectory() as scratch:
-        data = make_byte_corpus(Path(scratch) / "data")
+        data = options.make_corpus(Path(scratch) / "data")
         for precision in arguments.precisions:
             results = []
-            for result in compare(data, Path(scratch), precision, every_pair()):
+            for result in compare(Portability(options.base, data, Path(scratch), precision), pairs):
                 print(
                     f"{precision}: {result.saved_by} -> {result.continued_by}: {result.loss_difference:.1e}", flush=True
                 )
                 results.append(result)
-            print_matrices(results)
+            print_matrices(results, options.backends)
             failures += [result for result in results if not result.agrees]
     for failure in failures:
         print(f"does not agree: {failure}")

@@ -15,7 +15,7 @@ from pipeline.planning.devices import DEVICES, Device
 from pipeline.planning.planner import Plan, plan_run
 from pipeline.planning.presentation import fastest_plan, format_days
 
-RECIPES = ("gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1558m")
+RECIPES = ("gpt2_124m", "gpt2_124m_muon", "gpt2_350m", "gpt2_774m", "gpt2_1558m")
 WORLD_SIZES = (1, 8, 16)
 COLUMNS = {"24 GB": "rtx4090", "40 GB": "a100-40gb", "80 GB": "a100-80gb"}
 

@@ -3,11 +3,13 @@
 python -m benchmarks.train                                             # what `make bench-train` runs: 30M parameters
 python -m benchmarks.train --layers 12 --heads 12 --width 768 --seq-len 1024 --batch 2
 python -m benchmarks.train --processes 2 --contenders ddp fsdp zero1
+python -m benchmarks.train --processes 2 --contenders zero1 zero1-muon --rounds 2
 python -m benchmarks.train --peer-command 'nanoGPT=cd ~/nanoGPT && python train.py --device={device} ...'
 
-All contenders except those of --peer-command train on the same batches from the same weights, with AdamW, clipping and
-the same learning rate. The losses must agree, or the command fails. FLOP/s of matrix products and the bandwidth of
-copies are measured before and after the contenders. The table has medians over rows of steps, and quartiles.
+All contenders except those of --peer-command train on the same batches from the same weights, with clipping and the
+same learning rate. The optimizer is Muon if the name ends with -muon, otherwise AdamW. The losses of contenders with
+the same optimizer must agree, or the command fails. FLOP/s of matrix products and the bandwidth of copies are measured
+before and after the contenders. The table has medians over rows of steps, and quartiles.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ from benchmarks.train_setting import Measured, Setting
 from pipeline.distributed.device import GIB
 from pipeline.model.gpt2 import flops_per_token, parameter_count
 from pipeline.run_folder.metrics import read_metrics
-from tests.support.runs import REPOSITORY, TRAIN, make_corpus, ranks_command, train_arguments
+from tests.support.runs import BACKENDS, REPOSITORY, TRAIN, make_corpus, merged, ranks_command, train_arguments
 from tests.support.tables import print_header, print_row
 
-OURS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
+MUON = "-muon"  # the end of the names of contenders that train with Muon
+OURS = tuple(f"{name}{end}" for end in ("", MUON) for name in BACKENDS)
 PEERS = {
     "transformers-loop": ["loop"],
     "transformers-trainer": ["trainer"],
@@ -72,12 +75,20 @@ class Contender:
     measure: Callable[[Setting], Measured]
     loss_tolerance: float = LOSS_TOLERANCE
 
+    @property
+    def optimizer(self) -> str:
+        """The optimizer, which changes the losses."""
+        return "muon" if self.name.endswith(MUON) else "adamw"
 
-def train_ours(config: str, setting: Setting) -> Measured:
+
+def train_ours(name: str, setting: Setting) -> Measured:
     """Run ``launch/train.py`` as a user does and read its ``metrics.jsonl``."""
+    sections = setting.sections()
+    if name.endswith(MUON):
+        sections = merged(sections, {"optimizer": {"name": "muon"}})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "run")
-        _run_script(setting.processes, TRAIN, train_arguments(config, folder, setting.sections()))
+        _run_script(setting.processes, TRAIN, train_arguments(name.removesuffix(MUON), folder, sections))
         return Measured.of_rows(read_metrics(folder), setting)
 
 
@@ -129,19 +140,22 @@ def run_rounds(contenders: Sequence[Contender], setting: Setting, rounds: int) -
 
 
 def disagreements(contenders: Sequence[Contender], found: dict[str, Measured], warmup_steps: int) -> list[str]:
-    """Return one line per contender whose losses differ from those of the first."""
-    reference = found[contenders[0].name].losses
+    """Return one line per contender whose losses differ from those of the first with the same optimizer."""
+    first: dict[str, str] = {}
     lines = []
-    for contender in contenders[1:]:
-        losses = found[contender.name].losses
+    for contender in contenders:
+        name = first.setdefault(contender.optimizer, contender.name)
+        if name == contender.name:
+            continue
+        reference, losses = found[name].losses, found[contender.name].losses
         steps = [step for step in reference if step in losses and step > warmup_steps]
         if not steps:
-            lines.append(f"{contender.name} has no step in common with {contenders[0].name}")
+            lines.append(f"{contender.name} has no step in common with {name}")
             continue
         difference = abs(statistics.fmean(reference[step] - losses[step] for step in steps))
         if not difference <= contender.loss_tolerance:
             lines.append(
-                f"{contender.name}: mean loss differs from {contenders[0].name} by {difference:.3f} nats over "
+                f"{contender.name}: mean loss differs from {name} by {difference:.3f} nats over "
                 f"{len(steps)} rows; the tolerance is {contender.loss_tolerance}"
             )
     return lines

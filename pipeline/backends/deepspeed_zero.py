@@ -261,11 +261,23 @@ def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> to
     groups = parameter_groups(every, config.weight_decay)
     wait_for_build_elsewhere(CPUAdamBuilder.NAME)
     try:
-        return DeepSpeedCPUAdam(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, adamw_mode=True)
+        adam = DeepSpeedCPUAdam(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, adamw_mode=True)
     except _BUILD_ERRORS as error:
         reason = _one_line(error)[:200]
         log.warning("DeepSpeed's CPUAdam cannot be built here (%s); offloading with torch's AdamW", reason)
         return build_adamw(every, config, torch.device("cpu"))
+    adam.register_step_pre_hook(_forget_bias_correction)
+    return adam
+
+
+def _forget_bias_correction(adam: Any, *_: object) -> None:
+    """Make CPUAdam compute the bias correction of the next step from the step count.
+
+    CPUAdam would multiply beta^(n-1) of the previous step by beta, which rounds differently than beta^n. A resumed run
+    has no previous step, so it would not continue bit by bit. CPUAdam computes beta^n after a step with other betas.
+    """
+    unused = [torch.zeros(1) for _ in range(4)]  # weight, gradient and moments
+    adam.ds_opt_adam.adam_update(adam.opt_id, 1, 0.0, 0.0, 0.0, 1.0, 0.0, True, *unused)
 
 
 def cpu_adam_problem() -> str | None:

@@ -16,7 +16,7 @@ def test_a_run_killed_at_random_reaches_the_same_end(
     seed: int, corpus: Path, tmp_path: Path, uninterrupted: Callable[[], Curve]
 ) -> None:
     """A short, seeded version of ``make chaos``."""
-    outcome: Outcome = survive(0, seed, corpus, tmp_path, uninterrupted())
+    outcome: Outcome = survive(0, seed, sections_of(corpus), tmp_path, uninterrupted())
     assert outcome.problems == [], outcome
 
 
