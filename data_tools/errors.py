@@ -34,7 +34,7 @@ def json_type(value: object) -> str:
 
 
 def list_names(names: Iterable[object]) -> str:
-    """Return a list of names as text, for a message. It contains at most 20 names, with at most 40 characters each."""
+    """Return names as text for a message. The text has at most 20 names, each cut to at most 40 characters."""
     texts = [str(name) for name in names]
     shown = [text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..." for text in texts[:_MOST_NAMES]]
     more = [f"and {len(texts) - _MOST_NAMES} more"] if len(texts) > _MOST_NAMES else []
@@ -57,12 +57,10 @@ def install_command(extra: str = "") -> str:
 
 @contextmanager
 def one_line_write_errors(path: Path) -> Iterator[None]:
-    """Return a context manager.
-
-    It converts an ``OSError`` in its ``with`` block to a DataError, for example if the disk is full.
+    """Return a context manager that converts an ``OSError`` of a write, such as a full disk, to a DataError.
 
     Raises:
-        DataError: the block raised ``OSError``. The message is one line with ``path`` and the reason.
+        DataError: the ``with`` block raised ``OSError``. The message is one line with ``path`` and the reason.
     """
     try:
         yield
@@ -72,11 +70,11 @@ def one_line_write_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def one_line_read_errors(path: Path) -> Iterator[None]:
-    """Return a context manager that converts an ``OSError`` in its ``with`` block to a DataError.
+    """Return a context manager that converts an ``OSError`` of a read to a DataError.
 
     Raises:
-        DataError: the block raised ``OSError``. The message is one line with the reason and the file that the
-            ``OSError`` names. If the ``OSError`` names no file, the message names ``path``.
+        DataError: the ``with`` block raised ``OSError``. The message is one line with the file and the reason. The file
+            is the one that the ``OSError`` names. If it names none, the file is ``path``.
     """
     try:
         yield

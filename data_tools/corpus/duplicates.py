@@ -17,7 +17,7 @@ _DOCUMENTS_AT_A_TIME = 4 << 20
 def write_repeated(folder: Folder, chunks: Sequence[Chunk]) -> None:
     """Write one file per chunk that contains the positions of the chunk's repeated documents.
 
-    A document is repeated if the same or an earlier chunk contains an equal document before it.
+    A document is repeated if an equal document comes before it in the source.
     """
     fingerprints = [np.load(io.BytesIO(folder.read(chunk.fingerprints_file)), allow_pickle=False) for chunk in chunks]
     repeated = _find_repeated(np.concatenate([np.empty((0, 2), np.uint64), *fingerprints]))

@@ -59,7 +59,7 @@ class Estimate:
 
 
 def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chunk], free_bytes: int | None) -> Estimate:
-    """Estimate the work for a request. For this, the first documents of the source are encoded.
+    """Estimate the work for a request, by encoding the first documents of the source.
 
     Raises:
         DataError: the first documents cannot be read, or no document has text.

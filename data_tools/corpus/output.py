@@ -1,4 +1,4 @@
-"""Manage the output folder of a tokenize request: create it, continue after an interruption, and complete it.
+"""Create and complete the output folder of a tokenize request. An interrupted request can continue in its folder.
 
 While the request runs, the folder contains the plan (``plan.json``), which consists of the identity and the chunks of
 the request. For each finished chunk, the folder contains the shards and the record ``tasks/<chunk>.json``. At the end,
@@ -74,7 +74,7 @@ class OutputFolder:
     """The output folder of a request that is not complete yet. Use ``open_output`` to get an instance.
 
     Attributes:
-        folder: reads and writes the files in the folder.
+        folder: an object that reads and writes the files in the folder.
         chunks: all chunks of the request. The list is empty before ``plan`` is called.
         finished: maps the index of each finished chunk to its record.
     """
@@ -131,8 +131,8 @@ class OutputFolder:
     def complete(self, *, encoder: str, engine: str) -> Manifest | None:
         """Write the manifest and remove the plan and the records.
 
-        If several processes share the folder, only the last one writes the manifest. The others return None, because
-        another process is still writing or a chunk is not finished.
+        If several processes share the folder, only the process that finishes last writes the manifest. For the other
+        processes, this method returns None.
 
         Raises:
             DataError: the source has no document with text, or the folder is not writable.

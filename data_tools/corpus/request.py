@@ -76,9 +76,9 @@ class TokenizeRequest(SourceRequest):
                 raise DataError(f"--{name.replace('_', '-')} must be at least 1, it is {value}")
 
     def identity(self, source: Source) -> dict[str, Any]:
-        """Return the identity of the request: all values that determine the bytes of the shards, as JSON values.
+        """Return the identity of the request: all values on which the bytes of the shards depend, as JSON values.
 
-        The keys are the same as in the manifest.
+        The manifest has these values under the same keys.
         """
         limits: dict[str, Any] = {"limit_documents": self.limit_documents, "limit_bytes": self.limit_bytes}
         if self.on_bad_rows != "stop":  # absent by default, as in the manifests of earlier versions

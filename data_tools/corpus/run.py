@@ -29,13 +29,10 @@ class Observer:
         """Receive a message about the input for the user. This is called before ``planned``."""
 
     def planned(self, estimate: Estimate) -> None:
-        """Receive the estimate. This is called before the first chunk is processed, but not by ``tokenize_share``."""
+        """Receive the estimate before the first chunk is processed. ``tokenize_share`` makes no estimate."""
 
     def progressed(self, progress: Contents) -> None:
-        """Receive the progress of the whole request.
-
-        It includes chunks that earlier, interrupted processes have finished.
-        """
+        """Receive the progress of the whole request, including chunks that were finished before an interruption."""
 
 
 def find_complete(request: TokenizeRequest) -> Manifest | None:
@@ -71,8 +68,8 @@ def tokenize_share(
 ) -> Manifest | None:
     """Encode only some of the chunks of a request: the chunks whose index modulo ``shares`` is ``share``.
 
-    Other processes, which are started with other values of ``share``, encode the other chunks. The process that
-    finishes last writes the manifest and returns it. The other processes return None.
+    Other processes must call this function with the other values of ``share``, from 0 to ``shares - 1``. The process
+    that finishes last writes the manifest and returns it. The other processes return None.
 
     If ``deduplicate`` of the request is ``exact``, call this function twice for every share. The first call only writes
     the fingerprints of the documents. The second call encodes the documents. Start the second calls only after all

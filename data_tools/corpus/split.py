@@ -20,7 +20,7 @@ _OTHER_SPLIT = {TRAIN_SPLIT: VAL_SPLIT, VAL_SPLIT: TRAIN_SPLIT}
 class AssignedDocument:
     """A document with its text in UTF-8, its fingerprint and its split.
 
-    ``is_part`` is True if this is one of the two pieces into which ``divide_text`` has divided the only document.
+    ``is_part`` is True if the corpus has only one document, and this is one of its two pieces (see ``divide_text``).
     """
 
     document: Document
@@ -33,8 +33,8 @@ class AssignedDocument:
 def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
     """Return the split of a document. Equal documents get the same split, because their fingerprints are equal.
 
-    ``val_fraction`` is the expected fraction of documents in the validation split. Another ``seed`` gives another
-    random choice of these documents.
+    ``val_fraction`` is the expected fraction of documents in the validation split. ``seed`` determines which documents
+    these are.
     """
     digest = hashlib.blake2b(fingerprint, digest_size=8, key=struct.pack("<Q", seed)).digest()
     return VAL_SPLIT if int.from_bytes(digest, "little") < val_fraction * 2**64 else TRAIN_SPLIT
@@ -63,7 +63,7 @@ def assign_splits(
 
 
 def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) -> Iterator[AssignedDocument]:
-    """Yield the documents. If all of them are in the same split, move some text to the other split if possible.
+    """Yield the documents. If all documents are in the same split, move a document to the other split if possible.
 
     If all documents are in the same split, there are three cases:
 
@@ -98,8 +98,8 @@ def divide_text(text: str, val_fraction: float) -> Iterator[AssignedDocument]:
     """Divide a text into two pieces. Yield the first piece for training and the second piece for validation.
 
     The second piece has at least the fraction ``val_fraction`` of the characters, and at most about twice this
-    fraction. Within these limits, the text is divided after the end of a paragraph. If there is none, it is divided
-    after the end of a line, or otherwise of a word. If there is none of these, the whole text is used for training.
+    fraction. Within these limits, the text is divided at the end of a paragraph if possible, otherwise at the end of a
+    line, otherwise at the end of a word. If none of these is possible, the whole text is used for training.
     """
     ideal = int(len(text) * (1 - val_fraction))
     earliest = max(1, 2 * ideal - len(text))  # A cut here gives validation twice the fraction.

@@ -90,9 +90,7 @@ def _new_characters() -> npt.NDArray[np.bool_]:
 
 
 def choose_encoder(name: str) -> str:
-    """Return the name of the encoder to use.
-
-    If ``name`` is ``auto``, this is gigatoken if installed, otherwise tiktoken.
+    """Return the name of the encoder to use. ``auto`` means gigatoken if it is installed, otherwise tiktoken.
 
     Raises:
         DataError: ``name`` is ``gigatoken``, which is not installed.
@@ -109,7 +107,10 @@ def choose_encoder(name: str) -> str:
 
 @functools.cache
 def load_encoder(name: str) -> Encoder:
-    """Return the encoder ``gigatoken`` or ``tiktoken``. Loading takes a second, so it is done only once per process."""
+    """Return the encoder ``gigatoken`` or ``tiktoken``.
+
+    Each encoder is loaded only once per process, because loading takes a second.
+    """
     return GigatokenEncoder() if name == "gigatoken" else load_tokenizer()
 
 

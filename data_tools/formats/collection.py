@@ -29,9 +29,9 @@ class Tokens(Protocol):
         ...
 
     def read(self, start: int, length: int) -> TokenArray:
-        """Return the ``length`` tokens that begin at index ``start``, uint16 of shape (length,).
+        """Return ``length`` tokens from index ``start`` on, uint16 of shape (length,).
 
-        All of them must exist.
+        The stream must contain all of them.
 
         Raises:
             DataError: a token is outside the vocabulary.
@@ -60,7 +60,7 @@ class TokenCollection:
         tokenizer: the tokenizer that created the tokens. Files of other programs are assumed to use GPT-2's tokenizer.
         source: the origin of the tokens. If a manifest is written for these tokens, it contains this record.
         splits: maps the names of splits to the splits.
-        manifest: the manifest, if this is a folder of this project. Otherwise None.
+        manifest: the manifest of the folder. None if the tokens are not in a folder of this project.
     """
 
     path: Path
@@ -72,10 +72,7 @@ class TokenCollection:
 
     @property
     def shards(self) -> tuple[ShardRecord, ...]:
-        """Return the records of all shards in all splits.
-
-        Returns an empty tuple unless this is a folder of this project.
-        """
+        """Return the records of all shards. Returns an empty tuple if this is not a folder of this project."""
         return self.manifest.shards if self.manifest else ()
 
 
@@ -126,7 +123,7 @@ def require_split_name(name: str, place: str) -> None:
     """Raise DataError if the name of a split contains a character that is not allowed in file names.
 
     Args:
-        place: the file or folder that has this split. The message begins with it.
+        place: the file or folder with this split. The error message begins with it.
     """
     if not FILE_NAME.fullmatch(name):
         raise DataError(f"{place}: {name!r} is not a name for a split; use letters, digits and . _ -")

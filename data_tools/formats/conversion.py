@@ -35,9 +35,9 @@ class Conversion:
 def convert(request: ConvertRequest, written: Advance = no_progress, verified: Advance = no_progress) -> Conversion:
     """Convert tokens into a new folder. If the conversion fails, the folder is not created.
 
-    The tokens and their order do not change, but ``END_OF_TEXT`` tokens in Megatron's files move (see
-    ``open_megatron_pair``). If the source is a folder of this project, its shards are first verified. If the new format
-    is not nanoGPT's, a manifest is written into the new folder.
+    The tokens and their order do not change. The only exception is ``END_OF_TEXT`` in Megatron's files (see
+    ``open_megatron_pair``). If the source is a folder of this project, its shards are first verified. A manifest is
+    written into the new folder, unless the new format is nanoGPT's.
 
     Args:
         written: a function that is called with the number of bytes that were written since the last call.
@@ -77,8 +77,8 @@ def adopt_in_place(
 ) -> Manifest:
     """Write a manifest into a folder with shards of llm.c or build-nanogpt, so that training can read the folder.
 
-    The shards do not change. If the folder already has a manifest that names exactly its shards, only return this
-    manifest.
+    The shards do not change. If the folder already has a manifest that names exactly its shards, this manifest is
+    returned.
 
     Args:
         source_format: the format of the shards. If ``auto``, the format is recognized.
@@ -87,9 +87,8 @@ def adopt_in_place(
         advance: a function that is called with the number of bytes that were read since the last call.
 
     Raises:
-        DataError: the folder contains no such shards, contains a damaged shard, or is not writable. Also if the folder
-            already has a manifest, and this manifest does not name exactly the files in the folder, or ``split_of`` is
-            given.
+        DataError: the folder contains no such shards, contains a damaged shard, or is not writable; or it already has a
+            manifest, and this manifest does not name exactly the shards in the folder, or ``split_of`` is given.
     """
     if (folder / MANIFEST_NAME).exists():
         return _load_adopted(folder, split_of or {})

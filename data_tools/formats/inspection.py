@@ -40,7 +40,7 @@ class SplitReport:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Return the bytes of text per token, where ``END_OF_TEXT`` also counts as a token.
+        """Return the number of bytes of text per token. ``END_OF_TEXT`` counts as a token, too.
 
         Returns None if the bytes of text are not known or there are no tokens.
         """
@@ -55,8 +55,8 @@ class FolderReport:
         path: the path that the user gave.
         format: one of ``INPUT_FORMATS``.
         problem: a message about the first file that is missing or has the wrong size. None if there is no such file.
-        about: the other values in the manifest, as JSON values. If there is no manifest, the assumed tokenizer, and a
-            description of the source.
+        about: the other values in the manifest, as JSON values. If there is no manifest, this contains the assumed
+            tokenizer and a description of the source.
         splits: maps the names of splits to their reports.
     """
 

@@ -1,10 +1,10 @@
 """Read datasets of Megatron-LM and gpt-neox.
 
 A dataset consists of two files. ``X.bin`` contains the tokens. ``X.idx`` is the index, which says where sequences and
-documents begin. The class ``MMapIndexedDataset`` of these programs writes the index. It contains the following values,
-which are all little-endian:
+documents begin. The class ``MMapIndexedDataset`` of these programs writes the index. All values in the index are
+little-endian:
 
-1. the magic, the version (uint64) and the type of the tokens (uint8);
+1. the magic number, the version (uint64) and the type of the tokens (uint8);
 2. the number of sequences and the number of document boundaries (uint64 each);
 3. the length of each sequence in tokens (int32);
 4. the offset of each sequence in ``X.bin`` in bytes (int64);
@@ -53,8 +53,8 @@ def is_index(path: Path) -> bool:
 def open_megatron_pair(index_path: Path, vocab_size: int) -> Tokens:
     """Open an index and its token file as one stream of tokens. The stream has ``END_OF_TEXT`` before each document.
 
-    If a document ends with ``END_OF_TEXT``, because the files were written with ``--append-eod``, this token is left
-    out. The function reads the whole index and the last token of each document.
+    If the files were written with ``--append-eod``, each document already ends with ``END_OF_TEXT``. These tokens are
+    left out. The function reads the whole index and the last token of each document.
 
     Raises:
         DataError: a file is missing or damaged, or the tokens have a type that is not supported.

@@ -35,7 +35,7 @@ class ConvertRequest:
         shard_tokens: the number of tokens per shard. None usually means 100 million. However, if the source is a folder
             of this project and the new format is npy or arrow, None means that each shard becomes one new shard.
         name: the prefix of the new file names, if the new format is llm.c's. None means the name of ``out``.
-        workers: the number of threads. None means one per core. The result does not depend on it.
+        workers: the number of threads. None means one per core. The new files do not depend on this number.
 
     Raises:
         DataError: an option has an invalid value. The message says which values are valid.
@@ -111,15 +111,15 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
 
 
 def keeps_shards(request: ConvertRequest, collection: TokenCollection) -> bool:
-    """Return whether the conversion makes one new shard from each shard of the source.
+    """Return whether each shard of the source becomes one new shard.
 
-    This requires that the source is a folder of this project.
+    This is only possible if the source is a folder of this project.
     """
     return collection.manifest is not None and request.to in SHARD_FORMATS and request.shard_tokens is None
 
 
 def chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Divide a range into pieces that are small enough to be read at once. Yield (start, length) of each piece."""
+    """Divide a range of tokens into pieces that are small enough to read at once. Yield (start, length) of each."""
     return ((at, min(CHUNK_TOKENS, stop - at)) for at in range(start, stop, CHUNK_TOKENS))
 
 

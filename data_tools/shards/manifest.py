@@ -123,7 +123,8 @@ class Manifest:
         settings: the options for the shards, such as the format and the fraction of documents for validation.
         shards: the records of all shards. The shards of a split are in the order of their tokens.
         report: statistics about the documents, such as their lengths, or None.
-        made: when and with which software versions the folder was written, or None. The shards do not depend on this.
+        made: the time at which the folder was written, and the software versions, or None. The shards do not depend on
+            these.
     """
 
     tokenizer: TokenizerRecord
@@ -146,10 +147,7 @@ class Manifest:
         return sum(shard.tokens for shard in self.shards_of(split))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest as JSON values. The first keys are the version and the dtype.
-
-        The last key is a SHA-256 of the others.
-        """
+        """Return the manifest as JSON values. The last value is a SHA-256 of all others."""
         content = {**asdict(self), "shards": [shard.to_json() for shard in self.shards]}
         content = {key: item for key, item in content.items() if key not in _OPTIONAL or item is not None}
         value = {"format_version": FORMAT_VERSION, "dtype": TOKEN_DTYPE_NAME, **content}
@@ -160,7 +158,7 @@ class Manifest:
         return (json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n").encode("ascii")
 
     def content_sha256(self) -> str:
-        """Return a SHA-256 of all keys except ``made``. Two folders with the same shards can be recognized by it."""
+        """Return a SHA-256 of the values that describe the contents. It does not depend on ``made``."""
         return sha256_of_json({key: value for key, value in self.to_json().items() if key not in ("made", _SEAL)})
 
 

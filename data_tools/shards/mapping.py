@@ -25,7 +25,7 @@ Mapped = npt.NDArray[Any]
 
 
 def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
-    """Memory-map one shard. Return its tokens as a list of arrays, one per contiguous range in the file.
+    """Memory-map one shard. Return its tokens as a list of arrays. Each array is a contiguous range of the file.
 
     Raises:
         DataError: the file is missing, unreadable or in another format, or the number of its tokens differs from the

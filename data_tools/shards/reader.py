@@ -39,7 +39,7 @@ class TokenStream:
         return open_split, (self._folder, self.split)
 
     def read(self, start: int, length: int) -> TokenArray:
-        """Return a copy of the ``length`` tokens that begin at index ``start``, uint16 of shape (length,).
+        """Return a copy of ``length`` tokens from index ``start`` on, uint16 of shape (length,).
 
         Raises:
             DataError: the stream does not contain this range, or a token is outside the vocabulary.

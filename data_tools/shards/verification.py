@@ -12,7 +12,7 @@ from data_tools.threads import Advance, map_threads, no_progress
 
 
 def verify(folder: Path | str, workers: int | None = None, advance: Advance = no_progress) -> Manifest:
-    """Compare the shards with the hashes and numbers in the manifest. Check that all tokens are in the vocabulary.
+    """Check that the shards match the hashes and numbers in the manifest, and that all tokens are in the vocabulary.
 
     Masks must contain only 0 and 1. The number of bytes of text is checked only if the tokenizer is GPT-2's and the
     shard has no mask.

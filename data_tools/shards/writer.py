@@ -29,16 +29,13 @@ OpenFormat = Callable[[BinaryIO], AbstractContextManager[WriteValues]]
 
 @contextmanager
 def write_flat(file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2") -> Iterator[WriteValues]:
-    """Return a context manager that writes a file with a header and values of one dtype.
+    """Return a context manager for writing a file that has a header and values of one dtype.
 
-    It gives a function to append values.
-
-    The header contains the number of values, so it is written twice: at the beginning with the number 0, and when the
-    ``with`` block ends with the final number.
+    It gives a function that appends values. The header contains the number of values, so it is written twice: at the
+    beginning with the number 0, and at the end of the ``with`` block with the final number.
 
     Args:
-        header: a function that takes a number of values and returns the header. The length of the header must always be
-            the same.
+        header: a function that takes a number of values and returns the header. All headers must have the same length.
     """
     size = 0
 
@@ -109,10 +106,10 @@ class ShardWriter:
 
         Args:
             tokens: uint16 of shape (tokens,), with ``END_OF_TEXT`` before each document.
-            documents: the number of these documents.
+            documents: the number of documents in ``tokens``.
             utf8_bytes: the bytes of text in these documents.
             scored: the mask, bool of shape (tokens,), True for tokens that are scored. If None, all tokens are scored.
-                For one shard, either all calls must have a mask, or none.
+                For one shard, either all calls or no calls must have a mask.
 
         Raises:
             DataError: the disk is full or not writable.

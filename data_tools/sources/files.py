@@ -45,10 +45,10 @@ FileSizes = Sequence[tuple[str, int]]
 
 @dataclass(frozen=True)
 class Slice:
-    """A range of a source. A process can read it without reading other ranges.
+    """A range of a source that can be read without reading the rest of the source.
 
     Attributes:
-        path: the file. If the range contains several files, the first of them.
+        path: the path of the file. If the range contains several files, this is the first of them.
         start, stop: the range from ``start`` to ``stop - 1``, in bytes, row groups, rows or files, depending on the
             source.
         text_bytes: the approximate number of bytes of text in the range. None if it is not known.
@@ -112,7 +112,7 @@ def group_files(files: FileSizes, slice_bytes: int) -> list[Slice]:
 
 
 def group_sizes(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int, int]]:
-    """Group consecutive sizes so that the total size of each group is at most ``limit``.
+    """Group consecutive sizes so that the sum of each group is at most ``limit``.
 
     A size above ``limit`` gets its own group. Yields (start, stop, total) for each group, where ``total`` is the sum of
     ``sizes[start:stop]``.
@@ -128,7 +128,7 @@ def group_sizes(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int, in
 
 
 def describe_files(files: FileSizes) -> dict[str, Any]:
-    """Return the number of files, the total of their sizes, and a SHA-256 of all names and sizes, as JSON values.
+    """Return the number of files, the sum of their sizes, and a SHA-256 of all names and sizes, as JSON values.
 
     The values change if a file is added, removed or renamed, or if its size changes.
     """
@@ -186,7 +186,7 @@ def find_other_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[s
 
 
 def describe_skipped_files(paths: Sequence[str]) -> str:
-    """Return a line such as ``3 files with other endings skipped: .md (2), .py (1)``."""
+    """Return a message about skipped files, such as ``3 files with other endings skipped: .md (2), .py (1)``."""
     endings = Counter(os.path.splitext(path)[1] or "without an ending" for path in paths)
     most_common = sorted(endings.items(), key=lambda item: (-item[1], item[0]))[:_MAX_ENDINGS]
     named = [f"{ending} ({count:,})" for ending, count in most_common]
@@ -272,7 +272,7 @@ def compression_of(path: str) -> str | None:
 
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
-    """Return a context manager that opens a file at a local path or a URL. The file can be read as bytes, and can seek.
+    """Return a context manager that opens a file at a local path or a URL. The file supports ``read`` and ``seek``.
 
     Raises:
         DataError: the file cannot be opened, is a git-lfs pointer, or cannot be read inside the ``with`` block.
@@ -347,8 +347,8 @@ def one_line_read_errors(path: str | Path) -> Iterator[None]:
 def explain_content(path: str, reason: str) -> str:
     """Return the reason why a file cannot be read.
 
-    If the first bytes show that the file is of another kind than its name says, the result names this kind and says
-    what to do. Otherwise, the result is the first line of ``reason``.
+    The first bytes of the file may show that it is of another kind than its name says. The result then names this kind
+    and says what to do. Otherwise, the result is the first line of ``reason``.
     """
     kind = _KINDS.get(os.path.splitext(path)[1])
     if found := describe_content(path, kind):
@@ -367,7 +367,7 @@ def decode_utf8(content: bytes, path: str, offset: int) -> str:
     """Decode a document or a line of a file.
 
     Args:
-        offset: the position of ``content`` in the decompressed file, in bytes. It is needed for the error message.
+        offset: the position of ``content`` in the decompressed file, in bytes. The error message needs it.
 
     Raises:
         BadRowError: ``content`` is not valid UTF-8. The message contains the file and the position of the invalid byte.

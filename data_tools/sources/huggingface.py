@@ -38,7 +38,7 @@ _ENDINGS = {
 
 
 class HuggingFaceSource:
-    """One split of a dataset. The documents are read without copying the dataset to a cache."""
+    """One split of a dataset. The documents are read directly from the data files, without a copy in a cache."""
 
     def __init__(self, inputs: Sequence[str], text_field: str, dataset_config: str | None, dataset_split: str) -> None:
         """Choose a dataset on the hub, or a local folder with data files or with the output of ``save_to_disk``.
@@ -64,16 +64,16 @@ class HuggingFaceSource:
         }
 
     def text_bytes(self) -> int | None:
-        """Return the bytes of text in the dataset, if ``save_to_disk`` wrote the dataset. Otherwise, return None."""
+        """Return the number of bytes of text, if ``save_to_disk`` wrote the dataset. Otherwise, return None."""
         with self._one_line_errors():
             rows = self._open() if self._is_saved() else None
             return None if rows is None else _text_bytes_of(rows, self._text_field)
 
     def notices(self) -> list[str]:
-        """Return a list with one message about the files in a local folder that are skipped.
+        """Return a list with one message about skipped files, if the dataset is a local folder.
 
         ``datasets`` reads only files of one kind in a folder, such as JSON files. The list is empty if no file is
-        skipped, if the kind is not known here, or if the dataset is not a folder of data files.
+        skipped, if the kind is not in ``_ENDINGS``, or if the dataset is not a folder of data files.
         """
         if not os.path.isdir(self._dataset) or self._is_saved():
             return []

@@ -35,7 +35,7 @@ _UNREAD_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
 class InstructionSource(FileSource):
-    """Files of instructions and chats. Each record becomes a document with a heading before each message."""
+    """Files of instructions and chats. In each document, every message has a heading."""
 
     def __init__(self, inputs: Sequence[str]) -> None:
         super().__init__(inputs, JSONL_SUFFIXES)
@@ -45,7 +45,7 @@ class InstructionSource(FileSource):
 
 
 def dialogue_of(record: Any, place: object) -> Dialogue:
-    """Convert a record to a document that has a heading before each message. Only the answers are scored.
+    """Convert a record to a document with a heading before each message. Only the answers are scored.
 
     Args:
         record: the JSON value of the record.

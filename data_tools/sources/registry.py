@@ -35,7 +35,7 @@ class Source(Protocol):
     def text_bytes(self) -> int | None:
         """Return the approximate number of bytes of text in the source.
 
-        Returns None if the documents must be read to know this number.
+        Returns None if this number is not known before the documents are read.
         """
         ...
 
@@ -46,7 +46,7 @@ class Source(Protocol):
     def slices(self, slice_bytes: int) -> list[Slice]:
         """Divide the source into consecutive slices.
 
-        A slice has about ``slice_bytes`` bytes of text, but more if a file is larger and cannot be divided.
+        A slice has about ``slice_bytes`` bytes of text. If a file is larger and cannot be divided, it is one slice.
         """
         ...
 
@@ -61,7 +61,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRequest:
-    """The options with which a user selects a source.
+    """The options that select a source and its documents.
 
     Attributes:
         inputs: files, folders or glob patterns. For ``hf``, the name of one dataset or one local folder.
@@ -99,8 +99,8 @@ def open_source(request: SourceRequest) -> Source:
     """Open the source that a request selects. Documents are not read yet.
 
     Raises:
-        DataError: the kind is unknown, an input is missing or does not exist, or this kind of source does not use one
-            of the options.
+        DataError: the kind is unknown, an input is missing or does not exist, or an option is given that this kind of
+            source does not use.
     """
     if request.source not in _KINDS:
         raise DataError(f"--source {request.source} is not one of {', '.join(SOURCE_KINDS)}")

@@ -1,4 +1,4 @@
-"""Read the rows of a source. If a row cannot be read, either stop or skip the row."""
+"""Read the rows of a source. If a row cannot be read, either stop or skip it."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -12,8 +12,9 @@ Document = TypeVar("Document")
 class BadRowError(DataError):
     """A row, line or text of a source cannot be read. The rows after it may still be readable.
 
-    The arguments are where the row is, and what is wrong. The first argument is converted to text only when the message
-    is needed, because this can be slow: to find the number of a line, all lines before it must be counted.
+    The first argument says where the row is, and the second says what is wrong. The first argument is converted to text
+    only when the message is needed, because the conversion can be slow: to find the number of a line, the program must
+    count all lines before it.
     """
 
     def __str__(self) -> str:
@@ -35,7 +36,7 @@ def stop_at_bad_row(error: BadRowError) -> None:
 def parse_rows(
     rows: Iterable[Row], parse: Callable[[Row], Document], on_bad_row: OnBadRow = stop_at_bad_row
 ) -> Iterator[Document]:
-    """Yield ``parse(row)`` for each row. If ``parse`` raises a BadRowError, ``on_bad_row`` is called with it."""
+    """Yield ``parse(row)`` for each row. If ``parse`` raises a BadRowError, call ``on_bad_row`` with this error."""
     for row in rows:
         try:
             document = parse(row)

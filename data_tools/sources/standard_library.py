@@ -1,4 +1,4 @@
-"""Read documents from the standard library of the running Python. No download is needed."""
+"""Read documents from Python's standard library. No download is needed."""
 
 import platform
 import sysconfig
@@ -19,7 +19,7 @@ _TOPICS = "pydoc_data.topics"
 
 
 class StandardLibrarySource:
-    """The ``.py`` files of Python's standard library, and then the topics of Python's language reference.
+    """The ``.py`` files of the running Python's standard library, and then the topics of its language reference.
 
     Each file and each topic is one document. The files are sorted by path. Files that are not UTF-8 are skipped.
     """

@@ -1,8 +1,8 @@
 """Write files and folders atomically and durably. A file or folder with its final name is always complete.
 
 The functions write to a temporary name, which is called the *aside* path. Then they call fsync, and rename the file or
-folder to its final name. If the program crashes before that, an existing file or folder with the final name has not
-changed, and the aside path remains. The next write replaces it.
+folder to its final name. If the program crashes before the rename, a file or folder that already had the final name has
+not changed. The aside path remains, and the next write replaces it.
 
 If several processes write into one folder, one of them must call ``make_empty_folder`` before the others begin, and
 ``publish_folder`` after all have finished.
@@ -38,7 +38,7 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Fsync a folder, so that files that were created, renamed or removed in it stay so after a power failure."""
+    """Fsync a folder. Files that were created, renamed or removed in it then remain so after a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -102,12 +102,10 @@ def write_json_durably(path: Path, value: Any) -> None:
 
 @contextmanager
 def atomic_folder(target: Path, aside: Path | None = None) -> Iterator[Path]:
-    """Return a context manager that gives an empty folder.
+    """Return a context manager that gives an empty folder, and renames it to ``target`` when its ``with`` block ends.
 
-    When its ``with`` block ends, the folder is renamed to ``target``.
-
-    The folder is locked inside the block, and deleted if the block raises an error. If the folder already exists,
-    because a process was killed, its contents are deleted first.
+    The folder is locked inside the block, and deleted if the block raises an error. If the folder already exists
+    because an earlier process was killed, its contents are deleted first.
 
     Args:
         target: the final name. It must not exist yet, or it must be an empty folder.

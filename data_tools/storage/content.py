@@ -58,9 +58,7 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
 
 
 def describe_decoded(content: bytes) -> str | None:
-    """Return the end of an error message if bytes can be decoded as UTF-8 but are not text.
-
-    Returns None if they are text.
+    """Return the end of an error message if bytes are valid UTF-8 but not text. Returns None if they are text.
 
     This function recognizes tar archives, files of zeros, and ASCII text that is encoded in UTF-16.
     """
@@ -116,7 +114,7 @@ def _read_head(path: Path | str) -> bytes | None:
 
 
 def require_fetched(path: Path | str) -> None:
-    """Raise an error if a local file is only a git-lfs pointer, so that it is not read as if it were the real file.
+    """Raise an error if a local file is missing, or is a git-lfs pointer instead of the real file.
 
     Raises:
         DataError: the file is a git-lfs pointer.

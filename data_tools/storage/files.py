@@ -29,7 +29,7 @@ def require_writable(path: Path, option: str) -> None:
     """Raise DataError if a folder cannot be created or written at a path. Call this function before long work.
 
     Args:
-        option: the command-line option that has this path, for the message.
+        option: the command-line option with which the user gave this path, for the message.
     """
     if path.is_file():
         raise DataError(f"{option}: {path} is a file; name a folder")
@@ -55,14 +55,14 @@ def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_byte
 
 
 def sha256_of_json(value: dict[str, Any]) -> str:
-    """Return a SHA-256 of a JSON object as 64 hexadecimal digits. It depends on the order of the keys."""
+    """Return the SHA-256 of a JSON object as 64 hexadecimal digits. The hash depends on the order of the keys."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def dotted_keys(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the key and the value of each value in nested JSON objects. Keys of inner objects are joined by dots.
+    """Yield all values in nested JSON objects, with their keys.
 
-    An example of such a key is ``optimizer.eps``.
+    The keys are joined by dots, such as ``optimizer.eps``.
     """
     for key, value in content.items():
         if isinstance(value, dict):

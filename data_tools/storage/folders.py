@@ -1,4 +1,4 @@
-"""Write files into a folder that is local or at a URL. A file with its final name is always complete."""
+"""Read and write files in a folder that is local or at a URL. A file with its final name is always complete."""
 
 import hashlib
 import os
@@ -20,7 +20,10 @@ _SCRATCH_PREFIX = ".scratch-"
 
 
 class LocalFolder:
-    """A folder on this machine or on a network file system. File names may contain subfolders: ``tasks/00000.json``."""
+    """A folder on this machine or on a network file system.
+
+    The name of a file may contain a subfolder, such as ``tasks/00000.json``.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,7 +61,7 @@ class LocalFolder:
             path.parent.mkdir(exist_ok=True)
 
     def take(self, path: Path, name: str) -> None:
-        """Move a complete local file into the folder, atomically and durably. ``name`` is its new name."""
+        """Move a complete local file into the folder, atomically and durably. ``name`` is the new name of the file."""
         with one_line_write_errors(self.path / name):
             publish(path, self.path / name)
 
@@ -82,7 +85,7 @@ class LocalFolder:
         return path
 
     def remove_scratch(self) -> None:
-        """Remove scratch folders that remain because processes were killed."""
+        """Remove the scratch folders of processes that were killed."""
         _remove_folders(self.path, _SCRATCH_PREFIX)
 
     def free_bytes(self) -> int | None:

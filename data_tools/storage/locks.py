@@ -50,7 +50,7 @@ class FileLock:
         """Change this process's shared lock to an exclusive lock. Return whether this was possible.
 
         If other processes also hold the lock, this call only releases the lock of this process and returns False. If
-        every process makes this call when it has finished, only the last process gets True.
+        every process makes this call after its work, it returns True only in the last process.
         """
         # Unlock first. If two processes kept their shared locks, neither of them could get the exclusive lock.
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
@@ -82,8 +82,8 @@ def acquire_lock(path: Path, content: bytes | None) -> FileLock:
 
     Args:
         path: the lock file. It is created if it does not exist.
-        content: the text to write into the file. The lock is then exclusive. If None, the lock is shared. A call for a
-            shared lock waits while another process that has called ``make_exclusive`` finishes.
+        content: the text to write into the file, for an exclusive lock. If None, the lock is shared. If another process
+            has called ``make_exclusive``, a call for a shared lock waits until this process has finished.
 
     Raises:
         LockHeldError: another process holds the lock.
@@ -108,8 +108,7 @@ def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
     """Return a context manager that holds the lock of a folder during its ``with`` block.
 
     Args:
-        shared: if True, other processes can hold the lock at the same time, if they also call this with
-            ``shared=True``.
+        shared: whether the lock is shared. Several processes can hold a shared lock at the same time.
 
     Raises:
         DataError: another process holds the lock, or the lock file is not writable.

@@ -22,9 +22,8 @@ def create_folder(path: Path) -> list[Path]:
 
 @contextmanager
 def removed_if_unused(created: Sequence[Path]) -> Iterator[None]:
-    """Return a context manager.
-
-    If its ``with`` block raises an error, the folders ``created`` that are empty are removed.
+    """Return a context manager. If its ``with`` block raises an error, those of the folders that are empty are
+    removed.
     """
     try:
         yield

@@ -35,7 +35,10 @@ def check_collectives() -> Finding:
 
 
 def check_host_name() -> Finding:
-    """Check that this machine's name leads to one of its own addresses. torchrun gives this name to the ranks."""
+    """Check that the name of this machine resolves to one of its own addresses.
+
+    torchrun gives this name to the ranks, and the ranks connect to it.
+    """
     name = socket.gethostname()
     cure = f'echo "127.0.1.1 {name}" >> /etc/hosts; for several nodes: docs/multi-node.md, "When ranks do not connect"'
     try:
@@ -62,7 +65,7 @@ def check_port() -> Finding:
 
 
 def check_variables() -> Finding:
-    """Check that this shell does not contain environment variables that a launcher has set."""
+    """Check that no environment variables of a launcher are set in this shell."""
     variables = launcher_variables()
     if not variables:
         return Finding("launcher", "ok", "no variables are left over from a launcher")

@@ -31,7 +31,7 @@ def has_problem(findings: Sequence[Finding]) -> bool:
 
 
 def format_findings(findings: Sequence[Finding]) -> str:
-    """Return one line per finding. If a finding has a solution, the next line contains the solution."""
+    """Return one line per finding. If a finding has a solution, a second line contains the solution."""
     width = max(len(finding.subject) for finding in findings)
     lines = []
     for finding in findings:

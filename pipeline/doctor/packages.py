@@ -63,10 +63,7 @@ def _check_extras(project: Distribution) -> Iterator[Finding]:
 
 
 def requirements(project: Distribution, extra: str) -> list[Requirement]:
-    """Return the requirements that an extra of a project adds.
-
-    If ``extra`` is "", return the project's own requirements.
-    """
+    """Return the requirements that an extra adds to a project. If ``extra`` is "", return the project's own."""
     found = [Requirement(line) for line in project.requires or ()]
     return [r for r in found if _applies(r, extra) and (not extra or not _applies(r, ""))]
 

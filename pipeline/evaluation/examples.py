@@ -21,9 +21,9 @@ SHOTS_SEED = 1234  # the default fewshot_random_seed of lm-evaluation-harness
 
 @dataclass(frozen=True)
 class Example:
-    """A question with its possible answers, as pairs of a context and a continuation.
+    """An example of a task: pairs of a context and a continuation, and the index ``gold`` of the right pair.
 
-    ``gold`` is the index of the right pair. An example of a task without choices has one pair.
+    An example of a task without choices has one pair.
     """
 
     pairs: tuple[tuple[str, str], ...]
@@ -203,7 +203,7 @@ class Settings:
     limits: Mapping[str, int] = field(default_factory=dict)  # task -> limit, for tasks with another limit
 
     def of(self, task: str) -> "Settings":
-        """Return the options for one task. In the returned options, ``limit`` is the limit of this task."""
+        """Return the options for one task. Their ``limit`` is the limit of this task."""
         return replace(self, limit=self.limits.get(task, self.limit), limits={})
 
     def label(self, task: str) -> str:
@@ -233,8 +233,8 @@ def read_examples(data: TaskData, read: Callable[[Row], Example]) -> tuple[list[
     """Convert the rows of a task to examples, and draw the few-shot examples.
 
     Returns:
-        The examples, and for each example the text of its few-shot examples. The text is empty without few-shot
-        examples.
+        The examples, and for each example the text of its few-shot examples. This text is empty if the options ask for
+        no few-shot examples.
 
     Raises:
         DataError: a row lacks a column that ``read`` needs, an answer is empty, or there are too few rows to draw the
@@ -275,9 +275,9 @@ def draw_shots(
     All draws use one random number generator with a fixed seed, as in lm-evaluation-harness.
 
     Args:
-        spare: whether the pool can also contain the examples to score. If True, the function draws one more few-shot
-            example than needed, and removes the example to score from the drawn examples. Therefore, no prompt contains
-            the answer to its own question. lm-evaluation-harness does the same for tasks without a test split.
+        spare: whether the pool can also contain the examples to score. If True, one more few-shot example is drawn than
+            needed. If the example to score is among the drawn examples, it is removed, so that no prompt contains the
+            answer to its own question. lm-evaluation-harness does the same for tasks without a test split.
 
     Raises:
         DataError: the pool contains too few examples.

@@ -27,7 +27,7 @@ def wilson(successes: int, trials: int) -> Interval:
 
 
 def normal_mean(values: Sequence[float]) -> Interval:
-    """Return the 95% interval of the mean of the values, with the normal approximation.
+    """Return the 95% interval of the mean of the values. The distribution of the mean is assumed to be normal.
 
     If there is only one value, both bounds equal this value.
     """

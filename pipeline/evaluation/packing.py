@@ -28,14 +28,15 @@ class Request:
     continuation: tuple[int, ...]  # at least one token
 
     def inputs(self, context_length: int) -> tuple[int, ...]:
-        """Return the last ``context_length`` tokens that the model must read to score the continuation.
+        """Return the tokens that the model must read to score the continuation: at most ``context_length`` tokens.
 
-        The model does not read the last token of the continuation, because no token after it is scored.
+        The last token of the continuation is not needed, because no token after it is scored. If there are too many
+        tokens, the first ones are left out.
         """
         return (self.context + self.continuation)[:-1][-context_length:]
 
     def is_truncated(self, context_length: int) -> bool:
-        """Return whether the model cannot read the beginning of the context, because the request is too long."""
+        """Return whether ``inputs`` leaves out the beginning of the context, because the request is too long."""
         return len(self.context) + len(self.continuation) - 1 > context_length
 
 
@@ -126,13 +127,15 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
 
 
 def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
-    """Build the input of one forward pass. The forward pass computes one score per (node, target token).
+    """Build the input of one forward pass.
+
+    The forward pass computes one score for each pair of a node and a target token that follows the node.
 
     Returns:
         The input, in host memory. It has one row per tree, padded on the right.
 
-        The links between requests and scores, int64, shape (2, L). Each column is a link: the number of a request, and
-        the index of a score to add to the result of this request. Several requests can use the same score.
+        The links between requests and scores, int64 of shape (2, L). A column contains the number of a request, and the
+        index of a score that must be added to the result of this request. A score can be added to several requests.
     """
     width = max(len(tree.tokens) for tree in trees)
     tokens = np.zeros((len(trees), width), dtype=np.int64)

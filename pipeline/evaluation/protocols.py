@@ -30,7 +30,10 @@ Encode = Callable[[Tokenizer, str, str], Request]
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task whose examples are already read and encoded. It can be measured several times, as during training."""
+    """A task whose examples are already read and encoded.
+
+    It can be measured several times, for example during training.
+    """
 
     name: str
     facts: dict[str, Any]  # protocol, data, hash of the data, and counts
@@ -46,9 +49,7 @@ class PreparedTask:
         return self.measure_examples(scorer)[0]
 
     def measure_examples(self, scorer: Scorer) -> tuple[dict[str, Any], list[Figures]]:
-        """Score the examples.
-
-        Return the same dict as ``measure``, and a list with the scores of each example as JSON values.
+        """Score the examples. Return the result of ``measure``, and the scores of each example as JSON values.
 
         This call is collective: every rank must make it.
         """
@@ -63,12 +64,10 @@ class PreparedTask:
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
     """Encode a context and its continuation as one text, and split the tokens into context and continuation.
 
-    To find where to split, the function also encodes the context alone. If the context alone has n tokens, the first n
-    tokens of the whole text are returned as the context.
-
-    Before that, white space at the end of the context is moved to the beginning of the continuation, because GPT-2's
-    tokens contain the space before a word and not the space after a word. An empty context becomes ``<|endoftext|>``.
-    ``TemplateLM.loglikelihood`` and ``_encode_pair`` of lm-evaluation-harness do the same.
+    First, white space at the end of the context is moved to the beginning of the continuation, because GPT-2's tokens
+    contain the space before a word and not the space after a word. Then, the context is also encoded alone. If it has n
+    tokens, the first n tokens of the whole text are the tokens of the context. An empty context becomes
+    ``<|endoftext|>``. ``TemplateLM.loglikelihood`` and ``_encode_pair`` of lm-evaluation-harness do the same.
 
     Raises:
         DataError: the continuation has no token, or the context contains only white space.
@@ -104,8 +103,8 @@ def _request(context: list[int], continuation: list[int], text: str) -> Request:
 class ChoiceTask:
     """A task in which the model chooses between several continuations or contexts. It chooses the most likely one.
 
-    For ``acc``, the model's choice has the highest log-likelihood. For ``acc_norm``, the log-likelihood of each choice
-    is first divided by the length of the choice.
+    ``acc`` is the fraction of examples in which the right choice has the highest log-likelihood. For ``acc_norm``, the
+    log-likelihood of each choice is first divided by the length of the choice.
 
     Args:
         normalised_by: the unit of the length of a choice: "characters" (as in lm-evaluation-harness) or "tokens". If
@@ -155,7 +154,7 @@ class ChoiceTask:
         return {**figures, "interval": WILSON}
 
     def answers(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> dict[str, list[int]]:
-        """Return the indices of the model's choices, one per example, under the keys ``acc`` and ``acc_norm``.
+        """Return the model's choices for ``acc`` and for ``acc_norm``, as one index per example.
 
         If several choices have the highest score, the first of them is the model's choice.
         """

@@ -71,7 +71,7 @@ def run_tasks(
         show: a function that is called with the results before they are written.
 
     Returns:
-        A dict from the name of each result to the result, and the paths of the files that this rank has written.
+        A dict that maps the name of each result to the result, and a list of the files that this rank has written.
 
     Raises:
         ConfigError: a task does not exist, or a task does not support one of the settings.
@@ -243,7 +243,7 @@ def prepare_tasks(config: Config, world: World) -> dict[str, PreparedTask]:
 def measure_tasks(
     tasks: Mapping[str, PreparedTask], backend: Backend, config: Config, world: World
 ) -> dict[str, float]:
-    """Measure all tasks during training. Return a dict from the keys of ``metrics.jsonl`` to numbers.
+    """Measure all tasks during training. Return the results under the keys that ``metrics.jsonl`` uses.
 
     This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``.
     """

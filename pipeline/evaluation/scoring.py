@@ -51,8 +51,8 @@ class Scorer:
 
         This call is collective: every rank must make it. The batches are distributed over the ranks. All ranks run the
         same number of forward passes, because a forward pass is collective under FSDP and ZeRO-3. If requests of a
-        group have a common prefix, the model can process the prefix once for all of them. Identical requests are scored
-        once.
+        group have a common prefix, the model usually processes this prefix only once. Identical requests are scored
+        only once.
 
         Args:
             label: the text to show next to the progress bar.

@@ -1,6 +1,6 @@
 """Define the text tasks that have names, and prepare tasks for scoring.
 
-A named task has a protocol and a dataset. A task can also be a user's own file.
+A named task has a protocol and a dataset. A user can also give a file of their own as a task.
 """
 
 import re
@@ -143,7 +143,7 @@ def check_tasks(
 ) -> None:
     """Raise ConfigError if a task cannot be run, or if an option would have no effect.
 
-    A task that has no file must be a named task. Every option must apply to at least one of the tasks.
+    A task must be a named task or have a file. An option must have an effect on at least one of the tasks.
 
     Args:
         files: maps tasks to the files that the user gave with ``--data``.

@@ -2,9 +2,9 @@
 
 During training, only some batches of the split are scored. The task ``validation`` scores all batches.
 
-The split is divided into windows of ``seq_len`` tokens that do not overlap, so each target token is scored once.
-``<|endoftext|>`` targets do not count for bits per byte, because they encode no bytes of text. Therefore, the bits per
-byte of models with different tokenizers can be compared.
+The split is divided into windows of ``seq_len`` tokens that do not overlap, so each target token is scored once. Bits
+per byte do not include the loss of ``<|endoftext|>`` targets, because these encode no bytes of text. Therefore, models
+with different tokenizers can be compared.
 """
 
 import math
@@ -41,10 +41,10 @@ def validate(
     This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``.
 
     Returns:
-        ``val_loss``, ``val_perplexity``, and ``val_loss_<name>`` for each dataset of a mixture. The dict is empty if
-        ``evaluation.tasks`` does not contain ``validation``, or if no dataset has a validation split. If a loss mask
-        excludes all targets of a dataset, the loss of this dataset is None, and the loss of the mixture ignores this
-        dataset.
+        A dict with ``val_loss``, ``val_perplexity``, and one ``val_loss_<name>`` per dataset of a mixture. The dict is
+        empty if ``evaluation.tasks`` does not contain ``validation``, or if no dataset has a validation split. If a
+        loss mask excludes all targets of a dataset, the loss of this dataset is None, and the loss of the mixture
+        ignores this dataset.
     """
     if VALIDATION not in config.evaluation.tasks:
         return {}
@@ -60,7 +60,7 @@ def validate(
 
 
 def mixture_loss(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """Return the mean of the datasets' losses, weighted with the weights of the datasets in the mixture.
+    """Return the mean of the losses on the datasets of a mixture, weighted with the weights of the datasets.
 
     Datasets that are missing in ``losses`` are ignored.
     """

@@ -36,8 +36,8 @@ class Chat:
     line between paragraphs is two tokens.
 
     Args:
-        template: the kind of training data that the model was trained on. With "instruction", the model sees only the
-            last message, because a training document of this kind contains only one question.
+        template: the kind of data that the model was trained on. With "instruction", the model sees only the last
+            message, because a training document of this kind contains only one question.
         system: the text of a message with the role "system" at the beginning. Allowed only with "messages".
     """
 

@@ -60,8 +60,8 @@ def generate_batch(
             only its last tokens (see ``window_start``).
         sample: the options for sampling. ``prompt`` and ``stop`` are not used.
         ends: the token ids at which a row ends. They are not yielded.
-        stopped: the indices of rows for which no further tokens are generated. The caller may add indices while the
-            tokens are yielded.
+        stopped: a set with the indices of rows for which no further tokens are generated. The caller may add an index
+            to this set at any time.
 
     Yields:
         A dict that maps the index of each row that has not ended to its new token.
@@ -85,7 +85,7 @@ def generate_batch(
 
 
 class Decoder:
-    """A model, and a key-value cache of the texts that the model continues.
+    """Continues several texts with a model and a key-value cache.
 
     Args:
         rows: the number of texts.
@@ -130,8 +130,8 @@ class Decoder:
 def window_start(length: int, context_length: int) -> int:
     """Return the index of the first token that the model sees when it predicts the next token of a text.
 
-    The index is 0 if the text fits into the context. For longer texts, it grows in steps of half a context, because the
-    key-value cache must be computed again whenever the index changes.
+    The index is 0 if the text fits into the context. For longer texts, the index grows only in steps of half a context,
+    because the key-value cache must be computed again whenever it changes.
     """
     half = max(context_length // 2, 1)
     surplus = max(length - context_length, 0)

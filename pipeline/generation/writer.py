@@ -111,7 +111,7 @@ class TextStream:
 
     Args:
         token_bytes: the bytes of each token. The index is the token id.
-        stops: texts that are not empty. The stream ends before the first occurrence of one of them.
+        stops: the stop texts, none of which is empty. The stream ends before the first stop text.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str] = ()) -> None:
@@ -125,8 +125,8 @@ class TextStream:
     def feed(self, token: int) -> str:
         """Add a token, and return the next piece of text. The piece can be empty.
 
-        A piece is not yet returned while it ends with an incomplete character, or with a possible beginning of a stop
-        text.
+        If the text ends with an incomplete character or with a possible beginning of a stop text, this end is returned
+        later.
         """
         return self._release(self._decoder.decode(self._token_bytes[token]))
 

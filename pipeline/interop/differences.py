@@ -1,4 +1,4 @@
-"""Describe how an imported model differs from the original in the files, and measure the effect on a short text."""
+"""Describe how an imported model differs from the model in the files, and measure the effect on a short text."""
 
 from collections.abc import Callable, Mapping
 
@@ -45,7 +45,7 @@ def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
 def describe_differences(
     config: ModelConfig, weights: Mapping[str, Tensor], kept_rows: int, *, exact_gelu: bool
 ) -> list[str]:
-    """Return one line per difference between the original in the files and our model.
+    """Return one line per difference between the *original*, which is the model in the files, and our model.
 
     Each line contains the losses of both models on a short text.
 

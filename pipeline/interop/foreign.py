@@ -57,7 +57,7 @@ class Conversion:
 
 
 class SettingsObject:
-    """Takes the place of a pickled ``GPTConfig``. Its values can then be read without executing code of that class."""
+    """Takes the place of a pickled ``GPTConfig``. Its values can then be read without executing code in the file."""
 
 
 def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
@@ -112,7 +112,7 @@ def _load_pickle(path: Path, classes: list[str]) -> Any:
 def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
     """Return the parameters of a state dict. The result maps canonical names to tensors.
 
-    The weight that output layer and embedding share is in the result only once. Attention masks are left out, because
+    The result contains the shared weight of output layer and embedding only once. Attention masks are left out, because
     they are not parameters.
 
     Raises:

@@ -2,7 +2,7 @@
 
 The file contains a dict with the keys ``model`` (a state dict), ``optimizer`` (the state dict of AdamW),
 ``model_args``, ``iter_num`` and ``config``. In the files ``model_*.pt`` of build-nanogpt, ``config`` contains the sizes
-of the model, and ``step`` the step. Matrices have the same orientation as in this project.
+of the model, and ``step`` contains the step. Matrices have the same orientation as in this project.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
 def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute causal attention with matrix products, one block of queries at a time.
 
-    A compiler can fuse these matrix products with the other operations. It cannot do this with torch's attention
+    A compiler can fuse these matrix products with other operations, which is not possible with torch's attention
     kernels.
     """
     T, D = q.shape[2:]
@@ -60,9 +60,7 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def fastest_kernel(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int], dropout: float
 ) -> Iterator[str]:
-    """Return a context manager.
-
-    Attention inside its ``with`` block uses the fastest kernel that works for these inputs.
+    """Return a context manager that makes attention use the fastest kernel that works for these inputs.
 
     The context manager gives torch's name of the kernel. The name is ``MATH`` if no fused kernel works. In this case, a
     warning is logged. The name is ``UNKNOWN`` if torch does not report which kernel it uses.
@@ -88,9 +86,9 @@ def fastest_kernel(
 
 @contextmanager
 def kernels_for_any_length() -> Iterator[None]:
-    """Return a context manager. Attention inside its ``with`` block does not use cuDNN's kernel.
+    """Return a context manager that prevents attention from using cuDNN's kernel.
 
-    Use this if the shapes vary, because cuDNN's kernel needs up to 0.4 s for each new shape.
+    Use this if the lengths of the inputs vary, because cuDNN's kernel needs up to 0.4 s for each new shape.
     """
     with sdpa_kernel(list(_KERNELS), set_priority=True):
         yield

@@ -120,8 +120,8 @@ class GPT2(nn.Module):
     def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
         """Call the method ``loss``, ``logits`` or ``score``.
 
-        Every computation with a wrapped model must start with a call of ``forward``. Only then do DDP, FSDP2,
-        DeepSpeed, autocast and torch.compile gather weights, cast inputs and run compiled code.
+        Every computation with a wrapped model must start with a call of ``forward``, because DDP, FSDP2, DeepSpeed,
+        autocast and torch.compile do their work only in this call.
         """
         result: Tensor = getattr(self, method)(*inputs)
         return result
@@ -129,8 +129,7 @@ class GPT2(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of the cross-entropies of all scored targets in nats, an fp32 scalar.
 
-        The result is a sum, because only the caller knows the number of targets in the global batch, which a mean
-        needs.
+        The result is not a mean, because the model does not know the number of targets in the global batch.
 
         Args:
             tokens: (B, T) integer ids below ``vocab_size``.
@@ -160,7 +159,7 @@ class GPT2(nn.Module):
 
         Args:
             tokens: the new tokens. If the cache is empty, these are whole rows, shape (B, T), padded on the right.
-                Otherwise, this is one token per row, shape (B, 1).
+                Otherwise, there is one new token per row, shape (B, 1).
             lengths: the number of new tokens per row, without padding.
             cache: the cache with all earlier tokens. The new tokens are appended to it.
         """
@@ -244,7 +243,7 @@ def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
     """Return the number of parameters of a model. The weight that embedding and output layer share is counted once.
 
     Args:
-        padded: whether to count the padding rows of this weight.
+        padded: whether to include the padding rows of this weight.
     """
     C, V = config.n_embd, config.vocab_size
     rows = padded_vocab_size(V) if padded else V

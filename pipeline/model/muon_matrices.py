@@ -35,7 +35,7 @@ class Matrix:
 
     @property
     def cost(self) -> int:
-        """Return the relative cost of orthogonalizing this matrix. The unit is the same for all matrices."""
+        """Return the cost of orthogonalizing this matrix, relative to the cost of other matrices."""
         return self.numel * min(self.rows, self.columns)
 
     @property
@@ -53,10 +53,7 @@ class Matrix:
 
 
 def belongs_to_muon(name: str, shape: Sequence[int]) -> bool:
-    """Return whether Muon updates a parameter.
-
-    If not, AdamW updates it. This is so for embeddings, biases and LayerNorm weights.
-    """
+    """Return whether Muon updates a parameter. AdamW updates embeddings, biases and LayerNorm weights."""
     return name.startswith("h.") and len(shape) == 2
 
 
@@ -80,8 +77,8 @@ def divide_into_batches(matrices: Sequence[Matrix], ranks: int) -> list[list[Mat
 
     The matrices of a batch are exchanged between ranks together.
 
-    A batch contains enough matrices to give all ranks about the same work, but not so many that the exchange needs much
-    memory.
+    With larger batches, the work is divided more equally among the ranks. With smaller batches, the exchange needs less
+    memory. The function chooses a size between these.
     """
     total = sum(matrix.numel for matrix in matrices)
     largest = max((matrix.numel for matrix in matrices), default=0)

@@ -27,8 +27,7 @@ def padded_vocab_size(vocab_size: int) -> int:
 class OutputLayer(nn.Linear):
     """The linear layer that computes logits from hidden states, and the loss.
 
-    The loss belongs to the same module, so that a backend that compiles each module separately can fuse it with the
-    linear layer.
+    Both are in the same module, so that they can be fused even if each module is compiled separately.
     """
 
     __call__: Callable[..., Tensor]

@@ -45,9 +45,9 @@ class PackedLinear(nn.Module):
 
 
 def pack_linear_layers(model: GPT2, dtype: torch.dtype) -> None:
-    """Replace the linear layers of a model with packed layers. Do nothing if the model is on a GPU.
+    """Replace the linear layers of a model with packed layers.
 
-    Also do nothing if oneDNN does not support the dtype on this CPU.
+    Nothing is done if the model is on a GPU, or if oneDNN does not support the dtype on this CPU.
 
     The original weights of the blocks are freed. The original weight of the output layer is kept, because the embedding
     uses it.

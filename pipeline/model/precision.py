@@ -62,6 +62,6 @@ class Bf16ViewModel(ComputeModel):
 def replicated_compute(model: GPT2, precision: str, device: torch.device) -> ComputeModel:
     """Wrap a model in the module that computes in the given precision.
 
-    This is for backends that keep the whole fp32 model on every rank, and for use without a backend.
+    Use this only if the whole fp32 model is on every rank, or without a backend.
     """
     return Bf16ViewModel(model) if precision == "bf16" else AutocastModel(model, precision, device)

@@ -2,8 +2,8 @@
 
 Fake tensors have shapes and dtypes but no memory. The model of :mod:`pipeline.model.gpt2` runs one forward and backward
 pass with fake tensors, and every storage is counted while it exists. Therefore, a change of the model, the loss or the
-attention also changes the plan. The fake tensors are CPU tensors. The plan assumes that the same tensors exist on other
-devices.
+attention also changes the plan. The fake tensors are CPU tensors. The plan assumes that the model needs the same
+tensors on other devices.
 """
 
 import weakref
@@ -33,7 +33,7 @@ Compute = Literal["autocast", "bf16_view", "bf16_weights"]
 class Peak:
     """The peak memory in an interval of the backward pass.
 
-    An interval ends when the gradient of a parameter is complete.
+    A new interval begins whenever the gradient of a parameter is complete.
     """
 
     finished_elements: int  # elements of all parameters whose gradients are finished
@@ -58,10 +58,10 @@ def trace_activations(request: Request) -> tuple[Peak, ...]:
 
     The first peak is before any gradient is complete.
 
-    A deep model is not traced directly. Because its blocks are equal, the function traces two models with few and
-    different numbers of blocks, and adds the difference between them for every further block. The result contains only
-    the peaks at the first and at the last blocks. The memory changes linearly from block to block, so the largest peak
-    is among them.
+    A deep model is not traced directly, because its blocks are equal. The function traces two models with few blocks,
+    one with more blocks than the other. For each further block, it adds the difference between these two. The result
+    contains only the peaks at the first and at the last blocks. The largest peak is always among them, because the
+    memory changes linearly from block to block.
     """
     config = request.model
     period = max(1, int(config.activation_checkpointing))
@@ -119,7 +119,7 @@ def _build(request: Request) -> tuple[GPT2, nn.Module]:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that operations inside this mode have allocated and not yet freed.
+    """Counts the bytes of all storages that were allocated inside this mode and are not freed yet.
 
     This works with real and with fake tensors. Memory that a kernel allocates and frees internally is not counted.
     """

@@ -1,6 +1,6 @@
 """Compute how many bytes a rank needs for weights, master weights, optimizer state, gradients and buffers.
 
-If the ranks differ, the result is for the rank that needs most.
+If ranks need different amounts, the result is the largest of them.
 
 The formulas describe this project's backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` gives the
 source of every term. ``make plan-check`` compares the results with measured peaks and with the real wrapping code.
@@ -147,7 +147,7 @@ def layout_of(config: Config, plan: BatchPlan, *, pins_host_memory: bool = False
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Return the bytes of the fp32 weights and the optimizer state of all ranks, which a checkpoint stores."""
+    """Return the size of a checkpoint in bytes: the fp32 weights and the optimizer state of all ranks."""
     sizes = sizes_of(config.model)
     names = optimizer_state_names(sizes.shapes, config.optimizer)
     return sum(FP32 * (1 + len(names[name])) * math.prod(shape) for name, shape in sizes.shapes.items())

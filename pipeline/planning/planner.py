@@ -124,11 +124,11 @@ def peak_memory(config: Config, plan: BatchPlan) -> Memory:
 
 
 def host_memory(config: Config, plan: BatchPlan, device: Device) -> int:
-    """Return the peak of a rank's host memory in bytes, without libraries and data.
+    """Return the peak host memory of a rank in bytes. The memory of libraries and data is not included.
 
-    At the start, each rank builds the whole model in fp32. ZeRO-1 to 3 in bf16 keep these weights while DeepSpeed makes
-    a bf16 copy and then allocates the offloaded state. During training, host memory contains offloaded state and the
-    copy of the state from which checkpoints are written.
+    At the start, each rank builds the whole model in fp32. Under ZeRO-1 to ZeRO-3 in bf16, these weights are kept until
+    DeepSpeed has made a bf16 copy and allocated the offloaded state. During training, host memory contains the
+    offloaded state, and the copy of the state from which checkpoints are written.
     """
     total = sizes_of(config.model).total
     offloaded = layout_of(config, plan, pins_host_memory=device.is_gpu).host

@@ -1,6 +1,6 @@
 """Write the HTML page of a report.
 
-The page is one file without scripts that needs no network. It has a light and a dark color scheme.
+The page is one file. It contains no scripts and needs no network. It has a light and a dark color scheme.
 """
 
 from collections.abc import Iterator, Sequence

@@ -71,7 +71,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the dotted key and the value, as JSON text, of each value in nested objects."""
+    """Yield each value in nested objects: its dotted key, and the value as JSON text."""
     for key, value in section.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{key}.")

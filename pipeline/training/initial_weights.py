@@ -37,14 +37,12 @@ def find_initial_weights(config: Config) -> Path | None:
 
 
 def load_initial_weights(path: Path, model: GPT2) -> dict[str, Any]:
-    """Copy weights into a model on the CPU, before a backend wraps the model.
+    """Copy weights into a model on the CPU, and log which settings of the two models differ.
 
-    Log which settings of the model differ.
-
-    Call this function on every rank. All ranks then start with the same weights under every backend.
+    Call this function on every rank, before a backend wraps the model. All ranks then start with the same weights.
 
     Returns:
-        The path and the step of the weights, for the files of the run.
+        A dict with the path and the step of the weights.
 
     Raises:
         CheckpointError: the weights cannot be read.

@@ -38,13 +38,13 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Return a context manager. Inside its ``with`` block, signals are recorded and do not end the process.
+        """Return a context manager that records the signals that arrive inside its ``with`` block.
 
-        A second Ctrl-C ends the process.
+        The signals do not end the process. Only a second Ctrl-C does.
 
         If a ``RuntimeError`` leaves the block, signals are still recorded afterwards, because the cause may be a lost
-        rank. The launcher then sends SIGTERM to the remaining ranks. If this signal ended them at once, they could not
-        print the name of the lost rank.
+        rank. The launcher then sends SIGTERM to the remaining ranks. If SIGTERM ended these ranks at once, they could
+        not print which rank is lost.
         """
         thread = SignalThread(self._record)
         thread.start()
@@ -92,9 +92,7 @@ class StopRequest:
             print(line, file=sys.stderr, flush=True)
 
     def agreed(self) -> signal.Signals | None:
-        """Return a signal that any rank has received, the same signal on all ranks.
-
-        Returns None if there is no such signal.
+        """Return a signal that any rank has received, or None. All ranks return the same signal.
 
         This call is collective: every rank must make it.
         """

@@ -50,10 +50,9 @@ def make_run_folder(folder: Path) -> list[Path]:
 def choose_start(config: Config, data_sha256: str) -> Path | None:
     """Return the checkpoint from which to resume, or None to start from scratch.
 
-    The caller must hold the lock of the run folder.
-
-    The function deletes the incomplete folders of interrupted saves. It renames all checkpoints of later steps than the
-    chosen one, because otherwise the next start would resume from them.
+    The caller must hold the lock of the run folder. The function deletes the incomplete folders of interrupted saves.
+    It renames all checkpoints of later steps than the chosen one, because otherwise the next start would resume from
+    them.
 
     Raises:
         CheckpointError: the checkpoint that the config names cannot be used, the data or the seed have changed, or the
@@ -155,9 +154,9 @@ def _start_from(folder: Path) -> str:
 
 
 def describe_changes(start: Path, config: Config) -> list[str]:
-    """Return one text per config key whose value differs from the config in the checkpoint ``start``.
+    """Return one text for each config key whose value differs from the config in the checkpoint ``start``.
 
-    An example of such a text is ``optimizer.learning_rate 0.001 -> 0.0001``.
+    Such a text is, for example, ``optimizer.learning_rate 0.001 -> 0.0001``.
 
     Keys that only one of the two configs contains are ignored, except for keys of ``backend.deepspeed``.
     """
@@ -186,9 +185,7 @@ def load_start(start: Path | None, config: Config, data_sha256: str, backend: Ba
 
 
 def load_checkpoint(folder: Path, backend: Backend, world: World) -> TrainingState:
-    """Load a checkpoint into the backend, and return its training state.
-
-    The log shows how fast the checkpoint was read.
+    """Load a checkpoint into the backend, log how fast it was read, and return its training state.
 
     This call is collective: every rank must make it.
     """

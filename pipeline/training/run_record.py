@@ -1,4 +1,4 @@
-"""Write the files that describe a run: the resolved config, the metrics and the TensorBoard events."""
+"""Write the resolved config of a run, and pass the rows of metrics to the log sinks."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class RunRecord:
-    """Writes rows to the sinks of ``logging.sinks``, on the main rank only.
+    """Writes rows to the log sinks that ``logging.sinks`` selects. Only the main rank writes.
 
     Each row has ``elapsed_s``, the wall-clock seconds that the run has taken in all its starts together. The time
     between two starts does not count.
@@ -49,7 +49,7 @@ class RunRecord:
     def write(self, row: dict[str, Any]) -> None:
         """Write one row. The row must have the key ``step``.
 
-        NaN and infinity are written as null, because JSON lacks them.
+        NaN and infinity are written as null, because JSON cannot contain them.
         """
         if self._sinks:
             row = _without_nan(row)
@@ -60,7 +60,7 @@ class RunRecord:
                 sink.write(row)
 
     def write_saves(self, outcomes: list[SaveOutcome]) -> None:
-        """Write rows about finished saves of checkpoints.
+        """Write one row for each finished save of a checkpoint.
 
         A failed save is logged and counted, but does not stop the run.
         """
@@ -87,8 +87,8 @@ class RunRecord:
 
         Args:
             step: the number of finished steps.
-            ended: ``finished``, ``interrupted`` (the state is saved) or ``failed``.
-            results: the last losses by name.
+            ended: how the run ended: ``finished``, ``interrupted`` (a checkpoint is saved) or ``failed``.
+            results: maps the names of losses to their last values.
         """
         self.write({"step": step, "ended": ended})
         if SERVICES.keys() & set(self.config.logging.sinks) and self._sinks:

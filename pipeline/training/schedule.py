@@ -9,11 +9,11 @@ CHART_COLUMNS = 50  # of the bar at the peak
 
 
 def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
-    """Return the learning rate for the optimizer step that follows after ``step`` finished steps.
+    """Return the learning rate of the next optimizer step, when ``step`` steps are finished.
 
     During the first ``warmup_steps`` steps, the rate rises linearly to its peak. The rate of the first step is above
     zero. From step ``schedule.decay_start`` on, the rate falls, and reaches ``min_lr_ratio`` times the peak at
-    ``max_steps``. The last step of a run is step ``max_steps - 1``, so its rate is slightly higher than this minimum.
+    ``max_steps``. The last step of a run uses ``lr_at(max_steps - 1)``, which is slightly higher than this minimum.
     """
     peak = optimizer.learning_rate
     if step < schedule.warmup_steps:

@@ -1,7 +1,4 @@
-"""Judge finished steps: was the step good, was it skipped, or was it a spike?
-
-Stop the run if there are too many bad steps.
-"""
+"""Judge whether finished steps were good, were skipped, or were spikes. Stop the run after too many bad steps."""
 
 import logging
 import math
@@ -65,7 +62,7 @@ class FinishedStep:
 class StepGuard:
     """Judges the steps of a run in order. A step is judged after the device has finished it.
 
-    All ranks come to the same judgments.
+    All ranks judge in the same way.
     """
 
     def __init__(self, config: GuardConfig, state: GuardState) -> None:
@@ -138,8 +135,7 @@ class StepGuard:
     def next_sample(self, consumed: int, samples_per_step: int) -> int:
         """Return the index of the first sample of the next step, counted in the sample order of the run.
 
-        Usually, this is ``consumed``. If the step would contain a sample to skip, the step begins after the samples to
-        skip.
+        Usually, this is ``consumed``. If the step would then contain samples to skip, it begins after these samples.
 
         Args:
             consumed: the index of the first sample after the previous step.

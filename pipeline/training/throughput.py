@@ -74,7 +74,7 @@ class ThroughputMeter:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Return a context manager. The time inside its ``with`` block counts as time of waiting for data."""
+        """Return a context manager. The time inside its ``with`` block counts as waiting for data."""
         started = time.perf_counter()
         try:
             yield

@@ -352,9 +352,7 @@ class Trainer:
                 self.throughput.raise_ceiling(measure_ceiling(self.world, dtype, CHECK_SECONDS))
 
     def save(self) -> None:
-        """Save a checkpoint of the current state.
-
-        This call copies the state. A thread writes the copy while training continues.
+        """Save a checkpoint of the current state. This call copies the state, and a thread writes the copy.
 
         This call is collective: every rank must make it.
         """

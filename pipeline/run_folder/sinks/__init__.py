@@ -1,4 +1,4 @@
-"""Create the log sinks of a run: one file per sink, one record for all."""
+"""Create the log sinks of a run. Each sink receives the same rows, and is defined in its own file."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,13 +26,16 @@ def check_sinks(names: Sequence[str]) -> None:
 
 
 def create_sinks(names: Sequence[str], run_folder: Path, project: str, *, waits_for_checkpoint: bool) -> list[Sink]:
-    """Return the sinks with these names, see ``logging.sinks``. ``metrics.jsonl`` comes first, because others read it.
+    """Create the sinks with the given names (see ``logging.sinks``).
+
+    The sink of ``metrics.jsonl`` is the first in the result, because other sinks read this file.
 
     Args:
-        project: see ``logging.project``.
-        waits_for_checkpoint: see ``logging.wait_for_checkpoint``.
+        project: the value of ``logging.project``.
+        waits_for_checkpoint: the value of ``logging.wait_for_checkpoint``.
 
-    Raises KeyError if there is no sink with a name.
+    Raises:
+        KeyError: a name is not the name of a sink.
     """
     create: dict[str, Callable[[], Sink]] = {
         "jsonl": lambda: MetricsFile(run_folder),

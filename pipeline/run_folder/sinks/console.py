@@ -10,7 +10,10 @@ log = logging.getLogger(__name__)
 
 
 class Console(Sink):
-    """Logs the rows that have a loss. Other rows are too long, or their events are logged where they happen."""
+    """Logs the rows that have a loss.
+
+    Other rows are not logged here. They are too long, or their event is logged where it happens.
+    """
 
     def __init__(self) -> None:
         self._max_steps = 0

@@ -1,4 +1,4 @@
-"""Send the rows to MLflow. ``MLFLOW_TRACKING_URI`` names its server."""
+"""Send the rows to MLflow. The environment variable ``MLFLOW_TRACKING_URI`` contains the address of its server."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ _STATUSES = {"finished": "FINISHED", "interrupted": "KILLED", "superseded": "KIL
 
 
 def check_mlflow() -> None:
-    """Raise ConfigError if the package is missing, or if it cannot use the tracking URI."""
+    """Raise ConfigError if the package is missing, or if MLflow cannot use the tracking URI."""
     try:
         import mlflow
     except ImportError as error:
@@ -40,7 +40,7 @@ def check_mlflow() -> None:
 class MlflowRun(Service):
     """An MLflow run. Numbers are metrics, completions are text files, and other values are tags.
 
-    MLflow has no nulls, so they are left out.
+    Values that are null are left out, because MLflow has no null.
     """
 
     name = "mlflow"

@@ -1,4 +1,4 @@
-"""Send the rows to a service such as W&B or MLflow, in a thread, so that a slow or absent server never stops a run."""
+"""Send the rows to a service such as W&B or MLflow. A thread does this, so that a slow server does not stop a run."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ class Service(ABC):
 
     @abstractmethod
     def connect(self, config: dict[str, Any], run_id: str | None) -> str:
-        """Continue the service's run ``run_id``, or create a run. Returns the id of the run.
+        """Continue the run ``run_id`` of the service, or create a run if ``run_id`` is None. Return the id of the run.
 
         Args:
             config: the resolved run config.
@@ -35,11 +35,11 @@ class Service(ABC):
 
     @abstractmethod
     def send(self, rows: Sequence[Row]) -> None:
-        """Send rows, in order."""
+        """Send rows in the given order."""
 
     @abstractmethod
     def attach(self, files: Sequence[Path]) -> None:
-        """Upload files, or replace them."""
+        """Upload files. Files with the same names that were uploaded earlier are replaced."""
 
     @abstractmethod
     def end(self, summary: Row) -> None:
@@ -47,11 +47,11 @@ class Service(ABC):
 
 
 class ServiceSink(Sink):
-    """Sends each row of ``metrics.jsonl`` once, also after a resume, a rollback and while the server is away.
+    """Sends each row of ``metrics.jsonl`` exactly once, even if the run resumes or rolls back, or the server is away.
 
     A service cannot delete rows. Therefore, a row is sent when a checkpoint at or after its step is saved, because the
-    run will then not write this row again. If ``waits`` is False, a row is sent at once. If rows that were sent are
-    dropped later, the rows that are left are sent again, to a new run of the service.
+    run will then not write this row again. If ``waits`` is False, a row is sent at once. If rows are deleted after they
+    were sent, the remaining rows are sent again to a new run of the service.
 
     The file ``NAME_run.json`` in the run folder stores the id of the service's run and the number of sent rows. If some
     rows of ``metrics.jsonl`` were not sent, the next start of the run sends these rows.

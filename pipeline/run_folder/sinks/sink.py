@@ -6,32 +6,32 @@ Row = dict[str, Any]
 
 
 class Sink:
-    """Receives the rows of a run. A sink never raises an error after its start, because it must not stop the training.
+    """Receives the rows of a run. After ``start``, a sink raises no errors, because they would stop the training.
 
     Rows have different keys. A value is a number, a text of several lines (``sample``), an object (``started``), a list
     (``skipped_samples``) or null.
     """
 
     def start(self, config: dict[str, Any], resumed_step: int) -> None:
-        """Prepare to receive rows, and drop the rows of an earlier start that the run will write again.
+        """Prepare to receive rows. Delete the rows of an earlier start that the run will write again.
 
         Args:
             config: the resolved run config.
-            resumed_step: the step of the checkpoint from which the run resumes. Rows of later steps are dropped. If the
-                run starts from scratch, ``resumed_step`` is 0, and all rows are dropped.
+            resumed_step: the step of the checkpoint from which the run resumes. Rows of later steps are deleted. If the
+                run starts from scratch, ``resumed_step`` is 0, and all rows are deleted.
         """
 
     def write(self, row: Row) -> None:
-        """Receive one row, which has a ``step``."""
+        """Receive one row. The row has the key ``step``."""
 
     def rewind(self, step: int) -> None:
-        """Drop the rows of steps after ``step``, because the run was rolled back to ``step``."""
+        """Delete the rows of steps after ``step``, because the run was rolled back to ``step``."""
 
     def settle(self, step: int) -> None:
-        """Note that a checkpoint of ``step`` is saved, so the run will not write the rows up to this step again."""
+        """Record that the rows up to ``step`` are final, because a checkpoint of ``step`` is saved."""
 
     def end(self, summary: Row) -> None:
-        """Write what is not written yet, add the summary, and close all files.
+        """Write all remaining rows and the summary, and close all files.
 
         Args:
             summary: how the run ended, and its last results.

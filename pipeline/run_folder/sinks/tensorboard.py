@@ -63,7 +63,7 @@ TENSORBOARD_LAYOUT = {
 class TensorBoardLog(Sink):
     """Writes rows of metrics as TensorBoard events. If the disk is full or read-only, it logs a warning.
 
-    Events of dropped rows stay in the files, and TensorBoard hides them.
+    If rows are deleted, their events stay in the files, but TensorBoard hides them.
     """
 
     def __init__(self, run_folder: Path) -> None:
@@ -77,7 +77,7 @@ class TensorBoardLog(Sink):
         self._purge_step = resumed_step + 1 if resumed_step else 0
 
     def write(self, row: Row) -> None:
-        """Write one row. If the thread of the writer has ended with an error, the next call creates a new writer."""
+        """Write one row. If a write fails, some events are lost, and the next call opens a new event file."""
         try:
             if self._writer is None:
                 self._writer = SummaryWriter(self._folder, purge_step=self._purge_step)
@@ -99,7 +99,7 @@ class TensorBoardLog(Sink):
         self._writer, self._purge_step = None, step + 1
 
     def end(self, summary: Row) -> None:
-        """Write the settings and the last results for the HPARAMS page, and close the event file."""
+        """Write the settings and the last results for TensorBoard's page HPARAMS, and close the event file."""
         settings = {
             f"{section}.{key}": value if isinstance(value, bool | int | float | str) else json.dumps(value)
             for section, keys in self._config.items()

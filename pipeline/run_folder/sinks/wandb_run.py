@@ -1,4 +1,4 @@
-"""Send the rows to Weights & Biases. With ``WANDB_MODE=offline``, they are written into the run folder."""
+"""Send the rows to Weights & Biases. If ``WANDB_MODE`` is ``offline``, the rows are written into the run folder."""
 
 import secrets
 import shutil
@@ -17,7 +17,7 @@ FLUSH_INTERVAL_S = 0.5
 
 
 def check_wandb() -> None:
-    """Raise ConfigError if the package is missing, or if the user is not logged in and W&B is not offline."""
+    """Raise ConfigError if the package is missing, or if the user is not logged in and W&B is not in offline mode."""
     try:
         import wandb
     except ImportError as error:
@@ -34,7 +34,7 @@ def check_wandb() -> None:
 
 
 class WandbRun(Service):
-    """A W&B run. Each row is one row of its history, with ``step`` as the x-axis of all charts."""
+    """A W&B run. Each row of metrics becomes a row of its history. All charts use ``step`` as the x-axis."""
 
     name = "wandb"
 
