@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "generate": ("generate", (), "complete prompts"),
     "export": ("export", (), "export to Hugging Face, or import a model"),
     "report": ("report", (), "show runs as an HTML page"),
+    "runs": ("runs", (), "list runs: state, step, loss, speed, age, size, last checkpoint"),
     "checkpoint": ("checkpoint", (), "inspect, verify, prune, convert or average checkpoints"),
     "shards": ("shards", (), "inspect, verify or convert token shards"),
     "init": ("config", ("init",), "write a first run config"),

@@ -47,7 +47,7 @@ ROOMS: dict[str, str] = {
     "pipeline.checkpoint": "errors config run_folder distributed model backends",
     "pipeline.evaluation": "errors config run_folder distributed model data backends checkpoint",
     "pipeline.generation": "errors seeds config distributed model backends checkpoint",
-    "pipeline.report": "errors config run_folder evaluation",
+    "pipeline.report": "errors config run_folder checkpoint evaluation",
     "pipeline.interop": "errors config run_folder model checkpoint report",
     "pipeline.training": (
         "errors seeds config run_folder distributed model data backends checkpoint evaluation generation report interop"

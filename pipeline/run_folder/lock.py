@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from data_tools.storage.locks import LockHeldError, acquire_lock
 from pipeline.errors import ConfigError
 from pipeline.run_folder.layout import LOCK_FILE
@@ -33,6 +35,19 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether a run uses the folder, without taking the lock.
+
+    If the run is on another host, this function cannot see its process, and trusts the lock file.
+    """
+    try:
+        holder = json.loads((folder / LOCK_FILE).read_text(encoding="utf-8"))
+        is_here, pid = holder["host"] == socket.gethostname(), int(holder["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return psutil.pid_exists(pid) if is_here else True
 
 
 def _holder(content: bytes) -> str:

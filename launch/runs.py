@@ -1,0 +1,24 @@
+"""List the runs in a folder: state, step, loss, speed, age, size, last checkpoint."""
+
+import json
+from pathlib import Path
+
+from launch.cli import ArgumentParser, run_command, start_logging
+from pipeline.report.overview import format_table, summarize_runs
+
+
+def main() -> None:
+    """Parse the arguments and print the table."""
+    parser = ArgumentParser(description=__doc__, example="python launch/runs.py runs")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER", help="default: %(default)s"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    arguments = parser.parse_args()
+    start_logging()
+    runs = summarize_runs(arguments.folder)
+    print(json.dumps([run.to_json() for run in runs], indent=2) if arguments.json else format_table(runs))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,144 @@
+"""Describe each run in a folder in one line: state, progress, speed, age, size, last checkpoint."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.layout import list_checkpoints, step_of
+from pipeline.errors import ReportError
+from pipeline.run_folder.layout import CONFIG_FILE, METRICS_FILE
+from pipeline.run_folder.lock import is_locked
+from pipeline.run_folder.metrics import read_metrics
+
+#: The states of a run. A run has failed if an error or a kill has ended it before its last step.
+STATES = ("running", "finished", "interrupted", "failed")
+
+_COLUMNS = ("run", "state", "step", "loss", "val. loss", "tokens/s", "age", "size", "last checkpoint")
+_LEFT_COLUMNS = (0, 1, 8)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """The facts about one run folder. A number that the run has not written yet is None."""
+
+    folder: str
+    state: str
+    step: int
+    max_steps: int | None
+    loss: float | None
+    val_loss: float | None
+    tokens_per_s: float | None
+    age_s: float  # seconds since the run last wrote a row
+    size_bytes: int
+    last_checkpoint: str | None
+    last_checkpoint_step: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts as a JSON object."""
+        return asdict(self)
+
+
+def summarize_runs(folder: Path) -> list[RunSummary]:
+    """Return the runs in a folder and in its sub-folders, sorted by the time of their last row, newest first.
+
+    Raises ReportError if there is no run.
+    """
+    found = [path.parent for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}{METRICS_FILE}")]
+    if not found:
+        raise ReportError(f"{folder}: no run here; give a folder that contains run folders, such as runs")
+    return sorted((summarize_run(run) for run in found), key=lambda run: run.age_s)
+
+
+def summarize_run(folder: Path) -> RunSummary:
+    """Return the facts about a run folder."""
+    rows = read_metrics(folder)
+    checkpoints = list_checkpoints(folder)
+    steps = [row["step"] for row in rows] + [step_of(checkpoint) for checkpoint in checkpoints]
+    step, max_steps = max(steps, default=0), _read_max_steps(folder)
+    return RunSummary(
+        folder=str(folder),
+        state=_state(folder, rows, is_complete=max_steps is not None and step >= max_steps),
+        step=step,
+        max_steps=max_steps,
+        loss=_last(rows, "loss"),
+        val_loss=_last(rows, "val_loss"),
+        tokens_per_s=_last(rows, "tokens_per_s"),
+        age_s=max(0.0, time.time() - (folder / METRICS_FILE).stat().st_mtime),
+        size_bytes=sum(_file_sizes(folder)),
+        last_checkpoint=str(checkpoints[-1]) if checkpoints else None,
+        last_checkpoint_step=step_of(checkpoints[-1]) if checkpoints else None,
+    )
+
+
+def _state(folder: Path, rows: Sequence[dict[str, Any]], *, is_complete: bool) -> str:
+    if is_locked(folder):
+        return "running"
+    marks = [row for row in rows if "started" in row or "ended" in row]
+    if marks and marks[-1].get("ended") in STATES:
+        return str(marks[-1]["ended"])
+    return "finished" if is_complete else "failed"
+
+
+def _read_max_steps(folder: Path) -> int | None:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["schedule"]["max_steps"])
+    return None
+
+
+def _last(rows: Sequence[dict[str, Any]], key: str) -> Any:
+    return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
+
+
+def _file_sizes(folder: Path) -> Iterator[int]:
+    """Yield the sizes of all files. A running run may delete a file at any time."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                yield os.lstat(os.path.join(parent, name)).st_size
+
+
+def format_table(runs: Sequence[RunSummary]) -> str:
+    """Return the runs as a table of text with aligned columns."""
+    table = [_COLUMNS, *(_cells(run) for run in runs)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(_COLUMNS))]
+    lines = []
+    for row in table:
+        cells = [
+            f"{cell:<{width}}" if column in _LEFT_COLUMNS else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _cells(run: RunSummary) -> tuple[str, ...]:
+    return (
+        run.folder,
+        run.state,
+        f"{run.step:,}/{run.max_steps:,}" if run.max_steps else f"{run.step:,}",
+        "" if run.loss is None else f"{run.loss:.4f}",
+        "" if run.val_loss is None else f"{run.val_loss:.4f}",
+        "" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
+        _format_age(run.age_s),
+        _format_size(run.size_bytes),
+        "" if run.last_checkpoint is None else Path(run.last_checkpoint).name,
+    )
+
+
+def _format_age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _format_size(size_bytes: int) -> str:
+    for unit, length in (("GB", 10**9), ("MB", 10**6)):
+        if size_bytes >= length:
+            return f"{size_bytes / length:.1f} {unit}"
+    return f"{size_bytes / 1000:.0f} kB"
