@@ -182,7 +182,9 @@ def with_backend(config: Config, name: str) -> Config:
 
 
 def with_shard_groups(config: Config | None, world_size: int, per_node: int) -> dict[str, Config]:
-    """Return the FSDP2 config with shard groups of one node, two nodes, and so on, by the name of the plan.
+    """Return copies of the FSDP2 config that have shard groups of one node, two nodes, and so on.
+
+    The keys of the result are the names of the plans.
 
     Returns an empty dict if there is no such config, if it already sets the size of the shard groups, or if the ranks
     do not fill several nodes.

@@ -1,4 +1,4 @@
-"""Copy a checkpoint into a new run folder, in the form in which a single rank would have saved it."""
+"""Copy a checkpoint into a new run folder, as if a single rank had saved it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +30,7 @@ _SINGLE_RANK = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
-    """Copy a checkpoint into a new run folder, in the form in which a single rank would have saved it.
+    """Copy a checkpoint into a new run folder, as if a single rank had saved it.
 
     The new checkpoint contains the same training state and the same config. In the ``config.json`` of the new run
     folder, ``run.out_dir`` is the new run folder.
@@ -57,7 +57,7 @@ def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
 
 
 def config_of_new_run(folder: Path, stored_config: dict[str, Any], run_folder: Path) -> Config:
-    """Return the config for a new run folder, made from the config in a checkpoint. ``run.out_dir`` is ``run_folder``.
+    """Return the config of a checkpoint for a new run folder. In the result, ``run.out_dir`` is ``run_folder``.
 
     Args:
         folder: the checkpoint folder, for error messages.

@@ -78,7 +78,7 @@ class RunReport:
 
 
 def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[str]:
-    """Return the config keys because of which this run's results can differ from those of other backends.
+    """Return the config keys that can make this run's results differ from the results of other backends.
 
     The result also contains such keys if the run used them only at earlier steps, as its metrics show.
     """

@@ -164,7 +164,7 @@ def _complete_and_publish(aside: Path, folder: Path, state: StateFile, snapshot:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of the main packages, without the version of DeepSpeed if DeepSpeed is not installed."""
+    """Return the versions of the main packages. DeepSpeed is included only if it is installed."""
     installed = {}
     for package in ("torch", "deepspeed", "safetensors", "numpy"):
         with suppress(PackageNotFoundError):

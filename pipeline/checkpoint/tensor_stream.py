@@ -1,4 +1,7 @@
-"""Write a safetensors file while only one tensor is in memory. The safetensors library itself needs all in memory."""
+"""Write a safetensors file while only one tensor is in memory at a time.
+
+The safetensors library can write tensors only if all of them are in memory.
+"""
 
 import hashlib
 import json

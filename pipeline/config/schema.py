@@ -546,7 +546,7 @@ class EvaluationConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Settings for the metrics, TensorBoard events and profiles that a run writes during training."""
+    """Settings for the metrics and profiles that a run writes during training."""
 
     every_steps: PositiveInt = Field(10, description="Optimizer steps between logged rows.")
     sinks: list[SinkName] = Field(

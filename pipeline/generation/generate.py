@@ -131,7 +131,7 @@ def window_start(length: int, context_length: int) -> int:
     """Return the index of the first token that the model sees when it predicts the next token of a text.
 
     The index is 0 if the text fits into the context. For longer texts, the index grows only in steps of half a context,
-    because the key-value cache must be computed again whenever it changes.
+    because the key-value cache must be computed again whenever the index changes.
     """
     half = max(context_length // 2, 1)
     surplus = max(length - context_length, 0)

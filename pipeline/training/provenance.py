@@ -1,4 +1,4 @@
-"""Describe the program and the machine of a start of a run, for the record of the run."""
+"""Describe the program and the machine when a run starts, so that the metrics of the run can contain this."""
 
 import platform
 import shlex
@@ -17,7 +17,8 @@ _LONGEST_GIT_S = 10.0  # git can be slow in a large repository on a network disk
 def describe_process() -> dict[str, Any]:
     """Return the command, the host, the launcher, the versions of packages, and the git commit of the working folder.
 
-    Without a launcher, ``launcher`` is null. If the working folder is not in a git repository, ``git`` is null.
+    If no launcher started this process, ``launcher`` is null. If the working folder is not in a git repository, ``git``
+    is null.
     """
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),

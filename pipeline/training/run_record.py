@@ -27,7 +27,7 @@ class RunRecord:
     between two starts does not count.
 
     If an earlier start has written rows for steps after ``resumed_step``, these rows are deleted. If the config has
-    keys because of which the results can differ from those of other backends, each row names these keys.
+    keys that can make the results differ from the results of other backends, each row names these keys.
     """
 
     def __init__(self, config: Config, *, is_main: bool, resumed_step: int) -> None:
