@@ -97,7 +97,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options ``--checkpoint`` and ``--device``, which all commands that read a trained model have."""
+    """Add ``--checkpoint``, ``--weights`` and ``--device``, which all commands that read a trained model have."""
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -105,7 +105,18 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a checkpoint, or a run folder, whose newest good checkpoint is used",
     )
+    add_weights_option(parser)
     parser.add_argument("--device", default="auto", choices=get_args(Device), help="the device (default: %(default)s)")
+
+
+def add_weights_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--weights``, which selects the weights that are trained or their moving average."""
+    parser.add_argument(
+        "--weights",
+        default="training",
+        choices=("training", "ema"),
+        help="the weights that are trained, or ema, their moving average (averaging.ema) (default: %(default)s)",
+    )
 
 
 def _option_type(parse: Callable[[str], _T], is_valid: Callable[[_T], bool], expected: str) -> Callable[[str], _T]:

@@ -33,6 +33,7 @@ def main() -> None:
             paths=arguments.data,
             batch_size=arguments.batch_size,
             precision=arguments.precision,
+            weights=arguments.weights,
             examples_file=arguments.save_examples,
             out=arguments.out,
             show=lambda results: print(format_table(results), flush=True),

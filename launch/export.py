@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launch.cli import ArgumentParser, run_command, start_logging
+from launch.cli import ArgumentParser, add_weights_option, run_command, start_logging
 from pipeline.interop.hugging_face.exporting import DTYPES, export_checkpoint
 from pipeline.interop.hugging_face.importing import import_folder
 
@@ -24,11 +24,14 @@ def main() -> None:
     parser.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="the folder to create; with --from-hf, a run folder"
     )
+    add_weights_option(parser)
     parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the exported weights (default: float32)")
     arguments = parser.parse_args()
     start_logging()
     if arguments.from_hf is None:
-        print(export_checkpoint(arguments.checkpoint, arguments.out, arguments.dtype or "float32"))
+        print(export_checkpoint(arguments.checkpoint, arguments.out, arguments.dtype or "float32", arguments.weights))
+    elif arguments.weights != "training":
+        parser.error("--weights: only for exporting; a Hugging Face folder has one set of weights")
     elif arguments.dtype:
         parser.error("--dtype: only for exporting; an import is always in float32")
     else:

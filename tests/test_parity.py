@@ -8,8 +8,10 @@ import pytest
 
 from benchmarks.accumulation import compare as compare_accumulation
 from benchmarks.parity import PROCESSES
+from pipeline.run_folder.metrics import read_metrics
 from tests.support.agreement import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE
-from tests.support.runs import BACKENDS, TINY_BYTE_RUN, Curve, copy_with_masks, curve_of, merged
+from tests.support.averages import largest_average_difference
+from tests.support.runs import BACKENDS, TINY_BYTE_RUN, Curve, copy_with_masks, curve_of, merged, read_curve
 
 STEPS = 15
 
@@ -81,6 +83,44 @@ def test_curves_of_muon_agree(
     assert reference.largest_loss_difference(references["fp32"]) > 1e-2, "Muon is in use"
     assert curve.largest_loss_difference(reference) <= LOSS_TOLERANCE["fp32"]
     assert curve.largest_grad_norm_difference(reference) <= GRAD_NORM_TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def averaged(byte_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run of single-process DDP with a moving average of the weights."""
+    folder = tmp_path_factory.mktemp("averaged")
+    curve_of("ddp", folder, averaging_run(byte_corpus))
+    return folder
+
+
+def averaging_run(byte_corpus: Path) -> dict[str, dict[str, object]]:
+    return tiny_run(byte_corpus, averaging={"ema": 0.9}, evaluation={"every_steps": 5})
+
+
+def validation_losses(run_folder: Path, key: str) -> list[float]:
+    return [row[key] for row in read_metrics(run_folder) if key in row]
+
+
+def test_an_average_does_not_change_the_training(references: References, averaged: Path) -> None:
+    assert read_curve(averaged) == references["fp32"]
+    own, of_average = (validation_losses(averaged, key) for key in ("val_loss", "val_ema_loss"))
+    assert len(own) == len(of_average) == 4
+    assert own[0] == of_average[0], "the average starts as a copy"
+    assert all(a > b for a, b in zip(of_average[1:], own[1:], strict=True)), "it lags behind"
+
+
+@pytest.mark.parametrize(
+    ("backend", "processes"),
+    [("fsdp", 4), ("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero2_offload", 2), ("zero3", 2), ("zero3_offload", 2)],
+)
+def test_averages_agree(backend: str, processes: int, byte_corpus: Path, averaged: Path, tmp_path: Path) -> None:
+    """The averages of the weights and their validation losses agree, and the training does after each evaluation."""
+    curve = curve_of(backend, tmp_path, averaging_run(byte_corpus), processes)
+    assert curve.largest_loss_difference(read_curve(averaged)) <= LOSS_TOLERANCE["fp32"]
+    assert largest_average_difference(tmp_path, averaged) <= LOSS_TOLERANCE["fp32"]
+    for key in ("val_loss", "val_ema_loss"):
+        expected = pytest.approx(validation_losses(averaged, key), rel=0, abs=LOSS_TOLERANCE["fp32"])
+        assert validation_losses(tmp_path, key) == expected
 
 
 @pytest.mark.parametrize(

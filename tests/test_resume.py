@@ -10,6 +10,7 @@ import pytest
 from pipeline.checkpoint.layout import checkpoint_of_step, list_checkpoints
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.agreement import LOSS_TOLERANCE
+from tests.support.averages import largest_average_difference
 from tests.support.runs import TINY_BYTE_RUN, Curve, curve_of, merged, read_curve, train_run
 
 STEPS, SAVED_AT = 12, 6
@@ -61,9 +62,9 @@ def weights_of(run_folder: Path) -> dict[str, bytes]:
 def test_the_same_run_continues_bit_for_bit(
     backend: str, processes: int, precision: str, optimizer: str, byte_corpus: Path, tmp_path: Path
 ) -> None:
-    """Losses, weights and optimizer state equal those of the uninterrupted run; dropout is active."""
+    """Losses, weights, their average and optimizer state equal those of the uninterrupted run; dropout is active."""
     changes = {"run": {"precision": precision}, "model": {"dropout": 0.1}, "optimizer": {"name": optimizer}}
-    sections = run_sections(byte_corpus, changes)
+    sections = run_sections(byte_corpus, changes, {"averaging": {"ema": 0.9}})
     whole = curve_of(backend, tmp_path, sections, processes)
     weights = weights_of(tmp_path)
     rows = steps_logged(tmp_path)
@@ -112,6 +113,16 @@ def test_another_backend_and_world_size_continue_the_curve(
     assert len(continued) == STEPS - SAVED_AT
     differences = [abs(a - b) for a, b in zip(continued, wholes[optimizer].losses[SAVED_AT:], strict=True)]
     assert max(differences) <= LOSS_TOLERANCE["fp32"]
+
+
+def test_another_backend_and_world_size_continue_the_average(byte_corpus: Path, tmp_path: Path) -> None:
+    """An average that ZeRO-3 has begun on two ranks is continued by FSDP2 on two, and equals that of DDP alone."""
+    sections = run_sections(byte_corpus, {"averaging": {"ema": 0.9}})
+    curve_of("ddp", tmp_path / "whole", sections)
+    curve_of("zero3", tmp_path / "before", sections, 2)
+    saved = checkpoint_of_step(tmp_path / "before", SAVED_AT)
+    curve_of("fsdp", tmp_path / "after", merged(sections, {"checkpoint": {"resume": str(saved)}}), 2)
+    assert largest_average_difference(tmp_path / "after", tmp_path / "whole") <= LOSS_TOLERANCE["fp32"]
 
 
 def test_a_branch_equals_the_uninterrupted_run_with_its_schedule(byte_corpus: Path, tmp_path: Path) -> None:

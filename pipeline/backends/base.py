@@ -15,7 +15,7 @@ from pipeline.config.schema import Config
 from pipeline.distributed.world import World
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.output_layer import Method
-from pipeline.model.parameter_state import optimizer_state_names
+from pipeline.model.parameter_state import state_names_of
 
 
 class Backend(ABC):
@@ -35,7 +35,7 @@ class Backend(ABC):
         #: copies, each rank saves a share of its fragments.
         self.ranks_per_copy = config.backend.ranks_per_copy(world.size)
         self.parameter_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.state_names = optimizer_state_names(self.parameter_shapes, config.optimizer)
+        self.state_names = state_names_of(self.parameter_shapes, config)
         self.precision = config.run.precision
         self.max_norm = config.optimizer.grad_clip
         self.loss_scaler = LossScaler.for_precision(config.run.precision)
@@ -54,19 +54,28 @@ class Backend(ABC):
                 of gradients between ranks.
         """
 
-    def step(self, learning_rate: float) -> Tensor | float:
+    def step(self, learning_rate: float, ema_decay: float | None = None) -> Tensor | float:
         """Unscale and clip the gradients, update the weights, and clear the gradients.
 
         Call this method after ``accumulate(..., is_last=True)``. If the gradients of any rank are not finite, the step
         is skipped: the weights and the optimizer state do not change. The gradients are cleared, and a dynamic loss
         scale is halved.
 
+        Args:
+            ema_decay: the decay of the moving average of the weights in this step. None if the run keeps no average.
+
         Returns:
             The global L2 norm of the unscaled gradients before clipping. All ranks return the same value.
         """
         set_learning_rate(self.optimizer.param_groups, learning_rate)
+        average = self.state.average
+        if average is not None:
+            average.create()
         norm = self._update()
         self.loss_scaler.update(norm)
+        if average is not None:
+            assert ema_decay is not None, "a run with an average gives the decay of every step"
+            average.update(ema_decay, norm)
         return norm
 
     @abstractmethod
@@ -126,6 +135,25 @@ class Backend(ABC):
             yield
         finally:
             self.compute.train()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Return a context manager inside whose ``with`` block the model computes with the averages of the weights.
+
+        No tensor is copied: the values of the averages and of the master weights are exchanged, and exchanged back at
+        the end. A backend that shards the weights exchanges only the shards. Do not save or train inside the block.
+
+        This call is collective: every rank must make it. If the block raises an error, the run cannot continue, because
+        the weights are not exchanged back.
+        """
+        self._swap_average()
+        yield
+        self._swap_average()
+
+    def _swap_average(self) -> None:
+        assert self.state.average is not None
+        self.state.average.swap()
+        self.state.publish_masters()
 
     @staticmethod
     def weighted(loss: Tensor, factor: Tensor | float) -> Tensor:

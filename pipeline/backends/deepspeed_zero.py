@@ -182,9 +182,8 @@ class ZeroBackend(DeepSpeedBackend):
 
     def _restore_masters(self, weights: dict[str, Tensor]) -> None:
         """Write the fp32 weights into the masters, which DeepSpeed has created from weights rounded to bf16."""
-        for fragment in self.fragments():
-            source = weights[fragment.name].view(-1)
-            fragment.weight.copy_(source[fragment.start : fragment.start + fragment.weight.numel()])
+        for held in self.state.ranges():
+            held.of(held.master).copy_(weights[held.name].view(-1)[held.start : held.stop])
         self.state.publish_masters()
 
     def _loss_scale_outside_engine(self) -> float:

@@ -11,14 +11,32 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from pipeline.backends.compilation import compile_blocks
+from pipeline.backends.optimizer_state import OptimizerState, ParameterState
 from pipeline.backends.torch_native import TorchBackend
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
 from pipeline.model.gpt2 import GPT2
+from pipeline.model.parameter_state import StateNames
 from pipeline.model.precision import AutocastModel
 from pipeline.model.recomputation import recompute_blocks
 
 _BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+class ShardedState(ParameterState):
+    """The state of FSDP2. The masters are the shards of the parameters, and the model computes with gathered copies."""
+
+    def __init__(
+        self, compute: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], names: StateNames
+    ) -> None:
+        super().__init__(optimizer, parameters, names)
+        self.compute = compute
+
+    def publish_masters(self) -> None:
+        """Free gathered weights, which may differ from the masters. The next forward pass gathers them again."""
+        for module in self.compute.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 class FsdpBackend(TorchBackend):
@@ -28,6 +46,9 @@ class FsdpBackend(TorchBackend):
         super().__init__(model, _wrap(model, config, world), config, world)
         self._reshards_blocks = config.backend.fsdp.reshard_after_forward
         self._copies = world.size // self.ranks_per_copy
+
+    def _create_state(self) -> OptimizerState:
+        return ShardedState(self.compute, self.optimizer, self.parameters, self.state_names)
 
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
         """Reduce gradients only in the last micro-step, and keep gathered weights until then.

@@ -1,4 +1,4 @@
-"""Give access to the fp32 master weights and the optimizer state on one rank.
+"""Give access to the fp32 master weights, the optimizer state and the averages of the weights on one rank.
 
 The interface is the same for every backend.
 """
@@ -15,7 +15,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from pipeline.backends.muon import Muon
 from pipeline.backends.ranges import Range, local_elements
-from pipeline.model.parameter_state import ADAMW_STATE, WEIGHT, StateNames
+from pipeline.backends.weight_average import WeightAverage
+from pipeline.model.parameter_state import ADAMW_STATE, EMA, WEIGHT, StateNames
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Fragment:
     name: str  # the canonical name, as in GPT2.named_parameters()
     start: int  # the first element, counted in the flattened parameter
     weight: Tensor  # (n,) fp32 master weights
-    state: dict[str, Tensor]  # the optimizer's state by name, (n,) fp32 each
+    state: dict[str, Tensor]  # the optimizer's state and the average of the weights by name, (n,) fp32 each
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -44,14 +45,16 @@ class OptimizerState(ABC):
     Args:
         optimizer: torch's AdamW, DeepSpeed's CPUAdam, or a Muon that contains one of them.
         masters: the tensors in fp32 that the optimizer updates on this rank.
-        names: maps each parameter to the names of its optimizer tensors.
+        names: maps each parameter to the names of its tensors in addition to the weight.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, masters: Iterable[Tensor], names: StateNames) -> None:
         self.optimizer = optimizer
         self.adamw = optimizer.adamw if isinstance(optimizer, Muon) else optimizer
         self.masters = list(masters)
-        self.state_names = names
+        self.optimizer_names = {name: [kind for kind in kinds if kind != EMA] for name, kinds in names.items()}
+        #: The averages of the weights. None if the run keeps no average.
+        self.average = WeightAverage(self.masters) if any(EMA in kinds for kinds in names.values()) else None
 
     @abstractmethod
     def ranges(self) -> list[Range]:
@@ -76,22 +79,23 @@ class OptimizerState(ABC):
             self.optimizer.use_ranges(self.masters, self.ranges(), ranks_per_copy)
 
     def fragments(self) -> list[Fragment]:
-        """Return views of the masters and of the optimizer state.
+        """Return views of the masters, of the optimizer state and of the averages of the weights.
 
-        If the optimizer has not created its state yet, the state is first created and filled with zeros. Under FSDP2, a
-        rank has no fragment of a parameter if the parameter has fewer rows than there are ranks.
+        If the optimizer has not created its state yet, the state is first created and filled with zeros. Averages that
+        do not exist yet are created as copies of the masters. Under FSDP2, a rank has no fragment of a parameter if the
+        parameter has fewer rows than there are ranks.
         """
         self.create_states()
         return [
-            Fragment(
-                held.name,
-                held.start,
-                held.of(held.master),
-                {name: held.of(self.optimizer.state[held.master][name]) for name in self.state_names[held.name]},
-            )
+            Fragment(held.name, held.start, held.of(held.master), self._state_of(held))
             for held in self.ranges()
             if held.length
         ]
+
+    def _state_of(self, held: Range) -> dict[str, Tensor]:
+        """Return views of the elements of a range in all tensors except the master, by name."""
+        state = {name: held.of(self.optimizer.state[held.master][name]) for name in self.optimizer_names[held.name]}
+        return state if self.average is None else {**state, EMA: held.of(self.average.of(held.master))}
 
     def set_step_count(self, count: int) -> None:
         """Set AdamW's step count, which AdamW uses for its bias correction."""
@@ -115,7 +119,7 @@ class OptimizerState(ABC):
         """Create the optimizer state for all masters that have none. The state is filled with zeros."""
         for held in self.ranges():
             if not self.optimizer.state[held.master]:
-                self.optimizer.state[held.master] = self._new_state(held.master, self.state_names[held.name])
+                self.optimizer.state[held.master] = self._new_state(held.master, self.optimizer_names[held.name])
 
     def _new_state(self, master: Tensor, names: Iterable[str]) -> dict[str, Any]:
         state: dict[str, Any] = {name: torch.zeros_like(master, requires_grad=False) for name in names}

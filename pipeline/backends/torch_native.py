@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.backends.base import Backend
 from pipeline.backends.optimizer import build_optimizer, clip_and_step, describe_optimizer
-from pipeline.backends.optimizer_state import ParameterState
+from pipeline.backends.optimizer_state import OptimizerState, ParameterState
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
 from pipeline.model.gpt2 import GPT2
@@ -24,7 +24,7 @@ class TorchBackend(Backend):
         self.compute = compute
         self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         self.optimizer = build_optimizer(self.parameters, config, world)
-        self.state = ParameterState(self.optimizer, self.parameters, self.state_names)
+        self.state = self._create_state()
         self.state.connect_optimizer(self.ranks_per_copy)
 
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
@@ -32,6 +32,9 @@ class TorchBackend(Backend):
             loss = self.compute(tokens, targets)
             self.weighted(loss, loss_weight * self.loss_scaler.scale).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _create_state(self) -> OptimizerState:
+        return ParameterState(self.optimizer, self.parameters, self.state_names)
 
     @abstractmethod
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:

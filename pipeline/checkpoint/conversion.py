@@ -22,7 +22,7 @@ from pipeline.config.loading import config_from_json, dump_config
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
-from pipeline.model.parameter_state import WEIGHT, StateNames, optimizer_state_names
+from pipeline.model.parameter_state import WEIGHT, StateNames, state_names_of
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE
 from pipeline.run_folder.lock import lock_run_folder
 
@@ -98,7 +98,7 @@ def write_new_run(
             incomplete checkpoint is removed.
         ConfigError: another process is using the run folder.
     """
-    state_names = state_names or optimizer_state_names(shapes, config.optimizer)
+    state_names = state_names or state_names_of(shapes, config)
     groups: TensorGroups = {group: {} for group in GROUPS}
     for name, shape in shapes.items():
         for kind in (WEIGHT, *state_names[name]):

@@ -17,7 +17,7 @@ from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import GPT2, allocate_model
-from pipeline.model.parameter_state import WEIGHT
+from pipeline.model.parameter_state import EMA, KINDS_OF_WEIGHTS, WEIGHT
 from pipeline.run_folder.layout import run_folder_of
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,9 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
     If the checkpoint was written with another optimizer, only the weights are copied. The optimizer then starts with
     zero state and with step count 0, and ``optimizer_start`` in the result is the number of updates so far.
 
+    If the backend keeps an average of the weights and the checkpoint has none, the average starts as a copy of the
+    weights.
+
     Raises:
         CheckpointError: the checkpoint belongs to a model with other parameters, is malformed, or cannot be read. If it
             cannot be read, the backend may already contain some of its values. In the other cases, the backend has not
@@ -40,13 +43,18 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
     """
     state, _ = read_state(folder)
     index = index_for_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
-    is_same_optimizer = _stored_state_names(index) == {name: set(kinds) for name, kinds in backend.state_names.items()}
+    stored, kept = _kinds_by_parameter(index), {name: set(kinds) for name, kinds in backend.state_names.items()}
+    is_same_optimizer = all(stored[name] - {EMA} == kept[name] - {EMA} for name in kept)
+    has_average = all(EMA in kinds for kinds in stored.values())
+    _log_average(folder, is_stored=has_average, is_kept=all(EMA in kinds for kinds in kept.values()))
     if not is_same_optimizer:
         log.warning("%s: another optimizer has written this checkpoint; the optimizer's state starts from zero", folder)
         state = replace(state, optimizer_start=state.updates)
     for fragment in backend.fragments():
         for kind, tensor in fragment.tensors.items():
-            if kind == WEIGHT or is_same_optimizer:
+            if kind == EMA and not has_average:
+                tensor.copy_(fragment.weight)
+            elif kind in (WEIGHT, EMA) or is_same_optimizer:
                 _copy_overlap(tensor, fragment.start, index[kind][fragment.name])
             else:
                 tensor.zero_()
@@ -55,21 +63,51 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
     return state
 
 
-def _stored_state_names(index: PieceIndex) -> dict[str, set[str]]:
-    """Return the names of the optimizer's state of every parameter in a checkpoint."""
+def _kinds_by_parameter(index: PieceIndex) -> dict[str, set[str]]:
+    """Return the names of the tensors that a checkpoint has for every parameter in addition to the weight."""
     kinds = index.keys() - {WEIGHT}
     return {name: {kind for kind in kinds if name in index[kind]} for name in index[WEIGHT]}
 
 
-def load_weights(folder: Path, parameters: dict[str, Tensor]) -> None:
+def _log_average(folder: Path, *, is_stored: bool, is_kept: bool) -> None:
+    """Log if a run starts to average its weights at a checkpoint, or stops."""
+    if is_kept and not is_stored:
+        log.info("%s: has no average of the weights; the average starts as a copy of the weights", folder)
+    if is_stored and not is_kept:
+        log.info("%s: the average of the weights is not continued, because averaging.ema is null", folder)
+
+
+def load_weights(folder: Path, parameters: dict[str, Tensor], weights: str = "training") -> None:
     """Copy the weights of a checkpoint into ``parameters``, which maps canonical names to whole parameters.
 
-    Raises the same errors as ``load_training_state``.
+    Raises the same errors as ``load_training_state`` and ``pieces_of_weights``.
     """
-    index = index_for_model(folder, {name: list(parameter.shape) for name, parameter in parameters.items()})
+    shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
+    pieces = pieces_of_weights(folder, shapes, weights)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            _copy_overlap(parameter.view(-1), 0, index[WEIGHT][name])
+            _copy_overlap(parameter.view(-1), 0, pieces[name])
+
+
+def pieces_of_weights(folder: Path, shapes: dict[str, list[int]], weights: str) -> dict[str, list[Piece]]:
+    """Return the pieces of the weights of all parameters, by canonical name.
+
+    Args:
+        shapes: the shapes of all parameters of the model, by canonical name.
+        weights: a key of ``KINDS_OF_WEIGHTS``: ``training`` for the weights that are trained, or ``ema`` for their
+            moving average.
+
+    Raises:
+        CheckpointError: the checkpoint has no average, or ``index_for_model`` raises CheckpointError.
+    """
+    index = index_for_model(folder, shapes)
+    kind = KINDS_OF_WEIGHTS[weights]
+    if kind not in index or index[kind].keys() != index[WEIGHT].keys():
+        raise CheckpointError(
+            f"--weights {weights}: {folder} has no moving average of the weights; leave --weights out, or train with "
+            "averaging.ema"
+        )
+    return index[kind]
 
 
 def read_parameter(shape: list[int], pieces: list[Piece]) -> Tensor:
@@ -135,17 +173,21 @@ class LoadedModel:
         return run_folder_of(self.checkpoint)
 
 
-def load_model(path: Path, device: torch.device) -> LoadedModel:
+def load_model(path: Path, device: torch.device, weights: str = "training") -> LoadedModel:
     """Load the model in fp32 from a checkpoint folder, or from the newest good checkpoint of a run folder.
 
+    Args:
+        weights: a key of ``KINDS_OF_WEIGHTS``, see ``pieces_of_weights``.
+
     Raises:
-        CheckpointError: the path contains no checkpoint, or all its checkpoints are damaged.
+        CheckpointError: the path contains no checkpoint, all its checkpoints are damaged, or ``pieces_of_weights``
+            raises CheckpointError.
         ConfigError: the config in the checkpoint is not valid for this program.
     """
     folder = locate_checkpoint(path)
     state, stored = read_state(folder)
     config = config_from_json(stored, origin=str(folder / STATE_FILE))
     model = allocate_model(config.model, device)
-    load_weights(folder, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    load_weights(folder, {name: parameter.detach() for name, parameter in model.named_parameters()}, weights)
     model.assert_tied()
     return LoadedModel(model.eval(), config, folder, state.step)

@@ -316,6 +316,19 @@ class OptimizerConfig(Section):
     muon: MuonConfig = MuonConfig()
 
 
+class AveragingConfig(Section):
+    """The average of the weights over the steps of training. The training itself does not use the average."""
+
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay per step of an exponential moving average of the fp32 weights, such as 0.999. The average "
+        "needs 4 bytes per parameter, sharded like the weights. At the beginning of a run, the decay is smaller. "
+        "`null`: no average.",
+    )
+
+
 class ScheduleConfig(Section):
     """The learning rate schedule and the length of the run.
 
@@ -618,6 +631,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    averaging: AveragingConfig = AveragingConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     backend: BackendConfig = BackendConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

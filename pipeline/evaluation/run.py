@@ -49,6 +49,7 @@ def run_tasks(
     paths: Mapping[str, str] | None = None,
     batch_size: int | None = None,
     precision: str | None = None,
+    weights: str = "training",
     examples_file: Path | None = None,
     out: Path | None = None,
     show: Callable[[Results], None] = lambda results: None,
@@ -65,6 +66,7 @@ def run_tasks(
         paths: maps tasks to data paths. For these tasks, the paths in the run's ``evaluation.data`` are ignored.
         batch_size: the number of sequences per forward pass and rank. If None, the micro-batch size of the run is used.
         precision: the precision of forward passes. If None, the precision of the run is used.
+        weights: a key of ``KINDS_OF_WEIGHTS``. If it is not ``training``, it is appended to the names of the results.
         examples_file: a JSONL file to write, with one line of scores per example. The task ``validation`` has no
             examples.
         out: a folder for the JSON files of the results.
@@ -80,7 +82,7 @@ def run_tasks(
     """
     if world.device.type == "cpu":
         configure_cpu(world)
-    loaded = load_model(checkpoint, world.device)
+    loaded = load_model(checkpoint, world.device, weights)
     config = loaded.config
     if examples_file:
         _check_examples_file(examples_file, tasks)
@@ -107,6 +109,8 @@ def run_tasks(
             figures, of_task = prepared[task].measure_examples(scorer)
             name, result = prepared[task].name, {"precision": precision, **figures}
             examples += of_task
+        if weights != "training":
+            name, result = f"{name}_{weights}", {"weights": weights, **result}
         results[name] = {"task": task, "checkpoint": str(loaded.checkpoint), "step": loaded.step, **result}
     world.progress.reach("writing the results", is_patient=True, repeats=False)
     if not world.is_main:

@@ -59,6 +59,23 @@ def validate(
     return {"val_loss": loss, "val_perplexity": perplexity(loss), **by_name}
 
 
+def validate_average(
+    backend: Backend, datasets: Sequence[TokenDataset], config: Config, world: World
+) -> dict[str, float | None]:
+    """Measure the validation loss of the averaged weights, like ``validate``.
+
+    This call is collective: every rank must make it.
+
+    Returns:
+        ``val_ema_loss``. The result is empty if ``averaging.ema`` is null or ``validate`` returns an empty result.
+    """
+    if config.averaging.ema is None or VALIDATION not in config.evaluation.tasks:
+        return {}
+    with backend.averaged_weights():
+        losses = validate(backend, datasets, config, world)
+    return {"val_ema_loss": losses["val_loss"]} if losses else {}
+
+
 def mixture_loss(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:
     """Return the mean of the losses on the datasets of a mixture, weighted with the weights of the datasets.
 

@@ -26,17 +26,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ENDS = frozenset({END_OF_TEXT})  # the tokens before which a completion ends
 
 
-def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32") -> Writer:
+def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32", weights: str = "training") -> Writer:
     """Load the model of a checkpoint into a ``Writer``.
 
     Args:
         checkpoint: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used.
         dtype: the dtype of weights and matrix products, a key of ``DTYPES``.
+        weights: the weights that are trained, or their moving average, a key of ``KINDS_OF_WEIGHTS``.
 
     Raises:
-        CheckpointError: there is no good checkpoint, or the vocabulary of the model is not GPT-2's.
+        CheckpointError: there is no good checkpoint, it does not have these weights, or the vocabulary of the model is
+            not GPT-2's.
     """
-    loaded = load_model(checkpoint, device)
+    loaded = load_model(checkpoint, device, weights)
     if loaded.config.model.vocab_size != GPT2_VOCAB_SIZE:
         raise CheckpointError(
             f"{loaded.checkpoint}: model.vocab_size is {loaded.config.model.vocab_size}; "

@@ -13,12 +13,12 @@ from functools import cache
 
 import torch
 
-from pipeline.config.schema import BackendConfig, Config, ModelConfig, OptimizerConfig
+from pipeline.config.schema import BackendConfig, Config, ModelConfig
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.distributed.pinned_buffers import pinned_size
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.muon_matrices import divide_into_batches, exchange_elements, muon_matrices
-from pipeline.model.parameter_state import optimizer_state_names
+from pipeline.model.parameter_state import state_names_of
 from pipeline.planning.activations import Compute
 
 FP32, BF16 = 4, 2  # bytes per element
@@ -66,7 +66,7 @@ class _Case:
     accumulates: bool  # more than one micro-step per optimizer step
     is_bf16: bool
     backend: BackendConfig
-    optimizer: OptimizerConfig
+    config: Config
     pins_host_memory: bool
 
     def pinned(self, size: int, *, always: bool = False) -> int:
@@ -95,7 +95,7 @@ class _Case:
     @property
     def state_widths(self) -> dict[str, int]:
         """The bytes of optimizer state per element of every parameter."""
-        names = optimizer_state_names(self.sizes.shapes, self.optimizer)
+        names = state_names_of(self.sizes.shapes, self.config)
         return {name: FP32 * len(kinds) for name, kinds in names.items()}
 
     def state_bytes(self, shard: Callable[[torch.Size], int]) -> int:
@@ -133,7 +133,7 @@ def layout_of(config: Config, plan: BatchPlan, *, pins_host_memory: bool = False
     """
     backend, is_bf16 = config.backend, config.run.precision == "bf16"
     sizes, accumulates = sizes_of(config.model), plan.accumulation > 1
-    case = _Case(sizes, plan.world_size, accumulates, is_bf16, backend, config.optimizer, pins_host_memory)
+    case = _Case(sizes, plan.world_size, accumulates, is_bf16, backend, config, pins_host_memory)
     if backend.name == "deepspeed":
         layout = (_zero0, _zero1, _zero2, _zero3)[backend.zero_stage](case)
     else:

@@ -27,6 +27,7 @@ _CONSOLE_FORMATS = {
     "loss": "loss {:.4f}",
     "val_loss": "validation loss {:.4f}",
     "val_perplexity": "perplexity {:.2f}",
+    "val_ema_loss": "loss of averaged weights {:.4f}",
     "lr": "lr {:.2e}",
     "grad_norm": "norm {:.3f}",
     "tokens_per_s": "{:,.0f} tokens/s",

@@ -1,8 +1,8 @@
-"""Compute the learning rate from the step: a linear warm-up, a constant rate, and a decay with one of four curves."""
+"""The learning rate, and the decay of the average of the weights, as pure functions of the step."""
 
 import math
 
-from pipeline.config.schema import Config, OptimizerConfig, ScheduleConfig
+from pipeline.config.schema import AveragingConfig, Config, OptimizerConfig, ScheduleConfig
 
 CHART_ROWS = 20
 CHART_COLUMNS = 50  # of the bar at the peak
@@ -35,6 +35,16 @@ def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
     if shape == "1-sqrt":  # Hägele et al. 2024
         return 1.0 - math.sqrt(progress)
     return 1.0 - progress
+
+
+def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:
+    """Return the decay of the average of the weights in the next step after ``step`` finished steps.
+
+    At the beginning, the decay is smaller than ``averaging.ema``, so that the average forgets the initial weights. The
+    formula is that of TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``. Returns None if the run keeps no
+    average.
+    """
+    return None if averaging.ema is None else min(averaging.ema, (1 + step) / (10 + step))
 
 
 def format_schedule(config: Config) -> str:

@@ -23,7 +23,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted
 from pipeline.evaluation.protocols import PreparedTask
 from pipeline.evaluation.run import measure_tasks
-from pipeline.evaluation.validation import validate
+from pipeline.evaluation.validation import validate, validate_average
 from pipeline.generation.writer import complete_while_training
 from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.metrics import SAMPLE_KEY
@@ -33,7 +33,7 @@ from pipeline.training.interruption import StopRequest
 from pipeline.training.provenance import describe_process
 from pipeline.training.resuming import load_checkpoint
 from pipeline.training.run_record import RunRecord
-from pipeline.training.schedule import lr_at
+from pipeline.training.schedule import ema_decay_at, lr_at
 from pipeline.training.step_guard import FinishedStep, StepGuard, TrainedStep, Verdict
 from pipeline.training.step_profile import StepProfile
 from pipeline.training.throughput import ThroughputMeter, measure_ceiling
@@ -203,7 +203,8 @@ class Trainer:
         loss, scored_targets = self._accumulate(micro_batches)
         learning_rate = lr_at(self.state.step, self.config.optimizer, self.config.schedule)
         self._reach_in_step("optimizer")
-        grad_norm = LateValue(self.backend.step(learning_rate))
+        ema_decay = ema_decay_at(self.state.step, self.config.averaging)
+        grad_norm = LateValue(self.backend.step(learning_rate, ema_decay))
         self.throughput.count_step()
         with self.world.progress.patience():  # after its last step, the profile is written
             self.profile.count_step()
@@ -333,6 +334,7 @@ class Trainer:
                     self.results["validation_loss"] = loss
                     validation = self.state.validation.after(self.state.step, loss)
                     self.state = replace(self.state, validation=validation)
+                losses |= validate_average(self.backend, self.loader.datasets, self.config, self.world)
                 self.record.write({"step": self.state.step, "tokens": self.state.tokens, **losses})
             # Examples and prompts have many shapes, and torch would compile the model again for each shape.
             with torch.compiler.set_stance("force_eager"):

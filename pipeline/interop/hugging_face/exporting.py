@@ -14,7 +14,7 @@ from data_tools.storage.atomic import atomic_folder, partial_path
 from data_tools.storage.files import require_writable
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
 from pipeline.checkpoint.layout import STATE_FILE
-from pipeline.checkpoint.loading import index_for_model, read_parameter
+from pipeline.checkpoint.loading import pieces_of_weights, read_parameter
 from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.tensor_stream import StreamedTensor, write_tensors
 from pipeline.checkpoint.verification import locate_checkpoint
@@ -34,7 +34,6 @@ from pipeline.interop.hugging_face.layout import (
 )
 from pipeline.interop.hugging_face.model_card import model_card
 from pipeline.interop.hugging_face.tokenizer_files import tokenizer_files
-from pipeline.model.parameter_state import WEIGHT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _METADATA = {"format": "pt"}  # transformers refuses files without this entry
@@ -52,7 +51,7 @@ class Export:
         return "\n".join([f"wrote {self.folder}, weights {self.bytes / 1e6:,.1f} MB", *self.notes])
 
 
-def export_checkpoint(checkpoint: Path, out: Path, dtype: str) -> Export:
+def export_checkpoint(checkpoint: Path, out: Path, dtype: str, weights: str = "training") -> Export:
     """Export a checkpoint into the folder ``out``. Only one parameter is in memory at a time.
 
     If the export fails, ``out`` does not change.
@@ -61,9 +60,11 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: str) -> Export:
         checkpoint: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used.
         out: a folder that does not exist or is empty.
         dtype: the dtype of the exported weights, a key of ``DTYPES``.
+        weights: the weights that are trained, or their moving average, a key of ``KINDS_OF_WEIGHTS``.
 
     Raises:
-        CheckpointError: there is no good checkpoint, or ``out`` is a file, or is a folder that is not empty.
+        CheckpointError: there is no good checkpoint, it does not have these weights, or ``out`` is a file, or is a
+            folder that is not empty.
         DataError: the folder could not be written, or another process is writing to it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -75,12 +76,12 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: str) -> Export:
     files = {
         CONFIG_FILE: _as_json(to_config_json(config.model, dtype)),
         GENERATION_CONFIG_FILE: _as_json(to_generation_json(config.model)),
-        **model_card(source, state, config),
+        **model_card(source, state, config, weights),
     }
     if config.model.vocab_size == GPT2_VOCAB_SIZE:
         files |= {name: text.encode() for name, text in tokenizer_files(config.model.context_length).items()}
     with one_line_write_errors(out), atomic_folder(out, aside=partial_path(out)) as aside:
-        write_tensors(aside / WEIGHTS_FILE, _stream_weights(source, config.model, DTYPES[dtype]), _METADATA)
+        write_tensors(aside / WEIGHTS_FILE, _stream_weights(source, config.model, DTYPES[dtype], weights), _METADATA)
         for name, content in files.items():
             (aside / name).write_bytes(content)
     return Export(out, (out / WEIGHTS_FILE).stat().st_size, _notes(config.model))
@@ -100,10 +101,10 @@ def _notes(config: ModelConfig) -> list[str]:
     return notes
 
 
-def _stream_weights(source: Path, config: ModelConfig, dtype: torch.dtype) -> dict[str, StreamedTensor]:
+def _stream_weights(source: Path, config: ModelConfig, dtype: torch.dtype, weights: str) -> dict[str, StreamedTensor]:
     """Return all parameters by their names in ``transformers``. Each parameter is read when it is written."""
     shapes, exported_shapes = model_shapes(config), stored_shapes(config)
-    pieces = index_for_model(source, shapes)[WEIGHT]
+    pieces = pieces_of_weights(source, shapes, weights)
 
     def read(name: str) -> Tensor:
         parameter = read_parameter(shapes[name], pieces[name])

@@ -46,7 +46,7 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 _OPTIMIZER_NAMES = {"adamw": "AdamW", "muon": "Muon for the matrices of the blocks and AdamW for the rest"}
 
 
-def model_card(checkpoint: Path, state: TrainingState, config: Config) -> dict[str, bytes]:
+def model_card(checkpoint: Path, state: TrainingState, config: Config, weights: str) -> dict[str, bytes]:
     """Return the files of the model card: a Markdown file with metadata for the hub, and a picture of the loss curve.
 
     There is no picture if matplotlib is not installed or the run folder has no metrics.
@@ -61,9 +61,9 @@ def model_card(checkpoint: Path, state: TrainingState, config: Config) -> dict[s
     )
     changes = find_different_numbers(run_folder, state.step, config)
     sections = [
-        _training(state, config, changes),
+        _training(state, config, weights, changes),
         _curve(rows, has_picture=bool(picture)),
-        _evaluation(run_folder, state.step),
+        _evaluation(run_folder, state.step, weights),
     ]
     text = _CARD.format(
         metadata=metadata.to_yaml(),
@@ -86,7 +86,7 @@ def _draw_curve(rows: list[dict[str, Any]], name: str) -> bytes | None:
     return draw(chart).png if chart.curves else None
 
 
-def _training(state: TrainingState, config: Config, changes: list[str]) -> str:
+def _training(state: TrainingState, config: Config, weights: str, changes: list[str]) -> str:
     if not state.step:
         return ""
     optimizer = config.optimizer
@@ -97,6 +97,9 @@ def _training(state: TrainingState, config: Config, changes: list[str]) -> str:
         "optimizer": f"{_OPTIMIZER_NAMES[optimizer.name]}, learning rate {optimizer.learning_rate:g}, "
         f"betas {optimizer.betas}, weight decay {optimizer.weight_decay:g}, clipping {optimizer.grad_clip:g}",
         "schedule": str(config.schedule),
+        **(
+            {} if weights == "training" else {"weights": f"moving average over the steps, decay {config.averaging.ema}"}
+        ),
         "precision": config.run.precision,
         "seed": str(config.run.seed),
         **({"numbers differ from those of other backends": ", ".join(changes)} if changes else {}),
@@ -119,13 +122,13 @@ def _curve(rows: list[dict[str, Any]], *, has_picture: bool) -> str:
     return f"{table}\n![Loss against steps]({CURVE_FILE})\n" if has_picture else table
 
 
-def _evaluation(run_folder: Path, step: int) -> str:
-    """Return a table of the tasks that were evaluated at this step."""
+def _evaluation(run_folder: Path, step: int, weights: str) -> str:
+    """Return a table of the tasks that were evaluated at this step with these weights."""
     cells: list[tuple[str, ...]] = []
     for path in sorted((run_folder / EVALUATION_FOLDER).glob("*.json")):
         with suppress(CheckpointError):  # after a crash, a file can be incomplete
             result = read_json_object(path)
-            if result.get("step") == step:
+            if result.get("step") == step and result.get("weights", "training") == weights:
                 values = {key.replace("_", " "): value for key, value in result.items() if isinstance(value, float)}
                 cells += [(path.stem, key, f"{value:.4f}") for key, value in values.items()]
     return _table("Evaluation", ("task", "measure", "value"), cells) if cells else ""

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 TENSORBOARD_TAGS = {
     "loss": "train/loss",
     "val_loss": "validation/loss",
+    "val_ema_loss": "validation/ema_loss",
     "val_perplexity": "validation/perplexity",
     "lr": "optimizer/learning_rate",
     "grad_norm": "optimizer/grad_norm",

@@ -45,11 +45,11 @@ def make_backend(world: World, seed: int, **sections: dict[str, Any]) -> DdpBack
     return DdpBackend(build_model(config.model, seed), config, world)
 
 
-def train_steps(backend: Backend, steps: int, first_seed: int = 0) -> None:
+def train_steps(backend: Backend, steps: int, first_seed: int = 0, ema_decay: float | None = None) -> None:
     for seed in range(first_seed, first_seed + steps):
         tokens = random_tokens(2, 9, seed=seed).to(backend.model.wte.weight.device)
         backend.accumulate(tokens[:, :-1], tokens[:, 1:], 1 / 16, is_last=True)
-        backend.step(1e-2)
+        backend.step(1e-2, ema_decay)
 
 
 def updates_of(backend: Backend) -> int:

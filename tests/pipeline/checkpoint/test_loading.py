@@ -6,14 +6,17 @@ These tests run in one process; other backends and world sizes have their own te
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from pipeline.backends.ddp import DdpBackend
-from pipeline.checkpoint.loading import load_training_state, load_weights
+from pipeline.checkpoint.loading import load_model, load_training_state, load_weights
 from pipeline.checkpoint.state import GuardState, read_state
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import dump_config
@@ -187,6 +190,71 @@ class TestOptimizers:
         for backend in (changed, other):
             train_steps(backend, 2, first_seed=60)
         assert_same(contents(other), contents(changed))
+
+
+class TestAverage:
+    """The moving average of the weights is stored like the optimizer's state, but does not depend on the optimizer."""
+
+    AVERAGE: ClassVar[dict[str, float]] = {"ema": 0.9}
+
+    def trained(self, world: World) -> DdpBackend:
+        backend = make_backend(world, seed=1, averaging=self.AVERAGE)
+        train_steps(backend, 3, ema_decay=0.9)
+        return backend
+
+    def averages(self, backend: DdpBackend) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in contents(backend).items() if name.endswith(" ema")}
+
+    def test_it_continues_as_if_never_stopped(self, save: Save, world: World, caplog: pytest.LogCaptureFixture) -> None:
+        trained, other = self.trained(world), make_backend(world, seed=2, averaging=self.AVERAGE)
+        folder = save(of=trained)
+        assert find_damage(folder) is None
+        load_training_state(folder, other)
+        assert_same(contents(other), contents(trained))
+        for backend in (trained, other):
+            train_steps(backend, 2, first_seed=50, ema_decay=0.9)
+        assert_same(contents(other), contents(trained))
+        assert not caplog.text
+
+    def test_without_a_stored_one_it_starts_as_a_copy_and_says_so(
+        self, save: Save, backend: DdpBackend, world: World, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        other = self.trained(world)
+        with caplog.at_level(logging.INFO):
+            load_training_state(save(), other)
+        assert "has no average of the weights; the average starts as a copy of the weights" in caplog.text
+        weights = {f"{name} ema": parameter.view(-1) for name, parameter in backend.model.named_parameters()}
+        assert_same(self.averages(other), weights)
+        assert_same({k: tensor for k, tensor in contents(other).items() if not k.endswith(" ema")}, contents(backend))
+
+    def test_a_run_without_it_leaves_it_out_and_says_so(
+        self, save: Save, world: World, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        trained, other = self.trained(world), make_backend(world, seed=2)
+        with caplog.at_level(logging.INFO):
+            load_training_state(save(of=trained), other)
+        assert "the average of the weights is not continued, because averaging.ema is null" in caplog.text
+        assert not self.averages(other)
+        for name, tensor in contents(other).items():
+            assert torch.equal(tensor, contents(trained)[name]), name
+
+    def test_another_optimizer_keeps_it(self, save: Save, world: World) -> None:
+        trained = self.trained(world)
+        other = make_backend(world, seed=2, averaging=self.AVERAGE, optimizer={"name": "muon"})
+        assert load_training_state(save(of=trained), other).optimizer_start == 3
+        assert_same(self.averages(other), self.averages(trained))
+
+    def test_a_model_is_loaded_with_it(self, save: Save, world: World) -> None:
+        trained = self.trained(world)
+        folder, averages = save(of=trained), self.averages(trained)
+        own, averaged = (load_model(folder, torch.device("cpu"), weights).model for weights in ("training", "ema"))
+        for name, parameter in averaged.named_parameters():
+            assert torch.equal(parameter.view(-1), averages[f"{name} ema"]), name
+            assert torch.equal(own.get_parameter(name), trained.model.get_parameter(name)), name
+
+    def test_a_checkpoint_without_it_is_refused(self, save: Save) -> None:
+        with pytest.raises(CheckpointError, match=r"^--weights ema: \S+ has no moving average .* averaging.ema$"):
+            load_model(save(), torch.device("cpu"), "ema")
 
 
 class TestOtherModel:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_tools.errors import DataError
@@ -28,6 +29,7 @@ from pipeline.evaluation.results import find_results, format_table
 from pipeline.evaluation.run import prepare_tasks, run_tasks
 from pipeline.evaluation.validation import validate
 from pipeline.generation.writer import load_writer
+from pipeline.interop.hugging_face.exporting import export_checkpoint
 from pipeline.report.runs import read_runs
 from pipeline.report.tables import evaluation_table
 from pipeline.run_folder.metrics import read_metrics
@@ -120,6 +122,30 @@ class TestOnACheckpoint:
         (run_folder / "config.json").touch()
         with pytest.raises(DataError, match=f"--out: cannot write {out}; name a place"):
             run_tasks(run_folder, ["validation"], Settings(), ALONE, out=out)
+
+    def test_the_average_of_the_weights_can_be_scored(self, data: Path, tmp_path: Path, world: World) -> None:
+        """Its results equal those of a run whose weights it is, and do not replace those of the trained weights."""
+        config = tiny_config(tmp_path / "run", data={"path": str(data)}, averaging={"ema": 0.9})
+        state = TrainingState(7, 28, 336, 7, 1.0, 0, config.run.seed)
+        backend = DdpBackend(randomised_model(config.model), config, world)
+        plain = DdpBackend(randomised_model(config.model, seed=2), tiny_config(data={"path": str(data)}), world)
+        averages = {fragment.name: fragment.state["ema"] for fragment in backend.fragments()}
+        for fragment in plain.fragments():
+            averages[fragment.name].copy_(fragment.weight)
+        for folder, of in ((tmp_path / "run", backend), (tmp_path / "plain", plain)):
+            save_checkpoint(folder, state, dump_config(config), of, world, 1)
+        own, _ = run_tasks(tmp_path / "run", ["validation"], Settings(), ALONE)
+        found, files = run_tasks(tmp_path / "run", ["validation"], Settings(), ALONE, weights="ema")
+        expected, _ = run_tasks(tmp_path / "plain", ["validation"], Settings(), ALONE)
+        assert files == [tmp_path / "run" / "evaluation" / "validation_ema.json"]
+        assert found["validation_ema"]["weights"] == "ema" and "weights" not in own["validation"]
+        assert found["validation_ema"]["loss"] == expected["validation"]["loss"] != own["validation"]["loss"]
+        assert find_results(tmp_path / "run", ["validation"], 7) == own
+
+        exported = export_checkpoint(tmp_path / "run", tmp_path / "out", "float32", "ema").folder
+        positions = load_file(exported / "model.safetensors")["transformer.wpe.weight"]
+        assert torch.equal(positions.view(-1), averages["wpe.weight"])
+        assert "moving average over the steps, decay 0.9" in (exported / "README.md").read_text()
 
     def test_results_are_written_to_tensorboard(self, run_folder: Path) -> None:
         found, _ = run_tasks(run_folder, ["validation"], Settings(), ALONE)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.config.schema import OptimizerConfig
+from pipeline.config.schema import Config, OptimizerConfig
 from pipeline.model.gpt2 import build_model
 from pipeline.model.muon_matrices import Matrix, assign_owners, divide_into_batches, muon_matrices
-from pipeline.model.parameter_state import optimizer_state_names
+from pipeline.model.parameter_state import state_names_of
 from tests.pipeline.conftest import TINY_MODEL, tiny_model_config
 
 C = TINY_MODEL["n_embd"]
@@ -27,12 +27,12 @@ def test_the_matrices_of_the_blocks(split_qkv: bool) -> None:
 
 def test_adamw_keeps_its_moments_for_the_rest() -> None:
     shapes = shapes_of_tiny_model()
-    names = optimizer_state_names(shapes, OptimizerConfig(name="muon"))
+    names = state_names_of(shapes, Config(optimizer=OptimizerConfig(name="muon")))
     assert names.keys() == shapes.keys()
     for name, kinds in names.items():
         is_matrix_of_a_block = name.startswith("h.") and name.endswith("weight") and "ln_" not in name
         assert kinds == (("momentum",) if is_matrix_of_a_block else ("exp_avg", "exp_avg_sq")), name
-    assert set(optimizer_state_names(shapes, OptimizerConfig()).values()) == {("exp_avg", "exp_avg_sq")}
+    assert set(state_names_of(shapes, Config()).values()) == {("exp_avg", "exp_avg_sq")}
 
 
 def test_the_work_is_balanced() -> None:

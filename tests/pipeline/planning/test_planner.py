@@ -53,6 +53,13 @@ class TestState:
         saved = layout_of(adamw, plan_batch(adamw, 8)).optimizer - layout_of(muon, plan_batch(muon, 8)).optimizer
         assert saved == pytest.approx(4 * matrices / ranks, rel=1e-3)
 
+    @pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero1", "zero3", "zero2_offload"])
+    def test_an_average_needs_four_bytes_per_element_of_a_shard(self, backend: str) -> None:
+        configs = [config_of(backend, f"averaging.ema={ema}") for ema in ("null", "0.999")]
+        layouts = [layout_of(config, plan_batch(config, 8)) for config in configs]
+        without, with_average = (layout.optimizer + layout.host for layout in layouts)
+        assert with_average - without == pytest.approx(4 * self.N / (1 if backend == "ddp" else 8), rel=1e-3)
+
     def test_muon_needs_memory_and_time_for_whole_matrices(self) -> None:
         adamw, muon = (config_of("zero1", f"optimizer.name={name}") for name in ("adamw", "muon"))
         n = sum(shape.numel() for shape in sizes_of(muon.model).shapes.values())

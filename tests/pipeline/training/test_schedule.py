@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config.schema import OptimizerConfig, ScheduleConfig
-from pipeline.training.schedule import lr_at
+from pipeline.config.schema import AveragingConfig, OptimizerConfig, ScheduleConfig
+from pipeline.training.schedule import ema_decay_at, lr_at
 
 PEAK = 2e-3
 OPTIMIZER = OptimizerConfig(learning_rate=PEAK)
@@ -32,6 +32,14 @@ SCHEDULE = ScheduleConfig(warmup_steps=10, max_steps=110, min_lr_ratio=0.1)
 )
 def test_values(step: int, share_of_peak: float) -> None:
     assert lr_at(step, OPTIMIZER, SCHEDULE) == pytest.approx(share_of_peak * PEAK, rel=1e-12)
+
+
+def test_the_decay_of_the_average_rises_to_its_value() -> None:
+    averaging = AveragingConfig(ema=0.99)
+    assert [ema_decay_at(step, averaging) for step in (0, 8, 889, 890, 10**6)] == pytest.approx(
+        [0.1, 0.5, 890 / 899, 0.99, 0.99], rel=1e-12
+    )
+    assert ema_decay_at(5, AveragingConfig()) is None
 
 
 @pytest.mark.parametrize(

@@ -404,6 +404,23 @@ class TestSpikes:
         assert (state.step, state.updates, state.samples) == (16, 16, 17 * SAMPLES_PER_STEP)
         assert (state.guard.rollbacks, state.guard.skipped_samples) == (1, ((52, 56),))
 
+    def test_the_average_is_rolled_back_too(self, make_trainer: MakeTrainer) -> None:
+        """A run without the spike that leaves out the same batch has the same average."""
+        sections = {"guard": self.GUARD, "schedule": self.LONGER, "averaging": {"ema": 0.9}}
+        trainer, other = (make_trainer(name, **sections) for name in ("spiked", "other"))
+        multiply_loss(trainer, 1000.0, samples_of_step(14))
+        other.guard.state = replace(other.guard.state, skipped_samples=((52, 56),))
+        for each in (trainer, other):
+            each.fit()
+        assert trainer.guard.state.rollbacks == 1 and other.guard.state.rollbacks == 0
+        averages = [
+            {fragment.name: fragment.state["ema"] for fragment in each.backend.fragments()} for each in (trainer, other)
+        ]
+        for name, average in averages[0].items():
+            assert torch.equal(average, averages[1][name]), name
+        assert rows_with(trainer, "val_ema_loss") == rows_with(other, "val_ema_loss")
+        assert rows_with(trainer, "val_ema_loss").keys() == rows_with(trainer, "val_loss").keys()
+
     def test_without_a_checkpoint_the_run_continues(
         self, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -18,7 +18,7 @@ from pipeline.config.schema import Config
 from pipeline.distributed.world import World
 from pipeline.interop.hugging_face.exporting import export_checkpoint
 from pipeline.model.gpt2 import GPT2
-from pipeline.model.parameter_state import ADAMW_STATE, WEIGHT, optimizer_state_names
+from pipeline.model.parameter_state import ADAMW_STATE, WEIGHT, state_names_of
 from tests.pipeline.conftest import randomised_model, tiny_config
 
 STEP = 7
@@ -43,7 +43,7 @@ def save_in_pieces(model: GPT2, config: Config, run_folder: Path) -> Path:
     """Save a checkpoint whose parameters are split in two pieces within a row."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
-    state_names = optimizer_state_names(shapes, config.optimizer)
+    state_names = state_names_of(shapes, config)
     groups: TensorGroups = {group: {} for group in GROUPS}
     for kind in (WEIGHT, *ADAMW_STATE):
         for name, weight in weights.items():
