@@ -61,16 +61,6 @@ class FsdpBackend(TorchBackend):
         self.compute.set_reshard_after_backward(enabled, recurse=not self._reshards_blocks)
         return nullcontext()
 
-    def state_was_loaded(self, updates: int) -> None:
-        """Prepare the backend for training after a checkpoint was loaded.
-
-        This method also frees weights that are still gathered since the last forward pass.
-        """
-        super().state_was_loaded(updates)
-        for module in self.compute.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
     def describe(self) -> str:
         groups = f", {self._copies} shard groups of {self.ranks_per_copy}" if self._copies > 1 else ""
         return super().describe() + groups

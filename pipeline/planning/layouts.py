@@ -149,7 +149,7 @@ def layout_of(config: Config, plan: BatchPlan, *, pins_host_memory: bool = False
 def checkpoint_bytes(config: Config) -> int:
     """Return the size of a checkpoint in bytes: the fp32 weights and the optimizer state of all ranks."""
     sizes = sizes_of(config.model)
-    names = optimizer_state_names(sizes.shapes, config.optimizer)
+    names = state_names_of(sizes.shapes, config)
     return sum(FP32 * (1 + len(names[name])) * math.prod(shape) for name, shape in sizes.shapes.items())
 
 
