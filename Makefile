@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data fuzz checkpoint-cost gpu-check bench-data bench-loader bench-evaluation bench-train bench-generation plan-check wheel clean
+.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data fuzz checkpoint-cost gpu-check bench-data bench-loader bench-evaluation bench-train bench-generation speedrun plan-check wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -61,6 +61,9 @@ bench-train: .venv/dev ## compare the training speed with transformers
 
 bench-generation: .venv/dev ## compare the generation speed on the CPU with transformers
 	$(BIN)/python -m benchmarks.generation
+
+speedrun: .venv/dev ## measure the time that AdamW and Muon need to reach a loss, in 30 minutes
+	$(BIN)/python -m benchmarks.speedrun
 
 plan-check: .venv/dev ## compare planned memory with measured peaks and with up to 4,096 ranks
 	$(BIN)/python -m benchmarks.planned_memory

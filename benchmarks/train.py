@@ -88,7 +88,7 @@ def train_ours(name: str, setting: Setting) -> Measured:
         sections = merged(sections, {"optimizer": {"name": "muon"}})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "run")
-        _run_script(setting.processes, TRAIN, train_arguments(name.removesuffix(MUON), folder, sections))
+        run_script(setting.processes, TRAIN, train_arguments(name.removesuffix(MUON), folder, sections))
         return Measured.of_rows(read_metrics(folder), setting)
 
 
@@ -97,17 +97,17 @@ def train_peer(arguments: Sequence[str], setting: Setting) -> Measured:
     kind, *options = arguments
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch, "rows.jsonl")
-        _run_script(setting.processes, BENCHMARKS / "train_peers.py", [kind, setting.to_json(), str(rows), *options])
+        run_script(setting.processes, BENCHMARKS / "train_peers.py", [kind, setting.to_json(), str(rows), *options])
         return Measured.of_rows([json.loads(line) for line in rows.read_text().splitlines()], setting)
 
 
 def measure_limits(setting: Setting) -> Limits:
     """Measure the machine with the same number of processes as in training."""
-    output = _run_script(setting.processes, BENCHMARKS / "machine_limits.py", [setting.to_json()])
+    output = run_script(setting.processes, BENCHMARKS / "machine_limits.py", [setting.to_json()])
     return Limits(**json.loads(output.strip().splitlines()[-1]))
 
 
-def _run_script(processes: int, script: Path, arguments: Sequence[str]) -> str:
+def run_script(processes: int, script: Path, arguments: Sequence[str]) -> str:
     """Run a script and return its output. The script chooses its own threads."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
     command = ranks_command(processes, script, arguments)

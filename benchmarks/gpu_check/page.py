@@ -11,6 +11,7 @@ from benchmarks.gpu_check.steps import FAILED, PASSED, SKIPPED, Record, Stage
 from benchmarks.gpu_check.trace import CLASSES
 from pipeline.distributed.device import GIB
 from tests.support.runs import BACKENDS
+from tests.support.tables import format_table
 
 NOT_REACHED = "not reached"
 NOT_MEASURED = "not measured"
@@ -41,11 +42,6 @@ def render(check: Check, record: Record, command: str) -> str:
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
 def _describe_machine(machine: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {found or 'missing'}" for name, found in machine["packages"].items())
     parts = [f"{machine['cores']} CPU cores, Python {machine['python']}, torch {machine['torch']}, {packages}"]
@@ -68,7 +64,7 @@ def _summary(stages: Sequence[Stage], record: Record, command: str) -> str:
             counts[stage.title][status] += 1
             waiting += [step.name] if status == NOT_REACHED else []
     rows = [(f"{key}: {STAGE_TITLES[key]}", *found.values()) for key, found in counts.items()]
-    table = _table(("section", PASSED, FAILED, SKIPPED, NOT_REACHED), rows)
+    table = format_table(("section", PASSED, FAILED, SKIPPED, NOT_REACHED), rows)
     if not waiting:
         return table
     shown = ", ".join(waiting[:12]) + (f" and {len(waiting) - 12} more" if len(waiting) > 12 else "")
@@ -89,7 +85,7 @@ def _machine_blocks(record: Record) -> Iterable[str]:
     yield "## a: machine and tests"
     findings = record.figures("doctor").get("findings", [])
     if findings:
-        yield _table(("doctor", "level", "finding"), [(f["subject"], f["level"], f["says"]) for f in findings])
+        yield format_table(("doctor", "level", "finding"), [(f["subject"], f["level"], f["says"]) for f in findings])
     rows = []
     for name, outcome in record.outcomes.items():
         if name.startswith("tests "):
@@ -97,7 +93,7 @@ def _machine_blocks(record: Record) -> Iterable[str]:
             numbers = ", ".join(f"{cases.count(kind)} {kind}" for kind in (PASSED, FAILED, SKIPPED) if kind in cases)
             rows.append((name.removeprefix("tests ").replace("_", r"\_"), numbers or outcome["status"]))
     if rows:
-        yield _table(("tests with the marker gpu", "outcome"), sorted(rows))
+        yield format_table(("tests with the marker gpu", "outcome"), sorted(rows))
 
 
 def _correctness_blocks(check: Check, record: Record) -> Iterable[str]:
@@ -109,7 +105,7 @@ def _correctness_blocks(check: Check, record: Record) -> Iterable[str]:
     )
     yield _curve_table(record, 1)
     rows = [(name, _cell(record, name, _describe(record.figures(name)))) for name in _other_checks(check)]
-    yield _table(("check", "result"), rows)
+    yield format_table(("check", "result"), rows)
 
 
 def _curve_table(record: Record, processes: int) -> str:
@@ -123,7 +119,7 @@ def _curve_table(record: Record, processes: int) -> str:
                 names = names[:1] if precision == "fp32" else []
             cells.append(" / ".join(_difference(record, name) for name in names))
         rows.append((backend, *cells))
-    return _table(("backend", *PRECISIONS), rows)
+    return format_table(("backend", *PRECISIONS), rows)
 
 
 def _difference(record: Record, name: str) -> str:
@@ -168,7 +164,7 @@ def _speed_blocks(check: Check, record: Record, processes: int) -> Iterable[str]
     own = record.figures(f"speed ddp{ranks}").get("tokens_per_s")
     rows = [_speed_row(record, name, ranks, ceiling, own) for name in names]
     header = ("contender", "tokens/s", "of the ceiling", "of ddp", "peak memory", "first step", "whole process")
-    yield _table(header, rows)
+    yield format_table(header, rows)
 
 
 def _speed_row(record: Record, name: str, ranks: str, ceiling: float | None, own: float | None) -> list[str]:
@@ -200,7 +196,7 @@ def _memory_blocks(record: Record) -> Iterable[str]:
             text = f"{found['difference']:+.1%}" if found else None
             rows.append((backend, *sizes, _cell(record, name, text)))
     if rows:
-        yield _table(("memory of one rank, bf16", "planned", "measured", "difference"), rows)
+        yield format_table(("memory of one rank, bf16", "planned", "measured", "difference"), rows)
 
 
 def _profile_blocks(record: Record, processes: int) -> Iterable[str]:
@@ -214,7 +210,7 @@ def _profile_blocks(record: Record, processes: int) -> Iterable[str]:
     overlaps = [p["overlap_share"] for p in profiles.values()]
     shown = (NOT_MEASURED if share is None else f"{share:.1%}" for share in overlaps)
     rows.append(("communication that computation overlaps", *shown))
-    yield _table((f"share of the time of three steps{ranks}", *profiles), rows)
+    yield format_table((f"share of the time of three steps{ranks}", *profiles), rows)
     for name, figures in profiles.items():
         kernels = [
             f"`{kernel[:60]}` {share:.1%}" for found in figures["longest"].values() for kernel, share in found[:1]
@@ -236,7 +232,7 @@ def _several_blocks(check: Check, record: Record) -> Iterable[str]:
         if alone and together:
             rows.append((name, f"{together / (alone * check.processes):.1%}"))
     if rows:
-        yield _table(
+        yield format_table(
             ("contender", f"tokens/s of {check.processes} ranks, divided by {check.processes} x one rank"), rows
         )
     yield from _profile_blocks(record, check.processes)

@@ -1,6 +1,13 @@
-"""Print Markdown tables row by row. Used by benchmarks."""
+"""Return Markdown tables, or print them row by row. Used by benchmarks."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def format_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table without a final newline."""
+    return "\n".join(map(_line, [header, ["---"] * len(header), *rows]))
 
 
 def print_header(*columns: str) -> None:
@@ -11,4 +18,8 @@ def print_header(*columns: str) -> None:
 
 def print_row(*cells: object) -> None:
     """Print one row at once, so that a long measurement shows its results as they come."""
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    print(_line(cells), flush=True)
+
+
+def _line(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
