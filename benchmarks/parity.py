@@ -1,7 +1,7 @@
 """Compare the curves of every backend with 1 and 2 processes with the curve of single-process DDP.
 
 python -m benchmarks.parity            # 60 steps, fp32, amp_bf16 and bf16; what `make parity` runs
-python -m benchmarks.parity --processes 3 4     # also with groups of two ranks
+python -m benchmarks.parity --processes 3 4 --bytes    # also with groups of two ranks
 python -m benchmarks.parity --compile  # compare compiled runs with the uncompiled reference
 python -m benchmarks.parity --bytes --optimizer muon --offload --processes 1 2 4
 """
@@ -16,10 +16,9 @@ from pathlib import Path
 
 from benchmarks.run_options import add_run_options, run_options
 from tests.support.agreement import LOSS_TOLERANCE, Agreement, print_table
-from tests.support.runs import BACKENDS, TINY_RUN, Curve, Sections, curve_of, merged
+from tests.support.runs import BACKENDS, GROUPED, TINY_RUN, Curve, Sections, curve_of, merged
 
 PROCESSES = (1, 2)
-GROUPED = ("fsdp/2", "zero3/2")  # backends with groups of two ranks, see ``tests.support.runs.split_config``
 MICRO_BATCHES = 4  # per step of TINY_RUN
 
 

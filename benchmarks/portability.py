@@ -2,15 +2,18 @@
 
 python -m benchmarks.portability            # all pairs of backends in fp32 and bf16; what `make portability` runs
 python -m benchmarks.portability --optimizer muon --offload --pairs ring
+python -m benchmarks.portability --pairs more-ranks    # 1 to 4 processes, 4 to 2, and 2x2 to 3
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,10 +21,11 @@ from pathlib import Path
 from benchmarks.run_options import add_run_options, run_options
 from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints
 from tests.support.agreement import LOSS_TOLERANCE
-from tests.support.runs import Sections, curve_of, merged, read_curve
+from tests.support.runs import GROUPED, Sections, curve_of, merged, read_curve
 from tests.support.tables import print_header, print_row
 
 SAVED_AT, STEPS_AFTER = 10, 30
+TOKENS_PER_STEP, MICRO_BATCHES = 192, 4  # multiplied if the number of processes does not divide the micro-batches
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,9 @@ class Continuation:
 class Portability:
     """Trains and continues runs with the config ``base`` in one precision, in the folder ``scratch``."""
 
-    def __init__(self, base: Sections, data: Path, scratch: Path, precision: str) -> None:
+    def __init__(
+        self, base: Sections, data: Path, scratch: Path, precision: str, tokens_per_step: int = TOKENS_PER_STEP
+    ) -> None:
         self.scratch = scratch
         self.precision = precision
         self.sections = merged(
@@ -65,7 +71,7 @@ class Portability:
                 "run": {"precision": precision},
                 "model": {"dropout": 0.1},
                 "data": {"path": str(data)},
-                "batch": {"tokens_per_step": 192, "micro_batch_size": 1},
+                "batch": {"tokens_per_step": tokens_per_step, "micro_batch_size": 1},
                 "schedule": {"max_steps": SAVED_AT + STEPS_AFTER},
                 "checkpoint": {"every_steps": SAVED_AT, "keep_last": 10},
             },
@@ -73,7 +79,8 @@ class Portability:
 
     def folder(self, *sides: Side) -> Path:
         """Return the run folder of one side's uninterrupted run, or of a continuation."""
-        return self.scratch / "-".join([self.precision, *(f"{side.backend}{side.processes}" for side in sides)])
+        names = (f"{side.backend}{side.processes}".replace("/", "_") for side in sides)
+        return self.scratch / "-".join([self.precision, *names])
 
     def train(self, side: Side) -> None:
         """Train the uninterrupted run, which also saves at ``SAVED_AT``."""
@@ -109,7 +116,18 @@ def ring_of_pairs(backends: Sequence[str]) -> list[tuple[Side, Side]]:
     return [pair for pair in all_pairs(backends) if pair[1].backend == following[pair[0].backend]]
 
 
-PAIRS = {"all": all_pairs, "ring": ring_of_pairs}
+def pairs_of_more_ranks(backends: Sequence[str]) -> list[tuple[Side, Side]]:
+    """Return pairs from one process to four, from four to two, and from two groups of two ranks to three ranks."""
+    every = (*backends, *GROUPED)
+    following = (*every[1:], every[0])
+    return [
+        *((Side("ddp", 1), Side(backend, 4)) for backend in every),
+        *((Side(backend, 4), Side(other, 2)) for backend, other in zip(every, following, strict=True)),
+        *((Side("fsdp/2", 4), Side(backend, 3)) for backend in backends),
+    ]
+
+
+PAIRS = {"all": all_pairs, "ring": ring_of_pairs, "more-ranks": pairs_of_more_ranks}
 
 
 def same_sides(backends: Sequence[str]) -> list[tuple[Side, Side]]:
@@ -118,11 +136,12 @@ def same_sides(backends: Sequence[str]) -> list[tuple[Side, Side]]:
 
 
 def compare(runs: Portability, pairs: Sequence[tuple[Side, Side]]) -> Iterator[Continuation]:
-    """Run all pairs and yield one result per pair. Single-process runs use one core each, in parallel."""
+    """Run all pairs and yield one result per pair. Each process uses one core. Runs are parallel if the cores suffice."""
     sources = list(dict.fromkeys(saved_by for saved_by, _ in pairs))
     cores = os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as single, ThreadPoolExecutor(max(1, cores // 2)) as double:
-        pools = {1: single, 2: double}
+    with ExitStack() as stack:
+        sizes = sorted({side.processes for pair in pairs for side in pair})
+        pools = {size: stack.enter_context(ThreadPoolExecutor(max(1, cores // size))) for size in sizes}
         for processes, pool in pools.items():
             list(pool.map(runs.train, [side for side in sources if side.processes == processes]))
         for processes, pool in pools.items():
@@ -156,23 +175,31 @@ def main() -> None:
         "--pairs",
         default="all",
         choices=PAIRS,
-        help="the backends that save and resume; with `ring`, each backend and the next one (default: %(default)s)",
+        help="the backends that save and resume; with `ring`, each backend and the next one; with `more-ranks`, one to "
+        "four processes (default: %(default)s)",
     )
     add_run_options(parser, uses_bytes=True)
     arguments = parser.parse_args()
     options = run_options(arguments)
-    pairs = PAIRS[arguments.pairs](options.backends) + same_sides(options.backends)
+    with_more_ranks = arguments.pairs == "more-ranks"
+    pairs = PAIRS[arguments.pairs](options.backends)
+    if not with_more_ranks:
+        pairs += same_sides(options.backends)
+    sizes = {side.processes for pair in pairs for side in pair}
+    tokens_per_step = TOKENS_PER_STEP * math.lcm(MICRO_BATCHES, *sizes) // MICRO_BATCHES
     failures = []
     with tempfile.TemporaryDirectory() as scratch:
         data = options.make_corpus(Path(scratch) / "data")
         for precision in arguments.precisions:
             results = []
-            for result in compare(Portability(options.base, data, Path(scratch), precision), pairs):
+            runs = Portability(options.base, data, Path(scratch), precision, tokens_per_step)
+            for result in compare(runs, pairs):
                 print(
                     f"{precision}: {result.saved_by} -> {result.continued_by}: {result.loss_difference:.1e}", flush=True
                 )
                 results.append(result)
-            print_matrices(results, options.backends)
+            if not with_more_ranks:
+                print_matrices(results, options.backends)
             failures += [result for result in results if not result.agrees]
     for failure in failures:
         print(f"does not agree: {failure}")

@@ -44,10 +44,18 @@ BACKENDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
 #: Overrides of a config: section -> key -> value.
 Sections = dict[str, dict[str, Any]]
 
-#: The section and the key for the size of the groups of ranks that hold a copy of the weights.
-GROUP_KEYS = {
-    "fsdp": ("backend.fsdp", "shard_group_size"),
-    "zero3": ("backend.deepspeed.zero_optimization", "zero_hpz_partition_size"),
+#: Backends with groups of two ranks, see ``split_config``.
+GROUPED = ("fsdp/2", "zero3/2")
+
+#: The section, the key for the size of the groups of ranks that hold a copy of the weights, and other keys. By default,
+#: ZeRO-3 never frees small parameters, and then tiny models have no secondary shards.
+GROUP_KEYS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "fsdp": ("backend.fsdp", "shard_group_size", {}),
+    "zero3": (
+        "backend.deepspeed.zero_optimization",
+        "zero_hpz_partition_size",
+        {"stage3_param_persistence_threshold": 0},
+    ),
 }
 
 #: A run whose steps take a fraction of a second on one core, with clipping active.
@@ -182,8 +190,8 @@ def split_config(config: str) -> tuple[str, Sections]:
     name, _, size = config.partition("/")
     if not size:
         return name, {}
-    section, key = GROUP_KEYS[name]
-    return name, {section: {key: int(size)}}
+    section, key, others = GROUP_KEYS[name]
+    return name, {section: {key: int(size), **others}}
 
 
 def train_arguments(config: str, run_folder: Path, sections: Sections) -> list[str]:

@@ -90,8 +90,8 @@ def main() -> list[Backend]:
 class _Trainee:
     def __init__(self, case: Case, world: World) -> None:
         self.case, self.world = case, world
-        file, own = split_config(case.config)
-        config = load_config([CONFIGS / f"{file}.json"], overrides(merged(SECTIONS, own, case.sections)))
+        file, groups = split_config(case.config)
+        config = load_config([CONFIGS / f"{file}.json"], overrides(merged(SECTIONS, groups, case.sections)))
         self.dropout = config.model.dropout
         self.learning_rate = config.optimizer.learning_rate
         model = build_model(config.model, seed=1)
