@@ -136,7 +136,7 @@ def same_sides(backends: Sequence[str]) -> list[tuple[Side, Side]]:
 
 
 def compare(runs: Portability, pairs: Sequence[tuple[Side, Side]]) -> Iterator[Continuation]:
-    """Run all pairs and yield one result per pair. Each process uses one core. Runs are parallel if the cores suffice."""
+    """Run all pairs and yield one result per pair. Runs with fewer processes than cores are trained in parallel."""
     sources = list(dict.fromkeys(saved_by for saved_by, _ in pairs))
     cores = os.cpu_count() or 1
     with ExitStack() as stack:
