@@ -276,26 +276,27 @@ def _shard_after_backward(case: _Case, shard: int) -> Callable[[int], int]:
 def _zero2(case: _Case) -> Layout:
     """Return the layout of ZeRO-2: as ZeRO-1, with partitioned gradients.
 
-    With bf16 weights, a rank keeps exactly the gradients of its partition. Otherwise it keeps the gradients of all
-    parameters that overlap the partition. With offload, a rank accumulates the gradients of these parameters in host
-    memory, in the dtype of the weights.
+    With bf16 weights, a rank keeps exactly the gradients of its partition, also with offload in the memory of the
+    device. Otherwise it keeps the gradients of all parameters that overlap the partition. With offload, it accumulates
+    these gradients in host memory.
     """
     sizes, width = case.sizes, case.width
     shard = sum(partition for _, partition, _ in case.partitions())
     state = sum(partition * width for _, partition, width in case.partitions())
+    kept = FP32 * shard if case.is_bf16 else _overlapping_bytes(case, lambda count: FP32 * count)
+    gradients = _always(kept) if case.accumulates else case.growing(kept)
     if not case.backend.offloads("optimizer"):
-        kept = FP32 * shard if case.is_bf16 else _overlapping_bytes(case, lambda count: FP32 * count)
-        gradients = _always(kept) if case.accumulates else case.growing(kept)
         buffers = _shard_after_backward(case, shard)
         return Layout(case.compute, width * sizes.total, FP32 * shard, state, gradients, buffers)
-    accumulated = _overlapping_bytes(case, lambda count: case.pinned(width * count)) if case.accumulates else 0
+    accumulates_on_host = case.accumulates and not case.is_bf16
+    accumulated = _overlapping_bytes(case, lambda count: case.pinned(FP32 * count)) if accumulates_on_host else 0
     largest = width * max(map(math.prod, sizes.shapes.values()))
     return Layout(
         compute=case.compute,
         parameters=width * sizes.total,
         masters=0,
         optimizer=0,
-        gradients=_always(0),
+        gradients=gradients if case.is_bf16 else _always(0),
         buffers=_always(_reduce_buckets(case) + largest),
         host=state + _pinned_partitions(case) + case.pinned(largest) + accumulated,
     )

@@ -189,6 +189,13 @@ class TestHostMemory:
         accumulated = self.host("zero2_offload", 1) - self.host("zero2_offload", 1, "batch.tokens_per_step=16384")
         assert 1.5 * 4 * self.N < accumulated < 2 * 4 * self.N
 
+    def test_zero2_with_offload_in_bf16_accumulates_on_the_device(self) -> None:
+        config = config_of("zero2_offload", "run.precision=bf16")
+        assert layout_of(config, plan_batch(config, 1)).gradients(0) == 4 * self.N
+        assert self.host("zero2_offload", 1, "run.precision=bf16") == self.host(
+            "zero2_offload", 1, "run.precision=bf16", "batch.tokens_per_step=16384"
+        )
+
     def test_zero3_pins_gradients_and_offloaded_weights(self) -> None:
         """The offloaded weights are pinned in any case."""
         pinned = self.host("zero3_offload", 1)
