@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.run_options import add_run_options, run_options
-from pipeline.checkpoint.layout import list_checkpoints
+from pipeline.checkpoint.layout import list_checkpoints, step_of
 from pipeline.checkpoint.verification import find_damage
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.agreement import LOSS_TOLERANCE
@@ -35,6 +35,7 @@ from tests.support.runs import (
 )
 
 STEPS, EVERY_STEPS = 30, 5
+MILESTONE_STEPS = 10  # every milestone must still exist at the end
 LONGEST_S = 14.0  # the approximate time from the start of a run to its last step
 IN_A_SAVE_S = 0.25  # the approximate duration of a save
 
@@ -82,7 +83,11 @@ class Outcome:
         left = [path.name for path in folder.rglob("*") if path.name.endswith((".partial", ".lock", ".tmp"))]
         if left:
             self.problems.append(f"left behind: {left}")
-        for checkpoint in list_checkpoints(folder):
+        checkpoints = list_checkpoints(folder)
+        milestones = set(range(MILESTONE_STEPS, STEPS + 1, MILESTONE_STEPS))
+        if missing := sorted(milestones - set(map(step_of, checkpoints))):
+            self.problems.append(f"milestones are missing: {missing}")
+        for checkpoint in checkpoints:
             if problem := find_damage(checkpoint):
                 self.problems.append(problem)
 
@@ -96,7 +101,7 @@ def sections_of(data: Path, base: Sections = TINY_RUN) -> Sections:
             "data": {"path": str(data)},
             "batch": {"tokens_per_step": 192, "micro_batch_size": 1},
             "schedule": {"max_steps": STEPS},
-            "checkpoint": {"every_steps": EVERY_STEPS},
+            "checkpoint": {"every_steps": EVERY_STEPS, "keep_last": 1, "keep_every_steps": MILESTONE_STEPS},
         },
     )
 

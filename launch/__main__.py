@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "run": ("run", (), "run all stages of one config"),
     "tokenize": ("tokenize_corpus", (), "turn text into token shards"),
     "train": ("train", (), "train with one process; for several: torchrun -m launch.train, deepspeed --module"),
+    "ladder": ("ladder", (), "one long run, and a decay from each of its milestones"),
     "evaluate": ("evaluate", (), "score a checkpoint"),
     "generate": ("generate", (), "complete prompts"),
     "export": ("export", (), "export to Hugging Face, or import a model"),

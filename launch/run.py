@@ -7,7 +7,7 @@ import argparse
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,17 @@ def main() -> None:
         description=__doc__, example="python launch/run.py --config ds_configs/ddp.json ds_configs/quickstart.json"
     )
     add_config_options(parser)
+    add_processes_option(parser)
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.set, arguments.deepspeed)
+    tokenize(config)
+    train(arguments)
+    evaluate(config)
+    sample(config)
+
+
+def add_processes_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--processes``, which ``train`` reads."""
     parser.add_argument(
         "--processes",
         type=positive_int,
@@ -31,12 +42,6 @@ def main() -> None:
         metavar="N",
         help="number of training processes on this machine (default: 1)",
     )
-    arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.set, arguments.deepspeed)
-    tokenize(config)
-    train(arguments)
-    evaluate(config)
-    sample(config)
 
 
 def tokenize(config: Config) -> None:
@@ -50,15 +55,21 @@ def tokenize(config: Config) -> None:
     run_stage("tokenize", [sys.executable], "tokenize_corpus.py", [*options, "--out", config.data.path])
 
 
-def train(arguments: argparse.Namespace) -> None:
-    """Train the model, or resume an interrupted run. If the run is already complete, nothing is done."""
+def train(arguments: argparse.Namespace, overrides: Sequence[str] = (), start: Sequence[str] = ()) -> None:
+    """Train the model, or resume an interrupted run. If the run is already complete, nothing is done.
+
+    Args:
+        arguments: the options of this command.
+        overrides: config overrides in addition to ``--set``.
+        start: options of ``launch/train.py`` that say where the run starts.
+    """
     launcher = [sys.executable]
     if arguments.processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.processes}"]
     options = ["--config", *arguments.config]
-    options += ["--set", *arguments.set] if arguments.set else []
+    options += ["--set", *sets] if (sets := [*arguments.set, *overrides]) else []
     options += ["--deepspeed", arguments.deepspeed] if arguments.deepspeed else []
-    run_stage("train", launcher, "train.py", options)
+    run_stage("train", launcher, "train.py", [*options, *start])
 
 
 def evaluate(config: Config) -> None:
