@@ -246,6 +246,8 @@ class TestPlan:
         names = [step.name for step in Check(tmp_path, ONE_GPU).gpu_tests()]
         assert {"tests pipeline.model.test_attention", "tests pipeline.distributed.test_world"} <= set(names)
         assert "tests pipeline.config.test_schema" not in names
+        rehearsal = Check(tmp_path, {**ONE_GPU, "device_type": "cpu"}).gpu_tests()
+        assert {step.skipped for step in rehearsal} == {"these tests need a GPU"}
 
 
 def test_the_page_shows_every_status(tmp_path: Path) -> None:

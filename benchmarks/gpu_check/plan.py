@@ -143,7 +143,7 @@ class Check:
             report = self._at(name) / "report.xml"
             command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider"]
             command += [f"--junitxml={report}", str(path)]
-            why = self._lacking("pytest")
+            why = self._lacking("pytest") if self.on_gpu else "these tests need a GPU"
             steps.append(Step(name, command, read_tests, 240, 15, why, self._environment(BESIDE)))
         return steps
 
