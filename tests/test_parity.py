@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.accumulation import compare as compare_accumulation
 from benchmarks.parity import PROCESSES
-from pipeline.run_folder.metrics import read_metrics
+from pipeline.run_folder.metrics import LAYER_PREFIX, read_metrics
 from tests.support.agreement import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE
 from tests.support.averages import largest_average_difference
 from tests.support.runs import BACKENDS, TINY_BYTE_RUN, Curve, copy_with_masks, curve_of, merged, read_curve
@@ -176,3 +176,25 @@ def test_dropout_and_recomputation_agree_too(backend: str, processes: int, byte_
     reference = curve_of("ddp", tmp_path / "reference", tiny_run(byte_corpus, model={"dropout": 0.1}))
     curve = curve_of(backend, tmp_path / "other", sections, processes)
     assert curve.largest_loss_difference(reference) <= LOSS_TOLERANCE["fp32"]
+
+
+@pytest.fixture(scope="module")
+def reference_norms(byte_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    return layer_norms("ddp", 1, byte_corpus, tmp_path_factory.mktemp("norms"))
+
+
+def layer_norms(backend: str, processes: int, byte_corpus: Path, folder: Path) -> dict[str, float]:
+    """Return the norms of the layer groups after one step, in fp32."""
+    sections = tiny_run(byte_corpus, schedule={"max_steps": 1, "warmup_steps": 0}, logging={"norms_every_steps": 1})
+    curve_of(backend, folder, sections, processes)
+    (row,) = [row for row in read_metrics(folder) if any(key.startswith(LAYER_PREFIX) for key in row)]
+    return {key: value for key, value in row.items() if key.startswith(LAYER_PREFIX)}
+
+
+@pytest.mark.parametrize(("backend", "processes"), [("ddp", 2), ("fsdp", 2), ("zero1", 2), ("zero3", 2)])
+def test_norms_of_layer_groups_agree(
+    backend: str, processes: int, byte_corpus: Path, reference_norms: dict[str, float], tmp_path: Path
+) -> None:
+    norms = layer_norms(backend, processes, byte_corpus, tmp_path)
+    assert len(norms) == 3 * (2 * TINY_BYTE_RUN["model"]["n_layer"] + 2)
+    assert norms == pytest.approx(reference_norms, rel=1e-6)

@@ -575,6 +575,11 @@ class LoggingConfig(Section):
         "saved, so that each step appears once, also after a crash. `false` sends each row at once. If the run then "
         "goes back to a checkpoint, it continues in a new run of W&B or MLflow, which gets all rows again.",
     )
+    norms_every_steps: NonNegativeInt = Field(
+        0,
+        description="Steps between rows with the gradient norm, weight norm and update ratio of each layer group. `0` "
+        "turns this off.",
+    )
     profile_steps: NonNegativeInt = Field(
         0,
         description="Number of optimizer steps to profile after the first five steps. The profile is written to "

@@ -16,6 +16,9 @@ DATASET_LOSS_PREFIX = "val_loss_"
 #: The prefix of the keys for figures of tasks during training. The names of the task and of the figure follow.
 TASK_PREFIX = "task_"
 
+#: The prefix of the keys for norms of layer groups. The name of the norm, a slash, and the group follow.
+LAYER_PREFIX = "layer_"
+
 #: The key of the completion that the model has generated.
 SAMPLE_KEY = "sample"
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backends import Backend
+from pipeline.backends.group_norms import GroupNorms
 from pipeline.checkpoint.background import BackgroundSaver
 from pipeline.checkpoint.state import TrainingState
 from pipeline.checkpoint.verification import newest_good_checkpoint
@@ -92,6 +93,7 @@ class Trainer:
         self.profile = StepProfile(self.run_folder, world.device, config.logging.profile_steps if world.is_main else 0)
         self._steps_here = 0  # in this process
         self._has_evaluated = False  # in this process; the first time may compile
+        self._layer_norms: dict[str, float] = {}  # of the newest step, if it was due
         self.results: dict[str, float] = {}  # the latest loss and validation loss
 
     def fit(self) -> None:
@@ -142,6 +144,8 @@ class Trainer:
             spikes = self._judge_finished_steps(judge_all=logs or evaluates)
             if any(self._roll_back(spike) for spike in spikes):
                 continue
+            if self._layer_norms:
+                self.record.write({"step": trained.step, **self._layer_norms})
             if logs:
                 self.log_step(trained)
             if evaluates:
@@ -203,8 +207,7 @@ class Trainer:
         loss, scored_targets = self._accumulate(micro_batches)
         learning_rate = lr_at(self.state.step, self.config.optimizer, self.config.schedule)
         self._reach_in_step("optimizer")
-        ema_decay = ema_decay_at(self.state.step, self.config.averaging)
-        grad_norm = LateValue(self.backend.step(learning_rate, ema_decay))
+        grad_norm = self._update(learning_rate)
         self.throughput.count_step()
         with self.world.progress.patience():  # after its last step, the profile is written
             self.profile.count_step()
@@ -216,6 +219,20 @@ class Trainer:
         )
         self.guard.enqueue(trained)
         return trained
+
+    def _update(self, learning_rate: float) -> LateValue:
+        """Update the weights and return the gradient norm. If this step is due, measure the norms of layer groups."""
+        self._layer_norms = {}
+        ema_decay = ema_decay_at(self.state.step, self.config.averaging)
+        every_steps = self.config.logging.norms_every_steps
+        if every_steps == 0 or (self.state.step + 1) % every_steps:
+            return LateValue(self.backend.step(learning_rate, ema_decay))
+        with self.throughput.paused():
+            norms = GroupNorms(self.backend, self.config.optimizer, self.world)
+        grad_norm = LateValue(self.backend.step(learning_rate, ema_decay))
+        with self.throughput.paused():
+            self._layer_norms = norms.measure(grad_norm.read())
+        return grad_norm
 
     def _accumulate(self, micro_batches: list[MicroBatch]) -> tuple[LateValue, LateValue]:
         """Accumulate gradients over micro-batches.

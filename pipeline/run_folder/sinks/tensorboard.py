@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.run_folder.layout import TENSORBOARD_FOLDER
-from pipeline.run_folder.metrics import DATASET_LOSS_PREFIX, SAMPLE_KEY, TASK_PREFIX
+from pipeline.run_folder.metrics import DATASET_LOSS_PREFIX, LAYER_PREFIX, SAMPLE_KEY, TASK_PREFIX
 from pipeline.run_folder.sinks.sink import Row, Sink
 
 log = logging.getLogger(__name__)
@@ -125,4 +125,6 @@ def tensorboard_tag(key: str) -> str | None:
         return f"validation/loss_{key.removeprefix(DATASET_LOSS_PREFIX)}"
     if key.startswith(TASK_PREFIX):
         return f"tasks/{key.removeprefix(TASK_PREFIX)}"
+    if key.startswith(LAYER_PREFIX):
+        return key
     return TENSORBOARD_TAGS.get(key)
