@@ -55,6 +55,8 @@ def weights_of(run_folder: Path) -> dict[str, bytes]:
         ("fsdp", 2, "fp32", "muon"),
         ("zero1", 2, "amp_fp16", "muon"),
         ("zero3", 2, "amp_bf16", "muon"),
+        ("zero2_offload", 1, "fp32", "adamw"),
+        ("zero3_offload", 2, "amp_bf16", "muon"),
     ],
 )
 def test_the_same_run_continues_bit_for_bit(
