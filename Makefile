@@ -62,7 +62,7 @@ bench-train: .venv/dev ## compare the training speed with transformers
 bench-generation: .venv/dev ## compare the generation speed on the CPU with transformers
 	$(BIN)/python -m benchmarks.generation
 
-speedrun: .venv/dev ## measure the time that AdamW and Muon need to reach a loss, in 30 minutes
+speedrun: .venv/dev ## measure the time that AdamW and Muon need to reach a loss, in 18 runs
 	$(BIN)/python -m benchmarks.speedrun
 
 plan-check: .venv/dev ## compare planned memory with measured peaks and with up to 4,096 ranks
