@@ -16,7 +16,7 @@ _SWAPPED_ELEMENTS = 1 << 22  # 16 MiB, the size of the temporary copy while weig
 
 
 class WeightAverage:
-    """The average of every master on this rank, in fp32.
+    """Keep the moving average over the steps of each master on this rank, in fp32.
 
     The averages are created as copies of the masters when they are first needed, because a backend can still change
     its masters after it has created them.

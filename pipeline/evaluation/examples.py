@@ -70,9 +70,9 @@ def any_continuation(row: Row) -> Example:
 
 
 def any_contexts(row: Row) -> Example:
-    """Read ``contexts``, ``continuation``, ``gold``: several contexts, and the index of the right context.
+    """Read ``contexts``, ``continuation``, ``gold``: ``gold`` is the index of the right one of several ``contexts``.
 
-    Returns one pair per context. If there is no white space between the context and the continuation, the continuation
+    Returns one pair of context and continuation per context. If there is no white space between them, the continuation
     begins with a space.
     """
     contexts, continuation = texts_field(row, "contexts"), text_field(row, "continuation")
