@@ -166,7 +166,8 @@ def print_table(contenders: Sequence[Contender], found: dict[str, Measured], set
     config = setting.config()
     flops = flops_per_token(config.model, config.seq_len)
     first_ms = statistics.median(found[contenders[0].name].step_ms)
-    columns = ("tokens/s", "quartiles", "of the ceiling", "peak memory", "last loss", f"{contenders[0].name} is")
+    relative = f"relative speed of {contenders[0].name}"
+    columns = ("tokens/s", "quartiles", "of the ceiling", "peak memory", "last loss", relative)
     print_header("contender", *columns)
     for contender in contenders:
         measured = found[contender.name]
