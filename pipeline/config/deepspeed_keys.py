@@ -160,8 +160,7 @@ def _check_keys(native: dict[str, Any]) -> Iterator[tuple[str, str]]:
         elif key in OWNED_BY_RUN:
             yield key, f"the run config owns this; remove it and set {OWNED_BY_RUN[key]} instead"
         elif key in MONITORS:
-            instead = "logging.sinks"
-            yield key, f"logs under DeepSpeed only; remove it and use what every backend writes: {instead}"
+            yield key, "logs under DeepSpeed only; remove it and set logging.sinks instead, which every backend uses"
         elif key not in PASSED_THROUGH:
             nearest = difflib.get_close_matches(key, [*PASSED_THROUGH, *OWNED_BY_RUN], n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"remove it; those are {', '.join(PASSED_THROUGH)}"

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pipeline.backends import Backend
-from pipeline.backends.group_norms import GroupNorms
 from pipeline.checkpoint.background import BackgroundSaver
 from pipeline.checkpoint.state import TrainingState
 from pipeline.checkpoint.verification import newest_good_checkpoint
@@ -30,6 +29,7 @@ from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.metrics import SAMPLE_KEY
 from pipeline.seeds import derive_seed
 from pipeline.training.early_stop import early_stop_reason
+from pipeline.training.group_norms import GroupNorms
 from pipeline.training.interruption import StopRequest
 from pipeline.training.provenance import describe_process
 from pipeline.training.resuming import load_checkpoint

@@ -178,7 +178,7 @@ DEEPSPEED_CASES = [
     deepspeed("owned_optimizer", {"optimizer": {"type": "Adam"}}, "deepspeed.optimizer", "set optimizer.* instead"),
     deepspeed("owned_precision", {"fp16": {"enabled": True}}, "backend.deepspeed.fp16", "set run.precision instead"),
     deepspeed("mistyped_native_key", {"zero_optimisation": {}}, "zero_optimisation", "did you mean zero_optimization?"),
-    deepspeed("own_loggers", {"wandb": {"enabled": True}}, "backend.deepspeed.wandb", "every backend writes: metrics."),
+    deepspeed("own_loggers", {"wandb": {"enabled": True}}, "backend.deepspeed.wandb", "set logging.sinks instead"),
     deepspeed(
         "quantized_weights",
         {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,10 @@ def test_without_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_process_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", "launch/train.py", "--config", "a file.json"])
     found = json.loads(json.dumps(describe_process()))
     assert found["host"] == socket.gethostname()
     assert found["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
-    assert "pytest" in found["command"]
+    assert found["command"] == "python3 launch/train.py --config 'a file.json'"
     assert found["git"] is None and found["launcher"] is None

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.backends.ddp import DdpBackend
-from pipeline.backends.group_norms import GroupNorms, layer_group
 from pipeline.distributed.world import World
+from pipeline.training.group_norms import GroupNorms, layer_group
 from tests.pipeline.conftest import random_tokens, randomised_model, tiny_config
 
 GROUPS = ["embeddings", "h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp", "ln_f"]
