@@ -119,9 +119,11 @@ class Place:
         return self.still_s > allowed_s or self.loops(timeout_s)
 
     def loops(self, timeout_s: float) -> bool:
-        """Return whether the rank has used much more CPU time since its last mark than between any two earlier marks.
+        """Return whether the rank computes without progress, for example in an infinite loop.
 
-        The result is False until the rank has used more than ``timeout_s`` seconds of CPU time.
+        A rank sets a mark whenever it makes progress. The result is True if the rank has used more than ``timeout_s``
+        seconds of CPU time since its last mark, and also much more than the longest CPU time between two consecutive
+        earlier marks.
         """
         return self.longest_s > 0 and self.busy_s > max(timeout_s, LOOP_FACTOR * self.longest_s)
 

@@ -64,7 +64,8 @@ def generate_batch(
             to this set at any time.
 
     Yields:
-        A dict that maps the index of each row that has not ended to its new token.
+        A dict with one entry for each row that has not ended. The key is the index of the row, and the value is its
+        new token.
     """
     assert prompts and all(prompts), "a prompt is empty"
     generators = [torch.Generator().manual_seed(derive_seed(seed, "generate", str(row))) for row in range(len(prompts))]
