@@ -42,10 +42,10 @@ def list_names(names: Iterable[object]) -> str:
 
 
 def install_command(extra: str = "") -> str:
-    """Return the shell command that installs this project and one of its extras.
+    """Return the shell command that installs this project, with the given extra if there is one.
 
     If the project runs from a checkout, the command installs the checkout, with the tested versions of the
-    dependencies. Otherwise, it installs the published package. The command works in every current folder.
+    dependencies. Otherwise, it installs the published package. The user can run the command in any folder.
     """
     name = f"[{extra}]" if extra else ""
     root = Path(__file__).resolve().parents[1]

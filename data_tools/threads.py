@@ -45,7 +45,8 @@ def map_threads(
             0. Two threads never call it at the same time.
 
     Raises:
-        BaseException: the exception of the first item that failed. Items that are not finished are abandoned.
+        BaseException: an item failed. If several items failed, this is the exception of the one that comes first in
+            ``items``. Items that are not finished are abandoned.
     """
     advance(0)
     abandoned = threading.Event()

@@ -110,7 +110,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_weights_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--weights``, which selects the weights that are trained or their moving average."""
+    """Add ``--weights``, which selects either the trained weights or their moving average."""
     parser.add_argument(
         "--weights",
         default="training",
@@ -185,7 +185,7 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     - 3: a rank is lost or stuck;
     - 128 + n: the signal n stopped the command.
 
-    If the output goes to another program, such as ``head``, and this program has ended, the command exits without a
+    If the output goes to another program, such as ``head``, and that program has ended, the command exits without a
     message. The status is then that of SIGPIPE.
     """
     status = 0

@@ -90,7 +90,7 @@ def write_first_config(path: Path) -> None:
 def format_config(config: Config, origins: dict[str, str]) -> str:
     """Return a text with one line per key: the key, its value as JSON, and where it was set.
 
-    A line does not say where the key was set if the key has its default value because nothing sets it.
+    If a key was not set, its line contains only the key and the default value.
     """
     values = [(key, json.dumps(value)) for key, value in dotted_keys(dump_config(config))]
     key_width = max(len(key) for key, _ in values)

@@ -1,4 +1,6 @@
-"""Train one run at a constant learning rate, and a decay from each of its milestones. Then compare them in a table.
+"""Train one long run at a constant learning rate, and one branch from each milestone. Compare the branches in a table.
+
+A milestone is a step of the long run. A branch starts at a milestone, and its learning rate decays.
 
 Each training run is a separate process of launch/train.py. If the command is interrupted, repeat it: finished runs are
 skipped, and an interrupted run continues.

@@ -182,12 +182,15 @@ def with_backend(config: Config, name: str) -> Config:
 
 
 def with_shard_groups(config: Config | None, world_size: int, per_node: int) -> dict[str, Config]:
-    """Return copies of the FSDP2 config that have shard groups of one node, two nodes, and so on.
+    """Return copies of the FSDP2 config with larger and larger shard groups.
+
+    In the first copy, a shard group contains the ranks of one node. In the later copies, it contains the ranks of
+    two, four, eight, ... nodes. A number of nodes is skipped if the groups would not have equal sizes.
 
     The keys of the result are the names of the plans.
 
-    Returns an empty dict if there is no such config, if it already sets the size of the shard groups, or if the ranks
-    do not fill several nodes.
+    Returns an empty dict in three cases: ``config`` is None, ``config`` already sets the size of the shard groups, or
+    the ranks do not exactly fill two or more nodes.
     """
     if config is None or config.backend.fsdp.shard_group_size is not None or world_size % per_node:
         return {}

@@ -40,7 +40,7 @@ class Chunk:
     Attributes:
         index: the number of the chunk in the order of the source. The names of the chunk's shards contain this number.
         slices: the slices of the source that belong to the chunk.
-        limit_documents: the number of documents to encode, without empty documents. None means all documents.
+        limit_documents: encode only this number of documents. Empty documents do not count. None means all documents.
     """
 
     index: int
@@ -88,7 +88,7 @@ class ChunkRecord:
         checked: the number of documents whose tokens were compared with the tokens of tiktoken.
         is_divided: whether the chunk's only document was divided between the splits.
         bad_rows: the number of rows that were skipped because they cannot be read.
-        bad_places: for each of the first skipped rows, where it is and why it cannot be read.
+        bad_places: for each of the first ``REPORTED_BAD_ROWS`` skipped rows, where it is and why it cannot be read.
         empty: the number of documents that were left out because they are empty.
     """
 
@@ -133,7 +133,7 @@ _RECORD = TypeAdapter(ChunkRecord)
 class SkippedRows:
     """Counts skipped rows and empty documents.
 
-    For the first skipped rows, it also stores where they are and what is wrong.
+    For the first ``REPORTED_BAD_ROWS`` skipped rows, it also stores where they are and what is wrong.
     """
 
     def __init__(self) -> None:
@@ -154,7 +154,7 @@ class SkippedRows:
 
 
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
-    """Divide a source into chunks. If the request limits the documents, the documents up to the limit are read.
+    """Divide a source into chunks. If the request has a limit, also read the documents up to the limit.
 
     Raises:
         DataError: the source cannot be read.

@@ -1,4 +1,4 @@
-"""Process chunks in worker processes on this machine or on a Ray cluster. Both write the same shards."""
+"""Process chunks in worker processes on this machine or on a Ray cluster. The shards are the same in both cases."""
 
 from __future__ import annotations
 

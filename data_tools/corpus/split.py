@@ -20,7 +20,8 @@ _OTHER_SPLIT = {TRAIN_SPLIT: VAL_SPLIT, VAL_SPLIT: TRAIN_SPLIT}
 class AssignedDocument:
     """A document with its text in UTF-8, its fingerprint and its split.
 
-    ``is_part`` is True if the corpus has only one document, and this is one of its two pieces (see ``divide_text``).
+    ``is_part`` is True if the corpus has only one document, and this object is one of the two pieces of this document
+    (see ``divide_text``).
     """
 
     document: Document

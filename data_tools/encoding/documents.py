@@ -77,8 +77,8 @@ def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
     """Return the tokens of a document, with ``END_OF_TEXT`` before its text.
 
     The segments of a dialogue are encoded separately, so that each token belongs to only one segment. The
-    ``END_OF_TEXT`` before a dialogue is scored. From it, the model learns to end the last answer of the previous
-    dialogue.
+    ``END_OF_TEXT`` before a dialogue is scored, so that the model learns to predict ``END_OF_TEXT`` after the last
+    answer of the previous dialogue.
     """
     segments = ((document, True),) if isinstance(document, str) else document.segments
     pieces = [np.array([END_OF_TEXT], dtype=np.uint16), *(encoder.encode(text) for text, _ in segments)]

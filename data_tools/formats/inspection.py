@@ -55,8 +55,9 @@ class FolderReport:
         path: the path that the user gave.
         format: one of ``INPUT_FORMATS``.
         problem: a message about the first file that is missing or has the wrong size. None if there is no such file.
-        about: the other values in the manifest, as JSON values. If there is no manifest, this contains the assumed
-            tokenizer and a description of the source.
+        about: the values in the manifest as JSON values, without the format version, the dtype, the records of the
+            shards and the hash. If there is no manifest, this contains the assumed tokenizer and a description of the
+            source.
         splits: maps the names of splits to their reports.
     """
 

@@ -119,7 +119,10 @@ def keeps_shards(request: ConvertRequest, collection: TokenCollection) -> bool:
 
 
 def chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Divide a range of tokens into pieces that are small enough to read at once. Yield (start, length) of each."""
+    """Divide a range of tokens into pieces that are small enough to read at once.
+
+    Yields (start, length) for each piece.
+    """
     return ((at, min(CHUNK_TOKENS, stop - at)) for at in range(start, stop, CHUNK_TOKENS))
 
 

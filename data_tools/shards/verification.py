@@ -23,7 +23,7 @@ def verify(folder: Path | str, workers: int | None = None, advance: Advance = no
         advance: a function that is called with the number of bytes that were verified since the last call.
 
     Raises:
-        DataError: a shard does not match the manifest. The message names the first such shard, and how it differs.
+        DataError: a shard does not match the manifest. The message names the first such shard and says what is wrong.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)

@@ -31,8 +31,8 @@ OpenFormat = Callable[[BinaryIO], AbstractContextManager[WriteValues]]
 def write_flat(file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2") -> Iterator[WriteValues]:
     """Return a context manager for writing a file that has a header and values of one dtype.
 
-    It gives a function that appends values. The header contains the number of values, so it is written twice: at the
-    beginning with the number 0, and at the end of the ``with`` block with the final number.
+    The ``with`` block gets a function that appends values to the file. The header contains the number of values, so it
+    is written twice: at the beginning with the number 0, and at the end of the ``with`` block with the final number.
 
     Args:
         header: a function that takes a number of values and returns the header. All headers must have the same length.

@@ -38,7 +38,7 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Fsync a folder. Files that were created, renamed or removed in it then remain so after a power failure."""
+    """Fsync a folder. Changes to the names of its files (create, rename, remove) then survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -97,7 +97,10 @@ def _is_utf16_without_mark(head: bytes) -> bool:
 
 
 def begins_as(path: Path | str, kind: str) -> bool:
-    """Return whether a file begins like files of a kind. Returns True for URLs and for files that cannot be read."""
+    """Return whether the first bytes of a file are those of the given kind of file.
+
+    Returns True for URLs and for files that cannot be read.
+    """
     head = _read_head(path)
     return head is None or _begins(head, kind)
 

@@ -17,7 +17,7 @@ _LONGEST_CONTENT = 4096
 
 
 class LockHeldError(Exception):
-    """Another process holds the lock. ``content`` is the text that this process wrote into the lock file."""
+    """Another process holds the lock. ``content`` is the text that the other process wrote into the lock file."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__("another process holds the lock")
@@ -50,7 +50,7 @@ class FileLock:
         """Change this process's shared lock to an exclusive lock. Return whether this was possible.
 
         If other processes also hold the lock, this call only releases the lock of this process and returns False. If
-        every process makes this call after its work, it returns True only in the last process.
+        every process calls this method after its work, the method returns True only in the process that calls it last.
         """
         # Unlock first. If two processes kept their shared locks, neither of them could get the exclusive lock.
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
@@ -83,7 +83,8 @@ def acquire_lock(path: Path, content: bytes | None) -> FileLock:
     Args:
         path: the lock file. It is created if it does not exist.
         content: the text to write into the file, for an exclusive lock. If None, the lock is shared. If another process
-            has called ``make_exclusive``, a call for a shared lock waits until this process has finished.
+            has an exclusive lock from ``make_exclusive``, a call for a shared lock waits until the other process has
+            released its lock.
 
     Raises:
         LockHeldError: another process holds the lock.
