@@ -157,8 +157,8 @@ def suggest_batch(tokens: int, plan: BatchPlan) -> str:
 class Prefetcher:
     """Reads the micro-batches of the next step in a thread, while the device computes the current step.
 
-    The micro-batches of two steps are in memory. A caller may also request another step than the next one. The call
-    then reads the micro-batches of this step itself.
+    The micro-batches of two steps are in memory. If a caller requests a step that the thread has not read, the call
+    reads the micro-batches of that step itself.
     """
 
     def __init__(self, loader: TrainLoader, device: torch.device) -> None:
@@ -202,8 +202,8 @@ def validation_batches(
 
     Args:
         max_batches: the largest number of batches on all ranks together. If the split has more windows than these
-            batches can contain, only some windows are used, which are spread evenly over the split. None means no
-            limit.
+            batches can contain, only some of the windows are used. They are spread evenly over the split. None means
+            no limit.
     """
     windows = -(-(stream.tokens - 1) // seq_len)
     chosen = np.arange(windows, dtype=np.int64)

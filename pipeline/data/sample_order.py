@@ -88,8 +88,9 @@ class _Fork:
 class Mixture:
     """Assigns the samples of a run to datasets in proportion to their weights.
 
-    At any time, the number of samples from a dataset differs from its exact share by less than two samples. The dataset
-    of a sample depends only on the weights and on the number of the sample.
+    After any number of samples, the number of samples that came from a dataset differs from the exact share of the
+    dataset by less than two samples. The dataset of a sample depends only on the weights and on
+    the number of the sample.
 
     To compute the dataset, this class uses a Huffman tree (Huffman 1952), whose leaves are the datasets. Every inner
     node divides its samples between its two children.

@@ -44,7 +44,7 @@ class Heartbeat:
     """Writes this rank's heartbeat to a key-value store every second, and reads the heartbeats of other ranks.
 
     A heartbeat says what the main thread of the rank is doing (see ``Place``). Rank 0 watches all other ranks. The
-    other ranks watch only rank 0, and read its verdict from the store.
+    other ranks watch only rank 0, and read from the store whether and why rank 0 has ended the run.
 
     A rank is lost if it has sent no heartbeat for ``timeout_s`` seconds, or if it is stuck (see ``find_stuck``). This
     object then prints which rank is lost, and ends the process with ``LostRankError.exit_status``. All this happens in

@@ -77,7 +77,7 @@ class Progress:
     def patience(self) -> Iterator[None]:
         """Return a context manager for rare work that takes long.
 
-        Inside its ``with`` block, more time may pass without progress.
+        Inside its ``with`` block, the rank may make no progress for longer than usual before it counts as stuck.
 
         Other ranks need not make this call.
         """
@@ -121,9 +121,9 @@ class Place:
     def loops(self, timeout_s: float) -> bool:
         """Return whether the rank computes without progress, for example in an infinite loop.
 
-        A rank sets a mark whenever it makes progress. The result is True if the rank has used more than ``timeout_s``
-        seconds of CPU time since its last mark, and also much more than the longest CPU time between two consecutive
-        earlier marks.
+        A rank reports its progress with a mark or with ``Progress.move``. The result is True if the CPU time that the
+        rank has used since its last report is both more than ``timeout_s`` seconds and much more than the longest CPU
+        time between two consecutive earlier reports. Only phases with ``repeats`` count for this longest time.
         """
         return self.longest_s > 0 and self.busy_s > max(timeout_s, LOOP_FACTOR * self.longest_s)
 

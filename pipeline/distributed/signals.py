@@ -15,7 +15,7 @@ class SignalThread:
     Call all methods from the main thread.
 
     Args:
-        hear: the function to call with the number of the signal. It runs in this thread.
+        hear: the function to call with the number of the signal. The new thread calls it, not the main thread.
     """
 
     def __init__(self, hear: Callable[[int], None]) -> None:
@@ -30,7 +30,7 @@ class SignalThread:
         self._before_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
     def stop(self) -> None:
-        """Stop the thread. First, the function is called for all signals that have already arrived."""
+        """Stop the thread. Before it ends, the thread calls ``hear`` for all signals that have already arrived."""
         signal.set_wakeup_fd(self._before_fd)
         self._writer.close()
         self._thread.join()

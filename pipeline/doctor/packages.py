@@ -15,7 +15,7 @@ DEVELOPMENT_EXTRAS = ("test", "lint")
 
 
 def check_packages() -> list[Finding]:
-    """Check Python, the required packages, the versions used in tests, and the optional packages."""
+    """Check the version of Python, the required and optional packages, and whether their versions were tested."""
     try:
         project = distribution(PROJECT)
     except PackageNotFoundError:

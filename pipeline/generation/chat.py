@@ -28,12 +28,12 @@ Template = Literal["messages", "instruction"]
 class Chat:
     """A conversation with a model.
 
-    An answer ends at ``<|endoftext|>``, or before a heading of the training data, such as the heading of the next
-    message.
+    In the training data, each message begins with a heading line, such as ``### User:``. An answer ends at
+    ``<|endoftext|>``, or where the model generates such a heading. The heading is not returned.
 
-    With the template "messages", an answer also ends at the empty line after a message. An empty line between two
-    paragraphs does not end the answer, because its tokens are different: the line after a message is one token, and the
-    line between paragraphs is two tokens.
+    With the template "messages", an answer also ends at the empty line that follows each message in the training data.
+    An empty line between two paragraphs does not end the answer, because it has other tokens: the line after a message
+    is one token, and the line between paragraphs is two tokens.
 
     Args:
         template: the kind of data that the model was trained on. With "instruction", the model sees only the last

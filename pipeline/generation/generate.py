@@ -49,10 +49,10 @@ def generate_batch(
     ends: AbstractSet[int] = frozenset(),
     stopped: AbstractSet[int] = frozenset(),
 ) -> Iterator[dict[int, int]]:
-    """Continue several prompts. Yield one new token per prompt at a time, at most ``sample.max_new_tokens`` times.
+    """Continue several prompts. Yield at most ``sample.max_new_tokens`` times, each time one new token per prompt.
 
-    Each prompt is one row of the batch. Each row has its own random generator, so the tokens of a row depend on the
-    other rows only through rounding.
+    Each prompt is one row of the batch. Each row has its own random generator. Therefore, the other rows can change
+    the tokens of a row only because results are rounded differently.
 
     Args:
         model: the model, in evaluation mode.

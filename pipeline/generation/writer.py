@@ -32,7 +32,7 @@ def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32", wei
     Args:
         checkpoint: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used.
         dtype: the dtype of weights and matrix products, a key of ``DTYPES``.
-        weights: the weights that are trained, or their moving average, a key of ``KINDS_OF_WEIGHTS``.
+        weights: a key of ``KINDS_OF_WEIGHTS``. It selects the trained weights or their moving average.
 
     Raises:
         CheckpointError: there is no good checkpoint, it does not have these weights, or the vocabulary of the model is

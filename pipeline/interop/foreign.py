@@ -70,8 +70,8 @@ def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
         expected: what kind of file is expected, for the error message.
 
     Raises:
-        CheckpointError: the file does not contain a dict that ``torch.save`` wrote, is damaged, or contains other
-            objects than tensors and plain values.
+        CheckpointError: the file does not contain a dict that ``torch.save`` wrote, is damaged, or contains objects
+            that are neither tensors nor plain values.
     """
     try:
         content = _load_pickle(path, [])

@@ -45,7 +45,7 @@ class Matrix:
 
     @property
     def update_scale(self) -> float:
-        """Return the factor for the orthogonal matrix (Liu et al. 2025).
+        """Return the factor by which Muon multiplies the orthogonalized matrix (Liu et al. 2025).
 
         With this factor, an update of Muon is about as large as an update of AdamW.
         """
@@ -75,10 +75,9 @@ def muon_matrices(shapes: Mapping[str, Sequence[int]], *, split_qkv: bool) -> It
 def divide_into_batches(matrices: Sequence[Matrix], ranks: int) -> list[list[Matrix]]:
     """Divide matrices into batches of about the same size.
 
-    The matrices of a batch are exchanged between ranks together.
-
-    With larger batches, the work is divided more equally among the ranks. With smaller batches, the exchange needs less
-    memory. The function chooses a size between these.
+    The ranks exchange all matrices of a batch at once. With larger batches, the work is divided more equally among the
+    ranks. With smaller batches, the exchange needs less memory. Therefore, the size of a batch is limited, and the
+    limit grows with the number of ranks and with the size of the largest matrix.
     """
     total = sum(matrix.numel for matrix in matrices)
     largest = max((matrix.numel for matrix in matrices), default=0)
@@ -110,7 +109,7 @@ def exchange_elements(batch: Sequence[Matrix], ranks: int, ranks_per_copy: int) 
     """Return the largest number of elements that a rank needs in memory to exchange and orthogonalize a batch.
 
     Args:
-        ranks_per_copy: the number of ranks that together hold all elements of all matrices once.
+        ranks_per_copy: the number of ranks that together hold one copy of all matrices.
     """
     total = sum(matrix.numel for matrix in batch)
     own = max(sum(matrix.numel for matrix in owned) for owned in assign_owners(batch, ranks))

@@ -27,7 +27,8 @@ def padded_vocab_size(vocab_size: int) -> int:
 class OutputLayer(nn.Linear):
     """The linear layer that computes logits from hidden states, and the loss.
 
-    Both are in the same module, so that they can be fused even if each module is compiled separately.
+    The layer and the loss are in the same module, so that torch.compile can fuse them even if it compiles
+    each module separately.
     """
 
     __call__: Callable[..., Tensor]
@@ -112,7 +113,7 @@ class _CompiledCrossEntropy(torch.autograd.Function):
 def score_targets(logits: Tensor, targets: Tensor) -> Tensor:
     """Compute the log-probabilities of (n,) targets from logits of shape (n, V). Return fp32 of shape (2, n).
 
-    The rows of the result are the same as in ``GPT2.score``.
+    The two rows of the result have the same meaning as in ``GPT2.score``.
     """
     logits = logits.float()  # also for argmax, which takes four times as long in bf16 on a CPU
     log_probabilities = torch.log_softmax(logits, dim=1).gather(1, targets.unsqueeze(1)).squeeze(1)

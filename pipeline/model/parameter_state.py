@@ -21,9 +21,10 @@ StateNames = Mapping[str, Iterable[str]]
 
 
 def state_names_of(shapes: Mapping[str, Sequence[int]], config: Config) -> dict[str, tuple[str, ...]]:
-    """Return a dict that maps each parameter to the names of its tensors in addition to the weight.
+    """Return a dict with one entry per parameter: its name, and the names of its tensors except the weight itself.
 
-    These are the optimizer tensors, such as ``exp_avg``, and with ``averaging.ema`` the average of the weight.
+    These tensors are the optimizer tensors, such as ``exp_avg``. If ``averaging.ema`` is set, the average of the weight
+    is also one of them.
 
     The result is the same under every backend and on every rank.
 

@@ -1,6 +1,6 @@
 """Compute how many bytes a rank needs for weights, master weights, optimizer state, gradients and buffers.
 
-If ranks need different amounts, the result is the largest of them.
+If ranks need different numbers of bytes, the functions return the number for the rank that needs most.
 
 The formulas describe this project's backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` gives the
 source of every term. ``make plan-check`` compares the results with measured peaks and with the real wrapping code.

@@ -1,4 +1,8 @@
-"""Compare the branches of a long run: the validation loss before and after the decay, in a table and a chart."""
+"""Compare the branches of a long run, in a table and a chart.
+
+Each branch continues the long run from one of its steps, and lets the learning rate decay. The comparison shows the
+validation loss before and after this decay.
+"""
 
 import json
 import logging
@@ -18,7 +22,7 @@ _COLUMNS = ("decay from step", "to step", "tokens", "validation loss before the 
 
 @dataclass(frozen=True)
 class Branch:
-    """A run that continues a long run from a milestone with a decay."""
+    """A run that continues a long run from the step ``milestone`` and lets the learning rate decay."""
 
     milestone: int  # the step at which the decay begins
     stop: int  # the last step of the decay
@@ -31,7 +35,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Rung:
-    """The result of one branch. A loss is None if the run has not measured it at this step."""
+    """The result of one branch. A loss is None if no validation took place at its step."""
 
     milestone: int
     steps: int

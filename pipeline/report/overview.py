@@ -44,7 +44,9 @@ class RunSummary:
 
 
 def summarize_runs(folder: Path) -> list[RunSummary]:
-    """Return the runs in a folder and in its sub-folders, sorted by the time of their last row, newest first.
+    """Return the runs in a folder and in its sub-folders.
+
+    The runs are sorted by the time of their last row of metrics, newest first.
 
     Raises ReportError if there is no run.
     """

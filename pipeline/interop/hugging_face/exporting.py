@@ -60,7 +60,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: str, weights: str = "t
         checkpoint: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used.
         out: a folder that does not exist or is empty.
         dtype: the dtype of the exported weights, a key of ``DTYPES``.
-        weights: the weights that are trained, or their moving average, a key of ``KINDS_OF_WEIGHTS``.
+        weights: a key of ``KINDS_OF_WEIGHTS``. It selects the trained weights or their moving average.
 
     Raises:
         CheckpointError: there is no good checkpoint, it does not have these weights, or ``out`` is a file, or is a

@@ -19,7 +19,7 @@ SERVICES = {"wandb": check_wandb, "mlflow": check_mlflow}
 
 
 def check_sinks(names: Sequence[str]) -> None:
-    """Raise ConfigError if a sink cannot be used here, for example because its package is not installed."""
+    """Raise ConfigError if a sink cannot be used on this machine, for example because its package is not installed."""
     for name in names:
         if name in SERVICES:
             SERVICES[name]()
