@@ -28,8 +28,8 @@ Template = Literal["messages", "instruction"]
 class Chat:
     """A conversation with a model.
 
-    In the training data, each message begins with a heading line, such as ``### User:``. An answer ends at
-    ``<|endoftext|>``, or where the model generates such a heading. The heading is not returned.
+    In the training data, a heading line such as ``### User:`` or ``### Response:`` precedes each text. An answer ends
+    at ``<|endoftext|>``, or where the model generates such a heading. The heading is not returned.
 
     With the template "messages", an answer also ends at the empty line that follows each message in the training data.
     An empty line between two paragraphs does not end the answer, because it has other tokens: the line after a message

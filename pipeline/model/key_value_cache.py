@@ -13,10 +13,9 @@ from pipeline.config.schema import ModelConfig
 class KeyValueCache:
     """The keys and values of a batch of texts. The memory is allocated once, when the cache is created.
 
-    Each text is one row. A row has ``capacity`` slots, and each slot holds one token. Rows begin at slot 0 and can have
-    different lengths. The first call of ``append`` adds whole
-    rows, padded on the right. Each later call adds one token per row. Attention never reads the entries of padding
-    tokens, and later tokens overwrite them.
+    Each text is one row. A row has ``capacity`` slots. Each slot stores the keys and values of one token. Rows begin at
+    slot 0 and can have different lengths. The first call of ``append`` adds whole rows, padded on the right. Each later
+    call adds one token per row. Attention never reads the entries of padding tokens, and later tokens overwrite them.
 
     Args:
         rows: the number B of texts.

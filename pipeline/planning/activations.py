@@ -58,10 +58,10 @@ def trace_activations(request: Request) -> tuple[Peak, ...]:
 
     The first peak is before any gradient is complete.
 
-    A deep model is not traced directly, because this would take long and its blocks are alike. Instead, the function
-    traces a model with few blocks, and a model with a few more blocks. From the difference between their peaks, it
-    computes the peaks of the deep model. For a deep model, the result contains only the peaks at the first and at the
-    last blocks. The largest peak is always among them, because the memory changes linearly from block to block.
+    A deep model is not traced directly, because its blocks are equal. Instead, the function traces a model with few
+    blocks, and a model with a few more blocks. From the difference between their peaks, it computes the peaks of the
+    deep model. For a deep model, the result contains only the peaks at the first and at the last blocks. The largest
+    peak is always among them, because the memory changes linearly from block to block.
     """
     config = request.model
     period = max(1, int(config.activation_checkpointing))
