@@ -46,7 +46,7 @@ class MatrixExchange:
 
     Args:
         spans: for each rank, the spans that the rank holds.
-        ranks_per_copy: the number of consecutive ranks that together hold all elements once.
+        ranks_per_copy: the number of consecutive ranks that together hold one copy of all elements.
         dtype: the dtype of the transformation and of the communication.
     """
 

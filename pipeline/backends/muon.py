@@ -38,8 +38,8 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         parameters: maps canonical names to the parameters that Muon updates.
-        adamw: the optimizer for all other parameters. ``param_groups`` and ``state`` of this optimizer also contain
-            those of ``adamw``.
+        adamw: the optimizer for all other parameters. The ``param_groups`` and the ``state`` of the ``Muon`` object
+            include those of ``adamw``.
         dtype: the dtype of the Newton-Schulz iterations and of the communication.
     """
 
@@ -75,7 +75,7 @@ class Muon(torch.optim.Optimizer):
         Args:
             masters: all masters on this rank. Every rank must pass them in the same order.
             ranges: the ranges of parameters that the masters on this rank contain.
-            ranks_per_copy: the number of consecutive ranks that together hold all elements once.
+            ranks_per_copy: the number of consecutive ranks that together hold one copy of all elements.
         """
         self.ranks_per_copy = ranks_per_copy
         self._indices = {id(master): i for i, master in enumerate(masters)}

@@ -97,9 +97,9 @@ def set_learning_rate(param_groups: Iterable[dict[str, Any]], learning_rate: flo
 def global_grad_norm(gradients: list[Tensor]) -> Tensor:
     """Return the L2 norm of all gradients together, as a scalar on the device of the gradients.
 
-    If the gradients are DTensors, the norm includes the shards on all ranks that share a copy of the model. The squares
-    are summed in the dtype that ``summing_dtype`` returns, which is fp64 if the device supports it. In fp64, the order
-    of the additions has almost no effect, so all backends get the same norm.
+    If the gradients are DTensors, each gradient is sharded over several ranks, and the norm includes all shards. The
+    squares are summed in the dtype that ``summing_dtype`` returns, which is fp64 if the device supports it. In fp64,
+    the order of the additions has almost no effect, so all backends get the same norm.
     """
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     squares = torch.stack([_sum_of_squares(gradient) for gradient in local]).sum()
@@ -175,8 +175,8 @@ class LossScaler:
     """The factor for the loss in the backward pass, which prevents small fp16 gradients from becoming zero.
 
     If ``dynamic`` is True, the scale is halved when the gradient norm is not finite, and doubled after
-    ``GROWTH_INTERVAL`` good steps in a row. The scale is a power of two, so unscaling is exact. If ``dynamic`` is
-    False, the scale is always 1.
+    ``GROWTH_INTERVAL`` *good steps* in a row. A step is good if its gradient norm is finite. The scale is a power of
+    two, so unscaling is exact. If ``dynamic`` is False, the scale is always 1.
     """
 
     dynamic: bool

@@ -45,7 +45,8 @@ class OptimizerState(ABC):
     Args:
         optimizer: torch's AdamW, DeepSpeed's CPUAdam, or a Muon that contains one of them.
         masters: the tensors in fp32 that the optimizer updates on this rank.
-        names: maps each parameter to the names of its tensors in addition to the weight.
+        names: maps each parameter to the names of its optimizer tensors. If the run keeps averages of the weights, the
+            names include ``ema``.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, masters: Iterable[Tensor], names: StateNames) -> None:

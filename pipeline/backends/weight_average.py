@@ -16,10 +16,10 @@ _SWAPPED_ELEMENTS = 1 << 22  # 16 MiB, the size of the temporary copy while weig
 
 
 class WeightAverage:
-    """Keep the moving average over the steps of each master on this rank, in fp32.
+    """Keep one fp32 moving average for each master on this rank. The average is taken over the steps of the run.
 
-    The averages are created as copies of the masters when they are first needed, because a backend can still change
-    its masters after it has created them.
+    The averages are created as copies of the masters. This happens when the averages are first needed, because a
+    backend can change the values of its masters between the creation of the masters and the first step.
 
     Args:
         masters: the tensors in fp32 that the optimizer updates on this rank.

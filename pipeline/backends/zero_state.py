@@ -16,7 +16,8 @@ from pipeline.model.parameter_state import StateNames
 class PartitionedState(OptimizerState):
     """The masters and the optimizer state under ZeRO-1 and ZeRO-2.
 
-    DeepSpeed concatenates the parameters of each group. Each rank has one range of the concatenated elements.
+    DeepSpeed concatenates the parameters of each parameter group. Each rank has one range of the concatenated elements
+    of each parameter group.
 
     Args:
         names: maps ``id(parameter)`` to the canonical name of the parameter.

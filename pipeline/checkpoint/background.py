@@ -158,6 +158,9 @@ def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:
 
 
 def slice_fragment(fragment: Fragment, low: int, high: int) -> Fragment:
-    """Return a new fragment with the elements ``low`` to ``high - 1`` of ``fragment``, whose first element is 0."""
+    """Return a new fragment with elements ``low`` to ``high - 1`` of ``fragment``.
+
+    Element 0 is the first element of ``fragment``, not of the parameter.
+    """
     state = {name: tensor[low:high] for name, tensor in fragment.state.items()}
     return replace(fragment, start=fragment.start + low, weight=fragment.weight[low:high], state=state)

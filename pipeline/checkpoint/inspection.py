@@ -80,7 +80,8 @@ class RunReport:
 def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[str]:
     """Return the config keys that can make this run's results differ from the results of other backends.
 
-    The result also contains such keys if the run used them only at earlier steps, as its metrics show.
+    Such keys are taken from ``config`` and from the metrics of all steps up to ``step``. The result therefore also
+    contains keys that the run used only at earlier steps.
     """
     rows = (row.get(DIFFERENT_NUMBERS_KEY) for row in read_metrics(run_folder) if row["step"] <= step)
     earlier = [key for keys in rows if isinstance(keys, list) for key in keys]

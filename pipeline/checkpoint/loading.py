@@ -26,12 +26,14 @@ _POSITIONS = "wpe.weight"
 
 
 def load_training_state(folder: Path, backend: Backend) -> TrainingState:
-    """Load the weights and the optimizer state that this rank needs from a checkpoint into the backend.
+    """Load a checkpoint into the backend, and return the training state in the checkpoint.
 
-    The optimizer's step count and the loss scale are also restored.
+    Each rank reads only the weights and the optimizer state that it needs. The optimizer's step count and the loss
+    scale are also restored.
 
     If the checkpoint was written with another optimizer, only the weights are copied. The optimizer then starts with
-    zero state and with step count 0, and ``optimizer_start`` in the result is the number of updates so far.
+    zero state and with step count 0, and ``optimizer_start`` in the result is the number of updates that the run had
+    made before this checkpoint.
 
     If the backend keeps an average of the weights and the checkpoint has none, the average starts as a copy of the
     weights.

@@ -1,4 +1,4 @@
-"""Delete old checkpoints. If a run continues from an older checkpoint, set the checkpoints of later steps aside."""
+"""Delete old checkpoints. If a run continues from an older checkpoint, rename the checkpoints of later steps."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def list_leftovers(run_folder: Path) -> list[Path]:
 
 
 def list_abandoned(run_folder: Path) -> list[Path]:
-    """Return the checkpoints that were set aside because the run continued from an earlier checkpoint."""
+    """Return the checkpoints that were renamed because the run continued from an earlier checkpoint."""
     return sorted((run_folder / CHECKPOINTS_FOLDER).glob("step_*.abandoned*"))
 
 

@@ -63,8 +63,8 @@ def any_choices(row: Row) -> Example:
 def any_continuation(row: Row) -> Example:
     """Read ``context`` and ``continuation``.
 
-    Returns one pair. If there is no white space between the two texts, the continuation in the pair begins with a
-    space.
+    Returns one pair. If there is no white space between the two texts, a space is added at the beginning of the
+    continuation.
     """
     return Example((_joined(text_field(row, "context"), text_field(row, "continuation")),))
 

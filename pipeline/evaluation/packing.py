@@ -74,9 +74,9 @@ class Tree:
         self.scored.append((number, [self.pairs.setdefault(pair, len(self.pairs)) for pair in pairs]))
 
     def ancestors(self, width: int) -> np.ndarray:
-        """Return the attention mask of this tree, shape (width, width), bool. True allows attention.
+        """Return the attention mask of this tree, padded to ``width`` tokens. True allows attention.
 
-        Padding tokens attend only to themselves.
+        The mask has shape (width, width) and dtype bool. Padding tokens attend only to themselves.
         """
         mask = np.eye(width, dtype=np.bool_)
         for node, parent in enumerate(self.parents):
@@ -90,7 +90,8 @@ def build_trees(
 ) -> list[Tree]:
     """Build one tree for each group of requests that have a common prefix.
 
-    If a tree saves less than ``LEAST_SAVING`` of the tokens of its group, each request of the group gets its own tree.
+    If a tree saves less than the fraction ``LEAST_SAVING`` of the tokens of its group, each request of the group gets
+    its own tree.
 
     Args:
         groups: the numbers of the requests of each group.

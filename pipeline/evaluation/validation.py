@@ -67,7 +67,8 @@ def validate_average(
     This call is collective: every rank must make it.
 
     Returns:
-        ``val_ema_loss``. The result is empty if ``averaging.ema`` is null or ``validate`` returns an empty result.
+        A dict with ``val_ema_loss``. The dict is empty if ``averaging.ema`` is null or if ``validate`` returns an empty
+        dict.
     """
     if config.averaging.ema is None or VALIDATION not in config.evaluation.tasks:
         return {}

@@ -57,8 +57,9 @@ def _decide(config: Config, world: World, plan: BatchPlan, model: GPT2, start: P
 def measure_micro_step(model: GPT2, config: Config, plan: BatchPlan) -> float:
     """Measure how many seconds the forward and backward pass of one micro-batch takes on a CPU without compilation.
 
-    The function measures a smaller number of sequences several times, and scales the shortest time to the size of the
-    micro-batch. The weights and the random generator do not change, and the gradients are removed afterwards.
+    The function runs only some sequences of a micro-batch. It repeats this several times, and scales the shortest time
+    to the size of the whole micro-batch. The weights and the random generator do not change, and the gradients are
+    removed afterwards.
     """
     sequences = min(plan.micro_batch_size, max(1, _TIMED_TOKENS // plan.seq_len))
     compute = replicated_compute(model, config.run.precision, torch.device("cpu"))

@@ -5,7 +5,9 @@ from pipeline.config.schema import ScheduleConfig
 
 
 def early_stop_reason(schedule: ScheduleConfig, validation: ValidationHistory) -> str | None:
-    """Return the reason why the run must stop now. The reason names the config key. Returns None if the run continues.
+    """Return the reason why the run must stop now. Returns None if the run continues.
+
+    The reason names the config key that stops the run.
 
     The result depends only on the config and on values that are stored in checkpoints. Therefore, a run that has
     stopped early does not continue when the train command is started again.

@@ -32,9 +32,10 @@ def layer_group(name: str) -> str:
 class GroupNorms:
     """Compares the training state before and after one step. Create an object right before the step.
 
-    No backend keeps its gradients in the same place, but all of them keep the same first moment. The step changes it to
-    ``beta * moment + (1 - beta) * gradient``, so both moments together give the gradient. This also holds for Muon's
-    momentum. On this rank, the object needs memory for a copy of the weights and of the first moment.
+    Each backend keeps its gradients in a different place. Therefore, this class computes the gradient from AdamW's
+    first moment (or Muon's momentum), which is the same under every backend. A step changes the moment to
+    ``beta * moment + (1 - beta) * gradient``, so the gradient follows from the moments before and after the step. The
+    object keeps a copy of this rank's weights and first moments in memory.
     """
 
     def __init__(self, backend: Backend, config: OptimizerConfig, world: World) -> None:
@@ -51,7 +52,8 @@ class GroupNorms:
 
         Args:
             grad_norm: the global gradient norm, unscaled and before clipping. The gradient norms of the groups are
-                shares of this norm, so clipping and the loss scale do not change them.
+                scaled so that the root of the sum of their squares equals this norm. Therefore, clipping and the loss
+                scale do not change the gradient norms of the groups.
 
         Returns:
             ``layer_grad_norm/GROUP``, ``layer_weight_norm/GROUP`` (after the step) and ``layer_update_ratio/GROUP``.

@@ -42,9 +42,9 @@ class StopRequest:
 
         The signals do not end the process. Only a second Ctrl-C does.
 
-        If a ``RuntimeError`` leaves the block, signals are still recorded afterwards, because the cause may be a lost
-        rank. The launcher then sends SIGTERM to the remaining ranks. If SIGTERM ended these ranks at once, they could
-        not print which rank is lost.
+        If the block raises a ``RuntimeError``, signals are still recorded after the block, because the error may be
+        caused by the loss of another rank. In this case, the launcher sends SIGTERM to the remaining ranks. If SIGTERM
+        ended these ranks at once, they could not print which rank is lost.
         """
         thread = SignalThread(self._record)
         thread.start()

@@ -1,4 +1,4 @@
-"""Describe the program and the machine when a run starts, so that the metrics of the run can contain this."""
+"""Describe the program and the machine when a run starts, for the metrics of the run."""
 
 import platform
 import shlex

@@ -1,4 +1,4 @@
-"""The learning rate, and the decay of the average of the weights, as pure functions of the step."""
+"""Compute the learning rate, and the decay of the average of the weights, from the step and the config."""
 
 import math
 
@@ -38,7 +38,7 @@ def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
 
 
 def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:
-    """Return the decay of the average of the weights in the next step after ``step`` finished steps.
+    """Return the decay of the average of the weights in the next step, when ``step`` steps are finished.
 
     At the beginning, the decay is smaller than ``averaging.ema``, so that the average forgets the initial weights. The
     formula is that of TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``. Returns None if the run keeps no

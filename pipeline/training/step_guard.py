@@ -78,7 +78,7 @@ class StepGuard:
     def judge_queued(self, *, leave: int = 0) -> Iterator[tuple[FinishedStep, Verdict]]:
         """Judge the steps in the queue, oldest first. Yield each step with its verdict.
 
-        The last ``leave`` steps stay queued.
+        The newest ``leave`` steps stay in the queue.
         """
         while len(self._queue) > leave:
             queued = self._queue.popleft()
@@ -135,7 +135,8 @@ class StepGuard:
     def next_sample(self, consumed: int, samples_per_step: int) -> int:
         """Return the index of the first sample of the next step, counted in the sample order of the run.
 
-        Usually, this is ``consumed``. If the step would then contain samples to skip, it begins after these samples.
+        Usually, this index is ``consumed``. If a step that begins at ``consumed`` would contain samples to skip, the
+        step begins after these samples instead.
 
         Args:
             consumed: the index of the first sample after the previous step.

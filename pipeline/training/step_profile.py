@@ -48,7 +48,7 @@ class StepProfile:
             log.warning("no profile was written: it begins after %d steps, and the run ended earlier", SETTLING_STEPS)
 
     def count_step(self) -> None:
-        """Count an optimizer step. Call this method after each step is queued."""
+        """Count an optimizer step. Call this method each time an optimizer step was queued on the device."""
         if self._profiler:
             self._profiler.step()
 

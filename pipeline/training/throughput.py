@@ -25,7 +25,7 @@ def measure_ceiling(world: World, dtype: torch.dtype, seconds: float = CEILING_S
 
 
 class ThroughputMeter:
-    """Measures the time per step since the last reading, without the time for evaluations and checkpoints.
+    """Measures the time per step since the last call of ``read``, without the time for evaluations and checkpoints.
 
     Args:
         tokens_per_step: the number of tokens of a step on all ranks together.
@@ -51,11 +51,11 @@ class ThroughputMeter:
         self._started, self._steps, self._waited_s = time.perf_counter(), 0, 0.0
 
     def count_step(self) -> None:
-        """Count an optimizer step. Call this method after each step is queued."""
+        """Count an optimizer step. Call this method each time an optimizer step was queued on the device."""
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Return the metrics since the last reading, such as ``tokens_per_s``.
+        """Return metrics such as ``tokens_per_s``, measured since the last call of ``read``.
 
         Synchronize the device before this call.
         """

@@ -198,7 +198,10 @@ class Trainer:
         self._reach_of_step(f"step {self.state.step + 1}, {activity}")
 
     def train_step(self) -> TrainedStep:
-        """Queue one optimizer step. The returned loss and gradient norm stay on the device until they are needed."""
+        """Queue one optimizer step on the device.
+
+        The returned loss and gradient norm stay on the device until they are needed.
+        """
         first_sample = self.guard.next_sample(self.state.samples, self.plan.samples_per_step)
         self._reach_in_step("waiting for data")
         with self.throughput.waiting_for_data():
