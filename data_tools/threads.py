@@ -37,8 +37,9 @@ def map_threads(
     """Call ``work(item, advance)`` for each item in several threads. Return the results in the order of the items.
 
     Args:
-        work: a function. It must call its argument ``advance`` every few megabytes, with the number of bytes since the
-            last call. If another item has failed, ``advance`` raises an error, which stops the work on this item.
+        work: a function. It must call its argument ``advance`` every few megabytes, with the number of bytes that it
+            has processed since the last such call. If another item has failed, ``advance`` raises an error, which stops
+            the work on this item.
         items: the items. They are started in this order.
         workers: the largest number of threads. None means one per core.
         advance: a function that is called with the number of bytes since its last call. The first call has the argument

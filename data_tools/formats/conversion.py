@@ -82,7 +82,7 @@ def adopt_in_place(
 
     Args:
         source_format: the format of the shards. If ``auto``, the format is recognized.
-        split_of: maps file names to splits. Required if a file name does not contain the split.
+        split_of: maps file names to splits. Required if a file name does not contain the name of the split.
         workers: the number of threads. None means one per core.
         advance: a function that is called with the number of bytes that were read since the last call.
 

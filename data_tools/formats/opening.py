@@ -52,7 +52,7 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
     Args:
         format: one of ``INPUT_FORMATS``. If ``auto``, the format is recognized (see ``recognize``).
         split_of: maps file names to splits, for files that another program wrote. Required if a file name does not
-            contain the split.
+            contain the name of the split.
 
     Raises:
         DataError: ``path`` does not exist, the format cannot be recognized, a file is damaged, or the split of a file

@@ -31,7 +31,7 @@ class ConvertRequest:
         to: one of ``OUTPUT_FORMATS``.
         source_format: one of ``INPUT_FORMATS``, or ``auto``.
         split_of: maps file names to splits, for files that another program wrote. Required if a file name does not
-            contain the split.
+            contain the name of the split.
         shard_tokens: the number of tokens per shard. None usually means 100 million. However, if the source is a folder
             of this project and the new format is npy or arrow, None means that each shard becomes one new shard.
         name: the prefix of the new file names, if the new format is llm.c's. None means the name of ``out``.

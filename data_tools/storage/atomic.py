@@ -104,8 +104,8 @@ def write_json_durably(path: Path, value: Any) -> None:
 def atomic_folder(target: Path, aside: Path | None = None) -> Iterator[Path]:
     """Return a context manager that gives an empty folder, and renames it to ``target`` when its ``with`` block ends.
 
-    The folder is locked inside the block, and deleted if the block raises an error. If the folder already exists
-    because an earlier process was killed, its contents are deleted first.
+    The folder is locked inside the block, and deleted if the block raises an error. If a folder with the
+    temporary name already exists because an earlier process was killed, its contents are deleted first.
 
     Args:
         target: the final name. It must not exist yet, or it must be an empty folder.

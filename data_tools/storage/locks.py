@@ -25,7 +25,7 @@ class LockHeldError(Exception):
 
 
 class FileLock:
-    """A lock file that this process has locked, exclusively or shared. Use ``acquire_lock`` to get an instance."""
+    """A lock file on which this process has an exclusive or a shared lock. Use ``acquire_lock`` to get an instance."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
