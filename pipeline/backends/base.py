@@ -141,7 +141,8 @@ class Backend(ABC):
         """Return a context manager inside whose ``with`` block the model computes with the averages of the weights.
 
         No tensor is copied: the values of the averages and of the master weights are exchanged, and exchanged back at
-        the end. A backend that shards the weights exchanges only the shards. Do not save or train inside the block.
+        the end of the block. A backend that shards the weights exchanges only the shards. Do not save or train
+        inside the block.
 
         This call is collective: every rank must make it. If the block raises an error, the run cannot continue, because
         the weights are not exchanged back.

@@ -182,7 +182,8 @@ def lambada(row: Row) -> Example:
     """Read ``text``, whose last word is the continuation; or ``context`` and ``continuation``, the last word.
 
     Returns one pair. The text for few-shot prompts has two spaces before the last word, as in lm-evaluation-harness. If
-    the continuation has several words, ``rendered_by_file`` is True.
+    the continuation has several words, the prompt in the file may differ from the prompt of the task. In this case,
+    ``rendered_by_file`` is True.
     """
     if "context" in row:
         context, word = text_field(row, "context"), text_field(row, "continuation").removeprefix(" ")
@@ -276,8 +277,9 @@ def draw_shots(
 
     Args:
         spare: whether the pool can also contain the examples to score. If True, one more few-shot example is drawn than
-            needed. If the example to score is among the drawn examples, it is removed, so that no prompt contains the
-            answer to its own question. lm-evaluation-harness does the same for tasks without a test split.
+            needed. If the example to score is among the drawn examples, it is removed. Otherwise, the last drawn
+            example is removed. Therefore, no prompt contains the answer to its own question. lm-evaluation-harness does
+            the same for tasks without a test split.
 
     Raises:
         DataError: the pool contains too few examples.

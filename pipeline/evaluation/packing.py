@@ -135,8 +135,9 @@ def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
     Returns:
         The input, in host memory. It has one row per tree, padded on the right.
 
-        The links between requests and scores, int64 of shape (2, L). A column contains the number of a request, and the
-        index of a score that must be added to the result of this request. A score can be added to several requests.
+        The links between requests and scores, int64 of shape (2, number of links). Each column is a link: the number
+        of a request, and the index of a score that must be added to the result of this request. A score can be added
+        to the results of several requests.
     """
     width = max(len(tree.tokens) for tree in trees)
     tokens = np.zeros((len(trees), width), dtype=np.int64)
