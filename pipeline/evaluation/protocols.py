@@ -242,7 +242,7 @@ def _protocol_of(name: str, protocol: str, examples: Sequence[Example]) -> str:
 
 
 def facts_of(protocol: str, data: TaskData, examples: int) -> dict[str, Any]:
-    """Return the entries that the results of all tasks contain, such as the protocol and the hash of the data."""
+    """Return the entries that every task's result contains, such as the protocol and the hash of the data."""
     return {
         "protocol": protocol,
         "data": data.rows.origin,

@@ -8,8 +8,8 @@ Row = dict[str, Any]
 class Sink:
     """Receives the rows of a run. After ``start``, a sink raises no errors, because they would stop the training.
 
-    Rows have different keys. A value is a number, a text of several lines (``sample``), an object (``started``), a list
-    (``skipped_samples``) or null.
+    Rows have different keys. A value is a number, a text of several lines (for example under the key ``sample``), an
+    object (under ``started``), a list (under ``skipped_samples``) or null.
     """
 
     def start(self, config: dict[str, Any], resumed_step: int) -> None:
