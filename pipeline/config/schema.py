@@ -120,7 +120,7 @@ class RunConfig(Section):
 
     @property
     def compiles(self) -> bool:
-        """Return whether torch.compile compiles the model. Returns False if ``compile`` is still ``auto``."""
+        """Return whether torch.compile compiles the model. Returns False as long as ``compile`` is ``auto``."""
         return self.compile is True
 
 

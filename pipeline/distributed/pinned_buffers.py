@@ -46,8 +46,9 @@ def _allocate_pinned(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
     """Divide tensors with the given sizes in bytes among slabs, so that little memory is lost.
 
-    The size of the next slab is the largest power of two that the remaining tensors fill, but at least the pinned size
-    of the largest remaining tensor. The largest tensors are placed first.
+    The slabs are created one after another, and each slab is filled with tensors in the order of decreasing size. The
+    size of a new slab is the largest power of two that does not exceed the total size of the tensors without a slab.
+    However, the largest of these tensors must fit into the new slab.
     """
     padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
     remaining = sorted(range(len(sizes)), key=lambda index: -padded[index])

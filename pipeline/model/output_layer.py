@@ -39,7 +39,7 @@ class OutputLayer(nn.Linear):
         self.packed_product: Callable[[Tensor], Tensor] | None = None  # see pipeline/model/packed_linear.py
 
     def forward(self, *inputs: Tensor, method: Method = "loss") -> Tensor:
-        """Call the method ``loss``, ``logits`` or ``score``. The docstring of ``GPT2.forward`` says why."""
+        """Call the method ``loss``, ``logits`` or ``score``. See ``GPT2.forward`` for the reason."""
         result: Tensor = getattr(self, method)(*inputs)
         return result
 

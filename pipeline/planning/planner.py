@@ -103,7 +103,7 @@ def plan_run(
 def peak_memory(config: Config, plan: BatchPlan) -> Memory:
     """Return the peak memory of a rank's device during a step.
 
-    The first step of a run is not considered, because it also creates the optimizer state and the buckets.
+    The result does not apply to the first step of a run, which also creates the optimizer state and the buckets.
     """
     layout = layout_of(config, plan)
     request = Request(config.model, layout.compute, config.run.precision, plan.micro_batch_size, plan.seq_len)

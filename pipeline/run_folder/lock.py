@@ -40,7 +40,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 def is_locked(folder: Path) -> bool:
     """Return whether a run uses the folder, without taking the lock.
 
-    If the run is on another host, this function cannot see its process, and trusts the lock file.
+    If the lock file names another host, the result is True, because this function cannot see the processes there.
     """
     try:
         holder = json.loads((folder / LOCK_FILE).read_text(encoding="utf-8"))

@@ -47,7 +47,7 @@ class Service(ABC):
 
 
 class ServiceSink(Sink):
-    """Sends each row of ``metrics.jsonl`` exactly once, even if the run resumes or rolls back, or the server is away.
+    """Sends each row of ``metrics.jsonl`` exactly once, even if the run resumes or rolls back, or the server is down.
 
     A service cannot delete rows. Therefore, a row is sent when a checkpoint at or after its step is saved, because the
     run will then not write this row again. If ``waits`` is False, a row is sent at once. If rows are deleted after they
