@@ -25,7 +25,7 @@ class RunOptions:
 
     @property
     def base(self) -> Sections:
-        """The config of the runs."""
+        """Return the config of the runs."""
         return merged(TINY_BYTE_RUN if self.uses_bytes else TINY_RUN, {"optimizer": {"name": self.optimizer}})
 
     def make_corpus(self, folder: Path) -> Path:

@@ -77,7 +77,7 @@ class Contender:
 
     @property
     def optimizer(self) -> str:
-        """The optimizer, which changes the losses."""
+        """Return the name of the optimizer. Losses compare only within one optimizer."""
         return "muon" if self.name.endswith(MUON) else "adamw"
 
 

@@ -72,17 +72,17 @@ class Check:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the check runs on a GPU. Otherwise all sizes are tiny."""
+        """Return whether the check runs on a GPU. Otherwise, all sizes are tiny."""
         return bool(self.machine["device_type"] == "cuda")
 
     @property
     def processes(self) -> int:
-        """The number of ranks in section d: one per GPU, but at least two. On a CPU, two."""
+        """Return the number of ranks in section d: one per GPU, but at least two. On a CPU, two."""
         return max(2, int(self.machine["devices"]))
 
     @property
     def curve_processes(self) -> int:
-        """The largest number of ranks among which the sequences of a step can be divided."""
+        """Return the largest number of ranks among which the sequences of a step can be divided."""
         return max(ranks for ranks in (2, 4, 8) if ranks <= self.processes)
 
     def stages(self) -> list[Stage]:

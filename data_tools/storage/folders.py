@@ -153,7 +153,7 @@ class RemoteFolder:
 
     @property
     def _scratch_prefix(self) -> str:
-        """The prefix of the names of scratch folders for this URL. Each URL has a different prefix."""
+        """Return the prefix of the names of scratch folders for this URL. Each URL has a different prefix."""
         return f"shards-{hashlib.sha256(self._url.encode()).hexdigest()[:16]}-"
 
     @contextmanager

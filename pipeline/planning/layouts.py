@@ -80,12 +80,12 @@ class _Case:
 
     @property
     def width(self) -> int:
-        """The bytes per element of the weights that the model computes with."""
+        """Return the bytes per element of the weights that the model computes with."""
         return BF16 if self.is_bf16 else FP32
 
     @property
     def compute(self) -> Compute:
-        """The weights that a backend computes with if it keeps bf16 weights in the precision ``bf16``."""
+        """Return which weights a backend computes with if it keeps bf16 weights in the precision ``bf16``."""
         return "bf16_weights" if self.is_bf16 else "autocast"
 
     def growing(self, total: int) -> Callable[[int], int]:
@@ -94,7 +94,7 @@ class _Case:
 
     @property
     def state_widths(self) -> dict[str, int]:
-        """The bytes of optimizer state per element of every parameter."""
+        """Return the bytes of optimizer state per element of every parameter."""
         names = state_names_of(self.sizes.shapes, self.config)
         return {name: FP32 * len(kinds) for name, kinds in names.items()}
 
