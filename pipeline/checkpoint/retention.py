@@ -54,8 +54,8 @@ def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> 
     """Rename the checkpoints of all steps after ``step``, so that the next start does not resume from them.
 
     Args:
-        origin: the checkpoint from which the run continues. If the run folder contains a different checkpoint of the
-            same step, that checkpoint is also renamed.
+        origin: the checkpoint from which the run continues. It may be in another folder. In that case, the run folder's own
+            checkpoint of ``step`` is also renamed.
 
     Raises:
         OSError: a folder cannot be renamed.

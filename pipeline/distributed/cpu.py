@@ -84,7 +84,7 @@ def keep_freed_memory() -> None:
     a fifth of the time of a step.
 
     This call also makes all threads use the main arena of malloc, because the other arenas cannot keep large blocks.
-    For example, the threads of Gloo allocate large receive buffers.
+    Without the call, the threads of Gloo, which allocate large receive buffers, use other arenas.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

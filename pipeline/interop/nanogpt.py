@@ -51,7 +51,7 @@ _WEIGHTS_ONLY = "remove 'optimizer' from the file to import its weights alone"
 
 
 def import_nanogpt(path: Path, run_folder: Path) -> Conversion:
-    """Write the model and the settings in a file into a new run folder.
+    """Convert a ``ckpt.pt`` of nanoGPT to a new run folder that contains its model and its settings.
 
     Raises:
         CheckpointError: the file is not a ``ckpt.pt``, is damaged, contains code, or contains a wrong tensor; or the

@@ -17,7 +17,7 @@ FEWEST_ROWS = {torch.float32: 4, torch.bfloat16: 1}
 
 
 class PackedLinear(nn.Module):
-    """A linear layer that computes in one dtype. It has no parameters and no backward pass."""
+    """A linear layer for inference that computes in one dtype. Its weight is packed and gets no gradient."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()

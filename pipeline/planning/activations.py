@@ -33,7 +33,7 @@ Compute = Literal["autocast", "bf16_view", "bf16_weights"]
 class Peak:
     """The peak memory in an interval of the backward pass.
 
-    A new interval begins whenever the gradient of a parameter is complete.
+    A new interval begins whenever the gradient of a parameter is finished.
     """
 
     finished_elements: int  # elements of all parameters whose gradients are finished
@@ -56,9 +56,10 @@ class Request:
 def trace_activations(request: Request) -> tuple[Peak, ...]:
     """Return the memory peaks of a forward and backward pass, in order.
 
-    The first peak is before any gradient is complete.
+    The backward pass finishes the gradients of the parameters one after another. The first peak is the peak of the time
+    before the first gradient is finished. Each further peak belongs to the time between two finished gradients.
 
-    A deep model is not traced directly, because its blocks are equal. Instead, the function traces a model with few
+    A deep model is not traced directly, because that would take long. Instead, the function traces a model with few
     blocks, and a model with a few more blocks. From the difference between their peaks, it computes the peaks of the
     deep model. For a deep model, the result contains only the peaks at the first and at the last blocks. The largest
     peak is always among them, because the memory changes linearly from block to block.
