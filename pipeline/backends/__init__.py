@@ -17,7 +17,7 @@ __all__ = ["Backend", "Fragment", "cpu_adam_problem", "create_backend"]
 def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -> Backend:
     """Wrap a newly built fp32 model in the backend that the config selects.
 
-    The function imports the module of the backend only when it is called, because importing DeepSpeed takes seconds.
+    Only the module of the selected backend is imported, because importing DeepSpeed takes seconds.
     """
     if config.backend.name == "ddp":
         from pipeline.backends.ddp import DdpBackend
@@ -39,7 +39,7 @@ def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -
 
 
 def cpu_adam_problem() -> str | None:
-    """Build DeepSpeed's AdamW for offloaded optimizer state, unless it is already built.
+    """Build DeepSpeed's CPUAdam, which updates offloaded optimizer state, unless it is already built.
 
     Returns the error message if the build fails, otherwise None.
     """

@@ -22,7 +22,8 @@ class Backend(ABC):
     """A model and its optimizer, distributed over the ranks by a library such as FSDP2.
 
     The trainer calls ``accumulate`` once per micro-step and ``step`` once per step. A backend averages the gradients
-    over the ranks. Because the trainer needs the sum of the gradients, it multiplies the loss by the world size.
+    over the ranks, but training needs their sum. Therefore, the ``loss_weight`` that the trainer passes to
+    ``accumulate`` contains the world size as a factor.
     """
 
     compute: nn.Module  # the wrapped module; calling it has the same effect as calling GPT2
@@ -44,7 +45,7 @@ class Backend(ABC):
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
         """Run the forward and backward pass of one micro-batch, and add its gradients to the accumulated gradients.
 
-        Returns the sum of the losses of all scored targets as a detached scalar.
+        Returns the sum of the losses of all scored targets in the micro-batch, as a detached scalar.
 
         Args:
             tokens: (B, T) int64 ids on the device.
@@ -58,7 +59,7 @@ class Backend(ABC):
         """Unscale and clip the gradients, update the weights, and clear the gradients.
 
         Call this method after ``accumulate(..., is_last=True)``. If the gradients of any rank are not finite, the step
-        is skipped: the weights and the optimizer state do not change. The gradients are cleared, and a dynamic loss
+        is skipped: the weights and the optimizer state do not change, the gradients are cleared, and a dynamic loss
         scale is halved.
 
         Args:
@@ -92,16 +93,17 @@ class Backend(ABC):
     def state_was_loaded(self, updates: int) -> None:
         """Prepare the backend for training after the values of a checkpoint were written into the fragments.
 
-        This method sets the optimizer's step count, and copies the master weights to the compute weights.
+        This method sets the optimizer's step count, and copies the master weights to the weights that the model
+        computes with.
 
         Args:
-            updates: the step count: the number of updates since the optimizer's state was zero.
+            updates: the step count, which is the number of updates since the optimizer's state was zero.
         """
         self.state.set_step_count(updates)
         self.state.publish_masters()
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Return the dtypes of the master weights, compute weights, gradient accumulation and optimizer state."""
+        """Return the dtypes of four kinds of tensors, under the names that the log shows, such as "master weights"."""
         fragment = self.fragments()[0]
         return {
             "master weights": fragment.weight.dtype,
@@ -116,14 +118,20 @@ class Backend(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Return the names of the library, its variant and the optimizer.
+        """Return a text with the names of the backend and the optimizer, and with settings such as the ZeRO stage.
 
         The log shows this text at the start of a run.
         """
 
     @torch.no_grad()
     def __call__(self, *inputs: Any, method: Method) -> Tensor:
-        """Return the result of ``GPT2.forward`` without gradients. This call is collective: every rank must make it."""
+        """Call ``GPT2.forward`` without gradients, and return its result.
+
+        This call is collective: every rank must make it.
+
+        Args:
+            method: the method that ``GPT2.forward`` calls, such as ``loss``.
+        """
         result: Tensor = self.compute(*inputs, method=method)
         return result
 
@@ -138,14 +146,13 @@ class Backend(ABC):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Return a context manager inside whose ``with`` block the model computes with the averages of the weights.
+        """Return a context manager. Inside its ``with`` block, the model computes with the averages of the weights.
 
-        No tensor is copied: the values of the averages and of the master weights are exchanged, and exchanged back at
-        the end of the block. A backend that shards the weights exchanges only the shards. Do not save or train
-        inside the block.
+        At the beginning of the block, each average swaps its values with its master weight. At the end, they swap back.
+        Therefore, no memory for another copy of the weights is needed. Do not save or train inside the block.
 
         This call is collective: every rank must make it. If the block raises an error, the run cannot continue, because
-        the weights are not exchanged back.
+        the values are not swapped back.
         """
         self._swap_average()
         yield

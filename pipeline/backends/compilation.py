@@ -10,10 +10,10 @@ from pipeline.model.gpt2 import GPT2
 def compiles_blocks(world: World) -> bool:
     """Return whether torch.compile compiles each block separately. The result is True if several ranks use GPUs.
 
-    On several GPUs, the gradients of a block are reduced while the backward pass continues with the next block. This
-    works only if each block has its own graph, because a graph of the whole model returns all gradients at its end. A
-    single process does not reduce gradients. On CPUs, the reduction and the backward pass need the same cores, so one
-    graph is faster.
+    On several GPUs, the gradients of a block are reduced while the backward pass continues with other blocks. This
+    works only if each block has its own graph, because a graph of the whole model returns all gradients at its end. In
+    all other cases, this overlap has no advantage, and one graph of the whole model is faster: a single process does
+    not reduce gradients, and on CPUs, the reduction and the backward pass need the same cores.
     """
     return world.size > 1 and world.device.type != "cpu"
 
@@ -21,8 +21,8 @@ def compiles_blocks(world: World) -> bool:
 def compile_blocks(model: GPT2) -> None:
     """Compile each block separately. Compile the output layer and the loss together.
 
-    The hooks that a backend adds to these modules run outside the compiled graphs. All blocks share one graph, so the
-    compilation time does not depend on the number of blocks.
+    The hooks that a backend adds to these modules run outside the compiled graphs. torch compiles one graph and uses it
+    for all blocks, so the compilation time does not depend on the number of blocks.
     """
     # DDP's own division of graphs would cut every block that is larger than a bucket. This changes the whole process.
     torch._dynamo.config.optimize_ddp = False

@@ -1,8 +1,8 @@
 """Remove the lock file of an extension build that was killed.
 
 torch builds a C++ extension when it is first used, and creates a lock file during the build. If the build is killed,
-the file remains. torch (``torch.utils.file_baton``) waits for the file to disappear without a time limit, so every
-later run would hang.
+the file remains. Every later run would hang, because torch (``torch.utils.file_baton``) waits without a time limit
+until the file disappears.
 """
 
 import logging

@@ -24,7 +24,10 @@ _BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.floa
 
 
 class ShardedState(ParameterState):
-    """The state of FSDP2. The masters are the shards of the parameters, and the model computes with gathered copies."""
+    """The masters and the optimizer state under FSDP2.
+
+    The masters are the shards of the parameters. The model computes with copies that are gathered from all shards.
+    """
 
     def __init__(
         self, compute: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], names: StateNames
@@ -33,7 +36,10 @@ class ShardedState(ParameterState):
         self.compute = compute
 
     def publish_masters(self) -> None:
-        """Free gathered weights, which may differ from the masters. The next forward pass gathers them again."""
+        """Free the gathered copies of the weights, because the masters have changed.
+
+        The next forward pass gathers them again.
+        """
         for module in self.compute.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -39,8 +39,8 @@ class _Overlap:
 class MatrixExchange:
     """Transforms matrices. Each matrix has an owner, which is the rank that transforms it.
 
-    The matrices are processed in groups. For each group, one all-to-all sends the elements to the owners, and another
-    all-to-all sends the results to all ranks that hold the elements. The matrices of a group are assigned to owners so
+    The matrices are processed in batches. For each batch, one all-to-all sends the elements to the owners, and another
+    all-to-all sends the results to all ranks that hold the elements. The matrices of a batch are assigned to owners so
     that all ranks have about the same amount of work. If the ranks hold several copies of the elements, an owner
     receives the elements of only one copy. All copies receive the same results, so the copies stay equal.
 
@@ -66,7 +66,7 @@ class MatrixExchange:
         ]
 
     def transform(self, elements: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> None:
-        """Replace each matrix by ``function(matrix)`` times the ``update_scale`` of the matrix.
+        """Replace each matrix by ``function(matrix)`` times ``Matrix.update_scale``.
 
         This call is collective: every rank must make it.
 

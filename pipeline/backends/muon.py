@@ -30,11 +30,11 @@ _IS_MUON = "is_muon"  # the key of a parameter group that Muon updates
 
 
 class Muon(torch.optim.Optimizer):
-    """An optimizer that updates one group of matrices with Muon, and all other parameters with an AdamW optimizer.
+    """An optimizer that updates some matrices with Muon, and all other parameters with an AdamW optimizer.
 
-    A *master* is a tensor that the optimizer updates. Under DeepSpeed, a master contains ranges of several parameters.
-    Under the other backends, a master is a parameter. Call ``use_ranges`` before the first step, to tell the optimizer
-    which ranges of which parameters each master contains.
+    A *master* is a tensor that the optimizer updates. Under ZeRO-1 to ZeRO-3, a master contains ranges of several
+    parameters. Under the other backends, a master is a parameter. Call ``use_ranges`` before the first step, to tell
+    the optimizer which ranges of which parameters each master contains.
 
     Args:
         parameters: maps canonical names to the parameters that Muon updates.
@@ -85,7 +85,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override] # no backend passes a closure
-        """Update the masters of all groups. Masters without a gradient do not change.
+        """Update the masters of all parameter groups. Masters without a gradient do not change.
 
         This call is collective: every rank must make it, with the same parameter groups.
         """

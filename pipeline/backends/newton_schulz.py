@@ -13,7 +13,7 @@ def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
     """Return an approximation of the orthogonal matrix that is nearest to ``matrix``, shape (rows, columns).
 
     The result has the same singular vectors as ``matrix``, and its singular values are close to 1. Each iteration
-    replaces X by a X + (b X X^T + c (X X^T)^2) X. A matrix of zeros stays zero.
+    replaces X by a X + (b X X^T + c (X X^T)^2) X, where a, b and c are constants. A matrix of zeros stays zero.
 
     Args:
         matrix: shape (rows, columns). Its dtype is also the dtype of the computation and of the result.

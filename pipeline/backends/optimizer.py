@@ -61,11 +61,12 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer that the config selects.
 
-    The optimizer is AdamW, or a ``Muon`` that updates some parameters with an AdamW.
+    The optimizer is AdamW or Muon. The ``Muon`` object contains an AdamW for the parameters that Muon does not update.
 
     Args:
         parameters: maps canonical names to all parameters of the model.
-        build_rest: a function that takes parameters and returns an AdamW for them. If None, ``build_adamw`` is used.
+        build_rest: a function that takes parameters and returns an AdamW for them. It is called for all parameters that
+            Muon does not update. If None, ``build_adamw`` is used.
     """
     build = build_rest or partial(build_adamw, config=config.optimizer, device=world.device)
     if config.optimizer.name == "adamw":

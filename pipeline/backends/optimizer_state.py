@@ -66,7 +66,7 @@ class OptimizerState(ABC):
 
     @abstractmethod
     def publish_masters(self) -> None:
-        """Copy the masters to the compute weights, which the model uses.
+        """Copy the masters to the weights that the model computes with.
 
         Call this method after you write into fragments.
         """
@@ -83,8 +83,8 @@ class OptimizerState(ABC):
         """Return views of the masters, of the optimizer state and of the averages of the weights.
 
         If the optimizer has not created its state yet, the state is first created and filled with zeros. Averages that
-        do not exist yet are created as copies of the masters. Under FSDP2, a rank has no fragment of a parameter if the
-        parameter has fewer rows than there are ranks.
+        do not exist yet are created as copies of the masters. Under FSDP2, a rank has no fragment of a parameter if it
+        holds no row of the parameter. This happens if the parameter has few rows.
         """
         self.create_states()
         return [

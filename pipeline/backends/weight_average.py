@@ -1,7 +1,7 @@
 """Keep an exponential moving average (EMA) of the master weights.
 
 The average of each master is a tensor with the shape and the sharding of the master. A rank therefore holds the
-averages of exactly those elements whose weights it updates.
+averages of exactly the weights that it updates.
 """
 
 import math

@@ -6,11 +6,10 @@ A checkpoint is a folder, for example ``checkpoints/step_00000100``, with these 
 ``rank_00000_moments.safetensors``    the corresponding pieces of the optimizer state, such as AdamW's two moments
 ``state.json``                        step, samples, loss scale, seed, resolved config, versions
 ``manifest.json``                     format version, parameter shapes, names of the optimizer tensors, size and SHA-256
-                                      of each other file, and a SHA-256 of these entries
+                                      of the files above, and a SHA-256 of the manifest's own entries
 
 When a checkpoint is saved, each rank writes the pieces that it holds. When a checkpoint is loaded, each rank copies
-only the elements that it needs. Therefore, no rank ever needs memory for the whole state. No file contains pickled
-objects.
+only the elements that it needs. Therefore, the state is never gathered on one rank. No file contains pickled objects.
 
 Three modules save a checkpoint: ``background`` copies the state to host memory and starts a thread. In this thread,
 ``saving`` writes the files, and ``retention`` deletes older checkpoints.

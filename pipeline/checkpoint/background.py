@@ -60,7 +60,7 @@ class BackgroundSaver:
         self._in_flight: tuple[int, float, Future[SavedCheckpoint]] | None = None
 
     def start(self, state: TrainingState) -> list[SaveOutcome]:
-        """Copy the state, and let the thread write the copy. If the previous save is not finished, wait for it first.
+        """Copy the state, and write the copy in a new thread. First, wait until the previous save is finished.
 
         This call is collective: every rank must make it.
 

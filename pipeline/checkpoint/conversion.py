@@ -32,16 +32,17 @@ _SINGLE_RANK = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
     """Copy a checkpoint into a new run folder, as if a single rank had saved it.
 
-    The new checkpoint contains the same training state and the same config. In the ``config.json`` of the new run
+    The new checkpoint contains the training state and the config of the source. In the ``config.json`` of the new run
     folder, ``run.out_dir`` is the new run folder.
 
     Args:
         source: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used.
+        run_folder: the folder of the new run.
 
     Raises:
-        CheckpointError: the source cannot be used, the run folder already has checkpoints, or the new checkpoint cannot
+        CheckpointError: the source cannot be used, ``run_folder`` already has checkpoints, or the new checkpoint cannot
             be written.
-        ConfigError: the config of the source is not valid for this program, or another process is using the run folder.
+        ConfigError: the config of the source is not valid for this program, or another process is using ``run_folder``.
     """
     require_new_run_folder(run_folder)
     folder = locate_checkpoint(source)
@@ -57,7 +58,7 @@ def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
 
 
 def config_of_new_run(folder: Path, stored_config: dict[str, Any], run_folder: Path) -> Config:
-    """Return the config of a checkpoint for a new run folder. In the result, ``run.out_dir`` is ``run_folder``.
+    """Return the config in a checkpoint, with ``run.out_dir`` changed to ``run_folder``.
 
     Args:
         folder: the checkpoint folder, for error messages.

@@ -78,10 +78,10 @@ class RunReport:
 
 
 def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[str]:
-    """Return the config keys that can make this run's results differ from the results of other backends.
+    """Return the config keys that can make the results of a run differ from the results of other backends.
 
-    Such keys are taken from ``config`` and from the metrics of all steps up to ``step``. The result therefore also
-    contains keys that the run used only at earlier steps.
+    The function reads these keys from ``config`` and from the metrics of all steps up to ``step``, because the run may
+    have had another config before it was resumed.
     """
     rows = (row.get(DIFFERENT_NUMBERS_KEY) for row in read_metrics(run_folder) if row["step"] <= step)
     earlier = [key for keys in rows if isinstance(keys, list) for key in keys]

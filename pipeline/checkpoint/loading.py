@@ -31,17 +31,17 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
     Each rank reads only the weights and the optimizer state that it needs. The optimizer's step count and the loss
     scale are also restored.
 
-    If the checkpoint was written with another optimizer, only the weights are copied. The optimizer then starts with
-    zero state and with step count 0, and ``optimizer_start`` in the result is the number of updates that the run had
-    made before this checkpoint.
+    If the checkpoint was written with another optimizer than the backend has, only the weights are copied. The
+    backend's optimizer then starts with zero state and with step count 0, and ``optimizer_start`` in the result is the
+    number of updates that the run had made when it saved the checkpoint.
 
     If the backend keeps an average of the weights and the checkpoint has none, the average starts as a copy of the
     weights.
 
     Raises:
-        CheckpointError: the checkpoint belongs to a model with other parameters, is malformed, or cannot be read. If it
-            cannot be read, the backend may already contain some of its values. In the other cases, the backend has not
-            changed.
+        CheckpointError: the parameters in the checkpoint have other names or shapes than those of the model, or the
+            checkpoint is malformed, or cannot be read. If it cannot be read, the backend may already contain some of
+            its values. In the other cases, the backend has not changed.
     """
     state, _ = read_state(folder)
     index = index_for_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
@@ -126,7 +126,7 @@ def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
         shapes: maps the canonical names of the model's parameters to their shapes.
 
     Raises:
-        CheckpointError: the parameters in the checkpoint have other names or shapes, or a file is damaged (see
+        CheckpointError: the names and shapes in the checkpoint differ from ``shapes``, or a file is damaged (see
             ``index_pieces``).
     """
     manifest = read_manifest(folder)
@@ -171,7 +171,7 @@ class LoadedModel:
 
     @property
     def run_folder(self) -> Path:
-        """Return the folder for results: the run folder, or the checkpoint folder if it is not in a run folder."""
+        """Return the folder for results: the checkpoint's run folder, or the checkpoint folder if there is none."""
         return run_folder_of(self.checkpoint)
 
 

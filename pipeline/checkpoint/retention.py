@@ -54,8 +54,9 @@ def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> 
     """Rename the checkpoints of all steps after ``step``, so that the next start does not resume from them.
 
     Args:
-        origin: the checkpoint from which the run continues. It may be in another folder. In that case, the run folder's own
-            checkpoint of ``step`` is also renamed.
+        origin: the checkpoint of ``step`` from which the run continues. If it is not in ``run_folder``, and
+            ``run_folder`` has its own checkpoint of ``step``, this checkpoint is renamed, too. If None, the checkpoint
+            of ``step`` in ``run_folder`` is kept.
 
     Raises:
         OSError: a folder cannot be renamed.
@@ -129,7 +130,9 @@ def is_milestone(folder: Path) -> bool:
 
 
 def best_step(newest: Path) -> int | None:
-    """Return the step with the lowest validation loss. Returns None if ``checkpoint.keep_best`` is not true.
+    """Return the step at which a run had its lowest validation loss.
+
+    Returns None if ``checkpoint.keep_best`` is not true.
 
     Args:
         newest: the newest checkpoint of the run. Its ``state.json`` contains the step with the lowest validation loss.
@@ -161,7 +164,7 @@ class Pruning:
 def prune(run_folder: Path, keep: int, *, dry_run: bool) -> Pruning:
     """Delete everything in a run's ``checkpoints`` except the newest ``keep`` checkpoints that pass verification.
 
-    If milestones and the best checkpoint pass verification, they are kept as well.
+    The milestones and the best checkpoint are also kept if they pass verification.
 
     Args:
         dry_run: if True, delete nothing and only report what would be deleted.

@@ -48,7 +48,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A complete checkpoint. After the files were written, they were read back and compared."""
+    """A complete checkpoint. Its files were read back and compared with the bytes that were written."""
 
     folder: Path
     bytes_of_rank: dict[int, int]

@@ -124,8 +124,8 @@ def verify_checkpoints(path: Path, print_line: Callable[[str], None]) -> None:
     """Verify a checkpoint, or all checkpoints of a run, oldest first.
 
     Args:
-        print_line: a function that prints a line. It is called once per checkpoint, and at the end once with
-            the amount of data and the speed at which it was read.
+        print_line: a function that prints a line. It is called with one line per checkpoint, and then with a line that
+            says how much data was read and how fast.
 
     Raises:
         CheckpointError: the path contains no checkpoint, or a checkpoint is damaged.

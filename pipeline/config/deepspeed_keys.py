@@ -146,7 +146,7 @@ def changes_of_numbers(backend: BackendConfig) -> list[str]:
 def keys_of_deepspeed(content: dict[str, Any]) -> list[str]:
     """Return the keys in a config file that belong to DeepSpeed's own JSON config and not to a run config.
 
-    Returns an empty list if there are none, so that the file is a run config.
+    The list is empty if the file is a run config.
     """
     own = [key for key in content if key in (*PASSED_THROUGH, *OWNED_BY_RUN, *MONITORS)]
     sections = [key for key in content if key in Config.model_fields and key not in OWNED_BY_RUN]

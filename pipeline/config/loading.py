@@ -99,7 +99,7 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 
 def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Yield all dotted keys of the schema, including the keys of the sections.
+    """Yield all dotted keys of the schema, including the names of the sections, such as ``run``.
 
     ``*`` in a key means any index of a list.
     """

@@ -8,20 +8,20 @@ from pipeline.config.schema import Config, RunConfig
 
 
 def with_working_dir(config: Config) -> Config:
-    """Return a config in which ``run.working_dir`` is set. If the config has no value, the current folder is used."""
+    """Return a config in which ``run.working_dir`` is set. If it was null, it becomes the current folder."""
     run = config.run.model_copy(update={"working_dir": config.run.working_dir or str(Path.cwd())})
     return config.model_copy(update={"run": run})
 
 
 def find_path(path: str, run: RunConfig) -> str:
-    """Return the path at which a file or folder of a config exists. A URL is returned unchanged.
+    """Return the path of a file or folder that a config names. A URL is returned unchanged.
+
+    A relative path is first searched in the current folder, and then in the folder in which the run was started.
+    Therefore, a run can be evaluated and resumed from any folder. If both folders are the same, the path is returned
+    unchanged, even if it does not exist.
 
     Args:
         path: the path in the config. It may be relative.
-
-    A relative path is first searched in the current folder, and then in the folder in which the run was started.
-    Therefore, a run can be evaluated and resumed from any folder. If both folders are the same, the path need not
-    exist.
 
     Raises:
         DataError: the two folders differ, and the path exists in neither of them.

@@ -120,7 +120,7 @@ class RunConfig(Section):
 
     @property
     def compiles(self) -> bool:
-        """Return whether torch.compile compiles the model. Returns False as long as ``compile`` is ``auto``."""
+        """Return whether torch.compile compiles the model. If ``compile`` is still ``auto``, the result is False."""
         return self.compile is True
 
 
@@ -463,7 +463,7 @@ class BackendConfig(Section):
         return world_size
 
     def offloads(self, what: Literal["optimizer", "param"]) -> bool:
-        """Return whether DeepSpeed offloads the optimizer state or the parameters from the device."""
+        """Return whether DeepSpeed offloads ``what`` from the device: the optimizer state or the parameters."""
         return bool(self.zero.get(f"offload_{what}", {}).get("device", "none") != "none")
 
 

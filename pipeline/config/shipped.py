@@ -15,7 +15,7 @@ def shipped_configs() -> dict[str, Path]:
 def find_config(name: str | Path) -> Path:
     """Return the path of a config. ``name`` is the path of a file, or the name of a shipped config.
 
-    If there is both a file and a shipped config, the file is used. If there is neither, ``name`` is returned as a path.
+    If both exist, the file is used. If neither exists, ``name`` is returned as a path.
     """
     path = Path(name)
     return path if path.is_file() else shipped_configs().get(str(name), path)

@@ -39,9 +39,9 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
     """Compute the number of micro-steps per optimizer step from ``batch.tokens_per_step``.
 
     Raises:
-        ConfigError: ``batch.tokens_per_step`` is not a multiple of the tokens of one micro-step on all ranks. Or
-            the config sets a group size for FSDP or hpZ, and the number of ranks is not a multiple of this size. The
-            message suggests values that work.
+        ConfigError: ``batch.tokens_per_step`` is not a multiple of the number of tokens that all ranks together process
+            in one micro-step. Or the config sets a group size for FSDP or hpZ, and the number of ranks is not a
+            multiple of this size. The message suggests values that work.
     """
     _check_groups(config.backend, world_size)
     batch, seq_len = config.batch, config.seq_len

@@ -157,8 +157,8 @@ def suggest_batch(tokens: int, plan: BatchPlan) -> str:
 class Prefetcher:
     """Reads the micro-batches of the next step in a thread, while the device computes the current step.
 
-    The micro-batches of two steps are in memory. If a caller requests a step that the thread has not read, the call
-    reads the micro-batches of that step itself.
+    The micro-batches of these two steps are in memory. If a caller requests a step that the thread has not read, the
+    call reads the micro-batches of that step itself.
     """
 
     def __init__(self, loader: TrainLoader, device: torch.device) -> None:

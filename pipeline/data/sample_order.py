@@ -1,4 +1,6 @@
-"""Compute from the number of a sample its dataset and its window in this dataset, in O(1) time and memory.
+"""Compute the dataset of a sample and the window of the sample in this dataset.
+
+Both are computed from the number of the sample alone, in O(1) time and memory.
 
 A mixture assigns each sample to a dataset, in proportion to the weights of the datasets. Within a dataset, each epoch
 has a different random order of the windows. The seed determines these orders.
@@ -28,9 +30,10 @@ class SampleOrder:
     Therefore, the order does not depend on the world size, and a run can resume at any sample without reading the
     earlier ones.
 
-    In each epoch ``g // n``, the windows have a different permutation. It is computed with a balanced Feistel network
-    on the numbers from 0 to 4**k - 1, where 4**k is the smallest power of four that is at least ``n``. While the result
-    is not below ``n``, the network is applied again to the result (Black and Rogaway 2002).
+    Sample g belongs to epoch ``g // n``. Each epoch has a different permutation of the windows. The permutation is
+    computed with a balanced Feistel network on the numbers from 0 to 4**k - 1, where 4**k is the smallest power of four
+    that is at least ``n``. While the result is not below ``n``, the network is applied again to the result (Black and
+    Rogaway 2002).
     """
 
     def __init__(self, n: int, seed: int) -> None:

@@ -54,7 +54,7 @@ def share_cores(world: World) -> str:
 
 
 def split_cores(cores: Sequence[int], index: int, ranks: int) -> Sequence[int]:
-    """Return the cores for the rank ``index`` of ``ranks`` ranks on a host.
+    """Return the cores for one of the ``ranks`` ranks on a host. ``index`` is its rank on this host.
 
     The cores of a rank are adjacent, because adjacent cores share caches. If there are fewer cores than ranks, several
     ranks get the same core.
@@ -83,8 +83,8 @@ def keep_freed_memory() -> None:
     Blocks for logits and gradients are larger than this. The kernel would clear their memory in every step, which takes
     a fifth of the time of a step.
 
-    This call also makes all threads use the main arena of malloc, because the other arenas cannot keep large blocks.
-    Without the call, the threads of Gloo, which allocate large receive buffers, use other arenas.
+    This call also makes all threads use the main arena of malloc, because malloc's other arenas cannot keep large
+    blocks. Without the call, Gloo's threads, which allocate large receive buffers, would not use the main arena.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -135,8 +135,9 @@ class LateValue:
 class PeakMemory:
     """The peak memory of this process.
 
-    On a GPU, the peak is measured since this object was created. Memory that is allocated inside ``ignored`` does not
-    count. On a CPU, the peak is measured since the process was started, because the kernel stores only this value.
+    On a GPU, the peak is measured since this object was created. Memory that is allocated inside a block of ``ignored``
+    does not count. On a CPU, the peak is measured since the process was started, because the kernel stores only this
+    value.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -150,7 +151,7 @@ class PeakMemory:
 
     @contextmanager
     def ignored(self) -> Iterator[None]:
-        """Return a context manager. Memory that is allocated and freed inside its ``with`` block does not count.
+        """Return a context manager. Memory that is allocated inside its ``with`` block does not change the peak.
 
         This has an effect only on a GPU.
         """

@@ -20,7 +20,7 @@ def launched_rank() -> int:
 
 
 def launched_world_size() -> int:
-    """Return the number of processes of the run. Returns 1 if no launcher started it."""
+    """Return the number of processes of the run. Returns 1 if no launcher started this process."""
     return _number(_WORLD_SIZE, 1)
 
 

@@ -1,4 +1,4 @@
-"""Exchange heartbeats between ranks. If a rank dies or hangs, all ranks name it and exit."""
+"""Exchange heartbeats between ranks. If a rank dies or hangs, the remaining ranks print which rank it is, and exit."""
 
 import json
 import os
@@ -174,8 +174,8 @@ class Heartbeat:
 def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
     """Return a context manager that watches all ranks inside its ``with`` block.
 
-    At the end of the block, each rank waits for all other ranks. If the block raises an error, it is printed at once
-    (see ``failures_reported``).
+    At the end of the block, each rank waits for all other ranks. If the block raises an error, the error is printed at
+    once (see ``failures_reported``).
     """
     watch = Heartbeat(world, timeout_s)
     with watch.explaining_sigterm():

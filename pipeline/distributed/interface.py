@@ -1,7 +1,8 @@
 """Choose the network interface through which Gloo connects ranks on different nodes.
 
 By default, Gloo uses the IP address that the name of the host resolves to. On Debian and Ubuntu, this is 127.0.1.1,
-which other nodes cannot reach. Runs with NCCL also need Gloo, to save checkpoints and to agree on signals.
+which other nodes cannot reach. Runs with NCCL also need Gloo: they use it to save checkpoints, and to agree on when to
+stop after a signal.
 """
 
 import ipaddress

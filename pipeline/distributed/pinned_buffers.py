@@ -1,8 +1,8 @@
 """Allocate buffers in host memory. Buffers for tensors on a GPU are pinned, so that copies do not wait.
 
 torch rounds the size of each pinned allocation up to a power of two. If each tensor of GPT-2 had its own allocation,
-they would need 1.1 to 1.7 times the memory of the tensors. Therefore, several tensors share an allocation whose size is
-a power of two.
+the allocations would need 1.1 to 1.7 times the memory of the tensors. Therefore, several tensors share an allocation
+whose size is a power of two.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,9 +46,10 @@ def _allocate_pinned(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
     """Divide tensors with the given sizes in bytes among slabs, so that little memory is lost.
 
-    The slabs are created one after another, and each slab is filled with tensors in the order of decreasing size. The
-    size of a new slab is the largest power of two that does not exceed the total size of the tensors without a slab.
-    However, the largest of these tensors must fit into the new slab.
+    The slabs are created one after another. The size of a new slab is the largest power of two that does not exceed the
+    total size of the tensors that have no slab yet. If the largest of these tensors does not fit, the slab gets the
+    smallest power of two into which this tensor fits. The slab is then filled with tensors in the order of decreasing
+    size.
     """
     padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
     remaining = sorted(range(len(sizes)), key=lambda index: -padded[index])

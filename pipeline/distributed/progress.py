@@ -5,8 +5,8 @@ evaluation, and each collective. All ranks pass the same marks in the same order
 of marks that it has passed. A stuck rank shows one of two signs:
 
 - It is *still*: it passes no mark and uses no CPU time, for example because a file system does not answer.
-- It *loops*: since its last mark, it has used much more CPU time than between any two earlier marks. A rank that waits
-  for its GPU also uses CPU time.
+- It *loops*: since its last mark, it has used much more CPU time than it ever used from one mark to the next. This is
+  also the sign of a GPU that hangs, because a rank uses CPU time while it waits for its GPU.
 
 A healthy rank shows the same signs while it waits for another rank in a collective. Therefore, ``find_stuck`` compares
 the positions of the ranks.
@@ -51,10 +51,10 @@ class Progress:
         """Record that a phase of the run begins. This is a mark: all ranks must make the same calls in the same order.
 
         Args:
-            is_patient: whether this phase can take long. A healthy rank may then wait for minutes without using CPU
+            is_patient: whether this phase can take long. If True, a healthy rank may wait for minutes without using CPU
                 time, and may use more CPU time than in other phases.
-            repeats: whether the run does the work of this phase repeatedly. The largest CPU time between two marks in
-                such phases is used to find ranks that loop.
+            repeats: whether the run does the work of this phase repeatedly. Only in such phases, the CPU time from one
+                mark to the next is used to find ranks that loop.
         """
         self._restart_clock()
         self.phase, self.is_patient, self.repeats = phase, is_patient, repeats
@@ -77,9 +77,8 @@ class Progress:
     def patience(self) -> Iterator[None]:
         """Return a context manager for rare work that takes long.
 
-        Inside its ``with`` block, the rank may make no progress for longer than usual before it counts as stuck.
-
-        Other ranks need not make this call.
+        Inside its ``with`` block, the rank may make no progress for longer than usual before it counts as stuck. The
+        other ranks need not make this call.
         """
         before = self.is_patient, self.repeats
         self.move()
@@ -114,7 +113,7 @@ class Place:
         return json.dumps(asdict(self))
 
     def is_overdue(self, timeout_s: float) -> bool:
-        """Return whether the rank has been still for longer than its phase allows, or loops."""
+        """Return whether the rank has been still for longer than its phase allows, or loops (see ``loops``)."""
         allowed_s = max(timeout_s, PATIENCE_S) if self.is_patient else timeout_s
         return self.still_s > allowed_s or self.loops(timeout_s)
 

@@ -25,8 +25,8 @@ def open_store(rank: int, size: int, timeout: timedelta) -> Store:
     """Return an empty key-value store that all ranks share.
 
     torchrun keeps its store when it restarts the ranks. If the new ranks found the addresses of the earlier ranks in
-    it, they would wait for these ranks without a limit. Therefore, the keys get a new prefix at each start. If there is
-    only one rank, the store is in memory and needs no port.
+    this store, they would wait forever for the earlier ranks. Therefore, the keys get a new prefix at each start. If
+    there is only one rank, the store is in memory and needs no port.
 
     Raises:
         TimeoutError: a rank has not connected within ``timeout``.

@@ -63,7 +63,10 @@ def _check_extras(project: Distribution) -> Iterator[Finding]:
 
 
 def requirements(project: Distribution, extra: str) -> list[Requirement]:
-    """Return the requirements that an extra adds to a project. If ``extra`` is "", return the project's own."""
+    """Return the requirements that an extra adds to a project.
+
+    If ``extra`` is "", return the requirements that the project has without extras.
+    """
     found = [Requirement(line) for line in project.requires or ()]
     return [r for r in found if _applies(r, extra) and (not extra or not _applies(r, ""))]
 

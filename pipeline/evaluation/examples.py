@@ -72,8 +72,8 @@ def any_continuation(row: Row) -> Example:
 def any_contexts(row: Row) -> Example:
     """Read ``contexts``, ``continuation``, ``gold``: ``gold`` is the index of the right one of several ``contexts``.
 
-    Returns one pair of context and continuation per context. If there is no white space between
-    them, a space is added at the beginning of the continuation.
+    Returns one pair per context. If there is no white space between a context and the continuation, a space is added at
+    the beginning of the continuation.
     """
     contexts, continuation = texts_field(row, "contexts"), text_field(row, "continuation")
     pairs = tuple(_joined(context, continuation) for context in contexts)
@@ -182,8 +182,8 @@ def lambada(row: Row) -> Example:
     """Read ``text``, whose last word is the continuation; or ``context`` and ``continuation``, the last word.
 
     Returns one pair. The text for few-shot prompts has two spaces before the last word, as in lm-evaluation-harness. If
-    the continuation has several words, the prompt in the file may differ from the prompt of the task. In this case,
-    ``rendered_by_file`` is True.
+    the continuation has several words, the row may contain a prompt that differs from the prompt of LAMBADA. In this
+    case, ``rendered_by_file`` of the example is True.
     """
     if "context" in row:
         context, word = text_field(row, "context"), text_field(row, "continuation").removeprefix(" ")
@@ -204,7 +204,7 @@ class Settings:
     limits: Mapping[str, int] = field(default_factory=dict)  # task -> limit, for tasks with another limit
 
     def of(self, task: str) -> "Settings":
-        """Return the options for one task. Their ``limit`` is the limit of this task."""
+        """Return the options for one task. In the result, ``limit`` is the number of examples to score in this task."""
         return replace(self, limit=self.limits.get(task, self.limit), limits={})
 
     def label(self, task: str) -> str:

@@ -65,9 +65,10 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
     """Encode a context and its continuation as one text, and split the tokens into context and continuation.
 
     First, white space at the end of the context is moved to the beginning of the continuation, because GPT-2's tokens
-    contain the space before a word and not the space after a word. Then, the context is also encoded alone. If it has n
-    tokens, the first n tokens of the whole text are the tokens of the context. An empty context becomes
-    ``<|endoftext|>``. ``TemplateLM.loglikelihood`` and ``_encode_pair`` of lm-evaluation-harness do the same.
+    contain the space before a word and not the space after a word. Then, the whole text and the context alone are both
+    encoded. If the context alone has n tokens, the first n tokens of the whole text are the context, and the rest is
+    the continuation. An empty context becomes ``<|endoftext|>``. ``TemplateLM.loglikelihood`` and ``_encode_pair`` of
+    lm-evaluation-harness do the same.
 
     Raises:
         DataError: the continuation has no token, or the context contains only white space.

@@ -3,8 +3,8 @@
 During training, only some batches of the split are scored. The task ``validation`` scores all batches.
 
 The split is divided into windows of ``seq_len`` tokens that do not overlap, so each target token is scored once. Bits
-per byte do not include the loss of ``<|endoftext|>`` targets, because these encode no bytes of text. Therefore, models
-with different tokenizers can be compared.
+per byte compare models with different tokenizers. They do not include the loss of ``<|endoftext|>`` targets, because
+these targets encode no bytes of text.
 """
 
 import math

@@ -51,8 +51,8 @@ def generate_batch(
 ) -> Iterator[dict[int, int]]:
     """Continue several prompts. Yield at most ``sample.max_new_tokens`` times, each time one new token per prompt.
 
-    Each prompt is one row of the batch. Each row has its own random generator. Therefore, the other rows can change
-    the tokens of a row only because results are rounded differently.
+    Each prompt is one row of the batch. Each row has its own random generator. Therefore, the tokens of a row do not
+    depend on the other rows, except for rounding.
 
     Args:
         model: the model, in evaluation mode.

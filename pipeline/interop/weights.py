@@ -51,7 +51,7 @@ def locate_weights(path: Path) -> Path:
 def open_weights(path: Path) -> WeightSource:
     """Open the weights at a path that ``locate_weights`` has returned.
 
-    This function does not verify the hashes in a checkpoint, because ``locate_weights`` has done this.
+    This function does not verify the hashes in a checkpoint, because ``locate_weights`` has already verified them.
 
     Raises:
         CheckpointError: the weights cannot be read, or are not the weights of a GPT-2.

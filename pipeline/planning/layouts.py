@@ -1,9 +1,10 @@
-"""Compute how many bytes a rank needs for weights, master weights, optimizer state, gradients and buffers.
+"""Compute how many bytes of memory a rank needs for weights, masters, optimizer state, gradients and buffers.
 
 If ranks need different numbers of bytes, the functions return the number for the rank that needs most.
 
 The formulas describe this project's backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` gives the
-source of every term. ``make plan-check`` compares the results with measured peaks and with the real wrapping code.
+source of every term. ``make plan-check`` compares the results with measured peaks, and with the state that the backends
+create at large world sizes.
 """
 
 import math
@@ -126,7 +127,7 @@ def sizes_of(model: ModelConfig) -> Sizes:
 
 
 def layout_of(config: Config, plan: BatchPlan, *, pins_host_memory: bool = False) -> Layout:
-    """Return how many bytes one rank needs under the backend of the config.
+    """Return the memory that one rank needs for its state under the backend of the config.
 
     Args:
         pins_host_memory: whether buffers in host memory are pinned, as with GPUs.
@@ -154,7 +155,7 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def exchange_bytes(config: Config, world_size: int) -> int:
-    """Return how many bytes one rank needs while Muon assembles and orthogonalizes matrices. Returns 0 for AdamW."""
+    """Return how many bytes of memory one rank needs for Muon's matrices during a step. Returns 0 for AdamW."""
     if config.optimizer.name != "muon":
         return 0
     shapes = sizes_of(config.model).shapes

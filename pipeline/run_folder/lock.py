@@ -38,9 +38,9 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Return whether a run uses the folder, without taking the lock.
+    """Return whether a run uses the folder. This function does not take the lock.
 
-    If the lock file names another host, the result is True, because this function cannot see the processes there.
+    If the lock file names another host, the result is True, because the processes of that host are not visible here.
     """
     try:
         holder = json.loads((folder / LOCK_FILE).read_text(encoding="utf-8"))

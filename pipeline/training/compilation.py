@@ -28,7 +28,8 @@ def choose_compilation(config: Config, world: World, plan: BatchPlan, model: GPT
 
     This call is collective: every rank must make it. If ``run.compile`` is ``auto``, a run on a CPU is compiled only if
     it will take long. To estimate how long, the function measures the model before a backend wraps it, so the choice
-    does not depend on the backend. A resumed run on a CPU keeps its first choice, because compilation changes rounding.
+    does not depend on the backend. A resumed run on a CPU keeps the choice that its checkpoint stores, because
+    compilation changes rounding.
 
     Args:
         start: the checkpoint from which the run resumes, or None.

@@ -1,4 +1,4 @@
-"""Measure the gradient norm, the weight norm and the update ratio of each layer group, alike for every backend."""
+"""Measure the gradient norm, the weight norm and the update ratio of each layer group, with every backend."""
 
 import math
 

@@ -154,9 +154,9 @@ def _start_from(folder: Path) -> str:
 
 
 def describe_changes(start: Path, config: Config) -> list[str]:
-    """Return one text for each config key whose value differs from the config in the checkpoint ``start``.
+    """Return one text for each config key whose value differs from its value in the checkpoint ``start``.
 
-    Such a text is, for example, ``optimizer.learning_rate 0.001 -> 0.0001``.
+    An example of a text is ``optimizer.learning_rate 0.001 -> 0.0001``.
 
     Keys that only one of the two configs contains are ignored, except for keys of ``backend.deepspeed``.
     """

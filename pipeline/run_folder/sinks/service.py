@@ -49,9 +49,10 @@ class Service(ABC):
 class ServiceSink(Sink):
     """Sends each row of ``metrics.jsonl`` exactly once, even if the run resumes or rolls back, or the server is down.
 
-    A service cannot delete rows. Therefore, a row is sent when a checkpoint at or after its step is saved, because the
-    run will then not write this row again. If ``waits`` is False, a row is sent at once. If rows are deleted after they
-    were sent, the remaining rows are sent again to a new run of the service.
+    A service cannot delete rows. Therefore, a row is sent only after a checkpoint of its step or of a later step was
+    saved. After that, the run usually does not write this row again. If ``waits`` is False, each row is sent at once.
+    If rows of ``metrics.jsonl`` are deleted after they were sent, the remaining rows are sent to a new run of the
+    service.
 
     The file ``NAME_run.json`` in the run folder stores the id of the service's run and the number of sent rows. If some
     rows of ``metrics.jsonl`` were not sent, the next start of the run sends these rows.

@@ -13,7 +13,7 @@ class Sink:
     """
 
     def start(self, config: dict[str, Any], resumed_step: int) -> None:
-        """Prepare to receive rows. Delete the rows of an earlier start that the run will write again.
+        """Prepare to receive rows. Delete all rows that the run will write again.
 
         Args:
             config: the resolved run config.
