@@ -15,7 +15,7 @@ _DOCUMENTS_AT_A_TIME = 4 << 20
 
 
 def write_repeated(folder: Folder, chunks: Sequence[Chunk]) -> None:
-    """Write one file per chunk that contains the positions of the chunk's repeated documents.
+    """Find the repeated documents. For each chunk, write a file with the positions of its repeated documents.
 
     A document is repeated if an equal document comes before it in the source.
     """

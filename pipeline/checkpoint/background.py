@@ -31,7 +31,7 @@ class SaveOutcome:
 
 
 class BackgroundSaver:
-    """Saves checkpoints one at a time, each in a new thread. These threads do not use the process group of the training.
+    """Saves checkpoints one at a time, each in a new thread. These threads do not use training's process group.
 
     Args:
         config: the resolved config, which is stored in each checkpoint.

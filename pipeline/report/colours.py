@@ -7,7 +7,8 @@ from dataclasses import dataclass
 class Colour:
     """A color with a light and a dark variant.
 
-    All light variants are different. Therefore, the light variants in an SVG can be replaced by CSS variables.
+    All light variants are different, so a light variant in an SVG identifies its color. The page can therefore replace
+    each light variant by the CSS variable of this color, which also has the dark variant.
     """
 
     name: str
