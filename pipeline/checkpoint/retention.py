@@ -54,14 +54,9 @@ def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> 
     """Rename the checkpoints of all steps after ``step``, so that the next start does not resume from them.
 
     Args:
-<<<<<<< HEAD
         origin: the checkpoint of ``step`` from which the run continues. If it is not in ``run_folder``, and
             ``run_folder`` has its own checkpoint of ``step``, this checkpoint is renamed, too. If None, the checkpoint
             of ``step`` in ``run_folder`` is kept.
-=======
-        origin: the checkpoint from which the run continues. It may be in another folder. In that case, the run folder's
-            own checkpoint of ``step`` is also renamed.
->>>>>>> 10ae3f4 (Plain sentences: README, data, measurements of speed, and five docstrings)
 
     Raises:
         OSError: a folder cannot be renamed.
