@@ -1,4 +1,4 @@
-"""Train with FSDP2 (``fully_shard``), which shards weights, gradients and moments of each block over ranks."""
+"""Train with FSDP2 (``fully_shard``), which shards the weights, gradients and moments of each block over the ranks."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -1,4 +1,4 @@
-"""Check the section ``backend.deepspeed``, which contains DeepSpeed's own JSON config, without importing DeepSpeed."""
+"""Check DeepSpeed's own JSON config, which is the section ``backend.deepspeed``. DeepSpeed is not imported."""
 
 import difflib
 import json

@@ -1,4 +1,4 @@
-"""Compute the number of gradient accumulation steps from the number of tokens per optimizer step and the world size."""
+"""Compute the number of micro-steps per optimizer step from the number of tokens per step and the world size."""
 
 from dataclasses import dataclass
 

@@ -46,8 +46,8 @@ class MicroBatch:
     def pinned(self) -> MicroBatch:
         """Return a copy in pinned memory, which can be copied to a GPU asynchronously.
 
-        The caller may free the result before the copy to the GPU has finished. PyTorch waits until then before it
-        reuses the memory.
+        The caller may free the result before the copy to the GPU has finished. PyTorch reuses the pinned memory only
+        after this copy has finished.
         """
         mask = self.target_mask
         return replace(self, tokens=self.tokens.pin_memory(), target_mask=None if mask is None else mask.pin_memory())

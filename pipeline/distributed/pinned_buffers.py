@@ -1,4 +1,4 @@
-"""Allocate buffers in host memory. Buffers for tensors on a GPU are pinned, so that copies do not wait.
+"""Allocate buffers in host memory. Buffers for tensors on a GPU are pinned, so that they can be copied asynchronously.
 
 torch rounds the size of each pinned allocation up to a power of two. If each tensor of GPT-2 had its own allocation,
 the allocations would need 1.1 to 1.7 times the memory of the tensors. Therefore, several tensors share an allocation

@@ -122,7 +122,7 @@ class ChoiceTask:
 
         Raises:
             DataError: a row cannot be used.
-            ConfigError: a stride is given.
+            ConfigError: ``data.settings`` contains a stride, which only tasks on whole texts support.
         """
         examples, groups = _read_and_encode(data, self.read, self.encode)
         facts = facts_of(_protocol_of(name, self.protocol, examples), data, len(examples))
@@ -186,7 +186,7 @@ class ContinuationTask:
 
         Raises:
             DataError: a row cannot be used.
-            ConfigError: a stride is given.
+            ConfigError: ``data.settings`` contains a stride, which only tasks on whole texts support.
         """
         examples, groups = _read_and_encode(data, self.read, encode_pair)
         facts = facts_of(_protocol_of(name, self.protocol, examples), data, len(examples))

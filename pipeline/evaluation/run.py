@@ -230,9 +230,10 @@ def _write_events(results: Results, loaded: LoadedModel) -> None:
 
 
 def prepare_tasks(config: Config, world: World) -> dict[str, PreparedTask]:
-    """Prepare all tasks in ``evaluation.tasks`` except ``validation`` for measurements during training.
+    """Prepare the tasks in ``evaluation.tasks``, so that they can be measured during training.
 
-    This call is collective: every rank must make it. Raises the same errors as ``prepare_task``.
+    The result does not contain the task ``validation``. This call is collective: every rank must make it. Raises the
+    same errors as ``prepare_task``.
     """
     options = config.evaluation
     settings = Settings(limit=options.max_examples)

@@ -36,8 +36,8 @@ class Scorer:
     Args:
         compute: the model, in evaluation mode.
         model: the config of the model.
-        batch_tokens: the number of tokens per forward pass and rank, including padding. The result does not depend on
-            this number.
+        batch_tokens: the largest number of tokens per forward pass and rank, including padding. The result does not
+            depend on this number.
     """
 
     compute: Backend | ComputeModel

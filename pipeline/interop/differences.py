@@ -1,4 +1,4 @@
-"""Describe how an imported model differs from the model in the files, and measure the effect on a short text."""
+"""Describe how an imported model differs from the model in the files, and compare their losses on a short text."""
 
 from collections.abc import Callable, Mapping
 

@@ -56,8 +56,9 @@ class Request:
 def trace_activations(request: Request) -> tuple[Peak, ...]:
     """Return the memory peaks of a forward and backward pass, in order.
 
-    The backward pass finishes the gradients of the parameters one after another. The first peak is the peak of the time
-    before the first gradient is finished. Each further peak belongs to the time between two finished gradients.
+    The backward pass finishes the gradients of the parameters one after another. The first peak is the largest memory
+    before the first gradient is finished. Each further peak is the largest memory from the end of one gradient to the
+    end of the next.
 
     A deep model is not traced directly, because that would take long. Instead, the function traces a model with few
     blocks, and a model with a few more blocks. From the difference between their peaks, it computes the peaks of the

@@ -163,7 +163,7 @@ def _describe_start(start: Path | None, origin: dict[str, Any] | None) -> str:
 
 
 def log_masks(trainer: Trainer) -> None:
-    """Log for each split with a loss mask how many percent of its targets are scored.
+    """Log the percentage of targets that are scored, for each split with a loss mask.
 
     If some samples have no scored target, log a warning.
     """
