@@ -39,7 +39,7 @@ def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -
 
 
 def cpu_adam_problem() -> str | None:
-    """Build DeepSpeed's CPUAdam, which updates offloaded optimizer state, unless it is already built.
+    """Build DeepSpeed's CPUAdam, unless it is already built. CPUAdam updates offloaded optimizer state.
 
     Returns the error message if the build fails, otherwise None.
     """

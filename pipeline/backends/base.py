@@ -103,7 +103,10 @@ class Backend(ABC):
         self.state.publish_masters()
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Return the dtypes of four kinds of tensors, under the names that the log shows, such as "master weights"."""
+        """Return the dtypes of the weights, the accumulated gradients and the optimizer state, by name.
+
+        The master weights and the weights that the model computes with have separate entries.
+        """
         fragment = self.fragments()[0]
         return {
             "master weights": fragment.weight.dtype,

@@ -81,7 +81,7 @@ class FullyPartitionedState(OptimizerState):
         return ranges
 
     def publish_masters(self) -> None:
-        """Copy the masters to this rank's shards of the compute weights.
+        """Copy the masters to this rank's shards of the weights that the model computes with.
 
         If weights are gathered on this rank, they are freed first. DeepSpeed always keeps some small parameters
         gathered, which it calls *persistent*. These parameters are gathered again at the end. With hpZ, a rank also has

@@ -108,7 +108,7 @@ class Mixture:
     # than 1/2 * (1 + 1 + 1/2 + 1/2 + 1/4 + 1/4 + ...) = 2.
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """Build the tree for positive weights. A weight of 0.1 means exactly 1/10, not the nearest binary number."""
+        """Build the Huffman tree from positive weights. The weight 0.1 means exactly 1/10, not the nearest float."""
         exact = [Fraction(str(weight)) for weight in weights]
         assert exact and min(exact) > 0, "a mixture has datasets with positive weights"
         self.shares = [weight / sum(exact) for weight in exact]

@@ -191,7 +191,7 @@ def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
 
 @contextmanager
 def failures_reported(world: World) -> Iterator[None]:
-    """Return a context manager that prints an error of its ``with`` block and reports it to the other ranks.
+    """Return a context manager that prints the error that its ``with`` block raises, and reports it to the other ranks.
 
     The error is printed before any cleanup code runs, because cleanup code may wait for the other ranks.
 

@@ -47,9 +47,9 @@ def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
     """Divide tensors with the given sizes in bytes among slabs, so that little memory is lost.
 
     The slabs are created one after another. The size of a new slab is the largest power of two that does not exceed the
-    total size of the tensors that have no slab yet. If the largest of these tensors does not fit, the slab gets the
-    smallest power of two into which this tensor fits. The slab is then filled with tensors in the order of decreasing
-    size.
+    total size of the tensors that have no slab yet. If the largest of these tensors does not fit into this size, the
+    size is the smallest power of two into which the tensor fits. The slab is then filled with tensors in the order of
+    decreasing size.
     """
     padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
     remaining = sorted(range(len(sizes)), key=lambda index: -padded[index])

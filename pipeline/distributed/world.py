@@ -122,8 +122,8 @@ class World:
     def with_cpu_group(self) -> World:
         """Return a world with the same ranks and a new Gloo process group, for collectives on CPU tensors.
 
-        This call is collective: every rank must make it. Another thread may use the new world at the same time as this
-        world is used.
+        This call is collective: every rank must make it. One thread may use the new world while another thread uses
+        this world.
         """
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if self.size > 1 else None
         return replace(self, device=torch.device("cpu"), group=group, progress=Progress())

@@ -42,7 +42,7 @@ class PreparedTask:
     describe: Callable[[Scores], list[Figures]]  # the scores of each example, for ``--save-examples``
 
     def measure(self, scorer: Scorer) -> dict[str, Any]:
-        """Score the examples. Return ``facts`` and the results, such as ``acc``, as JSON values.
+        """Score the examples. Return the entries of ``facts_of`` and results such as ``acc``, as JSON values.
 
         This call is collective: every rank must make it. All ranks return the same values.
         """

@@ -1,4 +1,4 @@
-"""Compute the log-likelihoods of requests for all text tasks.
+"""Compute the log-likelihood of the continuation in each scoring request, for all text tasks.
 
 The results do not depend on the batch size or the world size.
 """

@@ -62,7 +62,7 @@ def validate(
 def validate_average(
     backend: Backend, datasets: Sequence[TokenDataset], config: Config, world: World
 ) -> dict[str, float | None]:
-    """Measure the validation loss of the averaged weights, like ``validate``.
+    """Measure the validation loss of the averaged weights, in the same way as ``validate``.
 
     This call is collective: every rank must make it.
 

@@ -14,7 +14,7 @@ _EXPECTED = "nanoGPT's ckpt.pt or build-nanogpt's model_*.pt"
 
 @dataclass(frozen=True)
 class Section:
-    """A dict in the file. Each value is checked when it is read."""
+    """A dict in a file of nanoGPT or build-nanogpt. The type of each value is checked when it is read."""
 
     where: str
     content: dict[Any, Any]

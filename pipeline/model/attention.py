@@ -62,8 +62,8 @@ def fastest_kernel(
 ) -> Iterator[str]:
     """Return a context manager that makes attention use the fastest kernel that works for these inputs.
 
-    The context manager gives the name of the kernel in torch. The name is ``MATH`` if no fused kernel works. In this
-    case, a warning is logged. The name is ``UNKNOWN`` if torch does not report which kernel it uses.
+    The value of the context manager is torch's name for this kernel. If no fused kernel works, the name is ``MATH``,
+    and a warning is logged. If torch does not report which kernel it uses, the name is ``UNKNOWN``.
 
     Args:
         shape: the shape (B, H, T, D) of the queries in training.

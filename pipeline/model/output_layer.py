@@ -1,4 +1,7 @@
-"""Define the output layer and the loss. In a small model, they need half of the time and most of the memory."""
+"""Define the output layer and the loss.
+
+In a small model, they need half of the time of a training step, and most of its memory.
+"""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -39,7 +42,10 @@ class OutputLayer(nn.Linear):
         self.packed_product: Callable[[Tensor], Tensor] | None = None  # see pipeline/model/packed_linear.py
 
     def forward(self, *inputs: Tensor, method: Method = "loss") -> Tensor:
-        """Call the method ``loss``, ``logits`` or ``score``. See ``GPT2.forward`` for the reason."""
+        """Call the method ``loss``, ``logits`` or ``score``.
+
+        ``GPT2.forward`` explains why every computation must start with a call of ``forward``.
+        """
         result: Tensor = getattr(self, method)(*inputs)
         return result
 

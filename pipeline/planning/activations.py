@@ -31,9 +31,10 @@ Compute = Literal["autocast", "bf16_view", "bf16_weights"]
 
 @dataclass(frozen=True)
 class Peak:
-    """The peak memory in an interval of the backward pass.
+    """The peak memory in an interval of the forward and backward pass.
 
-    A new interval begins whenever the gradient of a parameter is finished.
+    The first interval begins with the forward pass. A new interval begins whenever the gradient of a parameter is
+    finished.
     """
 
     finished_elements: int  # elements of all parameters whose gradients are finished
@@ -57,8 +58,8 @@ def trace_activations(request: Request) -> tuple[Peak, ...]:
     """Return the memory peaks of a forward and backward pass, in order.
 
     The backward pass finishes the gradients of the parameters one after another. The first peak is the largest memory
-    before the first gradient is finished. Each further peak is the largest memory from the end of one gradient to the
-    end of the next.
+    in use before the first gradient is finished. Each further peak is the largest memory in use from the time when one
+    gradient is finished to the time when the next is finished.
 
     A deep model is not traced directly, because that would take long. Instead, the function traces a model with few
     blocks, and a model with a few more blocks. From the difference between their peaks, it computes the peaks of the

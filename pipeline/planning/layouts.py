@@ -33,10 +33,10 @@ REPLICATED_BUCKET_ELEMENTS = 500_000_000
 
 @dataclass(frozen=True)
 class Layout:
-    """The number of bytes that one rank needs for each kind of state.
+    """The bytes of memory that one rank needs for each kind of state.
 
-    ``gradients`` and ``buffers`` are functions, because these bytes change during the backward pass. Their argument is
-    the number of parameter elements whose gradients are complete.
+    ``gradients`` and ``buffers`` are functions, because this memory changes during the backward pass. Their argument is
+    the number of parameter elements whose gradients the backward pass has already finished.
     """
 
     compute: Compute

@@ -60,9 +60,9 @@ class FinishedStep:
 
 
 class StepGuard:
-    """Judges the steps of a run in order. A step is judged after the device has finished it.
+    """Judges in order whether each step of a run was good, was skipped, or was a spike.
 
-    All ranks judge in the same way.
+    A step is judged after the device has finished it. All ranks reach the same verdicts.
     """
 
     def __init__(self, config: GuardConfig, state: GuardState) -> None:
