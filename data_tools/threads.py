@@ -38,8 +38,8 @@ def map_threads(
 
     Args:
         work: a function. It must call its argument ``advance`` every few megabytes, with the number of bytes that it
-            has processed since the last such call. If another item has failed, ``advance`` raises an error, which stops
-            the work on this item.
+            has processed since the last such call. If the work on another item has failed, ``advance`` raises an error,
+            which ends this call of ``work``.
         items: the items. They are started in this order.
         workers: the largest number of threads. None means one per core.
         advance: a function that is called with the number of bytes since its last call. The first call has the argument

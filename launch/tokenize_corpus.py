@@ -136,7 +136,7 @@ def share_of(share: int | None, shares: int | None, request: TokenizeRequest) ->
 def unescape(text: str) -> str:
     r"""Replace each escape sequence \n, \t, \r and \\ by its character.
 
-    The character itself is hard to type in a shell.
+    These characters are hard to type in a shell.
     """
     return re.sub(r"\\[nrt\\]", lambda match: _ESCAPES[match.group()], text)
 

@@ -142,7 +142,7 @@ class SkippedRows:
         self.places: list[str] = []
 
     def add(self, error: BadRowError) -> None:
-        """Count a skipped row. If it is one of the first, also store where it is and what is wrong."""
+        """Count a skipped row. For the first ``REPORTED_BAD_ROWS`` rows, also store the place and the reason."""
         self.count += 1
         if len(self.places) < REPORTED_BAD_ROWS:
             self.places.append(str(error).encode(errors="backslashreplace").decode())

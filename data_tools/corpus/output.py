@@ -1,9 +1,9 @@
 """Create and complete the output folder of a tokenize request. An interrupted request can continue in its folder.
 
-While the request runs, the folder contains the plan (``plan.json``), which consists of the chunks of the request and
-its identity (see ``TokenizeRequest.identity``). For each finished chunk, the folder contains
-the shards and the record ``tasks/<chunk>.json``. At the end, the manifest is written, and the plan and the records are
-removed. A request with another identity cannot use the folder.
+While the request runs, the folder contains the plan (``plan.json``): the chunks of the request, and the identity of the
+request (see ``TokenizeRequest.identity``). For each finished chunk, the folder contains the shards and the record
+``tasks/<chunk>.json``. At the end, the manifest is written, and the plan and the records are removed. A request with
+another identity cannot use the folder.
 """
 
 import json
@@ -199,7 +199,7 @@ class OutputFolder:
 
 @contextmanager
 def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> Iterator[OutputFolder]:
-    """Return a context manager that creates an output folder, or opens the incomplete folder of the same request.
+    """Return a context manager that creates an output folder, or opens the folder that an interrupted request has left.
 
     If the ``with`` block raises an error, ``abandon`` is called.
 

@@ -31,7 +31,7 @@ class Tokens(Protocol):
     def read(self, start: int, length: int) -> TokenArray:
         """Return ``length`` tokens from index ``start`` on, uint16 of shape (length,).
 
-        The stream must contain all of them.
+        The stream must contain all of these tokens.
 
         Raises:
             DataError: a token is outside the vocabulary.
@@ -72,7 +72,7 @@ class TokenCollection:
 
     @property
     def shards(self) -> tuple[ShardRecord, ...]:
-        """Return the records of all shards. Returns an empty tuple if this is not a folder of this project."""
+        """Return the records of all shards. Returns an empty tuple if ``manifest`` is None."""
         return self.manifest.shards if self.manifest else ()
 
 

@@ -147,7 +147,7 @@ class Manifest:
         return sum(shard.tokens for shard in self.shards_of(split))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest as JSON values. The last value is a SHA-256 of all others."""
+        """Return the manifest as JSON values. The last value is a SHA-256 of all other values."""
         content = {**asdict(self), "shards": [shard.to_json() for shard in self.shards]}
         content = {key: item for key, item in content.items() if key not in _OPTIONAL or item is not None}
         value = {"format_version": FORMAT_VERSION, "dtype": TOKEN_DTYPE_NAME, **content}

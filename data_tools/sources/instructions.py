@@ -35,7 +35,7 @@ _UNREAD_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
 class InstructionSource(FileSource):
-    """Files of instructions and chats. In the documents, a heading is added before each message."""
+    """Files of instructions and chats. The source adds a heading before each message and before each field."""
 
     def __init__(self, inputs: Sequence[str]) -> None:
         super().__init__(inputs, JSONL_SUFFIXES)
