@@ -53,8 +53,8 @@ class Progress:
         Args:
             is_patient: whether this phase can take long. If True, a healthy rank may wait for minutes without using CPU
                 time, and may use more CPU time than in other phases.
-            repeats: whether the run does the work of this phase repeatedly. Only in such phases, the CPU time from one
-                mark to the next is used to find ranks that loop.
+            repeats: whether the run does the work of this phase repeatedly. If False, the CPU time between the marks of
+                this phase is not used to find ranks that loop in later phases.
         """
         self._restart_clock()
         self.phase, self.is_patient, self.repeats = phase, is_patient, repeats

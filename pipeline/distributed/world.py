@@ -141,7 +141,7 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
 
     Raises:
         ConfigError: this machine does not have the requested device, the device is MPS and there are several ranks, the
-            launcher's variables contradict each other, or its port is in use.
+            launcher's variables contradict each other, or the launcher's port is in use.
     """
     check_launcher()
     rank, size, local_rank = launched_rank(), launched_world_size(), launched_local_rank()

@@ -66,7 +66,7 @@ def run_tasks(
         paths: maps tasks to data paths. For these tasks, the paths in the run's ``evaluation.data`` are ignored.
         batch_size: the number of sequences per forward pass and rank. If None, the micro-batch size of the run is used.
         precision: the precision of forward passes. If None, the precision of the run is used.
-        weights: a key of ``KINDS_OF_WEIGHTS``. If it is not ``training``, it is appended to the names of the results.
+        weights: a key of ``KINDS_OF_WEIGHTS``. A key other than ``training`` is appended to the names of the results.
         examples_file: a JSONL file to write, with one line of scores per example. The task ``validation`` has no
             examples.
         out: a folder for the JSON files of the results.

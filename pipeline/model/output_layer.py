@@ -21,8 +21,8 @@ Method = Literal["loss", "logits", "score"]
 def padded_vocab_size(vocab_size: int) -> int:
     """Return the vocabulary size, rounded up to a multiple of ``VOCAB_MULTIPLE``.
 
-    This is the number of rows of the token embedding. The softmax ignores the additional rows, which are called padding
-    rows.
+    The result is the number of rows of the token embedding. The rows after ``vocab_size`` are called padding rows. The
+    softmax ignores them.
     """
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 

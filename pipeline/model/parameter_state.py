@@ -23,8 +23,8 @@ StateNames = Mapping[str, Iterable[str]]
 def state_names_of(shapes: Mapping[str, Sequence[int]], config: Config) -> dict[str, tuple[str, ...]]:
     """Return a dict with one entry per parameter: its name, and the names of its tensors except the weight itself.
 
-    These tensors are the optimizer tensors, such as ``exp_avg``. If ``averaging.ema`` is set, the average of the weight
-    is also one of them.
+    These tensors are the optimizer tensors, such as ``exp_avg``, and the average of the weight if ``averaging.ema`` is
+    set.
 
     The result is the same under every backend and on every rank.
 
