@@ -40,7 +40,8 @@ class Chunk:
     Attributes:
         index: the number of the chunk in the order of the source. The names of the chunk's shards contain this number.
         slices: the slices of the source that belong to the chunk.
-        limit_documents: encode only this number of documents. Empty documents do not count. None means all documents.
+        limit_documents: encode only the first documents of the chunk, up to this number. Empty documents do not count.
+            None means all documents.
     """
 
     index: int
