@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity accumulation portability chaos chaos-data fuzz checkpoint-cost gpu-check bench-data bench-loader bench-evaluation bench-train bench-generation speedrun plan-check wheel clean
+.PHONY: help quickstart test lint docs parity accumulation portability chaos chaos-data fuzz checkpoint-cost gpu-check bench-data bench-loader bench-evaluation bench-train bench-generation speedrun plan-check wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -15,11 +16,15 @@ quickstart: .venv/run ## train, evaluate and sample a small GPT-2 on a fresh mac
 test: .venv/dev ## run the whole test suite, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-lint: .venv/dev ## check with ruff and mypy, and the line length of Markdown
+lint: .venv/dev ## check with ruff and mypy; check the docs and their links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_docs.py::test_prose_fits_120_columns
+	$(BIN)/mkdocs build --quiet --strict
+
+docs: .venv/dev ## build the documentation as a site in site/
+	$(BIN)/mkdocs build --strict
 
 parity: .venv/dev ## compare loss and gradient norm of all backends x processes
 	$(BIN)/python -m benchmarks.parity
@@ -74,7 +79,7 @@ wheel: .venv/dev ## build the wheel in dist/ and check it
 	$(BIN)/python -m twine check --strict dist/*.whl
 
 clean: ## remove the environment and caches; keep data and runs
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -91,5 +96,5 @@ clean: ## remove the environment and caches; keep data and runs
 	@touch $@
 
 .venv/dev: setup.py constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs,lint,test]'
 	@touch $@ .venv/run

@@ -60,6 +60,7 @@ setup(
     ],
     extras_require={
         "cluster": ["ray>=2.40"],
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings-python>=1.16"],
         "harness": ["lm-eval[hf]>=0.4.13,<0.5"],  # for comparison; not in test because it brings about 30 packages
         "mlflow": ["mlflow-skinny>=3"],
         "plots": ["matplotlib>=3.9"],

@@ -241,3 +241,10 @@ def test_prose_fits_120_columns() -> None:
         for number, line in enumerate(text.splitlines(), 1):
             is_free = line.startswith("|") or len(line.split()) == 1
             assert len(line) <= 120 or is_free, f"{page}:{number}"
+
+
+def test_nested_lists_are_indented_by_four_spaces() -> None:
+    """With fewer spaces, the site shows a nested list as one list with its parent."""
+    for page, text in ALL_TEXTS.items():
+        outside_fences = "".join(text.split("```")[::2])
+        assert not re.findall(r"^ {1,3}(?:[-*]|\d+\.) .*", outside_fences, re.MULTILINE), page
