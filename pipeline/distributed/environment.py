@@ -138,6 +138,16 @@ def set_allocator_default(options: str) -> None:
         os.environ[_ALLOCATOR_VARIABLES[0]] = options
 
 
+def set_mlflow_defaults() -> None:
+    """Let MLflow's client give up a request soon, unless the user has set its variables.
+
+    By default, the client repeats a request for several minutes. A run instead logs the failure, and sends the rows
+    again later.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds
+
+
 def set_launcher_variables(device_type: str) -> None:
     """Set the environment variables that DeepSpeed requires. Variables that are already set do not change."""
     for name, value in ((_RANK, "0"), (_WORLD_SIZE, "1"), (_LOCAL_RANK, "0"), ("DS_ACCELERATOR", device_type)):

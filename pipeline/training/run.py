@@ -17,6 +17,7 @@ from pipeline.data.datasets import data_sha256, open_datasets, verify_datasets
 from pipeline.data.loader import TrainLoader, scored_targets
 from pipeline.distributed.cpu import configure_cpu
 from pipeline.distributed.device import describe_fp32_products, matmul_dtype
+from pipeline.distributed.environment import set_mlflow_defaults
 from pipeline.distributed.heartbeat import heartbeat
 from pipeline.distributed.world import World, join_world
 from pipeline.errors import ConfigError
@@ -29,6 +30,7 @@ from pipeline.training.compilation import choose_compilation
 from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.initial_weights import find_initial_weights, load_initial_weights
 from pipeline.training.resuming import choose_start, describe_changes, load_start, make_run_folder
+from pipeline.training.run_record import send_missing_rows
 from pipeline.training.shared_folders import check_shared_folders
 from pipeline.training.throughput import ThroughputMeter, measure_ceiling
 from pipeline.training.trainer import Trainer
@@ -75,7 +77,9 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
             "model.activation_checkpointing: on mps, torch would draw other dropout masks when it recomputes a block; "
             "set it to false, or model.dropout to 0"
         )
-    world.call_on_main(lambda: check_sinks(config.logging.sinks))
+    if "mlflow" in config.logging.sinks:
+        set_mlflow_defaults()
+    world.call_on_main(lambda: check_sinks(config.logging.sinks, config.logging.project))
     plan = plan_batch(config, world.size)
     datasets = open_datasets(config)
     loader = TrainLoader(datasets, plan, config.run.seed, world.rank)
@@ -85,6 +89,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     check_shared_folders(Path(config.run.out_dir), sha256, world)
     if start and (reason := _why_complete(start, config.schedule)):
         log.info("%s: %s", start, reason)
+        world.call_on_main(lambda: send_missing_rows(config))
         return None
     weights = None if start else world.call_on_main(lambda: find_initial_weights(config))
     if config.data.verify:

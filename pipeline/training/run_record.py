@@ -15,7 +15,7 @@ from pipeline.config.schema import Config, LoggingConfig
 from pipeline.report.page import write_report
 from pipeline.run_folder.layout import CONFIG_FILE, REPORT_FOLDER
 from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, read_metrics
-from pipeline.run_folder.sinks import SERVICES, Sink, create_sinks
+from pipeline.run_folder.sinks import SERVICES, ServiceSink, Sink, create_sinks
 
 log = logging.getLogger(__name__)
 
@@ -91,20 +91,48 @@ class RunRecord:
             results: maps the names of losses to their last values.
         """
         self.write({"step": step, "ended": ended})
-        if SERVICES.keys() & set(self.config.logging.sinks) and self._sinks:
-            self._write_report()
+        if any(isinstance(sink, ServiceSink) for sink in self._sinks):
+            _write_report(self.run_folder)
         elapsed_s = round(time.perf_counter() - self._started, 3)
         for sink in self._sinks:
             if ended != "failed":
                 sink.settle(step)
             sink.end({"state": ended, "step": step, "elapsed_s": elapsed_s, **_without_nan(results)})
 
-    def _write_report(self) -> None:
-        """Write the report that services get."""
-        try:
-            write_report([self.run_folder], self.run_folder / REPORT_FOLDER)
-        except (UserError, OSError) as error:
-            log.info("the sinks get no report: %s", error)
+
+def send_missing_rows(config: Config) -> None:
+    """Send the rows and the summary of a complete run to the services that do not have them yet.
+
+    Call this function on the main rank only.
+    """
+    run_folder = Path(config.run.out_dir)
+    services = config.logging.model_copy(update={"sinks": [name for name in config.logging.sinks if name in SERVICES]})
+    sinks = [sink for sink in _create_sinks(services, run_folder) if isinstance(sink, ServiceSink)]
+    behind = [sink for sink in sinks if not sink.is_complete]
+    rows = read_metrics(run_folder)
+    if not behind or not rows:
+        return
+    _write_report(run_folder)
+    summary = _summarize(rows)
+    for sink in behind:
+        log.info("%s: sending what it does not have yet", sink.name)
+        sink.start(dump_config(config), summary["step"])
+        sink.end(summary)
+
+
+def _summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the summary of a complete run, with the same keys as at its end."""
+    last = {key: value for row in rows for key, value in row.items() if value is not None}
+    results = {name: last[key] for name, key in (("loss", "loss"), ("validation_loss", "val_loss")) if key in last}
+    return {"state": "finished", "step": last["step"], "elapsed_s": last.get("elapsed_s", 0.0), **results}
+
+
+def _write_report(run_folder: Path) -> None:
+    """Write the report that services get."""
+    try:
+        write_report([run_folder], run_folder / REPORT_FOLDER)
+    except (UserError, OSError) as error:
+        log.info("the sinks get no report: %s", error)
 
 
 def _create_sinks(config: LoggingConfig, run_folder: Path) -> list[Sink]:

@@ -1,5 +1,6 @@
 """Create the log sinks of a run. Each sink receives the same rows, and is defined in its own file."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,25 +11,33 @@ from pipeline.run_folder.sinks.mlflow_run import MlflowRun, check_mlflow
 from pipeline.run_folder.sinks.service import ServiceSink
 from pipeline.run_folder.sinks.sink import Sink
 from pipeline.run_folder.sinks.tensorboard import TensorBoardLog
-from pipeline.run_folder.sinks.wandb_run import WandbRun, check_wandb
+from pipeline.run_folder.sinks.wandb_run import WandbRun, check_wandb, wandb_is_disabled
 
-__all__ = ["SERVICES", "Sink", "check_sinks", "create_sinks"]
+__all__ = ["SERVICES", "ServiceSink", "Sink", "check_sinks", "create_sinks"]
 
-#: The sinks that are services, with a function that raises ConfigError if the service cannot be used here.
+log = logging.getLogger(__name__)
+
+#: The sinks that are services, with a function that raises ConfigError if the service cannot be used here. The argument
+#: of this function is ``logging.project``.
 SERVICES = {"wandb": check_wandb, "mlflow": check_mlflow}
 
 
-def check_sinks(names: Sequence[str]) -> None:
-    """Raise ConfigError if a sink cannot be used on this machine, for example because its package is not installed."""
+def check_sinks(names: Sequence[str], project: str) -> None:
+    """Raise ConfigError if a sink cannot be used, for example because its package is not installed.
+
+    Args:
+        project: the value of ``logging.project``.
+    """
     for name in names:
         if name in SERVICES:
-            SERVICES[name]()
+            SERVICES[name](project)
 
 
 def create_sinks(names: Sequence[str], run_folder: Path, project: str, *, waits_for_checkpoint: bool) -> list[Sink]:
     """Create the sinks with the given names (see ``logging.sinks``).
 
-    The sink of ``metrics.jsonl`` is the first in the result, because other sinks read this file.
+    The sink of ``metrics.jsonl`` is the first in the result, because other sinks read this file. If the user has
+    disabled W&B, this function logs it and leaves this sink out.
 
     Args:
         project: the value of ``logging.project``.
@@ -45,4 +54,7 @@ def create_sinks(names: Sequence[str], run_folder: Path, project: str, *, waits_
         "wandb": lambda: ServiceSink(WandbRun(project, run_folder), run_folder, waits=waits_for_checkpoint),
         "mlflow": lambda: ServiceSink(MlflowRun(project), run_folder, waits=waits_for_checkpoint),
     }
+    if "wandb" in names and wandb_is_disabled():
+        log.info("wandb is disabled by its own setting mode (WANDB_MODE), so it gets no rows")
+        names = [name for name in names if name != "wandb"]
     return [create[name]() for name in sorted(names, key=lambda name: name != "jsonl")]

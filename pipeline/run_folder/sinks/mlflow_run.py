@@ -1,7 +1,7 @@
 """Send the rows to MLflow. The environment variable ``MLFLOW_TRACKING_URI`` contains the address of its server."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,15 @@ from data_tools.errors import install_command
 from data_tools.storage.files import dotted_keys
 from pipeline.errors import ConfigError
 from pipeline.run_folder.metrics import SAMPLE_KEY
-from pipeline.run_folder.sinks.service import Service
+from pipeline.run_folder.sinks.service import Service, one_line
 from pipeline.run_folder.sinks.sink import Row
 
 MOST_METRICS, MOST_PARAMS = 1000, 100  # the limits of one request
 LONGEST_VALUE = 500  # characters of a parameter or tag that every version accepts
+LONGEST_EXPERIMENT = 500  # characters of the name of an experiment
+
+_ADDRESS_ADVICE = "set MLFLOW_TRACKING_URI to the URL of an MLflow server, such as http://localhost:5000"
+_FILE_STORE_VARIABLE = "MLFLOW_ALLOW_FILE_STORE"  # without it, MLflow refuses a folder as the tracking URI
 
 #: The key that every row has. MLflow gets it with training rows only.
 _TIME_KEY = "elapsed_s"
@@ -21,20 +25,31 @@ _TIME_KEY = "elapsed_s"
 _STATUSES = {"finished": "FINISHED", "interrupted": "KILLED", "superseded": "KILLED"}
 
 
-def check_mlflow() -> None:
-    """Raise ConfigError if the package is missing, or if MLflow cannot use the tracking URI."""
+def check_mlflow(experiment: str) -> None:
+    """Raise ConfigError if MLflow cannot be used here.
+
+    The package can be missing, the tracking URI can be missing or invalid, or the name of the experiment is too long.
+    """
     try:
         import mlflow
     except ImportError as error:
         raise ConfigError(f"logging.sinks: mlflow cannot be imported ({error}): {install_command('mlflow')}") from None
+    if len(experiment) > LONGEST_EXPERIMENT:
+        raise ConfigError(
+            f"logging.project: mlflow allows at most {LONGEST_EXPERIMENT} characters, not {len(experiment)}"
+        )
+    is_address_set: Callable[[], bool] = mlflow.is_tracking_uri_set
+    if not is_address_set():  # otherwise MLflow would write into the working folder
+        raise ConfigError(f"logging.sinks: mlflow needs an address; {_ADDRESS_ADVICE}")
     try:
         mlflow.MlflowClient()
     except Exception as error:  # noqa: BLE001 - a store may raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"logging.sinks: mlflow cannot use {mlflow.get_tracking_uri()} ({reason}); set MLFLOW_TRACKING_URI to the "
-            "URL of an MLflow server"
-        ) from None
+        uri = mlflow.get_tracking_uri()
+        if _FILE_STORE_VARIABLE in str(error):
+            raise ConfigError(
+                f"logging.sinks: mlflow writes into a folder ({uri}) only if you set {_FILE_STORE_VARIABLE}=true, too"
+            ) from None
+        raise ConfigError(f"logging.sinks: mlflow cannot use {uri} ({one_line(error)}); {_ADDRESS_ADVICE}") from None
 
 
 class MlflowRun(Service):

@@ -20,6 +20,11 @@ log = logging.getLogger(__name__)
 LONGEST_END_S = 30.0  # how long the end of a run waits for rows that are not sent yet
 
 
+def one_line(error: Exception) -> str:
+    """Return the message of an error of a library as one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 class Service(ABC):
     """A connection to a service that cannot delete rows. Every method may raise any error of the service's library."""
 
@@ -54,8 +59,9 @@ class ServiceSink(Sink):
     If rows of ``metrics.jsonl`` are deleted after they were sent, the remaining rows are sent to a new run of the
     service.
 
-    The file ``NAME_run.json`` in the run folder stores the id of the service's run and the number of sent rows. If some
-    rows of ``metrics.jsonl`` were not sent, the next start of the run sends these rows.
+    The file ``NAME_run.json`` in the run folder stores the id of the service's run, the number of sent rows, and
+    whether the service has the summary. If some rows of ``metrics.jsonl`` were not sent, the next start of the run
+    sends these rows, even if the run is complete.
     """
 
     def __init__(self, service: Service, run_folder: Path, *, waits: bool) -> None:
@@ -64,7 +70,8 @@ class ServiceSink(Sink):
         self._waits = waits
         self._config: dict[str, Any] = {}
         self._held: list[Row] = []  # rows that wait for a checkpoint
-        self._queued_step = -1  # the largest step of the rows that were queued or sent
+        self._queued = 0  # the number of rows that were queued or sent
+        self._queued_step = -1  # the largest step of these rows
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         # The following attributes belong to the thread.
         self._run_id: str | None = None
@@ -76,6 +83,11 @@ class ServiceSink(Sink):
         self._thread = Thread(target=self._work, name=f"{service.name} sink", daemon=True)
 
     @property
+    def name(self) -> str:
+        """Return the name of the service."""
+        return self._service.name
+
+    @property
     def _state_file(self) -> Path:
         return self._run_folder / f"{self._service.name}_run.json"
 
@@ -85,17 +97,25 @@ class ServiceSink(Sink):
         state = self._read_state()
         if state["sent_step"] <= resumed_step and state["rows"] <= len(kept):
             self._run_id, self._sent = state["run_id"], state["rows"]
+            self._queued = self._sent
             self._queued_step = self._sent_step = state["sent_step"]
         self._held = kept[self._sent :]
         self._thread.start()
         self._jobs.put(self._flush)  # the service shows the run and its config before the first rows
         self.settle(resumed_step)
 
+    @property
+    def is_complete(self) -> bool:
+        """Return whether the service has all rows and the summary of the run. Call this property before ``start``."""
+        state = self._read_state()
+        return state["ended"] and state["rows"] == len(read_metrics(self._run_folder))
+
     def _read_state(self) -> dict[str, Any]:
         with suppress(OSError, ValueError, KeyError, TypeError):
             state = json.loads(self._state_file.read_text(encoding="utf-8"))
-            return {"run_id": str(state["run_id"]), "rows": int(state["rows"]), "sent_step": int(state["sent_step"])}
-        return {"run_id": None, "rows": 0, "sent_step": -1}
+            numbers = {key: int(state[key]) for key in ("rows", "sent_step")}
+            return {"run_id": str(state["run_id"]), **numbers, "ended": state.get("ended") is True}
+        return {"run_id": None, "rows": 0, "sent_step": -1, "ended": False}
 
     def write(self, row: Row) -> None:
         self._held.append(row)
@@ -110,6 +130,7 @@ class ServiceSink(Sink):
         """Queue the first rows that are held. Rows are sent in the order of ``metrics.jsonl``."""
         rows, self._held = self._held[:count], self._held[count:]
         if rows:
+            self._queued += len(rows)
             self._queued_step = max(self._queued_step, *(row["step"] for row in rows))
             self._jobs.put(lambda: self._send(rows))
 
@@ -118,7 +139,7 @@ class ServiceSink(Sink):
             self._held = [row for row in self._held if row["step"] <= step]
             return
         self._held = [row for row in read_metrics(self._run_folder) if row["step"] <= step]
-        self._queued_step = -1
+        self._queued, self._queued_step = 0, -1
         self._jobs.put(self._start_again)
         self._queue(len(self._held))
 
@@ -126,13 +147,15 @@ class ServiceSink(Sink):
         self._jobs.put(lambda: self._end(summary))
         self._jobs.put(None)
         self._thread.join(LONGEST_END_S)
-        name, left = self._service.name, len(self._unsent)
+        name = self._service.name
         if self._thread.is_alive():
-            log.warning("%s: did not finish within %.0f s; failures: %d", name, LONGEST_END_S, self._failures)
-        elif self._failures:
+            self._failures += 1
+            log.warning("%s: the service did not answer within %.0f s at the end of the run", name, LONGEST_END_S)
+        left = self._queued - self._sent
+        if self._failures:
             log.warning("%s: failures: %d; rows that were not sent: %d", name, self._failures, left)
         if left:
-            log.warning("%s: %s has all rows; the next start of this run sends the rest", name, METRICS_FILE)
+            log.warning("%s: %s has all rows; start this run again to send the rest", name, METRICS_FILE)
 
     # The thread calls the following methods.
 
@@ -174,17 +197,19 @@ class ServiceSink(Sink):
                 files = [self._run_folder / REPORT_PAGE, self._run_folder / METRICS_FILE]
                 self._service.attach([file for file in files if file.exists()])
                 self._service.end(summary)
+                self._write_state(ended=True)
 
-    def _write_state(self) -> None:
-        state = {"run_id": self._run_id, "rows": self._sent, "sent_step": self._sent_step}
+    def _write_state(self, *, ended: bool = False) -> None:
+        state = {"run_id": self._run_id, "rows": self._sent, "sent_step": self._sent_step, "ended": ended}
         write_json_durably(self._state_file, state)
 
     def count_failure(self, error: Exception) -> None:
         """Count an error of the service, and log the first one."""
         self._failures += 1
         if self._failures == 1:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            log.warning("%s: cannot send (%s); the run continues and tries again later", self._service.name, reason)
+            log.warning(
+                "%s: cannot send (%s); the run continues and tries again later", self._service.name, one_line(error)
+            )
 
 
 class _Caught:

@@ -10,27 +10,52 @@ from typing import Any
 from data_tools.errors import install_command
 from data_tools.storage.files import dotted_keys
 from pipeline.errors import ConfigError
-from pipeline.run_folder.sinks.service import Service
+from pipeline.run_folder.sinks.service import Service, one_line
 from pipeline.run_folder.sinks.sink import Row
 
 FLUSH_INTERVAL_S = 0.5
+_MODES_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 
 
-def check_wandb() -> None:
-    """Raise ConfigError if the package is missing, or if the user is not logged in and W&B is not in offline mode."""
+def check_wandb(project: str) -> None:
+    """Raise ConfigError if W&B cannot be used here.
+
+    The package can be missing, a setting of W&B or the name of the project can be invalid, or the user is not logged in
+    and W&B is not in offline mode.
+    """
     try:
         import wandb
     except ImportError as error:
         raise ConfigError(f"logging.sinks: wandb cannot be imported ({error}): {install_command('wandb')}") from None
-    if wandb.setup().settings.mode in ("offline", "disabled"):
+    try:
+        wandb.Settings(project=project)
+    except wandb.errors.UsageError as error:
+        raise ConfigError(f"logging.project: wandb cannot use this name: {one_line(error)}") from None
+    try:
+        mode = wandb.setup().settings.mode
+    except (ValueError, wandb.errors.Error) as error:  # ValueError: pydantic's error for an invalid value
+        raise ConfigError(
+            f"logging.sinks: a setting of wandb is invalid: {one_line(error)}; correct the environment variable, such "
+            "as WANDB_MODE for the setting mode, or the settings file of wandb"
+        ) from None
+    if mode in _MODES_WITHOUT_LOGIN:
         return
     try:
         wandb.login(verify=False)
-    except wandb.errors.UsageError:
+    except (ValueError, wandb.errors.Error) as error:
         raise ConfigError(
-            "logging.sinks: wandb is not logged in; run 'wandb login', or set WANDB_MODE=offline and upload the run "
-            "later with 'wandb sync'"
+            f"logging.sinks: wandb cannot log in ({one_line(error)}); run 'wandb login', or set WANDB_MODE=offline and "
+            "upload the run later with 'wandb sync'"
         ) from None
+
+
+def wandb_is_disabled() -> bool:
+    """Return whether the user has disabled W&B, for example with ``WANDB_MODE=disabled``."""
+    try:
+        import wandb
+    except ImportError:
+        return False
+    return bool(wandb.setup().settings.mode == "disabled")
 
 
 class WandbRun(Service):

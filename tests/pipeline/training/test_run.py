@@ -19,6 +19,12 @@ from tests.support.token_files import documents, write_ours
 def log_of_a_run(folder: Path, splits: dict[str, list[np.ndarray]], caplog: pytest.LogCaptureFixture) -> str:
     """Train for one step on these tokens, and return what the run logs."""
     write_ours(folder / "data", splits)
+    return log_of_a_start(folder, {}, caplog)
+
+
+def log_of_a_start(folder: Path, more: Sections, caplog: pytest.LogCaptureFixture) -> str:
+    """Start the run of one step, and return what it logs."""
+    caplog.clear()
     changes: Sections = {
         "run": {"out_dir": str(folder / "run"), "compile": False},
         "model": {"n_layer": 1, "n_head": 1, "n_embd": 8, "context_length": 16},
@@ -27,7 +33,7 @@ def log_of_a_run(folder: Path, splits: dict[str, list[np.ndarray]], caplog: pyte
         "schedule": {"warmup_steps": 0, "max_steps": 1},
     }
     with caplog.at_level("INFO"):
-        train(config_from_json(merged(TINY_RUN, changes), "test"))
+        train(config_from_json(merged(TINY_RUN, changes, more), "test"))
     return caplog.text
 
 
@@ -42,6 +48,27 @@ def test_a_run_without_a_validation_split_says_so(tmp_path: Path, caplog: pytest
     log = log_of_a_run(tmp_path, {"train": [documents(50)]}, caplog)
     assert "has no validation split: this run has no validation loss for it" in log
     assert "validation:" not in log
+
+
+def test_a_complete_run_sends_what_a_service_does_not_have(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service was not in the list when the run trained, or it was away."""
+    mlflow = pytest.importorskip("mlflow", reason="needs the extra mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlflow")
+    log_of_a_run(tmp_path, {"train": [documents(50)]}, caplog)
+    rows = read_metrics(tmp_path / "run")
+    services: Sections = {"logging": {"sinks": ["mlflow"], "project": "late"}}
+    assert "mlflow: sending what it does not have yet" in log_of_a_start(tmp_path, services, caplog)
+    log = log_of_a_start(tmp_path, services, caplog)
+    assert "nothing to train" in log and "mlflow" not in log
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("late").experiment_id])
+    (loss,) = client.get_metric_history(run.info.run_id, "loss")
+    assert [(loss.step, loss.value)] == [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    assert run.info.status == "FINISHED" and run.data.metrics["final/loss"] == loss.value
+    assert read_metrics(tmp_path / "run") == rows, "a complete run is not changed"
 
 
 def losses_of_a_run(folder: Path, data: Path, changes: Sections) -> dict[int, float]:

@@ -194,8 +194,24 @@ class TestFailures:
         write(sinks, 1)
         settle(sinks, 1)
         end(sinks)
-        assert "ledger: did not finish within" in caplog.text
+        assert "ledger: the service did not answer within" in caplog.text
+        assert "failures: 1; rows that were not sent: 1" in caplog.text
         ledger.is_answering.set()
+
+    def test_the_sink_knows_whether_the_service_has_everything(self, tmp_path: Path) -> None:
+        ledger = Ledger()
+        assert not ServiceSink(ledger, tmp_path, waits=True).is_complete
+        sinks = start(tmp_path, ledger)
+        write(sinks, 1)
+        settle(sinks, 1)
+        ledger.is_down = True
+        end(sinks)
+        assert not ServiceSink(ledger, tmp_path, waits=True).is_complete
+        ledger.is_down = False
+        end(start(tmp_path, ledger, resumed_step=1))
+        assert ServiceSink(ledger, tmp_path, waits=True).is_complete
+        write([MetricsFile(tmp_path)], 2)
+        assert not ServiceSink(ledger, tmp_path, waits=True).is_complete, "a row is new"
 
     def test_a_damaged_state_file_is_a_new_run(self, tmp_path: Path) -> None:
         (tmp_path / "ledger_run.json").write_text(json.dumps({"run_id": "x"}))
@@ -211,5 +227,5 @@ class TestFailures:
 def test_a_missing_package_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=rf"logging.sinks: {name} cannot be imported.*\[{name}\]") as caught:
-        check_sinks(["jsonl", name])
+        check_sinks(["jsonl", name], "project")
     assert "\n" not in str(caught.value)
