@@ -42,8 +42,8 @@ def map_threads(
             which ends this call of ``work``.
         items: the items. They are started in this order.
         workers: the largest number of threads. None means one per core.
-        advance: a function that is called with the number of bytes since its last call. The first call has the argument
-            0. Two threads never call it at the same time.
+        advance: a function that is called with the number of bytes that all threads have processed since its last call.
+            In the first call, this number is 0. Two threads never call the function at the same time.
 
     Raises:
         BaseException: an item failed. If several items failed, this is the exception of the one that comes first in

@@ -76,7 +76,7 @@ class OutputFolder:
     Attributes:
         folder: an object that reads and writes the files in the folder.
         chunks: all chunks of the request. The list is empty before ``plan`` is called.
-        finished: maps the index of each finished chunk to its record.
+        finished: the records of the finished chunks. The keys are the indices of the chunks.
     """
 
     def __init__(self, out: Path | str, identity: dict[str, Any], *, shared: bool, lock: FileLock | None) -> None:

@@ -30,8 +30,8 @@ class TokenizeRequest(SourceRequest):
         shard_tokens: the largest number of tokens per shard. A document with more tokens gets its own shard.
         seed: the seed that determines the split of each document.
         limit_documents: the largest number of documents to tokenize. None means no limit.
-        limit_bytes: stop after the first document at which the documents so far have at least this number of UTF-8
-            bytes of text. None means no limit.
+        limit_bytes: stop as soon as the documents together have at least this number of bytes of text in UTF-8. None
+            means no limit.
         deduplicate: if ``exact``, every document that is equal to an earlier document is left out.
         on_bad_rows: if ``skip``, rows that cannot be read are left out and reported. If ``stop``, the first such row
             ends the request.

@@ -59,7 +59,7 @@ class TokenCollection:
         format: one of ``INPUT_FORMATS``.
         tokenizer: the tokenizer that created the tokens. Files of other programs are assumed to use GPT-2's tokenizer.
         source: the origin of the tokens. If a manifest is written for these tokens, it contains this record.
-        splits: maps the names of splits to the splits.
+        splits: the splits. The keys are the names of the splits.
         manifest: the manifest of the folder. None if the tokens are not in a folder of this project.
     """
 

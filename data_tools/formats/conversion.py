@@ -87,9 +87,9 @@ def adopt_in_place(
         advance: a function that is called with the number of bytes that were read since the last call.
 
     Raises:
-        DataError: the folder contains no shards of these programs, contains a damaged shard, or is not writable. If the
-            folder already has a manifest: the manifest is not valid or does not name exactly the shards in the folder,
-            or ``split_of`` is given.
+        DataError: the folder contains no shards of these programs, contains a damaged shard, or is not writable. An
+            existing manifest also causes this error if ``split_of`` is given, if the manifest is not valid, or if it
+            does not name exactly the shards in the folder.
     """
     if (folder / MANIFEST_NAME).exists():
         return _load_adopted(folder, split_of or {})

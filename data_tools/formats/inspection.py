@@ -56,9 +56,9 @@ class FolderReport:
         format: one of ``INPUT_FORMATS``.
         problem: a message about the first file that is missing or has the wrong size. None if there is no such file.
         about: the values in the manifest as JSON values, without the format version, the dtype, the records of the
-            shards and the hash. If there is no manifest, this contains the assumed tokenizer and a description of the
-            source.
-        splits: maps the names of splits to their reports.
+            shards and the hash. If there is no manifest, ``about`` contains the assumed tokenizer and a description of
+            the source.
+        splits: the reports on the splits. The keys are the names of the splits.
     """
 
     path: Path

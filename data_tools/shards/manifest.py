@@ -85,8 +85,8 @@ class SourceRecord:
 class ShardRecord:
     """The entry for one shard in a manifest: the file name, the contents, and the SHA-256 of the file.
 
-    ``mask_sha256`` is the SHA-256 of the mask file, which says which tokens are scored. If it is None, there is no mask
-    file, and all tokens are scored.
+    ``mask_sha256`` is the SHA-256 of the mask file, which says which tokens are scored. If ``mask_sha256`` is None,
+    there is no mask file, and all tokens are scored.
     """
 
     file: FileInside

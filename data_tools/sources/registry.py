@@ -53,8 +53,8 @@ class Source(Protocol):
     def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[Document]:
         """Yield the documents of a slice, always in the same order. Documents may be empty.
 
-        For each row that cannot be read, ``on_bad_row`` is called with the error. If it raises no error, the row is
-        skipped.
+        For each row that cannot be read, ``on_bad_row`` is called with the error. If ``on_bad_row`` raises no error,
+        the row is skipped.
         """
         ...
 

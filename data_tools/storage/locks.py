@@ -82,9 +82,9 @@ def acquire_lock(path: Path, content: bytes | None) -> FileLock:
 
     Args:
         path: the lock file. It is created if it does not exist.
-        content: the text to write into the file, for an exclusive lock. If None, the lock is shared. If another process
-            has an exclusive lock from ``make_exclusive``, a call for a shared lock waits until the other process has
-            released its lock.
+        content: the text to write into the file. With a text, the lock is exclusive. If ``content`` is None, the lock
+            is shared. While another process has an exclusive lock from ``make_exclusive``, a call for a shared lock
+            waits.
 
     Raises:
         LockHeldError: another process holds the lock.
