@@ -74,7 +74,7 @@ def one_line_read_errors(path: Path) -> Iterator[None]:
 
     Raises:
         DataError: the ``with`` block raised ``OSError``. The message is one line with the file and the reason. The file
-            is the one that the ``OSError`` names. If it names none, the file is ``path``.
+            is the one that the ``OSError`` names. If the ``OSError`` names no file, the file is ``path``.
     """
     try:
         yield

@@ -146,8 +146,8 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
 def byte_of_printable() -> dict[str, int]:
     """Return a dict from characters to bytes, to read GPT-2's vocabulary file.
 
-    This file contains a character for each byte of a token. For a printable byte, it is the character with the same
-    number. For other bytes, it is a character from U+0100 on.
+    This file contains a character for each byte of a token. For a printable byte, the character has the same number as
+    the byte. For any other byte, the character comes from the range that begins at U+0100.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]

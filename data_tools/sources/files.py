@@ -144,7 +144,7 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
     Args:
         inputs: files, folders and glob patterns. A folder means all files in this folder and its subfolders, except
             hidden files.
-        suffixes: in folders, only files with these suffixes are found. If empty, all files are found.
+        suffixes: in folders, only files with these suffixes are found. If ``suffixes`` is empty, all files are found.
 
     Raises:
         DataError: an input does not exist, an input contains no file, or two inputs contain the same file.

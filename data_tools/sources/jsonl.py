@@ -92,7 +92,7 @@ class ArrayRecord(NamedTuple):
 
 
 def read_records(piece: Slice) -> Iterator[Line | ArrayRecord]:
-    """Yield the records of a file that begin in a range of bytes.
+    """Yield the records that begin in a range of bytes of a file.
 
     If the file is a single JSON array, all its records belong to the range that begins at byte 0.
 
@@ -107,7 +107,7 @@ def read_records(piece: Slice) -> Iterator[Line | ArrayRecord]:
 
 
 def read_lines(piece: Slice) -> Iterator[Line]:
-    """Yield the lines of a file that begin in a range of bytes. Empty lines are skipped.
+    """Yield the lines that begin in a range of bytes of a file. Empty lines are skipped.
 
     A byte order mark at the beginning of the file is removed.
     """
