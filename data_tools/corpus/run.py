@@ -29,7 +29,10 @@ class Observer:
         """Receive a message about the input for the user. This is called before ``planned``."""
 
     def planned(self, estimate: Estimate) -> None:
-        """Receive the estimate before the first chunk is processed. ``tokenize_share`` makes no estimate."""
+        """Receive the estimate before the first chunk is processed.
+
+        This is not called if the process tokenizes only one share of a corpus (``tokenize_share``).
+        """
 
     def progressed(self, progress: Contents) -> None:
         """Receive the progress of the whole request, including chunks that were finished before an interruption."""

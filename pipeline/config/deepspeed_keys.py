@@ -132,7 +132,7 @@ def find_mistakes(backend: BackendConfig) -> Iterator[tuple[str, str]]:
 
 
 def changes_of_numbers(backend: BackendConfig) -> list[str]:
-    """Return the keys of ``backend.deepspeed`` with which a run can have other results than with another backend."""
+    """Return the keys of ``backend.deepspeed`` that can make a run differ from runs with other backends."""
 
     def value_of(key: str) -> Any:
         value: Any = backend.deepspeed

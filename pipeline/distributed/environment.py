@@ -46,7 +46,7 @@ def launcher_holds_store() -> bool:
 
 
 def launcher_variables() -> dict[str, str]:
-    """Return the names and values of all environment variables of a launcher that are set."""
+    """Return the environment variables of this process that launchers set for their processes, with their values."""
     return {name: os.environ[name] for name in _LAUNCHER_VARIABLES if name in os.environ}
 
 

@@ -63,7 +63,7 @@ class TextTask:
         Empty texts are not scored, but the result states how many there are.
 
         Raises:
-            DataError: a row has no text, or all texts are empty.
+            DataError: a row lacks the field with the text, or all texts are empty.
             ConfigError: ``settings`` asks for few-shot examples, or the stride is larger than the context length.
         """
         settings = data.settings

@@ -32,8 +32,8 @@ class Chat:
     at ``<|endoftext|>``, or where the model generates such a heading. The heading is not returned.
 
     With the template "messages", an answer also ends at the empty line that follows each message in the training data.
-    An empty line between two paragraphs does not end the answer, because it has other tokens: the line after a message
-    is one token, and the line between paragraphs is two tokens.
+    An empty line between two paragraphs of an answer does not end the answer. The tokens tell the two cases apart: the
+    two line feeds at the end of a message are one token, and two line feeds between paragraphs are two tokens.
 
     Args:
         template: the kind of data that the model was trained on. With "instruction", the model sees only the last
