@@ -20,7 +20,7 @@ STABLE_RUN = "stable"
 
 
 def main() -> None:
-    """Train all runs, then write and print the table."""
+    """Train the long run and all branches. Then write and print the table that compares the branches."""
     parser = ArgumentParser(
         description=__doc__,
         example="python launch/ladder.py --config ds_configs/ddp.json ds_configs/quickstart.json --milestones 60 120 "

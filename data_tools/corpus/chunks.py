@@ -1,7 +1,7 @@
 """Divide the source into chunks. Any process on any machine can encode any chunk, in any order.
 
-A chunk is a range of the source, and has its own shards. The same source and request always give the same chunks. The
-shards of these chunks always have the same bytes.
+A chunk is a range of the source, and has its own shards. The same source and request always give the same chunks, and
+the shards of a chunk always have the same bytes.
 """
 
 from __future__ import annotations
@@ -60,12 +60,19 @@ class Chunk:
 
     @property
     def fingerprints_file(self) -> str:
-        """Return the name of the file with the fingerprints of the documents, uint64 of shape (documents, 2)."""
+        """Return the name of the file with the fingerprints (hashes) of the chunk's documents.
+
+        The fingerprints are uint64 of shape (documents, 2).
+        """
         return f"{RECORDS_FOLDER}{self.name}.fingerprints.npy"
 
     @property
     def repeated_file(self) -> str:
-        """Return the name of the file with the positions of repeated documents, int64 of shape (repeated,)."""
+        """Return the name of the file with the positions of the chunk's repeated documents.
+
+        A document is repeated if an equal document comes before it in the source. The positions are int64 of shape
+        (repeated,).
+        """
         return f"{RECORDS_FOLDER}{self.name}.repeated.npy"
 
     def __str__(self) -> str:

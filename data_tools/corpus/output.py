@@ -2,8 +2,8 @@
 
 While the request runs, the folder contains the plan (``plan.json``): the chunks of the request, and the identity of the
 request (see ``TokenizeRequest.identity``). For each finished chunk, the folder contains the shards and the record
-``tasks/<chunk>.json``. At the end, the manifest is written, and the plan and the records are removed. A request with
-another identity cannot use the folder.
+``tasks/<chunk>.json``. At the end, the manifest is written, and the plan and the records are removed. Only a request
+with the same identity can continue in the folder.
 """
 
 import json
@@ -129,9 +129,9 @@ class OutputFolder:
         self.folder.remove_scratch()
 
     def complete(self, *, encoder: str, engine: str) -> Manifest | None:
-        """Write the manifest and remove the plan and the records.
+        """Write the manifest, and remove ``plan.json`` and the folder ``tasks/``, which are no longer needed.
 
-        If several processes share the folder, only the process that finishes last writes the manifest. For the other
+        If several processes share the folder, only the process that finishes last writes the manifest. In all other
         processes, this method returns None.
 
         Raises:

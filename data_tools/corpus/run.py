@@ -26,7 +26,7 @@ class Observer:
     """Receives messages, the estimate and the progress of a request. This base class ignores all of them."""
 
     def noticed(self, line: str) -> None:
-        """Receive a message about the input for the user. This is called before ``planned``."""
+        """Receive a message for the user about the input. All messages come before the call of ``planned``."""
 
     def planned(self, estimate: Estimate) -> None:
         """Receive the estimate before the first chunk is processed.

@@ -52,8 +52,9 @@ def open_llmc_file(path: Path, vocab_size: int) -> Tokens:
 def open_nanogpt_file(path: Path, vocab_size: int) -> Tokens:
     """Open a ``train.bin`` or ``val.bin`` that nanoGPT's ``prepare.py`` wrote.
 
-    The file consists of little-endian uint16 tokens without a header. In this file, ``<|endoftext|>`` is after each
-    document, not before it. The order of the tokens is kept.
+    The file consists of little-endian uint16 tokens without a header. nanoGPT writes ``<|endoftext|>`` after each
+    document, but shards of this project have it before each document. This function does not change the order of the
+    tokens.
 
     Raises:
         DataError: the file is damaged, cannot be read, or has a token outside the vocabulary.

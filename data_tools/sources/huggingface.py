@@ -72,8 +72,9 @@ class HuggingFaceSource:
     def notices(self) -> list[str]:
         """Return a list with one message about skipped files, if the dataset is a local folder.
 
-        ``datasets`` reads only files of one kind in a folder, such as JSON files. The list is empty if no file is
-        skipped, if the kind is not in ``_ENDINGS``, or if the dataset is not a folder of data files.
+        In a folder, the library ``datasets`` reads only the files of one kind, such as JSON, and skips all others. The
+        list is empty if no file is skipped, if this kind is not in ``_ENDINGS``, or if the dataset is not a folder of
+        data files.
         """
         if not os.path.isdir(self._dataset) or self._is_saved():
             return []

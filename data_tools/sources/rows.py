@@ -1,4 +1,4 @@
-"""Read the rows of a source. If a row cannot be read, either stop or skip it."""
+"""Read the rows of a source. If a row cannot be read, either skip the row, or stop with an error."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar

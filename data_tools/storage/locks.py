@@ -78,16 +78,16 @@ class FileLock:
 
 
 def acquire_lock(path: Path, content: bytes | None) -> FileLock:
-    """Lock a lock file. The caller must release the lock.
+    """Acquire the lock of a lock file. The caller must release the lock.
 
     Args:
         path: the lock file. It is created if it does not exist.
-        content: the text to write into the file. With a text, the lock is exclusive. If ``content`` is None, the lock
-            is shared. While another process has an exclusive lock from ``make_exclusive``, a call for a shared lock
-            waits.
+        content: the text to write into the file, if the lock must be exclusive. If None, the lock is shared. Several
+            processes can hold a shared lock. If another process has just called ``make_exclusive``, a call for a shared
+            lock waits until this process releases its lock.
 
     Raises:
-        LockHeldError: another process holds the lock.
+        LockHeldError: another process holds a lock on the file, and one of the two locks is exclusive.
         OSError: the file cannot be created or written.
     """
     while True:

@@ -20,17 +20,20 @@ _POLL_S = 0.5
 
 
 def wait_for_build_elsewhere(extension: str) -> None:
-    """Wait while a process on another host may be building the extension. Remove the lock file of a killed build."""
+    """Wait until no process on another host can still be building the extension.
+
+    Remove the lock file of a killed build.
+    """
     clear_dead_lock(Path(_get_build_directory(extension, verbose=False)) / "lock")
 
 
 def clear_dead_lock(lock: Path) -> None:
-    """Remove a lock file if the build that created it was killed. Wait while this is not certain.
+    """Remove a lock file if the build that created it was killed. Wait while it may still be running.
 
     If a process on this host has the file open, the build is running, and this function returns. Otherwise, the build
-    may be running on another host with the same home folder. In this case, the function waits until the file
-    disappears. If the file becomes older than ``LONGEST_BUILD_S`` seconds, the function assumes that the build was
-    killed, and removes the file.
+    was killed, or it is running on another host with the same home folder. The function therefore waits until the other
+    host removes the file. If the file becomes older than ``LONGEST_BUILD_S`` seconds, the function assumes that the
+    build was killed, and removes the file itself.
     """
     while (age_s := _age_s(lock)) is not None and not _is_open_on_this_host(lock):
         if age_s > LONGEST_BUILD_S:

@@ -45,7 +45,7 @@ class MatrixExchange:
     receives the elements of only one copy. All copies receive the same results, so the copies stay equal.
 
     Args:
-        spans: for each rank, the spans that the rank holds.
+        spans: for each rank, the ranges of parameters that the rank holds.
         ranks_per_copy: the number of consecutive ranks that together hold one copy of all elements.
         dtype: the dtype of the transformation and of the communication.
     """
@@ -71,7 +71,8 @@ class MatrixExchange:
         This call is collective: every rank must make it.
 
         Args:
-            elements: one tensor of shape (n,) for each span of this rank. The tensors are changed in place.
+            elements: one tensor of shape (n,) for each span (range of a parameter) that this rank holds. It contains
+                the elements of the span, and is changed in place.
             function: a function that takes a matrix on ``world.device`` and returns a matrix of the same shape.
         """
         for batch in self._batches:

@@ -208,7 +208,7 @@ class LossScaler:
             self.good_steps = 0
 
     def restore(self, scale: float | None, good_steps: int) -> None:
-        """Set the scale and the number of good steps to the values in a checkpoint.
+        """Set the scale and the number of good steps (see ``LossScaler``) to values that a checkpoint contains.
 
         Does nothing if ``scale`` is None or this loss scaler is not dynamic.
         """
@@ -217,5 +217,8 @@ class LossScaler:
 
     @property
     def state(self) -> tuple[float | None, int]:
-        """Return the scale and the number of good steps. These are the arguments of ``restore``."""
+        """Return the scale and the number of good steps, as ``restore`` takes them.
+
+        The scale is None if it is not dynamic.
+        """
         return (self.scale if self.dynamic else None), self.good_steps

@@ -147,7 +147,7 @@ class ParameterState(OptimizerState):
         ]
 
     def publish_masters(self) -> None:
-        """Do nothing, because the model computes directly with the masters."""
+        """Do nothing. The model computes directly with the masters (the tensors that the optimizer updates)."""
 
 
 def _first_element(parameter: Tensor) -> int:

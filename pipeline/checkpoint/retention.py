@@ -54,9 +54,9 @@ def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> 
     """Rename the checkpoints of all steps after ``step``, so that the next start does not resume from them.
 
     Args:
-        origin: the checkpoint of ``step`` from which the run continues. If it is not in ``run_folder``, and
-            ``run_folder`` has its own checkpoint of ``step``, this checkpoint is renamed, too. If None, the checkpoint
-            of ``step`` in ``run_folder`` is kept.
+        origin: the checkpoint of ``step`` from which the run continues. It can be in another run folder. If it is, a
+            checkpoint of ``step`` in ``run_folder`` belongs to a different history, and is renamed, too. If ``origin``
+            is None, the checkpoint of ``step`` in ``run_folder`` is kept.
 
     Raises:
         OSError: a folder cannot be renamed.

@@ -64,7 +64,7 @@ class TrainingState:
 
 @dataclass(frozen=True, kw_only=True)
 class StateFile(TrainingState):
-    """The content of ``state.json``."""
+    """The content of a checkpoint's ``state.json``: the progress, the config and the package versions of the run."""
 
     world_size: PositiveInt  # the world size of the run that wrote the checkpoint
     launch_id: str | None = None  # the id of the launch that wrote the checkpoint

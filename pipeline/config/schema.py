@@ -447,7 +447,10 @@ class BackendConfig(Section):
 
     @property
     def hpz_group_size(self) -> int:
-        """Return the number of consecutive ranks that share one set of secondary shards, or 1 if hpZ is not used."""
+        """Return the number of consecutive ranks that share one secondary copy of all weights under ZeRO++ hpZ.
+
+        Returns 1 if the config does not use hpZ.
+        """
         return int(self.zero.get(HPZ, 1)) or 1
 
     def ranks_per_copy(self, world_size: int) -> int:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """A dataset of a run. Its token shards are open."""
+    """A dataset of a run: its name, its weight in the mixture, and its splits as open token streams."""
 
     name: str  # in metrics
     path: str

@@ -125,7 +125,8 @@ class LateValue:
     def read(self) -> float:
         """Return the number.
 
-        This call waits until the copy has finished, but not for work that was queued after the copy.
+        This call waits until the number is copied to the host. It does not wait for work that was queued on the device
+        after this copy.
         """
         if self._copied is not None:
             self._copied.synchronize()
@@ -135,9 +136,9 @@ class LateValue:
 class PeakMemory:
     """The peak memory of this process.
 
-    On a GPU, the peak is measured since this object was created. Memory that is allocated inside a block of ``ignored``
-    does not count. On a CPU, the peak is measured since the process was started, because the kernel stores only this
-    value.
+    On a GPU, the peak is the largest memory in use since this object was created. Memory that is allocated inside a
+    block of ``ignored`` does not count. On a CPU, it is the largest memory in use since the process was started,
+    because the kernel stores only this value.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -51,14 +51,14 @@ def launcher_variables() -> dict[str, str]:
 
 
 def unset_command() -> str:
-    """Return a shell command that unsets the environment variables of a launcher."""
+    """Return a shell command that unsets the environment variables in ``launcher_variables``."""
     return f"unset {' '.join(launcher_variables())}"
 
 
 def check_launcher() -> None:
-    """Raise ConfigError if the variables of a launcher are wrong or contradict each other.
+    """Raise ConfigError if a launcher's environment variables are wrong or contradict each other.
 
-    They can contradict each other if two launchers have set them.
+    The variables can contradict each other if one launcher has set some of them and another launcher the rest.
     """
     if problem := _find_contradiction(launcher_variables()):
         raise ConfigError(

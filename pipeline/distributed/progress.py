@@ -61,14 +61,18 @@ class Progress:
         self.position += 1
 
     def pass_mark(self) -> None:
-        """Record a mark inside the current phase, such as a collective. All ranks must pass the same marks."""
+        """Record that this rank has passed a mark, such as a collective, inside the current phase.
+
+        All ranks must pass the same marks in the same order.
+        """
         self._restart_clock()
         self.position += 1
 
     def move(self) -> None:
         """Record that this rank has made progress and is not stuck.
 
-        This call is not a mark, so other ranks need not make it.
+        This call does not count as a mark. Marks are calls that all ranks make in the same order, but a single rank can
+        make this call without the other ranks.
         """
         self._restart_clock()
         self.moves += 1
@@ -77,8 +81,8 @@ class Progress:
     def patience(self) -> Iterator[None]:
         """Return a context manager for rare work that takes long.
 
-        Inside its ``with`` block, the rank may make no progress for longer than usual before it counts as stuck. The
-        other ranks need not make this call.
+        Outside of such a block, a rank without progress soon counts as stuck. Inside the block, it counts as stuck only
+        after several minutes. The other ranks need not make this call.
         """
         before = self.is_patient, self.repeats
         self.move()

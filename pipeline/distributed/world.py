@@ -71,7 +71,7 @@ class World:
         return int(largest.item())
 
     def barrier(self) -> None:
-        """Wait until every rank has reached this call."""
+        """Wait until every rank has made this call."""
         self.progress.pass_mark()
         if self.size > 1:
             dist.barrier(group=self.group)

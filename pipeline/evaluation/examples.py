@@ -204,11 +204,14 @@ class Settings:
     limits: Mapping[str, int] = field(default_factory=dict)  # task -> limit, for tasks with another limit
 
     def of(self, task: str) -> "Settings":
-        """Return the options for one task. In the result, ``limit`` is the number of examples to score in this task."""
+        """Return the options for one task.
+
+        In the result, ``limit`` is the largest number of examples to score in this task.
+        """
         return replace(self, limit=self.limits.get(task, self.limit), limits={})
 
     def label(self, task: str) -> str:
-        """Return the name under which the results of a task are stored.
+        """Return the name under which the results of a task with these options are stored.
 
         The name consists of the task's name and all options that differ from their defaults.
         """

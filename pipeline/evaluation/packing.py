@@ -42,7 +42,7 @@ class Request:
 
 @dataclass
 class Tree:
-    """A tree of the inputs of several requests, with each common prefix stored once. Each node is one token."""
+    """A tree of tokens for several requests, in which each common prefix is stored once. Each node is one token."""
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)  # the node of the previous token; -1 for the first token
@@ -53,7 +53,7 @@ class Tree:
 
     @property
     def is_chain(self) -> bool:
-        """Return whether the tree has no branches. The causal mask is then sufficient."""
+        """Return whether the tree has no branches. If it has none, the normal causal mask can be used."""
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     def add(self, number: int, request: Request, context_length: int, reset_at: int | None) -> None:

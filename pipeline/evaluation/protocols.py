@@ -175,7 +175,8 @@ class ContinuationTask:
     """A task with one right continuation per example.
 
     ``acc`` is the fraction of examples for which greedy decoding generates exactly the right continuation.
-    ``perplexity`` is exp of the mean negative log-likelihood. The mean is over continuations, not over tokens.
+    ``perplexity`` is exp of the mean negative log-likelihood of a continuation. Each continuation has the same weight
+    in this mean, whatever its number of tokens.
     """
 
     protocol: str

@@ -60,7 +60,7 @@ class TextTask:
     def prepare(self, name: str, data: TaskData) -> PreparedTask:
         """Encode the texts and split the tokens into windows.
 
-        Empty texts are not scored, but the result states how many there are.
+        Empty texts are left out. The result contains the number of texts that were left out.
 
         Raises:
             DataError: a row lacks the field with the text, or all texts are empty.

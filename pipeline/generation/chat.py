@@ -29,7 +29,7 @@ class Chat:
     """A conversation with a model.
 
     In the training data, a heading line such as ``### User:`` or ``### Response:`` precedes each text. An answer ends
-    at ``<|endoftext|>``, or where the model generates such a heading. The heading is not returned.
+    at ``<|endoftext|>``, or where the model generates a heading line. This heading line is not returned.
 
     With the template "messages", an answer also ends at the empty line that follows each message in the training data.
     An empty line between two paragraphs of an answer does not end the answer. The tokens tell the two cases apart: the

@@ -21,7 +21,7 @@ from pipeline.model.parameter_state import WEIGHT
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Open weights. ``read`` reads one parameter at a time."""
+    """The weights in a folder or file that is open. ``read`` returns one parameter."""
 
     path: Path  # a checkpoint folder, a Hugging Face folder, or a file
     step: int | None  # the step of the run that wrote the weights; None if the step is not known

@@ -62,13 +62,15 @@ class KeyValueCache:
         return torch.tensor(self.lengths, device=self._memory.device)[:, None]
 
     def carry_text_starts(self, starts: Tensor) -> Tensor:
-        """Return the slot in its row at which each new token's text starts, shape (B, T). A row can have several texts.
+        """For each new token, return the slot at which the token's text starts, shape (B, T).
+
+        A row can contain several texts. Slots are counted from the beginning of the row.
 
         The call also stores where the last text of each row starts, because the next call needs it.
 
         Args:
-            starts: shape (B, T). For each new token, the slot in its row at which its text starts, or 0 if its text
-                starts before the new tokens of the row.
+            starts: shape (B, T). For each new token, the slot at which the token's text starts. The value is 0 if the
+                text starts before the new tokens.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1

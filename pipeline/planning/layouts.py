@@ -155,7 +155,10 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def exchange_bytes(config: Config, world_size: int) -> int:
-    """Return how many bytes of memory one rank needs for Muon's matrices during a step. Returns 0 for AdamW."""
+    """Return how many bytes of memory one rank needs to exchange and orthogonalize Muon's matrices.
+
+    Returns 0 for AdamW.
+    """
     if config.optimizer.name != "muon":
         return 0
     shapes = sizes_of(config.model).shapes

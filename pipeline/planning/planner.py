@@ -16,7 +16,7 @@ SECONDS_PER_DAY = 86_400
 
 @dataclass(frozen=True)
 class Memory:
-    """The peak memory of one rank in bytes, divided by use."""
+    """The peak memory of one rank, with one field per use. All fields are in bytes."""
 
     parameters: int
     masters: int
@@ -28,7 +28,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Return the sum of all fields."""
+        """Return the peak memory for all uses together: the sum of all fields."""
         return sum(vars(self).values())
 
 

@@ -22,7 +22,7 @@ CPU_ADAM_BYTES = 2 * (FP32 + 2 * FP32) + FP32
 
 @dataclass(frozen=True)
 class Traffic:
-    """The bytes that one rank sends per optimizer step. The fields say when the rank sends them."""
+    """The bytes that one rank sends per optimizer step, with one field for each time at which it sends."""
 
     with_each_micro_step: int  # gathers and reductions that overlap with the computation of a micro-step
     with_last_backward: int  # reductions that overlap with the last backward pass
@@ -32,7 +32,7 @@ class Traffic:
     between_copies: int = 0  # reductions between the copies of the model, which overlap with the last backward pass
 
     def per_step(self, accumulation: int) -> int:
-        """Return the number of bytes that a rank sends to other ranks in a whole step."""
+        """Return the number of bytes that a rank sends to other ranks in a step of ``accumulation`` micro-steps."""
         once = self.with_first_forward + self.with_last_backward + self.after_backward + self.between_copies
         return accumulation * self.with_each_micro_step + once
 

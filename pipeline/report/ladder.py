@@ -35,7 +35,10 @@ class Branch:
 
 @dataclass(frozen=True)
 class Rung:
-    """The result of one branch. A loss is None if no validation took place at its step."""
+    """The result of one branch.
+
+    The loss at a step is None if the run did not measure its validation loss at this step.
+    """
 
     milestone: int
     steps: int
@@ -46,14 +49,14 @@ class Rung:
 
 
 def write_ladder(out: Path, stable: Path, branches: Sequence[Branch]) -> tuple[str, list[Path]]:
-    """Write a table as Markdown and as JSON, and a chart of the validation loss against tokens.
+    """Write a table of the branches as Markdown and as JSON, and a chart of their validation losses against tokens.
 
     Args:
         out: the folder that contains the run folders of the branches. The files are written into this folder.
         stable: the run folder of the long run.
 
     Returns:
-        The table as Markdown, and the written files. Without matplotlib, there is no chart.
+        The table as Markdown, and the paths of the written files. If matplotlib is not installed, no chart is written.
     """
     before = _validation_losses(stable)
     rungs = []

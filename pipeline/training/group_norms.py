@@ -18,7 +18,9 @@ _BLOCK_GROUPS = {"ln_1": "attn", "attn": "attn", "ln_2": "mlp", "mlp": "mlp"}
 
 
 def layer_group(name: str) -> str:
-    """Return the group of a parameter: ``embeddings``, ``h.0.attn``, ``h.0.mlp`` (with their LayerNorms), or ``ln_f``.
+    """Return the layer group of a parameter: ``embeddings``, ``ln_f``, or a group of a block, such as ``h.0.attn``.
+
+    A block has two groups, ``attn`` and ``mlp``. Each of them includes the LayerNorm before it.
 
     Args:
         name: the canonical name, such as ``h.0.attn.c_attn.weight``.
@@ -30,7 +32,9 @@ def layer_group(name: str) -> str:
 
 
 class GroupNorms:
-    """Compares the training state before and after one step. Create an object right before the step.
+    """Measures the norms of layer groups for one step.
+
+    Create an object just before the step, and call ``measure`` after it.
 
     Each backend keeps its gradients in a different place. Therefore, this class computes the gradient from AdamW's
     first moment (or Muon's momentum), which is the same under every backend. A step changes the moment to
@@ -46,7 +50,7 @@ class GroupNorms:
         self._before = [(f.weight.clone(), f.state[_moment(f.state)].clone()) for f in backend.fragments()]
 
     def measure(self, grad_norm: float) -> dict[str, float]:
-        """Return the norms after the step. Returns an empty dict if the step was skipped.
+        """Return the norms of every layer group for the step. Returns an empty dict if the step was skipped.
 
         This call is collective: every rank must make it. It makes at most one all-reduce.
 
@@ -56,6 +60,7 @@ class GroupNorms:
                 scale do not change the gradient norms of the groups.
 
         Returns:
+            A dict with three keys per layer group, such as ``h.0.attn`` (see ``layer_group``):
             ``layer_grad_norm/GROUP``, ``layer_weight_norm/GROUP`` (after the step) and ``layer_update_ratio/GROUP``.
             The ratio is the norm of the change of the weights, divided by the norm of the weights before the step.
         """

@@ -18,7 +18,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class View:
-    """What one rank sees: the run folder and the hash of the data."""
+    """What one rank sees: its run folder, and the hash of its data."""
 
     host: str
     folder: str  # absolute
@@ -27,7 +27,7 @@ class View:
 
 
 def check_shared_folders(run_folder: Path, data_sha256: str, world: World) -> None:
-    """Raise ConfigError if a rank sees another run folder or other data than rank 0.
+    """Raise ConfigError if the run folder or the data that a rank sees differs from what rank 0 sees.
 
     To check this, rank 0 writes a file into the run folder, and every rank looks for the file. This call is collective:
     every rank must make it.
@@ -46,7 +46,10 @@ def check_shared_folders(run_folder: Path, data_sha256: str, world: World) -> No
 
 
 def find_difference(views: Sequence[View]) -> str | None:
-    """Return a message about the first rank whose view differs from rank 0's, or None if all views are the same."""
+    """Return a message about the first rank that sees a different run folder or different data than rank 0.
+
+    Returns None if all ranks see the same run folder and the same data.
+    """
     main = views[0]
     for rank, view in enumerate(views):
         if not view.has_token:

@@ -1,4 +1,8 @@
-"""Judge whether finished steps were good, were skipped, or were spikes. Stop the run after too many bad steps."""
+"""Judge whether finished steps were good, were skipped, or were spikes. Stop the run after too many bad steps.
+
+A step is skipped if its gradients are not finite. A step is a spike if its loss or its gradient norm is much higher
+than in the steps before it.
+"""
 
 import logging
 import math
@@ -20,7 +24,7 @@ _LEAST_RELATIVE_SPREAD = 1e-3
 
 
 class Verdict(Enum):
-    """The judgment on a step."""
+    """The judgment of ``StepGuard`` on a finished step."""
 
     GOOD = "good"
     SKIPPED = "skipped"  # the update was not applied
@@ -43,7 +47,7 @@ class TrainedStep:
 
 @dataclass(frozen=True)
 class FinishedStep:
-    """The values from which the guard judges a step. They are the same on every rank."""
+    """The values from which ``StepGuard`` judges a step. They are the same on every rank."""
 
     step: int
     first_sample: int
@@ -133,7 +137,7 @@ class StepGuard:
         )
 
     def next_sample(self, consumed: int, samples_per_step: int) -> int:
-        """Return the index of the first sample of the next step, counted in the sample order of the run.
+        """Return the index of the first sample of the next step. Samples are numbered in the order of training.
 
         Usually, this index is ``consumed``. If a step that begins at ``consumed`` would contain samples to skip, the
         step begins after these samples instead.

@@ -12,7 +12,8 @@ log = logging.getLogger(__name__)
 class Console(Sink):
     """Logs the rows that have a loss.
 
-    Other rows are not logged here. They are too long, or the code that writes them also logs a message.
+    Rows without a loss are not logged here, because they are too long, or because the code that writes them also logs a
+    message.
     """
 
     def __init__(self) -> None:

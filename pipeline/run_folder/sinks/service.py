@@ -106,7 +106,10 @@ class ServiceSink(Sink):
 
     @property
     def is_complete(self) -> bool:
-        """Return whether the service has all rows and the summary of the run. Call this property before ``start``."""
+        """Return whether the service has all rows and the summary of the run.
+
+        Read this property before you call ``start``.
+        """
         state = self._read_state()
         return state["ended"] and state["rows"] == len(read_metrics(self._run_folder))
 
