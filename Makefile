@@ -11,7 +11,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 quickstart: .venv/run ## train, evaluate and sample a small GPT-2 on a fresh machine
-	$(BIN)/python launch/run.py --config ds_configs/ddp.json ds_configs/quickstart.json
+	$(BIN)/python launch/quickstart.py
 
 test: .venv/dev ## run the whole test suite, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

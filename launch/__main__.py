@@ -13,7 +13,7 @@ DISTRIBUTION = "gpt2-pipeline"
 
 #: Command -> (module in ``launch``, options that come first, description).
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "quickstart": ("run", ("--config", "ddp", "quickstart"), "tokenize, train, evaluate and sample a small GPT-2"),
+    "quickstart": ("quickstart", (), "tokenize, train, evaluate and sample a small GPT-2 in a few minutes"),
     "run": ("run", (), "run all stages of one config"),
     "tokenize": ("tokenize_corpus", (), "turn text into token shards"),
     "train": ("train", (), "train with one process; for several: torchrun -m launch.train, deepspeed --module"),

@@ -30,7 +30,7 @@ def main() -> None:
     tokenize(config)
     train(arguments)
     evaluate(config)
-    sample(config)
+    print(sample(config), end="", flush=True)
 
 
 def add_processes_option(parser: argparse.ArgumentParser) -> None:
@@ -55,13 +55,16 @@ def tokenize(config: Config) -> None:
     run_stage("tokenize", [sys.executable], "tokenize_corpus.py", [*options, "--out", config.data.path])
 
 
-def train(arguments: argparse.Namespace, overrides: Sequence[str] = (), start: Sequence[str] = ()) -> None:
+def train(
+    arguments: argparse.Namespace, overrides: Sequence[str] = (), start: Sequence[str] = (), stage: str = "train"
+) -> None:
     """Train the model, or resume an interrupted run. If the run is already complete, nothing is done.
 
     Args:
         arguments: the options of this command.
         overrides: config overrides in addition to ``--set``.
         start: options of ``launch/train.py`` that say where the run starts.
+        stage: the heading to print.
     """
     launcher = [sys.executable]
     if arguments.processes > 1:
@@ -69,7 +72,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str] = (), start: S
     options = ["--config", *arguments.config]
     options += ["--set", *sets] if (sets := [*arguments.set, *overrides]) else []
     options += ["--deepspeed", arguments.deepspeed] if arguments.deepspeed else []
-    run_stage("train", launcher, "train.py", [*options, *start])
+    run_stage(stage, launcher, "train.py", [*options, *start])
 
 
 def evaluate(config: Config) -> None:
@@ -83,29 +86,36 @@ def evaluate(config: Config) -> None:
     run_stage("evaluate", [sys.executable], "evaluate.py", options)
 
 
-def sample(config: Config) -> None:
-    """Generate a completion with the settings of ``sample``."""
+def sample(config: Config) -> str:
+    """Generate a completion with the settings of ``sample``, and return it."""
     options = ["--checkpoint", config.run.out_dir, "--seed", str(config.run.seed), "--device", config.run.device]
     options += _options(config.sample.model_dump(exclude={"stop"}, exclude_none=True))
-    run_stage("sample", [sys.executable], "generate.py", [*options, *(f"--stop={t}" for t in config.sample.stop)])
+    options += [f"--stop={text}" for text in config.sample.stop]
+    return run_stage("sample", [sys.executable], "generate.py", options, returns_output=True)
 
 
 def _options(settings: dict[str, object]) -> list[str]:
     return [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
 
 
-def run_stage(stage: str, launcher: list[str], script: str, options: list[str]) -> None:
-    """Run the command of a stage. If it fails, exit with its status. The command itself prints the reason."""
+def run_stage(stage: str, launcher: list[str], script: str, options: list[str], *, returns_output: bool = False) -> str:
+    """Run the command of a stage. If it fails, exit with its status. The command itself prints the reason.
+
+    Args:
+        returns_output: return what the command writes to standard output, instead of printing it.
+    """
     print(f"\n== {stage}", flush=True)
     command = [*launcher, str(Path(__file__).resolve().parent / script), *options]
-    with subprocess.Popen(command) as process, _signals_belong_to(process):
-        status = process.wait()
-    if status:
-        sys.exit(status)
+    output = subprocess.PIPE if returns_output else None
+    with subprocess.Popen(command, stdout=output, encoding="utf-8") as process, _signals_belong_to(process):
+        text, _ = process.communicate()
+    if process.returncode:
+        sys.exit(process.returncode)
+    return text or ""
 
 
 @contextmanager
-def _signals_belong_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def _signals_belong_to(process: subprocess.Popen[str]) -> Iterator[None]:
     """Leave signals to a process, which may save before it ends.
 
     Ignore Ctrl-C, because the process receives it, too. Forward SIGTERM to the process.

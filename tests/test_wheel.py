@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.quickstart import FEWEST_STEPS
 from tests.support.runs import REPOSITORY, TINY_RUN, overrides
 
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "ds_configs", "data_tools", "pipeline", "launch")
@@ -65,10 +66,12 @@ def test_shipped_configs_are_found_by_name(installed: Path, tmp_path: Path) -> N
 
 def test_the_quickstart_runs_in_an_empty_folder_without_deepspeed(installed: Path, tmp_path: Path) -> None:
     small = {key: value for key, value in TINY_RUN.items() if key != "batch"}
-    settings = [*overrides(small), "batch.tokens_per_step=96", "batch.micro_batch_size=2", "schedule.max_steps=2"]
+    settings = [*overrides(small), "batch.tokens_per_step=96", "batch.micro_batch_size=2"]
     settings += ["schedule.warmup_steps=1", "tokenize.limit_documents=60", "sample.max_new_tokens=5"]
-    finished = run(installed, tmp_path, "gpt2-pipeline", "quickstart", "--set", *settings)
+    finished = run(installed, tmp_path, "gpt2-pipeline", "quickstart", "--minutes", "0.01", "--set", *settings)
     assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert f"after {FEWEST_STEPS} steps" in finished.stdout
+    assert "gpt2-pipeline generate --checkpoint runs/quickstart --prompt 'import '" in finished.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "runs"]
 
     zero1 = ["--set", *settings, "run.out_dir=runs/zero1"]

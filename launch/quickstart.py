@@ -1,0 +1,228 @@
+"""Tokenize the Python standard library, then train, evaluate and sample a small GPT-2 on it, within a few minutes.
+
+The command first trains a few steps to measure how long a step takes on this machine. It then chooses the number of
+steps so that all stages together take about --minutes. If the command is interrupted, repeat it: finished stages are
+skipped, and an interrupted run continues.
+"""
+
+import argparse
+import importlib.util
+import math
+import shlex
+import statistics
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from data_tools.shards.manifest import load_manifest
+from launch.cli import ArgumentParser, positive_number, run_command, start_logging
+from launch.run import evaluate, run_stage, sample, tokenize, train
+from pipeline.config.loading import load_config
+from pipeline.config.schema import Config
+from pipeline.distributed.device import measure_matmul_ceiling
+from pipeline.run_folder.layout import CONFIG_FILE, REPORT_PAGE
+from pipeline.run_folder.metrics import read_metrics
+
+CONFIGS = ("ddp", "quickstart")
+
+#: The steps that are trained to measure the time of a step. The first ones are slower and do not count.
+PROBE_STEPS, PROBE_WARM_UP_STEPS = 8, 3
+
+FEWEST_STEPS = 20
+
+#: A run on a CPU computes in bf16 if this makes matrix products at least this much faster.
+WORTHWHILE_SPEEDUP = 1.5
+
+#: The stages after the training, and the start of the training itself: each starts Python and loads a model.
+STARTS_AFTER_PROBE = 4
+
+EVALUATIONS = 4
+
+BOX_WIDTH = 80
+
+
+def main() -> None:
+    """Run all stages, then print the sample, the loss, and what to do next."""
+    started = time.perf_counter()
+    parser = ArgumentParser(description=__doc__, example="python launch/quickstart.py --minutes 1")
+    parser.add_argument(
+        "--minutes",
+        type=positive_number,
+        default=4.0,
+        metavar="M",
+        help="time for all stages together (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="values that win over the shipped configs ddp and quickstart; with schedule.max_steps=N, the command "
+        "does not choose the number of steps",
+    )
+    arguments = parser.parse_args()
+    start_logging()
+    config = load_config(CONFIGS, arguments.set)
+    tokenize(config)
+    options = parsed_options(choose_settings(arguments.set, config, started + 60 * arguments.minutes))
+    config = load_config(options.config, options.set)
+    train(options)
+    evaluate(config)
+    text = sample(config)
+    report = write_report(config)
+    print(summarize(config, text, time.perf_counter() - started, report), flush=True)
+
+
+def choose_settings(given: Sequence[str], config: Config, deadline: float) -> list[str]:
+    """Return the values of ``--set``, and a precision and a number of steps if the user gave none.
+
+    A run that has begun keeps its precision and its number of steps.
+
+    Args:
+        given: the user's values of ``--set``.
+        config: the config with these values.
+        deadline: the value of ``time.perf_counter()`` at which all stages should have ended.
+    """
+    begun = Path(config.run.out_dir) / CONFIG_FILE
+    if begun.exists():
+        before = load_config([begun])
+        chosen = {
+            "run.precision": before.run.precision,
+            "schedule.max_steps": before.schedule.max_steps,
+            "evaluation.every_steps": before.evaluation.every_steps,
+        }
+        return _with_defaults(given, chosen)
+    settings = _with_defaults(given, {"run.precision": choose_precision(config.run.device)})
+    if any(value.startswith("schedule.max_steps=") for value in given):
+        return settings
+    step_s, start_s = measure_step(settings)
+    steps = fit_steps(config, step_s, deadline - time.perf_counter() - STARTS_AFTER_PROBE * start_s)
+    print(f"\n{step_s:.2f} s per step: {steps} steps will take {steps * step_s:.0f} s", flush=True)
+    return _with_defaults(
+        settings, {"schedule.max_steps": steps, "evaluation.every_steps": math.ceil(steps / EVALUATIONS)}
+    )
+
+
+def _with_defaults(given: Sequence[str], defaults: Mapping[str, object]) -> list[str]:
+    """Return the values of ``--set`` and the defaults of the keys that are not among them."""
+    keys = {value.partition("=")[0] for value in given}
+    return [*given, *(f"{key}={value}" for key, value in defaults.items() if key not in keys)]
+
+
+def choose_precision(device: str) -> str:
+    """Return the precision in which this machine trains fastest, among those that need no loss scaling."""
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return "amp_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
+        return "fp32"
+    cpu = torch.device("cpu")
+    bf16, fp32 = (measure_matmul_ceiling(cpu, dtype) for dtype in (torch.bfloat16, torch.float32))
+    return "bf16" if bf16 > WORTHWHILE_SPEEDUP * fp32 else "fp32"
+
+
+def measure_step(settings: Sequence[str]) -> tuple[float, float]:
+    """Train a few steps in a temporary run folder.
+
+    Returns:
+        The seconds of one step, and the seconds of the command without its steps.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        short = {"run.out_dir": folder, "schedule.max_steps": PROBE_STEPS, "evaluation.sample": "false"}
+        short |= {
+            "logging.every_steps": 1,
+            "logging.sinks": '["jsonl", "console"]',
+            "checkpoint.every_steps": PROBE_STEPS,
+        }
+        others = [value for value in settings if value.partition("=")[0] not in short]
+        started = time.perf_counter()
+        train(parsed_options(_with_defaults(others, short)), stage="measure the time of a step")
+        command_s = time.perf_counter() - started
+        step_s = [row["step_ms"] / 1e3 for row in read_metrics(Path(folder)) if "step_ms" in row]
+    return statistics.median(step_s[PROBE_WARM_UP_STEPS:]), command_s - sum(step_s)
+
+
+def fit_steps(config: Config, step_s: float, left_s: float) -> int:
+    """Return the number of steps that fit into the time, but at most one pass over the data."""
+    assert config.data.path is not None
+    one_pass = load_manifest(config.data.path).tokens_of("train") // config.batch.tokens_per_step
+    return max(FEWEST_STEPS, min(one_pass, int(left_s / step_s)))
+
+
+def parsed_options(settings: Sequence[str]) -> argparse.Namespace:
+    """Return the options that ``train`` reads, for one process and the quickstart's configs."""
+    return argparse.Namespace(config=CONFIGS, set=list(settings), deepspeed=None, processes=1)
+
+
+def write_report(config: Config) -> str:
+    """Write the HTML report of the run if matplotlib is installed. Returns where it is, or how to get it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "install matplotlib, then: " + command("report", config.run.out_dir)
+    run_stage("report", [sys.executable], "report.py", [config.run.out_dir])
+    return str(Path(config.run.out_dir) / REPORT_PAGE)
+
+
+def summarize(config: Config, text: str, seconds: float, report: str) -> str:
+    """Return the last lines of the command: the sample in a box, the result, and commands to try next."""
+    run_folder = config.run.out_dir
+    losses = [row["val_loss"] for row in read_metrics(Path(run_folder)) if row.get("val_loss") is not None]
+    tokens = config.schedule.max_steps * config.batch.tokens_per_step
+    trained = f"{config.schedule.max_steps} steps, {tokens / 1e6:.2f}M tokens"
+    result = f"validation loss {losses[0]:.2f} -> {losses[-1]:.2f}" if losses else "no validation"
+    lines = [
+        ("loss curves", report),
+        ("complete a text", command("generate", "--checkpoint", run_folder, "--prompt", "import ")),
+        ("train longer", command("quickstart", "--minutes", "20", "--set", "run.out_dir=runs/longer")),
+        ("other backends", "docs/quickstart.md: two processes, FSDP, DeepSpeed ZeRO"),
+        ("your own text", command("tokenize", "--source", "text", "--input", "FOLDER", "--out", "data/mine")),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(
+        [
+            "",
+            boxed(text.rstrip(), "the model continues " + repr(config.sample.prompt)),
+            f"{result} after {trained}; {seconds / 60:.1f} minutes in total",
+            "",
+            *(f"{name:<{width}}  {value}" for name, value in lines),
+        ]
+    )
+
+
+def boxed(text: str, title: str) -> str:
+    """Return a text in a box that is BOX_WIDTH characters wide. Long lines are wrapped."""
+    inner = BOX_WIDTH - 4
+    lines = [
+        part
+        for line in text.expandtabs(4).splitlines()
+        for part in textwrap.wrap(line, inner, replace_whitespace=False, drop_whitespace=False) or [""]
+    ]
+    edge, corners = ("─", "┌┐└┘") if _prints_lines() else ("-", "++++")
+    side = "│" if _prints_lines() else "|"
+    top = f"{corners[0]}{edge} {title} ".ljust(BOX_WIDTH - 1, edge) + corners[1]
+    bottom = corners[2] + edge * (BOX_WIDTH - 2) + corners[3]
+    return "\n".join([top, *(f"{side} {line:<{inner}} {side}" for line in lines), bottom])
+
+
+def _prints_lines() -> bool:
+    """Return whether standard output can print the characters of a box."""
+    try:
+        "┌─┐│└┘".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def command(name: str, *arguments: str) -> str:
+    """Return a command line that runs another command in the way in which the user has started this one."""
+    script = {"tokenize": "tokenize_corpus"}.get(name, name)
+    is_installed = Path(sys.argv[0]).name.startswith("gpt2-pipeline")
+    program = ["gpt2-pipeline", name] if is_installed else ["python", f"launch/{script}.py"]
+    return shlex.join([*program, *arguments])
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,83 @@
+"""``launch/quickstart.py`` chooses the precision and the number of steps, and shows the result."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_tools.shards.manifest import load_manifest
+from launch import quickstart
+from launch.quickstart import CONFIGS, boxed, choose_precision, choose_settings, fit_steps
+from pipeline.config.loading import dump_config, load_config
+from pipeline.config.schema import Config
+from pipeline.run_folder.layout import CONFIG_FILE
+
+
+@pytest.fixture
+def config(corpus: Path, tmp_path: Path) -> Config:
+    return load_config(CONFIGS, [f"data.path={corpus}", f"run.out_dir={tmp_path / 'run'}", "run.device=cpu"])
+
+
+def choose(config: Config, given: list[str], monkeypatch: pytest.MonkeyPatch, left_s: float = 60.0) -> dict[str, str]:
+    """Return the chosen settings, on a machine where a step takes 0.5 s and each command 5 s in addition."""
+    monkeypatch.setattr(quickstart, "measure_step", lambda settings: (0.5, 5.0))
+    monkeypatch.setattr(quickstart, "choose_precision", lambda device: "bf16")
+    settings = choose_settings(given, config, time.perf_counter() + left_s)
+    assert settings[: len(given)] == given
+    return dict(setting.split("=", 1) for setting in settings)
+
+
+def test_the_steps_fill_the_time(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["batch.tokens_per_step=256", "batch.micro_batch_size=1"]  # the corpus has enough samples of this size
+    chosen = choose(load_config(CONFIGS, [*given, f"data.path={config.data.path}"]), given, monkeypatch)
+    starts = quickstart.STARTS_AFTER_PROBE * 5.0
+    assert int(chosen["schedule.max_steps"]) == pytest.approx((60 - starts) / 0.5, abs=1)
+    assert int(chosen["evaluation.every_steps"]) * quickstart.EVALUATIONS >= int(chosen["schedule.max_steps"])
+    assert chosen["run.precision"] == "bf16"
+
+
+def test_at_least_some_steps_and_at_most_one_pass_over_the_data(config: Config) -> None:
+    assert fit_steps(config, step_s=0.5, left_s=-3.0) == quickstart.FEWEST_STEPS
+    assert config.data.path is not None
+    tokens = load_manifest(config.data.path).tokens_of("train")
+    small = config.model_copy(update={"batch": config.batch.model_copy(update={"tokens_per_step": tokens // 30})})
+    assert fit_steps(small, step_s=1e-6, left_s=60.0) == 30
+
+
+def test_values_of_the_user_win(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = choose(config, ["schedule.max_steps=7", "run.precision=fp32"], monkeypatch)
+    assert chosen == {"schedule.max_steps": "7", "run.precision": "fp32"}
+
+
+def test_a_begun_run_keeps_its_settings(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(config.run.out_dir)
+    folder.mkdir()
+    begun = load_config(CONFIGS, ["run.precision=fp32", "schedule.max_steps=33", "evaluation.every_steps=9"])
+    (folder / CONFIG_FILE).write_text(json.dumps(dump_config(begun)))
+    chosen = choose(config, [], monkeypatch)
+    assert chosen == {"run.precision": "fp32", "schedule.max_steps": "33", "evaluation.every_steps": "9"}
+
+
+@pytest.mark.parametrize(("bf16_flops", "expected"), [(1.4e11, "fp32"), (1.6e11, "bf16")])
+def test_bf16_must_be_worthwhile(bf16_flops: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = {torch.bfloat16: bf16_flops, torch.float32: 1e11}
+    monkeypatch.setattr(quickstart, "measure_matmul_ceiling", lambda device, dtype: speeds[dtype])
+    assert choose_precision("cpu") == expected
+
+
+def test_the_box_keeps_indentation_and_wraps_long_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "_prints_lines", lambda: True)
+    lines = boxed("def main():\n\treturn 1\n\n" + "x" * 100, "a title").splitlines()
+    assert {len(line) for line in lines} == {quickstart.BOX_WIDTH}
+    assert lines[0].startswith("┌─ a title ─") and lines[-1].startswith("└─")
+    assert lines[1].startswith("│ def main():") and lines[2].startswith("│     return 1")
+    assert sum("x" in line for line in lines) == 2
+
+
+def test_a_terminal_without_unicode_gets_an_ascii_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "_prints_lines", lambda: False)
+    assert boxed("text", "title").isascii()
