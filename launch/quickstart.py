@@ -39,7 +39,7 @@ FEWEST_STEPS = 20
 WORTHWHILE_SPEEDUP = 1.5
 
 #: The stages after the training, and the start of the training itself: each starts Python and loads a model.
-STARTS_AFTER_PROBE = 4
+STARTS_AFTER_PROBE = 5
 
 EVALUATIONS = 4
 
@@ -91,6 +91,7 @@ def choose_settings(given: Sequence[str], config: Config, deadline: float) -> li
     begun = Path(config.run.out_dir) / CONFIG_FILE
     if begun.exists():
         before = load_config([begun])
+        print(f"\n{begun.parent} exists: its run keeps its {before.schedule.max_steps} steps", flush=True)
         chosen = {
             "run.precision": before.run.precision,
             "schedule.max_steps": before.schedule.max_steps,
