@@ -52,11 +52,11 @@ COMMON: Sections = {
     "logging": {"every_steps": 1, "tensorboard": False},
 }
 
-ADAMW: Sections = {"optimizer": {"name": "adamw", "learning_rate": 4e-3}}
+ADAMW: Sections = {"optimizer": {"name": "adamw", "learning_rate": 4e-3, "weight_decay": 1.0}}
 MUON: Sections = {"optimizer": {"name": "muon", "learning_rate": 8e-3}}
 COSINE: Sections = {"schedule": {"name": "cosine", "warmup_steps": 8, "max_steps": 96, "min_lr_ratio": 0.0}}
-WSD: Sections = {"schedule": {**COSINE["schedule"], "name": "wsd", "decay_steps": 48}}
-SHORT_WSD: Sections = {"schedule": {**WSD["schedule"], "warmup_steps": 4, "max_steps": 32, "decay_steps": 24}}
+WSD: Sections = {"schedule": {**COSINE["schedule"], "name": "wsd", "decay_steps": 72}}
+SHORT_WSD: Sections = {"schedule": {**WSD["schedule"], "warmup_steps": 3, "max_steps": 24, "decay_steps": 18}}
 
 #: The optimizer and the schedule of each contender. The others are compared with the first.
 CONTENDERS: dict[str, Sections] = {
