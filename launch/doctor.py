@@ -16,6 +16,18 @@ except ImportError as broken:  # a missing package is one of the problems that t
 
 def main() -> None:
     """Parse the arguments, run the checks, print the findings, and exit."""
+    arguments = build_parser().parse_args()
+    findings = check_packages()
+    if not has_problem(findings):
+        from pipeline.doctor.machine import run_checks  # needs torch, which check_packages has found
+
+        findings += run_checks(arguments.folder, thorough=arguments.thorough)
+    print(findings_as_json(findings) if arguments.json else format_findings(findings))
+    sys.exit(1 if has_problem(findings) else 0)
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
     parser = ArgumentParser(description=__doc__, example="python launch/doctor.py --folder runs")
     parser.add_argument(
         "--folder", type=Path, default=Path(), metavar="DIR", help="folder for runs (default: the current folder)"
@@ -24,14 +36,7 @@ def main() -> None:
         "--thorough", action="store_true", help="also compile, and start two ranks; a minute or two the first time"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args()
-    findings = check_packages()
-    if not has_problem(findings):
-        from pipeline.doctor.machine import run_checks  # needs torch, which check_packages has found
-
-        findings += run_checks(arguments.folder, thorough=arguments.thorough)
-    print(findings_as_json(findings) if arguments.json else format_findings(findings))
-    sys.exit(1 if has_problem(findings) else 0)
+    return parser
 
 
 if __name__ == "__main__":

@@ -44,6 +44,15 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Return the options of the command line. The options ``data`` and ``limit`` are dicts whose keys are tasks."""
+    parser = build_parser()
+    arguments = parser.parse_args()
+    arguments.data = _by_task(parser, "--data", arguments.data)
+    arguments.limit = _by_task(parser, "--limit", arguments.limit)
+    return arguments
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
     parser = ArgumentParser(
         description=__doc__, example="python launch/evaluate.py --checkpoint runs/ddp --tasks validation"
     )
@@ -107,10 +116,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="SECONDS",
         help="end if a process is silent or makes no progress for this time (default: %(default)s)",
     )
-    arguments = parser.parse_args()
-    arguments.data = _by_task(parser, "--data", arguments.data)
-    arguments.limit = _by_task(parser, "--limit", arguments.limit)
-    return arguments
+    return parser
 
 
 def _task_and_path(assignment: str) -> tuple[str, str]:

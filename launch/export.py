@@ -9,6 +9,21 @@ from pipeline.interop.hugging_face.importing import import_folder
 
 def main() -> None:
     """Parse the arguments, and export or import a model."""
+    parser = build_parser()
+    arguments = parser.parse_args()
+    start_logging()
+    if arguments.from_hf is None:
+        print(export_checkpoint(arguments.checkpoint, arguments.out, arguments.dtype or "float32", arguments.weights))
+    elif arguments.weights != "training":
+        parser.error("--weights: only for exporting; a Hugging Face folder has one set of weights")
+    elif arguments.dtype:
+        parser.error("--dtype: only for exporting; an import is always in float32")
+    else:
+        print(import_folder(arguments.from_hf, arguments.out))
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
     parser = ArgumentParser(
         description=__doc__, example="python launch/export.py --checkpoint runs/ddp --out exported/ddp"
     )
@@ -26,16 +41,7 @@ def main() -> None:
     )
     add_weights_option(parser)
     parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the exported weights (default: float32)")
-    arguments = parser.parse_args()
-    start_logging()
-    if arguments.from_hf is None:
-        print(export_checkpoint(arguments.checkpoint, arguments.out, arguments.dtype or "float32", arguments.weights))
-    elif arguments.weights != "training":
-        parser.error("--weights: only for exporting; a Hugging Face folder has one set of weights")
-    elif arguments.dtype:
-        parser.error("--dtype: only for exporting; an import is always in float32")
-    else:
-        print(import_folder(arguments.from_hf, arguments.out))
+    return parser
 
 
 if __name__ == "__main__":

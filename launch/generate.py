@@ -63,6 +63,17 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Return the options of the command line."""
+    parser = build_parser()
+    arguments = parser.parse_args()
+    if arguments.interactive and arguments.prompt:
+        parser.error("--prompt: with --interactive prompts come from the terminal; give only one of the two")
+    if arguments.system and arguments.chat != "messages":
+        parser.error("--system: only a chat has a message of the system; add --chat, or leave it out")
+    return arguments
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
     parser = ArgumentParser(
         description=__doc__, example='python launch/generate.py --checkpoint runs/ddp --prompt "The meaning of life is"'
     )
@@ -103,12 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--precision", choices=list(DTYPES), default="fp32", help="dtype of weights and products (default: %(default)s)"
     )
-    arguments = parser.parse_args()
-    if arguments.interactive and arguments.prompt:
-        parser.error("--prompt: with --interactive prompts come from the terminal; give only one of the two")
-    if arguments.system and arguments.chat != "messages":
-        parser.error("--system: only a chat has a message of the system; add --chat, or leave it out")
-    return arguments
+    return parser
 
 
 def _continue(writer: Writer, sample: SampleConfig, prompt: str, seed: int) -> Generator[str]:

@@ -21,29 +21,7 @@ STABLE_RUN = "stable"
 
 def main() -> None:
     """Train the long run and all branches. Then write and print the table that compares the branches."""
-    parser = ArgumentParser(
-        description=__doc__,
-        example="python launch/ladder.py --config ds_configs/ddp.json ds_configs/quickstart.json --milestones 60 120 "
-        "--out runs/ladder",
-    )
-    add_config_options(parser)
-    add_processes_option(parser)
-    parser.add_argument(
-        "--milestones",
-        nargs="+",
-        required=True,
-        type=positive_int,
-        metavar="N",
-        help="steps of the long run at which a decay begins",
-    )
-    parser.add_argument(
-        "--decay-steps",
-        type=positive_int,
-        metavar="N",
-        help="steps of each decay (default: a quarter of the milestone, so the decay is a fifth of its run)",
-    )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for all runs and for the table")
-    arguments = parser.parse_args()
+    arguments = build_parser().parse_args()
     start_logging()
     milestones = sorted(set(arguments.milestones))
     branches = [Branch(step, step + (arguments.decay_steps or math.ceil(step / 4))) for step in milestones]
@@ -69,6 +47,33 @@ def main() -> None:
             train(arguments, [f"run.out_dir={folder}", *decay], start)
     table, files = write_ladder(arguments.out, stable, branches)
     print(f"\n{table}\nwrote {', '.join(map(str, files))}")
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    parser = ArgumentParser(
+        description=__doc__,
+        example="python launch/ladder.py --config ds_configs/ddp.json ds_configs/quickstart.json --milestones 60 120 "
+        "--out runs/ladder",
+    )
+    add_config_options(parser)
+    add_processes_option(parser)
+    parser.add_argument(
+        "--milestones",
+        nargs="+",
+        required=True,
+        type=positive_int,
+        metavar="N",
+        help="steps of the long run at which a decay begins",
+    )
+    parser.add_argument(
+        "--decay-steps",
+        type=positive_int,
+        metavar="N",
+        help="steps of each decay (default: a quarter of the milestone, so the decay is a fifth of its run)",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for all runs and for the table")
+    return parser
 
 
 def _has_step(run_folder: Path, step: int) -> bool:

@@ -29,7 +29,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 def main() -> None:
     """Parse the arguments, plan the run with every backend, and print the plans."""
-    arguments = _parse_arguments()
+    arguments = build_parser().parse_args()
     config = load_config(arguments.config, arguments.set, arguments.deepspeed)
     if arguments.schedule:
         from pipeline.training.schedule import format_schedule
@@ -106,7 +106,8 @@ def _train_options(
     return ["--config", *own, backend, *(["--set", *overrides] if overrides else [])]
 
 
-def _parse_arguments() -> argparse.Namespace:
+def build_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
     parser = ArgumentParser(
         description=__doc__,
         example="python launch/plan.py --config ds_configs/gpt2_774m.json --world-size 8 --device h100-80gb",
@@ -152,7 +153,7 @@ def _parse_arguments() -> argparse.Namespace:
         "--plot", type=_picture_path, metavar="FILE", help="also draw a plot of 1 to 4096 ranks; needs the extra plots"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser.parse_args()
+    return parser
 
 
 def _picture_path(text: str) -> Path:

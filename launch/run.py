@@ -20,17 +20,22 @@ from pipeline.evaluation.results import find_results, format_table
 
 def main() -> None:
     """Parse the arguments, load the config, and run the stages."""
-    parser = ArgumentParser(
-        description=__doc__, example="python launch/run.py --config ds_configs/ddp.json ds_configs/quickstart.json"
-    )
-    add_config_options(parser)
-    add_processes_option(parser)
-    arguments = parser.parse_args()
+    arguments = build_parser().parse_args()
     config = load_config(arguments.config, arguments.set, arguments.deepspeed)
     tokenize(config)
     train(arguments)
     evaluate(config)
     print(sample(config), end="", flush=True)
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    parser = ArgumentParser(
+        description=__doc__, example="python launch/run.py --config ds_configs/ddp.json ds_configs/quickstart.json"
+    )
+    add_config_options(parser)
+    add_processes_option(parser)
+    return parser
 
 
 def add_processes_option(parser: argparse.ArgumentParser) -> None:

@@ -9,15 +9,20 @@ from pipeline.report.overview import format_table, summarize_runs
 
 def main() -> None:
     """Parse the arguments and print the table."""
+    arguments = build_parser().parse_args()
+    start_logging()
+    runs = summarize_runs(arguments.folder)
+    print(json.dumps([run.to_json() for run in runs], indent=2) if arguments.json else format_table(runs))
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
     parser = ArgumentParser(description=__doc__, example="python launch/runs.py runs")
     parser.add_argument(
         "folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER", help="default: %(default)s"
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list")
-    arguments = parser.parse_args()
-    start_logging()
-    runs = summarize_runs(arguments.folder)
-    print(json.dumps([run.to_json() for run in runs], indent=2) if arguments.json else format_table(runs))
+    return parser
 
 
 if __name__ == "__main__":

@@ -23,12 +23,17 @@ _LINE_EVERY_S = 10.0
 
 def main() -> None:
     """Parse the arguments and run the sub-command."""
+    arguments = build_parser().parse_args()
+    arguments.run(arguments)
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
     parser = ArgumentParser(description=__doc__, example="python launch/shards.py inspect data/corpus")
     commands = parser.add_subparsers(required=True, metavar="inspect|verify|head|convert")
     for add_command in (_add_inspect, _add_verify, _add_head, _add_convert):
         add_command(commands)
-    arguments = parser.parse_args()
-    arguments.run(arguments)
+    return parser
 
 
 def _add_inspect(commands: Any) -> None:

@@ -15,6 +15,24 @@ def main() -> object:
 
     Returns the trainer, so that ``run_command`` can keep a reference to it.
     """
+    arguments = build_parser().parse_args()
+    overrides = [*arguments.set, *_start_overrides(arguments)]
+    if arguments.profile is not None:
+        overrides.append(f"logging.profile_steps={arguments.profile}")
+    config = load_config(arguments.config, overrides, arguments.deepspeed)
+    if arguments.branch and Path(config.run.out_dir).resolve() == Path(arguments.init_from).resolve():
+        raise ConfigError(
+            f"--branch: {arguments.init_from} is the run folder of this command, too; name a new folder for the branch "
+            "with --set run.out_dir=DIR"
+        )
+    from pipeline.training.run import train  # import torch late so that config errors appear at once
+
+    start_logging()
+    return train(config)
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
     parser = ArgumentParser(
         description=__doc__,
         example="torchrun --nproc_per_node=2 launch/train.py --config ds_configs/fsdp.json --set run.out_dir=runs/a",
@@ -53,20 +71,7 @@ def main() -> object:
         "logging.profile_steps=... (default: %(const)s steps)",
     )
     parser.add_argument("--local_rank", help="ignored; the deepspeed launcher adds it")
-    arguments = parser.parse_args()
-    overrides = [*arguments.set, *_start_overrides(arguments)]
-    if arguments.profile is not None:
-        overrides.append(f"logging.profile_steps={arguments.profile}")
-    config = load_config(arguments.config, overrides, arguments.deepspeed)
-    if arguments.branch and Path(config.run.out_dir).resolve() == Path(arguments.init_from).resolve():
-        raise ConfigError(
-            f"--branch: {arguments.init_from} is the run folder of this command, too; name a new folder for the branch "
-            "with --set run.out_dir=DIR"
-        )
-    from pipeline.training.run import train  # import torch late so that config errors appear at once
-
-    start_logging()
-    return train(config)
+    return parser
 
 
 def _start_overrides(arguments: argparse.Namespace) -> list[str]:
