@@ -16,8 +16,9 @@ from typing import Any, NoReturn, TextIO, TypeVar, get_args
 from data_tools.errors import UserError
 from data_tools.threads import lock_bars_among_threads
 from pipeline.config.schema import Device
-from pipeline.distributed.environment import launched_rank, launched_world_size
+from pipeline.distributed.environment import launched_rank, launched_world_size, wants_colours
 from pipeline.distributed.failure import report
+from pipeline.run_folder.log_file import LOGGED_PACKAGES
 
 _T = TypeVar("_T")
 
@@ -163,13 +164,41 @@ class _PipeHandler(logging.StreamHandler[TextIO]):
             super().handleError(record)
 
 
+class _HighlightingFormatter(logging.Formatter):
+    """Highlights warnings and errors, for a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        return highlighted(line) if record.levelno >= logging.WARNING else line
+
+
+def highlighted(text: str) -> str:
+    """Return a text in bold yellow for a terminal."""
+    return f"\033[1;33m{text}\033[0m"
+
+
+def print_warning(text: str) -> None:
+    """Print a warning to standard error. On a terminal, it is highlighted."""
+    line = f"warning: {text}"
+    print(highlighted(line) if shows_colours(sys.stderr) else line, file=sys.stderr)
+
+
+def shows_colours(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal that shows colours, and the user has not switched them off."""
+    return stream.isatty() and wants_colours()
+
+
 def start_logging() -> None:
-    """Write log messages to standard output as plain lines. Rank 0 logs all messages, the other ranks only errors."""
+    """Write log messages to standard output. Rank 0 logs all messages, the other ranks only errors.
+
+    The messages are plain lines. On a terminal, warnings and errors are highlighted.
+    """
     rank = launched_rank()
     prefix = f"[rank {rank}] " if rank else ""
     handler = _PipeHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
-    for package in ("pipeline", "data_tools", "launch"):
+    formatter = _HighlightingFormatter if shows_colours(sys.stdout) else logging.Formatter
+    handler.setFormatter(formatter(f"{prefix}%(message)s"))
+    for package in LOGGED_PACKAGES:
         logger = logging.getLogger(package)
         logger.addHandler(handler)
         logger.setLevel(logging.ERROR if rank else logging.INFO)

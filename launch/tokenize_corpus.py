@@ -14,12 +14,13 @@ from tqdm import tqdm
 from data_tools.corpus.estimate import Estimate
 from data_tools.corpus.run import Observer, TokenizeRequest, find_complete, tokenize_corpus, tokenize_share
 from data_tools.errors import DataError
+from data_tools.formats.inspection import format_table
 from data_tools.options import BadRows, Deduplication, EncoderChoice, Engine, ShardFormat, SourceKind
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import VAL_SPLIT, Manifest
 from data_tools.shards.validation_split import describe_small_validation
 from data_tools.storage.files import is_remote
-from launch.cli import ArgumentParser, positive_int, run_command, start_logging
+from launch.cli import ArgumentParser, positive_int, print_warning, run_command, start_logging
 
 _LINE_EVERY_S = 30.0
 _HISTOGRAM_WIDTH = 40
@@ -204,25 +205,26 @@ class ProgressDisplay(Observer):
 def print_shards(manifest: Manifest, request: TokenizeRequest) -> None:
     """Print the contents of each split. Print a warning if the validation split is small or missing."""
     print(f"{request.out}:")
+    windows = f"windows of {_WINDOW_TOKENS:,}"
+    rows: list[tuple[str, ...]] = [
+        ("split", "tokens", windows, "documents", "bytes of text", f"{request.format} shards")
+    ]
     for split in manifest.splits():
-        shards = manifest.shards_of(split)
-        print(
-            f"  {split}: {(tokens := manifest.tokens_of(split)):,} tokens ({tokens // _WINDOW_TOKENS:,} windows of "
-            f"{_WINDOW_TOKENS:,}), {sum(shard.documents for shard in shards):,} documents, "
-            f"{sum(shard.utf8_bytes for shard in shards):,} bytes of text, {len(shards):,} {request.format} shards"
-        )
+        shards, tokens = manifest.shards_of(split), manifest.tokens_of(split)
+        documents, utf8_bytes = sum(shard.documents for shard in shards), sum(shard.utf8_bytes for shard in shards)
+        counts = (tokens, tokens // _WINDOW_TOKENS, documents, utf8_bytes, len(shards))
+        rows.append((split, *(f"{count:,}" for count in counts)))
+    print(*format_table(rows), sep="\n")
     if (manifest.report or {}).get("divided_documents"):
         print("  the source is one document: its beginning is for training and its end for validation")
     if request.val_fraction > 0 and (warning := describe_small_validation(manifest)):
-        print(f"warning: {warning}", file=sys.stderr)
+        print_warning(warning)
     if request.val_fraction > 0 and VAL_SPLIT not in manifest.splits():
         if sum(shard.documents for shard in manifest.shards) == 1:
             cure = "tokenize more documents into another folder, or divide a text file with --document-separator"
         else:
             cure = "tokenize into another folder with a larger --val-fraction, or with another --seed"
-        print(
-            f"warning: no document was drawn for validation, so there is no validation split; {cure}", file=sys.stderr
-        )
+        print_warning(f"no document was drawn for validation, so there is no validation split; {cure}")
 
 
 def print_lengths(manifest: Manifest) -> None:

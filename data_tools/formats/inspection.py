@@ -1,7 +1,7 @@
 """Inspect tokens in a folder or file: describe them in a report, or show the first documents as text."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -75,7 +75,8 @@ class FolderReport:
         rows = [(key, _as_text(value)) for key, value in self.about.items()]
         rows.append(("files", self.problem or "all there, of the right sizes"))
         lines = [f"{self.path}: format {self.format}", *(f"  {label:<11}{text}" for label, text in rows)]
-        return "\n".join([*lines, *_table([_HEADINGS, *(_row(name, split) for name, split in self.splits.items())])])
+        splits = (_row(name, split) for name, split in self.splits.items())
+        return "\n".join([*lines, *format_table([_HEADINGS, *splits])])
 
 
 def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> FolderReport:
@@ -144,7 +145,8 @@ def _row(name: str, split: SplitReport) -> tuple[str, ...]:
     )
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
+def format_table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a table with aligned columns. The first column is aligned to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  "

@@ -113,6 +113,11 @@ def requested_threads() -> int | None:
     return int(text) if text.isdecimal() and int(text) > 0 and not is_torchrun_default else None
 
 
+def wants_colours() -> bool:
+    """Return whether the user allows colours on a terminal (https://no-color.org)."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 def set_gloo_interface(name: str) -> bool:
     """Set the network interface for Gloo. If the user has already set it, change nothing and return False."""
     if _GLOO_INTERFACE in os.environ:

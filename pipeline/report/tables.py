@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.report.runs import Run, flatten
+from pipeline.run_folder.metrics import format_duration
 
 #: Settings that only name a run.
 NAMING = ("run.name", "run.out_dir")
@@ -60,16 +61,6 @@ def _facts(run: Run) -> dict[str, str]:
 def _describe_start(step: int, backend: str, world_size: int, device: str, **_: Any) -> str:
     processes = "1 process" if world_size == 1 else f"{world_size} processes"
     return (f"from step {step:,}: " if step else "") + f"{backend}, {processes}, {device}"
-
-
-def format_duration(seconds: float) -> str:
-    """Return a number of seconds as text, such as ``3 h 07 min``, ``7 min 30 s`` or ``12.5 s``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    return f"{minutes // 60:,} h {minutes % 60:02} min"
 
 
 def evaluation_table(runs: Sequence[Run]) -> Table:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 CONFIG_FILE = "config.json"  # the resolved run config
 METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "train.log"
 TABLE_FILE = "metrics.csv"  # the same rows as a table
 TENSORBOARD_FOLDER = "tensorboard"
 CHECKPOINTS_FOLDER = "checkpoints"

@@ -25,23 +25,27 @@ SAMPLE_KEY = "sample"
 #: The key that lists the config keys that make a row's numbers differ from those of other backends.
 DIFFERENT_NUMBERS_KEY = "different_numbers"
 
-#: Row key -> format on the console. Other keys are in metrics.jsonl only.
+#: The key of the mean loss of the steps since the previous training row.
+MEAN_LOSS_KEY = "mean_loss"
+
+#: Row key -> format on the console. Fixed widths align the columns of training rows. Other keys are in metrics.jsonl
+#: only.
 _CONSOLE_FORMATS = {
-    "loss": "loss {:.4f}",
+    MEAN_LOSS_KEY: "loss {:7.4f}",
     "val_loss": "validation loss {:.4f}",
     "val_perplexity": "perplexity {:.2f}",
     "val_ema_loss": "loss of averaged weights {:.4f}",
     "lr": "lr {:.2e}",
-    "grad_norm": "norm {:.3f}",
-    "tokens_per_s": "{:,.0f} tokens/s",
-    "mfu": "MFU {:.1%}",
-    "step_ms": "{:,.0f} ms",
+    "grad_norm": "norm {:6.3f}",
+    "tokens_per_s": "{:>7,.0f} tokens/s",
+    "mfu": "MFU {:5.1%}",
+    "step_ms": "{:>5,.0f} ms",
     "peak_memory_gib": "{:.2f} GiB",
     DIFFERENT_NUMBERS_KEY: "different numbers",
 }
 
 #: The losses by row key. The console also shows that a loss is null.
-LOSSES = {"loss": "loss", "val_loss": "validation loss"}
+LOSSES = {MEAN_LOSS_KEY: "loss", "val_loss": "validation loss"}
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
@@ -66,17 +70,27 @@ def _is_row(row: Any) -> bool:
     """Return whether a JSON value is a row: an object with a step, and numbers or null where numbers are shown."""
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return False
-    numbers = [key for key, pattern in _CONSOLE_FORMATS.items() if "{" in pattern]
+    numbers = ["loss", *(key for key, pattern in _CONSOLE_FORMATS.items() if "{" in pattern)]
     is_shown = all(isinstance(row.get(key), (int, float, type(None))) for key in numbers)
     return is_shown and isinstance(row.get("elapsed_s", 0), (int, float))
 
 
 def format_row(row: dict[str, Any], max_steps: int) -> str:
-    """Return a row as a line for the console, such as ``step 100/200 | loss 5.1234 | lr 6.00e-04 | ...``."""
+    """Return a row as a line for the console, such as ``step 100/200 | loss  5.1234 | lr 6.00e-04 | ...``."""
     width = len(str(max_steps))
     figures = [pattern.format(row[key]) for key, pattern in _CONSOLE_FORMATS.items() if row.get(key) is not None]
     figures[:0] = [f"{name} null" for key, name in LOSSES.items() if key in row and row[key] is None]
     return " | ".join([f"step {row['step']:>{width}}/{max_steps}", *figures])
+
+
+def format_duration(seconds: float) -> str:
+    """Return a number of seconds as text, such as ``3 h 07 min``, ``7 min 30 s`` or ``12.5 s``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60:,} h {minutes % 60:02} min"
 
 
 def perplexity(loss: float) -> float:

@@ -9,6 +9,7 @@ from data_tools.shards.reader import TokenStream
 from data_tools.shards.validation_split import describe_small_validation
 from data_tools.storage.new_folders import removed_if_unused
 from pipeline.backends import create_backend
+from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.checkpoint.state import read_state
 from pipeline.config.paths import with_working_dir
 from pipeline.config.schema import Config, ScheduleConfig
@@ -17,14 +18,17 @@ from pipeline.data.datasets import data_sha256, open_datasets, verify_datasets
 from pipeline.data.loader import TrainLoader, scored_targets
 from pipeline.distributed.cpu import configure_cpu
 from pipeline.distributed.device import describe_fp32_products, matmul_dtype
-from pipeline.distributed.environment import set_mlflow_defaults
+from pipeline.distributed.environment import launched_rank, set_mlflow_defaults
 from pipeline.distributed.heartbeat import heartbeat
 from pipeline.distributed.world import World, join_world
 from pipeline.errors import ConfigError
 from pipeline.evaluation.run import prepare_tasks
 from pipeline.model.attention import fastest_kernel
 from pipeline.model.gpt2 import build_model, flops_per_token, parameter_count
+from pipeline.run_folder.layout import LOG_FILE
 from pipeline.run_folder.lock import lock_run_folder
+from pipeline.run_folder.log_file import run_log
+from pipeline.run_folder.metrics import format_duration
 from pipeline.run_folder.sinks import check_sinks
 from pipeline.training.compilation import choose_compilation
 from pipeline.training.early_stop import early_stop_reason
@@ -51,16 +55,17 @@ def train(config: Config) -> Trainer | None:
         LostRankError: another rank died or hangs.
     """
     config = with_working_dir(config)
-    with join_world(config.run) as world, ExitStack() as resources:
+    with run_log(launched_rank()) as log_file, join_world(config.run) as world, ExitStack() as resources:
         with heartbeat(world, config.run.rank_timeout_s):
             if world.device.type != "mps":
                 log.info("threads   %s", configure_cpu(world))
             trainer = _build_trainer(config, world, resources)
             if trainer is None:
                 return None
+            log_file.open(trainer.run_folder)
             trainer.fit()
         trainer.backend.close()
-        log.info("done: %d steps, %s", trainer.state.step, config.run.out_dir)
+        _log_end(trainer)
     return trainer
 
 
@@ -165,6 +170,27 @@ def _describe_start(start: Path | None, origin: dict[str, Any] | None) -> str:
         return "from scratch"
     step = "" if origin["step"] is None else f" (step {origin['step']} there)"
     return f"step 0 with the weights of {origin['path']}{step}; moments of zero"
+
+
+def _log_end(trainer: Trainer) -> None:
+    """Log a summary of a finished run."""
+    state, results, folder = trainer.state, trainer.results, trainer.run_folder
+    log.info(
+        "done      %s steps, %s tokens in %s",
+        f"{state.step:,}",
+        f"{state.tokens:,}",
+        format_duration(trainer.record.elapsed_s()),
+    )
+    names = {"loss": "in training", "validation_loss": "in validation"}
+    if losses := [f"{results[key]:.4f} {name}" for key, name in names.items() if key in results]:
+        log.info("loss      %s", ", ".join(losses))
+    if skipped := state.step - state.updates:
+        log.warning("skipped   %d steps, because their gradient norm was not finite", skipped)
+    if failed := trainer.record.failed_saves:
+        log.warning("failed    %d saves of a checkpoint", failed)
+    if checkpoints := list_checkpoints(folder):
+        log.info("saved     %s", checkpoints[-1])
+    log.info("log       %s", folder / LOG_FILE)
 
 
 def log_masks(trainer: Trainer) -> None:

@@ -46,6 +46,10 @@ class RunRecord:
             for sink in self._sinks:
                 sink.start(dump_config(config), resumed_step)
 
+    def elapsed_s(self) -> float:
+        """Return the wall-clock seconds that the run has taken in all its starts together."""
+        return round(time.perf_counter() - self._started, 3)
+
     def write(self, row: dict[str, Any]) -> None:
         """Write one row. The row must have the key ``step``.
 
@@ -53,7 +57,7 @@ class RunRecord:
         """
         if self._sinks:
             row = _without_nan(row)
-            row["elapsed_s"] = round(time.perf_counter() - self._started, 3)
+            row["elapsed_s"] = self.elapsed_s()
             if self._changes:
                 row[DIFFERENT_NUMBERS_KEY] = self._changes
             for sink in self._sinks:
@@ -93,7 +97,7 @@ class RunRecord:
         self.write({"step": step, "ended": ended})
         if any(isinstance(sink, ServiceSink) for sink in self._sinks):
             _write_report(self.run_folder)
-        elapsed_s = round(time.perf_counter() - self._started, 3)
+        elapsed_s = self.elapsed_s()
         for sink in self._sinks:
             if ended != "failed":
                 sink.settle(step)

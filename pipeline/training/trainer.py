@@ -1,7 +1,9 @@
 """Define the training loop, which is the same for every backend."""
 
 import logging
+import math
 import signal
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +28,7 @@ from pipeline.evaluation.run import measure_tasks
 from pipeline.evaluation.validation import validate, validate_average
 from pipeline.generation.writer import complete_while_training
 from pipeline.model.gpt2 import parameter_count
-from pipeline.run_folder.metrics import SAMPLE_KEY
+from pipeline.run_folder.metrics import MEAN_LOSS_KEY, SAMPLE_KEY
 from pipeline.seeds import derive_seed
 from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.group_norms import GroupNorms
@@ -94,6 +96,7 @@ class Trainer:
         self._steps_here = 0  # in this process
         self._has_evaluated = False  # in this process; the first time may compile
         self._layer_norms: dict[str, float] = {}  # of the newest step, if it was due
+        self._recent_losses: list[LateValue] = []  # of the steps since the last training row
         self.results: dict[str, float] = {}  # the latest loss and validation loss
 
     def fit(self) -> None:
@@ -221,6 +224,7 @@ class Trainer:
             step, first_sample, stop_sample, loss, grad_norm, loss_scale, learning_rate, scored_targets
         )
         self.guard.enqueue(trained)
+        self._recent_losses.append(loss)
         return trained
 
     def _update(self, learning_rate: float) -> LateValue:
@@ -312,6 +316,7 @@ class Trainer:
             "rolled back to %s; samples %d to %d are left out", folder, spike.first_sample, spike.stop_sample - 1
         )
         self.record.rewind(self.state.step)
+        self._recent_losses.clear()
         samples = [spike.first_sample, spike.stop_sample]
         self.record.write({"step": self.state.step, "left_out_samples": samples})
         self.throughput.restart()
@@ -325,6 +330,7 @@ class Trainer:
         row: dict[str, Any] = {
             "step": trained.step,
             "loss": loss,
+            MEAN_LOSS_KEY: self._mean_recent_loss(),
             "lr": trained.learning_rate,
             "grad_norm": trained.grad_norm.read(),
             "tokens": self.state.tokens,
@@ -339,6 +345,15 @@ class Trainer:
         if self.backend.loss_scaler.dynamic:
             row["loss_scale"] = self.backend.loss_scaler.scale
         self.record.write(row)
+
+    def _mean_recent_loss(self) -> float | None:
+        """Return the mean loss of the steps since the previous call, without losses that are not finite.
+
+        Returns None if there is no such loss.
+        """
+        losses = [loss for late in self._recent_losses if math.isfinite(loss := late.read())]
+        self._recent_losses.clear()
+        return statistics.fmean(losses) if losses else None
 
     def evaluate(self) -> None:
         """Measure the validation loss and the evaluation tasks, and generate a completion.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import pty
 import subprocess
 import sys
 from typing import Any
@@ -78,7 +80,7 @@ def check_options(checked: argparse.ArgumentParser) -> None:
                 check_options(sub_command)
 
 
-def start(code: str, **environment: str) -> subprocess.Popen[bytes]:
+def start(code: str, stdout: int = subprocess.PIPE, **environment: str) -> subprocess.Popen[bytes]:
     """Start a command whose body is ``code``."""
     script = (
         f"import logging\nfrom launch.cli import run_command, start_logging\ndef main():\n    {code}\nrun_command(main)"
@@ -87,7 +89,7 @@ def start(code: str, **environment: str) -> subprocess.Popen[bytes]:
         [sys.executable, "-c", script],
         cwd=REPOSITORY,
         env={**child_environment(), **environment},
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
     )
 
@@ -128,3 +130,17 @@ def test_text_that_the_terminal_cannot_show_is_escaped() -> None:
     out, errors = process.communicate()
     assert (errors, process.returncode) == (b"", 0)
     assert out == b"caf\\xe9\n\\u4f60\n"
+
+
+@pytest.mark.parametrize(
+    ("no_colour", "warning"), [("", b"\x1b[1;33mcareful\x1b[0m\r\n"), ("1", b"careful\r\n")], ids=["colour", "plain"]
+)
+def test_warnings_stand_out_on_a_terminal(no_colour: str, warning: bytes) -> None:
+    terminal, inside = pty.openpty()
+    code = "start_logging(); log = logging.getLogger('pipeline'); log.info('plain'); log.warning('careful')"
+    process = start(code, inside, NO_COLOR=no_colour, TERM="xterm")
+    _, errors = process.communicate()
+    os.close(inside)
+    assert (errors, process.returncode) == (b"", 0)
+    assert os.read(terminal, 1000) == b"plain\r\n" + warning
+    os.close(terminal)

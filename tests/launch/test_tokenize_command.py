@@ -45,14 +45,15 @@ def test_it_prints_the_estimate_and_what_it_wrote_and_where(tmp_path: Path, run_
     assert lines[0].endswith(" MB/s")
     assert lines[1:] == [
         "data:",
-        "  train: 4 tokens (0 windows of 1,024), 2 documents, 6 bytes of text, 1 npy shards",
-        "  val: 2 tokens (0 windows of 1,024), 1 documents, 5 bytes of text, 1 npy shards",
+        "  split  tokens  windows of 1,024  documents  bytes of text  npy shards",
+        "  train       4                 0          2              6           1",
+        "  val         2                 0          1              5           1",
         "  tokens per document:",
         f"            2 to           3:            3 {'#' * 40}",
     ]
     before = contents(tmp_path / "data")
     again = run_process(*command, "--workers", 2)
-    assert again.stdout.splitlines() == ["data is already complete", *lines[1:4]]
+    assert again.stdout.splitlines() == ["data is already complete", *lines[1:5]]
     assert again.stderr.splitlines() == [warning]
     assert contents(tmp_path / "data") == before
 
@@ -127,7 +128,7 @@ def test_shares_of_the_work(tmp_path: Path, run_process: Command) -> None:
     assert first.returncode == 0, first.stderr
     assert first.stdout.splitlines()[-1] == "share 0 of 2 is done; the share that finishes last writes the manifest"
     last = run_process(*options, "--out", "out", "--task", 1, "--tasks", 2, chunk_bytes=CHUNK_BYTES)
-    assert "out:\n  train: " in last.stdout
+    assert "out:\n  split " in last.stdout and "\n  train " in last.stdout
     assert documents_of(tmp_path / "out") == 20
 
 

@@ -149,7 +149,7 @@ def test_several_processes_write_to_a_url(
     assert ended.returncode == 0, ended.stderr
     (tmp_path / "out" / "tasks").rmdir()  # object stores have no folders, and so no empty ones
     assert result(tmp_path / "out") == whole
-    assert f"file://{tmp_path}/out:\n  train: " in ended.stdout
+    assert f"file://{tmp_path}/out:\n  split " in ended.stdout
     again = run_process(*options, "--workers", 2, "--out", f"file://{tmp_path}/out", chunk_bytes=CHUNK_BYTES)
     assert "is already complete" in again.stdout
     assert not list(Path(tempfile.gettempdir()).glob(f"{RemoteFolder(f'file://{tmp_path}/out')._scratch_prefix}*"))

@@ -18,7 +18,7 @@ from pipeline.errors import ReportError
 from pipeline.report.curves import MOST_POINTS, charts_of, thin_out
 from pipeline.report.page import PAGE_FILE, write_report
 from pipeline.report.runs import read_runs
-from pipeline.report.tables import evaluation_table, format_duration, settings_table, summary_table
+from pipeline.report.tables import evaluation_table, settings_table, summary_table
 from pipeline.training.run_record import RunRecord
 from tests.pipeline.conftest import tiny_config
 from tests.support.browser import DESKTOP, PHONE, look_at, needs_browser
@@ -211,12 +211,6 @@ class TestTables:
     def test_settings_of_several_runs_against_each_other(self, tmp_path: Path) -> None:
         runs = [make_run(tmp_path / name, [], {"run": {"seed": seed}}) for name, seed in (("a", 5), ("b", 6))]
         assert settings_table(read_runs(runs)).rows == {"run.seed": ["5", "6"]}
-
-    @pytest.mark.parametrize(
-        ("seconds", "said"), [(12.34, "12.3 s"), (449.6, "7 min 30 s"), (3600 * 3 + 440, "3 h 07 min")]
-    )
-    def test_durations(self, seconds: float, said: str) -> None:
-        assert format_duration(seconds) == said
 
 
 class TestWriting:

@@ -6,15 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.run_folder.metrics import format_row, read_metrics
+from pipeline.run_folder.metrics import format_duration, format_row, read_metrics
 
 
 class TestConsole:
-    def test_a_training_row(self) -> None:
+    def test_a_training_row_shows_the_mean_loss(self) -> None:
         line = format_row(
-            {"step": 7, "loss": 5.12345, "lr": 6e-4, "grad_norm": 1.2345, "tokens_per_s": 12345.6, "mfu": 0.4567}, 200
+            {
+                "step": 7,
+                "loss": 9.0,
+                "mean_loss": 5.12345,
+                "lr": 6e-4,
+                "grad_norm": 1.2345,
+                "tokens_per_s": 12345.6,
+                "mfu": 0.4567,
+            },
+            200,
         )
-        assert line == "step   7/200 | loss 5.1235 | lr 6.00e-04 | norm 1.234 | 12,346 tokens/s | MFU 45.7%"
+        assert line == "step   7/200 | loss  5.1235 | lr 6.00e-04 | norm  1.234 |  12,346 tokens/s | MFU 45.7%"
 
     def test_a_validation_row(self) -> None:
         line = format_row({"step": 200, "val_loss": 3.0, "val_perplexity": 20.0855}, 200)
@@ -22,8 +31,15 @@ class TestConsole:
 
 
 def test_the_console_says_that_a_loss_is_null() -> None:
-    assert format_row({"step": 3, "loss": None, "lr": 1e-3}, 10) == "step  3/10 | loss null | lr 1.00e-03"
+    assert format_row({"step": 3, "mean_loss": None, "lr": 1e-3}, 10) == "step  3/10 | loss null | lr 1.00e-03"
     assert format_row({"step": 3, "val_loss": None, "val_perplexity": None}, 10) == "step  3/10 | validation loss null"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(12.34, "12.3 s"), (449.6, "7 min 30 s"), (3600 * 3 + 440, "3 h 07 min")]
+)
+def test_durations(seconds: float, said: str) -> None:
+    assert format_duration(seconds) == said
 
 
 @pytest.mark.parametrize(

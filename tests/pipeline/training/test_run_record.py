@@ -88,7 +88,7 @@ def test_every_row_names_the_keys_that_change_the_numbers(tmp_path: Path, caplog
     )
     record = RunRecord(config, is_main=True, resumed_step=0)
     with caplog.at_level("INFO"):
-        record.write({"step": 1, "loss": 2.0})
+        record.write({"step": 1, "loss": 2.0, "mean_loss": 2.0})
     record.close(0, "finished", {})
     assert [row["different_numbers"] for row in read_metrics(tmp_path) if "loss" in row] == [["prescale_gradients"]]
-    assert "loss 2.0000 | different numbers" in caplog.text
+    assert "loss  2.0000 | different numbers" in caplog.text

@@ -132,6 +132,17 @@ class TestLoop:
             "validation_loss": rows_with(trainer, "val_loss")[STEPS],
         }
 
+    def test_a_row_has_the_mean_loss_since_the_row_before(self, make_trainer: MakeTrainer) -> None:
+        every, some = make_trainer("every", logging={"every_steps": 1}), make_trainer("some")
+        for trainer in (every, some):
+            trainer.fit()
+        losses, before = rows_with(every, "loss"), 0
+        assert rows_with(every, "mean_loss") == losses
+        for step, mean in rows_with(some, "mean_loss").items():
+            assert mean == pytest.approx(np.mean([losses[s] for s in range(before + 1, step + 1)]), rel=1e-12)
+            before = step
+        assert before == STEPS
+
     def test_the_start_is_recorded(self, make_trainer: MakeTrainer) -> None:
         trainer = make_trainer()
         trainer.fit()
