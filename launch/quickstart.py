@@ -49,6 +49,21 @@ BOX_WIDTH = 80
 def main() -> None:
     """Run all stages, then print the sample, the loss, and what to do next."""
     started = time.perf_counter()
+    arguments = build_parser().parse_args()
+    start_logging()
+    config = load_config(CONFIGS, arguments.set)
+    tokenize(config)
+    options = parsed_options(choose_settings(arguments.set, config, started + 60 * arguments.minutes))
+    config = load_config(options.config, options.set)
+    train(options)
+    evaluate(config)
+    text = sample(config)
+    report = write_report(config)
+    print(summarize(config, text, time.perf_counter() - started, report), flush=True)
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
     parser = ArgumentParser(description=__doc__, example="python launch/quickstart.py --minutes 1")
     parser.add_argument(
         "--minutes",
@@ -65,17 +80,7 @@ def main() -> None:
         help="values that win over the shipped configs ddp and quickstart; with schedule.max_steps=N, the command "
         "does not choose the number of steps",
     )
-    arguments = parser.parse_args()
-    start_logging()
-    config = load_config(CONFIGS, arguments.set)
-    tokenize(config)
-    options = parsed_options(choose_settings(arguments.set, config, started + 60 * arguments.minutes))
-    config = load_config(options.config, options.set)
-    train(options)
-    evaluate(config)
-    text = sample(config)
-    report = write_report(config)
-    print(summarize(config, text, time.perf_counter() - started, report), flush=True)
+    return parser
 
 
 def choose_settings(given: Sequence[str], config: Config, deadline: float) -> list[str]:
