@@ -103,10 +103,10 @@ def load_tokenizer() -> Tokenizer:
 def cut_long_spaces(text: str) -> list[str]:
     """Cut a text before the last character of each long sequence of white space. Return the pieces of text.
 
-    tiktoken divides a text into words with a regular expression. A very long sequence of white space in the middle of a
-    text needs too much stack memory. At the end of a text, it needs little. After the cut, each long sequence is at the
-    end of a piece. The cut does not change the tokens, because the regular expression divides the text at the same
-    place.
+    tiktoken divides a text into words with a regular expression. For a very long sequence of white space, the regular
+    expression needs too much stack memory, unless the sequence is at the end of the text. After the cut, each long
+    sequence is at the end of a piece. The cut does not change the tokens, because the regular expression would also
+    divide the uncut text at this place.
     """
     ends = [match.end() - 1 for match in _LONG_SPACE.finditer(text) if match.end() < len(text)]
     return [text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)], strict=True)]

@@ -67,7 +67,7 @@ def train(
 
     Args:
         arguments: the options of this command.
-        overrides: config overrides in addition to ``--set``.
+        overrides: config overrides that are added to those of ``--set``.
         start: options of ``launch/train.py`` that say where the run starts.
         stage: the heading to print.
     """

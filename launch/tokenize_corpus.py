@@ -118,7 +118,9 @@ def build_parser() -> ArgumentParser:
 
 
 def share_of(share: int | None, shares: int | None, request: TokenizeRequest) -> tuple[int, int] | None:
-    """Check and return the values of ``--task`` and ``--tasks``. Returns None if this process encodes all chunks.
+    """Check and return the values of ``--task`` and ``--tasks``.
+
+    Returns None if neither option is given. This process then encodes all chunks.
 
     Raises:
         DataError: only one of the two options is given, ``--task`` is out of range, or the engine is ``ray``.
@@ -166,7 +168,11 @@ class ProgressDisplay(Observer):
         tqdm.write(str(estimate), file=sys.stderr)
 
     def progressed(self, progress: Contents) -> None:
-        """Show the progress. The first call gets the progress of chunks that an earlier process has finished."""
+        """Show the progress.
+
+        The first call comes before any work. Its argument counts the chunks that an earlier, interrupted command has
+        finished.
+        """
         self._now = progress
         if self._at_start is None:
             self._at_start = progress

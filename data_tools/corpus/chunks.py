@@ -141,7 +141,8 @@ _RECORD = TypeAdapter(ChunkRecord)
 class SkippedRows:
     """Counts skipped rows and empty documents.
 
-    For the first ``REPORTED_BAD_ROWS`` skipped rows, it also stores where they are and what is wrong.
+    For each of the first ``REPORTED_BAD_ROWS`` skipped rows, this object also stores where the row is and why it cannot
+    be read.
     """
 
     def __init__(self) -> None:

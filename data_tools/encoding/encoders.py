@@ -50,8 +50,8 @@ class Encoder(Protocol):
 class GigatokenEncoder:
     """An encoder that uses gigatoken with tiktoken's vocabulary.
 
-    gigatoken and tiktoken know different versions of Unicode. If a text contains a character that only one of them
-    knows, this encoder uses tiktoken for this text.
+    gigatoken and tiktoken are built with different versions of Unicode. If a text contains a character that is in only
+    one of these versions, this encoder encodes the text with tiktoken.
     """
 
     def __init__(self) -> None:

@@ -109,7 +109,7 @@ def map_file(path: Path) -> pa.Buffer:
 
 
 def require_tokens(path: Path, tokens: int) -> None:
-    """Raise DataError if a file of another program has no tokens. This usually means that a download was interrupted.
+    """Raise DataError if a file of another program has no tokens, usually because a download was interrupted.
 
     Args:
         tokens: the number of tokens in the file.

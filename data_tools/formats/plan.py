@@ -111,7 +111,7 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
 
 
 def keeps_shards(request: ConvertRequest, collection: TokenCollection) -> bool:
-    """Return whether each shard of the source becomes one new shard.
+    """Return whether the conversion writes exactly one new shard for each shard of the source.
 
     This is only possible if the source is a folder of this project.
     """

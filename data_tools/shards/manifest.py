@@ -123,8 +123,8 @@ class Manifest:
         settings: the options for the shards, such as the format and the fraction of documents for validation.
         shards: the records of all shards. The shards of a split are in the order of their tokens.
         report: statistics about the documents, such as their lengths, or None.
-        made: the time at which the folder was written, and the software versions, or None. The shards do not depend on
-            these.
+        made: the time at which the folder was written, and the software versions, or None. The bytes of the shards do
+            not depend on these values.
     """
 
     tokenizer: TokenizerRecord

@@ -106,7 +106,10 @@ class FileSource:
 
 
 def group_files(files: FileSizes, slice_bytes: int) -> list[Slice]:
-    """Group consecutive files into slices of at most ``slice_bytes`` bytes. A larger file gets its own slice."""
+    """Group consecutive files into slices of at most ``slice_bytes`` bytes.
+
+    A file that is larger than this gets its own slice.
+    """
     groups = group_sizes([size for _, size in files], slice_bytes)
     return [Slice(files[start][0], start, stop, size) for start, stop, size in groups]
 

@@ -25,7 +25,7 @@ FINEWEB_EDU_CONFIG = "sample-10BT"
 class Source(Protocol):
     """The interface of a source: a sequence of documents, divided into slices.
 
-    A slice contains the same documents in every process.
+    A slice contains the same documents, whichever process reads it.
     """
 
     def options(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ OnBadRow = Callable[[BadRowError], None]
 def stop_at_bad_row(error: BadRowError) -> None:
     """Raise a DataError with the message of ``error``.
 
-    This DataError can be sent to another process, but ``error`` cannot.
+    The DataError contains only a text, so a worker can send it to the main process. A worker cannot send ``error``.
     """
     raise DataError(str(error)) from error
 

@@ -22,12 +22,12 @@ PARTIAL_SUFFIX = ".partial"
 
 
 def partial_path(path: Path) -> Path:
-    """Return an aside path for ``path`` that is not hidden, for example ``x.json.partial`` for ``x.json``."""
+    """Return a temporary path in the folder of ``path``, for example ``x.json.partial`` for ``x.json``."""
     return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
 def hidden_partial_path(path: Path) -> Path:
-    """Return a hidden aside path for ``path``, for example ``.step_00000001.partial`` for ``step_00000001``."""
+    """Return a hidden temporary path in the folder of ``path``: ``.step_00000001.partial`` for ``step_00000001``."""
     return path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
 
 
@@ -139,7 +139,7 @@ def make_empty_folder(folder: Path) -> None:
 
 
 def publish_folder(aside: Path, target: Path) -> None:
-    """Fsync everything in the folder ``aside``, rename ``aside`` to ``target``, and fsync the parent folder.
+    """Fsync everything in the temporary folder ``aside``, rename ``aside`` to ``target``, and fsync the parent folder.
 
     Processes on other machines must fsync the files that they have written into ``aside`` before this call.
 

@@ -109,10 +109,11 @@ def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
     """Return a context manager that holds the lock of a folder during its ``with`` block.
 
     Args:
-        shared: whether the lock is shared. Several processes can hold a shared lock at the same time.
+        shared: whether the lock is shared. Several processes can hold a shared lock at the same time, but only one
+            process can hold an exclusive lock.
 
     Raises:
-        DataError: another process holds the lock, or the lock file is not writable.
+        DataError: another process holds a lock that conflicts with this one, or the lock file is not writable.
     """
     path = folder / LOCK_NAME
     with one_line_write_errors(path):

@@ -151,8 +151,9 @@ class Backend(ABC):
     def averaged_weights(self) -> Iterator[None]:
         """Return a context manager. Inside its ``with`` block, the model computes with the averages of the weights.
 
-        At the beginning of the block, each average swaps its values with its master weight. At the end, they swap back.
-        Therefore, no memory for another copy of the weights is needed. Do not save or train inside the block.
+        At the beginning of the block, the values of each average and of its master weight are swapped. At the end, they
+        are swapped back. Therefore, the block needs no memory for another copy of the weights. Do not save or train
+        inside the block.
 
         This call is collective: every rank must make it. If the block raises an error, the run cannot continue, because
         the values are not swapped back.

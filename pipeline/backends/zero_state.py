@@ -84,9 +84,9 @@ class FullyPartitionedState(OptimizerState):
         """Copy the masters to this rank's shards of the weights that the model computes with.
 
         If weights are gathered on this rank, they are freed first. DeepSpeed always keeps some small parameters
-        gathered, which it calls *persistent*. These parameters are gathered again at the end. With hpZ, a rank also has
-        *secondary* shards of the weights. The secondary shards are deleted, and DeepSpeed creates them again in the
-        next forward pass.
+        gathered, which it calls *persistent*. At its end, this method gathers the persistent parameters again. With
+        ZeRO++ hpZ, a rank also has *secondary* shards of the weights. The secondary shards are deleted, and DeepSpeed
+        creates them again in the next forward pass.
         """
         self.zero._partition_all_parameters()
         self.zero.invalidate_secondary_tensor()

@@ -30,7 +30,7 @@ def average_checkpoints(
     Args:
         run: the run folder that has the checkpoints.
         run_folder: the folder of the new run.
-        last: the number of newest checkpoints to average, at least 2. Give either ``last`` or ``steps``.
+        last: average this number of the newest checkpoints, at least 2. Give either ``last`` or ``steps``, not both.
         steps: the steps of the checkpoints to average.
 
     Raises:

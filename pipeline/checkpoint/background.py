@@ -81,7 +81,7 @@ class BackgroundSaver:
         return outcomes
 
     def poll(self) -> list[SaveOutcome]:
-        """Return the outcome of the last save if the save is finished. Otherwise, return an empty list at once.
+        """Return the outcome of the last save if the save is finished. Otherwise, return an empty list without waiting.
 
         Each outcome is returned only once. The result can differ between ranks.
         """

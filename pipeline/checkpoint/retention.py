@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def list_leftovers(run_folder: Path) -> list[Path]:
-    """Return the incomplete folders of interrupted saves and deletions."""
+    """Return the incomplete folders that interrupted saves and deletions of checkpoints have left."""
     return sorted((run_folder / CHECKPOINTS_FOLDER).glob(".step_*.partial"))
 
 
@@ -39,7 +39,7 @@ def list_abandoned(run_folder: Path) -> list[Path]:
 
 
 def remove_leftovers(run_folder: Path) -> None:
-    """Delete the incomplete folders of interrupted saves and deletions.
+    """Delete the incomplete folders that interrupted saves and deletions of checkpoints have left.
 
     Call this function only while no checkpoint is being saved.
 

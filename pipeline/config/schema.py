@@ -120,7 +120,10 @@ class RunConfig(Section):
 
     @property
     def compiles(self) -> bool:
-        """Return whether torch.compile compiles the model. If ``compile`` is still ``auto``, the result is False."""
+        """Return whether torch.compile compiles the model.
+
+        If ``compile`` is ``auto`` (not decided yet), the result is False.
+        """
         return self.compile is True
 
 

@@ -152,7 +152,7 @@ class PeakMemory:
 
     @contextmanager
     def ignored(self) -> Iterator[None]:
-        """Return a context manager. Memory that is allocated inside its ``with`` block does not change the peak.
+        """Return a context manager. Memory that is allocated inside its ``with`` block does not count in the peak.
 
         This has an effect only on a GPU.
         """

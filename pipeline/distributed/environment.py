@@ -144,10 +144,12 @@ def set_allocator_default(options: str) -> None:
 
 
 def set_mlflow_defaults() -> None:
-    """Let MLflow's client give up a request soon, unless the user has set its variables.
+    """Set environment variables so that MLflow's client soon gives up a request that fails.
 
-    By default, the client repeats a request for several minutes. A run instead logs the failure, and sends the rows
-    again later.
+    Variables that the user has set do not change.
+
+    By default, the client repeats a failed request for several minutes. With these variables, the run can soon log the
+    failure. It sends the rows again later.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds

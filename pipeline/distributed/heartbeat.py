@@ -219,7 +219,7 @@ def failures_reported(world: World) -> Iterator[None]:
 
 
 def find_lost(world: World) -> str | None:
-    """Return a text that names the lost ranks. Returns None if all ranks are alive.
+    """Return a text that names the lost ranks. Returns None if no rank is lost.
 
     A rank is lost if it has failed or sends no heartbeat during this call. The call takes a few seconds.
     """

@@ -124,9 +124,10 @@ class Place:
     def loops(self, timeout_s: float) -> bool:
         """Return whether the rank computes without progress, for example in an infinite loop.
 
-        A rank reports its progress with a mark or with ``Progress.move``. The result is True if the CPU time that the
-        rank has used since its last report is both more than ``timeout_s`` seconds and much more than the longest CPU
-        time between two consecutive earlier reports. Only phases with ``repeats`` count for this longest time.
+        A rank reports its progress with ``Progress.reach``, ``Progress.pass_mark`` or ``Progress.move``. The result is
+        True if the CPU time that the rank has used since its last report is both more than ``timeout_s`` seconds and
+        much more than the longest CPU time between two consecutive earlier reports. Only phases with ``repeats`` count
+        for this longest time.
         """
         return self.longest_s > 0 and self.busy_s > max(timeout_s, LOOP_FACTOR * self.longest_s)
 

@@ -23,7 +23,10 @@ class SignalThread:
         self._thread = threading.Thread(target=self._read_signals, name="signals", daemon=True)
 
     def start(self) -> None:
-        """Start the thread. If another ``SignalThread`` is running, it gets no signals until this one is stopped."""
+        """Start the thread.
+
+        If an earlier ``SignalThread`` is running, the earlier thread gets no signals until the new thread is stopped.
+        """
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._thread.start()

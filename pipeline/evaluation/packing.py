@@ -74,9 +74,12 @@ class Tree:
         self.scored.append((number, [self.pairs.setdefault(pair, len(self.pairs)) for pair in pairs]))
 
     def ancestors(self, width: int) -> np.ndarray:
-        """Return the attention mask of this tree, padded to ``width`` tokens. True allows attention.
+        """Return the attention mask of this tree, padded to ``width`` tokens.
 
-        The mask has shape (width, width) and dtype bool. Padding tokens attend only to themselves.
+        Each token attends to itself and its ancestors.
+
+        The mask has shape (width, width) and dtype bool. True allows attention. Padding tokens attend only to
+        themselves.
         """
         mask = np.eye(width, dtype=np.bool_)
         for node, parent in enumerate(self.parents):

@@ -50,7 +50,7 @@ class Rows:
 
 
 def text_field(row: Row, key: str) -> str:
-    """Return the text that a row has under a key.
+    """Return the value of a key in a row. The value must be a text.
 
     Raises:
         KeyError: the key is missing.
@@ -62,7 +62,7 @@ def text_field(row: Row, key: str) -> str:
 
 
 def texts_field(row: Row, key: str) -> list[str]:
-    """Return the list of texts that a row has under a key.
+    """Return the value of a key in a row. The value must be a list of texts.
 
     Raises:
         KeyError: the key is missing.

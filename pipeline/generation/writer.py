@@ -133,7 +133,7 @@ class TextStream:
         return self._release(self._decoder.decode(self._token_bytes[token]))
 
     def finish(self) -> str:
-        """Return the rest of the text. An incomplete character at the end becomes U+FFFD."""
+        """Return the end of the text that ``feed`` has not returned yet. An incomplete character becomes U+FFFD."""
         return self._release(self._decoder.decode(b"", final=True), is_last=True)
 
     def _release(self, new: str, *, is_last: bool = False) -> str:

@@ -45,9 +45,10 @@ def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
 def describe_differences(
     config: ModelConfig, weights: Mapping[str, Tensor], kept_rows: int, *, exact_gelu: bool
 ) -> list[str]:
-    """Return one line per difference between the original model and our model.
+    """Return one line per difference between a model of another program and the model that we import from it.
 
-    The *original* is the model in the files. Each line contains the losses of both models on a short text.
+    The *original* is the model in the files of the other program. Each line contains the losses of both models on a
+    short text.
 
     Args:
         config: the config of the original. Its ``vocab_size`` counts all rows of the stored embedding, also rows that

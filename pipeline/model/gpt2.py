@@ -225,7 +225,8 @@ def initialise(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> 
     """Set the initial values of one parameter, in place. Each parameter uses its own random generator.
 
     Weights are normally distributed with standard deviation 0.02. For weights whose output is added to the residual
-    stream, it is 0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3). Biases are 0, and LayerNorm weights are 1.
+    stream, the standard deviation is 0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3). Biases are 0, and
+    LayerNorm weights are 1.
     """
     if name.endswith("bias"):
         parameter.zero_()

@@ -35,7 +35,7 @@ class Matrix:
 
     @property
     def cost(self) -> int:
-        """Return the cost of orthogonalizing this matrix, relative to the cost of other matrices."""
+        """Return a number that is proportional to the time of orthogonalizing this matrix."""
         return self.numel * min(self.rows, self.columns)
 
     @property

@@ -44,7 +44,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Request:
-    """What to trace: the model and the micro-batch. ``precision`` has an effect only if ``compute`` is "autocast"."""
+    """The model and the micro-batch to trace. ``precision`` has an effect only if ``compute`` is "autocast"."""
 
     model: ModelConfig
     compute: Compute

@@ -74,8 +74,9 @@ def find_device(
 
     Args:
         world_size: the number of ranks. The ranks of this machine share its CPU.
-        memory_gib: the memory in GiB. If None, use the memory of the device.
-        tflops: the TFLOP/s of dense matrix products in the run's precision. If None, use the speed of the device.
+        memory_gib: the memory in GiB of the returned device. If None, the memory in ``DEVICES`` or of this machine.
+        tflops: the TFLOP/s of dense matrix products in ``precision``. If None, the speed in ``DEVICES`` or of this
+            machine.
 
     Raises:
         ConfigError: the name is unknown.

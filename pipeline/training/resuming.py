@@ -158,7 +158,7 @@ def describe_changes(start: Path, config: Config) -> list[str]:
 
     An example of a text is ``optimizer.learning_rate 0.001 -> 0.0001``.
 
-    Keys that only one of the two configs contains are ignored, except for keys of ``backend.deepspeed``.
+    If a key is only in ``config`` or only in the checkpoint, it is ignored, unless it belongs to ``backend.deepspeed``.
     """
     before, now = (dict(dotted_keys(content)) for content in (read_state(start)[1], dump_config(config)))
     return [

@@ -128,7 +128,10 @@ class StepGuard:
         return Verdict.GOOD
 
     def after_rollback(self, stored: GuardState, spike: FinishedStep) -> None:
-        """Restore the guard state of a checkpoint. The samples of the step ``spike`` will be skipped."""
+        """Restore the guard state ``stored`` after the run went back to a checkpoint because of a spike.
+
+        From now on, ``next_sample`` leaves out the samples of the step ``spike``.
+        """
         self._queue.clear()
         self.state = replace(
             stored,

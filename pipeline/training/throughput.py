@@ -41,7 +41,7 @@ class ThroughputMeter:
         self.restart()
 
     def raise_ceiling(self, flops: float) -> None:
-        """Use ``flops`` as ``ceiling_flops`` if it is higher than all earlier measurements."""
+        """Set ``ceiling_flops`` to the new measurement ``flops``, if this is higher than the value so far."""
         if flops > _NOTABLE_INCREASE * self.ceiling_flops:
             log.info("ceiling   %.3g FLOP/s, measured again (%.3g before)", flops, self.ceiling_flops)
         self.ceiling_flops = max(self.ceiling_flops, flops)

@@ -37,7 +37,7 @@ def create_sinks(names: Sequence[str], run_folder: Path, project: str, *, waits_
     """Create the sinks with the given names (see ``logging.sinks``).
 
     The sink of ``metrics.jsonl`` is the first in the result, because other sinks read this file. If the user has
-    disabled W&B, this function logs it and leaves this sink out.
+    disabled W&B, this function logs this, and leaves out the sink of W&B.
 
     Args:
         project: the value of ``logging.project``.

@@ -28,7 +28,8 @@ _STATUSES = {"finished": "FINISHED", "interrupted": "KILLED", "superseded": "KIL
 def check_mlflow(experiment: str) -> None:
     """Raise ConfigError if MLflow cannot be used here.
 
-    The package can be missing, the tracking URI can be missing or invalid, or the name of the experiment is too long.
+    There are three possible reasons: the package is missing, the tracking URI is missing or invalid, or the name of the
+    experiment is too long.
     """
     try:
         import mlflow

@@ -48,7 +48,7 @@ class Service(ABC):
 
     @abstractmethod
     def end(self, summary: Row) -> None:
-        """Send the summary and end the service's run. The run can be continued later."""
+        """Send the summary, and end the run in the service. A later ``connect`` can continue this run."""
 
 
 class ServiceSink(Sink):

@@ -6,7 +6,9 @@ Row = dict[str, Any]
 
 
 class Sink:
-    """Receives the rows of a run. After ``start``, a sink raises no errors, because they would stop the training.
+    """Receives the rows of a run.
+
+    After ``start``, a sink must raise no errors, because an error would stop the training.
 
     Rows have different keys. A value is a number, a text of several lines (for example under the key ``sample``), an
     object (under ``started``), a list (under ``skipped_samples``) or null.
