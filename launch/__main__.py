@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "train": ("train", (), "train with one process; for several: torchrun -m launch.train, deepspeed --module"),
     "ladder": ("ladder", (), "one long run, and a decay from each of its milestones"),
     "evaluate": ("evaluate", (), "score a checkpoint"),
+    "harness": ("harness", (), "run tasks of lm-evaluation-harness on a checkpoint"),
     "generate": ("generate", (), "complete prompts"),
     "export": ("export", (), "export to Hugging Face, or import a model"),
     "report": ("report", (), "show runs as an HTML page"),

@@ -46,9 +46,9 @@ ROOMS: dict[str, str] = {
     "pipeline.backends": "errors config distributed model data",
     "pipeline.checkpoint": "errors config run_folder distributed model backends",
     "pipeline.evaluation": "errors config run_folder distributed model data backends checkpoint",
-    "pipeline.generation": "errors seeds config distributed model backends checkpoint",
+    "pipeline.generation": "seeds config distributed model backends checkpoint",
     "pipeline.report": "errors config run_folder checkpoint evaluation",
-    "pipeline.interop": "errors config run_folder model checkpoint report",
+    "pipeline.interop": "errors config run_folder distributed model checkpoint evaluation generation report",
     "pipeline.training": (
         "errors seeds config run_folder distributed model data backends checkpoint evaluation generation report interop"
     ),

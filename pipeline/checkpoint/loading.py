@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_tools.tokenizer import GPT2_VOCAB_SIZE
 from pipeline.backends import Backend
 from pipeline.checkpoint.layout import STATE_FILE, read_manifest
 from pipeline.checkpoint.pieces import Piece, PieceIndex, index_pieces, open_tensors
@@ -193,3 +194,19 @@ def load_model(path: Path, device: torch.device, weights: str = "training") -> L
     load_weights(folder, {name: parameter.detach() for name, parameter in model.named_parameters()}, weights)
     model.assert_tied()
     return LoadedModel(model.eval(), config, folder, state.step)
+
+
+def load_text_model(path: Path, device: torch.device, weights: str = "training") -> LoadedModel:
+    """Load a model as ``load_model`` does, and check that the model has GPT-2's vocabulary, so that it can read text.
+
+    Raises:
+        CheckpointError: the vocabulary of the model is not GPT-2's, or ``load_model`` raises CheckpointError.
+        ConfigError: the config in the checkpoint is not valid for this program.
+    """
+    loaded = load_model(path, device, weights)
+    if loaded.config.model.vocab_size != GPT2_VOCAB_SIZE:
+        raise CheckpointError(
+            f"{loaded.checkpoint}: model.vocab_size is {loaded.config.model.vocab_size}; "
+            f"text needs a model of GPT-2's vocabulary, {GPT2_VOCAB_SIZE}"
+        )
+    return loaded

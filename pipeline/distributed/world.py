@@ -145,7 +145,7 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
     """
     check_launcher()
     rank, size, local_rank = launched_rank(), launched_world_size(), launched_local_rank()
-    device = _choose_device(run.device, local_rank)
+    device = choose_device(run.device, local_rank)
     if device.type == "mps" and size > 1:
         raise ConfigError("run.device: mps runs in a single process; start with plain python, or use cpu")
     if device.type == "cuda":
@@ -164,7 +164,12 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
             dist.destroy_process_group()
 
 
-def _choose_device(wanted: str, local_rank: int) -> torch.device:
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """Return the device that ``wanted`` names, a value of ``run.device``.
+
+    Raises:
+        ConfigError: this machine does not have the device, or has fewer GPUs than ranks.
+    """
     is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     available = [device for device in is_available if is_available[device]]
     if wanted == "auto":

@@ -21,17 +21,15 @@ from pipeline.config.schema import Config
 from pipeline.data.datasets import check_same_vocabulary
 from pipeline.data.loader import scored_targets
 from pipeline.distributed.cpu import configure_cpu
-from pipeline.distributed.device import matmul_dtype
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.protocols import Figures, PreparedTask
 from pipeline.evaluation.results import INTERVAL, VALIDATION, Results
-from pipeline.evaluation.scoring import Scorer
+from pipeline.evaluation.scoring import Scorer, compute_for_scoring
 from pipeline.evaluation.tasks import check_tasks, prepare_task
 from pipeline.evaluation.validation import mixture_loss, score_split
-from pipeline.model.packed_linear import pack_linear_layers
-from pipeline.model.precision import ComputeModel, replicated_compute
+from pipeline.model.precision import ComputeModel
 from pipeline.run_folder.layout import EVALUATION_FOLDER, TENSORBOARD_FOLDER
 from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, TASK_PREFIX, perplexity
 
@@ -96,8 +94,7 @@ def run_tasks(
         task: prepare_task(task, paths.get(task), settings, config.model, world) for task in tasks if task != VALIDATION
     }
     splits = _open_validation(config, paths.get(VALIDATION)) if VALIDATION in tasks else {}
-    pack_linear_layers(loaded.model, matmul_dtype(precision))
-    compute = replicated_compute(loaded.model, precision, world.device).eval()
+    compute = compute_for_scoring(loaded.model, precision, world.device)
     scorer = Scorer(compute, config.model, world, batch_size * config.seq_len)
     results: Results = {}
     examples: list[Figures] = []

@@ -12,13 +12,14 @@ from tqdm import tqdm
 
 from pipeline.backends import Backend
 from pipeline.config.schema import ModelConfig
-from pipeline.distributed.device import copy_to, summing_dtype
+from pipeline.distributed.device import copy_to, matmul_dtype, summing_dtype
 from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.packing import Request, Tree, build_trees, make_batch, pack
 from pipeline.model.attention import kernels_for_any_length
-from pipeline.model.gpt2 import ScoringBatch
-from pipeline.model.precision import ComputeModel
+from pipeline.model.gpt2 import GPT2, ScoringBatch
+from pipeline.model.packed_linear import pack_linear_layers
+from pipeline.model.precision import ComputeModel, replicated_compute
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,12 @@ class Scorer:
         if not bool(torch.isfinite(total).all()):
             raise TrainingError(f"{label}: log-likelihoods are not finite; the model's weights are unusable")
         return total.T.tolist()
+
+
+def compute_for_scoring(model: GPT2, precision: str, device: torch.device) -> ComputeModel:
+    """Wrap a loaded model for scoring in a precision. On a CPU, this also packs the model's linear layers."""
+    pack_linear_layers(model, matmul_dtype(precision))
+    return replicated_compute(model, precision, device).eval()
 
 
 def _copy_batch(batch: ScoringBatch, device: torch.device) -> ScoringBatch:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
-from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, load_tokenizer
+from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
 from pipeline.backends import Backend
-from pipeline.checkpoint.loading import load_model
+from pipeline.checkpoint.loading import load_text_model
 from pipeline.config.schema import Config, SampleConfig
 from pipeline.distributed.world import World
-from pipeline.errors import CheckpointError
 from pipeline.generation.generate import draw, generate_batch
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.packed_linear import pack_linear_layers
@@ -38,12 +37,7 @@ def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32", wei
         CheckpointError: there is no good checkpoint, it does not have these weights, or the vocabulary of the model is
             not GPT-2's.
     """
-    loaded = load_model(checkpoint, device, weights)
-    if loaded.config.model.vocab_size != GPT2_VOCAB_SIZE:
-        raise CheckpointError(
-            f"{loaded.checkpoint}: model.vocab_size is {loaded.config.model.vocab_size}; "
-            f"text needs a model of GPT-2's vocabulary, {GPT2_VOCAB_SIZE}"
-        )
+    loaded = load_text_model(checkpoint, device, weights)
     model = loaded.model.to(DTYPES[dtype])
     model.assert_tied()
     pack_linear_layers(model, DTYPES[dtype])
@@ -80,9 +74,12 @@ class Writer:
 
     def complete(self, prompts: Sequence[str], sample: SampleConfig, seed: int) -> list[str]:
         """Return the completions of several prompts. They are generated at the same time."""
+        return self.complete_tokens([self.tokenizer.encode(prompt).tolist() for prompt in prompts], sample, seed)
+
+    def complete_tokens(self, prompts: list[list[int]], sample: SampleConfig, seed: int) -> list[str]:
+        """Return the completions of several prompts that are already encoded. They are generated at the same time."""
         completions = [""] * len(prompts)
-        tokens = [self.tokenizer.encode(prompt).tolist() for prompt in prompts]
-        for row, piece in self._generate(tokens, sample, seed, ENDS):
+        for row, piece in self._generate(prompts, sample, seed, ENDS):
             completions[row] += piece
         return completions
 
