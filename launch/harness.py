@@ -15,6 +15,24 @@ from pipeline.config.schema import Precision
 
 def main() -> None:
     """Translate our options to those of the harness, and run the harness."""
+    arguments, others = build_parser().parse_known_args()
+    start_logging()
+    try:
+        from lm_eval.__main__ import cli_evaluate  # optional, and slow to import
+
+        from pipeline.interop.lm_evaluation_harness import HARNESS_MODEL
+    except ImportError as error:
+        raise UserError(f"lm-evaluation-harness cannot be imported ({error}): {install_command('harness')}") from error
+    given = {key: getattr(arguments, key) for key in ("weights", "precision") if getattr(arguments, key)}
+    model = {"checkpoint": str(arguments.checkpoint), **given}
+    options = ["--model", HARNESS_MODEL, "--model_args", json.dumps(model), "--tasks", *arguments.tasks]
+    sys.argv = [sys.argv[0], "run", *options, *others]
+    with _one_line_errors():
+        cli_evaluate()
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of our options. It does not know the options of the harness."""
     parser = ArgumentParser(
         description=f"{__doc__} Examples are --num_fewshot, --limit, --batch_size, --device, --include_path, "
         "--output_path and --log_samples. `lm_eval ls tasks` lists the tasks.",
@@ -34,20 +52,7 @@ def main() -> None:
     parser.add_argument(
         "--tasks", required=True, nargs="+", metavar="TASK", help="tasks or groups of tasks of the harness"
     )
-    arguments, others = parser.parse_known_args()
-    start_logging()
-    try:
-        from lm_eval.__main__ import cli_evaluate  # optional, and slow to import
-
-        from pipeline.interop.lm_evaluation_harness import HARNESS_MODEL
-    except ImportError as error:
-        raise UserError(f"lm-evaluation-harness cannot be imported ({error}): {install_command('harness')}") from error
-    given = {key: getattr(arguments, key) for key in ("weights", "precision") if getattr(arguments, key)}
-    model = {"checkpoint": str(arguments.checkpoint), **given}
-    options = ["--model", HARNESS_MODEL, "--model_args", json.dumps(model), "--tasks", *arguments.tasks]
-    sys.argv = [sys.argv[0], "run", *options, *others]
-    with _one_line_errors():
-        cli_evaluate()
+    return parser
 
 
 @contextmanager
