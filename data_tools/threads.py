@@ -28,7 +28,10 @@ def lock_bars_among_threads() -> None:
 
 
 def no_progress(done_bytes: int) -> None:
-    """Ignore the progress. This function can be passed as an ``Advance``."""
+    """Do nothing.
+
+    Pass this function as ``advance`` to a function that reports its progress, if nobody needs the reports.
+    """
 
 
 def map_threads(

@@ -178,13 +178,13 @@ def highlighted(text: str) -> str:
 
 
 def print_warning(text: str) -> None:
-    """Print a warning to standard error. On a terminal, it is highlighted."""
+    """Print a warning to standard error. On a terminal, the warning is highlighted."""
     line = f"warning: {text}"
     print(highlighted(line) if shows_colours(sys.stderr) else line, file=sys.stderr)
 
 
 def shows_colours(stream: TextIO) -> bool:
-    """Return whether a stream is a terminal that shows colours, and the user has not switched them off."""
+    """Return whether a stream is a terminal that shows colours, and the user has not switched colours off."""
     return stream.isatty() and wants_colours()
 
 

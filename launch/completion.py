@@ -29,7 +29,7 @@ complete -o bashdefault -F _gpt2_pipeline gpt2-pipeline"""
 
 
 def main() -> None:
-    """Parse the arguments and print the script."""
+    """Parse the arguments, and print the completion script of the given shell."""
     print(completion_script(build_parser().parse_args().shell))
 
 
@@ -41,7 +41,10 @@ def build_parser() -> ArgumentParser:
 
 
 def completion_script(shell: str) -> str:
-    """Return a script in the language of a shell. The script contains all completions, so it starts no Python."""
+    """Return a completion script for a shell, in the language of this shell.
+
+    The script contains all possible completions. When the shell completes a word, it therefore need not start Python.
+    """
     root = build_root_parser()
     for action in _actions(root):
         _propose_values(action)
@@ -50,7 +53,10 @@ def completion_script(shell: str) -> str:
 
 
 def build_root_parser() -> ArgumentParser:
-    """Return a parser that has the parser of each command as a sub-command. It imports all commands."""
+    """Return a parser that has the parser of each command as a sub-command.
+
+    This function imports the modules of all commands.
+    """
     root = ArgumentParser(prog=DISTRIBUTION, description="", example="")
     root.add_argument("--version", action="version", help="show the version")
     commands = root.add_subparsers(metavar="COMMAND")

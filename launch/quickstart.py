@@ -84,13 +84,13 @@ def build_parser() -> ArgumentParser:
 
 
 def choose_settings(given: Sequence[str], config: Config, deadline: float) -> list[str]:
-    """Return the values of ``--set``, and a precision and a number of steps if the user gave none.
+    """Return the user's values of ``--set``, followed by a precision and a number of steps if the user has set none.
 
-    A run that has begun keeps its precision and its number of steps.
+    If the run folder already contains a run, its precision and its number of steps are returned, so that it can
+    continue.
 
     Args:
-        given: the user's values of ``--set``.
-        config: the config with these values.
+        given: the user's values of ``--set``. config: the config with these values.
         deadline: the value of ``time.perf_counter()`` at which all stages should have ended.
     """
     begun = Path(config.run.out_dir) / CONFIG_FILE
@@ -132,10 +132,11 @@ def choose_precision(device: str) -> str:
 
 
 def measure_step(settings: Sequence[str]) -> tuple[float, float]:
-    """Train a few steps in a temporary run folder.
+    """Train a few steps in a temporary run folder, to measure how long a step takes.
 
     Returns:
-        The seconds of one step, and the seconds of the command without its steps.
+        The seconds per step, and the seconds that the train command needs in addition to its steps, for example to
+        start.
     """
     with tempfile.TemporaryDirectory() as folder:
         short = {"run.out_dir": folder, "schedule.max_steps": PROBE_STEPS, "evaluation.sample": "false"}
@@ -153,19 +154,22 @@ def measure_step(settings: Sequence[str]) -> tuple[float, float]:
 
 
 def fit_steps(config: Config, step_s: float, left_s: float) -> int:
-    """Return the number of steps that fit into the time, but at most one pass over the data."""
+    """Return the number of steps that fit into ``left_s`` seconds, but at most the steps of one pass over the data."""
     assert config.data.path is not None
     one_pass = load_manifest(config.data.path).tokens_of("train") // config.batch.tokens_per_step
     return max(FEWEST_STEPS, min(one_pass, int(left_s / step_s)))
 
 
 def parsed_options(settings: Sequence[str]) -> argparse.Namespace:
-    """Return the options that ``train`` reads, for one process and the quickstart's configs."""
+    """Return the options with which ``launch.run.train`` trains the quickstart's configs in one process."""
     return argparse.Namespace(config=CONFIGS, set=list(settings), deepspeed=None, processes=1)
 
 
 def write_report(config: Config) -> str:
-    """Write the HTML report of the run if matplotlib is installed. Returns where it is, or how to get it."""
+    """Write the HTML report of the run if matplotlib is installed.
+
+    Returns the path of the report. Without matplotlib, returns a text that says how to get the report.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         return "install matplotlib, then: " + command("report", config.run.out_dir)
     run_stage("report", [sys.executable], "report.py", [config.run.out_dir])
@@ -223,7 +227,10 @@ def _prints_lines() -> bool:
 
 
 def command(name: str, *arguments: str) -> str:
-    """Return a command line that runs another command in the way in which the user has started this one."""
+    """Return a command line for a command, in the form in which the user has started this program.
+
+    The form is a script in ``launch/``, or a sub-command of ``gpt2-pipeline``.
+    """
     script = {"tokenize": "tokenize_corpus"}.get(name, name)
     is_installed = Path(sys.argv[0]).name.startswith("gpt2-pipeline")
     program = ["gpt2-pipeline", name] if is_installed else ["python", f"launch/{script}.py"]

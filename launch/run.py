@@ -107,7 +107,8 @@ def run_stage(stage: str, launcher: list[str], script: str, options: list[str], 
     """Run the command of a stage. If it fails, exit with its status. The command itself prints the reason.
 
     Args:
-        returns_output: return what the command writes to standard output, instead of printing it.
+        returns_output: if True, what the command writes to standard output is returned, and not printed. Otherwise, it
+            is printed, and the result is "".
     """
     print(f"\n== {stage}", flush=True)
     command = [*launcher, str(Path(__file__).resolve().parent / script), *options]

@@ -71,8 +71,8 @@ def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) 
     1. At least two documents differ. The function finds the last document that is not equal to an earlier document. It
        moves this document, and all documents that are equal to it, to the other split.
     2. The corpus is a single text. The function divides it with ``divide_text``.
-    3. The corpus is a single ``Dialogue``, or consists of equal documents. It cannot be divided. All documents are used
-       for training, and the validation split is empty.
+    3. The corpus is a single ``Dialogue``, or consists of equal documents. Such a corpus cannot be divided. All its
+       documents are used for training, and the validation split is empty.
     """
     held: list[AssignedDocument] = []  # the last document that repeats no earlier document, and all later documents
     seen: set[bytes] = set()

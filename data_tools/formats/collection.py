@@ -97,7 +97,7 @@ class Concatenated:
 
 
 def map_file(path: Path) -> pa.Buffer:
-    """Return the bytes of a file as a memory map. The file may be empty.
+    """Return the bytes of a file as a memory map. If the file is empty, the result is empty.
 
     Raises:
         DataError: the file is missing or cannot be read.

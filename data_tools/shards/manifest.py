@@ -158,7 +158,10 @@ class Manifest:
         return (json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n").encode("ascii")
 
     def content_sha256(self) -> str:
-        """Return a SHA-256 of the values that describe the contents. It does not depend on ``made``."""
+        """Return a SHA-256 of the values that describe the contents.
+
+        The hash does not depend on ``made``, which says when and with which software the shards were written.
+        """
         return sha256_of_json({key: value for key, value in self.to_json().items() if key not in ("made", _SEAL)})
 
 

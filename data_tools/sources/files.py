@@ -350,8 +350,8 @@ def one_line_read_errors(path: str | Path) -> Iterator[None]:
 def explain_content(path: str, reason: str) -> str:
     """Return the reason why a file cannot be read.
 
-    The first bytes of the file may show that it is of another kind than its name says. The result then names this kind
-    and says what to do. Otherwise, the result is the first line of ``reason``.
+    If the first bytes of the file do not fit the suffix of its name, the result says what the file really is and what
+    to do. Otherwise, the result is the first line of ``reason``.
     """
     kind = _KINDS.get(os.path.splitext(path)[1])
     if found := describe_content(path, kind):

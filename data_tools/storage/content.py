@@ -58,7 +58,7 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
 
 
 def describe_decoded(content: bytes) -> str | None:
-    """Return the end of an error message if bytes are valid UTF-8 but not text. Returns None if they are text.
+    """Return the end of an error message if ``content`` is valid UTF-8 but is not text. Returns None if it is text.
 
     This function recognizes tar archives, files of zeros, and ASCII text that is encoded in UTF-16.
     """

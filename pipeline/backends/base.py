@@ -176,7 +176,7 @@ class Backend(ABC):
         return loss * (factor + loss.detach() * 0.0)
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to release
-        """Release global resources at the end of a run. The backend cannot be used afterwards.
+        """Release the resources of the process that the backend uses. The backend cannot be used afterwards.
 
         This call is not collective.
         """

@@ -31,9 +31,9 @@ def clear_dead_lock(lock: Path) -> None:
     """Remove a lock file if the build that created it was killed. Wait while it may still be running.
 
     If a process on this host has the file open, the build is running, and this function returns. Otherwise, the build
-    was killed, or it is running on another host with the same home folder. The function therefore waits until the other
-    host removes the file. If the file becomes older than ``LONGEST_BUILD_S`` seconds, the function assumes that the
-    build was killed, and removes the file itself.
+    was killed, or the build is running on another host with the same home folder. The function therefore waits until
+    the other host removes the file. If the file becomes older than ``LONGEST_BUILD_S`` seconds, the function assumes
+    that the build was killed, and removes the file itself.
     """
     while (age_s := _age_s(lock)) is not None and not _is_open_on_this_host(lock):
         if age_s > LONGEST_BUILD_S:

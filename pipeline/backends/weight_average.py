@@ -16,10 +16,12 @@ _SWAPPED_ELEMENTS = 1 << 22  # 16 MiB, the size of the temporary copy while weig
 
 
 class WeightAverage:
-    """Keep one fp32 moving average for each master on this rank. The average is taken over the steps of the run.
+    """Keep a moving average of each master (tensor that the optimizer updates) on this rank, in fp32.
 
-    The averages are created as copies of the masters. This happens when the averages are first needed, because a
-    backend can change the values of its masters between the creation of the masters and the first step.
+    The average is taken over the steps of the run.
+
+    The averages are created as copies of the masters. The averages are not created together with the masters, but when
+    they are first needed, because a backend can change the values of its masters before the first step.
 
     Args:
         masters: the tensors in fp32 that the optimizer updates on this rank.
@@ -30,7 +32,7 @@ class WeightAverage:
         self._averages: dict[int, Tensor] = {}  # id(master) -> average
 
     def of(self, master: Tensor) -> Tensor:
-        """Return the average of a master. It has the shape and the sharding of the master."""
+        """Return the moving average of a master. The average has the same shape and sharding as the master."""
         if id(master) not in self._averages:
             self._averages[id(master)] = master.detach().clone()
         return self._averages[id(master)]
@@ -42,7 +44,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, decay: float, grad_norm: Tensor | float) -> None:
-        """Replace each average a by decay * a + (1 - decay) * w, where w is the master.
+        """Replace each average a by decay * a + (1 - decay) * w, where w is the current value of its master.
 
         If the gradient norm is not finite, the averages do not change. On a GPU, this method does not wait for the
         norm.
@@ -57,7 +59,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the averages and the masters, bit for bit."""
+        """Swap the values of each average and its master, bit for bit."""
         for average, master in self._elements():
             pieces = (torch.split(tensor, _SWAPPED_ELEMENTS) for tensor in (average, master))
             for piece, piece_of_master in zip(*pieces, strict=True):

@@ -66,7 +66,7 @@ class BackgroundSaver:
 
         Returns:
             The outcome of the previous save. The list is empty if this is the first save, or if ``poll`` or ``wait``
-            has already returned that outcome.
+            has already returned the outcome of the previous save.
         """
         started = time.perf_counter()
         outcomes = self.wait()

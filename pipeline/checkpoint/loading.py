@@ -172,7 +172,10 @@ class LoadedModel:
 
     @property
     def run_folder(self) -> Path:
-        """Return the folder for results: the checkpoint's run folder, or the checkpoint folder if there is none."""
+        """Return the folder for results.
+
+        This is the run folder of the checkpoint. If the checkpoint is in no run folder, it is the checkpoint folder.
+        """
         return run_folder_of(self.checkpoint)
 
 

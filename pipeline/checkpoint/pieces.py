@@ -44,7 +44,7 @@ PieceIndex = dict[str, dict[str, list[Piece]]]
 
 
 def group_of(kind: str) -> str:
-    """Return the group of files (``weights`` or ``moments``) that stores the tensors of a kind.
+    """Return which file of a rank (``weights`` or ``moments``) stores the tensors of a kind.
 
     The kind is ``weight`` or the name of an optimizer tensor, such as ``exp_avg``.
     """

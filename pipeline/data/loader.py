@@ -138,7 +138,7 @@ class TrainLoader:
 def suggest_batch(tokens: int, plan: BatchPlan) -> str:
     """Return advice for a split that has too few samples for one step.
 
-    The advice names settings with which a split of ``tokens`` tokens is large enough.
+    The advice names values of config keys for which a split of ``tokens`` tokens is large enough.
     """
     windows = (tokens - 1) // plan.seq_len
     if windows < plan.world_size:
@@ -216,7 +216,9 @@ def validation_batches(
 
 
 def scored_targets(stream: TokenStream, seq_len: int) -> IndexArray:
-    """Return the number of scored targets in each window of a split that has a loss mask, int64 of shape (windows,).
+    """Return the number of scored targets in each window of a split, int64 of shape (windows,).
+
+    The split must have a mask.
 
     The last window may be shorter than ``seq_len``.
     """

@@ -54,7 +54,7 @@ def share_cores(world: World) -> str:
 
 
 def split_cores(cores: Sequence[int], index: int, ranks: int) -> Sequence[int]:
-    """Return the cores for one of the ``ranks`` ranks on a host. ``index`` is its rank on this host.
+    """Return the cores for one of the ``ranks`` ranks on a host. ``index`` is the number of this rank on the host.
 
     The cores of a rank are adjacent, because adjacent cores share caches. If there are fewer cores than ranks, several
     ranks get the same core.

@@ -135,7 +135,7 @@ def set_openmp_threads(threads: int) -> None:
 
 
 def set_allocator_default(options: str) -> None:
-    """Set options of torch's memory allocator, unless the user has already set options.
+    """Set options of torch's memory allocator, unless the user has set some with an environment variable.
 
     Call this function before torch first allocates memory, because torch reads the options at this time.
     """

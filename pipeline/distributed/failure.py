@@ -1,6 +1,6 @@
 """Print the error that ends this process.
 
-Each error is printed only once. It is printed before any code runs that may wait for other ranks.
+Each error is printed only once, and before this process runs any code that may wait for other ranks.
 """
 
 import errno

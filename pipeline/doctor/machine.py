@@ -25,7 +25,7 @@ SAMPLE_TEXT = "GPT-2: naïve 数据\n"
 
 
 def run_checks(folder: Path, *, thorough: bool) -> list[Finding]:
-    """Run all checks except the check of the packages. If a check raises an error, the error is returned as a finding.
+    """Run all checks except ``check_packages``. If a check raises an error, the result contains the error as a finding.
 
     Args:
         folder: the folder for runs and data. It need not exist yet.
@@ -151,7 +151,7 @@ def check_compilers() -> Iterator[Finding]:
 
 
 def check_builds() -> Iterator[Finding]:
-    """Compile a function with torch.compile and build DeepSpeed's CPUAdam. The results are kept for later runs."""
+    """Compile a function with torch.compile, and build DeepSpeed's CPUAdam. Later runs use this build again."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if compiler_works(device):
         yield Finding("torch.compile", "ok", f"works on {device}")

@@ -32,7 +32,7 @@ Encode = Callable[[Tokenizer, str, str], Request]
 class PreparedTask:
     """A task whose examples are already read and encoded.
 
-    It can be measured several times, for example during training.
+    The task can be measured several times, for example at each evaluation during training.
     """
 
     name: str

@@ -55,8 +55,8 @@ def run_tasks(
     """Score a checkpoint on the given tasks. The main rank shows the results and writes them to files.
 
     If ``out`` is given, the results are written only to this folder. Otherwise, they are written to the folder
-    ``evaluation/`` of the run folder and to the TensorBoard events of the run. If the run folder is not writable, the
-    results are only shown.
+    ``evaluation/`` of the run folder and to the TensorBoard events of the run. If ``out`` is not given and the run
+    folder is not writable, the results are only shown.
 
     This call is collective: every rank must make it.
 
@@ -74,9 +74,9 @@ def run_tasks(
         A dict that maps the name of each result to the result, and a list of the files that this rank has written.
 
     Raises:
-        ConfigError: a task does not exist, or a task does not support one of the settings.
+        ConfigError: there is no task with one of the names, or a task does not support one of the settings.
         CheckpointError: the checkpoint cannot be used.
-        DataError: the data cannot be used.
+        DataError: the data of a task cannot be loaded or used.
     """
     if world.device.type == "cpu":
         configure_cpu(world)

@@ -180,7 +180,7 @@ def prepare_task(name: str, path: str | None, settings: Settings, model: ModelCo
 
     Raises:
         ConfigError: the model does not have GPT-2's vocabulary, or the task does not support an option in ``settings``.
-        DataError: the data cannot be loaded or used.
+        DataError: the file or the dataset cannot be read, or its rows do not have the form that the task needs.
     """
     if model.vocab_size != GPT2_VOCAB_SIZE:
         raise ConfigError(

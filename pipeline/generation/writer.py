@@ -1,4 +1,4 @@
-"""Complete prompts as text, with the model of a checkpoint or with a model in training."""
+"""Complete prompts as text, with the model of a checkpoint or with a model that is being trained."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Define the output layer and the loss.
 
-In a small model, they need half of the time of a training step, and most of its memory.
+In a small model, the output layer and the loss take half of the time of a training step, and most of its memory.
 """
 
 from collections.abc import Callable
@@ -79,7 +79,9 @@ class OutputLayer(nn.Linear):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Return the cross-entropy of each target in nats, fp32 of shape (N,). It is 0 if the target is ``IGNORE_INDEX``.
+    """Return the cross-entropy of each target in nats, fp32 of shape (N,).
+
+    The value is 0 if a target is ``IGNORE_INDEX``.
 
     Args:
         logits: shape (N, padded vocabulary size), in any dtype. Columns from ``vocab_size`` on are padding.

@@ -1,6 +1,6 @@
 """Compute how many bytes of memory a rank needs for weights, masters, optimizer state, gradients and buffers.
 
-If ranks need different numbers of bytes, the functions return the number for the rank that needs most.
+If some ranks need more memory than others, the functions return the number for the rank that needs most.
 
 The formulas describe this project's backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` gives the
 source of every term. ``make plan-check`` compares the results with measured peaks, and with the state that the backends

@@ -97,7 +97,7 @@ def _format(value: Any) -> str:
 def settings_table(runs: Sequence[Run]) -> Table:
     """Return a table of the settings in which the runs differ.
 
-    If there is only one run, return the settings that differ from the defaults.
+    If ``runs`` contains only one run, return the settings of this run that differ from the defaults.
     """
     columns = {run.label: run.settings for run in runs}
     if len(runs) == 1:

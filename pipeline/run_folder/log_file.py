@@ -14,9 +14,10 @@ LOGGED_PACKAGES = ("pipeline", "data_tools", "launch")
 
 
 class RunLog(logging.Handler):
-    """Appends log lines to the file. Until ``open`` is called, the lines wait in memory.
+    """Appends log lines to the file ``train.log`` of a run. Until ``open`` is called, the lines wait in memory.
 
-    Lines that cannot be written, for example because the disk is full, are lost. The terminal still shows them.
+    If a line cannot be written, for example because the disk is full, it is missing in the file, but not on the
+    terminal.
     """
 
     def __init__(self, rank: int) -> None:
@@ -27,7 +28,10 @@ class RunLog(logging.Handler):
         self._path: Path | None = None
 
     def open(self, run_folder: Path) -> None:
-        """Write the waiting lines and all later lines into the log file of this run folder."""
+        """Write the lines that wait in memory into ``train.log`` in the run folder.
+
+        From now on, also write each new line.
+        """
         self._path = run_folder / LOG_FILE
         for line in self._waiting:
             self._append(line)
@@ -50,7 +54,8 @@ class RunLog(logging.Handler):
 def run_log(rank: int) -> Iterator[RunLog]:
     """Return a context manager that gives a ``RunLog``, which receives all log lines inside the ``with`` block.
 
-    If the block raises an error, the error is the last line. An error that is not a user's mistake has a traceback.
+    If the block raises an error, the error is the last entry in the log: one line for a ``UserError``, and a traceback
+    for any other error.
     """
     handler = RunLog(rank)
     loggers = [logging.getLogger(name) for name in LOGGED_PACKAGES]

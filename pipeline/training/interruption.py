@@ -25,9 +25,10 @@ _LAUNCHER_NOTES = {
 
 
 class StopRequest:
-    """Records the signals that ask a run to stop, and tells all ranks if any rank has received one.
+    """Records the signals that ask a run to stop, and tells all ranks if any rank has received such a signal.
 
-    A separate thread reads the signals. It can print a message at once, even while the main thread compiles the model.
+    A separate thread reads the signals. This thread can print a message at once, even while the main thread compiles
+    the model.
     """
 
     def __init__(self, world: World) -> None:

@@ -51,8 +51,8 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
     """Return the checkpoint from which to resume, or None to start from scratch.
 
     The caller must hold the lock of the run folder. The function deletes the incomplete folders of interrupted saves.
-    It renames all checkpoints whose step is later than the step of the chosen checkpoint, because otherwise the next
-    start would resume from one of them.
+    It also renames all checkpoints whose step is later than the step of the chosen checkpoint. Otherwise, the next
+    start would resume from one of these later checkpoints.
 
     Raises:
         CheckpointError: the checkpoint that the config names cannot be used, the data or the seed have changed, or the

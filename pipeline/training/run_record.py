@@ -66,7 +66,7 @@ class RunRecord:
     def write_saves(self, outcomes: list[SaveOutcome]) -> None:
         """Write one row for each finished save of a checkpoint.
 
-        A failed save is logged and counted, but does not stop the run.
+        A failed save is logged and counted, but raises no error, so the run continues.
         """
         for outcome in outcomes:
             if saved := outcome.saved:

@@ -60,7 +60,7 @@ def _printer() -> Callable[[bytes], str]:
 def describe_other_tokenizer(folder: Path) -> str | None:
     """Return a line for the user if the tokenizer in a folder is not GPT-2's.
 
-    Returns None if the tokenizer gives all of GPT-2's tokens the same ids as GPT-2 does, even if it also has other
+    Returns None if the tokenizer gives all of GPT-2's tokens the same ids as GPT-2 does, even if it has additional
     tokens. Also returns None if the folder has no tokenizer, or if GPT-2's vocabulary cannot be loaded for the
     comparison.
 
