@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.backends.optimizer import LossScaler, set_learning_rate
 from pipeline.backends.optimizer_state import Fragment, OptimizerState
 from pipeline.config.schema import Config
+from pipeline.distributed.step_clock import StepClock
 from pipeline.distributed.world import World
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.output_layer import Method
@@ -40,6 +41,7 @@ class Backend(ABC):
         self.precision = config.run.precision
         self.max_norm = config.optimizer.grad_clip
         self.loss_scaler = LossScaler.for_precision(config.run.precision)
+        self.step_clock = StepClock(world.device, is_active=world.size > 1)
 
     @abstractmethod
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:

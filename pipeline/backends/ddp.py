@@ -7,6 +7,7 @@ training with one process works on every device that torch supports.
 from contextlib import AbstractContextManager, nullcontext
 
 import torch.nn as nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.backends.compilation import compile_blocks, compiles_blocks
@@ -29,6 +30,10 @@ class DdpBackend(TorchBackend):
         if enabled or not isinstance(self.compute, DistributedDataParallel):
             return nullcontext()
         return self.compute.no_sync()
+
+    def _run_backward_pass(self, loss: Tensor) -> None:
+        with self.step_clock.backward_pass(loss):
+            super()._run_backward_pass(loss)
 
     def _clear_gradients(self) -> None:
         """Set the gradients to zero in place. They are views of DDP's buckets, which should stay allocated."""

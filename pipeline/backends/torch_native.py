@@ -30,8 +30,11 @@ class TorchBackend(Backend):
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
         with self._gradient_sync(is_last):
             loss = self.compute(tokens, targets)
-            self.weighted(loss, loss_weight * self.loss_scaler.scale).backward()  # type: ignore[no-untyped-call]
+            self._run_backward_pass(self.weighted(loss, loss_weight * self.loss_scaler.scale))
         return loss.detach()
+
+    def _run_backward_pass(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def _create_state(self) -> OptimizerState:
         return ParameterState(self.optimizer, self.parameters, self.state_names)

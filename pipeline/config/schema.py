@@ -586,6 +586,12 @@ class LoggingConfig(Section):
         description="Steps between rows with the gradient norm, weight norm and update ratio of each layer group. `0` "
         "turns this off.",
     )
+    slow_rank_ratio: float | None = Field(
+        1.2,
+        gt=1,
+        description="Log a line when a rank needs this many times as long per step as the mean of the other ranks. The "
+        "time in which the rank waits for other ranks does not count. `null` turns this off.",
+    )
     profile_steps: NonNegativeInt = Field(
         0,
         description="Number of optimizer steps to profile after the first five steps. The profile is written to "

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
@@ -17,6 +18,7 @@ from torch.distributed import DistError
 
 from data_tools.errors import UserError
 from pipeline.distributed.failure import report, summarize
+from pipeline.distributed.flight_recorder import report_collectives
 from pipeline.distributed.progress import MainThread, Place, describe_places, find_stuck
 from pipeline.distributed.signals import SignalThread
 from pipeline.distributed.world import World
@@ -50,12 +52,17 @@ class Heartbeat:
     object then prints which rank is lost, and ends the process with ``LostRankError.exit_status``. All this happens in
     a thread, because the main thread may wait in a collective. If the store does not answer, a second thread ends the
     process.
+
+    Args:
+        records: the folder to which each rank writes torch's flight recorder before this object ends the process. None
+            writes nothing.
     """
 
-    def __init__(self, world: World, timeout_s: float) -> None:
+    def __init__(self, world: World, timeout_s: float, records: Path | None = None) -> None:
         self._world = world
         self.rank, self.size = world.rank, world.size
         self.timeout_s = timeout_s
+        self._records = records
         self._main_thread = MainThread(world.progress, is_patient=world.device.type == "mps")  # waits use no CPU time
         self._store = _connect(world)
         self._store.set(f"name_{self.rank}", f"{socket.gethostname()}, pid {os.getpid()}")
@@ -167,26 +174,47 @@ class Heartbeat:
         sys.stdout.flush()
         if self.rank in verdict.stuck:
             print(f"[rank {self.rank}] the main thread is stuck here:\n{self._main_thread.stack()}", file=sys.stderr)
+        report_collectives(self._records, self.rank)
         os._exit(report(LostRankError(verdict.reason + _CURE)))
 
 
 @contextmanager
-def heartbeat(world: World, timeout_s: float) -> Iterator[None]:
+def heartbeat(world: World, timeout_s: float, records: Path | None = None) -> Iterator[None]:
     """Return a context manager that watches all ranks inside its ``with`` block.
 
     At the end of the block, each rank waits for all other ranks. If the block raises an error, the error is printed at
     once (see ``failures_reported``).
+
+    Args:
+        records: a folder for torch's flight recorder. If a rank is silent or stuck, or if a collective times out, each
+            rank writes a file to it, and prints one line about its collectives. None writes nothing.
     """
-    watch = Heartbeat(world, timeout_s)
+    watch = Heartbeat(world, timeout_s, records)
     with watch.explaining_sigterm():
         world.barrier()
         watch.start()
         try:
-            with failures_reported(world):
+            with failures_reported(world), _timeouts_recorded(world, records):
                 yield
                 world.barrier()
         finally:
             watch.stop()
+
+
+@contextmanager
+def _timeouts_recorded(world: World, records: Path | None) -> Iterator[None]:
+    """Return a context manager that saves torch's flight recorder if a collective times out in its ``with`` block."""
+    try:
+        yield
+    except Exception as error:
+        if _may_come_from_a_collective(error) and "timed out" in str(error).lower():
+            report_collectives(records, world.rank)
+        raise
+
+
+def _may_come_from_a_collective(error: Exception) -> bool:
+    """Return whether torch raises errors of this type if a collective fails."""
+    return type(error) is RuntimeError or isinstance(error, DistError)  # other errors are subclasses of RuntimeError
 
 
 @contextmanager
@@ -207,8 +235,7 @@ def failures_reported(world: World) -> Iterator[None]:
     except Exception as error:
         if world.size == 1:
             raise
-        # torch raises these two types if a collective fails. Other errors are subclasses of RuntimeError.
-        if (type(error) is RuntimeError or isinstance(error, DistError)) and (lost := find_lost(world)):
+        if _may_come_from_a_collective(error) and (lost := find_lost(world)):
             lost_rank = LostRankError(lost + _CURE)
             report(lost_rank)
             raise lost_rank from error

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
@@ -46,6 +46,7 @@ class Progress:
         self.longest_s = 0.0  # the most CPU time between two marks of a phase that repeats
         self.excused_s = 0.0  # the CPU time since the last mark that compiling took, set by the observer
         self.marked_at_s = time.thread_time()  # the CPU time of the main thread at the last mark
+        self.listener: Callable[[], None] = lambda: None  # is called at each mark and move
 
     def reach(self, phase: str, *, is_patient: bool = False, repeats: bool = True) -> None:
         """Record that a phase of the run begins. This is a mark: all ranks must make the same calls in the same order.
@@ -98,6 +99,7 @@ class Progress:
         if self.repeats:
             self.longest_s = max(self.longest_s, now - self.marked_at_s - self.excused_s)
         self.marked_at_s, self.excused_s = now, 0.0
+        self.listener()
 
 
 @dataclass(frozen=True)

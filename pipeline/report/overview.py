@@ -11,12 +11,14 @@ from typing import Any
 
 from pipeline.checkpoint.layout import list_checkpoints, step_of
 from pipeline.errors import ReportError
+from pipeline.run_folder.heartbeat_file import STALE_AFTER_S, heartbeat_age_s
 from pipeline.run_folder.layout import CONFIG_FILE, METRICS_FILE
 from pipeline.run_folder.lock import is_locked
 from pipeline.run_folder.metrics import read_metrics
 
-#: The states of a run. A run has failed if an error or a kill has ended it before its last step.
-STATES = ("running", "finished", "interrupted", "failed")
+#: The states of a run. A run is stale if it has not ended, but writes no heartbeat. A run has failed if an error or a
+#: kill has ended it before its last step.
+STATES = ("running", "stale", "finished", "interrupted", "failed")
 
 _COLUMNS = ("run", "state", "step", "loss", "val. loss", "tokens/s", "age", "size", "last checkpoint")
 _LEFT_COLUMNS = (0, 1, 8)
@@ -79,7 +81,8 @@ def summarize_run(folder: Path) -> RunSummary:
 
 def _state(folder: Path, rows: Sequence[dict[str, Any]], *, is_complete: bool) -> str:
     if is_locked(folder):
-        return "running"
+        age_s = heartbeat_age_s(folder)  # None if an older version of this program writes to the folder
+        return "stale" if age_s is not None and age_s > STALE_AFTER_S else "running"
     marks = [row for row in rows if "started" in row or "ended" in row]
     if marks and marks[-1].get("ended") in STATES:
         return str(marks[-1]["ended"])

@@ -12,6 +12,8 @@ REPORT_FOLDER = "report"
 REPORT_PAGE = f"{REPORT_FOLDER}/report.html"
 EVALUATION_FOLDER = "evaluation"  # one JSON file per task
 LOCK_FILE = "run.lock"
+HEARTBEAT_FILE = "heartbeat.json"  # for programs outside of the run
+FLIGHT_RECORDER_FOLDER = "flight_recorder"  # one file per rank, only after a collective did not finish in time
 
 
 def run_folder_of(checkpoint: Path) -> Path:

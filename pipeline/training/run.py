@@ -25,7 +25,8 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.run import prepare_tasks
 from pipeline.model.attention import fastest_kernel
 from pipeline.model.gpt2 import build_model, flops_per_token, parameter_count
-from pipeline.run_folder.layout import LOG_FILE
+from pipeline.run_folder.heartbeat_file import HeartbeatFile
+from pipeline.run_folder.layout import FLIGHT_RECORDER_FOLDER, LOG_FILE
 from pipeline.run_folder.lock import lock_run_folder
 from pipeline.run_folder.log_file import run_log
 from pipeline.run_folder.metrics import format_duration
@@ -55,8 +56,9 @@ def train(config: Config) -> Trainer | None:
         LostRankError: another rank died or hangs.
     """
     config = with_working_dir(config)
+    records = Path(config.run.out_dir) / FLIGHT_RECORDER_FOLDER
     with run_log(launched_rank()) as log_file, join_world(config.run) as world, ExitStack() as resources:
-        with heartbeat(world, config.run.rank_timeout_s):
+        with heartbeat(world, config.run.rank_timeout_s, records):
             if world.device.type != "mps":
                 log.info("threads   %s", configure_cpu(world))
             trainer = _build_trainer(config, world, resources)
@@ -96,6 +98,9 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
         log.info("%s: %s", start, reason)
         world.call_on_main(lambda: send_missing_rows(config))
         return None
+    heartbeat_file = HeartbeatFile(Path(config.run.out_dir) if world.is_main else None)
+    resources.enter_context(heartbeat_file.starting(read_state(start)[0].step if start else 0))
+    world.progress.listener = heartbeat_file.beat
     weights = None if start else world.call_on_main(lambda: find_initial_weights(config))
     if config.data.verify:
         verify_datasets(datasets, world)
@@ -112,7 +117,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     backend = create_backend(model, config, world, plan)
     backend.model.assert_tied()
     state = load_start(start, config, sha256, backend, world)
-    trainer = Trainer(config, world, backend, loader, throughput, state, tasks, origin)
+    trainer = Trainer(config, world, backend, loader, throughput, state, tasks, origin, heartbeat_file)
     _log_settings(trainer, kernel, start)
     return trainer
 

@@ -28,12 +28,14 @@ from pipeline.evaluation.run import measure_tasks
 from pipeline.evaluation.validation import validate, validate_average
 from pipeline.generation.writer import complete_while_training
 from pipeline.model.gpt2 import parameter_count
+from pipeline.run_folder.heartbeat_file import HeartbeatFile
 from pipeline.run_folder.metrics import MEAN_LOSS_KEY, SAMPLE_KEY
 from pipeline.seeds import derive_seed
 from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.group_norms import GroupNorms
 from pipeline.training.interruption import StopRequest
 from pipeline.training.provenance import describe_process
+from pipeline.training.rank_comparison import RankComparison
 from pipeline.training.resuming import load_checkpoint
 from pipeline.training.run_record import RunRecord
 from pipeline.training.schedule import ema_decay_at, lr_at
@@ -55,6 +57,7 @@ class Trainer:
     Args:
         state: the progress of the run. It must belong to the weights and the optimizer state that the backend has now.
         tasks: the prepared tasks of ``evaluation.tasks`` except ``validation``.
+        heartbeat_file: None writes no ``heartbeat.json``.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Trainer:
         state: TrainingState,
         tasks: Mapping[str, PreparedTask],
         origin: dict[str, Any] | None = None,
+        heartbeat_file: HeartbeatFile | None = None,
     ) -> None:
         self.config = config
         self.origin = origin
@@ -76,6 +80,7 @@ class Trainer:
         self.loader = loader
         self.prefetcher = Prefetcher(loader, world.device)
         self.throughput = throughput
+        self.rank_comparison = RankComparison(backend.step_clock, world, config.logging.slow_rank_ratio)
         self.peak_memory = PeakMemory(world.device)
         self.state = state
         self.tasks = tasks
@@ -91,6 +96,7 @@ class Trainer:
             keep_last=options.keep_last,
             asynchronous=options.asynchronous,
         )
+        self.heartbeat_file = heartbeat_file or HeartbeatFile(None)
         self.record = RunRecord(config, is_main=world.is_main, resumed_step=state.step)
         self.profile = StepProfile(self.run_folder, world.device, config.logging.profile_steps if world.is_main else 0)
         self._steps_here = 0  # in this process
@@ -113,6 +119,7 @@ class Trainer:
             with failures_reported(self.world), self.stop_request.listening(), self.profile.recording():
                 received = self._train()
                 self._reach_rare("the save of the last checkpoint")
+                self.heartbeat_file.enter("saving", self.state.step)
                 for outcome in self.saver.wait():
                     self.record.write_saves([outcome])
                     if outcome.problem:
@@ -124,6 +131,7 @@ class Trainer:
             self.prefetcher.close()
             self.record.write_saves(self.saver.wait())  # finish and verify an unfinished save, also after an error
             self.record.close(self.state.step, ended, self.results)
+            self.heartbeat_file.enter(ended, self.state.step)
         if received:
             raise Interrupted(
                 f"{received.name} received: stopped after step {self.state.step} of {self.config.schedule.max_steps}, "
@@ -139,7 +147,8 @@ class Trainer:
             self.evaluate()
         self.throughput.restart()
         while self.state.step < config.schedule.max_steps and not self._early_stop_reason():
-            trained = self.train_step()
+            with self.backend.step_clock.step():
+                trained = self.train_step()
             received = self.stop_request.agreed()
             saves = received is not None or self._is_due(config.checkpoint.every_steps) or self._is_milestone()
             evaluates = self._is_due(config.evaluation.every_steps)
@@ -205,9 +214,10 @@ class Trainer:
 
         The returned loss and gradient norm stay on the device until they are needed.
         """
+        self.heartbeat_file.enter("training", self.state.step)
         first_sample = self.guard.next_sample(self.state.samples, self.plan.samples_per_step)
         self._reach_in_step("waiting for data")
-        with self.throughput.waiting_for_data():
+        with self.throughput.waiting_for_data(), self.backend.step_clock.waiting_for_data():
             micro_batches = self.prefetcher.micro_batches(first_sample)
         loss_scale = self.backend.loss_scaler.scale
         loss, scored_targets = self._accumulate(micro_batches)
@@ -325,6 +335,7 @@ class Trainer:
     def log_step(self, trained: TrainedStep) -> None:
         """Write a row of metrics about a step. This call waits until the device has finished the step."""
         self._reach_of_step(f"the log of step {trained.step}")
+        self.rank_comparison.start()
         loss = trained.loss.read()
         synchronize(self.world.device)
         row: dict[str, Any] = {
@@ -335,6 +346,7 @@ class Trainer:
             "grad_norm": trained.grad_norm.read(),
             "tokens": self.state.tokens,
             **self.throughput.read(),
+            **self.rank_comparison.read(),
             "peak_memory_gib": self.peak_memory.read() / GIB,
             "skipped_steps": self.state.step - self.state.updates,
         }
@@ -360,6 +372,7 @@ class Trainer:
 
         This call is collective: every rank must make it.
         """
+        self.heartbeat_file.enter("evaluating", self.state.step)
         self.world.progress.reach(f"evaluation after step {self.state.step}", is_patient=not self._has_evaluated)
         with self.throughput.paused():
             self._check_ceiling()
@@ -393,6 +406,7 @@ class Trainer:
 
         This call is collective: every rank must make it.
         """
+        self.heartbeat_file.enter("saving", self.state.step)
         self._reach_rare(f"save of step {self.state.step}")
         with self.throughput.paused():
             self.backend.model.assert_tied()

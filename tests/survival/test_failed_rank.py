@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -51,7 +52,12 @@ def test_a_rank_whose_main_thread_is_stuck_is_named(
 ) -> None:
     """Under FSDP and ZeRO-3, the other rank waits inside the forward pass and has passed as many marks."""
     break_rank(monkeypatch, 1, where, how)
-    check_stuck(train_stuck(config, sections, tmp_path, processes=2), 1, how, phase)
+    output = train_stuck(config, sections, tmp_path, processes=2)
+    check_stuck(output, 1, how, phase)
+    records = tmp_path / "run" / "flight_recorder"
+    assert re.search(rf"^\[rank 0\] waits in gloo:\w+ \d+ of .* \({records}/rank_0\)$", output, re.MULTILINE), output
+    assert re.search(rf"^\[rank 1\] waits in no collective; .* \({records}/rank_1\)$", output, re.MULTILINE), output
+    assert json.loads((tmp_path / "run" / "heartbeat.json").read_text())["state"] == "training"
 
 
 @pytest.mark.parametrize("how", ["sleeps", "loops"])

@@ -44,7 +44,11 @@ def test_the_state_comes_from_the_last_start_or_end(rows: list[dict[str, Any]], 
 def test_a_run_is_running_while_its_process_holds_the_lock(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", STARTED)
     with lock_run_folder(folder):
+        assert summarize_run(folder).state == "running", "an older version wrote no heartbeat"
+        (folder / "heartbeat.json").write_text("{}")
         assert summarize_run(folder).state == "running"
+        os.utime(folder / "heartbeat.json", (1e9, 1e9))
+        assert summarize_run(folder).state == "stale"
     (folder / "run.lock").write_text(json.dumps({"host": os.uname().nodename, "pid": 2**22 + 1}))
     assert summarize_run(folder).state == "failed", "the process was killed"
 

@@ -17,7 +17,7 @@ from pipeline.run_folder.layout import TENSORBOARD_FOLDER
 from pipeline.run_folder.sinks.tensorboard import TENSORBOARD_TAGS, TensorBoardLog
 from tests.pipeline.conftest import largest_file
 
-GROUPS = {"train", "validation", "optimizer", "throughput", "memory", "guard", "checkpoint"}
+GROUPS = {"train", "validation", "optimizer", "throughput", "ranks", "memory", "guard", "checkpoint"}
 
 
 @pytest.fixture(autouse=True)

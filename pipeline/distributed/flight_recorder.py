@@ -1,0 +1,90 @@
+"""Save and summarize torch's flight recorder, which remembers the newest collectives of this rank.
+
+The flight recorder is always on. It records the collectives of NCCL and, in a separate recorder, those of gloo. The
+environment variable ``TORCH_FR_BUFFER_SIZE`` sets the number of collectives that it remembers, 2000 by default. 0 turns
+it off.
+"""
+
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch._C import _distributed_c10d
+
+_DUMP_TIMEOUT_S = 10.0  # the recorder asks the driver of a GPU, which may hang
+
+
+def report_collectives(folder: Path | None, rank: int) -> None:
+    """Save the flight recorder of this rank and print one line about it on standard error.
+
+    Does nothing if the folder is None or if its parent, the run folder, does not exist yet.
+    """
+    if folder and folder.parent.is_dir():
+        print(f"[rank {rank}] {save_flight_recorder(folder, rank)}", file=sys.stderr, flush=True)
+
+
+def save_flight_recorder(folder: Path, rank: int) -> str:
+    """Write the flight recorder of this rank to the file ``rank_N`` in a folder, and return a summary of one line.
+
+    torch's command ``torchfrtrace`` reads these files.
+    """
+    summary = [f"the flight recorder of torch did not answer in {_DUMP_TIMEOUT_S:.0f} s"]
+
+    def save() -> None:
+        dump = _dump()
+        path = folder / f"rank_{rank}"
+        place = str(path)
+        try:
+            folder.mkdir(exist_ok=True)
+            path.write_bytes(dump)
+        except OSError as error:
+            place += f": {error.strerror}"
+        summary[0] = f"{summarize(pickle.loads(dump), time.time_ns())} ({place})"
+
+    thread = threading.Thread(target=save, name="flight-recorder", daemon=True)
+    thread.start()
+    thread.join(_DUMP_TIMEOUT_S)
+    return summary[0]
+
+
+def _dump() -> bytes:
+    """Return the recorded collectives of torch's default group and of all groups with the same backend, as a pickle.
+
+    The dump has no call stacks, because torch would first import hundreds of modules, and the file system may hang.
+    """
+    is_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    dump = getattr(_distributed_c10d, "_dump_nccl_trace" if is_nccl else "_dump_fr_trace")
+    return bytes(dump(includeCollectives=True, includeStackTraces=False, onlyActive=False))
+
+
+def summarize(record: Mapping[str, Any], now_ns: int) -> str:
+    """Return which collectives of a flight record are not finished. If all are finished, describe the newest one.
+
+    Args:
+        record: the content of a dump, format version 2.
+        now_ns: the time now, in nanoseconds since the epoch.
+    """
+    entries = record.get("entries", [])
+    if not entries:
+        return "the flight recorder of torch has no collectives (TORCH_FR_BUFFER_SIZE=0 turns it off)"
+    waiting = [entry for entry in entries if not entry["retired"]]
+    if not waiting:
+        return f"waits in no collective; the newest is {_describe(entries[-1], now_ns)}"
+    more = f", and {len(waiting) - 1} later" if len(waiting) > 1 else ""
+    return f"waits in {_describe(waiting[0], now_ns)}{more}"
+
+
+def _describe(entry: Mapping[str, Any], now_ns: int) -> str:
+    """Return the name, number, group, sizes and age of a collective."""
+    sizes = " ".join("x".join(map(str, size)) or "scalar" for size in entry["input_sizes"][:2])
+    more = f" and {len(entry['input_sizes']) - 2} more" if len(entry["input_sizes"]) > 2 else ""
+    group = entry["process_group"][1] or entry["process_group"][0]
+    return (
+        f"{entry['profiling_name']} {entry['collective_seq_id']} of {group} with {sizes}{more}, "
+        f"{(now_ns - entry['time_created_ns']) / 1e9:.0f} s ago"
+    )

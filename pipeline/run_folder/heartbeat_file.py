@@ -1,0 +1,111 @@
+"""Write ``heartbeat.json``, from which programs outside of the run can see whether the run makes progress."""
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+
+from data_tools.storage.atomic import hidden_partial_path
+from pipeline.run_folder.layout import HEARTBEAT_FILE
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 5.0
+#: A run that has not written its heartbeat for this time is stale. Compilation can take minutes without a heartbeat.
+STALE_AFTER_S = 600.0
+
+
+class HeartbeatFile:
+    """Writes the step, the state and the time to ``heartbeat.json`` in the run folder.
+
+    Only the main thread writes the file, and no other thread. If the main thread is stuck, the time in the file
+    therefore becomes old. The file is written at once when the state changes, and otherwise at most every
+    ``INTERVAL_S`` seconds. It is replaced atomically, but without fsync, because fsync can be slow.
+
+    Args:
+        run_folder: None writes nothing. Only the main rank writes the file.
+        now: the clock for the interval, in seconds.
+    """
+
+    def __init__(self, run_folder: Path | None, now: Callable[[], float] = time.monotonic) -> None:
+        self._path = run_folder / HEARTBEAT_FILE if run_folder else None
+        self._now = now
+        self._state = "starting"
+        self._step = 0
+        self._next_write = 0.0  # on the clock ``now``
+        self._has_failed = False
+
+    @contextmanager
+    def starting(self, step: int) -> Iterator[None]:
+        """Return a context manager for the whole run. It writes the state ``starting``.
+
+        If the ``with`` block fails before the state has changed, the file gets its earlier contents again, because the
+        run folder then also stays as it was.
+        """
+        before = self._path.read_bytes() if self._path and self._path.exists() else None
+        self.enter("starting", step)
+        try:
+            yield
+        except BaseException:
+            if self._path and self._state == "starting":
+                with suppress(OSError):
+                    self._path.unlink() if before is None else self._replace(self._path, before)
+            raise
+
+    def enter(self, state: str, step: int) -> None:
+        """Write a new state.
+
+        Args:
+            state: ``starting``, ``training``, ``evaluating``, ``saving``, ``finished``, ``interrupted`` or ``failed``.
+            step: the number of finished steps.
+        """
+        has_changed = state != self._state or not self._next_write
+        self._state = state
+        if has_changed:
+            self._write(step)
+        else:
+            self.beat(step)
+
+    def beat(self, step: int | None = None) -> None:
+        """Write the file if the last write is ``INTERVAL_S`` seconds ago. None keeps the number of finished steps."""
+        if step is not None:
+            self._step = step
+        if self._path and self._now() >= self._next_write:
+            self._write(self._step)
+
+    def _write(self, step: int) -> None:
+        self._step, self._next_write = step, self._now() + INTERVAL_S
+        if self._path is None:
+            return
+        content = {
+            "state": self._state,
+            "step": step,
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        try:
+            self._replace(self._path, (json.dumps(content) + "\n").encode("ascii"))
+        except OSError as error:
+            if not self._has_failed:
+                log.warning("cannot write %s (%s); training continues", self._path, error.strerror)
+            self._has_failed = True
+
+    @staticmethod
+    def _replace(path: Path, content: bytes) -> None:
+        aside = hidden_partial_path(path)
+        aside.write_bytes(content)
+        os.replace(aside, path)
+
+
+def heartbeat_age_s(run_folder: Path) -> float | None:
+    """Return the seconds since a run wrote its heartbeat, or None if the run folder has no ``heartbeat.json``."""
+    try:
+        return max(0.0, time.time() - (run_folder / HEARTBEAT_FILE).stat().st_mtime)
+    except OSError:
+        return None

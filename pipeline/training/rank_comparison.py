@@ -1,0 +1,92 @@
+"""Compare the step times of all ranks, and name the slowest rank."""
+
+import logging
+import socket
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.distributed.device import copy_to
+from pipeline.distributed.step_clock import StepClock, StepTimes
+from pipeline.distributed.world import World
+
+log = logging.getLogger(__name__)
+
+_KINDS = ("compute", "data_wait", "collective_wait")
+
+
+class RankComparison:
+    """Compares the times that the ranks measured since the previous row of metrics.
+
+    Creating this object is collective: every rank must do it.
+
+    Args:
+        clock: the clock of this rank.
+        slow_ratio: the main rank logs a rank that needs this many times as long as the other ranks. None logs nothing.
+    """
+
+    def __init__(self, clock: StepClock, world: World, slow_ratio: float | None) -> None:
+        self._clock = clock
+        self._world = world
+        self._slow_ratio = slow_ratio
+        self._hosts: list[str] = world.gather(socket.gethostname())
+        self._times: Tensor | None = None  # (ranks, 3) seconds, the times of all ranks
+        self._logged_rank: int | None = None  # the rank that was slow in the previous row
+
+    def start(self) -> None:
+        """Queue the sum over the ranks that brings the times of all ranks together.
+
+        This call does not wait for a GPU. It is collective: every rank must make it.
+        """
+        if self._world.size == 1:
+            return
+        times = self._clock.read() or StepTimes()
+        own = torch.zeros(self._world.size, len(_KINDS))  # the other ranks fill the other rows
+        own[self._world.rank] = torch.tensor([times.compute_s, times.data_wait_s, times.collective_wait_s])
+        self._times = self._world.sum(copy_to(own, self._world.device))
+
+    def read(self) -> dict[str, Any]:
+        """Return the metrics of the last call of ``start``, and log a slow rank.
+
+        Synchronize the device before this call. Returns an empty dict if there is only one rank, or if a rank has
+        measured no step yet.
+        """
+        times = [] if self._times is None else self._times.tolist()
+        if not times or not all(compute_s for compute_s, *_ in times):
+            return {}
+        row: dict[str, Any] = {}
+        for kind, seconds in zip(_KINDS, zip(*times, strict=True), strict=True):
+            row[f"{kind}_ms_min"] = 1e3 * min(seconds)
+            row[f"{kind}_ms_mean"] = 1e3 * sum(seconds) / len(seconds)
+            row[f"{kind}_ms_max"] = 1e3 * max(seconds)
+        rank, ratio = find_slowest([compute_s + data_wait_s for compute_s, data_wait_s, _ in times])
+        if self._world.is_main:
+            self._log(rank, ratio, times[rank])
+        return {**row, "slowest_rank": rank, "slowest_host": self._hosts[rank], "slowest_ratio": ratio}
+
+    def _log(self, rank: int, ratio: float, times: list[float]) -> None:
+        """Log one line when a rank becomes slow. While the same rank stays slow, do not repeat the line."""
+        is_slow = self._slow_ratio is not None and ratio > self._slow_ratio
+        if is_slow and rank != self._logged_rank:
+            log.warning(
+                "slow rank: rank %d on %s needs %.2f times as long as the other ranks (%.0f ms compute, %.0f ms data "
+                "wait per step)",
+                rank,
+                self._hosts[rank],
+                ratio,
+                1e3 * times[0],
+                1e3 * times[1],
+            )
+        self._logged_rank = rank if is_slow else None
+
+
+def find_slowest(own_s: list[float]) -> tuple[int, float]:
+    """Return the rank with the most own time (compute time and data wait), and its ratio to the other ranks' mean.
+
+    Args:
+        own_s: seconds per step of at least two ranks, each more than 0.
+    """
+    rank = max(range(len(own_s)), key=own_s.__getitem__)
+    others_s = (sum(own_s) - own_s[rank]) / (len(own_s) - 1)
+    return rank, own_s[rank] / others_s
