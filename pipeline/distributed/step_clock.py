@@ -32,6 +32,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroup, Work
 from torch.autograd import Variable
 
+#: The first step compiles. In the second step, DDP rebuilds its buckets, and the ranks agree on them.
+SETTLING_STEPS = 2
+
 Mark = Any  # a time of the host in seconds, or a CUDA event
 Wait = tuple[Mark, Mark]  # the beginning and the end
 
@@ -110,9 +113,7 @@ class StepTimes:
 
 
 class StepClock:
-    """Measures the steps of this rank. The main thread makes all calls.
-
-    The first step is not measured, because it includes compilation.
+    """Measures the steps of this rank, except the first ``SETTLING_STEPS``. The main thread makes all calls.
 
     Args:
         is_active: if False, this object measures nothing. A single rank has nobody to wait for.
@@ -122,7 +123,7 @@ class StepClock:
     def __init__(self, device: torch.device, *, is_active: bool, clock: HostClock | StreamClock | None = None) -> None:
         self._is_active = is_active
         self._clock = clock or (StreamClock() if is_active and device.type == "cuda" else HostClock())
-        self._has_settled = False  # whether the first step is over
+        self._unmeasured_steps = 0
         self._step: _Step | None = None  # the current step, if it is measured
         self._finished: deque[_Step] = deque()  # the steps whose times are not known yet
         self._is_waiting = False  # one of the replaced functions may call another one
@@ -137,9 +138,9 @@ class StepClock:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Return a context manager that measures the step in its ``with`` block."""
-        if not self._is_active or not self._has_settled:
+        if not self._is_active or self._unmeasured_steps < SETTLING_STEPS:
             yield
-            self._has_settled = True
+            self._unmeasured_steps += 1
             return
         self._step = step = _Step(self._clock.mark())
         _assign(self._timed)

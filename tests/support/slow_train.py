@@ -9,42 +9,53 @@ from torch import Tensor
 
 from launch.cli import run_command
 from launch.train import main
-from pipeline.data.loader import MicroBatch, TrainLoader
+from pipeline.data.loader import MicroBatch, Prefetcher
 from pipeline.distributed.environment import launched_rank
 from pipeline.model.gpt2 import GPT2
+from pipeline.training.step_guard import TrainedStep
+from pipeline.training.trainer import Trainer
 from tests.pipeline.training.test_rank_comparison import SLEEP_S, SLOW_STEPS
+
+steps: list[int] = []  # the numbers of the steps that have begun
+
+
+def count_steps() -> None:
+    """Remember the step, because the run also calls the model before it trains."""
+    plain = Trainer.train_step
+
+    def train_step(self: Trainer) -> TrainedStep:
+        steps.append(self.state.step + 1)
+        return plain(self)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
 
 
 def slow_the_loader() -> None:
-    """The loader reads one step ahead, so it has read all slow steps when the step before the last one begins."""
-    plain = TrainLoader.micro_batches
+    """Sleep before the loader returns the micro-batches of a step up to ``SLOW_STEPS``."""
+    plain = Prefetcher.micro_batches
 
-    def micro_batches(self: TrainLoader, consumed: int) -> list[MicroBatch]:
-        if consumed // self.plan.samples_per_step < SLOW_STEPS:
+    def micro_batches(self: Prefetcher, consumed: int) -> list[MicroBatch]:
+        if steps[-1] <= SLOW_STEPS:
             time.sleep(SLEEP_S)
         return plain(self, consumed)
 
-    TrainLoader.micro_batches = micro_batches  # type: ignore[method-assign]
+    Prefetcher.micro_batches = micro_batches  # type: ignore[method-assign]
 
 
 def slow_the_forward_pass() -> None:
-    """Sleep once per step, in the training steps after those with a slow loader."""
+    """Sleep before each forward pass of the steps after ``SLOW_STEPS``."""
     plain = GPT2.loss
-    calls = [0]
 
     def loss(self: GPT2, *arguments: Any) -> Tensor:
-        calls[0] += self.training
-        if self.training and calls[0] > SLOW_STEPS * MICRO_STEPS:
-            time.sleep(SLEEP_S / MICRO_STEPS)
+        if self.training and steps and steps[-1] > SLOW_STEPS:
+            time.sleep(SLEEP_S)
         return plain(self, *arguments)
 
     GPT2.loss = loss  # type: ignore[method-assign]
 
 
-#: The micro-batches of a rank in a step of ``TINY_RUN`` with two ranks.
-MICRO_STEPS = 2
-
 if __name__ == "__main__":
+    count_steps()
     if launched_rank() == 1:
         slow_the_loader()
     else:

@@ -10,7 +10,7 @@ import torch
 from torch._C._distributed_c10d import Work
 from torch.autograd import Variable
 
-from pipeline.distributed.step_clock import HostClock, StepClock, StepTimes
+from pipeline.distributed.step_clock import SETTLING_STEPS, HostClock, StepClock, StepTimes
 from pipeline.distributed.world import World
 
 CPU = torch.device("cpu")
@@ -54,11 +54,12 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def steps(clock: FakeClock) -> Iterator[StepClock]:
-    """Give a clock that has seen its first step, and check that torch's functions are restored."""
+    """Give a clock that has seen its first steps, and check that torch's functions are restored."""
     before = dict(vars(Collective))
     steps = StepClock(CPU, is_active=True, clock=clock)
-    with steps.step():
-        clock.now += 100.0
+    for _ in range(SETTLING_STEPS):
+        with steps.step():
+            clock.now += 100.0
     assert steps.read() is None, "the first step compiles"
     yield steps
     assert dict(vars(Collective)) == before
@@ -125,7 +126,7 @@ def test_the_end_of_a_backward_pass_is_a_wait(steps: StepClock, clock: FakeClock
 
 def test_one_rank_measures_nothing(clock: FakeClock) -> None:
     steps = StepClock(CPU, is_active=False, clock=clock)
-    for _ in range(3):
+    for _ in range(SETTLING_STEPS + 1):
         with steps.step(), steps.waiting_for_data():
             clock.now += 1.0
     assert steps.read() is None
@@ -134,7 +135,7 @@ def test_one_rank_measures_nothing(clock: FakeClock) -> None:
 def test_a_collective_of_gloo_is_a_wait(world: World) -> None:
     steps = StepClock(CPU, is_active=True)
     plain = vars(Work)["wait"]
-    for _ in range(2):
+    for _ in range(SETTLING_STEPS + 1):
         with steps.step():
             torch.distributed.barrier()
     times = steps.read()
@@ -147,7 +148,7 @@ def test_a_collective_of_nccl_is_a_wait(gpu_world: World) -> None:
     """Work in another stream, for which the computing stream waits, is no compute time."""
     steps = StepClock(gpu_world.device, is_active=True)
     values, side = torch.ones(1 << 20, device=gpu_world.device), torch.cuda.Stream()
-    for _ in range(3):
+    for _ in range(SETTLING_STEPS + 1):
         with steps.step():
             torch.distributed.all_reduce(values)
             with torch.cuda.stream(side):

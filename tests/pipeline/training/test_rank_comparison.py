@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pipeline.training.rank_comparison import RankComparison, find_slowest
 from tests.support.runs import REPOSITORY, TINY_BYTE_RUN, merged, run_ranks, train_arguments
 
 SLOW_TRAIN = REPOSITORY / "tests" / "support" / "slow_train.py"
-SLOW_STEPS, SLEEP_S = 6, 0.4
+SLOW_STEPS, SLEEP_S = 4, 0.3
 
 Times = tuple[float, float, float]  # seconds: compute, data wait, collective wait
 EQUAL: list[Times] = [(1.0, 0.0, 0.1)] * 3
@@ -98,30 +99,27 @@ def test_the_slowest_of_two() -> None:
     assert find_slowest([3.0, 2.0]) == (0, 1.5)
 
 
-@pytest.mark.parametrize("config", ["ddp", "fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("config", ["ddp", "fsdp", "zero3"])
 def test_the_slowed_rank_is_named(config: str, byte_corpus: Path, tmp_path: Path) -> None:
     """First the loader of rank 1 is slow, then the forward pass of rank 0."""
     sections = merged(
         TINY_BYTE_RUN,
         {
             "data": {"path": str(byte_corpus)},
-            "schedule": {"max_steps": 1 + 2 * SLOW_STEPS},
+            "schedule": {"max_steps": 2 * SLOW_STEPS},
             "evaluation": {"tasks": []},
             "logging": {"every_steps": SLOW_STEPS, "sinks": ["jsonl", "tensorboard", "console"]},
         },
     )
     result = run_ranks(2, SLOW_TRAIN, train_arguments(config, tmp_path / "run", sections))
     assert result.returncode == 0, result.stderr
-    rows = {row["step"]: row for row in read_metrics(tmp_path / "run") if "slowest_rank" in row}
-    slow_loader, slow_forward = rows[SLOW_STEPS], rows[2 * SLOW_STEPS]
-    least_ms = 1e3 * SLEEP_S / 2
-    assert slow_loader["slowest_rank"] == 1
-    assert slow_loader["data_wait_ms_max"] > slow_loader["data_wait_ms_min"] + least_ms
-    assert slow_forward["slowest_rank"] == 0
-    assert slow_forward["compute_ms_max"] > slow_forward["compute_ms_min"] + least_ms
+    slow_loader, slow_forward = (row for row in read_metrics(tmp_path / "run") if "slowest_rank" in row)
+    assert slow_loader["slowest_rank"] == 1 and slow_forward["slowest_rank"] == 0, (slow_loader, slow_forward)
+    assert slow_loader["data_wait_ms_max"] >= 1e3 * SLEEP_S
+    assert slow_forward["compute_ms_max"] >= 1e3 * SLEEP_S and slow_forward["data_wait_ms_max"] < 1e3 * SLEEP_S
     for row in (slow_loader, slow_forward):
-        assert row["collective_wait_ms_max"] > row["collective_wait_ms_min"] + least_ms, "the other rank waits"
-        assert row["slowest_ratio"] > 1.2 and row["slowest_host"]
+        assert row["collective_wait_ms_max"] > row["collective_wait_ms_min"] + 1e3 * SLEEP_S / 2, "the other rank waits"
+        assert row["slowest_ratio"] > 1.2 and row["slowest_host"] == socket.gethostname()
     assert "slow rank: rank 1 on" in result.stdout and "slow rank: rank 0 on" in result.stdout
     heartbeat = json.loads((tmp_path / "run" / "heartbeat.json").read_text())
-    assert (heartbeat["state"], heartbeat["step"]) == ("finished", 1 + 2 * SLOW_STEPS)
+    assert (heartbeat["state"], heartbeat["step"]) == ("finished", 2 * SLOW_STEPS)
