@@ -98,7 +98,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--checkpoint``, ``--weights`` and ``--device``, which all commands that read a trained model have."""
+    """Add ``--checkpoint``, ``--weights`` and ``--device``, the options of all commands that read a trained model."""
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -111,7 +111,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_weights_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--weights``, which selects either the trained weights or their moving average."""
+    """Add the option ``--weights``, which selects either the trained weights or their moving average."""
     parser.add_argument(
         "--weights",
         default="training",

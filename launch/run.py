@@ -39,7 +39,7 @@ def build_parser() -> ArgumentParser:
 
 
 def add_processes_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--processes``, which ``train`` reads."""
+    """Add the option ``--processes``: the number of processes that ``train`` starts."""
     parser.add_argument(
         "--processes",
         type=positive_int,

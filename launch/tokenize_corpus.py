@@ -159,7 +159,7 @@ class ProgressDisplay(Observer):
         self._bar = tqdm(bar_format="{desc} [{elapsed}]", file=sys.stderr, disable=not sys.stderr.isatty())
 
     def noticed(self, line: str) -> None:
-        """Print a message about the input."""
+        """Print a message for the user about the input."""
         tqdm.write(line, file=sys.stderr)
 
     def planned(self, estimate: Estimate) -> None:

@@ -55,7 +55,7 @@ class Chunk:
 
     @property
     def record_file(self) -> str:
-        """Return the name of the chunk's record file. This file is written last, when the chunk is finished."""
+        """Return the name of the chunk's record file. This file is written after the chunk's shards are complete."""
         return f"{RECORDS_FOLDER}{self.name}.json"
 
     @property
@@ -151,7 +151,10 @@ class SkippedRows:
         self.places: list[str] = []
 
     def add(self, error: BadRowError) -> None:
-        """Count a skipped row. For the first ``REPORTED_BAD_ROWS`` rows, also store the place and the reason."""
+        """Count a skipped row.
+
+        For the first ``REPORTED_BAD_ROWS`` rows, also store where the row is and what is wrong.
+        """
         self.count += 1
         if len(self.places) < REPORTED_BAD_ROWS:
             self.places.append(str(error).encode(errors="backslashreplace").decode())

@@ -29,7 +29,7 @@ _SHOWN_APART = ("format_version", "dtype", "tokenizer", "source", "settings", "s
 
 @dataclass(frozen=True)
 class SplitReport:
-    """The sizes of a split. If there is no manifest, ``documents`` and ``utf8_bytes`` are None."""
+    """The sizes of a split. If the folder or file has no manifest, ``documents`` and ``utf8_bytes`` are None."""
 
     shards: int
     tokens: int

@@ -77,7 +77,10 @@ class Line(NamedTuple):
 
 
 class ArrayRecord(NamedTuple):
-    """One record of a file that is a JSON array. ``str(record)`` returns ``<file>: record <number>``."""
+    """One record of a file that contains a JSON array of records.
+
+    ``str(record)`` returns ``<file>: record <number>``.
+    """
 
     path: str
     number: int

@@ -40,7 +40,7 @@ class Source(Protocol):
         ...
 
     def notices(self) -> list[str]:
-        """Return messages about the input for the user, for example how many files are skipped."""
+        """Return messages for the user about the input, for example how many files are skipped."""
         ...
 
     def slices(self, slice_bytes: int) -> list[Slice]:

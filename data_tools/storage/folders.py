@@ -78,14 +78,17 @@ class LocalFolder:
                         folder.rmdir()
 
     def scratch(self) -> Path:
-        """Create a local folder for files that will be moved with ``take``. The caller must remove this folder."""
+        """Create a scratch folder: a temporary local folder for files that ``take`` will move.
+
+        The caller must remove it.
+        """
         path = self.path / f"{_SCRATCH_PREFIX}{uuid.uuid4().hex}"
         with one_line_write_errors(path):
             path.mkdir(parents=True)
         return path
 
     def remove_scratch(self) -> None:
-        """Remove the scratch folders of processes that were killed."""
+        """Remove the scratch folders (see ``scratch``) that killed processes have left."""
         _remove_folders(self.path, _SCRATCH_PREFIX)
 
     def free_bytes(self) -> int | None:
@@ -182,13 +185,13 @@ def open_folder(place: str | Path) -> Folder:
 
 
 def is_scratch(name: str) -> bool:
-    """Return whether a file or folder has the name of a scratch folder."""
+    """Return whether a file or folder has the name of a scratch folder (see ``LocalFolder.scratch``)."""
     return name.startswith(_SCRATCH_PREFIX)
 
 
 @contextmanager
 def scratch_of(folder: Folder) -> Iterator[Path]:
-    """Return a context manager that gives a scratch folder, and removes it when its ``with`` block ends."""
+    """Return a context manager that creates a scratch folder (``LocalFolder.scratch``) and removes it at the end."""
     path = folder.scratch()
     try:
         yield path

@@ -142,6 +142,6 @@ class Muon(torch.optim.Optimizer):
 
 
 def divide_parameters(parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Divide parameters into those that Muon updates and all others. The dicts map canonical names to parameters."""
+    """Return two dicts: the parameters that Muon updates, and all other parameters. The keys are canonical names."""
     muon = {name: parameter for name, parameter in parameters.items() if belongs_to_muon(name, parameter.shape)}
     return muon, {name: parameter for name, parameter in parameters.items() if name not in muon}

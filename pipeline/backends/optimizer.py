@@ -28,7 +28,10 @@ GROWTH_INTERVAL = 2000  # steps without overflow before the loss scale doubles (
 
 
 def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """Return two groups: the matrices with weight decay, and the biases and LayerNorm weights without weight decay."""
+    """Return two parameter groups.
+
+    The matrices have weight decay. The biases and the LayerNorm weights have no weight decay.
+    """
     every = list(parameters)
     return [
         {"params": [parameter for parameter in every if parameter.dim() >= 2], "weight_decay": weight_decay},

@@ -99,7 +99,7 @@ class OptimizerState(ABC):
         return state if self.average is None else {**state, EMA: held.of(self.average.of(held.master))}
 
     def set_step_count(self, count: int) -> None:
-        """Set AdamW's step count, which AdamW uses for its bias correction."""
+        """Set the step count of AdamW, which determines its bias correction."""
         self.create_states()
         for state in self.adam_states():
             if isinstance(state["step"], Tensor):
@@ -117,7 +117,7 @@ class OptimizerState(ABC):
         return [state for state in states if "step" in state]
 
     def create_states(self) -> None:
-        """Create the optimizer state for all masters that have none. The state is filled with zeros."""
+        """Create the optimizer state, filled with zeros, for all masters that have no state."""
         for held in self.ranges():
             if not self.optimizer.state[held.master]:
                 self.optimizer.state[held.master] = self._new_state(held.master, self.optimizer_names[held.name])

@@ -33,7 +33,7 @@ _MODEL_SIZES = ("preset", "n_layer", "n_head", "n_embd", "context_length", "voca
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """A description of one checkpoint."""
+    """A description of one checkpoint: its size, its contents, and its first problem if there is one."""
 
     path: Path
     bytes: int

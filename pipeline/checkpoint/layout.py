@@ -68,7 +68,7 @@ def step_of(folder: Path) -> int:
 
 
 def tensor_file(rank: int, group: str) -> str:
-    """Return the name of the file in which a rank stores a group of tensors (``weights`` or ``moments``)."""
+    """Return the name of the file in which rank ``rank`` stores its tensors of a group: ``weights`` or ``moments``."""
     return f"rank_{rank:05d}_{group}.safetensors"
 
 

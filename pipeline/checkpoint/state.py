@@ -26,7 +26,10 @@ class GuardState:
 
 @dataclass(frozen=True)
 class ValidationHistory:
-    """The best validation loss of a run so far. Early stopping and ``checkpoint.keep_best`` use it."""
+    """The best validation loss of a run so far, and related values.
+
+    Early stopping and ``checkpoint.keep_best`` use them.
+    """
 
     best_loss: float | None = None  # None before the first validation
     best_step: NonNegativeInt | None = None

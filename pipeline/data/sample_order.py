@@ -115,7 +115,7 @@ class Mixture:
         self._root = _huffman_tree(self.shares)
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """Return the index of a sample's dataset, and how many earlier samples come from the same dataset."""
+        """Return the index of the dataset of a sample, and how many earlier samples come from this dataset."""
         node, ordinal = self._root, sample
         while isinstance(node, _Fork):
             left = node.left_of(ordinal)

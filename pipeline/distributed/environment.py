@@ -119,7 +119,10 @@ def wants_colours() -> bool:
 
 
 def set_gloo_interface(name: str) -> bool:
-    """Set the network interface for Gloo. If the user has already set it, change nothing and return False."""
+    """Set the network interface for Gloo, and return True.
+
+    If the user has already set one, change nothing and return False.
+    """
     if _GLOO_INTERFACE in os.environ:
         return False
     os.environ[_GLOO_INTERFACE] = name

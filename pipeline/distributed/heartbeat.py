@@ -36,7 +36,7 @@ _CURE = "; run the same command again (training continues from the last checkpoi
 
 @dataclass(frozen=True)
 class Verdict:
-    """The reason why the run ends. It is the same on all ranks."""
+    """The reason why the run ends, such as a lost rank. All ranks have the same reason."""
 
     reason: str
     stuck: tuple[int, ...] = ()  # the ranks whose main thread is stuck

@@ -35,7 +35,7 @@ _COMPILERS = ("torch._dynamo.convert_frame", "torch._inductor.compile_fx")
 
 
 class Progress:
-    """The progress of one rank. The main thread writes it, and the heartbeat's thread reads it."""
+    """The progress of one rank. The main thread records its progress here, and the thread of ``Heartbeat`` reads it."""
 
     def __init__(self) -> None:
         self.position = 0
@@ -115,7 +115,7 @@ class Place:
     longest_s: float = 0.0  # the most CPU time between two marks so far; 0 if not known yet
 
     def to_json(self) -> str:
-        """Return this place as JSON text, which a heartbeat contains."""
+        """Return this object as JSON text. Each heartbeat contains such a text."""
         return json.dumps(asdict(self))
 
     def is_overdue(self, timeout_s: float) -> bool:

@@ -223,7 +223,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class TaskData:
-    """What a task needs to prepare its examples: the rows, the options and the tokenizer."""
+    """The input for preparing the examples of a task: the rows, the options and the tokenizer."""
 
     rows: Rows
     pool: Rows  # the rows from which few-shot examples are drawn

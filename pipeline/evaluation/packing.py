@@ -36,7 +36,7 @@ class Request:
         return (self.context + self.continuation)[:-1][-context_length:]
 
     def is_truncated(self, context_length: int) -> bool:
-        """Return whether ``inputs`` leaves out the beginning of the context, because the request is too long."""
+        """Return whether the request is too long, so that ``inputs`` leaves out the beginning of its context."""
         return len(self.context) + len(self.continuation) - 1 > context_length
 
 

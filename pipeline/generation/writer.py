@@ -73,7 +73,10 @@ class Writer:
             yield piece
 
     def complete(self, prompts: Sequence[str], sample: SampleConfig, seed: int) -> list[str]:
-        """Return the completions of several prompts. They are generated at the same time."""
+        """Return the completions of several prompts, in the order of the prompts.
+
+        All prompts are completed in one batch.
+        """
         return self.complete_tokens([self.tokenizer.encode(prompt).tolist() for prompt in prompts], sample, seed)
 
     def complete_tokens(self, prompts: list[list[int]], sample: SampleConfig, seed: int) -> list[str]:

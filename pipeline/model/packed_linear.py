@@ -63,7 +63,7 @@ def pack_linear_layers(model: GPT2, dtype: torch.dtype) -> None:
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Return whether the installed torch and this CPU support packed layers in a dtype."""
+    """Return whether the installed torch and this CPU support ``PackedLinear`` in a dtype."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):

@@ -33,7 +33,10 @@ class Device:
 
     @property
     def usable_bytes(self) -> int:
-        """Return the number of bytes that tensors can use."""
+        """Return how many bytes of memory tensors can use.
+
+        The rest of the memory is for the driver and libraries, or is lost to fragmentation.
+        """
         return int((self.memory_gib - self.reserved_gib) * (1 - self.fragmentation) * GIB)
 
     def flops(self, precision: str) -> float:

@@ -17,7 +17,7 @@ _WORLD_SIZES = [1 << power for power in range(13)]
 
 
 def format_plans(config: Config, device: Device, plans: Sequence[Plan], *, mfu: float, tokens: int) -> str:
-    """Return a text with the verdict, the assumptions, a table of memory and a table of speed."""
+    """Return a text with the verdict (see ``format_verdict``), the assumptions, and tables of memory and of speed."""
     flops = device.flops(config.run.precision)
     lines = [
         f"verdict  {format_verdict(plans)}",

@@ -17,7 +17,7 @@ class Colour:
 
     @property
     def css(self) -> str:
-        """Return the CSS variable of this color."""
+        """Return the CSS variable that has this color's light or dark variant."""
         return f"var(--{self.name})"
 
 

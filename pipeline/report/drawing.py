@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn chart."""
+    """A drawn chart, as SVG for the HTML page and as PNG."""
 
     name: str  # the file name without its suffix
     svg: str  # an <svg> element that uses the page's CSS variables
@@ -53,7 +53,7 @@ class Picture:
 
 
 def draw(chart: Chart) -> Picture:
-    """Draw a chart in the light colors. In the SVG, these colors are replaced by CSS variables of the page."""
+    """Draw a chart in the light variants of its colors. In the SVG, CSS variables then replace these light colors."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": chart.name}):
         figure = Figure(SIZE_INCHES, layout="constrained")
         FigureCanvasAgg(figure)

@@ -82,7 +82,7 @@ class RunRecord:
                     sink.settle(outcome.step)
 
     def rewind(self, step: int) -> None:
-        """Delete the rows of steps after ``step``, because the run was rolled back to ``step``."""
+        """Delete the rows of steps after ``step``, because the run has gone back to its checkpoint of ``step``."""
         for sink in self._sinks:
             sink.rewind(step)
 

@@ -161,7 +161,7 @@ class StepGuard:
             log.warning("step %d: none of its targets is scored (%s): its loss is null", finished.step, samples)
 
     def log_steps_without_targets(self) -> None:
-        """Log a warning if some steps since the start of the program had no scored target."""
+        """Log a warning with the number of steps since this start that had no scored target, if there are any."""
         if count := self._steps_without_targets:
             log.warning("steps without a scored target since this start: %d; their loss is null", count)
 

@@ -110,7 +110,10 @@ def read_folder(folder: Path) -> ForeignModel:
 
 
 def has_model(folder: Path) -> bool:
-    """Return whether a folder contains files named like the weight files of a Hugging Face model."""
+    """Return whether a folder contains a file with a name that Hugging Face uses for weights.
+
+    An example is ``model.safetensors``.
+    """
     return any((folder / f"{name}{ending}").is_file() for name in _WEIGHT_FILES for ending in ("", _INDEX_ENDING))
 
 

@@ -43,7 +43,7 @@ def hugging_face_name(name: str) -> str:
 
 
 def is_transposed(name: str) -> bool:
-    """Return whether ``transformers`` stores a parameter transposed."""
+    """Return whether ``transformers`` stores a parameter transposed, compared with our model."""
     return name.endswith(_TRANSPOSED_SUFFIXES)
 
 

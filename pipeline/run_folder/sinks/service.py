@@ -44,7 +44,7 @@ class Service(ABC):
 
     @abstractmethod
     def attach(self, files: Sequence[Path]) -> None:
-        """Upload files. Files with the same names that were uploaded earlier are replaced."""
+        """Upload files. If a file with the same name was uploaded earlier, it is replaced."""
 
     @abstractmethod
     def end(self, summary: Row) -> None:
@@ -207,7 +207,7 @@ class ServiceSink(Sink):
         write_json_durably(self._state_file, state)
 
     def count_failure(self, error: Exception) -> None:
-        """Count an error of the service, and log the first one."""
+        """Count an error of the service. Only the first error is logged."""
         self._failures += 1
         if self._failures == 1:
             log.warning(

@@ -27,10 +27,10 @@ class Sink:
         """Receive one row. The row has the key ``step``."""
 
     def rewind(self, step: int) -> None:
-        """Delete the rows of steps after ``step``, because the run was rolled back to ``step``."""
+        """Delete the rows of steps after ``step``, because the run has gone back to its checkpoint of ``step``."""
 
     def settle(self, step: int) -> None:
-        """Record that the rows up to ``step`` are final, because a checkpoint of ``step`` is saved."""
+        """Record that a checkpoint of ``step`` is saved. The rows up to ``step`` are then usually final."""
 
     def end(self, summary: Row) -> None:
         """Write all remaining rows and the summary, and close all files.

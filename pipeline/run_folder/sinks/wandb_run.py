@@ -59,7 +59,10 @@ def wandb_is_disabled() -> bool:
 
 
 class WandbRun(Service):
-    """A W&B run. Each row of metrics becomes a row of its history. All charts use ``step`` as the x-axis."""
+    """A run in W&B. Each row of metrics becomes one row of the W&B run's history.
+
+    All charts use ``step`` as the x-axis.
+    """
 
     name = "wandb"
 
