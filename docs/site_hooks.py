@@ -21,6 +21,8 @@ SOURCE = "source/"
 #: Path in the repository -> path in the site.
 MORE_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
+HOME_PAGE = "README.md"  # it is a navigation by itself
+
 LINK = re.compile(r"\]\(([^)\s#:]+)((?:#[^)\s]*)?)\)")
 DEFINITION = re.compile(r'<a href="([^"#]*source/([^"#]+\.py)\.html)"><code>([\w.]+)</code></a>')
 
@@ -29,7 +31,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not in ``docs``."""
     texts = {page.src_uri: page.content_string for page in files.documentation_pages()}
     for path, uri in MORE_PAGES.items():
-        texts[uri] = (REPOSITORY / path).read_text(encoding="utf-8")
+        hidden = "---\nhide:\n  - navigation\n---\n" if path == HOME_PAGE else ""
+        texts[uri] = hidden + (REPOSITORY / path).read_text(encoding="utf-8")
         files.append(File.generated(config, uri, content=texts[uri]))
     targets = {_target(uri, link) for uri, text in texts.items() for link, _ in LINK.findall(text)}
     for path in sorted(filter(_is_source, targets)):
