@@ -86,8 +86,9 @@ def _add_convert(commands: Any) -> None:
 
 def _add_average(commands: Any) -> None:
     description = (
-        "Write a new run whose weights are the mean of the weights of several checkpoints of a run. The optimizer's "
-        "state is that of the newest of them. All commands accept the resulting run folder."
+        "Write a new run whose weights are the mean of the weights of several checkpoints of a run. Their moving "
+        "averages (averaging.ema) are averaged, too. The optimizer's state is that of the newest checkpoint. All "
+        "commands accept the resulting run folder."
     )
     example = "python launch/checkpoint.py average runs/ddp --last 5 --out runs/averaged"
     parser = commands.add_parser("average", help="average the weights", description=description, example=example)

@@ -1,5 +1,6 @@
 """Average the weights of several checkpoints of a run, and write the result into a new run folder."""
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,20 +10,32 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.conversion import config_of_new_run, require_new_run_folder, write_new_run
-from pipeline.checkpoint.layout import checkpoint_of_step, is_checkpoint, list_checkpoints, read_manifest, step_of
+from pipeline.checkpoint.layout import (
+    checkpoint_of_step,
+    is_checkpoint,
+    list_checkpoints,
+    no_checkpoint_error,
+    read_manifest,
+    step_of,
+)
 from pipeline.checkpoint.loading import read_parameter
 from pipeline.checkpoint.pieces import PieceIndex, index_pieces
 from pipeline.checkpoint.saving import SavedCheckpoint
 from pipeline.checkpoint.state import read_state
-from pipeline.checkpoint.verification import find_damage, no_checkpoint_error
+from pipeline.checkpoint.verification import find_damage
 from pipeline.errors import CheckpointError
-from pipeline.model.parameter_state import WEIGHT
+from pipeline.model.parameter_state import EMA, WEIGHT
+
+log = logging.getLogger(__name__)
 
 
 def average_checkpoints(
     run: Path, run_folder: Path, *, last: int | None = None, steps: Sequence[int] | None = None
 ) -> SavedCheckpoint:
     """Write a new run whose weights are the mean of the weights of several checkpoints (Izmailov et al. 2018).
+
+    The moving average of the weights (``averaging.ema``) becomes the mean of the moving averages. If one of the
+    checkpoints has no moving average, the new run has none either, and this is logged.
 
     The optimizer state, the training state and the config are copied from the newest of these checkpoints. Only one
     parameter is in memory at a time.
@@ -56,7 +69,7 @@ def average_checkpoints(
         shapes,
         partial(_read_mean, shapes, indices),
         stored_config,
-        manifests[-1]["optimizer_state"],
+        _choose_state_names(manifests),
         averaged_steps=tuple(map(step_of, folders)),
     )
 
@@ -98,11 +111,24 @@ def _require_same_parameters(folders: Sequence[Path], manifests: Sequence[dict[s
                 )
 
 
+def _choose_state_names(manifests: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Return the names in the newest checkpoint, without the moving average if another checkpoint has none."""
+    names: dict[str, list[str]] = manifests[-1]["optimizer_state"]
+    have_average = [all(EMA in kinds for kinds in manifest["optimizer_state"].values()) for manifest in manifests]
+    if any(have_average) and not all(have_average):
+        log.info("some of the checkpoints have no moving average of the weights, so the new run has none")
+        return {name: [kind for kind in kinds if kind != EMA] for name, kinds in names.items()}
+    return names
+
+
 def _read_mean(shapes: dict[str, list[int]], indices: Sequence[PieceIndex], kind: str, name: str) -> Tensor:
-    """Return the mean of a parameter over all checkpoints, summed in fp64. For another kind, read the newest."""
-    if kind != WEIGHT:
+    """Return the mean of a weight or of its moving average over all checkpoints, summed in fp64.
+
+    For another kind, which belongs to the optimizer, return the tensor of the newest checkpoint.
+    """
+    if kind not in (WEIGHT, EMA):
         return read_parameter(shapes[name], indices[-1][kind][name])
     total = torch.zeros(shapes[name], dtype=torch.float64)
     for index in indices:
-        total += read_parameter(shapes[name], index[WEIGHT][name])
+        total += read_parameter(shapes[name], index[kind][name])
     return total / len(indices)

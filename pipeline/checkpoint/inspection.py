@@ -13,6 +13,7 @@ from pipeline.checkpoint.layout import (
     format_size,
     is_checkpoint,
     list_checkpoints,
+    no_checkpoint_error,
     parse_tensor_file,
     read_manifest,
     size_of_file,
@@ -21,14 +22,13 @@ from pipeline.checkpoint.layout import (
 from pipeline.checkpoint.pieces import GROUPS
 from pipeline.checkpoint.retention import list_abandoned, list_leftovers
 from pipeline.checkpoint.state import config_section, read_state_file
-from pipeline.checkpoint.verification import find_size_damage, no_checkpoint_error
+from pipeline.checkpoint.verification import find_size_damage
 from pipeline.config.deepspeed_keys import changes_of_numbers
-from pipeline.config.schema import Config
+from pipeline.config.schema import MODEL_SIZES, Config, describe_model
 from pipeline.errors import CheckpointError
 from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, read_metrics
 
 _MAX_RANKS_SHOWN = 8
-_MODEL_SIZES = ("preset", "n_layer", "n_head", "n_embd", "context_length", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _read_contents(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         "precision": str(config_section(state.config, "run").get("precision", "unknown")),
         "backend": _backend_name(config_section(state.config, "backend")),
         "world_size": state.world_size,
-        "model": {key: model[key] for key in _MODEL_SIZES if key in model},
+        "model": {key: model[key] for key in ("preset", *MODEL_SIZES) if key in model},
         "parameters": _count_parameters(manifest["parameters"], model.get("vocab_size")),
         "versions": state.versions,
         "ranks": _sizes_per_rank(folder, manifest["files"]),
@@ -178,11 +178,12 @@ def _content_rows(contents: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if contents["rollbacks"]:
         skipped = ", ".join(f"{first} to {stop - 1}" for first, stop in contents["skipped_samples"])
         yield "rollbacks", f"{contents['rollbacks']}, samples left out: {skipped}"
-    if contents["averaged_steps"]:
-        yield "weights", f"mean of steps {', '.join(map(str, contents['averaged_steps']))}"
+    if mean := _describe_mean(contents):
+        yield "weights", mean
     model = contents["model"]
     sizes = ", ".join(f"{key} {value}" for key, value in model.items() if key != "preset")
-    yield "model", f"{model.get('preset', 'unknown')}, {contents['parameters']:,} parameters ({sizes})"
+    name = f"{model['preset']}, " if describe_model(model) == model.get("preset") else ""
+    yield "model", f"{name}{contents['parameters']:,} parameters ({sizes})"
     yield "precision", contents["precision"]
     yield "written by", f"{contents['backend']}, world size {contents['world_size']}"
     yield "versions", ", ".join(f"{package} {version}" for package, version in contents["versions"].items())
@@ -204,4 +205,11 @@ def _table_row(report: CheckpointReport) -> str:
     contents = report.contents
     world_size, backend = (contents["world_size"], contents["backend"]) if contents else ("", "")
     size = format_size(report.bytes)
-    return f"  {report.path.name:<24}{size:>10}  {world_size:>5}  {backend:<20}{report.problem or 'sizes match'}"
+    weights = f", weights: {mean}" if contents and (mean := _describe_mean(contents)) else ""
+    files = report.problem or "sizes match"
+    return f"  {report.path.name:<24}{size:>10}  {world_size:>5}  {backend:<20}{files}{weights}"
+
+
+def _describe_mean(contents: dict[str, Any]) -> str:
+    """Return of which steps the weights are the mean, or an empty text if the checkpoint is not an average."""
+    return f"mean of steps {', '.join(map(str, steps))}" if (steps := contents["averaged_steps"]) else ""

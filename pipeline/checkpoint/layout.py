@@ -12,7 +12,7 @@ from data_tools.storage.content import describe_content
 from data_tools.storage.files import sha256_of_json
 from pipeline.errors import CheckpointError
 from pipeline.model.parameter_state import ADAMW_STATE, WEIGHT
-from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
+from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE
 
 FORMAT_VERSION = 2
 #: Version 1 has no ``optimizer_state`` in the manifest: every parameter has AdamW's two moments.
@@ -46,18 +46,62 @@ def checkpoint_of_step(run_folder: Path, step: int) -> Path:
         CheckpointError: the run has no checkpoint of this step. The message lists the steps that have checkpoints.
     """
     folder = checkpoint_folder(run_folder, step)
-    if not folder.is_dir():
-        steps = ", ".join(str(step_of(other)) for other in list_checkpoints(run_folder))
-        has = f"it has steps {steps}" if steps else "it has no checkpoints"
+    if folder.is_dir():
+        return folder
+    if is_checkpoint(run_folder):
         raise CheckpointError(
-            f"{run_folder}: no checkpoint of step {step}; {has} (checkpoint.keep_every_steps keeps milestones)"
+            f"{run_folder}: is the checkpoint of one step; give the run folder that holds it, or leave the step out"
         )
-    return folder
+    steps = ", ".join(str(step_of(other)) for other in list_checkpoints(run_folder))
+    if not steps:
+        raise no_checkpoint_error(run_folder)
+    raise CheckpointError(
+        f"{run_folder}: no checkpoint of step {step}; it has steps {steps} (checkpoint.keep_every_steps keeps "
+        "milestones)"
+    )
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a path is a checkpoint folder, and not a run folder. The checkpoint may be damaged."""
-    return any((path / name).is_file() for name in (MANIFEST_FILE, STATE_FILE))
+    """Return whether a path is a checkpoint folder, and not a run folder. The checkpoint may be damaged.
+
+    A folder of token shards is not a checkpoint, although its manifest has the same name.
+    """
+    return (path / STATE_FILE).is_file() or ((path / MANIFEST_FILE).is_file() and not _holds_shards(path))
+
+
+def no_checkpoint_error(path: Path) -> CheckpointError:
+    """Return the error for a path that is neither a checkpoint folder nor a run folder with checkpoints.
+
+    If the path is something else that users give by mistake, the message says what it is and what to do.
+    """
+    expected = f"expected a run folder with {CHECKPOINTS_FOLDER}/, or a checkpoint folder with {MANIFEST_FILE}"
+    if not path.exists():
+        return CheckpointError(f"{path}: no checkpoint here; {expected}, and this path does not exist")
+    if path.is_file():
+        return CheckpointError(
+            f"{path}: no checkpoint here, it is a file; {expected} (launch/checkpoint.py convert imports files of "
+            "nanoGPT)"
+        )
+    if _holds_shards(path):
+        return CheckpointError(f"{path}: no checkpoint here, the folder holds token shards; {expected}")
+    if _holds_hugging_face_model(path):
+        return CheckpointError(
+            f"{path}: no checkpoint here, the folder holds a Hugging Face model; import it with launch/export.py "
+            f"--from-hf {path} --out RUN, and give RUN"
+        )
+    return CheckpointError(f"{path}: no checkpoint here; {expected}")
+
+
+def _holds_shards(folder: Path) -> bool:
+    with suppress(CheckpointError):
+        return "shards" in read_json_object(folder / MANIFEST_FILE)
+    return False
+
+
+def _holds_hugging_face_model(folder: Path) -> bool:
+    with suppress(CheckpointError):
+        return "model_type" in read_json_object(folder / CONFIG_FILE)
+    return False
 
 
 def step_of(folder: Path) -> int:

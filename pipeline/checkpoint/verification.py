@@ -16,6 +16,7 @@ from pipeline.checkpoint.layout import (
     format_size,
     is_checkpoint,
     list_checkpoints,
+    no_checkpoint_error,
     parse_tensor_file,
     read_manifest,
     size_of_folder,
@@ -23,7 +24,6 @@ from pipeline.checkpoint.layout import (
 from pipeline.checkpoint.pieces import index_pieces, open_tensors
 from pipeline.checkpoint.state import read_state_file
 from pipeline.errors import CheckpointError
-from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
 
 log = logging.getLogger(__name__)
 
@@ -146,11 +146,3 @@ def verify_checkpoints(path: Path, print_line: Callable[[str], None]) -> None:
             f"{path}: damaged checkpoints: {damaged} of {len(folders)}; continue from a good one "
             "(--resume auto skips damaged ones)"
         )
-
-
-def no_checkpoint_error(path: Path) -> CheckpointError:
-    """Return the error for a path that is neither a checkpoint folder nor a run folder with checkpoints."""
-    return CheckpointError(
-        f"{path}: no checkpoint here; expected a run folder with {CHECKPOINTS_FOLDER}/, "
-        f"or a checkpoint folder with {MANIFEST_FILE}"
-    )

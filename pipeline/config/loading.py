@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from data_tools.storage.content import describe_content
+from data_tools.storage.files import dotted_keys
 from pipeline.config.deepspeed_keys import find_mistakes, keys_of_deepspeed
 from pipeline.config.schema import BackendConfig, Config
 from pipeline.config.shipped import find_config, shipped_configs
@@ -78,6 +79,15 @@ def load_config_with_origins(
             mistakes.append(str(error))
     _refuse(mistakes)
     return _resolve(layers)
+
+
+def keys_of_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return the dotted keys that overrides of the form ``section.key=value`` set.
+
+    Raises:
+        ConfigError: an override does not have this form.
+    """
+    return [key for override in overrides for key, _ in dotted_keys(_parse_override(override))]
 
 
 def config_from_json(content: dict[str, Any], origin: str) -> Config:

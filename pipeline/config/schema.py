@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
@@ -69,6 +70,24 @@ MODEL_PRESETS: dict[Preset, dict[str, int]] = {
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "context_length": 1024},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "context_length": 1024},
 }
+
+
+#: The keys of ``ModelConfig`` that determine the shapes of the model and its number of attention heads.
+MODEL_SIZES = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
+
+
+def describe_model(model: Mapping[str, Any]) -> str:
+    """Return the preset of a model, and the sizes that differ from the preset.
+
+    Args:
+        model: the section ``model`` of a resolved config. It may be incomplete, because another version of this program
+            may have written it.
+    """
+    preset = str(model.get("preset", "unknown"))
+    sizes = next((sizes for name, sizes in MODEL_PRESETS.items() if name == preset), {})
+    usual = {"vocab_size": GPT2_VOCAB_SIZE, **sizes}
+    other = [f"{key} {model[key]}" for key in MODEL_SIZES if key in model and model[key] != usual.get(key)]
+    return f"{preset} with {', '.join(other)}" if other else preset
 
 
 class Section(BaseModel):
@@ -187,6 +206,10 @@ class ModelConfig(Section):
             )
         _refuse(mistakes)
         return self
+
+    def __str__(self) -> str:
+        """Return the preset, and the sizes that differ from it, such as ``gpt2-tiny with n_layer 6, n_embd 384``."""
+        return describe_model(self.model_dump())
 
     def recomputes_block(self, index: int) -> bool:
         """Return whether the backward pass recomputes the activations of the block with this index."""
@@ -356,7 +379,7 @@ class ScheduleConfig(Section):
         0.1,
         ge=0,
         le=1,
-        description="Learning rate after `max_steps` steps, divided by the peak. `constant` does not use it.",
+        description="Learning rate at the end of the decay, divided by the peak. `constant` does not use it.",
     )
 
     stop_at_val_loss: PositiveFloat | None = Field(

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from contextlib import suppress
@@ -39,12 +40,22 @@ def report(error: BaseException) -> int:
         if launched_rank() and isinstance(error, (Interrupted, MainRankError)):
             return status
         if launched_rank() and isinstance(error, UserError) and not isinstance(error, (DataError, LostRankError)):
-            time.sleep(_OTHER_RANKS_WAIT_S)
+            _wait_for_end()
         if launched_rank() and isinstance(error, UserError) and not isinstance(error, LostRankError):
             text = f"[rank {launched_rank()} on {socket.gethostname()}] {text}"
         with suppress(BrokenPipeError):
             print(printable(text), file=sys.stderr, flush=True)
     return status
+
+
+def _wait_for_end() -> None:
+    """Give the launcher two seconds to end this process, because rank 0 has printed the same error.
+
+    A run may have a handler for SIGTERM that waits longer than this function. Therefore, restore the default action.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(_OTHER_RANKS_WAIT_S)
 
 
 def printable(text: str) -> str:

@@ -21,7 +21,7 @@ def format_plans(config: Config, device: Device, plans: Sequence[Plan], *, mfu: 
     flops = device.flops(config.run.precision)
     lines = [
         f"verdict  {format_verdict(plans)}",
-        f"model    {config.model.preset}, {parameter_count(config.model):,} parameters, {config.run.precision}",
+        f"model    {config.model}, {parameter_count(config.model):,} parameters, {config.run.precision}",
         f"batch    {plans[0].batch}",
         f"device   {device.name}: {device.usable_bytes / GIB:.1f} of {device.memory_gib:.1f} GiB for tensors, "
         f"{flops / 1e12:,.3g} TFLOP/s x assumed MFU {mfu:.2f}",
@@ -109,5 +109,5 @@ def draw_world_sizes(path: Path, configs: dict[str, Config], device: Device, *, 
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     size = f"micro-batch {config.batch.micro_batch_size}"
-    figure.suptitle(f"{config.model.preset}, {config.run.precision}, {size}, {device.name}")
+    figure.suptitle(f"{config.model}, {config.run.precision}, {size}, {device.name}")
     figure.savefig(path, dpi=120)

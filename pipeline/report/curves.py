@@ -33,6 +33,7 @@ class Curve:
     x: list[float]
     y: list[float]
     dotted: bool = False  # a few single measurements instead of a line
+    averaged: bool = False  # measured with the moving average of the weights
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,16 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 
 
 def loss_chart(runs: Sequence[Run], name: str, axis: Axis) -> Chart:
-    """Return a chart of the training and validation losses of all runs."""
+    """Return a chart of the training and validation losses of all runs.
+
+    If a run has a moving average of its weights (EMA), the chart also shows the validation losses of the average.
+    """
     curves = []
     for i, run in enumerate(runs):
         curves += _curve(i, f"{run.label}, training", run.rows, axis, "loss")
         curves += _curve(i, f"{run.label}, validation", run.rows, axis, "val_loss", dotted=True)
+        label = f"{run.label}, validation of EMA"
+        curves += _curve(i, label, run.rows, axis, "val_ema_loss", dotted=True, averaged=True)
     return Chart(name, f"Loss against {axis.label}", axis, curves, logarithmic=True)
 
 
@@ -93,7 +99,7 @@ def _difference_chart(runs: Sequence[Run]) -> Chart:
     return Chart("loss_difference", f"Training loss minus that of {runs[0].label}", STEPS, curves)
 
 
-def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, *, dotted: bool = False) -> list[Curve]:
+def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, **look: bool) -> list[Curve]:
     """Return a list with the curve of a key, or an empty list if no row has a number for this key."""
     points = thin_out(
         [
@@ -102,7 +108,7 @@ def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, *, d
             if row.get(axis.key) is not None and row.get(key) is not None
         ]
     )
-    return [Curve(run, label, [x for x, _ in points], [y for _, y in points], dotted)] if points else []
+    return [Curve(run, label, [x for x, _ in points], [y for _, y in points], **look)] if points else []
 
 
 def thin_out(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

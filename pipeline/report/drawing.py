@@ -75,7 +75,8 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
     label = f" {label}"  # without the space, matplotlib leaves out labels that begin with an underscore
     colour = RUNS[curve.run % len(RUNS)].light
     if curve.dotted:
-        axes.plot(curve.x, curve.y, "o", label=label, color=colour, markersize=4.5, markerfacecolor=PAPER.light)
+        mark = "D" if curve.averaged else "o"
+        axes.plot(curve.x, curve.y, mark, label=label, color=colour, markersize=4.5, markerfacecolor=PAPER.light)
     elif len(curve.x) == 1:
         axes.plot(curve.x, curve.y, ".", label=label, color=colour)
     else:

@@ -26,11 +26,7 @@ class Branch:
 
     milestone: int  # the step at which the decay begins
     stop: int  # the last step of the decay
-
-    @property
-    def name(self) -> str:
-        """Return the name of the run folder of the branch."""
-        return f"decay-from-{self.milestone}"
+    run: Path  # the run folder of the branch
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ def write_ladder(out: Path, stable: Path, branches: Sequence[Branch]) -> tuple[s
     """Write a table of the branches as Markdown and as JSON, and a chart of their validation losses against tokens.
 
     Args:
-        out: the folder that contains the run folders of the branches. The files are written into this folder.
+        out: the folder into which the files are written.
         stable: the run folder of the long run.
 
     Returns:
@@ -61,10 +57,10 @@ def write_ladder(out: Path, stable: Path, branches: Sequence[Branch]) -> tuple[s
     before = _validation_losses(stable)
     rungs = []
     for branch in branches:
-        after = _validation_losses(out / branch.name)
+        after = _validation_losses(branch.run)
         tokens, loss = after.get(branch.stop, (None, None))
         stable_loss = before.get(branch.milestone, (None, None))[1]
-        rungs.append(Rung(branch.milestone, branch.stop, tokens, stable_loss, loss, str(out / branch.name)))
+        rungs.append(Rung(branch.milestone, branch.stop, tokens, stable_loss, loss, str(branch.run)))
     table = _format_table(rungs)
     contents = {
         f"{NAME}.md": table.encode(),

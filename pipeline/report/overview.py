@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.layout import list_checkpoints, step_of
-from pipeline.errors import ReportError
+from pipeline.checkpoint.state import read_state_file
+from pipeline.errors import CheckpointError, ReportError
 from pipeline.run_folder.heartbeat_file import STALE_AFTER_S, heartbeat_age_s
-from pipeline.run_folder.layout import CONFIG_FILE, METRICS_FILE
+from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_FILE
 from pipeline.run_folder.lock import is_locked
 from pipeline.run_folder.metrics import read_metrics
 
-#: The states of a run. A run is stale if it has not ended, but writes no heartbeat. A run has failed if an error or a
-#: kill has ended it before its last step.
+#: The states of a run that has trained. A run is stale if it has not ended, but writes no heartbeat. A run has failed
+#: if an error or a kill has ended it before its last step.
 STATES = ("running", "stale", "finished", "interrupted", "failed")
+#: The states of a run with checkpoints that another command than launch/train.py has written.
+AVERAGED, NOT_STARTED = "averaged", "not started"
 
 _COLUMNS = ("run", "state", "step", "loss", "val. loss", "tokens/s", "age", "size", "last checkpoint")
 _LEFT_COLUMNS = (0, 1, 8)
@@ -35,7 +38,7 @@ class RunSummary:
     loss: float | None
     val_loss: float | None
     tokens_per_s: float | None
-    age_s: float  # seconds since the run last wrote a row
+    age_s: float  # seconds since the run last wrote a row, or since the folder was written if there are no rows
     size_bytes: int
     last_checkpoint: str | None
     last_checkpoint_step: int | None
@@ -48,11 +51,14 @@ class RunSummary:
 def summarize_runs(folder: Path) -> list[RunSummary]:
     """Return the runs in a folder and in its sub-folders.
 
-    The runs are sorted by the time of their last row of metrics, newest first.
+    Runs without metrics are also returned, such as imported models and averages of checkpoints. The runs are sorted by
+    the time of their last row of metrics, newest first.
 
     Raises ReportError if there is no run.
     """
-    found = [path.parent for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}{METRICS_FILE}")]
+    names = (METRICS_FILE, CHECKPOINTS_FOLDER, CONFIG_FILE)
+    paths = {path for depth in ("", "*/", "*/*/") for name in names for path in folder.glob(f"{depth}{name}")}
+    found = {path.parent for path in paths if path.name != CONFIG_FILE or _read_max_steps(path.parent) is not None}
     if not found:
         raise ReportError(f"{folder}: no run here; give a folder that contains run folders, such as runs")
     return sorted((summarize_run(run) for run in found), key=lambda run: run.age_s)
@@ -66,23 +72,32 @@ def summarize_run(folder: Path) -> RunSummary:
     step, max_steps = max(steps, default=0), _read_max_steps(folder)
     return RunSummary(
         folder=str(folder),
-        state=_state(folder, rows, is_complete=max_steps is not None and step >= max_steps),
+        state=_state(folder, rows, checkpoints, is_complete=max_steps is not None and step >= max_steps),
         step=step,
         max_steps=max_steps,
         loss=_last(rows, "loss"),
         val_loss=_last(rows, "val_loss"),
         tokens_per_s=_last(rows, "tokens_per_s"),
-        age_s=max(0.0, time.time() - (folder / METRICS_FILE).stat().st_mtime),
+        age_s=max(0.0, time.time() - _last_written(folder)),
         size_bytes=sum(_file_sizes(folder)),
         last_checkpoint=str(checkpoints[-1]) if checkpoints else None,
         last_checkpoint_step=step_of(checkpoints[-1]) if checkpoints else None,
     )
 
 
-def _state(folder: Path, rows: Sequence[dict[str, Any]], *, is_complete: bool) -> str:
+def _last_written(folder: Path) -> float:
+    """Return when a run last wrote a row, or when its folder was last changed if it has no rows. In Unix time."""
+    metrics = folder / METRICS_FILE
+    return (metrics if metrics.is_file() else folder).stat().st_mtime
+
+
+def _state(folder: Path, rows: Sequence[dict[str, Any]], checkpoints: Sequence[Path], *, is_complete: bool) -> str:
     if is_locked(folder):
         age_s = heartbeat_age_s(folder)  # None if an older version of this program writes to the folder
         return "stale" if age_s is not None and age_s > STALE_AFTER_S else "running"
+    if checkpoints and not rows:
+        with suppress(CheckpointError):
+            return AVERAGED if read_state_file(checkpoints[-1]).averaged_steps else NOT_STARTED
     marks = [row for row in rows if "started" in row or "ended" in row]
     if marks and marks[-1].get("ended") in STATES:
         return str(marks[-1]["ended"])

@@ -37,7 +37,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read the settings, metrics and results of several run folders.
 
     Raises:
-        ReportError: a folder is not a run folder, a folder is given twice, or a JSON file is damaged.
+        ReportError: a folder has no metrics, a folder is given twice, or a JSON file is damaged.
     """
     return [_read_run(folder, label) for folder, label in zip(folders, _labels(folders), strict=True)]
 
@@ -53,7 +53,9 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 def _read_run(folder: Path, label: str) -> Run:
     if not (folder / METRICS_FILE).is_file():
-        raise ReportError(f"{folder}: not a run folder, it has no {METRICS_FILE}; give the folder of run.out_dir")
+        raise ReportError(
+            f"{folder}: has no {METRICS_FILE}, so no run has trained here; give the folder of run.out_dir of a run"
+        )
     config = folder / CONFIG_FILE
     settings = dict(flatten(_read_json(config))) if config.is_file() else {}
     results = {path.stem: _read_json(path) for path in sorted((folder / EVALUATION_FOLDER).glob("*.json"))}

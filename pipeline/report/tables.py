@@ -1,5 +1,6 @@
 """Create the tables of a report, with one row per value and one column per run."""
 
+import json
 import re
 import statistics
 from collections.abc import Sequence
@@ -7,14 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config.loading import dump_config
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, describe_model
 from pipeline.report.runs import Run, flatten
 from pipeline.run_folder.metrics import format_duration
 
 #: Settings that only name a run.
 NAMING = ("run.name", "run.out_dir")
 #: Settings that the summary shows for every run.
-SHOWN = ("model.preset", "run.precision", "run.compile", "batch.tokens_per_step", "optimizer.learning_rate")
+SHOWN = ("run.precision", "run.compile", "batch.tokens_per_step", "optimizer.learning_rate")
+_MODEL = "model."  # the prefix of the keys that determine the model
 #: Keys of a result that are not measurements.
 HEADS = ("task", "step", "checkpoint")
 
@@ -35,7 +37,9 @@ def summary_table(runs: Sequence[Run]) -> Table:
 
 
 def _facts(run: Run) -> dict[str, str]:
-    facts = {key: run.settings[key].strip('"') for key in SHOWN if key in run.settings}
+    model = {key.removeprefix(_MODEL): json.loads(run.settings[key]) for key in run.settings if key.startswith(_MODEL)}
+    facts = {"model": describe_model(model)} if model else {}
+    facts |= {key: run.settings[key].strip('"') for key in SHOWN if key in run.settings}
     starts = [row for row in run.rows if "started" in row]  # written at the start and at each resume
     if starts:
         facts["parameters"] = f"{starts[-1]['started']['parameters']:,}"
@@ -46,6 +50,7 @@ def _facts(run: Run) -> dict[str, str]:
     facts["training loss, last"] = _format(run.last("loss"))
     facts["validation loss, last"] = _format(run.last("val_loss"))
     facts["validation loss, best"] = _format(min(run.values("val_loss"), default=None))
+    facts["validation loss of EMA, last"] = _format(run.last("val_ema_loss"))
     if speeds := run.values("tokens_per_s"):
         facts["tokens per second, median"] = f"{statistics.median(speeds):,.0f}"
     if shares := run.values("mfu"):

@@ -1,6 +1,7 @@
 """Load the weights of another run or model into a new run (``checkpoint.init_from``). The new run starts at step 0."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,21 @@ def fit_positions(stored: Tensor, rows: int) -> Tensor:
 def _require_same_sizes(source: WeightSource, model: ModelConfig) -> None:
     differing = [key for key in _SIZES if getattr(source.config, key) != getattr(model, key)]
     if differing:
-        there = ", ".join(f"{key} {getattr(source.config, key)}" for key in differing)
-        here = ", ".join(f"{key} {getattr(model, key)}" for key in differing)
-        cure = " ".join(f"model.{key}={getattr(source.config, key)}" for key in differing)
+        there, here, cure = compare_sizes(differing, source.config.model_dump(), model)
         raise CheckpointError(
             f"checkpoint.init_from: the weights in {source.path} have {there}, and this run's model has {here}; "
             f"add --set {cure}"
         )
+
+
+def compare_sizes(keys: Sequence[str], stored: Mapping[str, Any], model: ModelConfig) -> tuple[str, str, str]:
+    """Return the sizes of a stored model, the sizes of this run's model, and the overrides for the stored sizes.
+
+    The results are texts for an error message, such as ``n_layer 4``, ``n_layer 2`` and ``model.n_layer=4``.
+    """
+    there = ", ".join(f"{key} {stored[key]}" for key in keys)
+    here = ", ".join(f"{key} {getattr(model, key)}" for key in keys)
+    return there, here, " ".join(f"model.{key}={stored[key]}" for key in keys)
 
 
 def _describe_changes(source: ModelConfig, model: ModelConfig) -> list[str]:

@@ -1,6 +1,5 @@
 """Decide where a run starts: from scratch, from its own newest good checkpoint, or from a given checkpoint."""
 
-import json
 import logging
 import os
 import time
@@ -8,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.storage.files import dotted_keys
 from data_tools.storage.new_folders import create_folder
 from pipeline.backends import Backend
 from pipeline.checkpoint.layout import bytes_of_tensors, list_checkpoints
@@ -16,11 +14,15 @@ from pipeline.checkpoint.loading import load_training_state
 from pipeline.checkpoint.retention import remove_leftovers, set_aside_after
 from pipeline.checkpoint.state import TrainingState, config_section, read_state, read_state_file
 from pipeline.checkpoint.verification import locate_checkpoint, newest_good_checkpoint
+from pipeline.config.changes import changed_settings
 from pipeline.config.loading import dump_config
-from pipeline.config.schema import Config
+from pipeline.config.schema import MODEL_SIZES, Config, ScheduleConfig
 from pipeline.distributed.environment import launch_id, launcher_restarts
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.training.early_stop import early_stop_reason
+from pipeline.training.initial_weights import compare_sizes
+from pipeline.training.schedule import lr_at
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +57,9 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
     start would resume from one of these later checkpoints.
 
     Raises:
-        CheckpointError: the checkpoint that the config names cannot be used, the data or the seed have changed, or the
-            run folder contains another run.
+        CheckpointError: the checkpoint that the config names cannot be used, the data, the seed or the model have
+            changed, or the run folder contains another run.
+        ConfigError: the checkpoint belongs to another run, and its step is the last step of this run or a later one.
     """
     run_folder = Path(config.run.out_dir)
     try:
@@ -67,7 +70,10 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
             return None
         state, stored_config = read_state(start)
         _check_same_origin(config, start, stored_config)
+        _check_same_sizes(config, start, stored_config)
         _check_same_run(config, data_sha256, start, state, stored_config)
+        if _is_of_another_run(start, config) and (reason := why_complete(state, config.schedule)):
+            raise ConfigError(f"{start}: {reason}, or name an earlier checkpoint with --at-step")
         if state.step < config.schedule.max_steps:
             set_aside_after(run_folder, state.step, start)
         return start
@@ -105,6 +111,55 @@ def _find_named_start(run_folder: Path, named: Path) -> Path:
             "or continue the run with --resume auto"
         )
     return start
+
+
+def _is_of_another_run(start: Path, config: Config) -> bool:
+    return not start.resolve().is_relative_to(Path(config.run.out_dir).resolve())
+
+
+def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
+    """Return why a state is the end of the run, and how to train longer. Returns None if it is not the end."""
+    if state.step >= schedule.max_steps:
+        return (
+            f"at step {state.step} of schedule.max_steps {schedule.max_steps}, nothing to train; raise "
+            "schedule.max_steps to train longer"
+        )
+    if reason := early_stop_reason(schedule, state.validation):
+        return f"at step {state.step}, nothing to train: {reason}; set this key to null to train longer"
+    return None
+
+
+def describe_started_decay(start: Path, config: Config) -> str | None:
+    """Return a warning if a branch begins inside the decay of its own schedule. Otherwise, return None.
+
+    A branch that keeps the schedule and the peak of the run that it continues gives no warning, because its learning
+    rate does not jump.
+    """
+    state, stored = read_state(start)
+    schedule, now = config.schedule, dump_config(config)
+    keeps_rates = config_section(stored, "schedule") == now["schedule"] and (
+        config_section(stored, "optimizer").get("learning_rate") == now["optimizer"]["learning_rate"]
+    )
+    if keeps_rates or state.step <= schedule.decay_start or not _is_of_another_run(start, config):
+        return None
+    return (
+        f"this branch begins at step {state.step:,}, inside the decay of its schedule (steps {schedule.decay_start:,} "
+        f"to {schedule.max_steps:,}): its learning rate begins at {lr_at(state.step, config.optimizer, schedule):.3g}, "
+        f"and the peak is {config.optimizer.learning_rate:.3g}; for a decay that begins at step {state.step:,}, set "
+        f"schedule.name=wsd schedule.decay_steps={schedule.max_steps - state.step}"
+    )
+
+
+def _check_same_sizes(config: Config, folder: Path, stored_config: dict[str, Any]) -> None:
+    """Raise CheckpointError if the model of the checkpoint has other sizes than the model of the config."""
+    stored = config_section(stored_config, "model")
+    differing = [key for key in MODEL_SIZES if key in stored and stored[key] != getattr(config.model, key)]
+    if differing:
+        there, here, cure = compare_sizes(differing, stored, config.model)
+        raise CheckpointError(
+            f"{folder}: its model has {there}, and this run's model has {here}; add --set {cure}, or start a new run "
+            "in another run.out_dir"
+        )
 
 
 def _check_same_origin(config: Config, folder: Path, stored_config: dict[str, Any]) -> None:
@@ -157,19 +212,9 @@ def describe_changes(start: Path, config: Config) -> list[str]:
     """Return one text for each config key whose value differs from its value in the checkpoint ``start``.
 
     An example of a text is ``optimizer.learning_rate 0.001 -> 0.0001``.
-
-    If a key is only in ``config`` or only in the checkpoint, it is ignored, unless it belongs to ``backend.deepspeed``.
     """
-    before, now = (dict(dotted_keys(content)) for content in (read_state(start)[1], dump_config(config)))
-    return [
-        f"{key} {_as_text(before.get(key, 'unset'))} -> {_as_text(now.get(key, 'unset'))}"
-        for key in sorted({*before, *now} - _KEYS_OF_A_START)
-        if before.get(key) != now.get(key) and (key in before and key in now or key.startswith("backend.deepspeed."))
-    ]
-
-
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    changes = changed_settings(read_state(start)[1], dump_config(config))
+    return [f"{key} {change}" for key, change in changes.items() if key not in _KEYS_OF_A_START]
 
 
 def load_start(start: Path | None, config: Config, data_sha256: str, backend: Backend, world: World) -> TrainingState:

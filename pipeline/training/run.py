@@ -12,7 +12,7 @@ from pipeline.backends import create_backend
 from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.checkpoint.state import read_state
 from pipeline.config.paths import with_working_dir
-from pipeline.config.schema import Config, ScheduleConfig
+from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import data_sha256, open_datasets, verify_datasets
 from pipeline.data.loader import TrainLoader, scored_targets
@@ -32,9 +32,15 @@ from pipeline.run_folder.log_file import run_log
 from pipeline.run_folder.metrics import format_duration
 from pipeline.run_folder.sinks import check_sinks
 from pipeline.training.compilation import choose_compilation
-from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.initial_weights import find_initial_weights, load_initial_weights
-from pipeline.training.resuming import choose_start, describe_changes, load_start, make_run_folder
+from pipeline.training.resuming import (
+    choose_start,
+    describe_changes,
+    describe_started_decay,
+    load_start,
+    make_run_folder,
+    why_complete,
+)
 from pipeline.training.run_record import send_missing_rows
 from pipeline.training.shared_folders import check_shared_folders
 from pipeline.training.throughput import ThroughputMeter, measure_ceiling
@@ -87,14 +93,14 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     if "mlflow" in config.logging.sinks:
         set_mlflow_defaults()
     world.call_on_main(lambda: check_sinks(config.logging.sinks, config.logging.project))
-    plan = plan_batch(config, world.size)
+    plan = world.call_on_main(lambda: plan_batch(config, world.size))
     datasets = open_datasets(config)
     loader = TrainLoader(datasets, plan, config.run.seed, world.rank)
 
     sha256 = data_sha256(datasets)
     start = world.call_on_main(lambda: open_run_folder(config, sha256, resources))
     check_shared_folders(Path(config.run.out_dir), sha256, world)
-    if start and (reason := _why_complete(start, config.schedule)):
+    if start and (reason := why_complete(read_state(start)[0], config.schedule)):
         log.info("%s: %s", start, reason)
         world.call_on_main(lambda: send_missing_rows(config))
         return None
@@ -122,19 +128,6 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     return trainer
 
 
-def _why_complete(start: Path, schedule: ScheduleConfig) -> str | None:
-    """Return why a checkpoint is the end of the run, and how to train longer. Returns None if it is not the end."""
-    state, _ = read_state(start)
-    if state.step >= schedule.max_steps:
-        return (
-            f"at step {state.step} of schedule.max_steps {schedule.max_steps}, nothing to train; raise "
-            "schedule.max_steps to train longer"
-        )
-    if reason := early_stop_reason(schedule, state.validation):
-        return f"at step {state.step}, nothing to train: {reason}; set this key to null to train longer"
-    return None
-
-
 def open_run_folder(config: Config, data_sha256: str, resources: ExitStack) -> Path | None:
     """Create and lock the run folder. Return the checkpoint from which to resume, or None to start from scratch.
 
@@ -153,7 +146,7 @@ def _log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -
     config, backend, device = trainer.config, trainer.backend, trainer.world.device
     dtypes = ", ".join(f"{what} {str(dtype).removeprefix('torch.')}" for what, dtype in backend.dtypes().items())
     log.info("run       %s -> %s", config.run.name, config.run.out_dir)
-    log.info("model     %s, %s parameters", config.model.preset, f"{parameter_count(config.model):,}")
+    log.info("model     %s, %s parameters", config.model, f"{parameter_count(config.model):,}")
     _log_data(trainer)
     if trainer.world.is_main:
         log_masks(trainer)
@@ -166,6 +159,8 @@ def _log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -
     log.info("start     %s", _describe_start(start, trainer.origin))
     for change in describe_changes(start, config) if start else ():
         log.info("changed   %s", change)
+    if start and (warning := describe_started_decay(start, config)):
+        log.warning(warning)
 
 
 def _describe_start(start: Path | None, origin: dict[str, Any] | None) -> str:

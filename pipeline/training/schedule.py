@@ -12,8 +12,11 @@ def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> fl
     """Return the learning rate of the next optimizer step, when ``step`` steps are finished.
 
     During the first ``warmup_steps`` steps, the rate rises linearly to its peak. The rate of the first step is above
-    zero. From step ``schedule.decay_start`` on, the rate falls, and reaches ``min_lr_ratio`` times the peak at
-    ``max_steps``. The last step of a run uses ``lr_at(max_steps - 1)``, which is slightly higher than this minimum.
+    zero. The rate then falls to a minimum, which is ``min_lr_ratio`` times the peak.
+
+    With ``wsd``, all ``decay_steps`` steps of the decay have rates below the peak, and the last step of the run has the
+    minimum. With ``cosine`` and ``linear``, the first step after the warm-up has the peak, as in Loshchilov and Hutter
+    2017. The rate of the last step, ``lr_at(max_steps - 1)``, is then slightly higher than the minimum.
     """
     peak = optimizer.learning_rate
     if step < schedule.warmup_steps:
@@ -23,7 +26,8 @@ def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> fl
     floor = peak * schedule.min_lr_ratio
     if step >= schedule.max_steps:
         return floor
-    progress = (step - schedule.decay_start) / (schedule.max_steps - schedule.decay_start)
+    decayed = step - schedule.decay_start + (schedule.name == "wsd")
+    progress = decayed / (schedule.max_steps - schedule.decay_start)
     return floor + (peak - floor) * _share_above_floor(progress, schedule)
 
 

@@ -398,6 +398,11 @@ CASES: dict[str, Case] = {
     "a conversion into a folder of others": Case(
         ["checkpoint convert run --out data"], r"name a folder for the new run", ["checkpoint convert run --out other"]
     ),
+    "scoring an export": Case(
+        ["export --checkpoint run --out exported", "evaluate --device cpu --checkpoint exported"],
+        r"the folder holds a Hugging Face model; import it with launch/(\w+)\.py (--from-hf exported) --out RUN, and",
+        [r"\1 \2 --out imported", "evaluate --device cpu --checkpoint imported --tasks own --data own=choices.jsonl"],
+    ),
     "pruning a checkpoint": Case(
         [f"checkpoint prune {CHECKPOINT} --keep 1"],
         r"give the run folder that holds it",

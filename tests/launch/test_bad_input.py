@@ -353,7 +353,16 @@ CHECKPOINT_CASES = [
         "another run.out_dir",
     ),
     settings(
-        "resume_of_another_model", "run.out_dir=trained schedule.max_steps=2 model.n_layer=2", "h.1.", "own config"
+        "resume_of_another_model",
+        "run.out_dir=trained schedule.max_steps=2 model.n_layer=2",
+        "its model has n_layer 1, and this run's model has n_layer 2",
+        "add --set model.n_layer=1, or start a new run in another run.out_dir",
+    ),
+    command(
+        "branch_with_nothing_to_train",
+        "train.py --config good.json --init-from trained --branch",
+        "at step 1 of schedule.max_steps 1, nothing to train",
+        "raise schedule.max_steps to train longer, or name an earlier checkpoint with --at-step",
     ),
     command(
         "weights_from_nowhere",

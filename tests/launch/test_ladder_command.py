@@ -1,7 +1,9 @@
-"""``launch/ladder.py`` starts the runs that are missing, and only those."""
+"""``launch/ladder.py`` starts the runs that are missing, and only those. It notices settings that have changed."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -9,19 +11,32 @@ import pytest
 
 from launch import ladder
 from launch.cli import run_command
-from pipeline.checkpoint.layout import checkpoint_folder
+from pipeline.checkpoint.layout import STATE_FILE, checkpoint_folder
+from pipeline.config.loading import dump_config, load_config
 
 Started = list[tuple[list[str], list[str]]]
 
 
+def write_checkpoint(arguments: argparse.Namespace, overrides: list[str], step: int) -> None:
+    config = load_config(arguments.config, [*arguments.set, *overrides])
+    folder = checkpoint_folder(Path(config.run.out_dir), step)
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = dict.fromkeys(("samples", "tokens", "updates", "loss_scale_good_steps", "seed"), 0)
+    state = {"step": step, **counts, "loss_scale": None, "world_size": 1, "versions": {}, "config": dump_config(config)}
+    (folder / STATE_FILE).write_text(json.dumps(state))
+
+
 def run_ladder(out: Path, monkeypatch: pytest.MonkeyPatch, *more: str, fails: bool = False) -> Started:
-    """Run the command with a training that only creates its last checkpoint. Returns the started trainings."""
+    """Run the command with a training that only writes the states of checkpoints. Returns the started trainings."""
     started: Started = []
 
-    def train(arguments: object, overrides: list[str], start: list[str] | tuple[()] = ()) -> None:
+    def train(arguments: argparse.Namespace, overrides: list[str], start: list[str] | tuple[()] = ()) -> None:
         started.append((overrides, list(start)))
         values = dict(override.split("=", 1) for override in overrides)
-        checkpoint_folder(Path(values["run.out_dir"]), int(values["schedule.max_steps"])).mkdir(parents=True)
+        last, kept = int(values["schedule.max_steps"]), values["checkpoint.keep_every_steps"]
+        for step in range(int(kept), last, int(kept)) if kept != "null" else ():
+            write_checkpoint(arguments, overrides, step)
+        write_checkpoint(arguments, overrides, last)
 
     monkeypatch.setattr(ladder, "train", train)
     monkeypatch.setattr(ladder, "start_logging", lambda: None)
@@ -33,32 +48,91 @@ def run_ladder(out: Path, monkeypatch: pytest.MonkeyPatch, *more: str, fails: bo
     return started
 
 
+def folders(started: Started) -> list[str]:
+    """Return the names of the run folders of the started trainings."""
+    return [Path(overrides[0].removeprefix("run.out_dir=")).name for overrides, _ in started]
+
+
+def rows(out: Path) -> list[tuple[int, int, str]]:
+    """Return the milestone, the last step and the run folder of each row of the table."""
+    return [(rung["milestone"], rung["steps"], Path(rung["run"]).name) for rung in json.loads(out.read_text())]
+
+
 def test_one_stable_run_and_a_branch_per_milestone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stable, first, second = run_ladder(tmp_path, monkeypatch)
     assert {"schedule.name=constant", "schedule.max_steps=60", "checkpoint.keep_every_steps=20"} <= set(stable[0])
     assert not stable[1]
     assert {"schedule.name=wsd", "schedule.max_steps=50", "schedule.decay_steps=10"} <= set(first[0])
     assert first[1] == ["--init-from", str(tmp_path / "stable"), "--at-step", "40", "--branch"]
-    assert f"run.out_dir={tmp_path / 'decay-from-60'}" in second[0] and "schedule.max_steps=75" in second[0]
+    assert f"run.out_dir={tmp_path / 'decay-from-60-to-75'}" in second[0] and "schedule.max_steps=75" in second[0]
 
 
 def test_finished_runs_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_ladder(tmp_path, monkeypatch, "--decay-steps", "4")
-    assert run_ladder(tmp_path, monkeypatch, "--decay-steps", "4") == []
+    same = ["--decay-steps", "4", "--set", "batch.micro_batch_size=2", "checkpoint.every_steps=7", "run.name=again"]
+    assert run_ladder(tmp_path, monkeypatch, *same) == [], "these settings do not change the numbers"
     stable, branch = run_ladder(tmp_path, monkeypatch, "--decay-steps", "4", "--milestones", "80")
     assert "schedule.max_steps=80" in stable[0] and "schedule.max_steps=84" in branch[0]
 
 
+def test_another_decay_is_trained_in_folders_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The long run is used again, and each table has the branches of its own command."""
+    run_ladder(tmp_path, monkeypatch)
+    table = tmp_path / "ladder.json"
+    before = rows(table)
+    assert before == [(40, 50, "decay-from-40-to-50"), (60, 75, "decay-from-60-to-75")]
+    shorter = run_ladder(tmp_path, monkeypatch, "--decay-steps", "4")
+    assert folders(shorter) == ["decay-from-40-to-44", "decay-from-60-to-64"]
+    assert rows(table) == [(40, 44, "decay-from-40-to-44"), (60, 64, "decay-from-60-to-64")]
+    shape = ["--set", "schedule.decay_shape=1-sqrt"]
+    assert folders(run_ladder(tmp_path, monkeypatch, *shape)) == ["decay-from-40-to-50-2", "decay-from-60-to-75-2"]
+    assert run_ladder(tmp_path, monkeypatch, *shape) == []
+    assert folders(run_ladder(tmp_path, monkeypatch, "--set", "schedule.min_lr_ratio=0.25")) == [
+        "decay-from-40-to-50-3",
+        "decay-from-60-to-75-3",
+    ]
+    assert run_ladder(tmp_path, monkeypatch) == []
+    assert rows(table) == before
+
+
+def test_the_number_of_processes_reaches_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launchers: list[list[str]] = []
+    monkeypatch.setattr("launch.run.run_stage", lambda stage, launcher, *_: launchers.append(launcher))
+    ladder.train(argparse.Namespace(processes=3, config=["ddp"], set=[], deepspeed=None), [])
+    assert launchers[0][1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+
+
 @pytest.mark.parametrize(
-    ("more", "expected"),
+    ("before", "more", "expected"),
     [
-        (["--set", "schedule.warmup_steps=50"], "--milestones 40: the warm-up takes schedule.warmup_steps 50 steps"),
-        (["--set", "evaluation.tasks=[]"], "evaluation.tasks: a ladder compares validation losses; add validation"),
+        ([], ["--set", "schedule.warmup_steps=50"], "--milestones 40: the warm-up takes schedule.warmup_steps 50 step"),
+        ([], ["--set", "evaluation.tasks=[]"], "evaluation.tasks: a ladder compares validation losses; add validation"),
+        ([], ["--set", "schedule.stop_at_val_loss=4"], "schedule.stop_at_val_loss: every run of a ladder must reach"),
+        ([], ["--set", "schedule.name=linear"], "--set schedule.name: this command sets the key for each run; leave"),
+        ([], ["--set", 'schedule={"max_steps": 90}'], "--set schedule.max_steps: this command sets the key for each"),
+        ([], ["--set", "schedule.decay_steps=9"], "--set schedule.decay_steps: this command sets the key for each r"),
+        (
+            ["--milestones", "80"],
+            ["--set", "optimizer.weight_decay=0.2", "run.seed=7"],
+            "OUT/stable: was trained with other settings (optimizer.weight_decay 0.1 -> 0.2, run.seed 1337 -> 7);",
+        ),
+        (
+            ["--milestones", "80"],
+            ["--milestones", "50"],
+            "--milestones 50: OUT/stable has passed this step and has only kept the steps 20, 40, 60, 80; name some",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(
-    more: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    before: list[str],
+    more: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if before:
+        run_ladder(tmp_path, monkeypatch, *before)
     assert run_ladder(tmp_path, monkeypatch, *more, fails=True) == []
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {expected}")
+    assert line.startswith(f"error: {expected}".replace("OUT", str(tmp_path)))

@@ -43,7 +43,8 @@ def test_the_schedule_is_shown_without_a_plan(
     rows = {int(step.replace(",", "")): rest for step, *rest in (line.split() for line in lines)}
     assert list(rows) == [0, 30, *range(50, 1001, 50)]
     assert rows[500] == ["32,768,000", "2.00e-03", "#" * 50]
-    assert rows[950] == ["62,259,200", "1.00e-03", "#" * 25]
+    assert rows[900] == ["58,982,400", "1.98e-03", "#" * 50], "the first step of the decay"
+    assert rows[950] == ["62,259,200", "9.80e-04", "#" * 24]
     assert rows[1000] == ["65,536,000", "0.00e+00"]
 
 

@@ -60,6 +60,10 @@ def test_the_state_of_a_step(monkeypatch: pytest.MonkeyPatch, stable: Path) -> N
         (["--at-step", "100"], "--at-step: name the run"),
         (["--at-step", "100", "--resume", "auto"], "--at-step: name the run"),
         (["--init-from", "RUN", "--at-step", "150"], "no checkpoint of step 150; it has steps 100, 200"),
+        (
+            ["--init-from", "RUN/no", "--at-step", "9", "--branch"],
+            "/no: no checkpoint here; .* path does not exist",
+        ),
         (["--init-from", "RUN", "--branch", "--set", "run.out_dir=RUN"], "name a new folder for the branch"),
     ],
 )

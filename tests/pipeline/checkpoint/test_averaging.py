@@ -63,6 +63,8 @@ class TestMean:
         assert json.loads((folder / STATE).read_text())["averaged_steps"] == [3, 8]
         assert "  weights    mean of steps 3, 8\n" in str(inspect(folder))
         assert "mean of" not in str(inspect(checkpoint_folder(run, 8)))
+        assert str(inspect(run / "mean")).endswith("sizes match, weights: mean of steps 3, 8")
+        assert "mean of" not in str(inspect(run))
         for name, tensor in mean_in_fp64(run, [3, 8]).items():
             torch.testing.assert_close(stored_tensors(folder)[name], tensor, rtol=1e-7, atol=0)
 
@@ -84,6 +86,39 @@ class TestMean:
         train_steps(backend, 1)
 
 
+class TestMovingAverages:
+    @pytest.fixture
+    def averaging(self, world: World) -> DdpBackend:
+        return make_backend(world, seed=1, averaging={"ema": 0.9})
+
+    def test_they_are_averaged_like_the_weights(self, save: Save, averaging: DdpBackend, tmp_path: Path) -> None:
+        for step in (3, 5):
+            train_steps(averaging, 2, first_seed=step, ema_decay=0.9)
+            save(step, of=averaging)
+        folder = average_checkpoints(tmp_path, tmp_path / "mean", last=2).folder
+        averaged, stored = stored_tensors(folder), [stored_tensors(checkpoint_folder(tmp_path, n)) for n in (3, 5)]
+        for name in (name for name in averaged if name.startswith("ema ")):
+            expected = (sum(tensors[name].double() for tensors in stored) / 2).float()
+            torch.testing.assert_close(averaged[name], expected, rtol=1e-7, atol=0, msg=name)
+        assert not torch.equal(averaged["ema wte.weight"], stored[1]["ema wte.weight"])
+        model = load_model(tmp_path / "mean", torch.device("cpu"), "ema").model
+        assert torch.equal(model.wte.weight, averaged["ema wte.weight"])
+
+    def test_without_one_in_each_checkpoint_there_is_none(
+        self, save: Save, averaging: DdpBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        save(3)
+        train_steps(averaging, 2, ema_decay=0.9)
+        save(5, of=averaging)
+        with caplog.at_level("INFO"):
+            folder = average_checkpoints(tmp_path, tmp_path / "mean", last=2).folder
+        assert "some of the checkpoints have no moving average of the weights, so the new run has none" in caplog.text
+        assert not any(name.startswith("ema ") for name in stored_tensors(folder))
+        with caplog.at_level("INFO"):
+            assert load_training_state(folder, averaging).step == 5
+        assert "the average starts as a copy of the weights" in caplog.text
+
+
 class TestMistakes:
     def refused(self, run: Path, message: str, out: str = "mean", **chosen: object) -> None:
         with pytest.raises(CheckpointError, match=message) as refusal:
@@ -101,6 +136,9 @@ class TestMistakes:
         self.refused(checkpoint_folder(run, 3), "is a checkpoint; give the run folder that holds it", last=2)
         (tmp_path / "empty").mkdir()
         self.refused(tmp_path / "empty", "no checkpoint here; expected a run folder", last=2)
+        (tmp_path / "shards").mkdir()
+        (tmp_path / "shards" / "manifest.json").write_text('{"shards": []}')
+        self.refused(tmp_path / "shards", "no checkpoint here, the folder holds token shards; expected a run", last=2)
         self.refused(run, r"already has checkpoints \(step_00000008\); name another folder", out=".", last=2)
 
     def test_a_damaged_checkpoint(self, run: Path) -> None:

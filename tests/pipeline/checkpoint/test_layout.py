@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.checkpoint.layout import checkpoint_of_step, is_checkpoint, no_checkpoint_error
 from pipeline.checkpoint.verification import find_damage
 from pipeline.distributed.world import World
+from pipeline.errors import CheckpointError
 from tests.pipeline.checkpoint.conftest import MANIFEST, POSITIONS, STATE, WEIGHTS, assert_rejected, edit_manifest
 
 OUTSIDE = ["../outside.safetensors", "/etc/passwd", "sub/file", f"./{WEIGHTS}", f"sub/../{WEIGHTS}", "..", "."]
@@ -88,3 +90,42 @@ def test_a_manifest_without_the_state_is_rejected(folder: Path, world: World) ->
 def test_endless_nesting_is_rejected(folder: Path, world: World) -> None:
     (folder / MANIFEST).write_text("[" * 100_000)
     assert_rejected(folder, world, folder / MANIFEST, "cannot be read")
+
+
+class TestOtherPaths:
+    """A path without checkpoints is described: what it is, and what to do."""
+
+    @pytest.mark.parametrize(
+        ("name", "files", "message"),
+        [
+            ("nowhere", None, "no checkpoint here; expected a run folder .*, and this path does not exist$"),
+            ("empty", {}, "no checkpoint here; expected a run folder with checkpoints/, or a checkpoint folder"),
+            ("docs", {"manifest.json": '{"shards": []}'}, "no checkpoint here, the folder holds token shards; "),
+            ("hf", {"config.json": '{"model_type": "gpt2"}'}, r".* holds a Hugging Face model; .* --from-hf \S+ --out"),
+            ("run", {"config.json": '{"run": {}}'}, "no checkpoint here; expected a run folder"),
+        ],
+    )
+    def test_the_message_says_what_it_is(
+        self, name: str, files: dict[str, str] | None, message: str, tmp_path: Path
+    ) -> None:
+        path = tmp_path / name
+        if files is not None:
+            path.mkdir()
+        for file, content in (files or {}).items():
+            (path / file).write_text(content)
+        assert not is_checkpoint(path)
+        with pytest.raises(CheckpointError) as refusal:
+            checkpoint_of_step(path, 7)
+        for error in (no_checkpoint_error(path), refusal.value):
+            assert re.search(f"^{path}: {message}", str(error)), error
+
+    def test_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "ckpt.pt").touch()
+        message = str(no_checkpoint_error(tmp_path / "ckpt.pt"))
+        assert "no checkpoint here, it is a file;" in message and "checkpoint.py convert imports" in message
+
+    def test_a_step_of_a_checkpoint(self, folder: Path) -> None:
+        """A damaged manifest does not make the folder something else."""
+        (folder / MANIFEST).write_text("{")
+        with pytest.raises(CheckpointError, match="is the checkpoint of one step; give the run folder that holds it"):
+            checkpoint_of_step(folder, 3)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config.schema import MODEL_PRESETS, Config, LoggingConfig
+from pipeline.config.schema import MODEL_PRESETS, Config, LoggingConfig, describe_model
 
 
 def with_model(**model: Any) -> Config:
@@ -62,6 +62,13 @@ class TestPresets:
         model = with_model(preset=preset, n_layer=3).model
         assert model.n_layer == 3
         assert model.n_embd == MODEL_PRESETS[preset]["n_embd"]  # type: ignore[index]
+        assert str(model) == f"{preset} with n_layer 3"
+
+    def test_it_is_described_by_its_preset_and_by_the_sizes_that_differ(self) -> None:
+        model = with_model(preset="gpt2-tiny", n_embd=384, n_head=6, vocab_size=300).model
+        assert str(model) == "gpt2-tiny with n_head 6, n_embd 384, vocab_size 300"
+        assert str(with_model(preset="gpt2-xl").model) == "gpt2-xl"
+        assert describe_model({}) == "unknown", "the config of another version"
 
 
 class TestRefusals:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
 from data_tools.errors import UserError
 from pipeline.distributed.failure import report
+from tests.support.runs import child_environment
 
 
 def test_a_user_error_is_one_line_with_a_short_value_and_the_cure(capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,3 +25,22 @@ def test_a_long_path_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
     path = "/folder" * 60
     report(UserError(f"{path}: no such file"))
     assert capsys.readouterr().err == f"error: {path}: no such file\n"
+
+
+def test_another_rank_ends_without_a_line_when_the_launcher_stops_it() -> None:
+    """Also if the run has a handler for SIGTERM. The signal is repeated, because the first one may come too early."""
+    script = (
+        "import signal; from data_tools.errors import UserError; from pipeline.distributed.failure import report\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None); print('ready', flush=True)\n"
+        "report(UserError('all ranks have this error'))"
+    )
+    environment = {**child_environment(), "RANK": "1", "WORLD_SIZE": "2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment, text=True, **pipes) as rank:
+        assert rank.stdout and rank.stderr
+        assert rank.stdout.readline() == "ready\n"
+        while rank.poll() is None:
+            rank.terminate()
+            time.sleep(0.02)
+        assert rank.stderr.read() == ""
+        assert rank.returncode == -signal.SIGTERM

@@ -21,9 +21,9 @@ def write_metrics(folder: Path, losses: dict[int, float]) -> Path:
 
 def test_each_branch_has_its_losses_and_tokens(tmp_path: Path) -> None:
     stable = write_metrics(tmp_path / "stable", {0: 6.0, 40: 5.0, 80: 4.5})
-    branches = [Branch(40, 50), Branch(60, 75)]
-    write_metrics(tmp_path / "decay-from-40", {50: 4.25})
-    write_metrics(tmp_path / "decay-from-60", {70: 4.1, 75: 4.0})
+    branches = [Branch(40, 50, tmp_path / "decay-from-40"), Branch(60, 75, tmp_path / "decay-from-60")]
+    write_metrics(branches[0].run, {50: 4.25})
+    write_metrics(branches[1].run, {70: 4.1, 75: 4.0})
     table, files = write_ladder(tmp_path, stable, branches)
     assert table.splitlines()[2:] == [
         f"| 40 | 50 | 5,000 | 5.0000 | 4.2500 | `{tmp_path / 'decay-from-40'}` |",
@@ -41,8 +41,8 @@ def test_each_branch_has_its_losses_and_tokens(tmp_path: Path) -> None:
 
 def test_without_a_validation_split_there_is_no_chart(tmp_path: Path) -> None:
     stable = write_metrics(tmp_path / "stable", {})
-    write_metrics(tmp_path / "decay-from-40", {})
-    table, files = write_ladder(tmp_path, stable, [Branch(40, 50)])
+    branch = Branch(40, 50, write_metrics(tmp_path / "decay-from-40", {}))
+    table, files = write_ladder(tmp_path, stable, [branch])
     assert table.splitlines()[2].startswith("| 40 | 50 |  |  |  |")
     assert [file.name for file in files] == ["ladder.md", "ladder.json"]
 
@@ -50,5 +50,5 @@ def test_without_a_validation_split_there_is_no_chart(tmp_path: Path) -> None:
 def test_without_matplotlib_there_is_no_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pipeline.report.drawing", None)
     stable = write_metrics(tmp_path / "stable", {40: 5.0})
-    write_metrics(tmp_path / "decay-from-40", {50: 4.25})
-    assert [file.suffix for file in write_ladder(tmp_path, stable, [Branch(40, 50)])[1]] == [".md", ".json"]
+    branch = Branch(40, 50, write_metrics(tmp_path / "decay-from-40", {50: 4.25}))
+    assert [file.suffix for file in write_ladder(tmp_path, stable, [branch])[1]] == [".md", ".json"]

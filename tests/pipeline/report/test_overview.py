@@ -77,6 +77,29 @@ def test_runs_are_listed_newest_first_with_aligned_columns(tmp_path: Path) -> No
     assert "2 h" in lines[2] and "1 d" in lines[3]
 
 
+def test_runs_without_metrics_are_listed_with_their_state(tmp_path: Path) -> None:
+    """An average of checkpoints, an import, and a run that ended before its first row."""
+    counts = dict.fromkeys(("samples", "tokens", "updates", "loss_scale_good_steps", "seed"), 0)
+    for name, averaged_steps in (("averaged", [5, 10]), ("imported", [])):
+        folder = make_run(tmp_path / name, max_steps=20, checkpoints=(10,))
+        (folder / "metrics.jsonl").unlink()
+        state = {"step": 10, **counts, "loss_scale": None, "world_size": 1, "versions": {}, "config": {}}
+        file = folder / "checkpoints" / "step_00000010" / "state.json"
+        file.write_text(json.dumps({**state, "averaged_steps": averaged_steps}))
+    (make_run(tmp_path / "broken") / "metrics.jsonl").unlink()
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "config.json").write_text('{"model_type": "gpt2"}')
+    runs = {Path(run.folder).name: run for run in summarize_runs(tmp_path)}
+    assert {name: run.state for name, run in runs.items()} == {
+        "averaged": "averaged",
+        "imported": "not started",
+        "broken": "failed",
+    }
+    assert (runs["averaged"].step, runs["averaged"].max_steps, runs["averaged"].last_checkpoint_step) == (10, 20, 10)
+    (tmp_path / "averaged" / "metrics.jsonl").write_text('{"step": 20, "ended": "finished"}\n')
+    assert summarize_run(tmp_path / "averaged").state == "finished", "it has trained further"
+
+
 def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="no run here"):
         summarize_runs(tmp_path)

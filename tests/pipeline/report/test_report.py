@@ -16,6 +16,7 @@ from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.errors import ReportError
 from pipeline.report.curves import MOST_POINTS, charts_of, thin_out
+from pipeline.report.drawing import draw
 from pipeline.report.page import PAGE_FILE, write_report
 from pipeline.report.runs import read_runs
 from pipeline.report.tables import evaluation_table, settings_table, summary_table
@@ -103,6 +104,17 @@ class TestReadingRuns:
         assert training.y == [training_row(step)["loss"] for step in range(1, 61)]
         assert (validation.x, validation.y) == ([0, 40960, 81920, 122880], [10.9, 3.8, 3.6, 3.4])
 
+    def test_losses_of_averaged_weights_are_beside_those_of_the_weights(self, tmp_path: Path) -> None:
+        rows = [{**row, "val_ema_loss": row["val_loss"] + 0.5} if "val_loss" in row else row for row in ordinary_rows()]
+        run = make_run(tmp_path / "run", rows)
+        charts = {chart.name: chart for chart in charts_of(read_runs([run]))}
+        for name in ("loss_by_steps", "loss_by_tokens", "loss_by_time"):
+            _, validation, averaged = charts[name].curves
+            assert averaged.label == "run, validation of EMA" and averaged.averaged and not validation.averaged
+            assert (averaged.x, averaged.y) == (validation.x, [loss + 0.5 for loss in validation.y])
+        assert "run, validation of EMA" in draw(charts["loss_by_steps"]).svg
+        assert summary_table(read_runs([run])).rows["validation loss of EMA, last"] == ["3.9000"]
+
     @pytest.mark.parametrize(("hours", "unit", "last"), [(1, "minutes", 60.0), (30, "hours", 30.0)])
     def test_time_is_in_the_unit_that_fits(self, tmp_path: Path, hours: float, unit: str, last: float) -> None:
         run = make_run(tmp_path / "run", [training_row(1), training_row(2, elapsed_s=hours * 3600)])
@@ -174,6 +186,9 @@ class TestTables:
         ]
         assert table["steps"] == ["31 of 19,073"] and table["parameters"] == ["7,200,000"]
         assert table["validation loss, best"] == ["3.8000"] and table["skipped steps"] == ["2"]
+        assert table["model"] == ["gpt2"] and "validation loss of EMA, last" not in table
+        changed = make_run(tmp_path / "changed", rows, {"model": {"n_layer": 6}})
+        assert summary_table(read_runs([changed])).rows["model"] == ["gpt2 with n_layer 6"]
         assert "failed saves" not in table
 
     def test_results_of_any_shape(self, run: Path) -> None:
@@ -240,7 +255,7 @@ class TestWriting:
         assert "Nothing has been logged yet." in (tmp_path / "out" / PAGE_FILE).read_text()
 
     def test_a_folder_without_a_run(self, tmp_path: Path) -> None:
-        with pytest.raises(ReportError, match="not a run folder, it has no metrics.jsonl"):
+        with pytest.raises(ReportError, match="has no metrics.jsonl, so no run has trained here"):
             write_report([tmp_path], tmp_path / "out")
         assert not (tmp_path / "out").exists()
 

@@ -12,14 +12,14 @@ import pytest
 
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint.layout import list_checkpoints, step_of
-from pipeline.checkpoint.state import TrainingState
+from pipeline.checkpoint.state import TrainingState, ValidationHistory
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.model.gpt2 import build_model
-from pipeline.training.resuming import choose_start, describe_changes, make_run_folder
+from pipeline.training.resuming import choose_start, describe_changes, describe_started_decay, make_run_folder
 from pipeline.training.run import open_run_folder
 from tests.pipeline.conftest import tiny_config
 from tests.support.checkpoints import save_checkpoint
@@ -40,7 +40,7 @@ def config_of(run_folder: Path, resume: str | Path = "auto", **sections: dict[st
         "checkpoint": {"resume": str(resume)},
         "schedule": {"warmup_steps": 1, "max_steps": MAX_STEPS},
     }
-    return tiny_config(run_folder, **defaults, **sections)
+    return tiny_config(run_folder, **{**defaults, **sections})
 
 
 @pytest.fixture
@@ -271,6 +271,54 @@ class TestAnotherRun:
         third = save(3, folder=tmp_path / "third")
         assert_refused("already holds checkpoints of another run", run_folder, third)
 
+    def test_it_must_leave_something_to_train(
+        self, save: Save, other: Path, run_folder: Path, world: World, tmp_path: Path
+    ) -> None:
+        """The same command then continues what it has written, and is complete."""
+        for max_steps in (6, 5):
+            with pytest.raises(ConfigError, match=rf"{other}: at step 6 of schedule.max_steps {max_steps}, nothing to"):
+                start(run_folder, other, schedule={"warmup_steps": 1, "max_steps": max_steps})
+        assert not (run_folder / "checkpoints").exists()
+        assert start(run_folder, other, schedule={"warmup_steps": 1, "max_steps": 7}) == other
+        own = save(7, other)
+        assert start(run_folder, other, schedule={"warmup_steps": 1, "max_steps": 7}) == own
+
+    def test_one_that_has_stopped_early_is_not_continued_with_the_same_key(
+        self, world: World, run_folder: Path, tmp_path: Path
+    ) -> None:
+        config = config_of(tmp_path / "other")
+        state = TrainingState(6, 24, 288, 6, 1.0, 0, 1337, DATA, validation=ValidationHistory(2.5, 6))
+        backend = DdpBackend(build_model(config.model, 1), config, world)
+        other = save_checkpoint(tmp_path / "other", state, dump_config(config), backend, world, keep_last=1)
+        with pytest.raises(ConfigError, match=r"at step 6, nothing to train: .*stop_at_val_loss.*; set this key"):
+            start(run_folder, other, schedule={"warmup_steps": 1, "max_steps": 9, "stop_at_val_loss": 3.0})
+
+    @pytest.mark.parametrize(
+        ("schedule", "rates"),
+        [
+            # One of four steps of the decay is over, so the next one is the second.
+            ({"name": "wsd", "max_steps": 9, "decay_steps": 4, "min_lr_ratio": 0}, ("5 to 9", "0.0005", 3)),
+            ({"name": "linear", "max_steps": 11, "min_lr_ratio": 0}, ("1 to 11", "0.0005", 5)),
+        ],
+    )
+    def test_a_start_inside_its_own_decay_gives_a_warning(
+        self, other: Path, run_folder: Path, schedule: dict[str, Any], rates: tuple[str, str, int]
+    ) -> None:
+        sections = {"schedule": {"warmup_steps": 1, **schedule}, "optimizer": {"learning_rate": 1e-3}}
+        steps, rate, decay_steps = rates
+        assert describe_started_decay(other, config_of(run_folder, **sections)) == (
+            f"this branch begins at step 6, inside the decay of its schedule (steps {steps}): its learning rate begins "
+            f"at {rate}, and the peak is 0.001; for a decay that begins at step 6, set schedule.name=wsd "
+            f"schedule.decay_steps={decay_steps}"
+        )
+        advised = {**sections["schedule"], "name": "wsd", "decay_steps": decay_steps}
+        assert describe_started_decay(other, config_of(run_folder, **{**sections, "schedule": advised})) is None
+        own = config_of(other.parent.parent, **sections)
+        assert describe_started_decay(other, own) is None, "not a branch"
+
+    def test_a_start_with_the_same_schedule_gives_no_warning(self, other: Path, run_folder: Path) -> None:
+        assert describe_started_decay(other, config_of(run_folder)) is None
+
     def test_a_path_without_a_checkpoint_is_refused(self, save: Save, run_folder: Path, tmp_path: Path) -> None:
         save(2)
         assert_refused("nowhere: no checkpoint here", run_folder, tmp_path / "nowhere")
@@ -292,8 +340,13 @@ class TestOrderOfTheData:
                 {"model": {"reset_positions_at": 88}},
                 "reset_positions_at null, now it is 88: .*set model.reset_positions_at to null",
             ),
+            (
+                {"model": {"n_head": 1, "n_layer": 1}},
+                r"its model has n_layer 2, n_head 3, and this run's model has n_layer 1, n_head 1; add --set "
+                r"model.n_layer=2 model.n_head=3, or start a new run",
+            ),
         ],
-        ids=["seed", "sample length", "data", "mixture", "positions"],
+        ids=["seed", "sample length", "data", "mixture", "positions", "sizes"],
     )
     def test_a_changed_order_is_refused(
         self, save: Save, run_folder: Path, change: dict[str, Any], message: str, named: bool

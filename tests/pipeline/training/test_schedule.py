@@ -47,11 +47,11 @@ def test_the_decay_of_the_average_rises_to_its_value() -> None:
     [
         ({"name": "linear"}, {9: 1.0, 10: 1.0, 35: 0.775, 60: 0.55, 110: 0.1, 500: 0.1}),
         ({"name": "constant"}, {4: 0.5, 10: 1.0, 109: 1.0, 110: 1.0, 500: 1.0}),
-        ({"name": "wsd", "decay_steps": 40}, {4: 0.5, 10: 1.0, 70: 1.0, 80: 0.775, 90: 0.55, 110: 0.1, 500: 0.1}),
-        ({"name": "wsd", "decay_steps": 40, "decay_shape": "cosine"}, {70: 1.0, 90: 0.55, 110: 0.1}),
-        ({"name": "wsd", "decay_steps": 40, "decay_shape": "1-sqrt"}, {70: 1.0, 80: 0.55, 110: 0.1}),
-        ({"name": "wsd"}, {88: 1.0, 99: 0.55, 110: 0.1}),  # a fifth of the run
-        ({"name": "wsd", "decay_steps": 100}, {10: 1.0, 60: 0.55}),  # no stable steps
+        ({"name": "wsd", "decay_steps": 40}, {4: 0.5, 10: 1.0, 69: 1.0, 79: 0.775, 89: 0.55, 109: 0.1, 500: 0.1}),
+        ({"name": "wsd", "decay_steps": 40, "decay_shape": "cosine"}, {69: 1.0, 89: 0.55, 109: 0.1, 110: 0.1}),
+        ({"name": "wsd", "decay_steps": 40, "decay_shape": "1-sqrt"}, {69: 1.0, 79: 0.55, 109: 0.1, 110: 0.1}),
+        ({"name": "wsd"}, {87: 1.0, 98: 0.55, 109: 0.1}),  # a fifth of the run
+        ({"name": "wsd", "decay_steps": 100}, {9: 1.0, 10: 0.991, 59: 0.55, 109: 0.1}),  # no stable steps
     ],
 )
 def test_other_curves(settings: dict[str, Any], shares_of_peak: dict[int, float]) -> None:
@@ -64,7 +64,19 @@ def test_a_longer_stable_run_has_the_same_rates_until_the_decay_of_the_shorter_o
     """A run can therefore continue after a checkpoint before its decay, and decay later."""
     short, long = (ScheduleConfig(name="wsd", warmup_steps=10, max_steps=n, decay_steps=20) for n in (60, 100))
     rates = [[lr_at(step, OPTIMIZER, schedule) for step in range(41)] for schedule in (short, long)]
-    assert rates[0] == rates[1]
+    assert rates[0][:40] == rates[1][:40] and rates[0][40] < rates[1][40]
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "1-sqrt"])
+@pytest.mark.parametrize("steps", [1, 2, 30])
+def test_every_step_of_a_decay_is_below_the_peak_and_the_last_one_is_the_minimum(shape: Any, steps: int) -> None:
+    schedule = ScheduleConfig(
+        name="wsd", warmup_steps=5, max_steps=50, decay_steps=steps, decay_shape=shape, min_lr_ratio=0.1
+    )
+    rates = [lr_at(step, OPTIMIZER, schedule) for step in range(50 - steps - 1, 50)]
+    assert rates[0] == PEAK
+    assert all(a > b for a, b in pairwise(rates))
+    assert rates[-1] == pytest.approx(0.1 * PEAK, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,33 @@
+"""Compare two resolved configs, for example the config in a checkpoint with the config of this command."""
+
+import json
+from typing import Any
+
+from data_tools.storage.files import dotted_keys
+
+_UNSET = object()
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Return one text for each dotted key whose value differs, such as ``0.001 -> 0.0001``. The keys are sorted.
+
+    A key that only one of the configs contains is ignored, because the configs may be from different versions of this
+    program. Keys of ``backend.deepspeed`` are not ignored, because DeepSpeed's config has no fixed keys.
+
+    Args:
+        before: a resolved config as JSON values.
+        now: another one.
+    """
+    old, new = dict(dotted_keys(before)), dict(dotted_keys(now))
+    changes = {}
+    for key in sorted({*old, *new}):
+        values = old.get(key, _UNSET), new.get(key, _UNSET)
+        if values[0] != values[1] and (_UNSET not in values or key.startswith("backend.deepspeed.")):
+            changes[key] = " -> ".join(map(_as_text, values))
+    return changes
+
+
+def _as_text(value: Any) -> str:
+    if value is _UNSET:
+        return "unset"
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,85 @@
+"""Find the runs of a ladder that exist already, and check that they have the settings of this command.
+
+A ladder is one long run with a constant learning rate, and branches with a decay from several of its steps
+(*milestones*).
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints, step_of
+from pipeline.checkpoint.state import read_state_file
+from pipeline.config.changes import changed_settings
+from pipeline.config.loading import dump_config
+from pipeline.config.schema import Config
+from pipeline.errors import CheckpointError, ConfigError
+
+#: The sections and keys that determine the weights and the losses of a run.
+_OF_NUMBERS = (
+    "run.seed",
+    "run.precision",
+    "model.",
+    "data.",
+    "batch.tokens_per_step",
+    "optimizer.",
+    "averaging.",
+    "schedule.",
+    "checkpoint.init_from",
+    "guard.",
+    "evaluation.max_batches",
+)
+_NOT_OF_NUMBERS = ("model.activation_checkpointing", "data.verify")
+#: The keys that a run with a constant learning rate does not use, and its length, which grows with new milestones.
+_OF_DECAY = ("schedule.max_steps", "schedule.decay_steps", "schedule.decay_shape", "schedule.min_lr_ratio")
+
+
+def has_step(run_folder: Path, step: int) -> bool:
+    """Return whether a run has reached a step and saved it."""
+    return any(step_of(folder) >= step for folder in list_checkpoints(run_folder))
+
+
+def check_long_run(run_folder: Path, config: Config) -> None:
+    """Raise ConfigError if the long run exists already and was trained with other settings than ``config``."""
+    changes = [change for key, change in _changes(run_folder, config).items() if key not in _OF_DECAY]
+    if changes:
+        raise ConfigError(
+            f"{run_folder}: was trained with other settings ({', '.join(changes)}); name another folder with --out, or "
+            "give the settings of this run"
+        )
+
+
+def check_milestones(run_folder: Path, milestones: Sequence[int]) -> None:
+    """Raise ConfigError if the long run has passed one of the milestones and has no checkpoint of it."""
+    steps = [step_of(folder) for folder in list_checkpoints(run_folder)]
+    for milestone in milestones:
+        if steps and max(steps) > milestone and not checkpoint_folder(run_folder, milestone).is_dir():
+            raise ConfigError(
+                f"--milestones {milestone}: {run_folder} has passed this step and has only kept the steps "
+                f"{', '.join(map(str, steps))}; name some of these or later steps, or another folder with --out"
+            )
+
+
+def choose_branch_folder(out: Path, milestone: int, config: Config) -> Path:
+    """Return the run folder for a branch. The branch may exist there already, but only with the settings of ``config``.
+
+    The folder is ``decay-from-40-to-50``, or ``decay-from-40-to-50-2`` and so on if branches with other settings use
+    the earlier names.
+    """
+    name = f"decay-from-{milestone}-to-{config.schedule.max_steps}"
+    folders = (out / (f"{name}-{number}" if number > 1 else name) for number in count(1))
+    return next(folder for folder in folders if not _changes(folder, config))
+
+
+def _changes(run_folder: Path, config: Config) -> dict[str, str]:
+    """Return a text for each setting that a run was trained with and that determines its numbers, if it differs.
+
+    Returns an empty dict if the run has no checkpoints, because it then starts with ``config``.
+    """
+    for folder in reversed(list_checkpoints(run_folder)):
+        with suppress(CheckpointError):  # a damaged checkpoint, which the run will skip, too
+            changes = changed_settings(read_state_file(folder).config, dump_config(config))
+            keys = [key for key in changes if key.startswith(_OF_NUMBERS) and key not in _NOT_OF_NUMBERS]
+            return {key: f"{key} {changes[key]}" for key in keys}
+    return {}
