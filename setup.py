@@ -67,6 +67,7 @@ setup(
     extras_require={
         "cluster": ["ray>=2.40"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings-python>=1.16"],
+        "gguf": ["gguf>=0.17"],
         "harness": ["lm-eval[hf]>=0.4.13,<0.5"],  # for comparison; not in test because it brings about 30 packages
         "mlflow": ["mlflow-skinny>=3"],
         "plots": ["matplotlib>=3.9"],
@@ -79,6 +80,7 @@ setup(
             "flask>=3",
             "flask-cors>=5",
             "fsspec[http]>=2024.2",
+            "gguf>=0.17",
             "hypothesis>=6.100",
             "matplotlib>=3.9",
             "mlflow-skinny>=3",

@@ -79,6 +79,9 @@ def test_a_mistake_is_one_line(tmp_path: Path, run_export: Callable[..., Done]) 
         (("--checkpoint", run), "required: --out"),
         (("--checkpoint", run, "--out", new, "--dtype", "int8"), "--dtype: invalid choice: 'int8' (choose from"),
         (("--from-hf", used, "--out", new, "--dtype", "bfloat16"), "--dtype: only for exporting"),
+        (("--checkpoint", run, "--out", new, "--dtype", "float16"), "--dtype float16: only for --format gguf; use"),
+        (("--from-hf", used, "--out", new, "--format", "gguf"), "--format: only for exporting"),
+        (("--checkpoint", run, "--out", used, "--format", "gguf"), f"{used} already exists; name a new file"),
         (("--checkpoint", run, "--out", used), f"{used} already exists and is not an empty folder"),
         (("--checkpoint", run, "--out", tmp_path / "file"), "file already exists and is not an empty folder"),
         (("--checkpoint", run, "--out", tmp_path / "file" / "out"), "cannot write"),
@@ -95,3 +98,13 @@ def test_a_mistake_is_one_line(tmp_path: Path, run_export: Callable[..., Done]) 
         assert len(errors.splitlines()) == 1, errors
         assert errors.startswith("error: ") and expected in errors, errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run", "used"]
+
+
+def test_the_format_gguf_needs_its_package(
+    tmp_path: Path, run_export: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.delitem(sys.modules, "pipeline.interop.gguf_file", raising=False)
+    status, _, errors = run_export("--checkpoint", tmp_path, "--out", tmp_path / "m.gguf", "--format", "gguf")
+    assert status == 2 and len(errors.splitlines()) == 1
+    assert errors.startswith("error: --format gguf: the package gguf is missing") and "[gguf]" in errors

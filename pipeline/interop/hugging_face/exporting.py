@@ -1,7 +1,6 @@
 """Export a checkpoint as a folder that ``GPT2LMHeadModel.from_pretrained`` and ``AutoTokenizer`` can load."""
 
 import json
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from pipeline.checkpoint.verification import locate_checkpoint
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import CheckpointError
+from pipeline.interop.export import Export, describe_positions
 from pipeline.interop.foreign import model_shapes
 from pipeline.interop.hugging_face.layout import (
     CONFIG_FILE,
@@ -37,18 +37,6 @@ from pipeline.interop.hugging_face.tokenizer_files import tokenizer_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _METADATA = {"format": "pt"}  # transformers refuses files without this entry
-
-
-@dataclass(frozen=True)
-class Export:
-    """The result of an export: the folder, its size in bytes, and messages for the user."""
-
-    folder: Path
-    bytes: int  # the size of the file with the weights
-    notes: list[str]  # messages for the user about settings that the format does not have
-
-    def __str__(self) -> str:
-        return "\n".join([f"wrote {self.folder}, weights {self.bytes / 1e6:,.1f} MB", *self.notes])
 
 
 def export_checkpoint(checkpoint: Path, out: Path, dtype: str, weights: str = "training") -> Export:
@@ -93,12 +81,7 @@ def _notes(config: ModelConfig) -> list[str]:
         notes.append(
             f"tokenizer: none written, the vocabulary has {config.vocab_size} tokens, GPT-2's {GPT2_VOCAB_SIZE}"
         )
-    if config.reset_positions_at is not None:
-        notes.append(
-            f"positions: transformers does not restart them at token {config.reset_positions_at} "
-            "(model.reset_positions_at); give it one text at a time"
-        )
-    return notes
+    return notes + describe_positions(config, "transformers")
 
 
 def _stream_weights(source: Path, config: ModelConfig, dtype: torch.dtype, weights: str) -> dict[str, StreamedTensor]:

@@ -18,7 +18,7 @@ _TOKENIZER_FILE = "tokenizer.json"
 
 def tokenizer_files(context_length: int) -> dict[str, str]:
     """Return a dict that maps the file names of the tokenizer to the contents of the files."""
-    vocabulary, merges = _vocabulary_and_merges()
+    vocabulary, merges = vocabulary_and_merges()
     special_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT_TOKEN)
     settings = {
         "add_prefix_space": False,
@@ -35,7 +35,7 @@ def tokenizer_files(context_length: int) -> dict[str, str]:
     }
 
 
-def _vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Return the id of each token, written in printable characters, and the two tokens that form each longer token."""
     tokens = load_tokenizer().token_bytes
     ranks = {token: rank for rank, token in enumerate(tokens)}

@@ -142,7 +142,7 @@ class TestOnACheckpoint:
         assert found["validation_ema"]["loss"] == expected["validation"]["loss"] != own["validation"]["loss"]
         assert find_results(tmp_path / "run", ["validation"], 7) == own
 
-        exported = export_checkpoint(tmp_path / "run", tmp_path / "out", "float32", "ema").folder
+        exported = export_checkpoint(tmp_path / "run", tmp_path / "out", "float32", "ema").path
         positions = load_file(exported / "model.safetensors")["transformer.wpe.weight"]
         assert torch.equal(positions.view(-1), averages["wpe.weight"])
         assert "moving average over the steps, decay 0.9" in (exported / "README.md").read_text()

@@ -59,7 +59,7 @@ def theirs(run_folder: Path) -> Any:
     pytest.importorskip("peft", reason="the harness's model for transformers needs lm-eval[hf]")
     from lm_eval.models.huggingface import HFLM
 
-    folder = export_checkpoint(run_folder, run_folder.parent / "exported", "float32").folder
+    folder = export_checkpoint(run_folder, run_folder.parent / "exported", "float32").path
     return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
 
 

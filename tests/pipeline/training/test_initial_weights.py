@@ -131,7 +131,7 @@ def test_weights_of_nanogpt_and_hugging_face(foreign: tuple[Path, GPT2], tmp_pat
     path, model = foreign
     import_nanogpt(path, tmp_path / "imported")
     expected = load_model(tmp_path / "imported", torch.device("cpu")).model
-    exported = export_checkpoint(tmp_path / "imported", tmp_path / "exported", "float32").folder
+    exported = export_checkpoint(tmp_path / "imported", tmp_path / "exported", "float32").path
     again = model_of()
     origin = load_initial_weights(find(exported), again)
     assert origin == {"path": str(exported), "step": None}

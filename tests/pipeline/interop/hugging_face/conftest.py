@@ -83,7 +83,7 @@ def run_folder(text_model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the run as a Hugging Face folder. Tests must not change it."""
-    return export_checkpoint(run_folder, tmp_path_factory.mktemp("exported") / "model", "float32").folder
+    return export_checkpoint(run_folder, tmp_path_factory.mktemp("exported") / "model", "float32").path
 
 
 @pytest.fixture(scope="session")

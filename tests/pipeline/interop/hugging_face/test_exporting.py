@@ -141,7 +141,7 @@ def test_the_card_names_the_keys_that_changed_the_numbers(run_folder: Path, expo
         .replace('"step": 7', '"different_numbers": ["prescale_gradients"], "step": 7')
     )
     (copy_of_run / "metrics.jsonl").write_text(rows)
-    folder = export_checkpoint(copy_of_run, tmp_path / "out", "float32").folder
+    folder = export_checkpoint(copy_of_run, tmp_path / "out", "float32").path
     assert label in (folder / "README.md").read_text()
 
 
@@ -150,14 +150,14 @@ def test_without_matplotlib_the_curve_is_a_table(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "pipeline.report.drawing", raising=False)
-    folder = export_checkpoint(run_folder, tmp_path / "out", "float32").folder
+    folder = export_checkpoint(run_folder, tmp_path / "out", "float32").path
     assert not (folder / "loss.png").exists()
     card = (folder / "README.md").read_text()
     assert "| 7 | 4.0000 | 4.3210 |" in card and "loss.png" not in card
 
 
 def test_in_bfloat16_the_weights_are_rounded(run_folder: Path, exported: Path, tmp_path: Path) -> None:
-    folder = export_checkpoint(run_folder, tmp_path / "out", "bfloat16").folder
+    folder = export_checkpoint(run_folder, tmp_path / "out", "bfloat16").path
     full, rounded = load_file(exported / "model.safetensors"), load_file(folder / "model.safetensors")
     assert all(torch.equal(rounded[key], tensor.to(torch.bfloat16)) for key, tensor in full.items())
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
@@ -174,7 +174,7 @@ def test_a_folder_in_use_is_rejected_and_kept(run_folder: Path, tmp_path: Path) 
         export_checkpoint(run_folder, tmp_path, "float32")
     assert os.listdir(tmp_path) == ["precious"]
     (tmp_path / "empty").mkdir()
-    assert sorted(os.listdir(export_checkpoint(run_folder, tmp_path / "empty", "float32").folder)) == FILES
+    assert sorted(os.listdir(export_checkpoint(run_folder, tmp_path / "empty", "float32").path)) == FILES
 
 
 def test_a_full_disk_leaves_nothing(run_folder: Path, tmp_path: Path) -> None:
@@ -189,4 +189,4 @@ def test_what_the_format_cannot_express_is_reported(tmp_path: Path) -> None:
     export = export_checkpoint(run, tmp_path / "out", "float32")
     assert "tokenizer: none written, the vocabulary has 89 tokens" in str(export)
     assert "positions: transformers does not restart them at token 3" in str(export)
-    assert sorted(os.listdir(export.folder)) == FILES[:3] + ["model.safetensors"]
+    assert sorted(os.listdir(export.path)) == FILES[:3] + ["model.safetensors"]

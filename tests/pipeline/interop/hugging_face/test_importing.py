@@ -42,7 +42,7 @@ def test_export_and_import_are_the_identity(text_model: GPT2, exported: Path, tm
     loaded = imported(exported, tmp_path / "run")
     assert_same(loaded.model, text_model)
     assert loaded.step == 0
-    again = export_checkpoint(tmp_path / "run", tmp_path / "again", "float32").folder
+    again = export_checkpoint(tmp_path / "run", tmp_path / "again", "float32").path
     assert (again / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
 
 
@@ -88,7 +88,7 @@ def test_older_names_and_files(exported: Path, text_model: GPT2, tmp_path: Path)
 
 
 def test_half_precision_becomes_fp32(run_folder: Path, text_model: GPT2, tmp_path: Path) -> None:
-    folder = export_checkpoint(run_folder, tmp_path / "out", "bfloat16").folder
+    folder = export_checkpoint(run_folder, tmp_path / "out", "bfloat16").path
     model = imported(folder, tmp_path / "run").model
     assert model.wpe.weight.dtype == torch.float32
     assert torch.equal(model.wpe.weight, text_model.wpe.weight.to(torch.bfloat16).float())
@@ -151,7 +151,7 @@ def test_rows_of_another_tokenizer_are_kept(exported: Path, tmp_path: Path) -> N
 
 def test_dtypes_and_attention_are_noted(run_folder: Path, exported: Path, tmp_path: Path) -> None:
     assert read_folder(exported).notes == [], "a folder that is imported without any difference"
-    folder = export_checkpoint(run_folder, tmp_path / "out", "bfloat16").folder
+    folder = export_checkpoint(run_folder, tmp_path / "out", "bfloat16").path
     setting("reorder_and_upcast_attn", True)(folder)
     assert read_folder(folder).notes == [
         "attention: scores in fp32 there (reorder_and_upcast_attn), in the dtype of run.precision here",

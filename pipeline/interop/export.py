@@ -1,0 +1,28 @@
+"""Describe the result of an export, for all formats of exports."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class Export:
+    """The result of an export: the folder or file, its size in bytes, and messages for the user."""
+
+    path: Path
+    bytes: int  # the size of the file with the weights
+    notes: list[str]  # messages for the user, for example about settings that the format does not have
+
+    def __str__(self) -> str:
+        return "\n".join([f"wrote {self.path}, weights {self.bytes / 1e6:,.1f} MB", *self.notes])
+
+
+def describe_positions(config: ModelConfig, program: str) -> list[str]:
+    """Return a message for the user if the model restarts positions inside a text, which ``program`` does not do."""
+    if config.reset_positions_at is None:
+        return []
+    return [
+        f"positions: {program} does not restart them at token {config.reset_positions_at} "
+        "(model.reset_positions_at); give it one text at a time"
+    ]
