@@ -84,10 +84,12 @@ setup(
             "hypothesis>=6.100",
             "matplotlib>=3.9",
             "mlflow-skinny>=3",
+            "moto[s3]>=5",  # a server of S3; it needs flask and flask-cors too
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ray>=2.40",
+            "s3fs>=2024.2",
             "setuptools>=70.1",  # builds wheels by itself
             "sqlalchemy>=2",
             "transformers>=4.45",

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launch.cli import ArgumentParser, positive_int, run_command, start_logging
+from launch.cli import ArgumentParser, path_or_url, positive_int, run_command, start_logging
 from pipeline.checkpoint.averaging import average_checkpoints
 from pipeline.checkpoint.conversion import convert_checkpoint
 from pipeline.checkpoint.inspection import inspect
@@ -39,7 +39,7 @@ def _add_inspect(commands: Any) -> None:
     description = "Show the contents of a checkpoint, or list the checkpoints of a run. Nothing is changed or hashed."
     example = "python launch/checkpoint.py inspect runs/ddp/checkpoints/step_00001000"
     parser = commands.add_parser("inspect", help="show the contents", description=description, example=example)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint, or a run folder")
+    parser.add_argument("folder", type=path_or_url, metavar="DIR", help="a checkpoint, or a run folder, or its URL")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 

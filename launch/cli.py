@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar, get_args
 
 from data_tools.errors import UserError
+from data_tools.storage.files import is_remote
 from data_tools.threads import lock_bars_among_threads
 from pipeline.config.schema import Device
 from pipeline.distributed.environment import launched_rank, launched_world_size, wants_colours
@@ -102,9 +103,9 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        type=Path,
+        type=path_or_url,
         metavar="DIR",
-        help="a checkpoint, or a run folder, whose newest good checkpoint is used",
+        help="a checkpoint, or a run folder, whose newest good checkpoint is used; also a URL such as s3://bucket/run",
     )
     add_weights_option(parser)
     parser.add_argument("--device", default="auto", choices=get_args(Device), help="the device (default: %(default)s)")
@@ -118,6 +119,11 @@ def add_weights_option(parser: argparse.ArgumentParser) -> None:
         choices=("training", "ema"),
         help="the weights that are trained, or ema, their moving average (averaging.ema) (default: %(default)s)",
     )
+
+
+def path_or_url(text: str) -> Path | str:
+    """Return a URL unchanged, and any other text as a path."""
+    return text if is_remote(text) else Path(text)
 
 
 def _option_type(parse: Callable[[str], _T], is_valid: Callable[[_T], bool], expected: str) -> Callable[[str], _T]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_tools.errors import UserError, install_command
-from launch.cli import ArgumentParser, add_weights_option, run_command, start_logging
+from launch.cli import ArgumentParser, add_weights_option, path_or_url, run_command, start_logging
 from pipeline.interop.export import Export
 from pipeline.interop.hugging_face.exporting import DTYPES, export_checkpoint
 from pipeline.interop.hugging_face.importing import import_folder
@@ -45,7 +45,10 @@ def build_parser() -> ArgumentParser:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="export a checkpoint, or a run folder's newest good one"
+        "--checkpoint",
+        type=path_or_url,
+        metavar="DIR",
+        help="export a checkpoint, or a run folder's newest good one; also a URL such as s3://bucket/run",
     )
     source.add_argument(
         "--from-hf",

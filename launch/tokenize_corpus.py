@@ -6,7 +6,6 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, get_args
 
 from tqdm import tqdm
@@ -19,8 +18,7 @@ from data_tools.options import BadRows, Deduplication, EncoderChoice, Engine, Sh
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import VAL_SPLIT, Manifest
 from data_tools.shards.validation_split import describe_small_validation
-from data_tools.storage.files import is_remote
-from launch.cli import ArgumentParser, positive_int, print_warning, run_command, start_logging
+from launch.cli import ArgumentParser, path_or_url, positive_int, print_warning, run_command, start_logging
 
 _LINE_EVERY_S = 30.0
 _HISTOGRAM_WIDTH = 40
@@ -78,7 +76,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--out",
         required=True,
-        type=lambda text: text if is_remote(text) else Path(text),
+        type=path_or_url,
         metavar="DIR",
         help="a new folder for the shards, or a URL such as s3://bucket/folder",
     )

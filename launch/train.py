@@ -4,8 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
+from data_tools.storage.files import is_remote
 from launch.cli import ArgumentParser, add_config_options, positive_int, run_command, start_logging
-from pipeline.checkpoint.layout import checkpoint_of_step
+from pipeline.checkpoint.layout import checkpoint_of_step, checkpoint_url
 from pipeline.config.loading import load_config
 from pipeline.errors import ConfigError
 
@@ -41,7 +42,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--resume",
         metavar="auto|none|PATH",
-        help="the checkpoint to resume from; short for --set checkpoint.resume=... (default: auto)",
+        help="the checkpoint to resume from, also a URL such as s3://bucket/run; short for --set "
+        "checkpoint.resume=... (default: auto)",
     )
     parser.add_argument(
         "--init-from",
@@ -87,7 +89,10 @@ def _start_overrides(arguments: argparse.Namespace) -> list[str]:
     if arguments.at_step is not None:
         if given in (None, "auto", "none"):
             raise ConfigError("--at-step: name the run that has this checkpoint with --init-from RUN or --resume RUN")
-        given = str(checkpoint_of_step(Path(given), arguments.at_step))
+        if is_remote(given):
+            given = checkpoint_url(given, arguments.at_step)
+        else:
+            given = str(checkpoint_of_step(Path(given), arguments.at_step))
     if arguments.branch:
         return [f"checkpoint.resume={json.dumps(given)}", "checkpoint.init_from=null"]
     overrides = []

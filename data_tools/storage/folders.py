@@ -17,6 +17,7 @@ from data_tools.storage.atomic import atomic_file, publish
 from data_tools.storage.files import is_remote
 
 _SCRATCH_PREFIX = ".scratch-"
+_READ_BYTES = 32 << 20  # per request, when a whole file at a URL is read
 
 
 class LocalFolder:
@@ -106,13 +107,30 @@ class RemoteFolder:
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
         with self._one_line_errors():
-            files, root = fsspec.core.url_to_fs(self._url)
+            # A client that remembers listings would not see the files that other processes write.
+            options = {"use_listings_cache": False}
+            if self._url.startswith(("file://", "local://")):
+                options["auto_mkdir"] = True
+            files, root = fsspec.core.url_to_fs(self._url, **options)
             self._files = DirFileSystem(root, files)
 
+    @property
+    def url(self) -> str:
+        """Return the URL, without a slash at its end."""
+        return self._url
+
     def names(self) -> set[str]:
+        return set(self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        """Return the name and the size in bytes of every file. Returns an empty dict if the folder does not exist."""
         with self._one_line_errors():
             self._files.invalidate_cache()
-            return set(self._files.find("")) if self._files.exists("") else set()
+            try:
+                found = self._files.find("", detail=True)
+            except FileNotFoundError:
+                return {}
+            return {name: int(info["size"]) for name, info in found.items()}
 
     def size(self, name: str) -> int | None:
         with self._one_line_errors():
@@ -126,14 +144,39 @@ class RemoteFolder:
             content: bytes = self._files.cat_file(name)
         return content
 
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Return bytes ``start`` to ``stop - 1`` of a file. The result is shorter if the file ends before ``stop``.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+        """
+        with self._one_line_errors():
+            content: bytes = self._files.cat_file(name, start=start, end=stop)
+        return content
+
+    def sha256(self, name: str, size: int) -> str:
+        """Read the first ``size`` bytes of a file, and return their SHA-256 as 64 hexadecimal digits.
+
+        Raises the same errors as ``read_range``.
+        """
+        digest = hashlib.sha256()
+        for start in range(0, size, _READ_BYTES):
+            digest.update(self.read_range(name, start, min(start + _READ_BYTES, size)))
+        return digest.hexdigest()
+
     def write(self, name: str, content: bytes) -> None:
         with self._one_line_errors(writes=name):
             self._files.pipe_file(name, content)
 
-    def take(self, path: Path, name: str) -> None:
-        size = path.stat().st_size
+    def upload(self, path: Path, name: str) -> None:
+        """Copy a local file into the folder. This function does not check that all bytes have arrived."""
         with self._one_line_errors(writes=name):
             self._files.put_file(str(path), name)
+
+    def take(self, path: Path, name: str) -> None:
+        size = path.stat().st_size
+        self.upload(path, name)
+        with self._one_line_errors():
             self._files.invalidate_cache()
         if self.size(name) != size:
             raise DataError(f"cannot write {self._url}/{name}: {self.size(name)} of {size} bytes arrived; try again")
@@ -144,6 +187,12 @@ class RemoteFolder:
             for name in names:
                 if self._files.exists(name):
                     self._files.rm_file(name)
+
+    def remove_existing(self, names: set[str]) -> None:
+        """Remove the given files, which must exist. Object stores then need one request for up to 1000 files."""
+        if names:
+            with self._one_line_errors():
+                self._files.rm(sorted(names))
 
     def scratch(self) -> Path:
         return Path(tempfile.mkdtemp(prefix=self._scratch_prefix))

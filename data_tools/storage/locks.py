@@ -128,6 +128,14 @@ def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
 
 
 @contextmanager
+def waiting_for_lock(path: Path) -> Iterator[None]:
+    """Return a context manager that holds an exclusive lock of a file. If another process holds it, wait for it."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def lock_without_file(folder: Path) -> Iterator[None]:
     """Return a context manager that locks a folder exclusively during its ``with`` block. It creates no lock file.
 

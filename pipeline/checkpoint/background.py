@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backends import Backend, Fragment
+from pipeline.checkpoint.mirror import Mirror
 from pipeline.checkpoint.pieces import GROUPS, group_of, piece_key
 from pipeline.checkpoint.saving import SavedCheckpoint, Snapshot, write_checkpoint
 from pipeline.checkpoint.state import TrainingState
@@ -37,6 +38,7 @@ class BackgroundSaver:
         config: the resolved config, which is stored in each checkpoint.
         keep_last: the number of checkpoints to keep.
         asynchronous: if False, ``start`` returns only after the checkpoint is complete.
+        mirror: uploads each checkpoint after it was saved. If None, checkpoints are only saved to the disk.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class BackgroundSaver:
         *,
         keep_last: int,
         asynchronous: bool,
+        mirror: Mirror | None = None,
     ) -> None:
+        self.mirror = mirror
         self.run_folder = run_folder
         self.config = config
         self.cpu_world = world.with_cpu_group()
@@ -71,14 +75,21 @@ class BackgroundSaver:
         started = time.perf_counter()
         outcomes = self.wait()
         snapshot = self._taker.take(state)
-        future = self._thread.submit(
-            write_checkpoint, self.run_folder, snapshot, self.config, self.cpu_world, self.keep_last
-        )
+        future = self._thread.submit(self._write, snapshot)
         if not self.asynchronous:
             future.exception()
         self._in_flight = (state.step, time.perf_counter() - started, future)
         self.last_step = state.step
         return outcomes
+
+    def _write(self, snapshot: Snapshot) -> SavedCheckpoint:
+        """Write the checkpoint, then wake the mirror. Runs in the thread of the saver."""
+        arguments = (self.run_folder, snapshot, self.config, self.cpu_world, self.keep_last)
+        if self.mirror is None:
+            return write_checkpoint(*arguments)
+        saved = write_checkpoint(*arguments, pinned=self.mirror.pinned)
+        self.mirror.request()
+        return saved
 
     def poll(self) -> list[SaveOutcome]:
         """Return the outcome of the last save if the save is finished. Otherwise, return an empty list without waiting.

@@ -1,12 +1,13 @@
 """Describe a checkpoint, or all checkpoints of a run, without computing hashes. No file is changed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data_tools.storage.files import is_remote
 from pipeline.checkpoint.layout import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -20,8 +21,9 @@ from pipeline.checkpoint.layout import (
     size_of_folder,
 )
 from pipeline.checkpoint.pieces import GROUPS
+from pipeline.checkpoint.remote_run import ABANDONED_MANIFEST, RemoteRun, parse_url
 from pipeline.checkpoint.retention import list_abandoned, list_leftovers
-from pipeline.checkpoint.state import config_section, read_state_file
+from pipeline.checkpoint.state import StateFile, config_section, read_state_file
 from pipeline.checkpoint.verification import find_size_damage
 from pipeline.config.deepspeed_keys import changes_of_numbers
 from pipeline.config.schema import MODEL_SIZES, Config, describe_model
@@ -35,7 +37,7 @@ _MAX_RANKS_SHOWN = 8
 class CheckpointReport:
     """A description of one checkpoint: its size, its contents, and its first problem if there is one."""
 
-    path: Path
+    path: Path | str  # a URL is a str
     bytes: int
     problem: str | None  # the first missing file, wrong file size or unreadable JSON file
     contents: dict[str, Any] | None  # values from the JSON files, and bytes per rank; None if the JSON is unreadable
@@ -50,20 +52,20 @@ class CheckpointReport:
 class SizedFolder:
     """A folder and the total size of the files in it."""
 
-    path: Path
+    path: Path | str
     bytes: int
 
     def __str__(self) -> str:
-        return f"  {self.path.name:<24}{format_size(self.bytes):>10}"
+        return f"  {Path(self.path).name:<24}{format_size(self.bytes):>10}"
 
 
 @dataclass(frozen=True)
 class RunReport:
     """A description of all checkpoints and of all other folders in the folder ``checkpoints`` of a run."""
 
-    path: Path
+    path: Path | str
     checkpoints: list[CheckpointReport]  # oldest first
-    leftovers: list[SizedFolder]  # incomplete folders of interrupted saves and deletions
+    leftovers: list[SizedFolder]  # incomplete folders of interrupted saves, uploads and deletions
     abandoned: list[SizedFolder]  # checkpoints that were renamed when the run continued from an earlier checkpoint
 
     def __str__(self) -> str:
@@ -72,7 +74,7 @@ class RunReport:
         if self.checkpoints:
             lines.append(f"  {'checkpoint':<24}{'size':>10}  {'ranks':>5}  {'backend':<20}files")
         lines += [_table_row(report) for report in self.checkpoints]
-        lines += [f"{folder}  left by an interrupted save or deletion" for folder in self.leftovers]
+        lines += [f"{folder}  left by an interrupted save, upload or deletion" for folder in self.leftovers]
         lines += [f"{folder}  set aside when the run went back" for folder in self.abandoned]
         return "\n".join(lines)
 
@@ -88,23 +90,65 @@ def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[
     return list(dict.fromkeys([*changes_of_numbers(config.backend), *earlier]))
 
 
-def inspect(path: Path) -> CheckpointReport | RunReport:
-    """Return a description of a checkpoint folder, or of all checkpoints in a run folder.
+def inspect(path: Path | str) -> CheckpointReport | RunReport:
+    """Return a description of a checkpoint folder, or of all checkpoints in a run folder. The folder may be at a URL.
 
     Raises:
         CheckpointError: the path is neither a checkpoint folder nor a run folder with checkpoints, or ``path`` is a
             checkpoint folder and one of its JSON files cannot be read.
     """
+    if is_remote(str(path)):
+        return _inspect_url(str(path))
+    path = Path(path)
     if is_checkpoint(path):
         report = _inspect_checkpoint(path)
         if report.contents is None:
             raise CheckpointError(f"{report.problem}; give another checkpoint")
         return report
     checkpoints = [_inspect_checkpoint(folder) for folder in list_checkpoints(path)]
-    run = RunReport(path, checkpoints, _with_sizes(list_leftovers(path)), _with_sizes(list_abandoned(path)))
+    return _require_content(
+        RunReport(path, checkpoints, _with_sizes(list_leftovers(path)), _with_sizes(list_abandoned(path)))
+    )
+
+
+def _require_content(run: RunReport) -> RunReport:
     if not (run.checkpoints or run.leftovers or run.abandoned):
-        raise no_checkpoint_error(path)
+        raise no_checkpoint_error(run.path)
     return run
+
+
+def _inspect_url(url: str) -> CheckpointReport | RunReport:
+    """Describe a checkpoint or a run at a URL. Only JSON files are read: two requests per checkpoint, and a listing."""
+    run, step = parse_url(url)
+    found = run.list()
+    if step is not None:
+        if step not in found:
+            raise no_checkpoint_error(url)
+        report = _inspect_remote(run, step, found[step])
+        if report.contents is None:
+            raise CheckpointError(f"{report.problem}; give another checkpoint")
+        return report
+    checkpoints: list[CheckpointReport] = []
+    leftovers: list[SizedFolder] = []
+    abandoned: list[SizedFolder] = []
+    for number, sizes in sorted(found.items()):
+        folder = SizedFolder(run.checkpoint_url(number), sum(sizes.values()))
+        if MANIFEST_FILE in sizes:
+            checkpoints.append(_inspect_remote(run, number, sizes))
+        else:
+            (abandoned if ABANDONED_MANIFEST in sizes else leftovers).append(folder)
+    return _require_content(RunReport(run.url, checkpoints, leftovers, abandoned))
+
+
+def _inspect_remote(run: RemoteRun, step: int, sizes: Mapping[str, int]) -> CheckpointReport:
+    problem, contents = None, None
+    try:
+        checkpoint = run.open(step, sizes)
+        contents = _read_contents(run.read_state(step), checkpoint.manifest, sizes)
+        problem = checkpoint.find_size_damage()
+    except CheckpointError as error:
+        problem = str(error)
+    return CheckpointReport(run.checkpoint_url(step), sum(sizes.values()), problem, contents)
 
 
 def _with_sizes(folders: list[Path]) -> list[SizedFolder]:
@@ -115,7 +159,8 @@ def _inspect_checkpoint(folder: Path) -> CheckpointReport:
     problem, contents = None, None
     try:
         manifest = read_manifest(folder)
-        contents = _read_contents(folder, manifest)
+        sizes = {name: size_of_file(folder / name) for name in (*manifest["files"], MANIFEST_FILE)}
+        contents = _read_contents(read_state_file(folder), manifest, sizes)
         problems = (find_size_damage(folder / name, entry) for name, entry in manifest["files"].items())
         problem = next(filter(None, problems), None)
     except CheckpointError as error:
@@ -123,8 +168,7 @@ def _inspect_checkpoint(folder: Path) -> CheckpointReport:
     return CheckpointReport(folder, size_of_folder(folder), problem, contents)
 
 
-def _read_contents(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    state = read_state_file(folder)
+def _read_contents(state: StateFile, manifest: dict[str, Any], file_sizes: Mapping[str, int]) -> dict[str, Any]:
     model = config_section(state.config, "model")
     return {
         **{key: getattr(state, key) for key in ("step", "samples", "tokens", "updates", "loss_scale")},
@@ -137,8 +181,8 @@ def _read_contents(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         "model": {key: model[key] for key in ("preset", *MODEL_SIZES) if key in model},
         "parameters": _count_parameters(manifest["parameters"], model.get("vocab_size")),
         "versions": state.versions,
-        "ranks": _sizes_per_rank(folder, manifest["files"]),
-        "state_bytes": sum(size_of_file(folder / name) for name in (STATE_FILE, MANIFEST_FILE)),
+        "ranks": _sizes_per_rank(manifest["files"], file_sizes),
+        "state_bytes": sum(file_sizes.get(name, 0) for name in (STATE_FILE, MANIFEST_FILE)),
     }
 
 
@@ -159,12 +203,12 @@ def _count_parameters(shapes: dict[str, list[int]], vocab_size: Any) -> int:
     return sum(counts.values())
 
 
-def _sizes_per_rank(folder: Path, files: dict[str, Any]) -> list[dict[str, int]]:
+def _sizes_per_rank(files: dict[str, Any], file_sizes: Mapping[str, int]) -> list[dict[str, int]]:
     sizes: dict[int, dict[str, int]] = {}
     for name in files:
         if rank_and_group := parse_tensor_file(name):
             rank, group = rank_and_group
-            sizes.setdefault(rank, {"rank": rank, **dict.fromkeys(GROUPS, 0)})[group] += size_of_file(folder / name)
+            sizes.setdefault(rank, {"rank": rank, **dict.fromkeys(GROUPS, 0)})[group] += file_sizes.get(name, 0)
     return [sizes[rank] for rank in sorted(sizes)]
 
 
@@ -207,7 +251,7 @@ def _table_row(report: CheckpointReport) -> str:
     size = format_size(report.bytes)
     weights = f", weights: {mean}" if contents and (mean := _describe_mean(contents)) else ""
     files = report.problem or "sizes match"
-    return f"  {report.path.name:<24}{size:>10}  {world_size:>5}  {backend:<20}{files}{weights}"
+    return f"  {Path(report.path).name:<24}{size:>10}  {world_size:>5}  {backend:<20}{files}{weights}"
 
 
 def _describe_mean(contents: dict[str, Any]) -> str:

@@ -39,6 +39,11 @@ def checkpoint_folder(run_folder: Path, step: int) -> Path:
     return run_folder / CHECKPOINTS_FOLDER / f"step_{step:08d}"
 
 
+def checkpoint_url(run_url: str, step: int) -> str:
+    """Return the URL for the checkpoint of a step of a run at a URL. The checkpoint need not exist."""
+    return f"{run_url.rstrip('/')}/{CHECKPOINTS_FOLDER}/step_{step:08d}"
+
+
 def checkpoint_of_step(run_folder: Path, step: int) -> Path:
     """Return the checkpoint folder of a step.
 
@@ -69,7 +74,7 @@ def is_checkpoint(path: Path) -> bool:
     return (path / STATE_FILE).is_file() or ((path / MANIFEST_FILE).is_file() and not _holds_shards(path))
 
 
-def no_checkpoint_error(path: Path) -> CheckpointError:
+def no_checkpoint_error(path: Path | str) -> CheckpointError:
     """Return the error for a path that is neither a checkpoint folder nor a run folder with checkpoints.
 
     If the path is something else that users give by mistake, the message says what it is and what to do.
@@ -106,14 +111,20 @@ def _holds_hugging_face_model(folder: Path) -> bool:
 
 def step_of(folder: Path) -> int:
     """Return the step number in the name of a checkpoint folder."""
-    match = _STEP_FOLDER.fullmatch(folder.name)
-    assert match, folder
-    return int(match[1])
+    step = parse_step(folder.name)
+    assert step is not None, folder
+    return step
 
 
 def tensor_file(rank: int, group: str) -> str:
     """Return the name of the file in which rank ``rank`` stores its tensors of a group: ``weights`` or ``moments``."""
     return f"rank_{rank:05d}_{group}.safetensors"
+
+
+def parse_step(name: str) -> int | None:
+    """Return the step in the name of a checkpoint folder. Returns None if the name is not that of a checkpoint."""
+    match = _STEP_FOLDER.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def parse_tensor_file(name: str) -> tuple[int, str] | None:
@@ -137,7 +148,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_FILE
     if path.is_symlink():
         raise CheckpointError(f"{path}: is a link, which may point outside the folder; expected a file")
-    manifest = read_json_object(path)
+    return check_manifest(read_json_object(path), path)
+
+
+def check_manifest(manifest: dict[str, Any], path: Path | str) -> dict[str, Any]:
+    """Check the content of a ``manifest.json``, and return it with the keys of the newest format version.
+
+    Args:
+        path: the place of the file, for error messages.
+
+    Raises the same errors as ``read_manifest``.
+    """
     if "shards" in manifest:
         raise CheckpointError(f"{path}: is the manifest of token shards, not of a checkpoint")
     if (found := manifest.get("format_version")) not in READABLE_VERSIONS:
@@ -196,8 +217,21 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, cannot be read, or does not contain a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {describe_content(path) or f'cannot be read ({error})'}") from None
+    return parse_json_object(text, path)
+
+
+def parse_json_object(text: str | bytes, path: Path | str) -> dict[str, Any]:
+    """Return the JSON object in a text. ``path`` is the place of the text, for error messages.
+
+    Raises:
+        CheckpointError: the text is not a JSON object.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {describe_content(path) or f'cannot be read ({error})'}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object")

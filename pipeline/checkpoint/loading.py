@@ -13,7 +13,7 @@ from pipeline.backends import Backend
 from pipeline.checkpoint.layout import STATE_FILE, read_manifest
 from pipeline.checkpoint.pieces import Piece, PieceIndex, index_pieces, open_tensors
 from pipeline.checkpoint.state import TrainingState, read_state
-from pipeline.checkpoint.verification import locate_checkpoint
+from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError
@@ -179,10 +179,11 @@ class LoadedModel:
         return run_folder_of(self.checkpoint)
 
 
-def load_model(path: Path, device: torch.device, weights: str = "training") -> LoadedModel:
+def load_model(path: Path | str, device: torch.device, weights: str = "training") -> LoadedModel:
     """Load the model in fp32 from a checkpoint folder, or from the newest good checkpoint of a run folder.
 
     Args:
+        path: the folder, or its URL.
         weights: a key of ``KINDS_OF_WEIGHTS``, see ``pieces_of_weights``.
 
     Raises:
@@ -190,7 +191,7 @@ def load_model(path: Path, device: torch.device, weights: str = "training") -> L
             raises CheckpointError.
         ConfigError: the config in the checkpoint is not valid for this program.
     """
-    folder = locate_checkpoint(path)
+    folder = locate_weights_of(path)
     state, stored = read_state(folder)
     config = config_from_json(stored, origin=str(folder / STATE_FILE))
     model = allocate_model(config.model, device)
@@ -199,7 +200,7 @@ def load_model(path: Path, device: torch.device, weights: str = "training") -> L
     return LoadedModel(model.eval(), config, folder, state.step)
 
 
-def load_text_model(path: Path, device: torch.device, weights: str = "training") -> LoadedModel:
+def load_text_model(path: Path | str, device: torch.device, weights: str = "training") -> LoadedModel:
     """Load a model as ``load_model`` does, and check that the model has GPT-2's vocabulary, so that it can read text.
 
     Raises:

@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import shutil
+from collections.abc import Iterable, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from pipeline.checkpoint.layout import (
     size_of_folder,
     step_of,
 )
-from pipeline.checkpoint.state import config_section, read_state_file
+from pipeline.checkpoint.state import StateFile, config_section, read_state_file
 from pipeline.checkpoint.verification import find_damage
 from pipeline.errors import CheckpointError
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
@@ -100,21 +101,31 @@ def _remove_folder(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def delete_older(run_folder: Path, verified: Path, keep_last: int) -> None:
+def surplus_steps(steps: Iterable[int], newest: int, keep_last: int, best: int | None) -> list[int]:
+    """Return the steps whose checkpoints can be deleted unless they are milestones, in ascending order.
+
+    Args:
+        steps: the steps of all checkpoints. Steps after ``newest`` are not in the result.
+        newest: the step of a checkpoint that was verified.
+        best: the step with the lowest validation loss if its checkpoint must be kept (see ``best_step``).
+    """
+    return [step for step in sorted(step for step in steps if step <= newest)[:-keep_last] if step != best]
+
+
+def delete_older(run_folder: Path, verified: Path, keep_last: int, pinned: Set[int] = frozenset()) -> None:
     """Delete old checkpoints after a new checkpoint was verified.
 
     The function keeps ``verified`` and the ``keep_last - 1`` checkpoints before it, all checkpoints of later steps, all
-    milestones (see ``is_milestone``), and the best checkpoint (see ``best_step``).
+    milestones (see ``is_milestone``), the best checkpoint (see ``best_step``), and the steps in ``pinned``.
 
     Raises:
         OSError: a checkpoint cannot be deleted.
         CheckpointError: the state of ``verified`` cannot be read.
     """
-    until_verified = [folder for folder in list_checkpoints(run_folder) if step_of(folder) <= step_of(verified)]
-    best = best_step(verified)
-    for folder in until_verified[:-keep_last]:
-        if step_of(folder) != best and not is_milestone(folder):
-            delete_checkpoint(folder)
+    folders = {step_of(folder): folder for folder in list_checkpoints(run_folder)}
+    for step in surplus_steps(folders, step_of(verified), keep_last, best_step(verified)):
+        if step not in pinned and not is_milestone(folders[step]):
+            delete_checkpoint(folders[step])
 
 
 def is_milestone(folder: Path) -> bool:
@@ -124,9 +135,14 @@ def is_milestone(folder: Path) -> bool:
     False if ``state.json`` is damaged.
     """
     with suppress(CheckpointError):
-        every_steps = config_section(read_state_file(folder).config, "checkpoint").get("keep_every_steps")
-        return isinstance(every_steps, int) and every_steps > 0 and step_of(folder) % every_steps == 0
+        return is_state_of_milestone(read_state_file(folder))
     return False
+
+
+def is_state_of_milestone(state: StateFile) -> bool:
+    """Return whether the step of a state is a multiple of ``checkpoint.keep_every_steps`` in its own config."""
+    every_steps = config_section(state.config, "checkpoint").get("keep_every_steps")
+    return isinstance(every_steps, int) and every_steps > 0 and state.step % every_steps == 0
 
 
 def best_step(newest: Path) -> int | None:

@@ -3,13 +3,14 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Set
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_tools.errors import UserError
 from data_tools.storage.atomic import hidden_partial_path, make_empty_folder, publish_folder, write_json_durably
 from data_tools.storage.files import sha256_of_file, sha256_of_json
 from pipeline.checkpoint.layout import (
@@ -69,7 +70,12 @@ class SavedCheckpoint:
 
 
 def write_checkpoint(
-    run_folder: Path, snapshot: Snapshot, config: dict[str, Any], world: World, keep_last: int
+    run_folder: Path,
+    snapshot: Snapshot,
+    config: dict[str, Any],
+    world: World,
+    keep_last: int,
+    pinned: Callable[[], AbstractContextManager[Set[int]]] = lambda: nullcontext(frozenset()),
 ) -> SavedCheckpoint:
     """Write a checkpoint into a temporary folder, fsync the files, read them back, and rename the folder.
 
@@ -77,6 +83,7 @@ def write_checkpoint(
 
     Args:
         config: the resolved config to store in the checkpoint.
+        pinned: returns a context manager that gives the steps whose checkpoints must not be deleted inside its block.
 
     Raises:
         CheckpointError: a rank could not write a file (for example because the disk is full), or the bytes that a rank
@@ -95,11 +102,11 @@ def write_checkpoint(
         config=config,
     )
     try:
-        _on_main_rank(world, lambda: make_empty_folder(aside))
-        own_files = _on_every_rank(world, lambda: _write_tensor_files(aside, snapshot, world.rank))
+        on_main_rank(world, lambda: make_empty_folder(aside))
+        own_files = on_every_rank(world, lambda: _write_tensor_files(aside, snapshot, world.rank))
         files_of_ranks: list[Files] = world.gather(own_files)
         all_files = {name: entry for files in files_of_ranks for name, entry in files.items()}
-        _on_main_rank(world, lambda: _complete_and_publish(aside, folder, state, snapshot, all_files))
+        on_main_rank(world, lambda: _complete_and_publish(aside, folder, state, snapshot, all_files))
     except CheckpointError as error:
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -108,17 +115,19 @@ def write_checkpoint(
     saved = SavedCheckpoint(folder, bytes_of_rank, time.perf_counter() - started)
     if world.is_main:
         try:
-            delete_older(run_folder, folder, keep_last)
+            with pinned() as steps:
+                delete_older(run_folder, folder, keep_last, steps)
         except (OSError, CheckpointError) as error:  # the new checkpoint is complete, so this is not an error
             log.warning("cannot delete older checkpoints of %s: %s", run_folder, error)
     return saved
 
 
-def _on_main_rank(world: World, step: Callable[[], None]) -> None:
-    _on_every_rank(world, step if world.is_main else lambda: None)
+def on_main_rank(world: World, step: Callable[[], None]) -> None:
+    """Call ``step`` on the main rank. If it fails, raise on all ranks (see ``on_every_rank``)."""
+    on_every_rank(world, step if world.is_main else lambda: None)
 
 
-def _on_every_rank(world: World, step: Callable[[], Result]) -> Result:
+def on_every_rank(world: World, step: Callable[[], Result]) -> Result:
     """Call ``step`` on every rank and return the result. If a rank fails, raise on all ranks, so that no rank waits.
 
     This call is collective: every rank must make it.
@@ -130,7 +139,7 @@ def _on_every_rank(world: World, step: Callable[[], Result]) -> Result:
     problem = None
     try:
         result = step()
-    except (OSError, CheckpointError) as error:
+    except (OSError, UserError) as error:
         problem = f"rank {world.rank}: {getattr(error, 'strerror', None) or error}"
     except Exception as error:
         world.gather(f"rank {world.rank}: {error!r}")  # the other ranks must not wait

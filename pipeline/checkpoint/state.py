@@ -86,7 +86,15 @@ def read_state_file(folder: Path) -> StateFile:
         CheckpointError: the file is missing or malformed.
     """
     path = folder / STATE_FILE
-    content = read_json_object(path)
+    return check_state_file(read_json_object(path), path)
+
+
+def check_state_file(content: dict[str, Any], path: Path | str) -> StateFile:
+    """Return the content of a ``state.json``. ``path`` is the place of the file, for error messages.
+
+    Raises:
+        CheckpointError: the content is malformed.
+    """
     try:
         # Strict validation accepts a list in place of a tuple only in JSON text.
         return _STATE_FILE_SCHEMA.validate_json(json.dumps(content), strict=True)

@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from data_tools.options import BadRows, Deduplication, ShardFormat, SourceKind
+from data_tools.storage.files import is_remote
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -515,8 +516,8 @@ class CheckpointConfig(Section):
     )
     resume: PathText = Field(
         "auto",
-        description="`auto` resumes from the run's newest good checkpoint, `none` starts from scratch, and a path "
-        "resumes from this checkpoint.",
+        description="`auto` resumes from the run's newest good checkpoint, on the disk or at `remote`. `none` starts "
+        "from scratch. A path or a URL resumes from this checkpoint.",
     )
     init_from: PathText | None = Field(
         None,
@@ -527,6 +528,25 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(
         True, description="Copy the state to host memory and write the copy while training continues."
     )
+    remote: str | None = Field(
+        None,
+        description="A URL such as `s3://bucket/run`. Each checkpoint is uploaded there while training continues. Old "
+        "checkpoints are deleted there by the same rules as on the disk. `null`: no uploads.",
+    )
+    remote_timeout_s: PositiveFloat = Field(
+        1800.0,
+        description="If the upload of a checkpoint takes longer than this, it has failed. At its end, a run waits at "
+        "most this long for its last upload.",
+    )
+
+    @field_validator("remote")
+    @classmethod
+    def _check_url(cls, url: str | None) -> str | None:
+        if url is not None and not is_remote(url):
+            raise ValueError(
+                f"{url} is not a URL; expected one such as s3://bucket/run, or file:///folder/run for a folder"
+            )
+        return url
 
     @model_validator(mode="after")
     def _check_one_start(self) -> CheckpointConfig:

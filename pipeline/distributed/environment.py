@@ -4,7 +4,9 @@ Only this file uses environment variables.
 """
 
 import os
+from pathlib import Path
 
+from data_tools.errors import PROJECT
 from pipeline.errors import ConfigError
 
 _RANK, _WORLD_SIZE, _LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
@@ -116,6 +118,11 @@ def requested_threads() -> int | None:
 def wants_colours() -> bool:
     """Return whether the user allows colours on a terminal (https://no-color.org)."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def cache_folder() -> Path:
+    """Return the folder of this user for files that the project can download again. The folder may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", PROJECT)
 
 
 def set_gloo_interface(name: str) -> bool:

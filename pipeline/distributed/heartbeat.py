@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch._C._distributed_c10d import Store
 from torch.distributed import DistError
 
 from data_tools.errors import UserError
@@ -275,9 +275,7 @@ def _publish_failure(world: World, reason: str) -> None:
 
 
 def _connect(world: World) -> Store:
-    """Return a separate connection. On a shared connection, a waiting request would block all other threads."""
-    store = world.store.clone() if world.store else HashStore()  # type: ignore[attr-defined]
-    return PrefixStore("heartbeat", store)
+    return world.connect_to_store("heartbeat")
 
 
 def _write_verdict(store: Store, verdict: Verdict) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from data_tools.errors import UserError
 from pipeline.config.schema import RunConfig
@@ -118,6 +118,14 @@ class World:
         if status is not None:
             raise MainRankError(message, status)
         return cast(Result, result)
+
+    def connect_to_store(self, prefix: str) -> Store:
+        """Return a separate connection to the key-value store of the ranks. Its keys get a prefix.
+
+        Each thread needs its own connection, because a request that waits blocks all other requests of its connection.
+        """
+        store = self.store.clone() if self.store else HashStore()  # type: ignore[attr-defined]
+        return PrefixStore(prefix, store)
 
     def with_cpu_group(self) -> World:
         """Return a world with the same ranks and a new Gloo process group, for collectives on CPU tensors.

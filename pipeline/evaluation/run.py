@@ -12,7 +12,7 @@ from data_tools.errors import DataError
 from data_tools.shards.manifest import VAL_SPLIT, load_manifest
 from data_tools.shards.reader import TokenStream, open_split
 from data_tools.storage.atomic import write_bytes_durably, write_json_durably
-from data_tools.storage.files import is_writable, require_writable
+from data_tools.storage.files import is_remote, is_writable, require_writable
 from pipeline.backends import Backend
 from pipeline.checkpoint.inspection import find_different_numbers
 from pipeline.checkpoint.loading import LoadedModel, load_model
@@ -39,7 +39,7 @@ ValidationData = tuple[str, TokenStream]  # the folder of token shards, and its 
 
 
 def run_tasks(
-    checkpoint: Path,
+    checkpoint: Path | str,
     tasks: Sequence[str],
     settings: Settings,
     world: World,
@@ -61,6 +61,8 @@ def run_tasks(
     This call is collective: every rank must make it.
 
     Args:
+        checkpoint: a checkpoint folder or a run folder, or its URL. If it is a URL and ``out`` is None, the results are
+            only shown.
         paths: maps tasks to data paths. For these tasks, the paths in the run's ``evaluation.data`` are ignored.
         batch_size: the number of sequences per forward pass and rank. If None, the micro-batch size of the run is used.
         precision: the precision of forward passes. If None, the precision of the run is used.
@@ -84,7 +86,7 @@ def run_tasks(
     config = loaded.config
     if examples_file:
         _check_examples_file(examples_file, tasks)
-    folder = _choose_folder(out, loaded.run_folder)
+    folder = None if out is None and is_remote(str(checkpoint)) else _choose_folder(out, loaded.run_folder)
     check_tasks(tasks, settings, paths or {}, config.evaluation.data)
     paths = _find_files(tasks, paths or {}, config)
     precision = precision or config.run.precision

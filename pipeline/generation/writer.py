@@ -25,11 +25,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ENDS = frozenset({END_OF_TEXT})  # the tokens before which a completion ends
 
 
-def load_writer(checkpoint: Path, device: torch.device, dtype: str = "fp32", weights: str = "training") -> Writer:
+def load_writer(checkpoint: Path | str, device: torch.device, dtype: str = "fp32", weights: str = "training") -> Writer:
     """Load the model of a checkpoint into a ``Writer``.
 
     Args:
-        checkpoint: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used.
+        checkpoint: a checkpoint folder or a run folder, or its URL. For a run folder, the newest good checkpoint is
+            used.
         dtype: the dtype of weights and matrix products, a key of ``DTYPES``.
         weights: a key of ``KINDS_OF_WEIGHTS``. It selects the trained weights or their moving average.
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from data_tools.storage.files import is_remote
 from pipeline.checkpoint.layout import STATE_FILE, is_checkpoint, list_checkpoints
 from pipeline.checkpoint.loading import index_for_model, read_parameter
 from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.verification import locate_checkpoint
+from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import CheckpointError
@@ -30,14 +32,18 @@ class WeightSource:
     read: Callable[[str], Tensor]  # canonical name -> parameter in fp32 with padding rows
 
 
-def locate_weights(path: Path) -> Path:
+def locate_weights(place: Path | str) -> Path:
     """Return the path to pass to ``open_weights``.
 
-    If ``path`` is a run folder, the result is its newest good checkpoint. Otherwise, the result is ``path``.
+    If ``place`` is a run folder, the result is its newest good checkpoint. If ``place`` is a URL, the result is a copy
+    of the weights on this machine (see ``locate_weights_of``). Otherwise, the result is ``place``.
 
     Raises:
         CheckpointError: the path contains no weights, or the checkpoint is damaged.
     """
+    if is_remote(str(place)):
+        return locate_weights_of(place)
+    path = Path(place)
     if path.is_file() or (has_model(path) and not is_checkpoint(path) and not list_checkpoints(path)):
         return path
     if not path.is_dir():

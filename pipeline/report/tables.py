@@ -60,6 +60,8 @@ def _facts(run: Run) -> dict[str, str]:
     facts["skipped steps"] = str(run.last("skipped_steps") or 0)
     facts["batches left out after spikes"] = str(len(run.values("left_out_samples")))
     facts["failed saves"] = str(run.last("failed_saves") or 0)
+    if run.settings.get("checkpoint.remote"):
+        facts["failed uploads"] = str(run.last("failed_uploads") or 0)
     return {name: fact for name, fact in facts.items() if fact not in ("", "0") or name == "tokens"}
 
 

@@ -14,6 +14,7 @@ EVALUATION_FOLDER = "evaluation"  # one JSON file per task
 LOCK_FILE = "run.lock"
 HEARTBEAT_FILE = "heartbeat.json"  # for programs outside of the run
 FLIGHT_RECORDER_FOLDER = "flight_recorder"  # one file per rank, only after a collective did not finish in time
+REMOTE_FILE = "remote.json"  # the URLs that hold copies of the checkpoints of this run
 
 
 def run_folder_of(checkpoint: Path) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_tools.storage.files import is_remote
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.interop.weights import WeightSource, locate_weights, open_weights
@@ -19,8 +20,8 @@ _SIZES = ("n_layer", "n_head", "n_embd", "vocab_size")  # context_length may dif
 _POSITIONS = "wpe.weight"
 
 
-def find_initial_weights(config: Config) -> Path | None:
-    """Return the path of the weights that a new run starts from, or None if ``checkpoint.init_from`` is null.
+def find_initial_weights(config: Config) -> Path | str | None:
+    """Return the path or URL of the weights that a new run starts from, or None if ``checkpoint.init_from`` is null.
 
     Call this function only on the main rank. It is slow, because it reads all files of a checkpoint to verify their
     hashes.
@@ -32,12 +33,12 @@ def find_initial_weights(config: Config) -> Path | None:
     """
     if config.checkpoint.init_from is None:
         return None
-    path = locate_weights(Path(config.checkpoint.init_from))
+    path = locate_weights(config.checkpoint.init_from)
     _require_same_sizes(open_weights(path), config.model)
-    return path
+    return config.checkpoint.init_from if is_remote(config.checkpoint.init_from) else path
 
 
-def load_initial_weights(path: Path, model: GPT2) -> dict[str, Any]:
+def load_initial_weights(place: Path | str, model: GPT2) -> dict[str, Any]:
     """Copy weights into a model on the CPU, and log which settings of the two models differ.
 
     Call this function on every rank, before a backend wraps the model. All ranks then start with the same weights.
@@ -48,14 +49,15 @@ def load_initial_weights(path: Path, model: GPT2) -> dict[str, Any]:
     Raises:
         CheckpointError: the weights cannot be read.
     """
-    source = open_weights(path)
+    is_url = is_remote(str(place))
+    source = open_weights(locate_weights(place) if is_url else Path(place))  # each host has its own copy of a URL
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             stored = source.read(name)
             parameter.copy_(fit_positions(stored, len(parameter)) if name == _POSITIONS else stored)
     for note in [*source.notes, *_describe_changes(source.config, model.config)]:
         log.info("weights   %s", note)
-    return {"path": str(path.resolve()), "step": source.step}
+    return {"path": str(place) if is_url else str(Path(place).resolve()), "step": source.step}
 
 
 def fit_positions(stored: Tensor, rows: int) -> Tensor:

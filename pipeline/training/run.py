@@ -33,6 +33,7 @@ from pipeline.run_folder.metrics import format_duration
 from pipeline.run_folder.sinks import check_sinks
 from pipeline.training.compilation import choose_compilation
 from pipeline.training.initial_weights import find_initial_weights, load_initial_weights
+from pipeline.training.remote_start import fetch_remote_start
 from pipeline.training.resuming import (
     choose_start,
     describe_changes,
@@ -98,8 +99,10 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     loader = TrainLoader(datasets, plan, config.run.seed, world.rank)
 
     sha256 = data_sha256(datasets)
-    start = world.call_on_main(lambda: open_run_folder(config, sha256, resources))
+    world.call_on_main(lambda: open_run_folder(config, resources))
     check_shared_folders(Path(config.run.out_dir), sha256, world)
+    fetch_remote_start(config, world)
+    start = world.call_on_main(lambda: choose_start(config, sha256))
     if start and (reason := why_complete(read_state(start)[0], config.schedule)):
         log.info("%s: %s", start, reason)
         world.call_on_main(lambda: send_missing_rows(config))
@@ -128,8 +131,8 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     return trainer
 
 
-def open_run_folder(config: Config, data_sha256: str, resources: ExitStack) -> Path | None:
-    """Create and lock the run folder. Return the checkpoint from which to resume, or None to start from scratch.
+def open_run_folder(config: Config, resources: ExitStack) -> None:
+    """Create and lock the run folder.
 
     Args:
         resources: when this stack closes, it releases the lock. If the run could not start, the stack also removes the
@@ -138,7 +141,6 @@ def open_run_folder(config: Config, data_sha256: str, resources: ExitStack) -> P
     folder = Path(config.run.out_dir)
     resources.enter_context(removed_if_unused(make_run_folder(folder)))
     resources.enter_context(lock_run_folder(folder))
-    return choose_start(config, data_sha256)
 
 
 def _log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -> None:

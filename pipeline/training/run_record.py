@@ -9,6 +9,8 @@ from typing import Any
 from data_tools.errors import UserError
 from data_tools.storage.atomic import write_json_durably
 from pipeline.checkpoint.background import SaveOutcome
+from pipeline.checkpoint.layout import format_size
+from pipeline.checkpoint.mirror import UploadOutcome
 from pipeline.config.deepspeed_keys import changes_of_numbers
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config, LoggingConfig
@@ -34,6 +36,9 @@ class RunRecord:
         self.config = config
         self.run_folder = Path(config.run.out_dir)
         self.failed_saves = 0
+        self.uploads = 0
+        self.failed_uploads = 0
+        self._upload_problem: str | None = None  # the reason why the last upload failed
         self._changes = changes_of_numbers(config.backend)
         self._started = time.perf_counter()
         self._sinks: list[Sink] = []  # none on the other ranks
@@ -81,6 +86,33 @@ class RunRecord:
                 for sink in self._sinks:
                     sink.settle(outcome.step)
 
+    def write_uploads(self, outcomes: list[UploadOutcome]) -> None:
+        """Write one row for each finished upload of a checkpoint.
+
+        A failed upload is counted, and logged if the reason is not that of the last failed upload. It does not stop the
+        run.
+        """
+        url = self.config.checkpoint.remote
+        for outcome in outcomes:
+            if outcome.problem is None:
+                self.uploads += 1
+                self._upload_problem = None
+                size = format_size(outcome.bytes)
+                log.info("uploaded step %d to %s: %s in %.2f s", outcome.step, url, size, outcome.seconds)
+                row: dict[str, Any] = {"upload_s": outcome.seconds, "upload_bytes": outcome.bytes}
+            else:
+                self.failed_uploads += 1
+                if outcome.problem != self._upload_problem:
+                    log.warning(
+                        "cannot upload step %d to %s: %s; training continues, and the next save tries again",
+                        outcome.step,
+                        url,
+                        outcome.problem,
+                    )
+                self._upload_problem = outcome.problem
+                row = {"failed_uploads": self.failed_uploads}
+            self.write({"step": outcome.step, **row})
+
     def rewind(self, step: int) -> None:
         """Delete the rows of steps after ``step``, because the run has gone back to its checkpoint of ``step``."""
         for sink in self._sinks:
@@ -95,13 +127,23 @@ class RunRecord:
             results: maps the names of losses to their last values.
         """
         self.write({"step": step, "ended": ended})
+        uploads = self._summarize_uploads()
         if any(isinstance(sink, ServiceSink) for sink in self._sinks):
             _write_report(self.run_folder)
         elapsed_s = self.elapsed_s()
         for sink in self._sinks:
             if ended != "failed":
                 sink.settle(step)
-            sink.end({"state": ended, "step": step, "elapsed_s": elapsed_s, **_without_nan(results)})
+            sink.end({"state": ended, "step": step, "elapsed_s": elapsed_s, **_without_nan(results), **uploads})
+
+    def _summarize_uploads(self) -> dict[str, int]:
+        """Log how many uploads succeeded and failed, and return the counts. Returns an empty dict without a URL."""
+        url = self.config.checkpoint.remote
+        if url is None:
+            return {}
+        problem = f"; the last one failed: {self._upload_problem}" if self._upload_problem else ""
+        log.info("uploads to %s: %d, failed uploads: %d%s", url, self.uploads, self.failed_uploads, problem)
+        return {"uploads": self.uploads, "failed_uploads": self.failed_uploads}
 
 
 def send_missing_rows(config: Config) -> None:

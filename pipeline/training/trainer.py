@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.backends import Backend
 from pipeline.checkpoint.background import BackgroundSaver
+from pipeline.checkpoint.mirror import Mirror
 from pipeline.checkpoint.state import TrainingState
 from pipeline.checkpoint.verification import newest_good_checkpoint
 from pipeline.config.loading import dump_config
@@ -88,6 +89,7 @@ class Trainer:
         self.guard = StepGuard(config.guard, state.guard)
         self.stop_request = StopRequest(world)
         options = config.checkpoint
+        self.mirror = _create_mirror(config, world)
         self.saver = BackgroundSaver(
             self.run_folder,
             dump_config(config),
@@ -95,6 +97,7 @@ class Trainer:
             world,
             keep_last=options.keep_last,
             asynchronous=options.asynchronous,
+            mirror=self.mirror,
         )
         self.heartbeat_file = heartbeat_file or HeartbeatFile(None)
         self.record = RunRecord(config, is_main=world.is_main, resumed_step=state.step)
@@ -124,12 +127,14 @@ class Trainer:
                     self.record.write_saves([outcome])
                     if outcome.problem:
                         raise CheckpointError(outcome.problem)
+                self._finish_uploads()
             ended = "interrupted" if received else "finished"
         finally:
             self._reach_rare("the end of the run")
             self.guard.log_steps_without_targets()
             self.prefetcher.close()
             self.record.write_saves(self.saver.wait())  # finish and verify an unfinished save, also after an error
+            self._write_uploads()
             self.record.close(self.state.step, ended, self.results)
             self.heartbeat_file.enter(ended, self.state.step)
         if received:
@@ -163,6 +168,7 @@ class Trainer:
             if evaluates:
                 self.evaluate()
             self.record.write_saves(self.saver.poll())
+            self._write_uploads()
             if saves or (evaluates and self._saves_after_evaluation()):
                 self.save()
             if received:
@@ -170,6 +176,16 @@ class Trainer:
         if reason := self._early_stop_reason():
             log.info("stopped after step %d of %d: %s", self.state.step, config.schedule.max_steps, reason)
         return None
+
+    def _write_uploads(self) -> None:
+        if self.mirror:
+            self.record.write_uploads(self.mirror.poll())
+
+    def _finish_uploads(self) -> None:
+        """Wait for the upload of the last checkpoint."""
+        if self.mirror:
+            self._reach_rare("the upload of the last checkpoint")
+            self.record.write_uploads(self.mirror.finish(self.world.progress.move))
 
     def _record_start(self) -> None:
         """Record the backend and hardware of this start of the run, which may differ from those of earlier starts."""
@@ -411,3 +427,14 @@ class Trainer:
         with self.throughput.paused():
             self.backend.model.assert_tied()
             self.record.write_saves(self.saver.start(replace(self.state, guard=self.guard.state)))
+
+
+def _create_mirror(config: Config, world: World) -> Mirror | None:
+    """Return a started mirror that uploads checkpoints to ``checkpoint.remote``, or None if the key is null."""
+    options = config.checkpoint
+    if options.remote is None:
+        return None
+    folder = Path(config.run.out_dir)
+    mirror = Mirror(options.remote, folder, world, keep_last=options.keep_last, timeout_s=options.remote_timeout_s)
+    mirror.start()
+    return mirror

@@ -16,7 +16,7 @@ from pipeline.checkpoint.layout import STATE_FILE
 from pipeline.checkpoint.loading import pieces_of_weights, read_parameter
 from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.tensor_stream import StreamedTensor, write_tensors
-from pipeline.checkpoint.verification import locate_checkpoint
+from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import CheckpointError
@@ -39,13 +39,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _METADATA = {"format": "pt"}  # transformers refuses files without this entry
 
 
-def export_checkpoint(checkpoint: Path, out: Path, dtype: str, weights: str = "training") -> Export:
+def export_checkpoint(checkpoint: Path | str, out: Path, dtype: str, weights: str = "training") -> Export:
     """Export a checkpoint into the folder ``out``. Only one parameter is in memory at a time.
 
     If the export fails, ``out`` does not change.
 
     Args:
-        checkpoint: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used.
+        checkpoint: a checkpoint folder or a run folder, or its URL. For a run folder, the newest good checkpoint is
+            used.
         out: a folder that does not exist or is empty.
         dtype: the dtype of the exported weights, a key of ``DTYPES``.
         weights: a key of ``KINDS_OF_WEIGHTS``. It selects the trained weights or their moving average.
@@ -58,7 +59,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: str, weights: str = "t
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out: {out} already exists and is not an empty folder; name another one")
     require_writable(out, "--out")
-    source = locate_checkpoint(checkpoint)
+    source = locate_weights_of(checkpoint)
     state, stored = read_state(source)
     config = config_from_json(stored, origin=str(source / STATE_FILE))
     files = {

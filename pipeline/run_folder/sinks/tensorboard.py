@@ -44,6 +44,8 @@ TENSORBOARD_TAGS = {
     "save_s": "checkpoint/save_s",
     "save_pause_s": "checkpoint/pause_s",
     "failed_saves": "checkpoint/failed_saves",
+    "upload_s": "checkpoint/upload_s",
+    "failed_uploads": "checkpoint/failed_uploads",
 }
 
 #: The sections of a config that affect the result or the speed.

@@ -141,7 +141,7 @@ def test_errors_of_a_storage_client_are_one_line_with_the_url(monkeypatch: pytes
     folder = RemoteFolder("memory://bucket/out")
     (tmp_path / "shard").touch()
     with monkeypatch.context() as patch:
-        for name in ("cat_file", "pipe_file", "put_file", "exists", "size"):
+        for name in ("cat_file", "pipe_file", "put_file", "exists", "find", "size"):
             patch.setattr(folder._files, name, refuse)
         for attempt in (
             lambda: folder.read("a"),

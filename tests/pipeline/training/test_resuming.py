@@ -426,7 +426,8 @@ class TestRunFolder:
         (tmp_path / existing).mkdir(exist_ok=True)
         config = config_of(tmp_path / "runs" / "new" / "run", resume=tmp_path / "none")
         with pytest.raises(CheckpointError, match="none"), ExitStack() as resources:
-            open_run_folder(config, DATA, resources)
+            open_run_folder(config, resources)
+            choose_start(config, DATA)
         assert [path.name for path in tmp_path.rglob("*")] == ([existing] if existing else [])
 
     def test_it_is_created(self, tmp_path: Path) -> None:

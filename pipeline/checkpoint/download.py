@@ -1,0 +1,123 @@
+"""Download a checkpoint from a URL into a run folder. The ranks share the work, and each byte is read by one rank."""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools.storage.atomic import hidden_partial_path, make_empty_folder, publish_folder, write_bytes_durably
+from pipeline.checkpoint.layout import MANIFEST_FILE, checkpoint_folder, format_size
+from pipeline.checkpoint.remote_run import RemoteCheckpoint
+from pipeline.checkpoint.saving import on_every_rank, on_main_rank
+from pipeline.checkpoint.verification import find_damage
+from pipeline.distributed.world import World
+from pipeline.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+#: The size of one request. Ranks on two hosts never write into the same page of a file.
+BLOCK_BYTES = 32 << 20
+REQUESTS = 4  # at the same time per rank
+
+
+class DamagedAtUrlError(CheckpointError):
+    """A checkpoint at a URL has a manifest, but its files differ from the manifest."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Bytes ``start`` to ``stop - 1`` of a file of a checkpoint."""
+
+    file: str
+    start: int
+    stop: int
+
+
+def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: World) -> Path:
+    """Download a checkpoint into a run folder that all ranks share, verify it, and return its folder there.
+
+    Each rank downloads an equal share of the blocks of all files, so all ranks together read each byte once. The run
+    folder then has a checkpoint that any backend and any world size can load.
+
+    This call is collective: every rank must make it.
+
+    Raises:
+        DamagedAtUrlError: the downloaded files differ from the manifest. The run folder has not changed.
+        CheckpointError: a rank could not read or write a file. The run folder has not changed.
+    """
+    started = time.perf_counter()
+    folder = checkpoint_folder(run_folder, checkpoint.step)
+    aside = hidden_partial_path(folder)
+    try:
+        on_main_rank(world, lambda: allocate(checkpoint.manifest["files"], aside))
+        own_bytes = on_every_rank(world, lambda: _download(checkpoint, aside, world))
+        on_main_rank(world, lambda: write_bytes_durably(aside / MANIFEST_FILE, checkpoint.manifest_bytes))
+        if problem := world.call_on_main(lambda: find_damage(aside)):
+            raise DamagedAtUrlError(problem.replace(str(aside), str(checkpoint)))
+        on_main_rank(world, lambda: publish_folder(aside, folder))
+    except CheckpointError as error:
+        if world.is_main:
+            _remove(aside)
+        if isinstance(error, DamagedAtUrlError):
+            raise
+        raise CheckpointError(f"cannot download {checkpoint}: {error}") from None
+    seconds, sizes = time.perf_counter() - started, world.gather(own_bytes)
+    per_rank = ", ".join(f"rank {rank} {format_size(size)}" for rank, size in enumerate(sizes[:8]))
+    log.info("downloaded %s in %.2f s, %s (%s)", checkpoint, seconds, format_size(sum(sizes)), per_rank)
+    return folder
+
+
+def share_of_blocks(checkpoint: RemoteCheckpoint, rank: int, size: int) -> list[Block]:
+    """Return the blocks that one of ``size`` ranks downloads."""
+    blocks = [*blocks_of(checkpoint.manifest["files"])]
+    return blocks[len(blocks) * rank // size : len(blocks) * (rank + 1) // size]
+
+
+def blocks_of(files: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
+    """Yield the blocks of the given files of a manifest."""
+    for name, entry in files.items():
+        for start in range(0, entry["bytes"], BLOCK_BYTES):
+            yield Block(name, start, min(start + BLOCK_BYTES, entry["bytes"]))
+
+
+def allocate(files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Create the given files of a manifest in an empty folder, with their final sizes, so that a full disk is found."""
+    make_empty_folder(folder)
+    for name, entry in files.items():
+        with (folder / name).open("wb") as file:
+            if hasattr(os, "posix_fallocate") and entry["bytes"]:
+                os.posix_fallocate(file.fileno(), 0, entry["bytes"])
+
+
+def _download(checkpoint: RemoteCheckpoint, aside: Path, world: World) -> int:
+    """Download this rank's share. Returns the number of bytes."""
+    blocks = share_of_blocks(checkpoint, world.rank, world.size)
+    with ThreadPoolExecutor(REQUESTS) as threads:
+        sizes = []
+        for size in threads.map(lambda block: download_block(checkpoint, aside, block), blocks):
+            world.progress.move()
+            sizes.append(size)
+    return sum(sizes)
+
+
+def download_block(checkpoint: RemoteCheckpoint, folder: Path, block: Block) -> int:
+    """Download a block into an existing file in a folder, and fsync the file. Returns the number of bytes."""
+    content = checkpoint.run.read_range(checkpoint.step, block.file, block.start, block.stop)
+    with (folder / block.file).open("r+b") as file:
+        file.seek(block.start)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return len(content)
+
+
+def _remove(aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):  # not empty
+        aside.parent.rmdir()

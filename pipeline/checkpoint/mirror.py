@@ -1,0 +1,327 @@
+"""Upload the checkpoints of a run to a URL while training continues.
+
+Each rank has one thread that uploads. The threads do not use collectives, because a rank with a slow network would then
+block the others for hours. They exchange short messages through the key-value store of the run instead. Rank 0 begins a
+*round* for each checkpoint: it writes the files of the checkpoint into the store, every rank uploads its share of the
+files and writes the result into the store, and rank 0 writes the manifest at the URL when all ranks have succeeded.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch._C._distributed_c10d import Store
+
+from data_tools.errors import UserError
+from data_tools.storage.atomic import write_json_durably
+from pipeline.checkpoint.layout import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    checkpoint_folder,
+    list_checkpoints,
+    parse_tensor_file,
+    read_json_object,
+    read_manifest,
+    step_of,
+)
+from pipeline.checkpoint.remote_run import ABANDONED_MANIFEST, RemoteRun
+from pipeline.checkpoint.retention import best_step, is_state_of_milestone, surplus_steps
+from pipeline.distributed.world import World
+from pipeline.errors import CheckpointError
+from pipeline.run_folder.layout import METRICS_FILE, REMOTE_FILE
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.5
+#: The keys in the store. Rank 0 writes the first three.
+_ROUND, _PLAN, _END, _RESULT = "round", "plan_{round}", "end", "result_{round}_{rank}"
+
+
+@dataclass(frozen=True)
+class UploadOutcome:
+    """The result of the upload of one checkpoint, or of one failed try to use the server."""
+
+    step: int
+    seconds: float
+    bytes: int  # of all ranks together; 0 if the upload failed
+    problem: str | None  # the reason in one line if the upload failed
+
+
+class Mirror:
+    """Uploads the checkpoints of a run to a URL, and deletes old checkpoints there by the same rules as on the disk.
+
+    After every save, ``request`` wakes the thread of rank 0, which compares the checkpoints on the disk with those at
+    the URL, and uploads the missing ones, the newest first. Therefore a checkpoint whose upload has failed is uploaded
+    after the next save, unless it was deleted from the disk since then. If an upload takes longer than the time between
+    two saves, the checkpoints that were deleted meanwhile are never uploaded.
+
+    Args:
+        timeout_s: an upload that takes longer than this counts as failed. At its end, the run waits at most this long.
+    """
+
+    def __init__(self, url: str, run_folder: Path, world: World, *, keep_last: int, timeout_s: float) -> None:
+        self.url = url
+        self.run_folder = run_folder
+        self.keep_last = keep_last
+        self.timeout_s = timeout_s
+        self._rank, self._size = world.rank, world.size
+        self._store = world.connect_to_store("mirror")
+        self._round = 0
+        self._remote: RemoteRun | None = None
+        self._is_paired = False
+        self._milestones: dict[int, bool] = {}
+        self._known: set[int] = set()  # the steps whose checkpoints are at the URL, with the same manifest as here
+        self._uploading: set[int] = set()
+        self._lock = threading.Lock()  # held while checkpoints on the disk are deleted or chosen for an upload
+        self._outcomes: deque[UploadOutcome] = deque()
+        self._due, self._ending = threading.Event(), threading.Event()
+        run = self._lead if world.is_main else self._follow
+        self._thread = threading.Thread(target=run, name="mirror", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread of this rank."""
+        self._thread.start()
+
+    def request(self) -> None:
+        """Start to upload the checkpoints that the URL does not have. This call returns at once."""
+        self._due.set()
+
+    def poll(self) -> list[UploadOutcome]:
+        """Return the outcomes since the last call. The list is always empty on other ranks than the main rank."""
+        outcomes = []
+        while self._outcomes:
+            outcomes.append(self._outcomes.popleft())
+        return outcomes
+
+    @contextmanager
+    def pinned(self) -> Iterator[Set[int]]:
+        """Return a context manager that gives the steps whose checkpoints are being uploaded. Do not delete these.
+
+        No other upload begins inside its ``with`` block.
+        """
+        with self._lock:
+            yield frozenset(self._uploading)
+
+    def finish(self, wait: Callable[[], None]) -> list[UploadOutcome]:
+        """Wait until the newest checkpoint is uploaded, but at most ``timeout_s``. Return the remaining outcomes.
+
+        Every rank must make this call, because rank 0 needs the files of all ranks.
+
+        Args:
+            wait: a function that is called about twice per second during the wait.
+        """
+        self._ending.set()
+        self._due.set()
+        deadline = time.monotonic() + self.timeout_s
+        is_announced = False
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            self._thread.join(_POLL_S)
+            wait()
+            if not is_announced and self._uploading:
+                log.info("waiting for the upload to %s, at most %.0f s", self.url, self.timeout_s)
+                is_announced = True
+        if self._rank == 0 and self._thread.is_alive():
+            self._outcomes.append(UploadOutcome(self._newest_step(), self.timeout_s, 0, "the upload took too long"))
+            self._store.set(_END, "")
+        return self.poll()
+
+    def _newest_step(self) -> int:
+        return max(map(step_of, list_checkpoints(self.run_folder)), default=0)
+
+    # Rank 0
+
+    def _lead(self) -> None:
+        while True:
+            self._due.wait()
+            self._due.clear()
+            self._synchronize()
+            if self._ending.is_set() and not self._due.is_set():
+                self._store.set(_END, "")
+                return
+
+    def _synchronize(self) -> None:
+        """Upload all missing checkpoints and delete old ones at the URL. An error becomes a failed outcome."""
+        step, started = self._newest_step(), time.monotonic()
+        try:
+            found = self._open().list()
+            self._pair(found)
+            self._set_later_aside(found, step)
+            for step in self._choose(found):
+                started = time.monotonic()
+                size, found = self._upload(step, found)
+                self._outcomes.append(UploadOutcome(step, time.monotonic() - started, size, None))
+                with self._lock:
+                    self._uploading.discard(step)
+            self._delete_older(found)
+            self._upload_metrics()
+        except (UserError, OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            self._outcomes.append(UploadOutcome(step, time.monotonic() - started, 0, reason))
+        finally:
+            with self._lock:
+                self._uploading.clear()
+
+    def _pair(self, found: Mapping[int, Mapping[str, int]]) -> None:
+        """Record in the run folder that the URL belongs to this run, unless another run has checkpoints there.
+
+        Raises:
+            CheckpointError: the URL has checkpoints, and this run was never connected with the URL.
+        """
+        if self._is_paired:
+            return
+        complete = [step for step, files in found.items() if MANIFEST_FILE in files]
+        if complete and not is_paired(self.run_folder, self.url):
+            raise CheckpointError(
+                f"{self.url} already holds checkpoints of another run (steps {', '.join(map(str, sorted(complete)))}); "
+                "nothing is uploaded; set checkpoint.remote to another URL"
+            )
+        pair(self.run_folder, self.url)
+        self._is_paired = True
+
+    def _set_later_aside(self, found: dict[int, dict[str, int]], newest: int) -> None:
+        """Set aside the checkpoints of later steps, because the run has continued from an earlier checkpoint."""
+        for step in [step for step, files in found.items() if step > newest and MANIFEST_FILE in files]:
+            self._open().set_aside(step)
+            del found[step][MANIFEST_FILE]
+            log.warning("set aside %s: the run continues from an earlier step", self._open().checkpoint_url(step))
+
+    def _choose(self, found: dict[int, dict[str, int]]) -> list[int]:
+        """Return the steps whose checkpoints the URL does not have, the newest first. Nobody deletes them from now."""
+        with self._lock:
+            steps = [step_of(folder) for folder in list_checkpoints(self.run_folder)]
+            missing = [step for step in reversed(steps) if not self._has(step, found.get(step, {}))]
+            self._uploading.update(missing)
+        return missing
+
+    def _has(self, step: int, sizes: Mapping[str, int]) -> bool:
+        """Return whether the URL has the same checkpoint as the disk. Its files are not read again."""
+        if MANIFEST_FILE not in sizes:
+            return False
+        if step not in self._known:
+            with suppress(CheckpointError, OSError):
+                own = (checkpoint_folder(self.run_folder, step) / MANIFEST_FILE).read_bytes()
+                there = self._open().open(step, sizes)
+                if own == there.manifest_bytes and there.find_size_damage() is None:
+                    self._known.add(step)
+        return step in self._known
+
+    def _upload(self, step: int, found: Mapping[int, Mapping[str, int]]) -> tuple[int, dict[int, dict[str, int]]]:
+        """Run one round. Returns the number of uploaded bytes of all ranks, and the new list of files at the URL."""
+        folder = checkpoint_folder(self.run_folder, step)
+        manifest_bytes = (folder / MANIFEST_FILE).read_bytes()
+        files = read_manifest(folder)["files"]
+        if MANIFEST_FILE in found.get(step, {}):  # a checkpoint of the same step before the run went back
+            self._open().set_aside(step)
+        self._round += 1
+        self._store.set(_PLAN.format(round=self._round), json.dumps({"step": step, "files": files}))
+        self._store.set(_ROUND, str(self._round))
+        deadline = time.monotonic() + self.timeout_s
+        problem = self._upload_share(step, files)
+        results = self._results_of_others(self._round, deadline)
+        if problems := [text for text in [problem, *results] if text]:
+            raise CheckpointError("; ".join(problems))
+        self._open().upload(step, folder / STATE_FILE, files[STATE_FILE])
+        listed = self._open().publish(step, manifest_bytes, files)
+        self._known.add(step)
+        return sum(entry["bytes"] for entry in files.values()) + len(manifest_bytes), listed
+
+    def _results_of_others(self, number: int, deadline: float) -> list[str]:
+        """Wait for the results of the other ranks. Returns their problems, "" for a rank without a problem."""
+        waiting = {rank: _RESULT.format(round=number, rank=rank) for rank in range(1, self._size)}
+        results = []
+        while waiting:
+            for rank in [rank for rank, key in waiting.items() if self._store.check([key])]:
+                results.append(self._store.get(waiting.pop(rank)).decode())
+            if waiting and time.monotonic() > deadline:
+                return [*results, f"ranks {', '.join(map(str, waiting))} have not uploaded in {self.timeout_s:.0f} s"]
+            if waiting:
+                time.sleep(_POLL_S / 5)
+        return results
+
+    def _delete_older(self, found: Mapping[int, Mapping[str, int]]) -> None:
+        """Delete checkpoints at the URL by the rules of ``delete_older``, and the files of interrupted uploads."""
+        remote = self._open()
+        local = list_checkpoints(self.run_folder)
+        complete = {step for step, files in found.items() if MANIFEST_FILE in files}
+        if not local or step_of(local[-1]) not in complete:
+            return
+        newest = step_of(local[-1])
+        for step in surplus_steps(complete, newest, self.keep_last, best_step(local[-1])):
+            if step not in self._milestones:
+                self._milestones[step] = is_state_of_milestone(remote.read_state(step))
+            if not self._milestones[step]:
+                remote.delete(step, found[step])
+        for step, files in found.items():
+            if step < newest and step not in complete and ABANDONED_MANIFEST not in files:
+                remote.delete(step, files)
+
+    def _upload_metrics(self) -> None:
+        with suppress(FileNotFoundError):
+            self._open().write_metrics((self.run_folder / METRICS_FILE).read_bytes())
+
+    # Every rank
+
+    def _open(self) -> RemoteRun:
+        self._remote = self._remote or RemoteRun(self.url)
+        return self._remote
+
+    def _follow(self) -> None:
+        """Upload this rank's files in each round, until rank 0 ends. A rank that is late leaves rounds out."""
+        with suppress(RuntimeError):  # the process with the store has ended
+            while not self._store.check([_END]):
+                number = _read_number(self._store)
+                if number > self._round:
+                    self._round = number
+                    plan = json.loads(self._store.get(_PLAN.format(round=number)))
+                    problem = self._upload_share(plan["step"], plan["files"])
+                    self._store.set(_RESULT.format(round=number, rank=self._rank), problem)
+                else:
+                    time.sleep(_POLL_S)
+
+    def _upload_share(self, step: int, files: Mapping[str, Mapping[str, Any]]) -> str:
+        """Upload the tensor files that this rank has written. Returns the problem in one line, or "".
+
+        If another world size has written the checkpoint, this rank uploads the files of rank r if r modulo the world
+        size is its own rank.
+        """
+        folder = checkpoint_folder(self.run_folder, step)
+        try:
+            for name, entry in files.items():
+                rank_and_group = parse_tensor_file(name)
+                if rank_and_group and rank_and_group[0] % self._size == self._rank:
+                    self._open().upload(step, folder / name, entry)
+        except (UserError, OSError) as error:
+            return f"rank {self._rank}: {' '.join(str(error).split())}"
+        except Exception as error:  # noqa: BLE001 - rank 0 waits for the result
+            return f"rank {self._rank}: {error!r}"
+        return ""
+
+
+def _read_number(store: Store) -> int:
+    return int(store.get(_ROUND)) if store.check([_ROUND]) else 0
+
+
+def is_paired(run_folder: Path, url: str) -> bool:
+    """Return whether the checkpoints at a URL belong to the run in ``run_folder`` (see ``pair``)."""
+    return url.rstrip("/") in _paired_urls(run_folder)
+
+
+def pair(run_folder: Path, url: str) -> None:
+    """Record in a run folder that the checkpoints at a URL belong to the run."""
+    if not is_paired(run_folder, url):
+        write_json_durably(run_folder / REMOTE_FILE, {"urls": [*_paired_urls(run_folder), url.rstrip("/")]})
+
+
+def _paired_urls(run_folder: Path) -> list[str]:
+    path = run_folder / REMOTE_FILE
+    if not path.exists():
+        return []
+    urls = read_json_object(path).get("urls")
+    return urls if isinstance(urls, list) else []

@@ -1,0 +1,170 @@
+"""Read and write the checkpoints of a run at a URL, such as ``s3://bucket/run``.
+
+The folder at the URL has the same layout as a local run folder, and its checkpoints contain the same bytes. A
+checkpoint at a URL is complete if it has a ``manifest.json``, because this file is written last and deleted first.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools.storage.folders import RemoteFolder
+from pipeline.checkpoint.layout import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    check_manifest,
+    checkpoint_url,
+    parse_json_object,
+    parse_step,
+)
+from pipeline.checkpoint.state import StateFile, check_state_file
+from pipeline.errors import CheckpointError
+from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, METRICS_FILE
+
+#: The name of the manifest of a checkpoint of a later step than that from which the run has continued.
+ABANDONED_MANIFEST = f"{MANIFEST_FILE}.abandoned"
+_CHECKPOINT_URL = re.compile(rf"(?P<run>.+)/{CHECKPOINTS_FOLDER}/(?P<name>step_\d{{8,}})/?")
+
+
+@dataclass(frozen=True)
+class RemoteCheckpoint:
+    """A checkpoint at a URL. Its manifest was read and checked, its other files were not read."""
+
+    run: "RemoteRun"
+    step: int
+    manifest_bytes: bytes
+    manifest: dict[str, Any]
+    sizes: Mapping[str, int]  # the sizes in bytes of its files at the URL
+
+    def __str__(self) -> str:
+        return self.run.checkpoint_url(self.step)
+
+    @property
+    def total_bytes(self) -> int:
+        """Return the total size in bytes of the files that the manifest names."""
+        return sum(entry["bytes"] for entry in self.manifest["files"].values())
+
+    def find_size_damage(self) -> str | None:
+        """Return a message about the first file that is missing or has the wrong size, or None if there is none."""
+        for name, entry in self.manifest["files"].items():
+            size = self.sizes.get(name)
+            if size is None:
+                return f"{self}/{name}: missing"
+            if size != entry["bytes"]:
+                return f"{self}/{name}: {size} bytes, expected {entry['bytes']} bytes"
+        return None
+
+
+class RemoteRun:
+    """The folder of a run at a URL.
+
+    All methods raise DataError if the server refuses or does not answer, and CheckpointError if a file is damaged.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.folder = RemoteFolder(url)
+        self.url = self.folder.url
+
+    def checkpoint_url(self, step: int) -> str:
+        """Return the URL of the checkpoint of a step. The checkpoint need not exist."""
+        return checkpoint_url(self.url, step)
+
+    def list(self) -> dict[int, dict[str, int]]:
+        """Return step -> file name -> size in bytes for all checkpoints, also for incomplete ones.
+
+        One request lists up to 1000 files.
+        """
+        found: dict[int, dict[str, int]] = {}
+        for path, size in self.folder.sizes().items():
+            parent, _, rest = path.partition("/")
+            folder, _, name = rest.partition("/")
+            step = parse_step(folder) if parent == CHECKPOINTS_FOLDER else None
+            if step is not None and name:
+                found.setdefault(step, {})[name] = size
+        return found
+
+    def open(self, step: int, sizes: Mapping[str, int]) -> RemoteCheckpoint:
+        """Read the manifest of a checkpoint. ``sizes`` are the sizes of its files, from ``list``."""
+        content = self._read(step, MANIFEST_FILE)
+        place = f"{self.checkpoint_url(step)}/{MANIFEST_FILE}"
+        return RemoteCheckpoint(self, step, content, check_manifest(parse_json_object(content, place), place), sizes)
+
+    def read_state(self, step: int) -> StateFile:
+        """Read the ``state.json`` of a checkpoint."""
+        place = f"{self.checkpoint_url(step)}/{STATE_FILE}"
+        return check_state_file(parse_json_object(self._read(step, STATE_FILE), place), place)
+
+    def read_range(self, step: int, name: str, start: int, stop: int) -> bytes:
+        """Return bytes ``start`` to ``stop - 1`` of a file of a checkpoint."""
+        try:
+            content = self.folder.read_range(_prefix(step) + name, start, stop)
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.checkpoint_url(step)}/{name}: missing") from None
+        if len(content) != stop - start:
+            raise CheckpointError(f"{self.checkpoint_url(step)}/{name}: ends at byte {start + len(content)}")
+        return content
+
+    def upload(self, step: int, path: Path, entry: Mapping[str, Any]) -> None:
+        """Upload a file of a checkpoint, read it back, and compare its size and hash with its entry in the manifest."""
+        name = _prefix(step) + path.name
+        self.folder.upload(path, name)
+        if self.folder.sha256(name, entry["bytes"]) != entry["sha256"]:
+            raise CheckpointError(f"{self.url}/{name}: SHA-256 after the upload differs from the manifest")
+
+    def publish(
+        self, step: int, manifest_bytes: bytes, files: Mapping[str, Mapping[str, Any]]
+    ) -> dict[int, dict[str, int]]:
+        """Check the sizes of all uploaded files, and write the manifest. The checkpoint is then complete.
+
+        Returns what ``list`` would return now.
+        """
+        found = self.list()
+        sizes = found.setdefault(step, {})
+        for name, entry in files.items():
+            if sizes.get(name) != entry["bytes"]:
+                size = sizes.get(name, 0)
+                raise CheckpointError(f"{self.checkpoint_url(step)}/{name}: {size} of {entry['bytes']} bytes arrived")
+        self.folder.write(_prefix(step) + MANIFEST_FILE, manifest_bytes)
+        sizes[MANIFEST_FILE] = len(manifest_bytes)
+        return found
+
+    def set_aside(self, step: int) -> None:
+        """Rename the manifest of a checkpoint, so that no run resumes from it. Its other files do not change."""
+        name = _prefix(step) + MANIFEST_FILE
+        self.folder.write(_prefix(step) + ABANDONED_MANIFEST, self.folder.read(name))
+        self.folder.remove_existing({name})
+
+    def delete(self, step: int, sizes: Mapping[str, int]) -> None:
+        """Delete a checkpoint. Its manifest is deleted first, so that an interrupted deletion leaves it incomplete."""
+        if MANIFEST_FILE in sizes:
+            self.folder.remove_existing({_prefix(step) + MANIFEST_FILE})
+        self.folder.remove_existing({_prefix(step) + name for name in sizes if name != MANIFEST_FILE})
+
+    def write_metrics(self, content: bytes) -> None:
+        """Write ``metrics.jsonl``."""
+        self.folder.write(METRICS_FILE, content)
+
+    def read_metrics(self) -> bytes | None:
+        """Return the content of ``metrics.jsonl``, or None if the file does not exist."""
+        try:
+            return self.folder.read(METRICS_FILE)
+        except FileNotFoundError:
+            return None
+
+    def _read(self, step: int, name: str) -> bytes:
+        try:
+            return self.folder.read(_prefix(step) + name)
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.checkpoint_url(step)}/{name}: missing") from None
+
+
+def _prefix(step: int) -> str:
+    return f"{CHECKPOINTS_FOLDER}/step_{step:08d}/"
+
+
+def parse_url(url: str) -> tuple[RemoteRun, int | None]:
+    """Return the run at a URL, and the step if the URL is that of a checkpoint."""
+    match = _CHECKPOINT_URL.fullmatch(url)
+    return (RemoteRun(match["run"]), parse_step(match["name"])) if match else (RemoteRun(url), None)

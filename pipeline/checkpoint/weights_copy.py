@@ -1,0 +1,105 @@
+"""Copy the weights of a checkpoint at a URL to this machine, for commands that only read the weights."""
+
+import hashlib
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_tools.storage.atomic import atomic_folder, write_bytes_durably, write_json_durably
+from data_tools.storage.files import is_remote, sha256_of_json
+from data_tools.storage.locks import waiting_for_lock
+from pipeline.checkpoint.download import REQUESTS, allocate, blocks_of, download_block
+from pipeline.checkpoint.layout import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    STATE_FILE,
+    checkpoint_folder,
+    format_size,
+    list_checkpoints,
+    no_checkpoint_error,
+    parse_tensor_file,
+    read_json_object,
+)
+from pipeline.checkpoint.pieces import WEIGHTS
+from pipeline.checkpoint.remote_run import RemoteCheckpoint
+from pipeline.checkpoint.remote_search import find_checkpoints
+from pipeline.checkpoint.retention import delete_checkpoint
+from pipeline.checkpoint.verification import find_damage, locate_checkpoint
+from pipeline.distributed.environment import cache_folder
+from pipeline.model.parameter_state import EMA
+from pipeline.run_folder.layout import METRICS_FILE
+
+log = logging.getLogger(__name__)
+
+_LOCK_FILE = "copy.lock"
+
+
+def locate_weights_of(place: Path | str) -> Path:
+    """Return the folder of a good checkpoint on this machine whose weights can be read.
+
+    If ``place`` is a path, this function is the same as ``locate_checkpoint``. If it is a URL, the function copies the
+    weights of the checkpoint to this machine. The copy is a checkpoint without the optimizer's state. The next call
+    uses the same copy if the URL still has the same checkpoint. Only the newest copy of each URL is kept. Several
+    processes on a machine use the same copy.
+
+    Raises:
+        CheckpointError: there is no good checkpoint.
+        DataError: the server refuses or does not answer.
+    """
+    if not is_remote(str(place)):
+        return locate_checkpoint(Path(place))
+    for checkpoint in find_checkpoints(str(place)):
+        run_folder = cache_folder() / "runs" / hashlib.sha256(checkpoint.run.url.encode()).hexdigest()[:16]
+        run_folder.mkdir(parents=True, exist_ok=True)
+        with waiting_for_lock(run_folder / _LOCK_FILE):
+            folder = _copy(checkpoint, run_folder)
+        if problem := find_damage(folder):
+            log.warning("skipping a damaged checkpoint: %s", problem.replace(str(folder), str(checkpoint)))
+        else:
+            return folder
+    raise no_checkpoint_error(place)
+
+
+def _copy(checkpoint: RemoteCheckpoint, run_folder: Path) -> Path:
+    """Copy the weights unless the run folder has them already, and delete all other copies."""
+    folder = checkpoint_folder(run_folder, checkpoint.step)
+    manifest = _without_optimizer(checkpoint.manifest)
+    has_copy = (folder / MANIFEST_FILE).is_file() and read_json_object(folder / MANIFEST_FILE) == manifest
+    if has_copy and find_damage(folder) is None:
+        return folder
+    for other in list_checkpoints(run_folder):
+        delete_checkpoint(other)
+    started, files = time.perf_counter(), manifest["files"]
+    with atomic_folder(folder) as aside:
+        allocate(files, aside)
+        with ThreadPoolExecutor(REQUESTS) as threads:
+            size = sum(threads.map(partial(download_block, checkpoint, aside), blocks_of(files)))
+        write_json_durably(aside / MANIFEST_FILE, manifest)
+    if (metrics := checkpoint.run.read_metrics()) is not None:
+        write_bytes_durably(run_folder / METRICS_FILE, metrics)
+    log.info("copied %s to %s: %s in %.2f s", checkpoint, folder, format_size(size), time.perf_counter() - started)
+    return folder
+
+
+def _without_optimizer(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a checkpoint without the optimizer's state.
+
+    If the checkpoint has a moving average of the weights, the result has all files, because the average and the
+    optimizer's state are in the same files.
+    """
+    has_average = any(EMA in kinds for kinds in manifest["optimizer_state"].values())
+    content = {
+        "format_version": FORMAT_VERSION,
+        "parameters": manifest["parameters"],
+        "optimizer_state": {name: kinds if has_average else [] for name, kinds in manifest["optimizer_state"].items()},
+        "files": {name: entry for name, entry in manifest["files"].items() if has_average or _is_needed(name)},
+    }
+    return {**content, "sha256": sha256_of_json(content)}
+
+
+def _is_needed(name: str) -> bool:
+    rank_and_group = parse_tensor_file(name)
+    return name == STATE_FILE or (rank_and_group is not None and rank_and_group[1] == WEIGHTS)

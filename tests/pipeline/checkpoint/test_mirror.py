@@ -1,0 +1,268 @@
+"""A mirror uploads checkpoints to a URL. A checkpoint there is complete or not there, and old ones are deleted."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from torch._C._distributed_c10d import HashStore
+
+from pipeline.backends.ddp import DdpBackend
+from pipeline.checkpoint.background import BackgroundSaver
+from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints, step_of
+from pipeline.checkpoint.mirror import Mirror, UploadOutcome, is_paired
+from pipeline.checkpoint.remote_run import ABANDONED_MANIFEST, RemoteRun
+from pipeline.checkpoint.verification import find_damage
+from pipeline.config.loading import dump_config
+from pipeline.distributed.world import World
+from tests.pipeline.checkpoint.conftest import FILES, MANIFEST, MOMENTS, WEIGHTS, Save, seal, state_of
+from tests.pipeline.conftest import tiny_config
+from tests.support.checkpoints import save_checkpoint
+
+ROOT = "/bucket/run"
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    yield f"memory:/{ROOT}"
+    files = fsspec.filesystem("memory")
+    if files.exists("/bucket"):
+        files.rm("/bucket", recursive=True)
+
+
+@pytest.fixture
+def upload(tmp_path: Path, world: World, url: str) -> Callable[..., list[UploadOutcome]]:
+    """Upload what is missing at the URL, as after a save, and return the outcomes."""
+
+    def upload(keep_last: int = 2, timeout_s: float = 30.0) -> list[UploadOutcome]:
+        mirror = Mirror(url, tmp_path, world, keep_last=keep_last, timeout_s=timeout_s)
+        mirror.start()
+        return mirror.finish(lambda: None)
+
+    return upload
+
+
+Upload = Callable[..., list[UploadOutcome]]
+
+
+def stored() -> dict[str, list[str]]:
+    """Return step folder -> names of the files at the URL."""
+    files = fsspec.filesystem("memory")
+    found: dict[str, list[str]] = {}
+    for path in files.find(f"{ROOT}/checkpoints"):
+        found.setdefault(path.split("/")[-2], []).append(path.split("/")[-1])
+    return {folder: sorted(names) for folder, names in found.items()}
+
+
+def remote_file(name: str, step: int = 1) -> str:
+    return f"{ROOT}/checkpoints/step_{step:08d}/{name}"
+
+
+def complete_steps(url: str) -> list[int]:
+    return [step for step, files in RemoteRun(url).list().items() if MANIFEST in files]
+
+
+def test_the_url_holds_the_bytes_of_the_disk(tmp_path: Path, save: Save, upload: Upload, url: str) -> None:
+    folder = save(1)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (outcome,) = upload()
+    size = sum((folder / name).stat().st_size for name in FILES)
+    assert (outcome.step, outcome.bytes, outcome.problem) == (1, size, None)
+    fetched = tmp_path / "fetched" / folder.name
+    fsspec.filesystem("memory").get(f"{ROOT}/checkpoints/{folder.name}/", str(fetched), recursive=True)
+    assert {name: (fetched / name).read_bytes() for name in FILES} == {
+        name: (folder / name).read_bytes() for name in FILES
+    }
+    assert find_damage(fetched) is None
+    assert RemoteRun(url).read_metrics() == b'{"step": 1}\n'
+    assert upload() == []  # nothing is missing
+
+
+def test_old_checkpoints_are_deleted_by_the_rules_of_the_disk(
+    tmp_path: Path, world: World, backend: DdpBackend, upload: Upload, url: str
+) -> None:
+    config = dump_config(tiny_config(checkpoint={"keep_every_steps": 2}))
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, state_of(backend, step), config, backend, world, 2)
+        upload(keep_last=2)
+        assert complete_steps(url) == [step_of(folder) for folder in list_checkpoints(tmp_path)]
+    assert complete_steps(url) == [2, 4, 5]
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000002")  # a milestone stays at the URL on a new machine
+    upload()
+    assert complete_steps(url) == [2, 4, 5]
+
+
+def test_what_an_interrupted_upload_left_is_deleted(save: Save, upload: Upload) -> None:
+    fsspec.filesystem("memory").pipe(remote_file(WEIGHTS), b"half")
+    save(2)
+    upload()
+    assert list(stored()) == ["step_00000002"]
+
+
+@pytest.mark.parametrize("fault", ["truncated", "changed", "lost"])
+def test_an_object_that_did_not_arrive_is_found(
+    fault: str, save: Save, upload: Upload, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = MemoryFileSystem.put_file
+
+    def put_damaged(self: Any, lpath: str, rpath: str, *arguments: Any, **options: Any) -> None:
+        put(self, lpath, rpath, *arguments, **options)
+        if rpath.endswith(MOMENTS):
+            content = Path(lpath).read_bytes()
+            if fault == "lost":
+                self.rm_file(rpath)
+            else:
+                self.pipe_file(rpath, content[:-1] if fault == "truncated" else content[:-1] + b"?")
+
+    save(1)
+    with monkeypatch.context() as faulty:
+        faulty.setattr(MemoryFileSystem, "put_file", put_damaged)
+        (outcome,) = upload()
+    assert outcome.problem and MOMENTS in outcome.problem and "\n" not in outcome.problem
+    assert MANIFEST not in stored()["step_00000001"]
+    assert [outcome.problem for outcome in upload()] == [None]
+    assert complete_steps(url) == [1]
+
+
+def test_a_server_that_refuses_is_tried_again_after_the_next_save(
+    tmp_path: Path, world: World, save: Save, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("Access Denied")
+
+    mirror = Mirror(url, tmp_path, world, keep_last=2, timeout_s=30)
+    with monkeypatch.context() as faulty:
+        faulty.setattr(MemoryFileSystem, "put_file", refuse)
+        mirror.start()
+        save(1)
+        mirror.request()
+        (failed,) = wait_for_outcomes(mirror, 1)
+    assert failed.problem == f"rank 0: cannot use {url}: PermissionError: Access Denied"
+    save(2)
+    mirror.request()
+    assert [(outcome.step, outcome.problem) for outcome in wait_for_outcomes(mirror, 2)] == [(2, None), (1, None)]
+    assert mirror.finish(lambda: None) == []
+
+
+def wait_for_outcomes(mirror: Mirror, count: int) -> list[UploadOutcome]:
+    outcomes: list[UploadOutcome] = []
+    deadline = time.monotonic() + 30
+    while len(outcomes) < count:
+        assert time.monotonic() < deadline
+        outcomes += mirror.poll()
+        time.sleep(0.01)
+    return outcomes
+
+
+def test_a_server_that_does_not_answer_ends_the_wait_of_the_run(
+    save: Save, upload: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(MemoryFileSystem, "put_file", lambda *_: released.wait(30))
+    save(1)
+    outcomes = upload(timeout_s=0.5)
+    released.set()
+    assert [outcome.problem for outcome in outcomes] == ["the upload took too long"]
+
+
+def test_a_checkpoint_that_is_being_uploaded_is_not_deleted(
+    tmp_path: Path, world: World, backend: DdpBackend, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saving does not wait for the upload either."""
+    released, started = threading.Event(), threading.Event()
+    put = MemoryFileSystem.put_file
+
+    def put_slowly(*arguments: Any, **options: Any) -> None:
+        started.set()
+        assert released.wait(30)
+        put(*arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put_slowly)
+    mirror = Mirror(url, tmp_path, world, keep_last=1, timeout_s=30)
+    mirror.start()
+    saver = BackgroundSaver(tmp_path, {}, backend, world, keep_last=1, asynchronous=False, mirror=mirror)
+    saver.start(state_of(backend, 1))
+    assert started.wait(30)
+    for step in (2, 3):
+        saver.start(state_of(backend, step))
+    assert [step_of(folder) for folder in list_checkpoints(tmp_path)] == [1, 3]
+    released.set()
+    assert [(outcome.step, outcome.problem) for outcome in mirror.finish(lambda: None)] == [(1, None), (3, None)]
+    assert complete_steps(url) == [3]
+
+
+def test_checkpoints_of_later_steps_are_set_aside(save: Save, upload: Upload, url: str, tmp_path: Path) -> None:
+    """The run continues from step 1, although the URL has step 2 already, and reaches step 2 again."""
+    save(1)
+    abandoned = save(2)
+    upload()
+    shutil.rmtree(abandoned)
+    upload()
+    assert complete_steps(url) == [1]
+    assert ABANDONED_MANIFEST in stored()["step_00000002"]
+    save(2)
+    upload()
+    assert complete_steps(url) == [1, 2]
+
+
+def test_a_url_of_another_run_is_not_touched(save: Save, upload: Upload, tmp_path: Path, url: str) -> None:
+    save(1)
+    upload()
+    assert is_paired(tmp_path, f"{url}/")
+    (tmp_path / "remote.json").unlink()  # this makes it another run
+    before = stored()
+    save(2)
+    (outcome,) = upload()
+    assert outcome.problem and "already holds checkpoints of another run (steps 1)" in outcome.problem
+    assert stored() == before
+
+
+class TestTwoRanks:
+    """Each rank uploads the files that it has written, from its own disk. The manifest waits for all ranks."""
+
+    @pytest.fixture
+    def folders(self, save: Save, tmp_path: Path) -> list[Path]:
+        """Return the run folders of two ranks, each with only the files that this rank has written."""
+        folder = save(1)
+        other = folder / MOMENTS.replace("00000", "00001")
+        (folder / MOMENTS).rename(other)
+        seal(folder)
+        elsewhere = checkpoint_folder(tmp_path / "rank_1", 1)
+        elsewhere.mkdir(parents=True)
+        other.rename(elsewhere / other.name)
+        return [tmp_path, tmp_path / "rank_1"]
+
+    def upload(self, url: str, folders: list[Path], timeout_s: float = 30.0) -> list[UploadOutcome]:
+        store, device = HashStore(), torch.device("cpu")
+        worlds = [World(rank, 2, rank, device, store) for rank in range(len(folders))]
+        mirrors = [
+            Mirror(url, folder, world, keep_last=2, timeout_s=timeout_s)
+            for world, folder in zip(worlds, folders, strict=True)
+        ]
+        for mirror in mirrors:
+            mirror.start()
+        return [outcome for mirror in mirrors for outcome in mirror.finish(lambda: None)]
+
+    def test_no_shared_disk_is_needed(self, url: str, folders: list[Path]) -> None:
+        assert [(outcome.step, outcome.problem) for outcome in self.upload(url, folders)] == [(1, None)]
+        assert len(stored()["step_00000001"]) == 4
+        assert complete_steps(url) == [1]
+
+    def test_a_rank_that_fails(self, url: str, folders: list[Path]) -> None:
+        shutil.rmtree(folders[1])
+        (outcome,) = self.upload(url, folders)
+        assert outcome.problem and outcome.problem.startswith("rank 1: ")
+        assert complete_steps(url) == []
+
+    def test_a_rank_that_does_not_answer(self, url: str, folders: list[Path]) -> None:
+        outcomes = self.upload(url, folders[:1], timeout_s=1.0)
+        assert outcomes and all(outcome.problem for outcome in outcomes)
+        assert complete_steps(url) == []

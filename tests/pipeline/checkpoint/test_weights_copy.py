@@ -1,0 +1,120 @@
+"""Commands that read weights copy them from a URL, once per checkpoint, and without the optimizer's state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+
+from pipeline.checkpoint.inspection import CheckpointReport, RunReport, inspect
+from pipeline.checkpoint.layout import list_checkpoints
+from pipeline.checkpoint.loading import load_model
+from pipeline.checkpoint.mirror import Mirror
+from pipeline.checkpoint.weights_copy import locate_weights_of
+from pipeline.config.loading import dump_config
+from pipeline.distributed.world import World
+from pipeline.errors import CheckpointError
+from pipeline.interop.weights import locate_weights
+from tests.pipeline.checkpoint.conftest import MANIFEST, MOMENTS, STATE, WEIGHTS, make_backend, state_of, train_steps
+from tests.pipeline.conftest import tiny_config
+from tests.support.checkpoints import save_checkpoint
+
+URL = "memory://bucket/run"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+    """Record the names of the files that are read at the URL, and delete the URL at the end."""
+    names: list[str] = []
+    cat = MemoryFileSystem.cat_file
+
+    def cat_file(self: Any, path: str, *arguments: Any, **options: Any) -> Any:
+        names.append(path.split("/")[-1])
+        return cat(self, path, *arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield names
+    if fsspec.filesystem("memory").exists("/bucket"):
+        fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, world: World, read: list[str]) -> Path:
+    """Save and upload checkpoints of steps 1 and 2."""
+    save(tmp_path, world, 1, 2)
+    read.clear()
+    return tmp_path
+
+
+def save(folder: Path, world: World, *steps: int, ema: float | None = None) -> None:
+    backend = make_backend(world, seed=1, averaging={"ema": ema})
+    config = dump_config(tiny_config(averaging={"ema": ema}))
+    for step in steps:
+        train_steps(backend, 1, ema_decay=ema)
+        save_checkpoint(folder, state_of(backend, step), config, backend, world, 9)
+    mirror = Mirror(URL, folder, world, keep_last=9, timeout_s=30)
+    mirror.start()
+    assert not [outcome for outcome in mirror.finish(lambda: None) if outcome.problem]
+
+
+def same_weights(place: Path | str, other: Path | str, weights: str = "training") -> bool:
+    models = [load_model(each, CPU, weights).model.state_dict() for each in (place, other)]
+    return all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_the_weights_are_read_once(run_folder: Path, read: list[str]) -> None:
+    assert same_weights(URL, run_folder)
+    assert read.count(WEIGHTS) == read.count(STATE) == 1
+    assert MOMENTS not in read
+    read.clear()
+    assert locate_weights(URL) == locate_weights_of(f"{URL}/") == locate_weights_of(f"{URL}/checkpoints/step_00000002")
+    assert not {WEIGHTS, STATE} & set(read)
+
+
+def test_only_the_newest_copy_is_kept(run_folder: Path) -> None:
+    first, second = list_checkpoints(run_folder)
+    assert same_weights(f"{URL}/checkpoints/{first.name}", first)
+    assert not same_weights(f"{URL}/checkpoints/{first.name}", second)
+    copy = locate_weights_of(URL)
+    assert list_checkpoints(copy.parent.parent) == [copy]
+
+
+def test_the_average_of_the_weights(tmp_path: Path, world: World) -> None:
+    """It is in the same files as the moments, so everything is copied."""
+    save(tmp_path, world, 1, ema=0.5)
+    assert same_weights(URL, tmp_path, "ema")
+
+
+def test_a_damaged_checkpoint_is_skipped(run_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    newest = "/bucket/run/checkpoints/step_00000002"
+    files = fsspec.filesystem("memory")
+    files.pipe_file(f"{newest}/{WEIGHTS}", files.cat_file(f"{newest}/{WEIGHTS}")[:-1] + b"?")
+    with caplog.at_level(logging.WARNING):
+        assert locate_weights_of(URL).name == "step_00000001"
+    assert f"skipping a damaged checkpoint: {URL}/checkpoints/step_00000002/{WEIGHTS}: contents changed" in caplog.text
+    with pytest.raises(CheckpointError, match="memory://bucket/other: no checkpoint here"):
+        locate_weights_of("memory://bucket/other")
+
+
+def test_inspecting_a_url_reads_only_json(run_folder: Path, read: list[str]) -> None:
+    fsspec.filesystem("memory").pipe("/bucket/run/checkpoints/step_00000003/" + WEIGHTS, b"half")
+    there, here = inspect(URL), inspect(run_folder)
+    assert isinstance(there, RunReport) and isinstance(here, RunReport)
+    assert [(report.bytes, report.contents, report.problem) for report in there.checkpoints] == [
+        (report.bytes, report.contents, report.problem) for report in here.checkpoints
+    ]
+    assert [str(folder.path) for folder in there.leftovers] == [f"{URL}/checkpoints/step_00000003"]
+    assert set(read) == {MANIFEST, STATE}
+    one = inspect(f"{URL}/checkpoints/step_00000001")
+    assert isinstance(one, CheckpointReport) and str(one).startswith(f"{URL}/checkpoints/step_00000001\n")
+    fsspec.filesystem("memory").pipe("/bucket/run/checkpoints/step_00000001/" + MOMENTS, b"half")
+    damaged = inspect(f"{URL}/checkpoints/step_00000001")
+    assert isinstance(damaged, CheckpointReport) and damaged.problem and MOMENTS in damaged.problem
