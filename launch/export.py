@@ -89,7 +89,7 @@ def _export(parser: ArgumentParser, arguments: argparse.Namespace) -> None:
         print(f"pushed to {push_to_hub(written.path, arguments.push_to_hub, private=arguments.private)}")
 
 
-def _find_export_gguf() -> Callable[[Path, Path, str, str], Export]:
+def _find_export_gguf() -> Callable[[Path | str, Path, str, str], Export]:
     try:
         from pipeline.interop.gguf_file import export_gguf  # needs the package gguf, which is optional
     except ImportError as error:

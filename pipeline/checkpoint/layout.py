@@ -80,6 +80,8 @@ def no_checkpoint_error(path: Path | str) -> CheckpointError:
     If the path is something else that users give by mistake, the message says what it is and what to do.
     """
     expected = f"expected a run folder with {CHECKPOINTS_FOLDER}/, or a checkpoint folder with {MANIFEST_FILE}"
+    if isinstance(path, str):  # a URL
+        return CheckpointError(f"{path}: no checkpoint here; {expected}")
     if not path.exists():
         return CheckpointError(f"{path}: no checkpoint here; {expected}, and this path does not exist")
     if path.is_file():

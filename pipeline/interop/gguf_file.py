@@ -28,7 +28,7 @@ from pipeline.checkpoint.finite import describe_not_finite
 from pipeline.checkpoint.layout import STATE_FILE
 from pipeline.checkpoint.loading import pieces_of_weights, read_parameter
 from pipeline.checkpoint.state import read_state
-from pipeline.checkpoint.verification import locate_checkpoint
+from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.errors import CheckpointError
@@ -49,7 +49,7 @@ _SUFFIXES = (".weight", ".bias")
 _PRE_TOKENIZER = "gpt-2"  # llama.cpp's name for GPT-2's rules that divide a text into words
 
 
-def export_gguf(checkpoint: Path, out: Path, dtype: str, weights: str = "training") -> Export:
+def export_gguf(checkpoint: Path | str, out: Path, dtype: str, weights: str = "training") -> Export:
     """Export a checkpoint as the file ``out``. Only one parameter is in memory at a time.
 
     If the export fails, ``out`` does not exist.
@@ -69,7 +69,7 @@ def export_gguf(checkpoint: Path, out: Path, dtype: str, weights: str = "trainin
     if out.exists():
         raise CheckpointError(f"--out: {out} already exists; name a new file, such as model.gguf")
     require_writable(out.parent, "--out")
-    source = locate_checkpoint(checkpoint)
+    source = locate_weights_of(checkpoint)
     _, stored = read_state(source)
     config = config_from_json(stored, origin=str(source / STATE_FILE))
     if config.model.vocab_size != GPT2_VOCAB_SIZE:

@@ -69,7 +69,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
         _check_choice("precision", precision, (None, *get_args(Precision)))
         self.world = _join_alone(device or "auto")
         self._device = self.world.device
-        loaded = load_text_model(Path(str(checkpoint)), self.world.device, weights)
+        loaded = load_text_model(checkpoint, self.world.device, weights)
         self.checkpoint, self.step, self.config, self.weights = loaded.checkpoint, loaded.step, loaded.config, weights
         self.precision = precision or loaded.config.run.precision
         self.rows = self.config.batch.micro_batch_size if batch_size == "auto" else _positive("batch_size", batch_size)
