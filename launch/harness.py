@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of our options. It does not know the options of the harness."""
+    """Return the parser of the options of this command. Options of lm-evaluation-harness are not in the parser."""
     parser = ArgumentParser(
         description=f"{__doc__} Examples are --num_fewshot, --limit, --batch_size, --device, --include_path, "
         "--output_path and --log_samples. `lm_eval ls tasks` lists the tasks.",

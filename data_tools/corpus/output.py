@@ -201,7 +201,7 @@ class OutputFolder:
 def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> Iterator[OutputFolder]:
     """Return a context manager that creates an output folder, or opens the folder that an interrupted request has left.
 
-    If the ``with`` block raises an error, ``abandon`` is called.
+    If the ``with`` block raises an error, the context manager calls ``abandon`` of the folder.
 
     Args:
         out: the path or URL of the folder.

@@ -99,7 +99,7 @@ def _is_utf16_without_mark(head: bytes) -> bool:
 def begins_as(path: Path | str, kind: str) -> bool:
     """Return whether the first bytes of a file are those of the given kind of file.
 
-    Returns True for URLs and for files that cannot be read.
+    Also returns True for a URL and for a file that cannot be read, so that the caller opens it and reports the error.
     """
     head = _read_head(path)
     return head is None or _begins(head, kind)

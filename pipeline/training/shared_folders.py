@@ -29,8 +29,8 @@ class View:
 def check_shared_folders(run_folder: Path, data_sha256: str, world: World) -> None:
     """Raise ConfigError if the run folder or the data that a rank sees differs from what rank 0 sees.
 
-    To check this, rank 0 writes a file into the run folder, and every rank looks for the file. This call is collective:
-    every rank must make it.
+    To compare the run folders, rank 0 writes a file into its run folder, and every rank looks for the file. To compare
+    the data, the ranks exchange ``data_sha256``. This call is collective: every rank must make it.
     """
     if world.size == 1:
         return
