@@ -58,6 +58,7 @@ setup(
         "datasets>=3.0",
         "safetensors>=0.4.3",
         "pydantic>=2.7,<3",
+        "pyyaml>=6",  # huggingface_hub requires it too
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "packaging>=23",

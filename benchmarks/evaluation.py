@@ -29,7 +29,7 @@ from pipeline.distributed.cpu import keep_freed_memory
 from pipeline.distributed.device import matmul_dtype
 from pipeline.distributed.world import World
 from pipeline.evaluation.examples import Example, Settings, piqa
-from pipeline.evaluation.protocols import ChoiceTask, encode_apart
+from pipeline.evaluation.protocols import ChoiceTask, PreparedTask, encode_apart
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.tasks import NAMED_TASKS, prepare_task
 from pipeline.model.gpt2 import GPT2, build_model
@@ -100,6 +100,7 @@ def print_agreement(files: dict[str, Path], limit: int, scratch: Path) -> None:
         for task, path in files.items():
             rows = [hub_row(row) for row in read_lines(path)[:limit]]
             ours = prepare_task(task, str(path), Settings(limit=limit), model.config, ALONE)
+            assert isinstance(ours, PreparedTask)
             scorer = scorer_of(as_evaluated(model))
             scores = scorer.score(ours.groups, task)
             split = NAMED_TASKS[task].hub.split  # type: ignore[index]

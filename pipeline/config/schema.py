@@ -56,6 +56,7 @@ TaskName = Literal[
     "arc_easy",
     "arc_challenge",
     "winogrande",
+    "core",
 ]
 #: DeepSpeed's key for the number of consecutive ranks that share secondary shards of all weights (ZeRO++ hpZ).
 HPZ = "zero_hpz_partition_size"

@@ -9,6 +9,7 @@ from pipeline.run_folder.layout import EVALUATION_FOLDER
 from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY
 
 VALIDATION = "validation"  # the task that scores token shards; all other tasks score text
+CORE = "core"  # the task that scores nanochat's bundle of tasks
 INTERVAL = "_interval"  # a figure's key with this suffix is the key of the figure's 95% interval
 
 Results = dict[str, dict[str, Any]]  # task -> figures, and facts about the data and the checkpoint
@@ -44,6 +45,9 @@ def format_table(results: Results) -> str:
                 lines.append(f"  {key:<18} {value:>14,}")
             elif key == DIFFERENT_NUMBERS_KEY:
                 lines.append(f"  {'different numbers':<18} {', '.join(value)}")
+        for name, figures in result.get("tasks", {}).items():  # the tasks of CORE
+            bounds = "   [{:.4f}, {:.4f}]".format(*figures[f"acc{INTERVAL}"])
+            lines.append(f"  {name:<34} acc {figures['acc']:.4f}{bounds}   centered {figures['centered']:.4f}")
         lines.extend(_format_losses(result.get("loss_by_position", [])))
     return "\n".join(lines)
 

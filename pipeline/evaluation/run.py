@@ -24,10 +24,10 @@ from pipeline.distributed.cpu import configure_cpu
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
 from pipeline.evaluation.examples import Settings
-from pipeline.evaluation.protocols import Figures, PreparedTask
+from pipeline.evaluation.protocols import Figures
 from pipeline.evaluation.results import INTERVAL, VALIDATION, Results
 from pipeline.evaluation.scoring import Scorer, compute_for_scoring
-from pipeline.evaluation.tasks import check_tasks, prepare_task
+from pipeline.evaluation.tasks import Prepared, check_tasks, prepare_task
 from pipeline.evaluation.validation import mixture_loss, score_split
 from pipeline.model.precision import ComputeModel
 from pipeline.run_folder.layout import EVALUATION_FOLDER, TENSORBOARD_FOLDER
@@ -228,7 +228,7 @@ def _write_events(results: Results, loaded: LoadedModel) -> None:
                     writer.add_scalar(f"evaluation/{task}_{key}", value, loaded.step)
 
 
-def prepare_tasks(config: Config, world: World) -> dict[str, PreparedTask]:
+def prepare_tasks(config: Config, world: World) -> dict[str, Prepared]:
     """Prepare the tasks in ``evaluation.tasks``, so that they can be measured during training.
 
     The result does not contain the task ``validation``. This call is collective: every rank must make it. Raises the
@@ -244,9 +244,7 @@ def prepare_tasks(config: Config, world: World) -> dict[str, PreparedTask]:
     }
 
 
-def measure_tasks(
-    tasks: Mapping[str, PreparedTask], backend: Backend, config: Config, world: World
-) -> dict[str, float]:
+def measure_tasks(tasks: Mapping[str, Prepared], backend: Backend, config: Config, world: World) -> dict[str, float]:
     """Measure all tasks during training. Return the results under the keys that ``metrics.jsonl`` uses.
 
     This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``.

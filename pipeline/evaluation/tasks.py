@@ -15,6 +15,7 @@ from pipeline.config.schema import ModelConfig, TaskName
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
 from pipeline.evaluation import examples
+from pipeline.evaluation.core import PreparedCore, prepare_core
 from pipeline.evaluation.examples import Example, Settings, TaskData
 from pipeline.evaluation.protocols import (
     ChoiceTask,
@@ -22,11 +23,12 @@ from pipeline.evaluation.protocols import (
     PreparedTask,
     encode_apart,
 )
-from pipeline.evaluation.results import VALIDATION
+from pipeline.evaluation.results import CORE, VALIDATION
 from pipeline.evaluation.sources import HubData, Row, Rows, read_file, read_hub
 from pipeline.evaluation.texts import TextTask
 
 TaskProtocol = ChoiceTask | ContinuationTask | TextTask
+Prepared = PreparedTask | PreparedCore
 
 
 def detokenize(page: str) -> str:
@@ -79,7 +81,7 @@ def _multiple_choice(name: str, read: Callable[[Row], Example]) -> ChoiceTask:
 
 _HELLASWAG = HubData("Rowan/hellaswag", None, "validation", "train")
 
-#: All tasks except ``validation``, which scores token shards.
+#: All tasks except ``validation``, which scores token shards, and ``core``, which consists of several tasks.
 NAMED_TASKS: dict[TaskName, NamedTask] = {
     "wikitext2": NamedTask(
         TextTask(
@@ -170,7 +172,7 @@ def check_tasks(
             raise ConfigError(f"{option} {value}: {VALIDATION} has no examples; leave it out, or name other --tasks")
 
 
-def prepare_task(name: str, path: str | None, settings: Settings, model: ModelConfig, world: World) -> PreparedTask:
+def prepare_task(name: str, path: str | None, settings: Settings, model: ModelConfig, world: World) -> Prepared:
     """Read and encode the examples of a task.
 
     This call is collective: every rank must make it.
@@ -188,6 +190,8 @@ def prepare_task(name: str, path: str | None, settings: Settings, model: ModelCo
             f"text needs a model of GPT-2's vocabulary, {GPT2_VOCAB_SIZE}"
         )
     settings = settings.of(name)
+    if name == CORE:
+        return prepare_core(path, settings, settings.label(name))
     named = NAMED_TASKS.get(cast(TaskName, name))
     if path is not None:
         rows = pool = read_file(Path(path), by_line=named is not None and named.by_line)

@@ -24,8 +24,8 @@ from pipeline.distributed.device import GIB, LateValue, PeakMemory, device_name,
 from pipeline.distributed.heartbeat import failures_reported
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted
-from pipeline.evaluation.protocols import PreparedTask
 from pipeline.evaluation.run import measure_tasks
+from pipeline.evaluation.tasks import Prepared
 from pipeline.evaluation.validation import validate, validate_average
 from pipeline.generation.writer import complete_while_training
 from pipeline.model.gpt2 import parameter_count
@@ -69,7 +69,7 @@ class Trainer:
         loader: TrainLoader,
         throughput: ThroughputMeter,
         state: TrainingState,
-        tasks: Mapping[str, PreparedTask],
+        tasks: Mapping[str, Prepared],
         origin: dict[str, Any] | None = None,
         heartbeat_file: HeartbeatFile | None = None,
     ) -> None:

@@ -1,0 +1,144 @@
+"""Measure CORE: the mean of centered accuracies over the tasks of nanochat's folder ``eval_bundle``.
+
+The metric is from Li et al. 2024 (DataComp-LM, arXiv 2406.11794). Scoring is that of nanochat
+(``nanochat/core_eval.py``).
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
+from pipeline.errors import ConfigError
+from pipeline.evaluation.core_bundle import TASKS_FILE, BundleTask, read_bundle
+from pipeline.evaluation.examples import Settings
+from pipeline.evaluation.intervals import WILSON, Z_95, wilson
+from pipeline.evaluation.packing import Request
+from pipeline.evaluation.protocols import Figures
+from pipeline.evaluation.results import CORE, INTERVAL
+from pipeline.evaluation.scoring import Score, Scorer
+
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+
+_PROTOCOL = "nanochat core_eval: choices by mean loss of tokens, continuations greedy; mean of centered accuracies"
+_NORMAL = "95%, normal, from the accuracies"
+_ITEMS_AT_ONCE = 256  # the requests of more examples would need gigabytes: some tasks have 10,000 examples
+
+
+@dataclass(frozen=True)
+class PreparedCore:
+    """The tasks of a bundle, read and checked. They are encoded when they are measured, to save memory."""
+
+    name: str
+    facts: Figures
+    tasks: list[BundleTask]
+
+    def measure(self, scorer: Scorer) -> Figures:
+        """Score all tasks. Return CORE and the figures of each task, as JSON values.
+
+        This call is collective: every rank must make it. All ranks return the same values.
+        """
+        return self.measure_examples(scorer)[0]
+
+    def measure_examples(self, scorer: Scorer) -> tuple[Figures, list[Figures]]:
+        """Score all tasks. Return the result of ``measure``, and the answer to each example as JSON values.
+
+        This call is collective: every rank must make it.
+        """
+        figures, examples, truncated = {}, [], 0
+        for task in self.tasks:
+            right = 0
+            for number, requests, scores in _score(task, scorer):
+                answer, gold = task.answer(requests, scores), task.items[number].gold
+                right += answer == gold
+                truncated += sum(request.context[0] != END_OF_TEXT for request in requests)
+                examples.append(_describe(self.name, task, number, answer, scores))
+            figures[task.label] = _task_figures(task, right)
+        return {**self.facts, **_summary(self.tasks, figures), "truncated_requests": truncated}, examples
+
+
+def _score(task: BundleTask, scorer: Scorer) -> Iterator[tuple[int, list[Request], list[Score]]]:
+    """Yield (number, requests, scores) for each item of a task."""
+    tokenizer = load_tokenizer()
+    for first in range(0, len(task.items), _ITEMS_AT_ONCE):
+        numbers = range(first, min(first + _ITEMS_AT_ONCE, len(task.items)))
+        with scorer.world.progress.patience():
+            groups = [task.requests(number, tokenizer, scorer.model.context_length) for number in numbers]
+        yield from zip(numbers, groups, scorer.score(groups, f"{CORE}: {task.label}"), strict=True)
+
+
+def _describe(name: str, task: BundleTask, number: int, answer: int, scores: Sequence[Score]) -> Figures:
+    likelihoods = {"log_likelihoods": [score.log_likelihood for score in scores]}
+    common = {"task": name, "core_task": task.label, "example": number + 1}
+    if len(scores) == 1:
+        return {**common, **likelihoods, "is_greedy": scores[0].is_greedy}
+    return {**common, "gold": task.items[number].gold, "choice": answer, **likelihoods}
+
+
+def _task_figures(task: BundleTask, right: int) -> Figures:
+    count = len(task.items)
+    return {
+        "acc": right / count,
+        f"acc{INTERVAL}": list(wilson(right, count)),
+        "centered": task.centered(right / count),
+        "random_baseline": task.baseline,
+        "shots": task.shots,
+        "examples": count,
+    }
+
+
+def _summary(tasks: Sequence[BundleTask], figures: dict[str, Figures]) -> Figures:
+    """Return CORE, the mean of the centered accuracies, with its 95% interval, and the figures of each task."""
+    core = sum(each["centered"] for each in figures.values()) / len(tasks)
+    variance = sum(
+        figures[task.label]["acc"] * (1 - figures[task.label]["acc"]) / len(task.items) / (1 - task.baseline) ** 2
+        for task in tasks
+    )
+    margin = Z_95 * math.sqrt(variance) / len(tasks)
+    return {
+        CORE: core,
+        f"{CORE}{INTERVAL}": [core - margin, core + margin],
+        "tasks": figures,
+        "interval": f"{CORE}: {_NORMAL}; acc: {WILSON}",
+    }
+
+
+def prepare_core(path: str | None, settings: Settings, name: str) -> PreparedCore:
+    """Read and check the tasks of a bundle.
+
+    Args:
+        path: the folder ``eval_bundle``.
+        settings: ``limit`` is the number of examples per task. They are the first ones after nanochat's shuffle.
+        name: the name of the result.
+
+    Raises:
+        ConfigError: there is no path, or ``settings`` contains few-shot examples or a stride.
+        DataError: a file is missing or cannot be used.
+    """
+    if path is None:
+        raise ConfigError(f"{CORE}: no data; unpack {BUNDLE_URL} and name the folder: --data {CORE}=eval_bundle")
+    if settings.shots or settings.stride:
+        option = "--shots" if settings.shots else "--stride"
+        raise ConfigError(
+            f"{option}: {CORE} takes its few-shot counts from {TASKS_FILE} and has no texts; leave it out"
+        )
+    folder = Path(path)
+    tasks, files = read_bundle(folder, settings.limit)
+    facts = {
+        "protocol": _PROTOCOL,
+        "data": str(folder),
+        "data_sha256": _hash_files(files),
+        "examples": sum(len(task.items) for task in tasks),
+        "limit": settings.limit,
+    }
+    return PreparedCore(name, facts, tasks)
+
+
+def _hash_files(files: Sequence[Path]) -> str:
+    """Return the SHA-256 of the contents of several files."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,209 @@
+"""Read the folder ``eval_bundle`` of nanochat: the tasks of CORE, their examples, and their prompts.
+
+The tasks, their few-shot counts and their random baselines are those in the folder. Prompts and draws of few-shot
+examples are those of nanochat (``nanochat/core_eval.py`` and ``scripts/base_eval.py``).
+"""
+
+import csv
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_tools.errors import DataError, one_line_read_errors
+from data_tools.tokenizer import END_OF_TEXT, Tokenizer
+from pipeline.evaluation.packing import Request
+from pipeline.evaluation.results import CORE
+from pipeline.evaluation.scoring import Score
+from pipeline.evaluation.sources import Row, index_field, read_file, text_field, texts_field
+
+TASKS_FILE, BASELINES_FILE, DATA_FOLDER = "core.yaml", "eval_meta_data.csv", "eval_data"
+
+_ORDER_SEED, _SHOTS_SEED = 1337, 1234
+_SHOT_SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True)
+class Item:
+    """An example: pairs of a context and a continuation. The model must prefer the pair ``gold``."""
+
+    pairs: tuple[tuple[str, str], ...]  # a continuation without alternatives has one pair
+    gold: int = 0
+
+
+def _read_choices(row: Row) -> Item:
+    """Read ``query``, ``choices``, ``gold``."""
+    query, choices = text_field(row, "query"), texts_field(row, "choices")
+    return Item(tuple((query, choice) for choice in choices), index_field(row, "gold", len(choices)))
+
+
+def _read_schema(row: Row) -> Item:
+    """Read ``context_options``, ``continuation``, ``gold``."""
+    contexts, continuation = texts_field(row, "context_options"), text_field(row, "continuation")
+    return Item(tuple((context, continuation) for context in contexts), index_field(row, "gold", len(contexts)))
+
+
+def _read_continuation(row: Row) -> Item:
+    """Read ``context``, ``continuation``."""
+    return Item(((text_field(row, "context").strip(), text_field(row, "continuation")),))
+
+
+_READERS: dict[str, Callable[[Row], Item]] = {
+    "multiple_choice": _read_choices,
+    "schema": _read_schema,
+    "language_modeling": _read_continuation,
+}
+
+
+@dataclass(frozen=True)
+class BundleTask:
+    """A task of the bundle."""
+
+    label: str
+    kind: str  # a key of ``_READERS``
+    delimiter: str  # the text between a context and its continuation
+    shots: int
+    baseline: float  # the accuracy of random answers, from 0 to 1
+    items: list[Item]
+
+    def centered(self, accuracy: float) -> float:
+        """Return the accuracy on a scale on which random answers have 0 and right answers have 1."""
+        return (accuracy - self.baseline) / (1 - self.baseline)
+
+    def prefix(self, number: int) -> str:
+        """Return the few-shot examples before an item. Each item has its own seed and is not among them."""
+        others = [i for i in range(len(self.items)) if i != number]
+        drawn = random.Random(_SHOTS_SEED + number).sample(others, self.shots)
+        return "".join(self._join(*self.items[i].pairs[self.items[i].gold]) + _SHOT_SEPARATOR for i in drawn)
+
+    def _join(self, context: str, continuation: str) -> str:
+        return f"{context}{self.delimiter}{continuation}"
+
+    def requests(self, number: int, tokenizer: Tokenizer, context_length: int) -> list[Request]:
+        """Return one request per pair of an item.
+
+        The scored tokens are those after the common beginning of all choices, the common end of all contexts, or the
+        tokens after the context. Each request has at most ``context_length`` tokens. The first tokens are left out.
+
+        Raises:
+            DataError: the scored tokens alone do not fit.
+        """
+
+        def encode(text: str) -> list[int]:
+            return [END_OF_TEXT, *tokenizer.encode(text).tolist()]
+
+        prefix, pairs = self.prefix(number), self.items[number].pairs
+        tokens = [encode(prefix + self._join(*pair)) for pair in pairs]
+        if self.kind == "schema":
+            shared = len(commonprefix([row[::-1] for row in tokens]))
+            starts = [max(len(row) - shared, 1) for row in tokens]
+        else:
+            before = [encode((prefix + self._join(context, "")).strip()) for context, _ in pairs if len(pairs) == 1]
+            starts = [len(commonprefix([*tokens, *before]))] * len(tokens)
+        return [
+            self._request(row, min(start, len(row) - 1), context_length, number)
+            for row, start in zip(tokens, starts, strict=True)
+        ]
+
+    def _request(self, tokens: list[int], start: int, context_length: int, number: int) -> Request:
+        left_out = max(len(tokens) - context_length, 0)
+        if left_out >= start:
+            raise DataError(
+                f"{CORE}: example {number + 1} of {self.label} scores {len(tokens) - start} tokens, which do not fit "
+                f"into the model's context of {context_length}; use a model with a longer context"
+            )
+        return Request(tuple(tokens[left_out:start]), tuple(tokens[start:]))
+
+    def answer(self, requests: Sequence[Request], scores: Sequence[Score]) -> int:
+        """Return the index of the pair that the model chooses.
+
+        It has the highest mean log-likelihood per token. For a single pair, the index is 0 if greedy decoding generates
+        the continuation, and otherwise 1.
+        """
+        if len(scores) == 1:
+            return int(not scores[0].is_greedy)
+        means = [score.log_likelihood / len(r.continuation) for r, score in zip(requests, scores, strict=True)]
+        return means.index(max(means))
+
+
+def read_bundle(folder: Path, limit: int | None) -> tuple[list[BundleTask], list[Path]]:
+    """Read and check the tasks of a bundle.
+
+    Args:
+        limit: the largest number of examples per task. They are the first ones after nanochat's shuffle.
+
+    Returns:
+        The tasks, and all files of the bundle that were read.
+
+    Raises:
+        DataError: a file is missing or cannot be used.
+    """
+    baselines = _read_baselines(folder / BASELINES_FILE)
+    files = [folder / TASKS_FILE, folder / BASELINES_FILE]
+    tasks = []
+    for number, entry in enumerate(_read_entries(folder / TASKS_FILE), 1):
+        task, file = _read_task(folder, entry, baselines, limit, f"{folder / TASKS_FILE}: task {number}")
+        tasks.append(task)
+        files.append(file)
+    return tasks, files
+
+
+def _read_entries(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of ``icl_tasks`` in ``core.yaml``."""
+    try:
+        with one_line_read_errors(path):
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: is not YAML ({' '.join(str(error).split())[:120]})") from error
+    entries = content.get("icl_tasks") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise DataError(f"{path}: must have icl_tasks, a list of tasks; expected the file of nanochat's eval_bundle")
+    return entries
+
+
+def _read_baselines(path: Path) -> dict[str, float]:
+    """Return the accuracy of random answers by task, from 0 to 1. The file contains percentages."""
+    with one_line_read_errors(path), open(path, encoding="utf-8", newline="") as file:
+        try:
+            return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+        except (KeyError, ValueError, TypeError) as error:
+            raise DataError(f"{path}: needs the columns Eval Task and Random baseline, a percentage") from error
+
+
+def _read_task(
+    folder: Path, entry: dict[str, Any], baselines: dict[str, float], limit: int | None, where: str
+) -> tuple[BundleTask, Path]:
+    try:
+        label, kind, file = str(entry["label"]), entry["icl_task_type"], folder / DATA_FOLDER / entry["dataset_uri"]
+        shots = int(entry["num_fewshot"][0])
+        delimiter = str(entry.get("continuation_delimiter", " "))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"{where} needs label, icl_task_type, dataset_uri and num_fewshot, a list of numbers"
+        ) from error
+    if kind not in _READERS:
+        raise DataError(f"{where} ({label}): icl_task_type is {kind}; it must be one of {', '.join(_READERS)}")
+    if not 0 <= baselines.get(label, 1.0) < 1:
+        raise DataError(f"{where} ({label}): {BASELINES_FILE} has no random baseline from 0 to below 100 for it")
+    items = _read_items(file, _READERS[kind], limit)
+    if len(items) <= shots:
+        raise DataError(f"{where} ({label}): {file} has {len(items)} examples, too few for {shots} few-shot examples")
+    return BundleTask(label, kind, delimiter, shots, baselines[label], items), file
+
+
+def _read_items(path: Path, read: Callable[[Row], Item], limit: int | None) -> list[Item]:
+    """Return the examples of a file in nanochat's order, at most ``limit``."""
+    rows = read_file(path)
+    items = []
+    for number, row in enumerate(rows.rows):
+        try:
+            items.append(read(row))
+        except (KeyError, ValueError) as error:
+            reason = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+            raise DataError(f"{rows.where(number)}: {reason}; {read.__doc__}") from error
+    random.Random(_ORDER_SEED).shuffle(items)
+    return items[:limit]
