@@ -52,6 +52,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
         config = tiny_config(folder / name, optimizer={"learning_rate": learning_rate}, run={"name": name})
         record = RunRecord(config, is_main=True, resumed_step=0)
+        started = {"backend": "FSDP2 with AdamW", "world_size": 2, "device": "cpu"}
+        record.write({"step": 0, "started": started})
         for step in range(1, 6):
             row = {"step": step, "loss": 5.0 / step, "lr": learning_rate, "grad_norm": 1.0 + step, "tokens": step * 64}
             record.write({**row, "tokens_per_s": 100.0 + step, "mfu": 0.5, "step_ms": 10.0})
@@ -156,5 +158,13 @@ def test_generated_text_is_on_the_text_page(tensorboard_port: int) -> None:
 @needs_browser
 def test_hyperparameters_are_beside_final_metrics(tensorboard_port: int) -> None:
     text = look(tensorboard_port, "hparams", DESKTOP)["text"]
-    for column in ("optimizer.learning_rate", "backend.name", "final/loss", "final/validation_loss"):
-        assert column in text
+    assert "FSDP2 with AdamW, 2 x cpu" in text
+    columns = ("1 backends", "2 optimizer.learning_rate", "backend.name", "results/validation_loss", "results/loss")
+    assert sorted(columns, key=text.index) == list(columns)
+
+
+@needs_browser
+def test_the_page_opens_at_the_loss(tensorboard_port: int) -> None:
+    lines = look(tensorboard_port, "timeseries", DESKTOP)["text"].splitlines()
+    groups = {"loss", "optimizer", "results", "speed"}
+    assert list(dict.fromkeys(line for line in lines if line in groups)) == sorted(groups)

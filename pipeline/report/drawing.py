@@ -1,6 +1,7 @@
 """Draw charts with matplotlib, as SVG for the HTML page and as PNG files."""
 
 import io
+import math
 import re
 from dataclasses import dataclass
 from html import escape
@@ -10,15 +11,23 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
 
 from pipeline.report.colours import ALL, INK, MUTED, PAPER, RUNS
 from pipeline.report.curves import STEPS, TOKENS, Chart, Curve
 
 SIZE_INCHES = (4.4, 3.3)  # as wide as a phone, so that text is readable on a phone
 PNG_DOTS_PER_INCH = 200
-#: Largest / smallest value above which evenly spaced ticks are too close to each other on a logarithmic axis.
-WIDE_RATIO = 8.0
+#: The multiples of powers of 10 at which a logarithmic axis may have ticks, fewest first.
+TICK_MULTIPLES = (
+    (1,),
+    (1, 3),
+    (1, 2, 5),
+    (1, 2, 3, 5),
+    (1, 2, 3, 4, 5, 6, 8),
+    (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9),
+)
+FEWEST_TICKS, MOST_TICKS = 3, 9
 LONGEST_LABEL = 34  # characters of an entry in the legend
 # The curves of equal runs cover each other. The gaps of dashed curves show the curves below.
 DASHES = ((0, ()), (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
@@ -91,18 +100,32 @@ def _shape_axes(axes: Axes, chart: Chart) -> None:
     if chart.axis is TOKENS:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     heights = [y for curve in chart.curves for y in curve.y]
+    even = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+    axes.yaxis.set_major_locator(even)
     if chart.logarithmic and min(heights) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(NullLocator())
+        ticks = log_ticks(*axes.get_ylim())
+        axes.yaxis.set_major_locator(FixedLocator(ticks) if len(ticks) >= FEWEST_TICKS else even)
         axes.yaxis.set_major_formatter(ScalarFormatter())
-    if axes.get_yscale() == "log" and max(heights) > WIDE_RATIO * min(heights):
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     if chart.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if chart.from_zero:
         axes.set_ylim(bottom=0)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return at most ``MOST_TICKS`` ticks for a logarithmic axis from ``low`` to ``high``, spread over the axis.
+
+    If the axis is short, there can be fewer than ``FEWEST_TICKS``.
+    """
+    exponents = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for multiples in reversed(TICK_MULTIPLES):
+        ticks = [tick for e in exponents for m in multiples if low <= (tick := m * 10.0**e) <= high]
+        if len(ticks) <= MOST_TICKS:
+            break
+    return ticks[:: max(1, math.ceil(len(ticks) / MOST_TICKS))]
 
 
 def _to_page_element(svg: str, title: str) -> str:

@@ -17,6 +17,7 @@ from pipeline.report.curves import charts_of
 from pipeline.report.runs import Run, read_runs
 from pipeline.report.tables import Table, evaluation_table, settings_table, summary_table
 from pipeline.run_folder.layout import REPORT_PAGE
+from pipeline.run_folder.metrics import SAMPLE_KEY
 
 PAGE_FILE = Path(REPORT_PAGE).name
 STYLE = """
@@ -32,11 +33,28 @@ p { margin: 0.3rem 0; color: var(--muted); }
 .charts figure { margin: 0; min-width: 0; }
 .charts svg { display: block; width: 100%%; height: auto; }
 .charts svg text { font-family: system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
+.texts { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fill, minmax(min(100%%, 30rem), 1fr)); }
+.texts figure { margin: 0; min-width: 0; }
+.texts figcaption { color: var(--muted); overflow-wrap: anywhere; }
+pre { margin: 0.3rem 0; padding-left: 0.8rem; border-left: 2px solid var(--rule); max-height: 20rem; overflow-y: auto;
+  font-size: 0.85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.9rem 0.3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
+table { width: 100%%; min-width: calc(12rem + var(--runs) * 9rem); table-layout: fixed; border-collapse: collapse;
+  font-size: 0.9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.3rem 0.9rem 0.3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top;
+  overflow-wrap: anywhere; }
 th { font-weight: 600; }
-td { min-width: 7rem; max-width: 26rem; overflow-wrap: anywhere; white-space: pre-line; }
+tr:first-child th { word-break: break-all; }
+th:first-child { width: 14rem; }
+td { white-space: pre-line; }
+@media (max-width: 40rem) {
+  table, tbody { display: block; min-width: 0; }
+  tr { display: grid; grid-template-columns: repeat(var(--runs), minmax(7rem, 1fr)); padding: 0.3rem 0;
+    border-bottom: 1px solid var(--rule); }
+  th, td { border: 0; padding: 0 0.9rem 0 0; }
+  th:first-child { grid-column: 1 / -1; width: auto; color: var(--muted); font-weight: normal; }
+  th:first-child:empty { display: none; }
+}
 .swatch { display: inline-block; width: 0.7em; height: 0.7em; border-radius: 2px; margin-right: 0.4em; }
 """
 
@@ -81,6 +99,7 @@ def _page_lines(runs: Sequence[Run], svgs: Sequence[str], written_at: str) -> It
     yield f"<title>{title}</title>\n<style>{STYLE % variables}</style>\n</head>\n<body>"
     yield f"<h1>{title}</h1>\n<p>Written {escape(written_at)}.</p>"
     yield from _section("Runs", summary_table(runs), runs)
+    yield from _generated_texts(runs)
     yield "<h2>Curves</h2>"
     yield '<div class="charts">'
     yield from (f"<figure>{svg}</figure>" for svg in svgs)
@@ -93,16 +112,31 @@ def _page_lines(runs: Sequence[Run], svgs: Sequence[str], written_at: str) -> It
     yield "</body>\n</html>"
 
 
+def _generated_texts(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield the last text that each run has generated in an evaluation."""
+    figures = []
+    for i, run in enumerate(runs):
+        rows = [row for row in run.rows if SAMPLE_KEY in row]
+        if rows:
+            caption = f"{_swatch(i)}{escape(run.label)}, step {rows[-1]['step']:,}"
+            text = escape(rows[-1][SAMPLE_KEY])
+            figures.append(f"<figure><figcaption>{caption}</figcaption><pre>{text}</pre></figure>")
+    if figures:
+        yield from ("<h2>Generated text</h2>", '<div class="texts">', *figures, "</div>")
+
+
+def _swatch(run: int) -> str:
+    """Return a square in the color of a run."""
+    return f'<span class="swatch" style="background: {colours.RUNS[run % len(colours.RUNS)].css}"></span>'
+
+
 def _section(heading: str, table: Table, runs: Sequence[Run], empty: str = "") -> Iterator[str]:
     yield f"<h2>{heading}</h2>"
     if not table.rows:
         yield f"<p>{empty}</p>"
         return
-    yield '<div class="scroll"><table>'
-    swatches = {
-        run.label: f'<span class="swatch" style="background: {colours.RUNS[i % len(colours.RUNS)].css}"></span>'
-        for i, run in enumerate(runs)
-    }
+    yield f'<div class="scroll"><table style="--runs: {len(table.columns)}">'
+    swatches = {run.label: _swatch(i) for i, run in enumerate(runs)}
     heads = (swatches.get(name, "") + escape(name) for name in table.columns)
     yield "<tr><th></th>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"
     for name, cells in table.rows.items():

@@ -3,7 +3,7 @@
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,10 +37,14 @@ def summary_table(runs: Sequence[Run]) -> Table:
 
 
 def _facts(run: Run) -> dict[str, str]:
-    model = {key.removeprefix(_MODEL): json.loads(run.settings[key]) for key in run.settings if key.startswith(_MODEL)}
-    facts = {"model": describe_model(model)} if model else {}
-    facts |= {key: run.settings[key].strip('"') for key in SHOWN if key in run.settings}
     starts = [row for row in run.rows if "started" in row]  # written at the start and at each resume
+    facts = {
+        "started": "\n".join(_format_time(row["started"]["time"]) for row in starts if "time" in row["started"]),
+        "data": _describe_data(run.settings),
+    }
+    model = {key.removeprefix(_MODEL): json.loads(run.settings[key]) for key in run.settings if key.startswith(_MODEL)}
+    facts |= {"model": describe_model(model)} if model else {}
+    facts |= {key: run.settings[key].strip('"') for key in SHOWN if key in run.settings}
     if starts:
         facts["parameters"] = f"{starts[-1]['started']['parameters']:,}"
     facts["computed on"] = "\n".join(_describe_start(row["step"], **row["started"]) for row in starts)
@@ -63,6 +67,16 @@ def _facts(run: Run) -> dict[str, str]:
     if run.settings.get("checkpoint.remote"):
         facts["failed uploads"] = str(run.last("failed_uploads") or 0)
     return {name: fact for name, fact in facts.items() if fact not in ("", "0") or name == "tokens"}
+
+
+def _format_time(iso: str) -> str:
+    return iso[: len("2026-11-26T14:03")].replace("T", " ")
+
+
+def _describe_data(settings: Mapping[str, str]) -> str:
+    """Return the path of the data, or the paths of a mixture, one per line."""
+    path, mixture = (json.loads(settings.get(key, "null")) for key in ("data.path", "data.mixture"))
+    return "\n".join(component["path"] for component in mixture) if mixture else path or ""
 
 
 def _describe_start(step: int, backend: str, world_size: int, device: str, **_: Any) -> str:
@@ -89,9 +103,10 @@ def _format(value: Any) -> str:
     Any other value gives an empty cell.
     """
     if isinstance(value, float):
-        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.4g}"
+        text = f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.4g}"
+        return text.replace("-", "\N{MINUS SIGN}")
     if isinstance(value, int):
-        return f"{value:,}"
+        return f"{value:,}".replace("-", "\N{MINUS SIGN}")
     if isinstance(value, str):
         return value[:16] if re.fullmatch(r"[0-9a-f]{64}", value) else value  # a SHA-256
     if isinstance(value, list) and len(value) == 2 and all(isinstance(end, int | float) for end in value):

@@ -5,6 +5,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ _LONGEST_GIT_S = 10.0  # git can be slow in a large repository on a network disk
 
 
 def describe_process() -> dict[str, Any]:
-    """Return the command, the host, the launcher, the versions of packages, and the git commit of the working folder.
+    """Return the time, command, host, launcher, versions of packages, and the git commit of the working folder.
 
     If no launcher started this process, ``launcher`` is null. If the working folder is not in a git repository, ``git``
     is null.
     """
     return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "host": socket.gethostname(),
         "launcher": launcher_name(),

@@ -42,6 +42,10 @@ frame.onload = () => {{
     width: inside.documentElement.scrollWidth,
     background: frame.contentWindow.getComputedStyle(inside.body).backgroundColor,
     ink: frame.contentWindow.getComputedStyle(inside.body).color,
+    tables: [...inside.querySelectorAll("table")].map((table) => ({{
+      left: size(table).left, right: size(table).right,
+      inner: table.scrollWidth, shown: table.parentElement.clientWidth,
+    }})),
     smallest_text: Math.min(...[...inside.querySelectorAll("svg text")].map((text) => size(text).height)),
     pictures: [...inside.querySelectorAll("svg")].map((svg) => ({{
       width: size(svg).width, height: size(svg).height, right: size(svg).right,
@@ -61,6 +65,7 @@ class Seen:
     background: str
     ink: str
     smallest_text: float  # height of a line in a picture, in CSS pixels
+    tables: list[dict[str, Any]]
     pictures: list[dict[str, Any]]
     console: list[str]  # messages of the page and the browser
 

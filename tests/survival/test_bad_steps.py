@@ -99,4 +99,4 @@ def test_a_spike_rolls_the_run_back_and_leaves_the_batch_out(
     assert state.guard.skipped_samples == ((52, 56),) and state.guard.rollbacks == 1
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 19))
+    assert [event.step for event in events.Scalars("loss/training")] == list(range(1, 19))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,24 +10,25 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.run_folder.layout import TENSORBOARD_FOLDER
-from pipeline.run_folder.metrics import DATASET_LOSS_PREFIX, LAYER_PREFIX, SAMPLE_KEY, TASK_PREFIX
+from pipeline.run_folder.metrics import DATASET_LOSS_PREFIX, LAYER_PREFIX, SAMPLE_KEY, TASK_PREFIX, read_metrics
 from pipeline.run_folder.sinks.sink import Row, Sink
 
 log = logging.getLogger(__name__)
 
-#: Row key -> TensorBoard tag. Other keys are in metrics.jsonl only.
+#: Row key -> TensorBoard tag. Other keys are in metrics.jsonl only. TensorBoard sorts groups of tags by name, so the
+#: names of all other groups come after ``loss``.
 TENSORBOARD_TAGS = {
-    "loss": "train/loss",
-    "val_loss": "validation/loss",
-    "val_ema_loss": "validation/ema_loss",
-    "val_perplexity": "validation/perplexity",
+    "loss": "loss/training",
+    "val_loss": "loss/validation",
+    "val_ema_loss": "loss/validation_ema",
     "lr": "optimizer/learning_rate",
     "grad_norm": "optimizer/grad_norm",
     "loss_scale": "optimizer/loss_scale",
-    "tokens_per_s": "throughput/tokens_per_s",
-    "mfu": "throughput/mfu",
-    "step_ms": "throughput/step_ms",
-    "data_wait_share": "throughput/data_wait_share",
+    "val_perplexity": "perplexity/validation",
+    "tokens_per_s": "speed/tokens_per_s",
+    "mfu": "speed/mfu",
+    "step_ms": "speed/step_ms",
+    "data_wait_share": "speed/data_wait_share",
     "compute_ms_min": "ranks/compute_ms_min",
     "compute_ms_mean": "ranks/compute_ms_mean",
     "compute_ms_max": "ranks/compute_ms_max",
@@ -38,37 +40,50 @@ TENSORBOARD_TAGS = {
     "collective_wait_ms_max": "ranks/collective_wait_ms_max",
     "slowest_rank": "ranks/slowest_rank",
     "slowest_ratio": "ranks/slowest_ratio",
-    "peak_memory_gib": "memory/peak_gib",
-    "skipped_steps": "guard/skipped_steps",
-    "scored_targets": "train/scored_targets",
-    "save_s": "checkpoint/save_s",
-    "save_pause_s": "checkpoint/pause_s",
-    "failed_saves": "checkpoint/failed_saves",
-    "upload_s": "checkpoint/upload_s",
-    "failed_uploads": "checkpoint/failed_uploads",
+    "skipped_steps": "steps/skipped",
+    "scored_targets": "steps/scored_targets",
+    "peak_memory_gib": "system/peak_memory_gib",
+    "save_s": "system/save_s",
+    "save_pause_s": "system/save_pause_s",
+    "failed_saves": "system/failed_saves",
+    "upload_s": "system/upload_s",
+    "failed_uploads": "system/failed_uploads",
 }
 
 #: The sections of a config that affect the result or the speed.
 HYPERPARAMETER_SECTIONS = ("run", "model", "data", "batch", "optimizer", "schedule", "backend")
 
+#: The most important settings. TensorBoard sorts the settings by name, so a number before the name puts them first.
+FIRST_HYPERPARAMETERS = (
+    "backends",
+    "optimizer.learning_rate",
+    "batch.tokens_per_step",
+    "schedule.max_steps",
+    "model.n_layer",
+    "model.n_embd",
+    "run.precision",
+    "optimizer.name",
+    "data.path",
+)
+
 #: The keys of the summary that the HPARAMS page shows.
-RESULTS = ("loss", "validation_loss")
+RESULTS = ("validation_loss", "loss")
 
 #: TensorBoard's CUSTOM SCALARS page: group -> chart -> regular expressions of its tags.
 TENSORBOARD_LAYOUT = {
     "loss": {
-        "training and validation": ["Multiline", ["^train/loss$", "^validation/loss$"]],
-        "validation, each dataset of a mixture": ["Multiline", ["^validation/loss"]],
+        "training and validation": ["Multiline", ["^loss/training$", "^loss/validation$"]],
+        "validation, each dataset of a mixture": ["Multiline", ["^loss/validation"]],
     },
     "optimizer": {
         "learning rate": ["Multiline", ["^optimizer/learning_rate$"]],
         "gradient norm before clipping": ["Multiline", ["^optimizer/grad_norm$"]],
     },
     "speed": {
-        "tokens per second": ["Multiline", ["^throughput/tokens_per_s$"]],
+        "tokens per second": ["Multiline", ["^speed/tokens_per_s$"]],
         "MFU, and the share of time spent waiting for data": [
             "Multiline",
-            ["^throughput/mfu$", "^throughput/data_wait_share$"],
+            ["^speed/mfu$", "^speed/data_wait_share$"],
         ],
     },
 }
@@ -81,6 +96,7 @@ class TensorBoardLog(Sink):
     """
 
     def __init__(self, run_folder: Path) -> None:
+        self._run_folder = run_folder
         self._folder = str(run_folder / TENSORBOARD_FOLDER)
         self._writer: SummaryWriter | None = None
         self._config: dict[str, Any] = {}
@@ -114,13 +130,8 @@ class TensorBoardLog(Sink):
 
     def end(self, summary: Row) -> None:
         """Write the settings and the last results for TensorBoard's page HPARAMS, and close the event file."""
-        settings = {
-            f"{section}.{key}": value if isinstance(value, bool | int | float | str) else json.dumps(value)
-            for section, keys in self._config.items()
-            if section in HYPERPARAMETER_SECTIONS
-            for key, value in keys.items()
-        }
-        results = {f"final/{key}": summary[key] for key in RESULTS if summary.get(key) is not None}
+        settings = hyperparameters(self._config, read_metrics(self._run_folder))
+        results = {f"results/{key}": summary[key] for key in RESULTS if summary.get(key) is not None}
         if self._writer:
             with suppress(OSError):  # an earlier row has logged the error
                 self._writer.add_hparams(settings, results, run_name=".")
@@ -132,12 +143,35 @@ class TensorBoardLog(Sink):
                 self._writer.close()
 
 
+def hyperparameters(config: dict[str, Any], rows: Sequence[Row]) -> dict[str, bool | int | float | str]:
+    """Return the names and values that the HPARAMS page shows for a run.
+
+    The value ``backends`` names the backends of all starts of the run, which may differ from the backend of the config.
+
+    Args:
+        config: the resolved run config.
+        rows: the rows of metrics so far.
+    """
+    starts = [row["started"] for row in rows if "started" in row]
+    backends = dict.fromkeys(f"{start['backend']}, {start['world_size']} x {start['device']}" for start in starts)
+    settings = {
+        key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+        for section in HYPERPARAMETER_SECTIONS
+        for key, value in ((f"{section}.{name}", value) for name, value in config.get(section, {}).items())
+    }
+    settings["backends"] = ", then ".join(backends)
+    for number, key in enumerate(FIRST_HYPERPARAMETERS, start=1):
+        if key in settings:
+            settings[f"{number} {key}"] = settings.pop(key)
+    return settings
+
+
 def tensorboard_tag(key: str) -> str | None:
     """Return the TensorBoard tag for a key of the metrics. Returns None if TensorBoard does not show this key."""
     if key.startswith(DATASET_LOSS_PREFIX):
-        return f"validation/loss_{key.removeprefix(DATASET_LOSS_PREFIX)}"
+        return f"loss/validation/{key.removeprefix(DATASET_LOSS_PREFIX)}"
     if key.startswith(TASK_PREFIX):
         return f"tasks/{key.removeprefix(TASK_PREFIX)}"
     if key.startswith(LAYER_PREFIX):
-        return key
+        return f"per_{key}"
     return TENSORBOARD_TAGS.get(key)

@@ -16,7 +16,7 @@ from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.errors import ReportError
 from pipeline.report.curves import MOST_POINTS, charts_of, thin_out
-from pipeline.report.drawing import draw
+from pipeline.report.drawing import draw, log_ticks
 from pipeline.report.page import PAGE_FILE, write_report
 from pipeline.report.runs import read_runs
 from pipeline.report.tables import evaluation_table, settings_table, summary_table
@@ -88,6 +88,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     first = make_run(folder / "ddp", ordinary_rows())
     moved = [*ordinary_rows(30), start_row(30, "FSDP2 with AdamW", 4), *(training_row(step) for step in range(31, 61))]
     second = make_run(folder / "a_rather_long_name_of_a_run_that_was_moved_to_fsdp", moved, {"run": {"seed": 7}})
+    with (first / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 60, "sample": "def main() -> None:\n" + 40 * "    a_long_name = 1; "}) + "\n")
     (second / "evaluation").mkdir()
     result = {"task": "hellaswag", "step": 60, "acc": 0.2955, "acc_interval": [0.291, 0.3], "protocol": "x" * 200}
     (second / "evaluation" / "hellaswag.json").write_text(json.dumps(result))
@@ -227,6 +229,36 @@ class TestTables:
         runs = [make_run(tmp_path / name, [], {"run": {"seed": seed}}) for name, seed in (("a", 5), ("b", 6))]
         assert settings_table(read_runs(runs)).rows == {"run.seed": ["5", "6"]}
 
+    def test_the_summary_begins_with_the_date_and_the_data(self, tmp_path: Path) -> None:
+        first = start_row(0, "DDP", 1)
+        first["started"]["time"] = "2026-11-26T14:03:25+00:00"
+        mixture = [{"path": "data/a", "weight": 1.0}, {"path": "data/b", "weight": 2.0}]
+        one = make_run(tmp_path / "one", [first], {"data": {"path": "data/code"}})
+        mixed = make_run(tmp_path / "mixed", [first], {"data": {"path": None, "mixture": mixture}})
+        table = summary_table(read_runs([one, mixed])).rows
+        assert list(table)[:2] == ["started", "data"]
+        assert table["started"] == ["2026-11-26 14:03"] * 2 and table["data"] == ["data/code", "data/a\ndata/b"]
+
+    def test_negative_numbers_have_a_minus_sign(self, run: Path) -> None:
+        (run / "evaluation").mkdir()
+        (run / "evaluation" / "x.json").write_text(json.dumps({"task": "x", "gain": -0.25, "small": -2e-5}))
+        rows = evaluation_table(read_runs([run])).rows
+        assert rows["x gain"] == ["\N{MINUS SIGN}0.2500"] and rows["x small"] == ["\N{MINUS SIGN}2e\N{MINUS SIGN}05"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (3.2, 11.0, [3.5, 4, 4.5, 5, 6, 7, 8, 9, 10]),
+        (2.3, 11.0, [3, 4, 5, 6, 8, 10]),
+        (0.04, 20.0, [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20]),
+        (1e-9, 1e9, [1e-9, 1e-6, 1e-3, 1, 1e3, 1e6, 1e9]),
+        (3.1, 3.4, []),
+    ],
+)
+def test_a_logarithmic_axis_has_ticks_at_both_ends(low: float, high: float, ticks: list[float]) -> None:
+    assert log_ticks(low, high) == pytest.approx(ticks)
+
 
 class TestWriting:
     def test_page_and_pictures(self, run: Path, tmp_path: Path) -> None:
@@ -249,6 +281,13 @@ class TestWriting:
         page = (tmp_path / "out" / PAGE_FILE).read_text()
         assert "<b>" not in page and "<i>" not in page
         assert page.count("_&lt;b&gt;$x$ &amp; $y$, training") == 3, "in the legends of the three loss charts"
+
+    def test_the_last_generated_text_is_at_the_top(self, tmp_path: Path) -> None:
+        texts = [{"step": step, "sample": f"<p>text {step}\nline"} for step in (1, 2)]
+        write_report([make_run(tmp_path / "run", [*ordinary_rows(4), *texts])], tmp_path / "out")
+        page = (tmp_path / "out" / PAGE_FILE).read_text()
+        assert page.index("<h2>Runs") < page.index("&lt;p&gt;text 2\nline") < page.index("<h2>Curves")
+        assert "text 1" not in page and ", step 2</figcaption>" in page
 
     def test_a_run_that_has_logged_nothing_yet(self, tmp_path: Path) -> None:
         write_report([make_run(tmp_path / "run", [])], tmp_path / "out")
@@ -284,6 +323,9 @@ class TestInABrowser:
             assert picture["width"] > 300 and picture["height"] > 200 and picture["right"] <= width
             assert picture["lines"] >= 3, "two axes and a curve"
         assert seen.smallest_text >= 10
+        for table in seen.tables:
+            assert table["inner"] <= table["shown"], "both runs are beside each other, without scrolling"
+            assert table["right"] - table["left"] > 0.85 * min(width, 1250), "the table uses the width of the page"
         assert (sum(rgb(seen.background)) < sum(rgb(seen.ink))) == dark
 
     def test_the_colours_of_pictures_follow_the_page(self, report: str) -> None:

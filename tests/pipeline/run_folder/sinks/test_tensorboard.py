@@ -14,10 +14,10 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.summary.writer import event_file_writer
 
 from pipeline.run_folder.layout import TENSORBOARD_FOLDER
-from pipeline.run_folder.sinks.tensorboard import TENSORBOARD_TAGS, TensorBoardLog
+from pipeline.run_folder.sinks.tensorboard import TENSORBOARD_TAGS, TensorBoardLog, hyperparameters, tensorboard_tag
 from tests.pipeline.conftest import largest_file
 
-GROUPS = {"train", "validation", "optimizer", "throughput", "ranks", "memory", "guard", "checkpoint"}
+GROUPS = {"loss", "perplexity", "optimizer", "speed", "ranks", "steps", "system"}
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +60,8 @@ def test_tags_are_grouped(tmp_path: Path) -> None:
     for key, tag in TENSORBOARD_TAGS.items():
         assert [(s.step, s.value) for s in drawn.Scalars(tag)] == [(1, everything[key])], tag
     assert {tag.split("/")[0] for tag in tags} == GROUPS
+    others = [tensorboard_tag(key) for key in ("layer_grad_norm/ln_f", "task_piqa_acc")] + ["results/loss"]
+    assert min([*tags, *others]) == "loss/training", "TensorBoard opens at the loss"
 
 
 def test_the_losses_of_a_mixture_s_data_sets_are_beside_their_mean(tmp_path: Path) -> None:
@@ -67,13 +69,13 @@ def test_the_losses_of_a_mixture_s_data_sets_are_beside_their_mean(tmp_path: Pat
     tensorboard.write({"step": 3, "val_loss": 2.0, "val_loss_wiki": 1.0, "val_loss_code.v2": 3.0})
     tensorboard.end({})
     drawn = events(tmp_path)
-    tags = ["validation/loss", "validation/loss_wiki", "validation/loss_code.v2"]
+    tags = ["loss/validation", "loss/validation/wiki", "loss/validation/code.v2"]
     assert {tag: drawn.Scalars(tag)[0].value for tag in tags} == dict(zip(tags, (2.0, 1.0, 3.0), strict=True))
 
 
 def test_values_are_those_of_the_rows(tmp_path: Path) -> None:
     log_steps(tmp_path, range(1, 6))
-    scalars = events(tmp_path).Scalars("train/loss")
+    scalars = events(tmp_path).Scalars("loss/training")
     assert [(s.step, s.value) for s in scalars] == [(step, 10.0 - step) for step in range(1, 6)]
 
 
@@ -81,7 +83,7 @@ def test_missing_figures_are_not_drawn(tmp_path: Path) -> None:
     tensorboard = start(tmp_path)
     tensorboard.write({"step": 1, "val_loss": 2.0, "loss": None})
     tensorboard.end({})
-    assert events(tmp_path).Tags()["scalars"] == ["validation/loss"]
+    assert events(tmp_path).Tags()["scalars"] == ["loss/validation"]
 
 
 @pytest.mark.parametrize(("resumed_step", "expected"), [(4, range(1, 8)), (0, range(5, 8))])
@@ -89,7 +91,7 @@ def test_no_step_is_drawn_twice(tmp_path: Path, resumed_step: int, expected: ran
     """After a resume, and after a fresh start over an old run."""
     log_steps(tmp_path, range(1, 7))
     log_steps(tmp_path, range(5, 8), resumed_step=resumed_step)
-    assert [s.step for s in events(tmp_path).Scalars("train/loss")] == list(expected)
+    assert [s.step for s in events(tmp_path).Scalars("loss/training")] == list(expected)
 
 
 def test_hyperparameters_and_results(tmp_path: Path) -> None:
@@ -107,7 +109,17 @@ def test_hyperparameters_and_results(tmp_path: Path) -> None:
     for text in (b"run.name", b"optimizer.betas", b"[0.9, 0.95]", b"data.seq_len"):
         assert text in settings
     assert b"logging" not in settings, "the section does not decide the result"
-    assert [s.value for s in accumulator.Scalars("final/loss")] == [3.25]
+    assert [s.value for s in accumulator.Scalars("results/loss")] == [3.25]
+
+
+def test_what_matters_is_first_and_the_backends_are_those_of_all_starts() -> None:
+    config = {"run": {"name": "x", "seed": 1}, "optimizer": {"betas": [0.9, 0.95], "learning_rate": 1e-3}}
+    ddp, fsdp = ({"backend": name, "world_size": 2, "device": "cpu"} for name in ("DDP", "FSDP2"))
+    rows = [{"step": 0, "started": ddp}, row(1), {"step": 1, "started": ddp}, {"step": 1, "started": fsdp}]
+    shown = hyperparameters(config, rows)
+    names = ["1 backends", "2 optimizer.learning_rate", "optimizer.betas", "run.name", "run.seed"]
+    assert sorted(shown) == names, "TensorBoard sorts by name"
+    assert shown["1 backends"] == "DDP, 2 x cpu, then FSDP2, 2 x cpu"
 
 
 def test_training_and_validation_share_a_custom_chart(tmp_path: Path) -> None:
@@ -115,7 +127,7 @@ def test_training_and_validation_share_a_custom_chart(tmp_path: Path) -> None:
     (event,) = events(tmp_path).Tensors("custom_scalars__config__")
     layout = Layout.FromString(event.tensor_proto.string_val[0])
     charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
-    assert charts["training and validation"] == ["^train/loss$", "^validation/loss$"]
+    assert charts["training and validation"] == ["^loss/training$", "^loss/validation$"]
     patterns = [re.compile(pattern) for of_chart in charts.values() for pattern in of_chart]
     assert all(any(pattern.match(tag) for tag in TENSORBOARD_TAGS.values()) for pattern in patterns)
 
@@ -135,7 +147,7 @@ def test_a_full_disk_loses_only_what_the_writer_had_not_written(
     last = next(steps)
     tensorboard.write(row(last))
     tensorboard.end({})
-    assert [s.step for s in events(tmp_path).Scalars("train/loss")][-1] == last
+    assert [s.step for s in events(tmp_path).Scalars("loss/training")][-1] == last
 
 
 def test_a_rewind_hides_later_steps(tmp_path: Path) -> None:
@@ -145,7 +157,7 @@ def test_a_rewind_hides_later_steps(tmp_path: Path) -> None:
     tensorboard.rewind(2)
     tensorboard.write({**row(3), "loss": 0.5})
     tensorboard.end({})
-    assert [(s.step, s.value) for s in events(tmp_path).Scalars("train/loss")] == [(1, 9.0), (2, 8.0), (3, 0.5)]
+    assert [(s.step, s.value) for s in events(tmp_path).Scalars("loss/training")] == [(1, 9.0), (2, 8.0), (3, 0.5)]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -161,4 +173,4 @@ def test_a_rewind_while_the_disk_is_full_does_not_stop_the_training(
     assert "cannot write TensorBoard events (File too large)" in caplog.text
     tensorboard.write({**row(3), "loss": 0.5})
     tensorboard.end({})
-    assert [s.value for s in events(tmp_path).Scalars("train/loss") if s.step >= 2] == [0.5], "step 3 is hidden"
+    assert [s.value for s in events(tmp_path).Scalars("loss/training") if s.step >= 2] == [0.5], "step 3 is hidden"
