@@ -22,7 +22,7 @@ from pipeline.config.schema import Config, SampleConfig
 from pipeline.data.datasets import open_datasets
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.evaluation import run
+from pipeline.evaluation import run, scoring
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.protocols import PreparedTask
 from pipeline.evaluation.results import find_results, format_table
@@ -69,7 +69,7 @@ class TestOnACheckpoint:
         self, run_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         packed = []
-        monkeypatch.setattr(run, "pack_linear_layers", lambda model, dtype: packed.append(dtype))
+        monkeypatch.setattr(scoring, "pack_linear_layers", lambda model, dtype: packed.append(dtype))
         for precision in ("fp32", "amp_bf16", "bf16"):
             run_tasks(run_folder, ["validation"], Settings(), ALONE, precision=precision)
         assert packed == [torch.float32, torch.bfloat16, torch.bfloat16]
