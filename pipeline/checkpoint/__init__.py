@@ -13,4 +13,7 @@ only the elements that it needs. Therefore, the state is never gathered on one r
 
 Three modules save a checkpoint: ``background`` copies the state to host memory and starts a thread. In this thread,
 ``saving`` writes the files, and ``retention`` deletes older checkpoints.
+
+If a run has a URL, ``mirror`` uploads its checkpoints to the URL. ``remote_run`` defines how they are stored there.
+``download`` downloads a checkpoint to continue a run, and ``weights_copy`` copies only the weights.
 """
