@@ -13,15 +13,18 @@ def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
     """Return an approximation of the orthogonal matrix that is nearest to ``matrix``, shape (rows, columns).
 
     The result has the same singular vectors as ``matrix``, and its singular values are close to 1. Each iteration
-    replaces X by a X + (b X X^T + c (X X^T)^2) X, where a, b and c are constants. A matrix of zeros stays zero.
+    replaces X by a X + (b X X^T + c (X X^T)^2) X, where a, b and c are constants. If X has more rows than columns, the
+    function computes the same result as a X + X (b X^T X + c (X^T X)^2), because X^T X is then the smaller product. A
+    matrix of zeros stays zero.
 
     Args:
         matrix: shape (rows, columns). Its dtype is also the dtype of the computation and of the result.
     """
-    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller of the two Gram matrices
-    x = x / torch.linalg.vector_norm(x).clamp(min=_EPS)  # so that no singular value exceeds 1
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix / torch.linalg.vector_norm(matrix).clamp(min=_EPS)  # so that no singular value exceeds 1
     for _ in range(iterations):
-        gram = x @ x.mT
+        gram = x.mT @ x if is_tall else x @ x.mT
         polynomial = torch.addmm(gram, gram, gram, beta=_CUBIC, alpha=_QUINTIC)
-        x = torch.addmm(x, polynomial, x, beta=_LINEAR)
-    return x.mT if matrix.shape[0] > matrix.shape[1] else x
+        left, right = (x, polynomial) if is_tall else (polynomial, x)
+        x = torch.addmm(x, left, right, beta=_LINEAR)
+    return x
