@@ -161,8 +161,8 @@ class Mirror:
                     self._uploading.discard(step)
             self._delete_older(found)
             self._upload_metrics()
-        except (UserError, OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
+        except Exception as error:  # noqa: BLE001 - reported; the thread must live until the end of the run
+            reason = " ".join(str(error if isinstance(error, UserError | OSError) else repr(error)).split())
             self._outcomes.append(UploadOutcome(step, time.monotonic() - started, 0, reason))
         finally:
             with self._lock:
