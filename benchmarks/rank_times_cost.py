@@ -12,9 +12,11 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from launch.cli import run_command
 from pipeline.backends import Backend, create_backend
@@ -29,10 +31,12 @@ from pipeline.run_folder.heartbeat_file import HeartbeatFile
 from pipeline.training.rank_comparison import RankComparison
 
 ORDER = (False, True, True, False)  # without and with measuring: A B B A
+WAITS = 50  # collectives of a step without computation
+IDLE_ROUNDS = 40
 
 
 class Steps:
-    """Trains on random tokens, with or without the measurements of a run."""
+    """Trains on fixed tokens, or only waits in collectives, with or without the measurements of a run."""
 
     def __init__(self, config: Config, world: World, run_folder: Path) -> None:
         self.config, self.world = config, world
@@ -40,28 +44,37 @@ class Steps:
         self.backend = create_backend(build_model(config.model, config.run.seed), config, world, self.plan)
         self.comparison = RankComparison(self.backend.step_clock, world, slow_ratio=None)
         self.heartbeat_file = HeartbeatFile(run_folder if world.is_main else None)
+        groups = [dist.new_group([rank]) for rank in range(world.size)]  # every rank must create every group
+        self.alone = groups[world.rank]
 
-    def seconds(self, *, measures: bool) -> float:
-        """Return the time of the steps between two rows of metrics."""
+    def seconds(self, step: Callable[[], None], clock: Callable[[], float], *, measures: bool) -> float:
+        """Return the time per step, over the steps between two rows of metrics."""
         self.world.barrier()
-        started = time.perf_counter()
-        for step in range(self.config.logging.every_steps):
+        started = clock()
+        every_steps = self.config.logging.every_steps
+        for number in range(every_steps):
             if measures:
-                self.heartbeat_file.enter("training", step)
+                self.heartbeat_file.enter("training", number)
                 with self.backend.step_clock.step():
                     with self.backend.step_clock.waiting_for_data():
                         pass
-                    self._train()
+                    step()
             else:
-                self._train()
+                step()
         if measures:
             self.comparison.start()
         synchronize(self.world.device)
         if measures:
             self.comparison.read()
-        return time.perf_counter() - started
+        return (clock() - started) / every_steps
 
-    def _train(self) -> None:
+    def rounds(self, step: Callable[[], None], clock: Callable[[], float], count: int) -> list[list[float]]:
+        """Return the seconds per step of rounds of A B B A, after one round that allocates and compiles."""
+        rounds = [[self.seconds(step, clock, measures=measures) for measures in ORDER] for _ in range(count + 1)]
+        return rounds[1:]
+
+    def train(self) -> None:
+        """Make one optimizer step."""
         shape = (self.plan.micro_batch_size, self.plan.seq_len)
         tokens = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
         for i in range(self.plan.accumulation):
@@ -71,36 +84,44 @@ class Steps:
         self.world.sum(loss)
         self.backend.step(self.config.optimizer.learning_rate)
 
+    def wait(self) -> None:
+        """Wait in ``WAITS`` collectives of a group of this rank alone, which need no other process."""
+        value = torch.zeros((), device=self.world.device)
+        for _ in range(WAITS):
+            dist.all_reduce(value, group=self.alone)
+
 
 def main() -> Backend:
-    """Measure and print one line. Returns the backend, which ``run_command`` keeps in memory."""
+    """Measure and print one or two lines. Returns the backend, which ``run_command`` keeps in memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", required=True)
     parser.add_argument("--set", nargs="*", default=[])
-    parser.add_argument("--rounds", type=int, default=25, help="repetitions of A B B A")
+    parser.add_argument("--rounds", type=int, default=25, help="A B B A with training steps; 0 skips them")
     arguments = parser.parse_args()
     logging.getLogger("pipeline").setLevel(logging.ERROR)
     config = load_config(arguments.config, arguments.set)
     with join_world(config.run) as world, tempfile.TemporaryDirectory() as folder:
         configure_cpu(world)
         steps = Steps(config, world, Path(folder))
-        for measures in ORDER:
-            steps.seconds(measures=measures)  # the first steps allocate
-        rounds = [[steps.seconds(measures=measures) for measures in ORDER] for _ in range(arguments.rounds)]
+        idle = steps.rounds(steps.wait, time.thread_time, IDLE_ROUNDS)
         if world.is_main:
-            print(describe(rounds, config.logging.every_steps))
+            added_us = statistics.median((b1 + b2 - a1 - a2) / 2 * 1e6 for a1, b1, b2, a2 in idle)
+            print(f"a step with {WAITS} collectives: {added_us:.0f} us more CPU time of the main thread", flush=True)
+        if arguments.rounds:
+            real = steps.rounds(steps.train, time.perf_counter, arguments.rounds)
+            if world.is_main:
+                print(describe(real), flush=True)
         world.barrier()
     return steps.backend
 
 
-def describe(rounds: list[list[float]], steps: int) -> str:
-    """Return the time per step, and the additional time with its standard error, from rounds of A B B A."""
-    plain = [first + last for first, _, _, last in rounds]
-    added = [(b1 + b2) / (first + last) - 1 for first, b1, b2, last in rounds]
+def describe(rounds: list[list[float]]) -> str:
+    """Return the time per step, and the additional time with its standard error."""
+    step_ms = statistics.median((a1 + a2) / 2 * 1e3 for a1, _, _, a2 in rounds)
+    added = [(b1 + b2) / (a1 + a2) - 1 for a1, b1, b2, a2 in rounds]
     error = statistics.stdev(added) / math.sqrt(len(added))
     return (
-        f"step {1e3 * statistics.median(plain) / 2 / steps:.1f} ms, additional time: median "
-        f"{statistics.median(added):+.3%}, mean {statistics.mean(added):+.3%} (standard error {error:.3%})"
+        f"a training step: {step_ms:.1f} ms, with measuring {statistics.mean(added):+.2%} (standard error {error:.2%})"
     )
 
 
