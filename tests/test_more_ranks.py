@@ -106,7 +106,8 @@ def two(train: Train, folder: Path, four: dict[str, Result]) -> dict[str, Result
     del four
     pairs = (("fsdp/2", "fsdp"), ("fsdp/2", "fsdp/1"), ("fsdp/1", "zero1"), ("zero1", "fsdp"), ("zero3", "zero2"))
     pairs += (("fsdp", "zero3"), ("zero3/2", "zero3/2"))
-    return train(2, [Case(f"{before} -> {name}", name, start=saved(folder, before)) for before, name in pairs])
+    continued = [Case(f"{before} -> {name}", name, start=saved(folder, before)) for before, name in pairs]
+    return train(2, [Case("zero3", "zero3"), *continued])
 
 
 def saved(folder: Path, config: str) -> str:

@@ -1,7 +1,7 @@
 """Define the interface of a backend. Training, checkpoints and evaluation use only this interface."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,13 @@ from pipeline.config.schema import Config
 from pipeline.distributed.step_clock import StepClock
 from pipeline.distributed.world import World
 from pipeline.model.gpt2 import GPT2
+from pipeline.model.initialisation import draw_elements
 from pipeline.model.output_layer import Method
 from pipeline.model.parameter_state import state_names_of
+
+#: (name, start, target): writes fp32 values into ``target``, shape (n,), which is a range of elements of the flattened
+#: parameter ``name``. The range begins at element ``start``.
+WriteElements = Callable[[str, int, Tensor], None]
 
 
 class Backend(ABC):
@@ -25,6 +30,9 @@ class Backend(ABC):
     The trainer calls ``accumulate`` once per micro-step and ``step`` once per step. A backend averages the gradients
     over the ranks, but training needs their sum. Therefore, the ``loss_weight`` that the trainer passes to
     ``accumulate`` contains the world size as a factor.
+
+    If the model is on the device ``meta``, the backend allocates memory only for the weights that this rank holds. They
+    have no values until ``draw_weights`` or ``write_weights`` is called, or a checkpoint is loaded.
     """
 
     compute: nn.Module  # the wrapped module; calling it has the same effect as calling GPT2
@@ -84,6 +92,28 @@ class Backend(ABC):
     @abstractmethod
     def _update(self) -> Tensor | float:
         """Do the work of ``step`` at the current learning rate, and return the gradient norm."""
+
+    def draw_weights(self, seed: int) -> None:
+        """Set all weights to random initial values. The same seed gives the same weights under every backend.
+
+        This call is collective: every rank must make it. Each rank draws only the weights that it holds.
+        """
+
+        def draw(name: str, start: int, target: Tensor) -> None:
+            draw_elements(name, self.parameter_shapes[name], self.model.config, seed, start, target)
+
+        self.write_weights(draw)
+
+    @torch.no_grad()
+    def write_weights(self, write: WriteElements) -> None:
+        """Set all weights. Call ``write`` once for each range of a parameter that this rank holds.
+
+        This call is collective: every rank must make it, before the first step.
+        """
+        for held in self.state.ranges():
+            if held.length:
+                write(held.name, held.start, held.of(held.master))
+        self.state.publish_masters()
 
     def fragments(self) -> list[Fragment]:
         """Return views of all weights and optimizer state on this rank.

@@ -14,7 +14,7 @@ from pipeline.backends.compilation import compile_blocks, compiles_blocks
 from pipeline.backends.torch_native import TorchBackend
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
-from pipeline.model.gpt2 import GPT2
+from pipeline.model.gpt2 import GPT2, place_model
 from pipeline.model.precision import replicated_compute
 from pipeline.model.recomputation import recompute_blocks
 
@@ -23,7 +23,8 @@ class DdpBackend(TorchBackend):
     label = "DDP"
 
     def __init__(self, model: GPT2, config: Config, world: World) -> None:
-        super().__init__(model, _wrap(model.to(world.device), config, world), config, world)
+        place_model(model, world.device)
+        super().__init__(model, _wrap(model, config, world), config, world)
 
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
         """Return DDP's ``no_sync`` if ``enabled`` is False. DDP reads this setting in the forward pass."""

@@ -33,13 +33,14 @@ from pipeline.backends.optimizer import (
     parameter_groups,
 )
 from pipeline.backends.optimizer_state import ParameterState
+from pipeline.backends.zero_allocation import AllocatedOnRead, use_placeholders
 from pipeline.backends.zero_state import FullyPartitionedState, PartitionedState
 from pipeline.config.deepspeed_keys import changes_of_numbers
 from pipeline.config.schema import Config, OptimizerConfig
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
-from pipeline.model.gpt2 import GPT2, Block
+from pipeline.model.gpt2 import GPT2, Block, place_model
 from pipeline.model.precision import AutocastModel, ComputeModel, replicated_compute
 from pipeline.model.recomputation import recompute_blocks
 
@@ -80,6 +81,9 @@ class DeepSpeedBackend(Backend):
 
     def _start_engine(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> Any:
         """Apply recomputation and precision to the model, wrap the result in an engine, then compile."""
+        has_weights = not model.wte.weight.is_meta
+        if not has_weights:
+            self._allocate(model, world.device)
         recompute_blocks(model)
         compute = self.in_precision(model, self.precision, world.device)
         build_rest = partial(_build_cpu_adam, config=config.optimizer) if config.backend.offloads("optimizer") else None
@@ -91,6 +95,8 @@ class DeepSpeedBackend(Backend):
         native = engine_config(config, plan, cpu_adam=isinstance(optimizer, DeepSpeedCPUAdam))
         _check_readable(native)
         try:
+            if self.stage == 3 and not has_weights:
+                deepspeed.zero.Init(module=AllocatedOnRead(model, world.device), config_dict_or_path=native)
             engine, *_ = deepspeed.initialize(model=compute, optimizer=optimizer, config=native)
         except (ValueError, AssertionError, NotImplementedError, ZeRORuntimeException) as error:
             raise _refused(error) from error
@@ -101,6 +107,10 @@ class DeepSpeedBackend(Backend):
             else:
                 engine.compile(compile_kwargs={"dynamic": False})
         return engine
+
+    def _allocate(self, model: GPT2, device: torch.device) -> None:
+        """Allocate the weights of a model on the device ``meta``. They have no initial values."""
+        place_model(model, device)
 
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(is_last)
@@ -167,24 +177,34 @@ class ZeroBackend(DeepSpeedBackend):
     in_precision = AutocastModel
 
     def __init__(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> None:
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        is_bf16 = config.run.precision == "bf16"
+        keeps_weights = config.run.precision == "bf16" and not model.wte.weight.is_meta
         # DeepSpeed gives each parameter new memory for its bf16 values, so these fp32 values stay as they are.
-        weights = {name: p.detach() for name, p in model.named_parameters()} if is_bf16 else {}
+        weights = {name: p.detach() for name, p in model.named_parameters()} if keeps_weights else {}
         super().__init__(model, config, world, plan)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         if self.stage == 3:
             self.state = FullyPartitionedState(self.engine, names, self.state_names)
         else:
             self.state = PartitionedState(self.engine, names, self.state_names)
         self.state.connect_optimizer(self.ranks_per_copy)
-        if is_bf16:
+        if keeps_weights:
             self._restore_masters(weights)
+
+    def _allocate(self, model: GPT2, device: torch.device) -> None:
+        """Allocate the weights in the dtype with which the model computes. ZeRO-3 allocates them later."""
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        if self.stage == 3:
+            use_placeholders(model, dtype)
+        else:
+            place_model(model.to(dtype), device)
 
     def _restore_masters(self, weights: dict[str, Tensor]) -> None:
         """Write the fp32 weights into the masters, which DeepSpeed has created from weights rounded to bf16."""
-        for held in self.state.ranges():
-            held.of(held.master).copy_(weights[held.name].view(-1)[held.start : held.stop])
-        self.state.publish_masters()
+
+        def write(name: str, start: int, target: Tensor) -> None:
+            target.copy_(weights[name].view(-1)[start : start + len(target)])
+
+        self.write_weights(write)
 
     def _loss_scale_outside_engine(self) -> float:
         if self.loss_scaler.dynamic:

@@ -58,7 +58,7 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
             if kind == EMA and not has_average:
                 tensor.copy_(fragment.weight)
             elif kind in (WEIGHT, EMA) or is_same_optimizer:
-                _copy_overlap(tensor, fragment.start, index[kind][fragment.name])
+                copy_overlap(tensor, fragment.start, index[kind][fragment.name])
             else:
                 tensor.zero_()
     backend.state_was_loaded(state.updates - state.optimizer_start)
@@ -89,7 +89,7 @@ def load_weights(folder: Path, parameters: dict[str, Tensor], weights: str = "tr
     pieces = pieces_of_weights(folder, shapes, weights)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            _copy_overlap(parameter.view(-1), 0, pieces[name])
+            copy_overlap(parameter.view(-1), 0, pieces[name])
 
 
 def pieces_of_weights(folder: Path, shapes: dict[str, list[int]], weights: str) -> dict[str, list[Piece]]:
@@ -116,7 +116,7 @@ def pieces_of_weights(folder: Path, shapes: dict[str, list[int]], weights: str) 
 def read_parameter(shape: list[int], pieces: list[Piece]) -> Tensor:
     """Read all pieces of a parameter from their files, and return the whole parameter in fp32."""
     parameter = torch.empty(shape)
-    _copy_overlap(parameter.view(-1), 0, pieces)
+    copy_overlap(parameter.view(-1), 0, pieces)
     return parameter
 
 
@@ -142,8 +142,14 @@ def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
     return index_pieces(folder, manifest)
 
 
-def _copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
-    """Copy elements from the pieces into ``target``: the range that begins at ``start`` of a flattened parameter."""
+def copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
+    """Copy a range of a flattened parameter from its pieces into ``target``. Only the rows of this range are read.
+
+    Args:
+        target: the elements of the range, shape (n,), on any device.
+        start: the first element of the range.
+        pieces: the pieces of the whole parameter.
+    """
     for piece in pieces:
         low, high = max(piece.start, start), min(piece.stop, start + target.numel())
         if low < high:

@@ -20,7 +20,6 @@ from pipeline.checkpoint.saving import SavedCheckpoint
 from pipeline.config.schema import MODEL_PRESETS, ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import allocate_model
-from pipeline.model.parameter_state import WEIGHT
 
 #: The prefix of GPT-2's parameters in a model with an output layer, in nanoGPT and in transformers.
 TRANSFORMER_PREFIX = "transformer."
@@ -40,9 +39,22 @@ class ForeignModel:
     weights: dict[str, Tensor]  # canonical name -> tensor in our orientation; no padding rows, biases may be missing
     notes: list[str]  # messages for the user, one per difference to the model in the files
 
-    def read(self, name: str) -> Tensor:
-        """Return a parameter in the shape of our model, including the padding rows."""
-        return read_padded({WEIGHT: self.weights}, model_shapes(self.config), WEIGHT, name)
+    def copy_elements(self, name: str, start: int, target: Tensor) -> None:
+        """Copy a range of a flattened parameter of our model into ``target``. Only the rows of this range are read.
+
+        Padding rows and missing biases are zero.
+
+        Args:
+            start: the first element of the range.
+            target: the elements of the range, shape (n,), on any device.
+        """
+        stored = self.weights.get(name)
+        available = 0 if stored is None else min(len(target), max(0, stored.numel() - start))
+        if stored is not None and available:
+            row = stored[0].numel()
+            first, last = start // row, -(-(start + available) // row)
+            target[:available].copy_(stored[first:last].reshape(-1)[start - first * row :][:available])
+        target[available:].zero_()
 
 
 @dataclass(frozen=True)

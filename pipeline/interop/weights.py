@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data_tools.storage.files import is_remote
 from pipeline.checkpoint.layout import STATE_FILE, is_checkpoint, list_checkpoints
-from pipeline.checkpoint.loading import index_for_model, read_parameter
+from pipeline.checkpoint.loading import copy_overlap, index_for_model
 from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.verification import locate_checkpoint
 from pipeline.checkpoint.weights_copy import locate_weights_of
@@ -23,13 +23,15 @@ from pipeline.model.parameter_state import WEIGHT
 
 @dataclass(frozen=True)
 class WeightSource:
-    """The weights in a folder or file that is open. ``read`` returns one parameter."""
+    """The weights in a folder or file that is open. ``copy_elements`` reads a range of one parameter."""
 
     path: Path  # a checkpoint folder, a Hugging Face folder, or a file
     step: int | None  # the step of the run that wrote the weights; None if the step is not known
     config: ModelConfig
     notes: list[str]  # messages for the user about differences to the model in the files
-    read: Callable[[str], Tensor]  # canonical name -> parameter in fp32 with padding rows
+    #: (canonical name, start, target): copies a range of a flattened parameter, with padding rows, into ``target``,
+    #: shape (n,). The range begins at element ``start``.
+    copy_elements: Callable[[str, int, Tensor], None]
 
 
 def locate_weights(place: Path | str) -> Path:
@@ -69,10 +71,13 @@ def open_weights(path: Path) -> WeightSource:
         return _from_foreign_model(path, read_folder(path))
     state, stored = read_state(path)
     config = config_from_json(stored, origin=str(path / STATE_FILE)).model
-    shapes = model_shapes(config)
-    pieces = index_for_model(path, shapes)[WEIGHT]
-    return WeightSource(path, state.step, config, [], lambda name: read_parameter(shapes[name], pieces[name]))
+    pieces = index_for_model(path, model_shapes(config))[WEIGHT]
+
+    def copy_elements(name: str, start: int, target: Tensor) -> None:
+        copy_overlap(target, start, pieces[name])
+
+    return WeightSource(path, state.step, config, [], copy_elements)
 
 
 def _from_foreign_model(path: Path, model: ForeignModel) -> WeightSource:
-    return WeightSource(path, None, model.config, model.notes, model.read)
+    return WeightSource(path, None, model.config, model.notes, model.copy_elements)

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from pipeline.config.schema import ModelConfig
 from pipeline.model.attention import Attend, causal_attention
+from pipeline.model.initialisation import draw_elements
 from pipeline.model.key_value_cache import KeyValueCache
 from pipeline.model.output_layer import Method, OutputLayer, padded_vocab_size
-from pipeline.seeds import derive_seed
 
-INIT_STD = 0.02
 LAYER_NORM_EPS = 1e-5
 _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)  # 2u = x (linear + cubic x^2)
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
@@ -115,7 +114,7 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.lm_head = OutputLayer(config.n_embd, config.vocab_size)
-        self.lm_head.weight = self.wte.weight
+        self.tie_weights()
 
     def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
         """Call the method ``loss``, ``logits`` or ``score``.
@@ -195,18 +194,33 @@ class GPT2(nn.Module):
             starts = cache.carry_text_starts(starts)
         return positions - starts
 
+    def tie_weights(self) -> None:
+        """Make the output layer use the weight of the token embedding.
+
+        ``nn.Module.to_empty`` separates the two, because it creates one tensor per name.
+        """
+        self.lm_head.weight = self.wte.weight
+
     def assert_tied(self) -> None:
         """Assert that the output layer and the token embedding use the same tensor."""
         assert self.lm_head.weight is self.wte.weight, "lm_head.weight and wte.weight came apart"
 
 
 def allocate_model(config: ModelConfig, device: torch.device | str) -> GPT2:
-    """Return an fp32 model with uninitialized weights."""
+    """Return an fp32 model with uninitialized weights. On the device ``meta``, the weights have no memory."""
     with torch.device("meta"):
         model = GPT2(config)
-    model.to_empty(device=device)
-    model.lm_head.weight = model.wte.weight  # to_empty creates one tensor per name
+    place_model(model, device)
     return model
+
+
+def place_model(model: GPT2, device: torch.device | str) -> None:
+    """Move the weights to a device. If they have no memory yet, allocate it on this device, without initial values."""
+    if model.wte.weight.is_meta:
+        model.to_empty(device=device)
+        model.tie_weights()
+    else:
+        model.to(device)
 
 
 def build_model(config: ModelConfig, seed: int) -> GPT2:
@@ -217,27 +231,8 @@ def build_model(config: ModelConfig, seed: int) -> GPT2:
     model = allocate_model(config, "cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            initialise(name, parameter, config, seed)
+            draw_elements(name, parameter.shape, config, seed, 0, parameter.view(-1))
     return model
-
-
-def initialise(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
-    """Set the initial values of one parameter, in place. Each parameter uses its own random generator.
-
-    Weights are normally distributed with standard deviation 0.02. For weights whose output is added to the residual
-    stream, the standard deviation is 0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3). Biases are 0, and
-    LayerNorm weights are 1.
-    """
-    if name.endswith("bias"):
-        parameter.zero_()
-    elif "ln_" in name:
-        parameter.fill_(1.0)
-    else:
-        std = INIT_STD / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else INIT_STD
-        generator = torch.Generator().manual_seed(derive_seed(seed, "weights", name))
-        parameter.normal_(0.0, std, generator=generator)
-        if name == "wte.weight":
-            parameter[config.vocab_size :].zero_()  # so that the padding rows do not change any norm
 
 
 def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:

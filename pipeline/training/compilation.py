@@ -11,7 +11,7 @@ from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.distributed.device import compiler_works
 from pipeline.distributed.world import World
-from pipeline.model.gpt2 import GPT2
+from pipeline.model.gpt2 import GPT2, allocate_model, build_model
 from pipeline.model.precision import replicated_compute
 
 log = logging.getLogger(__name__)
@@ -23,47 +23,46 @@ _TIMED_TOKENS = 2048  # enough that the time grows with the tokens, and little e
 _TIMED_REPEATS = 3
 
 
-def choose_compilation(config: Config, world: World, plan: BatchPlan, model: GPT2, start: Path | None) -> Config:
+def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Path | None) -> Config:
     """Decide whether to compile. Return the config with ``run.compile`` set to true or false, the same on every rank.
 
     This call is collective: every rank must make it. If ``run.compile`` is ``auto``, a run on a CPU is compiled only if
-    it will take long. To estimate how long, the function measures the model before a backend wraps it, so the choice
-    does not depend on the backend. A resumed run on a CPU keeps the choice that its checkpoint stores, because
-    compilation changes rounding.
+    it will take long. To estimate how long, the function measures a model without a backend, so the choice does not
+    depend on the backend. A resumed run on a CPU keeps the choice that its checkpoint stores, because compilation
+    changes rounding.
 
     Args:
         start: the checkpoint from which the run resumes, or None.
     """
     wanted, reason = config.run.compile, ""
     if wanted == "auto":
-        wanted, reason = _decide(config, world, plan, model, start)
+        wanted, reason = _decide(config, world, plan, start)
     if wanted and not all(world.gather(compiler_works(world.device))):
         wanted, reason = False, "no compiler on every rank"
     log.info("compile   %s%s", "on" if wanted else "off", f" ({reason})" if reason else "")
     return config.model_copy(update={"run": config.run.model_copy(update={"compile": wanted})})
 
 
-def _decide(config: Config, world: World, plan: BatchPlan, model: GPT2, start: Path | None) -> tuple[bool, str]:
+def _decide(config: Config, world: World, plan: BatchPlan, start: Path | None) -> tuple[bool, str]:
     """Return the choice that ``auto`` makes, and the reason for the choice."""
     if world.device.type != "cpu":
         return world.device.type == "cuda", f"auto: always so on {world.device.type}"
     before = config_section(read_state(start)[1], "run").get("compile") if start else None
     if isinstance(before, bool):
         return before, f"auto: as before {start}"
-    step_s = plan.accumulation * max(world.gather(measure_micro_step(model, config, plan)))
+    step_s = plan.accumulation * max(world.gather(measure_micro_step(config, plan)))
     run_s = step_s * config.schedule.max_steps
     return run_s > SHORTEST_COMPILED_CPU_RUN_S, f"auto: the run takes {run_s:,.0f} s uncompiled"
 
 
-def measure_micro_step(model: GPT2, config: Config, plan: BatchPlan) -> float:
+def measure_micro_step(config: Config, plan: BatchPlan) -> float:
     """Measure how many seconds the forward and backward pass of one micro-batch takes on a CPU without compilation.
 
     The function runs only some sequences of a micro-batch. It repeats this several times, and scales the shortest time
-    to the size of the whole micro-batch. The weights and the random generator do not change, and the gradients are
-    removed afterwards.
+    to the size of the whole micro-batch. The global random generator does not change.
     """
     sequences = min(plan.micro_batch_size, max(1, _TIMED_TOKENS // plan.seq_len))
-    compute = replicated_compute(model, config.run.precision, torch.device("cpu"))
+    compute = replicated_compute(_timed_model(config), config.run.precision, torch.device("cpu"))
     tokens = torch.zeros(sequences, plan.seq_len, dtype=torch.int64)
     shortest = float("inf")
     with torch.random.fork_rng(devices=[]):
@@ -71,7 +70,22 @@ def measure_micro_step(model: GPT2, config: Config, plan: BatchPlan) -> float:
             started = time.perf_counter()
             compute(tokens, tokens, method="loss").backward()  # type: ignore[no-untyped-call]
             elapsed = time.perf_counter() - started
-            model.zero_grad(set_to_none=True)
+            compute.zero_grad(set_to_none=True)
             if repeat:  # the first one warms up
                 shortest = min(shortest, elapsed)
     return shortest * plan.micro_batch_size / sequences
+
+
+def _timed_model(config: Config) -> GPT2:
+    """Return a model that does the same computation as the run's model, with the memory of a single block.
+
+    All blocks share their weights, so the model fits into the memory of a rank that has only a shard of the real model.
+    """
+    model = build_model(config.model.model_copy(update={"n_layer": 1}), config.run.seed)
+    (first,) = model.h
+    model.h.extend(allocate_model(config.model, "meta").h[1:])
+    for block in model.h[1:]:
+        for module, twin in zip(block.modules(), first.modules(), strict=True):
+            for name, weight in twin.named_parameters(recurse=False):
+                setattr(module, name, weight)
+    return model

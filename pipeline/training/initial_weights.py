@@ -1,18 +1,20 @@
-"""Load the weights of another run or model into a new run (``checkpoint.init_from``). The new run starts at step 0."""
+"""Set the weights of a new run, which starts at step 0.
+
+The weights are random, or those of another run or model (``checkpoint.init_from``).
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from data_tools.storage.files import is_remote
+from pipeline.backends import Backend
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.interop.weights import WeightSource, locate_weights, open_weights
-from pipeline.model.gpt2 import GPT2
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +40,24 @@ def find_initial_weights(config: Config) -> Path | str | None:
     return config.checkpoint.init_from if is_remote(config.checkpoint.init_from) else path
 
 
-def load_initial_weights(place: Path | str, model: GPT2) -> dict[str, Any]:
-    """Copy weights into a model on the CPU, and log which settings of the two models differ.
+def write_initial_weights(place: Path | str | None, backend: Backend, seed: int) -> dict[str, Any] | None:
+    """Set the weights of a new run: to the weights at ``place``, or to random values if ``place`` is None.
 
-    Call this function on every rank, before a backend wraps the model. All ranks then start with the same weights.
+    This call is collective: every rank must make it.
+
+    Returns:
+        The result of ``load_initial_weights``. None if the weights are random.
+    """
+    if place is not None:
+        return load_initial_weights(place, backend)
+    backend.draw_weights(seed)
+    return None
+
+
+def load_initial_weights(place: Path | str, backend: Backend) -> dict[str, Any]:
+    """Copy weights into a backend, and log which settings of the two models differ.
+
+    This call is collective: every rank must make it. Each rank reads only the weights that it holds.
 
     Returns:
         A dict with the path and the step of the weights.
@@ -51,23 +67,35 @@ def load_initial_weights(place: Path | str, model: GPT2) -> dict[str, Any]:
     """
     is_url = is_remote(str(place))
     source = open_weights(locate_weights(place) if is_url else Path(place))  # each host has its own copy of a URL
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            stored = source.read(name)
-            parameter.copy_(fit_positions(stored, len(parameter)) if name == _POSITIONS else stored)
-    for note in [*source.notes, *_describe_changes(source.config, model.config)]:
+
+    def write(name: str, start: int, target: Tensor) -> None:
+        if name == _POSITIONS:
+            copy_positions(source, start, target)
+        else:
+            source.copy_elements(name, start, target)
+
+    backend.write_weights(write)
+    for note in [*source.notes, *_describe_changes(source.config, backend.model.config)]:
         log.info("weights   %s", note)
     return {"path": str(place) if is_url else str(Path(place).resolve()), "step": source.step}
 
 
-def fit_positions(stored: Tensor, rows: int) -> Tensor:
-    """Return position embeddings for a context of ``rows`` tokens, shape (rows, C).
+def copy_positions(source: WeightSource, start: int, target: Tensor) -> None:
+    """Copy a range of the flattened position embeddings, which may be for another context, into ``target``, shape (n,).
 
-    If the context becomes shorter, the first ``rows`` rows are kept. If it becomes longer, the n stored rows are
-    repeated: row i is a copy of row i mod n (Beltagy et al. 2020, section 5). Texts of at most n tokens keep their
-    embeddings.
+    If the context becomes shorter, its first rows are kept. If it becomes longer, the n stored rows are repeated: row i
+    is a copy of row i mod n (Beltagy et al. 2020, section 5). Texts of at most n tokens keep their embeddings.
+
+    Args:
+        start: the first element of the range.
     """
-    return stored[torch.arange(rows) % len(stored)]
+    stored = source.config.context_length * source.config.n_embd
+    copied = 0
+    while copied < len(target):
+        first = (start + copied) % stored
+        count = min(stored - first, len(target) - copied)
+        source.copy_elements(_POSITIONS, first, target[copied : copied + count])
+        copied += count
 
 
 def _require_same_sizes(source: WeightSource, model: ModelConfig) -> None:

@@ -24,7 +24,7 @@ from pipeline.distributed.world import World, join_world
 from pipeline.errors import ConfigError
 from pipeline.evaluation.run import prepare_tasks
 from pipeline.model.attention import fastest_kernel
-from pipeline.model.gpt2 import build_model, flops_per_token, parameter_count
+from pipeline.model.gpt2 import allocate_model, flops_per_token, parameter_count
 from pipeline.run_folder.heartbeat_file import HeartbeatFile
 from pipeline.run_folder.layout import FLIGHT_RECORDER_FOLDER, LOG_FILE
 from pipeline.run_folder.lock import lock_run_folder
@@ -32,7 +32,7 @@ from pipeline.run_folder.log_file import run_log
 from pipeline.run_folder.metrics import format_duration
 from pipeline.run_folder.sinks import check_sinks
 from pipeline.training.compilation import choose_compilation
-from pipeline.training.initial_weights import find_initial_weights, load_initial_weights
+from pipeline.training.initial_weights import find_initial_weights, write_initial_weights
 from pipeline.training.remote_start import fetch_remote_start
 from pipeline.training.resuming import (
     choose_start,
@@ -120,11 +120,10 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     throughput = ThroughputMeter(plan.tokens_per_step, flops_per_token(config.model, config.seq_len), ceiling_flops)
     queries = (plan.micro_batch_size, config.model.n_head, config.seq_len, config.model.n_embd // config.model.n_head)
     kernel = resources.enter_context(fastest_kernel(world.device, dtype, queries, config.model.dropout))
-    model = build_model(config.model, config.run.seed)
-    origin = load_initial_weights(weights, model) if weights else None
-    config = choose_compilation(config, world, plan, model, start)
-    backend = create_backend(model, config, world, plan)
+    config = choose_compilation(config, world, plan, start)
+    backend = create_backend(allocate_model(config.model, "meta"), config, world, plan)
     backend.model.assert_tied()
+    origin = None if start else write_initial_weights(weights, backend, config.run.seed)
     state = load_start(start, config, sha256, backend, world)
     trainer = Trainer(config, world, backend, loader, throughput, state, tasks, origin, heartbeat_file)
     _log_settings(trainer, kernel, start)

@@ -24,10 +24,11 @@ from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import load_config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.world import World, join_world
-from pipeline.model.gpt2 import build_model
+from pipeline.model.gpt2 import allocate_model, build_model
 from tests.support.checkpoints import save_checkpoint
 from tests.support.runs import CONFIGS, Sections, merged, overrides, split_config
 
+SEED = 1  # of the initial weights
 STEPS, SAVED_AT = 6, 3
 MICRO_BATCHES = 12  # per step, a multiple of 1, 2, 3 and 4 ranks
 BATCH_SIZE, SEQ_LEN, VOCAB_SIZE = 1, 8, 89
@@ -94,9 +95,19 @@ class _Trainee:
         config = load_config([CONFIGS / f"{file}.json"], overrides(merged(SECTIONS, groups, case.sections)))
         self.dropout = config.model.dropout
         self.learning_rate = config.optimizer.learning_rate
-        model = build_model(config.model, seed=1)
+        model = allocate_model(config.model, "meta")
         self.backend = create_backend(model, config, world, plan_batch(config, world.size))
         self.updates = 0
+        if case.start is None:
+            self.backend.draw_weights(SEED)
+            self._check_initial_weights()
+
+    def _check_initial_weights(self) -> None:
+        """Check that this rank has its ranges of the weights of a model that is built as a whole, bit for bit."""
+        whole = dict(build_model(self.backend.model.config, SEED).named_parameters())
+        for held in self.backend.state.ranges():
+            expected = whole[held.name].detach().view(-1)[held.start : held.stop]
+            assert torch.equal(held.of(held.master), expected), (self.case.name, self.world.rank, held.name)
 
     def run(self) -> Result:
         losses, grad_norms, again, validation = [], [], [], []

@@ -7,7 +7,8 @@ from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.interop.foreign import TRANSFORMER_PREFIX, model_shapes, preset_of
-from pipeline.model.gpt2 import INIT_STD, LAYER_NORM_EPS
+from pipeline.model.gpt2 import LAYER_NORM_EPS
+from pipeline.model.initialisation import INIT_STD
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"

@@ -10,13 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._dynamo.backends.debugging import aot_eager
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.backends import Backend, create_backend
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.world import World, join_world
-from pipeline.model.gpt2 import build_model
+from pipeline.model.gpt2 import GPT2, allocate_model
 from tests.pipeline.conftest import random_tokens, tiny_config
 
 
@@ -56,7 +59,34 @@ def backend_config(name: str, **sections: dict[str, Any]) -> Config:
 
 def make_backend(name: str, world: World, **sections: dict[str, Any]) -> Backend:
     config = backend_config(name, **sections)
-    return create_backend(build_model(config.model, 1), config, world, plan_batch(config, world.size))
+    backend = create_backend(allocate_model(config.model, "meta"), config, world, plan_batch(config, world.size))
+    backend.draw_weights(1)
+    return backend
+
+
+class MostElements(TorchDispatchMode):
+    """Records the largest number of elements of a single tensor, and of all weights of a model together.
+
+    Tensors on the device ``meta`` have no elements, and expanded tensors have those of their storage.
+    """
+
+    def __init__(self, model: GPT2) -> None:
+        super().__init__()
+        self.model = model
+        self.of_a_tensor = self.of_the_weights = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.of_a_tensor = max([self.of_a_tensor, *map(stored_elements, tensors)])
+        self.of_the_weights = max(self.of_the_weights, sum(map(stored_elements, self.model.parameters())))
+        return result
+
+
+def stored_elements(tensor: torch.Tensor) -> int:
+    """Return the number of elements in the memory of a tensor on this rank."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return 0 if local.is_meta else local.untyped_storage().nbytes() // local.itemsize
 
 
 def micro_batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,9 +16,16 @@ from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
-from pipeline.model.gpt2 import build_model
+from pipeline.model.gpt2 import allocate_model, build_model
 from pipeline.model.precision import AutocastModel, Bf16ViewModel
-from tests.pipeline.backends.conftest import backend_config, backend_section, is_compiled, make_backend, micro_batch
+from tests.pipeline.backends.conftest import (
+    MostElements,
+    backend_config,
+    backend_section,
+    is_compiled,
+    make_backend,
+    micro_batch,
+)
 from tests.pipeline.conftest import tiny_config
 from tests.support.runs import (
     TINY_BYTE_RUN,
@@ -73,6 +80,22 @@ def test_fragments_are_the_initial_fp32_weights(world: World, stage: int, precis
     dtypes = backend.dtypes()
     assert dtypes.pop("compute weights") == (torch.bfloat16 if precision == "bf16" else torch.float32)
     assert set(dtypes.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stage_3_has_one_whole_weight_at_a_time(world: World, precision: str) -> None:
+    """Weights that DeepSpeed keeps gathered are turned off, because every weight of this model is that small."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    config = tiny_config(
+        run={"precision": precision}, backend={"name": "deepspeed", "deepspeed": {"zero_optimization": zero}}
+    )
+    model = allocate_model(config.model, "meta")
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    with MostElements(model) as most:
+        backend = create_backend(model, config, world, plan_batch(config, 1))
+        backend.draw_weights(1)
+    assert max(sizes) <= most.of_the_weights <= max(sizes) + len(sizes), "a placeholder has one element"
+    backend.model.assert_tied()
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

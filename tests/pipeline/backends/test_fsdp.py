@@ -13,8 +13,17 @@ from torch.distributed.tensor import DTensor
 from pipeline.backends.ddp import DdpBackend
 from pipeline.backends.fsdp import FsdpBackend
 from pipeline.distributed.world import World
-from pipeline.model.gpt2 import build_model
-from tests.pipeline.backends.conftest import GPU_MODEL, backend_config, is_compiled, losses_and_norms, micro_batch
+from pipeline.model import initialisation
+from pipeline.model.gpt2 import allocate_model, build_model
+from tests.pipeline.backends.conftest import (
+    GPU_MODEL,
+    MostElements,
+    backend_config,
+    is_compiled,
+    losses_and_norms,
+    micro_batch,
+    rank_of_two,
+)
 from tests.support.runs import run_ranks
 
 #: The custom collectives against gloo's gather, and against a sum in the order of the ranks, bit for bit.
@@ -64,13 +73,14 @@ import torch.distributed as dist
 from pipeline.backends.fsdp import FsdpBackend
 from pipeline.backends.optimizer import global_grad_norm
 from pipeline.distributed.world import join_world
-from pipeline.model.gpt2 import build_model
+from pipeline.model.gpt2 import allocate_model, build_model
 from tests.pipeline.backends.conftest import backend_config
 
 config = backend_config("fsdp")
 whole = {name: p.detach().flatten() for name, p in build_model(config.model, 1).named_parameters()}
 with join_world(config.run) as world:
-    backend = FsdpBackend(build_model(config.model, 1), config, world)
+    backend = FsdpBackend(allocate_model(config.model, "meta"), config, world)
+    backend.draw_weights(1)
     fragments = {fragment.name: fragment for fragment in backend.fragments()}
     found = world.gather({name: (fragment.start, fragment.weight) for name, fragment in fragments.items()})
     for name, weight in whole.items():
@@ -139,7 +149,22 @@ def test_weights_that_stay_gathered_are_gathered_once_per_step(tmp_path: Path) -
 
 def make_fsdp(world: World, **sections: Any) -> FsdpBackend:
     config = backend_config("fsdp", **sections)
-    return FsdpBackend(build_model(config.model, 1), config, world)
+    backend = FsdpBackend(allocate_model(config.model, "meta"), config, world)
+    backend.draw_weights(1)
+    return backend
+
+
+def test_no_rank_has_a_whole_weight_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initialisation, "BLOCK_ELEMENTS", 64)
+    config = backend_config("fsdp")
+    model = allocate_model(config.model, "meta")
+    halves = [-(-p.shape[0] // 2) * p.shape[1:].numel() for p in model.parameters()]
+    with rank_of_two(1) as world, MostElements(model) as most:
+        backend = FsdpBackend(model, config, world)
+        backend.draw_weights(1)
+    assert most.of_a_tensor == max(halves)
+    assert most.of_the_weights <= sum(halves)
+    backend.model.assert_tied()
 
 
 def test_gradients_are_synchronised_at_the_end_of_a_step(world: World) -> None:
@@ -194,8 +219,7 @@ def test_collectives_on_cpus_equal_those_of_gloo(ranks: int, tmp_path: Path) -> 
 def test_steps_on_a_gpu_are_those_of_a_cpu(gpu_world: World, precision: str, compiled: bool, tolerance: float) -> None:
     """FSDP2 compiles each block, and uses NCCL's collectives instead of those for CPUs."""
     run = {"precision": precision, "compile": compiled, "device": gpu_world.device.type}
-    config = backend_config("fsdp", run=run, model=GPU_MODEL)
-    found = losses_and_norms(FsdpBackend(build_model(config.model, 1), config, gpu_world))
+    found = losses_and_norms(make_fsdp(gpu_world, run=run, model=GPU_MODEL))
     config = backend_config("ddp", model=GPU_MODEL)
     alone = World(0, 1, 0, torch.device("cpu"))
     assert found == pytest.approx(

@@ -14,7 +14,7 @@ from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.world import World
-from pipeline.model.gpt2 import GPT2, build_model
+from pipeline.model.gpt2 import build_model, parameter_count
 from pipeline.training import compilation
 from pipeline.training.compilation import SHORTEST_COMPILED_CPU_RUN_S, choose_compilation, measure_micro_step
 from tests.pipeline.conftest import tiny_config
@@ -28,17 +28,12 @@ def config(tmp_path: Path) -> Config:
     return tiny_config(tmp_path, run={"compile": "auto"})
 
 
-@pytest.fixture
-def model(config: Config) -> GPT2:
-    return build_model(config.model, 1)
-
-
 def with_compile(config: Config, wanted: Any) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update={"compile": wanted})})
 
 
-def choose(config: Config, model: GPT2, world: World, start: Path | None = None) -> Config:
-    return choose_compilation(config, world, plan_batch(config, 1), model, start)
+def choose(config: Config, world: World, start: Path | None = None) -> Config:
+    return choose_compilation(config, world, plan_batch(config, 1), start)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, config: Config, run_s: float, *, works: bool = True) -> None:
@@ -64,7 +59,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch, config: Config, run_s: float, *, wo
 def test_choice(
     monkeypatch: pytest.MonkeyPatch,
     config: Config,
-    model: GPT2,
     wanted: Any,
     device: str,
     run_s: float,
@@ -73,47 +67,58 @@ def test_choice(
 ) -> None:
     config = with_compile(config, wanted)
     pretend(monkeypatch, config, run_s, works=works)
-    chosen = choose(config, model, World(0, 1, 0, torch.device(device)))
+    chosen = choose(config, World(0, 1, 0, torch.device(device)))
     assert chosen.run.compile is compiled
     assert with_compile(chosen, wanted) == config, "nothing else changes"
 
 
-def test_one_rank_without_a_compiler_turns_it_off(monkeypatch: pytest.MonkeyPatch, config: Config, model: GPT2) -> None:
+def test_one_rank_without_a_compiler_turns_it_off(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
     class TwoRanks(World):
         def gather(self, item: Any) -> list[Any]:
             return [item, False]
 
     pretend(monkeypatch, config, LONG_S)
-    assert choose(with_compile(config, True), model, TwoRanks(0, 2, 0, torch.device("cpu"))).run.compile is False
+    assert choose(with_compile(config, True), TwoRanks(0, 2, 0, torch.device("cpu"))).run.compile is False
 
 
-def test_the_slowest_rank_decides(monkeypatch: pytest.MonkeyPatch, config: Config, model: GPT2) -> None:
+def test_the_slowest_rank_decides(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
     class WithASlowRank(World):
         def gather(self, item: Any) -> list[Any]:
             return [item, item if isinstance(item, bool) else 100 * item]
 
     pretend(monkeypatch, config, SHORT_S)
-    assert choose(config, model, WithASlowRank(0, 2, 0, torch.device("cpu"))).run.compile is True
+    assert choose(config, WithASlowRank(0, 2, 0, torch.device("cpu"))).run.compile is True
 
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_run_that_continues_keeps_its_choice(
-    monkeypatch: pytest.MonkeyPatch, config: Config, model: GPT2, world: World, before: bool
+    monkeypatch: pytest.MonkeyPatch, config: Config, world: World, before: bool
 ) -> None:
     stored = dump_config(with_compile(config, before))
     state = TrainingState(1, 4, 48, 1, 1.0, 0, config.run.seed, None)
-    start = save_checkpoint(Path(config.run.out_dir), state, stored, DdpBackend(model, config, world), world, 9)
+    backend = DdpBackend(build_model(config.model, 1), config, world)
+    start = save_checkpoint(Path(config.run.out_dir), state, stored, backend, world, 9)
     pretend(monkeypatch, config, SHORT_S if before else LONG_S)
-    assert choose(config, model, world, start).run.compile is before
+    assert choose(config, world, start).run.compile is before
 
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16"])
-def test_the_measurement_leaves_no_trace(config: Config, model: GPT2, precision: str) -> None:
+def test_the_measurement_leaves_no_trace(config: Config, precision: str) -> None:
     config = config.model_copy(update={"run": config.run.model_copy(update={"precision": precision})})
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     state = torch.get_rng_state()
-    assert measure_micro_step(model, config, plan_batch(config, 1)) > 0
+    assert measure_micro_step(config, plan_batch(config, 1)) > 0
     assert torch.equal(torch.get_rng_state(), state)
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is None
-        assert torch.equal(parameter, weights[name])
+
+
+def test_the_measured_model_runs_every_block_with_the_memory_of_one(config: Config) -> None:
+    config = config.model_copy(update={"model": config.model.model_copy(update={"n_layer": 5})})
+    model = compilation._timed_model(config)
+    calls = []
+    for layer, block in enumerate(model.h):
+        block.register_forward_hook(lambda *_, layer=layer: calls.append(layer))
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    model(tokens, tokens).backward()
+    assert calls == [0, 1, 2, 3, 4]
+    one_block = config.model.model_copy(update={"n_layer": 1})
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(one_block, padded=True)
+    assert all(parameter.grad is not None for parameter in model.parameters())

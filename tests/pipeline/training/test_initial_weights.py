@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.checkpoint.loading import load_model
 from pipeline.config.schema import CheckpointConfig
+from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
 from pipeline.interop.hugging_face.exporting import export_checkpoint
-from pipeline.model.gpt2 import GPT2, build_model
+from pipeline.interop.weights import open_weights
+from pipeline.model.gpt2 import GPT2, allocate_model
 from pipeline.run_folder.metrics import read_metrics
-from pipeline.training.initial_weights import find_initial_weights, fit_positions, load_initial_weights
-from tests.pipeline.conftest import tiny_config, tiny_model_config
+from pipeline.training.initial_weights import copy_positions, find_initial_weights, load_initial_weights
+from tests.pipeline.conftest import tiny_config
 from tests.pipeline.interop.test_nanogpt import NanoRun
 from tests.support.agreement import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE
 from tests.support.runs import TINY_BYTE_RUN, Curve, Sections, copy_with_masks, curve_of, merged, read_curve, train_run
@@ -105,8 +108,12 @@ def test_other_data_on_resume_name_the_way(tuning: Sections, pretrained: Path, t
     curve_of("ddp", tmp_path / "run", merged(continuing, {"checkpoint": {"init_from": named}}))
 
 
-def model_of(**sizes: Any) -> GPT2:
-    return build_model(tiny_model_config(**sizes), 1)
+def load(path: Path, **sizes: Any) -> tuple[GPT2, dict[str, Any]]:
+    """Load weights into a new model. Returns the model, and the record of where the weights come from."""
+    config = tiny_config(model=sizes)
+    backend = DdpBackend(allocate_model(config.model, "meta"), config, World(0, 1, 0, torch.device("cpu")))
+    origin = load_initial_weights(path, backend)
+    return backend.model, origin
 
 
 def find(path: Path, **sizes: Any) -> Path:
@@ -120,8 +127,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GPT2]:
     """Return a file of nanoGPT, and its model as imported."""
     folder = tmp_path_factory.mktemp("foreign")
     torch.save(NanoRun().content(), folder / "ckpt.pt")
-    model = model_of()
-    load_initial_weights(find(folder / "ckpt.pt"), model)
+    model, _ = load(find(folder / "ckpt.pt"))
     return folder / "ckpt.pt", model
 
 
@@ -132,8 +138,7 @@ def test_weights_of_nanogpt_and_hugging_face(foreign: tuple[Path, GPT2], tmp_pat
     import_nanogpt(path, tmp_path / "imported")
     expected = load_model(tmp_path / "imported", torch.device("cpu")).model
     exported = export_checkpoint(tmp_path / "imported", tmp_path / "exported", "float32").path
-    again = model_of()
-    origin = load_initial_weights(find(exported), again)
+    again, origin = load(find(exported))
     assert origin == {"path": str(exported), "step": None}
     for name, parameter in expected.named_parameters():
         assert torch.equal(dict(model.named_parameters())[name], parameter), name
@@ -144,15 +149,19 @@ def test_a_longer_context_repeats_the_positions_and_a_shorter_one_cuts_them(
     foreign: tuple[Path, GPT2], caplog: pytest.LogCaptureFixture
 ) -> None:
     path, model = foreign
-    stored = model.wpe.weight
-    assert torch.equal(fit_positions(stored, 30), torch.cat([stored, stored, stored[:6]]))
+    stored = model.wpe.weight.detach()
+    source = open_weights(path)
+    elements = torch.cat([stored, stored, stored[:6]]).view(-1).tensor_split(4)
+    for rank in range(4):  # ranges begin and end within rows
+        found = torch.empty_like(elements[rank])
+        copy_positions(source, sum(map(len, elements[:rank])), found)
+        assert torch.equal(found, elements[rank])
     for context_length, note in (
         (30, "positions: 12 there, 30 here; position i starts as position i mod 12"),
         (5, "positions: the first 5 of 12 are kept"),
     ):
-        other = model_of(context_length=context_length, reset_positions_at=88)
         with caplog.at_level(logging.INFO):
-            load_initial_weights(path, other)
+            other, _ = load(path, context_length=context_length, reset_positions_at=88)
         assert note in caplog.text
         assert "model.reset_positions_at: None there, 88 here" in caplog.text
         tokens = torch.arange(5)[None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from pipeline.checkpoint.layout import checkpoint_folder
 from pipeline.config.loading import config_from_json
+from pipeline.model.initialisation import draw_elements
 from pipeline.run_folder.metrics import read_metrics
 from pipeline.training.run import train
 from tests.support.runs import TINY_RUN, Sections, copy_with_masks, merged
@@ -69,6 +71,24 @@ def test_a_complete_run_sends_what_a_service_does_not_have(
     assert [(loss.step, loss.value)] == [(row["step"], row["loss"]) for row in rows if "loss" in row]
     assert run.info.status == "FINISHED" and run.data.metrics["final/loss"] == loss.value
     assert read_metrics(tmp_path / "run") == rows, "a complete run is not changed"
+
+
+def test_only_a_new_run_draws_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_ours(tmp_path / "data", {"train": [documents(50)]})
+    drawn: list[str] = []
+
+    def draw(name: str, *arguments: Any) -> None:
+        drawn.append(name)
+        draw_elements(name, *arguments)
+
+    monkeypatch.setattr("pipeline.backends.base.draw_elements", draw)
+    monkeypatch.setattr("pipeline.model.gpt2.draw_elements", draw)
+    losses_of_a_run(tmp_path / "run", tmp_path / "data", {"schedule": {"max_steps": 4}})
+    assert "wte.weight" in drawn
+    assert len(set(drawn)) == len(drawn), "each weight is drawn once"
+    drawn.clear()
+    assert losses_of_a_run(tmp_path / "run", tmp_path / "data", {}).keys() == {1, 4, 8}
+    assert not drawn
 
 
 def losses_of_a_run(folder: Path, data: Path, changes: Sections) -> dict[int, float]:

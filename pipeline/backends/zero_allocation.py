@@ -1,0 +1,41 @@
+"""Allocate the weights of ZeRO-3 one after the other. DeepSpeed divides each before the next is allocated."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn as nn
+from torch.nn import Parameter
+
+from pipeline.model.gpt2 import GPT2
+
+
+def use_placeholders(model: GPT2, dtype: torch.dtype) -> None:
+    """Replace the weights of a model on the device ``meta`` with CPU tensors that need the memory of one element.
+
+    The new weights have the same shapes, so an optimizer can be created for them, and torch's fused AdamW accepts them.
+    """
+    model._apply(lambda weight: torch.empty((), dtype=dtype).expand(weight.shape))  # type: ignore[no-untyped-call]
+    model.tie_weights()
+
+
+class AllocatedOnRead(nn.Module):
+    """The argument ``module`` for ``deepspeed.zero.Init``, instead of the model.
+
+    ``Init`` reads the parameters of the module one after the other, and divides each of them before it reads the next.
+    This class allocates a parameter when it is read. Therefore, at most one whole parameter is in memory at a time.
+
+    Args:
+        model: a model on which ``use_placeholders`` was called.
+        device: the device on which the parameters are divided.
+    """
+
+    def __init__(self, model: GPT2, device: torch.device) -> None:
+        super().__init__()
+        self.placeholders = list(model.parameters())
+        self.device = device
+
+    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
+        """Yield the parameters of the model. Each is allocated, without initial values, when it is yielded."""
+        for parameter in self.placeholders:
+            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+            yield parameter
