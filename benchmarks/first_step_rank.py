@@ -25,7 +25,7 @@ from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.cpu import configure_cpu
 from pipeline.distributed.world import World, join_world
-from pipeline.model.gpt2 import GPT2, build_model
+from pipeline.model.gpt2 import GPT2, allocate_model
 from tests.support.runs import CONFIGS, overrides
 
 BLOCKS, WHOLE = "blocks", "whole"
@@ -83,7 +83,8 @@ def compile_whole(model: GPT2) -> None:
 def train(config: Config, world: World, steps: int) -> tuple[Backend, list[tuple[float, float]]]:
     """Build the backend in the same way as a run. Returns the seconds and CPU seconds of steps of one micro-batch."""
     plan = plan_batch(config, world.size)
-    backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
+    backend = create_backend(allocate_model(config.model, "meta"), config, world, plan)
+    backend.draw_weights(config.run.seed)
     tokens = torch.randint(config.model.vocab_size, (plan.micro_batch_size, plan.seq_len), device=world.device)
     times = []
     for _ in range(steps):

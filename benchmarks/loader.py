@@ -36,7 +36,7 @@ from pipeline.data.batch_plan import BatchPlan, plan_batch
 from pipeline.data.datasets import TokenDataset, open_datasets
 from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader
 from pipeline.distributed.world import join_world
-from pipeline.model.gpt2 import build_model, flops_per_token
+from pipeline.model.gpt2 import allocate_model, flops_per_token
 from pipeline.training.resuming import load_start
 from pipeline.training.throughput import ThroughputMeter
 from pipeline.training.trainer import Trainer
@@ -211,7 +211,8 @@ def waits_of(
     with join_world(config.run) as world:
         plan = plan_batch(config, world.size)
         loader = TrainLoader(open_datasets(config), plan, config.run.seed, world.rank)
-        backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
+        backend = create_backend(allocate_model(config.model, "meta"), config, world, plan)
+        backend.draw_weights(config.run.seed)
         throughput = ThroughputMeter(plan.tokens_per_step, flops_per_token(config.model, config.seq_len), 1.0)
         state = load_start(None, config, "0" * 64, backend, world)
         trainer = Trainer(config, world, backend, loader, throughput, state, tasks={})

@@ -1,6 +1,8 @@
-"""Train a few steps with a config's backend on random tokens, and write the peak memory for ``planned_memory``.
+"""Train a few steps with a config's backend on random tokens, and write the peak memory, or only start a run.
 
 python benchmarks/memory_rank.py OUT.json --config FILE ... --set ...        # under torchrun, or alone
+
+``planned_memory`` measures steps with this script. ``start_memory`` measures the start of a run, with ``--steps 0``.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.world import World, join_world
-from pipeline.model.gpt2 import build_model
+from pipeline.model.gpt2 import allocate_model
 
 STEPS = 3  # moments exist from the second step on, DDP's final buckets from the third step on
 
@@ -30,14 +32,15 @@ def main() -> Backend:
     parser.add_argument("out", type=Path)
     parser.add_argument("--config", nargs="+", required=True)
     parser.add_argument("--set", nargs="*", default=[])
+    parser.add_argument("--steps", type=int, default=STEPS, help="the number of steps after the weights are set")
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.set)
     with join_world(config.run) as world:
-        _train(_tiny(config), world)  # so that one-time allocations of libraries are not counted
+        _train(_tiny(config), world, STEPS)  # so that one-time allocations of libraries are not counted
         gc.collect()
         before = _used_bytes(world.device)
         _reset_peak(world.device)
-        held = _train(config, world)
+        held = _train(config, world, arguments.steps)
         largest = max(world.gather(_peak_bytes(world.device) - before))
         if world.is_main:
             arguments.out.write_text(json.dumps({"peak_bytes": largest}))
@@ -51,12 +54,13 @@ def _tiny(config: Config) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def _train(config: Config, world: World) -> Backend:
-    """Build the backend in the same way as a run, and train ``STEPS`` steps."""
+def _train(config: Config, world: World, steps: int) -> Backend:
+    """Build the backend in the same way as a run, and train some steps."""
     plan = plan_batch(config, world.size)
-    backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
+    backend = create_backend(allocate_model(config.model, "meta"), config, world, plan)
+    backend.draw_weights(config.run.seed)
     shape, weight = (plan.micro_batch_size, plan.seq_len), world.size / plan.tokens_per_step
-    for _ in range(STEPS):
+    for _ in range(steps):
         for i in range(plan.accumulation):
             tokens = torch.randint(config.model.vocab_size, shape, device=world.device)
             backend.accumulate(tokens, tokens, weight, is_last=i == plan.accumulation - 1)

@@ -27,7 +27,7 @@ from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch
 from pipeline.distributed.environment import set_launcher_variables
 from pipeline.distributed.world import World
-from pipeline.model.gpt2 import GPT2, build_model
+from pipeline.model.gpt2 import allocate_model
 from pipeline.planning.layouts import layout_of
 from tests.support.runs import CONFIGS
 
@@ -76,7 +76,7 @@ def compare_fsdp(world_size: int, shard_group_size: int | None = None) -> Iterat
     name = "fsdp" if shard_group_size is None else f"fsdp/{shard_group_size}"
     config, plan = _planned("fsdp", world_size, [*REAL_MODEL, *groups])
     with _fake_world(world_size) as world, _mesh_of_real_tensors(), FakeTensorMode():
-        backend: Any = create_backend(GPT2(config.model), config, world, plan)
+        backend: Any = create_backend(allocate_model(config.model, "meta"), config, world, plan)
         tokens = torch.zeros(1, SEQ_LEN, dtype=torch.int64)
         backend.compute(tokens, tokens).backward()
         parameters = list(backend.parameters.values())
@@ -96,7 +96,7 @@ def compare_small(name: str, world_size: int) -> Iterator[Shards]:
     config, plan = _planned(name, world_size, [*SMALL_MODEL, *([SMALL_BUCKET] if name.startswith("zero") else [])])
     layout = layout_of(config, plan)
     with _fake_world(world_size) as world:
-        backend: Any = create_backend(build_model(config.model, seed=1), config, world, plan)
+        backend: Any = create_backend(allocate_model(config.model, "meta"), config, world, plan)
         if name == "ddp":
             sizes = backend.compute._get_ddp_logging_data()["bucket_sizes"]  # one string
             yield Shards(name, world_size, "gradients", layout.gradients(0), sum(map(int, str(sizes).split(","))))

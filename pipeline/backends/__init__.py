@@ -15,7 +15,9 @@ __all__ = ["Backend", "Fragment", "cpu_adam_problem", "create_backend"]
 
 
 def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -> Backend:
-    """Wrap a newly built fp32 model in the backend that the config selects.
+    """Wrap a model on the device ``meta`` in the backend that the config selects.
+
+    The weights have no values yet, see ``Backend``.
 
     Only the module of the selected backend is imported, because importing DeepSpeed takes seconds.
     """

@@ -31,7 +31,7 @@ class Backend(ABC):
     over the ranks, but training needs their sum. Therefore, the ``loss_weight`` that the trainer passes to
     ``accumulate`` contains the world size as a factor.
 
-    If the model is on the device ``meta``, the backend allocates memory only for the weights that this rank holds. They
+    A backend is created from a model on the device ``meta``, and allocates only the weights that this rank holds. They
     have no values until ``draw_weights`` or ``write_weights`` is called, or a checkpoint is loaded.
     """
 

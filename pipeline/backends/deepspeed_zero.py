@@ -81,9 +81,7 @@ class DeepSpeedBackend(Backend):
 
     def _start_engine(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> Any:
         """Apply recomputation and precision to the model, wrap the result in an engine, then compile."""
-        has_weights = not model.wte.weight.is_meta
-        if not has_weights:
-            self._allocate(model, world.device)
+        self._allocate(model, world.device)
         recompute_blocks(model)
         compute = self.in_precision(model, self.precision, world.device)
         build_rest = partial(_build_cpu_adam, config=config.optimizer) if config.backend.offloads("optimizer") else None
@@ -95,7 +93,7 @@ class DeepSpeedBackend(Backend):
         native = engine_config(config, plan, cpu_adam=isinstance(optimizer, DeepSpeedCPUAdam))
         _check_readable(native)
         try:
-            if self.stage == 3 and not has_weights:
+            if self.stage == 3:
                 deepspeed.zero.Init(module=AllocatedOnRead(model, world.device), config_dict_or_path=native)
             engine, *_ = deepspeed.initialize(model=compute, optimizer=optimizer, config=native)
         except (ValueError, AssertionError, NotImplementedError, ZeRORuntimeException) as error:
@@ -177,9 +175,6 @@ class ZeroBackend(DeepSpeedBackend):
     in_precision = AutocastModel
 
     def __init__(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> None:
-        keeps_weights = config.run.precision == "bf16" and not model.wte.weight.is_meta
-        # DeepSpeed gives each parameter new memory for its bf16 values, so these fp32 values stay as they are.
-        weights = {name: p.detach() for name, p in model.named_parameters()} if keeps_weights else {}
         super().__init__(model, config, world, plan)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         if self.stage == 3:
@@ -187,8 +182,6 @@ class ZeroBackend(DeepSpeedBackend):
         else:
             self.state = PartitionedState(self.engine, names, self.state_names)
         self.state.connect_optimizer(self.ranks_per_copy)
-        if keeps_weights:
-            self._restore_masters(weights)
 
     def _allocate(self, model: GPT2, device: torch.device) -> None:
         """Allocate the weights in the dtype with which the model computes. ZeRO-3 allocates them later."""
@@ -197,14 +190,6 @@ class ZeroBackend(DeepSpeedBackend):
             use_placeholders(model, dtype)
         else:
             place_model(model.to(dtype), device)
-
-    def _restore_masters(self, weights: dict[str, Tensor]) -> None:
-        """Write the fp32 weights into the masters, which DeepSpeed has created from weights rounded to bf16."""
-
-        def write(name: str, start: int, target: Tensor) -> None:
-            target.copy_(weights[name].view(-1)[start : start + len(target)])
-
-        self.write_weights(write)
 
     def _loss_scale_outside_engine(self) -> float:
         if self.loss_scaler.dynamic:

@@ -75,7 +75,7 @@ class FsdpBackend(TorchBackend):
 def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
     """Apply recomputation, compile each module, and shard the model. Compiled graphs contain no collectives.
 
-    If the model is on the device ``meta``, memory is allocated only for the shards.
+    The model is on the device ``meta``. Memory is allocated only for the shards.
 
     Each block is one group of weights. The embeddings, the last LayerNorm and the output layer form the root group.
     ``wte`` and ``lm_head`` are therefore in one group and stay tied. The end of the forward pass and the beginning of
@@ -91,9 +91,8 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     root = AutocastModel(model, config.run.precision, world.device)
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    if model.wte.weight.is_meta:
-        root.to_empty(device=world.device)
-        model.tie_weights()
+    root.to_empty(device=world.device)
+    model.tie_weights()
     if world.device.type == "cpu":
         for module in root.modules():
             if isinstance(module, FSDPModule):

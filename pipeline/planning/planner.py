@@ -8,7 +8,7 @@ from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch
 from pipeline.planning.activations import Peak, Request, trace_activations
 from pipeline.planning.devices import Device
-from pipeline.planning.layouts import BF16, FP32, checkpoint_bytes, layout_of, sizes_of
+from pipeline.planning.layouts import checkpoint_bytes, layout_of, sizes_of
 from pipeline.planning.speed import Speed, estimate_speed
 
 SECONDS_PER_DAY = 86_400
@@ -126,16 +126,11 @@ def peak_memory(config: Config, plan: BatchPlan) -> Memory:
 def host_memory(config: Config, plan: BatchPlan, device: Device) -> int:
     """Return the peak host memory of a rank in bytes. The memory of libraries and data is not included.
 
-    At the start, each rank builds the whole model in fp32. Under ZeRO-1 to ZeRO-3 in bf16, these weights are kept until
-    DeepSpeed has made a bf16 copy and allocated the offloaded state. During training, host memory contains the
-    offloaded state, and the copy of the state from which checkpoints are written.
+    Host memory contains the offloaded state, and the copy of the state from which checkpoints are written. The start of
+    a run needs less: weights are allocated on the device, and their initial values are written in blocks.
     """
-    total = sizes_of(config.model).total
     offloaded = layout_of(config, plan, pins_host_memory=device.is_gpu).host
-    at_start = FP32 * total
-    if config.backend.name == "deepspeed" and config.backend.zero_stage > 0 and config.run.precision == "bf16":
-        at_start += max(BF16 * total, offloaded)
-    return max(at_start, offloaded - (-checkpoint_bytes(config) // plan.world_size))
+    return offloaded - (-checkpoint_bytes(config) // plan.world_size)
 
 
 def largest_micro_batch(config: Config, batch: BatchPlan, device: Device) -> int:

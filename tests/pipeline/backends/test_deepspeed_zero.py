@@ -98,25 +98,6 @@ def test_stage_3_has_one_whole_weight_at_a_time(world: World, precision: str) ->
     backend.model.assert_tied()
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_makes_no_second_copy_of_the_fp32_weights(
-    world: World, stage: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept: dict[str, torch.Tensor] = {}
-    restore = ZeroBackend._restore_masters
-
-    def record(self: ZeroBackend, weights: dict[str, torch.Tensor]) -> None:
-        kept.update(weights)
-        restore(self, weights)
-
-    monkeypatch.setattr(ZeroBackend, "_restore_masters", record)
-    config = backend_config(f"zero{stage}", run={"precision": "bf16"})
-    model = build_model(config.model, 1)
-    places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    create_backend(model, config, world, plan_batch(config, 1))
-    assert {name: weight.data_ptr() for name, weight in kept.items()} == places
-
-
 @pytest.mark.parametrize(("stage", "wrapped"), [(0, Bf16ViewModel), (1, AutocastModel), (3, AutocastModel)])
 def test_bf16_of_stage_0_is_a_view(world: World, stage: int, wrapped: type) -> None:
     backend = make_backend(f"zero{stage}", world, run={"precision": "bf16"})
@@ -174,7 +155,7 @@ class TestEngineConfig:
         config = tiny_config(backend=section, run={"precision": "bf16"})
         assert native_config(config)["communication_data_type"] == "bf16"
         config = tiny_config(backend=section)
-        backend = create_backend(build_model(config.model, 1), config, world, plan_batch(config, 1))
+        backend = create_backend(allocate_model(config.model, "meta"), config, world, plan_batch(config, 1))
         assert backend.describe().endswith("AdamW, different numbers: communication_data_type")
 
     def test_native_keys_pass_through(self) -> None:
@@ -215,9 +196,9 @@ class TestRefusals:
 
 def make_backend_of(native: dict[str, Any], world: World) -> Backend:
     config = tiny_config(backend={"name": "deepspeed", "deepspeed": native})
-    return deepspeed_zero.create_deepspeed_backend(
-        build_model(config.model, 1), config, world, plan_batch(config, world.size)
-    )
+    backend = create_backend(allocate_model(config.model, "meta"), config, world, plan_batch(config, world.size))
+    backend.draw_weights(1)
+    return backend
 
 
 def test_without_a_compiler_torchs_adamw_takes_the_offloaded_state(

@@ -111,7 +111,7 @@ def test_two_ranks_hold_every_element_once_and_the_norm_counts_them_all(tmp_path
 GATHERS = """
 from pipeline.backends.fsdp import AllGather, FsdpBackend
 from pipeline.distributed.world import join_world
-from pipeline.model.gpt2 import build_model
+from pipeline.model.gpt2 import allocate_model
 from tests.pipeline.backends.conftest import backend_section, micro_batch
 from tests.pipeline.conftest import tiny_config
 
@@ -127,7 +127,8 @@ AllGather.__call__ = count
 with join_world(tiny_config().run) as world:
     for reshards in (True, False):
         config = tiny_config(backend=backend_section("fsdp", reshard_after_forward=reshards))
-        backend = FsdpBackend(build_model(config.model, 1), config, world)
+        backend = FsdpBackend(allocate_model(config.model, "meta"), config, world)
+        backend.draw_weights(1)
         for _ in range(2):
             gathered.clear()
             for seed in range(3):

@@ -13,7 +13,7 @@ from pipeline.backends.optimizer import CLIP_EPS
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.world import World
-from pipeline.model.gpt2 import build_model
+from pipeline.model.gpt2 import allocate_model, build_model
 from pipeline.model.muon_matrices import belongs_to_muon
 from tests.pipeline.backends.conftest import backend_section, make_backend, micro_batch
 from tests.pipeline.conftest import tiny_config
@@ -38,7 +38,9 @@ def muon_config(name: str, **muon: Any) -> Config:
 
 def make_muon(name: str, world: World, **muon: Any) -> Backend:
     config = muon_config(name, **muon)
-    return create_backend(build_model(config.model, 1), config, world, plan_batch(config, world.size))
+    backend = create_backend(allocate_model(config.model, "meta"), config, world, plan_batch(config, world.size))
+    backend.draw_weights(1)
+    return backend
 
 
 def train(backend: Backend, seeds: range) -> None:
