@@ -16,7 +16,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS, ZeRORuntimeException
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils import groups, set_z3_leaf_modules
 from packaging.version import Version
 from pydantic import ValidationError
 from torch import Tensor
@@ -94,7 +94,12 @@ class DeepSpeedBackend(Backend):
         _check_readable(native)
         try:
             if self.stage == 3:
-                deepspeed.zero.Init(module=AllocatedOnRead(model, world.device), config_dict_or_path=native)
+                deepspeed.zero.Init(
+                    module=AllocatedOnRead(model, world.device),
+                    config_dict_or_path=native,
+                    # With hpZ, Init creates these groups unless a backend of this process has created them before.
+                    zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
+                )
             engine, *_ = deepspeed.initialize(model=compute, optimizer=optimizer, config=native)
         except (ValueError, AssertionError, NotImplementedError, ZeRORuntimeException) as error:
             raise _refused(error) from error
