@@ -1,7 +1,7 @@
 """Measure the state that the real wrapping code keeps on rank 0 at any world size, with a fake process group.
 
-FSDP2 shards fake tensors with the shapes of GPT-2. DDP and DeepSpeed read the values of tensors, so they wrap a small
-model.
+FSDP2 allocates only the shards of this rank, so it wraps a model with the shapes of GPT-2. DDP and ZeRO-1 to ZeRO-3
+wrap a small model.
 """
 
 from __future__ import annotations
@@ -10,14 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -71,11 +67,11 @@ def compare_shards(world_size: int) -> Iterator[Shards]:
 
 
 def compare_fsdp(world_size: int, shard_group_size: int | None = None) -> Iterator[Shards]:
-    """Wrap fake tensors, run a step, and sum the local bytes."""
+    """Wrap the model, run a step, and sum the local bytes."""
     groups = [] if shard_group_size is None else [f"backend.fsdp.shard_group_size={shard_group_size}"]
     name = "fsdp" if shard_group_size is None else f"fsdp/{shard_group_size}"
     config, plan = _planned("fsdp", world_size, [*REAL_MODEL, *groups])
-    with _fake_world(world_size) as world, _mesh_of_real_tensors(), FakeTensorMode():
+    with _fake_world(world_size) as world:
         backend: Any = create_backend(allocate_model(config.model, "meta"), config, world, plan)
         tokens = torch.zeros(1, SEQ_LEN, dtype=torch.int64)
         backend.compute(tokens, tokens).backward()
@@ -125,18 +121,6 @@ def _fake_world(world_size: int) -> Iterator[World]:
     finally:
         if dist.is_initialized():  # DeepSpeed destroys it
             dist.destroy_process_group()
-
-
-@contextmanager
-def _mesh_of_real_tensors() -> Iterator[None]:
-    """Create device meshes of real tensors, because a mesh reads its ranks and fake tensors have no values."""
-
-    def make(*arguments: Any, **options: Any) -> DeviceMesh:
-        with unset_fake_temporarily():
-            return init_device_mesh(*arguments, **options)
-
-    with mock.patch("pipeline.backends.fsdp.init_device_mesh", make):
-        yield
 
 
 def _local_bytes(tensor: Tensor | None) -> int:
