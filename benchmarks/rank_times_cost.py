@@ -26,7 +26,7 @@ from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.cpu import configure_cpu
 from pipeline.distributed.device import synchronize
 from pipeline.distributed.world import World, join_world
-from pipeline.model.gpt2 import build_model
+from pipeline.model.gpt2 import allocate_model
 from pipeline.run_folder.heartbeat_file import HeartbeatFile
 from pipeline.training.rank_comparison import RankComparison
 
@@ -41,7 +41,8 @@ class Steps:
     def __init__(self, config: Config, world: World, run_folder: Path) -> None:
         self.config, self.world = config, world
         self.plan = plan_batch(config, world.size)
-        self.backend = create_backend(build_model(config.model, config.run.seed), config, world, self.plan)
+        self.backend = create_backend(allocate_model(config.model, "meta"), config, world, self.plan)
+        self.backend.draw_weights(config.run.seed)
         self.comparison = RankComparison(self.backend.step_clock, world, slow_ratio=None)
         self.heartbeat_file = HeartbeatFile(run_folder if world.is_main else None)
         groups = [dist.new_group([rank]) for rank in range(world.size)]  # every rank must create every group
