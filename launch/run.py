@@ -92,7 +92,7 @@ def evaluate(config: Config) -> None:
 
 
 def sample(config: Config) -> str:
-    """Generate a completion with the settings of ``sample``, and return it."""
+    """Generate a completion with the settings of the config section ``sample``, and return it."""
     options = ["--checkpoint", config.run.out_dir, "--seed", str(config.run.seed), "--device", config.run.device]
     options += _options(config.sample.model_dump(exclude={"stop"}, exclude_none=True))
     options += [f"--stop={text}" for text in config.sample.stop]

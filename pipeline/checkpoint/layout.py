@@ -40,7 +40,7 @@ def checkpoint_folder(run_folder: Path, step: int) -> Path:
 
 
 def checkpoint_url(run_url: str, step: int) -> str:
-    """Return the URL for the checkpoint of a step of a run at a URL. The checkpoint need not exist."""
+    """Return the URL of the checkpoint of ``step`` in the run folder at ``run_url``. The checkpoint need not exist."""
     return f"{run_url.rstrip('/')}/{CHECKPOINTS_FOLDER}/step_{step:08d}"
 
 

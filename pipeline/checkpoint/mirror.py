@@ -1,9 +1,12 @@
 """Upload the checkpoints of a run to a URL while training continues.
 
 Each rank has one thread that uploads. The threads do not use collectives, because a rank with a slow network would then
-block the others for hours. They exchange short messages through the key-value store of the run instead. Rank 0 begins a
-*round* for each checkpoint: it writes the files of the checkpoint into the store, every rank uploads its share of the
-files and writes the result into the store, and rank 0 writes the manifest at the URL when all ranks have succeeded.
+block the others for hours. They exchange short messages through the key-value store of the run instead. The upload of
+one checkpoint is a *round*:
+
+1. Rank 0 writes the names of the checkpoint's files into the store.
+2. Every rank uploads its share of the files to the URL, and writes into the store whether this succeeded.
+3. When all ranks have succeeded, rank 0 writes the manifest at the URL.
 """
 
 import json

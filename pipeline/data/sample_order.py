@@ -91,9 +91,8 @@ class _Fork:
 class Mixture:
     """Assigns the samples of a run to datasets in proportion to their weights.
 
-    After any number of samples, the number of samples that came from a dataset differs from the exact share of the
-    dataset by less than two samples. The dataset of a sample depends only on the weights and on the number of the
-    sample.
+    After n samples, the number of samples that came from a dataset differs by less than two from n times the share of
+    the dataset. The dataset of a sample depends only on the weights and on the index of the sample.
 
     To compute the dataset, this class uses a Huffman tree (Huffman 1952), whose leaves are the datasets. Every inner
     node divides its samples between its two children.

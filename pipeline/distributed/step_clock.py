@@ -51,11 +51,11 @@ class HostClock:
     waiting_functions: tuple[tuple[type, str], ...] = ((Work, "wait"),)
 
     def mark(self) -> Mark | None:
-        """Return the time now."""
+        """Return the time now, which is a mark on the timeline."""
         return time.perf_counter()
 
     def has_passed(self, mark: Mark) -> bool:
-        """Return whether the timeline has reached a mark."""
+        """Return whether the timeline has reached a mark. The main thread has always reached its own marks."""
         return True
 
     def seconds(self, start: Mark, end: Mark) -> float:

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 class RunRecord:
     """Writes rows to the log sinks that ``logging.sinks`` selects. Only the main rank writes.
 
-    Each row has ``elapsed_s``, the wall-clock seconds that the run has taken in all its starts together. The time from
-    the end of one start to the beginning of the next does not count.
+    Each row has ``elapsed_s``, the wall-clock seconds of all processes of the run together. A run has several
+    processes one after the other if it is interrupted and resumed. The time between them does not count.
 
     If an earlier start has written rows for steps after ``resumed_step``, these rows are deleted. If the config has
     keys that can make the results differ from the results of other backends, each row names these keys.
