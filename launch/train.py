@@ -6,8 +6,9 @@ from pathlib import Path
 
 from data_tools.storage.files import is_remote
 from launch.cli import ArgumentParser, add_config_options, positive_int, run_command, start_logging
-from pipeline.checkpoint.layout import checkpoint_of_step, checkpoint_url
+from pipeline.checkpoint.layout import checkpoint_of_step, checkpoint_url, split_url
 from pipeline.config.loading import load_config
+from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 
 
@@ -21,11 +22,8 @@ def main() -> object:
     if arguments.profile is not None:
         overrides.append(f"logging.profile_steps={arguments.profile}")
     config = load_config(arguments.config, overrides, arguments.deepspeed)
-    if arguments.branch and Path(config.run.out_dir).resolve() == Path(arguments.init_from).resolve():
-        raise ConfigError(
-            f"--branch: {arguments.init_from} is the run folder of this command, too; name a new folder for the branch "
-            "with --set run.out_dir=DIR"
-        )
+    if arguments.branch:
+        _check_branch(arguments.init_from, config)
     from pipeline.training.run import train  # import torch late so that config errors appear at once
 
     start_logging()
@@ -74,6 +72,21 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--local_rank", help="ignored; the deepspeed launcher adds it")
     return parser
+
+
+def _check_branch(source: str, config: Config) -> None:
+    """Raise ConfigError if a branch would write to the folder or the URL of the run that it continues."""
+    if Path(config.run.out_dir).resolve() == Path(source).resolve():
+        raise ConfigError(
+            f"--branch: {source} is the run folder of this command, too; name a new folder for the branch with --set "
+            "run.out_dir=DIR"
+        )
+    remote = config.checkpoint.remote
+    if remote is not None and split_url(remote)[0] == split_url(source)[0]:
+        raise ConfigError(
+            f"--branch: {source} belongs to checkpoint.remote of this command, too; name a new URL for the branch with "
+            "--set checkpoint.remote=URL, or set it to null"
+        )
 
 
 def _start_overrides(arguments: argparse.Namespace) -> list[str]:

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.storage.atomic import hidden_partial_path, make_empty_folder, publish_folder, write_bytes_durably
+from data_tools.storage.atomic import hidden_partial_path, make_empty_folder, write_bytes_durably
 from pipeline.checkpoint.layout import MANIFEST_FILE, checkpoint_folder, format_size
-from pipeline.checkpoint.remote_run import RemoteCheckpoint
-from pipeline.checkpoint.saving import on_every_rank, on_main_rank
+from pipeline.checkpoint.pairing import pair
+from pipeline.checkpoint.remote_run import RemoteCheckpoint, RemoteRun
+from pipeline.checkpoint.saving import on_every_rank, on_main_rank, publish_checkpoint
 from pipeline.checkpoint.verification import find_damage
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
+from pipeline.run_folder.layout import METRICS_FILE
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +45,15 @@ def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: W
     """Download a checkpoint into a run folder that all ranks share, verify it, and return its folder there.
 
     Each rank downloads an equal share of the blocks of all files, so all ranks together read each byte once. The run
-    folder then has a checkpoint that any backend and any world size can load.
+    folder then has a checkpoint that any backend and any world size can load. A damaged checkpoint of the same step is
+    replaced. If the run folder has no metrics yet, they are downloaded too. The run folder records that the URL belongs
+    to the run.
 
     This call is collective: every rank must make it.
 
     Raises:
         DamagedAtUrlError: the downloaded files differ from the manifest. The run folder has not changed.
-        CheckpointError: a rank could not read or write a file. The run folder has not changed.
+        CheckpointError: a rank could not read or write a file. The checkpoints in the run folder have not changed.
     """
     started = time.perf_counter()
     folder = checkpoint_folder(run_folder, checkpoint.step)
@@ -60,7 +64,8 @@ def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: W
         on_main_rank(world, lambda: write_bytes_durably(aside / MANIFEST_FILE, checkpoint.manifest_bytes))
         if problem := world.call_on_main(lambda: find_damage(aside)):
             raise DamagedAtUrlError(problem.replace(str(aside), str(checkpoint)))
-        on_main_rank(world, lambda: publish_folder(aside, folder))
+        on_main_rank(world, lambda: _connect(run_folder, checkpoint.run))  # before the run folder has a checkpoint
+        on_main_rank(world, lambda: publish_checkpoint(aside, folder))
     except CheckpointError as error:
         if world.is_main:
             _remove(aside)
@@ -115,6 +120,14 @@ def download_block(checkpoint: RemoteCheckpoint, folder: Path, block: Block) -> 
         file.flush()
         os.fsync(file.fileno())
     return len(content)
+
+
+def _connect(run_folder: Path, run: RemoteRun) -> None:
+    """Download the metrics if the run folder has none, and record that the URL belongs to the run."""
+    path = run_folder / METRICS_FILE
+    if not path.exists() and (content := run.read_metrics()) is not None:
+        write_bytes_durably(path, content)
+    pair(run_folder, run.url)
 
 
 def _remove(aside: Path) -> None:

@@ -20,6 +20,7 @@ READABLE_VERSIONS = (1, 2)
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
+_CHECKPOINT_URL = re.compile(rf"(?P<run>.+)/{CHECKPOINTS_FOLDER}/(?P<name>step_\d{{8,}})/?")
 _TENSOR_FILE = re.compile(r"rank_(\d{5,})_(weights|moments)\.safetensors")
 _MAX_ELEMENTS = 1 << 48
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -42,6 +43,12 @@ def checkpoint_folder(run_folder: Path, step: int) -> Path:
 def checkpoint_url(run_url: str, step: int) -> str:
     """Return the URL of the checkpoint of ``step`` in the run folder at ``run_url``. The checkpoint need not exist."""
     return f"{run_url.rstrip('/')}/{CHECKPOINTS_FOLDER}/step_{step:08d}"
+
+
+def split_url(url: str) -> tuple[str, int | None]:
+    """Return the URL of the run, and the step if the URL is that of a checkpoint."""
+    match = _CHECKPOINT_URL.fullmatch(url)
+    return (match["run"], parse_step(match["name"])) if match else (url.rstrip("/"), None)
 
 
 def checkpoint_of_step(run_folder: Path, step: int) -> Path:

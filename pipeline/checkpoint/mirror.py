@@ -23,22 +23,21 @@ from typing import Any
 from torch._C._distributed_c10d import Store
 
 from data_tools.errors import UserError
-from data_tools.storage.atomic import write_json_durably
 from pipeline.checkpoint.layout import (
     MANIFEST_FILE,
     STATE_FILE,
     checkpoint_folder,
     list_checkpoints,
     parse_tensor_file,
-    read_json_object,
     read_manifest,
     step_of,
 )
+from pipeline.checkpoint.pairing import is_paired, pair
 from pipeline.checkpoint.remote_run import ABANDONED_MANIFEST, RemoteRun
 from pipeline.checkpoint.retention import best_step, is_state_of_milestone, surplus_steps
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
-from pipeline.run_folder.layout import METRICS_FILE, REMOTE_FILE
+from pipeline.run_folder.layout import METRICS_FILE
 
 log = logging.getLogger(__name__)
 
@@ -309,22 +308,3 @@ class Mirror:
 
 def _read_number(store: Store) -> int:
     return int(store.get(_ROUND)) if store.check([_ROUND]) else 0
-
-
-def is_paired(run_folder: Path, url: str) -> bool:
-    """Return whether the checkpoints at a URL belong to the run in ``run_folder`` (see ``pair``)."""
-    return url.rstrip("/") in _paired_urls(run_folder)
-
-
-def pair(run_folder: Path, url: str) -> None:
-    """Record in a run folder that the checkpoints at a URL belong to the run."""
-    if not is_paired(run_folder, url):
-        write_json_durably(run_folder / REMOTE_FILE, {"urls": [*_paired_urls(run_folder), url.rstrip("/")]})
-
-
-def _paired_urls(run_folder: Path) -> list[str]:
-    path = run_folder / REMOTE_FILE
-    if not path.exists():
-        return []
-    urls = read_json_object(path).get("urls")
-    return urls if isinstance(urls, list) else []

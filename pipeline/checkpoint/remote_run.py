@@ -4,7 +4,6 @@ The folder at the URL has the same layout as a local run folder, and its checkpo
 checkpoint at a URL is complete if it has a ``manifest.json``, because this file is written last and deleted first.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pipeline.checkpoint.layout import (
     checkpoint_url,
     parse_json_object,
     parse_step,
+    split_url,
 )
 from pipeline.checkpoint.state import StateFile, check_state_file
 from pipeline.errors import CheckpointError
@@ -25,7 +25,6 @@ from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, METRICS_FILE
 
 #: The name of the manifest of a checkpoint of a later step than that from which the run has continued.
 ABANDONED_MANIFEST = f"{MANIFEST_FILE}.abandoned"
-_CHECKPOINT_URL = re.compile(rf"(?P<run>.+)/{CHECKPOINTS_FOLDER}/(?P<name>step_\d{{8,}})/?")
 
 
 @dataclass(frozen=True)
@@ -166,5 +165,5 @@ def _prefix(step: int) -> str:
 
 def parse_url(url: str) -> tuple[RemoteRun, int | None]:
     """Return the run at a URL, and the step if the URL is that of a checkpoint."""
-    match = _CHECKPOINT_URL.fullmatch(url)
-    return (RemoteRun(match["run"]), parse_step(match["name"])) if match else (RemoteRun(url), None)
+    run_url, step = split_url(url)
+    return RemoteRun(run_url), step

@@ -167,6 +167,15 @@ def _complete_and_publish(aside: Path, folder: Path, state: StateFile, snapshot:
     }
     write_json_durably(aside / MANIFEST_FILE, {**manifest, "sha256": sha256_of_json(manifest)})
     index_pieces(aside, read_manifest(aside))
+    publish_checkpoint(aside, folder)
+
+
+def publish_checkpoint(aside: Path, folder: Path) -> None:
+    """Rename the complete temporary folder ``aside`` to ``folder``. This replaces a damaged checkpoint.
+
+    Raises:
+        OSError: a folder cannot be deleted or renamed.
+    """
     if folder.exists():  # damaged: otherwise the run would have continued from this checkpoint
         delete_checkpoint(folder)
     publish_folder(aside, folder)

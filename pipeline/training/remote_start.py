@@ -4,18 +4,16 @@ import logging
 from pathlib import Path
 
 from data_tools.errors import DataError
-from data_tools.storage.atomic import write_bytes_durably
 from data_tools.storage.files import is_remote
 from pipeline.checkpoint.download import DamagedAtUrlError, download_checkpoint
-from pipeline.checkpoint.layout import step_of
-from pipeline.checkpoint.mirror import is_paired, pair
+from pipeline.checkpoint.layout import split_url, step_of
+from pipeline.checkpoint.pairing import is_paired
 from pipeline.checkpoint.remote_run import RemoteCheckpoint, RemoteRun
 from pipeline.checkpoint.remote_search import complete_steps, find_checkpoints, open_undamaged
 from pipeline.checkpoint.verification import newest_good_checkpoint
-from pipeline.config.schema import Config
+from pipeline.config.schema import CheckpointConfig, Config
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
-from pipeline.run_folder.layout import METRICS_FILE
 from pipeline.training.resuming import AUTO
 
 log = logging.getLogger(__name__)
@@ -26,64 +24,82 @@ def fetch_remote_start(config: Config, world: World) -> None:
 
     With ``checkpoint.resume: auto``, this is the newest checkpoint at ``checkpoint.remote`` if it is newer than all
     checkpoints in the run folder. If ``checkpoint.resume`` is a URL, it is the checkpoint there, unless the run folder
-    has checkpoints already. Damaged checkpoints are skipped with a warning. If the run folder has no metrics yet, they
-    are downloaded too.
+    has checkpoints already. Damaged checkpoints are skipped with a warning. If the run folder has a good checkpoint, a
+    failed download is only logged.
 
     This call is collective: every rank must make it.
 
     Raises:
-        CheckpointError: the URL has no good checkpoint or belongs to another run, or a download failed.
+        CheckpointError: the run folder has no good checkpoint, and the URL has only checkpoints that cannot be used, or
+            a download failed. Or ``checkpoint.remote`` belongs to another run.
         DataError: the server refuses or does not answer, and the run folder has no checkpoint.
     """
     run_folder = Path(config.run.out_dir)
-    problem: DamagedAtUrlError | None = None
-    for checkpoint in world.call_on_main(lambda: _find_candidates(config)):
+    candidates, is_needed = world.call_on_main(lambda: _find_candidates(config.checkpoint, run_folder))
+    for checkpoint in candidates:
         world.progress.reach(f"download of {checkpoint}", is_patient=True, repeats=False)
         try:
             download_checkpoint(checkpoint, run_folder, world)
+            return
         except DamagedAtUrlError as error:
             log.warning("skipping a damaged checkpoint: %s", error)
-            problem = error
-            continue
-        world.call_on_main(lambda: _complete_run_folder(run_folder, checkpoint.run))  # noqa: B023 - called at once
-        return
-    if problem and is_remote(config.checkpoint.resume):
-        raise problem
+        except CheckpointError as error:
+            if is_needed:
+                raise
+            log.warning("%s; the run starts from its own newest checkpoint", error)
+            return
+    if candidates and is_needed:
+        raise _unusable_error(candidates[0].run.url)
 
 
-def _complete_run_folder(run_folder: Path, run: RemoteRun) -> None:
-    pair(run_folder, run.url)
-    if not (run_folder / METRICS_FILE).exists() and (content := run.read_metrics()) is not None:
-        write_bytes_durably(run_folder / METRICS_FILE, content)
-
-
-def _find_candidates(config: Config) -> list[RemoteCheckpoint]:
-    """Return the checkpoints from which the run may start, the best first."""
-    options, run_folder = config.checkpoint, Path(config.run.out_dir)
+def _find_candidates(options: CheckpointConfig, run_folder: Path) -> tuple[list[RemoteCheckpoint], bool]:
+    """Return the checkpoints from which the run may start, the best first, and whether the run needs one of them."""
     if not is_remote(options.resume) and options.remote is None:
-        return []
+        return [], False
     own = newest_good_checkpoint(run_folder)
-    if is_remote(options.resume):
-        return [] if own else find_checkpoints(options.resume)
-    assert options.remote is not None
-    run = RemoteRun(options.remote)
+    newer = [] if options.remote is None else _find_newer(options.remote, options.resume, run_folder, own)
+    if is_remote(options.resume) and own is None:
+        return find_checkpoints(options.resume), True
+    return newer, own is None
+
+
+def _find_newer(url: str, resume: str, run_folder: Path, own: Path | None) -> list[RemoteCheckpoint]:
+    """Return the checkpoints at ``checkpoint.remote`` that are newer than ``own``, the newest first.
+
+    Returns an empty list if ``resume`` does not ask for them.
+
+    Raises:
+        CheckpointError: the URL belongs to another run, or the run cannot start without the checkpoints there.
+    """
+    run = RemoteRun(url)
+    is_own = own is not None and is_paired(run_folder, run.url)
     try:
         found = run.list()
+        steps = complete_steps(found)
+        if resume == AUTO and (own is None or is_own):
+            newest = -1 if own is None else step_of(own)
+            newer = open_undamaged(run, found, [step for step in steps if step > newest])
+            if steps and own is None and not newer:
+                raise _unusable_error(run.url)
+            return newer
     except DataError as error:
-        if options.resume == AUTO and own is None:
+        if resume == AUTO and own is None:
             raise CheckpointError(
                 f"checkpoint.remote: cannot look for checkpoints to continue from: {error}; repeat the command, or "
                 "start a new run without checkpoint.remote"
             ) from None
         log.warning("checkpoint.remote: %s; the run starts without the checkpoints there", error)
         return []
-    steps = complete_steps(found)
-    if options.resume == AUTO and (own is None or is_paired(run_folder, run.url)):
-        newest = -1 if own is None else step_of(own)
-        return open_undamaged(run, found, [step for step in steps if step > newest])
-    if steps and not is_paired(run_folder, run.url):
+    if steps and not is_own and split_url(resume)[0] != run.url:
         raise CheckpointError(
             f"checkpoint.remote: {run.url} already holds checkpoints of another run; use another URL, or continue that "
             "run with --resume auto and a new run.out_dir"
         )
     return []
+
+
+def _unusable_error(url: str) -> CheckpointError:
+    return CheckpointError(
+        f"{url}: this program can use none of the checkpoints there, and the run folder has no good checkpoint (the "
+        "warnings above say why); to start a new run, set checkpoint.remote to another URL"
+    )

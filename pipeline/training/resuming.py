@@ -10,10 +10,9 @@ from typing import Any
 from data_tools.storage.files import is_remote
 from data_tools.storage.new_folders import create_folder
 from pipeline.backends import Backend
-from pipeline.checkpoint.layout import bytes_of_tensors, list_checkpoints
+from pipeline.checkpoint.layout import bytes_of_tensors, list_checkpoints, split_url
 from pipeline.checkpoint.loading import load_training_state
-from pipeline.checkpoint.mirror import is_paired
-from pipeline.checkpoint.remote_run import parse_url
+from pipeline.checkpoint.pairing import is_paired
 from pipeline.checkpoint.retention import remove_leftovers, set_aside_after
 from pipeline.checkpoint.state import TrainingState, config_section, read_state, read_state_file
 from pipeline.checkpoint.verification import locate_checkpoint, newest_good_checkpoint
@@ -106,7 +105,7 @@ def _find_start(run_folder: Path, resume: str) -> Path | None:
 def _find_downloaded_start(run_folder: Path, url: str) -> Path:
     """Return this run's newest checkpoint, which ``fetch_remote_start`` has downloaded or the run has saved since."""
     own = newest_good_checkpoint(run_folder)
-    if own is None or not is_paired(run_folder, parse_url(url)[0].url):
+    if own is None or not is_paired(run_folder, split_url(url)[0]):
         raise CheckpointError(
             f"{run_folder} already holds checkpoints of another run than {url}; use another run.out_dir, "
             "or continue the run with --resume auto"

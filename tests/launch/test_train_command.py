@@ -41,6 +41,14 @@ def test_without_a_step_a_branch_begins_at_the_newest_checkpoint(monkeypatch: py
     assert start_of(monkeypatch, "--init-from", str(stable), "--branch").resume == str(stable)
 
 
+def test_a_branch_does_not_take_over_the_url_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--init-from", "s3://b/stable/", "--at-step", "60", "--branch", "--set", "run.out_dir=b"]
+    with pytest.raises(UserError, match="--branch: s3://b/stable/ belongs to checkpoint.remote of this command, too"):
+        start_of(monkeypatch, *options, "checkpoint.remote=s3://b/stable")
+    checkpoint = start_of(monkeypatch, *options, "checkpoint.remote=s3://b/branch")
+    assert checkpoint.resume == "s3://b/stable/checkpoints/step_00000060"
+
+
 def test_the_weights_of_a_step(monkeypatch: pytest.MonkeyPatch, stable: Path) -> None:
     checkpoint = start_of(monkeypatch, "--init-from", str(stable), "--at-step", "200", "--resume", "none")
     assert checkpoint.init_from == str(stable / "checkpoints" / "step_00000200")

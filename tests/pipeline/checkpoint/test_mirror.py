@@ -18,7 +18,8 @@ from torch._C._distributed_c10d import HashStore
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint.background import BackgroundSaver
 from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints, step_of
-from pipeline.checkpoint.mirror import Mirror, UploadOutcome, is_paired
+from pipeline.checkpoint.mirror import Mirror, UploadOutcome
+from pipeline.checkpoint.pairing import is_paired
 from pipeline.checkpoint.remote_run import ABANDONED_MANIFEST, RemoteRun
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import dump_config

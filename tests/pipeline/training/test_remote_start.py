@@ -13,7 +13,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.checkpoint.download import BLOCK_BYTES, share_of_blocks
 from pipeline.checkpoint.layout import list_checkpoints, step_of
-from pipeline.checkpoint.mirror import Mirror, is_paired
+from pipeline.checkpoint.mirror import Mirror
+from pipeline.checkpoint.pairing import is_paired
 from pipeline.checkpoint.remote_run import RemoteCheckpoint, RemoteRun
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.schema import Config
@@ -117,6 +118,11 @@ def test_a_server_that_refuses(remote: Path, world: World, monkeypatch: pytest.M
         with pytest.raises(CheckpointError, match="cannot download .*step_00000002: rank 0: .*reset"):
             start(remote, world, remote=URL)
     assert not list(remote.iterdir())
+    with monkeypatch.context() as faulty:
+        faulty.setattr(MemoryFileSystem, "cat_file", failing_for("metrics.jsonl"))
+        with pytest.raises(CheckpointError, match="cannot download .*step_00000002: rank 0: .*reset"):
+            start(remote, world, remote=URL)
+    assert not list_checkpoints(remote), "a run folder with a checkpoint has the metrics, and is paired with the URL"
     assert start(remote, world, remote=URL) == [2]
     with monkeypatch.context() as faulty:
         faulty.setattr(MemoryFileSystem, "find", refuse)
@@ -132,6 +138,43 @@ def failing_for(name: str) -> Any:
         return cat(self, path, *arguments, **options)
 
     return cat_file
+
+
+@pytest.mark.parametrize("file", [MANIFEST, MOMENTS])
+def test_a_server_that_fails_during_the_start(
+    remote: Path, world: World, monkeypatch: pytest.MonkeyPatch, file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run folder has a good checkpoint, so the run starts from it."""
+    start(remote, world, resume=f"{URL}/checkpoints/step_00000001")
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", failing_for(file))
+    with caplog.at_level(logging.WARNING):
+        assert start(remote, world, remote=URL) == [1]
+    assert "connection reset; the run starts" in caplog.text
+
+
+def test_a_damaged_checkpoint_on_the_disk_is_replaced(remote: Path, world: World) -> None:
+    start(remote, world, remote=URL)
+    (remote / "checkpoints" / "step_00000002" / MOMENTS).write_bytes(b"half")
+    assert start(remote, world, remote=URL) == [2]
+
+
+@pytest.mark.parametrize("file", [MANIFEST, MOMENTS])
+def test_a_url_with_only_damaged_checkpoints_is_no_new_run(remote: Path, world: World, file: str) -> None:
+    files = fsspec.filesystem("memory")
+    for step in (1, 2):
+        path = f"/bucket/run/checkpoints/step_{step:08d}/{file}"
+        files.pipe_file(path, files.cat_file(path)[:-1] + b"?")
+    for options in ({"remote": URL}, {"remote": URL, "resume": URL})[: 2 if file == MOMENTS else 1]:
+        with pytest.raises(CheckpointError, match="memory://bucket/run: this program can use none of the checkpoints"):
+            start(remote, world, **options)
+    assert not list_checkpoints(remote)
+
+
+def test_a_run_does_not_continue_from_one_url_and_upload_to_that_of_another_run(remote: Path, world: World) -> None:
+    fsspec.filesystem("memory").cp("/bucket/run", "/bucket/other", recursive=True)
+    with pytest.raises(CheckpointError, match="memory://bucket/other already holds checkpoints of another run"):
+        start(remote, world, remote="memory://bucket/other", resume=URL)
+    assert start(remote, world, remote="memory://bucket/new", resume=URL) == [2]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
