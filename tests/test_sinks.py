@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import time
@@ -102,7 +103,7 @@ def crash_and_continue(backend: str, processes: int, folder: Path, sections: Sec
 def assert_csv_equals(folder: Path, rows: list[dict[str, Any]]) -> None:
     with (folder / "metrics.csv").open(newline="") as file:
         table = [{key: cell for key, cell in row.items() if cell} for row in csv.DictReader(file)]
-    texts = ("ended",)
+    texts = ("ended", "slowest_host")
     read = [{key: cell if key in texts else json.loads(cell) for key, cell in row.items()} for row in table]
     assert read == [{key: value for key, value in row.items() if value is not None} for row in rows]
 
@@ -166,5 +167,10 @@ def test_every_sink_has_every_row_once(
     finished[backend] = rows
     losses = [[row["loss"] for row in of_run if "loss" in row] for of_run in (rows, finished["ddp"])]
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) <= LOSS_TOLERANCE["fp32"]
-    names = [[sorted(row) for row in of_run if "loss" in row] for of_run in (rows, finished["ddp"])]
-    assert names[0] == names[1]
+    assert names_of(rows) == names_of(finished["ddp"])
+
+
+def names_of(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the names in each training row, without the comparison of ranks, which needs several ranks."""
+    compares_ranks = re.compile(r"(compute|data_wait|collective_wait)_ms_|slowest_")
+    return [sorted(name for name in row if not compares_ranks.match(name)) for row in rows if "loss" in row]

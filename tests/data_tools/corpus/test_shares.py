@@ -86,7 +86,7 @@ def test_shares_at_the_same_time_in_processes_of_their_own(tmp_path: Path, dedup
     if not (tmp_path / "out" / "manifest.json").exists():
         assert deduplicate == "exact", "it needs no second round"
         outputs = run_all()
-    assert any(f"{tmp_path / 'out'}:\n  train:" in output for output in outputs)
+    assert any(f"{tmp_path / 'out'}:\n  split " in output and "\n  train " in output for output in outputs)
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 
