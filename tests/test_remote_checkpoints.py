@@ -151,7 +151,7 @@ def test_a_server_that_refuses_does_not_stop_the_training(server: S3Server, byte
         server.on_request = lambda method, path: False
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(
-        r"uploads to s3://bucket/runs/refused: 0, failed uploads: [123]; the last one failed: ", result.stdout
+        r"uploads to s3://bucket/runs/refused: 0, failed uploads: [12345]; the last one failed: ", result.stdout
     )
     assert read_metrics(tmp_path)[-1]["ended"] == "finished"
     assert complete_steps("s3://bucket/runs/refused") == []

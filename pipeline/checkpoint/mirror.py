@@ -32,7 +32,7 @@ from pipeline.checkpoint.layout import (
     read_manifest,
     step_of,
 )
-from pipeline.checkpoint.pairing import is_paired, pair
+from pipeline.checkpoint.pairing import forget_abandoned, is_abandoned, is_paired, pair
 from pipeline.checkpoint.remote_run import ABANDONED_MANIFEST, RemoteRun
 from pipeline.checkpoint.retention import best_step, is_state_of_milestone, surplus_steps
 from pipeline.distributed.world import World
@@ -42,6 +42,7 @@ from pipeline.run_folder.layout import METRICS_FILE
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
+_VISIBLE_S = 10.0  # a network file system may show a new file later on other hosts
 #: The keys in the store. Rank 0 writes the first three.
 _ROUND, _PLAN, _END, _RESULT = "round", "plan_{round}", "end", "result_{round}_{rank}"
 
@@ -62,7 +63,8 @@ class Mirror:
     After every save, ``request`` wakes the thread of rank 0, which compares the checkpoints on the disk with those at
     the URL, and uploads the missing ones, the newest first. Therefore a checkpoint whose upload has failed is uploaded
     after the next save, unless it was deleted from the disk since then. If an upload takes longer than the time between
-    two saves, the checkpoints that were deleted meanwhile are never uploaded.
+    two saves, the next upload is that of the newest checkpoint, and the checkpoints that were deleted meanwhile are
+    never uploaded.
 
     Args:
         timeout_s: an upload that takes longer than this counts as failed. At its end, the run waits at most this long.
@@ -79,7 +81,7 @@ class Mirror:
         self._remote: RemoteRun | None = None
         self._is_paired = False
         self._milestones: dict[int, bool] = {}
-        self._known: set[int] = set()  # the steps whose checkpoints are at the URL, with the same manifest as here
+        self._known: dict[int, bytes] = {}  # the manifests of the checkpoints that are at the URL and on the disk
         self._uploading: set[int] = set()
         self._lock = threading.Lock()  # held while checkpoints on the disk are deleted or chosen for an upload
         self._outcomes: deque[UploadOutcome] = deque()
@@ -149,26 +151,38 @@ class Mirror:
                 return
 
     def _synchronize(self) -> None:
-        """Upload all missing checkpoints and delete old ones at the URL. An error becomes a failed outcome."""
-        step, started = self._newest_step(), time.monotonic()
+        """Upload the missing checkpoints and delete old ones at the URL. An error becomes a failed outcome."""
+        newest, started, failed = self._newest_step(), time.monotonic(), False
         try:
             found = self._open().list()
             self._pair(found)
-            self._set_later_aside(found, step)
+            self._set_later_aside(found, newest)
             for step in self._choose(found):
-                started = time.monotonic()
-                size, found = self._upload(step, found)
-                self._outcomes.append(UploadOutcome(step, time.monotonic() - started, size, None))
+                uploaded = self._try_upload(step, found)
+                found, failed = uploaded or found, failed or uploaded is None
                 with self._lock:
                     self._uploading.discard(step)
-            self._delete_older(found)
+                if self._due.is_set():  # there may be a newer checkpoint
+                    break
             self._upload_metrics()
+            self._delete_older(found)
         except Exception as error:  # noqa: BLE001 - reported; the thread must live until the end of the run
-            reason = " ".join(str(error if isinstance(error, UserError | OSError) else repr(error)).split())
-            self._outcomes.append(UploadOutcome(step, time.monotonic() - started, 0, reason))
+            if not failed:  # otherwise, the reason is probably the same
+                self._outcomes.append(UploadOutcome(newest, time.monotonic() - started, 0, _reason(error)))
         finally:
             with self._lock:
                 self._uploading.clear()
+
+    def _try_upload(self, step: int, found: dict[int, dict[str, int]]) -> dict[int, dict[str, int]] | None:
+        """Upload a checkpoint, and report the outcome. Returns the new list of files at the URL, None if it failed."""
+        started = time.monotonic()
+        try:
+            size, listed = self._upload(step, found)
+        except Exception as error:  # noqa: BLE001 - reported; the other checkpoints must not wait for this one
+            self._outcomes.append(UploadOutcome(step, time.monotonic() - started, 0, _reason(error)))
+            return None
+        self._outcomes.append(UploadOutcome(step, time.monotonic() - started, size, None))
+        return listed
 
     def _pair(self, found: Mapping[int, Mapping[str, int]]) -> None:
         """Record in the run folder that the URL belongs to this run, unless another run has checkpoints there.
@@ -189,10 +203,13 @@ class Mirror:
 
     def _set_later_aside(self, found: dict[int, dict[str, int]], newest: int) -> None:
         """Set aside the checkpoints of later steps, because the run has continued from an earlier checkpoint."""
-        for step in [step for step, files in found.items() if step > newest and MANIFEST_FILE in files]:
-            self._open().set_aside(step)
-            del found[step][MANIFEST_FILE]
-            log.warning("set aside %s: the run continues from an earlier step", self._open().checkpoint_url(step))
+        run = self._open()
+        for step, files in found.items():
+            if MANIFEST_FILE in files and (step > newest or is_abandoned(self.run_folder, run.url, step)):
+                run.set_aside(step)
+                del files[MANIFEST_FILE]
+                log.warning("set aside %s: the run continues from an earlier step", run.checkpoint_url(step))
+        forget_abandoned(self.run_folder, run.url)
 
     def _choose(self, found: dict[int, dict[str, int]]) -> list[int]:
         """Return the steps whose checkpoints the URL does not have, the newest first. Nobody deletes them from now."""
@@ -206,21 +223,24 @@ class Mirror:
         """Return whether the URL has the same checkpoint as the disk. Its files are not read again."""
         if MANIFEST_FILE not in sizes:
             return False
-        if step not in self._known:
-            with suppress(CheckpointError, OSError):
-                own = (checkpoint_folder(self.run_folder, step) / MANIFEST_FILE).read_bytes()
-                there = self._open().open(step, sizes)
-                if own == there.manifest_bytes and there.find_size_damage() is None:
-                    self._known.add(step)
+        with suppress(CheckpointError, OSError):
+            own = (checkpoint_folder(self.run_folder, step) / MANIFEST_FILE).read_bytes()
+            if self._known.get(step) == own:
+                return True
+            self._known.pop(step, None)  # the run went back, and has saved this step again
+            there = self._open().open(step, sizes)
+            if own == there.manifest_bytes and there.find_size_damage() is None:
+                self._known[step] = own
         return step in self._known
 
-    def _upload(self, step: int, found: Mapping[int, Mapping[str, int]]) -> tuple[int, dict[int, dict[str, int]]]:
+    def _upload(self, step: int, found: dict[int, dict[str, int]]) -> tuple[int, dict[int, dict[str, int]]]:
         """Run one round. Returns the number of uploaded bytes of all ranks, and the new list of files at the URL."""
         folder = checkpoint_folder(self.run_folder, step)
         manifest_bytes = (folder / MANIFEST_FILE).read_bytes()
         files = read_manifest(folder)["files"]
         if MANIFEST_FILE in found.get(step, {}):  # a checkpoint of the same step before the run went back
             self._open().set_aside(step)
+            del found[step][MANIFEST_FILE]
         self._round += 1
         self._store.set(_PLAN.format(round=self._round), json.dumps({"step": step, "files": files}))
         self._store.set(_ROUND, str(self._round))
@@ -231,7 +251,7 @@ class Mirror:
             raise CheckpointError("; ".join(problems))
         self._open().upload(step, folder / STATE_FILE, files[STATE_FILE])
         listed = self._open().publish(step, manifest_bytes, files)
-        self._known.add(step)
+        self._known[step] = manifest_bytes
         return sum(entry["bytes"] for entry in files.values()) + len(manifest_bytes), listed
 
     def _results_of_others(self, number: int, deadline: float) -> list[str]:
@@ -248,14 +268,20 @@ class Mirror:
         return results
 
     def _delete_older(self, found: Mapping[int, Mapping[str, int]]) -> None:
-        """Delete checkpoints at the URL by the rules of ``delete_older``, and the files of interrupted uploads."""
+        """Delete checkpoints at the URL by the rules of ``delete_older``, and the files of interrupted uploads.
+
+        The newest checkpoint that is on the disk and at the URL decides, because the run may save faster than it can
+        upload.
+        """
         remote = self._open()
-        local = list_checkpoints(self.run_folder)
         complete = {step for step, files in found.items() if MANIFEST_FILE in files}
-        if not local or step_of(local[-1]) not in complete:
-            return
-        newest = step_of(local[-1])
-        for step in surplus_steps(complete, newest, self.keep_last, best_step(local[-1])):
+        with self._lock:
+            uploaded = complete & self._known.keys()
+            both = [folder for folder in list_checkpoints(self.run_folder) if step_of(folder) in uploaded]
+            if not both:
+                return
+            newest, best = step_of(both[-1]), best_step(both[-1])
+        for step in surplus_steps(complete, newest, self.keep_last, best):
             if step not in self._milestones:
                 self._milestones[step] = is_state_of_milestone(remote.read_state(step))
             if not self._milestones[step]:
@@ -265,8 +291,10 @@ class Mirror:
                 remote.delete(step, files)
 
     def _upload_metrics(self) -> None:
+        """Upload ``metrics.jsonl`` if the run has saved a checkpoint."""
         with suppress(FileNotFoundError):
-            self._open().write_metrics((self.run_folder / METRICS_FILE).read_bytes())
+            if list_checkpoints(self.run_folder):
+                self._open().write_metrics((self.run_folder / METRICS_FILE).read_bytes())
 
     # Every rank
 
@@ -298,12 +326,25 @@ class Mirror:
             for name, entry in files.items():
                 rank_and_group = parse_tensor_file(name)
                 if rank_and_group and rank_and_group[0] % self._size == self._rank:
+                    _wait_for_file(folder / name)
                     self._open().upload(step, folder / name, entry)
         except (UserError, OSError) as error:
             return f"rank {self._rank}: {' '.join(str(error).split())}"
         except Exception as error:  # noqa: BLE001 - rank 0 waits for the result
             return f"rank {self._rank}: {error!r}"
         return ""
+
+
+def _wait_for_file(path: Path) -> None:
+    """Wait until this host sees a file, at most ``_VISIBLE_S``. Another host may have renamed its folder."""
+    deadline = time.monotonic() + _VISIBLE_S
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(_POLL_S / 5)
+
+
+def _reason(error: Exception) -> str:
+    """Return the reason of an error in one line."""
+    return " ".join(str(error if isinstance(error, UserError | OSError) else repr(error)).split())
 
 
 def _read_number(store: Store) -> int:

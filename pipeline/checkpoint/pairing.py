@@ -1,4 +1,4 @@
-"""Record in a run folder which URLs belong to the run, in the file ``remote.json``."""
+"""Record in the file ``remote.json`` of a run folder which URLs, and which checkpoints there, belong to the run."""
 
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,39 @@ def pair(run_folder: Path, url: str) -> None:
         _write(run_folder, {**record, "urls": [*record["urls"], url.rstrip("/")]})
 
 
+def abandon(run_folder: Path, step: int) -> None:
+    """Record that the run does not continue from the checkpoints of ``step`` and later steps at its URLs.
+
+    A URL without a server that answers still has these checkpoints. ``forget_abandoned`` ends the record of a URL.
+    """
+    record = _read(run_folder)
+    if record["urls"]:
+        before = record["abandoned_from"]
+        steps = {url: min(step, before.get(url, step)) for url in record["urls"]}
+        _write(run_folder, {**record, "abandoned_from": steps})
+
+
+def is_abandoned(run_folder: Path, url: str, step: int) -> bool:
+    """Return whether the run does not continue from the checkpoint of a step at a URL (see ``abandon``)."""
+    first = _read(run_folder)["abandoned_from"].get(url)
+    return first is not None and step >= first
+
+
+def forget_abandoned(run_folder: Path, url: str) -> None:
+    """Record that the URL does not have abandoned checkpoints any more."""
+    record = _read(run_folder)
+    if record["abandoned_from"].pop(url, None) is not None:
+        _write(run_folder, record)
+
+
 def _read(run_folder: Path) -> dict[str, Any]:
     path = run_folder / REMOTE_FILE
     record = read_json_object(path) if path.exists() else {}
-    urls = record.get("urls")
-    return {"urls": urls if isinstance(urls, list) else []}
+    urls, steps = record.get("urls"), record.get("abandoned_from")
+    return {
+        "urls": urls if isinstance(urls, list) else [],
+        "abandoned_from": steps if isinstance(steps, dict) else {},
+    }
 
 
 def _write(run_folder: Path, record: dict[str, Any]) -> None:

@@ -1,13 +1,14 @@
 """Download the checkpoint from which a run starts, if it is at a URL."""
 
 import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data_tools.errors import DataError
 from data_tools.storage.files import is_remote
 from pipeline.checkpoint.download import DamagedAtUrlError, download_checkpoint
 from pipeline.checkpoint.layout import split_url, step_of
-from pipeline.checkpoint.pairing import is_paired
+from pipeline.checkpoint.pairing import is_abandoned, is_paired
 from pipeline.checkpoint.remote_run import RemoteCheckpoint, RemoteRun
 from pipeline.checkpoint.remote_search import complete_steps, find_checkpoints, open_undamaged
 from pipeline.checkpoint.verification import newest_good_checkpoint
@@ -78,7 +79,7 @@ def _find_newer(url: str, resume: str, run_folder: Path, own: Path | None) -> li
         steps = complete_steps(found)
         if resume == AUTO and (own is None or is_own):
             newest = -1 if own is None else step_of(own)
-            newer = open_undamaged(run, found, [step for step in steps if step > newest])
+            newer = open_undamaged(run, found, _without_abandoned(run_folder, run, (s for s in steps if s > newest)))
             if steps and own is None and not newer:
                 raise _unusable_error(run.url)
             return newer
@@ -96,6 +97,15 @@ def _find_newer(url: str, resume: str, run_folder: Path, own: Path | None) -> li
             "run with --resume auto and a new run.out_dir"
         )
     return []
+
+
+def _without_abandoned(run_folder: Path, run: RemoteRun, steps: Iterable[int]) -> Iterator[int]:
+    """Yield the steps from which the run may continue. A warning is logged for each of the other steps."""
+    for step in steps:
+        if is_abandoned(run_folder, run.url, step):
+            log.warning("ignored %s: the run has continued from an earlier step", run.checkpoint_url(step))
+        else:
+            yield step
 
 
 def _unusable_error(url: str) -> CheckpointError:

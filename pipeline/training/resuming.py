@@ -10,9 +10,9 @@ from typing import Any
 from data_tools.storage.files import is_remote
 from data_tools.storage.new_folders import create_folder
 from pipeline.backends import Backend
-from pipeline.checkpoint.layout import bytes_of_tensors, list_checkpoints, split_url
+from pipeline.checkpoint.layout import bytes_of_tensors, checkpoint_folder, list_checkpoints, split_url
 from pipeline.checkpoint.loading import load_training_state
-from pipeline.checkpoint.pairing import is_paired
+from pipeline.checkpoint.pairing import abandon, is_paired
 from pipeline.checkpoint.retention import remove_leftovers, set_aside_after
 from pipeline.checkpoint.state import TrainingState, config_section, read_state, read_state_file
 from pipeline.checkpoint.verification import locate_checkpoint, newest_good_checkpoint
@@ -55,8 +55,9 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
     """Return the checkpoint from which to resume, or None to start from scratch.
 
     The caller must hold the lock of the run folder. The function deletes the incomplete folders of interrupted saves.
-    It also renames all checkpoints whose step is later than the step of the chosen checkpoint. Otherwise, the next
-    start would resume from one of these later checkpoints.
+    It also renames all checkpoints whose step is later than the step of the chosen checkpoint, and records that the
+    run does not continue from those at its URLs. Otherwise, the next start would resume from one of these later
+    checkpoints.
 
     Raises:
         CheckpointError: the checkpoint that the config names cannot be used, the data, the seed or the model have
@@ -78,6 +79,9 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
             raise ConfigError(f"{start}: {reason}, or name an earlier checkpoint with --at-step")
         if state.step < config.schedule.max_steps:
             set_aside_after(run_folder, state.step, start)
+            if config.checkpoint.resume not in (AUTO, NONE):
+                is_own = start.resolve() == checkpoint_folder(run_folder, state.step).resolve()
+                abandon(run_folder, state.step + 1 if is_own else state.step)
         return start
     except OSError as error:
         raise CheckpointError(f"{run_folder}: cannot be prepared ({error})") from None

@@ -437,4 +437,5 @@ def _create_mirror(config: Config, world: World) -> Mirror | None:
     folder = Path(config.run.out_dir)
     mirror = Mirror(options.remote, folder, world, keep_last=options.keep_last, timeout_s=options.remote_timeout_s)
     mirror.start()
+    mirror.request()  # if the run has gone back, later checkpoints at the URL must not wait for the next save
     return mirror

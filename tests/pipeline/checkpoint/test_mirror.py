@@ -16,15 +16,16 @@ from fsspec.implementations.memory import MemoryFileSystem
 from torch._C._distributed_c10d import HashStore
 
 from pipeline.backends.ddp import DdpBackend
+from pipeline.checkpoint import mirror as mirror_module
 from pipeline.checkpoint.background import BackgroundSaver
 from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints, step_of
 from pipeline.checkpoint.mirror import Mirror, UploadOutcome
-from pipeline.checkpoint.pairing import is_paired
+from pipeline.checkpoint.pairing import abandon, is_abandoned, is_paired
 from pipeline.checkpoint.remote_run import ABANDONED_MANIFEST, RemoteRun
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import dump_config
 from pipeline.distributed.world import World
-from tests.pipeline.checkpoint.conftest import FILES, MANIFEST, MOMENTS, WEIGHTS, Save, seal, state_of
+from tests.pipeline.checkpoint.conftest import FILES, MANIFEST, MOMENTS, WEIGHTS, Save, seal, state_of, train_steps
 from tests.pipeline.conftest import tiny_config
 from tests.support.checkpoints import save_checkpoint
 
@@ -226,6 +227,96 @@ def test_a_url_of_another_run_is_not_touched(save: Save, upload: Upload, tmp_pat
     assert stored() == before
 
 
+def test_abandoned_checkpoints_are_set_aside_when_the_server_answers_again(
+    save: Save, upload: Upload, url: str, tmp_path: Path
+) -> None:
+    """The run went back to step 1 while the server was away, and has saved step 4 since then."""
+    for step in (1, 2, 3):
+        save(step)
+    upload(keep_last=9)
+    for step in (2, 3):
+        shutil.rmtree(checkpoint_folder(tmp_path, step))
+    abandon(tmp_path, 2)
+    save(4)
+    upload(keep_last=9)
+    assert complete_steps(url) == [1, 4]
+    assert not is_abandoned(tmp_path, url, 4)
+
+
+def test_a_step_that_is_saved_again_is_uploaded_again(
+    tmp_path: Path, world: World, save: Save, backend: DdpBackend, url: str
+) -> None:
+    """The run has rolled back after a spike, and reaches the same step with other weights."""
+    mirror = Mirror(url, tmp_path, world, keep_last=2, timeout_s=30)
+    mirror.start()
+    manifests = []
+    for _ in range(2):
+        train_steps(backend, 1)
+        manifests.append((save(1) / MANIFEST).read_bytes())
+        mirror.request()
+        wait_for_outcomes(mirror, 1)
+        assert RemoteRun(url).open(1, {}).manifest_bytes == manifests[-1]
+    assert manifests[0] != manifests[1]
+    mirror.finish(lambda: None)
+
+
+@pytest.fixture
+def refused_steps(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Return the steps whose files the server refuses. The set is empty at first."""
+    steps: set[int] = set()
+    put = MemoryFileSystem.put_file
+
+    def put_file(self: Any, lpath: str, rpath: str, *arguments: Any, **options: Any) -> None:
+        if any(f"step_{step:08d}" in rpath for step in steps):
+            raise PermissionError("Access Denied")
+        put(self, lpath, rpath, *arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put_file)
+    return steps
+
+
+def test_a_checkpoint_that_fails_does_not_stop_the_others(
+    save: Save, upload: Upload, url: str, refused_steps: set[int], tmp_path: Path
+) -> None:
+    """Old checkpoints are deleted, and the metrics are uploaded, although the newest upload always fails."""
+    for step in (1, 2, 3):
+        save(step)
+    refused_steps.add(2)
+    assert [(outcome.step, outcome.problem is None) for outcome in upload(keep_last=9)] == [
+        (3, True),
+        (2, False),
+        (1, True),
+    ]
+    save(4)
+    refused_steps.symmetric_difference_update({2, 4})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n')
+    assert [(outcome.step, outcome.problem is None) for outcome in upload(keep_last=2)] == [(4, False), (2, True)]
+    assert complete_steps(url) == [2, 3]
+    assert RemoteRun(url).read_metrics() == b'{"step": 4}\n'
+
+
+def test_a_new_checkpoint_is_uploaded_before_older_ones(
+    tmp_path: Path, world: World, save: Save, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new checkpoint is saved while the first of two older ones is uploaded."""
+    for step in (1, 2):
+        save(step)
+    mirror = Mirror(url, tmp_path, world, keep_last=9, timeout_s=30)
+    put = MemoryFileSystem.put_file
+
+    def put_file(*arguments: Any, **options: Any) -> None:
+        if not checkpoint_folder(tmp_path, 3).exists():
+            save(3)
+            mirror.request()
+        put(*arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put_file)
+    mirror.start()
+    mirror.request()
+    assert [outcome.step for outcome in wait_for_outcomes(mirror, 3)] == [2, 3, 1]
+    mirror.finish(lambda: None)
+
+
 class TestTwoRanks:
     """Each rank uploads the files that it has written, from its own disk. The manifest waits for all ranks."""
 
@@ -257,7 +348,14 @@ class TestTwoRanks:
         assert len(stored()["step_00000001"]) == 4
         assert complete_steps(url) == [1]
 
-    def test_a_rank_that_fails(self, url: str, folders: list[Path]) -> None:
+    def test_a_file_that_a_rank_sees_later(self, url: str, folders: list[Path]) -> None:
+        checkpoint = checkpoint_folder(folders[1], 1)
+        hidden = checkpoint.rename(checkpoint.with_name("hidden"))
+        threading.Timer(1.0, hidden.rename, [checkpoint]).start()
+        assert [(outcome.step, outcome.problem) for outcome in self.upload(url, folders)] == [(1, None)]
+
+    def test_a_rank_that_fails(self, url: str, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(mirror_module, "_VISIBLE_S", 0.0)
         shutil.rmtree(folders[1])
         (outcome,) = self.upload(url, folders)
         assert outcome.problem and outcome.problem.startswith("rank 1: ")

@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipeline.checkpoint.download import BLOCK_BYTES, share_of_blocks
 from pipeline.checkpoint.layout import list_checkpoints, step_of
 from pipeline.checkpoint.mirror import Mirror
-from pipeline.checkpoint.pairing import is_paired
+from pipeline.checkpoint.pairing import abandon, is_paired
 from pipeline.checkpoint.remote_run import RemoteCheckpoint, RemoteRun
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.schema import Config
@@ -72,6 +72,15 @@ def test_the_start_of_a_run_on_an_empty_disk(
 def test_auto_takes_the_newest_of_disk_and_url(remote: Path, world: World) -> None:
     start(remote, world, resume=f"{URL}/checkpoints/step_00000001")
     assert start(remote, world, remote=URL) == [1, 2]
+
+
+def test_auto_does_not_undo_a_deliberate_return(remote: Path, world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """The run has returned to step 1, and was stopped before it saved or reached the server."""
+    start(remote, world, resume=f"{URL}/checkpoints/step_00000001")
+    abandon(remote, 2)
+    with caplog.at_level(logging.WARNING):
+        assert start(remote, world, remote=URL) == [1]
+    assert f"ignored {URL}/checkpoints/step_00000002: the run has continued from an earlier step" in caplog.text
 
 
 def test_a_url_of_another_run_is_refused(remote: Path, world: World) -> None:

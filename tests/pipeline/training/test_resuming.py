@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint.layout import list_checkpoints, step_of
+from pipeline.checkpoint.pairing import forget_abandoned, is_abandoned, pair
 from pipeline.checkpoint.state import TrainingState, ValidationHistory
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import dump_config
@@ -196,6 +197,19 @@ class TestGoingBack:
         newer = save(3, older)
         assert start(run_folder) == newer
         assert names(run_folder)[-2:] == ["step_00000004.abandoned", "step_00000006.abandoned"]
+
+    def test_the_later_ones_at_a_url_are_abandoned(self, save: Save, run_folder: Path) -> None:
+        url = "s3://bucket/run"
+        older, newer = [save(step) for step in (2, 4)]
+        pair(run_folder, url)
+        assert start(run_folder) == newer
+        assert not is_abandoned(run_folder, url, 6), "the run has not gone back"
+        assert start(run_folder, older) == older
+        assert [is_abandoned(run_folder, url, step) for step in (2, 4)] == [False, True]
+        forget_abandoned(run_folder, url)
+        again = older.with_name("step_00000004.abandoned")
+        assert start(run_folder, again) == again
+        assert is_abandoned(run_folder, url, 4), "the URL may have this step of the other branch"
 
     def test_the_same_command_continues_what_it_has_written(self, save: Save, run_folder: Path) -> None:
         older = [save(step) for step in (2, 4)][0]
