@@ -170,19 +170,25 @@ def test_the_completion_is_shown_while_it_is_generated(command: Command, monkeyp
     assert pieces[0] == "Hello" and pieces[-1] == "\n"
 
 
+#: Makes the terminal the controlling one of the new session, so that Ctrl-C reaches it, and starts a program. A
+#: ``preexec_fn`` would do the same, but it needs a fork, which fails if the test process has mapped much memory.
+TAKE_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
 def test_interactive_on_a_terminal(run_folder: Path) -> None:
     """A line can be edited. The command asks again after Ctrl-C, and Ctrl-C at an idle prompt leaves quietly."""
     controller, terminal = pty.openpty()
     options = ["--checkpoint", str(run_folder), "--device", "cpu", "--interactive", "--max-new-tokens", "100000"]
     process = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "launch" / "generate.py"), *options],
+        [sys.executable, "-c", TAKE_TERMINAL, sys.executable, str(REPOSITORY / "launch" / "generate.py"), *options],
         cwd=REPOSITORY,
         env=child_environment(),
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,
         start_new_session=True,
-        preexec_fn=take_terminal,
     )
     os.close(terminal)
     try:
@@ -211,14 +217,6 @@ def interrupt_until_it_ends(process: subprocess.Popen[bytes], controller: int) -
         with suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=10)
     raise AssertionError("Ctrl-C at the prompt does not end the program")
-
-
-def take_terminal() -> None:
-    """Make the terminal the controlling one of the new session, so that Ctrl-C reaches it."""
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def read_until(controller: int, *expected: str) -> str:
