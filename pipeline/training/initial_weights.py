@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_tools.storage.files import is_remote
 from pipeline.backends import Backend
+from pipeline.checkpoint.layout import checkpoint_url, split_url, step_of
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.interop.weights import WeightSource, locate_weights, open_weights
@@ -25,6 +26,8 @@ _POSITIONS = "wpe.weight"
 def find_initial_weights(config: Config) -> Path | str | None:
     """Return the path or URL of the weights that a new run starts from, or None if ``checkpoint.init_from`` is null.
 
+    If ``checkpoint.init_from`` is the URL of a run, the result is the URL of its newest good checkpoint.
+
     Call this function only on the main rank. It is slow, because it reads all files of a checkpoint to verify their
     hashes.
 
@@ -37,7 +40,9 @@ def find_initial_weights(config: Config) -> Path | str | None:
         return None
     path = locate_weights(config.checkpoint.init_from)
     _require_same_sizes(open_weights(path), config.model)
-    return config.checkpoint.init_from if is_remote(config.checkpoint.init_from) else path
+    if is_remote(config.checkpoint.init_from):
+        return checkpoint_url(split_url(config.checkpoint.init_from)[0], step_of(path))  # the same for all ranks
+    return path
 
 
 def write_initial_weights(place: Path | str | None, backend: Backend, seed: int) -> dict[str, Any] | None:

@@ -119,7 +119,7 @@ class RunRecord:
             sink.rewind(step)
 
     def close(self, step: int, ended: str, results: dict[str, float]) -> None:
-        """Write a row about the end of the run, and close all sinks with a summary.
+        """Write a row about the end of the run, and close all sinks with a summary. Later rows are not written.
 
         Args:
             step: the number of finished steps.
@@ -135,6 +135,7 @@ class RunRecord:
             if ended != "failed":
                 sink.settle(step)
             sink.end({"state": ended, "step": step, "elapsed_s": elapsed_s, **_without_nan(results), **uploads})
+        self._sinks = []
 
     def _summarize_uploads(self) -> dict[str, int]:
         """Log how many uploads succeeded and failed, and return the counts. Returns an empty dict without a URL."""

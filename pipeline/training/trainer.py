@@ -127,7 +127,8 @@ class Trainer:
                     self.record.write_saves([outcome])
                     if outcome.problem:
                         raise CheckpointError(outcome.problem)
-                self._finish_uploads()
+                if not received:
+                    self._finish_uploads()
             ended = "interrupted" if received else "finished"
         finally:
             self._reach_rare("the end of the run")
@@ -138,6 +139,7 @@ class Trainer:
             self.record.close(self.state.step, ended, self.results)
             self.heartbeat_file.enter(ended, self.state.step)
         if received:
+            self._finish_uploads()  # the launcher may kill this process during the wait
             raise Interrupted(
                 f"{received.name} received: stopped after step {self.state.step} of {self.config.schedule.max_steps}, "
                 "the checkpoint is saved; run the same command again to continue",
@@ -182,7 +184,7 @@ class Trainer:
             self.record.write_uploads(self.mirror.poll())
 
     def _finish_uploads(self) -> None:
-        """Wait for the upload of the last checkpoint."""
+        """Wait for the upload of the last checkpoint, and record the outcome unless the record is closed."""
         if self.mirror:
             self._reach_rare("the upload of the last checkpoint")
             self.record.write_uploads(self.mirror.finish(self.world.progress.move))

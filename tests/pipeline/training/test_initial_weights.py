@@ -12,6 +12,7 @@ import torch
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.checkpoint.loading import load_model
+from pipeline.config.loading import dump_config
 from pipeline.config.schema import CheckpointConfig
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
@@ -20,9 +21,11 @@ from pipeline.interop.weights import open_weights
 from pipeline.model.gpt2 import GPT2, allocate_model
 from pipeline.run_folder.metrics import read_metrics
 from pipeline.training.initial_weights import copy_positions, find_initial_weights, load_initial_weights
+from tests.pipeline.checkpoint.conftest import make_backend, state_of
 from tests.pipeline.conftest import tiny_config
 from tests.pipeline.interop.test_nanogpt import NanoRun
 from tests.support.agreement import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE
+from tests.support.checkpoints import save_checkpoint
 from tests.support.runs import TINY_BYTE_RUN, Curve, Sections, copy_with_masks, curve_of, merged, read_curve, train_run
 
 CONTEXT = TINY_BYTE_RUN["model"]["context_length"]
@@ -190,3 +193,24 @@ def test_paths_without_weights_are_refused(tmp_path: Path) -> None:
             find(tmp_path / name)
     with pytest.raises(ValueError, match=r"resume \(a\) and init_from \(b\) are both given"):
         CheckpointConfig(resume="a", init_from="b")
+
+
+def test_all_ranks_start_from_the_same_checkpoint_at_a_url(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run at the URL saves and deletes checkpoints after the main rank has chosen one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    backend, url = make_backend(world, seed=1), f"file://{tmp_path}/run"
+
+    def save(step: int, keep_last: int) -> None:
+        state = state_of(backend, step)
+        save_checkpoint(tmp_path / "run", state, dump_config(tiny_config()), backend, world, keep_last)
+
+    save(1, keep_last=2)
+    place = find_initial_weights(tiny_config(checkpoint={"init_from": url}))
+    assert place == f"{url}/checkpoints/step_00000001"
+    save(2, keep_last=2)
+    assert load_initial_weights(place, backend) == {"path": place, "step": 1}
+    save(3, keep_last=1)
+    with pytest.raises(CheckpointError, match="step_00000001: no checkpoint here"):
+        load_initial_weights(place, backend)

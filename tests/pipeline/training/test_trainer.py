@@ -18,6 +18,7 @@ import torch
 from pipeline.backends import create_backend
 from pipeline.checkpoint import background
 from pipeline.checkpoint.layout import list_checkpoints, step_of
+from pipeline.checkpoint.mirror import Mirror
 from pipeline.checkpoint.state import ValidationHistory, read_state
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.schema import Config
@@ -321,6 +322,26 @@ class TestStop:
         newest = list_checkpoints(trainer.run_folder)[-1]
         assert step_of(newest) == 6 and find_damage(newest) is None
         assert 6 in rows_with(trainer, "loss")
+
+    def test_after_a_signal_the_end_is_written_before_the_wait_for_the_upload(
+        self, make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The launcher may kill the ranks during this wait."""
+        ends: list[Any] = []
+        finish = Mirror.finish
+
+        def finish_later(mirror: Mirror, *arguments: Any) -> Any:
+            ends.append(read_metrics(mirror.run_folder)[-1].get("ended"))
+            return finish(mirror, *arguments)
+
+        monkeypatch.setattr(Mirror, "finish", finish_later)
+        trainer = make_trainer(checkpoint={"remote": f"file://{tmp_path}/remote"})
+        before_step(trainer, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            trainer.fit()
+        assert ends == ["interrupted"]
+        assert [step_of(folder) for folder in list_checkpoints(tmp_path / "remote")] == [4, 6]
+        assert read_metrics(tmp_path / "remote")[-1]["ended"] == "interrupted"
 
     def test_an_error_leaves_no_thread_and_finishes_the_save_in_flight(self, make_trainer: MakeTrainer) -> None:
         def fail() -> None:
