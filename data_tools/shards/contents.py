@@ -1,4 +1,4 @@
-"""Count documents and bytes of text in tokens, and check that all tokens are in the vocabulary."""
+"""Count the documents in an array of tokens and the bytes of their text, and check that all tokens are valid."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ class BackgroundSaver:
         This call is collective: every rank must make it.
 
         Returns:
-            The outcome of the previous save. The list is empty if this is the first save, or if ``poll`` or ``wait``
-            has already returned the outcome of the previous save.
+            A list with the outcome of the previous save. It is empty if this is the first save, or if ``poll`` or
+            ``wait`` has already returned the outcome of the previous save.
         """
         started = time.perf_counter()
         outcomes = self.wait()

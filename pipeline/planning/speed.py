@@ -22,7 +22,7 @@ CPU_ADAM_BYTES = 2 * (FP32 + 2 * FP32) + FP32
 
 @dataclass(frozen=True)
 class Traffic:
-    """The bytes that one rank sends per optimizer step, with one field for each time at which it sends."""
+    """The bytes that one rank sends per optimizer step. There is one field per phase of the step in which it sends."""
 
     with_each_micro_step: int  # gathers and reductions that overlap with the computation of a micro-step
     with_last_backward: int  # reductions that overlap with the last backward pass

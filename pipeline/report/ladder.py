@@ -31,7 +31,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Rung:
-    """The result of one branch.
+    """The result of one branch, which is a run that began at a step of the long run with another schedule.
 
     The loss at a step is None if the run did not measure its validation loss at this step.
     """
