@@ -15,5 +15,6 @@ Three modules save a checkpoint: ``background`` copies the state to host memory 
 ``saving`` writes the files, and ``retention`` deletes older checkpoints.
 
 If a run has a URL, ``mirror`` uploads its checkpoints to the URL. ``remote_run`` defines how they are stored there.
-``download`` downloads a checkpoint to continue a run, and ``weights_copy`` copies only the weights.
+``download`` downloads a checkpoint to continue a run, and ``weights_copy`` copies only the weights. ``pairing`` records
+which URLs belong to a run.
 """

@@ -111,5 +111,5 @@ def _without_abandoned(run_folder: Path, run: RemoteRun, steps: Iterable[int]) -
 def _unusable_error(url: str) -> CheckpointError:
     return CheckpointError(
         f"{url}: this program can use none of the checkpoints there, and the run folder has no good checkpoint (the "
-        "warnings above say why); to start a new run, set checkpoint.remote to another URL"
+        "warnings above say why); to start a new run, leave out --resume and set checkpoint.remote to another URL"
     )
