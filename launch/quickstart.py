@@ -90,7 +90,8 @@ def choose_settings(given: Sequence[str], config: Config, deadline: float) -> li
     continue.
 
     Args:
-        given: the user's values of ``--set``. config: the config with these values.
+        given: the user's values of ``--set``.
+        config: the config with these values.
         deadline: the value of ``time.perf_counter()`` at which all stages should have ended.
     """
     begun = Path(config.run.out_dir) / CONFIG_FILE
