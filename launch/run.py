@@ -113,7 +113,10 @@ def run_stage(stage: str, launcher: list[str], script: str, options: list[str], 
     print(f"\n== {stage}", flush=True)
     command = [*launcher, str(Path(__file__).resolve().parent / script), *options]
     output = subprocess.PIPE if returns_output else None
-    with subprocess.Popen(command, stdout=output, encoding="utf-8") as process, _signals_belong_to(process):
+    with (
+        subprocess.Popen(command, stdout=output, encoding="utf-8", errors="replace") as process,
+        _signals_belong_to(process),
+    ):
         text, _ = process.communicate()
     if process.returncode:
         sys.exit(process.returncode)

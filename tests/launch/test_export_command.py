@@ -10,28 +10,17 @@ from pathlib import Path
 import pytest
 
 import launch.export
-from launch.cli import run_command
 from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.run_folder.metrics import read_metrics
 from tests.pipeline.interop.hugging_face.conftest import random_text_model, save_in_pieces, text_config
+from tests.support.commands import Done, command_runner
 from tests.support.runs import TRAIN, overrides, run_ranks
-
-Done = tuple[int, str, str]  # status, output, errors
 
 
 @pytest.fixture
 def run_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """Return a function that runs ``launch/export.py`` in this process, which saves the start of a new one."""
-    monkeypatch.setattr(launch.export, "start_logging", lambda: None)  # would outlive the call
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            run_command(launch.export.main)
-        assert isinstance(ended.value.code, int)
-        return (ended.value.code, *capsys.readouterr())
-
-    return run
+    return command_runner(launch.export, monkeypatch, capsys)
 
 
 def test_exported_imported_and_trained_on(corpus: Path, tmp_path: Path, run_export: Callable[..., Done]) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 import launch.harness
-from launch.cli import run_command
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.tasks import prepare_task
 from tests.pipeline.evaluation.conftest import ALONE, scorer_of, write_lines
 from tests.pipeline.interop.hugging_face.conftest import random_text_model, save_in_pieces, text_config
+from tests.support.commands import Done, command_runner
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
@@ -49,23 +49,12 @@ generation_kwargs: {until: ["\\n"], max_gen_toks: 4}
 metric_list: [{metric: exact_match}]
 """
 
-Done = tuple[int, str, str]  # status, output, errors
-
 
 @pytest.fixture
 def run_harness(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """Return a function that runs ``launch/harness.py`` in this process, which saves the start of a new one."""
-    monkeypatch.setattr(launch.harness, "start_logging", lambda: None)  # would outlive the call
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["harness.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            run_command(launch.harness.main)
-        assert isinstance(ended.value.code, int)
-        return (ended.value.code, *capsys.readouterr())
-
-    return run
+    return command_runner(launch.harness, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,10 @@ import pytest
 from huggingface_hub import constants
 
 import launch.export
-from launch.cli import run_command
 from tests.pipeline.interop.hugging_face.conftest import random_text_model, save_in_pieces, text_config
+from tests.support.commands import Done, command_runner
 from tests.support.hub_server import READ_TOKEN, TOKEN, Hub, Model, hub_server
 from tests.support.runs import REPOSITORY, child_environment
-
-Done = tuple[int, str, str]  # status, output, errors
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +35,14 @@ def run_export(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, hub: Hub
 ) -> Callable[..., Done]:
     """Return a function that runs ``launch/export.py`` in this process, with a token, against the stand-in."""
-    monkeypatch.setattr(launch.export, "start_logging", lambda: None)  # would outlive the call
+    run_export = command_runner(launch.export, monkeypatch, capsys)
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
 
     def run(*arguments: object, token: str = TOKEN) -> Done:
         monkeypatch.setenv("HF_TOKEN", token)
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            run_command(launch.export.main)
-        assert isinstance(ended.value.code, int)
-        return (ended.value.code, *capsys.readouterr())
+        return run_export(*arguments)
 
     return run
 
