@@ -41,6 +41,7 @@ def draw_elements(name: str, shape: torch.Size, config: ModelConfig, seed: int, 
     std = INIT_STD / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else INIT_STD
     generator = torch.Generator().manual_seed(derive_seed(seed, "weights", name))
     stop = start + len(target)
+    assert stop <= shape.numel(), f"{name} has {shape.numel()} elements, and the range ends at {stop}"
     for first, block in _normal_blocks(shape.numel(), stop, std, generator):
         low, high = max(first, start), min(first + len(block), stop)
         if low < high:

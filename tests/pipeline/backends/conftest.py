@@ -37,11 +37,14 @@ def world() -> Iterator[World]:
 
 
 @contextmanager
-def rank_of_two(rank: int) -> Iterator[World]:
-    """Yield one of two ranks without the other: collectives return at once and leave the tensors as they are."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+def first_of_two() -> Iterator[World]:
+    """Yield the first of two ranks without the other: collectives return at once and leave the tensors as they are.
+
+    A process must not become the second rank, too: DTensor keeps the device mesh of the first in its cache.
+    """
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        yield World(rank, 2, rank, torch.device("cpu"))
+        yield World(0, 2, 0, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 

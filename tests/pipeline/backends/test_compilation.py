@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from pipeline.backends import ddp, deepspeed_zero
 from pipeline.backends.compilation import compiles_blocks
 from pipeline.distributed.world import World
-from tests.pipeline.backends.conftest import count_graphs, make_backend, micro_batch, rank_of_two
+from tests.pipeline.backends.conftest import count_graphs, first_of_two, make_backend, micro_batch
 
 
 @pytest.mark.parametrize(
@@ -29,13 +29,13 @@ def test_blocks_are_compiled_where_reductions_overlap_the_backward_pass(size: in
 def one_of_two() -> Iterator[World]:
     """One of two pretended ranks; one world for all tests because DeepSpeed keeps process groups in globals."""
     deepspeed = pytest.importorskip("deepspeed")
-    with pytest.MonkeyPatch.context() as environment, rank_of_two(0) as world:
+    with pytest.MonkeyPatch.context() as environment, first_of_two() as world:
         for name, value in (("LOCAL_RANK", "0"), ("DS_ACCELERATOR", "cpu")):
             environment.setenv(name, value)
         yield world
         if deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()
-            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # for rank_of_two to destroy
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # for first_of_two to destroy
 
 
 def graphs_of_two_steps(world: World, name: str, precision: str, n_layer: int, recompute: bool) -> tuple[int, int]:

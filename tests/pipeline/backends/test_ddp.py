@@ -17,10 +17,10 @@ from pipeline.model.gpt2 import build_model
 from tests.pipeline.backends.conftest import (
     GPU_MODEL,
     backend_config,
+    first_of_two,
     is_compiled,
     losses_and_norms,
     micro_batch,
-    rank_of_two,
 )
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -47,7 +47,7 @@ def ddp(reduced: list[int]) -> Iterator[DdpBackend]:
         done.set_result(bucket.buffer().div_(2))
         return done
 
-    with rank_of_two(0) as world:
+    with first_of_two() as world:
         backend = make_ddp(world)
         assert isinstance(backend.compute, DistributedDataParallel)
         backend.compute.register_comm_hook(None, lambda _, bucket: reduce(bucket))
@@ -60,7 +60,7 @@ def gradients(backend: DdpBackend) -> dict[str, Tensor]:
 
 def test_wrapping_gives_no_warning() -> None:
     """Torch deprecates options of DDP, such as ``broadcast_buffers``, with a warning on every rank."""
-    with rank_of_two(0) as world, warnings.catch_warnings():
+    with first_of_two() as world, warnings.catch_warnings():
         warnings.simplefilter("error")
         assert isinstance(make_ddp(world).compute, DistributedDataParallel)
 
@@ -114,7 +114,7 @@ def test_masters_gradients_and_moments_are_fp32(precision: str) -> None:
 
 
 def test_the_wrapper_is_compiled_as_a_whole() -> None:
-    with rank_of_two(0) as world:
+    with first_of_two() as world:
         backend = make_ddp(world, run={"compile": True})
         assert is_compiled(backend.compute)
         assert not any(is_compiled(module) for module in backend.model.modules())

@@ -19,10 +19,10 @@ from tests.pipeline.backends.conftest import (
     GPU_MODEL,
     MostElements,
     backend_config,
+    first_of_two,
     is_compiled,
     losses_and_norms,
     micro_batch,
-    rank_of_two,
 )
 from tests.support.runs import run_ranks
 
@@ -160,7 +160,7 @@ def test_no_rank_has_a_whole_weight_at_any_time(monkeypatch: pytest.MonkeyPatch)
     config = backend_config("fsdp")
     model = allocate_model(config.model, "meta")
     halves = [-(-p.shape[0] // 2) * p.shape[1:].numel() for p in model.parameters()]
-    with rank_of_two(1) as world, MostElements(model) as most:
+    with first_of_two() as world, MostElements(model) as most:
         backend = FsdpBackend(model, config, world)
         backend.draw_weights(1)
     assert most.of_a_tensor == max(halves)

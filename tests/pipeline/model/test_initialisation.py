@@ -58,3 +58,8 @@ def test_a_built_model_has_these_values() -> None:
         target = torch.empty(parameter.numel())
         draw_elements(name, parameter.shape, config, SEED, 0, target)
         assert torch.equal(parameter.detach().view(-1), target), name
+
+
+def test_a_range_past_the_end_is_an_error_and_not_an_endless_loop() -> None:
+    with pytest.raises(AssertionError, match="has 32 elements, and the range ends at 33"):
+        draw_elements("wpe.weight", torch.Size([32]), tiny_model_config(), SEED, 16, torch.empty(17))
