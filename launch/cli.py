@@ -13,6 +13,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar, get_args
 
+from tqdm import tqdm
+
 from data_tools.errors import UserError
 from data_tools.storage.files import is_remote
 from data_tools.threads import lock_bars_among_threads
@@ -162,7 +164,15 @@ non_empty_text = _option_type(_valid_text, bool, "at least one character of vali
 
 
 class _PipeHandler(logging.StreamHandler[TextIO]):
-    """Writes log lines until the reader of a pipe has ended. Training then continues without log lines."""
+    """Writes log lines above the progress bars, until the reader of a pipe has ended.
+
+    Training then continues without log lines.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Remove the progress bars from the terminal, write a log line, and draw the bars again."""
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Ignore the error that the reader of the pipe has ended, and print any other error."""

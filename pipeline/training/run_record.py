@@ -68,6 +68,11 @@ class RunRecord:
             for sink in self._sinks:
                 sink.write(row)
 
+    def count_step(self, step: int) -> None:
+        """Tell the sinks how many steps were started. Call this method after every step."""
+        for sink in self._sinks:
+            sink.count_step(step)
+
     def write_saves(self, outcomes: list[SaveOutcome]) -> None:
         """Write one row for each finished save of a checkpoint.
 

@@ -156,6 +156,7 @@ class Trainer:
         while self.state.step < config.schedule.max_steps and not self._early_stop_reason():
             with self.backend.step_clock.step():
                 trained = self.train_step()
+            self.record.count_step(trained.step)
             received = self.stop_request.agreed()
             saves = received is not None or self._is_due(config.checkpoint.every_steps) or self._is_milestone()
             evaluates = self._is_due(config.evaluation.every_steps)

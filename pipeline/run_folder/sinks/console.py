@@ -1,8 +1,10 @@
-"""Log one line per training row and per validation."""
+"""Log one line per training row and per validation, and show a progress bar on a terminal."""
 
 import logging
 import time
 from typing import Any
+
+from tqdm import tqdm
 
 from pipeline.run_folder.metrics import LOSSES, MEAN_LOSS_KEY, format_duration, format_row
 from pipeline.run_folder.sinks.sink import Row, Sink
@@ -15,14 +17,26 @@ class Console(Sink):
 
     Rows without a loss are not logged here, because they are too long, or because the code that writes them also logs a
     message.
+
+    If standard error is a terminal, its last line is a progress bar with the steps, the time left and the latest loss.
     """
 
     def __init__(self) -> None:
         self._max_steps = 0
         self._first: tuple[int, float] | None = None  # the step and elapsed_s of the first training row of this start
+        self._bar = tqdm(disable=True)
 
     def start(self, config: dict[str, Any], resumed_step: int) -> None:
         self._max_steps = config["schedule"]["max_steps"]
+        self._bar = tqdm(
+            desc="training",
+            total=self._max_steps,
+            initial=resumed_step,
+            unit="step",
+            dynamic_ncols=True,
+            leave=False,
+            disable=None,  # shows the bar only on a terminal
+        )
 
     def write(self, row: Row) -> None:
         if LOSSES.keys() & row.keys():
@@ -30,9 +44,19 @@ class Console(Sink):
             if left_s := self._estimate_left_s(row):
                 columns.append(f"{format_duration(left_s)} left")
             log.info(" | ".join(columns))
+            if row.get(MEAN_LOSS_KEY) is not None:
+                self._bar.set_postfix_str(f"loss {row[MEAN_LOSS_KEY]:.4f}")
+
+    def count_step(self, step: int) -> None:
+        self._bar.update(step - self._bar.n)
 
     def rewind(self, step: int) -> None:
         self._first = None
+        self._bar.n = step
+        self._bar.refresh()
+
+    def end(self, summary: Row) -> None:
+        self._bar.close()
 
     def _estimate_left_s(self, row: Row) -> float | None:
         """Return the estimated seconds until the last step. Returns None if the row does not tell.

@@ -26,6 +26,9 @@ class Sink:
     def write(self, row: Row) -> None:
         """Receive one row. The row has the key ``step``."""
 
+    def count_step(self, step: int) -> None:
+        """Receive the number of started steps. Unlike a row, it comes after every step."""
+
     def rewind(self, step: int) -> None:
         """Delete the rows of steps after ``step``, because the run has gone back to its checkpoint of ``step``."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 
@@ -30,3 +31,38 @@ def test_training_rows_are_aligned_and_show_the_time_left(caplog: pytest.LogCapt
     assert {line.index("norm") for line in (first, second, third)} == {first.index("norm")}
     assert re.fullmatch(rf"step  10/100 \| validation loss 8.0000 \| {clock}", validation)
     assert "left" not in again and last.endswith(" | 1 min 30 s left"), "after a rollback, the estimate starts again"
+
+
+class Terminal(io.StringIO):
+    """Collects what a program writes to its terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    console = Console()
+    console.start({"schedule": {"max_steps": 40}}, 8)
+    assert "8/40" in shown(terminal)
+    console.count_step(9)
+    console.write({"step": 9, "loss": 0.0, "mean_loss": 3.25})
+    assert "9/40" in shown(terminal) and "loss 3.2500" in shown(terminal)
+    console.rewind(8)
+    assert "8/40" in shown(terminal)
+    console.end({})
+    assert shown(terminal).strip() == "", "the bar does not stay on the terminal"
+
+
+def shown(terminal: Terminal) -> str:
+    """Return what the last line of the terminal shows."""
+    return re.split(r"[\r\n]", terminal.getvalue())[-1]
+
+
+def test_there_is_no_progress_bar_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    console.start({"schedule": {"max_steps": 40}}, 0)
+    console.count_step(1)
+    console.end({})
+    assert capsys.readouterr().err == ""
