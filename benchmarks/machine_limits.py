@@ -13,8 +13,9 @@ import torch
 
 from benchmarks.train_setting import Setting
 from pipeline.distributed.cpu import share_cores
-from pipeline.distributed.device import matmul_dtype, measure_matmul_ceiling, synchronize
+from pipeline.distributed.device import synchronize
 from pipeline.distributed.world import join_world
+from pipeline.training.throughput import measure_ceiling
 
 _COPIED_BYTES = 1 << 28
 _ROUNDS = 5
@@ -37,11 +38,12 @@ def measure_copy_bandwidth(device: torch.device) -> float:
 def main() -> None:
     """Measure, and print the result on the main process."""
     setting = Setting.from_json(sys.argv[1])
-    with join_world(setting.config().run) as world:
+    config = setting.config()
+    with join_world(config.run) as world:
         if world.device.type == "cpu":
             share_cores(world)
-        dtype = matmul_dtype(setting.precision)
-        products = max(sum(world.gather(measure_matmul_ceiling(world.device, dtype))) for _ in range(_ROUNDS))
+        tokens = setting.micro_batch_size * setting.seq_len
+        products = max(measure_ceiling(world, config, tokens) for _ in range(_ROUNDS))
         copies = sum(world.gather(measure_copy_bandwidth(world.device)))
         if world.is_main:
             name = torch.cuda.get_device_name() if world.device.type == "cuda" else f"{torch.get_num_threads()} threads"

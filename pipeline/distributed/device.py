@@ -1,11 +1,12 @@
 """Read properties of a device: name, memory, speed of matrix products, and whether torch.compile works."""
 
 import logging
+import math
 import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,9 +18,14 @@ log = logging.getLogger(__name__)
 
 GIB = 1 << 30
 
-_CEILING_SIZE = {"cuda": 8192, "mps": 2048, "cpu": 1024}
-CEILING_SECONDS = 0.3
-_CEILING_ROUNDS = 6
+#: (m, k, n): the sizes of a product of an (m, k) matrix and a (k, n) matrix.
+ProductShape = tuple[int, int, int]
+
+CEILING_SECONDS = 0.6
+_CEILING_SQUARES = {"cuda": (8192,), "mps": (2048,), "cpu": (1024, 1536, 2048)}
+_CEILING_ROUNDS = 3
+_SMALL_SQUARE, _SMALL_REPEATS = 256, 8  # takes under a second, also on a CPU without instructions for the dtype
+_LONGEST_PRODUCT = 0.2  # largest share of the measurement's time that one product may take on a CPU
 
 
 def configure_allocator() -> None:
@@ -49,35 +55,57 @@ def describe_fp32_products(precision: str, device: torch.device) -> str:
     return "; matrix products without TF32: exact, and several times slower than amp_bf16"
 
 
-def measure_matmul_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = CEILING_SECONDS) -> float:
-    """Measure the FLOP/s of large square matrix products on one rank. No model can reach more FLOP/s.
+def measure_matmul_ceiling(
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: Sequence[ProductShape] = (),
+    seconds: float = CEILING_SECONDS,
+) -> float:
+    """Measure the FLOP/s of matrix products on one rank. Return the speed of the fastest shape.
 
+    The function measures products of large square matrices. On a CPU, it also measures ``shapes``, because the fastest
+    size differs from CPU to CPU: for some sizes, torch does not use all threads. The memory of the results is reused.
     Published values are not used, because the speed depends on the power limit and on the number of threads.
+
+    Args:
+        shapes: further products to measure on a CPU, such as the products of a model's linear layers.
+        seconds: about how long the measurement takes.
     """
-    n = _CEILING_SIZE[device.type]
-    if device.type == "cpu" and 64 * _seconds_of_product(n // 4, dtype) > CEILING_SECONDS:
-        n //= 4  # the CPU has no instructions for the dtype: a large product takes seconds and is not faster per FLOP
-    a = torch.randn(n, n, device=device).to(dtype)
-    b = torch.randn(n, n, device=device).to(dtype)
-    best = 0.0
-    for _ in range(_CEILING_ROUNDS):  # the first round warms up, and other programs disturb some of the others
-        repeats, start = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < seconds / _CEILING_ROUNDS:
-            torch.mm(a, b)
-            synchronize(device)
-            repeats += 1
-        best = max(best, repeats * 2 * n**3 / elapsed)
-    return best
+    candidates = [(n, n, n) for n in _CEILING_SQUARES[device.type]]
+    if device.type == "cpu":
+        candidates = _short_products([*candidates, *shapes], dtype, _LONGEST_PRODUCT * seconds)
+    products = [_Product(shape, dtype, device) for shape in dict.fromkeys(candidates)]
+    slice_s = seconds / (_CEILING_ROUNDS * len(products))
+    # The first round warms up, and other programs disturb some of the others.
+    return max(product.measure(slice_s) for _ in range(_CEILING_ROUNDS) for product in products)
 
 
-def _seconds_of_product(n: int, dtype: torch.dtype) -> float:
-    a = torch.randn(n, n).to(dtype)
-    times = []
-    for _ in range(4):  # the first one warms up
-        start = time.perf_counter()
-        torch.mm(a, a)
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _short_products(shapes: Sequence[ProductShape], dtype: torch.dtype, longest_s: float) -> list[ProductShape]:
+    """Return the shapes whose product takes at most ``longest_s`` seconds on this CPU, or else one small shape."""
+    small = (_SMALL_SQUARE,) * 3
+    product = _Product(small, dtype, torch.device("cpu"))
+    flops_per_s = max(product.measure(0.0) for _ in range(_SMALL_REPEATS))
+    return [shape for shape in shapes if 2 * math.prod(shape) / flops_per_s <= longest_s] or [small]
+
+
+class _Product:
+    """A matrix product whose result is always written to the same memory."""
+
+    def __init__(self, shape: ProductShape, dtype: torch.dtype, device: torch.device) -> None:
+        m, k, n = shape
+        self._flops = 2 * m * k * n
+        self._a = torch.randn(m, k, device=device).to(dtype)
+        self._b = torch.randn(k, n, device=device).to(dtype)
+        self._result = torch.empty(m, n, device=device, dtype=dtype)
+
+    def measure(self, seconds: float) -> float:
+        """Compute the product once, or repeatedly for this number of seconds. Return the FLOP/s."""
+        repeats, elapsed, start = 0, 0.0, time.perf_counter()
+        while repeats == 0 or elapsed < seconds:
+            torch.mm(self._a, self._b, out=self._result)
+            synchronize(self._result.device)
+            repeats, elapsed = repeats + 1, time.perf_counter() - start
+        return repeats * self._flops / elapsed
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:

@@ -5,23 +5,29 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from pipeline.distributed.device import CEILING_SECONDS, measure_matmul_ceiling
+from pipeline.config.schema import Config
+from pipeline.distributed.device import CEILING_SECONDS, matmul_dtype, measure_matmul_ceiling
 from pipeline.distributed.world import World
+from pipeline.model.gpt2 import layer_products
 
 log = logging.getLogger(__name__)
 
 _NOTABLE_INCREASE = 1.05
 
 
-def measure_ceiling(world: World, dtype: torch.dtype, seconds: float = CEILING_SECONDS) -> float:
-    """Measure the FLOP/s that all ranks together reach in matrix products.
+def measure_ceiling(world: World, config: Config, tokens: int, seconds: float = CEILING_SECONDS) -> float:
+    """Measure the FLOP/s that all ranks together reach in matrix products, in the dtype of the run's products.
 
     This call is collective: every rank must make it.
+
+    Args:
+        tokens: the number of tokens in a micro-batch. On a CPU, the products of the linear layers with this number of
+            tokens are measured, too.
+        seconds: about how long the measurement takes.
     """
+    shapes = layer_products(config.model, tokens)
     world.gather(None)  # all ranks measure at the same time, because on a CPU they share the cores
-    return sum(world.gather(measure_matmul_ceiling(world.device, dtype, seconds)))
+    return sum(world.gather(measure_matmul_ceiling(world.device, matmul_dtype(config.run.precision), shapes, seconds)))
 
 
 class ThroughputMeter:

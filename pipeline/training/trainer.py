@@ -20,7 +20,7 @@ from pipeline.checkpoint.verification import newest_good_checkpoint
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader
-from pipeline.distributed.device import GIB, LateValue, PeakMemory, device_name, matmul_dtype, synchronize
+from pipeline.distributed.device import GIB, LateValue, PeakMemory, device_name, synchronize
 from pipeline.distributed.heartbeat import failures_reported
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted
@@ -46,7 +46,7 @@ from pipeline.training.throughput import ThroughputMeter, measure_ceiling
 
 log = logging.getLogger(__name__)
 
-CHECK_SECONDS = 0.1  # to measure the ceiling again at an evaluation
+CHECK_SECONDS = 0.2  # to measure the ceiling again at an evaluation
 
 
 class Trainer:
@@ -416,9 +416,9 @@ class Trainer:
     def _check_ceiling(self) -> None:
         """Measure the ceiling of MFU again during the run, because another program may have disturbed it before."""
         if 0 < self.state.step < self.config.schedule.max_steps:
-            dtype = matmul_dtype(self.config.run.precision)
+            tokens = self.plan.micro_batch_size * self.plan.seq_len
             with self.peak_memory.ignored():
-                self.throughput.raise_ceiling(measure_ceiling(self.world, dtype, CHECK_SECONDS))
+                self.throughput.raise_ceiling(measure_ceiling(self.world, self.config, tokens, CHECK_SECONDS))
 
     def save(self) -> None:
         """Save a checkpoint of the current state. This call copies the state, and a thread writes the copy.
