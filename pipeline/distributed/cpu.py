@@ -14,10 +14,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def configure_cpu(world: World) -> str:
-    """Configure the memory allocator, the threads and the cores of this process.
+    """Configure the memory allocator, the threads and the cores of this process. Call this before large computations.
 
-    Returns a description of the threads and cores for the log. This call is collective: every rank must make it. Call
-    this function before the first large computation.
+    Returns a description of the threads and cores, for the log. This call is collective: every rank must make it.
     """
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -25,13 +24,14 @@ def configure_cpu(world: World) -> str:
 
 
 def share_cores(world: World) -> str:
-    """Divide the cores of a host among its ranks. Return a description of this rank's threads and cores for the log.
+    """Divide the cores of this host among its ranks. Return a description of this rank's threads and cores for the log.
 
     This call is collective: every rank must make it. Each rank uses one thread for each of its cores.
 
     Ranks that compute on the CPU are also bound to their cores. Otherwise, their threads would move between cores and
-    would lose the contents of the caches. Ranks that compute on a GPU need threads to update offloaded state. These
-    ranks are not bound to cores, because the threads of NCCL run in the same process and need other cores.
+    would lose the contents of the caches. Ranks that compute on a GPU are not bound, because their process also
+    contains the threads of NCCL, which need other cores. Such a rank needs its CPU threads only to update offloaded
+    state.
 
     If the user has set ``OMP_NUM_THREADS``, each rank uses this number of threads and is not bound to cores. If a
     launcher has already bound each rank to its own cores, the ranks keep these cores.
@@ -54,10 +54,15 @@ def share_cores(world: World) -> str:
 
 
 def split_cores(cores: Sequence[int], index: int, ranks: int) -> Sequence[int]:
-    """Return the cores for one of the ``ranks`` ranks on a host. ``index`` is the number of this rank on the host.
+    """Return the cores for one rank of a host.
 
     The cores of a rank are adjacent, because adjacent cores share caches. If there are fewer cores than ranks, several
     ranks get the same core.
+
+    Args:
+        cores: all cores of the host.
+        index: the number of the rank on this host, counted from 0.
+        ranks: the number of ranks on this host.
     """
     if len(cores) < ranks:
         return [cores[index % len(cores)]]
@@ -80,11 +85,11 @@ def keep_freed_memory() -> None:
     """Make malloc keep freed memory for the next allocation. This has no effect without glibc.
 
     By default, glibc gets every block of more than 32 MiB from the kernel, and gives the block back when it is freed.
-    Blocks for logits and gradients are larger than this. The kernel would clear their memory in every step, which takes
-    a fifth of the time of a step.
+    Blocks for logits and gradients are larger than 32 MiB. The kernel would clear their memory in every step, which
+    takes a fifth of the time of a step.
 
     This call also makes all threads use the main arena of malloc, because malloc's other arenas cannot keep large
-    blocks. Without the call, Gloo's threads, which allocate large receive buffers, would not use the main arena.
+    blocks. By default, Gloo's threads use other arenas, although they allocate large receive buffers.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

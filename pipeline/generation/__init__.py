@@ -1,1 +1,1 @@
-"""Generate text: draw tokens, cache keys and values, and show the text while it is generated."""
+"""Generate text with a trained model. The text is shown while it is generated."""

@@ -28,17 +28,19 @@ Template = Literal["messages", "instruction"]
 class Chat:
     """A conversation with a model.
 
-    In the training data, a heading line such as ``### User:`` or ``### Response:`` precedes each text. An answer ends
-    at ``<|endoftext|>``, or where the model generates a heading line. This heading line is not returned.
+    In the training data, each message begins with a heading line such as ``### User:`` or ``### Response:``. An answer
+    ends at ``<|endoftext|>``, or where the model generates a heading line. This heading line is not returned.
 
-    With the template "messages", an answer also ends at the empty line that follows each message in the training data.
-    An empty line between two paragraphs of an answer does not end the answer. The tokens tell the two cases apart: the
-    two line feeds at the end of a message are one token, and two line feeds between paragraphs are two tokens.
+    With the template "messages", each message in the training data is followed by an empty line. If the model generates
+    this empty line, the answer also ends. An empty line between two paragraphs does not end the answer. The tokens of
+    the two cases differ. The two line feeds after a message are one token. The two line feeds between paragraphs are
+    two tokens.
 
     Args:
-        template: the kind of data that the model was trained on. With "instruction", the model sees only the last
-            message, because a training document of this kind contains only one question.
-        system: the text of a message with the role "system" at the beginning. Allowed only with "messages".
+        template: the kind of data that the model was trained on. With "instruction", the model sees only the user's
+            last message, because each training document contains only one question.
+        system: the text of a message with the role "system" at the beginning of the conversation. It is allowed only
+            with "messages".
     """
 
     def __init__(self, writer: Writer, sample: SampleConfig, template: Template, system: str | None = None) -> None:
@@ -53,7 +55,7 @@ class Chat:
         self._history: list[list[int]] = []  # the tokens of each finished exchange, oldest first
 
     def answer(self, message: str, seed: int) -> Generator[str]:
-        """Yield the answer to a message in pieces of text. Each piece is yielded as soon as it is generated."""
+        """Yield the model's answer to a message in pieces of text. Each piece is yielded as soon as it is generated."""
         question = self._encode_question(message)
         prompt = [END_OF_TEXT, *self._recall(question), *question]
         answer = ""

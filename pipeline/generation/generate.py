@@ -16,14 +16,16 @@ PADDING = 0  # any id: no token attends to it
 
 
 def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> int:
-    """Draw a token from logits, and return its id.
+    """Draw the next token at random from its logits, and return the token's id.
 
-    First, ``top_k`` keeps the k most likely tokens. Then, ``top_p`` keeps the smallest number of most likely tokens
-    whose probabilities add up to at least ``top_p`` (nucleus sampling, Holtzman et al. 2020).
+    First, all tokens except the ``top_k`` most likely tokens are removed. Of the remaining tokens, only the most likely
+    ones are kept: as few as have a total probability of at least ``top_p`` (nucleus sampling, Holtzman et al. 2020).
 
     Args:
         logits: fp32 of shape (V,), on the CPU.
-        generator: a random generator on the CPU. If the temperature is 0, it is not used.
+        sample: the options for sampling.
+        generator: a random generator on the CPU. If the temperature is 0, the most likely token is returned, and the
+            generator is not used.
     """
     if sample.temperature == 0:
         return int(logits.argmax())
@@ -49,23 +51,23 @@ def generate_batch(
     ends: AbstractSet[int] = frozenset(),
     stopped: AbstractSet[int] = frozenset(),
 ) -> Iterator[dict[int, int]]:
-    """Continue several prompts. Yield at most ``sample.max_new_tokens`` times, each time one new token per prompt.
+    """Continue several prompts at the same time. Yield at most ``sample.max_new_tokens`` times.
 
     Each prompt is one row of the batch. Each row has its own random generator. Therefore, the tokens of a row do not
     depend on the other rows, except for rounding.
 
     Args:
-        model: the model, in evaluation mode.
-        prompts: the token ids of each prompt, at least one. If a text becomes longer than the context, the model sees
-            only its last tokens (see ``window_start``).
+        model: the model, in evaluation mode. prompts: the token ids of each prompt, at least one id per prompt. If a
+            prompt with its new tokens is longer than the context, the model sees only the last tokens (see
+            ``window_start``).
         sample: the options for sampling. ``prompt`` and ``stop`` are not used.
-        ends: the token ids at which a row ends. They are not yielded.
+        ends: token ids that end a row. They are not yielded.
         stopped: a set with the indices of rows for which no further tokens are generated. The caller may add an index
-            to this set at any time.
+            to this set between two yields.
 
     Yields:
-        A dict with one entry for each row that has not ended. The key is the index of the row, and the value is its
-        new token.
+        A dict with one entry for each row that has not ended. The key is the index of the row. The value is the id of
+        the row's new token.
     """
     assert prompts and all(prompts), "a prompt is empty"
     generators = [torch.Generator().manual_seed(derive_seed(seed, "generate", str(row))) for row in range(len(prompts))]
@@ -105,8 +107,8 @@ class Decoder:
         """Return the logits for the next token of each text, fp32 of shape (B, V), on the CPU.
 
         Args:
-            texts: the token ids of each text. In each later call, every text must have one more token than in the
-                previous call.
+            texts: the token ids of each whole text, including its prompt. From the second call on, each text must be
+                the text of the previous call with one more token at its end.
         """
         starts = [window_start(len(text), self.model.config.context_length) for text in texts]
         if starts == self._starts:
@@ -123,7 +125,11 @@ class Decoder:
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
-        """Keep only the given texts in the cache, in the given order."""
+        """Keep only some of the texts, and forget the others.
+
+        Args:
+            rows: the indices of the texts to keep, in their new order.
+        """
         self.cache.keep(rows)
         self._starts = [self._starts[row] for row in rows]
 
@@ -131,8 +137,11 @@ class Decoder:
 def window_start(length: int, context_length: int) -> int:
     """Return the index of the first token that the model sees when it predicts the next token of a text.
 
-    The index is 0 if the text fits into the context. For longer texts, the index grows only in steps of half a context,
-    because the key-value cache must be computed again whenever the index changes.
+    If the text fits into the context, the index is 0. For a longer text, the index is a multiple of half the context
+    length. It therefore changes rarely. This saves time, because each change requires a new key-value cache.
+
+    Args:
+        length: the number of tokens in the text.
     """
     half = max(context_length // 2, 1)
     surplus = max(length - context_length, 0)

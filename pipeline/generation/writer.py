@@ -46,10 +46,12 @@ def load_writer(checkpoint: Path | str, device: torch.device, dtype: str = "fp32
 
 
 class Writer:
-    """Completes prompts with a model and GPT-2's tokenizer. Its methods do not use ``sample.prompt``.
+    """Completes prompts with a model and GPT-2's tokenizer.
+
+    Each method takes the options for sampling as an argument. The option ``prompt`` in them is not used.
 
     Args:
-        sample: the section ``sample`` in the config of the run that trained the model.
+        sample: the section ``sample`` in the config of the run that trained the model. Callers can read it as defaults.
     """
 
     def __init__(self, model: GPT2, sample: SampleConfig) -> None:
@@ -58,17 +60,17 @@ class Writer:
         self.tokenizer = load_tokenizer()
 
     def stream(self, prompt: str, sample: SampleConfig, seed: int) -> Iterator[str]:
-        """Yield the completion of one prompt in pieces of text. Each piece is yielded as soon as it is generated."""
+        """Yield the completion of a prompt in pieces of text. Each piece is yielded as soon as it is generated."""
         return self.stream_tokens(self.tokenizer.encode(prompt).tolist(), sample, seed)
 
     def stream_tokens(
         self, prompt: list[int], sample: SampleConfig, seed: int, ends: AbstractSet[int] = ENDS
     ) -> Iterator[str]:
-        """Yield the completion of a prompt that is already encoded, in pieces of text.
+        """Yield the completion of a prompt in pieces of text. The prompt is given as token ids.
 
         Args:
             prompt: the token ids of the prompt.
-            ends: the token ids at which the completion ends. Their text is not yielded.
+            ends: token ids that end the completion. Their text is not yielded.
         """
         for _, piece in self._generate([prompt], sample, seed, ends):
             yield piece
@@ -81,7 +83,13 @@ class Writer:
         return self.complete_tokens([self.tokenizer.encode(prompt).tolist() for prompt in prompts], sample, seed)
 
     def complete_tokens(self, prompts: list[list[int]], sample: SampleConfig, seed: int) -> list[str]:
-        """Return the completions of several prompts that are already encoded. They are generated at the same time."""
+        """Return the completions of several prompts, in the order of the prompts.
+
+        All prompts are completed in one batch.
+
+        Args:
+            prompts: the token ids of each prompt.
+        """
         completions = [""] * len(prompts)
         for row, piece in self._generate(prompts, sample, seed, ENDS):
             completions[row] += piece
@@ -110,11 +118,11 @@ class Writer:
 
 
 class TextStream:
-    """Converts the tokens of a text to pieces of text, one token at a time.
+    """Converts generated tokens to text, one token at a time.
 
     Args:
         token_bytes: the bytes of each token. The index is the token id.
-        stops: the stop texts, none of which is empty. The stream ends before the first stop text.
+        stops: texts that end the stream. The stream ends before the first of them. No text may be empty.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str] = ()) -> None:
@@ -126,15 +134,15 @@ class TextStream:
         self._held = ""  # may be the beginning of a stop text
 
     def feed(self, token: int) -> str:
-        """Add a token, and return the next piece of text. The piece can be empty.
+        """Add a token, and return the text that can be shown now. It can be empty.
 
-        If the text ends with an incomplete character or with a possible beginning of a stop text, this end is returned
-        later.
+        An incomplete character is not returned before the rest of its bytes is added. A possible beginning of a stop
+        text is not returned before the next tokens show that the stop text does not follow.
         """
         return self._release(self._decoder.decode(self._token_bytes[token]))
 
     def finish(self) -> str:
-        """Return the end of the text that ``feed`` has not returned yet. An incomplete character becomes U+FFFD."""
+        """Return the end of the text, which ``feed`` has not returned yet. An incomplete character becomes U+FFFD."""
         return self._release(self._decoder.decode(b"", final=True), is_last=True)
 
     def _release(self, new: str, *, is_last: bool = False) -> str:
@@ -159,12 +167,13 @@ def _overlap(text: str, stop: str) -> int:
 def prompt_loop(
     complete: Callable[[str, int], Generator[str]], seed: int, ask: Callable[[], str], show: Callable[[str], None]
 ) -> None:
-    """Complete each prompt that ``ask`` returns, until ``ask`` raises EOFError. The seed increases by 1 per prompt.
+    """Ask for prompts and show their completions, until ``ask`` raises EOFError.
 
     Ctrl-C ends the current completion. If no completion is in progress, Ctrl-C ends the loop.
 
     Args:
         complete: a function that takes a prompt and a seed, and yields pieces of text to show.
+        seed: the seed for the first prompt. The seed increases by 1 per prompt.
         ask: a function that returns the next prompt.
         show: a function that shows a piece of text.
     """
@@ -186,13 +195,13 @@ def prompt_loop(
 
 
 def complete_while_training(backend: Backend, config: Config, world: World) -> str:
-    """Return the prompt of ``sample`` and its completion.
+    """Return the prompt in the config section ``sample``, followed by its completion.
 
     The completion ends before ``<|endoftext|>`` or before the first occurrence of a text in ``sample.stop``.
 
-    This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``. The model
-    has no key-value cache while a backend wraps it, so each new token needs a forward pass over the whole text. All
-    ranks run ``max_new_tokens`` forward passes, even if the completion ends earlier.
+    This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``. While a
+    backend wraps the model, there is no key-value cache. Therefore, each new token needs a forward pass over the whole
+    text. All ranks run ``max_new_tokens`` forward passes, even if the completion ends earlier.
     """
     sample, tokenizer = config.sample, load_tokenizer()
     generator = torch.Generator().manual_seed(derive_seed(config.run.seed, "sample"))

@@ -1,4 +1,4 @@
-"""Store the keys and values of earlier tokens, so that a forward pass only needs to process the new tokens."""
+"""Store the keys and values of a text's tokens. Each forward pass then needs to process only the new tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +14,9 @@ class KeyValueCache:
     """The keys and values of a batch of texts. The memory is allocated once, when the cache is created.
 
     Each text is one row. A row has ``capacity`` slots. Each slot stores the keys and values of one token. Rows begin at
-    slot 0 and can have different lengths. The first call of ``append`` adds whole rows, padded on the right. Each later
-    call adds one token per row. Attention never reads the entries of padding tokens, and later tokens overwrite them.
+    slot 0 and can have different lengths. The first call of ``append`` adds the tokens of whole texts. Shorter texts
+    are padded on the right. Each later call adds one token per row. Attention never reads the slots of padding, and
+    later tokens overwrite them.
 
     Args:
         rows: the number B of texts.
@@ -38,7 +39,11 @@ class KeyValueCache:
         self._text_starts.zero_()
 
     def keep(self, rows: list[int]) -> None:
-        """Keep only the given rows, in the given order."""
+        """Keep only some of the rows, and remove the others.
+
+        Args:
+            rows: the indices of the rows to keep, in their new order.
+        """
         self._memory = self._memory[:, :, rows]
         self._text_starts = self._text_starts[rows]
         self.lengths = [self.lengths[row] for row in rows]
@@ -50,7 +55,8 @@ class KeyValueCache:
         Inside the ``with`` block, every layer must call ``attend`` once with the new tokens.
 
         Args:
-            lengths: the number of new tokens per row, without padding. All numbers are 1 unless the cache is empty.
+                lengths: the number of new tokens per row, without padding. If the cache is not empty, every number must
+                    be 1.
         """
         assert lengths == [1] * len(self.lengths) or not any(self.lengths), "only an empty cache takes whole rows"
         self._new = lengths
@@ -58,19 +64,19 @@ class KeyValueCache:
         self.lengths = [seen + new for seen, new in zip(self.lengths, lengths, strict=True)]
 
     def first_slots(self) -> Tensor:
-        """Return the slot for the next token of each row, shape (B, 1)."""
+        """Return the first free slot of each row, shape (B, 1). The row's next token is stored in this slot."""
         return torch.tensor(self.lengths, device=self._memory.device)[:, None]
 
     def carry_text_starts(self, starts: Tensor) -> Tensor:
-        """For each new token, return the slot at which the token's text starts, shape (B, T).
+        """Return for each new token the slot at which the token's document starts, shape (B, T).
 
-        A row can contain several texts. Slots are counted from the beginning of the row.
-
-        The call also stores where the last text of each row starts, because the next call needs it.
+        A row can contain several documents. Some new tokens belong to a document that started in an earlier call. For
+        these tokens, the function returns the slot that it stored in that call. For the next call, it then stores where
+        the last document of each row starts.
 
         Args:
-            starts: shape (B, T). For each new token, the slot at which the token's text starts. The value is 0 if the
-                text starts before the new tokens.
+            starts: shape (B, T). For each new token, the slot at which the token's document starts. The value is 0 if
+                the document starts before the new tokens.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1
@@ -81,8 +87,8 @@ class KeyValueCache:
         """Store the new keys and values. Return causal attention over all stored tokens, shape (B, H, T, C/H).
 
         Args:
-            q, k, v: the queries, keys and values of the new tokens, each of shape (B, H, T, C/H). T is 1 unless the
-                cache is empty.
+                q, k, v: the queries, keys and values of the new tokens, each of shape (B, H, T, C/H). If the cache is
+                    not empty, T must be 1.
         """
         keys, values = self._memory[layer]  # (B, H, S, C/H) each
         if q.shape[2] > 1:

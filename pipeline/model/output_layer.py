@@ -21,17 +21,17 @@ Method = Literal["loss", "logits", "score"]
 def padded_vocab_size(vocab_size: int) -> int:
     """Return the vocabulary size, rounded up to a multiple of ``VOCAB_MULTIPLE``.
 
-    The result is the number of rows of the token embedding. The rows after ``vocab_size`` are called padding rows. The
-    softmax ignores them.
+    The result is the number of rows in the weight of the token embedding. The rows from index ``vocab_size`` on are
+    padding. The softmax ignores their logits.
     """
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class OutputLayer(nn.Linear):
-    """The linear layer that computes logits from hidden states, and the loss.
+    """The linear layer that computes logits from hidden states, and then the loss from the logits.
 
-    The layer and the loss are in the same module, so that torch.compile can fuse them even if it compiles
-    each module separately.
+    The linear layer and the loss are in one module. torch.compile can therefore fuse them even if it compiles each
+    module separately.
     """
 
     __call__: Callable[..., Tensor]
@@ -42,29 +42,31 @@ class OutputLayer(nn.Linear):
         self.packed_product: Callable[[Tensor], Tensor] | None = None  # see pipeline/model/packed_linear.py
 
     def forward(self, *inputs: Tensor, method: Method = "loss") -> Tensor:
-        """Call the method ``loss``, ``logits`` or ``score``.
+        """Call the method ``loss``, ``logits`` or ``score`` with ``inputs``, and return its result.
 
-        ``GPT2.forward`` explains why every computation must start with a call of ``forward``.
+        Do not call these methods directly. ``GPT2.forward`` explains why every computation must start with ``forward``.
         """
         result: Tensor = getattr(self, method)(*inputs)
         return result
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum of the cross-entropies of all scored targets in nats, an fp32 scalar.
+        """Return the sum of the cross-entropies of all targets in nats, an fp32 scalar.
 
         Args:
             hidden: hidden states, shape (B, T, C).
-            targets: (B, T) int64 ids. ``IGNORE_INDEX`` marks targets that are not scored.
+            targets: (B, T) int64 ids. Targets that are ``IGNORE_INDEX`` do not count.
         """
         losses = cross_entropy(self._padded_logits(hidden).flatten(0, 1), targets.flatten(), self.vocab_size)
         return losses.sum()  # torch sums pairwise, so the error is about the rounding error of one addition
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits for hidden states, in the compute dtype. Shape (..., C) gives shape (..., V)."""
+        """Return the logits for hidden states of shape (..., C): shape (..., V), in the compute dtype."""
         return self._padded_logits(hidden)[..., : self.vocab_size]
 
     def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Compute the log-probabilities of the targets. Return fp32 of shape (2, N), as ``GPT2.score`` does.
+        """Return the log-probability of each target, and whether it is the most likely token, fp32 of shape (2, N).
+
+        The two rows of the result are described in ``GPT2.score``.
 
         Args:
             hidden: hidden states, shape (N, C).
@@ -81,7 +83,7 @@ class OutputLayer(nn.Linear):
 def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Return the cross-entropy of each target in nats, fp32 of shape (N,).
 
-    The value is 0 if a target is ``IGNORE_INDEX``.
+    For a target that is ``IGNORE_INDEX``, the cross-entropy is 0.
 
     Args:
         logits: shape (N, padded vocabulary size), in any dtype. Columns from ``vocab_size`` on are padding.
@@ -119,9 +121,13 @@ class _CompiledCrossEntropy(torch.autograd.Function):
 
 
 def score_targets(logits: Tensor, targets: Tensor) -> Tensor:
-    """Compute the log-probabilities of (n,) targets from logits of shape (n, V). Return fp32 of shape (2, n).
+    """Return the log-probability of each target, and whether it is the most likely token, fp32 of shape (2, n).
 
-    The two rows of the result have the same meaning as in ``GPT2.score``.
+    The two rows of the result are described in ``GPT2.score``.
+
+    Args:
+        logits: shape (n, V).
+        targets: ids of shape (n,).
     """
     logits = logits.float()  # also for argmax, which takes four times as long in bf16 on a CPU
     log_probabilities = torch.log_softmax(logits, dim=1).gather(1, targets.unsqueeze(1)).squeeze(1)

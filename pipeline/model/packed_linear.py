@@ -1,7 +1,7 @@
 """Define linear layers for fast inference on a CPU. Their weights are stored in the memory layout of oneDNN.
 
-If the input has few rows, as in generation, torch's own linear layers reach only half of the memory bandwidth. See
-docs/benchmarks.
+During generation, the input of a linear layer has few rows. With such inputs, torch's own linear layers use only half
+of the memory bandwidth. See docs/benchmarks.
 """
 
 import torch
@@ -17,7 +17,10 @@ FEWEST_ROWS = {torch.float32: 4, torch.bfloat16: 1}
 
 
 class PackedLinear(nn.Module):
-    """A linear layer for inference that computes in one dtype. Its weight is packed and gets no gradient."""
+    """A linear layer for inference, which computes in a given dtype.
+
+    Its weight is packed, which means stored in the memory layout of oneDNN. The weight gets no gradient.
+    """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -39,18 +42,22 @@ class PackedLinear(nn.Module):
         return y[:rows].view(*x.shape[:-1], y.shape[-1])
 
     def product(self, x: Tensor) -> Tensor:
-        """Return the output of the layer for ``x`` of shape (rows, in), which must have the dtype of the layer."""
+        """Return the output of the layer, shape (rows, out).
+
+        Args:
+            x: shape (rows, in), in the dtype of the layer.
+        """
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
 
 def pack_linear_layers(model: GPT2, dtype: torch.dtype) -> None:
-    """Replace the linear layers of a model with packed layers.
+    """Replace the linear layers of a model by packed layers. Call this function before inference on a CPU.
 
-    Nothing is done if the model is on a GPU, or if oneDNN does not support the dtype on this CPU.
+    If the model is on a GPU, or if oneDNN does not support the dtype on this CPU, nothing changes.
 
-    The original weights of the blocks are freed. The original weight of the output layer is kept, because the embedding
-    uses it.
+    The original weights in the blocks are freed. The original weight of the output layer is kept, because the token
+    embedding uses the same weight.
     """
     if model.wte.weight.device.type != "cpu" or not can_pack(dtype):
         return

@@ -1,9 +1,9 @@
 """Compute the memory that one micro-batch needs for activations, by tracing the real model with fake tensors.
 
 Fake tensors have shapes and dtypes but no memory. The model of :mod:`pipeline.model.gpt2` runs one forward and backward
-pass with fake tensors, and every storage is counted while it exists. Therefore, a change of the model, the loss or the
-attention also changes the plan. The fake tensors are CPU tensors. The plan assumes that the model needs the same
-tensors on other devices.
+pass with them. The program counts the bytes of every storage while the storage exists. The result follows every change
+of the model's code, because this code itself is traced. The fake tensors are CPU tensors. The program assumes that the
+model needs the same tensors on a GPU.
 """
 
 import weakref
@@ -31,10 +31,10 @@ Compute = Literal["autocast", "bf16_view", "bf16_weights"]
 
 @dataclass(frozen=True)
 class Peak:
-    """The peak memory in an interval of the forward and backward pass.
+    """The peak memory in one interval of a forward and backward pass.
 
-    The first interval begins with the forward pass. A new interval begins whenever the gradient of a parameter is
-    finished.
+    The first interval begins at the start of the forward pass. Whenever the backward pass finishes the gradient of a
+    parameter, a new interval begins.
     """
 
     finished_elements: int  # elements of all parameters whose gradients are finished
@@ -44,7 +44,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Request:
-    """The model and the micro-batch to trace. ``precision`` has an effect only if ``compute`` is "autocast"."""
+    """The model and the micro-batch to trace. If ``compute`` is not "autocast", ``precision`` has no effect."""
 
     model: ModelConfig
     compute: Compute
@@ -55,16 +55,14 @@ class Request:
 
 @lru_cache(maxsize=512)
 def trace_activations(request: Request) -> tuple[Peak, ...]:
-    """Return the memory peaks of a forward and backward pass, in order.
+    """Return the peaks of the memory for activations during a forward and backward pass, in the order of time.
 
-    The backward pass finishes the gradients of the parameters one after another. The first peak is the largest memory
-    in use before the first gradient is finished. Each further peak is the largest memory in use from the time when one
-    gradient is finished to the time when the next is finished.
+    There is one peak per interval. The class ``Peak`` says where an interval begins.
 
-    A deep model is not traced directly, because that would take long. Instead, the function traces a model with few
-    blocks, and a model with a few more blocks. From the difference between their peaks, it computes the peaks of the
-    deep model. For a deep model, the result contains only the peaks at the first and at the last blocks. The largest
-    peak is always among them, because the memory changes linearly from block to block.
+    Tracing a deep model would take long. Instead, the function traces a model with few blocks, and a model with a few
+    more blocks. From the difference between their peaks, it computes the peaks of the deep model. For a deep model, the
+    result contains only the peaks in the first blocks and in the last blocks. The largest of all peaks is always among
+    them, because the memory changes linearly from block to block.
     """
     config = request.model
     period = max(1, int(config.activation_checkpointing))
@@ -122,9 +120,10 @@ def _build(request: Request) -> tuple[GPT2, nn.Module]:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that were allocated inside this mode and are not freed yet.
+    """Counts the bytes of all storages that were allocated inside this dispatch mode and are not freed yet.
 
-    This works with real and with fake tensors. Memory that a kernel allocates and frees internally is not counted.
+    The mode works with real tensors and with fake tensors. Memory that a kernel allocates and frees internally is not
+    counted.
     """
 
     def __init__(self, vocabulary: Container[int] = ()) -> None:
@@ -143,7 +142,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Stop counting the storages of these tensors."""
+        """Do not count the storages of the given tensors from now on."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._forget(storage._cdata)

@@ -33,21 +33,26 @@ class Device:
 
     @property
     def usable_bytes(self) -> int:
-        """Return how many bytes of memory tensors can use.
+        """Return how many bytes of the device's memory are available for tensors.
 
-        The rest of the memory is for the driver and libraries, or is lost to fragmentation.
+        The driver and libraries use some of the other memory. The rest is lost to fragmentation.
         """
         return int((self.memory_gib - self.reserved_gib) * (1 - self.fragmentation) * GIB)
 
     def flops(self, precision: str) -> float:
-        """Return the FLOP/s of the device in matrix products, for a value of ``run.precision``."""
+        """Return the FLOP/s of the device in matrix products.
+
+        Args:
+            precision: a value of the config key ``run.precision``.
+        """
         return TERA * (self.fp32_tflops if precision == "fp32" else self.bf16_tflops)
 
     def link_bytes_per_s(self, world_size: int, *, group_size: int) -> float:
-        """Return the published bandwidth, in bytes per second, of the slowest link within groups of consecutive ranks.
+        """Return the bandwidth of the slowest link that connects two ranks of the same group, in bytes per second.
 
         Args:
-            group_size: the number of ranks per group.
+            world_size: the number of ranks.
+            group_size: the number of ranks per group. Each group consists of consecutive ranks.
         """
         is_in_node = world_size <= self.per_node or self.per_node % group_size == 0
         return GB * (self.node_gb_per_s if is_in_node else self.network_gb_per_s)
@@ -73,13 +78,13 @@ DEVICES: dict[str, Device] = {
 def find_device(
     name: str, precision: str, world_size: int, *, memory_gib: float | None = None, tflops: float | None = None
 ) -> Device:
-    """Return the device with this name from ``DEVICES``. If the name is ``this``, measure this machine.
+    """Return the device with the given name from ``DEVICES``. If the name is ``this``, measure this machine.
 
     Args:
-        world_size: the number of ranks. The ranks of this machine share its CPU.
-        memory_gib: the memory in GiB of the returned device. If None, the memory in ``DEVICES`` or of this machine.
-        tflops: the TFLOP/s of dense matrix products in ``precision``. If None, the speed in ``DEVICES`` or of this
-            machine.
+        precision: a value of the config key ``run.precision``. This machine is measured in this precision.
+        world_size: the number of ranks. If this machine has no GPU, the ranks share its CPU and its memory.
+        memory_gib: if given, the returned device has this memory in GiB.
+        tflops: if given, the returned device has this speed in dense matrix products, in TFLOP/s.
 
     Raises:
         ConfigError: the name is unknown.

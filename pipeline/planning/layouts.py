@@ -1,10 +1,11 @@
 """Compute how many bytes of memory a rank needs for weights, masters, optimizer state, gradients and buffers.
 
-If some ranks need more memory than others, the functions return the number for the rank that needs most.
+Masters are fp32 weights that the optimizer updates, in addition to the weights that the model computes with. If some
+ranks need more memory than others, the functions return the number for the rank that needs most.
 
 The formulas describe this project's backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` gives the
-source of every term. ``make plan-check`` compares the results with measured peaks, and with the state that the backends
-create at large world sizes.
+source of every term. ``make plan-check`` compares the results with measured peaks. At large world sizes, it compares
+them with the state that the backends create.
 """
 
 import math
@@ -35,8 +36,9 @@ REPLICATED_BUCKET_ELEMENTS = 500_000_000
 class Layout:
     """The bytes of memory that one rank needs for each kind of state.
 
-    ``gradients`` and ``buffers`` are functions, because this memory changes during the backward pass. Their argument is
-    the number of parameter elements whose gradients the backward pass has already finished.
+    ``gradients`` and ``buffers`` are functions, because the memory for gradients and buffers changes during the
+    backward pass. The argument of each function is the number of parameter elements whose gradients are already
+    finished.
     """
 
     compute: Compute
@@ -117,7 +119,7 @@ class _Case:
 
 @cache
 def sizes_of(model: ModelConfig) -> Sizes:
-    """Return the sizes of the parameters of the real model. No memory is allocated for the parameters."""
+    """Return the sizes of a model's parameters. No memory is allocated for the parameters."""
     with torch.device("meta"):
         built = GPT2(model)
     block = sum(parameter.numel() for parameter in built.h[0].parameters())
@@ -127,10 +129,11 @@ def sizes_of(model: ModelConfig) -> Sizes:
 
 
 def layout_of(config: Config, plan: BatchPlan, *, pins_host_memory: bool = False) -> Layout:
-    """Return the memory that one rank needs for its state under the backend of the config.
+    """Return the memory that one rank needs for each kind of state, with the backend of the config.
 
     Args:
-        pins_host_memory: whether buffers in host memory are pinned, as with GPUs.
+        plan: how the batch is divided among the ranks and micro-steps.
+        pins_host_memory: whether buffers in host memory are pinned. They are pinned if the ranks train on GPUs.
     """
     backend, is_bf16 = config.backend, config.run.precision == "bf16"
     sizes, accumulates = sizes_of(config.model), plan.accumulation > 1
@@ -155,9 +158,9 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def exchange_bytes(config: Config, world_size: int) -> int:
-    """Return how many bytes of memory one rank needs to exchange and orthogonalize Muon's matrices.
+    """Return how many bytes of memory one rank needs while the ranks exchange and orthogonalize Muon's matrices.
 
-    Returns 0 for AdamW.
+    If the optimizer of the config is AdamW, the result is 0.
     """
     if config.optimizer.name != "muon":
         return 0

@@ -16,7 +16,7 @@ SECONDS_PER_DAY = 86_400
 
 @dataclass(frozen=True)
 class Memory:
-    """The peak memory of one rank, with one field per use. All fields are in bytes."""
+    """The memory of one rank in bytes, at the time when the rank needs most. There is one field per use."""
 
     parameters: int
     masters: int
@@ -28,13 +28,13 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Return the peak memory for all uses together: the sum of all fields."""
+        """Return the peak memory in bytes, which is the sum of all fields."""
         return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The result of planning a config with one backend and one world size."""
+    """The estimated memory and speed of a config with one backend and one world size."""
 
     backend: str
     batch: BatchPlan
@@ -65,11 +65,11 @@ def plan_run(
     """Estimate the memory and the speed of a run.
 
     Args:
-        name: the name for the plan in tables, such as the name of the backend.
-        mfu: the fraction of the device's FLOP/s that the computation reaches.
+        name: the name for the plan in tables, such as the name of the backend. mfu: the fraction of the device's FLOP/s
+            that the computation reaches.
         tokens: the number of tokens that the whole run trains on.
-        grow_batch: whether to enlarge the batch if it is too small for the number of ranks. Each rank then has one
-            micro-batch per step. If True, the function does not search for the largest micro-batch.
+        grow_batch: if True, a batch that is too small for the number of ranks is enlarged to one micro-batch per rank.
+            The function then does not search for the largest micro-batch.
 
     Raises:
         ConfigError: ``grow_batch`` is False, and the batch cannot be divided equally among the ranks.
@@ -101,9 +101,10 @@ def plan_run(
 
 
 def peak_memory(config: Config, plan: BatchPlan) -> Memory:
-    """Return the peak memory of a rank's device during a step.
+    """Return the memory of a rank's device at the time in a step when the rank needs most memory.
 
-    The result does not apply to the first step of a run, which also creates the optimizer state and the buckets.
+    The first step of a run may need a different amount, because it creates the optimizer state and the buckets for
+    gradients.
     """
     layout = layout_of(config, plan)
     request = Request(config.model, layout.compute, config.run.precision, plan.micro_batch_size, plan.seq_len)
@@ -126,8 +127,8 @@ def peak_memory(config: Config, plan: BatchPlan) -> Memory:
 def host_memory(config: Config, plan: BatchPlan, device: Device) -> int:
     """Return the peak host memory of a rank in bytes. The memory of libraries and data is not included.
 
-    Host memory contains the offloaded state, and the copy of the state from which checkpoints are written. The start of
-    a run needs less: weights are allocated on the device, and their initial values are written in blocks.
+    Host memory contains the state that the backend offloads. It also contains a copy of the whole training state, from
+    which checkpoints are written.
     """
     offloaded = layout_of(config, plan, pins_host_memory=device.is_gpu).host
     return offloaded - (-checkpoint_bytes(config) // plan.world_size)
@@ -136,8 +137,8 @@ def host_memory(config: Config, plan: BatchPlan, device: Device) -> int:
 def largest_micro_batch(config: Config, batch: BatchPlan, device: Device) -> int:
     """Return the largest micro-batch size with which the run fits into the memory of the device.
 
-    The number of tokens per step must not change. Therefore, only sizes that divide the number of sequences per rank
-    and step are considered. Returns 0 if a single sequence already needs too much memory.
+    The number of tokens per step must not change. Therefore, the function tries only sizes that divide the number of
+    sequences that a rank processes per step. If even a micro-batch of one sequence does not fit, the result is 0.
     """
     sequences = batch.micro_batch_size * batch.accumulation  # per rank and step
     sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]

@@ -1,4 +1,4 @@
-"""Show plans as a table of all backends, and as a plot of memory and speed against the world size."""
+"""Show plans: in tables with one row per backend, and in a plot of memory and speed against the world size."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,10 @@ _WORLD_SIZES = [1 << power for power in range(13)]
 
 
 def format_plans(config: Config, device: Device, plans: Sequence[Plan], *, mfu: float, tokens: int) -> str:
-    """Return a text with the verdict (see ``format_verdict``), the assumptions, and tables of memory and of speed."""
+    """Return a text about the plans of several backends.
+
+    The text contains the verdict (see ``format_verdict``), the assumptions, a table of memory and a table of speed.
+    """
     flops = device.flops(config.run.precision)
     lines = [
         f"verdict  {format_verdict(plans)}",
@@ -33,12 +36,12 @@ def format_plans(config: Config, device: Device, plans: Sequence[Plan], *, mfu: 
 
 
 def fastest_plan(plans: Sequence[Plan]) -> Plan | None:
-    """Return the plan that needs the fewest days. Returns None if the model fits under no backend."""
+    """Return the plan whose run takes the fewest days. If the model does not fit with any backend, return None."""
     return min((plan for plan in plans if plan.days is not None), key=lambda plan: plan.days or 0.0, default=None)
 
 
 def format_verdict(plans: Sequence[Plan]) -> str:
-    """Return one line that says whether the model fits, and which backend and micro-batch size are fastest."""
+    """Return one line that says whether the model fits, and which backend with which micro-batch size is fastest."""
     if plan := fastest_plan(plans):
         assert plan.days is not None
         return f"fits: {plan.backend}, micro-batch {plan.micro_batch_size}, {format_days(plan.days)}"
@@ -51,7 +54,7 @@ def format_verdict(plans: Sequence[Plan]) -> str:
 
 
 def format_days(days: float) -> str:
-    """Return a duration as text, in days, or in hours if it is shorter than one day."""
+    """Return a duration as text. A duration of less than one day is shown in hours, a longer one in days."""
     return f"{days:,.1f} days" if days >= 1 else f"{24 * days:.2g} hours"
 
 
@@ -78,7 +81,7 @@ def _speed_table(plans: Sequence[Plan]) -> Iterator[str]:
 
 
 def draw_world_sizes(path: Path, configs: dict[str, Config], device: Device, *, mfu: float, tokens: int) -> None:
-    """Plan configs for 1 to 4096 ranks. Draw the GiB per rank and the tokens/s of all ranks together.
+    """Plan each config for 1 to 4096 ranks. Draw the memory per rank in GiB, and the tokens/s of all ranks together.
 
     Args:
         path: the image file to write. Its suffix selects the format.

@@ -22,7 +22,7 @@ CPU_ADAM_BYTES = 2 * (FP32 + 2 * FP32) + FP32
 
 @dataclass(frozen=True)
 class Traffic:
-    """The bytes that one rank sends per optimizer step. There is one field per phase of the step in which it sends."""
+    """The bytes that one rank sends per optimizer step. There is one field for each phase of a step."""
 
     with_each_micro_step: int  # gathers and reductions that overlap with the computation of a micro-step
     with_last_backward: int  # reductions that overlap with the last backward pass
@@ -32,7 +32,11 @@ class Traffic:
     between_copies: int = 0  # reductions between the copies of the model, which overlap with the last backward pass
 
     def per_step(self, accumulation: int) -> int:
-        """Return the number of bytes that a rank sends to other ranks in a step of ``accumulation`` micro-steps."""
+        """Return how many bytes a rank sends to other ranks in one optimizer step.
+
+        Args:
+            accumulation: the number of micro-steps per optimizer step.
+        """
         once = self.with_first_forward + self.with_last_backward + self.after_backward + self.between_copies
         return accumulation * self.with_each_micro_step + once
 
@@ -105,10 +109,11 @@ def _ranks_of_most_collectives(config: Config, plan: BatchPlan) -> int:
 def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) -> Speed:
     """Estimate the duration of a step from the FLOP/s and the bandwidths of a device.
 
-    Communication that overlaps with the computation adds no time.
+    If communication overlaps with computation and is not slower, it adds no time.
 
     Args:
-        mfu: the fraction of the device's FLOP/s that the computation reaches, without communication.
+        plan: how the batch is divided among the ranks and micro-steps.
+        mfu: the fraction of the device's FLOP/s that the computation would reach without communication.
     """
     sent = traffic(config, plan)
     tokens_per_rank = plan.micro_batch_size * plan.seq_len
