@@ -1,4 +1,4 @@
-"""Define the errors that users can cause. All stages use these errors."""
+"""Define the base class of all errors that users can correct, and the error for unusable data."""
 
 import os
 import shlex
@@ -14,8 +14,8 @@ _LONGEST_NAME = 40
 class UserError(Exception):
     """A mistake or a problem that the user can correct.
 
-    The message is one line. It says what is wrong, where it is, and what would be right. The commands print this line
-    and exit with ``exit_status``. Any other exception is a bug in this project.
+    The message is one line, which says what is wrong, where it is, and what would be right. A command prints this line
+    and exits with the status ``exit_status``. An exception of another class is a bug in this project.
     """
 
     exit_status = 2
@@ -26,7 +26,7 @@ class DataError(UserError):
 
 
 def json_type(value: object) -> str:
-    """Return the type of a JSON value with an article, such as ``a list``, for an error message."""
+    """Return a description of the type of a JSON value for an error message, such as ``a list``."""
     if isinstance(value, bool | int | float):
         return "true or false" if isinstance(value, bool) else "a number"
     names = {type(None): "null", str: "a string", list: "a list", dict: "an object"}
@@ -34,7 +34,7 @@ def json_type(value: object) -> str:
 
 
 def list_names(names: Iterable[object]) -> str:
-    """Return names as text for a message. The text has at most 20 names, each cut to at most 40 characters."""
+    """Return a text that lists names, for a message. It lists at most 20 names and 40 characters of each name."""
     texts = [str(name) for name in names]
     shown = [text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..." for text in texts[:_MOST_NAMES]]
     more = [f"and {len(texts) - _MOST_NAMES} more"] if len(texts) > _MOST_NAMES else []
@@ -42,10 +42,13 @@ def list_names(names: Iterable[object]) -> str:
 
 
 def install_command(extra: str = "") -> str:
-    """Return the shell command that installs this project, with the given extra if there is one.
+    """Return the shell command that installs this project, for an error message about a missing package.
 
     If the project runs from a checkout, the command installs the checkout, with the tested versions of the
     dependencies. Otherwise, it installs the published package. The user can run the command in any folder.
+
+    Args:
+        extra: the optional dependencies to install, as named in ``pyproject.toml``. Empty for none.
     """
     name = f"[{extra}]" if extra else ""
     root = Path(__file__).resolve().parents[1]
@@ -58,6 +61,9 @@ def install_command(extra: str = "") -> str:
 @contextmanager
 def one_line_write_errors(path: Path) -> Iterator[None]:
     """Return a context manager that converts an ``OSError`` of a write, such as a full disk, to a DataError.
+
+    Args:
+        path: the file or folder that the ``with`` block writes.
 
     Raises:
         DataError: the ``with`` block raised ``OSError``. The message is one line with ``path`` and the reason.
@@ -73,8 +79,8 @@ def one_line_read_errors(path: Path) -> Iterator[None]:
     """Return a context manager that converts an ``OSError`` of a read to a DataError.
 
     Raises:
-        DataError: the ``with`` block raised ``OSError``. The message is one line with the file and the reason. The file
-            is the one that the ``OSError`` names. If the ``OSError`` names no file, the file is ``path``.
+            DataError: the ``with`` block raised ``OSError``. The message is one line. It contains the reason and the
+                file that the ``OSError`` names. If the ``OSError`` names no file, the message contains ``path``.
     """
     try:
         yield

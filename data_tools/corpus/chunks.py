@@ -1,7 +1,7 @@
 """Divide the source into chunks. Any process on any machine can encode any chunk, in any order.
 
-A chunk is a range of the source, and has its own shards. The same source and request always give the same chunks, and
-the shards of a chunk always have the same bytes.
+A chunk is a range of the source. Its tokens are written to its own shards. The same source and the same request always
+give the same chunks. The shards of a chunk always have the same bytes.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ class Chunk:
     """A range of the source that one process encodes.
 
     Attributes:
-        index: the number of the chunk in the order of the source. The names of the chunk's shards contain this number.
+            index: the number of the chunk in the order of the source. The names of the chunk's shards contain this
+                number.
         slices: the slices of the source that belong to the chunk.
-        limit_documents: encode only the first documents of the chunk, up to this number. Empty documents do not count.
-            None means all documents.
+        limit_documents: if given, only this number of documents is encoded, from the beginning of the chunk. Empty
+            documents do not count.
     """
 
     index: int
@@ -60,18 +61,18 @@ class Chunk:
 
     @property
     def fingerprints_file(self) -> str:
-        """Return the name of the file with the fingerprints (hashes) of the chunk's documents.
+        """Return the name of the file with the fingerprints of the chunk's documents.
 
-        The fingerprints are uint64 of shape (documents, 2).
+        A fingerprint is a hash of a document in 16 bytes. The file contains them as uint64 of shape (documents, 2).
         """
         return f"{RECORDS_FOLDER}{self.name}.fingerprints.npy"
 
     @property
     def repeated_file(self) -> str:
-        """Return the name of the file with the positions of the chunk's repeated documents.
+        """Return the name of the file that lists the chunk's repeated documents.
 
-        A document is repeated if an equal document comes before it in the source. The positions are int64 of shape
-        (repeated,).
+        A document is repeated if an equal document comes before it in the source. The file contains the position of
+        each repeated document in the chunk, as int64 of shape (repeated,).
         """
         return f"{RECORDS_FOLDER}{self.name}.repeated.npy"
 
@@ -80,7 +81,7 @@ class Chunk:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Chunk:
-        """Return the chunk that a JSON value describes. ``dataclasses.asdict(chunk)`` creates such a value."""
+        """Return a chunk from its JSON value. ``dataclasses.asdict(chunk)`` creates this value."""
         return cls(value["index"], tuple(Slice(**item) for item in value["slices"]), value["limit_documents"])
 
 
@@ -89,10 +90,10 @@ class ChunkRecord:
     """The results of a finished chunk.
 
     Attributes:
-        index: the chunk's index.
-        shards: the records of the chunk's shards. Shards of the same split follow each other.
+            index: the chunk's index.
+        shards: the records of the chunk's shards. The shards of one split follow each other.
         lengths: a histogram. Entry k is the number of documents that have 2**k to 2**(k+1) - 1 tokens.
-        repeated: the number of documents that were left out because they are equal to an earlier document.
+        repeated: the number of documents that were left out because an equal document comes before them in the source.
         checked: the number of documents whose tokens were compared with the tokens of tiktoken.
         is_divided: whether the chunk's only document was divided between the splits.
         bad_rows: the number of rows that were skipped because they cannot be read.
@@ -112,18 +113,19 @@ class ChunkRecord:
 
     @property
     def progress(self) -> Contents:
-        """Return the number of documents, tokens and bytes of text in all shards of the chunk."""
+        """Return how many documents, tokens and bytes of text all shards of the chunk contain."""
         return sum((Contents(shard.documents, shard.tokens, shard.utf8_bytes) for shard in self.shards), Contents())
 
     def to_bytes(self) -> bytes:
-        """Return this record as the content of the record file, which is JSON."""
+        """Return this record as JSON text in bytes, for the file ``Chunk.record_file``."""
         return json.dumps({**asdict(self), "shards": [shard.to_json() for shard in self.shards]}).encode("ascii")
 
     @classmethod
     def from_bytes(cls, content: bytes, place: str) -> ChunkRecord:
-        """Read a record from the content of a record file.
+        """Return a record from its JSON text, as ``to_bytes`` creates it.
 
         Args:
+            content: the content of the file.
             place: the name of the file, for error messages.
 
         Raises:
@@ -141,8 +143,8 @@ _RECORD = TypeAdapter(ChunkRecord)
 class SkippedRows:
     """Counts skipped rows and empty documents.
 
-    For each of the first ``REPORTED_BAD_ROWS`` skipped rows, this object also stores where the row is and why it cannot
-    be read.
+    A row is skipped if it cannot be read. For each of the first ``REPORTED_BAD_ROWS`` skipped rows, the object also
+    stores where the row is and why it cannot be read.
     """
 
     def __init__(self) -> None:
@@ -153,7 +155,7 @@ class SkippedRows:
     def add(self, error: BadRowError) -> None:
         """Count a skipped row.
 
-        For the first ``REPORTED_BAD_ROWS`` rows, also store where the row is and what is wrong.
+        If fewer than ``REPORTED_BAD_ROWS`` rows were counted before, also store where the row is and what is wrong.
         """
         self.count += 1
         if len(self.places) < REPORTED_BAD_ROWS:
@@ -166,7 +168,9 @@ class SkippedRows:
 
 
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
-    """Divide a source into chunks. If the request has a limit, also read the documents up to the limit.
+    """Divide a source into chunks.
+
+    If the request limits the number of documents or bytes, the function must read the documents up to the limit.
 
     Raises:
         DataError: the source cannot be read.
@@ -206,10 +210,11 @@ def documents_of(
     """Yield the documents of a chunk in the order of the source, without empty documents.
 
     Args:
-        skipped: an object that counts empty documents and skipped rows, or None.
+        skipped: counts empty documents and rows that cannot be read. None if nobody needs the counts.
 
     Raises:
-        DataError: a file cannot be read; or a row cannot be read, and ``on_bad_rows`` of the request is not ``skip``.
+        DataError: a file cannot be read. If ``on_bad_rows`` of the request is not ``skip``, a row that cannot be read
+            is also an error.
     """
     skipped = SkippedRows() if skipped is None else skipped
     on_bad_row = stop_at_bad_row if request.on_bad_rows == "stop" else skipped.add

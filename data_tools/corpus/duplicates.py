@@ -1,4 +1,4 @@
-"""Find documents that are equal to an earlier document of the corpus, by comparing fingerprints."""
+"""Find documents that occur earlier in the corpus, by comparing fingerprints (hashes of the documents)."""
 
 import io
 from collections.abc import Sequence
@@ -15,9 +15,10 @@ _DOCUMENTS_AT_A_TIME = 4 << 20
 
 
 def write_repeated(folder: Folder, chunks: Sequence[Chunk]) -> None:
-    """Find the repeated documents. For each chunk, write a file with the positions of its repeated documents.
+    """Find all repeated documents. For each chunk, write the positions of its repeated documents to a file.
 
-    A document is repeated if an equal document comes before it in the source.
+    A document is repeated if an equal document comes before it in the source. Call this function after
+    ``fingerprint_chunk`` has processed every chunk.
     """
     fingerprints = [np.load(io.BytesIO(folder.read(chunk.fingerprints_file)), allow_pickle=False) for chunk in chunks]
     repeated = _find_repeated(np.concatenate([np.empty((0, 2), np.uint64), *fingerprints]))

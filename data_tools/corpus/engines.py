@@ -1,4 +1,4 @@
-"""Process chunks in worker processes on this machine or on a Ray cluster. The shards are the same in both cases."""
+"""Process chunks in worker processes, on this machine or on a Ray cluster. In both cases, the shards are the same."""
 
 from __future__ import annotations
 
@@ -31,9 +31,14 @@ _REACHABLE_S = 10.0
 def run_chunks(
     work: ChunkWork[Result], job: Job, chunks: Sequence[Chunk], on_report: Report
 ) -> Generator[Result, None, None]:
-    """Process chunks in parallel. Yield the result of each chunk as soon as it is finished.
+    """Process chunks in parallel. Yield the result of each chunk as soon as the chunk is finished.
 
-    If the generator is closed, the work on unfinished chunks stops.
+    If the caller closes the generator, the work on unfinished chunks stops.
+
+    Args:
+        work: a function that processes one chunk and returns its result.
+        job: the values that are the same for all chunks.
+        on_report: a function that is called with the progress that ``work`` reports.
 
     Raises:
         DataError: a chunk cannot be processed, or several worker processes died while they processed the same chunk.
@@ -46,7 +51,7 @@ def run_chunks(
 
 
 def workers_of(request: TokenizeRequest) -> int:
-    """Return the number of worker processes that a request uses on this machine."""
+    """Return how many worker processes on this machine a request uses."""
     return request.workers or available_cores()
 
 

@@ -1,4 +1,4 @@
-"""Estimate how many bytes a tokenize request will write, and compare this with the free disk space."""
+"""Estimate how many bytes a tokenize request will write, and compare the number with the free disk space."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Estimate:
     """An estimate of the work for a tokenize request.
 
     Attributes:
-        text_bytes: the bytes of text in the source. None if the whole source must be read to know this number.
+        text_bytes: the bytes of text in the source. None if only reading the whole source would give this number.
         bytes_per_token: the bytes of text per token, measured in the first documents.
         free_bytes: the free disk space for the output folder. None if it is not known.
         chunks: the number of chunks, including finished chunks.
@@ -37,12 +37,12 @@ class Estimate:
 
     @property
     def tokens(self) -> int | None:
-        """Return the estimated number of tokens in the source. Returns None if ``text_bytes`` is None."""
+        """Return the estimated number of tokens in the source. If ``text_bytes`` is None, return None."""
         return None if self.text_bytes is None else int(self.text_bytes / self.bytes_per_token)
 
     @property
     def shard_bytes(self) -> int | None:
-        """Return the estimated bytes of all shards together. Returns None if ``text_bytes`` is None."""
+        """Return the estimated size of all shards together, in bytes. If ``text_bytes`` is None, return None."""
         return None if self.tokens is None else self.tokens * _TOKEN_BYTES
 
     def __str__(self) -> str:
@@ -89,10 +89,11 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
 
 
 def check_free_space(estimate: Estimate, written_bytes: int, place: str) -> None:
-    """Raise DataError if the disk has too little free space for the shards that are not yet written.
+    """Raise DataError if the free disk space is too small for the shards that must still be written.
 
     Args:
-        written_bytes: the number of bytes in the shards that are already written.
+        estimate: the estimate for all shards together.
+        written_bytes: the size of the shards that are already written.
         place: the output folder, for the error message.
     """
     if estimate.shard_bytes is None or estimate.free_bytes is None:

@@ -1,9 +1,11 @@
 """Create and complete the output folder of a tokenize request. An interrupted request can continue in its folder.
 
-While the request runs, the folder contains the plan (``plan.json``): the chunks of the request, and the identity of the
-request (see ``TokenizeRequest.identity``). For each finished chunk, the folder contains the shards and the record
-``tasks/<chunk>.json``. At the end, the manifest is written, and the plan and the records are removed. Only a request
-with the same identity can continue in the folder.
+While the request runs, the folder contains a plan, ``plan.json``. The plan contains the chunks of the request, and the
+identity of the request: all values on which the bytes of the shards depend. Only a request with this identity can
+continue in the folder.
+
+For each finished chunk, the folder also contains the chunk's shards and its record, ``tasks/<chunk>.json``. At the end,
+the manifest is written, and the plan and the records are removed.
 """
 
 import json
@@ -45,10 +47,10 @@ _SHARD_FILES = re.compile(rf"({TRAIN_SPLIT}|{VAL_SPLIT})_\d{{5,}}_\d{{3,}}(\.mas
 
 
 def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
-    """Return the manifest of a complete output folder. Returns None if the folder is not complete.
+    """Return the manifest of an output folder. If the folder is not complete, return None.
 
     Args:
-        identity: the identity of the request (see ``TokenizeRequest.identity``).
+        identity: the identity of the request, from ``TokenizeRequest.identity``.
 
     Raises:
         DataError: a request with another identity has written the folder, or a shard is missing or damaged.
@@ -71,7 +73,7 @@ def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
 
 
 class OutputFolder:
-    """The output folder of a request that is not complete yet. Use ``open_output`` to get an instance.
+    """The output folder of a request that still has unfinished chunks. Use ``open_output`` to get an instance.
 
     Attributes:
         folder: an object that reads and writes the files in the folder.
@@ -91,13 +93,14 @@ class OutputFolder:
 
     @property
     def progress(self) -> Contents:
-        """Return the number of documents, tokens and bytes of text in all finished chunks."""
+        """Return how many documents, tokens and bytes of text all finished chunks contain."""
         return sum((record.progress for record in self.finished.values()), Contents())
 
     def plan(self, make_plan: Callable[[], list[Chunk]]) -> None:
-        """Write the plan.
+        """Set ``chunks`` and ``finished``. Call this method before any chunk is encoded.
 
-        If the folder already has a plan, load this plan and the records of the finished chunks instead.
+        If an interrupted request has left a plan in the folder, this plan and the records of the finished chunks are
+        loaded. Otherwise, ``make_plan`` is called, and its chunks are written to a new plan.
 
         Args:
             make_plan: a function that returns the chunks of the request.
@@ -129,10 +132,14 @@ class OutputFolder:
         self.folder.remove_scratch()
 
     def complete(self, *, encoder: str, engine: str) -> Manifest | None:
-        """Write the manifest, and remove ``plan.json`` and the folder ``tasks/``, which are no longer needed.
+        """Write the manifest and return it. Remove ``plan.json`` and the folder ``tasks/``.
 
-        If several processes share the folder, only the process that finishes last writes the manifest. In all other
-        processes, this method returns None.
+        If several processes share the folder, each of them calls this method after its work. Only the last of these
+        calls writes the manifest. The earlier calls return None.
+
+        Args:
+            encoder: the name of the encoder, for the manifest.
+            engine: the engine of the request, for the manifest.
 
         Raises:
             DataError: the source has no document with text, or the folder is not writable.
@@ -168,10 +175,11 @@ class OutputFolder:
         return manifest
 
     def abandon(self) -> None:
-        """Remove the files of unfinished chunks after an error. The same request can continue later.
+        """Clean up the folder after an error, so that the same request can continue later.
 
-        The plan and the files of finished chunks are kept. If no chunk is finished, the plan is also removed. Nothing
-        is removed if ``plan`` has not succeeded, or if other processes are writing to the folder.
+        The method removes the files of unfinished chunks. It keeps the files of finished chunks and the plan. If no
+        chunk is finished, it also removes the plan. If other processes are writing to the folder, or if the method
+        ``plan`` has failed, nothing is removed.
         """
         if not self._is_planned:  # the folder may belong to another request
             return
@@ -201,11 +209,11 @@ class OutputFolder:
 def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> Iterator[OutputFolder]:
     """Return a context manager that creates an output folder, or opens the folder that an interrupted request has left.
 
-    If the ``with`` block raises an error, the context manager calls ``abandon`` of the folder.
+    The ``with`` block gets the ``OutputFolder``. If the block raises an error, its method ``abandon`` is called.
 
     Args:
         out: the path or URL of the folder.
-        identity: the identity of the request (see ``TokenizeRequest.identity``).
+        identity: the identity of the request, from ``TokenizeRequest.identity``.
         shared: whether other processes write to the folder at the same time.
 
     Raises:

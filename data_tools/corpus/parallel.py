@@ -34,15 +34,16 @@ def unordered_map(
     on_report: Callable[..., None],
     preload: tuple[str, ...] = (),
 ) -> Generator[Result, None, None]:
-    """Call ``work(item, report)`` for each item in worker processes. Yield each result as soon as it is finished.
+    """Call ``work(item, report)`` for each item in worker processes. Yield each result as soon as it is available.
 
     If ``workers`` is 1, this process does the work. Otherwise, ``work``, the items and the results must be picklable,
-    and the script that calls this function needs ``if __name__ == "__main__"``. If the generator is closed, the workers
-    are killed.
+    and the script that calls this function needs ``if __name__ == "__main__"``. If the caller closes the generator, the
+    workers are killed.
 
     Args:
-        on_report: a function. When ``work`` calls ``report`` in a worker, this function is called in this process with
-            the same arguments.
+        workers: the number of worker processes.
+        on_report: a function for progress reports. It is called in this process whenever ``work`` calls ``report`` in a
+            worker, with the arguments of that call.
         preload: the names of modules to import once for all workers.
 
     Raises:

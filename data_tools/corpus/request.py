@@ -28,19 +28,19 @@ class TokenizeRequest(SourceRequest):
         format: the file format of the shards.
         val_fraction: the fraction of the documents that is used for validation, in [0, 1).
         shard_tokens: the largest number of tokens per shard. A document with more tokens gets its own shard.
-        seed: the seed that determines the split of each document.
-        limit_documents: the largest number of documents to tokenize. None means no limit.
-        limit_bytes: stop as soon as the documents together have at least this number of bytes of text in UTF-8. None
-            means no limit.
-        deduplicate: if ``exact``, every document that is equal to an earlier document is left out.
-        on_bad_rows: if ``skip``, rows that cannot be read are left out and reported. If ``stop``, the first such row
-            ends the request.
+        seed: the seed that determines the split of each document. limit_documents: the largest number of documents to
+            tokenize. None means no limit.
+        limit_bytes: tokenize only the first documents of the source: as few as have at least this number of bytes of
+            text in UTF-8. None means no limit.
+        deduplicate: if ``exact``, a document is left out if an equal document comes before it in the source.
+        on_bad_rows: if ``skip``, rows that cannot be read are left out and reported. If ``stop``, the first row that
+            cannot be read ends the request with an error.
         workers: the number of worker processes on this machine. None means one per core.
         encoder: the encoder to use (see ``choose_encoder``).
         engine: ``local`` (processes on this machine) or ``ray`` (a Ray cluster).
         ray_address: the address of the Ray cluster. If None, a cluster is started on this machine.
 
-    The last four options do not change the shards.
+    The options ``workers``, ``encoder``, ``engine`` and ``ray_address`` do not change the shards.
 
     Raises:
         DataError: an option has an invalid value.
@@ -79,7 +79,7 @@ class TokenizeRequest(SourceRequest):
     def identity(self, source: Source) -> dict[str, Any]:
         """Return the identity of the request: all values on which the bytes of the shards depend, as JSON values.
 
-        The manifest has these values under the same keys.
+        An interrupted request can continue only with the same identity. The manifest contains the identity, too.
         """
         limits: dict[str, Any] = {"limit_documents": self.limit_documents, "limit_bytes": self.limit_bytes}
         if self.on_bad_rows != "stop":  # absent by default, as in the manifests of earlier versions

@@ -1,6 +1,6 @@
 """Execute a tokenize request: divide the source into chunks, encode the chunks in parallel, and write the manifest.
 
-The bytes of the shards do not depend on the engine, the number of processes, or interruptions.
+The bytes of the shards do not depend on where the workers run, on how many there are, or on interruptions.
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,15 @@ __all__ = ["Observer", "TokenizeRequest", "find_complete", "tokenize_corpus", "t
 
 
 class Observer:
-    """Receives messages, the estimate and the progress of a request. This base class ignores all of them."""
+    """Receives messages, the estimate and the progress while a request runs. This base class does nothing with them."""
 
     def noticed(self, line: str) -> None:
-        """Receive a message for the user about the input. All messages come before the call of ``planned``."""
+        """Receive a message for the user about the input. All messages come before the estimate."""
 
     def planned(self, estimate: Estimate) -> None:
         """Receive the estimate before the first chunk is processed.
 
-        This is not called if the process tokenizes only one share of a corpus (``tokenize_share``).
+        ``tokenize_share`` does not call this method.
         """
 
     def progressed(self, progress: Contents) -> None:
@@ -39,7 +39,7 @@ class Observer:
 
 
 def find_complete(request: TokenizeRequest) -> Manifest | None:
-    """Return the manifest of the output folder of a request. Returns None if the folder is not complete.
+    """Return the manifest in the output folder of a request. If the folder is not complete, return None.
 
     Raises:
         DataError: the source cannot be opened, or the folder is damaged or belongs to another request.
@@ -50,8 +50,7 @@ def find_complete(request: TokenizeRequest) -> Manifest | None:
 def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) -> Manifest:
     """Tokenize a source into a folder of shards, and return the manifest. An interrupted request is continued.
 
-    If the folder is already complete, it is only checked. ``fill_both_splits`` explains how a corpus of one document is
-    divided between the splits.
+    If the folder is already complete, it is only checked.
 
     Args:
         request: the source, the output folder and the options. If the request has more than one worker, the script that
@@ -69,14 +68,15 @@ def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) 
 def tokenize_share(
     request: TokenizeRequest, share: int, shares: int, observer: Observer | None = None
 ) -> Manifest | None:
-    """Encode only some of the chunks of a request: the chunks whose index modulo ``shares`` is ``share``.
+    """Encode one share of a request's chunks: the chunks whose index modulo ``shares`` is ``share``.
 
-    Other processes must call this function with the other values of ``share``, from 0 to ``shares - 1``. The process
-    that finishes last writes the manifest and returns it. The other processes return None.
+    Use this function to divide a request among ``shares`` processes that share the output folder. Each of them calls
+    this function with its own value of ``share``, from 0 to ``shares - 1``. The call that finishes last writes the
+    manifest and returns it. All earlier calls return None.
 
     If ``deduplicate`` of the request is ``exact``, call this function twice for every share. The first call only writes
-    the fingerprints of the documents. The second call encodes the documents. Start the second calls only after all
-    first calls have returned.
+    the fingerprints (hashes) of the documents. The second call encodes the documents. Start the second calls only after
+    all first calls have returned.
 
     Raises:
         DataError: see ``tokenize_corpus``.

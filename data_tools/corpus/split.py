@@ -1,6 +1,6 @@
 """Assign documents to the training split or the validation split.
 
-The same documents with the same seed always get the same splits.
+With the same seed, a document always gets the same split.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ _OTHER_SPLIT = {TRAIN_SPLIT: VAL_SPLIT, VAL_SPLIT: TRAIN_SPLIT}
 
 @dataclass(frozen=True)
 class AssignedDocument:
-    """A document with its text in UTF-8, its fingerprint and its split.
+    """A document with its text in UTF-8, its fingerprint (a hash) and its split.
 
-    ``is_part`` is True if the corpus has only one document, and this object is one of the two pieces of this document
-    (see ``divide_text``).
+    A corpus of only one document can be divided between the splits (see ``divide_text``). For each of the two pieces,
+    ``is_part`` is True.
     """
 
     document: Document
@@ -32,10 +32,12 @@ class AssignedDocument:
 
 
 def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
-    """Return the split of a document. Equal documents get the same split, because their fingerprints are equal.
+    """Choose a split for a document. Equal documents get the same split, because their fingerprints are equal.
 
-    ``val_fraction`` is the expected fraction of documents in the validation split. ``seed`` determines which documents
-    these are.
+    Args:
+        fingerprint: the hash of the document, as ``fingerprint_of`` returns it.
+        val_fraction: the probability of the validation split.
+        seed: another seed gives another random choice.
     """
     digest = hashlib.blake2b(fingerprint, digest_size=8, key=struct.pack("<Q", seed)).digest()
     return VAL_SPLIT if int.from_bytes(digest, "little") < val_fraction * 2**64 else TRAIN_SPLIT
@@ -44,12 +46,13 @@ def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
 def assign_splits(
     documents: Iterable[Document], *, val_fraction: float, seed: int, fill_both: bool
 ) -> Iterator[AssignedDocument]:
-    """Choose a split for each document with ``draw_split``. Yield the documents with their splits, in the same order.
+    """Choose a split for each document with ``draw_split``. Yield each document with its split, in the given order.
 
     No document may be empty.
 
     Args:
-        fill_both: whether to call ``fill_both_splits``, so that both splits contain documents if possible. This is
+        val_fraction: the probability of the validation split.
+        fill_both: whether to call ``fill_both_splits``, so that both splits contain documents if possible. True is
             allowed only if ``documents`` is the whole corpus.
     """
 
@@ -64,14 +67,14 @@ def assign_splits(
 
 
 def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) -> Iterator[AssignedDocument]:
-    """Yield the documents. If all documents are in the same split, move a document to the other split if possible.
+    """Yield the documents of a corpus. If one of the two splits is empty, move documents to it if possible.
 
-    If all documents are in the same split, there are three cases:
+    If a split is empty, there are three cases:
 
-    1. At least two documents differ. The function finds the last document that is not equal to an earlier document. It
-       moves this document, and all documents that are equal to it, to the other split.
+    1. At least two documents differ. The function chooses the last document that has no equal document before it. This
+       document, and all documents that are equal to it, are moved to the empty split.
     2. The corpus is a single text. The function divides it with ``divide_text``.
-    3. The corpus is a single ``Dialogue``, or consists of equal documents. Such a corpus cannot be divided. All its
+    3. The corpus is a single ``Dialogue``, or all its documents are equal. Such a corpus cannot be divided. All its
        documents are used for training, and the validation split is empty.
     """
     held: list[AssignedDocument] = []  # the last document that repeats no earlier document, and all later documents
@@ -100,7 +103,7 @@ def divide_text(text: str, val_fraction: float) -> Iterator[AssignedDocument]:
 
     The second piece has at least the fraction ``val_fraction`` of the characters, and at most about twice this
     fraction. Within these limits, the text is divided at the end of a paragraph if possible, otherwise at the end of a
-    line, otherwise at the end of a word. If none of these is possible, the whole text is used for training.
+    line, otherwise at the end of a word. If the limits contain no end of a word, the whole text is used for training.
     """
     ideal = int(len(text) * (1 - val_fraction))
     earliest = max(1, 2 * ideal - len(text))  # A cut here gives validation twice the fraction.

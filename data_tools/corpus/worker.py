@@ -38,9 +38,10 @@ class Job:
 
     Attributes:
         request: the tokenize request.
-        encoder: the encoder's name, ``gigatoken`` or ``tiktoken``.
-        is_one_chunk: whether the whole corpus is only one chunk.
-        identity_sha256: the hash of the identity of the request. Each worker checks that it computes the same hash.
+        encoder: the encoder's name, ``gigatoken`` or ``tiktoken``. is_one_chunk: whether the whole corpus is only one
+            chunk.
+        identity_sha256: the hash of the request's identity (see ``TokenizeRequest.identity``). Each worker computes the
+            hash again. A different hash shows that the source's files have changed.
     """
 
     request: TokenizeRequest
@@ -50,7 +51,9 @@ class Job:
 
 
 def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
-    """Write the shards of a chunk, and then its record. Files from an interrupted attempt are replaced.
+    """Encode a chunk. Write its shards and then its record, and return the record.
+
+    Files that an interrupted attempt has left for this chunk are replaced.
 
     Raises:
         DataError: a document cannot be read, the encoder and tiktoken return different tokens for a document, or the
@@ -107,7 +110,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
 
 
 def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
-    """Write the fingerprints of a chunk's documents to a file. ``write_repeated`` later compares the fingerprints.
+    """Write the fingerprints (hashes) of a chunk's documents to a file, so that ``write_repeated`` can compare them.
 
     Raises:
         DataError: a document cannot be read, or the folder is not writable.

@@ -1,7 +1,7 @@
 """Define the documents that sources yield, and encode them. A document is a text or a dialogue.
 
-A *scored* token counts in the loss when the model predicts it. In a text, all tokens are scored. In a dialogue, only
-the tokens of some segments are scored.
+A token is *scored* if its prediction counts in the loss. In a text, all tokens are scored. In a dialogue, only the
+tokens of some segments are scored, such as those of the answers.
 """
 
 import hashlib
@@ -19,14 +19,15 @@ class Dialogue:
     """An instruction with its answer, or a chat, formatted as text.
 
     Attributes:
-        segments: consecutive segments of the text, as pairs (text, is_scored).
+            segments: consecutive segments of the text, as pairs (text, is_scored). If ``is_scored`` is True, the
+                predictions of the segment's tokens count in the loss.
     """
 
     segments: tuple[tuple[str, bool], ...]
 
     @property
     def text(self) -> str:
-        """Return the text of all segments together."""
+        """Return the whole text: the segments, joined together."""
         return "".join(text for text, _ in self.segments)
 
     def __bool__(self) -> bool:
@@ -42,8 +43,8 @@ class EncodedDocument:
     """The tokens of a document.
 
     Attributes:
-        tokens: uint16 of shape (tokens,). The first token is ``END_OF_TEXT``.
-        scored: bool of shape (tokens,), True if a token is scored. None means that all tokens are scored.
+        tokens: uint16 of shape (tokens,). The first token is ``END_OF_TEXT``. scored: bool of shape (tokens,), True if
+            the prediction of a token counts in the loss. None means that all tokens count.
     """
 
     tokens: TokenArray
@@ -51,7 +52,7 @@ class EncodedDocument:
 
 
 def utf8_of(document: Document) -> bytes:
-    """Return the text of a document in UTF-8. Lone surrogates become U+FFFD, as in the encoders."""
+    """Return the text of a document in UTF-8. Lone surrogates are replaced by U+FFFD, as the encoders also do."""
     text = document if isinstance(document, str) else document.text
     try:
         return text.encode()
@@ -62,7 +63,7 @@ def utf8_of(document: Document) -> bytes:
 def fingerprint_of(document: Document, utf8: bytes) -> bytes:
     """Return the fingerprint of a document: the first 16 bytes of a SHA-256.
 
-    Equal documents have equal fingerprints. Different documents have different fingerprints.
+    Two documents have the same fingerprint if and only if they are equal.
 
     Args:
         utf8: the text of the document, as ``utf8_of`` returns it.
@@ -76,9 +77,9 @@ def fingerprint_of(document: Document, utf8: bytes) -> bytes:
 def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
     """Return the tokens of a document, with ``END_OF_TEXT`` before its text.
 
-    The segments of a dialogue are encoded separately, so that each token belongs to only one segment. The
-    ``END_OF_TEXT`` before a dialogue is scored, so that the model learns to predict ``END_OF_TEXT`` after the last
-    answer of the previous dialogue.
+    The segments of a dialogue are encoded separately, so that each token belongs to only one segment. The prediction of
+    the ``END_OF_TEXT`` before a dialogue counts in the loss. The model thus learns to generate ``END_OF_TEXT`` after
+    the last answer of the dialogue before.
     """
     segments = ((document, True),) if isinstance(document, str) else document.segments
     pieces = [np.array([END_OF_TEXT], dtype=np.uint16), *(encoder.encode(text) for text, _ in segments)]

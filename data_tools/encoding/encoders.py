@@ -41,8 +41,7 @@ class Encoder(Protocol):
     def encode(self, text: str) -> TokenArray:
         """Return the tokens of a text, uint16 of shape (tokens,).
 
-        If the text contains the string ``<|endoftext|>``, it is encoded like any other text. Lone surrogates become
-        U+FFFD.
+        The string ``<|endoftext|>`` is encoded like any other text. Lone surrogates are replaced by U+FFFD.
         """
         ...
 
@@ -50,8 +49,8 @@ class Encoder(Protocol):
 class GigatokenEncoder:
     """An encoder that uses gigatoken with tiktoken's vocabulary.
 
-    gigatoken and tiktoken are built with different versions of Unicode. If a text contains a character that is in only
-    one of these versions, this encoder encodes the text with tiktoken.
+    gigatoken and tiktoken are built with different versions of Unicode. If a text contains a character that only one of
+    the two versions defines, this encoder encodes the text with tiktoken.
     """
 
     def __init__(self) -> None:
@@ -90,7 +89,7 @@ def _new_characters() -> npt.NDArray[np.bool_]:
 
 
 def choose_encoder(name: str) -> str:
-    """Return the name of the encoder to use. ``auto`` means gigatoken if it is installed, otherwise tiktoken.
+    """Return the name of the encoder to use. For ``auto``, this is gigatoken if it is installed, otherwise tiktoken.
 
     Raises:
         DataError: ``name`` is ``gigatoken``, which is not installed.
@@ -107,13 +106,16 @@ def choose_encoder(name: str) -> str:
 
 @functools.cache
 def load_encoder(name: str) -> Encoder:
-    """Return the encoder ``gigatoken`` or ``tiktoken``.
+    """Return an encoder.
 
     Each encoder is loaded only once per process, because loading takes a second.
+
+    Args:
+        name: ``gigatoken`` or ``tiktoken``.
     """
     return GigatokenEncoder() if name == "gigatoken" else load_tokenizer()
 
 
 def encoder_version(name: str) -> str:
-    """Return the name and the version of an encoder as text."""
+    """Return the name and the version of an encoder as one text."""
     return f"{name} {importlib.metadata.version(name)}"
