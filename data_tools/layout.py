@@ -12,15 +12,16 @@ def heading(name: str) -> str:
 
 
 def heading_of_role(role: str) -> str:
-    """Return the heading line before a message of a chat, such as ``### User:``."""
+    """Return the heading line for a message of a chat, such as ``### User:``. It comes before the message."""
     return heading(role.capitalize())
 
 
 def instruction_prompt(instruction: str, given: str = "") -> str:
-    """Return the text of an instruction, up to the place where the answer begins.
+    """Return an instruction as text in the format of the training data, up to the place where the answer begins.
 
     Args:
-        given: the input that belongs to the instruction. It may be empty.
+        instruction: what the model should do.
+        given: the input for the instruction, such as a text to translate. It may be empty.
     """
     texts = (instruction, given) if given else (instruction,)
     fields = zip(INSTRUCTION_FIELDS, texts, strict=False)

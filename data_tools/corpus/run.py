@@ -35,7 +35,10 @@ class Observer:
         """
 
     def progressed(self, progress: Contents) -> None:
-        """Receive the progress of the whole request, including chunks that were finished before an interruption."""
+        """Receive the progress of the whole request so far.
+
+        If an earlier command for this request was interrupted, the chunks that it finished also count.
+        """
 
 
 def find_complete(request: TokenizeRequest) -> Manifest | None:

@@ -31,7 +31,7 @@ class Tokens(Protocol):
     def read(self, start: int, length: int) -> TokenArray:
         """Return ``length`` tokens from index ``start`` on, uint16 of shape (length,).
 
-        The stream must contain all of these tokens.
+        The stream must not end before ``start + length``.
 
         Raises:
             DataError: a token is outside the vocabulary.
@@ -43,7 +43,7 @@ class Tokens(Protocol):
 class Split:
     """The tokens of one split. ``tokens_of_file`` maps each file to its number of tokens.
 
-    A pair of Megatron's files counts as one file.
+    A ``.bin`` and an ``.idx`` file of Megatron form a pair. A pair counts as one file.
     """
 
     stream: Tokens
@@ -52,15 +52,15 @@ class Split:
 
 @dataclass(frozen=True)
 class TokenCollection:
-    """The tokens in a folder, in a file or in a pair of files.
+    """The tokens in a folder, in a file, or in a pair of Megatron's files (``.bin`` and ``.idx``).
 
     Attributes:
         path: the path that the user gave.
         format: one of ``INPUT_FORMATS``.
         tokenizer: the tokenizer that created the tokens. Files of other programs are assumed to use GPT-2's tokenizer.
-        source: the origin of the tokens. If a manifest is written for these tokens, it contains this record.
+        source: the origin of the tokens, for the manifest of a conversion.
         splits: the splits. The keys are the names of the splits.
-        manifest: the manifest of the folder. None if the tokens are not in a folder of this project.
+        manifest: the manifest of the folder. None if another program wrote the files.
     """
 
     path: Path
@@ -72,12 +72,12 @@ class TokenCollection:
 
     @property
     def shards(self) -> tuple[ShardRecord, ...]:
-        """Return the records of all shards. Returns an empty tuple if ``manifest`` is None."""
+        """Return the manifest's records of all shards. If there is no manifest, return an empty tuple."""
         return self.manifest.shards if self.manifest else ()
 
 
 class Concatenated:
-    """A stream that consists of several consecutive streams."""
+    """A stream of tokens that joins several streams, one after another."""
 
     def __init__(self, streams: Sequence[Tokens]) -> None:
         self._streams = streams
@@ -97,7 +97,7 @@ class Concatenated:
 
 
 def map_file(path: Path) -> pa.Buffer:
-    """Return the bytes of a file as a memory map. If the file is empty, the result is empty.
+    """Memory-map a file and return its bytes. If the file is empty, the result is empty.
 
     Raises:
         DataError: the file is missing or cannot be read.
@@ -109,9 +109,10 @@ def map_file(path: Path) -> pa.Buffer:
 
 
 def require_tokens(path: Path, tokens: int) -> None:
-    """Raise DataError if a file of another program has no tokens, usually because a download was interrupted.
+    """Raise DataError if a file of another program has no tokens. The usual reason is an interrupted download.
 
     Args:
+        path: the file, for the message.
         tokens: the number of tokens in the file.
     """
     if not tokens:
@@ -123,6 +124,7 @@ def require_split_name(name: str, place: str) -> None:
     """Raise DataError if the name of a split contains a character that is not allowed in file names.
 
     Args:
+        name: the name of the split.
         place: the file or folder with this split. The error message begins with it.
     """
     if not FILE_NAME.fullmatch(name):

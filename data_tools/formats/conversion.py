@@ -1,4 +1,4 @@
-"""Convert tokens into a new folder, or write a manifest into a folder with shards of llm.c or build-nanogpt."""
+"""Convert token files. This module also writes a manifest for existing shards of llm.c or build-nanogpt."""
 
 import os
 import shutil
@@ -36,12 +36,12 @@ def convert(request: ConvertRequest, written: Advance = no_progress, verified: A
     """Convert tokens into a new folder. If the conversion fails, the folder is not created.
 
     The tokens and their order do not change. The only exception is ``END_OF_TEXT`` in Megatron's files (see
-    ``open_megatron_pair``). If the source is a folder of this project, its shards are first verified. A manifest is
-    written into the new folder, unless the new format is nanoGPT's.
+    ``open_megatron_pair``). If the source is a folder of this project, its shards are first verified. If the new format
+    is not nanoGPT's, a manifest is written into the new folder.
 
     Args:
-        written: a function that is called with the number of bytes that were written since the last call.
-        verified: a function that is called with the number of bytes that were verified since the last call.
+        written: a function that is called with the number of bytes written since its last call.
+        verified: a function that is called with the number of bytes verified since its last call.
 
     Raises:
         DataError: the source is damaged, the new format cannot store all information of the source, or the new folder
@@ -82,14 +82,14 @@ def adopt_in_place(
 
     Args:
         source_format: the format of the shards. If ``auto``, the format is recognized.
-        split_of: maps file names to splits. Required if a file name does not contain the name of the split.
+        split_of: maps file names to splits. It is required if a file name does not contain the name of the split.
         workers: the number of threads. None means one per core.
-        advance: a function that is called with the number of bytes that were read since the last call.
+        advance: a function that is called with the number of bytes read since its last call.
 
     Raises:
-        DataError: the folder contains no shards of these programs, contains a damaged shard, or is not writable. An
-            existing manifest also causes this error if ``split_of`` is given, if the manifest is not valid, or if it
-            does not name exactly the shards in the folder.
+        DataError: the folder contains no shards of llm.c or build-nanogpt, contains a damaged shard, or is not
+            writable. If the folder already has a manifest, there are three more causes: ``split_of`` is given, the
+            manifest is not valid, or it does not name exactly the shards in the folder.
     """
     if (folder / MANIFEST_NAME).exists():
         return _load_adopted(folder, split_of or {})

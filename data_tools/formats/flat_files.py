@@ -1,6 +1,6 @@
 """Open token files of nanoGPT, llm.c and build-nanogpt.
 
-The tokens in these files are consecutive. Some files begin with a header.
+Such a file contains consecutive tokens. Files of llm.c and build-nanogpt begin with a header.
 """
 
 from pathlib import Path
@@ -94,9 +94,10 @@ def open_npy_file(path: Path, vocab_size: int) -> Tokens:
 
 
 def map_npy_file(path: Path) -> TokenArray:
-    """Return the tokens in a ``.npy`` file as a memory map.
+    """Return the tokens of a shard of build-nanogpt as a memory map.
 
-    Raises the same errors as ``open_npy_file``.
+    Raises:
+        DataError: the file is damaged, cannot be read, or contains an array of another dtype or shape.
     """
     try:
         return npy_tokens(map_file(path))
@@ -107,7 +108,7 @@ def map_npy_file(path: Path) -> TokenArray:
 
 
 def is_npy(path: Path) -> bool:
-    """Return whether a file begins like a ``.npy`` file of numpy.
+    """Return whether the first bytes of a file are those of a ``.npy`` file of numpy.
 
     Raises:
         OSError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""Inspect tokens in a folder or file: describe them in a report, or show the first documents as text."""
+"""Inspect token files: summarize them in a report, or show the first documents as text."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ _SHOWN_APART = ("format_version", "dtype", "tokenizer", "source", "settings", "s
 
 @dataclass(frozen=True)
 class SplitReport:
-    """The sizes of a split. If the folder or file has no manifest, ``documents`` and ``utf8_bytes`` are None."""
+    """The sizes of a split. If the split's tokens have no manifest, ``documents`` and ``utf8_bytes`` are None."""
 
     shards: int
     tokens: int
@@ -42,7 +42,7 @@ class SplitReport:
     def bytes_per_token(self) -> float | None:
         """Return the number of bytes of text per token. ``END_OF_TEXT`` counts as a token, too.
 
-        Returns None if the bytes of text are not known or there are no tokens.
+        If the number of bytes of text is not known, or if the split has no tokens, the result is None.
         """
         return None if self.utf8_bytes is None or not self.tokens else self.utf8_bytes / self.tokens
 
@@ -55,9 +55,8 @@ class FolderReport:
         path: the path that the user gave.
         format: one of ``INPUT_FORMATS``.
         problem: a message about the first file that is missing or has the wrong size. None if there is no such file.
-        about: the values in the manifest as JSON values, without the format version, the dtype, the records of the
-            shards and the hash. If there is no manifest, ``about`` contains the assumed tokenizer and a description of
-            the source.
+            about: the manifest as JSON values, except the format version, the dtype, the records of the shards and the
+            hash. If there is no manifest, ``about`` contains the assumed tokenizer and a description of the source.
         splits: the reports on the splits. The keys are the names of the splits.
     """
 
@@ -80,9 +79,15 @@ class FolderReport:
 
 
 def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> FolderReport:
-    """Return a report on tokens in any format. The arguments are the same as those of ``open_collection``.
+    """Return a report on token files of any format.
 
     No tokens are read. If the path is a folder of this project, a report is returned even if shards are damaged.
+
+    Args:
+        path: a folder, a file, or the path of a pair of Megatron's files without ``.bin`` and ``.idx``.
+        format: one of ``INPUT_FORMATS``. If ``auto``, the format is recognized.
+        split_of: maps file names to splits, for files that another program wrote. It is required if a file name does
+            not contain the name of the split.
 
     Raises:
         DataError: ``path`` does not exist, the format cannot be recognized, or the manifest or a file of another

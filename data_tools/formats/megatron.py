@@ -8,8 +8,8 @@ little-endian:
 2. the number of sequences and the number of document boundaries (uint64 each);
 3. the length of each sequence in tokens (int32);
 4. the offset of each sequence in ``X.bin`` in bytes (int64);
-5. the document boundaries (int64). A boundary is the number of sequences before it. The first boundary is 0, and the
-   last boundary is the number of all sequences.
+5. the document boundaries (int64). Each boundary is stored as the number of sequences before it. The first boundary is
+   0, and the last boundary is the number of all sequences.
 """
 
 from __future__ import annotations
@@ -53,8 +53,12 @@ def is_index(path: Path) -> bool:
 def open_megatron_pair(index_path: Path, vocab_size: int) -> Tokens:
     """Open an index and its token file as one stream of tokens. The stream has ``END_OF_TEXT`` before each document.
 
-    If the files were written with ``--append-eod``, each document already ends with ``END_OF_TEXT``. These tokens are
-    left out. The function reads the whole index and the last token of each document.
+    If the files were written with ``--append-eod``, each document in them ends with ``END_OF_TEXT``. The stream leaves
+    out these tokens at the end of documents. Opening reads the whole index and the last token of each document.
+
+    Args:
+        index_path: the path of the index, which ends with ``.idx``.
+        vocab_size: all tokens must be below this number.
 
     Raises:
         DataError: a file is missing or damaged, or the tokens have a type that is not supported.

@@ -1,4 +1,4 @@
-"""Open tokens in any format: recognize the format of the files, and group the files by split."""
+"""Open token files of any format: recognize the format of the files, and group the files by split."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -47,12 +47,11 @@ _SPLIT_WORDS = {
 def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> TokenCollection:
     """Open the tokens in a folder, in a file, or in a pair of Megatron's files.
 
-    For a pair of files, ``path`` is the path without ``.bin`` and ``.idx``.
-
     Args:
+        path: the folder or the file. For a pair of files, the path without ``.bin`` and ``.idx``.
         format: one of ``INPUT_FORMATS``. If ``auto``, the format is recognized (see ``recognize``).
-        split_of: maps file names to splits, for files that another program wrote. Required if a file name does not
-            contain the name of the split.
+        split_of: maps file names to splits, for files that another program wrote. It is required if a file name does
+            not contain the name of the split.
 
     Raises:
         DataError: ``path`` does not exist, the format cannot be recognized, a file is damaged, or the split of a file
@@ -82,8 +81,8 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
 def recognize(path: Path) -> str:
     """Return the format of a file or folder.
 
-    A folder with a manifest is a folder of this project. Files of Megatron, llm.c and numpy are recognized by the first
-    bytes of the file. Files of nanoGPT are recognized by their names ``train.bin`` and ``val.bin``.
+    If a folder contains a manifest, the format is that of this project. Files of Megatron, llm.c and build-nanogpt are
+    recognized by their first bytes. Files of nanoGPT are recognized by their names ``train.bin`` and ``val.bin``.
 
     Raises:
         DataError: the format cannot be recognized, or a file cannot be read.

@@ -29,12 +29,12 @@ class ConvertRequest:
         source: a folder, a file, or the path of a pair of Megatron's files without ``.bin`` and ``.idx``.
         out: a new or empty folder.
         to: one of ``OUTPUT_FORMATS``.
-        source_format: one of ``INPUT_FORMATS``, or ``auto``.
-        split_of: maps file names to splits, for files that another program wrote. Required if a file name does not
-            contain the name of the split.
+        source_format: one of ``INPUT_FORMATS``, or ``auto``. split_of: maps file names to splits, for files that
+            another program wrote. It is required if a file name does not contain the name of the split.
         shard_tokens: the number of tokens per shard. None usually means 100 million. However, if the source is a folder
             of this project and the new format is npy or arrow, None means that each shard becomes one new shard.
-        name: the prefix of the new file names, if the new format is llm.c's. None means the name of ``out``.
+        name: the prefix of the new file names. It is used only if the new format is llm.c's. None means the name of
+            ``out``.
         workers: the number of threads. None means one per core. The new files do not depend on this number.
 
     Raises:
@@ -68,15 +68,16 @@ class ConvertRequest:
 
     @property
     def file_prefix(self) -> str:
-        """Return the prefix of the new file names, if the new format is llm.c's."""
+        """Return the prefix of the new file names. It is used only if the new format is llm.c's."""
         return self.name or Path(os.path.abspath(self.out)).name
 
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file to write. It will contain the tokens ``start`` to ``stop - 1`` of a split.
+    """A file that a conversion will write. It will contain the tokens ``start`` to ``stop - 1`` of a split.
 
-    If a shard of the source contains exactly these tokens, ``record`` is the record of this shard in the manifest.
+    If a shard of the source contains exactly these tokens, ``record`` is the entry of that shard in the source's
+    manifest.
     """
 
     name: str
@@ -90,7 +91,8 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
     """Return the files that a conversion must write.
 
     Args:
-        knows_bytes: whether the bytes of text can be counted for the tokenizer of the collection.
+        collection: the tokens to convert.
+        knows_bytes: whether the tokens show how many bytes of text they stand for. This depends on the tokenizer.
 
     Raises:
         DataError: the new format cannot store all information in the collection, or a split has no tokens.
@@ -113,15 +115,16 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
 def keeps_shards(request: ConvertRequest, collection: TokenCollection) -> bool:
     """Return whether the conversion writes exactly one new shard for each shard of the source.
 
-    This is only possible if the source is a folder of this project.
+    The result can be True only if the source is a folder of this project.
     """
     return collection.manifest is not None and request.to in SHARD_FORMATS and request.shard_tokens is None
 
 
 def chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Divide a range of tokens into pieces that are small enough to read at once.
+    """Divide a range of tokens into pieces that are small enough to read at once. Yield (start, length) for each piece.
 
-    Yields (start, length) for each piece.
+    Args:
+        start, stop: the range consists of the tokens ``start`` to ``stop - 1``.
     """
     return ((at, min(CHUNK_TOKENS, stop - at)) for at in range(start, stop, CHUNK_TOKENS))
 

@@ -3,7 +3,7 @@
 A folder contains ``manifest.json`` and shards. A shard is a file with a one-dimensional array of uint16 tokens: a
 ``.npy`` file, an Arrow IPC stream, or a ``.bin`` file with llm.c's header. The shards of a split form one stream of
 tokens, in the order of the manifest. A shard may have a mask file, which contains one uint8 per token: 1 if the token
-is scored, otherwise 0. A scored token counts in the loss when the model predicts it.
+is scored, otherwise 0. A token is scored if its prediction counts in the loss.
 """
 
 from data_tools.shards.manifest import load_manifest

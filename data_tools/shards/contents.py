@@ -20,7 +20,7 @@ _SCAN_TOKENS = 1 << 18  # the tokens that are counted together, few enough to fi
 
 @dataclass(frozen=True)
 class Contents:
-    """The number of documents, of tokens, and of bytes of text in UTF-8. Each document has one ``END_OF_TEXT``."""
+    """Numbers of documents, tokens, and bytes of text in UTF-8. One ``END_OF_TEXT`` per document counts as a token."""
 
     documents: int = 0
     tokens: int = 0
@@ -36,9 +36,9 @@ class Vocabulary:
     """Counts documents, tokens and bytes of text in the tokens of a given tokenizer.
 
     Attributes:
-        size: the vocabulary size. All ids are below this number.
+            size: the vocabulary size. All ids are below this number.
         end_of_text: the id of the token that separates documents. This token counts as 0 bytes of text.
-        knows_bytes: whether bytes of text can be counted. This is possible only for GPT-2's vocabulary.
+        knows_bytes: whether the bytes of text can be counted. They can be counted only for GPT-2's vocabulary.
     """
 
     def __init__(self, tokenizer: TokenizerRecord) -> None:
@@ -58,8 +58,7 @@ class Vocabulary:
         """Count documents, tokens and bytes of text. If ``knows_bytes`` is False, the number of bytes is 0.
 
         Args:
-            tokens: uint16 of shape (tokens,).
-            place: the file or folder with the tokens, for error messages.
+            tokens: uint16 of shape (tokens,). place: the file or folder with the tokens, for error messages.
             advance: a function that is called regularly with the argument 0. It can raise an error to stop the
                 counting.
 
@@ -94,7 +93,7 @@ def require_in_vocabulary(tokens: npt.NDArray[np.integer], vocab_size: int, plac
 
 
 def gpt2_tokenizer_record() -> TokenizerRecord:
-    """Return the record of GPT-2's tokenizer.
+    """Return the description of GPT-2's tokenizer for a manifest.
 
     Raises:
         DataError: the vocabulary cannot be loaded.

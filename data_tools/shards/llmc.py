@@ -20,7 +20,7 @@ _TOKEN_BYTES = 2
 
 
 def is_llmc(path: Path) -> bool:
-    """Return whether a file begins with the magic number of llm.c.
+    """Return whether a file begins with the magic number of llm.c's shards.
 
     Raises:
         OSError: the file cannot be read.
@@ -30,7 +30,10 @@ def is_llmc(path: Path) -> bool:
 
 
 def llmc_tokens(content: pa.Buffer) -> TokenArray:
-    """Return the tokens in the content of a shard, without copying them.
+    """Return the tokens in the content of a shard. The tokens are not copied.
+
+    Args:
+        content: the bytes of the whole file.
 
     Raises:
         ValueError: the header is wrong, or the number of tokens in the header does not match the size of the content.

@@ -63,7 +63,7 @@ _forbid_unknown_keys = with_config(ConfigDict(extra="forbid"))
 @_forbid_unknown_keys
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """The tokenizer that created the tokens in the shards."""
+    """The tokenizer that created the tokens in the shards, as the manifest describes it."""
 
     name: StrictStr
     vocab_size: StrictInt
@@ -74,7 +74,10 @@ class TokenizerRecord:
 @_forbid_unknown_keys
 @dataclass(frozen=True)
 class SourceRecord:
-    """The origin of the documents. ``options`` contains all options that determine which documents were read."""
+    """The origin of the documents, as the manifest describes it.
+
+    ``options`` contains all options that determine which documents were read.
+    """
 
     kind: StrictStr
     options: dict[str, Any]
@@ -85,8 +88,8 @@ class SourceRecord:
 class ShardRecord:
     """The entry for one shard in a manifest: the file name, the contents, and the SHA-256 of the file.
 
-    ``mask_sha256`` is the SHA-256 of the mask file, which says which tokens are scored. If ``mask_sha256`` is None,
-    there is no mask file, and all tokens are scored.
+    A shard may have a mask file, which says which tokens are scored (count in the loss). ``mask_sha256`` is the SHA-256
+    of the mask file. If ``mask_sha256`` is None, there is no mask file, and all tokens are scored.
     """
 
     file: FileInside
@@ -99,16 +102,16 @@ class ShardRecord:
 
     @property
     def mask_file(self) -> str | None:
-        """Return the name of the mask file in the folder. Returns None if the shard has no mask."""
+        """Return the name of the shard's mask file. If the shard has no mask, return None."""
         return None if self.mask_sha256 is None else mask_file_of(self.file)
 
     @property
     def files(self) -> list[str]:
-        """Return the names of the files of the shard: the mask file, if there is one, and then the token file."""
+        """Return the names of the shard's files: first the mask file, if the shard has one, then the token file."""
         return [name for name in (self.mask_file, self.file) if name is not None]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON values. Keys whose value is None are left out."""
+        """Return the record as JSON values. If a value is None, its key is left out."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
@@ -121,10 +124,10 @@ class Manifest:
         tokenizer: the tokenizer that created the ids in the shards.
         source: the origin of the documents.
         settings: the options for the shards, such as the format and the fraction of documents for validation.
-        shards: the records of all shards. The shards of a split are in the order of their tokens.
-        report: statistics about the documents, such as their lengths, or None.
-        made: the time at which the folder was written, and the software versions, or None. The bytes of the shards do
-            not depend on these values.
+        shards: the records of all shards. The shards of a split are in the order of their tokens. report: statistics
+            about the documents, such as their lengths, or None.
+        made: when and with which software versions the folder was written, or None. The bytes of the shards do not
+            depend on these values.
     """
 
     tokenizer: TokenizerRecord
@@ -135,7 +138,7 @@ class Manifest:
     made: OptionalObject = None
 
     def splits(self) -> tuple[str, ...]:
-        """Return the names of the splits, in the order of their first shards."""
+        """Return the names of the splits, in the order in which ``shards`` first mentions them."""
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     def shards_of(self, split: str) -> tuple[ShardRecord, ...]:
@@ -147,20 +150,21 @@ class Manifest:
         return sum(shard.tokens for shard in self.shards_of(split))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest as JSON values. The last value is a SHA-256 of all other values."""
+        """Return the manifest as JSON values. The last value is a SHA-256 of all values before it."""
         content = {**asdict(self), "shards": [shard.to_json() for shard in self.shards]}
         content = {key: item for key, item in content.items() if key not in _OPTIONAL or item is not None}
         value = {"format_version": FORMAT_VERSION, "dtype": TOKEN_DTYPE_NAME, **content}
         return {**value, _SEAL: sha256_of_json(value)}
 
     def to_bytes(self) -> bytes:
-        """Return the manifest as the content of the file ``manifest.json``."""
+        """Return the manifest as JSON text in bytes, for the file ``manifest.json``."""
         return (json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n").encode("ascii")
 
     def content_sha256(self) -> str:
-        """Return a SHA-256 of the values that describe the contents.
+        """Return a SHA-256 that identifies the contents of the folder.
 
-        The hash does not depend on ``made``, which says when and with which software the shards were written.
+        The hash covers all values of the manifest that describe the contents. It does not cover ``made``, which says
+        when and with which software the shards were written.
         """
         return sha256_of_json({key: value for key, value in self.to_json().items() if key not in ("made", _SEAL)})
 
@@ -173,8 +177,8 @@ def load_manifest(folder: Path | str) -> Manifest:
     """Read and check the manifest of a folder.
 
     Raises:
-        DataError: the manifest is missing, is not JSON, has an unknown version or dtype, or has a wrong field. The
-            message is one line, which names the field and what is expected.
+            DataError: the manifest is missing, is not JSON, has an unknown version or dtype, or has a wrong field. The
+                message is one line. For a wrong field, it says which value is expected.
     """
     path = Path(folder) / MANIFEST_NAME
     with one_line_read_errors(path):
@@ -188,13 +192,14 @@ def load_manifest(folder: Path | str) -> Manifest:
 
 
 def parse_manifest(content: bytes, place: str) -> Manifest:
-    """Parse and check the content of a manifest file.
+    """Parse the content of a manifest file, and check every field.
 
     Args:
+        content: the bytes of the file.
         place: the path or URL of the file, for error messages.
 
     Raises:
-        DataError: the manifest is not valid, as in ``load_manifest``.
+        DataError: the manifest is not JSON, has an unknown version or dtype, or has a wrong field.
     """
     try:
         value = json.loads(content)

@@ -1,4 +1,4 @@
-"""Memory-map token shards in three formats, and mask files. Tokens are read from disk only when they are used."""
+"""Memory-map mask files and token shards of three formats. Tokens are read from disk only when they are used."""
 
 import os
 from collections.abc import Callable
@@ -42,9 +42,9 @@ def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
 
 
 def map_mask(folder: Path, shard: ShardRecord) -> Mapped:
-    """Memory-map the mask of a shard, uint8 of shape (tokens,). A value is 1 if the token is scored.
+    """Memory-map the mask of a shard, uint8 of shape (tokens,). A value is 1 if the token is scored, otherwise 0.
 
-    The shard must have a mask.
+    A token is scored if its prediction counts in the loss. The shard must have a mask.
 
     Raises:
         DataError: the file is missing, unreadable or not a mask, or its length is not the number of tokens of the
@@ -61,7 +61,7 @@ def map_mask(folder: Path, shard: ShardRecord) -> Mapped:
 
 
 def require_flags(mask: Mapped, place: str) -> None:
-    """Raise DataError if a mask contains other values than 0 and 1.
+    """Raise DataError if a mask contains a value that is neither 0 nor 1.
 
     Args:
         place: the mask file. The message begins with it.
@@ -73,7 +73,7 @@ def require_flags(mask: Mapped, place: str) -> None:
 
 
 def map_bytes(path: Path) -> pa.Buffer:
-    """Memory-map a file. No file descriptor stays open, so any number of files can be mapped at the same time.
+    """Memory-map a file. Any number of files can be mapped at the same time, because no file descriptor stays open.
 
     Raises:
         DataError: the file is a git-lfs pointer.
@@ -108,7 +108,11 @@ def _map_whole_file(path: Path, pieces_of: Callable[[pa.Buffer], list[Mapped]], 
 
 
 def npy_tokens(content: pa.Buffer, dtype: np.dtype[Any] = _TOKEN_DTYPE) -> Mapped:
-    """Return the array in the content of a ``.npy`` file, without copying it.
+    """Return the array in the content of a ``.npy`` file. The array is not copied.
+
+    Args:
+        content: the bytes of the whole file.
+        dtype: the dtype that the array must have.
 
     Raises:
         ValueError: the header is damaged, the array has another dtype or shape, or the header does not match the size

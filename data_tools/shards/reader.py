@@ -11,15 +11,16 @@ from data_tools.shards.mapping import MASK_DTYPE, Mapped, map_mask, map_shard, r
 
 
 class TokenStream:
-    """The tokens of one split as a single stream, across its shards. Use ``open_split`` to get an instance.
+    """The tokens of all shards of a split, as one stream. Use ``open_split`` to get an instance.
 
     The shards are memory-mapped, so tokens are loaded from disk only when they are read.
 
     Attributes:
         manifest: the manifest of the folder.
         split: the name of the split.
-        tokens, documents, utf8_bytes: the total numbers in the split.
-        has_mask: whether the split has a mask, which says which tokens are scored. If not, all tokens are scored.
+        tokens, documents, utf8_bytes: the numbers of tokens, documents and bytes of text in the whole split.
+        has_mask: whether the split has a mask, which says which tokens are scored (count in the loss). If False, all
+            tokens are scored.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
@@ -47,7 +48,7 @@ class TokenStream:
         return self.read_windows(np.array([start], dtype=np.int64), length)[0]
 
     def read_windows(self, starts: CountArray, length: int) -> TokenArray:
-        """Return a copy of several windows with T tokens each, uint16 of shape (B, T).
+        """Return a copy of several windows of T consecutive tokens, uint16 of shape (B, T).
 
         Args:
             starts: the index of the first token of each window, int64 of shape (B,).
@@ -65,10 +66,14 @@ class TokenStream:
     def read_mask_windows(self, starts: CountArray, length: int) -> MaskArray:
         """Return which tokens in several windows are scored, bool of shape (B, T). The split must have a mask.
 
-        The arguments are the same as in ``read_windows``.
+        A token is scored if its prediction counts in the loss.
+
+        Args:
+            starts: the index of the first token of each window, int64 of shape (B,).
+            length: the number T of tokens per window.
 
         Raises:
-            DataError: the stream does not contain a window, or the mask contains other values than 0 and 1.
+            DataError: the stream does not contain a window, or the mask contains a value that is neither 0 nor 1.
         """
         assert self.has_mask, f"{self._folder}: the split {self.split!r} has no mask"
         self._require_in_range(starts, length)

@@ -11,7 +11,7 @@ _SMALLEST_RATIO = 0.25
 def describe_small_validation(manifest: Manifest) -> str | None:
     """Return a warning if the validation split is too small for a stable loss, or much smaller than requested.
 
-    Returns None if the split is large enough, or if there is no validation split.
+    Otherwise, or if there is no validation split, return None.
     """
     tokens = manifest.tokens_of(VAL_SPLIT)
     share = tokens / max(sum(shard.tokens for shard in manifest.shards), 1)

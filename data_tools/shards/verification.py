@@ -15,12 +15,12 @@ def verify(folder: Path | str, workers: int | None = None, advance: Advance = no
     """Check that the shards match the hashes and numbers in the manifest, and that all tokens are in the vocabulary.
 
     Masks must contain only 0 and 1. The number of bytes of text is checked only if the tokenizer is GPT-2's and the
-    shard has no mask.
+    shard has no mask. Returns the manifest.
 
     Args:
         folder: the folder with the manifest.
         workers: the number of threads. None means one per core.
-        advance: a function that is called with the number of bytes that were verified since the last call.
+        advance: a function that is called with the number of bytes verified since its last call.
 
     Raises:
         DataError: a shard does not match the manifest. The message names the first such shard and says what is wrong.
@@ -33,7 +33,13 @@ def verify(folder: Path | str, workers: int | None = None, advance: Advance = no
 
 
 def require_unchanged(folder: Path, shard: ShardRecord, advance: Advance = no_progress) -> None:
-    """Raise DataError if the SHA-256 of a shard or its mask differs from the manifest, or a file cannot be read."""
+    """Raise DataError if a file of a shard cannot be read, or if its SHA-256 differs from the manifest.
+
+    Args:
+        folder: the folder with the shard.
+        shard: the record of the shard in the manifest.
+        advance: a function that is called with the number of bytes verified since its last call.
+    """
     for name, sha256 in ((shard.file, shard.sha256), (shard.mask_file, shard.mask_sha256)):
         if name is None:
             continue

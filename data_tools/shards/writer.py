@@ -29,13 +29,15 @@ OpenFormat = Callable[[BinaryIO], AbstractContextManager[WriteValues]]
 
 @contextmanager
 def write_flat(file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2") -> Iterator[WriteValues]:
-    """Return a context manager for writing a file that has a header and values of one dtype.
+    """Return a context manager for writing a file that consists of a header and values of one dtype.
 
-    The ``with`` block gets a function that appends values to the file. The header contains the number of values, so it
-    is written twice: at the beginning with the number 0, and at the end of the ``with`` block with the final number.
+    The ``with`` block gets a function that appends values to the file. The header contains the number of values.
+    Therefore, it is written twice: at the beginning with the number 0, and after the ``with`` block with the final
+    number.
 
     Args:
-        header: a function that takes a number of values and returns the header. All headers must have the same length.
+        header: a function that takes a number of values and returns the header. The length of the header must not
+            depend on the number.
     """
     size = 0
 
@@ -107,9 +109,9 @@ class ShardWriter:
         Args:
             tokens: uint16 of shape (tokens,), with ``END_OF_TEXT`` before each document.
             documents: the number of documents in ``tokens``.
-            utf8_bytes: the bytes of text in these documents.
-            scored: the mask, bool of shape (tokens,), True for tokens that are scored. If None, all tokens are scored.
-                For one shard, either all calls or no calls must have a mask.
+            utf8_bytes: the bytes of text in these documents. scored: the mask, bool of shape (tokens,), True for tokens
+                that count in the loss. If None, all tokens count. For one shard, either all calls or no calls must have
+                a mask.
 
         Raises:
             DataError: the disk is full or not writable.

@@ -1,7 +1,6 @@
 """Find, divide, open and decompress the files that sources read.
 
-A path is a local path, or a URL of a protocol that fsspec supports (such as ``s3://``, ``gs://`` or ``hf://``). Each
-error message is one line.
+A path is a local path, or a URL of a protocol that fsspec supports (such as ``s3://``, ``gs://`` or ``hf://``).
 """
 
 import glob
@@ -48,9 +47,9 @@ class Slice:
     """A range of a source that can be read without reading the rest of the source.
 
     Attributes:
-        path: the path of the file. If the range contains several files, this is the first of them.
-        start, stop: the range from ``start`` to ``stop - 1``, in bytes, row groups, rows or files, depending on the
-            source.
+        path: the path of the file. If the range contains several files, the path of the first of them.
+        start, stop: the range from ``start`` to ``stop - 1``. The unit depends on the source: bytes, row groups, rows
+            or files.
         text_bytes: the approximate number of bytes of text in the range. None if it is not known.
     """
 
@@ -81,9 +80,9 @@ class FileSource:
         return {"inputs": list(self._inputs), **describe_files(self.files), **self._settings}
 
     def notices(self) -> list[str]:
-        """Return a list with one message about the files that are skipped because of their suffix.
+        """Return a list with one message about the files in input folders that are skipped because of their suffix.
 
-        The list is empty if no file in an input folder is skipped.
+        If no file is skipped, the list is empty.
 
         Raises:
             DataError: an input folder cannot be read.
@@ -108,7 +107,7 @@ class FileSource:
 def group_files(files: FileSizes, slice_bytes: int) -> list[Slice]:
     """Group consecutive files into slices of at most ``slice_bytes`` bytes.
 
-    A file that is larger than this gets its own slice.
+    A file of more than ``slice_bytes`` bytes gets its own slice.
     """
     groups = group_sizes([size for _, size in files], slice_bytes)
     return [Slice(files[start][0], start, stop, size) for start, stop, size in groups]
@@ -133,7 +132,7 @@ def group_sizes(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int, in
 def describe_files(files: FileSizes) -> dict[str, Any]:
     """Return the number of files, the sum of their sizes, and a SHA-256 of all names and sizes, as JSON values.
 
-    The values change if a file is added, removed or renamed, or if its size changes.
+    If a file is added, removed or renamed, or if its size changes, the SHA-256 changes.
     """
     listing = hashlib.sha256()
     for path, size in files:
@@ -145,9 +144,10 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
     """Return the path and the size in bytes of each input file. The files of each input are sorted by path.
 
     Args:
-        inputs: files, folders and glob patterns. A folder means all files in this folder and its subfolders, except
-            hidden files.
-        suffixes: in folders, only files with these suffixes are found. If ``suffixes`` is empty, all files are found.
+            inputs: files, folders and glob patterns. A folder stands for all files in it and in its subfolders, except
+                hidden files.
+        suffixes: in folders, only files with one of these suffixes are found. If ``suffixes`` is empty, files with any
+            suffix are found.
 
     Raises:
         DataError: an input does not exist, an input contains no file, or two inputs contain the same file.
@@ -173,7 +173,11 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
 
 
 def find_other_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
-    """Return the files in input folders that ``find_files`` skips, because they have none of the suffixes.
+    """Return the files in input folders that ``find_files`` skips because they have none of the suffixes.
+
+    Args:
+        inputs: files, folders and glob patterns. Only the folders matter here.
+        suffixes: the suffixes of the files that ``find_files`` returns.
 
     Raises:
         DataError: a folder cannot be read.
@@ -269,7 +273,7 @@ def _estimate_text_bytes(path: str, size: int) -> int:
 
 
 def compression_of(path: str) -> str | None:
-    """Return the name of a file's compression, according to its suffix. Returns None if the file is not compressed."""
+    """Return the name of a file's compression, according to its suffix. If the file is not compressed, return None."""
     return _COMPRESSIONS.get(os.path.splitext(path)[1])
 
 
@@ -298,8 +302,8 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 def open_decompressed(path: str) -> Iterator[BinaryIO]:
     """Return a context manager that opens a file for reading bytes. ``.gz`` and ``.zst`` files are decompressed.
 
-    The decompression needs constant memory. Zeros after the end of a ``.gz`` file are ignored, as gunzip does, because
-    tapes and some file systems add such zeros.
+    The decompression needs constant memory. Tapes and some file systems add zeros after the end of a file. Like gunzip,
+    this function ignores zeros after the end of a ``.gz`` file.
 
     Raises:
         DataError: the file cannot be opened, or cannot be read inside the ``with`` block because it is damaged or
@@ -332,7 +336,7 @@ def _ends_in_zero(file: BinaryIO) -> bool:
 def one_line_read_errors(path: str | Path) -> Iterator[None]:
     """Return a context manager that converts read errors in its ``with`` block to a DataError.
 
-    The message is one line with the file and the reason.
+    The message of the DataError is one line with ``path`` and the reason.
     """
     try:
         yield
@@ -348,10 +352,10 @@ def one_line_read_errors(path: str | Path) -> Iterator[None]:
 
 
 def explain_content(path: str, reason: str) -> str:
-    """Return the reason why a file cannot be read.
+    """Return the reason why a file cannot be read, for an error message.
 
-    If the first bytes of the file do not fit the suffix of its name, the result says what the file really is and what
-    to do. Otherwise, the result is the first line of ``reason``.
+    If the first bytes of the file do not fit the suffix of its name, the result says what kind of file it is and what
+    the user can do. Otherwise, the result is the first line of ``reason``.
     """
     kind = _KINDS.get(os.path.splitext(path)[1])
     if found := describe_content(path, kind):
@@ -367,10 +371,12 @@ def describe_error(error: Exception) -> str:
 
 
 def decode_utf8(content: bytes, path: str, offset: int) -> str:
-    """Decode a document or a line of a file.
+    """Decode a document or a line of a file from UTF-8.
 
     Args:
-        offset: the position of ``content`` in the decompressed file, in bytes. The error message needs it.
+        content: the bytes to decode.
+        path: the path of the file, for the error message.
+        offset: the position of ``content`` in the decompressed file, in bytes, for the error message.
 
     Raises:
         BadRowError: ``content`` is not valid UTF-8. The message contains the file and the position of the invalid byte.

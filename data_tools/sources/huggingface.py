@@ -70,11 +70,11 @@ class HuggingFaceSource:
             return None if rows is None else _text_bytes_of(rows, self._text_field)
 
     def notices(self) -> list[str]:
-        """Return a list with one message about skipped files, if the dataset is a local folder.
+        """Return a list with one message about the files in a local folder that are skipped.
 
-        In a folder, the library ``datasets`` reads only the files of one kind, such as JSON, and skips all others. The
-        list is empty if no file is skipped, if this kind is not in ``_ENDINGS``, or if the dataset is not a folder of
-        data files.
+        If the dataset is a folder, the library ``datasets`` reads only the files of one kind, such as JSON. It skips
+        all other files. The list is empty in three cases: the dataset is not a folder of data files, no file is
+        skipped, or ``_ENDINGS`` does not contain the kind.
         """
         if not os.path.isdir(self._dataset) or self._is_saved():
             return []
@@ -86,7 +86,8 @@ class HuggingFaceSource:
     def slices(self, slice_bytes: int) -> list[Slice]:
         """Divide the dataset into slices.
 
-        If ``save_to_disk`` wrote the dataset, the slices are ranges of rows. Otherwise, each data file is one slice.
+        If the dataset was written by ``save_to_disk``, the slices are ranges of rows. Otherwise, each data file is one
+        slice.
         """
         with self._one_line_errors():
             self._require_fetched_files()

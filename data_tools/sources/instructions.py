@@ -1,4 +1,4 @@
-"""Read instructions and chats. They consist of prompts and answers. Only the tokens of the answers are scored.
+"""Read instructions and chats. They consist of prompts and answers. Only the tokens of the answers count in the loss.
 
 A file contains one record per line, or one JSON array of records. A record is an instruction or a chat. An instruction
 is ``{"instruction": ..., "input": ..., "output": ...}``, where ``input`` may be missing or empty. A chat is a list of
@@ -35,7 +35,10 @@ _UNREAD_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
 class InstructionSource(FileSource):
-    """Files of instructions and chats. The source adds a heading before each message and before each field."""
+    """Files of instructions and chats.
+
+    The source adds a heading line before each message of a chat, and before each field of an instruction.
+    """
 
     def __init__(self, inputs: Sequence[str]) -> None:
         super().__init__(inputs, JSONL_SUFFIXES)
@@ -45,10 +48,12 @@ class InstructionSource(FileSource):
 
 
 def dialogue_of(record: Any, place: object) -> Dialogue:
-    """Convert a record to a document with a heading before each message. Only the answers are scored.
+    """Convert a record to a document, with a heading line before each message or field.
+
+    In the document, only the tokens of the answers are scored, which means that they count in the loss.
 
     Args:
-        record: the JSON value of the record.
+        record: the JSON value of an instruction or a chat.
         place: an object. ``str(place)`` says where the record is, for error messages.
 
     Raises:

@@ -41,7 +41,7 @@ class JsonlSource(FileSource):
 
 
 class Line(NamedTuple):
-    """One line of a file, and its position in bytes in the decompressed file. ``str(line)`` says where the line is."""
+    """One line of a file, and its position in the decompressed file in bytes. ``str(line)`` says where the line is."""
 
     path: str
     offset: int
@@ -58,7 +58,7 @@ class Line(NamedTuple):
         return f"{self.path}:{number}"
 
     def parse(self) -> Any:
-        """Return the JSON value in the line.
+        """Return the JSON value that the line contains.
 
         Raises:
             BadRowError: the line is not UTF-8 or not JSON.
@@ -97,7 +97,7 @@ class ArrayRecord(NamedTuple):
 def read_records(piece: Slice) -> Iterator[Line | ArrayRecord]:
     """Yield the records that begin in a range of bytes of a file.
 
-    If the file is a single JSON array, all its records belong to the range that begins at byte 0.
+    If the file is a single JSON array, the range that begins at byte 0 yields all records. Other ranges yield none.
 
     Raises:
         DataError: the file cannot be read, or begins like a JSON array but is not valid JSON.

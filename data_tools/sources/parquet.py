@@ -15,7 +15,7 @@ _BATCH_ROWS = 512
 
 
 class ParquetSource(FileSource):
-    """Parquet files. One string column contains the documents. A slice is a range of row groups."""
+    """Parquet files. One string column contains the documents. The files are divided into ranges of row groups."""
 
     def __init__(self, inputs: Sequence[str], text_field: str) -> None:
         super().__init__(inputs, (".parquet",), text_field=text_field)

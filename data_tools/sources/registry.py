@@ -1,4 +1,4 @@
-"""Open a source of a given kind. Refuse options that this kind of source does not use."""
+"""Open a source of a given kind. If an option is given that this kind does not use, raise an error."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ FINEWEB_EDU_CONFIG = "sample-10BT"
 class Source(Protocol):
     """The interface of a source: a sequence of documents, divided into slices.
 
-    A slice contains the same documents, whichever process reads it.
+    Every process that reads a slice gets the same documents.
     """
 
     def options(self) -> dict[str, Any]:
@@ -35,7 +35,7 @@ class Source(Protocol):
     def text_bytes(self) -> int | None:
         """Return the approximate number of bytes of text in the source.
 
-        Returns None if this number is not known before the documents are read.
+        If only reading the documents would give this number, return None.
         """
         ...
 
@@ -53,8 +53,10 @@ class Source(Protocol):
     def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[Document]:
         """Yield the documents of a slice, always in the same order. Documents may be empty.
 
-        For each row that cannot be read, ``on_bad_row`` is called with the error. If ``on_bad_row`` raises no error,
-        the row is skipped.
+        Args:
+            piece: the slice.
+            on_bad_row: a function that is called with the error for each row that cannot be read. If the function
+                returns, the row is skipped.
         """
         ...
 
@@ -64,7 +66,7 @@ class SourceRequest:
     """The options that select a source and its documents.
 
     Attributes:
-        inputs: files, folders or glob patterns. For ``hf``, the name of one dataset or one local folder.
+            inputs: files, folders or glob patterns. For ``hf``, the name of one dataset, or one local folder.
         text_field: the field or column that contains a document's text.
         document_separator: for ``text``, the text between two documents of a file. If None, each file is one document.
         dataset_config: for ``hf`` and ``fineweb-edu``, the configuration of the dataset.
@@ -99,8 +101,8 @@ def open_source(request: SourceRequest) -> Source:
     """Open the source that a request selects. Documents are not read yet.
 
     Raises:
-        DataError: the kind is unknown, an input is missing or does not exist, or an option is given that this kind of
-            source does not use.
+            DataError: the kind of source is unknown, an input is missing or does not exist, or the request has an
+                option that this kind of source does not use.
     """
     if request.source not in _KINDS:
         raise DataError(f"--source {request.source} is not one of {', '.join(SOURCE_KINDS)}")

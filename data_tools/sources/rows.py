@@ -1,4 +1,4 @@
-"""Read the rows of a source. If a row cannot be read, either skip the row, or stop with an error."""
+"""Convert the rows of a source to documents. If a row cannot be read, either skip the row, or stop with an error."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -13,8 +13,8 @@ class BadRowError(DataError):
     """A row, line or text of a source cannot be read. The rows after it may still be readable.
 
     The first argument says where the row is, and the second says what is wrong. The first argument is converted to text
-    only when the message is needed, because the conversion can be slow: to find the number of a line, the program must
-    count all lines before it.
+    only when the message is needed, because the conversion can be slow. For example, to find the number of a line, the
+    program must count all lines before it.
     """
 
     def __str__(self) -> str:
@@ -28,7 +28,8 @@ OnBadRow = Callable[[BadRowError], None]
 def stop_at_bad_row(error: BadRowError) -> None:
     """Raise a DataError with the message of ``error``.
 
-    The DataError contains only a text, so a worker can send it to the main process. A worker cannot send ``error``.
+    A worker process must send its errors to the main process. It can send the DataError, which contains only a text. It
+    cannot send ``error``.
     """
     raise DataError(str(error)) from error
 

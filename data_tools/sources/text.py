@@ -24,7 +24,7 @@ _MAX_HEADS = 1000  # how many files are opened to look for HTML before the work 
 class TextSource(FileSource):
     """Text files in UTF-8. A file is one document, or contains several documents with a separator between them.
 
-    The texts do not change. Line ends and white space are kept.
+    The texts are not changed. For example, line ends and white space are kept.
     """
 
     def __init__(self, inputs: Sequence[str], document_separator: str | None) -> None:

@@ -1,11 +1,11 @@
 """Write files and folders atomically and durably. A file or folder with its final name is always complete.
 
 The functions write to a temporary name, which is called the *aside* path. Then they call fsync, and rename the file or
-folder to its final name. If the program crashes before the rename, a file or folder that already had the final name has
-not changed. The aside path remains, and the next write replaces it.
+folder to its final name. If the program crashes before the rename, an older file with the final name has not changed.
+The file or folder at the aside path remains, and the next write replaces it.
 
-If several processes write into one folder, one of them must call ``make_empty_folder`` before the others begin, and
-``publish_folder`` after all have finished.
+If several processes write into one folder, one of them must call ``make_empty_folder`` before the others begin. After
+all have finished, it must call ``publish_folder``.
 """
 
 import json
@@ -32,7 +32,7 @@ def hidden_partial_path(path: Path) -> Path:
 
 
 def fsync_file(path: Path) -> None:
-    """Fsync a file that another library or process has written, so that its contents survive a power failure."""
+    """Fsync a file that another library or process has written. Its contents then survive a power failure."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
@@ -49,7 +49,8 @@ def fsync_folder(path: Path) -> None:
 def publish(aside: Path, target: Path) -> None:
     """Rename ``aside`` to ``target`` atomically, and fsync the parent folder. ``aside`` must be complete and fsynced.
 
-    If ``aside`` is a file, it replaces an existing file. If ``aside`` is a folder, it replaces only an empty folder.
+    If ``aside`` is a file, it may replace an existing file. If ``aside`` is a folder, it may replace only an empty
+    folder.
 
     Raises:
         OSError: ``aside`` does not exist, or ``target`` cannot be replaced.
@@ -89,7 +90,7 @@ def atomic_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def write_bytes_durably(path: Path, content: bytes) -> None:
-    """Write a whole file atomically. If this raises ``OSError``, an existing file has not changed."""
+    """Write a whole file atomically. If the call raises ``OSError``, a file that existed before has not changed."""
     with atomic_file(path) as file:
         file.write(content)
 
@@ -102,10 +103,11 @@ def write_json_durably(path: Path, value: Any) -> None:
 
 @contextmanager
 def atomic_folder(target: Path, aside: Path | None = None) -> Iterator[Path]:
-    """Return a context manager that gives an empty folder, and renames it to ``target`` when its ``with`` block ends.
+    """Return a context manager for writing a folder. Its ``with`` block gets an empty folder with a temporary name.
 
-    The folder is locked inside the block, and deleted if the block raises an error. If a folder with the
-    temporary name already exists because an earlier process was killed, its contents are deleted first.
+    At the end of the block, the folder is renamed to ``target``. If the block raises an error, the folder is deleted.
+    Inside the block, the folder is locked. If a killed process has left a folder with the temporary name, its contents
+    are deleted first.
 
     Args:
         target: the final name. It must not exist yet, or it must be an empty folder.

@@ -49,8 +49,11 @@ _KINDS: dict[str, tuple[tuple[bytes, ...], str]] = {
 def describe_content(path: Path | str, *expected: str | None) -> str | None:
     """Return the end of an error message about a local file, for example ``is a PDF; extract its text into a file``.
 
-    The text says what kind of file it is, and what the user can do. Returns None if the kind is not recognized, if the
-    file cannot be read, or if the kind is one of ``expected``, which are keys of ``_KINDS``.
+    The text says what kind of file it is, and what the user can do. If the kind is expected or not recognized, or if
+    the file cannot be read, the result is None.
+
+    Args:
+        expected: the expected kinds of file, as keys of ``_KINDS``.
     """
     head = _read_head(path)
     kind = None if head is None else _recognize(head)
@@ -58,9 +61,12 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
 
 
 def describe_decoded(content: bytes) -> str | None:
-    """Return the end of an error message if ``content`` is valid UTF-8 but is not text. Returns None if it is text.
+    """Return the end of an error message about a file that is valid UTF-8 but is not text. If it is text, return None.
 
-    This function recognizes tar archives, files of zeros, and ASCII text that is encoded in UTF-16.
+    Such files are tar archives, files of zeros, and ASCII text that is encoded in UTF-16.
+
+    Args:
+        content: the first bytes of the file.
     """
     kind = _recognize(content[:_HEAD_BYTES])
     return _KINDS[kind][1] if kind in _DECODED_KINDS else None
@@ -99,7 +105,10 @@ def _is_utf16_without_mark(head: bytes) -> bool:
 def begins_as(path: Path | str, kind: str) -> bool:
     """Return whether the first bytes of a file are those of the given kind of file.
 
-    Also returns True for a URL and for a file that cannot be read, so that the caller opens it and reports the error.
+    For a URL and for a file that cannot be read, the result is True. The caller then opens the file and reports errors.
+
+    Args:
+        kind: a key of ``_KINDS``.
     """
     head = _read_head(path)
     return head is None or _begins(head, kind)
@@ -117,7 +126,7 @@ def _read_head(path: Path | str) -> bytes | None:
 
 
 def require_fetched(path: Path | str) -> None:
-    """Raise an error if a local file is missing, or is a git-lfs pointer instead of the real file.
+    """Raise an error if a local file is missing, or is only a git-lfs pointer to the real file.
 
     Raises:
         DataError: the file is a git-lfs pointer.

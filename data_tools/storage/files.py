@@ -26,10 +26,11 @@ def is_writable(path: Path) -> bool:
 
 
 def require_writable(path: Path, option: str) -> None:
-    """Raise DataError if a folder cannot be created or written at a path. Call this function before long work.
+    """Raise DataError if no folder can be created or written at a path. Call this function before long work.
 
     Args:
-        option: the command-line option with which the user gave this path, for the message.
+        path: the path of the folder.
+        option: the command-line option with which the user gave ``path``, for the message.
     """
     if path.is_file():
         raise DataError(f"{option}: {path} is a file; name a folder")
@@ -41,9 +42,8 @@ def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_byte
     """Return the SHA-256 of a file as 64 hexadecimal digits. The file is read in constant memory.
 
     Args:
-        path: the file.
-        advance: a function that is called every few megabytes with the number of bytes that were read since the last
-            call.
+        path: the file. advance: a function that is called every few megabytes with the number of bytes read since its
+            last call.
     """
     digest = hashlib.sha256()
     chunk = memoryview(bytearray(_HASH_CHUNK_BYTES))
@@ -60,9 +60,9 @@ def sha256_of_json(value: dict[str, Any]) -> str:
 
 
 def dotted_keys(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield all values in nested JSON objects, with their keys.
+    """Yield (key, value) for all values in nested JSON objects.
 
-    The keys are joined by dots, such as ``optimizer.eps``.
+    The key consists of the keys on the path to the value, joined by dots. An example is ``optimizer.eps``.
     """
     for key, value in content.items():
         if isinstance(value, dict):

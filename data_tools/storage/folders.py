@@ -30,7 +30,7 @@ class LocalFolder:
         self.path = path
 
     def names(self) -> set[str]:
-        """Return the names of all files in the folder. Returns an empty set if the folder does not exist."""
+        """Return the names of all files in the folder. If the folder does not exist, return an empty set."""
         return {
             Path(parent, name).relative_to(self.path).as_posix()
             for parent, _, names in os.walk(self.path)
@@ -38,7 +38,7 @@ class LocalFolder:
         }
 
     def size(self, name: str) -> int | None:
-        """Return the size of a file in bytes. Returns None if the file does not exist."""
+        """Return the size of a file in bytes. If the file does not exist, return None."""
         with one_line_write_errors(self.path / name):
             try:
                 return (self.path / name).stat().st_size
@@ -62,7 +62,12 @@ class LocalFolder:
             path.parent.mkdir(exist_ok=True)
 
     def take(self, path: Path, name: str) -> None:
-        """Move a complete local file into the folder, atomically and durably. ``name`` is the new name of the file."""
+        """Move a complete local file into the folder, atomically and durably.
+
+        Args:
+            path: the local file, which should be in the folder that ``scratch`` returned.
+            name: the new name of the file in the folder.
+        """
         with one_line_write_errors(self.path / name):
             publish(path, self.path / name)
 
@@ -79,9 +84,9 @@ class LocalFolder:
                         folder.rmdir()
 
     def scratch(self) -> Path:
-        """Create a scratch folder: a temporary local folder for files that ``take`` will move.
+        """Create a scratch folder: a temporary local folder for files that ``take`` will move into this folder.
 
-        The caller must remove it.
+        The caller must remove the scratch folder.
         """
         path = self.path / f"{_SCRATCH_PREFIX}{uuid.uuid4().hex}"
         with one_line_write_errors(path):
@@ -93,15 +98,15 @@ class LocalFolder:
         _remove_folders(self.path, _SCRATCH_PREFIX)
 
     def free_bytes(self) -> int | None:
-        """Return the free disk space in bytes. Returns None if it is not known."""
+        """Return the free disk space in bytes. If it is not known, return None."""
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         return shutil.disk_usage(existing).free
 
 
 class RemoteFolder:
-    """A folder at a URL. It has the same methods as ``LocalFolder``.
+    """A folder at a URL. It has all methods of ``LocalFolder``.
 
-    In an object store, a file appears only after it was completely uploaded.
+    In an object store, a file appears only after its upload is complete.
     """
 
     def __init__(self, url: str) -> None:
@@ -123,7 +128,10 @@ class RemoteFolder:
         return set(self.sizes())
 
     def sizes(self) -> dict[str, int]:
-        """Return the name and the size in bytes of every file. Returns an empty dict if the folder does not exist."""
+        """Return a dict with the size of every file in bytes. The keys are the names of the files.
+
+        If the folder does not exist, the dict is empty.
+        """
         with self._one_line_errors():
             self._files.invalidate_cache()
             try:
@@ -157,7 +165,8 @@ class RemoteFolder:
     def sha256(self, name: str, size: int) -> str:
         """Read the first ``size`` bytes of a file, and return their SHA-256 as 64 hexadecimal digits.
 
-        Raises the same errors as ``read_range``.
+        Raises:
+            FileNotFoundError: the file does not exist.
         """
         digest = hashlib.sha256()
         for start in range(0, size, _READ_BYTES):
@@ -169,7 +178,12 @@ class RemoteFolder:
             self._files.pipe_file(name, content)
 
     def upload(self, path: Path, name: str) -> None:
-        """Copy a local file into the folder. This function does not check that all bytes have arrived."""
+        """Copy a local file into the folder. This method does not check that all bytes have arrived.
+
+        Args:
+            path: the local file.
+            name: the name of the new file in the folder.
+        """
         with self._one_line_errors(writes=name):
             self._files.put_file(str(path), name)
 
@@ -189,7 +203,7 @@ class RemoteFolder:
                     self._files.rm_file(name)
 
     def remove_existing(self, names: set[str]) -> None:
-        """Remove the given files, which must exist. Object stores then need one request for up to 1000 files."""
+        """Remove the given files, which must exist. An object store can remove up to 1000 files in one request."""
         if names:
             with self._one_line_errors():
                 self._files.rm(sorted(names))
@@ -229,12 +243,12 @@ Folder = LocalFolder | RemoteFolder
 
 
 def open_folder(place: str | Path) -> Folder:
-    """Return the folder at a path or URL. The folder need not exist."""
+    """Return an object for the folder at a path or URL. The folder itself need not exist."""
     return RemoteFolder(str(place)) if is_remote(str(place)) else LocalFolder(Path(place))
 
 
 def is_scratch(name: str) -> bool:
-    """Return whether a file or folder has the name of a scratch folder (see ``LocalFolder.scratch``)."""
+    """Return whether a name is that of a scratch folder (see ``LocalFolder.scratch``)."""
     return name.startswith(_SCRATCH_PREFIX)
 
 

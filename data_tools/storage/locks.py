@@ -17,7 +17,7 @@ _LONGEST_CONTENT = 4096
 
 
 class LockHeldError(Exception):
-    """Another process holds the lock. ``content`` is the text that the other process wrote into the lock file."""
+    """Another process holds the lock. ``content`` is the text that this other process wrote into the lock file."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__("another process holds the lock")
@@ -32,7 +32,7 @@ class FileLock:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def acquire(self, content: bytes | None) -> bool:
-        """Lock the file, as described for ``acquire_lock``. Returns False if another process has removed the file."""
+        """Lock the file, as ``acquire_lock`` describes. If another process has removed the file, return False."""
         operation = fcntl.LOCK_SH if content is None else fcntl.LOCK_EX
         while not _try_flock(self._descriptor, operation):
             held_by = os.pread(self._descriptor, _LONGEST_CONTENT, 0)
@@ -47,10 +47,10 @@ class FileLock:
         return True
 
     def make_exclusive(self) -> bool:
-        """Change this process's shared lock to an exclusive lock. Return whether this was possible.
+        """Change this process's shared lock to an exclusive lock. Return whether the change was possible.
 
-        If other processes also hold the lock, this call only releases the lock of this process and returns False. If
-        every process calls this method after its work, the method returns True only in the process that calls it last.
+        If other processes also hold the lock, this call only releases the lock of this process, and returns False. If
+        every process calls this method after its work, only the last call returns True.
         """
         # Unlock first. If two processes kept their shared locks, neither of them could get the exclusive lock.
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
@@ -78,16 +78,17 @@ class FileLock:
 
 
 def acquire_lock(path: Path, content: bytes | None) -> FileLock:
-    """Acquire the lock of a lock file. The caller must release the lock.
+    """Acquire a lock on a lock file. The caller must release the lock.
+
+    Several processes can hold a shared lock at the same time. Only one process can hold an exclusive lock. If another
+    process is just using ``make_exclusive``, a call for a shared lock waits until that process releases its lock.
 
     Args:
-        path: the lock file. It is created if it does not exist.
-        content: the text to write into the file, if the lock must be exclusive. If None, the lock is shared. Several
-            processes can hold a shared lock. If another process has just called ``make_exclusive``, a call for a shared
-            lock waits until this process releases its lock.
+        path: the lock file. If it does not exist, it is created.
+        content: for an exclusive lock, the text to write into the file. For a shared lock, None.
 
     Raises:
-        LockHeldError: another process holds a lock on the file, and one of the two locks is exclusive.
+        LockHeldError: another process holds a lock on the file. Its lock or the requested lock is exclusive.
         OSError: the file cannot be created or written.
     """
     while True:
@@ -106,7 +107,7 @@ def acquire_lock(path: Path, content: bytes | None) -> FileLock:
 
 @contextmanager
 def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
-    """Return a context manager that holds the lock of a folder during its ``with`` block.
+    """Return a context manager that holds a lock on a folder during its ``with`` block.
 
     Args:
         shared: whether the lock is shared. Several processes can hold a shared lock at the same time, but only one
@@ -129,7 +130,10 @@ def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
 
 @contextmanager
 def waiting_for_lock(path: Path) -> Iterator[None]:
-    """Return a context manager that holds an exclusive lock of a file. If another process holds it, wait for it."""
+    """Return a context manager that holds an exclusive lock on a file during its ``with`` block.
+
+    If another process holds a lock on the file, the context manager waits until that process releases it.
+    """
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""Create output folders. If a command fails before it has written a file, remove the folders that it has created."""
+"""Create output folders. If a command fails before it has written any file, remove the folders that it has created."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
