@@ -1,1 +1,6 @@
-"""Define the commands. Each command parses its arguments, calls one function, and returns an exit status."""
+"""Define the commands. Each command parses its arguments, calls one function, and returns an exit status.
+
+Modules that import torch, ``datasets`` or another slow package are imported only after the arguments have been parsed,
+inside the function that uses them. ``--help`` and the messages about wrong arguments therefore appear at once. All
+other imports are at the top of the files.
+"""

@@ -7,12 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from launch.cli import ArgumentParser, path_or_url, positive_int, run_command, start_logging
-from pipeline.checkpoint.averaging import average_checkpoints
-from pipeline.checkpoint.conversion import convert_checkpoint
-from pipeline.checkpoint.inspection import inspect
-from pipeline.checkpoint.retention import prune
-from pipeline.checkpoint.verification import verify_checkpoints
-from pipeline.interop.nanogpt import import_nanogpt
 
 
 def main() -> None:
@@ -33,6 +27,8 @@ def build_parser() -> ArgumentParser:
 
 def _add_inspect(commands: Any) -> None:
     def run(arguments: argparse.Namespace) -> None:
+        from pipeline.checkpoint.inspection import inspect
+
         report = inspect(arguments.folder)
         print(json.dumps(asdict(report), indent=2, default=str) if arguments.json else report)
 
@@ -45,14 +41,24 @@ def _add_inspect(commands: Any) -> None:
 
 
 def _add_verify(commands: Any) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from pipeline.checkpoint.verification import verify_checkpoints
+
+        verify_checkpoints(arguments.folder, print)
+
     description = "Check the structure and the hash of every file of a checkpoint, or of all checkpoints of a run."
     example = "python launch/checkpoint.py verify runs/ddp"
     parser = commands.add_parser("verify", help="look for damage", description=description, example=example)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint, or a run folder")
-    parser.set_defaults(run=lambda arguments: verify_checkpoints(arguments.folder, print))
+    parser.set_defaults(run=run)
 
 
 def _add_prune(commands: Any) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from pipeline.checkpoint.retention import prune
+
+        print(prune(arguments.folder, arguments.keep, dry_run=arguments.dry_run))
+
     description = (
         "Delete all checkpoints of a run except the newest good ones: older and damaged ones, those set aside, "
         "and leftovers of interrupted saves."
@@ -64,11 +70,14 @@ def _add_prune(commands: Any) -> None:
         "--keep", type=positive_int, default=1, metavar="N", help="good checkpoints to keep (default: %(default)s)"
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be deleted, and delete nothing")
-    parser.set_defaults(run=lambda arguments: print(prune(arguments.folder, arguments.keep, dry_run=arguments.dry_run)))
+    parser.set_defaults(run=run)
 
 
 def _add_convert(commands: Any) -> None:
     def run(arguments: argparse.Namespace) -> None:
+        from pipeline.checkpoint.conversion import convert_checkpoint
+        from pipeline.interop.nanogpt import import_nanogpt
+
         convert = import_nanogpt if arguments.source.is_file() else convert_checkpoint
         print(convert(arguments.source, arguments.out))
 
@@ -85,6 +94,11 @@ def _add_convert(commands: Any) -> None:
 
 
 def _add_average(commands: Any) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from pipeline.checkpoint.averaging import average_checkpoints
+
+        print(average_checkpoints(arguments.folder, arguments.out, last=arguments.last, steps=arguments.steps))
+
     description = (
         "Write a new run whose weights are the mean of the weights of several checkpoints of a run. Their moving "
         "averages (averaging.ema) are averaged, too. The optimizer's state is that of the newest checkpoint. All "
@@ -99,11 +113,7 @@ def _add_average(commands: Any) -> None:
         "--steps", type=positive_int, nargs="+", metavar="N", help="average the checkpoints of these steps"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="a run folder without checkpoints")
-    parser.set_defaults(
-        run=lambda arguments: print(
-            average_checkpoints(arguments.folder, arguments.out, last=arguments.last, steps=arguments.steps)
-        )
-    )
+    parser.set_defaults(run=run)
 
 
 if __name__ == "__main__":

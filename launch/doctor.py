@@ -19,7 +19,7 @@ def main() -> None:
     arguments = build_parser().parse_args()
     findings = check_packages()
     if not has_problem(findings):
-        from pipeline.doctor.machine import run_checks  # needs torch, which check_packages has found
+        from pipeline.doctor.machine import run_checks
 
         findings += run_checks(arguments.folder, thorough=arguments.thorough)
     print(findings_as_json(findings) if arguments.json else format_findings(findings))

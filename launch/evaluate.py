@@ -6,11 +6,7 @@ from typing import TypeVar, get_args
 
 from launch.cli import ArgumentParser, add_checkpoint_options, positive_int, run_command, start_logging
 from pipeline.config.schema import TASK_NAME, Precision, RunConfig, TaskName
-from pipeline.distributed.heartbeat import heartbeat
-from pipeline.distributed.world import join_world
-from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.results import format_table
-from pipeline.evaluation.run import run_tasks
 
 _T = TypeVar("_T")
 
@@ -20,6 +16,11 @@ EVERY_TASK = ""  # the name that a limit without a task has
 def main() -> None:
     """Score the checkpoint. Print the results and the paths of the files that contain them."""
     arguments = parse_arguments()
+    from pipeline.distributed.heartbeat import heartbeat
+    from pipeline.distributed.world import join_world
+    from pipeline.evaluation.examples import Settings
+    from pipeline.evaluation.run import run_tasks
+
     start_logging()
     limits = dict(arguments.limit)
     settings = Settings(arguments.shots, limits.pop(EVERY_TASK, None), arguments.stride, limits)

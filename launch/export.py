@@ -1,20 +1,11 @@
 """Export a checkpoint as a Hugging Face folder or a GGUF file, or import a Hugging Face folder as a new run."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 from data_tools.errors import UserError, install_command
 from launch.cli import ArgumentParser, add_weights_option, path_or_url, run_command, start_logging
-from pipeline.interop.export import Export
-from pipeline.interop.hugging_face.exporting import DTYPES, export_checkpoint
-from pipeline.interop.hugging_face.importing import import_folder
-from pipeline.interop.hugging_face.publishing import check_access, push_to_hub
-
-HUGGING_FACE, GGUF = "hugging-face", "gguf"
-
-#: Format -> dtypes of the weights.
-FORMATS = {HUGGING_FACE: [*DTYPES], GGUF: [*DTYPES, "float16"]}
+from pipeline.interop.export import FORMATS, GGUF, HUGGING_FACE, ExportFunction
 
 
 def main() -> None:
@@ -35,6 +26,8 @@ def main() -> None:
     elif arguments.push_to_hub:
         parser.error("--push-to-hub: only for exporting; leave it out")
     else:
+        from pipeline.interop.hugging_face.importing import import_folder
+
         print(import_folder(arguments.from_hf, arguments.out))
 
 
@@ -80,7 +73,9 @@ def _export(parser: ArgumentParser, arguments: argparse.Namespace) -> None:
     file_format, dtype = arguments.format or HUGGING_FACE, arguments.dtype or "float32"
     if dtype not in FORMATS[file_format]:
         parser.error(f"--dtype {dtype}: only for --format {GGUF}; use {' or '.join(FORMATS[file_format])}")
-    export = export_checkpoint if file_format == HUGGING_FACE else _find_export_gguf()
+    from pipeline.interop.hugging_face.publishing import check_access, push_to_hub
+
+    export = _find_export(file_format)
     if arguments.push_to_hub:
         check_access(arguments.push_to_hub)
     written = export(arguments.checkpoint, arguments.out, dtype, arguments.weights)
@@ -89,7 +84,12 @@ def _export(parser: ArgumentParser, arguments: argparse.Namespace) -> None:
         print(f"pushed to {push_to_hub(written.path, arguments.push_to_hub, private=arguments.private)}")
 
 
-def _find_export_gguf() -> Callable[[Path | str, Path, str, str], Export]:
+def _find_export(file_format: str) -> ExportFunction:
+    """Return the function that exports a checkpoint to a format."""
+    if file_format == HUGGING_FACE:
+        from pipeline.interop.hugging_face.exporting import export_checkpoint
+
+        return export_checkpoint
     try:
         from pipeline.interop.gguf_file import export_gguf  # needs the package gguf, which is optional
     except ImportError as error:

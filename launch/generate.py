@@ -1,12 +1,14 @@
 """Complete prompts with a trained model."""
 
+from __future__ import annotations
+
 import argparse
 import io
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from data_tools.errors import UserError
 from launch.cli import (
@@ -20,9 +22,10 @@ from launch.cli import (
     start_logging,
 )
 from pipeline.config.schema import RunConfig, SampleConfig
-from pipeline.distributed.world import join_world
-from pipeline.generation.chat import Chat, Template
-from pipeline.generation.writer import DTYPES, Writer, load_writer, prompt_loop
+from pipeline.generation.options import Template, WeightsDtype
+
+if TYPE_CHECKING:
+    from pipeline.generation.writer import Writer
 
 with suppress(ImportError):  # Windows has no readline
     import readline  # noqa: F401 - input() then edits the line and recalls earlier lines
@@ -39,6 +42,10 @@ SAMPLING_OPTIONS = {
 def main() -> None:
     """Load the model, and complete the prompts that the user gives on the command line or types in the terminal."""
     arguments = parse_arguments()
+    from pipeline.distributed.world import join_world
+    from pipeline.generation.chat import Chat
+    from pipeline.generation.writer import load_writer, prompt_loop
+
     start_logging()
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
@@ -112,7 +119,10 @@ def build_parser() -> ArgumentParser:
     )
     sampling.add_argument("--seed", type=int, default=0, help="seed of the random draws (default: %(default)s)")
     parser.add_argument(
-        "--precision", choices=list(DTYPES), default="fp32", help="dtype of weights and products (default: %(default)s)"
+        "--precision",
+        choices=get_args(WeightsDtype),
+        default="fp32",
+        help="dtype of weights and products (default: %(default)s)",
     )
     return parser
 

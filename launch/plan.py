@@ -37,7 +37,6 @@ def main() -> None:
         print(format_schedule(config))
         return
     configs = {name: with_backend(config, name) for name in arguments.backends}
-    # Import torch late so that config errors appear at once.
     from pipeline.planning.devices import find_device
     from pipeline.planning.planner import plan_run
     from pipeline.planning.presentation import draw_world_sizes, fastest_plan, format_plans, format_verdict

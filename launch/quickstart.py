@@ -17,14 +17,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from data_tools.shards.manifest import load_manifest
 from launch.cli import ArgumentParser, positive_number, run_command, start_logging
 from launch.run import evaluate, run_stage, sample, tokenize, train
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
-from pipeline.distributed.device import measure_matmul_ceiling
 from pipeline.run_folder.layout import CONFIG_FILE, REPORT_PAGE
 from pipeline.run_folder.metrics import read_metrics
 
@@ -123,6 +120,10 @@ def _with_defaults(given: Sequence[str], defaults: Mapping[str, object]) -> list
 
 def choose_precision(device: str) -> str:
     """Return the precision in which this machine trains fastest, among those that need no loss scaling."""
+    import torch
+
+    from pipeline.distributed.device import measure_matmul_ceiling
+
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return "amp_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):

@@ -24,7 +24,7 @@ def main() -> object:
     config = load_config(arguments.config, overrides, arguments.deepspeed)
     if arguments.branch:
         _check_branch(arguments.init_from, config)
-    from pipeline.training.run import train  # import torch late so that config errors appear at once
+    from pipeline.training.run import train
 
     start_logging()
     return train(config)

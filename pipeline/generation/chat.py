@@ -5,7 +5,6 @@ The messages are formatted in the same way as in the training data.
 
 import logging
 from collections.abc import Generator
-from typing import Literal
 
 from data_tools.layout import (
     ANSWERING_ROLE,
@@ -18,11 +17,10 @@ from data_tools.layout import (
 )
 from data_tools.tokenizer import END_OF_TEXT
 from pipeline.config.schema import SampleConfig
+from pipeline.generation.options import Template
 from pipeline.generation.writer import ENDS, Writer
 
 log = logging.getLogger(__name__)
-
-Template = Literal["messages", "instruction"]
 
 
 class Chat:

@@ -1,9 +1,15 @@
-"""Describe the result of an export, for all formats of exports."""
+"""Define the formats of exports, and describe the result of an export. This module does not import torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.schema import ModelConfig
+
+HUGGING_FACE, GGUF = "hugging-face", "gguf"
+
+#: Format -> dtypes of the exported weights, by their names in torch.
+FORMATS = {HUGGING_FACE: ("float32", "bfloat16"), GGUF: ("float32", "bfloat16", "float16")}
 
 
 @dataclass(frozen=True)
@@ -16,6 +22,10 @@ class Export:
 
     def __str__(self) -> str:
         return "\n".join([f"wrote {self.path}, weights {self.bytes / 1e6:,.1f} MB", *self.notes])
+
+
+#: A function that exports a checkpoint. Its parameters are the checkpoint, the output path, the dtype and the weights.
+ExportFunction = Callable[[Path | str, Path, str, str], Export]
 
 
 def describe_positions(config: ModelConfig, program: str) -> list[str]:

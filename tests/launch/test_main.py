@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +16,23 @@ from launch.__main__ import COMMANDS, run_subcommand
 from tests.support.runs import REPOSITORY
 
 NO_COMMANDS = {"__init__", "__main__", "cli"}
+
+#: Packages that a command imports only after it has parsed its arguments.
+SLOW_PACKAGES = {"datasets", "deepspeed", "gigatoken", "huggingface_hub", "matplotlib", "tensorboard", "torch"}
+PRINT_HELP_AND_REFUSE_AN_OPTION = """
+import contextlib, io, json, sys
+from data_tools.errors import UserError
+from launch.__main__ import COMMANDS, run_subcommand
+
+imported = {}
+for name in COMMANDS:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        run_subcommand([name, "--help"])
+    with contextlib.suppress(UserError):
+        run_subcommand([name, "--no-such-option"])
+    imported[name] = sorted({module.partition(".")[0] for module in sys.modules})
+print(json.dumps(imported))
+"""
 
 
 def test_every_script_is_a_command() -> None:
@@ -33,6 +52,14 @@ def test_a_command_shows_its_own_help(
     assert printed.startswith("usage: gpt2-pipeline ")
     module, _, _ = COMMANDS[name]
     assert f"launch/{module}.py" in printed, "the example of the command"
+
+
+def test_help_and_wrong_options_import_no_slow_package() -> None:
+    arguments = [sys.executable, "-c", PRINT_HELP_AND_REFUSE_AN_OPTION]
+    shown = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    for name, packages in json.loads(shown.stdout).items():
+        assert "argparse" in packages
+        assert not SLOW_PACKAGES & set(packages), name
 
 
 def test_the_options_reach_the_command(

@@ -35,7 +35,6 @@ from pipeline.interop.hugging_face.layout import (
 from pipeline.interop.hugging_face.model_card import model_card
 from pipeline.interop.hugging_face.tokenizer_files import tokenizer_files
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _METADATA = {"format": "pt"}  # transformers refuses files without this entry
 
 
@@ -48,7 +47,7 @@ def export_checkpoint(checkpoint: Path | str, out: Path, dtype: str, weights: st
         checkpoint: a checkpoint folder or a run folder, or its URL. For a run folder, the newest good checkpoint is
             used.
         out: a folder that does not exist or is empty.
-        dtype: the dtype of the exported weights, a key of ``DTYPES``.
+        dtype: the dtype of the exported weights, one of ``FORMATS[HUGGING_FACE]``.
         weights: a key of ``KINDS_OF_WEIGHTS``. It selects the trained weights or their moving average.
 
     Raises:
@@ -70,7 +69,9 @@ def export_checkpoint(checkpoint: Path | str, out: Path, dtype: str, weights: st
     if config.model.vocab_size == GPT2_VOCAB_SIZE:
         files |= {name: text.encode() for name, text in tokenizer_files(config.model.context_length).items()}
     with one_line_write_errors(out), atomic_folder(out, aside=partial_path(out)) as aside:
-        write_tensors(aside / WEIGHTS_FILE, _stream_weights(source, config.model, DTYPES[dtype], weights), _METADATA)
+        write_tensors(
+            aside / WEIGHTS_FILE, _stream_weights(source, config.model, getattr(torch, dtype), weights), _METADATA
+        )
         for name, content in files.items():
             (aside / name).write_bytes(content)
     return Export(out, (out / WEIGHTS_FILE).stat().st_size, _notes(config.model))

@@ -12,7 +12,8 @@ from data_tools.encoding.documents import encode_document
 from data_tools.sources.instructions import dialogue_of
 from data_tools.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from pipeline.config.schema import SampleConfig
-from pipeline.generation.chat import Chat, Template
+from pipeline.generation.chat import Chat
+from pipeline.generation.options import Template
 from pipeline.generation.writer import Writer
 from pipeline.model.gpt2 import build_model
 from tests.pipeline.conftest import tiny_model_config
