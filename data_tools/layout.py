@@ -7,12 +7,12 @@ END_OF_TURN = "\n\n"
 
 
 def heading(name: str) -> str:
-    """Return the heading line before a field of an instruction, such as ``### Response:``."""
+    """Return the heading line that precedes a field of an instruction, such as ``### Response:``."""
     return f"### {name}:\n"
 
 
 def heading_of_role(role: str) -> str:
-    """Return the heading line for a message of a chat, such as ``### User:``. It comes before the message."""
+    """Return the heading line that precedes a message of a chat, such as ``### User:``."""
     return heading(role.capitalize())
 
 

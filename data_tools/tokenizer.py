@@ -63,7 +63,7 @@ class Tokenizer:
 
     @functools.cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
-        """Return the bytes of each token, in the order of the ids. The last id, ``END_OF_TEXT``, is left out."""
+        """Return the bytes of each token, in the order of the ids. The last token, ``END_OF_TEXT``, is left out."""
         return tuple(map(self._encoding.decode_single_token_bytes, range(END_OF_TEXT)))
 
     @functools.cached_property

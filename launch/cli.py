@@ -1,4 +1,4 @@
-"""Define common options, error messages of one line, and exit statuses for all commands."""
+"""Define what all commands have in common: options, one-line error messages, and exit statuses."""
 
 import argparse
 import io
@@ -67,7 +67,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.register("action", None, _StoreEveryValue)
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
-        """Parse a command line. ``argparse`` also calls this method for ``parse_args`` and for sub-commands."""
+        """Parse a command line. ``argparse`` calls this method from ``parse_args``, and for each sub-command."""
         for action in self._actions:
             if isinstance(action, _StoreEveryValue):
                 action.was_given = False
@@ -78,7 +78,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options ``--config``, ``--set`` and ``--deepspeed``, which all commands that need a run config have."""
+    """Add the options ``--config``, ``--set`` and ``--deepspeed``. All commands that need a run config have them."""
     parser.add_argument(
         "--config",
         nargs="+",
@@ -124,7 +124,7 @@ def add_weights_option(parser: argparse.ArgumentParser) -> None:
 
 
 def path_or_url(text: str) -> Path | str:
-    """Return a URL unchanged, and any other text as a path."""
+    """Convert the value of an option. A URL is returned unchanged, and any other text as a path."""
     return text if is_remote(text) else Path(text)
 
 
@@ -205,9 +205,9 @@ def shows_colours(stream: TextIO) -> bool:
 
 
 def start_logging() -> None:
-    """Write log messages to standard output. Rank 0 logs all messages, the other ranks only errors.
+    """Write log messages to standard output, as plain lines. Rank 0 logs all messages, the other ranks only errors.
 
-    The messages are plain lines. On a terminal, warnings and errors are highlighted.
+    If standard output is a terminal, warnings and errors are highlighted.
     """
     rank = launched_rank()
     prefix = f"[rank {rank}] " if rank else ""
@@ -230,8 +230,8 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     - 3: a rank is lost or stuck;
     - 128 + n: the signal n stopped the command.
 
-    If the output goes to another program, such as ``head``, and that program has ended, the command exits without a
-    message. The status is then that of SIGPIPE.
+    The output may go to another program, such as ``head``. If that program has ended, the command exits without a
+    message and with the status of SIGPIPE.
     """
     status = 0
     lock_bars_among_threads()

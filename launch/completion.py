@@ -1,4 +1,4 @@
-"""Print a script with which a shell completes commands, options, files and config keys of gpt2-pipeline."""
+"""Print a completion script. With it, a shell completes commands, options, files and config keys of gpt2-pipeline."""
 
 import argparse
 import pkgutil
@@ -41,9 +41,9 @@ def build_parser() -> ArgumentParser:
 
 
 def completion_script(shell: str) -> str:
-    """Return a completion script for a shell, in the language of this shell.
+    """Return a completion script in the language of the given shell.
 
-    The script contains all possible completions. When the shell completes a word, it therefore need not start Python.
+    The script contains all commands, options and keys. Therefore, the shell need not start Python to complete a word.
     """
     root = build_root_parser()
     for action in _actions(root):

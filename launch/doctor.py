@@ -15,7 +15,7 @@ except ImportError as broken:  # a missing package is one of the problems that t
 
 
 def main() -> None:
-    """Parse the arguments, run the checks, print the findings, and exit."""
+    """Parse the arguments, run the checks, print the results, and exit."""
     arguments = build_parser().parse_args()
     findings = check_packages()
     if not has_problem(findings):

@@ -40,7 +40,7 @@ SAMPLING_OPTIONS = {
 
 
 def main() -> None:
-    """Load the model, and complete the prompts that the user gives on the command line or types in the terminal."""
+    """Load the model, and complete the prompts from the command line or from the terminal."""
     arguments = parse_arguments()
     from pipeline.distributed.world import join_world
     from pipeline.generation.chat import Chat

@@ -1,4 +1,4 @@
-"""Run tasks of lm-evaluation-harness on a checkpoint. All other options are those of ``lm_eval run``."""
+"""Run tasks of lm-evaluation-harness on a checkpoint. The command also accepts all options of ``lm_eval run``."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from pipeline.config.schema import Precision
 
 
 def main() -> None:
-    """Translate our options to those of the harness, and run the harness."""
+    """Convert the options of this command to options of ``lm_eval run``, and run lm-evaluation-harness."""
     arguments, others = build_parser().parse_known_args()
     start_logging()
     try:
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the options of this command. Options of lm-evaluation-harness are not in the parser."""
+    """Return the parser of this command's own options. It does not know the options of lm-evaluation-harness."""
     parser = ArgumentParser(
         description=f"{__doc__} Examples are --num_fewshot, --limit, --batch_size, --device, --include_path, "
         "--output_path and --log_samples. `lm_eval ls tasks` lists the tasks.",

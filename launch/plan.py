@@ -165,9 +165,12 @@ def _picture_path(text: str) -> Path:
 def with_backend(config: Config, name: str) -> Config:
     """Return a copy of a config with another backend.
 
-    ``name`` is the name of a file in ``ds_configs``. For DDP and FSDP, the settings are those in ``config``. For
-    DeepSpeed, the settings are those in the file. However, if ``config`` already uses DeepSpeed with the same stage and
-    the same offload as the file, ``config`` is returned unchanged.
+    If the backend is DDP or FSDP2, its settings are those in ``config``. If it is DeepSpeed, its settings come from the
+    config file. However, if ``config`` already uses DeepSpeed with the ZeRO stage and the offload of the config file,
+    ``config`` is returned unchanged.
+
+    Args:
+        name: the name of a config file in ``ds_configs``, which selects the backend.
     """
     backend = load_config([shipped_configs()[name]]).backend
     if config.backend.name == "deepspeed" and backend.name == "deepspeed":
@@ -184,13 +187,16 @@ def with_backend(config: Config, name: str) -> Config:
 def with_shard_groups(config: Config | None, world_size: int, per_node: int) -> dict[str, Config]:
     """Return copies of the FSDP2 config with larger and larger shard groups.
 
-    In the first copy, a shard group contains the ranks of one node. In the later copies, it contains the ranks of
-    two, four, eight, ... nodes. A number of nodes is skipped if the groups would not have equal sizes.
+    A shard group is a set of ranks that together hold one copy of the weights. In the first copy of the config, a shard
+    group contains the ranks of one node. In the later copies, it contains the ranks of two, four, eight, ... nodes. If
+    the groups for a number of nodes would not have equal sizes, this number is skipped.
 
-    The keys of the result are the names of the plans.
+    The keys of the result are names for the plans. The result is empty in three cases: ``config`` is None, ``config``
+    already sets the size of the shard groups, or the ranks do not exactly fill two or more nodes.
 
-    Returns an empty dict in three cases: ``config`` is None, ``config`` already sets the size of the shard groups, or
-    the ranks do not exactly fill two or more nodes.
+    Args:
+        config: a config with the backend FSDP2, or None.
+        per_node: the number of ranks per node.
     """
     if config is None or config.backend.fsdp.shard_group_size is not None or world_size % per_node:
         return {}

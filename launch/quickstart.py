@@ -1,8 +1,8 @@
-"""Tokenize the Python standard library, then train, evaluate and sample a small GPT-2 on it, within a few minutes.
+"""Tokenize Python's standard library, train and evaluate a small GPT-2 on it, and generate text, in a few minutes.
 
 The command first trains a few steps to measure how long a step takes on this machine. It then chooses the number of
-steps so that all stages together take about --minutes. If the command is interrupted, repeat it: finished stages are
-skipped, and an interrupted run continues.
+steps so that all stages together take about --minutes. If the command is interrupted, repeat it. Finished stages are
+then skipped, and an interrupted run continues.
 """
 
 import argparse
@@ -44,7 +44,7 @@ BOX_WIDTH = 80
 
 
 def main() -> None:
-    """Run all stages, then print the sample, the loss, and what to do next."""
+    """Run all stages, then print a generated text, the loss, and commands to try next."""
     started = time.perf_counter()
     arguments = build_parser().parse_args()
     start_logging()
@@ -81,14 +81,14 @@ def build_parser() -> ArgumentParser:
 
 
 def choose_settings(given: Sequence[str], config: Config, deadline: float) -> list[str]:
-    """Return the user's values of ``--set``, followed by a precision and a number of steps if the user has set none.
+    """Choose the precision and the number of steps, unless the user has set them. Return all values for ``--set``.
 
-    If the run folder already contains a run, its precision and its number of steps are returned, so that it can
+    If the run folder already contains a run, its precision and its number of steps are chosen, so that the run can
     continue.
 
     Args:
-        given: the user's values of ``--set``.
-        config: the config with these values.
+        given: the user's values of ``--set``. The result begins with them.
+        config: the config with the user's values.
         deadline: the value of ``time.perf_counter()`` at which all stages should have ended.
     """
     begun = Path(config.run.out_dir) / CONFIG_FILE
@@ -136,9 +136,12 @@ def choose_precision(device: str) -> str:
 def measure_step(settings: Sequence[str]) -> tuple[float, float]:
     """Train a few steps in a temporary run folder, to measure how long a step takes.
 
+    Args:
+        settings: the values for ``--set``.
+
     Returns:
-        The seconds per step, and the seconds that the train command needs in addition to its steps, for example to
-        start.
+        Two numbers: the seconds per step, and the seconds that the train command needs for everything else, such as
+        its start.
     """
     with tempfile.TemporaryDirectory() as folder:
         short = {"run.out_dir": folder, "schedule.max_steps": PROBE_STEPS, "evaluation.sample": "false"}
@@ -156,21 +159,30 @@ def measure_step(settings: Sequence[str]) -> tuple[float, float]:
 
 
 def fit_steps(config: Config, step_s: float, left_s: float) -> int:
-    """Return the number of steps that fit into ``left_s`` seconds, but at most the steps of one pass over the data."""
+    """Return how many steps fit into the remaining time, but at most the steps of one pass over the data.
+
+    Args:
+        step_s: the seconds per step.
+        left_s: the remaining time for training, in seconds.
+    """
     assert config.data.path is not None
     one_pass = load_manifest(config.data.path).tokens_of("train") // config.batch.tokens_per_step
     return max(FEWEST_STEPS, min(one_pass, int(left_s / step_s)))
 
 
 def parsed_options(settings: Sequence[str]) -> argparse.Namespace:
-    """Return the options with which ``launch.run.train`` trains the quickstart's configs in one process."""
+    """Return the parsed options of the command ``run`` for training the quickstart's model in one process.
+
+    Args:
+        settings: the values for ``--set``.
+    """
     return argparse.Namespace(config=CONFIGS, set=list(settings), deepspeed=None, processes=1)
 
 
 def write_report(config: Config) -> str:
-    """Write the HTML report of the run if matplotlib is installed.
+    """Write the HTML report of the run, and return its path.
 
-    Returns the path of the report. Without matplotlib, returns a text that says how to get the report.
+    If matplotlib is not installed, no report is written. The result is then a text that says how to get the report.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return "install matplotlib, then: " + command("report", config.run.out_dir)
@@ -179,7 +191,13 @@ def write_report(config: Config) -> str:
 
 
 def summarize(config: Config, text: str, seconds: float, report: str) -> str:
-    """Return the last lines of the command: the sample in a box, the result, and commands to try next."""
+    """Return the last lines that the command prints: the generated text in a box, the loss, and commands to try next.
+
+    Args:
+        text: the generated text.
+        seconds: the time that all stages took.
+        report: the path of the report, or how to get it (see ``write_report``).
+    """
     run_folder = config.run.out_dir
     losses = [row["val_loss"] for row in read_metrics(Path(run_folder)) if row.get("val_loss") is not None]
     tokens = config.schedule.max_steps * config.batch.tokens_per_step
@@ -229,9 +247,14 @@ def _prints_lines() -> bool:
 
 
 def command(name: str, *arguments: str) -> str:
-    """Return a command line for a command, in the form in which the user has started this program.
+    """Return a command line that the user can type.
 
-    The form is a script in ``launch/``, or a sub-command of ``gpt2-pipeline``.
+    If the user has started this program as a script in ``launch/``, the command line also uses a script. Otherwise, it
+    uses ``gpt2-pipeline``.
+
+    Args:
+        name: the name of the command, such as ``train``.
+        arguments: its arguments.
     """
     script = {"tokenize": "tokenize_corpus"}.get(name, name)
     is_installed = Path(sys.argv[0]).name.startswith("gpt2-pipeline")

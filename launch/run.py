@@ -66,7 +66,7 @@ def train(
     """Train the model, or resume an interrupted run. If the run is already complete, nothing is done.
 
     Args:
-        arguments: the options of this command.
+        arguments: the parsed options of the command ``run``.
         overrides: config overrides that are added to those of ``--set``.
         start: options of ``launch/train.py`` that say where the run starts.
         stage: the heading to print.
@@ -104,11 +104,15 @@ def _options(settings: dict[str, object]) -> list[str]:
 
 
 def run_stage(stage: str, launcher: list[str], script: str, options: list[str], *, returns_output: bool = False) -> str:
-    """Run the command of a stage. If it fails, exit with its status. The command itself prints the reason.
+    """Run the command of a stage. If the command fails, exit with its status. The command itself prints the reason.
 
     Args:
-        returns_output: if True, what the command writes to standard output is returned, and not printed. Otherwise, it
-            is printed, and the result is "".
+        stage: the heading to print.
+        launcher: the beginning of the command line, before the script.
+        script: the script of the command.
+        options: the options of the command.
+        returns_output: if True, the command's standard output is returned and not printed. If False, it is printed, and
+            the result is "".
     """
     print(f"\n== {stage}", flush=True)
     command = [*launcher, str(Path(__file__).resolve().parent / script), *options]

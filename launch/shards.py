@@ -1,4 +1,4 @@
-"""Inspect, verify and read token shards, and convert them from and to the formats of other programs."""
+"""Inspect, verify and read token shards, or convert them from or to the formats of other programs."""
 
 import argparse
 import json

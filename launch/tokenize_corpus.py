@@ -116,9 +116,14 @@ def build_parser() -> ArgumentParser:
 
 
 def share_of(share: int | None, shares: int | None, request: TokenizeRequest) -> tuple[int, int] | None:
-    """Check and return the values of ``--task`` and ``--tasks``.
+    """Check the options ``--task`` and ``--tasks``, and return their values.
 
-    Returns None if neither option is given. This process then encodes all chunks.
+    With these options, each process encodes only one share of the chunks. If neither option is given, return None. This
+    process then encodes all chunks.
+
+    Args:
+        share: the value of ``--task``: which share this process encodes.
+        shares: the value of ``--tasks``: the number of shares.
 
     Raises:
         DataError: only one of the two options is given, ``--task`` is out of range, or the engine is ``ray``.
@@ -137,7 +142,7 @@ def share_of(share: int | None, shares: int | None, request: TokenizeRequest) ->
 def unescape(text: str) -> str:
     r"""Replace each escape sequence \n, \t, \r and \\ by its character.
 
-    These characters are hard to type in a shell.
+    The user types the escape sequences, because the characters are hard to type in a shell.
     """
     return re.sub(r"\\[nrt\\]", lambda match: _ESCAPES[match.group()], text)
 
@@ -168,8 +173,8 @@ class ProgressDisplay(Observer):
     def progressed(self, progress: Contents) -> None:
         """Show the progress.
 
-        The first call comes before any work. Its argument counts the chunks that an earlier, interrupted command has
-        finished.
+        The first call comes before any work. At that time, ``progress`` contains only chunks that an earlier,
+        interrupted command has finished.
         """
         self._now = progress
         if self._at_start is None:
@@ -186,7 +191,7 @@ class ProgressDisplay(Observer):
         self._bar.close()
 
     def encoded_megabytes(self) -> float:
-        """Return how many megabytes of text were encoded since the first call of ``progressed``."""
+        """Return how many megabytes of text this command has encoded so far."""
         return (self._now.utf8_bytes - (self._at_start or Contents()).utf8_bytes) / 1e6
 
     def elapsed_s(self) -> float:

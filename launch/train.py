@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError
 def main() -> object:
     """Parse the arguments, load the config, and train.
 
-    Returns the trainer, so that ``run_command`` can keep a reference to it.
+    Returns the trainer, so that ``run_command`` keeps it alive until the process ends.
     """
     arguments = build_parser().parse_args()
     overrides = [*arguments.set, *_start_overrides(arguments)]

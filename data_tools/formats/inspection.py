@@ -172,9 +172,11 @@ class DocumentPreview:
 def first_documents(
     collection: TokenCollection, split: str, *, documents: int, characters: int
 ) -> Iterator[DocumentPreview]:
-    """Yield the first ``documents`` documents of a split as text, each cut to at most ``characters`` characters.
+    """Yield the text of the first documents of a split. ``END_OF_TEXT`` may be before or after each document.
 
-    ``END_OF_TEXT`` may be before or after each document.
+    Args:
+        documents: the largest number of documents to yield.
+        characters: the largest number of characters per document. A longer text is cut.
 
     Raises:
         DataError: the split does not exist, the tokenizer is not GPT-2's, or a token is outside the vocabulary.

@@ -41,7 +41,7 @@ _REFUSED_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 5: "int64", 6: "floating p
 
 
 def is_index(path: Path) -> bool:
-    """Return whether a file begins like an index of this format, or like an index of Megatron-LM's older format.
+    """Return whether the first bytes of a file are those of an index of Megatron-LM, in its current or older format.
 
     Raises:
         OSError: the file cannot be read.

@@ -25,7 +25,9 @@ Mapped = npt.NDArray[Any]
 
 
 def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
-    """Memory-map one shard. Return its tokens as a list of arrays. Each array is a contiguous range of the file.
+    """Memory-map a shard, and return its tokens as a list of arrays.
+
+    The list has several arrays if the file is an Arrow stream that stores the tokens in several ranges.
 
     Raises:
         DataError: the file is missing, unreadable or in another format, or the number of its tokens differs from the

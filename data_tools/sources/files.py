@@ -94,7 +94,7 @@ class FileSource:
         return sum(_estimate_text_bytes(path, size) for path, size in self.files)
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        """Divide the files into slices of at most ``slice_bytes`` bytes. A compressed file is one slice."""
+        """Divide the files into ranges of at most ``slice_bytes`` bytes. A compressed file is not divided."""
         slices = []
         for path, size in self.files:
             count = max(1, -(-size // slice_bytes)) if compression_of(path) is None else 1
@@ -116,8 +116,8 @@ def group_files(files: FileSizes, slice_bytes: int) -> list[Slice]:
 def group_sizes(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int, int]]:
     """Group consecutive sizes so that the sum of each group is at most ``limit``.
 
-    A size above ``limit`` gets its own group. Yields (start, stop, total) for each group, where ``total`` is the sum of
-    ``sizes[start:stop]``.
+    A size above ``limit`` gets its own group. Yields (start, stop, total) for each group. The group is
+    ``sizes[start:stop]``, and ``total`` is its sum.
     """
     start, total = 0, 0
     for index, size in enumerate(sizes):

@@ -38,7 +38,7 @@ _ENDINGS = {
 
 
 class HuggingFaceSource:
-    """One split of a dataset. The documents are read directly from the data files, without a copy in a cache."""
+    """One split of a dataset. Its documents are read directly from the data files, and not copied to a cache."""
 
     def __init__(self, inputs: Sequence[str], text_field: str, dataset_config: str | None, dataset_split: str) -> None:
         """Choose a dataset on the hub, or a local folder with data files or with the output of ``save_to_disk``.

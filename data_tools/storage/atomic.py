@@ -61,9 +61,9 @@ def publish(aside: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
-    """Return a context manager that gives a new file. When its ``with`` block ends, the new file replaces ``path``.
+    """Return a context manager for writing a file. Its ``with`` block gets a new file, which then replaces ``path``.
 
-    If the block raises an error, the new file is deleted.
+    If the block raises an error, the new file is deleted, and ``path`` does not change.
 
     Args:
         path: the final name. Its folder must exist.

@@ -138,6 +138,6 @@ def require_fetched(path: Path | str) -> None:
 
 
 def require_no_pointer(head: bytes, path: Path | str) -> None:
-    """Raise DataError if a file is a git-lfs pointer. ``head`` is the beginning of the file."""
+    """Raise DataError if a file is only a git-lfs pointer to the real file. ``head`` is the beginning of the file."""
     if head.startswith(_POINTER_BEGINNING):
         raise DataError(f"{path} {_POINTER}")

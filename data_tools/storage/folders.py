@@ -254,7 +254,7 @@ def is_scratch(name: str) -> bool:
 
 @contextmanager
 def scratch_of(folder: Folder) -> Iterator[Path]:
-    """Return a context manager that creates a scratch folder (``LocalFolder.scratch``) and removes it at the end."""
+    """Return a context manager that creates a scratch folder (see ``LocalFolder.scratch``) and later removes it."""
     path = folder.scratch()
     try:
         yield path
