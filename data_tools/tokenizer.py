@@ -112,7 +112,7 @@ def cut_long_spaces(text: str) -> list[str]:
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """Replace surrogate pairs by the characters that they encode, and lone surrogates by U+FFFD, as tiktoken does."""
+    """Replace surrogate pairs by the characters that they encode, and lone surrogates by U+FFFD, like tiktoken."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Define the commands. Each command parses its arguments, calls one function, and returns an exit status.
+"""Define the commands of the pipeline. Each command parses its arguments and calls functions of the other packages.
 
 Modules that import torch, ``datasets`` or another slow package are imported only after the arguments have been parsed,
 inside the function that uses them. ``--help`` and the messages about wrong arguments therefore appear at once. All

@@ -101,7 +101,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--checkpoint``, ``--weights`` and ``--device``, the options of all commands that read a trained model."""
+    """Add the options of all commands that read a trained model: ``--checkpoint``, ``--weights`` and ``--device``."""
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -200,7 +200,10 @@ def print_warning(text: str) -> None:
 
 
 def shows_colours(stream: TextIO) -> bool:
-    """Return whether a stream is a terminal that shows colours, and the user has not switched colours off."""
+    """Return whether to print colours to a stream.
+
+    This is the case if the stream is a terminal that shows colours, and the user has not switched colours off.
+    """
     return stream.isatty() and wants_colours()
 
 

@@ -119,7 +119,7 @@ def _with_defaults(given: Sequence[str], defaults: Mapping[str, object]) -> list
 
 
 def choose_precision(device: str) -> str:
-    """Return the precision in which this machine trains fastest, among those that need no loss scaling."""
+    """Return the precision in which this machine trains fastest. Only precisions without loss scaling are compared."""
     import torch
 
     from pipeline.distributed.device import measure_matmul_ceiling

@@ -1,4 +1,4 @@
-"""List the runs in a folder: state, step, loss, speed, age, size, last checkpoint."""
+"""List the runs in a folder in a table: their state, step, loss, speed, age, size and last checkpoint."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Represent tokens in any format as a collection of splits. Each split is a stream of tokens with random access."""
+"""Represent token files of any format as a collection of splits. A split is a stream of tokens with random access."""
 
 import errno
 import re

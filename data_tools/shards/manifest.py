@@ -142,7 +142,10 @@ class Manifest:
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     def shards_of(self, split: str) -> tuple[ShardRecord, ...]:
-        """Return the records of the shards of a split, in the order of their tokens. An unknown split has no shards."""
+        """Return the records of a split's shards, in the order of their tokens.
+
+        For a split that does not exist, the result is empty.
+        """
         return tuple(shard for shard in self.shards if shard.split == split)
 
     def tokens_of(self, split: str) -> int:

@@ -64,7 +64,7 @@ class HuggingFaceSource:
         }
 
     def text_bytes(self) -> int | None:
-        """Return the number of bytes of text, if ``save_to_disk`` wrote the dataset. Otherwise, return None."""
+        """Return the number of bytes of text. If the dataset was not written by ``save_to_disk``, return None."""
         with self._one_line_errors():
             rows = self._open() if self._is_saved() else None
             return None if rows is None else _text_bytes_of(rows, self._text_field)

@@ -1,6 +1,6 @@
-"""Create distributed backends.
+"""Create backends. A backend trains a model that is distributed over several ranks.
 
-Each backend is defined in its own file, and all backends have the interface ``Backend``.
+Each backend is defined in its own file. All backends have the interface ``Backend``.
 """
 
 from pipeline.backends.base import Backend
@@ -17,9 +17,11 @@ __all__ = ["Backend", "Fragment", "cpu_adam_problem", "create_backend"]
 def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -> Backend:
     """Wrap a model on the device ``meta`` in the backend that the config selects.
 
-    The weights have no values yet, see ``Backend``.
+    The weights of the result have no values yet (see ``Backend``). Only the module of the selected backend is imported,
+    because importing DeepSpeed takes seconds.
 
-    Only the module of the selected backend is imported, because importing DeepSpeed takes seconds.
+    Args:
+        plan: how the batch is divided among the ranks and micro-steps.
     """
     if config.backend.name == "ddp":
         from pipeline.backends.ddp import DdpBackend
@@ -43,7 +45,7 @@ def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -
 def cpu_adam_problem() -> str | None:
     """Build DeepSpeed's CPUAdam, unless it is already built. CPUAdam updates offloaded optimizer state.
 
-    Returns the error message if the build fails, otherwise None.
+    If the build fails, the result is the error message. Otherwise, it is None.
     """
     from pipeline.backends.deepspeed_zero import cpu_adam_problem
 

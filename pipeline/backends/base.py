@@ -31,8 +31,8 @@ class Backend(ABC):
     over the ranks, but training needs their sum. Therefore, the ``loss_weight`` that the trainer passes to
     ``accumulate`` contains the world size as a factor.
 
-    A backend is created from a model on the device ``meta``, and allocates only the weights that this rank holds. They
-    have no values until ``draw_weights`` or ``write_weights`` is called, or a checkpoint is loaded.
+    A backend is created from a model on the device ``meta``. It allocates only the weights that this rank holds. The
+    weights get their values when ``draw_weights`` or ``write_weights`` is called, or when a checkpoint is loaded.
     """
 
     compute: nn.Module  # the wrapped module; calling it has the same effect as calling GPT2
@@ -55,11 +55,11 @@ class Backend(ABC):
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
         """Run the forward and backward pass of one micro-batch, and add its gradients to the accumulated gradients.
 
-        Returns the sum of the losses of all scored targets in the micro-batch, as a detached scalar.
+        Returns the sum of the losses of all targets in the micro-batch, as a detached scalar.
 
         Args:
             tokens: (B, T) int64 ids on the device.
-            targets: (B, T) int64 ids. ``IGNORE_INDEX`` marks targets that are not scored.
+            targets: (B, T) int64 ids. Targets that are ``IGNORE_INDEX`` do not count.
             loss_weight: a factor for the loss. It affects only the gradients, not the returned sum.
             is_last: whether this is the last micro-step of the step. If False, the backend may skip the synchronization
                 of gradients between ranks.
@@ -73,6 +73,7 @@ class Backend(ABC):
         scale is halved.
 
         Args:
+            learning_rate: the learning rate of this step.
             ema_decay: the decay of the moving average of the weights in this step. None if the run keeps no average.
 
         Returns:
@@ -106,9 +107,13 @@ class Backend(ABC):
 
     @torch.no_grad()
     def write_weights(self, write: WriteElements) -> None:
-        """Set all weights. Call ``write`` once for each range of a parameter that this rank holds.
+        """Set all weights to values that the caller chooses.
 
         This call is collective: every rank must make it, before the first step.
+
+        Args:
+            write: a function that is called once for each range of a flattened parameter that this rank holds. It gets
+                the name of the parameter, the index of the first element, and the tensor to fill.
         """
         for held in self.state.ranges():
             if held.length:
@@ -116,17 +121,18 @@ class Backend(ABC):
         self.state.publish_masters()
 
     def fragments(self) -> list[Fragment]:
-        """Return views of all weights and optimizer state on this rank.
+        """Return the weights and the optimizer state on this rank as fragments.
 
-        If the optimizer has not created its state yet, the state is first created and filled with zeros.
+        A fragment contains views of a range of one parameter and of its optimizer state. If the optimizer has not
+        created its state yet, the state is first created and filled with zeros.
         """
         return self.state.fragments()
 
     def state_was_loaded(self, updates: int) -> None:
-        """Prepare the backend for training after the values of a checkpoint were written into the fragments.
+        """Prepare the backend for training, after the values of a checkpoint were written into the fragments.
 
-        This method sets the optimizer's step count, and copies the master weights to the weights that the model
-        computes with.
+        The method sets the optimizer's step count. It also copies the master weights (which the optimizer updates) to
+        the weights that the model computes with.
 
         Args:
             updates: the step count, which is the number of updates since the optimizer's state was zero.
@@ -137,7 +143,8 @@ class Backend(ABC):
     def dtypes(self) -> dict[str, torch.dtype]:
         """Return the dtypes of the weights, the accumulated gradients and the optimizer state, by name.
 
-        The master weights and the weights that the model computes with have separate entries.
+        There is one entry for the master weights, which the optimizer updates, and one for the weights that the model
+        computes with.
         """
         fragment = self.fragments()[0]
         return {
@@ -181,14 +188,13 @@ class Backend(ABC):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Return a context manager. Inside its ``with`` block, the model computes with the averages of the weights.
+        """Return a context manager. Inside its ``with`` block, the model computes with the averages of its weights.
 
-        At the beginning of the block, the values of each average and of its master weight are swapped. At the end, they
-        are swapped back. Therefore, the block needs no memory for another copy of the weights. Do not save or train
-        inside the block.
+        At the beginning of the block, the weights and their averages are swapped. At the end, they are swapped back.
+        Therefore, the block needs no memory for another copy of the weights. Do not save or train inside the block.
 
-        This call is collective: every rank must make it. If the block raises an error, the run cannot continue, because
-        the values are not swapped back.
+        This call is collective: every rank must make it. If the block raises an error, the weights are not swapped
+        back, and the run cannot continue.
         """
         self._swap_average()
         yield
@@ -201,14 +207,14 @@ class Backend(ABC):
 
     @staticmethod
     def weighted(loss: Tensor, factor: Tensor | float) -> Tensor:
-        """Return ``loss`` times ``factor``, for the backward pass.
+        """Return ``loss`` times ``factor``, as the scalar on which to call ``backward``.
 
-        If the loss is not finite, the gradients of the result are NaN. Every rank then skips the step.
+        If the loss is not finite, the gradients become NaN, so that every rank skips the step.
         """
         return loss * (factor + loss.detach() * 0.0)
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to release
-        """Release the resources of the process that the backend uses. The backend cannot be used afterwards.
+        """Release the resources that the backend uses in this process. After this call, the backend cannot be used.
 
         This call is not collective.
         """

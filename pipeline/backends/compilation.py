@@ -8,12 +8,13 @@ from pipeline.model.gpt2 import GPT2
 
 
 def compiles_blocks(world: World) -> bool:
-    """Return whether torch.compile compiles each block separately. The result is True if several ranks use GPUs.
+    """Return whether torch.compile should compile each transformer block separately: True if several ranks use GPUs.
 
-    On several GPUs, the gradients of a block are reduced while the backward pass continues with other blocks. This
-    works only if each block has its own graph, because a graph of the whole model returns all gradients at its end. In
-    all other cases, this overlap has no advantage, and one graph of the whole model is faster: a single process does
-    not reduce gradients, and on CPUs, the reduction and the backward pass need the same cores.
+    On several GPUs, the gradients of a block should be reduced while the backward pass continues with other blocks.
+    This overlap needs one graph per block, because a graph of the whole model returns all gradients at its end.
+
+    Otherwise, the model is compiled as one graph, which is faster. Overlap would not help: a single process does not
+    reduce gradients, and on CPUs, the reduction and the backward pass need the same cores.
     """
     return world.size > 1 and world.device.type != "cpu"
 
@@ -21,8 +22,8 @@ def compiles_blocks(world: World) -> bool:
 def compile_blocks(model: GPT2) -> None:
     """Compile each block separately. Compile the output layer and the loss together.
 
-    The hooks that a backend adds to these modules run outside the compiled graphs. torch compiles one graph and uses it
-    for all blocks, so the compilation time does not depend on the number of blocks.
+    The hooks that a backend adds to the blocks and to the output layer run outside the compiled graphs. torch compiles
+    one graph and uses it for all blocks. Therefore, the compilation time does not depend on the number of blocks.
     """
     # DDP's own division of graphs would cut every block that is larger than a bucket. This changes the whole process.
     torch._dynamo.config.optimize_ddp = False

@@ -1,7 +1,7 @@
 """Train with DDP. Every rank has all fp32 weights. The gradients are all-reduced once per step.
 
-If there is only one process, the model is not wrapped in DDP, and no library for communication is needed. Therefore,
-training with one process works on every device that torch supports.
+If there is only one process, the model is not wrapped in DDP. Training then needs no library for communication, and
+works on every device that torch supports.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -150,8 +150,8 @@ class Zero0Backend(DeepSpeedBackend):
     """The backend for ZeRO stage 0. Every rank has all fp32 weights.
 
     If ``run.precision`` is ``bf16``, the model computes with bf16 copies of the fp32 parameters. DeepSpeed's own bf16
-    mode is not used, because it accumulates gradients in bf16. This class computes the gradient norm and clips the
-    gradients itself, because DeepSpeed does not report the norm of fp32 gradients.
+    mode is not used, because it accumulates gradients in bf16. DeepSpeed does not report the norm of fp32 gradients.
+    Therefore, this class computes the norm and clips the gradients itself.
     """
 
     in_precision = staticmethod(replicated_compute)
@@ -217,12 +217,14 @@ def create_deepspeed_backend(model: GPT2, config: Config, world: World, plan: Ba
 
 
 def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[str, Any]:
-    """Return the config for DeepSpeed's engine.
+    """Return the config for DeepSpeed's engine, as JSON values.
 
-    It contains ``backend.deepspeed``, and keys that are computed from other keys of the run config.
+    The result contains the section ``backend.deepspeed``. Its other keys are computed from the rest of the run config.
 
     Args:
-        cpu_adam: whether an offloaded optimizer uses DeepSpeed's CPUAdam. If False, it uses torch's AdamW on the CPU.
+        plan: how the batch is divided among the ranks and micro-steps.
+        cpu_adam: whether DeepSpeed's CPUAdam updates offloaded optimizer state. If False, torch's AdamW updates it on
+            the CPU.
     """
     native = {
         "steps_per_print": config.schedule.max_steps + 1,  # DeepSpeed never prints, because the trainer does
@@ -290,9 +292,9 @@ def _forget_bias_correction(adam: Any, *_: object) -> None:
 
 
 def cpu_adam_problem() -> str | None:
-    """Build DeepSpeed's CPUAdam, unless it is already built.
+    """Build DeepSpeed's CPUAdam, unless it is already built. CPUAdam updates offloaded optimizer state.
 
-    Returns the error message if the build fails, otherwise None.
+    If the build fails, the result is the error message. Otherwise, it is None.
     """
     wait_for_build_elsewhere(CPUAdamBuilder.NAME)
     try:

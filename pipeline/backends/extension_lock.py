@@ -20,20 +20,23 @@ _POLL_S = 0.5
 
 
 def wait_for_build_elsewhere(extension: str) -> None:
-    """Wait until no process on another host can still be building the extension.
+    """Remove the lock file of a killed build of an extension. Call this function before the extension is used.
 
-    Remove the lock file of a killed build.
+    A process on another host may still be building the extension. In this case, the function waits.
+
+    Args:
+        extension: the name of the extension.
     """
     clear_dead_lock(Path(_get_build_directory(extension, verbose=False)) / "lock")
 
 
 def clear_dead_lock(lock: Path) -> None:
-    """Remove a lock file if the build that created it was killed. Wait while it may still be running.
+    """Remove a lock file if the build that created it was killed. If the build may still be running elsewhere, wait.
 
     If a process on this host has the file open, the build is running, and this function returns. Otherwise, the build
-    was killed, or the build is running on another host with the same home folder. The function therefore waits until
-    the other host removes the file. If the file becomes older than ``LONGEST_BUILD_S`` seconds, the function assumes
-    that the build was killed, and removes the file itself.
+    was killed, or it is running on another host with the same home folder. Therefore, the function waits for the other
+    host to remove the file. If the file becomes older than ``LONGEST_BUILD_S`` seconds, the function assumes that the
+    build was killed, and removes the file.
     """
     while (age_s := _age_s(lock)) is not None and not _is_open_on_this_host(lock):
         if age_s > LONGEST_BUILD_S:

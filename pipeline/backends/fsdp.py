@@ -24,9 +24,10 @@ _BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.floa
 
 
 class ShardedState(ParameterState):
-    """The masters and the optimizer state under FSDP2.
+    """The masters (tensors that the optimizer updates) and the optimizer state under FSDP2.
 
-    The masters are the shards of the parameters. The model computes with copies that are gathered from all shards.
+    The masters are the shards of the parameters. The model computes with whole weights that are gathered from all
+    shards.
     """
 
     def __init__(
@@ -36,9 +37,9 @@ class ShardedState(ParameterState):
         self.compute = compute
 
     def publish_masters(self) -> None:
-        """Free the gathered copies of the weights, because the masters have changed.
+        """Free the gathered copies of the weights. Call this method after the masters have changed.
 
-        The next forward pass gathers them again.
+        The next forward pass gathers the new weights.
         """
         for module in self.compute.modules():
             if isinstance(module, FSDPModule):
@@ -122,7 +123,7 @@ class _GlooCollective:
 
 
 class AllGather(_GlooCollective):
-    """An all-gather that uses Gloo. Each rank broadcasts its shard directly into the output tensors of all ranks."""
+    """An all-gather for Gloo. Each rank broadcasts its shard directly into the output tensors of all ranks."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False

@@ -1,7 +1,7 @@
 """Transform matrices whose elements are distributed over the ranks.
 
-Each matrix is transformed on one rank. This rank receives all elements of the matrix, transforms the matrix, and sends
-the new elements back.
+Each matrix is transformed on one rank, which is called its owner. The owner receives all elements of the matrix,
+transforms the matrix, and sends the new elements back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.model.muon_matrices import Matrix, assign_owners, divide_into_batc
 
 @dataclass(frozen=True)
 class Span:
-    """A range of elements of a flattened parameter. A single rank holds all of these elements."""
+    """A range of elements of a flattened parameter. All elements of the range are on one rank."""
 
     name: str  # the canonical name of the parameter
     start: int
@@ -39,10 +39,10 @@ class _Overlap:
 class MatrixExchange:
     """Transforms matrices. Each matrix has an owner, which is the rank that transforms it.
 
-    The matrices are processed in batches. For each batch, one all-to-all sends the elements to the owners, and another
-    all-to-all sends the results to all ranks that hold the elements. The matrices of a batch are assigned to owners so
-    that all ranks have about the same amount of work. If the ranks hold several copies of the elements, an owner
-    receives the elements of only one copy. All copies receive the same results, so the copies stay equal.
+    The matrices are processed in batches. For each batch, one all-to-all sends the elements to the owners. A second
+    all-to-all sends the new elements to the ranks that hold them. The owners of a batch are chosen so that all ranks
+    have about the same amount of work. If the ranks hold several copies of the elements, an owner receives the elements
+    of only one copy. It sends the same new elements to all copies, so the copies stay equal.
 
     Args:
         spans: for each rank, the ranges of parameters that the rank holds.
@@ -71,8 +71,8 @@ class MatrixExchange:
         This call is collective: every rank must make it.
 
         Args:
-            elements: one tensor of shape (n,) for each span (range of a parameter) that this rank holds. It contains
-                the elements of the span, and is changed in place.
+                elements: for each span (range of a parameter) on this rank, a tensor of shape (n,) with its elements.
+                    The tensors are changed in place.
             function: a function that takes a matrix on ``world.device`` and returns a matrix of the same shape.
         """
         for batch in self._batches:

@@ -1,9 +1,9 @@
 """Optimize the matrices of the transformer blocks with Muon, and all other parameters with AdamW, on every backend.
 
 Muon (Jordan et al. 2024) updates a weight matrix with the orthogonal matrix that is nearest to its momentum matrix.
-Computing this orthogonal matrix needs the whole momentum matrix on one rank, but each rank may hold only some ranges of
-the matrix. Therefore, each step collects every momentum matrix on one rank, computes the orthogonal matrix there, and
-sends its elements to the ranks that need them.
+Computing the orthogonal matrix needs the whole momentum matrix on one rank. However, each rank may hold only some
+ranges of the momentum matrix. Therefore, each step collects every momentum matrix on one rank, and computes its
+orthogonal matrix there. This rank then sends each element of the orthogonal matrix to the rank that needs it.
 
 The update is multiplied by 0.2 sqrt(max(rows, columns)). With this factor, Muon works with the same learning rates and
 weight decay as AdamW (Liu et al. 2025).
@@ -33,8 +33,8 @@ class Muon(torch.optim.Optimizer):
     """An optimizer that updates some matrices with Muon, and all other parameters with an AdamW optimizer.
 
     A *master* is a tensor that the optimizer updates. Under ZeRO-1 to ZeRO-3, a master contains ranges of several
-    parameters. Under the other backends, a master is a parameter. Call ``use_ranges`` before the first step, to tell
-    the optimizer which ranges of which parameters each master contains.
+    parameters. Under DDP, FSDP2 and ZeRO-0, each master is one parameter. Call ``use_ranges`` before the first step. It
+    tells the optimizer which ranges of which parameters each master contains.
 
     Args:
         parameters: maps canonical names to the parameters that Muon updates.
@@ -70,12 +70,12 @@ class Muon(torch.optim.Optimizer):
     def use_ranges(self, masters: Iterable[Tensor], ranges: Iterable[Range], ranks_per_copy: int) -> None:
         """Tell the optimizer which ranges of which parameters the masters on this rank contain.
 
-        This call is collective: every rank must make it.
+        A master is a tensor that the optimizer updates. This call is collective: every rank must make it.
 
         Args:
-            masters: all masters on this rank. Every rank must pass them in the same order.
+            masters: all masters on this rank. Every rank must pass its masters in the same order.
             ranges: the ranges of parameters that the masters on this rank contain.
-            ranks_per_copy: the number of consecutive ranks that together hold one copy of all elements.
+            ranks_per_copy: the number of consecutive ranks that together hold one copy of all masters.
         """
         self.ranks_per_copy = ranks_per_copy
         self._indices = {id(master): i for i, master in enumerate(masters)}
@@ -85,7 +85,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override] # no backend passes a closure
-        """Update the masters of all parameter groups. Masters without a gradient do not change.
+        """Update all masters (tensors that the optimizer updates). Masters without a gradient do not change.
 
         This call is collective: every rank must make it, with the same parameter groups.
         """

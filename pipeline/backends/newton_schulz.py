@@ -12,10 +12,10 @@ _EPS = 1e-7
 def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
     """Return an approximation of the orthogonal matrix that is nearest to ``matrix``, shape (rows, columns).
 
-    The result has the same singular vectors as ``matrix``, and its singular values are close to 1. Each iteration
-    replaces X by a X + (b X X^T + c (X X^T)^2) X, where a, b and c are constants. If X has more rows than columns, the
-    function computes the same result as a X + X (b X^T X + c (X^T X)^2), because X^T X is then the smaller product. A
-    matrix of zeros stays zero.
+    The result has the singular vectors of ``matrix``, and its singular values are close to 1. Each iteration replaces X
+    by a X + (b X X^T + c (X X^T)^2) X, where a, b and c are constants. If X has more rows than columns, the equal
+    expression a X + X (b X^T X + c (X^T X)^2) is computed, because X^T X is then smaller than X X^T. For a matrix of
+    zeros, the result is zero.
 
     Args:
         matrix: shape (rows, columns). Its dtype is also the dtype of the computation and of the result.

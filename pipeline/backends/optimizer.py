@@ -40,9 +40,9 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[
 
 
 def build_adamw(parameters: Iterable[Tensor], config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
-    """Return torch's fused AdamW.
+    """Return torch's fused AdamW for parameters.
 
-    If the device does not support the fused AdamW, log a warning and return the plain one.
+    If the device does not support the fused AdamW, log a warning and return torch's AdamW without fusion.
     """
     fused = device.type in FUSED_DEVICES
     if not fused:
@@ -64,12 +64,12 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer that the config selects.
 
-    The optimizer is AdamW or Muon. The ``Muon`` object contains an AdamW for the parameters that Muon does not update.
+    The optimizer is AdamW or Muon. A ``Muon`` object contains an AdamW for the parameters that Muon does not update.
 
     Args:
         parameters: maps canonical names to all parameters of the model.
-        build_rest: a function that takes parameters and returns an AdamW for them. It is called for all parameters that
-            Muon does not update. If None, ``build_adamw`` is used.
+        build_rest: a function that takes parameters and returns an AdamW for them. It is called with all parameters
+            that Muon does not update. If None, ``build_adamw`` is used.
     """
     build = build_rest or partial(build_adamw, config=config.optimizer, device=world.device)
     if config.optimizer.name == "adamw":
@@ -101,9 +101,9 @@ def set_learning_rate(param_groups: Iterable[dict[str, Any]], learning_rate: flo
 def global_grad_norm(gradients: list[Tensor]) -> Tensor:
     """Return the L2 norm of all gradients together, as a scalar on the device of the gradients.
 
-    If the gradients are DTensors, each gradient is sharded over several ranks, and the norm includes all shards. The
-    squares are summed in the dtype that ``summing_dtype`` returns, which is fp64 if the device supports it. In fp64,
-    the order of the additions has almost no effect, so all backends get the same norm.
+    If the gradients are DTensors, each gradient is sharded over several ranks. The norm then includes the shards of all
+    ranks. The squares are summed in fp64 if the device supports it. In fp64, the order of the additions has almost no
+    effect, so all backends get the same norm.
     """
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     squares = torch.stack([_sum_of_squares(gradient) for gradient in local]).sum()
@@ -135,9 +135,9 @@ def _sum_of_squares(gradient: Tensor) -> Tensor:
 
 
 def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float) -> Tensor:
-    """Divide the gradients by the loss scale, and clip them to the global norm ``max_norm``.
+    """Divide the gradients by the loss scale, and clip them to the global norm ``max_norm``, in place.
 
-    If ``max_norm`` is 0, the gradients are not clipped. The gradients are changed in place.
+    If ``max_norm`` is 0, the gradients are not clipped.
 
     Returns:
         The global norm of the unscaled gradients before clipping, a scalar.
@@ -152,10 +152,10 @@ def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-    """Update the weights if the gradient norm is finite. Otherwise, weights, moments and step count do not change.
+    """If the gradient norm is finite, update the weights. Otherwise, weights, moments and step count do not change.
 
-    On a GPU, the function does not wait for the norm. It passes a flag on the device to fused AdamW, and fused AdamW
-    skips the update if the flag is set.
+    On a GPU, the function does not wait until the norm is computed. Instead, it computes a flag on the GPU. If the flag
+    is set, the fused AdamW skips the update.
     """
     if norm.is_cuda and optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
@@ -167,7 +167,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
 def clip_and_step(
     optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], loss_scale: float, max_norm: float
 ) -> Tensor:
-    """Unscale and clip the gradients, update the weights if the norm is finite, and return the norm before clipping."""
+    """Unscale and clip the gradients. If their norm is finite, update the weights. Return the norm before clipping."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = unscale_and_clip(gradients, loss_scale, max_norm)
     step_if_finite(optimizer, norm)
@@ -178,9 +178,9 @@ def clip_and_step(
 class LossScaler:
     """The factor for the loss in the backward pass, which prevents small fp16 gradients from becoming zero.
 
-    If ``dynamic`` is True, the scale is halved when the gradient norm is not finite, and doubled after
-    ``GROWTH_INTERVAL`` *good steps* in a row. A step is good if its gradient norm is finite. The scale is a power of
-    two, so unscaling is exact. If ``dynamic`` is False, the scale is always 1.
+    A step is called *good* if its gradient norm is finite. If ``dynamic`` is True, the scale is halved after a step
+    that is not good. After ``GROWTH_INTERVAL`` good steps in a row, it is doubled. The scale is a power of two, so
+    unscaling is exact. If ``dynamic`` is False, the scale is always 1.
     """
 
     dynamic: bool
@@ -198,7 +198,7 @@ class LossScaler:
     def update(self, grad_norm: Tensor | float) -> None:
         """Adjust the scale after a step.
 
-        If the scale is dynamic, this call waits until the device has computed the norm.
+        If the scale is dynamic, this call waits until the device has computed ``grad_norm``.
         """
         if not self.dynamic:
             return
@@ -211,17 +211,21 @@ class LossScaler:
             self.good_steps = 0
 
     def restore(self, scale: float | None, good_steps: int) -> None:
-        """Set the scale and the number of good steps (see ``LossScaler``) to values that a checkpoint contains.
+        """Set the scale and the number of good steps to the values in a checkpoint.
 
-        Does nothing if ``scale`` is None or this loss scaler is not dynamic.
+        If ``scale`` is None, or if this loss scaler is not dynamic, nothing changes.
+
+        Args:
+            scale: the scale.
+            good_steps: the number of steps with a finite gradient norm since the scale last changed.
         """
         if self.dynamic and scale is not None:
             self.scale, self.good_steps = scale, good_steps
 
     @property
     def state(self) -> tuple[float | None, int]:
-        """Return the scale and the number of good steps, as ``restore`` takes them.
+        """Return the scale and the number of good steps, as arguments for ``restore``.
 
-        The scale is None if it is not dynamic.
+        If the scale is not dynamic, None is returned as the scale.
         """
         return (self.scale if self.dynamic else None), self.good_steps

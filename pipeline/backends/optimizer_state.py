@@ -1,6 +1,6 @@
 """Give access to the fp32 master weights, the optimizer state and the averages of the weights on one rank.
 
-The interface is the same for every backend.
+The master weights (masters) are the tensors that the optimizer updates. The interface is the same for every backend.
 """
 
 from abc import ABC, abstractmethod
@@ -24,8 +24,8 @@ class Fragment:
     """The weights and the optimizer state on this rank for a range of elements of one flattened parameter.
 
     The tensors are views, so writing into them changes the weights and the optimizer state. The fragments of all ranks
-    together contain all elements of the parameter, including the padding rows of the vocabulary, which are zero. See
-    ``Range`` for the ranges that each backend has.
+    together contain all elements of the parameter. These include the padding rows of the vocabulary, which are zero.
+    ``Range`` describes which ranges each backend has.
     """
 
     name: str  # the canonical name, as in GPT2.named_parameters()
@@ -44,9 +44,9 @@ class OptimizerState(ABC):
 
     Args:
         optimizer: torch's AdamW, DeepSpeed's CPUAdam, or a Muon that contains one of them.
-        masters: the tensors in fp32 that the optimizer updates on this rank.
-        names: maps each parameter to the names of its optimizer tensors. If the run keeps averages of the weights, the
-            names include ``ema``.
+        masters: the tensors in fp32 that the optimizer updates on this rank. names: maps the canonical name of each
+            parameter to the names of its optimizer tensors, such as ``exp_avg``. If the run keeps averages of the
+            weights, these names include ``ema``.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, masters: Iterable[Tensor], names: StateNames) -> None:
@@ -61,20 +61,23 @@ class OptimizerState(ABC):
     def ranges(self) -> list[Range]:
         """Return which ranges of which parameters the masters on this rank contain.
 
-        All ranges in a master belong to the same parameter group.
+        All ranges in one master belong to one parameter group.
         """
 
     @abstractmethod
     def publish_masters(self) -> None:
         """Copy the masters to the weights that the model computes with.
 
-        Call this method after you write into fragments.
+        Call this method after you have written into the tensors of ``fragments()``.
         """
 
     def connect_optimizer(self, ranks_per_copy: int) -> None:
         """Tell Muon which ranges of which parameters the masters contain. If the optimizer is AdamW, do nothing.
 
         This call is collective: every rank must make it, before the first step.
+
+        Args:
+            ranks_per_copy: the number of consecutive ranks that together hold one copy of all masters.
         """
         if isinstance(self.optimizer, Muon):
             self.optimizer.use_ranges(self.masters, self.ranges(), ranks_per_copy)
@@ -83,8 +86,8 @@ class OptimizerState(ABC):
         """Return views of the masters, of the optimizer state and of the averages of the weights.
 
         If the optimizer has not created its state yet, the state is first created and filled with zeros. Averages that
-        do not exist yet are created as copies of the masters. Under FSDP2, a rank has no fragment of a parameter if it
-        holds no row of the parameter. This happens if the parameter has few rows.
+        do not exist yet are created as copies of the masters. Under FSDP2, a parameter can have fewer rows than there
+        are ranks. A rank that holds no row has no fragment of this parameter.
         """
         self.create_states()
         return [

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 @dataclass(frozen=True)
 class Range:
-    """A range of elements of one flattened parameter, and where these elements are in a *master*.
+    """A range of elements of one flattened parameter, and the place of these elements in a *master* on this rank.
 
     A master is an fp32 tensor that the optimizer updates.
 
@@ -24,14 +24,14 @@ class Range:
 
     @property
     def stop(self) -> int:
-        """Return the index after the last element. The index counts elements of the flattened parameter."""
+        """Return the index after the last element of the range, in the flattened parameter."""
         return self.start + self.length
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return a view of the elements of this range in a tensor, shape (length,).
 
         Args:
-            tensor: a tensor that has the same shape and sharding as the master, such as its gradient.
+            tensor: the master, or a tensor with the master's shape and sharding, such as its gradient.
         """
         return local_elements(tensor)[self.offset : self.offset + self.length]
 

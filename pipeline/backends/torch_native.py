@@ -1,4 +1,4 @@
-"""Define the base class of the DDP and FSDP2 backends, in which the parameters of the model are the fp32 masters."""
+"""Define the base class of the DDP and FSDP2 backends. Their optimizers update the fp32 parameters of the model."""
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager

@@ -1,7 +1,7 @@
-"""Keep an exponential moving average (EMA) of the master weights.
+"""Keep an exponential moving average (EMA) of the master weights over the steps of a run.
 
-The average of each master is a tensor with the shape and the sharding of the master. A rank therefore holds the
-averages of exactly the weights that it updates.
+A master is a tensor that the optimizer updates. Its average is a tensor with the same shape and sharding. A rank
+therefore holds the averages of exactly the weights that it updates.
 """
 
 import math
@@ -18,10 +18,8 @@ _SWAPPED_ELEMENTS = 1 << 22  # 16 MiB, the size of the temporary copy while weig
 class WeightAverage:
     """Keep a moving average of each master (tensor that the optimizer updates) on this rank, in fp32.
 
-    The average is taken over the steps of the run.
-
-    The averages are created as copies of the masters. The averages are not created together with the masters, but when
-    they are first needed, because a backend can change the values of its masters before the first step.
+    The averages are created as copies of the masters. They are created when they are first needed, and not together
+    with the masters, because a backend can change the values of its masters before the first step.
 
     Args:
         masters: the tensors in fp32 that the optimizer updates on this rank.
@@ -46,8 +44,8 @@ class WeightAverage:
     def update(self, decay: float, grad_norm: Tensor | float) -> None:
         """Replace each average a by decay * a + (1 - decay) * w, where w is the current value of its master.
 
-        If the gradient norm is not finite, the averages do not change. On a GPU, this method does not wait for the
-        norm.
+        If the gradient norm is not finite, the averages do not change. On a GPU, this method does not wait until the
+        norm is computed.
         """
         if isinstance(grad_norm, Tensor) and grad_norm.is_cuda:
             weight = torch.where(torch.isfinite(grad_norm), 1.0 - decay, 0.0).float()
@@ -59,7 +57,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Swap the values of each average and its master, bit for bit."""
+        """Swap the values of each master and its average, bit for bit."""
         for average, master in self._elements():
             pieces = (torch.split(tensor, _SWAPPED_ELEMENTS) for tensor in (average, master))
             for piece, piece_of_master in zip(*pieces, strict=True):

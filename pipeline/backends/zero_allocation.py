@@ -1,4 +1,4 @@
-"""Allocate the weights of ZeRO-3 one after the other. DeepSpeed divides each before the next is allocated."""
+"""Allocate the weights under ZeRO-3 one after another. DeepSpeed divides each among the ranks before the next one."""
 
 from collections.abc import Iterator
 
@@ -10,19 +10,21 @@ from pipeline.model.gpt2 import GPT2
 
 
 def use_placeholders(model: GPT2, dtype: torch.dtype) -> None:
-    """Replace the weights of a model on the device ``meta`` with CPU tensors that need the memory of one element.
+    """Replace the weights of a model on the device ``meta`` by placeholders on the CPU.
 
-    The new weights have the same shapes, so an optimizer can be created for them, and torch's fused AdamW accepts them.
+    A placeholder has the shape of the weight but needs the memory of only one element. An optimizer, such as torch's
+    fused AdamW, can be created for placeholders.
     """
     model._apply(lambda weight: torch.empty((), dtype=dtype).expand(weight.shape))  # type: ignore[no-untyped-call]
     model.tie_weights()
 
 
 class AllocatedOnRead(nn.Module):
-    """The argument ``module`` for ``deepspeed.zero.Init``, instead of the model.
+    """Stands for a model as the argument ``module`` of ``deepspeed.zero.Init``.
 
-    ``Init`` reads the parameters of the module one after the other, and divides each of them before it reads the next.
-    This class allocates a parameter when it is read. Therefore, at most one whole parameter is in memory at a time.
+    ``Init`` reads the parameters of the module one after another, and divides each among the ranks before it reads the
+    next. This class allocates a parameter when it is read. Therefore, at most one whole parameter is in memory at a
+    time.
 
     Args:
         model: a model on which ``use_placeholders`` was called.

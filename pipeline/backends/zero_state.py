@@ -1,7 +1,7 @@
-"""Give access to the masters and the optimizer state under ZeRO-1 to ZeRO-3.
+"""Give access to the masters (tensors that the optimizer updates) and the optimizer state under ZeRO-1 to ZeRO-3.
 
-Only this file uses private names of DeepSpeed 0.19.8. The tests save and resume runs with every stage, so they fail if
-a new release of DeepSpeed changes these names.
+Only this file uses private names of DeepSpeed 0.19.8. If a new release of DeepSpeed changes them, the tests that save
+and resume runs fail.
 """
 
 from typing import Any
@@ -20,8 +20,9 @@ class PartitionedState(OptimizerState):
     of each parameter group.
 
     Args:
+        engine: DeepSpeed's engine.
         names: maps ``id(parameter)`` to the canonical name of the parameter.
-        state_names: maps each parameter to the names of its optimizer tensors.
+        state_names: maps the canonical name of each parameter to the names of its optimizer tensors.
     """
 
     def __init__(self, engine: Any, names: dict[int, str], state_names: StateNames) -> None:
@@ -45,9 +46,9 @@ class PartitionedState(OptimizerState):
         return ranges
 
     def publish_masters(self) -> None:
-        """Copy the masters to the weights that the model computes with, and gather these weights from all ranks.
+        """Copy the masters to the weights that the model computes with, and gather the copies from all ranks.
 
-        This call also updates the references that DeepSpeed keeps from each parameter to its optimizer state.
+        DeepSpeed keeps references from each parameter to its optimizer state. This call also updates them.
         """
         self.zero.update_lp_params()
         self.zero._hp_optimizer_states_linked = False
@@ -61,8 +62,9 @@ class FullyPartitionedState(OptimizerState):
     DeepSpeed divides each parameter into equal ranges, one per rank. The last range is padded.
 
     Args:
+        engine: DeepSpeed's engine.
         names: maps ``id(parameter)`` to the canonical name of the parameter.
-        state_names: maps each parameter to the names of its optimizer tensors.
+        state_names: maps the canonical name of each parameter to the names of its optimizer tensors.
     """
 
     def __init__(self, engine: Any, names: dict[int, str], state_names: StateNames) -> None:
@@ -85,8 +87,8 @@ class FullyPartitionedState(OptimizerState):
 
         If weights are gathered on this rank, they are freed first. DeepSpeed always keeps some small parameters
         gathered, which it calls *persistent*. At its end, this method gathers the persistent parameters again. With
-        ZeRO++ hpZ, a rank also has *secondary* shards of the weights. The secondary shards are deleted, and DeepSpeed
-        creates them again in the next forward pass.
+        ZeRO++ hpZ, a rank also has *secondary* shards of the weights. The method deletes them, because their values are
+        old. DeepSpeed creates new ones in the next forward pass.
         """
         self.zero._partition_all_parameters()
         self.zero.invalidate_secondary_tensor()
