@@ -142,7 +142,7 @@ class AllGather(_GlooCollective):
 
 
 class ReduceScatter(_GlooCollective):
-    """A reduce-scatter that uses Gloo. Each rank receives the inputs for its shard, and adds them in rank order."""
+    """A reduce-scatter for Gloo. Each rank receives the inputs for its shard, and adds them in the order of ranks."""
 
     def __call__(
         self,

@@ -37,7 +37,7 @@ class AllocatedOnRead(nn.Module):
         self.device = device
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
-        """Yield the parameters of the model. Each is allocated, without initial values, when it is yielded."""
+        """Yield the parameters of the model. Each one is allocated just before that, and has no initial values."""
         for parameter in self.placeholders:
             parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
             yield parameter

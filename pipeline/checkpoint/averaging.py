@@ -34,11 +34,12 @@ def average_checkpoints(
 ) -> SavedCheckpoint:
     """Write a new run whose weights are the mean of the weights of several checkpoints (Izmailov et al. 2018).
 
-    The moving average of the weights (``averaging.ema``) becomes the mean of the moving averages. If one of the
-    checkpoints has no moving average, the new run has none either, and this is logged.
+    A run can also keep a moving average of its weights (``averaging.ema``). The new run contains the mean of the moving
+    averages of the checkpoints. If one of the checkpoints has no moving average, the new run has none either, and a
+    message is logged.
 
-    The optimizer state, the training state and the config are copied from the newest of these checkpoints. Only one
-    parameter is in memory at a time.
+    The optimizer state, the training state and the config are copied from the newest of the averaged checkpoints. Only
+    one parameter is in memory at a time.
 
     Args:
         run: the run folder that has the checkpoints.

@@ -23,7 +23,7 @@ from pipeline.errors import CheckpointError
 
 @dataclass(frozen=True)
 class SaveOutcome:
-    """The result of a save. All ranks have the same values, except for ``pause_s``."""
+    """The result of saving one checkpoint. Only ``pause_s`` differs between ranks."""
 
     step: int
     pause_s: float  # the time that training on this rank waited for the previous save and for the copy
@@ -32,7 +32,7 @@ class SaveOutcome:
 
 
 class BackgroundSaver:
-    """Saves checkpoints one at a time, each in a new thread. These threads do not use training's process group.
+    """Saves checkpoints one at a time, each in a new thread. The threads do not use the process group of the training.
 
     Args:
         config: the resolved config, which is stored in each checkpoint.
@@ -64,13 +64,13 @@ class BackgroundSaver:
         self._in_flight: tuple[int, float, Future[SavedCheckpoint]] | None = None
 
     def start(self, state: TrainingState) -> list[SaveOutcome]:
-        """Copy the state, and write the copy in a new thread. First, wait until the previous save is finished.
+        """Wait for the previous save. Then copy the state, and start a thread that writes the copy.
 
         This call is collective: every rank must make it.
 
         Returns:
-            A list with the outcome of the previous save. It is empty if this is the first save, or if ``poll`` or
-            ``wait`` has already returned the outcome of the previous save.
+            A list with the outcome of the previous save. If there was no previous save, or if ``poll`` or ``wait`` has
+            already returned its outcome, the list is empty.
         """
         started = time.perf_counter()
         outcomes = self.wait()
@@ -92,16 +92,16 @@ class BackgroundSaver:
         return saved
 
     def poll(self) -> list[SaveOutcome]:
-        """Return the outcome of the last save if the save is finished. Otherwise, return an empty list without waiting.
+        """Return a list with the outcome of the last save, or an empty list if the save is not finished. Do not wait.
 
-        Each outcome is returned only once. The result can differ between ranks.
+        Each outcome is returned only once. On some ranks, the save may already be finished, and on others not.
         """
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 
     def wait(self) -> list[SaveOutcome]:
-        """Wait until the last save is finished, and return its outcome.
+        """Wait until the last save is finished, and return a list with its outcome.
 
-        Returns an empty list if there was no save, or if ``poll`` or ``wait`` has already returned the outcome.
+        If there was no save, or if ``poll`` or ``wait`` has already returned the outcome, the list is empty.
         """
         if self._in_flight is None:
             return []
@@ -114,10 +114,10 @@ class BackgroundSaver:
 
 
 class SnapshotTaker:
-    """Copies the elements that this rank must write into buffers in host memory.
+    """Takes snapshots: copies in host memory of the weights and optimizer state that this rank must save.
 
     Every snapshot uses the same buffers, so a snapshot is only valid until the next one is taken. With AdamW, the
-    buffers need 12 bytes per element that this rank writes. If the state is on a GPU, the buffers are in pinned memory.
+    buffers need 12 bytes per weight that this rank saves. If the state is on a GPU, the buffers are in pinned memory.
     """
 
     def __init__(self, backend: Backend, world: World) -> None:
@@ -126,7 +126,7 @@ class SnapshotTaker:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, state: TrainingState) -> Snapshot:
-        """Copy the elements that this rank must write. Return a snapshot, which consists of the copy and ``state``."""
+        """Copy the weights and optimizer state that this rank must save. Return the copy together with ``state``."""
         shapes = {name: list(shape) for name, shape in self.backend.parameter_shapes.items()}
         groups: TensorGroups = {group: {} for group in GROUPS}
         sources: dict[str, Tensor] = {}
@@ -147,10 +147,10 @@ class SnapshotTaker:
 
 
 def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:
-    """Return the fragments that this rank must write.
+    """Return the fragments that this rank must write into a checkpoint.
 
-    If each element is on only one rank, this rank writes it. If several ranks hold the same elements, each of these
-    ranks writes an equal share of them.
+    A fragment is a range of a parameter with its optimizer state. If only one rank holds an element, that rank writes
+    it. If several ranks hold the same elements, each of them writes an equal share.
     """
     fragments = backend.fragments()
     copy, copies = world.rank // backend.ranks_per_copy, world.size // backend.ranks_per_copy
@@ -171,7 +171,7 @@ def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:
 def slice_fragment(fragment: Fragment, low: int, high: int) -> Fragment:
     """Return a new fragment with elements ``low`` to ``high - 1`` of ``fragment``.
 
-    Element 0 is the first element of ``fragment``, not of the parameter.
+    Elements are counted from the beginning of ``fragment``, and not from the beginning of its parameter.
     """
     state = {name: tensor[low:high] for name, tensor in fragment.state.items()}
     return replace(fragment, start=fragment.start + low, weight=fragment.weight[low:high], state=state)

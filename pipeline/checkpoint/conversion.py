@@ -30,7 +30,7 @@ _SINGLE_RANK = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
-    """Copy a checkpoint into a new run folder, as if a single rank had saved it.
+    """Copy a checkpoint into a new run folder. The copy has the files that a single rank would have written.
 
     The new checkpoint contains the training state and the config of the source. In the ``config.json`` of the new run
     folder, ``run.out_dir`` is the new run folder.
@@ -58,11 +58,12 @@ def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
 
 
 def config_of_new_run(folder: Path, stored_config: dict[str, Any], run_folder: Path) -> Config:
-    """Return the config in a checkpoint, with ``run.out_dir`` changed to ``run_folder``.
+    """Return the config of a checkpoint, with ``run.out_dir`` changed to ``run_folder``.
 
     Args:
         folder: the checkpoint folder, for error messages.
-        stored_config: the config in the checkpoint.
+        stored_config: the config in the checkpoint, as JSON values.
+        run_folder: the folder of the new run.
 
     Raises:
         ConfigError: the stored config is not valid for this program.
@@ -84,6 +85,8 @@ def write_new_run(
     """Write ``config.json`` and a checkpoint into a run folder. Create the folder if it does not exist.
 
     Args:
+            config: the config for ``config.json``.
+        state: the training state to store in the checkpoint.
         shapes: maps the canonical names of all parameters to their shapes.
         read: a function that returns a tensor to write. Its arguments are a kind and the canonical name of a parameter.
             The kind is ``weight`` or the name of an optimizer tensor, such as ``exp_avg``. The function is called for

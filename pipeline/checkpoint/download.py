@@ -1,4 +1,4 @@
-"""Download a checkpoint from a URL into a run folder. The ranks share the work, and each byte is read by one rank."""
+"""Download a checkpoint from a URL into a run folder. The ranks share the work: each byte is read by only one rank."""
 
 import logging
 import os
@@ -34,7 +34,7 @@ class DamagedAtUrlError(CheckpointError):
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes ``start`` to ``stop - 1`` of a file of a checkpoint."""
+    """A range of a file of a checkpoint: bytes ``start`` to ``stop - 1``. One rank downloads it."""
 
     file: str
     start: int
@@ -44,10 +44,9 @@ class Block:
 def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: World) -> Path:
     """Download a checkpoint into a run folder that all ranks share, verify it, and return its folder there.
 
-    Each rank downloads an equal share of the blocks of all files, so all ranks together read each byte once. The run
-    folder then has a checkpoint that any backend and any world size can load. A damaged checkpoint of the same step is
-    replaced. If the run folder has no metrics yet, they are downloaded too. The run folder records that the URL belongs
-    to the run.
+    Each rank downloads an equal share of the bytes of all files. If the run folder contains a damaged checkpoint of the
+    downloaded checkpoint's step, it is replaced. If the run folder has no metrics yet, they are downloaded too. The run
+    folder records that the URL belongs to the run.
 
     This call is collective: every rank must make it.
 
@@ -79,20 +78,33 @@ def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: W
 
 
 def share_of_blocks(checkpoint: RemoteCheckpoint, rank: int, size: int) -> list[Block]:
-    """Return the blocks that one of ``size`` ranks downloads."""
+    """Return the blocks (ranges of files) that a rank downloads.
+
+    Args:
+        rank: the rank.
+        size: the number of ranks.
+    """
     blocks = [*blocks_of(checkpoint.manifest["files"])]
     return blocks[len(blocks) * rank // size : len(blocks) * (rank + 1) // size]
 
 
 def blocks_of(files: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
-    """Yield the blocks of the given files of a manifest."""
+    """Divide files into blocks for the download, and yield the blocks.
+
+    Args:
+        files: maps the names of files to their entries in the checkpoint's manifest.
+    """
     for name, entry in files.items():
         for start in range(0, entry["bytes"], BLOCK_BYTES):
             yield Block(name, start, min(start + BLOCK_BYTES, entry["bytes"]))
 
 
 def allocate(files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Create the given files of a manifest in an empty folder, with their final sizes, so that a full disk is found."""
+    """Create files with their final sizes in an empty folder. If the disk is too small, this fails before the download.
+
+    Args:
+        files: maps the names of the files to their entries in the checkpoint's manifest.
+    """
     make_empty_folder(folder)
     for name, entry in files.items():
         with (folder / name).open("wb") as file:
@@ -112,7 +124,10 @@ def _download(checkpoint: RemoteCheckpoint, aside: Path, world: World) -> int:
 
 
 def download_block(checkpoint: RemoteCheckpoint, folder: Path, block: Block) -> int:
-    """Download a block into an existing file in a folder, and fsync the file. Returns the number of bytes."""
+    """Download a block into its file in ``folder``, and fsync the file. Return the number of downloaded bytes.
+
+    The file must already exist (see ``allocate``).
+    """
     content = checkpoint.run.read_range(checkpoint.step, block.file, block.start, block.stop)
     with (folder / block.file).open("r+b") as file:
         file.seek(block.start)

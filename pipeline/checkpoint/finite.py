@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def describe_not_finite(tensor: Tensor) -> str | None:
-    """Return a text such as ``3 of 768 numbers are NaN or infinite``. Returns None if all elements are finite.
+    """Return a text such as ``3 of 768 numbers are NaN or infinite``. If all elements are finite, return None.
 
     A value that is too large for fp32 counts as infinite.
     """

@@ -61,7 +61,7 @@ class SizedFolder:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A description of all checkpoints and of all other folders in the folder ``checkpoints`` of a run."""
+    """A description of all folders in the folder ``checkpoints`` of a run: the checkpoints, and other folders."""
 
     path: Path | str
     checkpoints: list[CheckpointReport]  # oldest first
@@ -80,9 +80,9 @@ class RunReport:
 
 
 def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[str]:
-    """Return the config keys that can make the results of a run differ from the results of other backends.
+    """Return the config keys of a run that can make its results differ from the results with other backends.
 
-    The function reads these keys from ``config`` and from the metrics of all steps up to ``step``, because the run may
+    The function looks for such keys in ``config`` and in the metrics of all steps up to ``step``, because the run may
     have had another config before it was resumed.
     """
     rows = (row.get(DIFFERENT_NUMBERS_KEY) for row in read_metrics(run_folder) if row["step"] <= step)
@@ -94,8 +94,8 @@ def inspect(path: Path | str) -> CheckpointReport | RunReport:
     """Return a description of a checkpoint folder, or of all checkpoints in a run folder. The folder may be at a URL.
 
     Raises:
-        CheckpointError: the path is neither a checkpoint folder nor a run folder with checkpoints, or ``path`` is a
-            checkpoint folder and one of its JSON files cannot be read.
+        CheckpointError: ``path`` is neither a checkpoint folder nor a run folder with checkpoints. If ``path`` is a
+            checkpoint folder, a JSON file that cannot be read also causes this error.
     """
     if is_remote(str(path)):
         return _inspect_url(str(path))

@@ -36,7 +36,7 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
-    """Return the path for the checkpoint of a step. The checkpoint need not exist."""
+    """Return the path of the folder for the checkpoint of ``step``. The checkpoint need not exist."""
     return run_folder / CHECKPOINTS_FOLDER / f"step_{step:08d}"
 
 
@@ -46,7 +46,7 @@ def checkpoint_url(run_url: str, step: int) -> str:
 
 
 def split_url(url: str) -> tuple[str, int | None]:
-    """Return the URL of the run, and the step if the URL is that of a checkpoint."""
+    """Split the URL of a checkpoint into the URL of its run and its step. For the URL of a run, the step is None."""
     match = _CHECKPOINT_URL.fullmatch(url)
     return (match["run"], parse_step(match["name"])) if match else (url.rstrip("/"), None)
 
@@ -84,7 +84,8 @@ def is_checkpoint(path: Path) -> bool:
 def no_checkpoint_error(path: Path | str) -> CheckpointError:
     """Return the error for a path that is neither a checkpoint folder nor a run folder with checkpoints.
 
-    If the path is something else that users give by mistake, the message says what it is and what to do.
+    Users often give, for example, a folder of token shards. In such cases, the message says what the path is and what
+    to do.
     """
     expected = f"expected a run folder with {CHECKPOINTS_FOLDER}/, or a checkpoint folder with {MANIFEST_FILE}"
     if isinstance(path, str):  # a URL
@@ -126,12 +127,12 @@ def step_of(folder: Path) -> int:
 
 
 def tensor_file(rank: int, group: str) -> str:
-    """Return the name of the file in which rank ``rank`` stores its tensors of a group: ``weights`` or ``moments``."""
+    """Return the name of the file in which a rank stores its tensors of a group, ``weights`` or ``moments``."""
     return f"rank_{rank:05d}_{group}.safetensors"
 
 
 def parse_step(name: str) -> int | None:
-    """Return the step in the name of a checkpoint folder. Returns None if the name is not that of a checkpoint."""
+    """Return the step in the name of a checkpoint folder. If the name is not that of a checkpoint, return None."""
     match = _STEP_FOLDER.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -139,7 +140,7 @@ def parse_step(name: str) -> int | None:
 def parse_tensor_file(name: str) -> tuple[int, str] | None:
     """Return the rank and the group (``weights`` or ``moments``) in the name of a tensor file.
 
-    Returns None if the name is not the name of a tensor file.
+    If the name is not that of a tensor file, the result is None.
     """
     match = _TENSOR_FILE.fullmatch(name)
     return (int(match[1]), match[2]) if match else None
@@ -166,7 +167,9 @@ def check_manifest(manifest: dict[str, Any], path: Path | str) -> dict[str, Any]
     Args:
         path: the place of the file, for error messages.
 
-    Raises the same errors as ``read_manifest``.
+    Raises:
+        CheckpointError: the manifest is damaged, has a format version that this program does not read, or contains the
+            name of a file that does not belong to a checkpoint.
     """
     if "shards" in manifest:
         raise CheckpointError(f"{path}: is the manifest of token shards, not of a checkpoint")
@@ -211,9 +214,10 @@ def describe_readable_versions() -> str:
 
 
 def bytes_of_tensors(folder: Path) -> int:
-    """Return the total size in bytes of all ranks' tensor files. The sizes are taken from the manifest.
+    """Return the total size in bytes of all ranks' tensor files, from the sizes in the manifest.
 
-    Raises the same errors as ``read_manifest``.
+    Raises:
+        CheckpointError: ``read_manifest`` cannot read the manifest.
     """
     files = read_manifest(folder)["files"]
     return sum(entry["bytes"] for name, entry in files.items() if parse_tensor_file(name))
@@ -233,7 +237,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json_object(text: str | bytes, path: Path | str) -> dict[str, Any]:
-    """Return the JSON object in a text. ``path`` is the place of the text, for error messages.
+    """Return the JSON object in a text. ``path`` says where the text is, for error messages.
 
     Raises:
         CheckpointError: the text is not a JSON object.

@@ -1,4 +1,4 @@
-"""Load checkpoints. Each rank reads only the stored elements that it needs."""
+"""Load checkpoints. Each rank reads only the elements that it needs."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -32,17 +32,17 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
     Each rank reads only the weights and the optimizer state that it needs. The optimizer's step count and the loss
     scale are also restored.
 
-    If the checkpoint was written with another optimizer than the backend has, only the weights are copied. The
-    backend's optimizer then starts with zero state and with step count 0, and ``optimizer_start`` in the result is the
-    number of updates that the run had made when it saved the checkpoint.
+    If the backend's optimizer differs from the optimizer that wrote the checkpoint, only the weights are loaded. The
+    backend's optimizer then starts with zero state and with step count 0. In the result, ``optimizer_start`` is then
+    the number of updates that the run had made when it saved the checkpoint.
 
     If the backend keeps an average of the weights and the checkpoint has none, the average starts as a copy of the
     weights.
 
     Raises:
-        CheckpointError: the parameters in the checkpoint have other names or shapes than those of the model, or the
-            checkpoint is malformed, or cannot be read. If it cannot be read, the backend may already contain some of
-            its values. In the other cases, the backend has not changed.
+        CheckpointError: the checkpoint cannot be read or is malformed, or its parameters have other names or shapes
+            than those of the model. If a file cannot be read, the backend may already contain some of the checkpoint's
+            values. In all other cases, the backend has not changed.
     """
     state, _ = read_state(folder)
     index = index_for_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
@@ -81,9 +81,14 @@ def _log_average(folder: Path, *, is_stored: bool, is_kept: bool) -> None:
 
 
 def load_weights(folder: Path, parameters: dict[str, Tensor], weights: str = "training") -> None:
-    """Copy the weights of a checkpoint into ``parameters``, which maps canonical names to whole parameters.
+    """Copy the weights of a checkpoint into the parameters of a model.
 
-    Raises the same errors as ``load_training_state`` and ``pieces_of_weights``.
+    Args:
+        parameters: maps canonical names to whole parameters.
+        weights: ``training`` for the weights that are trained, or ``ema`` for their moving average.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the parameters, has no moving average, or cannot be read.
     """
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
     pieces = pieces_of_weights(folder, shapes, weights)
@@ -93,7 +98,9 @@ def load_weights(folder: Path, parameters: dict[str, Tensor], weights: str = "tr
 
 
 def pieces_of_weights(folder: Path, shapes: dict[str, list[int]], weights: str) -> dict[str, list[Piece]]:
-    """Return the pieces of the weights of all parameters, by canonical name.
+    """Return a dict that maps each canonical name to the pieces of this parameter in a checkpoint.
+
+    A piece is a whole parameter, or a range of its flattened elements that one rank has stored.
 
     Args:
         shapes: the shapes of all parameters of the model, by canonical name.
@@ -101,7 +108,7 @@ def pieces_of_weights(folder: Path, shapes: dict[str, list[int]], weights: str) 
             moving average.
 
     Raises:
-        CheckpointError: the checkpoint has no average, or ``index_for_model`` raises CheckpointError.
+            CheckpointError: the checkpoint has no moving average, does not fit the model, or is damaged.
     """
     index = index_for_model(folder, shapes)
     kind = KINDS_OF_WEIGHTS[weights]
@@ -123,12 +130,13 @@ def read_parameter(shape: list[int], pieces: list[Piece]) -> Tensor:
 def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
     """Check that a checkpoint fits a model, and return an index of the pieces in the checkpoint.
 
+    A piece is a whole parameter, or a range of its flattened elements that one rank has stored.
+
     Args:
         shapes: maps the canonical names of the model's parameters to their shapes.
 
     Raises:
-        CheckpointError: the names and shapes in the checkpoint differ from ``shapes``, or a file is damaged (see
-            ``index_pieces``).
+        CheckpointError: the names or shapes in the checkpoint differ from ``shapes``, or a file is damaged.
     """
     manifest = read_manifest(folder)
     stored = manifest["parameters"]
@@ -143,12 +151,12 @@ def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
 
 
 def copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
-    """Copy a range of a flattened parameter from its pieces into ``target``. Only the rows of this range are read.
+    """Copy a range of a flattened parameter from its stored pieces into ``target``. Read only what the range needs.
 
     Args:
-        target: the elements of the range, shape (n,), on any device.
-        start: the first element of the range.
-        pieces: the pieces of the whole parameter.
+        target: the tensor to fill, shape (n,), on any device.
+        start: the index of the range's first element in the flattened parameter.
+        pieces: all stored pieces of the parameter.
     """
     for piece in pieces:
         low, high = max(piece.start, start), min(piece.stop, start + target.numel())
@@ -178,23 +186,23 @@ class LoadedModel:
 
     @property
     def run_folder(self) -> Path:
-        """Return the folder for results.
+        """Return the folder for results, such as those of an evaluation.
 
-        This is the run folder of the checkpoint. If the checkpoint is in no run folder, it is the checkpoint folder.
+        If the checkpoint is in a run folder, the result is this run folder. Otherwise, it is the checkpoint folder.
         """
         return run_folder_of(self.checkpoint)
 
 
 def load_model(path: Path | str, device: torch.device, weights: str = "training") -> LoadedModel:
-    """Load the model in fp32 from a checkpoint folder, or from the newest good checkpoint of a run folder.
+    """Load the model in fp32 from a checkpoint folder, or from the newest undamaged checkpoint of a run folder.
 
     Args:
         path: the folder, or its URL.
-        weights: a key of ``KINDS_OF_WEIGHTS``, see ``pieces_of_weights``.
+        weights: ``training`` for the weights that are trained, or ``ema`` for their moving average.
 
     Raises:
-        CheckpointError: the path contains no checkpoint, all its checkpoints are damaged, or ``pieces_of_weights``
-            raises CheckpointError.
+        CheckpointError: the path contains no checkpoint, all its checkpoints are damaged, or the checkpoint has no
+            moving average.
         ConfigError: the config in the checkpoint is not valid for this program.
     """
     folder = locate_weights_of(path)
@@ -207,7 +215,7 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
 
 
 def load_text_model(path: Path | str, device: torch.device, weights: str = "training") -> LoadedModel:
-    """Load a model as ``load_model`` does, and check that the model has GPT-2's vocabulary, so that it can read text.
+    """Load a model that can read text: call ``load_model``, and check that the model has GPT-2's vocabulary.
 
     Raises:
         CheckpointError: the vocabulary of the model is not GPT-2's, or ``load_model`` raises CheckpointError.

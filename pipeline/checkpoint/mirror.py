@@ -1,8 +1,8 @@
 """Upload the checkpoints of a run to a URL while training continues.
 
-Each rank has one thread that uploads. The threads do not use collectives, because a rank with a slow network would then
-block the others for hours. They exchange short messages through the key-value store of the run instead. The upload of
-one checkpoint is a *round*:
+Each rank has one thread that uploads. If the threads used collectives, a rank with a slow network would block all other
+ranks for hours. Therefore, they exchange short messages through the key-value store of the run. The upload of one
+checkpoint is called a *round*:
 
 1. Rank 0 writes the names of the checkpoint's files into the store.
 2. Every rank uploads its share of the files to the URL, and writes into the store whether this succeeded.
@@ -49,7 +49,7 @@ _ROUND, _PLAN, _END, _RESULT = "round", "plan_{round}", "end", "result_{round}_{
 
 @dataclass(frozen=True)
 class UploadOutcome:
-    """The result of the upload of one checkpoint, or of one failed try to use the server."""
+    """The result of uploading one checkpoint, or of an attempt to use the server that failed."""
 
     step: int
     seconds: float
@@ -60,14 +60,14 @@ class UploadOutcome:
 class Mirror:
     """Uploads the checkpoints of a run to a URL, and deletes old checkpoints there by the same rules as on the disk.
 
-    After every save, ``request`` wakes the thread of rank 0, which compares the checkpoints on the disk with those at
-    the URL, and uploads the missing ones, the newest first. Therefore a checkpoint whose upload has failed is uploaded
-    after the next save, unless it was deleted from the disk since then. If an upload takes longer than the time between
-    two saves, the next upload is that of the newest checkpoint, and the checkpoints that were deleted meanwhile are
-    never uploaded.
+    After every save, ``request`` wakes the thread of rank 0. This thread compares the checkpoints on the disk with
+    those at the URL. The ranks then upload the missing checkpoints, the newest first. If an upload fails, it is
+    therefore repeated after the next save, unless the checkpoint was deleted from the disk in the meantime. If uploads
+    take longer than the time between two saves, some checkpoints are deleted from the disk before they are uploaded.
 
     Args:
-        timeout_s: an upload that takes longer than this counts as failed. At its end, the run waits at most this long.
+        timeout_s: an upload that takes longer than this time counts as failed. When the run ends, it waits at most this
+            time for the last upload.
     """
 
     def __init__(self, url: str, run_folder: Path, world: World, *, keep_last: int, timeout_s: float) -> None:
@@ -94,11 +94,11 @@ class Mirror:
         self._thread.start()
 
     def request(self) -> None:
-        """Start to upload the checkpoints that the URL does not have. This call returns at once."""
+        """Wake the thread, so that it uploads the checkpoints that the URL does not have. This call does not wait."""
         self._due.set()
 
     def poll(self) -> list[UploadOutcome]:
-        """Return the outcomes since the last call. The list is always empty on other ranks than the main rank."""
+        """Return the outcomes of uploads since the last call. On all ranks except rank 0, the list is always empty."""
         outcomes = []
         while self._outcomes:
             outcomes.append(self._outcomes.popleft())
@@ -106,17 +106,18 @@ class Mirror:
 
     @contextmanager
     def pinned(self) -> Iterator[Set[int]]:
-        """Return a context manager that gives the steps whose checkpoints are being uploaded. Do not delete these.
+        """Return a context manager. Use its ``with`` block to delete checkpoints from the disk.
 
-        No other upload begins inside its ``with`` block.
+        The block gets the steps whose checkpoints are being uploaded. Do not delete their checkpoints. Inside the
+        block, no further upload begins.
         """
         with self._lock:
             yield frozenset(self._uploading)
 
     def finish(self, wait: Callable[[], None]) -> list[UploadOutcome]:
-        """Wait until the newest checkpoint is uploaded, but at most ``timeout_s``. Return the remaining outcomes.
+        """Wait until the newest checkpoint is uploaded, but at most ``timeout_s``. Return the outcomes since ``poll``.
 
-        Every rank must make this call, because rank 0 needs the files of all ranks.
+        Call this method at the end of a run. Every rank must call it, because each rank uploads some of the files.
 
         Args:
             wait: a function that is called about twice per second during the wait.

@@ -1,4 +1,7 @@
-"""Record in the file ``remote.json`` of a run folder which URLs, and which checkpoints there, belong to the run."""
+"""Record which URLs contain checkpoints of a run. The record is the file ``remote.json`` in the run folder.
+
+Checkpoints at a URL are called abandoned if the run does not continue from them any more.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,11 @@ def pair(run_folder: Path, url: str) -> None:
 
 
 def abandon(run_folder: Path, step: int) -> None:
-    """Record that the run does not continue from the checkpoints of ``step`` and later steps at its URLs.
+    """Record that the checkpoints of ``step`` and later steps at the run's URLs are abandoned.
 
-    A URL without a server that answers still has these checkpoints. ``forget_abandoned`` ends the record of a URL.
+    The run continues from an earlier step, and its next start must not use the abandoned checkpoints. The record is
+    needed because they remain at a URL whose server does not answer. After they were removed, call
+    ``forget_abandoned``.
     """
     record = _read(run_folder)
     if record["urls"]:
@@ -33,13 +38,13 @@ def abandon(run_folder: Path, step: int) -> None:
 
 
 def is_abandoned(run_folder: Path, url: str, step: int) -> bool:
-    """Return whether the run does not continue from the checkpoint of a step at a URL (see ``abandon``)."""
+    """Return whether the checkpoint of a step at a URL is abandoned (see ``abandon``)."""
     first = _read(run_folder)["abandoned_from"].get(url)
     return first is not None and step >= first
 
 
 def forget_abandoned(run_folder: Path, url: str) -> None:
-    """Record that the URL does not have abandoned checkpoints any more."""
+    """Record that the URL has no abandoned checkpoints any more (see ``abandon``)."""
     record = _read(run_folder)
     if record["abandoned_from"].pop(url, None) is not None:
         _write(run_folder, record)

@@ -30,7 +30,7 @@ _DTYPE = "F32"  # the name in safetensors
 
 @dataclass(frozen=True)
 class Piece:
-    """A stored piece of a parameter: elements ``start`` to ``stop - 1`` of the flattened parameter."""
+    """A piece of a parameter in a tensor file: elements ``start`` to ``stop - 1`` of the flattened parameter."""
 
     file: Path
     key: str
@@ -44,9 +44,10 @@ PieceIndex = dict[str, dict[str, list[Piece]]]
 
 
 def group_of(kind: str) -> str:
-    """Return which file of a rank (``weights`` or ``moments``) stores the tensors of a kind.
+    """Return the group of a kind of tensors: ``weights`` or ``moments``. Each rank writes one file per group.
 
-    The kind is ``weight`` or the name of an optimizer tensor, such as ``exp_avg``.
+    Args:
+        kind: ``weight``, or the name of an optimizer tensor, such as ``exp_avg``.
     """
     return WEIGHTS if kind == WEIGHT else MOMENTS
 
@@ -55,7 +56,7 @@ def piece_key(kind: str, name: str, elements: tuple[int, int] | None = None) -> 
     """Return the key under which a piece is stored in a safetensors file.
 
     Args:
-        kind: ``weight``, or the name of an optimizer tensor.
+        kind: ``weight``, or the name of an optimizer tensor, such as ``exp_avg``.
         name: the canonical name of the parameter.
         elements: the range (start, stop) of the flattened parameter. If None, the piece is the whole parameter.
     """
@@ -81,8 +82,8 @@ def index_pieces(folder: Path, manifest: dict[str, Any]) -> PieceIndex:
     """Return an index of all pieces in a checkpoint. Only the headers of the tensor files are read and checked.
 
     Raises:
-        CheckpointError: a file is not in the safetensors format; a name or a shape differs from the manifest; a tensor
-            is not fp32; or elements of a parameter are missing or stored twice.
+            CheckpointError: a file is not in the safetensors format, a name or a shape differs from the manifest, a
+                tensor is not fp32, or elements of a parameter are missing or stored twice.
     """
     shapes = {name: torch.Size(shape) for name, shape in manifest["parameters"].items()}
     index: PieceIndex = {WEIGHT: {name: [] for name in shapes}}

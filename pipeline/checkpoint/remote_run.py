@@ -29,7 +29,7 @@ ABANDONED_MANIFEST = f"{MANIFEST_FILE}.abandoned"
 
 @dataclass(frozen=True)
 class RemoteCheckpoint:
-    """A checkpoint at a URL. Its manifest was read and checked, its other files were not read."""
+    """A checkpoint at a URL. Its manifest was read and checked. Its other files were not read."""
 
     run: "RemoteRun"
     step: int
@@ -46,7 +46,7 @@ class RemoteCheckpoint:
         return sum(entry["bytes"] for entry in self.manifest["files"].values())
 
     def find_size_damage(self) -> str | None:
-        """Return a message about the first file that is missing or has the wrong size, or None if there is none."""
+        """Return a message about the first file that is missing or has the wrong size. Otherwise, return None."""
         for name, entry in self.manifest["files"].items():
             size = self.sizes.get(name)
             if size is None:
@@ -71,9 +71,10 @@ class RemoteRun:
         return checkpoint_url(self.url, step)
 
     def list(self) -> dict[int, dict[str, int]]:
-        """Return step -> file name -> size in bytes for all checkpoints, also for incomplete ones.
+        """Return the sizes of all files of all checkpoints, including incomplete checkpoints.
 
-        One request lists up to 1000 files.
+        The result maps each step to a dict, which maps file names to sizes in bytes. One request lists up to 1000
+        files.
         """
         found: dict[int, dict[str, int]] = {}
         for path, size in self.folder.sizes().items():
@@ -85,7 +86,11 @@ class RemoteRun:
         return found
 
     def open(self, step: int, sizes: Mapping[str, int]) -> RemoteCheckpoint:
-        """Read the manifest of a checkpoint. ``sizes`` are the sizes of its files, from ``list``."""
+        """Read the manifest of a checkpoint.
+
+        Args:
+            sizes: maps the names of the checkpoint's files to their sizes, as ``list`` returns them.
+        """
         content = self._read(step, MANIFEST_FILE)
         place = f"{self.checkpoint_url(step)}/{MANIFEST_FILE}"
         return RemoteCheckpoint(self, step, content, check_manifest(parse_json_object(content, place), place), sizes)
@@ -96,7 +101,7 @@ class RemoteRun:
         return check_state_file(parse_json_object(self._read(step, STATE_FILE), place), place)
 
     def read_range(self, step: int, name: str, start: int, stop: int) -> bytes:
-        """Return bytes ``start`` to ``stop - 1`` of a file of a checkpoint."""
+        """Return bytes ``start`` to ``stop - 1`` of the file ``name`` of a checkpoint."""
         try:
             content = self.folder.read_range(_prefix(step) + name, start, stop)
         except FileNotFoundError:
@@ -106,7 +111,12 @@ class RemoteRun:
         return content
 
     def upload(self, step: int, path: Path, entry: Mapping[str, Any]) -> None:
-        """Upload a file of a checkpoint, read it back, and compare its size and hash with its entry in the manifest."""
+        """Upload a file of a checkpoint. Read it back, and compare its size and hash with ``entry``.
+
+        Args:
+            path: the local file.
+            entry: the entry of the file in the checkpoint's manifest.
+        """
         name = _prefix(step) + path.name
         self.folder.upload(path, name)
         if self.folder.sha256(name, entry["bytes"]) != entry["sha256"]:
@@ -117,7 +127,12 @@ class RemoteRun:
     ) -> dict[int, dict[str, int]]:
         """Check the sizes of all uploaded files, and write the manifest. The checkpoint is then complete.
 
-        Returns what ``list`` would return now.
+        Args:
+            manifest_bytes: the content of ``manifest.json``.
+            files: maps the names of all other files to their entries in the manifest.
+
+        Returns:
+            The sizes of all files of all checkpoints, as ``list`` returns them.
         """
         found = self.list()
         sizes = found.setdefault(step, {})
@@ -136,7 +151,11 @@ class RemoteRun:
         self.folder.remove_existing({name})
 
     def delete(self, step: int, sizes: Mapping[str, int]) -> None:
-        """Delete a checkpoint. Its manifest is deleted first, so that an interrupted deletion leaves it incomplete."""
+        """Delete a checkpoint, its manifest first. If the deletion is interrupted, the checkpoint is incomplete.
+
+        Args:
+            sizes: maps the names of the checkpoint's files to their sizes, as ``list`` returns them.
+        """
         if MANIFEST_FILE in sizes:
             self.folder.remove_existing({_prefix(step) + MANIFEST_FILE})
         self.folder.remove_existing({_prefix(step) + name for name in sizes if name != MANIFEST_FILE})
@@ -146,7 +165,7 @@ class RemoteRun:
         self.folder.write(METRICS_FILE, content)
 
     def read_metrics(self) -> bytes | None:
-        """Return the content of ``metrics.jsonl``, or None if the file does not exist."""
+        """Return the content of ``metrics.jsonl``. If the file does not exist, return None."""
         try:
             return self.folder.read(METRICS_FILE)
         except FileNotFoundError:
@@ -164,6 +183,6 @@ def _prefix(step: int) -> str:
 
 
 def parse_url(url: str) -> tuple[RemoteRun, int | None]:
-    """Return the run at a URL, and the step if the URL is that of a checkpoint."""
+    """Return an object for the run at a URL. For the URL of a checkpoint, also return the step, otherwise None."""
     run_url, step = split_url(url)
     return RemoteRun(run_url), step

@@ -11,9 +11,10 @@ log = logging.getLogger(__name__)
 
 
 def find_checkpoints(url: str) -> list[RemoteCheckpoint]:
-    """Return the undamaged checkpoints of the run at a URL, newest first, or the checkpoint at the URL of a checkpoint.
+    """Return the undamaged checkpoints at a URL, newest first.
 
-    The sizes of all files are compared with the manifest, but no hashes are computed.
+    If ``url`` is a run folder, these are checkpoints of the run. If ``url`` is a checkpoint, only this checkpoint is
+    returned. The sizes of all files are compared with the manifest, but no hashes are computed.
 
     Raises:
         CheckpointError: the URL has no undamaged checkpoint.
@@ -35,9 +36,14 @@ def complete_steps(found: Mapping[int, Mapping[str, int]]) -> list[int]:
 def open_undamaged(
     run: RemoteRun, found: Mapping[int, Mapping[str, int]], steps: Iterable[int]
 ) -> list[RemoteCheckpoint]:
-    """Return the checkpoints whose manifest can be read and whose files have the right sizes.
+    """Open the checkpoints of the given steps, and return the undamaged ones.
 
-    A warning is logged for each of the other checkpoints.
+    A checkpoint is undamaged if its manifest can be read and its files have the right sizes. For each damaged
+    checkpoint, a warning is logged.
+
+    Args:
+        found: the result of ``RemoteRun.list``.
+        steps: the steps of the checkpoints to open.
     """
     checkpoints = []
     for step in steps:

@@ -55,9 +55,9 @@ def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> 
     """Rename the checkpoints of all steps after ``step``, so that the next start does not resume from them.
 
     Args:
-        origin: the checkpoint of ``step`` from which the run continues. It can be in another run folder. If it is, a
-            checkpoint of ``step`` in ``run_folder`` belongs to a different history, and is renamed, too. If ``origin``
-            is None, the checkpoint of ``step`` in ``run_folder`` is kept.
+        origin: the checkpoint from which the run continues. If it is in another run folder, and ``run_folder`` also
+            contains a checkpoint of ``step``, the latter does not belong to the history of the run. It is renamed, too.
+            If ``origin`` is None, the checkpoint of ``step`` in ``run_folder`` is kept.
 
     Raises:
         OSError: a folder cannot be renamed.
@@ -79,8 +79,8 @@ def _unused_abandoned_path(folder: Path) -> Path:
 def delete_checkpoint(folder: Path) -> None:
     """Delete a checkpoint.
 
-    The folder is first renamed to a temporary name. If the process dies during the deletion, the remaining files are
-    therefore not taken for a checkpoint.
+    The folder is first renamed to a temporary name. If the process dies during the deletion, the program will therefore
+    not mistake the remaining files for a checkpoint.
 
     Raises:
         OSError: the checkpoint cannot be deleted.
@@ -102,21 +102,30 @@ def _remove_folder(folder: Path) -> None:
 
 
 def surplus_steps(steps: Iterable[int], newest: int, keep_last: int, best: int | None) -> list[int]:
-    """Return the steps whose checkpoints can be deleted unless they are milestones, in ascending order.
+    """Return the steps whose checkpoints are not needed, in ascending order. The caller must still keep the milestones.
+
+    The function keeps the ``keep_last`` newest checkpoints up to ``newest``, and all checkpoints of later steps.
+    ``is_milestone`` says what a milestone is.
 
     Args:
-        steps: the steps of all checkpoints. Steps after ``newest`` are not in the result.
-        newest: the step of a checkpoint that was verified.
-        best: the step with the lowest validation loss if its checkpoint must be kept (see ``best_step``).
+        steps: the steps of all checkpoints.
+        newest: the step of the newest verified checkpoint.
+        keep_last: the number of checkpoints to keep.
+        best: the step with the lowest validation loss, if its checkpoint must be kept (see ``best_step``).
     """
     return [step for step in sorted(step for step in steps if step <= newest)[:-keep_last] if step != best]
 
 
 def delete_older(run_folder: Path, verified: Path, keep_last: int, pinned: Set[int] = frozenset()) -> None:
-    """Delete old checkpoints after a new checkpoint was verified.
+    """Delete old checkpoints. Call this function after a new checkpoint was verified.
 
-    The function keeps ``verified`` and the ``keep_last - 1`` checkpoints before it, all checkpoints of later steps, all
-    milestones (see ``is_milestone``), the best checkpoint (see ``best_step``), and the steps in ``pinned``.
+    These checkpoints are kept:
+
+    - ``verified``, and the ``keep_last - 1`` checkpoints before it;
+    - the checkpoints of all steps after it;
+    - all milestones (see ``is_milestone``);
+    - the checkpoint with the lowest validation loss, if the config says so (see ``best_step``);
+    - the checkpoints of the steps in ``pinned``.
 
     Raises:
         OSError: a checkpoint cannot be deleted.
@@ -129,10 +138,10 @@ def delete_older(run_folder: Path, verified: Path, keep_last: int, pinned: Set[i
 
 
 def is_milestone(folder: Path) -> bool:
-    """Return whether a checkpoint is a milestone, which is kept when older checkpoints are deleted.
+    """Return whether a checkpoint is a milestone. Milestones are kept when old checkpoints are deleted.
 
-    A checkpoint is a milestone if its step is a multiple of ``checkpoint.keep_every_steps`` in its own config. Returns
-    False if ``state.json`` is damaged.
+    A checkpoint is a milestone if its step is a multiple of ``checkpoint.keep_every_steps`` in the config that it
+    contains. If ``state.json`` is damaged, the result is False.
     """
     with suppress(CheckpointError):
         return is_state_of_milestone(read_state_file(folder))
@@ -140,15 +149,15 @@ def is_milestone(folder: Path) -> bool:
 
 
 def is_state_of_milestone(state: StateFile) -> bool:
-    """Return whether the step of a state is a multiple of ``checkpoint.keep_every_steps`` in its own config."""
+    """Return whether the checkpoint with this ``state.json`` is a milestone (see ``is_milestone``)."""
     every_steps = config_section(state.config, "checkpoint").get("keep_every_steps")
     return isinstance(every_steps, int) and every_steps > 0 and state.step % every_steps == 0
 
 
 def best_step(newest: Path) -> int | None:
-    """Return the step at which a run had its lowest validation loss.
+    """Return the step at which a run had its lowest validation loss. Its checkpoint must be kept.
 
-    Returns None if ``checkpoint.keep_best`` is not true.
+    If ``checkpoint.keep_best`` is not true, the result is None.
 
     Args:
         newest: the newest checkpoint of the run. Its ``state.json`` contains the step with the lowest validation loss.
@@ -163,7 +172,7 @@ def best_step(newest: Path) -> int | None:
 
 @dataclass(frozen=True)
 class Pruning:
-    """The result of pruning: the checkpoints that are kept, and the folders that are deleted."""
+    """The result of ``prune``: the checkpoints that are kept, and the folders that are deleted."""
 
     kept: list[Path]  # newest first
     deletions: list[tuple[Path, int, str]]  # (folder, bytes, reason), in the order of deletion
@@ -180,15 +189,17 @@ class Pruning:
 def prune(run_folder: Path, keep: int, *, dry_run: bool) -> Pruning:
     """Delete everything in a run's ``checkpoints`` except the newest ``keep`` checkpoints that pass verification.
 
-    The milestones and the best checkpoint are also kept if they pass verification.
+    If milestones (see ``is_milestone``) and the checkpoint with the lowest validation loss (see ``best_step``) pass
+    verification, they are kept, too.
 
     Args:
+        keep: the number of checkpoints to keep.
         dry_run: if True, delete nothing and only report what would be deleted.
 
     Raises:
         ConfigError: another process is using the run folder.
-        CheckpointError: the folder is not a run folder; no checkpoint passes verification (then nothing is deleted); or
-            a folder cannot be deleted.
+        CheckpointError: the folder is not a run folder, or a folder cannot be deleted. If no checkpoint passes
+            verification, nothing is deleted, and this error is raised, too.
     """
     if is_checkpoint(run_folder):
         raise CheckpointError(f"{run_folder}: is a checkpoint; give the run folder that holds it")

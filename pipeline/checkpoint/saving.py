@@ -38,7 +38,7 @@ Files = dict[str, dict[str, Any]]  # file name -> size and SHA-256, in the forma
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state that this rank writes into a checkpoint."""
+    """A copy of the state that this rank writes into a checkpoint."""
 
     state: TrainingState
     shapes: dict[str, list[int]]  # the shapes of all parameters, by canonical name
@@ -82,13 +82,16 @@ def write_checkpoint(
     Then delete old checkpoints with ``delete_older``. This call is collective: every rank must make it.
 
     Args:
+        snapshot: the copy of this rank's state.
         config: the resolved config to store in the checkpoint.
-        pinned: returns a context manager that gives the steps whose checkpoints must not be deleted inside its block.
+        keep_last: the number of checkpoints to keep.
+        pinned: a function that returns a context manager. Old checkpoints are deleted in its ``with`` block. The block
+            gets the steps whose checkpoints must not be deleted.
 
     Raises:
         CheckpointError: a rank could not write a file (for example because the disk is full), or the bytes that a rank
-            read back differ from the bytes that it wrote. In this case, the incomplete folder is removed, and older
-            checkpoints are kept.
+            read back differ from the bytes that it wrote. The incomplete folder is removed, and no old checkpoint is
+            deleted.
     """
     started = time.perf_counter()
     folder = checkpoint_folder(run_folder, snapshot.state.step)
@@ -123,14 +126,21 @@ def write_checkpoint(
 
 
 def on_main_rank(world: World, step: Callable[[], None]) -> None:
-    """Call ``step`` on the main rank. If it fails, raise on all ranks (see ``on_every_rank``)."""
+    """Call the function ``step`` on the main rank. If it fails there, raise an error on all ranks.
+
+    This call is collective: every rank must make it.
+
+    Raises:
+        CheckpointError: ``step`` failed. The message contains the reason.
+    """
     on_every_rank(world, step if world.is_main else lambda: None)
 
 
 def on_every_rank(world: World, step: Callable[[], Result]) -> Result:
-    """Call ``step`` on every rank and return the result. If a rank fails, raise on all ranks, so that no rank waits.
+    """Call the function ``step`` on every rank, and return this rank's result. If one rank fails, raise on all ranks.
 
-    This call is collective: every rank must make it.
+    Otherwise, the other ranks would wait for the failed rank in their next collective call. This call is collective:
+    every rank must make it.
 
     Raises:
         CheckpointError: ``step`` failed on a rank. The message names the failed ranks and the reasons.
@@ -171,7 +181,7 @@ def _complete_and_publish(aside: Path, folder: Path, state: StateFile, snapshot:
 
 
 def publish_checkpoint(aside: Path, folder: Path) -> None:
-    """Rename the complete temporary folder ``aside`` to ``folder``. This replaces a damaged checkpoint.
+    """Rename the complete temporary folder ``aside`` to ``folder``. If ``folder`` exists, it is replaced.
 
     Raises:
         OSError: a folder cannot be deleted or renamed.

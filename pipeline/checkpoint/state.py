@@ -16,7 +16,10 @@ from pipeline.errors import CheckpointError
 
 @dataclass(frozen=True)
 class GuardState:
-    """The state of the step guard, which decides what to do about bad steps. Checkpoints store this state."""
+    """The state of the step guard. Checkpoints store it.
+
+    The step guard decides what to do about bad steps, such as steps with a much higher loss than before.
+    """
 
     bad_in_a_row: NonNegativeInt = 0
     rollbacks: NonNegativeInt = 0
@@ -26,9 +29,9 @@ class GuardState:
 
 @dataclass(frozen=True)
 class ValidationHistory:
-    """The best validation loss of a run so far, and related values.
+    """The lowest validation loss of a run so far, its step, and the number of validations since then.
 
-    Early stopping and ``checkpoint.keep_best`` use them.
+    Early stopping and ``checkpoint.keep_best`` use these values.
     """
 
     best_loss: float | None = None  # None before the first validation
@@ -36,7 +39,7 @@ class ValidationHistory:
     evaluations_since_best: NonNegativeInt = 0
 
     def after(self, step: int, loss: float) -> ValidationHistory:
-        """Return the history after one more validation, at step ``step``.
+        """Return the history after a further validation, which gave ``loss`` at step ``step``.
 
         A NaN or infinite loss is never the best loss.
         """
@@ -105,16 +108,20 @@ def check_state_file(content: dict[str, Any], path: Path | str) -> StateFile:
 
 
 def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
-    """Read a checkpoint's training state and its resolved config. Raises the same errors as ``read_state_file``."""
+    """Read a checkpoint's training state and its resolved config from ``state.json``.
+
+    Raises:
+        CheckpointError: the file is missing or malformed.
+    """
     content = read_state_file(folder)
     state = TrainingState(**{field.name: getattr(content, field.name) for field in fields(TrainingState)})
     return state, content.config
 
 
 def config_section(content: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return the section ``key`` of a stored config. Returns an empty dict if the section is missing or is not a dict.
+    """Return the section ``key`` of a stored config. If the section is missing or is not a dict, return an empty dict.
 
-    The config need not be valid, because another version of this program may have written it.
+    The config may have been written by another version of this program. Therefore, it need not be valid.
     """
     section = content.get(key)
     return section if isinstance(section, dict) else {}

@@ -24,7 +24,7 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # the names in sa
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor to write. ``read`` returns the tensor, and is called just before the tensor is written."""
+    """A tensor to write. ``read`` is a function that returns the tensor. It is called just before the writing."""
 
     shape: list[int]
     dtype: torch.dtype  # the dtype in the file
@@ -45,7 +45,7 @@ def write_tensors(
     """Write and fsync a safetensors file, and read the file back. Only one tensor is in memory at a time.
 
     The file contains the length of the header (8 bytes), the header (JSON), and the elements of all tensors, sorted by
-    key. If all tensors have the same dtype, the safetensors library would write exactly the same bytes.
+    key. If all tensors have one dtype, the file has exactly the bytes that the safetensors library would write.
 
     Returns:
         The size and the SHA-256 of the file, as in a checkpoint's manifest.

@@ -31,7 +31,7 @@ Item = TypeVar("Item")
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return one line that describes the first problem of a checkpoint. Returns None if the checkpoint is good.
+    """Return one line that describes the first problem of a checkpoint. If the checkpoint is good, return None.
 
     This function checks, in this order: ``manifest.json``, the size and the hash of every file, ``state.json``, the
     headers of all tensor files, and whether all weights and optimizer tensors are finite.
@@ -69,7 +69,7 @@ def find_size_damage(path: Path, entry: dict[str, Any]) -> str | None:
     """Return a message if a file is missing, is a link, or has the wrong size. Otherwise, return None.
 
     Args:
-        entry: the entry of the file in the manifest.
+        entry: the entry of the file in the checkpoint's manifest.
     """
     if path.is_symlink():
         return f"{path}: is a link, which may point outside the folder; expected a file"
@@ -92,9 +92,10 @@ def _find_file_damage(path: Path, entry: dict[str, Any]) -> str | None:
 
 
 def newest_good_checkpoint(run_folder: Path) -> Path | None:
-    """Return the newest good checkpoint of a run. Returns None if there is no good checkpoint.
+    """Return the newest good checkpoint of a run. If there is no good checkpoint, return None.
 
-    If newer checkpoints are damaged, a warning is logged for each of them.
+    A checkpoint is good if ``find_damage`` finds no problem. For each newer checkpoint, which is damaged, a warning is
+    logged.
     """
     for folder in reversed(list_checkpoints(run_folder)):
         problem = find_damage(folder)
@@ -105,10 +106,10 @@ def newest_good_checkpoint(run_folder: Path) -> Path | None:
 
 
 def locate_checkpoint(path: Path) -> Path:
-    """Return the path of a good checkpoint: ``path`` itself, or the newest good checkpoint if ``path`` is a run folder.
+    """Return the path of an undamaged checkpoint. For a run folder, this is its newest undamaged checkpoint.
 
     Raises:
-        CheckpointError: ``path`` is a damaged checkpoint, or contains no good checkpoint.
+            CheckpointError: ``path`` is a damaged checkpoint, or contains no undamaged checkpoint.
     """
     if (path / MANIFEST_FILE).is_file():
         if problem := find_damage(path):
@@ -124,8 +125,8 @@ def verify_checkpoints(path: Path, print_line: Callable[[str], None]) -> None:
     """Verify a checkpoint, or all checkpoints of a run, oldest first.
 
     Args:
-        print_line: a function that prints a line. It is called with one line per checkpoint, and then with a line that
-            says how much data was read and how fast.
+            print_line: a function that prints a line. It is called once per checkpoint. At the end, it is called with a
+                line that says how much data was read and how fast.
 
     Raises:
         CheckpointError: the path contains no checkpoint, or a checkpoint is damaged.

@@ -38,15 +38,18 @@ _LOCK_FILE = "copy.lock"
 
 
 def locate_weights_of(place: Path | str) -> Path:
-    """Return the folder of a good checkpoint on this machine whose weights can be read.
+    """Return a folder on this machine with an undamaged checkpoint, for commands that only read the weights.
 
-    If ``place`` is a path, this function is the same as ``locate_checkpoint``. If it is a URL, the function copies the
-    weights of the checkpoint to this machine. The copy is a checkpoint without the optimizer's state. The next call
-    uses the same copy if the URL still has the same checkpoint. Only the newest copy of each URL is kept. Several
-    processes on a machine use the same copy.
+    If ``place`` is a path, the result is that of ``locate_checkpoint``. If ``place`` is a URL, the function copies the
+    weights to this machine. The copy is a checkpoint without the optimizer's state. All processes on this machine use
+    the same copy. As long as the URL's checkpoint does not change, later calls use it, too. For each URL, only the
+    newest copy is kept.
+
+    Args:
+        place: the path or URL of a checkpoint folder or a run folder.
 
     Raises:
-        CheckpointError: there is no good checkpoint.
+        CheckpointError: there is no undamaged checkpoint.
         DataError: the server refuses or does not answer.
     """
     if not is_remote(str(place)):

@@ -9,14 +9,15 @@ _UNSET = object()
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Return one text for each dotted key whose value differs, such as ``0.001 -> 0.0001``. The keys are sorted.
+    """Return the differences of two configs. The result maps a dotted key to a text such as ``0.001 -> 0.0001``.
 
-    A key that only one of the configs contains is ignored, because the configs may be from different versions of this
-    program. Keys of ``backend.deepspeed`` are not ignored, because DeepSpeed's config has no fixed keys.
+    The keys are sorted. Usually, a key that only one of the configs contains is ignored, because the configs may be
+    from different versions of this program. In the section ``backend.deepspeed``, such keys count, too, because
+    DeepSpeed's config has no fixed keys.
 
     Args:
         before: a resolved config as JSON values.
-        now: another one.
+        now: a later resolved config as JSON values.
     """
     old, new = dict(dotted_keys(before)), dict(dotted_keys(now))
     changes = {}

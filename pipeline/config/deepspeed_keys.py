@@ -132,7 +132,7 @@ def find_mistakes(backend: BackendConfig) -> Iterator[tuple[str, str]]:
 
 
 def changes_of_numbers(backend: BackendConfig) -> list[str]:
-    """Return the keys of ``backend.deepspeed`` that can make a run differ from runs with other backends."""
+    """Return the keys of ``backend.deepspeed`` that can make the results differ from those of other backends."""
 
     def value_of(key: str) -> Any:
         value: Any = backend.deepspeed
@@ -146,7 +146,7 @@ def changes_of_numbers(backend: BackendConfig) -> list[str]:
 def keys_of_deepspeed(content: dict[str, Any]) -> list[str]:
     """Return the keys in a config file that belong to DeepSpeed's own JSON config and not to a run config.
 
-    The list is empty if the file is a run config.
+    If the file is a run config, the list is empty.
     """
     own = [key for key in content if key in (*PASSED_THROUGH, *OWNED_BY_RUN, *MONITORS)]
     sections = [key for key in content if key in Config.model_fields and key not in OWNED_BY_RUN]

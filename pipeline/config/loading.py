@@ -63,7 +63,7 @@ def load_config_with_origins(
 
     Returns:
         The config, and a dict that maps each dotted key to its origin. The origin is the last file that sets the key,
-        or ``--set``. Keys that have their default values because nothing sets them are not in the dict.
+        or ``--set``. A key that is not set anywhere is not in the dict.
     """
     paths = [find_config(file) for file in files]
     sources = [(partial(_read_run_config, path), str(path)) for path in paths]
@@ -82,7 +82,7 @@ def load_config_with_origins(
 
 
 def keys_of_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return the dotted keys that overrides of the form ``section.key=value`` set.
+    """Return the dotted keys in overrides of the form ``section.key=value``.
 
     Raises:
         ConfigError: an override does not have this form.
@@ -91,10 +91,11 @@ def keys_of_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def config_from_json(content: dict[str, Any], origin: str) -> Config:
-    """Build a config from a resolved config in JSON, for example from the config in a checkpoint.
+    """Build a config from JSON values, for example from the config in a checkpoint.
 
     Args:
-        origin: the path of the file that contains the config. Error messages name it.
+        content: a resolved config, which contains all keys.
+        origin: the path of the file that contains the config, for error messages.
 
     Raises:
         ConfigError: the config is not valid.
@@ -109,9 +110,13 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 
 def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Yield all dotted keys of the schema, including the names of the sections, such as ``run``.
+    """Yield all dotted keys of a section of the schema, including the names of its sections, such as ``run``.
 
-    ``*`` in a key means any index of a list.
+    In a key, ``*`` stands for any index of a list.
+
+    Args:
+        section: the section. By default, it is the whole config.
+        prefix: the beginning of every key.
     """
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"

@@ -8,7 +8,7 @@ from pipeline.config.schema import Config, RunConfig
 
 
 def with_working_dir(config: Config) -> Config:
-    """Return a copy of a config. If ``run.working_dir`` is null, it is set to the current folder in the copy."""
+    """Return a copy of a config. If ``run.working_dir`` is null, the copy has the current folder as its value."""
     run = config.run.model_copy(update={"working_dir": config.run.working_dir or str(Path.cwd())})
     return config.model_copy(update={"run": run})
 
@@ -17,11 +17,12 @@ def find_path(path: str, run: RunConfig) -> str:
     """Return the path of a file or folder that a config names. A URL is returned unchanged.
 
     A relative path is first searched in the current folder, and then in the folder in which the run was started.
-    Therefore, a run can be evaluated and resumed from any folder. If both folders are the same, the path is returned
-    unchanged, even if it does not exist.
+    Therefore, a run can be evaluated and resumed from any folder. If the run was started in the current folder, the
+    path is returned unchanged, even if it does not exist.
 
     Args:
         path: the path in the config. It may be relative.
+        run: the section ``run`` of the config, which contains the folder in which the run was started.
 
     Raises:
         DataError: the two folders differ, and the path exists in neither of them.

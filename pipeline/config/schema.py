@@ -79,11 +79,11 @@ MODEL_SIZES = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
 
 
 def describe_model(model: Mapping[str, Any]) -> str:
-    """Return the preset of a model, and the sizes that differ from the preset.
+    """Return a text with the preset of a model, and with the sizes that differ from the preset.
 
     Args:
-        model: the section ``model`` of a resolved config. It may be incomplete, because another version of this program
-            may have written it.
+        model: the section ``model`` of a resolved config. If another version of this program wrote the config, keys may
+            be missing.
     """
     preset = str(model.get("preset", "unknown"))
     sizes = next((sizes for name, sizes in MODEL_PRESETS.items() if name == preset), {})
@@ -412,7 +412,7 @@ class ScheduleConfig(Section):
 
     @property
     def decay_start(self) -> int:
-        """Return the step at which the learning rate begins to fall, or ``max_steps`` if it never falls."""
+        """Return the step at which the learning rate begins to fall. If it never falls, return ``max_steps``."""
         if self.name == "constant":
             return self.max_steps
         if self.name == "wsd":
@@ -477,15 +477,15 @@ class BackendConfig(Section):
     def hpz_group_size(self) -> int:
         """Return the number of consecutive ranks that share one secondary copy of all weights under ZeRO++ hpZ.
 
-        Returns 1 if the config does not use hpZ.
+        If the config does not use hpZ, the result is 1.
         """
         return int(self.zero.get(HPZ, 1)) or 1
 
     def ranks_per_copy(self, world_size: int) -> int:
         """Return the number of consecutive ranks that together hold one copy of the optimizer state.
 
-        This is 1 under DDP and ZeRO-0, where every rank holds the whole state. It is ``world_size`` if all ranks share
-        one copy.
+        Under DDP and ZeRO-0, the result is 1, because every rank holds the whole state. If all ranks share one copy,
+        the result is ``world_size``.
         """
         if self.name == "ddp" or (self.name == "deepspeed" and self.zero_stage == 0):
             return 1
@@ -494,7 +494,11 @@ class BackendConfig(Section):
         return world_size
 
     def offloads(self, what: Literal["optimizer", "param"]) -> bool:
-        """Return whether DeepSpeed offloads ``what`` from the device: the optimizer state or the parameters."""
+        """Return whether DeepSpeed offloads the optimizer state or the parameters to host memory or to a disk.
+
+        Args:
+            what: ``optimizer`` or ``param``.
+        """
         return bool(self.zero.get(f"offload_{what}", {}).get("device", "none") != "none")
 
 
@@ -728,7 +732,7 @@ class Config(Section):
 
     @property
     def keys_that_need_validation(self) -> list[str]:
-        """Return the keys in this config that need a validation loss, such as ``checkpoint.keep_best``."""
+        """Return the keys that this config sets and that need a validation loss, such as ``checkpoint.keep_best``."""
         is_given = {
             "schedule.stop_at_val_loss": self.schedule.stop_at_val_loss is not None,
             "schedule.stop_after_evaluations": self.schedule.stop_after_evaluations is not None,

@@ -13,9 +13,11 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(name: str | Path) -> Path:
-    """Return the path of a config. ``name`` is the path of a file, or the name of a shipped config.
+    """Return the path of a config file.
 
-    If both exist, the file is used. If neither exists, ``name`` is returned as a path.
+    Args:
+        name: the path of a file, or the name of a config in ``ds_configs``. If there are both, the file is used. If
+            there is neither, ``name`` is returned as a path.
     """
     path = Path(name)
     return path if path.is_file() else shipped_configs().get(str(name), path)
