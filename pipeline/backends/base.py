@@ -160,10 +160,7 @@ class Backend(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Return a text with the names of the backend and the optimizer, and with settings such as the ZeRO stage.
-
-        The log shows this text at the start of a run.
-        """
+        """Return a text for the log: the name of the backend, the optimizer, and settings such as the ZeRO stage."""
 
     @torch.no_grad()
     def __call__(self, *inputs: Any, method: Method) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compute the number of micro-steps per optimizer step from the number of tokens per step and the world size."""
+"""Compute how many micro-steps an optimizer step needs, from the number of tokens per step and the world size."""
 
 from dataclasses import dataclass
 
@@ -20,12 +20,12 @@ class BatchPlan:
 
     @property
     def samples_per_step(self) -> int:
-        """Return the number of sequences per optimizer step, on all ranks together."""
+        """Return the number of sequences that all ranks together process per optimizer step."""
         return self.micro_batch_size * self.accumulation * self.world_size
 
     @property
     def tokens_per_step(self) -> int:
-        """Return the number of target tokens per optimizer step, on all ranks together."""
+        """Return the number of target tokens that all ranks together process per optimizer step."""
         return self.samples_per_step * self.seq_len
 
     def __str__(self) -> str:
@@ -36,12 +36,12 @@ class BatchPlan:
 
 
 def plan_batch(config: Config, world_size: int) -> BatchPlan:
-    """Compute the number of micro-steps per optimizer step from ``batch.tokens_per_step``.
+    """Compute how the batch of a step is divided into micro-batches, from ``batch.tokens_per_step``.
 
     Raises:
         ConfigError: ``batch.tokens_per_step`` is not a multiple of the number of tokens that all ranks together process
-            in one micro-step. Or the config sets a group size for FSDP or hpZ, and the number of ranks is not a
-            multiple of this size. The message suggests values that work.
+            in one micro-step. If the config sets a group size for FSDP or hpZ, this error is also raised if the number
+            of ranks is not a multiple of the group size. The message suggests values that work.
     """
     _check_groups(config.backend, world_size)
     batch, seq_len = config.batch, config.seq_len

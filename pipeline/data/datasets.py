@@ -1,4 +1,4 @@
-"""Open the datasets of a run, check that they fit the model and each other, and compute and verify their hashes."""
+"""Open the datasets of a run. Check that they fit the model and each other, and verify their hashes."""
 
 import logging
 import time
@@ -34,7 +34,7 @@ class TokenDataset:
 def open_datasets(config: Config) -> tuple[TokenDataset, ...]:
     """Open the dataset at ``data.path``, or the datasets of ``data.mixture``.
 
-    The paths can be relative; see ``find_path``.
+    A relative path is searched in two folders (see ``find_path``).
 
     Raises:
         DataError: a dataset cannot be used.
@@ -63,7 +63,13 @@ def _open_dataset(component: MixtureComponent, config: Config) -> TokenDataset:
 
 
 def check_same_vocabulary(stream: TokenStream, model: ModelConfig, path: str) -> None:
-    """Raise ConfigError if a dataset and a model have different vocabulary sizes or different end-of-text tokens."""
+    """Raise ConfigError if a dataset and a model have different vocabulary sizes or different end-of-text tokens.
+
+    Args:
+        stream: a split of the dataset.
+        model: the config of the model.
+        path: the path of the dataset, for the error message.
+    """
     tokenizer = stream.manifest.tokenizer
     if tokenizer.vocab_size != model.vocab_size:
         raise ConfigError(
@@ -93,7 +99,7 @@ def data_sha256(datasets: Sequence[TokenDataset]) -> str:
     """Return a hash of the datasets. A checkpoint stores it to detect later whether the data has changed.
 
     For one dataset, the hash is computed from the manifest. For a mixture, it is computed from all manifests and the
-    weights of the datasets. If the same data is tokenized again, the hash is the same.
+    weights of the datasets. If data is tokenized again with the same options, the hash does not change.
     """
     manifests = [dataset.train.manifest.content_sha256() for dataset in datasets]
     if len(datasets) == 1:

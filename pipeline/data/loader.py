@@ -2,8 +2,10 @@
 
 A sample is a window of ``seq_len`` input tokens and their targets. The target of an input token is the next token. The
 windows cover a split without gaps. A window can cross from one shard to the next, so the samples do not depend on the
-size of the shards. If the split has a loss mask, a target is scored if its mask value is 1. Otherwise, every target is
-scored.
+size of the shards.
+
+A target is *scored* if it counts in the loss. If the split has a loss mask, the targets with the mask value 1 are
+scored. Otherwise, all targets are scored.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ class MicroBatch:
     def pinned(self) -> MicroBatch:
         """Return a copy in pinned memory, which can be copied to a GPU asynchronously.
 
-        The caller may free the result before the copy to the GPU has finished. PyTorch reuses the pinned memory only
-        after this copy has finished.
+        The caller may free the result before the copy to the GPU has finished, because PyTorch does not reuse the
+        pinned memory before then.
         """
         mask = self.target_mask
         return replace(self, tokens=self.tokens.pin_memory(), target_mask=None if mask is None else mask.pin_memory())
@@ -55,7 +57,8 @@ class MicroBatch:
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return inputs and targets on the device, both int64 of shape (B, T).
 
-        Targets that are not scored are ``IGNORE_INDEX``. To save time, the tokens are copied to the device as uint16.
+        Targets that do not count in the loss are ``IGNORE_INDEX``. To save time, the tokens are copied to the device as
+        uint16.
         """
         tokens = copy_to(self.tokens, device).long()
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -67,9 +70,9 @@ class MicroBatch:
 class TrainLoader:
     """Reads the micro-batches that one rank processes in a step.
 
-    The samples of a step depend only on the seed and on the number of samples before the step, and not on the world
-    size. If B is the size of a micro-batch, micro-batch j of a step contains the samples jB to (j+1)B - 1 of the step.
-    The rank j mod world_size processes micro-batch j.
+    The samples of a step do not depend on the world size. They depend only on the seed and on the number of samples
+    before the step. If B is the size of a micro-batch, micro-batch j of a step contains the samples jB to (j+1)B - 1 of
+    the step. The rank j mod world_size processes micro-batch j.
     """
 
     def __init__(self, datasets: Sequence[TokenDataset], plan: BatchPlan, seed: int, rank: int) -> None:
@@ -87,7 +90,7 @@ class TrainLoader:
         """Return the micro-batches that this rank processes in one step.
 
         Args:
-            consumed: the number of samples before the step. This is also the index of the first sample of the step.
+            consumed: the number of samples before the step, which is the index of the step's first sample.
 
         Raises:
             DataError: a shard contains an invalid token or mask value.
@@ -136,9 +139,13 @@ class TrainLoader:
 
 
 def suggest_batch(tokens: int, plan: BatchPlan) -> str:
-    """Return advice for a split that has too few samples for one step.
+    """Return advice for an error message about a split that has too few samples for one step.
 
-    The advice names values of config keys for which a split of ``tokens`` tokens is large enough.
+    The advice names values of config keys with which the split is large enough.
+
+    Args:
+        tokens: the number of tokens in the split.
+        plan: how the batch is divided among the ranks and micro-steps.
     """
     windows = (tokens - 1) // plan.seq_len
     if windows < plan.world_size:
@@ -157,8 +164,8 @@ def suggest_batch(tokens: int, plan: BatchPlan) -> str:
 class Prefetcher:
     """Reads the micro-batches of the next step in a thread, while the device computes the current step.
 
-    The micro-batches of these two steps are in memory. If a caller requests a step that the thread has not read, the
-    call reads the micro-batches of that step itself.
+    The micro-batches of the current and the next step are in memory. If a caller requests a step that the thread has
+    not read, the call itself reads the micro-batches of that step.
     """
 
     def __init__(self, loader: TrainLoader, device: torch.device) -> None:
@@ -168,9 +175,12 @@ class Prefetcher:
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
-        """Return the result of :meth:`TrainLoader.micro_batches`.
+        """Return the micro-batches that this rank processes in one step, as :meth:`TrainLoader.micro_batches` does.
 
-        If the thread has raised an error, this call raises it.
+        If the thread that reads ahead has raised an error, this call raises the error.
+
+        Args:
+            consumed: the number of samples before the step.
         """
         ahead, self._ahead = self._ahead, None
         batches = ahead[1].result() if ahead and ahead[0] == consumed else self._read(consumed)
@@ -198,12 +208,14 @@ def validation_batches(
 
     If ``max_batches`` is None, the batches of all ranks together contain each target of the split once. Every rank gets
     the same number of batches, because forward passes are collective under FSDP and ZeRO-3. The last batches may
-    therefore contain padding, which is not scored.
+    therefore contain padding, which does not count in the loss.
 
     Args:
-        max_batches: the largest number of batches on all ranks together. If the split has more windows than these
-            batches can contain, only some of the windows are used. They are spread evenly over the split. None means
-            no limit.
+        stream: the tokens of the split.
+        seq_len: the number of tokens per sequence.
+        batch_size: the number of sequences per batch.
+        max_batches: the largest number of batches that all ranks together get. If the whole split needs more batches,
+            only some of its windows are used, spread evenly over the split. None means no limit.
     """
     windows = -(-(stream.tokens - 1) // seq_len)
     chosen = np.arange(windows, dtype=np.int64)
@@ -216,11 +228,9 @@ def validation_batches(
 
 
 def scored_targets(stream: TokenStream, seq_len: int) -> IndexArray:
-    """Return the number of scored targets in each window of a split, int64 of shape (windows,).
+    """Return how many targets of each window of a split count in the loss, int64 of shape (windows,).
 
-    The split must have a mask.
-
-    The last window may be shorter than ``seq_len``.
+    The split must have a mask. The last window may be shorter than ``seq_len``.
     """
     targets = stream.tokens - 1
     block = max(COUNTED_AT_ONCE // seq_len, 1) * seq_len

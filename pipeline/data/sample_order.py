@@ -3,7 +3,7 @@
 Both are computed from the number of the sample alone, in O(1) time and memory.
 
 A mixture assigns each sample to a dataset, in proportion to the weights of the datasets. Within a dataset, each epoch
-has a different random order of the windows. The seed determines these orders.
+has a different random order of the windows. The seed determines all orders.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmi
 class SampleOrder:
     """Maps the number g of a sample to one of ``n`` windows. The window depends only on g, ``n`` and the seed.
 
-    Therefore, the order does not depend on the world size, and a run can resume at any sample without reading the
-    earlier ones.
+    Therefore, the order does not depend on the world size. A run can resume at any sample without reading earlier
+    samples.
 
     Sample g belongs to epoch ``g // n``. Each epoch has a different permutation of the windows. The permutation is
     computed with a balanced Feistel network on the numbers from 0 to 4**k - 1, where 4**k is the smallest power of four
@@ -91,11 +91,11 @@ class _Fork:
 class Mixture:
     """Assigns the samples of a run to datasets in proportion to their weights.
 
-    After n samples, the number of samples that came from a dataset differs by less than two from n times the share of
-    the dataset. The dataset of a sample depends only on the weights and on the index of the sample.
+    Among the first n samples, the number from each dataset differs by less than two from n times the share of the
+    dataset. The dataset of a sample depends only on the weights and on the index of the sample.
 
-    To compute the dataset, this class uses a Huffman tree (Huffman 1952), whose leaves are the datasets. Every inner
-    node divides its samples between its two children.
+    To compute the dataset of a sample, this class uses a Huffman tree (Huffman 1952), whose leaves are the datasets.
+    Every inner node divides its samples between its two children.
 
     Attributes:
         shares: for each dataset, the exact fraction of the samples that come from it. The sum of all shares is 1.
@@ -114,7 +114,11 @@ class Mixture:
         self._root = _huffman_tree(self.shares)
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """Return the index of the dataset of a sample, and how many earlier samples come from this dataset."""
+        """Return the index of the dataset of a sample, and how many samples before it come from this dataset.
+
+        Args:
+            sample: the index of the sample.
+        """
         node, ordinal = self._root, sample
         while isinstance(node, _Fork):
             left = node.left_of(ordinal)
@@ -125,7 +129,7 @@ class Mixture:
         return node, ordinal
 
     def locate_all(self, samples: IndexArray) -> tuple[IndexArray, IndexArray]:
-        """Return the results of :meth:`locate` for many samples. All arrays are int64 of shape (B,)."""
+        """Return the results of :meth:`locate` for many samples, as two arrays. All arrays are int64 of shape (B,)."""
         if not isinstance(self._root, _Fork):
             return np.zeros_like(samples), samples
         located = np.array([self.locate(sample) for sample in samples.tolist()], dtype=np.int64).reshape(-1, 2)

@@ -31,22 +31,22 @@ _LONGEST_PRODUCT = 0.2  # largest share of the measurement's time that one produ
 def configure_allocator() -> None:
     """Make torch allocate GPU memory in segments that can grow.
 
-    Call this function before the first allocation on a GPU. Evaluation and generation use tensors of many sizes. With
-    segments of fixed sizes, the memory of freed tensors is often too small for later tensors. If the user has already
-    set options of torch's allocator, this call does nothing.
+    Call this function before the first allocation on a GPU. Evaluation and generation use tensors of many sizes. If
+    segments had fixed sizes, the memory of a freed tensor would often be too small for the next one. If the user has
+    already set options of torch's allocator, this call does nothing.
     """
     set_allocator_default("expandable_segments:True")
 
 
 def matmul_dtype(precision: str) -> torch.dtype:
-    """Return the dtype in which matrix products are computed if ``run.precision`` is ``precision``."""
+    """Return the dtype in which matrix products are computed. ``precision`` is the value of ``run.precision``."""
     return {"fp32": torch.float32, "amp_fp16": torch.float16}.get(precision, torch.bfloat16)
 
 
 def describe_fp32_products(precision: str, device: torch.device) -> str:
-    """Return a text for the log that says how a GPU computes matrix products in fp32, with or without TF32.
+    """Return a text for the log that says whether a GPU uses TF32 for matrix products in fp32.
 
-    Returns "" if the device is not a GPU or the precision is not ``fp32``.
+    If the device is not a GPU, or if the precision is not ``fp32``, the text is empty.
     """
     if device.type != "cuda" or precision != "fp32":
         return ""
@@ -109,7 +109,7 @@ class _Product:
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype for long sums: fp64, but fp32 on MPS, which does not support fp64."""
+    """Return the dtype for sums of many numbers. This is fp64, or fp32 on MPS, which does not support fp64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -129,10 +129,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor from host memory to the device.
+    """Copy a tensor from host memory to a device.
 
-    If the device is a GPU, the tensor is first copied to pinned memory. A direct copy would wait until the GPU has
-    finished its queued work.
+    If the device is a GPU, the tensor is first copied to pinned memory. Otherwise, the call would wait until the GPU
+    has finished all queued work.
     """
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -140,7 +140,7 @@ def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class LateValue:
-    """A number that is being copied from the device to the host."""
+    """A number that is copied from the device to the host in the background."""
 
     def __init__(self, value: Tensor | float) -> None:
         self._value = value
@@ -151,10 +151,9 @@ class LateValue:
             self._copied.record()
 
     def read(self) -> float:
-        """Return the number.
+        """Wait until the number is on the host, and return it.
 
-        This call waits until the number is copied to the host. It does not wait for work that was queued on the device
-        after this copy.
+        The call does not wait for work that was queued on the device after this object was created.
         """
         if self._copied is not None:
             self._copied.synchronize()
@@ -165,7 +164,7 @@ class PeakMemory:
     """The peak memory of this process.
 
     On a GPU, the peak is the largest memory in use since this object was created. Memory that is allocated inside a
-    block of ``ignored`` does not count. On a CPU, it is the largest memory in use since the process was started,
+    block of ``ignored`` does not count. On a CPU, the peak is the largest memory in use since the process was started,
     because the kernel stores only this value.
     """
 
@@ -182,7 +181,7 @@ class PeakMemory:
     def ignored(self) -> Iterator[None]:
         """Return a context manager. Memory that is allocated inside its ``with`` block does not count in the peak.
 
-        This has an effect only on a GPU.
+        On a CPU, the context manager has no effect.
         """
         self._earlier_bytes = self.read()
         yield
@@ -194,7 +193,7 @@ class PeakMemory:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory of this process in bytes: allocated memory on a GPU, resident memory on a CPU."""
+    """Return the peak memory of this process in bytes. On a GPU, this is allocated memory, on a CPU resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -204,7 +203,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def compiler_works(device: torch.device) -> bool:
-    """Return whether ``torch.compile`` can compile and run a trivial function. Log the reason if it cannot."""
+    """Return whether ``torch.compile`` can compile and run a trivial function. If it cannot, log the reason."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # noqa: BLE001 - the toolchain may raise anything

@@ -17,17 +17,17 @@ _LAUNCHER_VARIABLES = (_RANK, _WORLD_SIZE, _LOCAL_RANK, "LOCAL_WORLD_SIZE", _MAS
 
 
 def launched_rank() -> int:
-    """Return the rank of this process. Returns 0 if no launcher started it."""
+    """Return the rank of this process. If no launcher started the process, return 0."""
     return _number(_RANK, 0) if launched_world_size() > 1 else 0
 
 
 def launched_world_size() -> int:
-    """Return the number of processes of the run. Returns 1 if no launcher started this process."""
+    """Return the number of processes of the run. If no launcher started this process, return 1."""
     return _number(_WORLD_SIZE, 1)
 
 
 def launched_local_rank() -> int:
-    """Return the rank of this process on its node. Returns 0 if no launcher started it."""
+    """Return the rank of this process on its node. If no launcher started the process, return 0."""
     return _number(_LOCAL_RANK, 0)
 
 
@@ -43,24 +43,24 @@ def master_address() -> tuple[str, int]:
 
 
 def launcher_holds_store() -> bool:
-    """Return whether the launcher serves the key-value store. If the result is False, rank 0 must serve the store."""
+    """Return whether the launcher serves the key-value store of the ranks. If not, rank 0 must serve the store."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def launcher_variables() -> dict[str, str]:
-    """Return the environment variables of this process that launchers set for their processes, with their values."""
+    """Return those environment variables of this process that launchers set, with their values."""
     return {name: os.environ[name] for name in _LAUNCHER_VARIABLES if name in os.environ}
 
 
 def unset_command() -> str:
-    """Return a shell command that unsets the environment variables in ``launcher_variables``."""
+    """Return a shell command that unsets the environment variables that ``launcher_variables`` returns."""
     return f"unset {' '.join(launcher_variables())}"
 
 
 def check_launcher() -> None:
     """Raise ConfigError if a launcher's environment variables are wrong or contradict each other.
 
-    The variables can contradict each other if one launcher has set some of them and another launcher the rest.
+    They can contradict each other if two launchers have each set some of them.
     """
     if problem := _find_contradiction(launcher_variables()):
         raise ConfigError(
@@ -91,24 +91,24 @@ def launcher_restarts() -> int:
 
 
 def launch_id() -> str | None:
-    """Return an id that does not change when the launcher restarts the processes.
+    """Return an id of this launch, which does not change when the launcher restarts the processes.
 
-    Returns None if this process was not started by a launcher that can restart processes.
+    If no launcher that can restart processes started this process, the result is None.
     """
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def launcher_name() -> str | None:
-    """Return ``torchrun`` or ``deepspeed``, or None if neither of them started this process."""
+    """Return which launcher started this process: ``torchrun``, ``deepspeed``, or None."""
     if launch_id() is not None:
         return "torchrun"
     return "deepspeed" if "CROSS_SIZE" in os.environ and "LOCAL_SIZE" in os.environ else None
 
 
 def requested_threads() -> int | None:
-    """Return the number of threads per process that the user has requested with ``OMP_NUM_THREADS``, or None.
+    """Return the number of threads per process that the user has set with ``OMP_NUM_THREADS``, or None.
 
-    If torchrun has started several processes, the value 1 is ignored, because torchrun sets it by default.
+    If torchrun has started several processes, a value of 1 counts as not set, because torchrun sets 1 by default.
     """
     text = os.environ.get("OMP_NUM_THREADS", "")
     is_torchrun_default = text == "1" and launch_id() is not None and launched_world_size() > 1
@@ -121,14 +121,14 @@ def wants_colours() -> bool:
 
 
 def cache_folder() -> Path:
-    """Return the folder of this user for files that the project can download again. The folder may not exist."""
+    """Return this user's folder for files that the project can download again. The folder need not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", PROJECT)
 
 
 def set_gloo_interface(name: str) -> bool:
     """Set the network interface for Gloo, and return True.
 
-    If the user has already set one, change nothing and return False.
+    If the user has already set an interface, change nothing and return False.
     """
     if _GLOO_INTERFACE in os.environ:
         return False
@@ -145,27 +145,25 @@ def set_openmp_threads(threads: int) -> None:
 
 
 def set_allocator_default(options: str) -> None:
-    """Set options of torch's memory allocator, unless the user has set some with an environment variable.
+    """Set options of torch's memory allocator. If the user has set any with an environment variable, do nothing.
 
-    Call this function before torch first allocates memory, because torch reads the options at this time.
+    Call this function before torch first allocates memory, because torch then reads the options.
     """
     if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
         os.environ[_ALLOCATOR_VARIABLES[0]] = options
 
 
 def set_mlflow_defaults() -> None:
-    """Set environment variables so that MLflow's client soon gives up a request that fails.
+    """Set environment variables so that MLflow's client soon gives up a failed request.
 
-    Variables that the user has set do not change.
-
-    By default, the client repeats a failed request for several minutes. With these variables, the run can soon log the
-    failure. It sends the rows again later.
+    By default, the client repeats a failed request for several minutes. With the variables, the run soon logs the
+    failure, and sends the data again later. Variables that the user has set do not change.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds
 
 
 def set_launcher_variables(device_type: str) -> None:
-    """Set the environment variables that DeepSpeed requires. Variables that are already set do not change."""
+    """Set the environment variables that DeepSpeed requires launchers to set. Variables that are set do not change."""
     for name, value in ((_RANK, "0"), (_WORLD_SIZE, "1"), (_LOCAL_RANK, "0"), ("DS_ACCELERATOR", device_type)):
         os.environ.setdefault(name, value)

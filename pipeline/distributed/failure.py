@@ -1,6 +1,6 @@
 """Print the error that ends this process.
 
-Each error is printed only once, and before this process runs any code that may wait for other ranks.
+Each error is printed only once. It is printed before the process runs any code that may wait for other ranks.
 """
 
 import errno
@@ -31,8 +31,8 @@ def report(error: BaseException) -> int:
     not printed again.
 
     Most user errors, such as a wrong config, occur on all ranks, but should be printed only once. Therefore, rank 0
-    prints such an error at once, and the other ranks first wait for two seconds. If rank 0 has failed, the launcher
-    ends the other ranks before they print.
+    prints such an error at once, and all other ranks first wait for two seconds. During this time, the launcher notices
+    that rank 0 has failed, and ends the ranks that wait.
     """
     status, text = _describe(error)
     if not getattr(error, "is_reported", False):
@@ -59,7 +59,7 @@ def _wait_for_end() -> None:
 
 
 def printable(text: str) -> str:
-    """Return a text with escape sequences in place of control characters, except for line breaks and tabs."""
+    """Replace control characters in a text by escape sequences. Line breaks and tabs do not change."""
     return "".join(
         c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )

@@ -1,8 +1,8 @@
 """Save and summarize torch's flight recorder, which remembers the newest collectives of this rank.
 
-The flight recorder is always on. It records the collectives of NCCL and, in a separate recorder, those of gloo. The
-environment variable ``TORCH_FR_BUFFER_SIZE`` sets the number of collectives that it remembers, 2000 by default. 0 turns
-it off.
+The flight recorder is on by default. There is one recorder for the collectives of NCCL, and one for those of Gloo. The
+environment variable ``TORCH_FR_BUFFER_SIZE`` sets how many collectives a recorder remembers. The default is 2000. With
+0, the recorders are off.
 """
 
 import pickle
@@ -20,9 +20,9 @@ _DUMP_TIMEOUT_S = 10.0  # the recorder asks the driver of a GPU, which may hang
 
 
 def report_collectives(folder: Path | None, rank: int) -> None:
-    """Save the flight recorder of this rank and print one line about it on standard error.
+    """Save the flight recorder of this rank, and print one line about it on standard error.
 
-    Does nothing if the folder is None or if its parent, the run folder, does not exist yet.
+    If ``folder`` is None, or if its parent (the run folder) does not exist yet, do nothing.
     """
     if folder and folder.parent.is_dir():
         print(f"[rank {rank}] {save_flight_recorder(folder, rank)}", file=sys.stderr, flush=True)
@@ -31,7 +31,7 @@ def report_collectives(folder: Path | None, rank: int) -> None:
 def save_flight_recorder(folder: Path, rank: int) -> str:
     """Write the flight recorder of this rank to the file ``rank_N`` in a folder, and return a summary of one line.
 
-    torch's command ``torchfrtrace`` reads these files.
+    The files of all ranks can be read with torch's command ``torchfrtrace``.
     """
     summary = [f"the flight recorder of torch did not answer in {_DUMP_TIMEOUT_S:.0f} s"]
 
@@ -63,10 +63,10 @@ def _dump() -> bytes:
 
 
 def summarize(record: Mapping[str, Any], now_ns: int) -> str:
-    """Return which collectives of a flight record are not finished. If all are finished, describe the newest one.
+    """Return a text about the unfinished collectives in a flight record. If all are finished, describe the newest one.
 
     Args:
-        record: the content of a dump, format version 2.
+        record: the content of the flight recorder, as torch dumps it in format version 2.
         now_ns: the time now, in nanoseconds since the epoch.
     """
     entries = record.get("entries", [])

@@ -1,4 +1,4 @@
-"""Exchange heartbeats between ranks. If a rank dies or hangs, the remaining ranks print which rank it is, and exit."""
+"""Exchange heartbeats between ranks. If a rank dies or hangs, the other ranks print which rank is lost, and exit."""
 
 import json
 import os
@@ -36,7 +36,7 @@ _CURE = "; run the same command again (training continues from the last checkpoi
 
 @dataclass(frozen=True)
 class Verdict:
-    """The reason why the run ends, such as a lost rank. All ranks have the same reason."""
+    """The reason why the run ends, such as a lost rank. Rank 0 decides it, and all other ranks read it."""
 
     reason: str
     stuck: tuple[int, ...] = ()  # the ranks whose main thread is stuck
@@ -46,16 +46,16 @@ class Heartbeat:
     """Writes this rank's heartbeat to a key-value store every second, and reads the heartbeats of other ranks.
 
     A heartbeat says what the main thread of the rank is doing (see ``Place``). Rank 0 watches all other ranks. The
-    other ranks watch only rank 0, and read from the store whether and why rank 0 has ended the run.
+    other ranks watch only rank 0. They read from the store whether rank 0 has ended the run, and why.
 
-    A rank is lost if it has sent no heartbeat for ``timeout_s`` seconds, or if it is stuck (see ``find_stuck``). This
-    object then prints which rank is lost, and ends the process with ``LostRankError.exit_status``. All this happens in
-    a thread, because the main thread may wait in a collective. If the store does not answer, a second thread ends the
-    process.
+    A rank is lost if it has sent no heartbeat for ``timeout_s`` seconds, or if it is stuck (see ``find_stuck``). Each
+    remaining rank then prints which rank is lost, and ends its process with ``LostRankError.exit_status``. A separate
+    thread does all this, because the main thread may be waiting in a collective. If the store does not answer, a second
+    thread ends the process.
 
     Args:
-        records: the folder to which each rank writes torch's flight recorder before this object ends the process. None
-            writes nothing.
+        records: before the process ends, each rank writes torch's flight recorder to this folder. If None, it writes
+            nothing.
     """
 
     def __init__(self, world: World, timeout_s: float, records: Path | None = None) -> None:
@@ -73,20 +73,20 @@ class Heartbeat:
         self._guard = threading.Thread(target=self._watch_store, name="heartbeat-guard", daemon=True)
 
     def start(self) -> None:
-        """Start the threads. Before this call, wait with a barrier until every rank has created its ``Heartbeat``."""
+        """Start the threads. Before this call, wait in a barrier until every rank has created its ``Heartbeat``."""
         self._thread.start()
         self._guard.start()
 
     def stop(self) -> None:
-        """Stop the threads. Before this call, wait with a barrier, because other ranks expect heartbeats until then."""
+        """Stop the threads. Before this call, all ranks must pass a barrier. Until then, they expect heartbeats."""
         self._stopped.set()
 
     @contextmanager
     def explaining_sigterm(self) -> Iterator[None]:
-        """Return a context manager for a block in which the run may be stopped by its launcher.
+        """Return a context manager that handles SIGTERM inside its ``with`` block.
 
-        When a launcher finds a dead rank, it sends SIGTERM to all other ranks. If this happens inside the ``with``
-        block, the process prints which rank is lost, and ends.
+        When a launcher finds a dead rank, it sends SIGTERM to all other ranks. A process that receives SIGTERM inside
+        the block prints which rank is lost, and ends.
         """
         if self.size == 1:
             yield
@@ -182,12 +182,14 @@ class Heartbeat:
 def heartbeat(world: World, timeout_s: float, records: Path | None = None) -> Iterator[None]:
     """Return a context manager that watches all ranks inside its ``with`` block.
 
-    At the end of the block, each rank waits for all other ranks. If the block raises an error, the error is printed at
-    once (see ``failures_reported``).
+    If a rank sends no heartbeat or is stuck, all other ranks print which rank it is, and exit. At the end of the block,
+    each rank waits for all other ranks. If the block raises an error, the error is printed at once (see
+    ``failures_reported``).
 
     Args:
-        records: a folder for torch's flight recorder. If a rank is silent or stuck, or if a collective times out, each
-            rank writes a file to it, and prints one line about its collectives. None writes nothing.
+        timeout_s: a rank that sends no heartbeat for this number of seconds is lost.
+        records: a folder for torch's flight recorder. If a rank is lost or if a collective times out, each rank writes
+            a file to this folder, and prints one line about its collectives. If None, it does neither.
     """
     watch = Heartbeat(world, timeout_s, records)
     with watch.explaining_sigterm():
@@ -246,9 +248,9 @@ def failures_reported(world: World) -> Iterator[None]:
 
 
 def find_lost(world: World) -> str | None:
-    """Return a text that names the lost ranks. Returns None if no rank is lost.
+    """Return a text that names the lost ranks. If no rank is lost, return None.
 
-    A rank is lost if it has failed or sends no heartbeat during this call. The call takes a few seconds.
+    A rank is lost if it has failed, or if it sends no heartbeat during this call, which takes a few seconds.
     """
     otherwise: str | None = _LOST_STORE
     return _within_store_timeout(lambda: _find_lost(world), otherwise)

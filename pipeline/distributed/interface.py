@@ -1,8 +1,8 @@
 """Choose the network interface through which Gloo connects ranks on different nodes.
 
-By default, Gloo uses the IP address that the name of the host resolves to. On Debian and Ubuntu, this is 127.0.1.1,
-which other nodes cannot reach. Runs with NCCL also need Gloo: they use it to save checkpoints, and to agree on when to
-stop after a signal.
+By default, Gloo uses the IP address to which the name of the host resolves. On Debian and Ubuntu, this address is
+127.0.1.1, which other nodes cannot reach. Runs with NCCL also use Gloo: to save checkpoints, and to agree on the step
+after which all ranks stop.
 """
 
 import ipaddress
@@ -22,8 +22,13 @@ log = logging.getLogger(__name__)
 def choose_gloo_interface(store: Store, rank: int, size: int) -> None:
     """Make Gloo use the network interface that leads to the other nodes. Do nothing if all ranks are on one node.
 
-    This call is collective: every rank must make it before it creates a process group. If the user has set
-    ``GLOO_SOCKET_IFNAME``, Gloo uses that interface.
+    This call is collective: every rank must make it before it creates a process group. If the user has chosen an
+    interface with ``GLOO_SOCKET_IFNAME``, Gloo uses that one.
+
+    Args:
+        store: the key-value store of the ranks.
+        rank: this rank.
+        size: the number of ranks.
     """
     addresses = _exchange(store, rank, size, own=own_address_towards(*master_address()))
     reachable = [address for address in addresses if not _is_loopback(address)]
@@ -37,7 +42,7 @@ def choose_gloo_interface(store: Store, rank: int, size: int) -> None:
 
 
 def own_address_towards(host: str, port: int) -> str:
-    """Return the IP address from which this host sends packets to another host. Returns "" if there is no route."""
+    """Return the IP address from which this host sends packets to another host. If there is no route, return ""."""
     with suppress(OSError):
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
             with suppress(OSError), socket.socket(family, kind, protocol) as probe:
@@ -48,7 +53,7 @@ def own_address_towards(host: str, port: int) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """Return the name of the network interface that has an IP address. Returns None if no interface has the address."""
+    """Return the name of the network interface that has the given IP address. If there is none, return None."""
     for name, addresses in psutil.net_if_addrs().items():
         if address in (each.address for each in addresses):
             return str(name)

@@ -1,8 +1,8 @@
-"""Allocate buffers in host memory. Buffers for tensors on a GPU are pinned, so that they can be copied asynchronously.
+"""Allocate buffers in host memory, into which tensors are copied. If a tensor is on a GPU, its buffer is pinned.
 
-torch rounds the size of each pinned allocation up to a power of two. If each tensor of GPT-2 had its own allocation,
-the allocations would need 1.1 to 1.7 times the memory of the tensors. Therefore, several tensors share an allocation
-whose size is a power of two.
+A GPU can copy to pinned memory asynchronously. torch rounds the size of each pinned allocation up to a power of two. If
+each buffer for a tensor of GPT-2 had its own allocation, the allocations would need 1.1 to 1.7 times the memory of the
+tensors. Therefore, several buffers share an allocation whose size is a power of two. Such an allocation is a *slab*.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _ALIGNMENT = 512  # bytes, as for tensors on a GPU
 
 @dataclass(frozen=True)
 class Slab:
-    """A pinned allocation that several tensors share."""
+    """A pinned allocation that several buffers share. Its size is a power of two."""
 
     size: int  # bytes, a power of two
     offsets: dict[int, int]  # index of a tensor -> its first byte
@@ -44,12 +44,15 @@ def _allocate_pinned(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
-    """Divide tensors with the given sizes in bytes among slabs, so that little memory is lost.
+    """Divide buffers among slabs (pinned allocations whose size is a power of two), so that little memory is lost.
 
-    The slabs are created one after another. The size of a new slab is the largest power of two that does not exceed the
-    total size of the tensors that have no slab yet. If the largest of these tensors does not fit into this size, the
-    size is the smallest power of two into which the tensor fits. The slab is then filled with tensors in the order of
-    decreasing size.
+    The slabs are planned one after another. The size of a new slab is the largest power of two that does not exceed the
+    total size of the buffers without a slab. If the largest of these buffers is larger, the size of the slab is the
+    smallest power of two into which this buffer fits. The slab is then filled with buffers in the order of decreasing
+    size.
+
+    Args:
+        sizes: the size of each buffer in bytes.
     """
     padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
     remaining = sorted(range(len(sizes)), key=lambda index: -padded[index])
@@ -69,5 +72,8 @@ def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
 
 
 def pinned_size(size: int) -> int:
-    """Return how many bytes torch allocates for a pinned tensor of ``size`` bytes, which is the next power of two."""
+    """Return how many bytes torch allocates for a pinned tensor of ``size`` bytes.
+
+    The result is ``size``, rounded up to a power of two.
+    """
     return 1 << (size - 1).bit_length() if size else 0

@@ -5,11 +5,11 @@ evaluation, and each collective. All ranks pass the same marks in the same order
 of marks that it has passed. A stuck rank shows one of two signs:
 
 - It is *still*: it passes no mark and uses no CPU time, for example because a file system does not answer.
-- It *loops*: since its last mark, it has used much more CPU time than it ever used from one mark to the next. This is
-  also the sign of a GPU that hangs, because a rank uses CPU time while it waits for its GPU.
+- It *loops*: since its last mark, it has used much more CPU time than it ever used from one mark to the next. If a GPU
+  hangs, its rank also loops, because a rank uses CPU time while it waits for its GPU.
 
-A healthy rank shows the same signs while it waits for another rank in a collective. Therefore, ``find_stuck`` compares
-the positions of the ranks.
+A healthy rank shows one of these signs, too, while it waits for a stuck rank in a collective. Therefore, ``find_stuck``
+also compares the positions of the ranks.
 """
 
 import json
@@ -64,7 +64,7 @@ class Progress:
     def pass_mark(self) -> None:
         """Record that this rank has passed a mark, such as a collective, inside the current phase.
 
-        All ranks must pass the same marks in the same order.
+        A mark is a call that all ranks must make in the same order.
         """
         self._restart_clock()
         self.position += 1
@@ -72,8 +72,7 @@ class Progress:
     def move(self) -> None:
         """Record that this rank has made progress and is not stuck.
 
-        This call does not count as a mark. Marks are calls that all ranks make in the same order, but a single rank can
-        make this call without the other ranks.
+        Unlike ``reach`` and ``pass_mark``, this method may be called by a single rank.
         """
         self._restart_clock()
         self.moves += 1
@@ -82,8 +81,8 @@ class Progress:
     def patience(self) -> Iterator[None]:
         """Return a context manager for rare work that takes long.
 
-        Outside of such a block, a rank without progress soon counts as stuck. Inside the block, it counts as stuck only
-        after several minutes. The other ranks need not make this call.
+        Usually, a rank without progress soon counts as stuck. Inside the ``with`` block, it counts as stuck only after
+        several minutes. The method may be called by a single rank.
         """
         before = self.is_patient, self.repeats
         self.move()
@@ -104,7 +103,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Place:
-    """What the main thread of a rank is doing, and for how long it has made no progress."""
+    """What the main thread of a rank is doing, and for how long the thread has made no progress."""
 
     position: int
     phase: str
@@ -119,7 +118,13 @@ class Place:
         return json.dumps(asdict(self))
 
     def is_overdue(self, timeout_s: float) -> bool:
-        """Return whether the rank has been still for longer than its phase allows, or loops (see ``loops``)."""
+        """Return whether the rank loops (see ``loops``), or has been still for longer than its phase allows.
+
+        A rank is still if it passes no mark and uses no CPU time.
+
+        Args:
+            timeout_s: how long a rank may be still. In a patient phase, it may be still for longer.
+        """
         allowed_s = max(timeout_s, PATIENCE_S) if self.is_patient else timeout_s
         return self.still_s > allowed_s or self.loops(timeout_s)
 
@@ -127,9 +132,9 @@ class Place:
         """Return whether the rank computes without progress, for example in an infinite loop.
 
         A rank reports its progress with ``Progress.reach``, ``Progress.pass_mark`` or ``Progress.move``. The result is
-        True if the CPU time that the rank has used since its last report is both more than ``timeout_s`` seconds and
-        much more than the longest CPU time between two consecutive earlier reports. Only phases with ``repeats`` count
-        for this longest time.
+        True if the CPU time since the rank's last report is longer than ``timeout_s`` and also much longer than usual.
+        Usual is the longest CPU time from one report to the next so far. For this longest time, only phases with
+        ``repeats`` count.
         """
         return self.longest_s > 0 and self.busy_s > max(timeout_s, LOOP_FACTOR * self.longest_s)
 
@@ -150,7 +155,8 @@ class MainThread:
         """Return what the observed thread is doing.
 
         Args:
-            elapsed_s: the seconds since the last call, without the time in which the process was suspended.
+            elapsed_s: the seconds since the last call of this method. Time in which the process was suspended must not
+                be included.
         """
         progress = self._progress
         seen, cpu_s, own_cpu_s = (progress.position, progress.moves), self._read_cpu_s(), self._read_own_cpu_s()
@@ -212,10 +218,14 @@ def _describe_frame(frame: FrameType) -> str:
 
 
 def find_stuck(places: Mapping[int, Place], timeout_s: float) -> list[int]:
-    """Return the ranks that are stuck. Returns an empty list if the run is healthy.
+    """Return the ranks that are stuck. If no rank is stuck, return an empty list.
 
     Only an overdue rank (see ``Place.is_overdue``) can be stuck. An overdue rank is stuck if another rank has passed
     more marks. If all ranks are overdue, the ranks that have passed the fewest marks are stuck.
+
+    Args:
+        places: maps each rank to what its main thread is doing.
+        timeout_s: how long a rank may be still (see ``Place.is_overdue``).
     """
     overdue = [rank for rank, place in places.items() if place.is_overdue(timeout_s)]
     positions = [place.position for place in places.values()]
@@ -225,9 +235,11 @@ def find_stuck(places: Mapping[int, Place], timeout_s: float) -> list[int]:
 
 
 def describe_places(places: Mapping[int, Place], stuck: Sequence[int], names: Mapping[int, str]) -> str:
-    """Return a text that says which ranks are stuck, where they are stuck, and where the other ranks are.
+    """Return a text that says which ranks are stuck, what they are doing, and what the other ranks are doing.
 
     Args:
+        places: maps each rank to what its main thread is doing.
+        stuck: the stuck ranks.
         names: maps each stuck rank to its host and process id.
     """
     groups: dict[tuple[bool, str, str], list[int]] = {}

@@ -1,4 +1,4 @@
-"""Connect the ranks of a run with each other, even after the launcher has restarted the ranks."""
+"""Connect the ranks of a run with each other. This also works after the launcher has restarted the ranks."""
 
 import errno
 import os
@@ -25,8 +25,8 @@ def open_store(rank: int, size: int, timeout: timedelta) -> Store:
     """Return an empty key-value store that all ranks share.
 
     torchrun keeps its store when it restarts the ranks. If the new ranks found the addresses of the earlier ranks in
-    this store, they would wait forever for the earlier ranks. Therefore, the keys get a new prefix at each start. If
-    there is only one rank, the store is in memory and needs no port.
+    it, they would wait forever. Therefore, the keys get a new prefix at each start. If there is only one rank, the
+    store is in memory and needs no port.
 
     Raises:
         TimeoutError: a rank has not connected within ``timeout``.
@@ -46,7 +46,7 @@ def open_store(rank: int, size: int, timeout: timedelta) -> Store:
 
 
 def connect(rank: int, size: int, timeout: timedelta) -> Store:
-    """Connect to the store at the launcher's address. Rank 0 serves the store, unless the launcher serves it."""
+    """Connect to the key-value store at the launcher's address. If the launcher does not serve it, rank 0 does."""
     host, port = master_address()
     is_server = rank == 0 and not launcher_holds_store()
     try:

@@ -9,13 +9,13 @@ from collections.abc import Callable
 class SignalThread:
     """A thread that calls a function for each signal that has a Python handler.
 
-    Without this thread, minutes can pass before a signal is handled. Python calls a signal handler only between two
-    instructions of the main thread, and one instruction can compile the model or wait for a collective.
+    Python calls a signal handler only between two instructions of the main thread. One instruction can compile the
+    model or wait for a collective, so minutes can pass before the handler is called. This thread has no such delay.
 
     Call all methods from the main thread.
 
     Args:
-        hear: the function to call with the number of the signal. The new thread calls it, not the main thread.
+        hear: the function to call with the number of the signal. It is called in this object's thread.
     """
 
     def __init__(self, hear: Callable[[int], None]) -> None:
@@ -25,7 +25,7 @@ class SignalThread:
     def start(self) -> None:
         """Start the thread.
 
-        If an earlier ``SignalThread`` is running, the earlier thread gets no signals until the new thread is stopped.
+        If another ``SignalThread`` is already running, it gets no signals until this one is stopped.
         """
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)

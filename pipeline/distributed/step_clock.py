@@ -1,21 +1,21 @@
 """Measure how a rank spends the time of a step: computing, waiting for data, or waiting in collectives.
 
 In synchronous training, all ranks take the same time per step, because each rank waits for the slowest one in the
-collectives. The slowest rank is therefore the rank with the least waiting time, or, which is the same, the rank with
-the most *own time* (compute time and data wait).
+collectives. The time of a step is waiting in collectives, and *own time* (computing, and waiting for data). The slowest
+rank is therefore the rank with the most own time.
 
-The computation of a rank is a timeline. On a CPU, this is the main thread, and the clock is the clock of the host. On a
-GPU, it is the stream on which the model computes, and the clock consists of CUDA events in this stream. The time of a
-step is divided into three kinds:
+The computation of a rank is a timeline. On a CPU, the timeline is the main thread, and the clock is that of the host.
+On a GPU, the timeline is the stream on which the model computes, and the clock consists of CUDA events in this stream.
+The time of a step is divided into three kinds:
 
-- *collective wait*: the timeline stands still until a collective has finished. This includes the transfer of data. A
+- *collective wait*: the timeline stands still until a collective has finished. The time to transfer data is included. A
   collective that runs in the background, while the rank computes, does not count.
 - *data wait*: the timeline stands still until the loader has returned the micro-batches.
 - *compute*: the rest of the step.
 
-To find the collective wait under every backend, the clock replaces the functions of torch in which a timeline can wait
-for a collective. It does so only during a step, and only the thread that computes is measured. DDP waits in C++ code
-and therefore calls ``StepClock.backward_pass``.
+To measure the collective wait under every backend, the clock replaces the functions of torch that wait for a
+collective. They are replaced only during a step, and only the thread that computes is measured. DDP waits in C++ code.
+Therefore, the backend for DDP must call ``StepClock.backward_pass``.
 """
 
 import functools
@@ -44,27 +44,27 @@ _COLLECTIVES = ("all", "_allgather", "broadcast", "reduce", "_reduce_scatter", "
 
 
 class HostClock:
-    """The clock of a timeline that is the main thread."""
+    """The clock of a rank that computes on the CPU. It measures the time of the main thread."""
 
     #: The functions in which the main thread waits for a collective, as pairs of a class and a name. A collective of
     #: gloo runs in other threads.
     waiting_functions: tuple[tuple[type, str], ...] = ((Work, "wait"),)
 
     def mark(self) -> Mark | None:
-        """Return the time now, which is a mark on the timeline."""
+        """Return a mark: the current time, to pass to ``seconds`` later."""
         return time.perf_counter()
 
     def has_passed(self, mark: Mark) -> bool:
-        """Return whether the timeline has reached a mark. The main thread has always reached its own marks."""
+        """Return True, because the main thread has already reached every mark that it has made."""
         return True
 
     def seconds(self, start: Mark, end: Mark) -> float:
-        """Return the seconds between two marks that the timeline has passed."""
+        """Return the seconds between two marks that ``mark`` has returned."""
         return float(end - start)
 
 
 class StreamClock:
-    """The clock of a timeline that is a CUDA stream. No call waits for the GPU."""
+    """The clock of a rank that computes on a GPU. It measures the time in a CUDA stream. No call waits for the GPU."""
 
     waiting_functions = (
         (Work, "wait"),
@@ -77,7 +77,10 @@ class StreamClock:
         self._stream = torch.cuda.current_stream()
 
     def mark(self) -> Mark | None:
-        """Record an event in the stream. Returns None if the calling thread uses another stream now."""
+        """Record an event in the stream, and return it as a mark, to pass to ``seconds`` later.
+
+        If the calling thread currently uses another stream, return None.
+        """
         if torch.cuda.current_stream() != self._stream:
             return None
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -105,7 +108,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """The mean times of one rank per step, in seconds. They add up to the time of a step."""
+    """The mean times of one rank per step, in seconds. The sum of all fields is the time of a step."""
 
     compute_s: float = 0.0
     data_wait_s: float = 0.0
@@ -113,11 +116,14 @@ class StepTimes:
 
 
 class StepClock:
-    """Measures the steps of this rank, except the first ``SETTLING_STEPS``. The main thread makes all calls.
+    """Measures how this rank spends the time of its steps, except the first ``SETTLING_STEPS`` steps.
+
+    Call all methods from the main thread.
 
     Args:
-        is_active: if False, this object measures nothing. A single rank has nobody to wait for.
-        clock: the clock of the timeline. None chooses the clock for the device.
+        is_active: if False, this object measures nothing. It should be False if there is only one rank, which never
+            waits for other ranks.
+        clock: the clock to use. If None, the device determines the clock.
     """
 
     def __init__(self, device: torch.device, *, is_active: bool, clock: HostClock | StreamClock | None = None) -> None:
@@ -165,11 +171,11 @@ class StepClock:
 
     @contextmanager
     def backward_pass(self, loss: Tensor) -> Iterator[None]:
-        """Return a context manager for a backward pass of DDP. DDP waits at the end of the pass, in C++ code.
+        """Return a context manager for a backward pass of DDP. It measures how long DDP waits at the end of the pass.
 
-        The callbacks at the end of a backward pass run in the order in which they were queued. DDP queues its callback,
-        which waits, when the last gradients are ready. A callback that is queued at the beginning of the pass therefore
-        runs when all gradients are computed, just before DDP waits.
+        DDP waits in a callback. The callbacks at the end of a backward pass run in the order in which they were queued,
+        and DDP queues its callback when the last gradients are ready. This method queues another callback at the
+        beginning of the pass, which therefore runs just before DDP waits.
         """
         if self._step is None:
             yield
@@ -223,9 +229,9 @@ class StepClock:
         return sum(self._clock.seconds(start, end) for start, end in waits)
 
     def read(self) -> StepTimes | None:
-        """Return the mean times per step since the last call, or None if no step was measured.
+        """Return the mean times per step since the last call of this method. If no step was measured, return None.
 
-        On a GPU, the steps that the GPU has not finished yet count in the next call.
+        If a GPU has not finished a step yet, this step counts in the next call.
         """
         self._add_finished()
         if not self._steps:

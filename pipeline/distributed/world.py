@@ -62,7 +62,7 @@ class World:
         return total
 
     def max(self, value: int) -> int:
-        """Return the largest ``value`` of all ranks. This call is collective: every rank must make it."""
+        """Return the largest of the values of all ranks. This call is collective: every rank must make it."""
         self.progress.pass_mark()
         if self.size == 1:
             return value
@@ -101,8 +101,8 @@ class World:
     def call_on_main(self, function: Callable[[], Result]) -> Result:
         """Call a function on the main rank only, and return its result on every rank. The result must be small.
 
-        This call is collective: every rank must make it. If the function raises a ``UserError`` on the main rank, this
-        call raises ``MainRankError`` on the other ranks.
+        This call is collective: every rank must make it. If the function raises a ``UserError``, the main rank raises
+        this error, and every other rank raises ``MainRankError``.
         """
         result: Result | None = None
         failure: UserError | None = None
@@ -120,18 +120,18 @@ class World:
         return cast(Result, result)
 
     def connect_to_store(self, prefix: str) -> Store:
-        """Return a separate connection to the key-value store of the ranks. Its keys get a prefix.
+        """Return a separate connection to the key-value store of the ranks. Its keys get the given prefix.
 
-        Each thread needs its own connection, because a request that waits blocks all other requests of its connection.
+        Each thread needs its own connection, because a request that waits blocks all later requests on its connection.
         """
         store = self.store.clone() if self.store else HashStore()  # type: ignore[attr-defined]
         return PrefixStore(prefix, store)
 
     def with_cpu_group(self) -> World:
-        """Return a world with the same ranks and a new Gloo process group, for collectives on CPU tensors.
+        """Return a new ``World`` of the same ranks with its own Gloo process group, for collectives on CPU tensors.
 
-        This call is collective: every rank must make it. One thread may use the new world while another thread uses
-        this world.
+        This call is collective: every rank must make it. Two threads can use the new world and this world at the same
+        time.
         """
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if self.size > 1 else None
         return replace(self, device=torch.device("cpu"), group=group, progress=Progress())
@@ -139,13 +139,13 @@ class World:
 
 @contextmanager
 def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]:
-    """Return a context manager that connects this process with the other ranks, and gives the ``World``.
+    """Return a context manager that connects this process with the other ranks. Its ``with`` block gets the ``World``.
 
-    Without a launcher, there is only one rank.
+    If no launcher has started this process, there is only one rank.
 
     Args:
         process_group: whether to create torch's process group even if there is only one rank. FSDP and DeepSpeed need
-            this group.
+            the group.
 
     Raises:
         ConfigError: this machine does not have the requested device, the device is MPS and there are several ranks, the
@@ -173,7 +173,11 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """Return the device that ``wanted`` names, a value of ``run.device``.
+    """Return the device for this rank.
+
+    Args:
+        wanted: the value of ``run.device``.
+        local_rank: the number of this rank on its node. It determines the GPU.
 
     Raises:
         ConfigError: this machine does not have the device, or has fewer GPUs than ranks.

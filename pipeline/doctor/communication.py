@@ -1,6 +1,6 @@
 """Check whether ranks can communicate. The checks cover libraries, the host name, the port, and two real ranks.
 
-The two ranks run this file: ``torchrun -m pipeline.doctor.communication cpu``.
+To test two ranks, the program starts this module: ``torchrun -m pipeline.doctor.communication cpu``.
 """
 
 import ipaddress
@@ -35,9 +35,9 @@ def check_collectives() -> Finding:
 
 
 def check_host_name() -> Finding:
-    """Check that the name of this machine resolves to one of its own addresses.
+    """Check that the name of this machine resolves to an address of this machine.
 
-    torchrun gives this name to the ranks, and the ranks connect to it.
+    torchrun gives the name to the ranks, and the ranks connect to it.
     """
     name = socket.gethostname()
     cure = f'echo "127.0.1.1 {name}" >> /etc/hosts; for several nodes: docs/multi-node.md, "When ranks do not connect"'

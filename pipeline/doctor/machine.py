@@ -28,8 +28,8 @@ def run_checks(folder: Path, *, thorough: bool) -> list[Finding]:
     """Run all checks except ``check_packages``. If a check raises an error, the result contains the error as a finding.
 
     Args:
-        folder: the folder for runs and data. It need not exist yet.
-        thorough: whether to also compile code and start two ranks. This takes one or two minutes the first time.
+        folder: the folder for runs and data. It need not exist yet. thorough: whether to also compile code and start
+            two ranks. The first time, this takes one or two minutes.
     """
     checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
         ("device", check_devices),
@@ -151,7 +151,10 @@ def check_compilers() -> Iterator[Finding]:
 
 
 def check_builds() -> Iterator[Finding]:
-    """Compile a function with torch.compile, and build DeepSpeed's CPUAdam. Later runs use this build again."""
+    """Check that torch.compile can compile a function, and that DeepSpeed's CPUAdam can be built.
+
+    Training uses the build of CPUAdam.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if compiler_works(device):
         yield Finding("torch.compile", "ok", f"works on {device}")

@@ -63,7 +63,7 @@ def _check_extras(project: Distribution) -> Iterator[Finding]:
 
 
 def requirements(project: Distribution, extra: str) -> list[Requirement]:
-    """Return the requirements that an extra adds to a project.
+    """Return the requirements that an extra (a set of optional dependencies) adds to a project.
 
     If ``extra`` is "", return the requirements that the project has without extras.
     """

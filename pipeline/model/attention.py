@@ -1,4 +1,4 @@
-"""Compute causal self-attention with the fastest kernel of torch. All kernels compute the same function."""
+"""Compute causal self-attention with torch's fastest kernel. All kernels compute the same function."""
 
 import logging
 import math
@@ -41,8 +41,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
 def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute causal attention with matrix products, one block of queries at a time.
 
-    A compiler can fuse these matrix products with other operations, which is not possible with torch's attention
-    kernels.
+    The arguments and the result are those of ``causal_attention``. A compiler can fuse the matrix products with other
+    operations. It cannot fuse torch's attention kernels.
     """
     T, D = q.shape[2:]
     width = T // QUERY_BLOCKS
@@ -60,10 +60,10 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def fastest_kernel(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int], dropout: float
 ) -> Iterator[str]:
-    """Return a context manager that makes attention use the fastest kernel that works for these inputs.
+    """Return a context manager. Inside its ``with`` block, attention uses the fastest kernel that works for the inputs.
 
-    The value of the context manager is torch's name for this kernel. If no fused kernel works, the name is ``MATH``,
-    and a warning is logged. If torch does not report which kernel it uses, the name is ``UNKNOWN``.
+    The block gets torch's name for the kernel. If no fused kernel works, the name is ``MATH``, and a warning is logged.
+    If torch does not report which kernel it uses, the name is ``UNKNOWN``.
 
     Args:
         shape: the shape (B, H, T, D) of the queries in training.
@@ -86,9 +86,9 @@ def fastest_kernel(
 
 @contextmanager
 def kernels_for_any_length() -> Iterator[None]:
-    """Return a context manager that prevents attention from using cuDNN's kernel.
+    """Return a context manager. Inside its ``with`` block, attention does not use cuDNN's kernel.
 
-    Use this if the lengths of the inputs vary, because cuDNN's kernel needs up to 0.4 s for each new shape.
+    Use it if the lengths of the inputs vary. For each new shape, cuDNN's kernel needs up to 0.4 s of preparation.
     """
     with sdpa_kernel(list(_KERNELS), set_priority=True):
         yield

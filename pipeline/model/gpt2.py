@@ -118,22 +118,22 @@ class GPT2(nn.Module):
         self.tie_weights()
 
     def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
-        """Call the method ``loss``, ``logits`` or ``score``.
+        """Call the method ``loss``, ``logits`` or ``score`` with ``inputs``, and return its result.
 
-        Every computation with a wrapped model must start with a call of ``forward``, because DDP, FSDP2, DeepSpeed,
-        autocast and torch.compile do their work only in this call.
+        If a model is wrapped, do not call these methods directly. DDP, FSDP2, DeepSpeed, autocast and torch.compile do
+        their work only in a call of ``forward``.
         """
         result: Tensor = getattr(self, method)(*inputs)
         return result
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum of the cross-entropies of all scored targets in nats, an fp32 scalar.
+        """Return the sum of the cross-entropies of all targets in nats, an fp32 scalar.
 
         The result is not a mean, because the model does not know the number of targets in the global batch.
 
         Args:
             tokens: (B, T) integer ids below ``vocab_size``.
-            targets: (B, T) int64 ids. ``IGNORE_INDEX`` marks targets that are not scored.
+            targets: (B, T) int64 ids. Targets that are ``IGNORE_INDEX`` do not count.
         """
         return self.lm_head(self.hidden_states(tokens), targets, method="loss")
 
@@ -142,10 +142,10 @@ class GPT2(nn.Module):
         return self.lm_head(self.hidden_states(tokens), method="logits")
 
     def score(self, batch: ScoringBatch) -> Tensor:
-        """Compute the log-probabilities of the targets. Return fp32 of shape (2, N), with one column per target.
+        """Return the log-probability of each target, and whether it is the most likely token, fp32 of shape (2, N).
 
-        The first row contains the log-probability of each target in nats. The second row contains 1 if the target is
-        the most likely token, otherwise 0.
+        The result has one column per target. The first row contains the log-probability in nats. The second row
+        contains 1 if the target is the most likely token, otherwise 0.
         """
         hidden = self.hidden_states(
             batch.tokens,
@@ -196,9 +196,9 @@ class GPT2(nn.Module):
         return positions - starts
 
     def tie_weights(self) -> None:
-        """Make the output layer use the weight of the token embedding.
+        """Make the output layer use the weight of the token embedding. Call this after ``nn.Module.to_empty``.
 
-        ``nn.Module.to_empty`` separates the two, because it creates one tensor per name.
+        ``to_empty`` creates one tensor per name, so that the output layer and the embedding have separate weights.
         """
         self.lm_head.weight = self.wte.weight
 
@@ -216,7 +216,7 @@ def allocate_model(config: ModelConfig, device: torch.device | str) -> GPT2:
 
 
 def place_model(model: GPT2, device: torch.device | str) -> None:
-    """Move the weights to a device. If they have no memory yet, allocate it on this device, without initial values."""
+    """Move the weights to a device. If they have no memory yet, allocate it on the device, without initial values."""
     if model.wte.weight.is_meta:
         model.to_empty(device=device)
         model.tie_weights()
@@ -237,10 +237,12 @@ def build_model(config: ModelConfig, seed: int) -> GPT2:
 
 
 def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
-    """Return the number of parameters of a model. The weight that embedding and output layer share is counted once.
+    """Return the number of parameters of a model.
+
+    The token embedding and the output layer share one weight, which is counted once.
 
     Args:
-        padded: whether to include the padding rows of this weight.
+        padded: whether to include the padding rows of the shared weight.
     """
     C, V = config.n_embd, config.vocab_size
     rows = padded_vocab_size(V) if padded else V
@@ -252,8 +254,8 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Return the model FLOPs of the forward and backward pass per token: 6 N + 12 L C T.
 
     N is the number of parameters without the position embedding, L is ``n_layer``, C is ``n_embd``, and T is
-    ``seq_len``. The second term is for attention. Recomputation is not counted. The formula is from Chowdhery et al.
-    2022, appendix B.
+    ``seq_len``. The second term is for attention. FLOPs for recomputing activations do not count. The formula is from
+    Chowdhery et al. 2022, appendix B.
     """
     n = parameter_count(config, padded=True) - config.context_length * config.n_embd
     return 6 * n + 12 * config.n_layer * config.n_embd * seq_len

@@ -23,14 +23,15 @@ def draw_elements(name: str, shape: torch.Size, config: ModelConfig, seed: int, 
     stream, the standard deviation is 0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3). Biases are 0, and
     LayerNorm weights are 1.
 
-    The values do not depend on how a parameter is divided into ranges. A random generator cannot skip values, so the
-    function draws all values before the end of the range, and keeps at most ``2 * BLOCK_ELEMENTS`` of them in memory.
+    The values do not depend on how a parameter is divided into ranges. A random generator cannot skip values.
+    Therefore, the function draws all values of the parameter up to the end of the range. It keeps at most ``2 *
+    BLOCK_ELEMENTS`` of them in memory.
 
     Args:
         name: the canonical name of the parameter.
         shape: the shape of the whole parameter.
-        start: the first element of the range, counted in the flattened parameter.
-        target: the elements of the range, shape (n,), fp32, on any device. They are overwritten.
+        start: the index of the range's first element in the flattened parameter.
+        target: the tensor to fill, shape (n,), fp32, on any device.
     """
     if name.endswith("bias"):
         target.zero_()

@@ -30,7 +30,7 @@ class Matrix:
 
     @property
     def stop(self) -> int:
-        """Return the index after the last element. The index counts elements of the flattened parameter."""
+        """Return the index after the matrix's last element, in the flattened parameter."""
         return self.start + self.numel
 
     @property
@@ -76,8 +76,8 @@ def divide_into_batches(matrices: Sequence[Matrix], ranks: int) -> list[list[Mat
     """Divide matrices into batches of about the same size.
 
     The ranks exchange all matrices of a batch at once. With larger batches, the work is divided more equally among the
-    ranks. With smaller batches, the exchange needs less memory. Therefore, the size of a batch is limited, and the
-    limit grows with the number of ranks and with the size of the largest matrix.
+    ranks. With smaller batches, the exchange needs less memory. As a compromise, the size of a batch has a limit, which
+    grows with the number of ranks and with the size of the largest matrix.
     """
     total = sum(matrix.numel for matrix in matrices)
     largest = max((matrix.numel for matrix in matrices), default=0)
@@ -93,8 +93,8 @@ def divide_into_batches(matrices: Sequence[Matrix], ranks: int) -> list[list[Mat
 def assign_owners(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
     """Assign matrices to ranks. Return the matrices of each rank.
 
-    The matrices are assigned in the order of decreasing cost. Each matrix goes to the rank that has the least work so
-    far.
+    The rank of a matrix is called its owner, and orthogonalizes it. The matrices are assigned in the order of
+    decreasing cost. Each matrix goes to the rank that has the least work so far.
     """
     owned: list[list[Matrix]] = [[] for _ in range(ranks)]
     work = [0] * ranks
@@ -106,9 +106,13 @@ def assign_owners(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
 
 
 def exchange_elements(batch: Sequence[Matrix], ranks: int, ranks_per_copy: int) -> int:
-    """Return the largest number of elements that a rank needs in memory to exchange and orthogonalize a batch.
+    """Return how many elements a rank needs in memory to exchange and orthogonalize a batch of matrices.
+
+    If some ranks need more than others, the result is the number for the rank that needs most.
 
     Args:
+        batch: the matrices of the batch.
+        ranks: the number of ranks.
         ranks_per_copy: the number of ranks that together hold one copy of all matrices.
     """
     total = sum(matrix.numel for matrix in batch)

@@ -1,4 +1,4 @@
-"""Define the names of the tensors that belong to a parameter: the weight, its optimizer tensors, and its average."""
+"""Define the names of the tensors that belong to a parameter: its weight, its optimizer tensors, and its average."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ StateNames = Mapping[str, Iterable[str]]
 
 
 def state_names_of(shapes: Mapping[str, Sequence[int]], config: Config) -> dict[str, tuple[str, ...]]:
-    """Return a dict with one entry per parameter: its name, and the names of its tensors except the weight itself.
+    """Return a dict that maps the name of each parameter to the names of the tensors that training keeps for it.
 
-    These tensors are the optimizer tensors, such as ``exp_avg``, and the average of the weight if ``averaging.ema`` is
-    set.
-
-    The result is the same under every backend and on every rank.
+    These are the names of the optimizer tensors, such as ``exp_avg``. If ``averaging.ema`` is set, the name of the
+    average of the weight is included. The name of the weight itself is not. The result does not depend on the backend
+    or the rank.
 
     Args:
         shapes: maps the canonical names of all parameters to their shapes.

@@ -1,4 +1,4 @@
-"""Run the model in one of the precisions below. A precision means the same dtypes in every backend.
+"""Run the model in one of the precisions below. A precision has the same dtypes in every backend.
 
 ``fp32``                    fp32 for everything
 ``amp_bf16``, ``amp_fp16``  fp32 weights and ``torch.autocast``; ``amp_fp16`` also scales the loss
@@ -33,8 +33,8 @@ class ComputeModel(nn.Module):
 class AutocastModel(ComputeModel):
     """A model that uses autocast inside its ``forward``. In the precision ``fp32``, it does not use autocast.
 
-    Autocast around the wrapped model would not work, because DeepSpeed turns it off. DeepSpeed's own option
-    ``torch_autocast`` is not used, because it clips fp16 gradients before it unscales them.
+    DeepSpeed turns off autocast that is active outside of the model. Therefore, autocast must be inside. DeepSpeed's
+    own option ``torch_autocast`` is not used, because it clips fp16 gradients before it unscales them.
     """
 
     def __init__(self, model: GPT2, precision: str, device: torch.device) -> None:
@@ -50,8 +50,8 @@ class AutocastModel(ComputeModel):
 class Bf16ViewModel(ComputeModel):
     """A model that computes with bf16 copies of its fp32 parameters, for backends that keep all weights on every rank.
 
-    The parameters are the master weights. The cast to bf16 belongs to the autograd graph, so gradients are accumulated
-    and reduced in fp32.
+    The optimizer updates the fp32 parameters. The cast to bf16 belongs to the autograd graph, so gradients are
+    accumulated and reduced in fp32.
     """
 
     def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
@@ -60,8 +60,8 @@ class Bf16ViewModel(ComputeModel):
 
 
 def replicated_compute(model: GPT2, precision: str, device: torch.device) -> ComputeModel:
-    """Wrap a model in the module that computes in the given precision.
+    """Wrap a model in a module that computes in the given precision.
 
-    Use this only if the whole fp32 model is on every rank, or without a backend.
+    Use this function only if there is no backend, or if the whole fp32 model is on every rank.
     """
     return Bf16ViewModel(model) if precision == "bf16" else AutocastModel(model, precision, device)

@@ -1,4 +1,4 @@
-"""Apply activation checkpointing (Chen et al. 2016) to a model."""
+"""Apply activation checkpointing (Chen et al. 2016): recompute activations in the backward pass to save memory."""
 
 from functools import partial
 
@@ -16,8 +16,8 @@ from pipeline.model.gpt2 import GPT2, Block
 def recompute_blocks(model: GPT2) -> None:
     """Make some blocks recompute their activations in the backward pass.
 
-    The config key ``model.activation_checkpointing`` selects these blocks. The function replaces only the ``forward``
-    of the blocks, so all modules and parameters keep their names.
+    The config key ``model.activation_checkpointing`` selects the blocks. The function replaces only the ``forward`` of
+    the selected blocks, so all modules and parameters keep their names.
     """
     # Without this setting, compiled code draws the dropout masks of these blocks from its own generators, which do not
     # use the seeds of the micro-batches. The setting applies to the whole process.
