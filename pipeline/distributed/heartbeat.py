@@ -36,7 +36,7 @@ _CURE = "; run the same command again (training continues from the last checkpoi
 
 @dataclass(frozen=True)
 class Verdict:
-    """The reason why the run ends, such as a lost rank. Rank 0 decides it, and all other ranks read it."""
+    """The reason why the run ends, such as a lost rank. One rank writes it to the store for all other ranks."""
 
     reason: str
     stuck: tuple[int, ...] = ()  # the ranks whose main thread is stuck

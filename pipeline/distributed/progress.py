@@ -49,13 +49,14 @@ class Progress:
         self.listener: Callable[[], None] = lambda: None  # is called at each mark and move
 
     def reach(self, phase: str, *, is_patient: bool = False, repeats: bool = True) -> None:
-        """Record that a phase of the run begins. This is a mark: all ranks must make the same calls in the same order.
+        """Record that a phase of the run begins. The call is a mark: all ranks must make it in the same order.
 
         Args:
-            is_patient: whether this phase can take long. If True, a healthy rank may wait for minutes without using CPU
-                time, and may use more CPU time than in other phases.
-            repeats: whether the run does the work of this phase repeatedly. If False, the CPU time between the marks of
-                this phase is not used to find ranks that loop in later phases.
+            phase: the name of the phase.
+            is_patient: whether a healthy rank can spend minutes in this phase without passing a mark.
+            repeats: whether the run does the work of this phase repeatedly. A rank is considered to loop if it uses
+                much more CPU time between two marks than ever before. If ``repeats`` is False, the CPU times of this
+                phase do not count in this comparison.
         """
         self._restart_clock()
         self.phase, self.is_patient, self.repeats = phase, is_patient, repeats

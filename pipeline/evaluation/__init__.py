@@ -1,1 +1,1 @@
-"""Evaluate checkpoints (stage 3). ``run`` runs tasks, ``tasks`` defines them, and ``scoring`` scores requests."""
+"""Evaluate checkpoints on benchmark tasks (stage 3). The module ``run`` runs tasks, and ``tasks`` defines them."""

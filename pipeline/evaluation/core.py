@@ -1,7 +1,7 @@
 """Measure CORE: the mean of centered accuracies over the tasks of nanochat's folder ``eval_bundle``.
 
-The metric is from Li et al. 2024 (DataComp-LM, arXiv 2406.11794). Scoring is that of nanochat
-(``nanochat/core_eval.py``).
+On the scale of a centered accuracy, random answers have 0 and right answers have 1. The metric is from Li et al. 2024
+(DataComp-LM, arXiv 2406.11794). The examples are scored as in nanochat (``nanochat/core_eval.py``).
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _ITEMS_AT_ONCE = 256  # the requests of more examples would need gigabytes: some
 
 @dataclass(frozen=True)
 class PreparedCore:
-    """The tasks of a bundle, read and checked. They are encoded when they are measured, to save memory."""
+    """The tasks of nanochat's bundle, read and checked. To save memory, they are encoded only when measured."""
 
     name: str
     facts: Figures
@@ -109,8 +109,8 @@ def prepare_core(path: str | None, settings: Settings, name: str) -> PreparedCor
     """Read and check the tasks of a bundle.
 
     Args:
-        path: the folder ``eval_bundle``.
-        settings: ``limit`` is the number of examples per task. They are the first ones after nanochat's shuffle.
+        path: the folder ``eval_bundle``. settings: the options. ``limit`` is the largest number of examples per task.
+            The first examples in nanochat's shuffled order are used.
         name: the name of the result.
 
     Raises:

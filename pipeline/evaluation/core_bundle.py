@@ -1,7 +1,7 @@
 """Read the folder ``eval_bundle`` of nanochat: the tasks of CORE, their examples, and their prompts.
 
-The tasks, their few-shot counts and their random baselines are those in the folder. Prompts and draws of few-shot
-examples are those of nanochat (``nanochat/core_eval.py`` and ``scripts/base_eval.py``).
+The folder also contains the number of few-shot examples and the random baseline of each task. Prompts are written, and
+few-shot examples are drawn, as in nanochat (``nanochat/core_eval.py`` and ``scripts/base_eval.py``).
 """
 
 import csv
@@ -29,7 +29,7 @@ _SHOT_SEPARATOR = "\n\n"
 
 @dataclass(frozen=True)
 class Item:
-    """An example: pairs of a context and a continuation. The model must prefer the pair ``gold``."""
+    """An example: pairs of a context and a continuation. ``gold`` is the index of the right pair."""
 
     pairs: tuple[tuple[str, str], ...]  # a continuation without alternatives has one pair
     gold: int = 0
@@ -75,7 +75,10 @@ class BundleTask:
         return (accuracy - self.baseline) / (1 - self.baseline)
 
     def prefix(self, number: int) -> str:
-        """Return the few-shot examples before an item. Each item has its own seed and is not among them."""
+        """Return the text of the few-shot examples for an item.
+
+        They are drawn from the other items of the task, with a seed that depends on the item.
+        """
         others = [i for i in range(len(self.items)) if i != number]
         drawn = random.Random(_SHOTS_SEED + number).sample(others, self.shots)
         return "".join(self._join(*self.items[i].pairs[self.items[i].gold]) + _SHOT_SEPARATOR for i in drawn)
@@ -86,8 +89,9 @@ class BundleTask:
     def requests(self, number: int, tokenizer: Tokenizer, context_length: int) -> list[Request]:
         """Return one request per pair of an item.
 
-        The scored tokens are those after the common beginning of all choices, the common end of all contexts, or the
-        tokens after the context. Each request has at most ``context_length`` tokens. The first tokens are left out.
+        The kind of the task determines which tokens are scored: those after the common beginning of all choices, the
+        common end of all contexts, or those after the context. A request has at most ``context_length`` tokens. If
+        there are more, the first tokens are left out.
 
         Raises:
             DataError: the scored tokens alone do not fit.
@@ -121,8 +125,8 @@ class BundleTask:
     def answer(self, requests: Sequence[Request], scores: Sequence[Score]) -> int:
         """Return the index of the pair that the model chooses.
 
-        It has the highest mean log-likelihood per token. For a single pair, the index is 0 if greedy decoding generates
-        the continuation, and otherwise 1.
+        The model chooses the pair with the highest mean log-likelihood per token. If there is only one pair, the index
+        is 0 if greedy decoding generates the continuation, and otherwise 1.
         """
         if len(scores) == 1:
             return int(not scores[0].is_greedy)
@@ -134,7 +138,7 @@ def read_bundle(folder: Path, limit: int | None) -> tuple[list[BundleTask], list
     """Read and check the tasks of a bundle.
 
     Args:
-        limit: the largest number of examples per task. They are the first ones after nanochat's shuffle.
+            limit: the largest number of examples per task. The first examples in nanochat's shuffled order are used.
 
     Returns:
         The tasks, and all files of the bundle that were read.

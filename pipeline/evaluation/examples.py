@@ -23,7 +23,7 @@ SHOTS_SEED = 1234  # the default fewshot_random_seed of lm-evaluation-harness
 class Example:
     """An example of a task: pairs of a context and a continuation, and the index ``gold`` of the right pair.
 
-    An example of a task without choices has one pair.
+    If a task has no choices, its examples have one pair.
     """
 
     pairs: tuple[tuple[str, str], ...]
@@ -34,7 +34,7 @@ class Example:
 
     @property
     def shot(self) -> str:
-        """Return the text of this example with its right answer and a separator, for use in a few-shot prompt."""
+        """Return this example as text for a few-shot prompt: the context, the right answer and a separator."""
         return (self.solved or "".join(self.pairs[self.gold])) + SHOT_SEPARATOR
 
     def require_answers(self) -> None:
@@ -181,8 +181,8 @@ def winogrande(row: Row) -> Example:
 def lambada(row: Row) -> Example:
     """Read ``text``, whose last word is the continuation; or ``context`` and ``continuation``, the last word.
 
-    Returns one pair. The text for few-shot prompts has two spaces before the last word, as in lm-evaluation-harness. If
-    the continuation has several words, the row may contain a prompt that differs from the prompt of LAMBADA. In this
+    Returns one pair. In few-shot prompts, there are two spaces before the last word, as in lm-evaluation-harness. If
+    the continuation has several words, the file may have its own prompt, which differs from that of LAMBADA. In this
     case, ``rendered_by_file`` of the example is True.
     """
     if "context" in row:
@@ -204,10 +204,7 @@ class Settings:
     limits: Mapping[str, int] = field(default_factory=dict)  # task -> limit, for tasks with another limit
 
     def of(self, task: str) -> "Settings":
-        """Return the options for one task.
-
-        In the result, ``limit`` is the largest number of examples to score in this task.
-        """
+        """Return the options for one task. Its ``limit`` is the largest number of examples of this task to score."""
         return replace(self, limit=self.limits.get(task, self.limit), limits={})
 
     def label(self, task: str) -> str:
@@ -279,10 +276,12 @@ def draw_shots(
     All draws use one random number generator with a fixed seed, as in lm-evaluation-harness.
 
     Args:
-        spare: whether the pool can also contain the examples to score. If True, one more few-shot example is drawn than
-            needed. If the example to score is among the drawn examples, it is removed. Otherwise, the last drawn
-            example is removed. Therefore, no prompt contains the answer to its own question. lm-evaluation-harness does
-            the same for tasks without a test split.
+        examples: the examples to score.
+        pool: the examples from which to draw.
+        count: the number of few-shot examples per example to score.
+        spare: whether the pool can also contain the examples to score. If True, ``count + 1`` examples are drawn. If
+            the example to score is among them, it is removed, otherwise the last one. Therefore, no prompt contains the
+            answer to its own question. lm-evaluation-harness does the same for tasks without a test split.
 
     Raises:
         DataError: the pool contains too few examples.

@@ -1,9 +1,9 @@
 """Define scoring requests, and pack requests into batches.
 
-The requests of one example often have the same context. The model needs to process such a common prefix only once.
-Therefore, the tokens of these requests are stored as a tree, and the nodes of the tree become one row of a batch, with
-parents before children. An attention mask lets each node attend only to itself and its ancestors. The result is the
-same as with a separate row for each request.
+The requests of one example often begin with the same context. The model needs to process a common beginning only once.
+Therefore, the tokens of the requests are stored as a tree. The nodes of the tree become one row of a batch, with
+parents before children. An attention mask lets each node attend only to itself and its ancestors. The scores equal
+those of a batch with a separate row for each request.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Request:
     def inputs(self, context_length: int) -> tuple[int, ...]:
         """Return the tokens that the model must read to score the continuation: at most ``context_length`` tokens.
 
-        The last token of the continuation is not needed, because no token after it is scored. If there are too many
+        The last token of the continuation is not read, because no token after it is scored. If there are too many
         tokens, the first ones are left out.
         """
         return (self.context + self.continuation)[:-1][-context_length:]
@@ -53,13 +53,16 @@ class Tree:
 
     @property
     def is_chain(self) -> bool:
-        """Return whether the tree has no branches. If it has none, the normal causal mask can be used."""
+        """Return whether the tree has no branches. For such a tree, the normal causal mask can be used."""
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     def add(self, number: int, request: Request, context_length: int, reset_at: int | None) -> None:
-        """Add the tokens of a request to the tree. ``number`` identifies the request in the results.
+        """Add the tokens of a request to the tree.
 
-        If ``reset_at`` is a token id, positions restart at 0 at each token with this id.
+        Args:
+            number: the number that identifies the request in the results.
+            context_length: the largest number of tokens to add. If there are more, the first ones are left out.
+            reset_at: a token id, or None. At each token with this id, positions restart at 0.
         """
         node, path = -1, []
         for token in request.inputs(context_length):
@@ -74,12 +77,10 @@ class Tree:
         self.scored.append((number, [self.pairs.setdefault(pair, len(self.pairs)) for pair in pairs]))
 
     def ancestors(self, width: int) -> np.ndarray:
-        """Return the attention mask of this tree, padded to ``width`` tokens.
+        """Return the attention mask of this tree, bool of shape (width, width). True allows attention.
 
-        Each token attends to itself and its ancestors.
-
-        The mask has shape (width, width) and dtype bool. True allows attention. Padding tokens attend only to
-        themselves.
+        Each token attends to itself and its ancestors. If the tree has fewer than ``width`` tokens, the rest is
+        padding. Padding tokens attend only to themselves.
         """
         mask = np.eye(width, dtype=np.bool_)
         for node, parent in enumerate(self.parents):
@@ -98,8 +99,9 @@ def build_trees(
 
     Args:
         groups: the numbers of the requests of each group.
-        requests: all requests. A request's number is its index.
-        reset_at: the token id at which positions restart at 0, or None.
+        requests: all requests. A request's number is its index. context_length: the largest number of tokens per
+            request. If there are more, the first ones are left out.
+        reset_at: a token id, or None. At each token with this id, positions restart at 0.
     """
 
     def build(numbers: Sequence[int]) -> Tree:
@@ -133,14 +135,14 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
 def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
     """Build the input of one forward pass.
 
-    The forward pass computes one score for each pair of a node and a target token that follows the node.
+    The forward pass computes one score for each pair of a node and a target token that follows the node. The score of a
+    request is the sum of the scores of its targets. Requests with common tokens share scores.
 
     Returns:
         The input, in host memory. It has one row per tree, padded on the right.
 
-        The links between requests and scores, int64 of shape (2, number of links). Each column is a link: the number
-        of a request, and the index of a score that must be added to the result of this request. A score can be added
-        to the results of several requests.
+        The links between requests and scores, int64 of shape (2, number of links). Each column is one link: the number
+        of a request, and the index of a score that belongs to this request.
     """
     width = max(len(tree.tokens) for tree in trees)
     tokens = np.zeros((len(trees), width), dtype=np.int64)

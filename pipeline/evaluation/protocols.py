@@ -42,7 +42,7 @@ class PreparedTask:
     describe: Callable[[Scores], list[Figures]]  # the scores of each example, for ``--save-examples``
 
     def measure(self, scorer: Scorer) -> dict[str, Any]:
-        """Score the examples. Return the entries of ``facts_of`` and results such as ``acc``, as JSON values.
+        """Score the examples. Return results such as ``acc``, and the entries of ``facts_of``, as JSON values.
 
         This call is collective: every rank must make it. All ranks return the same values.
         """
@@ -64,11 +64,11 @@ class PreparedTask:
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
     """Encode a context and its continuation as one text, and split the tokens into context and continuation.
 
-    First, white space at the end of the context is moved to the beginning of the continuation, because GPT-2's tokens
-    contain the space before a word and not the space after a word. Then, the whole text and the context alone are both
-    encoded. If the context alone has n tokens, the first n tokens of the whole text are the context, and the rest is
-    the continuation. An empty context becomes ``<|endoftext|>``. ``TemplateLM.loglikelihood`` and ``_encode_pair`` of
-    lm-evaluation-harness do the same.
+    White space at the end of the context is first moved to the beginning of the continuation, because GPT-2's tokens
+    contain the space before a word and not the space after a word. Then, the context alone and the whole text are both
+    encoded. If the context alone has n tokens, the first n tokens of the whole text are the context. All further tokens
+    are the continuation. An empty context becomes ``<|endoftext|>``. In lm-evaluation-harness,
+    ``TemplateLM.loglikelihood`` and ``_encode_pair`` do the same.
 
     Raises:
         DataError: the continuation has no token, or the context contains only white space.
@@ -155,9 +155,10 @@ class ChoiceTask:
         return {**figures, "interval": WILSON}
 
     def answers(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> dict[str, list[int]]:
-        """Return the model's choices for ``acc`` and for ``acc_norm``, as one index per example.
+        """Return the index of the model's choice for each example, under the keys ``acc`` and ``acc_norm``.
 
-        If several choices have the highest score, the first of them is the model's choice.
+        If several choices have the highest score, the first of them is the model's choice. If the task does not compute
+        ``acc_norm``, this key is missing.
         """
         rows = [np.array([score.log_likelihood for score in group]) for group in scores]
         answers = {"acc": [int(row.argmax()) for row in rows]}
@@ -175,8 +176,8 @@ class ContinuationTask:
     """A task with one right continuation per example.
 
     ``acc`` is the fraction of examples for which greedy decoding generates exactly the right continuation.
-    ``perplexity`` is exp of the mean negative log-likelihood of a continuation. Each continuation has the same weight
-    in this mean, whatever its number of tokens.
+    ``perplexity`` is exp of the mean negative log-likelihood of the continuations. In this mean, long and short
+    continuations have equal weights.
     """
 
     protocol: str

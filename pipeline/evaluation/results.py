@@ -16,9 +16,9 @@ Results = dict[str, dict[str, Any]]  # task -> figures, and facts about the data
 
 
 def find_results(run_folder: Path, tasks: Sequence[str], step: int) -> Results | None:
-    """Return the stored results of the given tasks for the checkpoint of a step.
+    """Return the stored results of the given tasks for the checkpoint of ``step``.
 
-    Returns None if the results of any task are missing or belong to another step.
+    If the results of any of the tasks are missing or belong to another step, the result is None.
     """
     results = {}
     for task in tasks:

@@ -52,10 +52,11 @@ class Scorer:
 
         This call is collective: every rank must make it. The batches are distributed over the ranks. All ranks run the
         same number of forward passes, because a forward pass is collective under FSDP and ZeRO-3. If requests of a
-        group have a common prefix, the model usually processes this prefix only once. Identical requests are scored
-        only once.
+        group begin with the same tokens, the model usually processes these tokens only once. Identical requests are
+        scored only once.
 
         Args:
+            groups: lists of requests. The requests of an example should be in one list.
             label: the text to show next to the progress bar.
 
         Raises:

@@ -22,10 +22,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class HubData:
-    """The location of a dataset on the Hugging Face hub.
-
-    Path, config and splits are the same as in lm-evaluation-harness.
-    """
+    """The location of a dataset on the Hugging Face hub. It is the location that lm-evaluation-harness uses."""
 
     address: str
     config: str | None
@@ -77,11 +74,12 @@ def texts_field(row: Row, key: str) -> list[str]:
 
 
 def index_field(row: Row, key: str, count: int, first: int = 0) -> int:
-    """Return the index of the right choice, from 0 to ``count - 1``.
+    """Return the index of the right choice, from 0 to ``count - 1``. The row stores it as a number.
 
     Args:
+        key: the key of the number in the row.
         count: the number of choices.
-        first: the number that the row uses for the first choice.
+        first: the number that stands for the first choice.
 
     Raises:
         KeyError: the key is missing.

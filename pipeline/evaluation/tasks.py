@@ -1,6 +1,7 @@
 """Define the text tasks that have names, and prepare tasks for scoring.
 
-A named task has a protocol and a dataset. A user can also give a file of their own as a task.
+A named task has a protocol, which says how examples are scored, and a dataset. A user can also score a file of their
+own.
 """
 
 import re
@@ -34,8 +35,8 @@ Prepared = PreparedTask | PreparedCore
 def detokenize(page: str) -> str:
     """Return a WikiText article with normal spacing: ``1 @.@ 5 m ( 5 ft )`` becomes ``1.5 m (5 ft)``.
 
-    The rules and their order are copied from the task ``wikitext`` of lm-evaluation-harness. One of its rules, about
-    numbers after an apostrophe, is left out, because this rule never applies.
+    The rules and their order are copied from the task ``wikitext`` of lm-evaluation-harness. Its rule about numbers
+    after an apostrophe is left out, because it never applies.
     """
     page = page.replace("s '", "s'")
     for mark in "-,.":
@@ -65,7 +66,7 @@ def split_pages(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class NamedTask:
-    """The protocol of a named task, and the dataset that the task uses if the user gives no file."""
+    """A named task: its protocol, and its dataset, which is used if the user gives no file."""
 
     protocol: TaskProtocol
     hub: HubData
@@ -148,8 +149,9 @@ def check_tasks(
     A task must be a named task or have a file. An option must have an effect on at least one of the tasks.
 
     Args:
+        tasks: the tasks to run.
         files: maps tasks to the files that the user gave with ``--data``.
-        run_files: maps tasks to the files in the run's ``evaluation.data``. These tasks need not be in ``tasks``.
+        run_files: maps tasks to the files in the run's ``evaluation.data``. It may contain tasks that are not run.
     """
     for task in tasks:
         if list(tasks).count(task) > 1:

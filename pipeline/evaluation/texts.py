@@ -22,8 +22,8 @@ def rolling_windows(tokens: list[int], first: int, context_length: int, stride: 
     """Split a text into windows that score each token once.
 
     The token ``first`` is put before the text, so that the first token of the text also has a context. The first window
-    scores at most ``context_length`` tokens. Each later window scores the next ``stride`` tokens. The rest of such a
-    window contains earlier tokens, which are not scored again.
+    scores at most ``context_length`` tokens. Each later window scores the next ``stride`` tokens. Its other tokens are
+    the tokens before them, which are not scored again.
 
     ``get_rolling_token_windows`` of lm-evaluation-harness returns the same windows if its argument ``context_len`` is
     ``context_length - stride + 1``.
@@ -44,9 +44,9 @@ class TextTask:
 
     The first token of a text has the context ``<|endoftext|>``.
 
-    The perplexities per word and per byte use the numbers of words and bytes in the original text, before
-    ``detokenize``. Models with different tokenizers can therefore be compared. Version 2 of the task ``wikitext`` in
-    lm-evaluation-harness does the same.
+    The perplexities per word and per byte use the numbers of words and bytes in the text before ``detokenize``. Models
+    with different tokenizers can therefore be compared. Version 2 of the task ``wikitext`` in lm-evaluation-harness
+    also uses these numbers.
 
     Args:
         detokenize: converts a text to ordinary text before it is encoded.

@@ -2,9 +2,9 @@
 
 During training, only some batches of the split are scored. The task ``validation`` scores all batches.
 
-The split is divided into windows of ``seq_len`` tokens that do not overlap, so each target token is scored once. Bits
-per byte compare models with different tokenizers. They do not include the loss of ``<|endoftext|>`` targets, because
-these targets encode no bytes of text.
+The split is divided into windows of ``seq_len`` tokens that do not overlap, so each target token is scored once. Models
+with different tokenizers can be compared by their bits per byte. Bits per byte do not include the loss of
+``<|endoftext|>`` targets, because this token encodes no bytes of text.
 """
 
 import math
@@ -62,13 +62,14 @@ def validate(
 def validate_average(
     backend: Backend, datasets: Sequence[TokenDataset], config: Config, world: World
 ) -> dict[str, float | None]:
-    """Measure the validation loss of the averaged weights, in the same way as ``validate``.
+    """Measure the validation loss of the moving averages of the weights, in the same way as ``validate``.
 
     This call is collective: every rank must make it.
 
     Returns:
-        A dict with ``val_ema_loss``. The dict is empty if ``averaging.ema`` is null or if ``validate`` returns an empty
-        dict.
+            A dict with ``val_ema_loss``. If ``averaging.ema`` is null, or if ``validate`` would return an empty dict,
+                the
+        dict is empty.
     """
     if config.averaging.ema is None or VALIDATION not in config.evaluation.tasks:
         return {}

@@ -103,7 +103,7 @@ class ScoringBatch:
 
 
 class GPT2(nn.Module):
-    """The language model. ``lm_head.weight`` and ``wte.weight`` are the same parameter, named ``wte.weight``."""
+    """The language model. The output layer and the token embedding share one parameter, named ``wte.weight``."""
 
     __call__: Callable[..., Tensor]
 

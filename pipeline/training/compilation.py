@@ -1,4 +1,4 @@
-"""Decide whether a run compiles the model (``run.compile``)."""
+"""Decide whether a run compiles the model with torch.compile (``run.compile``)."""
 
 import logging
 import time
@@ -27,9 +27,9 @@ def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Pat
     """Decide whether to compile. Return the config with ``run.compile`` set to true or false, the same on every rank.
 
     This call is collective: every rank must make it. If ``run.compile`` is ``auto``, a run on a CPU is compiled only if
-    it will take long. To estimate how long, the function measures a model without a backend, so the choice does not
-    depend on the backend. A resumed run on a CPU keeps the choice that its checkpoint stores, because compilation
-    changes rounding.
+    it will take long. To estimate the time, the function measures a model without a backend, so the choice does not
+    depend on the backend. A resumed run on a CPU keeps the choice in its checkpoint, because compilation changes
+    rounding.
 
     Args:
         start: the checkpoint from which the run resumes, or None.
@@ -58,8 +58,8 @@ def _decide(config: Config, world: World, plan: BatchPlan, start: Path | None) -
 def measure_micro_step(config: Config, plan: BatchPlan) -> float:
     """Measure how many seconds the forward and backward pass of one micro-batch takes on a CPU without compilation.
 
-    The function runs only some sequences of a micro-batch. It repeats this several times, and scales the shortest time
-    to the size of the whole micro-batch. The global random generator does not change.
+    The function measures only some sequences of a micro-batch, several times. It scales the shortest time to the size
+    of the whole micro-batch. The global random generator does not change.
     """
     sequences = min(plan.micro_batch_size, max(1, _TIMED_TOKENS // plan.seq_len))
     compute = replicated_compute(_timed_model(config), config.run.precision, torch.device("cpu"))

@@ -5,12 +5,11 @@ from pipeline.config.schema import ScheduleConfig
 
 
 def early_stop_reason(schedule: ScheduleConfig, validation: ValidationHistory) -> str | None:
-    """Return the reason why the run must stop now. Returns None if the run continues.
+    """Return the reason why the run must stop now. If the run continues, return None.
 
-    The reason names the config key that stops the run.
-
-    The result depends only on the config and on values that are stored in checkpoints. Therefore, a run that has
-    stopped early does not continue when the train command is started again.
+    The reason names the config key that stops the run. The result depends only on the config and on values that are
+    stored in checkpoints. Therefore, if the train command is started again after an early stop, the run does not
+    continue.
     """
     if validation.best_loss is None:
         return None

@@ -36,8 +36,8 @@ class GroupNorms:
 
     Create an object just before the step, and call ``measure`` after it.
 
-    Each backend keeps its gradients in a different place. Therefore, this class computes the gradient from AdamW's
-    first moment (or Muon's momentum), which is the same under every backend. A step changes the moment to
+    Each backend keeps its gradients in a different place. Therefore, this class does not read the gradients. It
+    computes them from AdamW's first moment or Muon's momentum, which every backend has. A step changes the moment to
     ``beta * moment + (1 - beta) * gradient``, so the gradient follows from the moments before and after the step. The
     object keeps a copy of this rank's weights and first moments in memory.
     """
@@ -50,9 +50,9 @@ class GroupNorms:
         self._before = [(f.weight.clone(), f.state[_moment(f.state)].clone()) for f in backend.fragments()]
 
     def measure(self, grad_norm: float) -> dict[str, float]:
-        """Return the norms of every layer group for the step. Returns an empty dict if the step was skipped.
+        """Return the norms of every layer group for the step. If the step was skipped, return an empty dict.
 
-        This call is collective: every rank must make it. It makes at most one all-reduce.
+        This call is collective: every rank must make it. It needs at most one all-reduce.
 
         Args:
             grad_norm: the global gradient norm, unscaled and before clipping. The gradient norms of the groups are

@@ -86,13 +86,15 @@ def load_initial_weights(place: Path | str, backend: Backend) -> dict[str, Any]:
 
 
 def copy_positions(source: WeightSource, start: int, target: Tensor) -> None:
-    """Copy a range of the flattened position embeddings, which may be for another context, into ``target``, shape (n,).
+    """Copy a range of the position embeddings of a stored model into ``target``. The context lengths may differ.
 
-    If the context becomes shorter, its first rows are kept. If it becomes longer, the n stored rows are repeated: row i
-    is a copy of row i mod n (Beltagy et al. 2020, section 5). Texts of at most n tokens keep their embeddings.
+    If this run's context is shorter, only the first rows are used. If it is longer, the r stored rows are repeated: row
+    i is a copy of row i mod r (Beltagy et al. 2020, section 5). Texts of at most r tokens keep their embeddings.
 
     Args:
-        start: the first element of the range.
+        source: the weights of the stored model.
+        start: the index of the range's first element in this run's flattened position embeddings.
+        target: the tensor to fill, shape (n,).
     """
     stored = source.config.context_length * source.config.n_embd
     copied = 0
@@ -114,9 +116,13 @@ def _require_same_sizes(source: WeightSource, model: ModelConfig) -> None:
 
 
 def compare_sizes(keys: Sequence[str], stored: Mapping[str, Any], model: ModelConfig) -> tuple[str, str, str]:
-    """Return the sizes of a stored model, the sizes of this run's model, and the overrides for the stored sizes.
+    """Return three texts for an error message about a stored model that has other sizes than this run's model.
 
-    The results are texts for an error message, such as ``n_layer 4``, ``n_layer 2`` and ``model.n_layer=4``.
+    The texts are the stored sizes, this run's sizes, and the overrides that set the stored sizes. An example is
+    ``n_layer 4``, ``n_layer 2`` and ``model.n_layer=4``.
+
+    Args:
+        keys: the names of the sizes to compare.
     """
     there = ", ".join(f"{key} {stored[key]}" for key in keys)
     here = ", ".join(f"{key} {getattr(model, key)}" for key in keys)

@@ -27,8 +27,8 @@ _LAUNCHER_NOTES = {
 class StopRequest:
     """Records the signals that ask a run to stop, and tells all ranks if any rank has received such a signal.
 
-    A separate thread reads the signals. This thread can print a message at once, even while the main thread compiles
-    the model.
+    A separate thread receives the signals. Therefore, it can print a message at once, even while the main thread
+    compiles the model.
     """
 
     def __init__(self, world: World) -> None:
@@ -41,11 +41,11 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """Return a context manager that records the signals that arrive inside its ``with`` block.
 
-        The signals do not end the process. Only a second Ctrl-C does.
+        Inside the block, the signals do not end the process. Only a second Ctrl-C does.
 
-        If the block raises a ``RuntimeError``, signals are still recorded after the block, because the error may be
-        caused by the loss of another rank. In this case, the launcher sends SIGTERM to the remaining ranks. If SIGTERM
-        ended these ranks at once, they could not print which rank is lost.
+        If the block raises a ``RuntimeError``, a lost rank may be the cause. The launcher then sends SIGTERM to the
+        remaining ranks, which would end before they print which rank is lost. Therefore, after a ``RuntimeError``,
+        signals are still recorded after the block and do not end the process.
         """
         thread = SignalThread(self._record)
         thread.start()

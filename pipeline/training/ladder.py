@@ -1,7 +1,7 @@
 """Find the runs of a ladder that exist already, and check that they have the settings of this command.
 
-A ladder is one long run with a constant learning rate, and branches with a decay from several of its steps
-(*milestones*).
+A ladder is one long run at a constant learning rate, and several branches. Each branch continues the long run from one
+of its steps, which is called a *milestone*. In the branch, the learning rate decays.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ _OF_DECAY = ("schedule.max_steps", "schedule.decay_steps", "schedule.decay_shape
 
 
 def has_step(run_folder: Path, step: int) -> bool:
-    """Return whether a run has reached a step and saved it."""
+    """Return whether a run has reached a step and saved a checkpoint there."""
     return any(step_of(folder) >= step for folder in list_checkpoints(run_folder))
 
 
@@ -51,7 +51,7 @@ def check_long_run(run_folder: Path, config: Config) -> None:
 
 
 def check_milestones(run_folder: Path, milestones: Sequence[int]) -> None:
-    """Raise ConfigError if the long run has passed one of the milestones and has no checkpoint of it."""
+    """Raise ConfigError if the long run has passed a milestone but has no checkpoint of this step."""
     steps = [step_of(folder) for folder in list_checkpoints(run_folder)]
     for milestone in milestones:
         if steps and max(steps) > milestone and not checkpoint_folder(run_folder, milestone).is_dir():
@@ -62,10 +62,15 @@ def check_milestones(run_folder: Path, milestones: Sequence[int]) -> None:
 
 
 def choose_branch_folder(out: Path, milestone: int, config: Config) -> Path:
-    """Return the run folder for a branch. The branch may exist there already, but only with the settings of ``config``.
+    """Return the run folder for a branch. If the folder exists already, its run has the settings of ``config``.
 
-    The folder is ``decay-from-40-to-50``, or ``decay-from-40-to-50-2`` and so on if branches with other settings use
-    the earlier names.
+    An example of a name is ``decay-from-40-to-50``. If a branch with other settings uses this name, the next name is
+    ``decay-from-40-to-50-2``, and so on.
+
+    Args:
+        out: the parent folder of all branches.
+        milestone: the step of the long run from which the branch starts.
+        config: the config of the branch.
     """
     name = f"decay-from-{milestone}-to-{config.schedule.max_steps}"
     folders = (out / (f"{name}-{number}" if number > 1 else name) for number in count(1))

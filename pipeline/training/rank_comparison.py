@@ -17,13 +17,14 @@ _KINDS = ("compute", "data_wait", "collective_wait")
 
 
 class RankComparison:
-    """Compares the times that the ranks measured since the previous row of metrics.
+    """Compares the step times of the ranks since the previous row of metrics.
 
     Creating this object is collective: every rank must do it.
 
     Args:
-        clock: the clock of this rank.
-        slow_ratio: the main rank logs a rank that needs this many times as long as the other ranks. None logs nothing.
+        clock: measures the steps of this rank.
+        slow_ratio: if a rank needs this number of times as long as the other ranks, the main rank logs it. None logs
+            nothing.
     """
 
     def __init__(self, clock: StepClock, world: World, slow_ratio: float | None) -> None:
@@ -35,7 +36,7 @@ class RankComparison:
         self._logged_rank: int | None = None  # the rank that was slow in the previous row
 
     def start(self) -> None:
-        """Queue the sum over the ranks that brings the times of all ranks together.
+        """Start to collect the times of all ranks, with an all-reduce. Call ``read`` later to get the result.
 
         This call does not wait for a GPU. It is collective: every rank must make it.
         """
@@ -47,10 +48,10 @@ class RankComparison:
         self._times = self._world.sum(copy_to(own, self._world.device))
 
     def read(self) -> dict[str, Any]:
-        """Return the metrics of the last call of ``start``, and log a slow rank.
+        """Return the metrics for which ``start`` has collected the times. If a rank is slow, log it.
 
-        Synchronize the device before this call. Returns an empty dict if there is only one rank, or if a rank has
-        measured no step yet.
+        Synchronize the device before this call. If there is only one rank, or if a rank has measured no step yet, the
+        result is empty.
         """
         times = [] if self._times is None else self._times.tolist()
         if not times or not all(compute_s for compute_s, *_ in times):
@@ -82,10 +83,12 @@ class RankComparison:
 
 
 def find_slowest(own_s: list[float]) -> tuple[int, float]:
-    """Return the rank with the most own time (compute time and data wait), and its ratio to the other ranks' mean.
+    """Return the rank with the most own time, and its own time divided by the mean of the other ranks.
+
+    The own time of a rank is the time of a step without waiting for other ranks.
 
     Args:
-        own_s: seconds per step of at least two ranks, each more than 0.
+        own_s: the own time of each rank in seconds per step, for at least two ranks. Each must be more than 0.
     """
     rank = max(range(len(own_s)), key=own_s.__getitem__)
     others_s = (sum(own_s) - own_s[rank]) / (len(own_s) - 1)

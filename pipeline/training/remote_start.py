@@ -23,16 +23,16 @@ log = logging.getLogger(__name__)
 def fetch_remote_start(config: Config, world: World) -> None:
     """If the run must start from a checkpoint at a URL, download this checkpoint into the run folder.
 
-    With ``checkpoint.resume: auto``, this is the newest checkpoint at ``checkpoint.remote`` if it is newer than all
-    checkpoints in the run folder. If ``checkpoint.resume`` is a URL, it is the checkpoint there, unless the run folder
-    has checkpoints already. Damaged checkpoints are skipped with a warning. If the run folder has a good checkpoint, a
-    failed download is only logged.
+    There are two cases. If ``checkpoint.resume`` is ``auto``, the newest checkpoint at ``checkpoint.remote`` is
+    downloaded, provided that it is newer than all checkpoints in the run folder. If ``checkpoint.resume`` is a URL, the
+    checkpoint there is downloaded, unless the run folder has checkpoints already.
 
-    This call is collective: every rank must make it.
+    Damaged checkpoints are skipped with a warning. If the run folder has an undamaged checkpoint, a failed download is
+    only logged. This call is collective: every rank must make it.
 
     Raises:
-        CheckpointError: the run folder has no good checkpoint, and the URL has only checkpoints that cannot be used, or
-            a download failed. Or ``checkpoint.remote`` belongs to another run.
+        CheckpointError: ``checkpoint.remote`` belongs to another run. If the run folder has no undamaged checkpoint,
+            this error is also raised if a download failed, or if no checkpoint at the URL can be used.
         DataError: the server refuses or does not answer, and the run folder has no checkpoint.
     """
     run_folder = Path(config.run.out_dir)

@@ -55,9 +55,8 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
     """Return the checkpoint from which to resume, or None to start from scratch.
 
     The caller must hold the lock of the run folder. The function deletes the incomplete folders of interrupted saves.
-    It also renames all checkpoints whose step is later than the step of the chosen checkpoint, and records that the
-    run does not continue from those at its URLs. Otherwise, the next start would resume from one of these later
-    checkpoints.
+    The next start should not resume from checkpoints of later steps than the chosen one. Therefore, the function
+    renames such checkpoints in the run folder, and records that those at the run's URLs are abandoned.
 
     Raises:
         CheckpointError: the checkpoint that the config names cannot be used, the data, the seed or the model have
@@ -137,7 +136,7 @@ def _is_of_another_run(start: Path, config: Config) -> bool:
 
 
 def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
-    """Return why a state is the end of the run, and how to train longer. Returns None if it is not the end."""
+    """Return a text that says why the run is complete, and how to train longer. If it is not complete, return None."""
     if state.step >= schedule.max_steps:
         return (
             f"at step {state.step} of schedule.max_steps {schedule.max_steps}, nothing to train; raise "
@@ -151,8 +150,8 @@ def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
 def describe_started_decay(start: Path, config: Config) -> str | None:
     """Return a warning if a branch begins inside the decay of its own schedule. Otherwise, return None.
 
-    A branch that keeps the schedule and the peak of the run that it continues gives no warning, because its learning
-    rate does not jump.
+    A branch is a run that continues another run. If it keeps the other run's schedule and peak learning rate, there is
+    no warning, because its learning rate does not jump.
     """
     state, stored = read_state(start)
     schedule, now = config.schedule, dump_config(config)

@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 class RunRecord:
     """Writes rows to the log sinks that ``logging.sinks`` selects. Only the main rank writes.
 
-    Each row has ``elapsed_s``, the wall-clock seconds of all processes of the run together. A run has several
-    processes one after the other if it is interrupted and resumed. The time between them does not count.
+    Each row has ``elapsed_s``: the wall-clock seconds that the run has taken so far. If a run was interrupted and
+    resumed, its earlier processes count, too. The time between the processes does not count.
 
-    If an earlier start has written rows for steps after ``resumed_step``, these rows are deleted. If the config has
-    keys that can make the results differ from the results of other backends, each row names these keys.
+    If an earlier process has written rows for steps after ``resumed_step``, the rows are deleted. Some config keys can
+    make the results differ from those of other backends. If the config sets such keys, each row names them.
     """
 
     def __init__(self, config: Config, *, is_main: bool, resumed_step: int) -> None:
@@ -52,7 +52,7 @@ class RunRecord:
                 sink.start(dump_config(config), resumed_step)
 
     def elapsed_s(self) -> float:
-        """Return the wall-clock seconds that the run has taken in all its starts together."""
+        """Return the wall-clock seconds that all processes of the run have taken so far, one after another."""
         return round(time.perf_counter() - self._started, 3)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ class RunRecord:
                 sink.write(row)
 
     def count_step(self, step: int) -> None:
-        """Tell the sinks how many steps were started. Call this method after every step."""
+        """Tell the sinks how many steps were started. Call this method once per step."""
         for sink in self._sinks:
             sink.count_step(step)
 
@@ -94,8 +94,8 @@ class RunRecord:
     def write_uploads(self, outcomes: list[UploadOutcome]) -> None:
         """Write one row for each finished upload of a checkpoint.
 
-        A failed upload is counted, and logged if the reason is not that of the last failed upload. It does not stop the
-        run.
+        A failed upload is counted, and does not stop the run. It is logged only if its reason differs from the reason
+        of the last failed upload.
         """
         url = self.config.checkpoint.remote
         for outcome in outcomes:

@@ -14,9 +14,9 @@ def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> fl
     During the first ``warmup_steps`` steps, the rate rises linearly to its peak. The rate of the first step is above
     zero. The rate then falls to a minimum, which is ``min_lr_ratio`` times the peak.
 
-    With ``wsd``, all ``decay_steps`` steps of the decay have rates below the peak, and the last step of the run has the
+    With ``wsd``, all ``decay_steps`` steps of the decay have rates below the peak. The last step of the run has the
     minimum. With ``cosine`` and ``linear``, the first step after the warm-up has the peak, as in Loshchilov and Hutter
-    2017. The rate of the last step, ``lr_at(max_steps - 1)``, is then slightly higher than the minimum.
+    2017. The rate of the last step, ``lr_at(max_steps - 1)``, is slightly higher than the minimum.
     """
     peak = optimizer.learning_rate
     if step < schedule.warmup_steps:
@@ -44,9 +44,9 @@ def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
 def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:
     """Return the decay of the average of the weights in the next step, when ``step`` steps are finished.
 
-    At the beginning, the decay is smaller than ``averaging.ema``, so that the average forgets the initial weights. The
-    formula is that of TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``. Returns None if the run keeps no
-    average.
+    At the beginning, the decay is smaller than ``averaging.ema``, so that the average soon forgets the initial weights.
+    The formula is that of TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``. If the run keeps no average,
+    the result is None.
     """
     return None if averaging.ema is None else min(averaging.ema, (1 + step) / (10 + step))
 
@@ -54,8 +54,8 @@ def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:
 def format_schedule(config: Config) -> str:
     """Return a description of the schedule and a bar chart of the learning rate, as text.
 
-    The chart has one line for each of ``CHART_ROWS + 1`` equally spaced steps, and one line each for the end of the
-    warm-up and the start of the decay. A line shows the step, the number of tokens before this step, and the learning
+    The chart has one line for each of ``CHART_ROWS + 1`` equally spaced steps. Two further lines show the end of the
+    warm-up and the start of the decay. Each line contains the step, the number of tokens before it, and the learning
     rate.
     """
     schedule = config.schedule

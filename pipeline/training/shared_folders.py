@@ -46,9 +46,9 @@ def check_shared_folders(run_folder: Path, data_sha256: str, world: World) -> No
 
 
 def find_difference(views: Sequence[View]) -> str | None:
-    """Return a message about the first rank that sees a different run folder or different data than rank 0.
+    """Return a message about the first rank that does not see the run folder or the data of rank 0.
 
-    Returns None if all ranks see the same run folder and the same data.
+    If all ranks see the run folder and the data of rank 0, the result is None.
     """
     main = views[0]
     for rank, view in enumerate(views):

@@ -100,7 +100,7 @@ class StepGuard:
             yield finished, self.judge(finished)
 
     def judge(self, finished: FinishedStep) -> Verdict:
-        """Judge a step, update the state of the guard, and return the verdict.
+        """Judge a finished step, update the state of the guard, and return the verdict.
 
         Raises:
             TrainingError: too many steps in a row were skipped, or the step is a spike and the run has already been
@@ -128,9 +128,13 @@ class StepGuard:
         return Verdict.GOOD
 
     def after_rollback(self, stored: GuardState, spike: FinishedStep) -> None:
-        """Restore the guard state ``stored`` after the run went back to a checkpoint because of a spike.
+        """Restore the state of the guard. Call this after the run went back to a checkpoint because of a spike.
 
-        From now on, ``next_sample`` leaves out the samples of the step ``spike``.
+        From now on, ``next_sample`` leaves out the samples of the spike.
+
+        Args:
+            stored: the state of the guard in the checkpoint.
+            spike: the step that was a spike.
         """
         self._queue.clear()
         self.state = replace(
@@ -142,8 +146,8 @@ class StepGuard:
     def next_sample(self, consumed: int, samples_per_step: int) -> int:
         """Return the index of the first sample of the next step. Samples are numbered in the order of training.
 
-        Usually, this index is ``consumed``. If a step that begins at ``consumed`` would contain samples to skip, the
-        step begins after these samples instead.
+        Usually, the result is ``consumed``. If a step that begins at ``consumed`` would contain samples of an earlier
+        spike, the step begins after these samples instead.
 
         Args:
             consumed: the index of the first sample after the previous step.
@@ -194,7 +198,7 @@ class StepGuard:
 def z_score(value: float, window: tuple[float, ...]) -> float:
     """Return by how many standard deviations ``value`` is above the mean of ``window``.
 
-    Returns NaN if ``value`` is NaN.
+    If ``value`` is NaN, the result is NaN.
     """
     mean = statistics.fmean(window)
     spread = max(statistics.pstdev(window, mean), abs(mean) * _LEAST_RELATIVE_SPREAD)

@@ -35,9 +35,9 @@ class ThroughputMeter:
 
     Args:
         tokens_per_step: the number of tokens of a step on all ranks together.
-        flops_per_token: the FLOPs of a forward and backward pass per token.
-        ceiling_flops: the FLOP/s that all ranks together reach in matrix products. If other programs use the machine, a
-            measurement of this value is too low. Therefore, the meter always uses the highest measurement so far.
+        flops_per_token: the FLOPs of a forward and backward pass per token. ceiling_flops: the FLOP/s that all ranks
+            together reach in matrix products, as measured at the start. If other programs use the machine, a
+            measurement is too low. Therefore, the meter uses the highest one so far (see ``raise_ceiling``).
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, ceiling_flops: float) -> None:
@@ -47,7 +47,7 @@ class ThroughputMeter:
         self.restart()
 
     def raise_ceiling(self, flops: float) -> None:
-        """Set ``ceiling_flops`` to the new measurement ``flops``, if this is higher than the value so far."""
+        """Add a new measurement of ``ceiling_flops``. If it is higher than all earlier ones, it is used from now on."""
         if flops > _NOTABLE_INCREASE * self.ceiling_flops:
             log.info("ceiling   %.3g FLOP/s, measured again (%.3g before)", flops, self.ceiling_flops)
         self.ceiling_flops = max(self.ceiling_flops, flops)

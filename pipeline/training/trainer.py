@@ -56,9 +56,9 @@ class Trainer:
     distributes the computation over the ranks. :func:`pipeline.training.run.train` creates a trainer from a config.
 
     Args:
-        state: the progress of the run. It must belong to the weights and the optimizer state that the backend has now.
+            state: the progress of the run. It must belong to the weights and the optimizer state in the backend.
         tasks: the prepared tasks of ``evaluation.tasks`` except ``validation``.
-        heartbeat_file: None writes no ``heartbeat.json``.
+        heartbeat_file: writes ``heartbeat.json``. If None, the file is not written.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class Trainer:
     def train_step(self) -> TrainedStep:
         """Queue one optimizer step on the device.
 
-        The returned loss and gradient norm stay on the device until they are needed.
+        The call does not wait for the device. It returns the loss and the gradient norm, which may still be computed.
         """
         self.heartbeat_file.enter("training", self.state.step)
         first_sample = self.guard.next_sample(self.state.samples, self.plan.samples_per_step)
