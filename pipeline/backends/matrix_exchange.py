@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.distributed.world import World
-from pipeline.model.muon_matrices import Matrix, assign_owners, divide_into_batches
+from pipeline.model.muon_matrices import Matrix, assign_owners, divide_into_batches, group_by_shape
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class MatrixExchange:
         dtype: torch.dtype,
     ) -> None:
         self.world = world
+        self.ranks_per_copy = ranks_per_copy
         self.dtype = dtype
         self._batches = [
             _Batch(batch, spans, world, ranks_per_copy) for batch in divide_into_batches(matrices, world.size)
@@ -71,51 +73,76 @@ class MatrixExchange:
         This call is collective: every rank must make it.
 
         Args:
-                elements: for each span (range of a parameter) on this rank, a tensor of shape (n,) with its elements.
-                    The tensors are changed in place.
-            function: a function that takes a matrix on ``world.device`` and returns a matrix of the same shape.
+            elements: for each span (range of a parameter) on this rank, a tensor of shape (n,) with its elements.
+                The tensors are changed in place.
+            function: a function that takes n matrices of one shape, (n, rows, columns), on ``world.device``, and
+                returns a tensor of the same shape.
         """
         for batch in self._batches:
-            whole = self._assemble(batch, elements)
-            for matrix, flat in whole.items():
-                view = flat.view(matrix.rows, matrix.columns)
-                view.copy_(function(view))
-            self._return(batch, whole, elements)
+            stacks = self._assemble(batch, elements)
+            for i, stack in enumerate(stacks):
+                stacks[i] = function(stack)
+            self._return(batch, stacks, elements)
 
-    def _assemble(self, batch: _Batch, elements: Sequence[Tensor]) -> dict[Matrix, Tensor]:
-        """Return the matrices that this rank owns."""
-        sent = [elements[o.span][o.start - batch.first(o.span) : o.stop - batch.first(o.span)] for o in batch.sent]
-        received = self._all_to_all(sent, batch.sizes_sent, batch.sizes_received)
-        whole = {
-            matrix: torch.empty(matrix.numel, dtype=self.dtype, device=self.world.device) for matrix in batch.owned
-        }
-        for overlap, values in zip(batch.received, _split(received, batch.received), strict=True):
-            whole[overlap.matrix][overlap.start - overlap.matrix.start : overlap.stop - overlap.matrix.start] = values
-        return whole
+    def _assemble(self, batch: _Batch, elements: Sequence[Tensor]) -> list[Tensor]:
+        """Return the matrices that this rank owns, one tensor (n, rows, columns) for each shape."""
+        sent = [
+            [elements[o.span][o.start - batch.first(o.span) : o.stop - batch.first(o.span)] for o in overlaps]
+            for overlaps in batch.sent
+        ]
+        received = self._all_to_all(sent, batch.received) if self.ranks_per_copy > 1 else sent
+        shapes = [(len(stack), stack[0].rows, stack[0].columns) for stack in batch.stacks]
+        stacks = [torch.empty(shape, dtype=self.dtype, device=self.world.device) for shape in shapes]
+        flat = batch.by_matrix(stacks)
+        for overlap, values in zip(chain(*batch.received), chain(*received), strict=True):
+            matrix = overlap.matrix
+            flat[matrix][overlap.start - matrix.start : overlap.stop - matrix.start] = values
+        return stacks
 
-    def _return(self, batch: _Batch, flat: dict[Matrix, Tensor], elements: Sequence[Tensor]) -> None:
+    def _return(self, batch: _Batch, stacks: list[Tensor], elements: Sequence[Tensor]) -> None:
         """Send the matrices of this rank to all ranks that hold their elements, and write the received elements."""
-        sent = [flat[o.matrix][o.start - o.matrix.start : o.stop - o.matrix.start] for o in batch.returned]
-        received = self._all_to_all(sent, batch.sizes_returned, batch.sizes_kept)
-        for overlap, values in zip(batch.kept, _split(received, batch.kept), strict=True):
+        flat = batch.by_matrix(stacks)
+        sent = [
+            [flat[o.matrix][o.start - o.matrix.start : o.stop - o.matrix.start] for o in overlaps]
+            for overlaps in batch.returned
+        ]
+        received = self._all_to_all(sent, batch.kept) if self.world.size > 1 else sent
+        for overlap, values in zip(chain(*batch.kept), chain(*received), strict=True):
             first = batch.first(overlap.span)
             target = elements[overlap.span][overlap.start - first : overlap.stop - first]
             target.copy_(values).mul_(overlap.matrix.update_scale)
 
-    def _all_to_all(self, sent: list[Tensor], sizes_sent: list[int], sizes_received: list[int]) -> Tensor:
-        """Concatenate tensors, send a share of the elements to each rank, and return the received elements."""
+    def _all_to_all(self, sent: list[list[Tensor]], overlaps: list[list[_Overlap]]) -> list[list[Tensor]]:
+        """Send tensors to the other ranks, and receive tensors from them. The tensors for this rank are not copied.
+
+        Args:
+            sent: for each rank, the tensors to send to it, shape (n,) each.
+            overlaps: for each rank, what the tensors that it sends contain.
+
+        Returns:
+            For each rank, the tensors that it has sent, one for each overlap.
+        """
+        own = self.world.rank
+        tensors = [[] if rank == own else to_rank for rank, to_rank in enumerate(sent)]
+        lengths = [[] if rank == own else [o.stop - o.start for o in each] for rank, each in enumerate(overlaps)]
+        sizes_sent = [sum(map(len, to_rank)) for to_rank in tensors]
+        sizes_received = [sum(of_rank) for of_rank in lengths]
         sending = torch.empty(sum(sizes_sent), dtype=self.dtype, device=self.world.device)
-        for target, values in zip(torch.split(sending, [len(values) for values in sent]), sent, strict=True):
+        for target, values in zip(
+            torch.split(sending, [len(t) for t in chain(*tensors)]), chain(*tensors), strict=True
+        ):
             target.copy_(values)
-        if self.world.size == 1:
-            return sending
-        received = sending.new_empty(sum(sizes_received))
-        dist.all_to_all_single(received, sending, sizes_received, sizes_sent, group=self.world.group)
+        receiving = sending.new_empty(sum(sizes_received))
+        dist.all_to_all_single(receiving, sending, sizes_received, sizes_sent, group=self.world.group)
+        received = [
+            list(torch.split(r, n)) for r, n in zip(torch.split(receiving, sizes_received), lengths, strict=True)
+        ]
+        received[own] = sent[own]
         return received
 
 
 class _Batch:
-    """The owners of some matrices, and the elements that this rank exchanges with each other rank."""
+    """The owners of some matrices, and the elements that this rank exchanges with each rank."""
 
     def __init__(
         self, matrices: Sequence[Matrix], spans: Sequence[Sequence[Span]], world: World, ranks_per_copy: int
@@ -123,17 +150,21 @@ class _Batch:
         own = spans[world.rank]
         self._firsts = [span.start for span in own]
         owned = assign_owners(matrices, world.size)
-        self.owned = owned[world.rank]
-        holders = [_overlaps(spans[rank], self.owned) for rank in range(world.size)]
-        owners = [_overlaps(own, owned[rank]) for rank in range(world.size)]
-        self.returned, self.sizes_returned = _flatten(holders)
-        self.kept, self.sizes_kept = _flatten(owners)
+        self.stacks = group_by_shape(owned[world.rank])
+        self.returned = [_overlaps(spans[rank], owned[world.rank]) for rank in range(world.size)]
+        self.kept = [_overlaps(own, owned[rank]) for rank in range(world.size)]
         first = world.rank - world.rank % ranks_per_copy
         own_copy = range(first, first + ranks_per_copy)
-        holders = [overlaps if rank in own_copy else [] for rank, overlaps in enumerate(holders)]
-        owners = [overlaps if rank in own_copy else [] for rank, overlaps in enumerate(owners)]
-        self.received, self.sizes_received = _flatten(holders)
-        self.sent, self.sizes_sent = _flatten(owners)
+        self.received = [overlaps if rank in own_copy else [] for rank, overlaps in enumerate(self.returned)]
+        self.sent = [overlaps if rank in own_copy else [] for rank, overlaps in enumerate(self.kept)]
+
+    def by_matrix(self, stacks: Iterable[Tensor]) -> dict[Matrix, Tensor]:
+        """Return the flattened matrices in tensors (n, rows, columns), one tensor for each shape of owned matrices."""
+        return {
+            matrix: values.reshape(-1)
+            for matrices, stack in zip(self.stacks, stacks, strict=True)
+            for matrix, values in zip(matrices, stack, strict=True)
+        }
 
     def first(self, span: int) -> int:
         """Return the first element of one of this rank's spans, counted in the flattened parameter."""
@@ -151,14 +182,3 @@ def _overlaps(spans: Sequence[Span], matrices: Iterable[Matrix]) -> list[_Overla
         for i in by_name.get(matrix.name, ())
     )
     return [overlap for overlap in found if overlap.start < overlap.stop]
-
-
-def _flatten(by_rank: Iterable[Sequence[_Overlap]]) -> tuple[list[_Overlap], list[int]]:
-    """Return the overlaps of all ranks in one list, and the number of elements of each rank."""
-    by_rank = list(by_rank)
-    sizes = [sum(overlap.stop - overlap.start for overlap in overlaps) for overlaps in by_rank]
-    return [overlap for overlaps in by_rank for overlap in overlaps], sizes
-
-
-def _split(received: Tensor, overlaps: Sequence[_Overlap]) -> tuple[Tensor, ...]:
-    return torch.split(received, [overlap.stop - overlap.start for overlap in overlaps])

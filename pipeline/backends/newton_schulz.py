@@ -1,7 +1,9 @@
-"""Orthogonalize a matrix with Newton-Schulz iterations, which use only matrix products."""
+"""Orthogonalize matrices with Newton-Schulz iterations, which use only matrix products."""
 
 import torch
 from torch import Tensor
+
+from pipeline.model.muon_matrices import iterations_per_gram
 
 #: The coefficients of Jordan et al. 2024 ("Muon: An optimizer for hidden layers in neural networks"). They maximize the
 #: slope at zero, so small singular values grow fast. After five iterations, singular values are between 0.7 and 1.2.
@@ -9,22 +11,39 @@ _LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315
 _EPS = 1e-7
 
 
-def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
-    """Return an approximation of the orthogonal matrix that is nearest to ``matrix``, shape (rows, columns).
+def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
+    """Return approximations of the orthogonal matrices that are nearest to some matrices.
 
-    The result has the singular vectors of ``matrix``, and its singular values are close to 1. Each iteration replaces X
-    by a X + (b X X^T + c (X X^T)^2) X, where a, b and c are constants. If X has more rows than columns, the equal
-    expression a X + X (b X^T X + c (X^T X)^2) is computed, because X^T X is then smaller than X X^T. For a matrix of
-    zeros, the result is zero.
+    A result has the same singular vectors as its matrix, and its singular values are close to 1. Each iteration
+    replaces X by P X with P = a I + b G + c G^2 and G = X X^T, where a, b and c are constants. G is the Gram matrix of
+    X. If X has more rows than columns, the function computes the same result as X P with G = X^T X, because this Gram
+    matrix is smaller. For a matrix of zeros, the result is zero.
 
-    Args:
-        matrix: shape (rows, columns). Its dtype is also the dtype of the computation and of the result.
+    If X is far from square, products with X are more expensive than products of Gram matrices. The function then does
+    two iterations with one Gram matrix: the Gram matrix after the first iteration is P G P. More than two iterations
+    with one Gram matrix would not be stable in bf16.
+
+        Args:
+            matrices: shape (n, rows, columns). Its dtype is also the dtype of the computation and of the result.
     """
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix / torch.linalg.vector_norm(matrix).clamp(min=_EPS)  # so that no singular value exceeds 1
-    for _ in range(iterations):
+    rows, columns = matrices.shape[1:]
+    is_tall = rows > columns
+    x = matrices / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp(min=_EPS)  # singular values <= 1
+    at_a_time = iterations_per_gram(rows, columns)
+    for done in range(0, iterations, at_a_time):
         gram = x.mT @ x if is_tall else x @ x.mT
-        polynomial = torch.addmm(gram, gram, gram, beta=_CUBIC, alpha=_QUINTIC)
-        left, right = (x, polynomial) if is_tall else (polynomial, x)
-        x = torch.addmm(x, left, right, beta=_LINEAR)
+        if min(at_a_time, iterations - done) == 2:
+            first = _polynomial(gram, _LINEAR)
+            left = _polynomial(first @ gram @ first, _LINEAR) @ first
+            x = x @ left.mT if is_tall else left @ x
+        else:
+            rest = _polynomial(gram, 0.0)
+            x = torch.baddbmm(x, *((x, rest) if is_tall else (rest, x)), beta=_LINEAR)
     return x
+
+
+def _polynomial(gram: Tensor, constant: float) -> Tensor:
+    """Return constant I + b G + c G^2, shape (n, rows, rows), for Gram matrices G of the same shape."""
+    result = torch.baddbmm(gram, gram, gram, beta=_CUBIC, alpha=_QUINTIC)
+    result.diagonal(dim1=1, dim2=2).add_(constant)
+    return result

@@ -38,10 +38,12 @@ class Matrix:
         """Return a number that is proportional to the time of orthogonalizing this matrix."""
         return self.numel * min(self.rows, self.columns)
 
-    @property
-    def flops_per_iteration(self) -> int:
-        """Return the FLOPs of one Newton-Schulz iteration, which consists of three matrix products."""
-        return 4 * self.cost + 2 * min(self.rows, self.columns) ** 3
+    def orthogonalization_flops(self, iterations: int) -> int:
+        """Return the FLOPs of the matrix products of some Newton-Schulz iterations."""
+        smaller = 2 * min(self.rows, self.columns) ** 3  # a product of two Gram matrices
+        pairs = iterations // 2 if iterations_per_gram(self.rows, self.columns) == 2 else 0
+        singles = iterations - 2 * pairs
+        return pairs * (4 * self.cost + 5 * smaller) + singles * (4 * self.cost + smaller)
 
     @property
     def update_scale(self) -> float:
@@ -50,6 +52,15 @@ class Matrix:
         With this factor, an update of Muon is about as large as an update of AdamW.
         """
         return 0.2 * math.sqrt(max(self.rows, self.columns))
+
+
+def iterations_per_gram(rows: int, columns: int) -> int:
+    """Return how many Newton-Schulz iterations use one Gram matrix: 2 if this needs fewer FLOPs, otherwise 1.
+
+    Two iterations with one Gram matrix save two products with the (rows, columns) matrix, and need three more products
+    of matrices that have the size of the Gram matrix.
+    """
+    return 2 if 2 * max(rows, columns) > 3 * min(rows, columns) else 1
 
 
 def belongs_to_muon(name: str, shape: Sequence[int]) -> bool:
@@ -105,6 +116,14 @@ def assign_owners(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
     return owned
 
 
+def group_by_shape(matrices: Iterable[Matrix]) -> list[list[Matrix]]:
+    """Group matrices that have the same numbers of rows and columns."""
+    groups: dict[tuple[int, int], list[Matrix]] = {}
+    for matrix in matrices:
+        groups.setdefault((matrix.rows, matrix.columns), []).append(matrix)
+    return list(groups.values())
+
+
 def exchange_elements(batch: Sequence[Matrix], ranks: int, ranks_per_copy: int) -> int:
     """Return how many elements a rank needs in memory to exchange and orthogonalize a batch of matrices.
 
@@ -117,9 +136,14 @@ def exchange_elements(batch: Sequence[Matrix], ranks: int, ranks_per_copy: int) 
     """
     total = sum(matrix.numel for matrix in batch)
     own = max(sum(matrix.numel for matrix in owned) for owned in assign_owners(batch, ranks))
-    share = own if ranks_per_copy == 1 else -(-total // ranks)  # of the elements that a rank sends to the owners
-    assembling = share + own * (2 if ranks > 1 else 1)
-    held = 0 if ranks == 1 else -(-total // ranks_per_copy)  # the elements that a rank receives
-    returning = own + own * (ranks // ranks_per_copy) + held
-    iterating = own + max(3 * matrix.numel + 2 * min(matrix.rows, matrix.columns) ** 2 for matrix in batch)
+    assembling = own if ranks_per_copy == 1 else 2 * own + -(-total // ranks)  # with the elements to send and received
+    held = -(-total // ranks_per_copy)  # the elements that a rank receives
+    returning = own if ranks == 1 else own + own * (ranks // ranks_per_copy) + held
+    iterating = own + max(_elements_to_iterate(owned) for owned in assign_owners(batch, ranks))
     return max(assembling, iterating, returning)
+
+
+def _elements_to_iterate(owned: Iterable[Matrix]) -> int:
+    """Return the largest number of elements of temporary tensors while a rank orthogonalizes its matrices."""
+    groups = group_by_shape(owned)
+    return max((sum(2 * m.numel + 4 * min(m.rows, m.columns) ** 2 for m in group) for group in groups), default=0)

@@ -131,8 +131,9 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
         + sent.after_backward / between_all
         + sent.to_and_from_host / (LINK_EFFICIENCY * device.host_gb_per_s * GB)
     )
-    iterations = config.optimizer.muon.iterations * sum(matrix.flops_per_iteration for matrix in _matrices(config))
-    update_s = iterations / plan.world_size / (device.flops(config.run.precision) * mfu)
+    iterations = config.optimizer.muon.iterations
+    update_flops = sum(matrix.orthogonalization_flops(iterations) for matrix in _matrices(config))
+    update_s = update_flops / plan.world_size / (device.flops(config.run.precision) * mfu)
     compute_s = plan.accumulation * micro_step_s + update_s
     return Speed(sent.per_step(plan.accumulation), compute_s, exposed_s, plan.tokens_per_step / (compute_s + exposed_s))
 

@@ -162,9 +162,9 @@ def test_the_iterations_have_the_dtype_of_the_matrix_products(
 ) -> None:
     seen: set[torch.dtype] = set()
 
-    def record(matrix: Tensor, iterations: int) -> Tensor:
-        seen.add(matrix.dtype)
-        return matrix
+    def record(matrices: Tensor, iterations: int) -> Tensor:
+        seen.add(matrices.dtype)
+        return matrices
 
     monkeypatch.setattr("pipeline.backends.muon.orthogonalize", record)
     backend = make_backend("ddp", world, run={"precision": precision}, optimizer=OPTIMIZER)
