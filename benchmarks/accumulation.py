@@ -1,6 +1,7 @@
 """Compare the curves of runs that split the same batch into micro-batches and ranks in six ways.
 
-python -m benchmarks.accumulation      # what `make accumulation` runs
+python -m benchmarks.accumulation                                                    # what `make accumulation` runs
+python -m benchmarks.accumulation --bytes --backends fsdp/2 zero3/2 --processes 2 4  # groups of two ranks
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ def compare(
     masked: bool,
     steps: int,
     backends: Sequence[str] = ("ddp",),
+    processes: Sequence[int] = PROCESSES,
     base: Sections = TINY_RUN,
 ) -> Iterator[Agreement]:
     """Train ``base`` with each split of the batch in fp32, and yield one comparison per run."""
     if masked:
         data = copy_with_masks(data, scratch / "masked_data")
 
-    def curve(backend: str, micro_batch_size: int, processes: int) -> Curve:
+    def curve(backend: str, micro_batch_size: int, ranks: int) -> Curve:
         sections = merged(
             base,
             {
@@ -40,14 +42,14 @@ def compare(
                 "schedule": {"max_steps": steps},
             },
         )
-        folder = scratch / f"{backend}-{micro_batch_size}-{processes}-{masked}"
-        return curve_of(backend, folder, sections, processes)
+        folder = scratch / f"{backend}-{micro_batch_size}-{ranks}-{masked}".replace("/", "_")
+        return curve_of(backend, folder, sections, ranks)
 
     reference = curve("ddp", 1, 1)
     for backend in backends:
         for micro_batch_size in MICRO_BATCHES:
-            for processes in PROCESSES:
-                run = (backend, micro_batch_size, processes)
+            for ranks in processes:
+                run = (backend, micro_batch_size, ranks)
                 if run != ("ddp", 1, 1):
                     yield Agreement.of(("masked" if masked else "all", *run), "fp32", curve(*run), reference)
 
@@ -56,6 +58,7 @@ def main() -> None:
     """Print the tables. Exit with a non-zero status if a run does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--processes", type=int, nargs="+", default=list(PROCESSES))
     add_run_options(parser, backends=("ddp", "fsdp", "zero1"))
     arguments = parser.parse_args()
     options = run_options(arguments)
@@ -69,6 +72,7 @@ def main() -> None:
                 masked=masked,
                 steps=arguments.steps,
                 backends=options.backends,
+                processes=arguments.processes,
                 base=options.base,
             )
             failures += print_table(("targets", "backend", "micro-batch", "processes"), rows)

@@ -2,6 +2,7 @@
 
 python -m benchmarks.chaos --runs 60        # what `make chaos` runs
 python -m benchmarks.chaos --runs 20 --optimizer muon --bytes
+python -m benchmarks.chaos --runs 12 --bytes --backends fsdp/2 zero3/2 --processes 2 4    # groups of two ranks
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from tests.support.runs import (
     read_curve,
 )
 
+PROCESSES = (1, 2)
 STEPS, EVERY_STEPS = 30, 5
 MILESTONE_STEPS = 10  # every milestone must still exist at the end
 LONGEST_S = 14.0  # the approximate time from the start of a run to its last step
@@ -113,6 +115,7 @@ def survive(
     scratch: Path,
     reference: Curve,
     backends: Sequence[str] = BACKENDS,
+    processes: Sequence[int] = PROCESSES,
 ) -> Outcome:
     """Start a run, kill and resume it one to three times, let it finish, and check the result and the files."""
     chance = random.Random(f"{seed}-{number}")
@@ -121,13 +124,13 @@ def survive(
     kills_wanted = chance.choice((1, 1, 2, 3))
     ended = False
     while not ended:
-        backend, processes = chance.choice(backends), chance.choice((1, 2))
+        backend, ranks = chance.choice(backends), chance.choice(processes)
         reached = last_logged_step(folder)
-        with LiveRun(backend, folder, sections, processes) as run:
-            killed = outcome.kills < kills_wanted and kill_at_random(run, processes, chance)
+        with LiveRun(backend, folder, sections, ranks) as run:
+            killed = outcome.kills < kills_wanted and kill_at_random(run, ranks, chance)
             status = run.wait()
             outcome.note_continuation(run.output, reached)
-            outcome.history.append(f"{backend} x{processes} {killed or 'to the end'}")
+            outcome.history.append(f"{backend} x{ranks} {killed or 'to the end'}")
             outcome.kills += bool(killed)
             ended = not killed
             if ended and status:
@@ -137,7 +140,7 @@ def survive(
 
 
 def kill_at_random(run: LiveRun, processes: int, chance: random.Random) -> str | None:
-    """Send SIGKILL at a random moment, or inside a save, to all ranks or to one of two.
+    """Send SIGKILL at a random moment, or inside a save, to all ranks or to one of several.
 
     Returns:
         A description of the kill, or None if the run had already ended.
@@ -170,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, nargs="+", default=list(PROCESSES))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     add_run_options(parser)
     arguments = parser.parse_args()
@@ -186,6 +190,7 @@ def main() -> None:
             scratch=scratch,
             reference=reference,
             backends=options.backends,
+            processes=arguments.processes,
         )
         for outcome in pool.map(survived, range(arguments.runs)):
             print(outcome, flush=True)
