@@ -23,7 +23,7 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     two iterations with one Gram matrix: the Gram matrix after the first iteration is P G P. More than two iterations
     with one Gram matrix would not be stable in bf16.
 
-        Args:
+    Args:
             matrices: shape (n, rows, columns). Its dtype is also the dtype of the computation and of the result.
     """
     rows, columns = matrices.shape[1:]
