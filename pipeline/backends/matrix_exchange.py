@@ -67,14 +67,22 @@ class MatrixExchange:
             _Batch(batch, spans, world, ranks_per_copy) for batch in divide_into_batches(matrices, world.size)
         ]
 
-    def transform(self, elements: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> None:
-        """Replace each matrix by ``function(matrix)`` times ``Matrix.update_scale``.
+    def add_transformed(
+        self,
+        elements: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        function: Callable[[Tensor], Tensor],
+        *,
+        alpha: float = 1.0,
+    ) -> None:
+        """Add the elements of ``alpha * Matrix.update_scale * function(matrix)`` to the targets, for every matrix.
 
         This call is collective: every rank must make it.
 
         Args:
-            elements: for each span (range of a parameter) on this rank, a tensor of shape (n,) with its elements.
-                The tensors are changed in place.
+            elements: for each span (range of a parameter) on this rank, a tensor of shape (n,) with its elements of
+                the matrices.
+            targets: for each span, a tensor of the same shape, fp32. They are changed in place.
             function: a function that takes n matrices of one shape, (n, rows, columns), on ``world.device``, and
                 returns a tensor of the same shape.
         """
@@ -82,7 +90,7 @@ class MatrixExchange:
             stacks = self._assemble(batch, elements)
             for i, stack in enumerate(stacks):
                 stacks[i] = function(stack)
-            self._return(batch, stacks, elements)
+            self._return(batch, stacks, targets, alpha)
 
     def _assemble(self, batch: _Batch, elements: Sequence[Tensor]) -> list[Tensor]:
         """Return the matrices that this rank owns, one tensor (n, rows, columns) for each shape."""
@@ -99,8 +107,8 @@ class MatrixExchange:
             flat[matrix][overlap.start - matrix.start : overlap.stop - matrix.start] = values
         return stacks
 
-    def _return(self, batch: _Batch, stacks: list[Tensor], elements: Sequence[Tensor]) -> None:
-        """Send the matrices of this rank to all ranks that hold their elements, and write the received elements."""
+    def _return(self, batch: _Batch, stacks: list[Tensor], targets: Sequence[Tensor], alpha: float) -> None:
+        """Send the matrices of this rank to all ranks that hold their elements, and add the received elements."""
         flat = batch.by_matrix(stacks)
         sent = [
             [flat[o.matrix][o.start - o.matrix.start : o.stop - o.matrix.start] for o in overlaps]
@@ -109,8 +117,8 @@ class MatrixExchange:
         received = self._all_to_all(sent, batch.kept) if self.world.size > 1 else sent
         for overlap, values in zip(chain(*batch.kept), chain(*received), strict=True):
             first = batch.first(overlap.span)
-            target = elements[overlap.span][overlap.start - first : overlap.stop - first]
-            target.copy_(values).mul_(overlap.matrix.update_scale)
+            target = targets[overlap.span][overlap.start - first : overlap.stop - first]
+            target.add_(values, alpha=alpha * overlap.matrix.update_scale)
 
     def _all_to_all(self, sent: list[list[Tensor]], overlaps: list[list[_Overlap]]) -> list[list[Tensor]]:
         """Send tensors to the other ranks, and receive tensors from them. The tensors for this rank are not copied.

@@ -99,18 +99,15 @@ class Muon(torch.optim.Optimizer):
                 self._update(masters, group["lr"], group["weight_decay"])
 
     def _update(self, masters: list[Tensor], learning_rate: float, weight_decay: float) -> None:
-        """Update masters. To save memory, the updates are written into the gradients."""
-        weights = [local_elements(master) for master in masters]
-        updates = [local_elements(master.grad) for master in masters]  # type: ignore[arg-type]
+        """Update masters. To save memory, Nesterov's momentum is written into the gradients."""
+        gradients = [local_elements(master.grad) for master in masters]  # type: ignore[arg-type]
         momenta = [local_elements(self._momentum(master)) for master in masters]
-        torch._foreach_lerp_(momenta, updates, 1 - self.config.momentum)
+        torch._foreach_lerp_(momenta, gradients, 1 - self.config.momentum)
         if self.config.nesterov:
-            torch._foreach_lerp_(updates, momenta, self.config.momentum)
-        else:
-            torch._foreach_copy_(updates, momenta)
-        self._orthogonalize(masters)
-        torch._foreach_mul_(weights, 1 - learning_rate * weight_decay)
-        torch._foreach_add_(weights, updates, alpha=-learning_rate)
+            torch._foreach_lerp_(gradients, momenta, self.config.momentum)
+        directions = gradients if self.config.nesterov else momenta
+        torch._foreach_mul_([local_elements(master) for master in masters], 1 - learning_rate * weight_decay)
+        self._add_orthogonal(masters, directions, -learning_rate)
 
     def _momentum(self, master: Tensor) -> Tensor:
         state = self.state[master]
@@ -119,18 +116,24 @@ class Muon(torch.optim.Optimizer):
         momentum: Tensor = state[MOMENTUM]
         return momentum
 
-    def _orthogonalize(self, masters: list[Tensor]) -> None:
-        """Replace the gradients of masters by the scaled orthogonal matrices."""
+    def _add_orthogonal(self, masters: list[Tensor], directions: list[Tensor], alpha: float) -> None:
+        """Add ``alpha`` times the scaled orthogonal matrices of the directions to the masters.
+
+        Args:
+            directions: for each master, a tensor with the shape of the elements that this rank holds of the master.
+        """
         indices = tuple(self._indices[id(master)] for master in masters)
         if indices not in self._exchanges:
             self._exchanges[indices] = self._create_exchange(set(indices))
-        elements = [
-            held.of(held.master.grad)  # type: ignore[arg-type]
-            for held in self._ranges
-            if self._indices[id(held.master)] in indices
-        ]
-        function = partial(orthogonalize, iterations=self.config.iterations)
-        self._exchanges[indices].transform(elements, function)
+        direction_of = dict(zip(indices, directions, strict=True))
+        ranges = [(held, self._indices[id(held.master)]) for held in self._ranges]
+        ranges = [(held, index) for held, index in ranges if index in direction_of]
+        self._exchanges[indices].add_transformed(
+            [held.of(direction_of[index]) for held, index in ranges],
+            [held.of(held.master) for held, _ in ranges],
+            partial(orthogonalize, iterations=self.config.iterations),
+            alpha=alpha,
+        )
 
     def _create_exchange(self, indices: set[int]) -> MatrixExchange:
         """Return the exchange for the matrices that are in some of the masters on any rank."""

@@ -86,8 +86,9 @@ def test_every_matrix_is_transformed_once(
             seen.extend([(rows, columns)] * count)
             return matrices.cumsum(1)
 
-        exchange.transform(elements, function)
-        return elements
+        targets = [torch.ones_like(values) for values in elements]
+        exchange.add_transformed(elements, targets, function, alpha=-0.5)
+        return targets
 
     results = threaded.run(transform)
     assert sorted(seen) == sorted((matrix.rows, matrix.columns) for matrix in MATRICES)
@@ -95,7 +96,7 @@ def test_every_matrix_is_transformed_once(
     expected = whole_parameters()
     for matrix in MATRICES:
         rows = expected[matrix.name].view(-1)[matrix.start : matrix.stop].view(matrix.rows, matrix.columns)
-        rows.copy_(rows.cumsum(0) * matrix.update_scale)
+        rows.copy_(1 - 0.5 * rows.cumsum(0) * matrix.update_scale)
     for rank, elements in enumerate(results):
         for span, found in zip(cut(length, rank % ranks_per_copy, ranks_per_copy), elements, strict=True):
             torch.testing.assert_close(found, expected[span.name].view(-1)[span.start : span.stop])
