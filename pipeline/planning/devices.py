@@ -11,6 +11,7 @@ from pipeline.errors import ConfigError
 
 GB, TERA = 10**9, 10**12
 THIS = "this"
+NVLINK_LATENCY_US, PCIE_LATENCY_US, NETWORK_LATENCY_US = 3.4, 5.7, 9.6
 _COPIED_BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}
 
 
@@ -26,6 +27,8 @@ class Device:
     network_gb_per_s: float  # per device, between nodes
     host_gb_per_s: float  # between the device and the host's memory
     mfu: float  # assumed fraction of the FLOP/s that a training step reaches
+    node_latency_us: float  # of a message between devices of a node
+    network_latency_us: float = NETWORK_LATENCY_US  # of a message between nodes
     per_node: int = 8
     reserved_gib: float = 1.0  # used by the driver context, collectives and libraries
     fragmentation: float = 0.05  # assumed fraction of the remaining memory that fragmentation takes
@@ -47,30 +50,21 @@ class Device:
         """
         return TERA * (self.fp32_tflops if precision == "fp32" else self.bf16_tflops)
 
-    def link_bytes_per_s(self, world_size: int, *, group_size: int) -> float:
-        """Return the bandwidth of the slowest link that connects two ranks of the same group, in bytes per second.
-
-        Args:
-            world_size: the number of ranks.
-            group_size: the number of ranks per group. Each group consists of consecutive ranks.
-        """
-        is_in_node = world_size <= self.per_node or self.per_node % group_size == 0
-        return GB * (self.node_gb_per_s if is_in_node else self.network_gb_per_s)
-
 
 #: Dense TFLOP/s and NVLink or PCIe bandwidths are from NVIDIA's data sheets. The network has 400 Gbit/s per GPU in DGX
 #: H100 and H200, and 200 Gbit/s in DGX A100. We assume that eight small cards share 100 Gbit/s. llm.c reports an MFU of
-#: 0.40 for GPT-2 on eight H100, and of 0.60 on eight A100, for which we assume 0.50. Other MFUs are guesses.
+#: 0.40 for GPT-2 on eight H100, and of 0.60 on eight A100, for which we assume 0.50. Other MFUs are guesses. The
+#: latencies of NVLink, PCIe and the network are those in ``src/graph/tuning.cc`` of NCCL 2.12 (rings, large messages).
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        # name, memory, bf16, fp32, node, network, host, mfu
-        Device("h100-80gb", 79.1, 989, 67, 450, 50, 64, 0.40),
-        Device("h200", 139.8, 989, 67, 450, 50, 64, 0.40),
-        Device("a100-80gb", 79.1, 312, 19.5, 300, 25, 32, 0.50),
-        Device("a100-40gb", 39.4, 312, 19.5, 300, 25, 32, 0.50),
-        Device("rtx4090", 23.5, 165, 82.6, 32, 1.56, 32, 0.45),
-        Device("l4", 22.0, 121, 30.3, 32, 1.56, 32, 0.40),
+        # name, memory, bf16, fp32, node, network, host, mfu, latency of the node
+        Device("h100-80gb", 79.1, 989, 67, 450, 50, 64, 0.40, NVLINK_LATENCY_US),
+        Device("h200", 139.8, 989, 67, 450, 50, 64, 0.40, NVLINK_LATENCY_US),
+        Device("a100-80gb", 79.1, 312, 19.5, 300, 25, 32, 0.50, NVLINK_LATENCY_US),
+        Device("a100-40gb", 39.4, 312, 19.5, 300, 25, 32, 0.50, NVLINK_LATENCY_US),
+        Device("rtx4090", 23.5, 165, 82.6, 32, 1.56, 32, 0.45, PCIE_LATENCY_US),
+        Device("l4", 22.0, 121, 30.3, 32, 1.56, 32, 0.40, PCIE_LATENCY_US),
     )
 }
 
@@ -130,6 +124,7 @@ def _measure_this_machine(precision: str, world_size: int) -> Device:
         network_gb_per_s=host_gb_per_s,
         host_gb_per_s=host_gb_per_s,
         mfu=0.5,
+        node_latency_us=PCIE_LATENCY_US,
         per_node=torch.cuda.device_count() if on_gpu else world_size,
         reserved_gib=1.0 if on_gpu else 0.5,
         fragmentation=0.05 if on_gpu else 0.0,

@@ -55,7 +55,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values. Sizes are in bytes."""
         memory = {**vars(self.memory), "total": self.memory.total}
-        nested = {"batch": vars(self.batch), "memory": memory, "speed": vars(self.speed)}
+        nested = {"batch": vars(self.batch), "memory": memory, "speed": self.speed.to_json()}
         return {**vars(self), **nested, "fits": self.fits}
 
 

@@ -13,6 +13,7 @@ from pipeline.planning.devices import Device
 from pipeline.planning.planner import Plan, plan_run
 
 _COLUMNS = ("params", "masters", "optim", "grads", "activ", "logits", "buffers", "total", "host")
+TIE = 1.01
 _WORLD_SIZES = [1 << power for power in range(13)]
 
 
@@ -36,8 +37,14 @@ def format_plans(config: Config, device: Device, plans: Sequence[Plan], *, mfu: 
 
 
 def fastest_plan(plans: Sequence[Plan]) -> Plan | None:
-    """Return the plan whose run takes the fewest days. If the model does not fit with any backend, return None."""
-    return min((plan for plan in plans if plan.days is not None), key=lambda plan: plan.days or 0.0, default=None)
+    """Return the first plan that needs at most 1% more days than the fastest one.
+
+    Plans are not accurate enough to prefer a later backend for less. If the model does not fit with
+    any backend, return None.
+    """
+    fitting = [(plan, plan.days) for plan in plans if plan.days is not None]
+    fewest = min((days for _, days in fitting), default=0.0)
+    return next((plan for plan, days in fitting if days <= TIE * fewest), None)
 
 
 def format_verdict(plans: Sequence[Plan]) -> str:

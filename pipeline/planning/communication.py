@@ -1,0 +1,127 @@
+"""Estimate the time of collectives from the bandwidths and latencies of the links between ranks.
+
+NCCL estimates the time of each algorithm from a bandwidth and a latency, and takes the fastest one
+(``src/graph/tuning.cc`` of NCCL 2.12). This module does the same. Gloo always uses a ring for an all-reduce.
+
+In the formulas, p is the number of ranks of a group, h the number of hosts on which these ranks are, g = p / h the
+number of ranks per host, and n the number of bytes. Each rank has a link within its host and a link between hosts, with
+bandwidths B_host and B_net and latencies a_host and a_net. A ring over several hosts enters and leaves a host once per
+network adapter (NCCL builds as many rings), so its bandwidth is B = min(B_host, g B_net).
+
+=============  ==================================================================================  ====================
+algorithm      time                                                                                used for
+=============  ==================================================================================  ====================
+ring           (p - 1) / p n / B + (p - h) a_host + (h - 1) a_net                                  all-gather,
+                                                                                                   reduce-scatter
+ring           twice this time                                                                     all-reduce
+tree           2 n / B + 2 (g - 1) a_host + 2 ceil(log2 h) a_net                                   all-reduce
+hierarchical   reduce-scatter of n within each host, all-reduce of n / g between hosts, all-gather all-reduce
+               of n within each host
+pairwise       max((g - 1) / p n / B_host, (p - g) / p n / B_net) + (g - 1) a_host + (p - g) a_net all-to-all
+=============  ==================================================================================  ====================
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+#: n of a collective is the size of its input. For an all-gather, it is the size of the output.
+_SENT_SHARES: dict[Kind, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
+
+
+@dataclass(frozen=True)
+class Link:
+    """The connection of one rank to other ranks. The bandwidth is for one direction."""
+
+    bytes_per_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks of a collective: ``size`` ranks, whose numbers differ by ``stride``.
+
+    All other ranks are in groups of the same kind, which communicate at the same time.
+    """
+
+    size: int
+    stride: int = 1
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective that each rank issues."""
+
+    kind: Kind
+    size: int  # n, in bytes
+    group: Group
+
+    @property
+    def sent_bytes(self) -> float:
+        """Return how many bytes each rank sends. With a tree or a hierarchy, this is the mean over the ranks."""
+        return _SENT_SHARES[self.kind] * self.size * (self.group.size - 1) / self.group.size
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Hosts with ``per_host`` ranks each. Consecutive ranks are on the same host."""
+
+    per_host: int
+    within_host: Link
+    between_hosts: Link  # a rank's share of the network adapters of its host
+
+    def hosts_of(self, group: Group) -> int:
+        """Return the number of hosts on which the ranks of a group are."""
+        if self.per_host % (group.size * group.stride) == 0:
+            return 1
+        return max(2, -(-group.size // max(1, self.per_host // group.stride)))
+
+    def seconds(self, collective: Collective) -> float:
+        """Return the time of a collective with its fastest algorithm."""
+        return min(self.seconds_by_algorithm(collective).values(), default=0.0)
+
+    def seconds_by_algorithm(self, collective: Collective) -> dict[str, float]:
+        """Return the time of a collective with each algorithm. Returns an empty dict if the group is a single rank."""
+        size, group = collective.size, collective.group
+        hosts = self.hosts_of(group)
+        if group.size == 1:
+            return {}
+        if collective.kind == "all_to_all":
+            return {"pairwise": self._pairwise(size, group.size, hosts)}
+        ring = self._ring(size, group.size, hosts)
+        if collective.kind != "all_reduce":
+            return {"ring": ring}
+        times = {"ring": 2 * ring, "tree": self._tree(size, group.size, hosts)}
+        if 1 < hosts < group.size:
+            times["hierarchical"] = self._hierarchical(size, group.size, hosts)
+        return times
+
+    def _bandwidth(self, ranks: int, hosts: int) -> float:
+        if hosts == 1:
+            return self.within_host.bytes_per_s
+        per_host = ranks // hosts
+        between = per_host * self.between_hosts.bytes_per_s
+        return between if per_host == 1 else min(self.within_host.bytes_per_s, between)
+
+    def _ring(self, size: float, ranks: int, hosts: int) -> float:
+        latency_s = (ranks - hosts) * self.within_host.latency_s + (hosts - 1) * self.between_hosts.latency_s
+        return (ranks - 1) / ranks * size / self._bandwidth(ranks, hosts) + latency_s
+
+    def _tree(self, size: float, ranks: int, hosts: int) -> float:
+        depth = math.ceil(math.log2(hosts))
+        latency_s = (ranks // hosts - 1) * self.within_host.latency_s + depth * self.between_hosts.latency_s
+        return 2 * (size / self._bandwidth(ranks, hosts) + latency_s)
+
+    def _hierarchical(self, size: float, ranks: int, hosts: int) -> float:
+        per_host = ranks // hosts
+        between = min(2 * self._ring(size / per_host, hosts, hosts), self._tree(size / per_host, hosts, hosts))
+        return 2 * self._ring(size, per_host, 1) + between
+
+    def _pairwise(self, size: float, ranks: int, hosts: int) -> float:
+        near, far = ranks // hosts - 1, ranks - ranks // hosts
+        times = [peers / ranks * size / link.bytes_per_s for peers, link in self._peers(near, far)]
+        return max(times) + sum(peers * link.latency_s for peers, link in self._peers(near, far))
+
+    def _peers(self, near: int, far: int) -> list[tuple[int, Link]]:
+        return [(near, self.within_host), (far, self.between_hosts)]
