@@ -1,4 +1,4 @@
-"""Tokenize Python's standard library, train and evaluate a small GPT-2 on it, and generate text, in a few minutes.
+"""Tokenize Python's standard library, train a small GPT-2 on it, evaluate it and generate text, in a few minutes.
 
 The command first trains a few steps to measure how long a step takes on this machine. It then chooses the number of
 steps so that all stages together take about --minutes. If the command is interrupted, repeat it. Finished stages are

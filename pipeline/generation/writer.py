@@ -31,8 +31,8 @@ def load_writer(checkpoint: Path | str, device: torch.device, dtype: str = "fp32
     Args:
         checkpoint: a checkpoint folder or a run folder, or its URL. For a run folder, the newest good checkpoint is
             used.
-        dtype: the dtype of weights and matrix products, a key of ``DTYPES``.
-        weights: a key of ``KINDS_OF_WEIGHTS``. It selects the trained weights or their moving average.
+        dtype: the dtype of weights and matrix products, a key of ``DTYPES``. weights: ``training`` for the weights that
+            are trained, or ``ema`` for their moving average.
 
     Raises:
         CheckpointError: there is no good checkpoint, it does not have these weights, or the vocabulary of the model is

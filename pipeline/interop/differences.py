@@ -1,4 +1,4 @@
-"""Describe how an imported model differs from the model in the files, and compare their losses on a short text."""
+"""Describe how an imported model differs from the original model, and compare their losses on a short text."""
 
 from collections.abc import Callable, Mapping
 
@@ -27,14 +27,14 @@ SHORT_TEXT = (
 def rows_of_the_tokenizer(rows: int) -> int:
     """Return how many rows of an embedding with ``rows`` rows belong to tokens of the tokenizer.
 
-    If ``rows`` is a little larger than GPT-2's vocabulary, the result is the size of GPT-2's vocabulary, because the
-    last rows belong to added tokens or padding. Otherwise, the result is ``rows``.
+    If ``rows`` is a little larger than GPT-2's vocabulary, the result is the size of the vocabulary, because the
+    further rows belong to added tokens or padding. Otherwise, the result is ``rows``.
     """
     return GPT2_VOCAB_SIZE if GPT2_VOCAB_SIZE < rows <= LARGEST_PADDED_VOCABULARY else rows
 
 
 def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
-    """Return a list with one line about all dtypes other than fp32. Returns an empty list if all weights are fp32."""
+    """Return a list with one line about all dtypes that are not fp32. If all weights are fp32, the list is empty."""
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()} - {"float32"})
     if not dtypes:
         return []
@@ -45,13 +45,12 @@ def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
 def describe_differences(
     config: ModelConfig, weights: Mapping[str, Tensor], kept_rows: int, *, exact_gelu: bool
 ) -> list[str]:
-    """Return one line per difference between a model of another program and the model that we import from it.
+    """Return one line per difference between a model of another program (the original) and our imported model.
 
-    The *original* is the model in the files of the other program. Each line contains the losses of both models on a
-    short text.
+    Each line contains the losses of both models on a short text.
 
     Args:
-        config: the config of the original. Its ``vocab_size`` counts all rows of the stored embedding, also rows that
+        config: the config of the original. Its ``vocab_size`` counts all rows of the stored embedding, even those that
             our model does not keep.
         weights: maps canonical names to the parameters of the original. Matrices have the same orientation as in our
             model. Biases may be missing.

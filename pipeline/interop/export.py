@@ -14,7 +14,7 @@ FORMATS = {HUGGING_FACE: ("float32", "bfloat16"), GGUF: ("float32", "bfloat16", 
 
 @dataclass(frozen=True)
 class Export:
-    """The result of an export: the folder or file, its size in bytes, and messages for the user."""
+    """The result of an export: the written folder or file, its size in bytes, and messages for the user."""
 
     path: Path
     bytes: int  # the size of the file with the weights

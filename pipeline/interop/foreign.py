@@ -40,13 +40,14 @@ class ForeignModel:
     notes: list[str]  # messages for the user, one per difference to the model in the files
 
     def copy_elements(self, name: str, start: int, target: Tensor) -> None:
-        """Copy a range of a flattened parameter of our model into ``target``. Only the rows of this range are read.
+        """Copy a range of a parameter of our model into ``target``. Only the rows of the range are read.
 
-        Padding rows and missing biases are zero.
+        Padding rows, and biases that the file does not contain, are zero.
 
         Args:
-            start: the first element of the range.
-            target: the elements of the range, shape (n,), on any device.
+            name: the canonical name of the parameter.
+            start: the index of the range's first element in the flattened parameter.
+            target: the tensor to fill, shape (n,), on any device.
         """
         stored = self.weights.get(name)
         available = 0 if stored is None else min(len(target), max(0, stored.numel() - start))
@@ -69,7 +70,7 @@ class Conversion:
 
 
 class SettingsObject:
-    """Takes the place of a pickled ``GPTConfig``. Its values can then be read without executing code in the file."""
+    """Stands for a pickled ``GPTConfig`` of nanoGPT. Its values can be read without executing code in the file."""
 
 
 def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
@@ -124,8 +125,8 @@ def _load_pickle(path: Path, classes: list[str]) -> Any:
 def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
     """Return the parameters of a state dict. The result maps canonical names to tensors.
 
-    The result contains the shared weight of output layer and embedding only once. Attention masks are left out, because
-    they are not parameters.
+    The output layer and the embedding share a weight, which is in the result only once. Attention masks are left out,
+    because they are not parameters.
 
     Raises:
         CheckpointError: the embedding of a GPT-2 is missing, a value is not a tensor of finite floats, a parameter is
@@ -250,9 +251,9 @@ def preset_of(sizes: dict[str, int]) -> dict[str, str]:
 def read_padded(
     tensors: Mapping[str, Mapping[str, Tensor]], shapes: dict[str, list[int]], kind: str, name: str
 ) -> Tensor:
-    """Return a tensor in the shape of our model. The padding rows are zero.
+    """Return a tensor in the shape that our model needs. Padding rows are zero.
 
-    If the tensor is missing, all rows are zero.
+    If ``tensors`` does not contain the tensor, all rows are zero.
 
     Args:
         tensors: maps kinds (``weight``, ``exp_avg`` or ``exp_avg_sq``) to dicts from canonical names to tensors.

@@ -1,4 +1,4 @@
-"""Import nanoGPT's ``ckpt.pt``: the weights, AdamW's moments, and the settings that a run config also has.
+"""Import nanoGPT's ``ckpt.pt``: the weights, AdamW's moments, and those settings that a run config also has.
 
 The file contains a dict with the keys ``model`` (a state dict), ``optimizer`` (the state dict of AdamW),
 ``model_args``, ``iter_num`` and ``config``. In the files ``model_*.pt`` of build-nanogpt, ``config`` contains the sizes
@@ -74,7 +74,12 @@ def import_nanogpt(path: Path, run_folder: Path) -> Conversion:
 
 
 def read_nanogpt_model(path: Path) -> ForeignModel:
-    """Read only the model in a file, without moments and settings. Raises the same errors as ``import_nanogpt``."""
+    """Read only the model in a file of nanoGPT, without the moments and the settings.
+
+    Raises:
+        CheckpointError: the file is not a ``ckpt.pt``, is damaged, contains code, or contains a wrong tensor.
+        ConfigError: a size of the model is not valid for this program.
+    """
     return _read_model(open_nanogpt_file(path))[0]
 
 

@@ -20,7 +20,7 @@ class Section:
     content: dict[Any, Any]
 
     def get(self, key: Any, kind: type[Any]) -> Any | None:
-        """Return the value of a key, or None if the key is missing.
+        """Return the value of a key. If the key is missing, return None.
 
         If ``kind`` is float, the value may also be an int.
 
@@ -46,7 +46,11 @@ class Section:
         return self.get(key, kind)
 
     def section(self, key: Any) -> Section:
-        """Return the value of a key, which must be a dict, as a ``Section``. Raises the same errors as ``require``."""
+        """Return the value of a key, which must be a dict, as a ``Section``.
+
+        Raises:
+            CheckpointError: the key is missing, or the value is not a dict.
+        """
         return Section(f"{self.where}: {key}", self.require(key, dict))
 
 

@@ -23,7 +23,7 @@ from pipeline.model.parameter_state import WEIGHT
 
 @dataclass(frozen=True)
 class WeightSource:
-    """The weights in a folder or file that is open. ``copy_elements`` reads a range of one parameter."""
+    """The weights in an open folder or file. The function ``copy_elements`` reads a range of one parameter."""
 
     path: Path  # a checkpoint folder, a Hugging Face folder, or a file
     step: int | None  # the step of the run that wrote the weights; None if the step is not known
@@ -37,8 +37,8 @@ class WeightSource:
 def locate_weights(place: Path | str) -> Path:
     """Return the path to pass to ``open_weights``.
 
-    If ``place`` is a run folder, the result is its newest good checkpoint. If ``place`` is a URL, the result is a copy
-    of the weights on this machine (see ``locate_weights_of``). Otherwise, the result is ``place``.
+    If ``place`` is a run folder, the result is its newest undamaged checkpoint. If ``place`` is a URL, the result is a
+    copy of the weights on this machine (see ``locate_weights_of``). Otherwise, the result is ``place``.
 
     Raises:
         CheckpointError: the path contains no weights, or the checkpoint is damaged.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Colour:
     """A color with a light and a dark variant.
 
-    All light variants are different, so a light variant in an SVG identifies its color. The page can therefore replace
-    each light variant by the CSS variable of this color, which also has the dark variant.
+    Charts are drawn in light variants. All light variants are different, so each of them identifies its color. In the
+    SVG, they can therefore be replaced by CSS variables, which have both variants.
     """
 
     name: str

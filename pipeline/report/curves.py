@@ -112,10 +112,10 @@ def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, **lo
 
 
 def thin_out(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return a selection of at most ``MOST_POINTS`` points that gives nearly the same curve.
+    """Return at most ``MOST_POINTS`` of the points of a curve, so that the curve looks nearly the same.
 
-    If there are more than ``MOST_POINTS`` points, the function divides them into ranges, and keeps the lowest and the
-    highest point of each range.
+    If there are more points, the function divides them into ranges. It keeps the lowest and the highest point of each
+    range.
     """
     if len(points) <= MOST_POINTS:
         return points

@@ -115,9 +115,9 @@ def _shape_axes(axes: Axes, chart: Chart) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return at most ``MOST_TICKS`` ticks for a logarithmic axis from ``low`` to ``high``, spread over the axis.
+    """Return ticks for a logarithmic axis from ``low`` to ``high``, spread over the axis.
 
-    If the axis is short, there can be fewer than ``FEWEST_TICKS``.
+    There are at most ``MOST_TICKS`` ticks. On a short axis, there can be fewer than ``FEWEST_TICKS``.
     """
     exponents = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
     ticks: list[float] = []

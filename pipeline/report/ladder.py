@@ -1,7 +1,7 @@
 """Compare the branches of a long run, in a table and a chart.
 
-Each branch continues the long run from one of its steps, and lets the learning rate decay. The comparison shows the
-validation loss before and after this decay.
+A branch is a run that continues the long run from one of its steps, and lets the learning rate decay. The comparison
+shows the validation loss before and after the decay.
 """
 
 import json
@@ -31,9 +31,9 @@ class Branch:
 
 @dataclass(frozen=True)
 class Rung:
-    """The result of one branch, which is a run that began at a step of the long run with another schedule.
+    """The result of one branch: a run that continues the long run from one of its steps, with another schedule.
 
-    The loss at a step is None if the run did not measure its validation loss at this step.
+    If no validation loss was measured at a step, the loss is None.
     """
 
     milestone: int
@@ -48,8 +48,9 @@ def write_ladder(out: Path, stable: Path, branches: Sequence[Branch]) -> tuple[s
     """Write a table of the branches as Markdown and as JSON, and a chart of their validation losses against tokens.
 
     Args:
-        out: the folder into which the files are written.
+            out: the folder into which the files are written.
         stable: the run folder of the long run.
+        branches: the branches to compare.
 
     Returns:
         The table as Markdown, and the paths of the written files. If matplotlib is not installed, no chart is written.

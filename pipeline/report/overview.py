@@ -1,4 +1,4 @@
-"""Describe each run in a folder in one line: state, progress, speed, age, size, last checkpoint."""
+"""Describe each run in a folder by one line, which shows its state, progress, speed, age, size and last checkpoint."""
 
 import json
 import os
@@ -54,7 +54,8 @@ def summarize_runs(folder: Path) -> list[RunSummary]:
     Runs without metrics are also returned, such as imported models and averages of checkpoints. The runs are sorted by
     the time of their last row of metrics, newest first.
 
-    Raises ReportError if there is no run.
+    Raises:
+        ReportError: there is no run.
     """
     names = (METRICS_FILE, CHECKPOINTS_FOLDER, CONFIG_FILE)
     paths = {path for depth in ("", "*/", "*/*/") for name in names for path in folder.glob(f"{depth}{name}")}

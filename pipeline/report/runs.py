@@ -29,7 +29,7 @@ class Run:
         return [row[key] for row in self.rows if row.get(key) is not None]
 
     def last(self, key: str) -> Any:
-        """Return the last value of a key in the metrics. Returns None if no row has a value for the key."""
+        """Return the last value of a key in the metrics. If no row has a value for the key, return None."""
         return next(reversed(self.values(key)), None)
 
 

@@ -119,7 +119,7 @@ def _format(value: Any) -> str:
 def settings_table(runs: Sequence[Run]) -> Table:
     """Return a table of the settings in which the runs differ.
 
-    If ``runs`` contains only one run, return the settings of this run that differ from the defaults.
+    If there is only one run, the table contains its settings that differ from the defaults.
     """
     columns = {run.label: run.settings for run in runs}
     if len(runs) == 1:

@@ -1,4 +1,4 @@
-"""Write ``heartbeat.json``, from which programs outside of the run can see whether the run makes progress."""
+"""Write ``heartbeat.json``. Other programs can read it to see whether the run makes progress."""
 
 import json
 import logging
@@ -23,13 +23,13 @@ STALE_AFTER_S = 600.0
 class HeartbeatFile:
     """Writes the step, the state and the time to ``heartbeat.json`` in the run folder.
 
-    Only the main thread writes the file, and no other thread. If the main thread is stuck, the time in the file
-    therefore becomes old. The file is written at once when the state changes, and otherwise at most every
-    ``INTERVAL_S`` seconds. It is replaced atomically, but without fsync, because fsync can be slow.
+    Only the main thread writes the file. Therefore, the time in the file becomes old if the main thread is stuck. When
+    the state changes, the file is written at once. Otherwise, it is written at most every ``INTERVAL_S`` seconds. It is
+    replaced atomically, but without fsync, because fsync can be slow.
 
     Args:
-        run_folder: None writes nothing. Only the main rank writes the file.
-        now: the clock for the interval, in seconds.
+        run_folder: the run folder on the main rank. If None, nothing is written.
+        now: a function that returns the time in seconds.
     """
 
     def __init__(self, run_folder: Path | None, now: Callable[[], float] = time.monotonic) -> None:
@@ -44,8 +44,8 @@ class HeartbeatFile:
     def starting(self, step: int) -> Iterator[None]:
         """Return a context manager for the whole run. It writes the state ``starting``.
 
-        If the ``with`` block fails before the state has changed, the file gets its earlier contents again, because the
-        run folder then also stays as it was.
+        If the ``with`` block fails while the state is still ``starting``, the file gets its earlier contents again. In
+        this case, no other file of the run folder has changed.
         """
         before = self._path.read_bytes() if self._path and self._path.exists() else None
         self.enter("starting", step)
@@ -72,7 +72,11 @@ class HeartbeatFile:
             self.beat(step)
 
     def beat(self, step: int | None = None) -> None:
-        """Write the file if the last write is ``INTERVAL_S`` seconds ago. None keeps the number of finished steps."""
+        """Write the file again if the last write was at least ``INTERVAL_S`` seconds ago.
+
+        Args:
+            step: the number of finished steps. If None, the number in the file does not change.
+        """
         if step is not None:
             self._step = step
         if self._path and self._now() >= self._next_write:
@@ -104,7 +108,7 @@ class HeartbeatFile:
 
 
 def heartbeat_age_s(run_folder: Path) -> float | None:
-    """Return the seconds since a run wrote its heartbeat, or None if the run folder has no ``heartbeat.json``."""
+    """Return the seconds since a run last wrote ``heartbeat.json``. If the file does not exist, return None."""
     try:
         return max(0.0, time.time() - (run_folder / HEARTBEAT_FILE).stat().st_mtime)
     except OSError:

@@ -38,7 +38,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Return whether a run uses the folder. This function does not take the lock.
+    """Return whether a process holds the lock of a run folder. This function does not take the lock.
 
     If the lock file names another host, the result is True, because the processes of that host are not visible here.
     """

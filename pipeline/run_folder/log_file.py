@@ -16,8 +16,8 @@ LOGGED_PACKAGES = ("pipeline", "data_tools", "launch")
 class RunLog(logging.Handler):
     """Appends log lines to the file ``train.log`` of a run. Until ``open`` is called, the lines wait in memory.
 
-    If a line cannot be written, for example because the disk is full, it is missing in the file, but not on the
-    terminal.
+    If a line cannot be written, for example because the disk is full, it is missing in the file. The terminal still
+    shows it.
     """
 
     def __init__(self, rank: int) -> None:
@@ -28,10 +28,7 @@ class RunLog(logging.Handler):
         self._path: Path | None = None
 
     def open(self, run_folder: Path) -> None:
-        """Write the lines that wait in memory into ``train.log`` in the run folder.
-
-        From now on, also write each new line.
-        """
+        """Write the lines that wait in memory into ``train.log`` in the run folder. Write each later line at once."""
         self._path = run_folder / LOG_FILE
         for line in self._waiting:
             self._append(line)
@@ -52,9 +49,9 @@ class RunLog(logging.Handler):
 
 @contextmanager
 def run_log(rank: int) -> Iterator[RunLog]:
-    """Return a context manager that gives a ``RunLog``, which receives all log lines inside the ``with`` block.
+    """Return a context manager. Its ``with`` block gets a ``RunLog``, which receives all log lines of the block.
 
-    If the block raises an error, the error is the last entry in the log: one line for a ``UserError``, and a traceback
+    If the block raises an error, the error is also written to the log: one line for a ``UserError``, and a traceback
     for any other error.
     """
     handler = RunLog(rank)

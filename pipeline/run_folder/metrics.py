@@ -1,4 +1,4 @@
-"""Name the keys of metrics rows, read ``metrics.jsonl``, and format one console line per row."""
+"""Define the keys of the rows of metrics, read ``metrics.jsonl``, and format rows for the console."""
 
 import json
 import logging

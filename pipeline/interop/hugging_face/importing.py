@@ -1,7 +1,7 @@
 """Import a ``GPT2LMHeadModel`` or ``GPT2Model`` into a new run, from a folder or from the Hugging Face hub.
 
-The weights may be in ``model.safetensors``, in ``pytorch_model.bin``, or in several files of one of these formats with
-an index file.
+The weights may be in ``model.safetensors`` or in ``pytorch_model.bin``. They may also be divided into several files of
+one of these formats, with an index file.
 """
 
 import logging
@@ -61,8 +61,8 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
         source: a folder, or the name of a model on the hub.
 
     Raises:
-        CheckpointError: the model cannot be found, is not a GPT-2, or is damaged; or the run folder already has
-            checkpoints or cannot be written.
+            CheckpointError: the model cannot be found, is not a GPT-2, or is damaged. If the run folder already has
+                checkpoints or cannot be written, this error is also raised.
         ConfigError: a setting of the model is not valid in a run config, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)
@@ -112,7 +112,7 @@ def read_folder(folder: Path) -> ForeignModel:
 def has_model(folder: Path) -> bool:
     """Return whether a folder contains a file with a name that Hugging Face uses for weights.
 
-    An example is ``model.safetensors``.
+    An example of such a name is ``model.safetensors``.
     """
     return any((folder / f"{name}{ending}").is_file() for name in _WEIGHT_FILES for ending in ("", _INDEX_ENDING))
 

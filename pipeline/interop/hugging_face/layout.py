@@ -44,7 +44,7 @@ def hugging_face_name(name: str) -> str:
 
 
 def is_transposed(name: str) -> bool:
-    """Return whether ``transformers`` stores a parameter transposed, compared with our model."""
+    """Return whether ``transformers`` stores the transpose of our parameter."""
     return name.endswith(_TRANSPOSED_SUFFIXES)
 
 
@@ -75,7 +75,7 @@ def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
 def to_generation_json(config: ModelConfig) -> dict[str, Any]:
     """Return the content of ``generation_config.json``.
 
-    It contains the id of ``<|endoftext|>`` if the model has GPT-2's vocabulary.
+    If the model has GPT-2's vocabulary, the content includes the id of ``<|endoftext|>``.
     """
     token = END_OF_TEXT if config.vocab_size == GPT2_VOCAB_SIZE else None
     return dict.fromkeys(_SPECIAL_KEYS, token)

@@ -49,7 +49,8 @@ _OPTIMIZER_NAMES = {"adamw": "AdamW", "muon": "Muon for the matrices of the bloc
 def model_card(checkpoint: Path, state: TrainingState, config: Config, weights: str) -> dict[str, bytes]:
     """Return the files of the model card: a Markdown file with metadata for the hub, and a picture of the loss curve.
 
-    There is no picture if matplotlib is not installed or the run folder has no metrics.
+    The result maps file names to contents. If matplotlib is not installed, or if the run folder has no metrics, there
+    is no picture.
     """
     from huggingface_hub import ModelCardData  # slow to import
 

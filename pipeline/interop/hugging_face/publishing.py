@@ -43,17 +43,17 @@ def check_access(name: str) -> None:
 
 
 def push_to_hub(export: Path, name: str, *, private: bool) -> str:
-    """Upload an exported folder or file, and return the URL of the model. The model is created if it does not exist.
+    """Upload an exported folder or file, and return the URL of the model on the hub.
 
-    Files of the model with other names than the uploaded files are not changed.
+    If the model does not exist on the hub, it is created. If it exists, uploaded files replace files of the same names,
+    and all other files do not change.
 
     Args:
-        name: ``MODEL`` or ``USER/MODEL``.
-        private: create the model as private.
+        name: ``MODEL`` or ``USER/MODEL``. private: whether to create the model as private.
 
     Raises:
-        CheckpointError: the hub refuses the upload or does not answer, or ``private`` is True and the model exists and
-            is public.
+        CheckpointError: the hub refuses the upload or does not answer. If ``private`` is True, a model that already
+            exists and is public also causes this error.
     """
     later = f"; the export is in {export}: upload it later with: hf upload {name} {export}"
     with _one_line_errors(name, later) as api:

@@ -36,7 +36,10 @@ def tokenizer_files(context_length: int) -> dict[str, str]:
 
 
 def vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the id of each token, written in printable characters, and the two tokens that form each longer token."""
+    """Return GPT-2's vocabulary and merges, with all tokens written in printable characters.
+
+    The vocabulary maps each token to its id. A merge is a pair of tokens that form a longer token.
+    """
     tokens = load_tokenizer().token_bytes
     ranks = {token: rank for rank, token in enumerate(tokens)}
     show = _printer()
@@ -60,9 +63,9 @@ def _printer() -> Callable[[bytes], str]:
 def describe_other_tokenizer(folder: Path) -> str | None:
     """Return a line for the user if the tokenizer in a folder is not GPT-2's.
 
-    Returns None if the tokenizer gives all of GPT-2's tokens the same ids as GPT-2 does, even if it has additional
-    tokens. Also returns None if the folder has no tokenizer, or if GPT-2's vocabulary cannot be loaded for the
-    comparison.
+    A tokenizer counts as GPT-2's if it gives all tokens of GPT-2 their ids, even if it has additional tokens. In this
+    case, the result is None. If the folder has no tokenizer, or if GPT-2's vocabulary cannot be loaded for the
+    comparison, the result is also None.
 
     Raises:
         CheckpointError: a file of the tokenizer is malformed.

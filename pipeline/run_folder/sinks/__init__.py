@@ -1,4 +1,7 @@
-"""Create the log sinks of a run. Each sink receives the same rows, and is defined in its own file."""
+"""Create the log sinks of a run. A log sink receives the rows of metrics, and writes or sends them.
+
+All sinks of a run receive the same rows. Each kind of sink is defined in its own file.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -37,7 +40,7 @@ def create_sinks(names: Sequence[str], run_folder: Path, project: str, *, waits_
     """Create the sinks with the given names (see ``logging.sinks``).
 
     The sink of ``metrics.jsonl`` is the first in the result, because other sinks read this file. If the user has
-    disabled W&B, this function logs this, and leaves out the sink of W&B.
+    disabled W&B, its sink is left out, and a message is logged.
 
     Args:
         project: the value of ``logging.project``.

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 class Console(Sink):
     """Logs the rows that have a loss, with the time of day. Training rows after the first one show the time left.
 
-    Rows without a loss are not logged here, because they are too long, or because the code that writes them also logs a
+    Rows without a loss are not logged here. Some are too long. For all others, the code that writes them also logs a
     message.
 
     If standard error is a terminal, its last line is a progress bar with the steps, the time left and the latest loss.

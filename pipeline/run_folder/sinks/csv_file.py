@@ -21,8 +21,8 @@ _FIRST_COLUMNS = ("step", "elapsed_s")
 class CsvFile(Sink):
     """Appends rows to ``metrics.csv``, with one column per key.
 
-    If a row has a new key, or if rows were deleted, the whole table is written again from ``metrics.jsonl``. While the
-    disk is full or read-only, the table is incomplete. The next write that succeeds completes it.
+    If a row has a new key, or if rows were deleted, the whole table is written again from ``metrics.jsonl``. If the
+    disk is full or read-only, rows are missing. The next write that succeeds adds them.
     """
 
     def __init__(self, run_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Send the rows to MLflow. The environment variable ``MLFLOW_TRACKING_URI`` contains the address of its server."""
+"""Send the rows to MLflow. The environment variable ``MLFLOW_TRACKING_URI`` contains the address of MLflow's server."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ _STATUSES = {"finished": "FINISHED", "interrupted": "KILLED", "superseded": "KIL
 
 
 def check_mlflow(experiment: str) -> None:
-    """Raise ConfigError if MLflow cannot be used here.
+    """Raise ConfigError if a run cannot be sent to MLflow.
 
     There are three possible reasons: the package is missing, the tracking URI is missing or invalid, or the name of the
     experiment is too long.
@@ -54,7 +54,7 @@ def check_mlflow(experiment: str) -> None:
 
 
 class MlflowRun(Service):
-    """An MLflow run. Numbers are metrics, completions are text files, and other values are tags.
+    """A connection to a run in MLflow. Numbers are sent as metrics, completions as text files, other values as tags.
 
     Values that are null are left out, because MLflow has no null.
     """

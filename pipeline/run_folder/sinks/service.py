@@ -54,14 +54,14 @@ class Service(ABC):
 class ServiceSink(Sink):
     """Sends each row of ``metrics.jsonl`` exactly once, even if the run resumes or rolls back, or the server is down.
 
-    A service cannot delete rows. Therefore, a row is sent only after a checkpoint of its step or of a later step was
-    saved. After that, the run usually does not write this row again. If ``waits`` is False, each row is sent at once.
-    If rows of ``metrics.jsonl`` are deleted after they were sent, the remaining rows are sent to a new run of the
-    service.
+    When a run resumes from a checkpoint, it writes the rows of later steps again. A service cannot delete the old rows.
+    Therefore, a row is sent only after a checkpoint of its step or of a later step was saved. If ``waits`` is False,
+    each row is sent at once. If rows of ``metrics.jsonl`` are deleted although they were already sent, all remaining
+    rows are sent to a new run of the service.
 
     The file ``NAME_run.json`` in the run folder stores the id of the service's run, the number of sent rows, and
     whether the service has the summary. If some rows of ``metrics.jsonl`` were not sent, the next start of the run
-    sends these rows, even if the run is complete.
+    sends them, even if the run is complete.
     """
 
     def __init__(self, service: Service, run_folder: Path, *, waits: bool) -> None:

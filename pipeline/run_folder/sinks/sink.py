@@ -1,4 +1,4 @@
-"""Define the interface of a log sink, which receives the rows of a run's metrics on the main rank."""
+"""Define the interface of a log sink, which receives a run's rows of metrics on the main rank."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ Row = dict[str, Any]
 
 
 class Sink:
-    """Receives the rows of a run.
+    """Receives the rows of metrics of a run.
 
     After ``start``, a sink must raise no errors, because an error would stop the training.
 
@@ -27,10 +27,10 @@ class Sink:
         """Receive one row. The row has the key ``step``."""
 
     def count_step(self, step: int) -> None:
-        """Receive the number of started steps. Unlike a row, it comes after every step."""
+        """Receive the number of started steps. This method is called once per step, unlike ``write``."""
 
     def rewind(self, step: int) -> None:
-        """Delete the rows of steps after ``step``, because the run has gone back to its checkpoint of ``step``."""
+        """Delete the rows of all steps after ``step``. The run has gone back to its checkpoint of ``step``."""
 
     def settle(self, step: int) -> None:
         """Record that a checkpoint of ``step`` is saved. The rows up to ``step`` are then usually final."""

@@ -146,7 +146,7 @@ class TensorBoardLog(Sink):
 def hyperparameters(config: dict[str, Any], rows: Sequence[Row]) -> dict[str, bool | int | float | str]:
     """Return the names and values that the HPARAMS page shows for a run.
 
-    The value ``backends`` names the backends of all starts of the run, which may differ from the backend of the config.
+    The value ``backends`` names all backends that the run has used. A run can be resumed with another backend.
 
     Args:
         config: the resolved run config.
@@ -167,7 +167,7 @@ def hyperparameters(config: dict[str, Any], rows: Sequence[Row]) -> dict[str, bo
 
 
 def tensorboard_tag(key: str) -> str | None:
-    """Return the TensorBoard tag for a key of the metrics. Returns None if TensorBoard does not show this key."""
+    """Return the TensorBoard tag for a key of the metrics. If TensorBoard does not show the key, return None."""
     if key.startswith(DATASET_LOSS_PREFIX):
         return f"loss/validation/{key.removeprefix(DATASET_LOSS_PREFIX)}"
     if key.startswith(TASK_PREFIX):

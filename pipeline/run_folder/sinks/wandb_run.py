@@ -20,8 +20,8 @@ _MODES_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 def check_wandb(project: str) -> None:
     """Raise ConfigError if W&B cannot be used here.
 
-    The package can be missing, a setting of W&B or the name of the project can be invalid, or the user is not logged in
-    and W&B is not in offline mode.
+    There are three possible reasons: the package is missing, a setting of W&B or the name of the project is invalid, or
+    the user is not logged in although W&B is not in offline mode.
     """
     try:
         import wandb
