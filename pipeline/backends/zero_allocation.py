@@ -20,11 +20,11 @@ def use_placeholders(model: GPT2, dtype: torch.dtype) -> None:
 
 
 class AllocatedOnRead(nn.Module):
-    """Stands for a model as the argument ``module`` of ``deepspeed.zero.Init``.
+    """A module that ``deepspeed.zero.Init`` gets instead of the model.
 
-    ``Init`` reads the parameters of the module one after another, and divides each among the ranks before it reads the
-    next. This class allocates a parameter when it is read. Therefore, at most one whole parameter is in memory at a
-    time.
+    ``Init`` reads the parameters of its argument ``module`` one after another, and divides each among the ranks before
+    it reads the next. This class allocates a parameter of the model when ``Init`` reads it. Therefore, at most one
+    whole parameter is in memory at a time.
 
     Args:
         model: a model on which ``use_placeholders`` was called.

@@ -93,7 +93,7 @@ def launcher_restarts() -> int:
 def launch_id() -> str | None:
     """Return an id of this launch, which does not change when the launcher restarts the processes.
 
-    If no launcher that can restart processes started this process, the result is None.
+    Only torchrun gives such an id. The result is None if another launcher, or no launcher, started this process.
     """
     return os.environ.get("TORCHELASTIC_RUN_ID")
 

@@ -4,8 +4,9 @@ Masters are fp32 weights that the optimizer updates, in addition to the weights 
 ranks need more memory than others, the functions return the number for the rank that needs most.
 
 The formulas describe this project's backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` gives the
-source of every term. ``make plan-check`` compares the results with measured peaks. At large world sizes, it compares
-them with the state that the backends create.
+source of every term. ``make plan-check`` compares the results with measured peaks of memory. For world sizes that are
+too large to run, the command creates the backend of one rank only, and compares the results with the size of the
+tensors that this backend allocates.
 """
 
 import math

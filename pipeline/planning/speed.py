@@ -80,7 +80,7 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
 
 
 def cluster_of(device: Device, world_size: int) -> Cluster:
-    """Return the links between the ranks of a device, at the bandwidth that collectives are assumed to reach."""
+    """Return a cluster of nodes with this device. The bandwidths are the ones that collectives are assumed to reach."""
     return Cluster(
         min(device.per_node, world_size),
         Link(LINK_EFFICIENCY * GB * device.node_gb_per_s, 1e-6 * device.node_latency_us),

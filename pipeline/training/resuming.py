@@ -55,12 +55,13 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
     """Return the checkpoint from which to resume, or None to start from scratch.
 
     The caller must hold the lock of the run folder. The function deletes the incomplete folders of interrupted saves.
-    The next start should not resume from checkpoints of later steps than the chosen one. Therefore, the function
-    renames such checkpoints in the run folder, and records that those at the run's URLs are abandoned.
+    The run folder may contain checkpoints of later steps than the chosen checkpoint. The next start must not resume
+    from them, so the function renames them. If ``checkpoint.remote`` is set, such checkpoints may also exist at its
+    URL. The function records in the run folder that they must not be used.
 
     Raises:
-        CheckpointError: the checkpoint that the config names cannot be used, the data, the seed or the model have
-            changed, or the run folder contains another run.
+        CheckpointError: the checkpoint that the config names cannot be used. Or it does not fit: the run folder
+            contains another run, or its data, seed or model have changed.
         ConfigError: the checkpoint belongs to another run, and its step is the last step of this run or a later one.
     """
     run_folder = Path(config.run.out_dir)
