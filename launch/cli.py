@@ -5,6 +5,7 @@ import io
 import logging
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -155,9 +156,22 @@ def _parse_count(text: str) -> int:
     return int(count)
 
 
+def _parse_bandwidth(text: str) -> float:
+    """Return 400 for 400gbit, and 3200 for 8x400gbit. Raises ValueError if the text is not a bandwidth."""
+    found = re.fullmatch(r"(?:(\d+)x)?(\d+(?:\.\d+)?) ?([mgt])bit(?:/s)?", text.strip().lower())
+    if not found:
+        raise ValueError
+    count, value, unit = found.groups()
+    return int(count or 1) * float(value) * {"m": 1e-3, "g": 1.0, "t": 1e3}[unit]
+
+
 positive_int = _option_type(int, lambda value: value >= 1, "a whole number from 1")
 positive_number = _option_type(float, lambda value: 0 < value < math.inf, "a number above 0, without a unit")
 token_count = _option_type(_parse_count, lambda value: value >= 1, "a whole number such as 5000000, 10B or 10e9")
+#: In Gbit/s.
+bandwidth = _option_type(
+    _parse_bandwidth, lambda value: value > 0, "a bandwidth such as 400gbit, or 8x400gbit for eight adapters"
+)
 non_negative_float = _option_type(float, lambda value: 0 <= value < math.inf, "a number from 0")
 probability = _option_type(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
 non_empty_text = _option_type(_valid_text, bool, "at least one character of valid text")

@@ -11,6 +11,7 @@ from data_tools.storage.files import is_writable
 from launch.cli import (
     ArgumentParser,
     add_config_options,
+    bandwidth,
     positive_int,
     positive_number,
     probability,
@@ -21,9 +22,9 @@ from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
 from pipeline.config.shipped import shipped_configs
 from pipeline.errors import ConfigError
+from pipeline.planning.shard_groups import GROUP_MARK, with_shard_groups
 
 BACKENDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-_GROUP_MARK = "/"  # in the name of a plan, between the backend and the size of the shard groups
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -36,10 +37,12 @@ def main() -> None:
 
         print(format_schedule(config))
         return
-    configs = {name: with_backend(config, name) for name in arguments.backends}
+    divided = divide_equally(config, arguments.world_size)
+    configs = {name: with_backend(divided, name) for name in arguments.backends}
     from pipeline.planning.devices import find_device
     from pipeline.planning.planner import plan_run
     from pipeline.planning.presentation import draw_world_sizes, fastest_plan, format_plans, format_verdict
+    from pipeline.planning.scaling import format_scaling, plan_scaling
 
     device = find_device(
         arguments.device,
@@ -47,6 +50,8 @@ def main() -> None:
         arguments.world_size,
         memory_gib=arguments.memory,
         tflops=arguments.tflops,
+        per_node=arguments.gpus_per_host,
+        network_gbit_per_s=arguments.network,
     )
     mfu = arguments.mfu or device.mfu
     tokens = arguments.tokens or config.schedule.max_steps * config.batch.tokens_per_step
@@ -63,11 +68,28 @@ def main() -> None:
         chosen = (configs | hybrids)[best.backend]
         options = _train_options(arguments, config, best.backend, chosen, best.micro_batch_size)
         command = shlex.join([*launcher, "launch/train.py", *options])
+    price = arguments.price_per_gpu_hour
+    scaling = plan_scaling(configs, device, mfu=mfu, tokens=tokens) if arguments.scaling else []
     if arguments.json:
-        of_verdict = {"fits": best is not None, "text": verdict, "command": command}
-        print(json.dumps({"verdict": of_verdict, "plans": [plan.to_json() for plan in plans]}, indent=2))
+        of_verdict = {
+            "fits": best is not None,
+            "text": verdict,
+            "command": command,
+            "cost": price * best.gpu_hours if price and best else None,
+        }
+        of_plans = {"plans": [plan.to_json() for plan in plans]}
+        if scaling:
+            of_plans["scaling"] = [plan.to_json() for plan in scaling]
+        print(json.dumps({"verdict": of_verdict, **of_plans}, indent=2))
     else:
-        print(format_plans(config, device, plans, mfu=mfu, tokens=tokens), end="\n\n")
+        tables = format_scaling(scaling) if scaling else None
+        print(format_plans(divided, device, plans, mfu=mfu, tokens=tokens, price=price, tables=tables), end="\n\n")
+        if divided is not config:
+            sequences = config.batch.tokens_per_step // config.seq_len // arguments.world_size
+            print(
+                f"note: batch.micro_batch_size {config.batch.micro_batch_size} does not divide the {sequences} "
+                f"sequences of a rank per step; the plan starts from {divided.batch.micro_batch_size}"
+            )
         print(f"{verdict}: {command}" if command else verdict)
 
 
@@ -87,7 +109,7 @@ def _train_options(
 ) -> list[str]:
     """Return the options of ``launch/train.py`` for the planned backend and micro-batch."""
     overrides = list(arguments.set)
-    name, _, group = name.partition(_GROUP_MARK)
+    name, _, group = name.partition(GROUP_MARK)
     if group:
         overrides.append(f"backend.fsdp.shard_group_size={group}")
     if micro_batch_size != config.batch.micro_batch_size:
@@ -113,7 +135,7 @@ def build_parser() -> ArgumentParser:
     )
     add_config_options(parser)
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--world-size", type=positive_int, metavar="N", help="ranks, one per device")
+    wanted.add_argument("--world-size", "--gpus", type=positive_int, metavar="N", help="ranks, one per device")
     wanted.add_argument(
         "--schedule", action="store_true", help="show the learning rate over the steps of the run instead of a plan"
     )
@@ -123,6 +145,22 @@ def build_parser() -> ArgumentParser:
         metavar="NAME",
         help="h100-80gb, h200, a100-80gb, a100-40gb, rtx4090, l4, or this, which measures this machine "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gpus-per-host",
+        type=positive_int,
+        metavar="N",
+        help="devices per host (default: 8, or all of this machine)",
+    )
+    parser.add_argument(
+        "--network",
+        type=bandwidth,
+        metavar="SPEED",
+        help="network bandwidth of a host, such as 400gbit, or 8x400gbit for eight adapters (default: the usual one "
+        "for the device)",
+    )
+    parser.add_argument(
+        "--price-per-gpu-hour", type=positive_number, metavar="PRICE", help="also show the cost of the run"
     )
     parser.add_argument(
         "--backends", nargs="+", default=BACKENDS, choices=BACKENDS, help="backends to plan (default: all)"
@@ -151,6 +189,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--plot", type=_picture_path, metavar="FILE", help="also draw a plot of 1 to 4096 ranks; needs the extra plots"
     )
+    parser.add_argument(
+        "--scaling", action="store_true", help="show a chart of the efficiency on 1 to 4096 ranks instead of the tables"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -160,6 +201,20 @@ def _picture_path(text: str) -> Path:
     if path.suffix not in PICTURES or not path.parent.is_dir() or not is_writable(path):
         raise argparse.ArgumentTypeError(f"must be a {', '.join(PICTURES)} file in a writable folder, it is {text!r}")
     return path
+
+
+def divide_equally(config: Config, world_size: int) -> Config:
+    """Return a copy of the config whose micro-batch size divides the sequences that a rank processes per step.
+
+    The config is returned unchanged if its micro-batch size does so, or if there is no such size. Otherwise, the copy
+    has the largest size that does so and is not larger than the one in the config.
+    """
+    sequences, rest = divmod(config.batch.tokens_per_step, config.seq_len * world_size)
+    size = config.batch.micro_batch_size
+    if rest or not sequences or sequences % size == 0:
+        return config
+    fitting = max(divisor for divisor in range(1, min(size, sequences) + 1) if sequences % divisor == 0)
+    return config.model_copy(update={"batch": config.batch.model_copy(update={"micro_batch_size": fitting})})
 
 
 def with_backend(config: Config, name: str) -> Config:
@@ -182,32 +237,6 @@ def with_backend(config: Config, name: str) -> Config:
         return config
     changed = config.backend.model_copy(update={"name": backend.name, "deepspeed": backend.deepspeed})
     return config.model_copy(update={"backend": changed})
-
-
-def with_shard_groups(config: Config | None, world_size: int, per_node: int) -> dict[str, Config]:
-    """Return copies of the FSDP2 config with larger and larger shard groups.
-
-    A shard group is a set of ranks that together hold one copy of the weights. In the first copy of the config, a shard
-    group contains the ranks of one node. In the later copies, it contains the ranks of two, four, eight, ... nodes. If
-    the groups for a number of nodes would not have equal sizes, this number is skipped.
-
-    The keys of the result are names for the plans. The result is empty in three cases: ``config`` is None, ``config``
-    already sets the size of the shard groups, or the ranks do not exactly fill two or more nodes.
-
-    Args:
-        config: a config with the backend FSDP2, or None.
-        per_node: the number of ranks per node.
-    """
-    if config is None or config.backend.fsdp.shard_group_size is not None or world_size % per_node:
-        return {}
-    configs, size = {}, per_node
-    while size < world_size:
-        if world_size % size == 0:
-            fsdp = config.backend.fsdp.model_copy(update={"shard_group_size": size})
-            backend = config.backend.model_copy(update={"fsdp": fsdp})
-            configs[f"fsdp{_GROUP_MARK}{size}"] = config.model_copy(update={"backend": backend})
-        size *= 2
-    return configs
 
 
 if __name__ == "__main__":

@@ -70,7 +70,14 @@ DEVICES: dict[str, Device] = {
 
 
 def find_device(
-    name: str, precision: str, world_size: int, *, memory_gib: float | None = None, tflops: float | None = None
+    name: str,
+    precision: str,
+    world_size: int,
+    *,
+    memory_gib: float | None = None,
+    tflops: float | None = None,
+    per_node: int | None = None,
+    network_gbit_per_s: float | None = None,
 ) -> Device:
     """Return the device with the given name from ``DEVICES``. If the name is ``this``, measure this machine.
 
@@ -79,9 +86,11 @@ def find_device(
         world_size: the number of ranks. If this machine has no GPU, the ranks share its CPU and its memory.
         memory_gib: if given, the returned device has this memory in GiB.
         tflops: if given, the returned device has this speed in dense matrix products, in TFLOP/s.
+        per_node: if given, a node has this number of devices.
+        network_gbit_per_s: if given, all network adapters of a node together have this bandwidth in Gbit/s.
 
     Raises:
-        ConfigError: the name is unknown.
+        ConfigError: the name is unknown, or the ranks do not fill all nodes.
     """
     device = _measure_this_machine(precision, world_size) if name == THIS else DEVICES.get(name)
     if device is None:
@@ -92,6 +101,16 @@ def find_device(
         device = replace(device, name=f"{device.name} with {memory_gib:g} GiB", memory_gib=memory_gib)
     if tflops is not None:
         device = replace(device, name=f"{device.name} with {tflops:g} TFLOP/s", bf16_tflops=tflops, fp32_tflops=tflops)
+    if per_node is not None:
+        if world_size > per_node and world_size % per_node:
+            fitting = [world_size - world_size % per_node, world_size + per_node - world_size % per_node]
+            raise ConfigError(
+                f"--gpus: {world_size} is not a multiple of --gpus-per-host ({per_node}); "
+                f"numbers that would fit: {', '.join(map(str, fitting))}"
+            )
+        device = replace(device, per_node=per_node)
+    if network_gbit_per_s is not None:
+        device = replace(device, network_gb_per_s=network_gbit_per_s / 8 / device.per_node)
     return device
 
 

@@ -52,6 +52,15 @@ class Plan:
         """Return whether the config's micro-batch fits into the memory of the device."""
         return self.memory.total <= self.usable_bytes
 
+    @property
+    def gpu_hours(self) -> float:
+        """Return the hours of all devices together until the token budget is used.
+
+        Call this only if a micro-batch fits.
+        """
+        assert self.days is not None
+        return 24 * self.days * self.batch.world_size
+
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values. Sizes are in bytes."""
         memory = {**vars(self.memory), "total": self.memory.total}

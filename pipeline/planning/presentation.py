@@ -1,7 +1,7 @@
 """Show plans: in tables with one row per backend, and in a plot of memory and speed against the world size."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from data_tools.errors import install_command
@@ -14,13 +14,30 @@ from pipeline.planning.planner import Plan, plan_run
 
 _COLUMNS = ("params", "masters", "optim", "grads", "activ", "logits", "buffers", "total", "host")
 TIE = 1.01
-_WORLD_SIZES = [1 << power for power in range(13)]
+WORLD_SIZES = [1 << power for power in range(13)]
 
 
-def format_plans(config: Config, device: Device, plans: Sequence[Plan], *, mfu: float, tokens: int) -> str:
+def format_plans(
+    config: Config,
+    device: Device,
+    plans: Sequence[Plan],
+    *,
+    mfu: float,
+    tokens: int,
+    price: float | None = None,
+    tables: Iterable[str] | None = None,
+) -> str:
     """Return a text about the plans of several backends.
 
-    The text contains the verdict (see ``format_verdict``), the assumptions, a table of memory and a table of speed.
+    The text contains the verdict (see ``format_verdict``), the assumptions, the speed of the fastest plan, a table of
+    memory and a table of speed.
+
+    Args:
+        config: the config that is planned. The backends of the plans may differ from its backend.
+        mfu: the fraction of the device's FLOP/s that the computation would reach without communication.
+        tokens: the number of tokens that the whole run trains on.
+        price: if given, the text also contains the cost, at this price per hour and device.
+        tables: lines that replace the two tables.
     """
     flops = device.flops(config.run.precision)
     lines = [
@@ -29,11 +46,39 @@ def format_plans(config: Config, device: Device, plans: Sequence[Plan], *, mfu: 
         f"batch    {plans[0].batch}",
         f"device   {device.name}: {device.usable_bytes / GIB:.1f} of {device.memory_gib:.1f} GiB for tensors, "
         f"{flops / 1e12:,.3g} TFLOP/s x assumed MFU {mfu:.2f}",
+        f"network  {_describe_links(device, plans[0].batch.world_size)}",
         f"budget   {tokens:,} tokens",
     ]
+    if best := fastest_plan(plans):
+        lines += _speed_lines(best, price)
     if config.run.compile:
         lines.append("note     memory is that of the uncompiled model; run.compile needs less")
-    return "\n".join([*lines, "", *_memory_table(plans), "", *_speed_table(plans)])
+    return "\n".join([*lines, "", *(tables or [*_memory_table(plans), "", *_speed_table(plans)])])
+
+
+def _describe_links(device: Device, world_size: int) -> str:
+    hosts = -(-world_size // device.per_node)
+    within = f"{min(world_size, device.per_node)} per host, {8 * device.node_gb_per_s:,.4g} Gbit/s between two of them"
+    if hosts == 1:
+        return f"1 host, {within}"
+    return f"{hosts} hosts, {within}; {8 * device.network_gb_per_s * device.per_node:,.4g} Gbit/s between hosts"
+
+
+def _speed_lines(plan: Plan, price: float | None) -> Iterator[str]:
+    """Yield lines with the speed of a plan, what limits it, and the cost."""
+    speed, waits = plan.speed, plan.speed.waits
+    step_s = speed.compute_s + waits.total_s
+    yield f"speed    predicted: {speed.tokens_per_s:,.0f} tokens/s, a step of {1e3 * step_s:,.1f} ms"
+    causes = {
+        "bandwidth between hosts": waits.between_hosts_s,
+        "bandwidth within a host": waits.within_host_s,
+        "latency": waits.latency_s,
+        "offload": waits.offload_s,
+    }
+    shares = [f"{cause} {seconds / step_s:.1%}" for cause, seconds in causes.items() if seconds > 0]
+    yield f"limit    predicted: efficiency {speed.efficiency:.1%}; waits for {', '.join(shares) or 'nothing'}"
+    if price is not None:
+        yield f"cost     predicted: {plan.gpu_hours:,.0f} GPU-hours x {price:g} = {price * plan.gpu_hours:,.0f}"
 
 
 def fastest_plan(plans: Sequence[Plan]) -> Plan | None:
@@ -88,7 +133,7 @@ def _speed_table(plans: Sequence[Plan]) -> Iterator[str]:
 
 
 def draw_world_sizes(path: Path, configs: dict[str, Config], device: Device, *, mfu: float, tokens: int) -> None:
-    """Plan each config for 1 to 4096 ranks. Draw the memory per rank in GiB, and the tokens/s of all ranks together.
+    """Plan each config for 1 to 4096 ranks. Draw the memory per rank, the tokens/s and the efficiency.
 
     Args:
         path: the image file to write. Its suffix selects the format.
@@ -102,19 +147,22 @@ def draw_world_sizes(path: Path, configs: dict[str, Config], device: Device, *, 
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError(f"--plot needs matplotlib: {install_command('plots')}") from None
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(16, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    memory, speed = figure.subplots(1, 2)
+    memory, speed, efficiency = figure.subplots(1, 3)
     for name, config in configs.items():
-        world_sizes = [n for n in _WORLD_SIZES if n % config.backend.ranks_per_copy(n) == 0]
+        world_sizes = [n for n in WORLD_SIZES if n % config.backend.ranks_per_copy(n) == 0]
         plans = [plan_run(name, config, n, device, mfu=mfu, tokens=tokens, grow_batch=True) for n in world_sizes]
         memory.plot(world_sizes, [plan.memory.total / GIB for plan in plans], marker=".", label=name)
         tokens_per_s = [plan.speed.tokens_per_s if plan.fits else math.nan for plan in plans]
         speed.plot(world_sizes, tokens_per_s, marker=".", label=name)
+        computing = [plan.speed.efficiency if plan.fits else math.nan for plan in plans]
+        efficiency.plot(world_sizes, computing, marker=".", label=name)
     memory.axhline(device.usable_bytes / GIB, color="black", linestyle="--", label=f"{device.name}, usable")
     memory.set(yscale="log", xlabel="ranks", ylabel="GiB per rank at the peak")
-    speed.set(yscale="log", xlabel="ranks", ylabel="tokens/s of all ranks, where it fits")
-    for axes in (memory, speed):
+    speed.set(yscale="log", xlabel="ranks", ylabel="predicted tokens/s of all ranks, where it fits")
+    efficiency.set(ylim=(0, 1), xlabel="ranks", ylabel="predicted fraction of a step that computes, where it fits")
+    for axes in (memory, speed, efficiency):
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

@@ -166,6 +166,29 @@ def test_json_and_picture(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_many_hosts_are_answered_with_speed_limit_cost_and_a_chart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With 65,536 tokens per step, 64 ranks of 16 sequences are too many: each rank has 4 sequences."""
+    options = ["--world-size", "64", "--gpus-per-host", "4", "--network", "2x100gbit", "--backends", "ddp", "fsdp"]
+    options += ["--price-per-gpu-hour", "2", "--scaling", "--set", "data.seq_len=256"]
+    plan(monkeypatch, *options)
+    lines = capsys.readouterr().out.splitlines()
+    named = {line.split()[0]: line for line in lines if line}
+    assert named["verdict"].startswith("verdict  fits: ") and "micro-batch 4" in named["verdict"]
+    assert named["network"].startswith("network  16 hosts, 4 per host, ")
+    assert named["network"].endswith("; 200 Gbit/s between hosts")
+    assert re.search(r"predicted: [\d,]+ tokens/s, a step of [\d.]+ ms", named["speed"])
+    assert re.search(r"efficiency [\d.]+%; waits for bandwidth between hosts [\d.]+%", named["limit"])
+    assert named["4096"].rstrip("#").endswith("% ") and named["1"].endswith("100% " + 30 * "#")
+    assert "--nnodes=16 --nproc_per_node=4" in lines[-1] and "batch.micro_batch_size=4" in lines[-1]
+    plan(monkeypatch, *options, "--json")
+    printed = json.loads(capsys.readouterr().out)
+    best = min(printed["plans"], key=lambda each: each["days"])
+    assert printed["verdict"]["cost"] == pytest.approx(2 * 24 * 64 * best["days"], rel=0.01)
+    assert [each["batch"]["world_size"] for each in printed["scaling"]] == [1 << power for power in range(13)]
+
+
 @pytest.mark.parametrize("memory", ["2.5", "1.05"])  # a smaller micro-batch fits, nothing fits
 def test_json_has_the_verdict_of_the_text(
     memory: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -229,7 +252,17 @@ def test_shard_groups_of_whole_nodes_are_planned_and_started(
     [
         (["--device", "h1000"], "--device: h1000 is not known; known are h100-80gb"),
         (["--world-size", "3"], "batch.tokens_per_step .* is not a multiple"),
-        (["--world-size", "0"], "--world-size: must be a whole number from 1, it is '0'"),
+        (["--world-size", "0"], "--world-size/--gpus: must be a whole number from 1, it is '0'"),
+        (
+            ["--world-size", "12", "--gpus-per-host", "8"],
+            "--gpus: 12 is not a multiple of --gpus-per-host .8.; .*: 8, 16",
+        ),
+        (["--network", "400gbt"], "--network: must be a bandwidth such as 400gbit, .*, it is '400gbt'"),
+        (["--network", "0gbit"], "--network: must be a bandwidth"),
+        (
+            ["--price-per-gpu-hour", "2$"],
+            "--price-per-gpu-hour: must be a number above 0, without a unit, it is '2[$]'",
+        ),
         (["--mfu", "1.5"], "--mfu"),
         (["--memory", "1"], "--memory: must be more than the 1 GiB"),
         (["--memory", "24GB"], "--memory: must be a number above 0"),

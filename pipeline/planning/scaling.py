@@ -1,0 +1,50 @@
+"""Plan a run for 1 to 4,096 ranks, and show the result as a chart of text."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from pipeline.config.schema import Config
+from pipeline.planning.devices import Device
+from pipeline.planning.planner import Plan, plan_run
+from pipeline.planning.presentation import WORLD_SIZES, fastest_plan, format_days
+from pipeline.planning.shard_groups import with_shard_groups
+
+BAR_WIDTH = 30
+
+
+def plan_scaling(configs: Mapping[str, Config], device: Device, *, mfu: float, tokens: int) -> list[Plan]:
+    """Return the fastest plan for each number of ranks.
+
+    If a step of the config has too few tokens for one micro-batch per rank, a larger step is planned.
+
+    Args:
+        configs: maps the names of backends to configs, which differ only in the backend.
+        mfu: the fraction of the device's FLOP/s that the computation would reach without communication.
+        tokens: the number of tokens that the whole run trains on.
+    """
+    plans = []
+    for world_size in WORLD_SIZES:
+        candidates = {**configs, **with_shard_groups(configs.get("fsdp"), world_size, device.per_node)}
+        fastest = fastest_plan(
+            [
+                plan_run(name, config, world_size, device, mfu=mfu, tokens=tokens, grow_batch=True)
+                for name, config in candidates.items()
+                if world_size % config.backend.ranks_per_copy(world_size) == 0
+                and world_size % config.backend.hpz_group_size == 0
+            ]
+        )
+        if fastest:
+            plans.append(fastest)
+    return plans
+
+
+def format_scaling(plans: Sequence[Plan]) -> Iterator[str]:
+    """Yield the lines of a chart with one row per number of ranks."""
+    yield "predicted for other numbers of ranks (a step grows if it has too few tokens for one micro-batch per rank):"
+    yield f"{'ranks':>5}  {'fastest':11}{'tokens per step':>16}{'tokens/s':>16}{'time':>13}  efficiency"
+    for plan in plans:
+        speed = plan.speed
+        bar = "#" * round(BAR_WIDTH * speed.efficiency)
+        yield (
+            f"{plan.batch.world_size:5}  {plan.backend:11}{plan.batch.tokens_per_step:16,}{speed.tokens_per_s:16,.0f}"
+            f"{format_days(plan.days or 0.0):>13}  {speed.efficiency:4.0%} {bar}"
+        )
