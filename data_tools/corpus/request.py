@@ -28,10 +28,10 @@ class TokenizeRequest(SourceRequest):
         format: the file format of the shards.
         val_fraction: the fraction of the documents that is used for validation, in [0, 1).
         shard_tokens: the largest number of tokens per shard. A document with more tokens gets its own shard.
-        seed: the seed that determines the split of each document. limit_documents: the largest number of documents to
-            tokenize. None means no limit.
-        limit_bytes: tokenize only the first documents of the source: as few as have at least this number of bytes of
-            text in UTF-8. None means no limit.
+        seed: determines which documents belong to the split ``train``, and which to ``val``.
+        limit_documents: the largest number of documents to tokenize. None means no limit.
+        limit_bytes: stop after the document with which the text reaches this number of bytes in UTF-8. None means no
+            limit.
         deduplicate: if ``exact``, a document is left out if an equal document comes before it in the source.
         on_bad_rows: if ``skip``, rows that cannot be read are left out and reported. If ``stop``, the first row that
             cannot be read ends the request with an error.

@@ -1,4 +1,4 @@
-"""Describe which ranges of which parameters the tensors of an optimizer contain on this rank."""
+"""Describe the elements of parameters that this rank updates: ranges of elements, in the tensors of the optimizer."""
 
 from dataclasses import dataclass
 

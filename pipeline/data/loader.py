@@ -141,7 +141,7 @@ class TrainLoader:
 def suggest_batch(tokens: int, plan: BatchPlan) -> str:
     """Return advice for an error message about a split that has too few samples for one step.
 
-    The advice names values of config keys with which the split is large enough.
+    The advice says to which values the user can set config keys, so that the split is large enough.
 
     Args:
         tokens: the number of tokens in the split.

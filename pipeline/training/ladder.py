@@ -51,7 +51,10 @@ def check_long_run(run_folder: Path, config: Config) -> None:
 
 
 def check_milestones(run_folder: Path, milestones: Sequence[int]) -> None:
-    """Raise ConfigError if the long run has passed a milestone but has no checkpoint of this step."""
+    """Raise ConfigError if a ladder cannot start from the milestones, which are steps of the run in ``run_folder``.
+
+    The reason is that the run has passed a milestone, and has no checkpoint of this step.
+    """
     steps = [step_of(folder) for folder in list_checkpoints(run_folder)]
     for milestone in milestones:
         if steps and max(steps) > milestone and not checkpoint_folder(run_folder, milestone).is_dir():
