@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint docs parity accumulation portability chaos chaos-data fuzz checkpoint-cost gpu-check bench-data bench-loader bench-evaluation bench-train bench-generation speedrun plan-check start-memory wheel clean
+.PHONY: help quickstart test lint docs parity accumulation portability chaos chaos-data fuzz checkpoint-cost gpu-check bench-data bench-loader bench-evaluation bench-train bench-generation speedrun plan-check control-plane start-memory wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -76,6 +76,9 @@ speedrun: .venv/dev ## measure the time that AdamW and Muon need to reach a loss
 
 plan-check: .venv/dev ## compare planned memory with measured peaks and with up to 4,096 ranks
 	$(BIN)/python -m benchmarks.planned_memory
+
+control-plane: .venv/dev ## measure the store, the heartbeats and a checkpoint of 4,096 simulated ranks
+	$(BIN)/python -m benchmarks.control_plane
 
 start-memory: .venv/dev ## measure the peak memory of each rank at the start of a run, with up to GPT-2 1558M
 	$(BIN)/python -m benchmarks.start_memory

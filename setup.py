@@ -41,7 +41,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["data_tools*", "pipeline*", "launch*"]),
-    package_data={"launch": ["slurm/*"]},
+    package_data={"launch": ["kubernetes/*", "skypilot/*", "slurm/*"]},
     cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": ["gpt2-pipeline = launch.__main__:main"]},
     install_requires=[
@@ -83,6 +83,7 @@ setup(
             "fsspec[http]>=2024.2",
             "gguf>=0.17",
             "hypothesis>=6.100",
+            "kubernetes-validate>=1.34",
             "matplotlib>=3.9",
             "mlflow-skinny>=3",
             "moto[s3]>=5",  # a server of S3; it needs flask and flask-cors too

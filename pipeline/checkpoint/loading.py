@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
-from pipeline.backends import Backend
-from pipeline.checkpoint.layout import STATE_FILE, read_manifest
-from pipeline.checkpoint.pieces import Piece, PieceIndex, index_pieces, open_tensors
+from pipeline.backends import Backend, Fragment
+from pipeline.checkpoint.layout import STATE_FILE, read_manifest, tensor_file
+from pipeline.checkpoint.pieces import GROUPS, Piece, PieceIndex, index_pieces, open_tensors
 from pipeline.checkpoint.state import TrainingState, read_state
 from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import config_from_json
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 _POSITIONS = "wpe.weight"
 
 
-def load_training_state(folder: Path, backend: Backend) -> TrainingState:
+def load_training_state(folder: Path, backend: Backend, rank: int | None = None) -> TrainingState:
     """Load a checkpoint into the backend, and return the training state in the checkpoint.
 
     Each rank reads only the weights and the optimizer state that it needs. The optimizer's step count and the loss
@@ -39,13 +39,19 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
     If the backend keeps an average of the weights and the checkpoint has none, the average starts as a copy of the
     weights.
 
+    Args:
+        rank: if this rank's files in the checkpoint contain all elements that the rank needs, only these two files are
+            read. This is so if the run continues with the same number of ranks and the same sharding. Otherwise, every
+            rank reads the headers of the files of all ranks. If None, the headers of all files are read and checked.
+
     Raises:
         CheckpointError: the checkpoint cannot be read or is malformed, or its parameters have other names or shapes
             than those of the model. If a file cannot be read, the backend may already contain some of the checkpoint's
             values. In all other cases, the backend has not changed.
     """
     state, _ = read_state(folder)
-    index = index_for_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
+    fragments = list(backend.fragments())
+    index = _index_for_fragments(folder, backend, fragments, rank)
     stored, kept = _kinds_by_parameter(index), {name: set(kinds) for name, kinds in backend.state_names.items()}
     is_same_optimizer = all(stored[name] - {EMA} == kept[name] - {EMA} for name in kept)
     has_average = all(EMA in kinds for kinds in stored.values())
@@ -53,7 +59,7 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
     if not is_same_optimizer:
         log.warning("%s: another optimizer has written this checkpoint; the optimizer's state starts from zero", folder)
         state = replace(state, optimizer_start=state.updates)
-    for fragment in backend.fragments():
+    for fragment in fragments:
         for kind, tensor in fragment.tensors.items():
             if kind == EMA and not has_average:
                 tensor.copy_(fragment.weight)
@@ -64,6 +70,26 @@ def load_training_state(folder: Path, backend: Backend) -> TrainingState:
     backend.state_was_loaded(state.updates - state.optimizer_start)
     backend.loss_scaler.restore(state.loss_scale, state.loss_scale_good_steps)
     return state
+
+
+def _index_for_fragments(folder: Path, backend: Backend, fragments: list[Fragment], rank: int | None) -> PieceIndex:
+    """Return an index with the pieces of all fragments of this rank. Raises the same errors as ``index_for_model``."""
+    manifest = read_manifest_of_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
+    own = [] if rank is None else [tensor_file(rank, group) for group in GROUPS]
+    if own and manifest["files"].keys() >= set(own):
+        index = index_pieces(folder, manifest, own)
+        needed = [
+            (by_name[each.name], each) for by_name in index.values() for each in fragments if each.name in by_name
+        ]
+        if all(_has_all(pieces, fragment) for pieces, fragment in needed):
+            return index
+    return index_pieces(folder, manifest)
+
+
+def _has_all(pieces: list[Piece], fragment: Fragment) -> bool:
+    """Return whether pieces that do not overlap contain all elements of a fragment."""
+    start, stop = fragment.start, fragment.start + fragment.weight.numel()
+    return sum(max(min(piece.stop, stop) - max(piece.start, start), 0) for piece in pieces) == stop - start
 
 
 def _kinds_by_parameter(index: PieceIndex) -> dict[str, set[str]]:
@@ -138,6 +164,11 @@ def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
     Raises:
         CheckpointError: the names or shapes in the checkpoint differ from ``shapes``, or a file is damaged.
     """
+    return index_pieces(folder, read_manifest_of_model(folder, shapes))
+
+
+def read_manifest_of_model(folder: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
+    """Return the manifest of a checkpoint. Raises CheckpointError if the checkpoint does not fit the model."""
     manifest = read_manifest(folder)
     stored = manifest["parameters"]
     for name in [*shapes, *stored]:
@@ -147,7 +178,7 @@ def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
                 f"{folder}: belongs to another model: {name} has shape {stored.get(name, 'none')} there "
                 f"and {shapes.get(name, 'none')} here; use the run's own config, or another run.out_dir{context}"
             )
-    return index_pieces(folder, manifest)
+    return manifest
 
 
 def copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:

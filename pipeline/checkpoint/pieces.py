@@ -7,7 +7,7 @@ one-dimensional tensor under the key ``name[start:stop]``. The keys of optimizer
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +78,12 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path}: {describe_content(path) or f'cannot be read ({error})'}") from None
 
 
-def index_pieces(folder: Path, manifest: dict[str, Any]) -> PieceIndex:
-    """Return an index of all pieces in a checkpoint. Only the headers of the tensor files are read and checked.
+def index_pieces(folder: Path, manifest: dict[str, Any], files: Collection[str] | None = None) -> PieceIndex:
+    """Return an index of the pieces in a checkpoint. Only the headers of the tensor files are read and checked.
+
+    Args:
+        files: the names of the tensor files to read. If None, all files are read, and the pieces must contain every
+            element exactly once. Otherwise, elements may be missing in the index.
 
     Raises:
             CheckpointError: a file is not in the safetensors format, a name or a shape differs from the manifest, a
@@ -90,14 +94,15 @@ def index_pieces(folder: Path, manifest: dict[str, Any]) -> PieceIndex:
     for name, kinds in manifest["optimizer_state"].items():
         for kind in kinds:
             index.setdefault(kind, {})[name] = []
-    for file in manifest["files"]:
+    for file in manifest["files"] if files is None else files:
         if rank_and_group := parse_tensor_file(file):
             for kind, name, piece in _read_pieces(folder / file, rank_and_group[1], shapes, index):
                 index[kind][name].append(piece)
     for kind, by_name in index.items():
         for name, pieces in by_name.items():
             pieces.sort(key=lambda piece: piece.start)
-            _require_complete(folder, f"{kind} of {name}", pieces, shapes[name].numel())
+            if files is None:
+                _require_complete(folder, f"{kind} of {name}", pieces, shapes[name].numel())
     return index
 
 

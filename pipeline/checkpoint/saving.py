@@ -106,10 +106,10 @@ def write_checkpoint(
     )
     try:
         on_main_rank(world, lambda: make_empty_folder(aside))
-        own_files = on_every_rank(world, lambda: _write_tensor_files(aside, snapshot, world.rank))
+        own_files = on_every_rank(world, lambda: write_tensor_files(aside, snapshot, world.rank))
         files_of_ranks: list[Files] = world.gather(own_files)
         all_files = {name: entry for files in files_of_ranks for name, entry in files.items()}
-        on_main_rank(world, lambda: _complete_and_publish(aside, folder, state, snapshot, all_files))
+        on_main_rank(world, lambda: complete_and_publish(aside, folder, state, snapshot, all_files))
     except CheckpointError as error:
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -159,12 +159,13 @@ def on_every_rank(world: World, step: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value] # the result is set if no rank has a problem
 
 
-def _write_tensor_files(aside: Path, snapshot: Snapshot, rank: int) -> Files:
+def write_tensor_files(aside: Path, snapshot: Snapshot, rank: int) -> Files:
+    """Write the tensor files of one rank into the temporary folder ``aside``, and return their manifest entries."""
     names = {group: tensor_file(rank, group) for group in snapshot.groups}
     return {name: write_tensors(aside / name, snapshot.groups[group]) for group, name in names.items()}
 
 
-def _complete_and_publish(aside: Path, folder: Path, state: StateFile, snapshot: Snapshot, tensor_files: Files) -> None:
+def complete_and_publish(aside: Path, folder: Path, state: StateFile, snapshot: Snapshot, tensor_files: Files) -> None:
     """Write the JSON files, check the manifest and the headers of all tensor files, and rename the folder."""
     state_path = aside / STATE_FILE
     write_json_durably(state_path, asdict(state))

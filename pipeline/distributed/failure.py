@@ -14,7 +14,7 @@ import traceback
 from contextlib import suppress
 
 from data_tools.errors import DataError, UserError
-from pipeline.distributed.environment import launched_rank, launched_world_size
+from pipeline.distributed.environment import launched_local_rank, launched_rank, launched_world_size
 from pipeline.errors import Interrupted, LostRankError, MainRankError
 
 #: Errors of the operating system that a user can correct, even if the error does not name a file.
@@ -22,6 +22,8 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _LONG_WORD = re.compile(r"\S{500,}")
 #: If rank 0 has the same error, rank 0 prints the error and ends. The launcher then ends the other ranks in this time.
 _OTHER_RANKS_WAIT_S = 2.0
+#: If there are more ranks than this, not every rank prints what all ranks would print.
+_RANKS_THAT_ALL_PRINT = 64
 
 
 def report(error: BaseException) -> int:
@@ -33,11 +35,16 @@ def report(error: BaseException) -> int:
     Most user errors, such as a wrong config, occur on all ranks, but should be printed only once. Therefore, rank 0
     prints such an error at once, and all other ranks first wait for two seconds. During this time, the launcher notices
     that rank 0 has failed, and ends the ranks that wait.
+
+    If a rank is lost, every other rank has the same error, and prints it at once. With more than 64 ranks, only two
+    ranks per node print it (see ``prints_for_node``).
     """
     status, text = _describe(error)
     if not getattr(error, "is_reported", False):
         error.is_reported = True  # type: ignore[attr-defined]
         if launched_rank() and isinstance(error, (Interrupted, MainRankError)):
+            return status
+        if isinstance(error, LostRankError) and not prints_for_node():
             return status
         if launched_rank() and isinstance(error, UserError) and not isinstance(error, (DataError, LostRankError)):
             _wait_for_end()
@@ -46,6 +53,14 @@ def report(error: BaseException) -> int:
         with suppress(BrokenPipeError):
             print(printable(text), file=sys.stderr, flush=True)
     return status
+
+
+def prints_for_node() -> bool:
+    """Return whether this rank prints a line that all ranks would print.
+
+    With up to 64 ranks, every rank does. With more ranks, only two ranks per node do, because one of them may be lost.
+    """
+    return launched_world_size() <= _RANKS_THAT_ALL_PRINT or launched_local_rank() < 2
 
 
 def _wait_for_end() -> None:

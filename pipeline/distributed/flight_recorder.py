@@ -16,16 +16,21 @@ from typing import Any
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 
+from pipeline.distributed.failure import prints_for_node
+
 _DUMP_TIMEOUT_S = 10.0  # the recorder asks the driver of a GPU, which may hang
 
 
 def report_collectives(folder: Path | None, rank: int) -> None:
     """Save the flight recorder of this rank, and print one line about it on standard error.
 
-    If ``folder`` is None, or if its parent (the run folder) does not exist yet, do nothing.
+    If ``folder`` is None, or if its parent (the run folder) does not exist yet, do nothing. With many ranks, only some
+    ranks print their line (see ``prints_for_node``), but every rank saves its file.
     """
     if folder and folder.parent.is_dir():
-        print(f"[rank {rank}] {save_flight_recorder(folder, rank)}", file=sys.stderr, flush=True)
+        summary = save_flight_recorder(folder, rank)
+        if prints_for_node():
+            print(f"[rank {rank}] {summary}", file=sys.stderr, flush=True)
 
 
 def save_flight_recorder(folder: Path, rank: int) -> str:

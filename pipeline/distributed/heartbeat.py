@@ -10,16 +10,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 from torch._C._distributed_c10d import Store
-from torch.distributed import DistError
+from torch.distributed import DistError, DistStoreError
 
 from data_tools.errors import UserError
 from pipeline.distributed.failure import report, summarize
 from pipeline.distributed.flight_recorder import report_collectives
-from pipeline.distributed.progress import MainThread, Place, describe_places, find_stuck
+from pipeline.distributed.progress import NAMED_RANKS, MainThread, Place, describe_places, find_stuck
 from pipeline.distributed.signals import SignalThread
 from pipeline.distributed.world import World
 from pipeline.errors import Interrupted, LostRankError
@@ -30,6 +31,8 @@ INTERVAL_S = 1.0
 #: The longest time that a failed rank waits for answers of the store, whose process or host may be dead.
 _STORE_TIMEOUT_S = 10.0
 _VERDICT = "verdict"
+_SEARCHES, _FOUND = "searches", "found"  # how many ranks have asked for the lost ranks, and the answer for all
+_OVERDUE = "overdue"
 _LOST_STORE = "lost rank 0, or the launcher on its node"
 _CURE = "; run the same command again (training continues from the last checkpoint)"
 
@@ -46,7 +49,8 @@ class Heartbeat:
     """Writes this rank's heartbeat to a key-value store every second, and reads the heartbeats of other ranks.
 
     A heartbeat says what the main thread of the rank is doing (see ``Place``). Rank 0 watches all other ranks. The
-    other ranks watch only rank 0. They read from the store whether rank 0 has ended the run, and why.
+    other ranks watch only rank 0. They read from the store whether rank 0 has ended the run, and why. Every rank makes
+    two requests per second. With one of its two requests, rank 0 reads the heartbeats of all ranks.
 
     A rank is lost if it has sent no heartbeat for ``timeout_s`` seconds, or if it is stuck (see ``find_stuck``). Each
     remaining rank then prints which rank is lost, and ends its process with ``LostRankError.exit_status``. A separate
@@ -67,6 +71,11 @@ class Heartbeat:
         self._store = _connect(world)
         self._store.set(f"name_{self.rank}", f"{socket.gethostname()}, pid {os.getpid()}")
         self._store.set(f"beat_{self.rank}", "")
+        if self.rank == 0:
+            self._store.set(_VERDICT, "")
+        watched = [0] if self.rank else list(range(1, self.size))
+        self._heard: dict[int, bytes | None] = dict.fromkeys(watched)  # the newest heartbeat of each watched rank
+        self._silent_s = dict.fromkeys(watched, 0.0)
         self._stopped = threading.Event()
         self._unanswered_s = 0.0  # the time since the last answer of the store
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -112,23 +121,30 @@ class Heartbeat:
         os._exit(report(LostRankError(lost + _CURE) if lost else stopped))
 
     def _run(self) -> None:
-        watched = [0] if self.rank else list(range(1, self.size))
-        heard: dict[int, str] = {}
-        silent_s = dict.fromkeys(watched, 0.0)
-        for beat, turn_s in enumerate(self._turns()):
-            try:
-                place = self._main_thread.observe(turn_s)
-                self._store.set(f"beat_{self.rank}", f"{beat} {place.to_json()}")
-                for rank, text in _beats(self._store, watched).items():
-                    silent_s[rank] = silent_s[rank] + turn_s if heard.get(rank) == text else 0.0
-                    heard[rank] = text
-                self._unanswered_s = 0.0
-                silent = [rank for rank in watched if silent_s[rank] > self.timeout_s]
-                verdict = self._judge(place, heard, silent)
-            except RuntimeError:
-                verdict = Verdict(_LOST_STORE)
-            if verdict:
+        for number, turn_s in enumerate(self._turns()):
+            if verdict := self.take_turn(number, turn_s):
                 self._exit(verdict)
+
+    def take_turn(self, number: int, elapsed_s: float) -> Verdict | None:
+        """Send a heartbeat and read the heartbeats of the watched ranks. Returns the reason why the run ends, or None.
+
+        Args:
+            number: the number of this turn, which makes every heartbeat different from the previous one.
+            elapsed_s: the seconds since the last turn.
+        """
+        try:
+            place = self._main_thread.observe(elapsed_s)
+            # Rank 0 reads the place only if a rank is overdue, because it takes long to read thousands of places.
+            state = _OVERDUE if place.is_overdue(self.timeout_s) else "healthy"
+            self._store.set(_beat_key(self.rank), f"{number} {state} {place.to_json()}")
+            published, *beats = self._store.multi_get([_VERDICT, *map(_beat_key, self._heard)])
+            for (rank, previous), beat in zip(self._heard.items(), beats, strict=True):
+                self._silent_s[rank] = self._silent_s[rank] + elapsed_s if beat == previous else 0.0
+                self._heard[rank] = beat
+            self._unanswered_s = 0.0
+            return _parse_verdict(published) or self._judge(place)
+        except RuntimeError:
+            return Verdict(_LOST_STORE)
 
     def _turns(self) -> Iterator[float]:
         """Yield the time since the last turn, at most two seconds. Yields every second until ``stop`` is called.
@@ -141,24 +157,26 @@ class Heartbeat:
             yield min(now - last_turn, 2 * INTERVAL_S)
             last_turn = now
 
-    def _judge(self, own: Place, heard: dict[int, str], silent: list[int]) -> Verdict | None:
-        """Return the verdict in the store. If the store has no verdict, return the verdict of this rank, or None."""
-        if self._store.check([_VERDICT]):
-            return _read_verdict(self._store)
-        if silent:
+    def _judge(self, own: Place) -> Verdict | None:
+        """Return the verdict of this rank, or None. Rank 0 publishes its verdict."""
+        if silent := [rank for rank, silent_s in self._silent_s.items() if silent_s > self.timeout_s]:
             verdict = Verdict(f"lost {_describe(self._store, silent)}, silent for {self.timeout_s:.0f} s")
-        elif self.rank or not all(heard.values()):
+        elif self.rank or not self._is_any_overdue(own):
             return None
         else:
-            places = {0: own, **{rank: Place(**json.loads(beat.partition(" ")[2])) for rank, beat in heard.items()}}
+            places = {0: own, **{rank: _parse_place(beat) for rank, beat in self._heard.items() if beat}}
             stuck = find_stuck(places, self.timeout_s)
             if not stuck:
                 return None
-            names = {rank: _name(self._store, rank) for rank in stuck}
-            verdict = Verdict(describe_places(places, stuck, names), tuple(stuck))
+            verdict = Verdict(describe_places(places, stuck, lambda rank: _name(self._store, rank)), tuple(stuck))
         if self.rank == 0:
             _write_verdict(self._store, verdict)
         return verdict
+
+    def _is_any_overdue(self, own: Place) -> bool:
+        """Return whether a rank is overdue. Returns False until each rank has sent a heartbeat."""
+        beats = [beat for beat in self._heard.values() if beat]
+        return len(beats) == len(self._heard) and (own.is_overdue(self.timeout_s) or any(map(_is_overdue, beats)))
 
     def _watch_store(self) -> None:
         """End the process if the store does not answer. Otherwise, requests to the store could wait without a limit."""
@@ -172,7 +190,7 @@ class Heartbeat:
         if self._stopped.wait(3 * INTERVAL_S):
             return
         sys.stdout.flush()
-        if self.rank in verdict.stuck:
+        if self.rank in verdict.stuck[:NAMED_RANKS]:
             print(f"[rank {self.rank}] the main thread is stuck here:\n{self._main_thread.stack()}", file=sys.stderr)
         report_collectives(self._records, self.rank)
         os._exit(report(LostRankError(verdict.reason + _CURE)))
@@ -250,7 +268,9 @@ def failures_reported(world: World) -> Iterator[None]:
 def find_lost(world: World) -> str | None:
     """Return a text that names the lost ranks. If no rank is lost, return None.
 
-    A rank is lost if it has failed, or if it sends no heartbeat during this call, which takes a few seconds.
+    A rank is lost if it has failed, or if it sends no heartbeat during this call, which takes a few seconds. If several
+    ranks make this call, only the first one reads the heartbeats, and the others wait for its result. Otherwise, every
+    rank would read the heartbeats of every other rank when a launcher stops all ranks.
     """
     otherwise: str | None = _LOST_STORE
     return _within_store_timeout(lambda: _find_lost(world), otherwise)
@@ -258,20 +278,31 @@ def find_lost(world: World) -> str | None:
 
 def _find_lost(world: World) -> str | None:
     store = _connect(world)
+    if store.add(_SEARCHES, 1) == 1:
+        lost = _search_for_lost(store, world)
+        store.set(_FOUND, f"lost {_describe(store, lost)}" if lost else "")
+    else:
+        with suppress(DistStoreError):  # the first rank may be lost, too
+            store.wait([_FOUND], timedelta(seconds=8 * INTERVAL_S))
+    if verdict := _read_verdict(store):
+        return verdict.reason
+    return store.get(_FOUND).decode() or None if store.check([_FOUND]) else None
+
+
+def _search_for_lost(store: Store, world: World) -> list[int]:
+    """Return the other ranks whose heartbeats do not change for three seconds."""
     others = [rank for rank in range(world.size) if rank != world.rank]
-    before = _beats(store, others)
+    keys = list(map(_beat_key, others))
+    before = store.multi_get(keys) if keys else []
     time.sleep(3 * INTERVAL_S)
-    if store.check([_VERDICT]):
-        return _read_verdict(store).reason
-    after = _beats(store, others)
-    silent = [rank for rank in others if before[rank] == after[rank]]
-    return f"lost {_describe(store, silent)}" if silent else None
+    after = store.multi_get(keys) if keys else []
+    return [rank for rank, was, now in zip(others, before, after, strict=True) if was == now]
 
 
 def _publish_failure(world: World, reason: str) -> None:
     """Tell the other ranks that this rank has failed, because they may wait in a collective without a limit."""
     store = _connect(world)
-    if not store.check([_VERDICT]):
+    if not _read_verdict(store):
         _write_verdict(store, Verdict(f"lost {_describe(store, [world.rank])}, which failed: {reason}"))
         time.sleep(2 * INTERVAL_S)  # the other ranks read the verdict before this process ends, maybe with the store
 
@@ -284,17 +315,32 @@ def _write_verdict(store: Store, verdict: Verdict) -> None:
     store.set(_VERDICT, json.dumps(asdict(verdict)))
 
 
-def _read_verdict(store: Store) -> Verdict:
-    return Verdict(**json.loads(store.get(_VERDICT)))
+def _read_verdict(store: Store) -> Verdict | None:
+    """Return the verdict that a rank has published, or None."""
+    return _parse_verdict(store.get(_VERDICT)) if store.check([_VERDICT]) else None
 
 
-def _beats(store: Store, ranks: list[int]) -> dict[int, str]:
-    beats = store.multi_get([f"beat_{rank}" for rank in ranks]) if ranks else []
-    return {rank: beat.decode() for rank, beat in zip(ranks, beats, strict=True)}
+def _parse_verdict(text: bytes) -> Verdict | None:
+    return Verdict(**json.loads(text)) if text else None
+
+
+def _beat_key(rank: int) -> str:
+    return f"beat_{rank}"
+
+
+def _is_overdue(beat: bytes) -> bool:
+    return beat.split(b" ", 2)[1] == _OVERDUE.encode()
+
+
+def _parse_place(beat: bytes) -> Place:
+    return Place(**json.loads(beat.split(b" ", 2)[2]))
 
 
 def _describe(store: Store, ranks: list[int]) -> str:
-    return ", ".join(f"rank {rank} ({_name(store, rank)})" for rank in ranks)
+    """Return the numbers, hosts and processes of the first few ranks, and the number of the other ranks."""
+    named = [f"rank {rank} ({_name(store, rank)})" for rank in ranks[:NAMED_RANKS]]
+    more = f" and {len(ranks) - NAMED_RANKS} more" if len(ranks) > NAMED_RANKS else ""
+    return ", ".join(named) + more
 
 
 def _name(store: Store, rank: int) -> str:

@@ -6,7 +6,6 @@ after which all ranks stop.
 """
 
 import ipaddress
-import json
 import logging
 import socket
 from contextlib import suppress
@@ -30,13 +29,12 @@ def choose_gloo_interface(store: Store, rank: int, size: int) -> None:
         rank: this rank.
         size: the number of ranks.
     """
-    addresses = _exchange(store, rank, size, own=own_address_towards(*master_address()))
-    reachable = [address for address in addresses if not _is_loopback(address)]
-    if len(set(addresses)) == 1 or not reachable:
+    own = own_address_towards(*master_address())
+    other_node = _find_other_node(store, rank, size, own)
+    if not other_node:
         return
-    own = addresses[rank]
     if _is_loopback(own):  # the store is on this node
-        own = own_address_towards(reachable[0], port=1)
+        own = own_address_towards(other_node, port=1)
     if (interface := interface_of(own)) and set_gloo_interface(interface):
         log.info("network   gloo uses %s (%s), which leads to the other nodes", interface, own)
 
@@ -60,14 +58,18 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def _exchange(store: Store, rank: int, size: int, own: str) -> list[str]:
-    """Return the addresses of all ranks. Rank 0 collects them, so that the number of requests grows with the ranks."""
+def _find_other_node(store: Store, rank: int, size: int, own: str) -> str:
+    """Return an address that other nodes can reach. Returns "" if all ranks are on one node, or if there is none.
+
+    Rank 0 collects the addresses of all ranks, so that the number of requests and bytes grows only with the ranks.
+    """
     store.set(f"address_{rank}", own)
     if rank == 0:
-        collected = store.multi_get([f"address_{other}" for other in range(size)])
-        store.set("addresses", json.dumps([address.decode() for address in collected]))
-    addresses: list[str] = json.loads(store.get("addresses"))
-    return addresses
+        addresses = [address.decode() for address in store.multi_get([f"address_{other}" for other in range(size)])]
+        reachable = [address for address in addresses if not _is_loopback(address)]
+        store.set("other_node", reachable[0] if reachable and len(set(addresses)) > 1 else "")
+    found: str = store.get("other_node").decode()
+    return found
 
 
 def _is_loopback(address: str) -> bool:

@@ -30,6 +30,8 @@ PATIENCE_S = 600.0
 LOOP_FACTOR = 20.0
 #: A thread uses less than this share of a core if it only polls.
 _LEAST_CPU_SHARE = 0.01
+#: A message names at most this many ranks that are in the same state, and counts the others.
+NAMED_RANKS = 4
 #: A function of one of these modules is active only while torch.compile compiles, also in later steps.
 _COMPILERS = ("torch._dynamo.convert_frame", "torch._inductor.compile_fx")
 
@@ -235,21 +237,22 @@ def find_stuck(places: Mapping[int, Place], timeout_s: float) -> list[int]:
     return [rank for rank in overdue if places[rank].position < max(positions)]
 
 
-def describe_places(places: Mapping[int, Place], stuck: Sequence[int], names: Mapping[int, str]) -> str:
+def describe_places(places: Mapping[int, Place], stuck: Sequence[int], name: Callable[[int], str]) -> str:
     """Return a text that says which ranks are stuck, what they are doing, and what the other ranks are doing.
 
     Args:
         places: maps each rank to what its main thread is doing.
         stuck: the stuck ranks.
-        names: maps each stuck rank to its host and process id.
+        name: returns the host and the process id of a rank. It is called for a few of the stuck ranks.
     """
+    are_stuck = set(stuck)
     groups: dict[tuple[bool, str, str], list[int]] = {}
     for rank, place in places.items():
-        groups.setdefault((rank not in stuck, place.phase, place.line), []).append(rank)
+        groups.setdefault((rank not in are_stuck, place.phase, place.line), []).append(rank)
     texts = []
     for (is_other, phase, line), ranks in sorted(groups.items(), key=lambda item: (item[0][0], len(item[1])))[:4]:
-        named = ", ".join(f"rank {rank}" + ("" if is_other else f" ({names[rank]})") for rank in ranks[:4])
-        more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
+        named = ", ".join(f"rank {rank}" + ("" if is_other else f" ({name(rank)})") for rank in ranks[:NAMED_RANKS])
+        more = f" and {len(ranks) - NAMED_RANKS} more" if len(ranks) > NAMED_RANKS else ""
         delay = "" if is_other else f" {_describe_delay([places[rank] for rank in ranks])},"
         texts.append(f"{named}{more}:{delay} in {phase} ({line})")
     return "; ".join(texts)

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -17,8 +17,12 @@ from torch.distributed import DistNetworkError
 from pipeline.distributed.environment import launcher_holds_store, master_address, unset_command
 from pipeline.errors import ConfigError
 
-_POLL_S = 0.02
 _ANNOUNCE_AFTER_S = 8.0
+_SHORTEST_POLL_S = 0.02
+#: While the ranks wait for each other, the store gets at most this many requests per second from all ranks together.
+_REQUESTS_PER_S = 4000
+#: The time between two looks at which ranks are missing. A look can take several requests per missing rank.
+_LOOK_S = 2.0
 
 
 def open_store(rank: int, size: int, timeout: timedelta) -> Store:
@@ -28,20 +32,23 @@ def open_store(rank: int, size: int, timeout: timedelta) -> Store:
     it, they would wait forever. Therefore, the keys get a new prefix at each start. If there is only one rank, the
     store is in memory and needs no port.
 
+    One thread serves the store to all ranks. Therefore, each rank polls the store less often if there are more ranks.
+
     Raises:
         TimeoutError: a rank has not connected within ``timeout``.
         ConfigError: another process uses the port of the store.
     """
     if size == 1:
         return HashStore()
-    missing = set(range(1, size)) if rank == 0 else {0}
+    missing = [0] if rank else list(range(1, size))
+    poll_s = max(_SHORTEST_POLL_S, size / _REQUESTS_PER_S)
     with _announced(lambda: _describe_wait(rank, size, missing)):
         store = connect(rank, size, timeout)
         deadline = time.monotonic() + timeout.total_seconds()
         if rank == 0:
-            start_id = _publish_start_id(store, missing, deadline)
+            start_id = _publish_start_id(store, missing, poll_s, deadline)
         else:
-            start_id = _request_start_id(store, rank, deadline)
+            start_id = _request_start_id(store, rank, poll_s, deadline)
     return PrefixStore(start_id, store)
 
 
@@ -80,53 +87,70 @@ def _announced(describe: Callable[[], str]) -> Iterator[None]:
         timer.cancel()
 
 
-def _describe_wait(rank: int, size: int, missing: set[int]) -> str:
+def _describe_wait(rank: int, size: int, missing: Sequence[int]) -> str:
     host, port = master_address()
-    numbers = [str(number) for number in sorted(missing)]
-    listed = ", ".join(numbers[:8]) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
     return (
-        f"rank {rank} on {socket.gethostname()} still waits at {host}:{port} (MASTER_ADDR, MASTER_PORT) for rank"
-        f"{'s' if len(numbers) > 1 else ''} {listed} of {size} (WORLD_SIZE); if these variables are left over from "
-        f"another launcher: {unset_command()}"
+        f"rank {rank} on {socket.gethostname()} still waits at {host}:{port} (MASTER_ADDR, MASTER_PORT) for "
+        f"{_list(missing)} of {size} (WORLD_SIZE); if these variables are left over from another launcher: "
+        f"{unset_command()}"
     )
 
 
-def _publish_start_id(store: Store, waiting: set[int], deadline: float) -> str:
+def _list(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}{more}"
+
+
+def _publish_start_id(store: Store, missing: list[int], poll_s: float, deadline: float) -> str:
     """Choose an id for this start, send it to every rank that asks, and return it when all ranks have confirmed it.
 
-    Each request has its own id, so that a rank recognizes an answer to a request of an earlier start.
+    A rank asks with a random id, which is part of the key of the answer. A rank therefore never reads an answer to a
+    rank of an earlier start. Each request to the store is about all ranks.
+
+    Args:
+        missing: the ranks other than 0. This function removes ranks that have connected, at most every two seconds.
     """
     start_id = uuid.uuid4().hex
-    answered: dict[int, str] = {}
-    while waiting:
-        for rank in list(waiting):
-            request = _get(store, f"request_{rank}")
-            if request and answered.get(rank) != request:
-                store.set(f"answer_{rank}", f"{request} {start_id}")
-                answered[rank] = request
-            if _get(store, f"confirmed_{rank}") == start_id:
-                waiting.remove(rank)
-        _sleep_or_time_out(deadline, f"ranks {sorted(waiting)}")
+    requests = [f"request_{rank}" for rank in missing]
+    confirmations = [f"confirmed_{start_id}_{rank}" for rank in missing]
+    answered: set[bytes] = set()
+    look_at = time.monotonic() + _LOOK_S
+    while True:
+        have_asked = store.check(requests)
+        if have_asked and store.check(confirmations):
+            return start_id
+        if have_asked and (new := set(store.multi_get(requests)) - answered):
+            keys = [f"answer_{request.decode()}" for request in new]
+            store.multi_set(keys, [start_id] * len(keys))  # type: ignore[attr-defined]
+            answered |= new
+        if time.monotonic() > min(look_at, deadline):
+            unset = _find_unset(store, confirmations if have_asked else requests)
+            missing[:] = [int(key.rpartition("_")[2]) for key in unset]
+            look_at = time.monotonic() + _LOOK_S
+        _sleep_or_time_out(poll_s, deadline, missing)
+
+
+def _request_start_id(store: Store, rank: int, poll_s: float, deadline: float) -> str:
+    request = uuid.uuid4().hex
+    store.set(f"request_{rank}", request)
+    while not store.check([f"answer_{request}"]):  # a request that blocks would delay Ctrl-C
+        _sleep_or_time_out(poll_s, deadline, [0])
+    start_id: str = store.get(f"answer_{request}").decode()
+    store.set(f"confirmed_{start_id}_{rank}", "")
     return start_id
 
 
-def _request_start_id(store: Store, rank: int, deadline: float) -> str:
-    request = uuid.uuid4().hex
-    store.set(f"request_{rank}", request)
-    while True:
-        answered, _, start_id = _get(store, f"answer_{rank}").partition(" ")
-        if answered == request:
-            store.set(f"confirmed_{rank}", start_id)
-            return start_id
-        _sleep_or_time_out(deadline, "rank 0")
+def _find_unset(store: Store, keys: list[str]) -> list[str]:
+    """Return the keys that are not set. If only a few are missing, this takes a few requests per missing key."""
+    if not keys or store.check(keys):
+        return []
+    if len(keys) == 1:
+        return keys
+    middle = len(keys) // 2
+    return [*_find_unset(store, keys[:middle]), *_find_unset(store, keys[middle:])]
 
 
-def _get(store: Store, key: str) -> str:
-    """Return the value of a key, or "" if the key is not set. ``Store.get`` would wait until the key is set."""
-    return store.get(key).decode() if store.check([key]) else ""
-
-
-def _sleep_or_time_out(deadline: float, missing: str) -> None:
+def _sleep_or_time_out(seconds: float, deadline: float, missing: Sequence[int]) -> None:
     if time.monotonic() > deadline:
-        raise TimeoutError(f"timed out at the start of the run, waiting for {missing}")
-    time.sleep(_POLL_S)
+        raise TimeoutError(f"timed out at the start of the run, waiting for {_list(missing)}")
+    time.sleep(seconds)

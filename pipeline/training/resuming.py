@@ -254,7 +254,7 @@ def load_checkpoint(folder: Path, backend: Backend, world: World) -> TrainingSta
     This call is collective: every rank must make it.
     """
     started = time.perf_counter()
-    state = load_training_state(folder, backend)
+    state = load_training_state(folder, backend, world.rank if world.size > 1 else None)
     world.barrier()
     seconds, size = time.perf_counter() - started, bytes_of_tensors(folder)
     log.info("loaded %s in %.2f s, %s MB/s", folder, seconds, f"{size / seconds / 1e6:,.0f}")

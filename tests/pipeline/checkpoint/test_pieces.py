@@ -116,6 +116,24 @@ class TestSharding:
         assert_same(contents(other), contents(backend))
         assert updates_of(other) == 3
 
+    def test_with_the_same_sharding_a_rank_reads_only_its_own_files(
+        self, save: Save, backend: DdpBackend, world: World
+    ) -> None:
+        folder = save()
+        pieces = cut_into_ranges(backend.fragments(), 64)
+        self.rewrite(folder, backend, [pieces[0::2], pieces[1::2]])
+        other = make_backend(world, seed=2)
+        for rank in (0, 1):
+            hidden = [folder / tensor_file(1 - rank, group) for group in GROUPS]
+            for path in hidden:
+                path.rename(path.with_suffix(".hidden"))
+            load_training_state(folder, ShardedBackend(other, 64, rank), rank)
+            with pytest.raises(CheckpointError, match=f"rank_0000{1 - rank}"):
+                load_training_state(folder, ShardedBackend(other, 50, rank), rank)
+            for path in hidden:
+                path.with_suffix(".hidden").rename(path)
+        assert_same(contents(other), contents(backend))
+
     @pytest.mark.parametrize("ranks", [2, 3, 50])
     def test_replicated_ranks_share_the_writing(
         self, save: Save, backend: DdpBackend, world: World, ranks: int

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from data_tools.errors import UserError
-from pipeline.distributed.failure import report
+from pipeline.distributed.failure import prints_for_node, report
+from pipeline.errors import LostRankError
 from tests.support.runs import child_environment
 
 
@@ -44,3 +45,16 @@ def test_another_rank_ends_without_a_line_when_the_launcher_stops_it() -> None:
             time.sleep(0.02)
         assert rank.stderr.read() == ""
         assert rank.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "size", "prints"), [(7, 64, True), (7, 72, False), (0, 72, True), (1, 72, True)]
+)
+def test_with_many_ranks_two_per_node_print_what_all_would_print(
+    local_rank: int, size: int, prints: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": 8 + local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": size}.items():
+        monkeypatch.setenv(name, str(value))
+    assert prints_for_node() == prints
+    assert report(LostRankError("lost rank 3")) == LostRankError.exit_status
+    assert capsys.readouterr().err == ("error: lost rank 3\n" if prints else "")

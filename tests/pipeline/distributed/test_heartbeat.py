@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -50,6 +51,29 @@ def test_a_silent_rank_is_named(worlds: list[World], ranks: list[Heartbeat]) -> 
     assert lost is not None and lost.startswith("lost rank 2 (") and ", pid " in lost
     for rank in ranks[:2]:
         rank.stop()
+
+
+def test_only_one_rank_reads_the_heartbeats_of_all_ranks(
+    worlds: list[World], ranks: list[Heartbeat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher that stops a run sends SIGTERM to all ranks at once."""
+    readers: list[int] = []
+    search = heartbeat._search_for_lost
+    monkeypatch.setattr(heartbeat, "_search_for_lost", lambda *args: readers.append(args[1].rank) or search(*args))
+    with ThreadPoolExecutor(3) as threads:
+        found = set(threads.map(find_lost, worlds))
+    (lost,) = found
+    assert lost is not None and lost.count("rank ") == 2
+    assert len(readers) == 1
+
+
+def test_a_long_list_of_lost_ranks_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "INTERVAL_S", 0.01)
+    world = World(0, 100, 0, torch.device("cpu"), SharedStore())
+    for rank in range(100):
+        Heartbeat(replace(world, rank=rank), timeout_s=60.0)
+    lost = find_lost(world)
+    assert lost is not None and lost.startswith("lost rank 1 (") and lost.endswith(") and 95 more")
 
 
 def test_a_silent_rank_ends_the_others(

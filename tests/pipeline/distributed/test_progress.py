@@ -64,7 +64,7 @@ def test_a_longer_timeout_is_also_that_of_patient_phases() -> None:
 
 
 def test_stuck_ranks_are_described_first() -> None:
-    text = describe_places(dict(enumerate([STILL, BEHIND])), [1], {1: "host, pid 5"})
+    text = describe_places(dict(enumerate([STILL, BEHIND])), [1], {1: "host, pid 5"}.__getitem__)
     assert text == (
         "rank 1 (host, pid 5): not moved for 61 s, in step 5, waiting for data (loader.py:2 in _read); "
         "rank 0: in step 5, optimizer (trainer.py:1 in train_step)"
@@ -72,12 +72,12 @@ def test_stuck_ranks_are_described_first() -> None:
 
 
 def test_a_loop_is_described_with_its_cpu_time() -> None:
-    text = describe_places({0: LOOPS}, [0], {0: "host, pid 5"})
+    text = describe_places({0: LOOPS}, [0], {0: "host, pid 5"}.__getitem__)
     assert text.startswith("rank 0 (host, pid 5): no progress in 61 s of CPU time (at most 2 s before), in step 5, ")
 
 
 def test_many_ranks_are_counted() -> None:
-    text = describe_places(dict.fromkeys(range(10), MOVING), [], {})
+    text = describe_places(dict.fromkeys(range(10), MOVING), [], {}.__getitem__)
     assert text.startswith("rank 0, rank 1, rank 2, rank 3 and 6 more: in step 5")
 
 

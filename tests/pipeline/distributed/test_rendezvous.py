@@ -47,7 +47,7 @@ def test_the_ranks_of_a_start_share_keys_that_no_other_start_sees(shared: Store)
 
 def test_a_missing_rank_is_named(shared: Store) -> None:
     started = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"waiting for ranks \[1, 2\]"):
+    with pytest.raises(TimeoutError, match="waiting for ranks 1, 2$"):
         open_store(0, 3, timedelta(seconds=0.1))
     with pytest.raises(TimeoutError, match="waiting for rank 0"):
         open_store(1, 3, timedelta(seconds=0.1))

@@ -1,0 +1,218 @@
+"""The simulated ranks of one process. ``benchmarks.control_plane.store`` starts this module.
+
+The calls are those of ``pipeline.distributed``. Only two things differ from a run: a few threads send the heartbeats of
+all ranks of this process, and a fixed place replaces the observation of the main thread.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from benchmarks.control_plane.store import TIMEOUT
+from pipeline.distributed.heartbeat import INTERVAL_S, Heartbeat, find_lost
+from pipeline.distributed.interface import choose_gloo_interface
+from pipeline.distributed.progress import Place
+from pipeline.distributed.rendezvous import open_store
+from pipeline.distributed.world import World
+
+SENDERS = 8  # threads that send the heartbeats of all ranks of this process
+STACK_BYTES = 512 << 10  # of a thread, because there are thousands
+REQUESTS = ("set", "get", "check", "wait", "add", "multi_get", "multi_set")
+PLACE = Place(1000, "step 7, micro-batch 1 of 4", False, 0.0, "gpt2.py:180 in loss > functional.py:2500 in linear")
+
+
+class Observer:
+    """Takes the place of ``MainThread``: the main thread of a simulated rank is always at the same place."""
+
+    def observe(self, elapsed_s: float) -> Place:
+        """Return the place."""
+        return PLACE
+
+
+class RequestCounter:
+    """Counts the requests of this process to stores. Threads of rank 0 are counted separately, too."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.requests = 0
+        self.of_rank_0 = 0
+        self.local = threading.local()
+        for name in REQUESTS:
+            setattr(Store, name, self._count(getattr(Store, name)))
+
+    def _count(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._lock:
+                self.requests += 1
+                self.of_rank_0 += getattr(self.local, "is_rank_0", False)
+            return method(*args, **kwargs)
+
+        return call
+
+
+class Ranks:
+    """The ranks ``begin`` to ``end - 1`` of ``size`` ranks."""
+
+    def __init__(self, size: int, begin: int, end: int, seconds: float, timeout_s: float) -> None:
+        self.size = size
+        self.numbers = range(begin, end)
+        self.seconds, self.timeout_s = seconds, timeout_s
+        self.counter = RequestCounter()
+        self.worlds: list[World] = []
+        self.heartbeats: list[Heartbeat] = []
+        self.turn = 0
+        self.turn_cpu_s_of_rank_0: list[float] = []
+
+    def start(self) -> dict[str, float]:
+        """Connect all ranks to each other, as ``join_world`` does before it creates torch's process group."""
+        self.counter.requests = 0
+        seconds = self._on_all_ranks(self._join)
+        self.worlds.sort(key=lambda world: world.rank)
+        return {"seconds": seconds, "requests_of_rank_0": float(self.counter.of_rank_0)}
+
+    def _join(self, rank: int) -> None:
+        self.counter.local.is_rank_0 = rank == 0
+        store = open_store(rank, self.size, TIMEOUT)
+        choose_gloo_interface(PrefixStore("interface", store), rank, self.size)
+        self.worlds.append(World(rank, self.size, rank % 8, torch.device("cpu"), store))
+
+    def watch(self) -> dict[str, float]:
+        """Create the heartbeats of all ranks."""
+        self._on_all_ranks(lambda rank: self.heartbeats.append(Heartbeat(self._world(rank), self.timeout_s)))
+        self.heartbeats.sort(key=lambda heartbeat: heartbeat.rank)
+        for heartbeat in self.heartbeats:
+            heartbeat._main_thread = Observer()  # type: ignore[assignment]
+        return {}
+
+    def beats(self) -> dict[str, float]:
+        """Send heartbeats for some seconds."""
+        started, until = time.monotonic(), time.monotonic() + self.seconds
+        late_s = 0.0
+        with ThreadPoolExecutor(SENDERS) as threads:
+            while time.monotonic() < until:
+                late_s = max(late_s, self._take_turns(threads, self.heartbeats))
+        turns = sorted(self.turn_cpu_s_of_rank_0)
+        return {
+            "seconds": time.monotonic() - started,
+            "longest_round_s": late_s,
+            "turn_cpu_s_of_rank_0": turns[len(turns) // 2] if turns else 0.0,
+        }
+
+    def lost(self) -> dict[str, float]:
+        """Stop the heartbeats of the last rank, until all other ranks of this process have the verdict."""
+        silent = self.size - 1
+        with ThreadPoolExecutor(SENDERS) as threads:
+            self._take_turns(threads, self.heartbeats)
+        started = time.monotonic()
+        waiting = [heartbeat for heartbeat in self.heartbeats if heartbeat.rank != silent]
+        ranks, noticed_s = len(waiting), 0.0
+        named = 0
+        with ThreadPoolExecutor(SENDERS) as threads:
+            while waiting:
+                verdicts: dict[int, str] = {}
+                self._take_turns(threads, waiting, verdicts)
+                named += sum(f"lost rank {silent} (" in reason for reason in verdicts.values())
+                waiting = [heartbeat for heartbeat in waiting if heartbeat.rank not in verdicts]
+                if 0 in verdicts:
+                    noticed_s = time.monotonic() - started
+        return {
+            "noticed_s": noticed_s,
+            "all_noticed_s": time.monotonic() - started,
+            "ranks": ranks,
+            "named": named,
+        }
+
+    def search(self) -> dict[str, float]:
+        """Ask on all ranks but the last which rank is lost, as if the launcher had sent SIGTERM to all of them."""
+        stopped = threading.Event()
+        sending = threading.Thread(target=self._send_until, args=(stopped,))
+        sending.start()
+        found: list[str | None] = []
+        seconds = self._on_all_ranks(lambda rank: self._search(rank, found))
+        stopped.set()
+        sending.join()
+        ranks = sum(rank != self.size - 1 for rank in self.numbers)
+        return {"seconds": seconds, "ranks": ranks, "named": sum(f"rank {self.size - 1} (" in (t or "") for t in found)}
+
+    def _search(self, rank: int, found: list[str | None]) -> None:
+        if rank != self.size - 1:
+            found.append(find_lost(self._world(rank)))
+
+    def _send_until(self, stopped: threading.Event) -> None:
+        others = [heartbeat for heartbeat in self.heartbeats if heartbeat.rank != self.size - 1]
+        with ThreadPoolExecutor(SENDERS) as threads:
+            while not stopped.is_set():
+                self._take_turns(threads, others)
+
+    def _take_turns(
+        self, threads: ThreadPoolExecutor, heartbeats: list[Heartbeat], verdicts: dict[int, str] | None = None
+    ) -> float:
+        """Send one heartbeat of each rank, and wait until the next round is due. Returns the seconds of the round."""
+        started = time.monotonic()
+        self.turn += 1
+
+        def take_turns(first: int) -> None:
+            for heartbeat in heartbeats[first::SENDERS]:
+                cpu_s = time.thread_time()
+                verdict = heartbeat.take_turn(self.turn, INTERVAL_S)
+                if heartbeat.rank == 0:
+                    self.turn_cpu_s_of_rank_0.append(time.thread_time() - cpu_s)
+                if verdict and verdicts is not None:
+                    verdicts[heartbeat.rank] = verdict.reason
+
+        list(threads.map(take_turns, range(SENDERS)))
+        seconds = time.monotonic() - started
+        time.sleep(max(0.0, INTERVAL_S - seconds))
+        return seconds
+
+    def _world(self, rank: int) -> World:
+        return self.worlds[rank - self.numbers.start]
+
+    def _on_all_ranks(self, call: Callable[[int], object]) -> float:
+        """Make a call on each rank, in a thread per rank. Returns the seconds until the last call has returned."""
+        failures: list[BaseException] = []
+
+        def guarded(rank: int) -> None:
+            try:
+                call(rank)
+            except Exception as error:  # noqa: BLE001 - raised below
+                failures.append(error)
+
+        threads = [threading.Thread(target=guarded, args=(rank,)) for rank in self.numbers]
+        started = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+        return time.monotonic() - started
+
+
+def main() -> None:
+    """Run one phase after the other, when the conductor begins it, and report what was measured."""
+    index, size, begin, end, port = map(int, sys.argv[1:6])
+    threading.stack_size(STACK_BYTES)
+    conductor = TCPStore("localhost", port, None, False, TIMEOUT, wait_for_workers=False)
+    get, publish = conductor.get, conductor.set  # these requests are not counted
+    ranks = Ranks(size, begin, end, seconds=float(sys.argv[6]), timeout_s=float(sys.argv[7]))
+    publish(f"ready_{index}", "{}")
+    for phase in (ranks.start, ranks.watch, ranks.beats, ranks.search, ranks.lost):
+        get(f"begin_{phase.__name__}")
+        before = ranks.counter.requests
+        measured = phase()
+        measured["requests"] = ranks.counter.requests - before
+        publish(f"{phase.__name__}_{index}", json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Measure the store that all ranks share: the start, the heartbeats, and the search for a lost rank."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+
+import psutil
+from torch._C._distributed_c10d import TCPStore
+
+from pipeline.distributed.rendezvous import free_port
+from tests.support.runs import REPOSITORY, child_environment
+
+MIB = 1 << 20
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Load:
+    """The memory, the connections and the used CPU time of the store's process."""
+
+    memory_bytes: int
+    connections: int
+    cpu_s: float
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> Load:
+        """Read the load of a process."""
+        times = process.cpu_times()
+        return cls(process.memory_info().rss, process.num_fds(), times.user + times.system)
+
+
+class Ranks:
+    """Processes with simulated ranks. The processes begin each phase together, and report what they measured."""
+
+    def __init__(self, ranks: int, processes: int, seconds: float, timeout_s: float, store_port: int) -> None:
+        self._count = processes
+        port = free_port()
+        self._conductor = TCPStore("localhost", port, None, True, TIMEOUT, wait_for_workers=False)
+        bounds = [ranks * index // processes for index in range(processes + 1)]
+        launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store_port), "WORLD_SIZE": str(ranks)}
+        self.processes = []
+        for index in range(processes):
+            arguments = (index, ranks, bounds[index], bounds[index + 1], port, seconds, timeout_s)
+            variables = {**launched, "RANK": str(bounds[index]), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            command = [sys.executable, "-m", "benchmarks.control_plane.ranks", *map(str, arguments)]
+            environment = {**child_environment(), **variables}
+            self.processes.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment))
+        self.collect("ready")
+
+    def run(self, phase: str) -> list[dict[str, float]]:
+        """Run a phase in all processes and return what each process measured."""
+        self._conductor.set(f"begin_{phase}", "")
+        return self.collect(phase)
+
+    def collect(self, phase: str) -> list[dict[str, float]]:
+        """Wait until all processes have reached the end of a phase, and return what each of them measured."""
+        return [json.loads(self._conductor.get(f"{phase}_{index}")) for index in range(self._count)]
+
+
+def measure_store(ranks: int, processes: int, seconds: float, timeout_s: float) -> Iterator[tuple[str, str]]:
+    """Yield what was measured, and the value with its unit.
+
+    Args:
+        seconds: the time in which heartbeats are counted.
+        timeout_s: the time after which a silent rank counts as lost, as ``run.rank_timeout_s`` in a config.
+    """
+    port = free_port()
+    with ExitStack() as resources:
+        server = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        resources.callback(server.kill)
+        assert server.stdout and server.stdout.readline() == "ready\n"
+        process = psutil.Process(server.pid)
+        empty = Load.of(process)
+        group = Ranks(ranks, processes, seconds, timeout_s, port)
+        for each in group.processes:
+            resources.callback(each.kill)
+
+        started = group.run("start")
+        yield "start: until all ranks have connected and agreed", _longest(started, "seconds")
+        yield "start: requests per rank", f"{_total(started, 'requests') / ranks:.1f}"
+        yield "start: requests of rank 0", f"{started[0]['requests_of_rank_0']:.0f}"
+
+        group.run("watch")
+        before = Load.of(process)
+        beats = group.run("beats")
+        loaded = Load.of(process)
+        requests = _total(beats, "requests")
+        cpu_s, duration_s = loaded.cpu_s - before.cpu_s, max(each["seconds"] for each in beats)
+        yield "heartbeats: requests per rank and second", f"{requests / ranks / duration_s:.2f}"
+        yield "heartbeats: requests per second in total", f"{requests / duration_s:,.0f}"
+        yield "heartbeats: CPU time of the store per request", f"{1e6 * cpu_s / requests:.1f} us"
+        yield "heartbeats: share of a core that the store uses", f"{cpu_s / duration_s:.1%}"
+        yield "heartbeats: longest round of all ranks", _longest(beats, "longest_round_s")
+        yield "heartbeats: CPU time of rank 0 per second", f"{1e3 * beats[0]['turn_cpu_s_of_rank_0']:.1f} ms"
+        yield "store: connections", f"{loaded.connections - empty.connections:,}"
+        yield "store: memory", f"{(loaded.memory_bytes - empty.memory_bytes) / MIB:,.0f} MiB"
+
+        searched = group.run("search")
+        assert all(each["named"] == each["ranks"] for each in searched), searched
+        yield "all ranks stopped by the launcher: until all name the lost rank", _longest(searched, "seconds")
+
+        lost = group.run("lost")
+        assert all(each["named"] == each["ranks"] for each in lost), lost
+        yield f"silent rank (limit {timeout_s:.0f} s): until rank 0 names it", f"{lost[0]['noticed_s']:.1f} s"
+        yield f"silent rank (limit {timeout_s:.0f} s): until all ranks name it", _longest(lost, "all_noticed_s")
+
+
+def _longest(measured: list[dict[str, float]], key: str) -> str:
+    return f"{max(each[key] for each in measured):.1f} s"
+
+
+def _total(measured: list[dict[str, float]], key: str) -> float:
+    return sum(each[key] for each in measured)
+
+
+SERVER = """
+import sys
+from torch._C._distributed_c10d import TCPStore
+store = TCPStore("localhost", int(sys.argv[1]), None, True, wait_for_workers=False)
+print("ready", flush=True)
+sys.stdin.read()
+"""
