@@ -41,6 +41,6 @@ def test_a_checkpoint_of_many_ranks_is_complete(tmp_path: Path) -> None:
 
 
 def test_the_ranks_read_each_sample_once_and_name_the_slow_rank(tmp_path: Path) -> None:
-    """The functions check it, and yield the times."""
+    """The functions check this, and yield CPU times."""
     for _, value in (*measure_loader(RANKS, tmp_path), *measure_metrics(RANKS)):
         assert re.fullmatch(r"[\d.]+ (us|ms)", value)
