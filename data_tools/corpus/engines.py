@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from data_tools.corpus.chunks import Chunk, ChunkRecord
-from data_tools.corpus.parallel import unordered_map
+from data_tools.corpus.parallel import Unfinished, finished, start_server, unordered_map
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.worker import Job, Report
 from data_tools.errors import DataError, install_command
@@ -20,8 +20,9 @@ from data_tools.threads import available_cores
 
 Result = TypeVar("Result")
 #: The functions ``encode_chunk`` or ``fingerprint_chunk`` of ``data_tools.corpus.worker``.
-ChunkWork = Callable[[Job, Chunk, Report], Result]
+ChunkWork = Callable[[Job, Chunk, Report], Result | Unfinished[Result]]
 
+_PRELOAD = ("data_tools.corpus.worker",)
 _RAY_RETRIES = 3
 #: The maximum number of chunks that the cluster has received but not finished.
 _RAY_IN_FLIGHT = 1000
@@ -47,7 +48,13 @@ def run_chunks(
         yield from _run_on_ray(work, job, chunks, on_report)
     else:
         workers = min(workers_of(job.request), max(len(chunks), 1))
-        yield from unordered_map(partial(work, job), chunks, workers, on_report, preload=("data_tools.corpus.worker",))
+        yield from unordered_map(partial(work, job), chunks, workers, on_report, preload=_PRELOAD)
+
+
+def prepare_workers(request: TokenizeRequest, chunks: Sequence[Chunk]) -> None:
+    """Start what ``run_chunks`` needs for its workers on this machine. This takes a moment, but does not block."""
+    if request.engine == "local" and min(workers_of(request), len(chunks)) > 1:
+        start_server(_PRELOAD)
 
 
 def workers_of(request: TokenizeRequest) -> int:
@@ -63,7 +70,7 @@ def _run_on_ray(
 
         def run_chunk(chunk: Chunk) -> tuple[Result | None, DataError | None]:
             try:
-                return work(job, chunk, lambda progress: None), None
+                return finished(work(job, chunk, lambda progress: None)), None
             except DataError as error:
                 return None, error
 

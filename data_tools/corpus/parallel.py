@@ -9,8 +9,11 @@ import tempfile
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from typing import Any, Generic, TypeVar
@@ -20,11 +23,22 @@ from data_tools.threads import lock_bars_among_threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-#: ``work(item, report)``. When ``work`` calls ``report``, the caller's ``on_report`` receives the arguments.
-Work = Callable[[Item, Callable[..., None]], Result]
+
+
+@dataclass(frozen=True)
+class Unfinished(Generic[Result]):
+    """An item whose result must still be written to the disk. ``finish`` writes the result and returns it."""
+
+    finish: Callable[[], Result]
+
+
+#: ``work(item, report)``. When ``work`` calls ``report``, the caller's ``on_report`` receives the arguments. If the
+#: result is ``Unfinished``, a thread calls ``finish``, which mostly waits for the disk. Meanwhile, the process works on
+#: the next item.
+Work = Callable[[Item, Callable[..., None]], Result | Unfinished[Result]]
 
 _ATTEMPTS = 3
-_REPORT, _RESULT, _ERROR = "report", "result", "error"
+_REPORT, _READY, _RESULT, _ERROR = "report", "ready", "result", "error"
 
 
 def unordered_map(
@@ -50,46 +64,74 @@ def unordered_map(
         DataError: several worker processes died while they processed the same item, or a worker cannot be started.
     """
     if workers == 1:
-        for item in items:
-            yield work(item, on_report)
+        yield from _map_in_this_process(work, items, on_report)
         return
     waiting = deque(items)
-    deaths: list[Item | None] = []
+    deaths: list[Item] = []
     context = _context(preload)
     pool: list[_Worker[Item, Result]] = []
     try:
         for _ in range(min(workers, len(waiting))):
             pool.append(_Worker(work, context))
             pool[-1].begin(waiting.popleft())
-        while busy := {worker.connection: worker for worker in pool if worker.item is not None}:
+        while busy := {worker.connection: worker for worker in pool if worker.items}:
             for connection in wait(list(busy)):
                 worker = busy[connection]
                 try:
                     kind, value = worker.connection.recv()
                 except (EOFError, OSError):  # OSError: the worker died while it was sending
-                    deaths.append(worker.item)
-                    if deaths.count(worker.item) == _ATTEMPTS:
+                    deaths.append(worker.items[-1])
+                    if deaths.count(deaths[-1]) == _ATTEMPTS:
                         raise DataError(
-                            f"the worker process died {_ATTEMPTS} times at {worker.item} (killed, or out of memory?); "
+                            f"the worker process died {_ATTEMPTS} times at {deaths[-1]} (killed, or out of memory?); "
                             "repeat the command to continue, with fewer --workers if memory is short"
                         ) from None
-                    worker.restart()
+                    waiting.extendleft(reversed(worker.restart()))
                     continue
                 if kind == _REPORT:
                     on_report(*value)
-                    continue
-                worker.item = None
-                if kind == _ERROR:
+                elif kind == _ERROR:
                     raise value
-                if waiting:
+                elif kind == _RESULT:
+                    worker.items.popleft()
+                    yield value
+                elif waiting:  # the worker is ready for another item
                     worker.begin(waiting.popleft())
-                yield value
     finally:
         for worker in pool:
             worker.process.kill()
             worker.connection.close()
         for worker in pool:
             worker.process.join()
+
+
+def _map_in_this_process(
+    work: Work[Item, Result], items: Iterable[Item], on_report: Callable[..., None]
+) -> Generator[Result, None, None]:
+    with ThreadPoolExecutor(1) as thread:
+        finishing: Future[Result] | None = None
+        for item in items:
+            outcome = work(item, on_report)
+            if finishing is not None:
+                yield finishing.result()
+            finishing = thread.submit(finished, outcome)
+        if finishing is not None:
+            yield finishing.result()
+
+
+def finished(outcome: Result | Unfinished[Result]) -> Result:
+    """Return a result. If it is unfinished, finish it first."""
+    return outcome.finish() if isinstance(outcome, Unfinished) else outcome
+
+
+def start_server(preload: tuple[str, ...]) -> None:
+    """Start the process from which ``unordered_map`` forks its workers, without waiting for it.
+
+    The process imports the modules in ``preload``, which takes a moment. Meanwhile, the caller can prepare the items.
+    """
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        _context(preload)
+        forkserver.ensure_running()
 
 
 def _context(preload: tuple[str, ...]) -> BaseContext:
@@ -102,26 +144,31 @@ def _context(preload: tuple[str, ...]) -> BaseContext:
 
 
 class _Worker(Generic[Item, Result]):
-    """A worker process, the pipe to the process, and the item that the process works on."""
+    """A worker process, the pipe to the process, and the items in the process, oldest first.
+
+    The process works on the last item. If there is an item before it, the process finishes that item.
+    """
 
     def __init__(self, work: Work[Item, Result], context: Any) -> None:
         self._work = work
         self._context = context
-        self.item: Item | None = None
+        self.items: deque[Item] = deque()
         self._start()
 
     def begin(self, item: Item) -> None:
-        self.item = item
+        self.items.append(item)
         with suppress(OSError):  # the worker has just died; the next read from its pipe detects this
             self.connection.send(item)
 
-    def restart(self) -> None:
-        """Start a new process, and give it the item that the dead process worked on."""
-        assert self.item is not None
+    def restart(self) -> list[Item]:
+        """Start a new process, and give it the oldest item of the dead process. Return the other items."""
+        oldest, *others = self.items
+        self.items.clear()
         self.process.join()
         self.connection.close()
         self._start()
-        self.begin(self.item)
+        self.begin(oldest)
+        return others
 
     def _start(self) -> None:
         connection, theirs = self._context.Pipe()
@@ -137,26 +184,47 @@ class _Worker(Generic[Item, Result]):
         self.connection, self.process = connection, process
 
 
-def _serve(work: Work[Any, Any], connection: Connection) -> None:
+def _serve(work: Work[Item, Result], connection: Connection) -> None:
     """Read items from the pipe and work on each item, until the pipe is closed."""
     # Ctrl-C sends SIGINT to the whole process group. The parent handles the signal and then kills its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     lock_bars_among_threads()
-    while True:
-        try:
-            item = connection.recv()
-        except EOFError:
-            return
-        try:
-            result = work(item, lambda *values: connection.send((_REPORT, values)))
-        except (DataError, OSError) as error:
-            connection.send((_ERROR, error))
-        except Exception as error:  # noqa: BLE001 (some errors cannot be pickled, but a RuntimeError can)
-            traceback_text = "".join(traceback.format_exception(error))
-            connection.send((_ERROR, RuntimeError(f"in a worker process:\n{traceback_text}")))
-        else:
-            connection.send((_RESULT, result))
+    lock = threading.Lock()
+
+    def send(kind: str, value: Any = None) -> None:
+        with lock:
+            connection.send((kind, value))
+
+    def finish(outcome: Result | Unfinished[Result]) -> None:
+        with _errors_to_parent(send):
+            send(_RESULT, finished(outcome))
+
+    with ThreadPoolExecutor(1) as thread:
+        finishing: Future[None] | None = None
+        while True:
+            try:
+                item = connection.recv()
+            except EOFError:
+                return
+            with _errors_to_parent(send):
+                outcome = work(item, lambda *values: send(_REPORT, values))
+                if finishing is not None:
+                    finishing.result()  # so that at most one result waits for the disk
+                send(_READY)
+                finishing = thread.submit(finish, outcome)
+
+
+@contextmanager
+def _errors_to_parent(send: Callable[[str, Any], None]) -> Iterator[None]:
+    """Send an error of the ``with`` block to the parent process, which raises it."""
+    try:
+        yield
+    except (DataError, OSError) as error:
+        send(_ERROR, error)
+    except Exception as error:  # noqa: BLE001 (some errors cannot be pickled, but a RuntimeError can)
+        traceback_text = "".join(traceback.format_exception(error))
+        send(_ERROR, RuntimeError(f"in a worker process:\n{traceback_text}"))
 
 
 def _exit_with_parent() -> None:

@@ -6,9 +6,9 @@ The bytes of the shards do not depend on where the workers run, on how many ther
 from collections.abc import Sequence
 from contextlib import closing
 
-from data_tools.corpus.chunks import Chunk, plan_chunks
+from data_tools.corpus.chunks import Chunk, ChunkRecord, plan_chunks
 from data_tools.corpus.duplicates import write_repeated
-from data_tools.corpus.engines import run_chunks
+from data_tools.corpus.engines import ChunkWork, prepare_workers, run_chunks
 from data_tools.corpus.estimate import Estimate, check_free_space, estimate_run
 from data_tools.corpus.output import OutputFolder, load_complete, open_output
 from data_tools.corpus.request import TokenizeRequest
@@ -97,6 +97,7 @@ def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer:
             return manifest
         encoder = choose_encoder(request.encoder)
         output.plan(lambda: plan_chunks(source, request))
+        prepare_workers(request, output.chunks)
         job = Job(request, encoder, len(output.chunks) == 1, sha256_of_json(identity))
         for line in source.notices():
             observer.noticed(line)
@@ -144,6 +145,7 @@ def _encode(job: Job, chunks: Sequence[Chunk], output: OutputFolder, observer: O
         observer.progressed(progress)
 
     unfinished = [chunk for chunk in chunks if chunk.index not in output.finished]
-    with closing(run_chunks(encode_chunk, job, unfinished, report)) as records:
+    work: ChunkWork[ChunkRecord] = encode_chunk
+    with closing(run_chunks(work, job, unfinished, report)) as records:
         for record in records:
             output.finished[record.index] = record

@@ -3,13 +3,15 @@
 import functools
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from data_tools.arrays import CountArray
 from data_tools.corpus.chunks import Chunk, ChunkRecord, SkippedRows, documents_of
+from data_tools.corpus.parallel import Unfinished
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.split import AssignedDocument, assign_splits
 from data_tools.encoding.documents import EncodedDocument, encode_document, fingerprint_of, utf8_of
@@ -50,14 +52,15 @@ class Job:
     identity_sha256: str
 
 
-def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
-    """Encode a chunk. Write its shards and then its record, and return the record.
+def encode_chunk(job: Job, chunk: Chunk, report: Report) -> Unfinished[ChunkRecord]:
+    """Encode a chunk, and write its shards into a scratch folder.
 
-    Files that an interrupted attempt has left for this chunk are replaced.
+    The function ``finish`` of the result moves the shards into the output folder. It then writes the record of the
+    chunk, and returns this record. Files that an interrupted attempt has left for this chunk are replaced.
 
     Raises:
-        DataError: a document cannot be read, the encoder and tiktoken return different tokens for a document, or the
-            folder is not writable.
+        DataError: a document cannot be read, or the folder is not writable. ``finish`` also raises this error if the
+            encoder and tiktoken return different tokens for a document.
     """
     request = job.request
     folder = open_folder(request.out)
@@ -72,7 +75,8 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
         seed=request.seed,
         fill_both=job.is_one_chunk,
     )
-    with scratch_of(folder) as scratch:
+    with ExitStack() as resources:
+        scratch = resources.enter_context(scratch_of(folder))
         is_divided = False
         done = Contents()  # the progress since the last report
         writers = {split: _SplitWriter(scratch, split, chunk, request) for split in (TRAIN_SPLIT, VAL_SPLIT)}
@@ -80,7 +84,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
             if number in repeated:
                 continue
             encoded = encode_document(encoder, assigned.document)
-            check.compare(number, assigned, encoded)
+            check.draw(number, assigned, encoded)
             is_divided |= assigned.is_part
             tokens, utf8_bytes = encoded.tokens.size, len(assigned.utf8)
             writers[assigned.split].append(encoded, utf8_bytes)
@@ -89,24 +93,30 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> ChunkRecord:
             if done.utf8_bytes >= _REPORT_BYTES:
                 report(done)
                 done = Contents()
-        shards = tuple(shard for writer in writers.values() for shard in writer.close())
         report(done)
         record = ChunkRecord(
             index=chunk.index,
-            shards=shards,
+            shards=(),
             lengths=tuple(lengths.tolist()),
             repeated=len(repeated),
-            checked=check.checked,
+            checked=len(check.drawn),
             is_divided=is_divided,
             bad_rows=skipped.count,
             bad_places=tuple(skipped.places),
             empty=skipped.empty,
         )
-        for shard in shards:
-            for name in shard.files:
-                folder.take(scratch / name, name)
-        folder.write(chunk.record_file, record.to_bytes())
-    return record
+        kept = resources.pop_all()
+
+    def finish() -> ChunkRecord:
+        with kept:
+            check.compare()
+            shards = tuple(shard for writer in writers.values() for shard in writer.close())
+            complete = replace(record, shards=shards)
+            folder.take(scratch, [name for shard in shards for name in shard.files])
+            folder.write(chunk.record_file, complete.to_bytes())
+        return complete
+
+    return Unfinished(finish)
 
 
 def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
@@ -140,25 +150,34 @@ def _load_repeated(request: TokenizeRequest, chunk: Chunk) -> set[int]:
 
 
 class _ReferenceCheck:
-    """Compares an encoder with tiktoken on the first document of a chunk and on a random sample of the rest."""
+    """Compares an encoder with tiktoken on the first document of a chunk and on a random sample of the rest.
+
+    Attributes:
+        drawn: the documents to compare, each with its number and its tokens.
+    """
 
     def __init__(self, encoder: str, chunk: Chunk) -> None:
-        self.checked = 0
+        self.drawn: list[tuple[int, AssignedDocument, EncodedDocument]] = []
         self._reference = None if encoder == REFERENCE_ENCODER else load_encoder(REFERENCE_ENCODER)
         self._encoder = encoder
         self._chunk = chunk
 
-    def compare(self, number: int, assigned: AssignedDocument, encoded: EncodedDocument) -> None:
+    def draw(self, number: int, assigned: AssignedDocument, encoded: EncodedDocument) -> None:
+        """Decide whether ``compare`` compares a document."""
         is_drawn = int.from_bytes(assigned.fingerprint[-8:], "little") % _CHECK_ONE_IN == 0
-        if self._reference is None or not (is_drawn or self.checked == 0):
-            return
-        self.checked += 1
-        expected = encode_document(self._reference, assigned.document).tokens
-        if not np.array_equal(expected, encoded.tokens):
-            raise DataError(
-                f"{self._chunk}: {self._encoder} and tiktoken encode document {number} (SHA-256 "
-                f"{assigned.fingerprint.hex()}...) differently; the chunk was not written: use --encoder tiktoken"
-            )
+        if self._reference is not None and (is_drawn or not self.drawn):
+            self.drawn.append((number, assigned, encoded))
+
+    def compare(self) -> None:
+        """Encode the drawn documents with tiktoken. Raises DataError if the tokens of a document differ."""
+        for number, assigned, encoded in self.drawn:
+            assert self._reference is not None
+            expected = encode_document(self._reference, assigned.document).tokens
+            if not np.array_equal(expected, encoded.tokens):
+                raise DataError(
+                    f"{self._chunk}: {self._encoder} and tiktoken encode document {number} (SHA-256 "
+                    f"{assigned.fingerprint.hex()}...) differently; the chunk was not written: use --encoder tiktoken"
+                )
 
 
 class _SplitWriter:

@@ -10,6 +10,7 @@ import logging
 import sys
 import tempfile
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -24,8 +25,6 @@ log = logging.getLogger(__name__)
 
 REFERENCE_ENCODER = "tiktoken"
 
-# The ranges of code points with assigned characters. Only private-use code points follow the last range.
-_ASSIGNED_PLANES = ((0, 0x40000), (0xE0000, 0xF0000))
 # The first and last code points of ranges that gigatoken 0.10 treats as letters or numbers, but tiktoken 0.14 does not.
 _NEW_IN_UNICODE_17 = (
     *((0x88F, 0x88F), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0xA7CE, 0xA7CF), (0xA7D2, 0xA7D2), (0xA7D4, 0xA7D4)),
@@ -33,6 +32,9 @@ _NEW_IN_UNICODE_17 = (
     *((0x16FF2, 0x16FF6), (0x187F8, 0x187FF), (0x18D09, 0x18D1E), (0x18D80, 0x18DFF), (0x1E6C0, 0x1E6FF)),
     *((0x2B73A, 0x2B73F), (0x2CEA2, 0x2CEAD), (0x323B0, 0x3347F)),
 )
+
+
+_UNKNOWN, _OLD, _NEW = range(3)  # the kinds of characters
 
 
 class Encoder(Protocol):
@@ -66,26 +68,38 @@ class GigatokenEncoder:
             self._encode = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {}).backend.encode
 
     def encode(self, text: str) -> TokenArray:
-        text = replace_lone_surrogates(text)
-        if not text.isascii() and self._has_new_characters(text):
-            return self._reference.encode(text)
+        if not text.isascii():
+            text = replace_lone_surrogates(text)
+            if has_new_characters(text):
+                return self._reference.encode(text)
         return self._encode(text).astype(np.uint16)
 
-    def _has_new_characters(self, text: str) -> bool:
-        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        return bool(_new_characters()[points[points >= 128]].any())
+
+def has_new_characters(text: str) -> bool:
+    """Return whether a text has a character that this Python's Unicode does not assign, or that Unicode 17 added."""
+    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    points = points[points >= 128]
+    kinds = _kinds_of_characters()[points]
+    if not kinds.all():
+        _find_kinds(np.unique(points[kinds == _UNKNOWN]))
+        kinds = _kinds_of_characters()[points]
+    return bool((kinds == _NEW).any())
 
 
 @functools.cache
-def _new_characters() -> npt.NDArray[np.bool_]:
-    """Return a flag per code point: True if this Python's Unicode does not assign it, or if Unicode 17 added it."""
-    is_new = np.ones(sys.maxunicode + 1, dtype=np.bool_)
-    is_new[_ASSIGNED_PLANES[-1][1] :] = False
-    for start, stop in _ASSIGNED_PLANES:
-        is_new[start:stop] = [unicodedata.category(chr(point)) == "Cn" for point in range(start, stop)]
+def _kinds_of_characters() -> npt.NDArray[np.uint8]:
+    """Return the kind of each code point: ``_UNKNOWN``, ``_OLD`` or ``_NEW``. ``_find_kinds`` fills the array."""
+    kinds = np.full(sys.maxunicode + 1, _UNKNOWN, dtype=np.uint8)
     for first, last in _NEW_IN_UNICODE_17:
-        is_new[first : last + 1] = True
-    return is_new
+        kinds[first : last + 1] = _NEW
+    return kinds
+
+
+def _find_kinds(points: Iterable[int]) -> None:
+    """Set the kinds of code points. To do this for all characters at the start would take a tenth of a second."""
+    kinds = _kinds_of_characters()
+    for point in points:
+        kinds[point] = _NEW if unicodedata.category(chr(point)) == "Cn" else _OLD
 
 
 def choose_encoder(name: str) -> str:

@@ -13,7 +13,7 @@ from data_tools.arrays import TokenArray, as_arrow
 from data_tools.errors import DataError
 from data_tools.shards.manifest import TokenizerRecord
 from data_tools.threads import Advance, no_progress
-from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, TOKENIZER_NAME, load_tokenizer
+from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, TOKENIZER_NAME, VOCABULARY_SHA256, load_tokenizer
 
 _SCAN_TOKENS = 1 << 18  # the tokens that are counted together, few enough to fit into the processor's cache
 
@@ -93,9 +93,5 @@ def require_in_vocabulary(tokens: npt.NDArray[np.integer], vocab_size: int, plac
 
 
 def gpt2_tokenizer_record() -> TokenizerRecord:
-    """Return the description of GPT-2's tokenizer for a manifest.
-
-    Raises:
-        DataError: the vocabulary cannot be loaded.
-    """
-    return TokenizerRecord(TOKENIZER_NAME, GPT2_VOCAB_SIZE, END_OF_TEXT, load_tokenizer().vocabulary_sha256())
+    """Return the description of GPT-2's tokenizer for a manifest."""
+    return TokenizerRecord(TOKENIZER_NAME, GPT2_VOCAB_SIZE, END_OF_TEXT, VOCABULARY_SHA256)

@@ -1,4 +1,7 @@
-"""Write token shards in constant memory. A shard is written under a temporary name, fsynced, and then renamed."""
+"""Write token shards in constant memory. A shard is written under a temporary name, and then renamed.
+
+The files are not fsynced. The caller moves them to another folder, and fsyncs them then.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -76,8 +79,8 @@ _BY_SUFFIX: dict[str, OpenFormat] = {**SHARD_FORMATS, LLMC_SUFFIX[1:]: partial(w
 
 @contextmanager
 def _shard_file(path: Path, open_format: OpenFormat) -> Iterator[WriteValues]:
-    """Write a file under a temporary name. If the block ends without an error, fsync and rename the file."""
-    with one_line_write_errors(path), atomic_file(path) as file, open_format(file) as write:
+    """Write a file under a temporary name. If the block ends without an error, rename the file."""
+    with one_line_write_errors(path), atomic_file(path, durable=False) as file, open_format(file) as write:
         yield write
 
 

@@ -60,7 +60,7 @@ def publish(aside: Path, target: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, aside: Path | None = None, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Return a context manager for writing a file. Its ``with`` block gets a new file, which then replaces ``path``.
 
     If the block raises an error, the new file is deleted, and ``path`` does not change.
@@ -68,6 +68,7 @@ def atomic_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
     Args:
         path: the final name. Its folder must exist.
         aside: the temporary name of the file, on the same file system. None means ``partial_path(path)``.
+        durable: whether the new file and its name are fsynced. If False, the caller must fsync them later.
 
     Raises:
         OSError: the file cannot be written, for example because the disk is full or the folder is read-only.
@@ -77,9 +78,13 @@ def atomic_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
     try:
         yield file
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
         file.close()
-        publish(aside, path)
+        if durable:
+            publish(aside, path)
+        else:
+            os.replace(aside, path)
     except BaseException as error:
         with suppress(OSError):  # closing flushes the buffer, which fails again if the disk is full
             file.close()

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import fsspec
 from fsspec.implementations.dirfs import DirFileSystem
 
 from data_tools.errors import DataError, one_line_write_errors
-from data_tools.storage.atomic import atomic_file, publish
+from data_tools.storage.atomic import atomic_file, fsync_file, fsync_folder
 from data_tools.storage.files import is_remote
 
 _SCRATCH_PREFIX = ".scratch-"
@@ -61,15 +61,19 @@ class LocalFolder:
             file.write(content)
             path.parent.mkdir(exist_ok=True)
 
-    def take(self, path: Path, name: str) -> None:
-        """Move a complete local file into the folder, atomically and durably.
+    def take(self, scratch: Path, names: Sequence[str]) -> None:
+        """Move complete local files into the folder, each of them atomically and durably.
 
         Args:
-            path: the local file, which should be in the folder that ``scratch`` returned.
-            name: the new name of the file in the folder.
+            scratch: the local folder that contains the files. It should be a folder that ``scratch`` returned.
+            names: the names of the files. They do not change.
         """
-        with one_line_write_errors(self.path / name):
-            publish(path, self.path / name)
+        for name in names:
+            with one_line_write_errors(self.path / name):
+                fsync_file(scratch / name)
+                os.replace(scratch / name, self.path / name)
+        with one_line_write_errors(self.path):
+            fsync_folder(self.path)
 
     def remove(self, names: set[str]) -> None:
         """Remove the given files if they exist. Also remove subfolders that become empty."""
@@ -187,14 +191,17 @@ class RemoteFolder:
         with self._one_line_errors(writes=name):
             self._files.put_file(str(path), name)
 
-    def take(self, path: Path, name: str) -> None:
-        size = path.stat().st_size
-        self.upload(path, name)
-        with self._one_line_errors():
-            self._files.invalidate_cache()
-        if self.size(name) != size:
-            raise DataError(f"cannot write {self._url}/{name}: {self.size(name)} of {size} bytes arrived; try again")
-        path.unlink()
+    def take(self, scratch: Path, names: Sequence[str]) -> None:
+        for name in names:
+            size = (scratch / name).stat().st_size
+            self.upload(scratch / name, name)
+            with self._one_line_errors():
+                self._files.invalidate_cache()
+            if self.size(name) != size:
+                raise DataError(
+                    f"cannot write {self._url}/{name}: {self.size(name)} of {size} bytes arrived; try again"
+                )
+            (scratch / name).unlink()
 
     def remove(self, names: set[str]) -> None:
         with self._one_line_errors():

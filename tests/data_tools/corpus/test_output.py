@@ -374,7 +374,7 @@ def test_a_chunk_that_is_written_but_not_yet_reported_is_kept(
     encode_chunk = worker_module.encode_chunk
 
     def interrupt_after(*arguments: Any) -> Any:
-        encode_chunk(*arguments)
+        encode_chunk(*arguments).finish()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

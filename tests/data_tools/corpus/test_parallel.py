@@ -8,14 +8,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from data_tools.corpus.parallel import unordered_map
+from data_tools.corpus.parallel import Unfinished, unordered_map
 from data_tools.errors import DataError
 from tests.data_tools.conftest import environment
 
@@ -71,6 +73,18 @@ def fail_in_another_way(number: int, report: Report) -> int:
     raise ZeroDivisionError(f"number {number}")
 
 
+def finish_in_a_thread(number: int, report: Report) -> Unfinished[bool]:
+    return Unfinished(lambda: threading.current_thread() is not threading.main_thread())
+
+
+def die_once_while_finishing(folder: Path, number: int, report: Report) -> Unfinished[int]:
+    return Unfinished(lambda: die_once(folder, number, report))
+
+
+def fail_while_finishing_three(number: int, report: Report) -> Unfinished[int]:
+    return Unfinished(lambda: fail_at_three(number, report))
+
+
 def ignore(*values: object) -> None:
     pass
 
@@ -109,6 +123,27 @@ def test_workers_that_die_are_replaced(tmp_path: Path) -> None:
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_thread_finishes_the_items(workers: int) -> None:
+    assert list(unordered_map(finish_in_a_thread, range(5), workers, ignore)) == [True] * 5
+
+
+def test_an_item_begins_before_the_last_one_is_finished() -> None:
+    begun = [threading.Event() for _ in range(4)]
+
+    def work(number: int, report: Report) -> Unfinished[bool]:
+        begun[number].set()
+        return Unfinished(lambda: begun[min(number + 1, 3)].wait(60))
+
+    assert list(unordered_map(work, range(4), 1, ignore)) == [True] * 4
+
+
+def test_items_of_a_worker_that_dies_while_it_finishes_one_are_repeated(tmp_path: Path) -> None:
+    work = functools.partial(die_once_while_finishing, tmp_path)
+    assert sorted(unordered_map(work, range(6), 2, ignore)) == list(range(6))
+    assert not multiprocessing.active_children()
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the pipe in /proc")
 def test_a_worker_that_dies_in_the_middle_of_a_message_is_replaced(tmp_path: Path) -> None:
     work = functools.partial(die_in_the_middle_of_a_message, tmp_path)
@@ -123,10 +158,11 @@ def test_workers_that_die_again_and_again_at_one_item_end_the_run() -> None:
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("work", [fail_at_three, fail_while_finishing_three])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_of_the_function_comes_through(workers: int) -> None:
+def test_an_error_of_the_function_comes_through(workers: int, work: Callable[..., Any]) -> None:
     with pytest.raises(DataError, match="three is bad"):
-        list(unordered_map(fail_at_three, range(10), workers, ignore))
+        list(unordered_map(work, range(10), workers, ignore))
     assert not multiprocessing.active_children()
 
 

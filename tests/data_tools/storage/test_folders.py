@@ -58,7 +58,7 @@ def test_files_are_written_read_and_removed(folder: Folder) -> None:
 def test_a_file_is_moved_in_from_scratch(folder: Folder) -> None:
     with scratch_of(folder) as scratch:
         (scratch / "shard").write_bytes(b"content")
-        folder.take(scratch / "shard", "shard")
+        folder.take(scratch, ["shard"])
         assert not (scratch / "shard").exists()
     assert not scratch.exists()
     assert folder.names() == {"shard"}
@@ -126,7 +126,7 @@ def test_an_incomplete_upload_is_noticed(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "shard").write_bytes(b"content")
     monkeypatch.setattr(folder._files.fs, "put_file", put_half)
     with pytest.raises(DataError, match="cannot write memory://bucket/out/shard: 3 of 7 bytes arrived"):
-        folder.take(tmp_path / "shard", "shard")
+        folder.take(tmp_path, ["shard"])
     assert (tmp_path / "shard").exists()
     fsspec.filesystem("memory").rm("/bucket", recursive=True)
 
@@ -146,7 +146,7 @@ def test_errors_of_a_storage_client_are_one_line_with_the_url(monkeypatch: pytes
         for attempt in (
             lambda: folder.read("a"),
             lambda: folder.write("a", b""),
-            lambda: folder.take(tmp_path / "shard", "a"),
+            lambda: folder.take(tmp_path, ["shard"]),
             lambda: folder.names(),
             lambda: folder.size("a"),
             lambda: folder.remove({"a"}),
