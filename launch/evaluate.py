@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TypeVar, get_args
 
-from launch.cli import ArgumentParser, add_checkpoint_options, positive_int, run_command, start_logging
+from launch.cli import ArgumentParser, add_checkpoint_options, positive_int, quick_imports, run_command, start_logging
 from pipeline.config.schema import TASK_NAME, Precision, RunConfig, TaskName
 from pipeline.evaluation.results import format_table
 
@@ -16,10 +16,11 @@ EVERY_TASK = ""  # the name that a limit without a task has
 def main() -> None:
     """Score the checkpoint. Print the results and the paths of the files that contain them."""
     arguments = parse_arguments()
-    from pipeline.distributed.heartbeat import heartbeat
-    from pipeline.distributed.world import join_world
-    from pipeline.evaluation.examples import Settings
-    from pipeline.evaluation.run import run_tasks
+    with quick_imports():
+        from pipeline.distributed.heartbeat import heartbeat
+        from pipeline.distributed.world import join_world
+        from pipeline.evaluation.examples import Settings
+        from pipeline.evaluation.run import run_tasks
 
     start_logging()
     limits = dict(arguments.limit)

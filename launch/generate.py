@@ -18,6 +18,7 @@ from launch.cli import (
     non_negative_float,
     positive_int,
     probability,
+    quick_imports,
     run_command,
     start_logging,
 )
@@ -42,9 +43,10 @@ SAMPLING_OPTIONS = {
 def main() -> None:
     """Load the model, and complete the prompts from the command line or from the terminal."""
     arguments = parse_arguments()
-    from pipeline.distributed.world import join_world
-    from pipeline.generation.chat import Chat
-    from pipeline.generation.writer import load_writer, prompt_loop
+    with quick_imports():
+        from pipeline.distributed.world import join_world
+        from pipeline.generation.chat import Chat
+        from pipeline.generation.writer import load_writer, prompt_loop
 
     start_logging()
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():

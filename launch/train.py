@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from data_tools.storage.files import is_remote
-from launch.cli import ArgumentParser, add_config_options, positive_int, run_command, start_logging
+from launch.cli import ArgumentParser, add_config_options, positive_int, quick_imports, run_command, start_logging
 from pipeline.checkpoint.layout import checkpoint_of_step, checkpoint_url, split_url
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
@@ -24,7 +24,8 @@ def main() -> object:
     config = load_config(arguments.config, overrides, arguments.deepspeed)
     if arguments.branch:
         _check_branch(arguments.init_from, config)
-    from pipeline.training.run import train
+    with quick_imports():
+        from pipeline.training.run import train
 
     start_logging()
     return train(config)

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 SHORTEST_COMPILED_CPU_RUN_S = 600.0
 
 _TIMED_TOKENS = 2048  # enough that the time grows with the tokens, and little enough to need little memory
-_TIMED_REPEATS = 3
+_TIMED_REPEATS = 3  # after one that warms up
 
 
 def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Path | None) -> Config:
@@ -50,28 +50,37 @@ def _decide(config: Config, world: World, plan: BatchPlan, start: Path | None) -
     before = config_section(read_state(start)[1], "run").get("compile") if start else None
     if isinstance(before, bool):
         return before, f"auto: as before {start}"
-    step_s = plan.accumulation * max(world.gather(measure_micro_step(config, plan)))
-    run_s = step_s * config.schedule.max_steps
-    return run_s > SHORTEST_COMPILED_CPU_RUN_S, f"auto: the run takes {run_s:,.0f} s uncompiled"
+    micro_steps = plan.accumulation * config.schedule.max_steps
+    for tokens, repeats in ((plan.seq_len, 0), (_TIMED_TOKENS, _TIMED_REPEATS)):
+        run_s = micro_steps * max(world.gather(measure_micro_step(config, plan, tokens, repeats)))
+        if run_s <= SHORTEST_COMPILED_CPU_RUN_S:  # one cold sequence takes longer than its share of a micro-batch
+            break
+    pays_off = run_s > SHORTEST_COMPILED_CPU_RUN_S
+    return pays_off, f"auto: the run takes {'' if pays_off else 'at most '}{run_s:,.0f} s uncompiled"
 
 
-def measure_micro_step(config: Config, plan: BatchPlan) -> float:
+def measure_micro_step(config: Config, plan: BatchPlan, tokens: int, repeats: int) -> float:
     """Measure how many seconds the forward and backward pass of one micro-batch takes on a CPU without compilation.
 
-    The function measures only some sequences of a micro-batch, several times. It scales the shortest time to the size
-    of the whole micro-batch. The global random generator does not change.
+    The function measures only some sequences of a micro-batch, and scales the shortest time to the size of the whole
+    micro-batch. The global random generator does not change.
+
+    Args:
+        tokens: about how many tokens to run.
+        repeats: how often to repeat the measurement after the first time. If it is 0, the result is too long, because
+            the first time also includes preparations.
     """
-    sequences = min(plan.micro_batch_size, max(1, _TIMED_TOKENS // plan.seq_len))
+    sequences = min(plan.micro_batch_size, max(1, tokens // plan.seq_len))
     compute = replicated_compute(_timed_model(config), config.run.precision, torch.device("cpu"))
-    tokens = torch.zeros(sequences, plan.seq_len, dtype=torch.int64)
+    samples = torch.zeros(sequences, plan.seq_len, dtype=torch.int64)
     shortest = float("inf")
     with torch.random.fork_rng(devices=[]):
-        for repeat in range(1 + _TIMED_REPEATS):
+        for repeat in range(1 + repeats):
             started = time.perf_counter()
-            compute(tokens, tokens, method="loss").backward()  # type: ignore[no-untyped-call]
+            compute(samples, samples, method="loss").backward()  # type: ignore[no-untyped-call]
             elapsed = time.perf_counter() - started
             compute.zero_grad(set_to_none=True)
-            if repeat:  # the first one warms up
+            if repeat or not repeats:  # the first one warms up
                 shortest = min(shortest, elapsed)
     return shortest * plan.micro_batch_size / sequences
 

@@ -1,17 +1,20 @@
 """Write TensorBoard events: metrics, generated text, charts and hyperparameters."""
 
+from __future__ import annotations
+
 import json
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING, Any
 
 from pipeline.run_folder.layout import TENSORBOARD_FOLDER
 from pipeline.run_folder.metrics import DATASET_LOSS_PREFIX, LAYER_PREFIX, SAMPLE_KEY, TASK_PREFIX, read_metrics
 from pipeline.run_folder.sinks.sink import Row, Sink
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +113,8 @@ class TensorBoardLog(Sink):
         """Write one row. If a write fails, some events are lost, and the next call opens a new event file."""
         try:
             if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import
+
                 self._writer = SummaryWriter(self._folder, purge_step=self._purge_step)
                 self._writer.add_custom_scalars(TENSORBOARD_LAYOUT)
                 self._purge_step = None

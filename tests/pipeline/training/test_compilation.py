@@ -72,6 +72,15 @@ def test_choice(
     assert with_compile(chosen, wanted) == config, "nothing else changes"
 
 
+def test_a_short_run_is_measured_only_once(monkeypatch: pytest.MonkeyPatch, config: Config, world: World) -> None:
+    micro_steps = plan_batch(config, 1).accumulation * config.schedule.max_steps
+    for cold_s, warm_s, compiled, measurements in ((SHORT_S, 0.0, False, 1), (LONG_S, SHORT_S, False, 2)):
+        found = iter((cold_s / micro_steps, warm_s / micro_steps))
+        monkeypatch.setattr(compilation, "measure_micro_step", lambda *_, found=found: next(found))
+        assert choose(config, world).run.compile is compiled
+        assert len(list(found)) == 2 - measurements
+
+
 def test_one_rank_without_a_compiler_turns_it_off(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
     class TwoRanks(World):
         def gather(self, item: Any) -> list[Any]:
@@ -106,7 +115,8 @@ def test_a_run_that_continues_keeps_its_choice(
 def test_the_measurement_leaves_no_trace(config: Config, precision: str) -> None:
     config = config.model_copy(update={"run": config.run.model_copy(update={"precision": precision})})
     state = torch.get_rng_state()
-    assert measure_micro_step(config, plan_batch(config, 1)) > 0
+    for repeats in (0, 1):
+        assert measure_micro_step(config, plan_batch(config, 1), 16, repeats) > 0
     assert torch.equal(torch.get_rng_state(), state)
 
 
