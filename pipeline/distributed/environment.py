@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError
 _RANK, _WORLD_SIZE, _LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 _MASTER_ADDR, _MASTER_PORT = "MASTER_ADDR", "MASTER_PORT"
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+_GLOO_CONNECTS_LATE = "TORCH_GLOO_LAZY_INIT"
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch still reads the older, second name
 _LAUNCHER_VARIABLES = (_RANK, _WORLD_SIZE, _LOCAL_RANK, "LOCAL_WORLD_SIZE", _MASTER_ADDR, _MASTER_PORT)
 
@@ -134,6 +135,14 @@ def set_gloo_interface(name: str) -> bool:
         return False
     os.environ[_GLOO_INTERFACE] = name
     return True
+
+
+def let_gloo_connect_late() -> None:
+    """Make Gloo connect two ranks only when they first exchange data, unless the user has set the variable for this.
+
+    By default, each process group of Gloo connects all pairs of ranks when it is created.
+    """
+    os.environ.setdefault(_GLOO_CONNECTS_LATE, "1")
 
 
 def set_openmp_threads(threads: int) -> None:

@@ -21,6 +21,7 @@ from pipeline.distributed.environment import (
     launched_local_rank,
     launched_rank,
     launched_world_size,
+    let_gloo_connect_late,
     set_launcher_variables,
 )
 from pipeline.distributed.interface import choose_gloo_interface
@@ -31,6 +32,9 @@ from pipeline.errors import ConfigError, MainRankError
 Result = TypeVar("Result")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+#: With more ranks, Gloo must not connect all pairs of ranks: each rank would need thousands of sockets, and the store
+#: would transfer a list of addresses for each pair.
+_RANKS_THAT_ALL_CONNECT = 64
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,8 @@ def _start_process_group(world: World) -> Store | None:
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     device_id = world.device if world.device.type == "cuda" else None
     store = open_store(world.rank, world.size, COLLECTIVE_TIMEOUT)
+    if world.size > _RANKS_THAT_ALL_CONNECT:
+        let_gloo_connect_late()
     if world.size > 1:
         choose_gloo_interface(PrefixStore("interface", store), world.rank, world.size)
     dist.init_process_group(

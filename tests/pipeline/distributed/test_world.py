@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from pipeline.config.schema import RunConfig
+from pipeline.distributed import world as world_module
 from pipeline.distributed.world import World, join_world
 from pipeline.errors import CheckpointError, ConfigError, LostRankError, MainRankError
 from tests.support.runs import child_environment, ranks_command
@@ -76,6 +81,39 @@ def test_a_rank_without_a_gpu_is_a_config_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="local rank 2 has no GPU: this machine has 2"), join_world(RunConfig()):
         pass
+
+
+@pytest.mark.parametrize(("size", "variable"), [(64, None), (65, "1")])
+def test_with_many_ranks_gloo_does_not_connect_all_pairs(
+    size: int, variable: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The variable decides how many sockets a rank has. A group in threads shows this with fewer ranks."""
+    monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "")  # restores the variable after the test
+    monkeypatch.delenv("TORCH_GLOO_LAZY_INIT")
+    for name in ("open_store", "choose_gloo_interface"):
+        monkeypatch.setattr(world_module, name, lambda *_: HashStore())
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    world_module._start_process_group(World(0, size, 0, torch.device("cpu")))
+    assert os.environ.get("TORCH_GLOO_LAZY_INIT") == variable
+    sockets = count_sockets_of_a_group(ranks=12)
+    assert sockets < 12 * 6 if variable else sockets > 12 * 10
+
+
+def count_sockets_of_a_group(ranks: int) -> int:
+    """Create a group of gloo with one thread per rank, and return how many files it has opened."""
+    store = HashStore()
+    before = psutil.Process().num_fds()
+
+    def join(rank: int) -> dist.ProcessGroupGloo:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        return dist.ProcessGroupGloo(store, rank, ranks, options)
+
+    with ThreadPoolExecutor(ranks) as threads:
+        groups = list(threads.map(join, range(ranks)))
+    opened = psutil.Process().num_fds() - before
+    assert len(groups) == ranks
+    return opened
 
 
 @pytest.mark.gpu
