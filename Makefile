@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint docs parity accumulation portability chaos chaos-data fuzz checkpoint-cost gpu-check bench-data bench-loader bench-evaluation bench-train bench-generation speedrun plan-check control-plane start-memory wheel clean
+.PHONY: help quickstart test lint docs parity accumulation portability chaos chaos-data fuzz checkpoint-cost gpu-check bench-data bench-loader bench-evaluation bench-train bench-generation speedrun plan-check control-plane start-memory rehearse wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -82,6 +82,9 @@ control-plane: .venv/dev ## measure the store, the heartbeats and a checkpoint o
 
 start-memory: .venv/dev ## measure the peak memory of each rank at the start of a run, with up to GPT-2 1558M
 	$(BIN)/python -m benchmarks.start_memory
+
+rehearse: .venv/dev ## rehearse runs on 2 and 4 hosts, and the loss of hosts and links, on this Linux machine
+	$(BIN)/python -m benchmarks.rehearsal
 
 wheel: .venv/dev ## build the wheel in dist/ and check it
 	rm -rf dist

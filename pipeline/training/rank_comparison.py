@@ -1,4 +1,4 @@
-"""Compare the step times of all ranks, and name the slowest rank."""
+"""Compare the step times of all ranks, and name the slowest rank or the slowest link between hosts."""
 
 import logging
 import socket
@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from pipeline.distributed.device import copy_to
+from pipeline.distributed.links import describe_links, measure_links
 from pipeline.distributed.step_clock import StepClock, StepTimes
 from pipeline.distributed.world import World
 
 log = logging.getLogger(__name__)
 
 _KINDS = ("compute", "data_wait", "collective_wait")
+#: The network is slow if every rank waits in collectives for more than this share of a step.
+_LONG_WAIT_SHARE = 0.5
+#: Measure the links again if all ranks wait this many times as long as before the last measurement.
+_NOTABLE_INCREASE = 2.0
 
 
 class RankComparison:
@@ -24,7 +29,7 @@ class RankComparison:
     Args:
         clock: measures the steps of this rank.
         slow_ratio: if a rank needs this number of times as long as the other ranks, the main rank logs it. None logs
-            nothing.
+            nothing, and measures no links.
     """
 
     def __init__(self, clock: StepClock, world: World, slow_ratio: float | None) -> None:
@@ -34,6 +39,9 @@ class RankComparison:
         self._hosts: list[str] = world.gather(socket.gethostname())
         self._times: Tensor | None = None  # (ranks, 3) seconds, the times of all ranks
         self._logged_rank: int | None = None  # the rank that was slow in the previous row
+        self._shortest_wait_s = 0.0  # the collective wait of the rank that waited least, in the previous row
+        self._step_s = 0.0  # the time of a step in the previous row
+        self._measured_wait_s = 0.0  # the shortest wait when the links were measured
 
     def start(self) -> None:
         """Start to collect the times of all ranks, with an all-reduce. Call ``read`` later to get the result.
@@ -61,10 +69,33 @@ class RankComparison:
             row[f"{kind}_ms_min"] = 1e3 * min(seconds)
             row[f"{kind}_ms_mean"] = 1e3 * sum(seconds) / len(seconds)
             row[f"{kind}_ms_max"] = 1e3 * max(seconds)
+        self._shortest_wait_s, self._step_s = min(wait_s for *_, wait_s in times), max(map(sum, times))
         rank, ratio = find_slowest([compute_s + data_wait_s for compute_s, data_wait_s, _ in times])
         if self._world.is_main:
             self._log(rank, ratio, times[rank])
         return {**row, "slowest_rank": rank, "slowest_host": self._hosts[rank], "slowest_ratio": ratio}
+
+    def finds_slow_network(self) -> bool:
+        """Return whether all ranks on several hosts have waited in collectives for most of the time.
+
+        This call uses the times of the last call of ``read``. All ranks have the same result. After ``log_links``, the
+        result is False until all ranks wait notably longer.
+        """
+        if self._slow_ratio is None or len(set(self._hosts)) == 1:
+            return False
+        limit_s = max(_LONG_WAIT_SHARE * self._step_s, _NOTABLE_INCREASE * self._measured_wait_s)
+        return self._shortest_wait_s > limit_s
+
+    def log_links(self) -> None:
+        """Measure the links between the hosts, and log a slow one. This call is collective: every rank must make it."""
+        self._measured_wait_s = self._shortest_wait_s
+        links = measure_links(self._world, self._hosts)
+        if self._world.is_main:
+            log.warning(
+                "%s; all ranks wait at least %.0f ms per step for collectives",
+                describe_links(links, self._hosts),
+                1e3 * self._measured_wait_s,
+            )
 
     def _log(self, rank: int, ratio: float, times: list[float]) -> None:
         """Log one line when a rank becomes slow. While the same rank stays slow, do not repeat the line."""

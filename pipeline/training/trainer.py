@@ -376,6 +376,9 @@ class Trainer:
         if self.backend.loss_scaler.dynamic:
             row["loss_scale"] = self.backend.loss_scaler.scale
         self.record.write(row)
+        if self.rank_comparison.finds_slow_network():
+            with self.throughput.paused(), self.world.progress.patience():
+                self.rank_comparison.log_links()
 
     def _mean_recent_loss(self) -> float | None:
         """Return the mean loss of the steps since the previous call, without losses that are not finite.

@@ -1,6 +1,7 @@
 """Run ``launch/train.py`` and wait after a given step, so that a test can interfere.
 
-Environment: HOLD_AFTER, the step; HOLD_FILE: ranks wait while this file exists and no signal has asked them to stop.
+Environment: HOLD_AFTER, the step; HOLD_FILE: ranks wait while this file exists and no signal has asked them to stop;
+HOLD_IN_SAVE: if it is 1, ranks wait inside the save of this step, after they have written their own files.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from pathlib import Path
 
 from launch.cli import run_command
 from launch.train import main
+from pipeline.checkpoint import saving
+from pipeline.checkpoint.saving import Files, Snapshot
 from pipeline.training.step_guard import TrainedStep
 from pipeline.training.trainer import Trainer
 
 HOLD_AFTER = int(os.environ["HOLD_AFTER"])
 HOLD_FILE = Path(os.environ["HOLD_FILE"])
+HOLD_IN_SAVE = os.environ.get("HOLD_IN_SAVE") == "1"
 POLL_S = 0.02
 
 
@@ -32,6 +36,22 @@ def hold_before_the_next_step() -> None:
     Trainer.train_step = train_step  # type: ignore[method-assign]
 
 
+def hold_in_the_save() -> None:
+    """Wait in the thread that saves, when the rank has written its own files."""
+    plain_write = saving._write_tensor_files
+
+    def write(aside: Path, snapshot: Snapshot, rank: int) -> Files:
+        files = plain_write(aside, snapshot, rank)
+        while snapshot.state.step == HOLD_AFTER and HOLD_FILE.exists():
+            time.sleep(POLL_S)
+        return files
+
+    saving._write_tensor_files = write
+
+
 if __name__ == "__main__":
-    hold_before_the_next_step()
+    if HOLD_IN_SAVE:
+        hold_in_the_save()
+    else:
+        hold_before_the_next_step()
     run_command(main)

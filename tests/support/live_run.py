@@ -138,6 +138,7 @@ class LiveRun(LiveCommand):
         command: a launcher to use instead of python and torchrun, without the script.
         name: the suffix of the output file, if several launchers start one run.
         hold_after: every rank waits after this step, until a signal asks it to stop or ``release`` is called.
+        hold_in_save: every rank instead waits inside the save of this step, until ``release`` is called.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class LiveRun(LiveCommand):
         command: Sequence[str] | None = None,
         name: str = "output",
         hold_after: int | None = None,
+        hold_in_save: bool = False,
     ) -> None:
         self.run_folder = run_folder
         self.hold_path = run_folder.with_name(f"{run_folder.name}.hold")
@@ -159,7 +161,11 @@ class LiveRun(LiveCommand):
         if hold_after is not None:
             script = HELD_TRAIN
             self.hold_path.touch()
-            holding = {"HOLD_AFTER": str(hold_after), "HOLD_FILE": str(self.hold_path)}
+            holding = {
+                "HOLD_AFTER": str(hold_after),
+                "HOLD_FILE": str(self.hold_path),
+                "HOLD_IN_SAVE": str(int(hold_in_save)),
+            }
         arguments = train_arguments(config, run_folder, sections)
         whole = (
             [*command, str(script), *arguments] if command else ranks_command(processes, script, arguments, launcher)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import re
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,8 +16,8 @@ from torch._C._distributed_c10d import HashStore
 
 from pipeline.distributed import interface
 from pipeline.distributed.interface import choose_gloo_interface, interface_of, own_address_towards
-
-REPOSITORY = Path(__file__).resolve().parents[3]
+from tests.support.hosts import Lab, NamespacesError
+from tests.support.runs import child_environment
 
 #: For each rank: the address of its host towards MASTER_ADDR and towards other hosts, and the interface to choose.
 ONE_NODE = [("127.0.0.1", "", None)] * 3
@@ -65,71 +63,48 @@ def test_addresses_and_interfaces_of_this_machine() -> None:
 
 
 PROGRAM = """
-import os, torch
+import os, socket, torch
 from pipeline.config.schema import RunConfig
+from pipeline.distributed.links import describe_links, measure_links
 from pipeline.distributed.world import join_world
 
 with join_world(RunConfig(device="cpu")) as world:
     total = world.with_cpu_group().sum(world.sum(torch.ones(()))).item()
-    print(f"rank {world.rank} sums {total} over {os.environ.get('GLOO_SOCKET_IFNAME')}", flush=True)
+    hosts = world.gather(socket.gethostname())
+    links = describe_links(measure_links(world, hosts, 1 << 20), hosts)
+    print(f"{hosts[world.rank]} sums {total} over {os.environ.get('GLOO_SOCKET_IFNAME')}; {links}", flush=True)
 """
-
-
-def _can_make_networks() -> bool:
-    has_commands = shutil.which("ip") is not None and shutil.which("unshare") is not None
-    return has_commands and subprocess.run(["unshare", "-n", "-m", "-u", "true"], capture_output=True).returncode == 0
+MEGABITS = 20
 
 
 @pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Callable[[str, str], list[str]]]:
-    """Make two hosts in namespaces of the kernel, joined by a cable, whose names are 127.0.1.1 as on Debian.
-
-    Yields a function that returns the command that runs Python code on a host.
-    """
-    names = {node: f"gpt2-{os.getpid()}-{node}" for node in "ab"}
-    cables = {node: f"v{os.getpid()}{node}" for node in "ab"}
-
-    def ip(*arguments: str) -> None:
-        subprocess.run(["ip", *arguments], check=True)
-
-    def on(node: str, code: str) -> list[str]:
-        hosts = tmp_path / f"hosts_{node}"
-        other = "b" if node == "a" else "a"
-        own_number = {"a": 1, "b": 2}
-        hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 node-{node}\n10.99.0.{own_number[other]} node-{other}\n")
-        enter = ["ip", "netns", "exec", names[node], "unshare", "-u", "-m", "sh", "-c"]
-        setup = f'hostname node-{node} && mount --bind {hosts} /etc/hosts && exec "$0" -c "$1"'
-        return [*enter, setup, sys.executable, code]
-
-    with ExitStack() as cleanup:
-        for node in "ab":
-            ip("netns", "add", names[node])
-            cleanup.callback(ip, "netns", "del", names[node])  # also deletes the cable
-        ip("link", "add", cables["a"], "type", "veth", "peer", "name", cables["b"])
-        for number, node in enumerate("ab", start=1):
-            ip("link", "set", cables[node], "netns", names[node])
-            ip("-n", names[node], "addr", "add", f"10.99.0.{number}/24", "dev", cables[node])
-            for device in ("lo", cables[node]):
-                ip("-n", names[node], "link", "set", device, "up")
-        yield on
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    try:
+        hosts = Lab(3, tmp_path / "hosts", names_are_loopback=True)
+    except NamespacesError as error:
+        pytest.skip(str(error))
+    with hosts:
+        yield hosts
 
 
-@pytest.mark.skipif(not _can_make_networks(), reason="needs root, and the commands ip and unshare")
-def test_two_nodes_whose_names_are_loopback_addresses(nodes: Callable[[str, str], list[str]]) -> None:
-    launched = {"MASTER_ADDR": "node-a", "MASTER_PORT": "29500", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    inherited = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
+def test_hosts_whose_names_are_loopback_addresses(lab: Lab) -> None:
+    """Also measure the links between the hosts. One of them is slow."""
+    lab.hosts[1].limit(MEGABITS)
+    inherited = {name: value for name, value in child_environment().items() if name != "GLOO_SOCKET_IFNAME"}
+    launched = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
     processes = [
         subprocess.Popen(
-            nodes(node, PROGRAM),
-            cwd=REPOSITORY,
+            host.command([sys.executable, "-c", PROGRAM]),
             env={**inherited, **launched, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank, node in enumerate("ab")
+        for rank, host in enumerate(lab.hosts)
     ]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
-    for rank, node in enumerate("ab"):
-        assert f"rank {rank} sums 4.0 over v{os.getpid()}{node}" in outputs[rank], outputs[rank]
-    assert socket.gethostname() not in ("node-a", "node-b")
+    for host, output in zip(lab.hosts, outputs, strict=True):
+        assert f"{host.name} sums 9.0 over eth0; slow link: node1 (rank 1) sends and receives" in output, output
+        rates = re.findall(r"([\d.]+)(?= to|$| MB/s)", output.split("sends and receives")[1].split(",")[0])
+        assert len(rates) == 2 and all(float(rate) < 1.1 * MEGABITS / 8 for rate in rates), output
+    assert socket.gethostname() not in outputs[0]

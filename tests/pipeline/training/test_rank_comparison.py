@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.distributed.links import Link
 from pipeline.distributed.step_clock import StepTimes
 from pipeline.distributed.world import World
 from pipeline.run_folder.metrics import read_metrics
@@ -89,6 +90,34 @@ def test_no_ratio_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     world = ThreeRanks(0, 3, 0, torch.device("cpu"))
     compare(RankComparison(Clock(), world, slow_ratio=None), [(1.0, 0.0, 1.0), (1.0, 0.0, 1.0), (9.0, 0.0, 0.0)])  # type: ignore[arg-type]
     assert not caplog.messages
+
+
+def test_a_slow_network_is_found_if_all_ranks_wait(comparison: RankComparison) -> None:
+    one_waits_little: list[Times] = [(1.0, 0.0, 9.0), (9.0, 0.0, 1.0), (1.0, 0.0, 9.0)]
+    all_wait: list[Times] = [(4.0, 0.0, 6.0), (3.0, 1.0, 6.0), (1.0, 0.0, 9.0)]
+    assert not comparison.finds_slow_network(), "no step is measured"
+    for times, expected in ((EQUAL, False), (one_waits_little, False), (all_wait, True)):
+        compare(comparison, times)
+        assert comparison.finds_slow_network() is expected, times
+    comparison._hosts = ["node0"] * 3
+    assert not comparison.finds_slow_network(), "there is no network"
+
+
+def test_the_links_are_measured_again_only_if_the_ranks_wait_longer(
+    comparison: RankComparison, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links = [Link(1, 2, 2.4e6), Link(2, 0, 2.5e6)]
+    monkeypatch.setattr("pipeline.training.rank_comparison.measure_links", lambda *_: links)
+    for wait_s, expected in ((3.0, True), (3.0, False), (5.0, False), (7.0, True)):
+        compare(comparison, [(1.0, 0.0, wait_s)] * 3)
+        assert comparison.finds_slow_network() is expected, wait_s
+        if expected:
+            comparison.log_links()
+    assert len(caplog.messages) == 2
+    assert caplog.messages[0] == (
+        "slow network: the links between the hosts transfer 2.4 to 2.5 MB/s; the slowest is from rank 1 on node0 to "
+        "rank 2 on node1; all ranks wait at least 3000 ms per step for collectives"
+    )
 
 
 def test_a_rank_that_has_measured_nothing_gives_no_figures(comparison: RankComparison) -> None:
