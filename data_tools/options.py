@@ -1,5 +1,6 @@
-"""Define the allowed values of the options of stage 1. This module imports no other module of the project."""
+"""Define the options of stage 1 and their allowed values. This module imports no other module of the project."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 SourceKind = Literal["text", "jsonl", "instructions", "parquet", "hf", "fineweb-edu", "python-stdlib"]
@@ -8,3 +9,26 @@ Deduplication = Literal["off", "exact"]
 EncoderChoice = Literal["auto", "gigatoken", "tiktoken"]
 BadRows = Literal["stop", "skip"]
 Engine = Literal["local", "ray"]
+AUTO = "auto"  # recognize the input format by its content
+InputFormat = Literal["native", "nanogpt", "llmc", "megatron", "npy"]
+OutputFormat = Literal["npy", "arrow", "nanogpt", "llmc"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRequest:
+    """The options that select a source and its documents.
+
+    Attributes:
+        inputs: files, folders or glob patterns. For ``hf``, the name of one dataset, or one local folder.
+        text_field: the field or column that contains a document's text.
+        document_separator: for ``text``, the text between two documents of a file. If None, each file is one document.
+        dataset_config: for ``hf`` and ``fineweb-edu``, the configuration of the dataset.
+        dataset_split: for ``hf`` and ``fineweb-edu``, the split of the dataset.
+    """
+
+    source: SourceKind
+    inputs: tuple[str, ...] = ()
+    text_field: str = "text"
+    document_separator: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "train"

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from data_tools.errors import UserError
 from data_tools.storage.files import is_remote
 from data_tools.threads import lock_bars_among_threads
-from pipeline.config.schema import Device
 from pipeline.distributed.environment import launched_rank, launched_world_size, wants_colours
 from pipeline.distributed.failure import report
 from pipeline.run_folder.log_file import LOGGED_PACKAGES
@@ -104,6 +103,8 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of all commands that read a trained model: ``--checkpoint``, ``--weights`` and ``--device``."""
+    from pipeline.config.schema import Device
+
     parser.add_argument(
         "--checkpoint",
         required=True,

@@ -1,22 +1,22 @@
 """Inspect, verify and read token shards, or convert them from or to the formats of other programs."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from data_tools.errors import UserError
-from data_tools.formats.conversion import adopt_in_place, convert
-from data_tools.formats.inspection import first_documents, inspect
-from data_tools.formats.opening import AUTO, INPUT_FORMATS, open_collection
-from data_tools.formats.plan import OUTPUT_FORMATS, ConvertRequest
-from data_tools.shards.manifest import MANIFEST_NAME, TRAIN_SPLIT, ShardRecord
-from data_tools.shards.verification import verify
+from data_tools.options import AUTO, InputFormat, OutputFormat
 from launch.cli import ArgumentParser, positive_int, run_command
 from pipeline.distributed.failure import printable
+
+if TYPE_CHECKING:
+    from data_tools.shards.manifest import ShardRecord
 
 _LINE_EVERY_S = 10.0
 
@@ -38,6 +38,8 @@ def build_parser() -> ArgumentParser:
 
 def _add_inspect(commands: Any) -> None:
     def run(arguments: argparse.Namespace) -> None:
+        from data_tools.formats.inspection import inspect
+
         report = inspect(arguments.source, arguments.source_format, dict(arguments.split_of))
         print(json.dumps(report.to_json(), indent=2) if arguments.json else report)
 
@@ -51,6 +53,8 @@ def _add_inspect(commands: Any) -> None:
 
 def _add_verify(commands: Any) -> None:
     def run(arguments: argparse.Namespace) -> None:
+        from data_tools.shards.verification import verify
+
         progress = ProgressLines("verified")
         manifest = verify(arguments.folder, arguments.workers, progress.advance)
         print(f"{arguments.folder}: all {len(manifest.shards):,} shards match the manifest")
@@ -66,7 +70,14 @@ def _add_verify(commands: Any) -> None:
 
 def _add_head(commands: Any) -> None:
     def run(arguments: argparse.Namespace) -> None:
-        split, limits = arguments.split, {"documents": arguments.documents, "characters": arguments.characters}
+        from data_tools.formats.inspection import first_documents
+        from data_tools.formats.opening import open_collection
+        from data_tools.shards.manifest import TRAIN_SPLIT
+
+        split, limits = (
+            arguments.split or TRAIN_SPLIT,
+            {"documents": arguments.documents, "characters": arguments.characters},
+        )
         collection = open_collection(arguments.source, arguments.source_format, dict(arguments.split_of))
         for number, document in enumerate(first_documents(collection, split, **limits)):
             print(f"--- {split}, document {number}: {document.tokens:,} tokens")
@@ -76,7 +87,7 @@ def _add_head(commands: Any) -> None:
     example = "python launch/shards.py head data/corpus --split val --documents 2 --characters 500"
     parser = commands.add_parser("head", help="show the first documents", description=description, example=example)
     _add_source(parser)
-    parser.add_argument("--split", default=TRAIN_SPLIT, metavar="NAME", help="the split (default: %(default)s)")
+    parser.add_argument("--split", metavar="NAME", help="the split (default: the training split)")
     parser.add_argument(
         "--documents", type=positive_int, default=3, metavar="N", help="how many documents (default: %(default)s)"
     )
@@ -97,7 +108,7 @@ def _add_convert(commands: Any) -> None:
     parser = commands.add_parser("convert", help="convert to another format", description=description, example=example)
     _add_source(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new or empty folder")
-    parser.add_argument("--to", choices=OUTPUT_FORMATS, help="the format to write")
+    parser.add_argument("--to", choices=get_args(OutputFormat), help="the format to write")
     parser.add_argument(
         "--in-place", action="store_true", help="write only a manifest.json beside shards of llm.c or build-nanogpt"
     )
@@ -118,7 +129,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from",
         dest="source_format",
-        choices=(AUTO, *INPUT_FORMATS),
+        choices=(AUTO, *get_args(InputFormat)),
         default=AUTO,
         help="the format of SRC (default: %(default)s, which recognizes it by its content)",
     )
@@ -149,6 +160,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         return
     if arguments.out is None or arguments.to is None:
         raise UserError("give --out and --to, or --in-place")
+    from data_tools.formats.conversion import convert
+    from data_tools.formats.plan import ConvertRequest
+
     arguments.split_of = dict(arguments.split_of)
     request = ConvertRequest(**{option.name: getattr(arguments, option.name) for option in fields(ConvertRequest)})
     written, verified = ProgressLines("written"), ProgressLines("verified")
@@ -162,6 +176,9 @@ def _convert_in_place(arguments: argparse.Namespace) -> None:
     for option in ("out", "to", "shard_tokens", "name"):
         if getattr(arguments, option) is not None:
             raise UserError(f"--in-place copies nothing, so it takes no --{option.replace('_', '-')}")
+    from data_tools.formats.conversion import adopt_in_place
+    from data_tools.shards.manifest import MANIFEST_NAME
+
     progress = ProgressLines("read")
     is_complete = (arguments.source / MANIFEST_NAME).exists()
     manifest = adopt_in_place(

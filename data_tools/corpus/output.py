@@ -50,7 +50,7 @@ def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
     """Return the manifest of an output folder. If the folder is not complete, return None.
 
     Args:
-        identity: the identity of the request, from ``TokenizeRequest.identity``.
+        identity: the identity of the request, from ``identity_of``.
 
     Raises:
         DataError: a request with another identity has written the folder, or a shard is missing or damaged.
@@ -213,7 +213,7 @@ def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> I
 
     Args:
         out: the path or URL of the folder.
-        identity: the identity of the request, from ``TokenizeRequest.identity``.
+        identity: the identity of the request, from ``identity_of``.
         shared: whether other processes write to the folder at the same time.
 
     Raises:

@@ -1,14 +1,11 @@
 """Define the options of stage 1, their defaults and their limits."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from data_tools.errors import DataError
-from data_tools.options import BadRows, Deduplication, EncoderChoice, Engine, ShardFormat
-from data_tools.shards.contents import gpt2_tokenizer_record
-from data_tools.shards.manifest import FORMAT_VERSION, SourceRecord
-from data_tools.sources import Source, SourceRequest
+from data_tools.options import BadRows, Deduplication, EncoderChoice, Engine, ShardFormat, SourceRequest
 
 _CHOICES = {
     "format": ShardFormat,
@@ -75,24 +72,3 @@ class TokenizeRequest(SourceRequest):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DataError(f"--{name.replace('_', '-')} must be at least 1, it is {value}")
-
-    def identity(self, source: Source) -> dict[str, Any]:
-        """Return the identity of the request: all values on which the bytes of the shards depend, as JSON values.
-
-        An interrupted request can continue only with the same identity. The manifest contains the identity, too.
-        """
-        limits: dict[str, Any] = {"limit_documents": self.limit_documents, "limit_bytes": self.limit_bytes}
-        if self.on_bad_rows != "stop":  # absent by default, as in the manifests of earlier versions
-            limits["on_bad_rows"] = self.on_bad_rows
-        return {
-            "format_version": FORMAT_VERSION,
-            "tokenizer": asdict(gpt2_tokenizer_record()),
-            "source": asdict(SourceRecord(self.source, {**source.options(), **limits})),
-            "settings": {
-                "format": self.format,
-                "shard_tokens": self.shard_tokens,
-                "val_fraction": float(self.val_fraction),
-                "seed": self.seed,
-                "deduplicate": self.deduplicate,
-            },
-        }

@@ -10,6 +10,7 @@ from data_tools.corpus.chunks import Chunk, ChunkRecord, plan_chunks
 from data_tools.corpus.duplicates import write_repeated
 from data_tools.corpus.engines import ChunkWork, prepare_workers, run_chunks
 from data_tools.corpus.estimate import Estimate, check_free_space, estimate_run
+from data_tools.corpus.identity import identity_of
 from data_tools.corpus.output import OutputFolder, load_complete, open_output
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.worker import Job, encode_chunk, fingerprint_chunk
@@ -47,7 +48,7 @@ def find_complete(request: TokenizeRequest) -> Manifest | None:
     Raises:
         DataError: the source cannot be opened, or the folder is damaged or belongs to another request.
     """
-    return load_complete(request.out, request.identity(open_source(request)))
+    return load_complete(request.out, identity_of(request, open_source(request)))
 
 
 def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) -> Manifest:
@@ -89,7 +90,7 @@ def tokenize_share(
 
 def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer: Observer) -> Manifest | None:
     source = open_source(request)
-    identity = request.identity(source)
+    identity = identity_of(request, source)
     if manifest := load_complete(request.out, identity):
         return manifest
     with open_output(request.out, identity, shared=share is not None) as output:

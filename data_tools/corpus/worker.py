@@ -11,6 +11,7 @@ import numpy as np
 
 from data_tools.arrays import CountArray
 from data_tools.corpus.chunks import Chunk, ChunkRecord, SkippedRows, documents_of
+from data_tools.corpus.identity import identity_of
 from data_tools.corpus.parallel import Unfinished
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.split import AssignedDocument, assign_splits
@@ -42,7 +43,7 @@ class Job:
         request: the tokenize request.
         encoder: the encoder's name, ``gigatoken`` or ``tiktoken``. is_one_chunk: whether the whole corpus is only one
             chunk.
-        identity_sha256: the hash of the request's identity (see ``TokenizeRequest.identity``). Each worker computes the
+        identity_sha256: the hash of the request's identity (see ``identity_of``). Each worker computes the
             hash again. A different hash shows that the source's files have changed.
     """
 
@@ -136,7 +137,7 @@ def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
 def _open_source(job: Job) -> Source:
     """Return the source of a job. Each process opens the source only once, because listing the files takes time."""
     source = open_source(job.request)
-    if sha256_of_json(job.request.identity(source)) != job.identity_sha256:
+    if sha256_of_json(identity_of(job.request, source)) != job.identity_sha256:
         raise DataError(f"--source {job.request.source}: its files changed since the run began; start again")
     return source
 

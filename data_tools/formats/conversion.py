@@ -13,8 +13,9 @@ from data_tools.arrays import TokenArray
 from data_tools.errors import DataError, list_names, one_line_read_errors, one_line_write_errors
 from data_tools.formats.collection import TokenCollection
 from data_tools.formats.flat_files import LLMC, NANOGPT, NPY, map_llmc_file, map_npy_file
-from data_tools.formats.opening import AUTO, open_collection
+from data_tools.formats.opening import open_collection
 from data_tools.formats.plan import DEFAULT_SHARD_TOKENS, ConvertRequest, PlannedFile, chunks, keeps_shards, plan_files
+from data_tools.options import AUTO
 from data_tools.shards.contents import Vocabulary
 from data_tools.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, SourceRecord, load_manifest, mask_file_of
 from data_tools.shards.verification import verify

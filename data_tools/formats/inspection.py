@@ -12,7 +12,8 @@ import numpy as np
 from data_tools.arrays import TokenArray
 from data_tools.errors import DataError
 from data_tools.formats.collection import TokenCollection, Tokens
-from data_tools.formats.opening import AUTO, NATIVE, open_collection, recognize
+from data_tools.formats.opening import NATIVE, open_collection, recognize
+from data_tools.options import AUTO
 from data_tools.shards.contents import gpt2_tokenizer_record
 from data_tools.shards.manifest import Manifest, load_manifest
 from data_tools.shards.reader import TokenStream

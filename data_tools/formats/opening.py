@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from data_tools.errors import DataError, one_line_read_errors
 from data_tools.formats.collection import Concatenated, Split, TokenCollection, Tokens, require_split_name
@@ -18,13 +19,13 @@ from data_tools.formats.flat_files import (
     open_npy_file,
 )
 from data_tools.formats.megatron import INDEX_SUFFIX, MEGATRON, is_index, open_megatron_pair, tokens_file_of
+from data_tools.options import AUTO, InputFormat
 from data_tools.shards.contents import gpt2_tokenizer_record
 from data_tools.shards.llmc import LLMC_SUFFIX, is_llmc
 from data_tools.shards.manifest import MANIFEST_NAME, TRAIN_SPLIT, VAL_SPLIT, SourceRecord, load_manifest
 from data_tools.shards.reader import TokenStream
 from data_tools.storage.content import require_fetched
 
-AUTO = "auto"
 NATIVE = "native"
 # Format -> function that opens a file (for Megatron, the index file). Takes the path and the size of the vocabulary.
 _OPEN_FILE: dict[str, Callable[[Path, int], Tokens]] = {
@@ -34,7 +35,7 @@ _OPEN_FILE: dict[str, Callable[[Path, int], Tokens]] = {
     NPY: open_npy_file,
 }
 _SUFFIXES = {NANOGPT: LLMC_SUFFIX, LLMC: LLMC_SUFFIX, MEGATRON: INDEX_SUFFIX, NPY: NPY_SUFFIX}
-INPUT_FORMATS = (NATIVE, *_OPEN_FILE)
+INPUT_FORMATS = get_args(InputFormat)
 _SPLIT_WORDS = {
     "train": TRAIN_SPLIT,
     "val": VAL_SPLIT,

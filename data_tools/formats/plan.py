@@ -5,19 +5,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path, PurePosixPath
+from typing import get_args
 
 import numpy as np
 
 from data_tools.errors import DataError
 from data_tools.formats.collection import FILE_NAME, TokenCollection, Tokens, require_split_name
 from data_tools.formats.flat_files import LLMC, NANOGPT
-from data_tools.formats.opening import AUTO, INPUT_FORMATS
+from data_tools.formats.opening import INPUT_FORMATS
+from data_tools.options import AUTO, OutputFormat
 from data_tools.shards.llmc import LLMC_SUFFIX, MAX_TOKENS
 from data_tools.shards.manifest import TRAIN_SPLIT, VAL_SPLIT, ShardRecord
 from data_tools.shards.writer import SHARD_FORMATS
 
 DEFAULT_SHARD_TOKENS = 100_000_000
-OUTPUT_FORMATS = (*SHARD_FORMATS, NANOGPT, LLMC)
+OUTPUT_FORMATS = get_args(OutputFormat)
 CHUNK_TOKENS = 1 << 20
 
 

@@ -2,12 +2,12 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, Protocol, get_args
 
 from data_tools.encoding.documents import Document
 from data_tools.errors import DataError
-from data_tools.options import SourceKind
+from data_tools.options import SourceKind, SourceRequest
 from data_tools.sources.files import Slice
 from data_tools.sources.huggingface import HuggingFaceSource
 from data_tools.sources.instructions import InstructionSource
@@ -59,26 +59,6 @@ class Source(Protocol):
                 returns, the row is skipped.
         """
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceRequest:
-    """The options that select a source and its documents.
-
-    Attributes:
-            inputs: files, folders or glob patterns. For ``hf``, the name of one dataset, or one local folder.
-        text_field: the field or column that contains a document's text.
-        document_separator: for ``text``, the text between two documents of a file. If None, each file is one document.
-        dataset_config: for ``hf`` and ``fineweb-edu``, the configuration of the dataset.
-        dataset_split: for ``hf`` and ``fineweb-edu``, the split of the dataset.
-    """
-
-    source: SourceKind
-    inputs: tuple[str, ...] = ()
-    text_field: str = "text"
-    document_separator: str | None = None
-    dataset_config: str | None = None
-    dataset_split: str = "train"
 
 
 def _open_fineweb_edu(text_field: str, dataset_config: str | None, dataset_split: str) -> Source:

@@ -15,7 +15,7 @@ from data_tools.errors import UserError
 from launch.__main__ import COMMANDS, run_subcommand
 from tests.support.runs import REPOSITORY
 
-NO_COMMANDS = {"__init__", "__main__", "cli"}
+NO_COMMANDS = {"__init__", "__main__", "cli", "tokenize_progress"}
 
 #: Packages that a command imports only after it has parsed its arguments.
 SLOW_PACKAGES = {"datasets", "deepspeed", "gigatoken", "huggingface_hub", "matplotlib", "tensorboard", "torch"}

@@ -13,9 +13,10 @@ import tiktoken
 from data_tools.corpus.estimate import Estimate
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import load_manifest
-from launch import tokenize_corpus as command_module
+from launch import tokenize_progress
 from launch.cli import run_command
-from launch.tokenize_corpus import ProgressDisplay, main
+from launch.tokenize_corpus import main
+from launch.tokenize_progress import ProgressDisplay
 from tests.data_tools.conftest import (
     CHUNK_BYTES,
     Command,
@@ -148,7 +149,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 1000.0
-        monkeypatch.setattr(command_module.time, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(tokenize_progress.time, "monotonic", lambda: self.now_s)
 
 
 ESTIMATE = Estimate(text_bytes=40_000_000, bytes_per_token=4.0, free_bytes=None, chunks=10, workers=2)
