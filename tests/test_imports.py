@@ -35,7 +35,7 @@ ROOMS: dict[str, str] = {
     "data_tools.encoding": "errors arrays tokenizer",
     "data_tools.sources": "errors layout options storage encoding",
     "data_tools.corpus": "errors arrays options threads storage shards encoding sources",
-    "data_tools.formats": "errors arrays threads storage tokenizer shards",
+    "data_tools.formats": "errors arrays options threads storage tokenizer shards",
     "pipeline.errors": "",
     "pipeline.seeds": "",
     "pipeline.config": "errors",

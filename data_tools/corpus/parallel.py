@@ -131,7 +131,8 @@ def start_server(preload: tuple[str, ...]) -> None:
     """
     if "forkserver" in multiprocessing.get_all_start_methods():
         _context(preload)
-        forkserver.ensure_running()
+        with suppress(OSError):  # the start of the first worker raises the same error, with an explanation
+            forkserver.ensure_running()
 
 
 def _context(preload: tuple[str, ...]) -> BaseContext:
