@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint docs parity accumulation portability chaos chaos-data fuzz checkpoint-cost gpu-check bench-data bench-loader bench-evaluation bench-train bench-generation speedrun plan-check control-plane start-memory rehearse wheel clean
+.PHONY: help quickstart test lint docs parity accumulation portability chaos chaos-data fuzz checkpoint-cost gpu-check bench-data bench-loader bench-evaluation bench-train bench-generation speedrun plan-check control-plane start-memory rehearse scaling wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -85,6 +85,8 @@ start-memory: .venv/dev ## measure the peak memory of each rank at the start of 
 
 rehearse: .venv/dev ## rehearse runs on 2 and 4 hosts, and the loss of hosts and links, on this Linux machine
 	$(BIN)/python -m benchmarks.rehearsal
+scaling: .venv/dev ## compare predicted with measured step times: 1, 2 and 4 processes, and slow links between hosts
+	$(BIN)/python -m benchmarks.scaling
 
 wheel: .venv/dev ## build the wheel in dist/ and check it
 	rm -rf dist

@@ -1,0 +1,1 @@
+"""Compare predicted with measured step times, for several processes and for slow links."""

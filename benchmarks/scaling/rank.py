@@ -1,0 +1,134 @@
+"""Measure steps, and what a prediction of these steps needs: computation without communication, and the link.
+
+Each rank runs this script. The main rank prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from launch.cli import run_command
+from pipeline.backends import Backend, create_backend
+from pipeline.config.loading import load_config
+from pipeline.config.schema import Config
+from pipeline.data.batch_plan import plan_batch
+from pipeline.distributed.cpu import configure_cpu
+from pipeline.distributed.world import World, join_world
+from pipeline.model.gpt2 import allocate_model
+
+WARM_UP = 2  # DDP rebuilds its buckets in the second step
+SMALL_BYTES, LARGE_BYTES = 64, 4 << 20
+LINK_ROUNDS = 15
+
+
+class Steps:
+    """Trains with one backend on fixed tokens."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.plan = plan_batch(config, world.size)
+        self.backend = create_backend(allocate_model(config.model, "meta"), config, world, self.plan)
+        self.backend.draw_weights(config.run.seed)
+        self._tokens = torch.zeros((self.plan.micro_batch_size, self.plan.seq_len), dtype=torch.int64)
+
+    def compute(self, *, is_last: bool) -> None:
+        """Run the forward and backward pass of one micro-batch."""
+        weight = self.world.size / self.plan.tokens_per_step
+        self.backend.accumulate(self._tokens, self._tokens, weight, is_last=is_last)
+
+    def update(self) -> None:
+        """Update the weights."""
+        self.backend.step(self.config.optimizer.learning_rate)
+
+    def train(self) -> None:
+        """Make one optimizer step."""
+        self.compute(is_last=True)
+        self.update()
+
+
+def seconds(world: World, call: Callable[[], object]) -> float:
+    """Return the time of a call that all ranks begin together, until the last rank has finished."""
+    world.barrier()
+    started = time.perf_counter()
+    call()
+    return max(world.gather(time.perf_counter() - started))
+
+
+def measure_link(world: World) -> dict[str, float]:
+    """Return the bandwidth and the latency of a ring, from all-reduces of a small and of a large tensor."""
+    times = {}
+    for size in (SMALL_BYTES, LARGE_BYTES):
+        values = torch.zeros(size // 4)
+        rounds = [seconds(world, partial(dist.all_reduce, values)) for _ in range(LINK_ROUNDS)]
+        times[size] = min(rounds)
+    messages = 2 * (world.size - 1)
+    sent = messages / world.size * LARGE_BYTES
+    return {
+        "latency_s": times[SMALL_BYTES] / messages,
+        "bytes_per_s": sent / max(times[LARGE_BYTES] - times[SMALL_BYTES], 1e-9),
+    }
+
+
+def sent_bytes(interface: str) -> int:
+    """Return how many bytes this host has sent over a network interface."""
+    return int(psutil.net_io_counters(pernic=True)[interface].bytes_sent)
+
+
+def measure(world: World, arguments: argparse.Namespace) -> tuple[dict[str, object], list[Backend]]:
+    """Return the measured values, and the backends, which must stay in memory until the process ends.
+
+    Each round measures everything once. The fastest round counts, because other programs only make a round slower.
+    """
+    every = {name: Steps(load_config(arguments.config, [f"backend.name={name}"]), world) for name in arguments.backends}
+    for steps in every.values():
+        for _ in range(WARM_UP):
+            steps.train()
+    alone = every["ddp"]  # without a synchronization of gradients, DDP does not communicate
+    rounds: dict[str, list[float]] = {}
+
+    def add(name: str, value: float) -> None:
+        rounds.setdefault(name, []).append(value)
+
+    for _ in range(arguments.steps):
+        for name, steps in every.items():
+            before = sent_bytes(arguments.interface)
+            add(name, seconds(world, steps.train))
+            add(f"{name}_sent_bytes", sent_bytes(arguments.interface) - before)
+        add("pass_s", seconds(world, lambda: alone.compute(is_last=False)))
+        alone.compute(is_last=True)
+        add("update_s", seconds(world, alone.update))
+    link = measure_link(world) if world.size > 1 else {}
+    return {"link": link, **{name: min(values) for name, values in rounds.items()}}, [
+        steps.backend for steps in every.values()
+    ]
+
+
+def main() -> list[Backend]:
+    """Measure, and print the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", nargs="+", required=True)
+    parser.add_argument("--backends", nargs="+", required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--interface", default="lo")
+    arguments = parser.parse_args()
+    logging.getLogger("pipeline").setLevel(logging.ERROR)
+    with join_world(load_config(arguments.config).run) as world:
+        configure_cpu(world)
+        result, backends = measure(world, arguments)
+        if world.is_main:
+            print(json.dumps(result), flush=True)
+        world.barrier()
+    return backends
+
+
+if __name__ == "__main__":
+    run_command(main)
