@@ -79,8 +79,8 @@ def one_line_read_errors(path: Path) -> Iterator[None]:
     """Return a context manager that converts an ``OSError`` of a read to a DataError.
 
     Raises:
-            DataError: the ``with`` block raised ``OSError``. The message is one line. It contains the reason and the
-                file that the ``OSError`` names. If the ``OSError`` names no file, the message contains ``path``.
+        DataError: the ``with`` block raised ``OSError``. The message is one line. It contains the reason and the
+            file that the ``OSError`` names. If the ``OSError`` names no file, the message contains ``path``.
     """
     try:
         yield

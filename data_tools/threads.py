@@ -41,9 +41,9 @@ def map_threads(
     """Call ``work(item, advance)`` for each item in several threads. Return the results in the order of the items.
 
     Args:
-            work: a function. Every few megabytes, it must call its own argument ``advance`` with the number of bytes
-                that it has processed since its previous report. If the work on another item has failed, this report
-                raises an error, so that the call of ``work`` ends early.
+        work: a function. Every few megabytes, it must call its own argument ``advance`` with the number of bytes
+            that it has processed since its previous report. If the work on another item has failed, this report
+            raises an error, so that the call of ``work`` ends early.
         items: the items. They are started in the order of this sequence.
         workers: the largest number of threads. None means one per core.
         advance: a function that receives the progress of all threads: the number of bytes processed since its last

@@ -38,8 +38,8 @@ class Chunk:
     """A range of the source that one process encodes.
 
     Attributes:
-            index: the number of the chunk in the order of the source. The names of the chunk's shards contain this
-                number.
+        index: the number of the chunk in the order of the source. The names of the chunk's shards contain this
+            number.
         slices: the slices of the source that belong to the chunk.
         limit_documents: if given, only this number of documents is encoded, from the beginning of the chunk. Empty
             documents do not count.
@@ -90,7 +90,7 @@ class ChunkRecord:
     """The results of a finished chunk.
 
     Attributes:
-            index: the chunk's index.
+        index: the chunk's index.
         shards: the records of the chunk's shards. The shards of one split follow each other.
         lengths: a histogram. Entry k is the number of documents that have 2**k to 2**(k+1) - 1 tokens.
         repeated: the number of documents that were left out because an equal document comes before them in the source.

@@ -22,7 +22,7 @@ class Estimate:
     """An estimate of the work for a tokenize request.
 
     Attributes:
-        text_bytes: the bytes of text in the source. None if only reading the whole source would give this number.
+        text_bytes: the bytes of text in the source. None if the number is not known before the whole source is read.
         bytes_per_token: the bytes of text per token, measured in the first documents.
         free_bytes: the free disk space for the output folder. None if it is not known.
         chunks: the number of chunks, including finished chunks.

@@ -71,8 +71,8 @@ def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) 
 
     If a split is empty, there are three cases:
 
-    1. At least two documents differ. The function chooses the last document that has no equal document before it. This
-       document, and all documents that are equal to it, are moved to the empty split.
+    1. At least two documents differ. Among the first occurrences of all different documents, the function chooses the
+       last one. It moves this document, and all documents that are equal to it, to the empty split.
     2. The corpus is a single text. The function divides it with ``divide_text``.
     3. The corpus is a single ``Dialogue``, or all its documents are equal. Such a corpus cannot be divided. All its
        documents are used for training, and the validation split is empty.

@@ -41,8 +41,8 @@ class Job:
 
     Attributes:
         request: the tokenize request.
-        encoder: the encoder's name, ``gigatoken`` or ``tiktoken``. is_one_chunk: whether the whole corpus is only one
-            chunk.
+        encoder: the encoder's name, ``gigatoken`` or ``tiktoken``.
+        is_one_chunk: whether the whole corpus is only one chunk.
         identity_sha256: the hash of the request's identity (see ``identity_of``). Each worker computes the
             hash again. A different hash shows that the source's files have changed.
     """

@@ -19,8 +19,8 @@ class Dialogue:
     """An instruction with its answer, or a chat, formatted as text.
 
     Attributes:
-            segments: consecutive segments of the text, as pairs (text, is_scored). If ``is_scored`` is True, the
-                predictions of the segment's tokens count in the loss.
+        segments: consecutive segments of the text, as pairs (text, is_scored). If ``is_scored`` is True, the
+            predictions of the segment's tokens count in the loss.
     """
 
     segments: tuple[tuple[str, bool], ...]
@@ -43,8 +43,9 @@ class EncodedDocument:
     """The tokens of a document.
 
     Attributes:
-        tokens: uint16 of shape (tokens,). The first token is ``END_OF_TEXT``. scored: bool of shape (tokens,), True if
-            the prediction of a token counts in the loss. None means that all tokens count.
+        tokens: uint16 of shape (tokens,). The first token is ``END_OF_TEXT``.
+        scored: bool of shape (tokens,), True if the prediction of a token counts in the loss. None means that all
+            tokens count.
     """
 
     tokens: TokenArray

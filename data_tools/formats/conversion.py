@@ -37,8 +37,8 @@ def convert(request: ConvertRequest, written: Advance = no_progress, verified: A
     """Convert tokens into a new folder. If the conversion fails, the folder is not created.
 
     The tokens and their order do not change. The only exception is ``END_OF_TEXT`` in Megatron's files (see
-    ``open_megatron_pair``). If the source is a folder of this project, its shards are first verified. If the new format
-    is not nanoGPT's, a manifest is written into the new folder.
+    ``open_megatron_pair``). If the source is a folder of shards with a manifest, the shards are first verified. If the
+    new format is not nanoGPT's, a manifest is written into the new folder.
 
     Args:
         written: a function that is called with the number of bytes written since its last call.

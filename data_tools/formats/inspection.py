@@ -82,7 +82,7 @@ class FolderReport:
 def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> FolderReport:
     """Return a report on token files of any format.
 
-    No tokens are read. If the path is a folder of this project, a report is returned even if shards are damaged.
+    No tokens are read. If the path is a folder of shards with a manifest, damaged shards do not cause an error.
 
     Args:
         path: a folder, a file, or the path of a pair of Megatron's files without ``.bin`` and ``.idx``.

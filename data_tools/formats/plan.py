@@ -31,10 +31,12 @@ class ConvertRequest:
         source: a folder, a file, or the path of a pair of Megatron's files without ``.bin`` and ``.idx``.
         out: a new or empty folder.
         to: one of ``OUTPUT_FORMATS``.
-        source_format: one of ``INPUT_FORMATS``, or ``auto``. split_of: maps file names to splits, for files that
-            another program wrote. It is required if a file name does not contain the name of the split.
+        source_format: one of ``INPUT_FORMATS``, or ``auto``.
+        split_of: maps file names to splits, for files that another program wrote. It is required if a file name does
+            not contain the name of the split.
         shard_tokens: the number of tokens per shard. None usually means 100 million. However, if the source is a folder
-            of this project and the new format is npy or arrow, None means that each shard becomes one new shard.
+            of shards with a manifest, and the new format is npy or arrow, None means that each shard becomes one new
+            shard.
         name: the prefix of the new file names. It is used only if the new format is llm.c's. None means the name of
             ``out``.
         workers: the number of threads. None means one per core. The new files do not depend on this number.
@@ -94,7 +96,8 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
 
     Args:
         collection: the tokens to convert.
-        knows_bytes: whether the tokens show how many bytes of text they stand for. This depends on the tokenizer.
+        knows_bytes: whether the number of bytes of text can be computed from the tokens. This is possible only if they
+            were created with GPT-2's tokenizer.
 
     Raises:
         DataError: the new format cannot store all information in the collection, or a split has no tokens.
@@ -117,7 +120,7 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
 def keeps_shards(request: ConvertRequest, collection: TokenCollection) -> bool:
     """Return whether the conversion writes exactly one new shard for each shard of the source.
 
-    The result can be True only if the source is a folder of this project.
+    The result can be True only if the source is a folder of shards with a manifest.
     """
     return collection.manifest is not None and request.to in SHARD_FORMATS and request.shard_tokens is None
 

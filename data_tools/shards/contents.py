@@ -36,7 +36,7 @@ class Vocabulary:
     """Counts documents, tokens and bytes of text in the tokens of a given tokenizer.
 
     Attributes:
-            size: the vocabulary size. All ids are below this number.
+        size: the vocabulary size. All ids are below this number.
         end_of_text: the id of the token that separates documents. This token counts as 0 bytes of text.
         knows_bytes: whether the bytes of text can be counted. They can be counted only for GPT-2's vocabulary.
     """
@@ -58,7 +58,8 @@ class Vocabulary:
         """Count documents, tokens and bytes of text. If ``knows_bytes`` is False, the number of bytes is 0.
 
         Args:
-            tokens: uint16 of shape (tokens,). place: the file or folder with the tokens, for error messages.
+            tokens: uint16 of shape (tokens,).
+            place: the file or folder with the tokens, for error messages.
             advance: a function that is called regularly with the argument 0. It can raise an error to stop the
                 counting.
 

@@ -124,8 +124,8 @@ class Manifest:
         tokenizer: the tokenizer that created the ids in the shards.
         source: the origin of the documents.
         settings: the options for the shards, such as the format and the fraction of documents for validation.
-        shards: the records of all shards. The shards of a split are in the order of their tokens. report: statistics
-            about the documents, such as their lengths, or None.
+        shards: the records of all shards. The shards of a split are in the order of their tokens.
+        report: statistics about the documents, such as their lengths, or None.
         made: when and with which software versions the folder was written, or None. The bytes of the shards do not
             depend on these values.
     """
@@ -180,8 +180,8 @@ def load_manifest(folder: Path | str) -> Manifest:
     """Read and check the manifest of a folder.
 
     Raises:
-            DataError: the manifest is missing, is not JSON, has an unknown version or dtype, or has a wrong field. The
-                message is one line. For a wrong field, it says which value is expected.
+        DataError: the manifest is missing, is not JSON, has an unknown version or dtype, or has a wrong field. The
+            message is one line. For a wrong field, it says which value is expected.
     """
     path = Path(folder) / MANIFEST_NAME
     with one_line_read_errors(path):

@@ -112,9 +112,9 @@ class ShardWriter:
         Args:
             tokens: uint16 of shape (tokens,), with ``END_OF_TEXT`` before each document.
             documents: the number of documents in ``tokens``.
-            utf8_bytes: the bytes of text in these documents. scored: the mask, bool of shape (tokens,), True for tokens
-                that count in the loss. If None, all tokens count. For one shard, either all calls or no calls must have
-                a mask.
+            utf8_bytes: the bytes of text in these documents.
+            scored: the mask, bool of shape (tokens,), True for tokens that count in the loss. If None, all tokens
+                count. Within one shard, either every call or no call must have a mask.
 
         Raises:
             DataError: the disk is full or not writable.

@@ -144,8 +144,8 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
     """Return the path and the size in bytes of each input file. The files of each input are sorted by path.
 
     Args:
-            inputs: files, folders and glob patterns. A folder stands for all files in it and in its subfolders, except
-                hidden files.
+        inputs: files, folders and glob patterns. A folder stands for all files in it and in its subfolders, except
+            hidden files.
         suffixes: in folders, only files with one of these suffixes are found. If ``suffixes`` is empty, files with any
             suffix are found.
 

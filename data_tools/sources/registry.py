@@ -81,8 +81,8 @@ def open_source(request: SourceRequest) -> Source:
     """Open the source that a request selects. Documents are not read yet.
 
     Raises:
-            DataError: the kind of source is unknown, an input is missing or does not exist, or the request has an
-                option that this kind of source does not use.
+        DataError: the kind of source is unknown, an input is missing or does not exist, or the request has an
+            option that this kind of source does not use.
     """
     if request.source not in _KINDS:
         raise DataError(f"--source {request.source} is not one of {', '.join(SOURCE_KINDS)}")

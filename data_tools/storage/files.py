@@ -42,8 +42,8 @@ def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_byte
     """Return the SHA-256 of a file as 64 hexadecimal digits. The file is read in constant memory.
 
     Args:
-        path: the file. advance: a function that is called every few megabytes with the number of bytes read since its
-            last call.
+        path: the file.
+        advance: a function that is called every few megabytes with the number of bytes read since its last call.
     """
     digest = hashlib.sha256()
     chunk = memoryview(bytearray(_HASH_CHUNK_BYTES))

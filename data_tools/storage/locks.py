@@ -80,15 +80,17 @@ class FileLock:
 def acquire_lock(path: Path, content: bytes | None) -> FileLock:
     """Acquire a lock on a lock file. The caller must release the lock.
 
-    Several processes can hold a shared lock at the same time. Only one process can hold an exclusive lock. If another
-    process is just using ``make_exclusive``, a call for a shared lock waits until that process releases its lock.
+    Several processes can hold a shared lock at the same time. Only one process can hold an exclusive lock. A lock
+    from ``make_exclusive`` is held only for a short time. Therefore, a call for a shared lock waits until such a lock
+    is released.
 
     Args:
         path: the lock file. If it does not exist, it is created.
         content: for an exclusive lock, the text to write into the file. For a shared lock, None.
 
     Raises:
-        LockHeldError: another process holds a lock on the file. Its lock or the requested lock is exclusive.
+        LockHeldError: another process holds an exclusive lock on the file. If an exclusive lock is requested, this
+            error is also raised if another process holds a shared lock.
         OSError: the file cannot be created or written.
     """
     while True:

@@ -24,7 +24,7 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     with one Gram matrix would not be stable in bf16.
 
     Args:
-            matrices: shape (n, rows, columns). Its dtype is also the dtype of the computation and of the result.
+        matrices: shape (n, rows, columns). Its dtype is also the dtype of the computation and of the result.
     """
     rows, columns = matrices.shape[1:]
     is_tall = rows > columns

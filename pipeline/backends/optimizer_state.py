@@ -44,9 +44,9 @@ class OptimizerState(ABC):
 
     Args:
         optimizer: torch's AdamW, DeepSpeed's CPUAdam, or a Muon that contains one of them.
-        masters: the tensors in fp32 that the optimizer updates on this rank. names: maps the canonical name of each
-            parameter to the names of its optimizer tensors, such as ``exp_avg``. If the run keeps averages of the
-            weights, these names include ``ema``.
+        masters: the tensors in fp32 that the optimizer updates on this rank.
+        names: maps the canonical name of each parameter to the names of its optimizer tensors, such as ``exp_avg``. If
+            the run keeps averages of the weights, these names include ``ema``.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, masters: Iterable[Tensor], names: StateNames) -> None:
@@ -59,9 +59,9 @@ class OptimizerState(ABC):
 
     @abstractmethod
     def ranges(self) -> list[Range]:
-        """Return which ranges of which parameters the masters on this rank contain.
+        """Return the ranges of parameters that the masters on this rank contain.
 
-        All ranges in one master belong to one parameter group.
+        A master can contain several ranges. They all belong to the same parameter group.
         """
 
     @abstractmethod

@@ -42,7 +42,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, decay: float, grad_norm: Tensor | float) -> None:
-        """Replace each average a by decay * a + (1 - decay) * w, where w is the current value of its master.
+        """Replace each average a by decay * a + (1 - decay) * w, where w is the current value of the master.
 
         If the gradient norm is not finite, the averages do not change. On a GPU, this method does not wait until the
         norm is computed.

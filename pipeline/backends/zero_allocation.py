@@ -37,7 +37,10 @@ class AllocatedOnRead(nn.Module):
         self.device = device
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
-        """Yield the parameters of the model. Each one is allocated just before that, and has no initial values."""
+        """Yield the parameters of the model.
+
+        Each parameter is allocated just before it is yielded. Its values are not initialized.
+        """
         for parameter in self.placeholders:
             parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
             yield parameter

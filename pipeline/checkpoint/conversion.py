@@ -85,7 +85,7 @@ def write_new_run(
     """Write ``config.json`` and a checkpoint into a run folder. Create the folder if it does not exist.
 
     Args:
-            config: the config for ``config.json``.
+        config: the config for ``config.json``.
         state: the training state to store in the checkpoint.
         shapes: maps the canonical names of all parameters to their shapes.
         read: a function that returns a tensor to write. Its arguments are a kind and the canonical name of a parameter.

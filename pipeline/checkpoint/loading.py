@@ -134,7 +134,7 @@ def pieces_of_weights(folder: Path, shapes: dict[str, list[int]], weights: str) 
             moving average.
 
     Raises:
-            CheckpointError: the checkpoint has no moving average, does not fit the model, or is damaged.
+        CheckpointError: the checkpoint has no moving average, does not fit the model, or is damaged.
     """
     index = index_for_model(folder, shapes)
     kind = KINDS_OF_WEIGHTS[weights]

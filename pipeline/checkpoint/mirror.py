@@ -90,7 +90,7 @@ class Mirror:
         self._thread = threading.Thread(target=run, name="mirror", daemon=True)
 
     def start(self) -> None:
-        """Start the thread of this rank."""
+        """Start the thread of this rank, which uploads its share of the files."""
         self._thread.start()
 
     def request(self) -> None:

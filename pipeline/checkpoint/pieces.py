@@ -86,8 +86,8 @@ def index_pieces(folder: Path, manifest: dict[str, Any], files: Collection[str] 
             element exactly once. Otherwise, elements may be missing in the index.
 
     Raises:
-            CheckpointError: a file is not in the safetensors format, a name or a shape differs from the manifest, a
-                tensor is not fp32, or elements of a parameter are missing or stored twice.
+        CheckpointError: a file is not in the safetensors format, a name or a shape differs from the manifest, a
+            tensor is not fp32, or elements of a parameter are missing or stored twice.
     """
     shapes = {name: torch.Size(shape) for name, shape in manifest["parameters"].items()}
     index: PieceIndex = {WEIGHT: {name: [] for name in shapes}}

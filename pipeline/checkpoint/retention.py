@@ -55,9 +55,9 @@ def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> 
     """Rename the checkpoints of all steps after ``step``, so that the next start does not resume from them.
 
     Args:
-        origin: the checkpoint from which the run continues. If it is in another run folder, and ``run_folder`` also
-            contains a checkpoint of ``step``, the latter does not belong to the history of the run. It is renamed, too.
-            If ``origin`` is None, the checkpoint of ``step`` in ``run_folder`` is kept.
+        origin: the checkpoint from which the run continues. If it is in another run folder, ``run_folder`` may contain
+            a different checkpoint of ``step``. That checkpoint is also renamed, because it does not belong to the
+            history of the run. If ``origin`` is None, the checkpoint of ``step`` in ``run_folder`` is kept.
 
     Raises:
         OSError: a folder cannot be renamed.

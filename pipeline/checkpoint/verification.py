@@ -109,7 +109,7 @@ def locate_checkpoint(path: Path) -> Path:
     """Return the path of an undamaged checkpoint. For a run folder, this is its newest undamaged checkpoint.
 
     Raises:
-            CheckpointError: ``path`` is a damaged checkpoint, or contains no undamaged checkpoint.
+        CheckpointError: ``path`` is a damaged checkpoint, or contains no undamaged checkpoint.
     """
     if (path / MANIFEST_FILE).is_file():
         if problem := find_damage(path):
@@ -125,8 +125,8 @@ def verify_checkpoints(path: Path, print_line: Callable[[str], None]) -> None:
     """Verify a checkpoint, or all checkpoints of a run, oldest first.
 
     Args:
-            print_line: a function that prints a line. It is called once per checkpoint. At the end, it is called with a
-                line that says how much data was read and how fast.
+        print_line: a function that prints a line. It is called once per checkpoint. At the end, it is called with a
+            line that says how much data was read and how fast.
 
     Raises:
         CheckpointError: the path contains no checkpoint, or a checkpoint is damaged.

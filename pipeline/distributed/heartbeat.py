@@ -87,7 +87,10 @@ class Heartbeat:
         self._guard.start()
 
     def stop(self) -> None:
-        """Stop the threads. Before this call, all ranks must pass a barrier. Until then, they expect heartbeats."""
+        """Stop the threads.
+
+        Before this call, wait in a barrier for all ranks. Otherwise, they count this rank as lost.
+        """
         self._stopped.set()
 
     @contextmanager

@@ -25,7 +25,7 @@ class Slab:
 def allocate_host_buffers(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return one uninitialized tensor in host memory for each tensor in ``sources``, with the same shape and dtype.
 
-    If a source is on a GPU, its buffer is pinned.
+    If a source is on a GPU, the new tensor for it is pinned.
     """
     on_gpu = {name: source for name, source in sources.items() if source.is_cuda}
     others = {name: source for name, source in sources.items() if name not in on_gpu}

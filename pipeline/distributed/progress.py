@@ -135,9 +135,9 @@ class Place:
         """Return whether the rank computes without progress, for example in an infinite loop.
 
         A rank reports its progress with ``Progress.reach``, ``Progress.pass_mark`` or ``Progress.move``. The result is
-        True if the CPU time since the rank's last report is longer than ``timeout_s`` and also much longer than usual.
-        Usual is the longest CPU time from one report to the next so far. For this longest time, only phases with
-        ``repeats`` count.
+        True if the CPU time since the rank's last report is longer than ``timeout_s``, and also longer than
+        ``LOOP_FACTOR`` times the longest CPU time between two reports so far. This longest time is measured only in
+        phases with ``repeats=True``. If it is not known yet, the result is False.
         """
         return self.longest_s > 0 and self.busy_s > max(timeout_s, LOOP_FACTOR * self.longest_s)
 
@@ -228,7 +228,7 @@ def find_stuck(places: Mapping[int, Place], timeout_s: float) -> list[int]:
 
     Args:
         places: maps each rank to what its main thread is doing.
-        timeout_s: how long a rank may be still (see ``Place.is_overdue``).
+        timeout_s: how long a rank may make no progress (see ``Place.is_overdue``).
     """
     overdue = [rank for rank, place in places.items() if place.is_overdue(timeout_s)]
     positions = [place.position for place in places.values()]

@@ -88,7 +88,7 @@ class StreamClock:
         return event
 
     def has_passed(self, mark: Mark) -> bool:
-        """Return whether the GPU has reached an event."""
+        """Return whether the GPU has reached the event ``mark``."""
         return bool(mark.query())
 
     def seconds(self, start: Mark, end: Mark) -> float:

@@ -28,8 +28,8 @@ def run_checks(folder: Path, *, thorough: bool) -> list[Finding]:
     """Run all checks except ``check_packages``. If a check raises an error, the result contains the error as a finding.
 
     Args:
-        folder: the folder for runs and data. It need not exist yet. thorough: whether to also compile code and start
-            two ranks. The first time, this takes one or two minutes.
+        folder: the folder for runs and data. It need not exist yet.
+        thorough: whether to also compile code and start two ranks. The first time, this takes one or two minutes.
     """
     checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
         ("device", check_devices),

@@ -109,12 +109,13 @@ def prepare_core(path: str | None, settings: Settings, name: str) -> PreparedCor
     """Read and check the tasks of a bundle.
 
     Args:
-        path: the folder ``eval_bundle``. settings: the options. ``limit`` is the largest number of examples per task.
-            The first examples in nanochat's shuffled order are used.
+        path: the folder ``eval_bundle``.
+        settings: the options. ``limit`` is the largest number of examples per task. The first examples in nanochat's
+            shuffled order are used.
         name: the name of the result.
 
     Raises:
-        ConfigError: there is no path, or ``settings`` contains few-shot examples or a stride.
+        ConfigError: ``path`` is None, or ``settings`` contains few-shot examples or a stride.
         DataError: a file is missing or cannot be used.
     """
     if path is None:

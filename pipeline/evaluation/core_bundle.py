@@ -71,7 +71,7 @@ class BundleTask:
     items: list[Item]
 
     def centered(self, accuracy: float) -> float:
-        """Return the accuracy on a scale on which random answers have 0 and right answers have 1."""
+        """Return the accuracy, rescaled so that guessing at random gives 0, and only right answers give 1."""
         return (accuracy - self.baseline) / (1 - self.baseline)
 
     def prefix(self, number: int) -> str:
@@ -138,7 +138,7 @@ def read_bundle(folder: Path, limit: int | None) -> tuple[list[BundleTask], list
     """Read and check the tasks of a bundle.
 
     Args:
-            limit: the largest number of examples per task. The first examples in nanochat's shuffled order are used.
+        limit: the largest number of examples per task. The first examples in nanochat's shuffled order are used.
 
     Returns:
         The tasks, and all files of the bundle that were read.

@@ -42,7 +42,7 @@ class PreparedTask:
     describe: Callable[[Scores], list[Figures]]  # the scores of each example, for ``--save-examples``
 
     def measure(self, scorer: Scorer) -> dict[str, Any]:
-        """Score the examples. Return results such as ``acc``, and the entries of ``facts_of``, as JSON values.
+        """Score the examples. Return the attribute ``facts`` and results such as ``acc``, in one dict of JSON values.
 
         This call is collective: every rank must make it. All ranks return the same values.
         """

@@ -61,15 +61,15 @@ def run_tasks(
     This call is collective: every rank must make it.
 
     Args:
-            checkpoint: a checkpoint folder or a run folder, or the URL of one. If it is a URL and ``out`` is None, the
-                results are only shown.
+        checkpoint: a checkpoint folder or a run folder, or the URL of one. If it is a URL and ``out`` is None, the
+            results are only shown.
         tasks: the names of the tasks.
         settings: the options, such as the number of few-shot examples.
         paths: maps tasks to data paths. For these tasks, the paths in the run's ``evaluation.data`` are ignored.
         batch_size: the number of sequences per forward pass and rank. If None, the micro-batch size of the run is used.
-        precision: the precision of forward passes. If None, the precision of the run is used. weights: ``training`` for
-            the weights that are trained, or ``ema`` for their moving average. With ``ema``, the names of the results
-            end with it.
+        precision: the precision of forward passes. If None, the precision of the run is used.
+        weights: ``training`` for the weights that are trained, or ``ema`` for their moving average. With ``ema``, the
+            name of each result ends with ``_ema``.
         examples_file: a JSONL file to write, with one line of scores per example. The task ``validation`` has no
             examples.
         out: a folder for the JSON files of the results.

@@ -67,8 +67,7 @@ def validate_average(
     This call is collective: every rank must make it.
 
     Returns:
-            A dict with ``val_ema_loss``. If ``averaging.ema`` is null, or if ``validate`` would return an empty dict,
-                the
+        A dict with ``val_ema_loss``. If ``averaging.ema`` is null, or if ``validate`` would return an empty dict, the
         dict is empty.
     """
     if config.averaging.ema is None or VALIDATION not in config.evaluation.tasks:

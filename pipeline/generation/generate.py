@@ -57,9 +57,9 @@ def generate_batch(
     depend on the other rows, except for rounding.
 
     Args:
-        model: the model, in evaluation mode. prompts: the token ids of each prompt, at least one id per prompt. If a
-            prompt with its new tokens is longer than the context, the model sees only the last tokens (see
-            ``window_start``).
+        model: the model, in evaluation mode.
+        prompts: the token ids of each prompt, at least one id per prompt. If a prompt with its new tokens is longer
+            than the context, the model sees only the last tokens (see ``window_start``).
         sample: the options for sampling. ``prompt`` and ``stop`` are not used.
         ends: token ids that end a row. They are not yielded.
         stopped: a set with the indices of rows for which no further tokens are generated. The caller may add an index

@@ -31,8 +31,8 @@ def load_writer(checkpoint: Path | str, device: torch.device, dtype: str = "fp32
     Args:
         checkpoint: a checkpoint folder or a run folder, or its URL. For a run folder, the newest good checkpoint is
             used.
-        dtype: the dtype of weights and matrix products, a key of ``DTYPES``. weights: ``training`` for the weights that
-            are trained, or ``ema`` for their moving average.
+        dtype: the dtype of weights and matrix products, a key of ``DTYPES``.
+        weights: ``training`` for the weights that are trained, or ``ema`` for their moving average.
 
     Raises:
         CheckpointError: there is no good checkpoint, it does not have these weights, or the vocabulary of the model is
@@ -48,10 +48,11 @@ def load_writer(checkpoint: Path | str, device: torch.device, dtype: str = "fp32
 class Writer:
     """Completes prompts with a model and GPT-2's tokenizer.
 
-    Each method takes the options for sampling as an argument. The option ``prompt`` in them is not used.
+    The methods get the prompts and the options for sampling as arguments. They ignore the option ``prompt``.
 
     Args:
-        sample: the section ``sample`` in the config of the run that trained the model. Callers can read it as defaults.
+        sample: the section ``sample`` in the config of the run that trained the model. The methods do not use it.
+            Callers can take default values from it.
     """
 
     def __init__(self, model: GPT2, sample: SampleConfig) -> None:

@@ -44,10 +44,10 @@ class CheckpointModel(LM):  # type: ignore[misc]
     Args:
         checkpoint: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used. weights:
             ``training`` for the weights that are trained, or ``ema`` for their moving average.
-        precision: the precision of forward passes. If None, the precision of the run is used. batch_size: the number of
-            sequences of full context length per batch. A batch of shorter sequences contains more of them. ``auto``
-            means the micro-batch size of the run. When the model generates, ``batch_size`` is the number of prompts per
-            batch.
+        precision: the precision of forward passes. If None, the precision of the run is used.
+        batch_size: the number of sequences of full context length per batch. A batch of shorter sequences contains more
+            of them. ``auto`` means the micro-batch size of the run. When the model generates, ``batch_size`` is the
+            number of prompts per batch.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         max_batch_size: not used. The harness always passes this argument.
 

@@ -55,8 +55,8 @@ class KeyValueCache:
         Inside the ``with`` block, every layer must call ``attend`` once with the new tokens.
 
         Args:
-                lengths: the number of new tokens per row, without padding. If the cache is not empty, every number must
-                    be 1.
+            lengths: the number of new tokens per row, without padding. If the cache is not empty, every number must
+                be 1.
         """
         assert lengths == [1] * len(self.lengths) or not any(self.lengths), "only an empty cache takes whole rows"
         self._new = lengths
@@ -87,8 +87,8 @@ class KeyValueCache:
         """Store the new keys and values. Return causal attention over all stored tokens, shape (B, H, T, C/H).
 
         Args:
-                q, k, v: the queries, keys and values of the new tokens, each of shape (B, H, T, C/H). If the cache is
-                    not empty, T must be 1.
+            q, k, v: the queries, keys and values of the new tokens, each of shape (B, H, T, C/H). If the cache is
+                not empty, T must be 1.
         """
         keys, values = self._memory[layer]  # (B, H, S, C/H) each
         if q.shape[2] > 1:

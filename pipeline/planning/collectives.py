@@ -43,7 +43,7 @@ class StepCollectives:
     after: list[Collective]  # after the last backward pass, one by one
 
     def micro_steps(self) -> Iterator[tuple[int, list[Stage]]]:
-        """Yield how often each kind of micro-step occurs, and its stages."""
+        """Yield a pair for each kind of micro-step: the number of such micro-steps in the step, and their stages."""
         if self.accumulation > 1:
             yield 1, self.first
             yield self.accumulation - 2, self.middle

@@ -40,7 +40,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks of a collective: ``size`` ranks, whose numbers differ by ``stride``.
+    """The ranks of a collective: ``size`` ranks. The numbers of two consecutive ranks differ by ``stride``.
 
     All other ranks are in groups of the same kind, which communicate at the same time.
     """

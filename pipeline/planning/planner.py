@@ -74,8 +74,8 @@ def plan_run(
     """Estimate the memory and the speed of a run.
 
     Args:
-        name: the name for the plan in tables, such as the name of the backend. mfu: the fraction of the device's FLOP/s
-            that the computation reaches.
+        name: the name for the plan in tables, such as the name of the backend.
+        mfu: the fraction of the device's FLOP/s that the computation reaches.
         tokens: the number of tokens that the whole run trains on.
         grow_batch: if True, a batch that is too small for the number of ranks is enlarged to one micro-batch per rank.
             The function then does not search for the largest micro-batch.

@@ -82,10 +82,10 @@ def _speed_lines(plan: Plan, price: float | None) -> Iterator[str]:
 
 
 def fastest_plan(plans: Sequence[Plan]) -> Plan | None:
-    """Return the first plan that needs at most 1% more days than the fastest one.
+    """Return the plan that needs the fewest days. If the model does not fit with any backend, return None.
 
-    Plans are not accurate enough to prefer a later backend for less. If the model does not fit with
-    any backend, return None.
+    A plan that needs at most 1% more days than the fastest plan counts as equally fast, because plans are not accurate
+    enough to show such a small difference. If several plans are equally fast, the first of them is returned.
     """
     fitting = [(plan, plan.days) for plan in plans if plan.days is not None]
     fewest = min((days for _, days in fitting), default=0.0)

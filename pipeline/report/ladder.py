@@ -48,7 +48,7 @@ def write_ladder(out: Path, stable: Path, branches: Sequence[Branch]) -> tuple[s
     """Write a table of the branches as Markdown and as JSON, and a chart of their validation losses against tokens.
 
     Args:
-            out: the folder into which the files are written.
+        out: the folder into which the files are written.
         stable: the run folder of the long run.
         branches: the branches to compare.
 

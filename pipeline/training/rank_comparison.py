@@ -28,8 +28,8 @@ class RankComparison:
 
     Args:
         clock: measures the steps of this rank.
-        slow_ratio: if a rank needs this number of times as long as the other ranks, the main rank logs it. None logs
-            nothing, and measures no links.
+        slow_ratio: if a rank takes more than ``slow_ratio`` times as long as the other ranks, the main rank logs a
+            warning. If None, nothing is logged, and no links are measured.
     """
 
     def __init__(self, clock: StepClock, world: World, slow_ratio: float | None) -> None:
@@ -56,7 +56,7 @@ class RankComparison:
         self._times = self._world.sum(copy_to(own, self._world.device))
 
     def read(self) -> dict[str, Any]:
-        """Return the metrics for which ``start`` has collected the times. If a rank is slow, log it.
+        """Compute metrics from the times that ``start`` has collected, and return them. If a rank is slow, log it.
 
         Synchronize the device before this call. If there is only one rank, or if a rank has measured no step yet, the
         result is empty.

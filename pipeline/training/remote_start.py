@@ -31,9 +31,10 @@ def fetch_remote_start(config: Config, world: World) -> None:
     only logged. This call is collective: every rank must make it.
 
     Raises:
-        CheckpointError: ``checkpoint.remote`` belongs to another run. If the run folder has no undamaged checkpoint,
-            this error is also raised if a download failed, or if no checkpoint at the URL can be used.
-        DataError: the server refuses or does not answer, and the run folder has no checkpoint.
+        CheckpointError: ``checkpoint.remote`` belongs to another run. This error is also raised if the run folder has
+            no undamaged checkpoint, and the checkpoints at the URL cannot be downloaded or used.
+        DataError: ``checkpoint.resume`` is a URL, its server refuses or does not answer, and the run folder has no
+            undamaged checkpoint.
     """
     run_folder = Path(config.run.out_dir)
     candidates, is_needed = world.call_on_main(lambda: _find_candidates(config.checkpoint, run_folder))

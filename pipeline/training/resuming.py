@@ -60,8 +60,8 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
     URL. The function records in the run folder that they must not be used.
 
     Raises:
-        CheckpointError: the checkpoint that the config names cannot be used. Or it does not fit: the run folder
-            contains another run, or its data, seed or model have changed.
+        CheckpointError: the checkpoint that the config names cannot be used, or the run folder contains another run.
+            This error is also raised if the data, the seed or the model differ from those of the checkpoint.
         ConfigError: the checkpoint belongs to another run, and its step is the last step of this run or a later one.
     """
     run_folder = Path(config.run.out_dir)

@@ -69,7 +69,7 @@ class RunRecord:
                 sink.write(row)
 
     def count_step(self, step: int) -> None:
-        """Tell the sinks how many steps were started. Call this method once per step."""
+        """Tell the sinks that ``step`` steps were started so far. Call this method once per step."""
         for sink in self._sinks:
             sink.count_step(step)
 

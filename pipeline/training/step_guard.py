@@ -165,7 +165,10 @@ class StepGuard:
             log.warning("step %d: none of its targets is scored (%s): its loss is null", finished.step, samples)
 
     def log_steps_without_targets(self) -> None:
-        """Log a warning with the number of steps since this start that had no scored target, if there are any."""
+        """Log a warning with the number of steps that had no scored target since this process started.
+
+        If there are no such steps, nothing is logged.
+        """
         if count := self._steps_without_targets:
             log.warning("steps without a scored target since this start: %d; their loss is null", count)
 

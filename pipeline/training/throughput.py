@@ -35,9 +35,10 @@ class ThroughputMeter:
 
     Args:
         tokens_per_step: the number of tokens of a step on all ranks together.
-        flops_per_token: the FLOPs of a forward and backward pass per token. ceiling_flops: the FLOP/s that all ranks
-            together reach in matrix products, as measured at the start. If other programs use the machine, a
-            measurement is too low. Therefore, the meter uses the highest one so far (see ``raise_ceiling``).
+        flops_per_token: the FLOPs of a forward and backward pass per token.
+        ceiling_flops: the FLOP/s that all ranks together reach in matrix products, as measured at the start. If other
+            programs use the machine, a measurement is too low. Therefore, the meter uses the highest one so far (see
+            ``raise_ceiling``).
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, ceiling_flops: float) -> None:

@@ -56,7 +56,7 @@ class Trainer:
     distributes the computation over the ranks. :func:`pipeline.training.run.train` creates a trainer from a config.
 
     Args:
-            state: the progress of the run. It must belong to the weights and the optimizer state in the backend.
+        state: the progress of the run. It must belong to the weights and the optimizer state in the backend.
         tasks: the prepared tasks of ``evaluation.tasks`` except ``validation``.
         heartbeat_file: writes ``heartbeat.json``. If None, the file is not written.
     """
@@ -231,7 +231,8 @@ class Trainer:
     def train_step(self) -> TrainedStep:
         """Queue one optimizer step on the device.
 
-        The call does not wait for the device. It returns the loss and the gradient norm, which may still be computed.
+        The call does not wait for the device. When it returns, the device may not have computed the loss and the
+        gradient norm of the step yet.
         """
         self.heartbeat_file.enter("training", self.state.step)
         first_sample = self.guard.next_sample(self.state.samples, self.plan.samples_per_step)

@@ -47,8 +47,8 @@ def export_checkpoint(checkpoint: Path | str, out: Path, dtype: str, weights: st
         checkpoint: a checkpoint folder or a run folder, or its URL. For a run folder, the newest good checkpoint is
             used.
         out: a folder that does not exist or is empty.
-        dtype: the dtype of the exported weights, one of ``FORMATS[HUGGING_FACE]``. weights: ``training`` for the
-            weights that are trained, or ``ema`` for their moving average.
+        dtype: the dtype of the exported weights, one of ``FORMATS[HUGGING_FACE]``.
+        weights: ``training`` for the weights that are trained, or ``ema`` for their moving average.
 
     Raises:
         CheckpointError: there is no good checkpoint, it does not have these weights, or ``out`` is a file, or is a

@@ -61,8 +61,8 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
         source: a folder, or the name of a model on the hub.
 
     Raises:
-            CheckpointError: the model cannot be found, is not a GPT-2, or is damaged. If the run folder already has
-                checkpoints or cannot be written, this error is also raised.
+        CheckpointError: the model cannot be found, is not a GPT-2, or is damaged. If the run folder already has
+            checkpoints or cannot be written, this error is also raised.
         ConfigError: a setting of the model is not valid in a run config, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)

@@ -49,7 +49,8 @@ def push_to_hub(export: Path, name: str, *, private: bool) -> str:
     and all other files do not change.
 
     Args:
-        name: ``MODEL`` or ``USER/MODEL``. private: whether to create the model as private.
+        name: ``MODEL`` or ``USER/MODEL``.
+        private: whether to create the model as private.
 
     Raises:
         CheckpointError: the hub refuses the upload or does not answer. If ``private`` is True, a model that already
