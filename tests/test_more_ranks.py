@@ -92,9 +92,12 @@ def four(train: Train, folder: Path, one: dict[str, Result]) -> dict[str, Result
 
 @pytest.fixture(scope="module")
 def three(train: Train, folder: Path, four: dict[str, Result]) -> dict[str, Result]:
-    """Every backend on three ranks, by which no tensor divides, from scratch and from checkpoints of four ranks."""
+    """Every backend on three ranks, by which no tensor divides, from scratch and from checkpoints of four ranks.
+
+    From scratch, the loss is computed in blocks of the vocabulary.
+    """
     del four
-    cases = [Case(name, name) for name in BACKENDS]
+    cases = [Case(name, name, {"run": {"loss_in_blocks": True}}) for name in BACKENDS]
     pairs = (("fsdp/2", "fsdp"), ("fsdp/2", "zero3"), ("zero3/2", "ddp"))
     cases += [Case(f"{before} -> {name}", name, start=saved(folder, before)) for before, name in pairs]
     return train(3, cases)

@@ -23,6 +23,7 @@ def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -
     Args:
         plan: how the batch is divided among the ranks and micro-steps.
     """
+    model.lm_head.loss_in_blocks = config.run.loss_in_blocks
     if config.backend.name == "ddp":
         from pipeline.backends.ddp import DdpBackend
 

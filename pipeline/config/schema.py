@@ -128,6 +128,11 @@ class RunConfig(Section):
         description="Compile model and loss with torch.compile. `auto` compiles on CUDA, and on a CPU if the "
         "run will take more than ten minutes. If no compiler works, the model is not compiled.",
     )
+    loss_in_blocks: bool = Field(
+        False,
+        description="Compute the logits and the loss in blocks of the vocabulary, so that a step needs less memory. "
+        "The backward pass then computes the logits again.",
+    )
     working_dir: NonEmptyText | None = Field(
         None,
         description="Folder in which the run was started (set by the program). If a relative path of data does "

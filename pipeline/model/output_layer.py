@@ -11,6 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.model.blocked_loss import blocked_cross_entropy
+
 IGNORE_INDEX = -100  # marks a target that is not scored; torch's default
 VOCAB_MULTIPLE = 128  # matrix products are faster with multiples of this number: 50257 becomes 50304
 SCORED_AT_ONCE = 128  # targets whose logits are in memory together: 26 MB in fp32, which fit into the caches of a CPU
@@ -39,6 +41,7 @@ class OutputLayer(nn.Linear):
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__(width, padded_vocab_size(vocab_size), bias=False)
         self.vocab_size = vocab_size
+        self.loss_in_blocks = False  # see pipeline/model/blocked_loss.py
         self.packed_product: Callable[[Tensor], Tensor] | None = None  # see pipeline/model/packed_linear.py
 
     def forward(self, *inputs: Tensor, method: Method = "loss") -> Tensor:
@@ -56,7 +59,14 @@ class OutputLayer(nn.Linear):
             hidden: hidden states, shape (B, T, C).
             targets: (B, T) int64 ids. Targets that are ``IGNORE_INDEX`` do not count.
         """
-        losses = cross_entropy(self._padded_logits(hidden).flatten(0, 1), targets.flatten(), self.vocab_size)
+        targets = targets.flatten()
+        if self.loss_in_blocks:
+            device = hidden.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+            states, weight = hidden.flatten(0, 1).to(dtype), self.weight.to(dtype)
+            losses = blocked_cross_entropy(states, weight, targets, self.vocab_size, IGNORE_INDEX)
+        else:
+            losses = cross_entropy(self._padded_logits(hidden).flatten(0, 1), targets, self.vocab_size)
         return losses.sum()  # torch sums pairwise, so the error is about the rounding error of one addition
 
     def logits(self, hidden: Tensor) -> Tensor:

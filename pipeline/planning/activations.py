@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.config.schema import ModelConfig
+from pipeline.model.blocked_loss import GRADIENTS, LOSSES, bytes_of_a_block
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.output_layer import padded_vocab_size
 from pipeline.model.precision import AutocastModel, Bf16ViewModel
@@ -51,6 +52,7 @@ class Request:
     precision: str
     micro_batch_size: int
     seq_len: int
+    loss_in_blocks: bool = False
 
 
 @lru_cache(maxsize=512)
@@ -114,6 +116,7 @@ def _build(request: Request) -> tuple[GPT2, nn.Module]:
     finally:
         torch.set_default_dtype(before)
     recompute_blocks(model)
+    model.lm_head.loss_in_blocks = request.loss_in_blocks
     if request.compute == "autocast":
         return model, AutocastModel(model, request.precision, torch.device("cpu"))
     return model, Bf16ViewModel(model) if request.compute == "bf16_view" else model
@@ -167,6 +170,17 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.logits -= logits
 
 
+def _memory_inside(func: Any, args: Any) -> int:
+    """Return the bytes of a block of logits if ``func`` computes the loss in blocks. Otherwise, return 0."""
+    if func is LOSSES:
+        hidden, weight, *_ = args
+    elif func is GRADIENTS:
+        _, hidden, weight, *_ = args
+    else:
+        return 0
+    return bytes_of_a_block(hidden.shape[0], weight.shape[0], hidden.itemsize)
+
+
 class _PeakRecorder(LiveBytes):  # type: ignore[no-untyped-call]
     """Records the peak in each interval between two finished gradients."""
 
@@ -181,10 +195,12 @@ class _PeakRecorder(LiveBytes):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.add.Tensor and result.shape == self._tied_shape:
             # Autograd sums the two gradients of the tied weight in place, but not under a dispatch mode.
             self._forget(args[0].untyped_storage()._cdata)
+        logits = self.logits + _memory_inside(func, args)
+        total = self.total - self.logits + logits
         key = (self._finished, torch.is_grad_enabled())
         before = self.peaks.get(key)
-        if before is None or self.total > before.activation_bytes + before.logit_bytes:
-            self.peaks[key] = Peak(self._finished, self.total - self.logits, self.logits)
+        if before is None or total > before.activation_bytes + before.logit_bytes:
+            self.peaks[key] = Peak(self._finished, total - logits, logits)
         return result
 
     def finish_gradient(self, parameter: Tensor) -> None:

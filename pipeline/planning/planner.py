@@ -116,7 +116,14 @@ def peak_memory(config: Config, plan: BatchPlan) -> Memory:
     gradients.
     """
     layout = layout_of(config, plan)
-    request = Request(config.model, layout.compute, config.run.precision, plan.micro_batch_size, plan.seq_len)
+    request = Request(
+        config.model,
+        layout.compute,
+        config.run.precision,
+        plan.micro_batch_size,
+        plan.seq_len,
+        loss_in_blocks=config.run.loss_in_blocks,
+    )
     before_update = Peak(sizes_of(config.model).total, activation_bytes=0, logit_bytes=0)
 
     def memory_at(peak: Peak) -> Memory:

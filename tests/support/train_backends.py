@@ -24,6 +24,7 @@ from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import load_config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.world import World, join_world
+from pipeline.model import blocked_loss
 from pipeline.model.gpt2 import allocate_model, build_model
 from tests.support.checkpoints import save_checkpoint
 from tests.support.runs import CONFIGS, Sections, merged, overrides, split_config
@@ -77,6 +78,7 @@ def main() -> list[Backend]:
     """Train all cases. Returns the backends, which ``run_command`` keeps in memory."""
     cases = [Case(**values) for values in json.loads(Path(sys.argv[1]).read_text())]
     backends, results = [], {}
+    blocked_loss.BLOCK_COLUMNS = 24  # the tiny vocabulary needs several blocks
     with join_world(load_config([CONFIGS / "ddp.json"], overrides(SECTIONS)).run) as world:
         for case in cases:
             trainee = _Trainee(case, world)

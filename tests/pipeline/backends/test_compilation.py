@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from pipeline.backends import ddp, deepspeed_zero
 from pipeline.backends.compilation import compiles_blocks
 from pipeline.distributed.world import World
+from pipeline.model import blocked_loss
 from tests.pipeline.backends.conftest import count_graphs, first_of_two, make_backend, micro_batch
 
 
@@ -38,15 +39,22 @@ def one_of_two() -> Iterator[World]:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # for first_of_two to destroy
 
 
-def graphs_of_two_steps(world: World, name: str, precision: str, n_layer: int, recompute: bool) -> tuple[int, int]:
-    """Train two steps as one of two GPUs would, but on a CPU. Returns the numbers of graphs and of graph breaks."""
+def graphs_of_two_steps(
+    world: World, name: str, precision: str, n_layer: int, *, recompute: bool, loss_in_blocks: bool
+) -> tuple[int, int]:
+    """Train two steps as one of two GPUs would, but on a CPU. Returns the numbers of graphs and of graph breaks.
+
+    The operations on a block of the vocabulary are not compiled, because their graphs do not belong to the model.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for backend_module in (ddp, deepspeed_zero):
             patch.setattr(backend_module, "compiles_blocks", lambda world: True)
+        patch.setattr(blocked_loss, "_compiled", lambda step: step)
         graphs = count_graphs(patch)
         counters.clear()
         model = {"n_layer": n_layer, "activation_checkpointing": recompute}
-        backend = make_backend(name, world, run={"precision": precision, "compile": True}, model=model)
+        run = {"precision": precision, "compile": True, "loss_in_blocks": loss_in_blocks}
+        backend = make_backend(name, world, run=run, model=model)
         if isinstance(backend.compute, DistributedDataParallel):
             backend.compute.register_comm_hook(None, keep_gradients)  # the pretended all-reduce returns no result
         for seed in range(2):
@@ -64,19 +72,24 @@ def keep_gradients(_state, bucket):  # type: ignore[no-untyped-def] # DDP reads 
 
 
 @pytest.mark.parametrize(
-    ("name", "precision", "recompute"),
+    ("name", "precision", "recompute", "loss_in_blocks"),
     [
-        ("ddp", "fp32", False),
-        ("ddp", "bf16", True),
-        ("fsdp", "bf16", False),
-        ("zero0", "bf16", False),
-        ("zero1", "bf16", True),
-        ("zero2", "amp_bf16", False),
-        ("zero3", "bf16", False),
-        ("zero3", "amp_bf16", True),
+        ("ddp", "fp32", False, False),
+        ("ddp", "bf16", True, True),
+        ("fsdp", "bf16", False, True),
+        ("zero0", "bf16", False, False),
+        ("zero1", "bf16", True, True),
+        ("zero2", "amp_bf16", False, False),
+        ("zero3", "bf16", False, False),
+        ("zero3", "amp_bf16", True, True),
     ],
 )
-def test_graphs_do_not_grow_with_depth(one_of_two: World, name: str, precision: str, recompute: bool) -> None:
+def test_graphs_do_not_grow_with_depth(
+    one_of_two: World, name: str, precision: str, recompute: bool, loss_in_blocks: bool
+) -> None:
     """There is one graph for all blocks and one for the output layer with the loss, and none is broken."""
     for n_layer in (2, 4):
-        assert graphs_of_two_steps(one_of_two, name, precision, n_layer, recompute) == (2, 0)
+        counts = graphs_of_two_steps(
+            one_of_two, name, precision, n_layer, recompute=recompute, loss_in_blocks=loss_in_blocks
+        )
+        assert counts == (2, 0)

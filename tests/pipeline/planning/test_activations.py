@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pipeline.planning.activations as activations
+from pipeline.model import blocked_loss
 from pipeline.model.gpt2 import GPT2, CausalSelfAttention
 from pipeline.planning.activations import Compute, LiveBytes, Peak, Request, trace_activations
 from tests.pipeline.conftest import tiny_model_config
@@ -71,6 +73,16 @@ class TestWhatIsFollowed:
 
         monkeypatch.setattr(CausalSelfAttention, "forward", written_out)
         assert peak_bytes(request(batch=16, n_layer=3)) > before
+
+    def test_a_loss_in_blocks_keeps_no_logits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The vocabulary has 128 columns with padding, and a block has 24."""
+        monkeypatch.setattr(blocked_loss, "BLOCK_COLUMNS", 24)
+        whole = request(batch=16)
+        blocked = replace(whole, loss_in_blocks=True)
+        logits = {planned: max(peak.logit_bytes for peak in trace_activations(planned)) for planned in (whole, blocked)}
+        assert logits[blocked] == blocked_loss.bytes_of_a_block(16 * 12, 128, 2)
+        assert logits[blocked] < logits[whole] / 2
+        assert peak_bytes(blocked) < peak_bytes(whole)
 
     def test_a_loss_that_is_whole_logits_or_less(self, monkeypatch: pytest.MonkeyPatch) -> None:
         before = peak_bytes(request(batch=16))

@@ -1,0 +1,177 @@
+"""Compute the output layer and the loss in blocks of the vocabulary, so that the logits never exist as a whole.
+
+The logits and their gradient are the largest tensors of a training step. Here, only the logits of one block of tokens
+of the vocabulary are in memory at a time. The forward pass keeps, for each row, the largest logit so far and the sum of
+exponentials so far (Milakov and Gimelshein 2018). The backward pass computes the logits of each block again.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK_COLUMNS = 3200  # the largest number of tokens of the vocabulary in a block
+
+_Step = Callable[..., Any]
+
+
+def blocked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignored: int) -> Tensor:
+    """Return the cross-entropy of each target in nats, fp32 of shape (N,). The logits are ``hidden @ weight.T``.
+
+    Args:
+        hidden: hidden states, shape (N, C).
+        weight: shape (padded vocabulary size, C), in the dtype of ``hidden``. Rows from ``vocab_size`` on are padding.
+        targets: (N,) int64 ids.
+        ignored: the value of a target that is not scored. Its cross-entropy is 0.
+    """
+    losses: Tensor = _BlockedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, torch.where(targets == ignored, -1, targets), vocab_size
+    )
+    return losses
+
+
+def block_columns(padded_vocab_size: int) -> int:
+    """Return the number of tokens of the vocabulary per block. The last block may have fewer."""
+    blocks = -(-padded_vocab_size // BLOCK_COLUMNS)
+    return -(-padded_vocab_size // (8 * blocks)) * 8
+
+
+def bytes_of_a_block(rows: int, padded_vocab_size: int, logit_bytes: int) -> int:
+    """Return the memory that the backward pass needs for a block, if its operations are not compiled.
+
+    Args:
+        rows: the number of targets.
+        logit_bytes: the bytes of a logit in the compute dtype.
+    """
+    softmax, is_target, one_hot = 4, 1, 4  # bytes per logit
+    return rows * block_columns(padded_vocab_size) * (logit_bytes + softmax + is_target + one_hot)
+
+
+class _BlockedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+        ctx.compiles = torch.compiler.is_compiling()
+        ctx.vocab_size = vocab_size
+        losses, log_totals = LOSSES(hidden, weight, targets, vocab_size, ctx.compiles)
+        ctx.save_for_backward(hidden, weight, targets, log_totals)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = GRADIENTS(grad_losses, *ctx.saved_tensors, ctx.vocab_size, ctx.compiles)
+        return grad_hidden, grad_weight, None, None
+
+
+def compute_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, compiles: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the losses and the logarithm of each row's sum of exponentials, both fp32 of shape (N,).
+
+    Args:
+        targets: (N,) int64 ids, or -1 if a target is not scored.
+        compiles: whether to compile the operations on a block.
+    """
+    add_block = _compiled(_add_block) if compiles else _add_block
+    largest = hidden.new_full(hidden.shape[:1], torch.finfo(torch.float32).min, dtype=torch.float32)
+    total, chosen = torch.zeros_like(largest), torch.zeros_like(largest)
+    for block, logits in _blocks_of_logits(hidden, weight, vocab_size):
+        largest, total, chosen = add_block(logits, targets - block.start, largest, total, chosen)
+    log_totals = largest + total.log()
+    return torch.where(targets >= 0, log_totals - chosen, 0.0), log_totals
+
+
+def compute_gradients(
+    grad_losses: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    log_totals: Tensor,
+    vocab_size: int,
+    compiles: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the hidden states and of the weight, in their dtype. The sum over blocks is in fp32.
+
+    Args:
+        grad_losses: (N,) gradients of the losses.
+        log_totals: the second result of ``compute_losses``, which also describes the other arguments.
+    """
+    replace_with_gradient = _compiled(_replace_with_gradient) if compiles else _replace_with_gradient
+    factors = torch.where(targets >= 0, grad_losses, 0.0)
+    grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+    grad_weight = torch.empty_like(weight)
+    summand = torch.empty_like(hidden)
+    # A CPU with AMX computes this product twice as fast as the product of the transposed logits and the hidden states.
+    transposed = hidden.t().contiguous()
+    for block, logits in _blocks_of_logits(hidden, weight, vocab_size):
+        replace_with_gradient(logits, targets - block.start, log_totals, factors)
+        grad_weight[block] = torch.mm(transposed, logits).t()
+        grad_hidden += torch.mm(logits, weight[block], out=summand)
+    return grad_hidden.to(hidden.dtype), grad_weight
+
+
+def _blocks_of_logits(hidden: Tensor, weight: Tensor, vocab_size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield each block of the vocabulary with its logits, shape (N, tokens of the block). Padding has logits of -inf.
+
+    All blocks use the same memory, so the logits of a block are only valid until the next block.
+    """
+    tokens, columns = weight.shape[0], block_columns(weight.shape[0])
+    memory = hidden.new_empty(hidden.shape[0] * columns)
+    for start in range(0, tokens, columns):
+        block = slice(start, min(start + columns, tokens))
+        width = block.stop - start
+        logits = memory[: hidden.shape[0] * width].view(-1, width)
+        torch.mm(hidden, weight[block].t(), out=logits)
+        logits[:, max(vocab_size - start, 0) :] = -torch.inf
+        yield block, logits
+
+
+def _add_block(
+    logits: Tensor, columns: Tensor, largest: Tensor, total: Tensor, chosen: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each row's largest logit, its sum of exponentials relative to it, and its target's logit, with this block.
+
+    Args:
+        columns: (N,) int64, the target's column in this block. Other values mean that the target is not in this block.
+    """
+    higher = torch.maximum(largest, logits.amax(dim=1).float())
+    total = total * (largest - higher).exp() + (logits - higher.unsqueeze(1)).exp_().sum(dim=1)
+    is_here = (columns >= 0) & (columns < logits.shape[1])
+    here = logits.gather(1, columns.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    return higher, total, torch.where(is_here, here.float(), chosen)
+
+
+def _replace_with_gradient(logits: Tensor, columns: Tensor, log_totals: Tensor, factors: Tensor) -> None:
+    """Replace a block of logits with its gradient.
+
+    Args:
+        columns: see ``_add_block``.
+        factors: (N,) gradients of the losses.
+    """
+    softmax = (logits - log_totals.unsqueeze(1)).exp_()  # fp32
+    ids = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
+    one_hot = (ids == columns.int().unsqueeze(1)).float()
+    logits.copy_(softmax.sub_(one_hot).mul_(factors.unsqueeze(1)))
+
+
+@cache
+def _compiled(step: _Step) -> _Step:
+    return torch.compile(step, dynamic=False)
+
+
+#: As operators of torch, the two functions are opaque to torch.compile. They are differentiable only together.
+_losses = torch.library.custom_op("gpt2_pipeline::blocked_losses", compute_losses, mutates_args=())
+_gradients = torch.library.custom_op("gpt2_pipeline::blocked_loss_gradients", compute_gradients, mutates_args=())
+LOSSES = torch.ops.gpt2_pipeline.blocked_losses.default
+GRADIENTS = torch.ops.gpt2_pipeline.blocked_loss_gradients.default
+
+
+@_losses.register_fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, compiles: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(targets, dtype=torch.float32), torch.empty_like(targets, dtype=torch.float32)
+
+
+@_gradients.register_fake
+def _(grad_losses: Tensor, hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden), torch.empty_like(weight)
