@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.rehearsal.cases import HELD_AFTER, LOST, MEGABITS, GoodRun, Rehearsal
+from benchmarks.rehearsal.cases import CASES, HELD_AFTER, LOST, MEGABITS, GoodRun, Rehearsal
 from benchmarks.rehearsal.job import RANK_TIMEOUT_S, Job, torchrun
 from tests.support.hosts import Lab, NamespacesError
 from tests.support.runs import REPOSITORY, child_environment
@@ -80,3 +80,9 @@ def test_without_namespaces_the_command_prints_one_line() -> None:
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert result.returncode == 1 and not result.stdout
     assert re.fullmatch(r"error: commands are missing: hostname, ip, .*\n", result.stderr)
+
+
+def test_every_case_is_in_the_docs() -> None:
+    page = (REPOSITORY / "docs" / "scaling.md").read_text(encoding="utf-8")
+    missing = [name for name in CASES if f"`{name}`" not in page]
+    assert not missing

@@ -217,6 +217,7 @@ def host_returns(rehearsal: Rehearsal) -> Row:
         job.release()
         finish(job, row, rehearsal.reference)
         row.expect(cause=r"continues \S*step_0*\d+$", within=job.output)
+        row.cause = row.cause.replace(f"{run_folder}/checkpoints/", "")
     return row
 
 
