@@ -2,8 +2,9 @@
 
 Muon (Jordan et al. 2024) updates a weight matrix with the orthogonal matrix that is nearest to its momentum matrix.
 Computing the orthogonal matrix needs the whole momentum matrix on one rank. However, each rank may hold only some
-ranges of the momentum matrix. Therefore, each step collects every momentum matrix on one rank, and computes its
-orthogonal matrix there. This rank then sends each element of the orthogonal matrix to the rank that needs it.
+ranges of the momentum matrix. Therefore, each matrix is assigned to one rank. In each step, this rank receives the
+ranges of the momentum matrix from the other ranks, and computes the orthogonal matrix. It then sends the elements of
+the orthogonal matrix to the ranks that need them.
 
 The update is multiplied by 0.2 sqrt(max(rows, columns)). With this factor, Muon works with the same learning rates and
 weight decay as AdamW (Liu et al. 2025).

@@ -224,7 +224,7 @@ class LossScaler:
 
     @property
     def state(self) -> tuple[float | None, int]:
-        """Return the scale and the number of good steps since it last changed, as arguments for ``restore``.
+        """Return the scale, and the number of good steps since the scale last changed, for ``restore``.
 
         If the scale is not dynamic, None is returned as the scale.
         """

@@ -1,6 +1,6 @@
-"""Compute the dataset of a sample and the window of the sample in this dataset.
+"""Compute which window of which dataset a sample is.
 
-Both are computed from the number of the sample alone, in O(1) time and memory.
+The result is computed from the number of the sample, in O(1) time and memory. No list of samples is stored.
 
 A mixture assigns each sample to a dataset, in proportion to the weights of the datasets. Within a dataset, each epoch
 has a different random order of the windows. The seed determines all orders.

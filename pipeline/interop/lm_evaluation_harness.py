@@ -111,7 +111,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
         The first token of a text has the context ``<|endoftext|>``. The log-likelihood of an empty text is 0.
 
         Args:
-            requests: the argument of each request is a text.
+            requests: the first argument of each request is its text.
         """
         length = self.config.model.context_length
         texts = [self._tokenizer.encode(request.args[0]).tolist() for request in requests]

@@ -23,9 +23,9 @@ StateNames = Mapping[str, Iterable[str]]
 def state_names_of(shapes: Mapping[str, Sequence[int]], config: Config) -> dict[str, tuple[str, ...]]:
     """Return a dict that maps the name of each parameter to the names of the tensors that training keeps for it.
 
-    These are the names of the optimizer tensors, such as ``exp_avg``. If ``averaging.ema`` is set, the name of the
-    average of the weight is included. The name of the weight itself is not. The result does not depend on the backend
-    or the rank.
+    These are the names of the optimizer tensors, such as ``exp_avg``. If ``averaging.ema`` is set, ``ema`` is added for
+    the average of the weight. The names do not include the weight itself. The result does not depend on the backend or
+    the rank.
 
     Args:
         shapes: maps the canonical names of all parameters to their shapes.

@@ -59,7 +59,7 @@ class Request:
 def trace_activations(request: Request) -> tuple[Peak, ...]:
     """Return the peaks of the memory for activations during a forward and backward pass, in the order of time.
 
-    There is one peak per interval. The class ``Peak`` says where an interval begins.
+    There is one peak per interval. The class ``Peak`` describes the intervals.
 
     Tracing a deep model would take long. Instead, the function traces a model with few blocks, and a model with a few
     more blocks. From the difference between their peaks, it computes the peaks of the deep model. For a deep model, the
