@@ -27,7 +27,7 @@ COLUMNS = (
     "launchers end",
     "continues",
     "the run prints",
-    "loss",
+    "loss difference",
 )
 
 
