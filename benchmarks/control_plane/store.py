@@ -51,7 +51,6 @@ class Ranks:
             command = [sys.executable, "-m", "benchmarks.control_plane.ranks", *map(str, arguments)]
             environment = {**child_environment(), **variables}
             self.processes.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment))
-        self.collect("ready")
 
     def run(self, phase: str) -> list[dict[str, float]]:
         """Run a phase in all processes and return what each process measured."""
@@ -76,12 +75,13 @@ def measure_store(ranks: int, processes: int, seconds: float, timeout_s: float) 
             [sys.executable, "-c", SERVER, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         resources.callback(server.kill)
-        assert server.stdout and server.stdout.readline() == "ready\n"
-        process = psutil.Process(server.pid)
-        empty = Load.of(process)
         group = Ranks(ranks, processes, seconds, timeout_s, port)
         for each in group.processes:
             resources.callback(each.kill)
+        group.collect("ready")
+        assert server.stdout and server.stdout.readline() == "ready\n"
+        process = psutil.Process(server.pid)
+        empty = Load.of(process)
 
         started = group.run("start")
         yield "start: until all ranks have connected and agreed", _longest(started, "seconds")
