@@ -48,7 +48,7 @@ class Backend(ABC):
         self.state_names = state_names_of(self.parameter_shapes, config)
         self.precision = config.run.precision
         self.max_norm = config.optimizer.grad_clip
-        self.loss_scaler = LossScaler.for_precision(config.run.precision)
+        self.loss_scaler = LossScaler.for_precision(config.run.precision, world.size)
         self.step_clock = StepClock(world.device, is_active=world.size > 1)
 
     @abstractmethod

@@ -162,10 +162,10 @@ class Zero0Backend(DeepSpeedBackend):
         self.state.connect_optimizer(self.ranks_per_copy)
 
     def _loss_scale_outside_engine(self) -> float:
-        return self.loss_scaler.scale
+        return self.loss_scaler.factor
 
     def _update(self) -> Tensor:
-        norm = clip_and_step(self.optimizer, self.model.parameters(), self.loss_scaler.scale, self.max_norm)
+        norm = clip_and_step(self.optimizer, self.model.parameters(), self.loss_scaler.factor, self.max_norm)
         self.engine.zero_grad()
         self.engine.step()  # only counts the step, because parameters without gradients are skipped
         return norm
@@ -198,7 +198,7 @@ class ZeroBackend(DeepSpeedBackend):
 
     def _loss_scale_outside_engine(self) -> float:
         if self.loss_scaler.dynamic:
-            self.optimizer.override_loss_scale(self.loss_scaler.scale)
+            self.optimizer.override_loss_scale(self.loss_scaler.factor)
         return 1.0
 
     def _update(self) -> float:

@@ -179,21 +179,33 @@ class LossScaler:
     """The factor for the loss in the backward pass, which prevents small fp16 gradients from becoming zero.
 
     A step is called *good* if its gradient norm is finite. If ``dynamic`` is True, the scale is halved after a step
-    that is not good. After ``GROWTH_INTERVAL`` good steps in a row, it is doubled. The scale is a power of two, so
-    unscaling is exact. If ``dynamic`` is False, the scale is always 1.
+    that is not good. After ``GROWTH_INTERVAL`` good steps in a row, it is doubled. If ``dynamic`` is False, the scale is
+    always 1.
     """
 
     dynamic: bool
     scale: float = 1.0
     good_steps: int = 0
+    world_size: int = 1
 
     @classmethod
-    def for_precision(cls, precision: str) -> LossScaler:
+    def for_precision(cls, precision: str, world_size: int = 1) -> LossScaler:
         """Return the loss scaler for a precision.
 
         For ``amp_fp16``, the scale is dynamic and starts at 2**16. For all other precisions, the scale is always 1.
         """
-        return cls(dynamic=True, scale=2.0**16) if precision == "amp_fp16" else cls(dynamic=False)
+        dynamic = precision == "amp_fp16"
+        return cls(dynamic=dynamic, scale=2.0**16 if dynamic else 1.0, world_size=world_size)
+
+    @property
+    def factor(self) -> float:
+        """Return the factor for the loss on each rank, by which the averaged gradients must be divided.
+
+        The loss on a rank is also multiplied by the world size, because the backends average gradients over the ranks
+        (see ``Trainer``). A dynamic scale is divided by the world size. The fp16 gradients of a micro-batch are then the
+        same at every world size, so they overflow in the same steps.
+        """
+        return self.scale / self.world_size if self.dynamic else 1.0
 
     def update(self, grad_norm: Tensor | float) -> None:
         """Adjust the scale after a step.

@@ -30,7 +30,7 @@ class TorchBackend(Backend):
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
         with self._gradient_sync(is_last):
             loss = self.compute(tokens, targets)
-            self._run_backward_pass(self.weighted(loss, loss_weight * self.loss_scaler.scale))
+            self._run_backward_pass(self.weighted(loss, loss_weight * self.loss_scaler.factor))
         return loss.detach()
 
     def _run_backward_pass(self, loss: Tensor) -> None:
@@ -44,7 +44,7 @@ class TorchBackend(Backend):
         """Return the context for a forward *and* backward pass. If ``enabled``, ranks synchronize gradients."""
 
     def _update(self) -> Tensor:
-        norm = clip_and_step(self.optimizer, self.parameters.values(), self.loss_scaler.scale, self.max_norm)
+        norm = clip_and_step(self.optimizer, self.parameters.values(), self.loss_scaler.factor, self.max_norm)
         self._clear_gradients()
         return norm
 

@@ -238,6 +238,12 @@ class TestLossScale:
     def test_fp16_starts_high(self) -> None:
         assert LossScaler.for_precision("amp_fp16").scale == 65536.0
 
+    def test_the_gradients_of_a_micro_batch_are_the_same_at_every_world_size(self) -> None:
+        """The trainer multiplies the loss by the world size. Only a dynamic scale undoes this before the reduction."""
+        for world_size in (1, 2, 4):
+            assert world_size * LossScaler.for_precision("amp_fp16", world_size).factor == 65536.0
+            assert LossScaler.for_precision("bf16", world_size).factor == 1.0
+
     @pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16"])
     def test_other_precisions_are_never_scaled(self, precision: str) -> None:
         scaler = LossScaler.for_precision(precision)
