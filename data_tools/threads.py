@@ -38,16 +38,16 @@ def no_progress(done_bytes: int) -> None:
 def map_threads(
     work: Callable[[Item, Advance], Result], items: Sequence[Item], workers: int | None, advance: Advance
 ) -> list[Result]:
-    """Call ``work(item, advance)`` for each item in several threads. Return the results in the order of the items.
+    """Call ``work(item, report)`` for each item in several threads. Return the results in the order of the items.
 
     Args:
-        work: a function. Every few megabytes, it must call its own argument ``advance`` with the number of bytes
-            that it has processed since its previous report. If the work on another item has failed, this report
-            raises an error, so that the call of ``work`` ends early.
+        work: a function that processes an item and returns the result. Its second argument is a function ``report``.
+            Every few megabytes, ``work`` must call ``report`` with the number of bytes that it has processed since the
+            previous report. If another item has failed, ``report`` raises an error, so that ``work`` ends early.
         items: the items. They are started in the order of this sequence.
         workers: the largest number of threads. None means one per core.
-        advance: a function that receives the progress of all threads: the number of bytes processed since its last
-            call. In the first call, the number is 0. Two threads never call the function at the same time.
+        advance: a function that receives each reported number of bytes. The first call, with 0, is made before the
+            work begins. Two threads never call ``advance`` at the same time.
 
     Raises:
         BaseException: the exception of an item that failed. If several items failed, the exception of the first of them

@@ -218,14 +218,14 @@ def divide_equally(config: Config, world_size: int) -> Config:
 
 
 def with_backend(config: Config, name: str) -> Config:
-    """Return a copy of a config with another backend.
+    """Return a config with the backend that a shipped config file selects.
 
-    If the backend is DDP or FSDP2, its settings are those in ``config``. If it is DeepSpeed, its settings come from the
-    config file. However, if ``config`` already uses DeepSpeed with the ZeRO stage and the offload of the config file,
-    ``config`` is returned unchanged.
+    If ``config`` already uses this backend, it is returned unchanged. Two DeepSpeed configs count as the same backend
+    only if they have the same ZeRO stage and the same offload. If ``config`` uses another backend, the result is a copy
+    with the name of the new backend and with DeepSpeed's settings from the config file.
 
     Args:
-        name: the name of a config file in ``ds_configs``, which selects the backend.
+        name: the name of the config file in ``ds_configs``.
     """
     backend = load_config([shipped_configs()[name]]).backend
     if config.backend.name == "deepspeed" and backend.name == "deepspeed":

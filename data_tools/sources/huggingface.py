@@ -70,11 +70,10 @@ class HuggingFaceSource:
             return None if rows is None else _text_bytes_of(rows, self._text_field)
 
     def notices(self) -> list[str]:
-        """Return a list with one message about the files in a local folder that are skipped.
+        """Return a list with one message about skipped files, or an empty list if no skipped files are known.
 
-        If the dataset is a folder, the library ``datasets`` reads only the files of one kind, such as JSON. It skips
-        all other files. The list is empty in three cases: the dataset is not a folder of data files, no file is
-        skipped, or ``_ENDINGS`` does not contain the kind.
+        If the dataset is a local folder of data files, the library ``datasets`` reads only the files of one kind, such
+        as JSON. It skips all other files. They are known only if the kind is JSON, Parquet, CSV, text or Arrow.
         """
         if not os.path.isdir(self._dataset) or self._is_saved():
             return []

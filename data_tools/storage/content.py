@@ -61,9 +61,9 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
 
 
 def describe_decoded(content: bytes) -> str | None:
-    """Return the end of an error message about a file that is valid UTF-8 but is not text. If it is text, return None.
+    """Return the end of an error message about a file that can be decoded as UTF-8 but is not a text file.
 
-    Such files are tar archives, files of zeros, and ASCII text that is encoded in UTF-16.
+    Such a file is a tar archive, consists of zeros, or contains ASCII text in UTF-16. For all other files, return None.
 
     Args:
         content: the first bytes of the file.

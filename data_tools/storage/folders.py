@@ -88,9 +88,10 @@ class LocalFolder:
                         folder.rmdir()
 
     def scratch(self) -> Path:
-        """Create a scratch folder: a temporary local folder for files that ``take`` will move into this folder.
+        """Create a scratch folder, which is a temporary local folder, and return its path.
 
-        The caller must remove the scratch folder.
+        Write files into the scratch folder, and then call ``take``, which moves them to ``self.path``. The caller must
+        remove the scratch folder.
         """
         path = self.path / f"{_SCRATCH_PREFIX}{uuid.uuid4().hex}"
         with one_line_write_errors(path):

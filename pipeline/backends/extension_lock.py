@@ -20,12 +20,13 @@ _POLL_S = 0.5
 
 
 def wait_for_build_elsewhere(extension: str) -> None:
-    """Remove the lock file of a killed build of an extension. Call this function before the extension is used.
+    """Make sure that no old lock file blocks torch when it loads a C++ extension.
 
-    A process on another host may still be building the extension. In this case, the function waits.
+    If a build of the extension was killed, remove its lock file. If a process on another host may still be building the
+    extension, wait. Call this function before the extension is used.
 
     Args:
-        extension: the name of the extension.
+        extension: the name of the C++ extension.
     """
     clear_dead_lock(Path(_get_build_directory(extension, verbose=False)) / "lock")
 

@@ -40,10 +40,10 @@ class _Overlap:
 class MatrixExchange:
     """Transforms matrices. Each matrix has an owner, which is the rank that transforms it.
 
-    The matrices are processed in batches. For each batch, one all-to-all sends the elements to the owners. A second
-    all-to-all sends the new elements to the ranks that hold them. The owners of a batch are chosen so that all ranks
-    have about the same amount of work. If the ranks hold several copies of the elements, an owner receives the elements
-    of only one copy. It sends the same new elements to all copies, so the copies stay equal.
+    The matrices are processed in batches. For each batch, one all-to-all sends each matrix to its owner. A second
+    all-to-all sends the transformed elements back to the ranks that need them. The owners of a batch are chosen so that
+    all ranks have about the same amount of work. If the ranks hold several copies of all matrices, an owner receives
+    the elements of only one copy. It sends the same transformed elements to all copies, so the copies stay equal.
 
     Args:
         spans: for each rank, the ranges of parameters that the rank holds.
@@ -80,9 +80,9 @@ class MatrixExchange:
         This call is collective: every rank must make it.
 
         Args:
-            elements: for each span (range of a parameter) on this rank, a tensor of shape (n,) with its elements of
-                the matrices.
-            targets: for each span, a tensor of the same shape, fp32. They are changed in place.
+            elements: for each span (range of a parameter) on this rank, a tensor of shape (n,) with the matrix
+                elements in the span.
+            targets: for each span, an fp32 tensor of the same shape. The targets are changed in place.
             function: a function that takes n matrices of one shape, (n, rows, columns), on ``world.device``, and
                 returns a tensor of the same shape.
         """

@@ -28,10 +28,10 @@ class Range:
         return self.start + self.length
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return a view of the elements of this range in a tensor, shape (length,).
+        """Return a view of this range's elements in ``tensor``, shape (length,).
 
         Args:
-            tensor: the master, or a tensor with the master's shape and sharding, such as its gradient.
+            tensor: ``master``, or a tensor with the shape and the sharding of ``master``, such as its gradient.
         """
         return local_elements(tensor)[self.offset : self.offset + self.length]
 

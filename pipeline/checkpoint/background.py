@@ -94,7 +94,8 @@ class BackgroundSaver:
     def poll(self) -> list[SaveOutcome]:
         """Return a list with the outcome of the last save, or an empty list if the save is not finished. Do not wait.
 
-        Each outcome is returned only once. On some ranks, the save may already be finished, and on others not.
+        Each outcome is returned only once. The ranks do not finish a save at the same time. Therefore, a call of this
+        method can return the outcome on some ranks and an empty list on others.
         """
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 

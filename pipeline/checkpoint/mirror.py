@@ -49,7 +49,7 @@ _ROUND, _PLAN, _END, _RESULT = "round", "plan_{round}", "end", "result_{round}_{
 
 @dataclass(frozen=True)
 class UploadOutcome:
-    """The result of uploading one checkpoint, or of an attempt to use the server that failed."""
+    """The result of uploading one checkpoint, or the failure of another request to the server."""
 
     step: int
     seconds: float
@@ -98,7 +98,10 @@ class Mirror:
         self._due.set()
 
     def poll(self) -> list[UploadOutcome]:
-        """Return the outcomes of uploads since the last call. On all ranks except rank 0, the list is always empty."""
+        """Return the outcomes of the uploads that ended after the last call of this method.
+
+        On all ranks except rank 0, the list is always empty.
+        """
         outcomes = []
         while self._outcomes:
             outcomes.append(self._outcomes.popleft())
@@ -106,18 +109,19 @@ class Mirror:
 
     @contextmanager
     def pinned(self) -> Iterator[Set[int]]:
-        """Return a context manager. Use its ``with`` block to delete checkpoints from the disk.
+        """Return a context manager that protects uploads. Delete checkpoints from the disk only in its ``with`` block.
 
-        The block gets the steps whose checkpoints are being uploaded. Do not delete their checkpoints. Inside the
-        block, no further upload begins.
+        The ``with`` block gets the steps of the checkpoints that are being uploaded. Do not delete these checkpoints.
+        No further upload begins until the ``with`` block ends.
         """
         with self._lock:
             yield frozenset(self._uploading)
 
     def finish(self, wait: Callable[[], None]) -> list[UploadOutcome]:
-        """Wait until the newest checkpoint is uploaded, but at most ``timeout_s``. Return the outcomes since ``poll``.
+        """Wait until the newest checkpoint is uploaded, but at most ``timeout_s`` seconds.
 
-        Call this method at the end of a run. Every rank must call it, because each rank uploads some of the files.
+        Call this method at the end of a run. Every rank must call it, because each rank uploads some of the files. The
+        result contains the outcomes that ``poll`` has not returned yet.
 
         Args:
             wait: a function that is called about twice per second during the wait.

@@ -41,9 +41,9 @@ def locate_weights_of(place: Path | str) -> Path:
     """Return a folder on this machine with an undamaged checkpoint, for commands that only read the weights.
 
     If ``place`` is a path, the result is that of ``locate_checkpoint``. If ``place`` is a URL, the function copies the
-    weights to this machine. The copy is a checkpoint without the optimizer's state. All processes on this machine use
-    the same copy. As long as the URL's checkpoint does not change, later calls use it, too. For each URL, only the
-    newest copy is kept.
+    weights to this machine. The copy is a checkpoint without the optimizer's state. All processes on this machine share
+    the copy. Later calls download nothing unless the checkpoint at the URL has changed. For each URL, only the newest
+    copy is kept.
 
     Args:
         place: the path or URL of a checkpoint folder or a run folder.

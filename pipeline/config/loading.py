@@ -110,13 +110,13 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 
 def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Yield all dotted keys of a section of the schema, including the names of its sections, such as ``run``.
+    """Yield all dotted keys that a section of the schema allows.
 
-    In a key, ``*`` stands for any index of a list.
+    The names of nested sections, such as ``run``, are also yielded. In a key, ``*`` stands for any index of a list.
 
     Args:
         section: the section. By default, it is the whole config.
-        prefix: the beginning of every key.
+        prefix: a text that is put before every key, such as ``run.``.
     """
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"

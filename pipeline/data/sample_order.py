@@ -114,10 +114,12 @@ class Mixture:
         self._root = _huffman_tree(self.shares)
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """Return the index of the dataset of a sample, and how many samples before it come from this dataset.
+        """Return the index of the dataset that a sample comes from, and the place of the sample in this dataset.
+
+        The place is the number of earlier samples of the run that come from the same dataset.
 
         Args:
-            sample: the index of the sample.
+            sample: the index of the sample in the run.
         """
         node, ordinal = self._root, sample
         while isinstance(node, _Fork):

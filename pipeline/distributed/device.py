@@ -193,7 +193,11 @@ class PeakMemory:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory of this process in bytes. On a GPU, this is allocated memory, on a CPU resident memory."""
+    """Return the peak memory of this process in bytes.
+
+    If ``device`` is a GPU, this is the allocated memory of the GPU. If ``device`` is the CPU, this is the resident
+    memory of the process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":

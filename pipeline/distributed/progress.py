@@ -121,12 +121,14 @@ class Place:
         return json.dumps(asdict(self))
 
     def is_overdue(self, timeout_s: float) -> bool:
-        """Return whether the rank loops (see ``loops``), or has been still for longer than its phase allows.
+        """Return whether the rank seems to be stuck.
 
-        A rank is still if it passes no mark and uses no CPU time.
+        A rank is still while it reports no progress and uses no CPU time. The result is True if the rank has been still
+        for too long, or if it loops (see ``loops``).
 
         Args:
-            timeout_s: how long a rank may be still. In a patient phase, it may be still for longer.
+            timeout_s: the seconds that a rank may be still. In a patient phase, at least ``PATIENCE_S`` seconds are
+                allowed.
         """
         allowed_s = max(timeout_s, PATIENCE_S) if self.is_patient else timeout_s
         return self.still_s > allowed_s or self.loops(timeout_s)
@@ -143,7 +145,10 @@ class Place:
 
 
 class MainThread:
-    """Observes a thread from another thread. The observed thread is the thread that creates this object."""
+    """Tells another thread what the main thread is doing.
+
+    Create this object in the main thread, and call its methods in the other thread.
+    """
 
     def __init__(self, progress: Progress, *, is_patient: bool) -> None:
         self._progress = progress

@@ -77,7 +77,7 @@ class BundleTask:
     def prefix(self, number: int) -> str:
         """Return the text of the few-shot examples for an item.
 
-        They are drawn from the other items of the task, with a seed that depends on the item.
+        The few-shot examples are drawn from all other items of the task, with a seed that depends on ``number``.
         """
         others = [i for i in range(len(self.items)) if i != number]
         drawn = random.Random(_SHOTS_SEED + number).sample(others, self.shots)
@@ -125,8 +125,9 @@ class BundleTask:
     def answer(self, requests: Sequence[Request], scores: Sequence[Score]) -> int:
         """Return the index of the pair that the model chooses.
 
-        The model chooses the pair with the highest mean log-likelihood per token. If there is only one pair, the index
-        is 0 if greedy decoding generates the continuation, and otherwise 1.
+        If the item has several pairs, the model chooses the pair with the highest mean log-likelihood per token. If the
+        item has only one pair, pair 0 is the right answer. The result is then 0 if greedy decoding generates the
+        continuation. Otherwise, it is 1, which counts as wrong.
         """
         if len(scores) == 1:
             return int(not scores[0].is_greedy)

@@ -40,9 +40,10 @@ class ForeignModel:
     notes: list[str]  # messages for the user, one per difference to the model in the files
 
     def copy_elements(self, name: str, start: int, target: Tensor) -> None:
-        """Copy a range of a parameter of our model into ``target``. Only the rows of the range are read.
+        """Copy a range of one of our model's parameters from the file into ``target``.
 
-        Padding rows, and biases that the file does not contain, are zero.
+        Only the rows that contain the range are read from the file. Elements that the file does not contain become
+        zero. These are the padding rows of the vocabulary and, if the file has no biases, the elements of biases.
 
         Args:
             name: the canonical name of the parameter.
@@ -76,8 +77,8 @@ class SettingsObject:
 def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
     """Load a dict from a file of ``torch.save``. The tensors are memory-mapped. No code in the file is executed.
 
-    If the dict contains an object of a class named ``GPTConfig``, it becomes a ``SettingsObject`` with the same
-    attributes.
+    nanoGPT's files contain an object of its class ``GPTConfig``. In the result, a ``SettingsObject`` with the same
+    attributes replaces this object.
 
     Args:
         expected: what kind of file is expected, for the error message.

@@ -58,8 +58,8 @@ def export_gguf(checkpoint: Path | str, out: Path, dtype: str, weights: str = "t
         checkpoint: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used.
         out: a path at which nothing exists.
         dtype: ``float32``, ``float16`` or ``bfloat16``. Biases, LayerNorms and the position embedding are always in
-            float32, because llama.cpp expects this. weights: ``training`` for the weights that are trained, or ``ema``
-            for their moving average.
+            float32, because llama.cpp expects this.
+        weights: ``training`` for the weights that are trained, or ``ema`` for their moving average.
 
     Raises:
         CheckpointError: there is no good checkpoint, it does not have these weights, ``out`` exists, the vocabulary is

@@ -37,13 +37,14 @@ _MOST_NEW_TOKENS = 256  # the default of the harness for tasks that do not set a
 
 @register_model(HARNESS_MODEL)
 class CheckpointModel(LM):  # type: ignore[misc]
-    """A checkpoint as a model of lm-evaluation-harness. It runs in one process.
+    """Lets lm-evaluation-harness evaluate the model of a checkpoint. The model runs in one process.
 
-    The prompts, the log-likelihoods and the windows are those of ``launch/evaluate.py``.
+    This class builds prompts, divides long texts into windows, and computes log-likelihoods in the same way as
+    ``launch/evaluate.py``.
 
     Args:
-        checkpoint: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used. weights:
-            ``training`` for the weights that are trained, or ``ema`` for their moving average.
+        checkpoint: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used.
+        weights: ``training`` for the weights that are trained, or ``ema`` for their moving average.
         precision: the precision of forward passes. If None, the precision of the run is used.
         batch_size: the number of sequences of full context length per batch. A batch of shorter sequences contains more
             of them. ``auto`` means the micro-batch size of the run. When the model generates, ``batch_size`` is the

@@ -68,15 +68,15 @@ class KeyValueCache:
         return torch.tensor(self.lengths, device=self._memory.device)[:, None]
 
     def carry_text_starts(self, starts: Tensor) -> Tensor:
-        """Return for each new token the slot at which the token's document starts, shape (B, T).
+        """Complete ``starts`` for documents that started in an earlier call, and return it, shape (B, T).
 
-        A row can contain several documents. Some new tokens belong to a document that started in an earlier call. For
-        these tokens, the function returns the slot that it stored in that call. For the next call, it then stores where
-        the last document of each row starts.
+        A row can contain several documents. Positions are counted from the slot at which a document starts. If a
+        document started in an earlier call, its first slot is not known from the new tokens. Therefore, each call
+        stores the first slot of each row's last document, and the next call reads this slot.
 
         Args:
-            starts: shape (B, T). For each new token, the slot at which the token's document starts. The value is 0 if
-                the document starts before the new tokens.
+            starts: the first slot of each new token's document, shape (B, T). If the document started before the new
+                tokens, the value is 0.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1

@@ -38,7 +38,7 @@ class Device:
     def usable_bytes(self) -> int:
         """Return how many bytes of the device's memory are available for tensors.
 
-        The driver and libraries use some of the other memory. The rest is lost to fragmentation.
+        Tensors cannot use the memory of the driver and of libraries, or the memory that is lost to fragmentation.
         """
         return int((self.memory_gib - self.reserved_gib) * (1 - self.fragmentation) * GIB)
 

@@ -110,10 +110,10 @@ def plan_run(
 
 
 def peak_memory(config: Config, plan: BatchPlan) -> Memory:
-    """Return the memory of a rank's device at the time in a step when the rank needs most memory.
+    """Return the peak memory of a rank during a step, on its device, divided by what uses the memory.
 
-    The first step of a run may need a different amount, because it creates the optimizer state and the buckets for
-    gradients.
+    The result holds for every step except the first. The first step may need a different amount, because the optimizer
+    state and the buckets for gradients are created during that step.
     """
     layout = layout_of(config, plan)
     request = Request(

@@ -45,7 +45,7 @@ class Speed:
 
     @property
     def exposed_communication_s(self) -> float:
-        """Return the seconds in which a rank waits."""
+        """Return the seconds of a step in which a rank waits and does not compute."""
         return self.waits.total_s
 
     @property

@@ -42,10 +42,10 @@ class HeartbeatFile:
 
     @contextmanager
     def starting(self, step: int) -> Iterator[None]:
-        """Return a context manager for the whole run. It writes the state ``starting``.
+        """Return a context manager for the whole run. At its beginning, it writes the state ``starting``.
 
-        If the ``with`` block fails while the state is still ``starting``, the file gets its earlier contents again. In
-        this case, no other file of the run folder has changed.
+        If the ``with`` block fails while the state is still ``starting``, the file gets its earlier contents again. A
+        run that fails this early has changed no other file in the run folder.
         """
         before = self._path.read_bytes() if self._path and self._path.exists() else None
         self.enter("starting", step)

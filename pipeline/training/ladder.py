@@ -1,7 +1,7 @@
-"""Find the runs of a ladder that exist already, and check that they have the settings of this command.
+"""Find the runs of a ladder that exist already, and compare their settings with those of the user's command.
 
-A ladder is one long run at a constant learning rate, and several branches. Each branch continues the long run from one
-of its steps, which is called a *milestone*. In the branch, the learning rate decays.
+A ladder is one long run at a constant learning rate, and several branches. Each branch starts from a step of the long
+run. This step is called a *milestone*. In the branch, the learning rate decays.
 """
 
 from collections.abc import Sequence

@@ -28,8 +28,10 @@ class RunRecord:
     Each row has ``elapsed_s``: the wall-clock seconds that the run has taken so far. If a run was interrupted and
     resumed, its earlier processes count, too. The time between the processes does not count.
 
-    If an earlier process has written rows for steps after ``resumed_step``, the rows are deleted. Some config keys can
-    make the results differ from those of other backends. If the config sets such keys, each row names them.
+    If an earlier process has written rows for steps after ``resumed_step``, these rows are deleted.
+
+    Usually, a run gives the same results with every backend. Some keys of ``backend.deepspeed`` can change the results.
+    If the config sets some of these keys, each row contains a list of them.
     """
 
     def __init__(self, config: Config, *, is_main: bool, resumed_step: int) -> None:

@@ -42,11 +42,14 @@ def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
 
 
 def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:
-    """Return the decay of the average of the weights in the next step, when ``step`` steps are finished.
+    """Return the decay with which the next step updates the moving average of the weights.
 
     At the beginning, the decay is smaller than ``averaging.ema``, so that the average soon forgets the initial weights.
     The formula is that of TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``. If the run keeps no average,
     the result is None.
+
+    Args:
+        step: the number of finished steps.
     """
     return None if averaging.ema is None else min(averaging.ema, (1 + step) / (10 + step))
 

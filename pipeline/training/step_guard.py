@@ -64,9 +64,11 @@ class FinishedStep:
 
 
 class StepGuard:
-    """Judges in order whether each step of a run was good, was skipped, or was a spike.
+    """Judges each step of a run: the step is good, was skipped, or is a spike.
 
-    A step is judged after the device has finished it. All ranks reach the same verdicts.
+    A step is skipped if its gradients are not finite. A step is a spike if its loss or its gradient norm is much higher
+    than in the steps before it. The steps are judged in order, each after the device has finished it. All ranks reach
+    the same verdicts.
     """
 
     def __init__(self, config: GuardConfig, state: GuardState) -> None:

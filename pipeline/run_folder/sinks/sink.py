@@ -27,7 +27,10 @@ class Sink:
         """Receive one row. The row has the key ``step``."""
 
     def count_step(self, step: int) -> None:
-        """Receive the number of started steps. This method is called once per step, unlike ``write``."""
+        """Receive the number of started steps, for example to show it to the user.
+
+        This method is called at every step. In contrast, ``write`` is called only when there is a row.
+        """
 
     def rewind(self, step: int) -> None:
         """Delete the rows of all steps after ``step``. The run has gone back to its checkpoint of ``step``."""
