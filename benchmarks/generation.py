@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import CompileConfig
 
@@ -29,7 +29,7 @@ from pipeline.config.schema import ModelConfig, SampleConfig
 from pipeline.generation.generate import generate_batch
 from pipeline.generation.writer import DTYPES
 from pipeline.model.gpt2 import GPT2, build_model
-from pipeline.model.packed_linear import PackedLinear, pack_linear_layers
+from pipeline.model.packed_linear import FILLED_ROWS, InferenceLinear, Way, pack_linear_layers
 
 PROMPT_TOKENS = 32
 PRODUCT_ROWS = (1, 2, 4, 512)  # one row per completion in generation, and the rows of a prompt
@@ -40,6 +40,12 @@ TRANSFORMERS_SETTINGS = {
     "transformers, sdpa": ("sdpa", False),
     "transformers, eager": ("eager", False),
     "transformers, static, compiled": ("sdpa", True),
+}
+
+NAMED_WAYS = {
+    "F.linear": Way(is_packed=False),
+    "packed": Way(is_packed=True),
+    "packed, filled up": Way(is_packed=True, fewest_rows=FILLED_ROWS),
 }
 
 Texts = list[list[int]]  # token ids
@@ -59,6 +65,9 @@ def main() -> None:
         default=[1, 4],
         help="prompts per batch; without a number only the matrix products (default: 1 4)",
     )
+    parser.add_argument(
+        "--rows", nargs="+", type=int, default=PRODUCT_ROWS, help="rows of the matrix products (default: 1 2 4 512)"
+    )
     parser.add_argument("--tokens", type=int, default=100, help="new tokens per prompt (default: %(default)s)")
     arguments = parser.parse_args()
     model = build_model(ModelConfig.model_validate({"preset": arguments.preset}), 1).eval()
@@ -66,53 +75,55 @@ def main() -> None:
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.preset}, {arguments.tokens} tokens"
     )
     for precision in arguments.precision:
-        print_products(model, precision)
-        contenders = {"ours": own_contender(model, DTYPES[precision])}
+        print_products(model, precision, arguments.rows)
+        contenders: dict[str, Contender] = {}
         for name, (attention, compiled) in TRANSFORMERS_SETTINGS.items():
             contenders[name] = their_contender(model, DTYPES[precision], attention, compiled)
         for batch in arguments.batch:
             print(f"\n{precision}, batch {batch}")
-            print_speeds(contenders, batch, arguments.tokens)
+            own = {"ours": own_contender(model, DTYPES[precision], batch)}
+            print_speeds({**own, **contenders}, batch, arguments.tokens)
 
 
-def print_products(model: GPT2, precision: str) -> None:
+def print_products(model: GPT2, precision: str, numbers_of_rows: Sequence[int]) -> None:
     """Print the milliseconds of the linear layers of all blocks, without attention and the output layer."""
     dtype = DTYPES[precision]
     layers = [layer for layer in copy.deepcopy(model.h).to(dtype).modules() if isinstance(layer, nn.Linear)]
-    for rows in PRODUCT_ROWS:
+    for rows in numbers_of_rows:
         for name, product in product_ways(layers, rows, dtype).items():
-            ms = _median_ms(layers, product)
+            ms = _shortest_ms(layers, product)
             print(f"products of the blocks, {precision}, rows: {rows:>3}, {name:<17}{ms:>8.1f} ms")
 
 
 def product_ways(layers: list[nn.Linear], rows: int, dtype: torch.dtype) -> dict[str, Product]:
-    """Return the products of nn.Linear and transformers' Conv1D, and our product with and without padding of rows."""
+    """Return the product of transformers' Conv1D, and our layer in each way that it can compute."""
     inputs = {layer.in_features: torch.randn(rows, layer.in_features).to(dtype) for layer in layers}
     transposed = {layer: layer.weight.detach().t().contiguous() for layer in layers}
-    packed = {layer: PackedLinear(layer, dtype) for layer in layers}
-    return {
-        "F.linear": lambda layer: F.linear(inputs[layer.in_features], layer.weight, layer.bias),
-        "addmm": lambda layer: torch.addmm(layer.bias, inputs[layer.in_features], transposed[layer]),
-        "packed": lambda layer: packed[layer](inputs[layer.in_features]),
-        "packed, unpadded": lambda layer: packed[layer].product(inputs[layer.in_features]),
+    products: dict[str, Product] = {
+        "addmm": lambda layer: torch.addmm(layer.bias, inputs[layer.in_features], transposed[layer])
     }
+    for name, way in NAMED_WAYS.items():
+        own = {layer: InferenceLinear(layer, dtype, way) for layer in layers}
+        products[name] = lambda layer, own=own: own[layer](inputs[layer.in_features])  # type: ignore[misc]
+    return products
 
 
 @torch.inference_mode()
-def _median_ms(layers: list[nn.Linear], product: Product) -> float:
-    times = []
-    for _ in range(2 + PRODUCT_ROUNDS):  # the first two rounds warm up
-        start = time.perf_counter()
-        for layer in layers:
+def _shortest_ms(layers: list[nn.Linear], product: Product) -> float:
+    """Return the sum over the layers of the shortest time of a product. Other programs affect it little."""
+    shortest = [math.inf] * len(layers)
+    for _ in range(PRODUCT_ROUNDS):
+        for i, layer in enumerate(layers):
+            start = time.perf_counter()
             product(layer)
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[2:])
+            shortest[i] = min(shortest[i], time.perf_counter() - start)
+    return 1e3 * sum(shortest)
 
 
-def own_contender(model: GPT2, dtype: torch.dtype) -> Contender:
+def own_contender(model: GPT2, dtype: torch.dtype, batch: int) -> Contender:
     """Return a contender that does what ``launch/generate.py`` does."""
     own = copy.deepcopy(model).to(dtype)
-    pack_linear_layers(own, dtype)
+    pack_linear_layers(own, dtype, rows=batch)
 
     def run(prompts: Texts, count: int) -> Texts:
         texts: Texts = [[] for _ in prompts]

@@ -53,7 +53,8 @@ def main() -> None:
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     given = {key: getattr(arguments, key) for key in (*SAMPLING_OPTIONS, "stop")}
     with join_world(RunConfig(device=arguments.device), process_group=False) as world:
-        writer = load_writer(arguments.checkpoint, world.device, arguments.precision, arguments.weights)
+        together = 1 if arguments.chat else len(arguments.prompt or [None])
+        writer = load_writer(arguments.checkpoint, world.device, arguments.precision, arguments.weights, together)
         sample = writer.sample.model_copy(update={key: value for key, value in given.items() if value is not None})
         prompts = arguments.prompt or [sample.prompt]
         if arguments.chat:

@@ -25,7 +25,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ENDS = frozenset({END_OF_TEXT})  # the tokens before which a completion ends
 
 
-def load_writer(checkpoint: Path | str, device: torch.device, dtype: str = "fp32", weights: str = "training") -> Writer:
+def load_writer(
+    checkpoint: Path | str, device: torch.device, dtype: str = "fp32", weights: str = "training", prompts: int = 1
+) -> Writer:
     """Load the model of a checkpoint into a ``Writer``.
 
     Args:
@@ -33,6 +35,10 @@ def load_writer(checkpoint: Path | str, device: torch.device, dtype: str = "fp32
             used.
         dtype: the dtype of weights and matrix products, a key of ``DTYPES``.
         weights: ``training`` for the weights that are trained, or ``ema`` for their moving average.
+        dtype: the dtype of weights and matrix products, a key of ``DTYPES``.
+        weights: ``training`` for the weights that are trained, or ``ema`` for their moving average.
+        prompts: the number of prompts that are usually completed at the same time. Generation is fastest with this
+            number.
 
     Raises:
         CheckpointError: there is no good checkpoint, it does not have these weights, or the vocabulary of the model is
@@ -41,7 +47,7 @@ def load_writer(checkpoint: Path | str, device: torch.device, dtype: str = "fp32
     loaded = load_text_model(checkpoint, device, weights)
     model = loaded.model.to(DTYPES[dtype])
     model.assert_tied()
-    pack_linear_layers(model, DTYPES[dtype])
+    pack_linear_layers(model, DTYPES[dtype], rows=prompts)
     return Writer(model, loaded.config.sample)
 
 

@@ -151,7 +151,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
     def _writer(self) -> Writer:
         """Return a second copy of the model, because the scorer and the writer may need different dtypes."""
         dtype = "fp32" if self.precision == "fp32" else "bf16"
-        return load_writer(self.checkpoint, self.world.device, dtype, self.weights)
+        return load_writer(self.checkpoint, self.world.device, dtype, self.weights, prompts=self.rows)
 
     @property
     def tokenizer_name(self) -> str:

@@ -32,6 +32,10 @@ class KeyValueCache:
         self.lengths = [0] * rows  # number of tokens per row
         self._new = [0] * rows  # number of tokens per row in the current call of append
         self._text_starts = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self._keys: tuple[Tensor, ...] = ()  # per layer, up to the last new token
+        self._values: tuple[Tensor, ...] = ()
+        self._mask: Tensor | None = None  # needed if the rows have different lengths
+        self._scattered: tuple[Tensor, Tensor] | None = None  # the index of the new token's slot in each row
 
     def clear(self) -> None:
         """Remove the tokens of all rows."""
@@ -60,8 +64,20 @@ class KeyValueCache:
         """
         assert lengths == [1] * len(self.lengths) or not any(self.lengths), "only an empty cache takes whole rows"
         self._new = lengths
+        self._open(max(lengths))
         yield
         self.lengths = [seen + new for seen, new in zip(self.lengths, lengths, strict=True)]
+
+    def _open(self, count: int) -> None:
+        """Create the views and the mask that all layers need to append ``count`` tokens per row, with padding."""
+        first, end = max(self.lengths), max(self.lengths) + count
+        seen = self._memory[..., :end, :]
+        self._keys, self._values = seen[:, 0].unbind(), seen[:, 1].unbind()  # per layer, (B, H, end, C/H) each
+        self._mask = self._scattered = None
+        if count == 1 and min(self.lengths) < first:
+            slots = self.first_slots()
+            self._mask = (torch.arange(end, device=slots.device) <= slots)[:, None, None]  # (B, 1, 1, end)
+            self._scattered = torch.arange(len(self.lengths), device=slots.device), slots[:, 0]
 
     def first_slots(self) -> Tensor:
         """Return the first free slot of each row, shape (B, 1). The row's next token is stored in this slot."""
@@ -90,20 +106,15 @@ class KeyValueCache:
             q, k, v: the queries, keys and values of the new tokens, each of shape (B, H, T, C/H). If the cache is
                 not empty, T must be 1.
         """
-        keys, values = self._memory[layer]  # (B, H, S, C/H) each
-        if q.shape[2] > 1:
-            keys[:, :, : q.shape[2]] = k
-            values[:, :, : q.shape[2]] = v
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        longest = max(self.lengths)
-        mask = None
-        if min(self.lengths) == longest:
-            keys[:, :, longest] = k[:, :, 0]
-            values[:, :, longest] = v[:, :, 0]
+        keys, values = self._keys[layer], self._values[layer]
+        T = q.shape[2]
+        if self._scattered is None:
+            keys[:, :, -T:].copy_(k)
+            values[:, :, -T:].copy_(v)
         else:
-            slots, rows = self.first_slots(), torch.arange(len(self.lengths), device=q.device)
-            keys[rows, :, slots[:, 0]] = k[:, :, 0]
-            values[rows, :, slots[:, 0]] = v[:, :, 0]
-            mask = (torch.arange(longest + 1, device=q.device) <= slots)[:, None, None]  # (B, 1, 1, longest + 1)
-        keys, values = keys[:, :, : longest + 1], values[:, :, : longest + 1]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            rows, slots = self._scattered
+            keys[rows, :, slots] = k[:, :, 0]
+            values[rows, :, slots] = v[:, :, 0]
+        if T > 1:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask)

@@ -1,8 +1,13 @@
-"""Define linear layers for fast inference on a CPU. Their weights are stored in the memory layout of oneDNN.
+"""Define linear layers for fast inference on a CPU, and choose by a measurement how they store their weights.
 
-During generation, the input of a linear layer has few rows. With such inputs, torch's own linear layers use only half
-of the memory bandwidth. See docs/benchmarks.
+In generation, the input of a linear layer has few rows, so a product takes as long as reading the weight from memory.
+torch's own products and those of oneDNN read weights at different speeds. On a CPU with AMX, torch's product of one
+fp32 row is the faster one. On other CPUs, oneDNN's product can be twice as fast. See docs/benchmarks.
 """
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -12,20 +17,55 @@ from torch import Tensor
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.output_layer import OutputLayer
 
-# oneDNN reads fp32 weights faster in a product of four rows than in a product of one to three rows.
-FEWEST_ROWS = {torch.float32: 4, torch.bfloat16: 1}
+#: The number of rows to which an input can be filled up. oneDNN reads fp32 weights faster in a product of four rows
+#: than in a product of one to three rows, but not on every CPU.
+FILLED_ROWS = 4
+ROUNDS = 5
+MEASURED_BLOCKS = 2  # so that the caches of the CPU do not hold the weights until the next round
+MEASURED_OUTPUTS = 8192  # of the output layer
+LEAST_GAIN = 0.05  # another way than the usual one must save this share of the time
 
 
-class PackedLinear(nn.Module):
-    """A linear layer for inference, which computes in a given dtype.
+@dataclass(frozen=True)
+class Way:
+    """A way to compute a linear layer. All ways compute the same function."""
 
-    Its weight is packed, which means stored in the memory layout of oneDNN. The weight gets no gradient.
-    """
+    is_packed: bool  # whether the weight is stored in the layout of oneDNN
+    fewest_rows: int = 1  # an input with fewer rows is filled up with rows of zeros
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+    def store(self, weight: Tensor) -> Tensor:
+        """Return the weight, shape (out, in), in the layout of this way."""
+        return torch.ops.mkldnn._reorder_linear_weight(weight) if self.is_packed else weight
+
+    def product(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b, shape (..., out).
+
+        Args:
+            x: shape (..., in), in the dtype of the weight, with at least ``fewest_rows`` rows.
+            stored: the result of ``store``.
+        """
+        if self.is_packed:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, stored, bias, "none", [], "")
+            return y
+        return F.linear(x, stored, bias)
+
+
+#: The ways to measure per dtype. The first one is the usual one. bf16 has one way, because two ways round differently,
+#: and then a repeated command could generate another text.
+WAYS = {
+    torch.float32: (Way(is_packed=True), Way(is_packed=True, fewest_rows=FILLED_ROWS), Way(is_packed=False)),
+    torch.bfloat16: (Way(is_packed=True),),
+}
+
+
+class InferenceLinear(nn.Module):
+    """A linear layer for inference that computes in one dtype. Its weight gets no gradient."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, way: Way) -> None:
         super().__init__()
         self.dtype = dtype
-        self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
+        self.way = way
+        self.weight = way.store(linear.weight.detach().to(dtype))
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,43 +74,42 @@ class PackedLinear(nn.Module):
         Args:
             x: shape (..., in), in any dtype.
         """
+        x = x.to(self.dtype)
         rows = x.shape[:-1].numel()
-        missing = FEWEST_ROWS[self.dtype] - rows
+        missing = self.way.fewest_rows - rows
         if missing <= 0:
-            return self.product(x.to(self.dtype))
-        y = self.product(F.pad(x.reshape(rows, -1).to(self.dtype), (0, 0, 0, missing)))
+            return self.way.product(x, self.weight, self.bias)
+        filled = F.pad(x.reshape(rows, -1), (0, 0, 0, missing))
+        y = self.way.product(filled, self.weight, self.bias)
         return y[:rows].view(*x.shape[:-1], y.shape[-1])
 
-    def product(self, x: Tensor) -> Tensor:
-        """Return the output of the layer, shape (rows, out).
 
-        Args:
-            x: shape (rows, in), in the dtype of the layer.
-        """
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return y
-
-
-def pack_linear_layers(model: GPT2, dtype: torch.dtype) -> None:
-    """Replace the linear layers of a model by packed layers. Call this function before inference on a CPU.
+def pack_linear_layers(model: GPT2, dtype: torch.dtype, rows: int | None = None) -> None:
+    """Replace the linear layers of a model by layers that are faster. Call this function before inference on a CPU.
 
     If the model is on a GPU, or if oneDNN does not support the dtype on this CPU, nothing changes.
 
-    The original weights in the blocks are freed. The original weight of the output layer is kept, because the token
-    embedding uses the same weight.
+    The original weights in the blocks are freed if they are stored in another layout. The original weight of the output
+    layer is kept, because the token embedding uses the same weight.
+
+    Args:
+        rows: the number of rows in most inputs. If it is given, a measurement chooses the way that is fastest with this
+            number. If it is None, the usual way is chosen, so that the rounding is the same each time.
     """
     if model.wte.weight.device.type != "cpu" or not can_pack(dtype):
         return
-    model.lm_head.packed_product = PackedLinear(model.lm_head, dtype)
+    usual = dict.fromkeys(map(_shape, linear_layers(model)), WAYS[dtype][0])
+    ways = usual if rows is None or len(WAYS[dtype]) == 1 else fastest_ways(model, dtype, rows)
+    model.lm_head.packed_product = InferenceLinear(model.lm_head, dtype, ways[_shape(model.lm_head)])
     # The list must not contain the linear layers. Otherwise all their weights would stay in memory until the end.
     for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and not isinstance(child, OutputLayer):
-                setattr(module, name, PackedLinear(child, dtype))
+                setattr(module, name, InferenceLinear(child, dtype, ways[_shape(child)]))
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Return whether the installed torch and this CPU support ``PackedLinear`` in a dtype."""
+    """Return whether the installed torch and this CPU support oneDNN's products in a dtype."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -78,3 +117,50 @@ def can_pack(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32
+
+
+@torch.inference_mode()
+def fastest_ways(model: GPT2, dtype: torch.dtype, rows: int) -> dict[tuple[int, int], Way]:
+    """Return the fastest way for each shape (out, in) of a linear layer, measured in about 0.1 s.
+
+    Args:
+        rows: the number of rows in the inputs.
+    """
+    ways = WAYS[dtype]
+    layers = linear_layers(model.h[:MEASURED_BLOCKS])
+    shapes = [_shape(layer) for layer in (*layers, model.lm_head)]
+    weights = [layer.weight.detach().to(dtype) for layer in layers]
+    weights.append(model.lm_head.weight[:MEASURED_OUTPUTS].detach().to(dtype))
+    seconds = [_measure(way, shapes, weights, rows) for way in ways]
+    return {shape: _choose(ways, [found[shape] for found in seconds]) for shape in shapes}
+
+
+def _measure(
+    way: Way, shapes: Sequence[tuple[int, int]], weights: Sequence[Tensor], rows: int
+) -> dict[tuple[int, int], float]:
+    """Return the shortest time of a product per shape, in seconds."""
+    stored = [way.store(weight) for weight in weights]
+    inputs = [torch.ones(max(rows, way.fewest_rows), weight.shape[1], dtype=weight.dtype) for weight in weights]
+    shortest: dict[tuple[int, int], float] = {}
+    for _ in range(1 + ROUNDS):  # the first round warms up, and is never the shortest
+        for shape, x, weight in zip(shapes, inputs, stored, strict=True):
+            start = time.perf_counter()
+            way.product(x, weight, None)
+            elapsed = time.perf_counter() - start
+            shortest[shape] = min(elapsed, shortest.get(shape, elapsed))
+    return shortest
+
+
+def _choose(ways: Sequence[Way], seconds: Sequence[float]) -> Way:
+    """Return the fastest way, or the first one if no other way is clearly faster."""
+    fastest = min(range(len(ways)), key=seconds.__getitem__)
+    return ways[fastest] if seconds[fastest] <= (1 - LEAST_GAIN) * seconds[0] else ways[0]
+
+
+def linear_layers(module: nn.Module) -> list[nn.Linear]:
+    """Return the linear layers inside a module."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+
+
+def _shape(layer: nn.Linear) -> tuple[int, int]:
+    return (layer.out_features, layer.in_features)

@@ -21,7 +21,7 @@ from data_tools.tokenizer import load_tokenizer
 from launch.cli import run_command
 from pipeline.config.schema import SampleConfig
 from pipeline.generation import writer as generation_writer
-from pipeline.model.packed_linear import PackedLinear, can_pack
+from pipeline.model.packed_linear import InferenceLinear, can_pack
 from tests.pipeline.interop.hugging_face.conftest import random_text_model, save_in_pieces, text_config
 from tests.support.runs import REPOSITORY, child_environment
 
@@ -117,9 +117,9 @@ def test_bf16(command: Command) -> None:
 
 def test_on_a_cpu_the_weights_are_packed(run_folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = generation_writer.load_writer(run_folder, torch.device("cpu"))
-    assert isinstance(writer.model.h[0].mlp.c_fc, PackedLinear) == can_pack(torch.float32)
+    assert isinstance(writer.model.h[0].mlp.c_fc, InferenceLinear) == can_pack(torch.float32)
     packed = command(*GREEDY, "--prompt", "Hello")
-    monkeypatch.setattr(generation_writer, "pack_linear_layers", lambda model, dtype: None)
+    monkeypatch.setattr(generation_writer, "pack_linear_layers", lambda model, dtype, rows: None)
     assert command(*GREEDY, "--prompt", "Hello") == packed
 
 

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pipeline.config.schema import SampleConfig
 from pipeline.generation.generate import Decoder, draw, generate_batch, window_start
 from pipeline.model.gpt2 import GPT2
-from pipeline.model.packed_linear import PackedLinear, pack_linear_layers
+from pipeline.model.packed_linear import InferenceLinear, pack_linear_layers
 from tests.pipeline.conftest import VOCAB_SIZE, randomised_model, tiny_model_config
 from tests.pipeline.generation.conftest import generate, sampling
 
@@ -237,8 +237,8 @@ def test_the_global_random_stream_is_not_used() -> None:
 def test_a_gpu_generates_what_a_cpu_generates(model: GPT2, gpu: torch.device) -> None:
     """Rows of different lengths, beyond the context; the layers for a CPU stay unused on a GPU."""
     copied = randomised_model(tiny_model_config()).eval().to(gpu)
-    pack_linear_layers(copied, torch.float32)
-    assert not any(isinstance(module, PackedLinear) for module in copied.modules())
+    pack_linear_layers(copied, torch.float32, rows=3)
+    assert not any(isinstance(module, InferenceLinear) for module in copied.modules())
     prompts = [PROMPT, [7], list(range(30))]
     for options in ({"temperature": 0}, {"temperature": 0.8, "top_k": 5}):
         rows = [list(generate_batch(each, prompts, sampling(20, **options), seed=3)) for each in (model, copied)]

@@ -1,8 +1,9 @@
-"""A packed model computes the same as before; only the layout of its weights differs."""
+"""Layers for inference compute the same as before, in the way that a measurement has found to be fastest."""
 
 from __future__ import annotations
 
 import copy
+import time
 import weakref
 
 import pytest
@@ -12,7 +13,15 @@ import torch.nn.functional as F
 
 from pipeline.model import packed_linear
 from pipeline.model.gpt2 import GPT2, ScoringBatch
-from pipeline.model.packed_linear import PackedLinear, can_pack, pack_linear_layers
+from pipeline.model.packed_linear import (
+    WAYS,
+    InferenceLinear,
+    Way,
+    can_pack,
+    fastest_ways,
+    linear_layers,
+    pack_linear_layers,
+)
 from pipeline.model.precision import replicated_compute
 from tests.pipeline.conftest import random_tokens, randomised_model, tiny_model_config
 from tests.pipeline.generation.conftest import generate
@@ -37,25 +46,56 @@ def packed_model(model: GPT2) -> GPT2:
 
 def packed_copy(model: GPT2, dtype: torch.dtype) -> GPT2:
     packed = copy.deepcopy(model)
-    pack_linear_layers(packed, dtype)
-    assert isinstance(packed.h[0].mlp.c_fc, PackedLinear)
+    pack_linear_layers(packed, dtype, rows=1)
+    assert isinstance(packed.h[0].mlp.c_fc, InferenceLinear)
     return packed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(37,), (1, 37), (3, 1, 37), (4, 37), (2, 40, 37)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_packed_layer_computes_the_product(dtype: torch.dtype, shape: tuple[int, ...], bias: bool) -> None:
+def test_every_way_computes_the_product(dtype: torch.dtype, shape: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(37, 50, bias=bias)
     x = torch.randn(shape)
     weight, rounded = linear.weight.to(dtype).double(), x.to(dtype).double()
     exact = F.linear(rounded, weight, linear.bias.to(dtype).double() if bias else None)
-    with torch.no_grad():
-        found = PackedLinear(linear, dtype)(x)
-    assert found.dtype == dtype and found.shape == exact.shape
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
-    assert (found.double() - exact).abs().max() <= tolerance * exact.abs().max()
+    for way in WAYS[dtype]:
+        with torch.no_grad():
+            found = InferenceLinear(linear, dtype, way)(x)
+        assert found.dtype == dtype and found.shape == exact.shape
+        assert (found.double() - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("slow", WAYS[torch.float32])
+def test_a_slow_way_is_not_chosen(model: GPT2, monkeypatch: pytest.MonkeyPatch, slow: Way) -> None:
+    product, calls = Way.product, []
+
+    def delayed(way: Way, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        if way == slow:
+            time.sleep(0.005)
+        return product(way, x, *others)
+
+    monkeypatch.setattr(Way, "product", delayed)
+    chosen = fastest_ways(model, torch.float32, rows=3)
+    assert set(chosen) == {(layer.out_features, layer.in_features) for layer in linear_layers(model)}
+    assert slow not in chosen.values()
+    assert set(calls) == {3, 4}, "the ways are measured with this number of rows, and with rows filled up"
+
+
+def test_the_usual_way_is_kept_unless_another_one_is_clearly_faster() -> None:
+    ways = WAYS[torch.float32]
+    assert packed_linear._choose(ways, [1.0, 1.2, 0.97]) == ways[0]
+    assert packed_linear._choose(ways, [1.0, 0.8, 0.9]) == ways[1]
+
+
+def test_without_a_number_of_rows_the_usual_way_is_chosen(model: GPT2) -> None:
+    pack_linear_layers(model, torch.float32)
+    layers = [module for module in model.modules() if isinstance(module, InferenceLinear)]
+    assert len(layers) == 4 * model.config.n_layer + 1
+    assert {layer.way for layer in layers} == {WAYS[torch.float32][0]}
 
 
 def test_generated_tokens_are_the_same(model: GPT2, packed_model: GPT2) -> None:
@@ -98,19 +138,19 @@ def test_in_lower_precision_the_error_is_not_larger(model: GPT2, precision: str)
 
 def test_without_packed_products_the_model_is_unchanged(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not can_pack(torch.float16)
-    pack_linear_layers(model, torch.float16)
+    pack_linear_layers(model, torch.float16, rows=1)
     monkeypatch.setattr(packed_linear, "can_pack", lambda dtype: False)
-    pack_linear_layers(model, torch.float32)
+    pack_linear_layers(model, torch.float32, rows=1)
     assert_not_packed(model)
 
 
 def test_on_another_device_the_model_is_unchanged() -> None:
     with torch.device("meta"):
         model = GPT2(tiny_model_config())
-    pack_linear_layers(model, torch.float32)
+    pack_linear_layers(model, torch.float32, rows=1)
     assert_not_packed(model)
 
 
 def assert_not_packed(model: GPT2) -> None:
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert not any(isinstance(module, InferenceLinear) for module in model.modules())
     assert model.lm_head.packed_product is None

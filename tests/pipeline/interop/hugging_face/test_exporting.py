@@ -76,7 +76,7 @@ def test_greedy_texts_are_the_same_for_200_tokens(
 ) -> None:
     if packed:
         text_model = copy.deepcopy(text_model)
-        pack_linear_layers(text_model, torch.float32)
+        pack_linear_layers(text_model, torch.float32, rows=len(lengths))
     prompts = [random_tokens(length, vocab_size=50256, seed=length + i).tolist() for i, length in enumerate(lengths)]
     texts: list[list[int]] = [[] for _ in prompts]
     for tokens in generate_batch(text_model, prompts, SampleConfig(temperature=0, max_new_tokens=200)):
