@@ -35,8 +35,6 @@ def load_writer(
             used.
         dtype: the dtype of weights and matrix products, a key of ``DTYPES``.
         weights: ``training`` for the weights that are trained, or ``ema`` for their moving average.
-        dtype: the dtype of weights and matrix products, a key of ``DTYPES``.
-        weights: ``training`` for the weights that are trained, or ``ema`` for their moving average.
         prompts: the number of prompts that are usually completed at the same time. Generation is fastest with this
             number.
 
