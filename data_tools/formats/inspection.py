@@ -56,7 +56,7 @@ class FolderReport:
         path: the path that the user gave.
         format: one of ``INPUT_FORMATS``.
         problem: a message about the first file that is missing or has the wrong size. None if there is no such file.
-            about: the manifest as JSON values, except the format version, the dtype, the records of the shards and the
+        about: the manifest as JSON values, except the format version, the dtype, the records of the shards and the
             hash. If there is no manifest, ``about`` contains the assumed tokenizer and a description of the source.
         splits: the reports on the splits. The keys are the names of the splits.
     """
