@@ -58,7 +58,8 @@ def unordered_map(
         workers: the number of worker processes.
         on_report: a function for progress reports. It is called in this process whenever ``work`` calls ``report`` in a
             worker, with the arguments of that call.
-        preload: the names of modules to import once for all workers.
+        preload: the names of modules that the workers use. With the start method ``forkserver``, a server process
+            imports them once, and all workers are forked from this server.
 
     Raises:
         DataError: several worker processes died while they processed the same item, or a worker cannot be started.

@@ -79,8 +79,8 @@ def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
     """Return the tokens of a document, with ``END_OF_TEXT`` before its text.
 
     The segments of a dialogue are encoded separately, so that each token belongs to only one segment. The prediction of
-    the ``END_OF_TEXT`` before a dialogue counts in the loss. The model thus learns to generate ``END_OF_TEXT`` after
-    the last answer of the dialogue before.
+    the ``END_OF_TEXT`` before a dialogue counts in the loss. In the shards, this ``END_OF_TEXT`` follows the last
+    answer of the previous dialogue. Therefore, the model learns to end its last answer with ``END_OF_TEXT``.
     """
     segments = ((document, True),) if isinstance(document, str) else document.segments
     pieces = [np.array([END_OF_TEXT], dtype=np.uint16), *(encoder.encode(text) for text, _ in segments)]

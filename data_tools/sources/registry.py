@@ -35,7 +35,7 @@ class Source(Protocol):
     def text_bytes(self) -> int | None:
         """Return the approximate number of bytes of text in the source.
 
-        If only reading the documents would give this number, return None.
+        If the number cannot be found without reading all documents, return None.
         """
         ...
 

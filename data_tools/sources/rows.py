@@ -28,8 +28,8 @@ OnBadRow = Callable[[BadRowError], None]
 def stop_at_bad_row(error: BadRowError) -> None:
     """Raise a DataError with the message of ``error``.
 
-    A worker process must send its errors to the main process. It can send the DataError, which contains only a text. It
-    cannot send ``error``.
+    A worker process must send its errors to the main process. ``error`` cannot be sent. The DataError can be sent,
+    because it contains only a text.
     """
     raise DataError(str(error)) from error
 

@@ -123,8 +123,9 @@ class Backend(ABC):
     def fragments(self) -> list[Fragment]:
         """Return the weights and the optimizer state on this rank as fragments.
 
-        A fragment contains views of a range of one parameter and of its optimizer state. If the optimizer has not
-        created its state yet, the state is first created and filled with zeros.
+        A fragment belongs to a range of elements of one parameter. It contains views of the weights and of the
+        optimizer state of this range. If the optimizer has not created its state yet, the state is first created and
+        filled with zeros.
         """
         return self.state.fragments()
 

@@ -45,8 +45,8 @@ def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: W
     """Download a checkpoint into a run folder that all ranks share, verify it, and return its folder there.
 
     Each rank downloads an equal share of the bytes of all files. If the run folder contains a damaged checkpoint of the
-    downloaded checkpoint's step, it is replaced. If the run folder has no metrics yet, they are downloaded too. The run
-    folder records that the URL belongs to the run.
+    same step, the downloaded checkpoint replaces it. If the run folder has no metrics yet, they are downloaded too. The
+    run folder records that the URL belongs to the run.
 
     This call is collective: every rank must make it.
 

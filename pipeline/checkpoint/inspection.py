@@ -94,8 +94,8 @@ def inspect(path: Path | str) -> CheckpointReport | RunReport:
     """Return a description of a checkpoint folder, or of all checkpoints in a run folder. The folder may be at a URL.
 
     Raises:
-        CheckpointError: ``path`` is neither a checkpoint folder nor a run folder with checkpoints. If ``path`` is a
-            checkpoint folder, a JSON file that cannot be read also causes this error.
+        CheckpointError: ``path`` is neither a checkpoint folder nor a run folder with checkpoints, or it is a
+            checkpoint folder in which a JSON file cannot be read.
     """
     if is_remote(str(path)):
         return _inspect_url(str(path))

@@ -61,9 +61,10 @@ class Mirror:
     """Uploads the checkpoints of a run to a URL, and deletes old checkpoints there by the same rules as on the disk.
 
     After every save, ``request`` wakes the thread of rank 0. This thread compares the checkpoints on the disk with
-    those at the URL. The ranks then upload the missing checkpoints, the newest first. If an upload fails, it is
-    therefore repeated after the next save, unless the checkpoint was deleted from the disk in the meantime. If uploads
-    take longer than the time between two saves, some checkpoints are deleted from the disk before they are uploaded.
+    those at the URL. The ranks then upload the missing checkpoints, the newest first. If the upload of a checkpoint
+    fails, the checkpoint is still missing after the next save, and is then uploaded again. A checkpoint that was
+    deleted from the disk in the meantime is not uploaded. If uploads take longer than the time between two saves, some
+    checkpoints are deleted from the disk before they are uploaded.
 
     Args:
         timeout_s: an upload that takes longer than this time counts as failed. When the run ends, it waits at most this
@@ -94,7 +95,7 @@ class Mirror:
         self._thread.start()
 
     def request(self) -> None:
-        """Wake the thread, so that it uploads the checkpoints that the URL does not have. This call does not wait."""
+        """Wake the thread, which uploads the checkpoints that are missing at the URL. Do not wait for the upload."""
         self._due.set()
 
     def poll(self) -> list[UploadOutcome]:

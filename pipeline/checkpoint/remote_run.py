@@ -183,6 +183,6 @@ def _prefix(step: int) -> str:
 
 
 def parse_url(url: str) -> tuple[RemoteRun, int | None]:
-    """Return an object for the run at a URL. For the URL of a checkpoint, also return the step, otherwise None."""
+    """Return an object for the run at a URL, and the step in the URL. If the URL is that of a run, the step is None."""
     run_url, step = split_url(url)
     return RemoteRun(run_url), step

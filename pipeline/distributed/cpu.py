@@ -85,11 +85,11 @@ def keep_freed_memory() -> None:
     """Make malloc keep freed memory for the next allocation. This has no effect without glibc.
 
     By default, glibc gets every block of more than 32 MiB from the kernel, and gives the block back when it is freed.
-    Blocks for logits and gradients are larger than 32 MiB. The kernel would clear their memory in every step, which
-    takes a fifth of the time of a step.
+    The kernel clears the memory of every new block. Blocks for logits and gradients are larger than 32 MiB. To clear
+    them in every step would take a fifth of the time of a step.
 
-    This call also makes all threads use the main arena of malloc, because malloc's other arenas cannot keep large
-    blocks. By default, Gloo's threads use other arenas, although they allocate large receive buffers.
+    This call also makes all threads use the main arena of malloc, because malloc can keep large freed blocks only
+    there. By default, Gloo's threads use other arenas, and would therefore not keep their large receive buffers.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

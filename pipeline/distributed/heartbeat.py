@@ -210,7 +210,8 @@ def heartbeat(world: World, timeout_s: float, records: Path | None = None) -> It
     Args:
         timeout_s: a rank that sends no heartbeat for this number of seconds is lost.
         records: a folder for torch's flight recorder. If a rank is lost or if a collective times out, each rank writes
-            a file to this folder, and prints one line about its collectives. If None, it does neither.
+            a file to this folder, and prints one line about its collectives. If ``records`` is None, the ranks write no
+            files and print no such lines.
     """
     watch = Heartbeat(world, timeout_s, records)
     with watch.explaining_sigterm():

@@ -47,9 +47,9 @@ def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
     """Divide buffers among slabs (pinned allocations whose size is a power of two), so that little memory is lost.
 
     The slabs are planned one after another. The size of a new slab is the largest power of two that does not exceed the
-    total size of the buffers without a slab. If the largest of these buffers is larger, the size of the slab is the
-    smallest power of two into which this buffer fits. The slab is then filled with buffers in the order of decreasing
-    size.
+    total size of the buffers without a slab. If the largest of these buffers does not fit into a slab of this size, the
+    slab gets the smallest size that is a power of two and holds this buffer. The slab is then filled with buffers in
+    the order of decreasing size.
 
     Args:
         sizes: the size of each buffer in bytes.

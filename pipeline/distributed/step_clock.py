@@ -1,20 +1,20 @@
 """Measure how a rank spends the time of a step: computing, waiting for data, or waiting in collectives.
 
 In synchronous training, all ranks take the same time per step, because each rank waits for the slowest one in the
-collectives. The time of a step is waiting in collectives, and *own time* (computing, and waiting for data). The slowest
-rank is therefore the rank with the most own time.
+collectives. The *own time* of a rank is the time of a step without the waits in collectives. In its own time, a rank
+computes or waits for data. The slowest rank is the rank with the most own time.
 
-The computation of a rank is a timeline. On a CPU, the timeline is the main thread, and the clock is that of the host.
-On a GPU, the timeline is the stream on which the model computes, and the clock consists of CUDA events in this stream.
-The time of a step is divided into three kinds:
+The module measures the time on the *timeline* of the rank. On a CPU, the timeline is the main thread, and the clock of
+the host measures its time. On a GPU, the timeline is the CUDA stream on which the model computes, and CUDA events in
+this stream measure its time. The time of a step is divided into three kinds:
 
-- *collective wait*: the timeline stands still until a collective has finished. The time to transfer data is included. A
-  collective that runs in the background, while the rank computes, does not count.
-- *data wait*: the timeline stands still until the loader has returned the micro-batches.
+- *collective wait*: the timeline waits until a collective has finished. The time in which the collective transfers data
+  is included. A collective that runs in the background while the rank computes does not count.
+- *data wait*: the timeline waits until the loader has returned the micro-batches.
 - *compute*: the rest of the step.
 
-To measure the collective wait under every backend, the clock replaces the functions of torch that wait for a
-collective. They are replaced only during a step, and only the thread that computes is measured. DDP waits in C++ code.
+During a step, the clock replaces the functions of torch that wait for a collective. The replacements also measure the
+wait, but only in the thread that computes. This method works for every backend except DDP, which waits in C++ code.
 Therefore, the backend for DDP must call ``StepClock.backward_pass``.
 """
 

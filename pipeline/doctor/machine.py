@@ -153,7 +153,7 @@ def check_compilers() -> Iterator[Finding]:
 def check_builds() -> Iterator[Finding]:
     """Check that torch.compile can compile a function, and that DeepSpeed's CPUAdam can be built.
 
-    Training uses the build of CPUAdam.
+    The check builds CPUAdam and keeps the result. Later training runs on this machine use it.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if compiler_works(device):

@@ -1,7 +1,7 @@
 """Measure CORE: the mean of centered accuracies over the tasks of nanochat's folder ``eval_bundle``.
 
-On the scale of a centered accuracy, random answers have 0 and right answers have 1. The metric is from Li et al. 2024
-(DataComp-LM, arXiv 2406.11794). The examples are scored as in nanochat (``nanochat/core_eval.py``).
+The centered accuracy of a task is 0 for random answers, and 1 if all answers are right. The metric is from Li et al.
+2024 (DataComp-LM, arXiv 2406.11794). The examples are scored as in nanochat (``nanochat/core_eval.py``).
 """
 
 import hashlib

@@ -179,11 +179,11 @@ def winogrande(row: Row) -> Example:
 
 
 def lambada(row: Row) -> Example:
-    """Read ``text``, whose last word is the continuation; or ``context`` and ``continuation``, the last word.
+    """Read ``text``, whose last word becomes the continuation; or ``context`` and ``continuation``.
 
-    Returns one pair. In few-shot prompts, there are two spaces before the last word, as in lm-evaluation-harness. If
-    the continuation has several words, the file may have its own prompt, which differs from that of LAMBADA. In this
-    case, ``rendered_by_file`` of the example is True.
+    Returns one pair. In few-shot prompts, there are two spaces before the last word, as in lm-evaluation-harness. In
+    LAMBADA, every continuation is one word. If the continuation in the row has several words, the file may contain
+    prompts of its own. Therefore, ``rendered_by_file`` of the example is then True.
     """
     if "context" in row:
         context, word = text_field(row, "context"), text_field(row, "continuation").removeprefix(" ")
@@ -279,9 +279,10 @@ def draw_shots(
         examples: the examples to score.
         pool: the examples from which to draw.
         count: the number of few-shot examples per example to score.
-        spare: whether the pool can also contain the examples to score. If True, ``count + 1`` examples are drawn. If
-            the example to score is among them, it is removed, otherwise the last one. Therefore, no prompt contains the
-            answer to its own question. lm-evaluation-harness does the same for tasks without a test split.
+        spare: whether the pool can also contain the examples to score. A prompt must not contain the answer to its own
+            question. If ``spare`` is True, ``count + 1`` examples are therefore drawn, and one of them is removed: the
+            example to score, or the last example if the example to score was not drawn. lm-evaluation-harness does the
+            same for tasks without a test split.
 
     Raises:
         DataError: the pool contains too few examples.

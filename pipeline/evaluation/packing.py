@@ -36,7 +36,7 @@ class Request:
         return (self.context + self.continuation)[:-1][-context_length:]
 
     def is_truncated(self, context_length: int) -> bool:
-        """Return whether the request is too long, so that ``inputs`` leaves out the beginning of its context."""
+        """Return whether the request has so many tokens that ``inputs`` leaves out the beginning of its context."""
         return len(self.context) + len(self.continuation) - 1 > context_length
 
 
@@ -135,8 +135,9 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
 def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
     """Build the input of one forward pass.
 
-    The forward pass computes one score for each pair of a node and a target token that follows the node. The score of a
-    request is the sum of the scores of its targets. Requests with common tokens share scores.
+    Each node of a tree is one token (see ``Tree``). The forward pass computes one score for each pair of a node and a
+    target token after this node. The score of a request is the sum of the scores of its targets. Requests that begin
+    with the same tokens share nodes. Therefore, they can also share scores.
 
     Returns:
         The input, in host memory. It has one row per tree, padded on the right.

@@ -107,7 +107,10 @@ class Scorer:
 
 
 def compute_for_scoring(model: GPT2, precision: str, device: torch.device) -> ComputeModel:
-    """Wrap a loaded model for scoring in a precision. On a CPU, this also packs the model's linear layers."""
+    """Wrap a loaded model, so that it computes scores in the given precision.
+
+    On a CPU, the function also replaces the linear layers of the model by faster ones (see ``pack_linear_layers``).
+    """
     pack_linear_layers(model, matmul_dtype(precision))
     return replicated_compute(model, precision, device).eval()
 

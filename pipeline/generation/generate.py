@@ -18,8 +18,9 @@ PADDING = 0  # any id: no token attends to it
 def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> int:
     """Draw the next token at random from its logits, and return the token's id.
 
-    First, all tokens except the ``top_k`` most likely tokens are removed. Of the remaining tokens, only the most likely
-    ones are kept: as few as have a total probability of at least ``top_p`` (nucleus sampling, Holtzman et al. 2020).
+    First, all tokens except the ``top_k`` most likely tokens are removed. Then, the most likely of the remaining tokens
+    are kept, until their total probability is at least ``top_p`` (nucleus sampling, Holtzman et al. 2020). All others
+    are removed.
 
     Args:
         logits: fp32 of shape (V,), on the CPU.

@@ -25,10 +25,10 @@ SHORT_TEXT = (
 
 
 def rows_of_the_tokenizer(rows: int) -> int:
-    """Return how many rows of an embedding with ``rows`` rows belong to tokens of the tokenizer.
+    """Return how many of the ``rows`` rows of an embedding belong to tokens of the tokenizer.
 
-    If ``rows`` is a little larger than GPT-2's vocabulary, the result is the size of the vocabulary, because the
-    further rows belong to added tokens or padding. Otherwise, the result is ``rows``.
+    If ``rows`` is a little larger than GPT-2's vocabulary, the result is the size of the vocabulary, because the other
+    rows belong to added tokens or are padding. Otherwise, the result is ``rows``.
     """
     return GPT2_VOCAB_SIZE if GPT2_VOCAB_SIZE < rows <= LARGEST_PADDED_VOCABULARY else rows
 

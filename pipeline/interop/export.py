@@ -29,7 +29,7 @@ ExportFunction = Callable[[Path | str, Path, str, str], Export]
 
 
 def describe_positions(config: ModelConfig, program: str) -> list[str]:
-    """Return a message for the user if the model restarts positions inside a text, which ``program`` does not do."""
+    """Return a message for the user if the config sets ``reset_positions_at``, which ``program`` does not support."""
     if config.reset_positions_at is None:
         return []
     return [

@@ -71,7 +71,10 @@ class Conversion:
 
 
 class SettingsObject:
-    """Stands for a pickled ``GPTConfig`` of nanoGPT. Its values can be read without executing code in the file."""
+    """An object with the values of a pickled ``GPTConfig`` of nanoGPT.
+
+    The unpickler creates this object instead of a ``GPTConfig``, so that no code in the file is executed.
+    """
 
 
 def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:

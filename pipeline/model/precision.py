@@ -33,8 +33,9 @@ class ComputeModel(nn.Module):
 class AutocastModel(ComputeModel):
     """A model that uses autocast inside its ``forward``. In the precision ``fp32``, it does not use autocast.
 
-    DeepSpeed turns off autocast that is active outside of the model. Therefore, autocast must be inside. DeepSpeed's
-    own option ``torch_autocast`` is not used, because it clips fp16 gradients before it unscales them.
+    If autocast is active when DeepSpeed calls ``forward``, DeepSpeed turns it off. Therefore, ``forward`` itself turns
+    autocast on. DeepSpeed's own option ``torch_autocast`` is not used. With this option, DeepSpeed would clip fp16
+    gradients before it unscales them.
     """
 
     def __init__(self, model: GPT2, precision: str, device: torch.device) -> None:

@@ -59,7 +59,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """Return how many bytes each rank sends. With a tree or a hierarchy, this is the mean over the ranks."""
+        """Return how many bytes each rank sends. If the ranks send different numbers of bytes, return the mean."""
         return _SENT_SHARES[self.kind] * self.size * (self.group.size - 1) / self.group.size
 
 

@@ -21,7 +21,7 @@ CPU_ADAM_BYTES = 2 * (FP32 + 2 * FP32) + FP32
 
 @dataclass(frozen=True)
 class Waits:
-    """The seconds of a step in which a rank does not compute, divided by what it waits for."""
+    """How many seconds of a step a rank waits and does not compute. Each field is the wait for one cause."""
 
     latency_s: float = 0.0  # of the messages of collectives
     within_host_s: float = 0.0  # for bytes on the links within a host
@@ -30,7 +30,7 @@ class Waits:
 
     @property
     def total_s(self) -> float:
-        """Return the sum."""
+        """Return the sum of all waits."""
         return sum(vars(self).values())
 
 
@@ -112,8 +112,10 @@ def compute_seconds(collectives: StepCollectives, pass_s: float) -> float:
 def communication_waits(collectives: StepCollectives, pass_s: float, cluster: Cluster, *, overlaps: bool) -> Waits:
     """Return how long a rank waits for collectives in a step.
 
-    The wait for latency is the difference from links without latency. The wait for the links between hosts is the
-    additional difference from links with infinite bandwidth between hosts.
+    The function computes the wait for three clusters: the real one, the same cluster with links without latency, and
+    the second cluster with infinite bandwidth between hosts. The wait for latency is the difference between the first
+    two results. The wait for the links between hosts is the difference between the last two results. The last result is
+    the wait for the links within a host.
 
     Args:
         pass_s: see ``compute_seconds``.

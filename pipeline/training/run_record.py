@@ -54,7 +54,10 @@ class RunRecord:
                 sink.start(dump_config(config), resumed_step)
 
     def elapsed_s(self) -> float:
-        """Return the wall-clock seconds that all processes of the run have taken so far, one after another."""
+        """Return how many seconds the run has taken so far, as wall-clock time.
+
+        If the run was resumed, the result includes the time of its earlier processes, but not the pauses between them.
+        """
         return round(time.perf_counter() - self._started, 3)
 
     def write(self, row: dict[str, Any]) -> None:

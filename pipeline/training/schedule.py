@@ -9,14 +9,15 @@ CHART_COLUMNS = 50  # of the bar at the peak
 
 
 def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
-    """Return the learning rate of the next optimizer step, when ``step`` steps are finished.
+    """Return the learning rate of the optimizer step that comes after ``step`` finished steps.
 
     During the first ``warmup_steps`` steps, the rate rises linearly to its peak. The rate of the first step is above
     zero. The rate then falls to a minimum, which is ``min_lr_ratio`` times the peak.
 
-    With ``wsd``, all ``decay_steps`` steps of the decay have rates below the peak. The last step of the run has the
-    minimum. With ``cosine`` and ``linear``, the first step after the warm-up has the peak, as in Loshchilov and Hutter
-    2017. The rate of the last step, ``lr_at(max_steps - 1)``, is slightly higher than the minimum.
+    With ``wsd``, the rate is already below the peak in the first step of the decay. In the last step of the run, the
+    rate is the minimum. With ``cosine`` and ``linear``, the rate is the peak in the first step of the decay, as in
+    Loshchilov and Hutter 2017. In the last step of the run, ``lr_at(max_steps - 1)``, the rate is slightly above the
+    minimum.
     """
     peak = optimizer.learning_rate
     if step < schedule.warmup_steps:

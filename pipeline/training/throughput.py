@@ -16,7 +16,7 @@ _NOTABLE_INCREASE = 1.05
 
 
 def measure_ceiling(world: World, config: Config, tokens: int, seconds: float = CEILING_SECONDS) -> float:
-    """Measure the FLOP/s that all ranks together reach in matrix products, in the dtype of the run's products.
+    """Measure the FLOP/s that all ranks together reach in matrix products with the run's dtype.
 
     This call is collective: every rank must make it.
 

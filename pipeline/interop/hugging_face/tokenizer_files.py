@@ -63,8 +63,8 @@ def _printer() -> Callable[[bytes], str]:
 def describe_other_tokenizer(folder: Path) -> str | None:
     """Return a line for the user if the tokenizer in a folder is not GPT-2's.
 
-    A tokenizer counts as GPT-2's if it gives all tokens of GPT-2 their ids, even if it has additional tokens. In this
-    case, the result is None. If the folder has no tokenizer, or if GPT-2's vocabulary cannot be loaded for the
+    Otherwise, the result is None. A tokenizer counts as GPT-2's if it contains all tokens of GPT-2 with the same ids.
+    It may contain further tokens. If the folder has no tokenizer, or if GPT-2's vocabulary cannot be loaded for the
     comparison, the result is also None.
 
     Raises:
