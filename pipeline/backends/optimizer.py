@@ -179,8 +179,8 @@ class LossScaler:
     """The factor for the loss in the backward pass, which prevents small fp16 gradients from becoming zero.
 
     A step is called *good* if its gradient norm is finite. If ``dynamic`` is True, the scale is halved after a step
-    that is not good. After ``GROWTH_INTERVAL`` good steps in a row, it is doubled. If ``dynamic`` is False, the scale is
-    always 1.
+    that is not good. After ``GROWTH_INTERVAL`` good steps in a row, it is doubled. If ``dynamic`` is False, the scale
+    is always 1.
     """
 
     dynamic: bool
@@ -199,10 +199,10 @@ class LossScaler:
 
     @property
     def factor(self) -> float:
-        """Return the factor for the loss on each rank, by which the averaged gradients must be divided.
+        """Return the factor by which the loss on each rank is multiplied. Divide the averaged gradients by this factor.
 
-        The loss on a rank is also multiplied by the world size, because the backends average gradients over the ranks
-        (see ``Trainer``). A dynamic scale is divided by the world size. The fp16 gradients of a micro-batch are then the
+        The trainer multiplies the loss on each rank by the world size, because the backends average gradients over the
+        ranks. The factor is a dynamic scale divided by the world size. The fp16 gradients of a micro-batch are then the
         same at every world size, so they overflow in the same steps.
         """
         return self.scale / self.world_size if self.dynamic else 1.0
