@@ -97,7 +97,7 @@ class OutputFolder:
         return sum((record.progress for record in self.finished.values()), Contents())
 
     def plan(self, make_plan: Callable[[], list[Chunk]]) -> None:
-        """Set ``chunks`` and ``finished``. Call this method before any chunk is encoded.
+        """Set the attributes ``chunks`` and ``finished``. Call this method before any chunk is encoded.
 
         If an interrupted request has left a plan in the folder, this plan and the records of the finished chunks are
         loaded. Otherwise, ``make_plan`` is called, and its chunks are written to a new plan.

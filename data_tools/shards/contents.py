@@ -60,8 +60,8 @@ class Vocabulary:
         Args:
             tokens: uint16 of shape (tokens,).
             place: the file or folder with the tokens, for error messages.
-            advance: a function that is called regularly with the argument 0. It can raise an error to stop the
-                counting.
+            advance: a function that is called regularly. It can raise an error to stop the counting. Its argument is
+                always 0.
 
         Raises:
             DataError: an id is outside the vocabulary.

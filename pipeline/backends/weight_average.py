@@ -18,8 +18,8 @@ _SWAPPED_ELEMENTS = 1 << 22  # 16 MiB, the size of the temporary copy while weig
 class WeightAverage:
     """Keep a moving average of each master (tensor that the optimizer updates) on this rank, in fp32.
 
-    The averages are created as copies of the masters. They are created when they are first needed, and not together
-    with the masters, because a backend can change the values of its masters before the first step.
+    When the averages are first needed, they are created as copies of the masters. They are not created earlier, because
+    a backend can change the values of its masters before the first step.
 
     Args:
         masters: the tensors in fp32 that the optimizer updates on this rank.

@@ -25,7 +25,7 @@ class SignalThread:
     def start(self) -> None:
         """Start the thread.
 
-        If another ``SignalThread`` is already running, it gets no signals until this one is stopped.
+        While this thread runs, a ``SignalThread`` that was started earlier gets no signals.
         """
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)

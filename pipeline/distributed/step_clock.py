@@ -14,8 +14,8 @@ this stream measure its time. The time of a step is divided into three kinds:
 - *compute*: the rest of the step.
 
 During a step, the clock replaces the functions of torch that wait for a collective. The replacements also measure the
-wait, but only in the thread that computes. This method works for every backend except DDP, which waits in C++ code.
-Therefore, the backend for DDP must call ``StepClock.backward_pass``.
+wait, but only in the thread that computes. This works for every backend except DDP, which waits in C++ code. Therefore,
+the backend for DDP must call ``StepClock.backward_pass``.
 """
 
 import functools

@@ -149,7 +149,7 @@ class StepGuard:
         """Return the index of the first sample of the next step. Samples are numbered in the order of training.
 
         Usually, the result is ``consumed``. If a step that begins at ``consumed`` would contain samples of an earlier
-        spike, the step begins after these samples instead.
+        spike, the result is the index of the first sample after them.
 
         Args:
             consumed: the index of the first sample after the previous step.
