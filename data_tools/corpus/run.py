@@ -27,7 +27,7 @@ class Observer:
     """Receives messages, the estimate and the progress while a request runs. This base class does nothing with them."""
 
     def noticed(self, line: str) -> None:
-        """Receive a message for the user about the input. All messages come before the estimate."""
+        """Receive a message for the user about the input. This method is never called after ``planned``."""
 
     def planned(self, estimate: Estimate) -> None:
         """Receive the estimate before the first chunk is processed.

@@ -112,11 +112,11 @@ def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
     """Return a context manager that holds a lock on a folder during its ``with`` block.
 
     Args:
-        shared: whether the lock is shared. Several processes can hold a shared lock at the same time, but only one
-            process can hold an exclusive lock.
+        shared: whether the lock is shared or exclusive. Several processes can hold shared locks on the folder at the
+            same time. If a process holds an exclusive lock, no other process can hold any lock on the folder.
 
     Raises:
-        DataError: another process holds a lock that conflicts with this one, or the lock file is not writable.
+        DataError: the lock of another process does not allow this lock, or the lock file is not writable.
     """
     path = folder / LOCK_NAME
     with one_line_write_errors(path):

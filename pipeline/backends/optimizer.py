@@ -154,8 +154,8 @@ def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """If the gradient norm is finite, update the weights. Otherwise, weights, moments and step count do not change.
 
-    On a GPU, the function does not wait until the norm is computed. Instead, it computes a flag on the GPU. If the flag
-    is set, the fused AdamW skips the update.
+    On a GPU, the function does not wait for the value of the norm. Instead, the GPU computes a flag from the norm. If
+    the flag is set, the fused AdamW skips the update.
     """
     if norm.is_cuda and optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]

@@ -61,7 +61,7 @@ def unset_command() -> str:
 def check_launcher() -> None:
     """Raise ConfigError if a launcher's environment variables are wrong or contradict each other.
 
-    They can contradict each other if two launchers have each set some of them.
+    The variables can contradict each other if some are left over from another launcher.
     """
     if problem := _find_contradiction(launcher_variables()):
         raise ConfigError(

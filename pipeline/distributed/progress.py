@@ -82,10 +82,10 @@ class Progress:
 
     @contextmanager
     def patience(self) -> Iterator[None]:
-        """Return a context manager for rare work that takes long.
+        """Return a context manager for rare work that can take minutes.
 
-        Usually, a rank without progress soon counts as stuck. Inside the ``with`` block, it counts as stuck only after
-        several minutes. The method may be called by a single rank.
+        Usually, a rank that makes no progress soon counts as stuck, which ends the run. Inside the ``with`` block, the
+        rank counts as stuck only after ``PATIENCE_S`` seconds. It is allowed that only one rank calls this method.
         """
         before = self.is_patient, self.repeats
         self.move()

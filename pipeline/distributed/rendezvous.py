@@ -28,9 +28,9 @@ _LOOK_S = 2.0
 def open_store(rank: int, size: int, timeout: timedelta) -> Store:
     """Return an empty key-value store that all ranks share.
 
-    torchrun keeps its store when it restarts the ranks. If the new ranks found the addresses of the earlier ranks in
-    it, they would wait forever. Therefore, the keys get a new prefix at each start. If there is only one rank, the
-    store is in memory and needs no port.
+    torchrun keeps its store when it restarts the ranks. The store then contains the addresses of the earlier ranks. If
+    the new ranks used these addresses, they would wait forever. Therefore, the keys get a new prefix at each start. If
+    there is only one rank, the store is in memory and needs no port.
 
     One thread serves the store to all ranks. Therefore, each rank polls the store less often if there are more ranks.
 

@@ -229,9 +229,10 @@ class StepClock:
         return sum(self._clock.seconds(start, end) for start, end in waits)
 
     def read(self) -> StepTimes | None:
-        """Return the mean times per step since the last call of this method. If no step was measured, return None.
+        """Return how long a step took on average, divided into computation, waiting for data and waiting for ranks.
 
-        If a GPU has not finished a step yet, this step counts in the next call.
+        The mean is over the steps since the last call of this method. A step that the GPU has not finished yet counts
+        in the next call. If no step was measured, the result is None.
         """
         self._add_finished()
         if not self._steps:

@@ -30,9 +30,9 @@ class Chat:
     ends at ``<|endoftext|>``, or where the model generates a heading line. This heading line is not returned.
 
     With the template "messages", each message in the training data is followed by an empty line. If the model generates
-    this empty line, the answer also ends. An empty line between two paragraphs does not end the answer. The tokens of
-    the two cases differ. The two line feeds after a message are one token. The two line feeds between paragraphs are
-    two tokens.
+    this empty line, the answer also ends. An empty line between two paragraphs does not end the answer. The two kinds
+    of empty line have different tokens. After a message, the two line feeds are one token. Between two paragraphs, the
+    two line feeds are two tokens.
 
     Args:
         template: the kind of data that the model was trained on. With "instruction", the model sees only the user's

@@ -46,7 +46,7 @@ class Section:
         return self.get(key, kind)
 
     def section(self, key: Any) -> Section:
-        """Return the value of a key, which must be a dict, as a ``Section``.
+        """Return the dict that is stored under a key, as a ``Section``.
 
         Raises:
             CheckpointError: the key is missing, or the value is not a dict.

@@ -1,8 +1,9 @@
 """List the collectives that a backend issues during a step, and the computation between them.
 
-A micro-step is a list of stages. A stage begins when its weights are gathered. When it ends, gradients are ready to be
-reduced. The forward and the backward pass have one stage per block, one for the output layer, and one for the
-embeddings. The weight of the embedding is also that of the output layer. Its gradient is therefore finished last.
+A micro-step is a list of stages. A stage begins when its weights are gathered. When the stage ends, gradients are
+ready to be reduced. The forward pass and the backward pass each have one stage per block, one for the output layer, and
+one for the embeddings. The output layer and the token embedding share one weight. The backward pass finishes the
+gradient of this weight last.
 
 The list describes this project's backends with torch 2.13 and DeepSpeed 0.19.8.
 """

@@ -1,4 +1,4 @@
-"""Plan a config on N devices: the peak memory, the largest micro-batch that fits into the memory, and the speed."""
+"""Estimate for a run on N devices: the peak memory, the largest micro-batch that fits, and the speed."""
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace

@@ -33,7 +33,7 @@ class Branch:
 class Rung:
     """The result of one branch: a run that continues the long run from one of its steps, with another schedule.
 
-    If no validation loss was measured at a step, the loss is None.
+    A loss is None if it was not measured.
     """
 
     milestone: int

@@ -149,10 +149,15 @@ def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
 
 
 def describe_started_decay(start: Path, config: Config) -> str | None:
-    """Return a warning if a branch begins inside the decay of its own schedule. Otherwise, return None.
+    """Return a warning if a new run continues another run at a step at which the learning rate already decays.
 
-    A branch is a run that continues another run. If it keeps the other run's schedule and peak learning rate, there is
-    no warning, because its learning rate does not jump.
+    The schedule in ``config`` decides whether the learning rate decays. In this case, the learning rate of the new run
+    usually jumps at its first step. It does not jump if the new run has the schedule and the peak learning rate of the
+    other run. The result is then None.
+
+    Args:
+        start: the checkpoint from which the new run continues.
+        config: the config of the new run.
     """
     state, stored = read_state(start)
     schedule, now = config.schedule, dump_config(config)
