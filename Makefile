@@ -85,6 +85,7 @@ start-memory: .venv/dev ## measure the peak memory of each rank at the start of 
 
 rehearse: .venv/dev ## rehearse runs on 2 and 4 hosts, and the loss of hosts and links, on this Linux machine
 	$(BIN)/python -m benchmarks.rehearsal
+
 scaling: .venv/dev ## compare predicted with measured step times: 1, 2 and 4 processes, and slow links between hosts
 	$(BIN)/python -m benchmarks.scaling
 
