@@ -1,4 +1,4 @@
-"""Write a first run config, or show a config with all its keys and where each key was set."""
+"""Write a run config to start from, or show a config with all its keys and where each key was set."""
 
 import argparse
 import json

@@ -170,7 +170,8 @@ class SkippedRows:
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
     """Divide a source into chunks.
 
-    If the request limits the number of documents or bytes, the function must read the documents up to the limit.
+    Usually, the function does not read the documents. However, if the request limits the number of documents or
+    bytes, the function reads all documents up to the limit.
 
     Raises:
         DataError: the source cannot be read.

@@ -209,7 +209,8 @@ class OutputFolder:
 def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> Iterator[OutputFolder]:
     """Return a context manager that creates an output folder, or opens the folder that an interrupted request has left.
 
-    The ``with`` block gets the ``OutputFolder``. If the block raises an error, its method ``abandon`` is called.
+    The ``with`` block gets the folder as an ``OutputFolder``. If the block raises an error, the context manager calls
+    ``OutputFolder.abandon``.
 
     Args:
         out: the path or URL of the folder.

@@ -93,7 +93,11 @@ def read_state_file(folder: Path) -> StateFile:
 
 
 def check_state_file(content: dict[str, Any], path: Path | str) -> StateFile:
-    """Return the content of a ``state.json``. ``path`` is the place of the file, for error messages.
+    """Check the content of a ``state.json``, and return it as a ``StateFile``.
+
+    Args:
+        content: the JSON object in the file.
+        path: the place of the file, for error messages.
 
     Raises:
         CheckpointError: the content is malformed.

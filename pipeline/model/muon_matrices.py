@@ -57,7 +57,7 @@ class Matrix:
 def iterations_per_gram(rows: int, columns: int) -> int:
     """Return how many Newton-Schulz iterations use one Gram matrix: 2 if this needs fewer FLOPs, otherwise 1.
 
-    If two iterations use the same Gram matrix, they need two products less with the (rows, columns) matrix. However,
+    If two iterations use the same Gram matrix, they need two fewer products with the (rows, columns) matrix. However,
     they need three more products of matrices that are as large as the Gram matrix.
     """
     return 2 if 2 * max(rows, columns) > 3 * min(rows, columns) else 1

@@ -78,7 +78,7 @@ def plan_run(
         mfu: the fraction of the device's FLOP/s that the computation reaches.
         tokens: the number of tokens that the whole run trains on.
         grow_batch: if True, a batch that is too small for the number of ranks is enlarged to one micro-batch per rank.
-            The function then does not search for the largest micro-batch.
+            If False, the function also searches for the largest micro-batch that fits into the memory.
 
     Raises:
         ConfigError: ``grow_batch`` is False, and the batch cannot be divided equally among the ranks.

@@ -149,11 +149,11 @@ def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
 
 
 def describe_started_decay(start: Path, config: Config) -> str | None:
-    """Return a warning if a new run continues another run at a step at which the learning rate already decays.
+    """Return a warning if a new run continues another run at a step inside the decay of the new run's schedule.
 
-    The schedule in ``config`` decides whether the learning rate decays. In this case, the learning rate of the new run
-    usually jumps at its first step. It does not jump if the new run has the schedule and the peak learning rate of the
-    other run. The result is then None.
+    The learning rate then usually jumps at the first step of the new run. If the new run has the schedule and the peak
+    learning rate of the other run, the learning rate does not jump, and the result is None. The result is also None if
+    the decay has not begun at this step, or if ``start`` is a checkpoint of the same run.
 
     Args:
         start: the checkpoint from which the new run continues.
