@@ -16,12 +16,13 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
 
     A result has the same singular vectors as its matrix, and its singular values are close to 1. Each iteration
     replaces X by P X with P = a I + b G + c G^2 and G = X X^T, where a, b and c are constants. G is the Gram matrix of
-    X. If X has more rows than columns, the function computes the same result as X P with G = X^T X, because this Gram
-    matrix is smaller. For a matrix of zeros, the result is zero.
+    X. If X has more rows than columns, X^T X is smaller than X X^T. The function then replaces X by X P with G = X^T X,
+    which gives the same result. For a matrix of zeros, the result is zero.
 
-    If X is far from square, products with X are more expensive than products of Gram matrices. The function then does
-    two iterations with one Gram matrix: the Gram matrix after the first iteration is P G P. More than two iterations
-    with one Gram matrix would not be stable in bf16.
+    If X is far from square, a product with X needs more FLOPs than a product of two Gram matrices. The function then
+    computes a Gram matrix from X only in every second iteration. In the iterations between them, it computes the Gram
+    matrix of P X as P G P, without a product with X. More than two iterations without a new Gram matrix from X would
+    not be stable in bf16.
 
     Args:
         matrices: shape (n, rows, columns). Its dtype is also the dtype of the computation and of the result.

@@ -1,4 +1,7 @@
-"""Allocate the weights under ZeRO-3 one after another. DeepSpeed divides each among the ranks before the next one."""
+"""Allocate the weights under ZeRO-3 one after another, so that at most one whole weight is in memory at a time.
+
+DeepSpeed divides each weight among the ranks before the next weight is allocated.
+"""
 
 from collections.abc import Iterator
 

@@ -85,10 +85,11 @@ class FullyPartitionedState(OptimizerState):
     def publish_masters(self) -> None:
         """Copy the masters to this rank's shards of the weights that the model computes with.
 
-        If weights are gathered on this rank, they are freed first. DeepSpeed always keeps some small parameters
-        gathered, which it calls *persistent*. At its end, this method gathers the persistent parameters again. With
-        ZeRO++ hpZ, a rank also has *secondary* shards of the weights. The method deletes them, because their values are
-        old. DeepSpeed creates new ones in the next forward pass.
+        If weights are gathered on this rank, they are freed first. DeepSpeed calls some small parameters
+        *persistent*, and always keeps them gathered. At its end, this method gathers the persistent parameters again.
+
+        With ZeRO++ hpZ, a rank also has *secondary* shards of the weights. This method deletes the secondary shards,
+        because their values are old. DeepSpeed creates new ones in the next forward pass.
         """
         self.zero._partition_all_parameters()
         self.zero.invalidate_secondary_tensor()

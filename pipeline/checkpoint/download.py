@@ -100,7 +100,9 @@ def blocks_of(files: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
 
 
 def allocate(files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Create files with their final sizes in an empty folder. If the disk is too small, this fails before the download.
+    """Create the files of a checkpoint with their final sizes, in an empty folder.
+
+    Call this function before the download. If the disk is too small, the call raises ``OSError``.
 
     Args:
         files: maps the names of the files to their entries in the checkpoint's manifest.

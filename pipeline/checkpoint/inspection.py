@@ -80,10 +80,10 @@ class RunReport:
 
 
 def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[str]:
-    """Return the config keys of a run that can make its results differ from the results with other backends.
+    """Return the keys of ``backend.deepspeed`` with which the results of a run can differ from those of other backends.
 
-    The function looks for such keys in ``config`` and in the metrics of all steps up to ``step``, because the run may
-    have had another config before it was resumed.
+    The keys come from ``config``, and from the metrics of all steps up to ``step``. The metrics are needed because the
+    run may have had another config before it was resumed.
     """
     rows = (row.get(DIFFERENT_NUMBERS_KEY) for row in read_metrics(run_folder) if row["step"] <= step)
     earlier = [key for keys in rows if isinstance(keys, list) for key in keys]

@@ -24,11 +24,11 @@ def pair(run_folder: Path, url: str) -> None:
 
 
 def abandon(run_folder: Path, step: int) -> None:
-    """Record that the checkpoints of ``step`` and later steps at the run's URLs are abandoned.
+    """Record that the checkpoints from ``step`` on are abandoned, at all URLs of the run.
 
-    The run continues from an earlier step, and its next start must not use the abandoned checkpoints. The record is
-    needed because they remain at a URL whose server does not answer. After they were removed, call
-    ``forget_abandoned``.
+    Call this function if the run continues from an earlier step. A later start of the run must not use the abandoned
+    checkpoints. They cannot be set aside at once (see ``RemoteRun.set_aside``) if the server of a URL does not answer.
+    After all abandoned checkpoints at a URL are set aside, call ``forget_abandoned``.
     """
     record = _read(run_folder)
     if record["urls"]:

@@ -173,6 +173,9 @@ def set_mlflow_defaults() -> None:
 
 
 def set_launcher_variables(device_type: str) -> None:
-    """Set the environment variables that DeepSpeed requires launchers to set. Variables that are set do not change."""
+    """Set the environment variables that DeepSpeed requires.
+
+    Variables that a launcher has already set do not change.
+    """
     for name, value in ((_RANK, "0"), (_WORLD_SIZE, "1"), (_LOCAL_RANK, "0"), ("DS_ACCELERATOR", device_type)):
         os.environ.setdefault(name, value)

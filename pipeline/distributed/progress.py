@@ -5,8 +5,9 @@ evaluation, and each collective. All ranks pass the same marks in the same order
 of marks that it has passed. A stuck rank shows one of two signs:
 
 - It is *still*: it passes no mark and uses no CPU time, for example because a file system does not answer.
-- It *loops*: since its last mark, it has used much more CPU time than it ever used from one mark to the next. If a GPU
-  hangs, its rank also loops, because a rank uses CPU time while it waits for its GPU.
+- It *loops*: it uses CPU time but passes no mark. The CPU time since its last mark is much longer than the longest CPU
+  time between two of its marks so far. If a GPU hangs, its rank also loops, because a rank uses CPU time while it waits
+  for its GPU.
 
 A healthy rank shows one of these signs, too, while it waits for a stuck rank in a collective. Therefore, ``find_stuck``
 also compares the positions of the ranks.

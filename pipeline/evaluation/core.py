@@ -36,7 +36,7 @@ class PreparedCore:
     tasks: list[BundleTask]
 
     def measure(self, scorer: Scorer) -> Figures:
-        """Score all tasks. Return CORE and the figures of each task, as JSON values.
+        """Score all tasks. Return the metric CORE and the results of each task, as JSON values.
 
         This call is collective: every rank must make it. All ranks return the same values.
         """

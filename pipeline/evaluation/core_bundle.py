@@ -87,11 +87,18 @@ class BundleTask:
         return f"{context}{self.delimiter}{continuation}"
 
     def requests(self, number: int, tokenizer: Tokenizer, context_length: int) -> list[Request]:
-        """Return one request per pair of an item.
+        """Return one request for each pair of an example.
 
-        The kind of the task determines which tokens are scored: those after the common beginning of all choices, the
-        common end of all contexts, or those after the context. A request has at most ``context_length`` tokens. If
-        there are more, the first tokens are left out.
+        A pair consists of a context and a continuation. The kind of the task determines which tokens are scored:
+
+        - ``multiple_choice``: the tokens after the common beginning of all pairs.
+        - ``schema``: the tokens of the common end of all pairs.
+        - ``language_modeling``: the tokens after the context.
+
+        If a request has more than ``context_length`` tokens, its first tokens are left out.
+
+        Args:
+            number: the index of the example in ``items``.
 
         Raises:
             DataError: the scored tokens alone do not fit.

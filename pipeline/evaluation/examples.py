@@ -72,8 +72,8 @@ def any_continuation(row: Row) -> Example:
 def any_contexts(row: Row) -> Example:
     """Read ``contexts``, ``continuation``, ``gold``: ``gold`` is the index of the right one of several ``contexts``.
 
-    Returns one pair per context. If there is no white space between a context and the continuation, a space is added at
-    the beginning of the continuation.
+    For each context, the example has one pair: this context and the continuation. If there is no white space between
+    them, a space is added at the beginning of the continuation.
     """
     contexts, continuation = texts_field(row, "contexts"), text_field(row, "continuation")
     pairs = tuple(_joined(context, continuation) for context in contexts)

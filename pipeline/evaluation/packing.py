@@ -100,7 +100,8 @@ def build_trees(
     Args:
         groups: the numbers of the requests of each group.
         requests: all requests. A request's number is its index.
-        context_length: the largest number of tokens per request. If there are more, the first ones are left out.
+        context_length: the largest number of tokens per request. If a request has more tokens, its first tokens are
+            left out.
         reset_at: a token id, or None. At each token with this id, positions restart at 0.
     """
 

@@ -22,8 +22,8 @@ def rolling_windows(tokens: list[int], first: int, context_length: int, stride: 
     """Split a text into windows that score each token once.
 
     The token ``first`` is put before the text, so that the first token of the text also has a context. The first window
-    scores at most ``context_length`` tokens. Each later window scores the next ``stride`` tokens. Its other tokens are
-    the tokens before them, which are not scored again.
+    scores at most ``context_length`` tokens. Each later window scores the next ``stride`` tokens. The
+    tokens just before these ``stride`` tokens fill the rest of the window. They are not scored again.
 
     ``get_rolling_token_windows`` of lm-evaluation-harness returns the same windows if its argument ``context_len`` is
     ``context_length - stride + 1``.

@@ -133,7 +133,7 @@ def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, T
     because they are not parameters.
 
     Raises:
-        CheckpointError: the embedding of a GPT-2 is missing, a value is not a tensor of finite floats, a parameter is
+        CheckpointError: the token embedding is missing, a value is not a tensor of finite floats, a parameter is
             stored twice, an attention mask is not causal, or the output layer differs from the embedding.
     """
     weights: dict[str, Tensor] = {}

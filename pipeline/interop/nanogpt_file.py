@@ -75,7 +75,7 @@ class NanoGptFile:
 
 
 def open_nanogpt_file(path: Path) -> NanoGptFile:
-    """Open a file. Tensors are memory-mapped, and no code in the file is executed.
+    """Open a model file of nanoGPT or build-nanogpt. Tensors are memory-mapped, and no code in the file is executed.
 
     In files of nanoGPT, the key ``config`` contains the settings of the run. In files of build-nanogpt, it contains the
     sizes of the model.

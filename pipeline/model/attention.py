@@ -62,8 +62,8 @@ def fastest_kernel(
 ) -> Iterator[str]:
     """Return a context manager. Inside its ``with`` block, attention uses the fastest kernel that works for the inputs.
 
-    The block gets torch's name for the kernel. If no fused kernel works, the name is ``MATH``, and a warning is logged.
-    If torch does not report which kernel it uses, the name is ``UNKNOWN``.
+    The context manager returns torch's name for the kernel. If no fused kernel works, the name is ``MATH``, and a
+    warning is logged. If torch does not report which kernel it uses, the name is ``UNKNOWN``.
 
     Args:
         shape: the shape (B, H, T, D) of the queries in training.

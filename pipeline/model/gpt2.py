@@ -265,7 +265,7 @@ def layer_products(config: ModelConfig, tokens: int) -> list[tuple[int, int, int
     """Return the shapes (m, k, n) of the matrix products in the linear layers of a block, in the forward pass.
 
     Args:
-        tokens: the number of tokens in a micro-batch, which is m. The result has at most ``MOST_ROWS`` instead.
+        tokens: the number of tokens in a micro-batch. m is the smaller of this number and ``MOST_ROWS``.
     """
     m, C = min(tokens, MOST_ROWS), config.n_embd
     return [(m, C, 3 * C), (m, C, C), (m, C, 4 * C), (m, 4 * C, C)]

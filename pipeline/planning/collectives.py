@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of the computation of a micro-step."""
+    """A stretch of the computation of a micro-step, for example the forward pass of one block."""
 
     share: float  # of the FLOPs of the forward and backward pass
     elements: int  # of the weights with which this stage computes

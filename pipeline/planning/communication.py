@@ -5,8 +5,9 @@ NCCL estimates the time of each algorithm from a bandwidth and a latency, and ta
 
 In the formulas, p is the number of ranks of a group, h the number of hosts on which these ranks are, g = p / h the
 number of ranks per host, and n the number of bytes. Each rank has a link within its host and a link between hosts, with
-bandwidths B_host and B_net and latencies a_host and a_net. A ring over several hosts enters and leaves a host once per
-network adapter (NCCL builds as many rings), so its bandwidth is B = min(B_host, g B_net).
+bandwidths B_host and B_net and latencies a_host and a_net. B is the bandwidth of an algorithm. For a group on one
+host, B is B_host. For a group on several hosts, NCCL builds one ring per network adapter of a host. Together, these
+rings use all adapters. Therefore, B is min(B_host, g B_net).
 
 =============  ==================================================================================  ====================
 algorithm      time                                                                                used for

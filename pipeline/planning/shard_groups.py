@@ -9,11 +9,12 @@ def with_shard_groups(config: Config | None, world_size: int, per_node: int) -> 
     """Return copies of the FSDP2 config with larger and larger shard groups.
 
     A shard group is a set of ranks that together hold one copy of the weights. In the first copy of the config, a shard
-    group contains the ranks of one node. In the later copies, it contains the ranks of two, four, eight, ... nodes. If
-    the groups for a number of nodes would not have equal sizes, this number is skipped.
+    group contains the ranks of one node. In the later copies, it contains the ranks of two, four, eight, ... nodes.
+    Numbers of nodes are skipped if the ranks cannot be divided into groups of this size without a remainder.
 
-    The keys of the result are names for the plans. The result is empty in three cases: ``config`` is None, ``config``
-    already sets the size of the shard groups, or the ranks do not exactly fill two or more nodes.
+    The keys of the result are names for the plans. The result is empty if ``config`` is None or already sets the size
+    of the shard groups. The result is also empty if there is only one node, or if a node has fewer than ``per_node``
+    ranks.
 
     Args:
         config: a config with the backend FSDP2, or None.

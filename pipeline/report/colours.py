@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Colour:
     """A color with a light and a dark variant.
 
-    Charts are drawn in light variants. All light variants are different, so each of them identifies its color. In the
-    SVG, they can therefore be replaced by CSS variables, which have both variants.
+    Charts are drawn with the light variants. In the SVG, each light variant is then replaced by the CSS variable of its
+    color, which has both variants. For this reason, two colors must not have the same light variant.
     """
 
     name: str

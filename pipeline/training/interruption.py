@@ -43,9 +43,9 @@ class StopRequest:
 
         Inside the block, the signals do not end the process. Only a second Ctrl-C does.
 
-        If the block raises a ``RuntimeError``, a lost rank may be the cause. The launcher then sends SIGTERM to the
-        remaining ranks, which would end before they print which rank is lost. Therefore, after a ``RuntimeError``,
-        signals are still recorded after the block and do not end the process.
+        If the block raises a ``RuntimeError``, a lost rank may be the cause. If a rank is lost, the launcher sends
+        SIGTERM to the remaining ranks. This signal must not end a rank before the rank has printed which rank is lost.
+        Therefore, after a ``RuntimeError``, signals do not end the process even when the block has ended.
         """
         thread = SignalThread(self._record)
         thread.start()

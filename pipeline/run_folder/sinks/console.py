@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 class Console(Sink):
     """Logs the rows that have a loss, with the time of day. Training rows after the first one show the time left.
 
-    Rows without a loss are not logged here. Some are too long. For all others, the code that writes them also logs a
-    message.
+    Rows without a loss are not logged here. For most of these rows, the code that writes the row also logs a message.
+    The remaining rows are too long for the log.
 
     If standard error is a terminal, its last line is a progress bar with the steps, the time left and the latest loss.
     """

@@ -36,7 +36,11 @@ class Sink:
         """Delete the rows of all steps after ``step``. The run has gone back to its checkpoint of ``step``."""
 
     def settle(self, step: int) -> None:
-        """Record that a checkpoint of ``step`` is saved. The rows up to ``step`` are then usually final."""
+        """Receive the step of a checkpoint when the checkpoint is saved.
+
+        If the run later resumes from this checkpoint, only the rows of later steps are deleted. Therefore, a sink for
+        an online service can send the rows up to ``step`` now.
+        """
 
     def end(self, summary: Row) -> None:
         """Write all remaining rows and the summary, and close all files.
