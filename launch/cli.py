@@ -68,7 +68,10 @@ class ArgumentParser(argparse.ArgumentParser):
         self.register("action", None, _StoreEveryValue)
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
-        """Parse a command line. ``argparse`` calls this method from ``parse_args``, and for each sub-command."""
+        """Parse a command line. Options that an earlier command line contained do not count as given.
+
+        ``argparse`` calls this method from ``parse_args``, and for each sub-command.
+        """
         for action in self._actions:
             if isinstance(action, _StoreEveryValue):
                 action.was_given = False

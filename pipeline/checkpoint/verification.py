@@ -94,8 +94,8 @@ def _find_file_damage(path: Path, entry: dict[str, Any]) -> str | None:
 def newest_good_checkpoint(run_folder: Path) -> Path | None:
     """Return the newest good checkpoint of a run. If there is no good checkpoint, return None.
 
-    A checkpoint is good if ``find_damage`` finds no problem. For each newer checkpoint, which is damaged, a warning is
-    logged.
+    A checkpoint is good if ``find_damage`` finds no problem. All newer checkpoints are damaged, and a warning
+    is logged for each of them.
     """
     for folder in reversed(list_checkpoints(run_folder)):
         problem = find_damage(folder)

@@ -8,7 +8,7 @@ from pipeline.config.schema import Config, RunConfig
 
 
 def with_working_dir(config: Config) -> Config:
-    """Return a copy of a config. If ``run.working_dir`` is null, the copy has the current folder as its value."""
+    """Return a copy of a config. If ``run.working_dir`` is null, it is set to the current folder in the copy."""
     run = config.run.model_copy(update={"working_dir": config.run.working_dir or str(Path.cwd())})
     return config.model_copy(update={"run": run})
 

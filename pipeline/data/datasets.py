@@ -38,8 +38,8 @@ def open_datasets(config: Config) -> tuple[TokenDataset, ...]:
 
     Raises:
         DataError: a dataset cannot be used.
-        ConfigError: the tokenizer of a dataset does not match the model, the datasets have different tokenizers, or the
-            config needs a validation loss and no dataset has a validation split.
+        ConfigError: the tokenizer of a dataset does not match the model, the datasets have different tokenizers, or no
+            dataset has a validation split although the config needs a validation loss.
     """
     datasets = tuple(_open_dataset(component, config) for component in config.data.components)
     if (keys := config.keys_that_need_validation) and not any(dataset.validation for dataset in datasets):

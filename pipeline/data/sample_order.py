@@ -91,8 +91,8 @@ class _Fork:
 class Mixture:
     """Assigns the samples of a run to datasets in proportion to their weights.
 
-    Among the first n samples, the number from each dataset differs by less than two from n times the share of the
-    dataset. The dataset of a sample depends only on the weights and on the index of the sample.
+    If a dataset has the share s, it provides about n s of the first n samples. The difference from n s is less than two
+    samples. The dataset of a sample depends only on the weights and on the index of the sample.
 
     To compute the dataset of a sample, this class uses a Huffman tree (Huffman 1952), whose leaves are the datasets.
     Every inner node divides its samples between its two children.

@@ -131,8 +131,8 @@ def synchronize(device: torch.device) -> None:
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from host memory to a device.
 
-    If the device is a GPU, the tensor is first copied to pinned memory. Otherwise, the call would wait until the GPU
-    has finished all queued work.
+    If the device is a GPU, the tensor is first copied to pinned memory. Without pinned memory, the call would wait
+    until the GPU has finished all queued work.
     """
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
