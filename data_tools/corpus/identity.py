@@ -10,7 +10,7 @@ from data_tools.sources import Source
 
 
 def identity_of(request: TokenizeRequest, source: Source) -> dict[str, Any]:
-    """Return the identity of a request as JSON values. The manifest has these values under the same keys.
+    """Return the identity of a request: a dict of JSON values. The manifest contains all keys and values of this dict.
 
     Args:
         source: the source that the request selects.

@@ -75,7 +75,9 @@ class MatrixExchange:
         *,
         alpha: float = 1.0,
     ) -> None:
-        """Add the elements of ``alpha * Matrix.update_scale * function(matrix)`` to the targets, for every matrix.
+        """Transform every matrix, scale the result by ``alpha * Matrix.update_scale``, and add it to the targets.
+
+        Each target belongs to one range of a parameter, and gets the elements of the result in this range.
 
         This call is collective: every rank must make it.
 

@@ -1,4 +1,4 @@
-"""Give access to the fp32 master weights, the optimizer state and the averages of the weights on one rank.
+"""Give access to the training state on one rank: fp32 master weights, optimizer state and moving averages of weights.
 
 The master weights (masters) are the tensors that the optimizer updates. The interface is the same for every backend.
 """

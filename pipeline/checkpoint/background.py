@@ -115,7 +115,7 @@ class BackgroundSaver:
 
 
 class SnapshotTaker:
-    """Takes snapshots: copies in host memory of the weights and optimizer state that this rank must save.
+    """Takes snapshots. A snapshot is a copy, in host memory, of the weights and optimizer state that this rank saves.
 
     Every snapshot uses the same buffers, so a snapshot is only valid until the next one is taken. With AdamW, the
     buffers need 12 bytes per weight that this rank saves. If the state is on a GPU, the buffers are in pinned memory.

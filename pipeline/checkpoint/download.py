@@ -78,7 +78,7 @@ def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: W
 
 
 def share_of_blocks(checkpoint: RemoteCheckpoint, rank: int, size: int) -> list[Block]:
-    """Return the blocks (ranges of files) that a rank downloads.
+    """Return the blocks that a rank downloads. A block is a range of bytes of one file.
 
     Args:
         rank: the rank.

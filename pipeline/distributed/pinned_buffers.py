@@ -46,9 +46,9 @@ def _allocate_pinned(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
     """Divide buffers among slabs (pinned allocations whose size is a power of two), so that little memory is lost.
 
-    The slabs are planned one after another. The size of a new slab is the largest power of two that does not exceed the
-    total size of the buffers without a slab. If the largest of these buffers does not fit into a slab of this size, the
-    slab gets the smallest size that is a power of two and holds this buffer. The slab is then filled with buffers in
+    The slabs are planned one after another. Each new slab is for the buffers that are not in an earlier slab. Its size
+    is the largest power of two that does not exceed the total size of these buffers. If the largest of these buffers
+    does not fit, the size is the smallest power of two that holds this buffer. The slab is then filled with buffers in
     the order of decreasing size.
 
     Args:

@@ -97,7 +97,9 @@ def piqa(row: Row) -> Example:
 
 
 def arc(row: Row) -> Example:
-    """Read ``question``, ``choices`` (``text`` and ``label``), ``answerKey``; or ``query``, ``choices``, ``gold``.
+    """Read ``question``, ``choices`` and ``answerKey``, or else ``query``, ``choices`` and ``gold``.
+
+    In the first form, ``choices`` has the lists ``text`` and ``label``.
 
     Returns one pair per answer. The context of every pair is the question, followed by "Answer:".
     """
@@ -278,11 +280,11 @@ def draw_shots(
     Args:
         examples: the examples to score.
         pool: the examples from which to draw.
-        count: the number of few-shot examples per example to score.
-        spare: whether the pool can also contain the examples to score. A prompt must not contain the answer to its own
-            question. If ``spare`` is True, ``count + 1`` examples are therefore drawn, and one of them is removed: the
-            example to score, or the last example if the example to score was not drawn. lm-evaluation-harness does the
-            same for tasks without a test split.
+        count: the number of few-shot examples in each prompt.
+        spare: whether the pool can also contain the examples to score. If so, ``count + 1`` examples are drawn for each
+            prompt, because a prompt must not contain the answer to its own question. If the draw contains the example
+            to score, this example is removed. Otherwise, the last drawn example is removed. lm-evaluation-harness does
+            the same for tasks without a test split.
 
     Raises:
         DataError: the pool contains too few examples.

@@ -136,9 +136,9 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
 def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
     """Build the input of one forward pass.
 
-    Each node of a tree is one token (see ``Tree``). The forward pass computes one score for each pair of a node and a
-    target token after this node. The score of a request is the sum of the scores of its targets. Requests that begin
-    with the same tokens share nodes. Therefore, they can also share scores.
+    Each node of a tree is one token (see ``Tree``). Requests that begin with the same tokens share nodes, so several
+    different targets (next tokens) can follow one node. The forward pass computes one score for each target of each
+    node. The score of a request is the sum of the scores of its targets. Requests can share scores.
 
     Returns:
         The input, in host memory. It has one row per tree, padded on the right.

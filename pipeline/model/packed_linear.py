@@ -28,13 +28,13 @@ LEAST_GAIN = 0.05  # another way than the usual one must save this share of the 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to compute a linear layer. All ways compute the same function."""
+    """A method of computing a linear layer. All methods compute the same function, at different speeds."""
 
     is_packed: bool  # whether the weight is stored in the layout of oneDNN
     fewest_rows: int = 1  # an input with fewer rows is filled up with rows of zeros
 
     def store(self, weight: Tensor) -> Tensor:
-        """Return the weight, shape (out, in), in the layout of this way."""
+        """Return the weight, shape (out, in), in the layout that ``product`` needs."""
         return torch.ops.mkldnn._reorder_linear_weight(weight) if self.is_packed else weight
 
     def product(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:

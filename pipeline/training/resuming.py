@@ -62,7 +62,7 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
     Raises:
         CheckpointError: the checkpoint that the config names cannot be used, or the run folder contains another run.
             This error is also raised if the data, the seed or the model differ from those of the checkpoint.
-        ConfigError: the checkpoint belongs to another run, and its step is the last step of this run or a later one.
+        ConfigError: the config names a checkpoint of another run, and its step is at least ``schedule.max_steps``.
     """
     run_folder = Path(config.run.out_dir)
     try:
