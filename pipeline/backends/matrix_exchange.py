@@ -84,7 +84,7 @@ class MatrixExchange:
         Args:
             elements: for each span (range of a parameter) on this rank, a tensor of shape (n,) with the matrix
                 elements in the span.
-            targets: for each span, an fp32 tensor of the same shape. The targets are changed in place.
+            targets: for each span, an fp32 tensor of the same shape, on any device. The targets are changed in place.
             function: a function that takes n matrices of one shape, (n, rows, columns), on ``world.device``, and
                 returns a tensor of the same shape.
         """
@@ -120,7 +120,8 @@ class MatrixExchange:
         for overlap, values in zip(chain(*batch.kept), chain(*received), strict=True):
             first = batch.first(overlap.span)
             target = targets[overlap.span][overlap.start - first : overlap.stop - first]
-            target.add_(values, alpha=alpha * overlap.matrix.update_scale)
+            # With offload, the targets are in host memory.
+            target.add_(values.to(target.device), alpha=alpha * overlap.matrix.update_scale)
 
     def _all_to_all(self, sent: list[list[Tensor]], overlaps: list[list[_Overlap]]) -> list[list[Tensor]]:
         """Send tensors to the other ranks, and receive tensors from them. The tensors for this rank are not copied.

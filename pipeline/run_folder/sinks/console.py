@@ -52,7 +52,7 @@ class Console(Sink):
 
     def rewind(self, step: int) -> None:
         self._first = None
-        self._bar.n = step
+        self._bar.update(step - self._bar.n)
         self._bar.refresh()
 
     def end(self, summary: Row) -> None:

@@ -102,3 +102,16 @@ def test_every_matrix_is_transformed_once(
             torch.testing.assert_close(found, expected[span.name].view(-1)[span.start : span.stop])
         for first, found in zip(results[rank % ranks_per_copy], elements, strict=True):
             assert torch.equal(first, found), "copies are equal bit for bit"
+
+
+@pytest.mark.gpu
+def test_with_offload_the_elements_and_targets_are_in_host_memory(gpu: torch.device) -> None:
+    spans = [cut(1000, 0, 1)]
+    exchange = MatrixExchange(MATRICES, spans, World(0, 1, 0, gpu), ranks_per_copy=1, dtype=torch.float32)
+    parameters = whole_parameters()
+    elements = [parameters[span.name].view(-1)[span.start : span.stop].clone() for span in spans[0]]
+    targets = [torch.zeros_like(values) for values in elements]
+    exchange.add_transformed(elements, targets, lambda matrices: 2 * matrices)
+    for span, values, target in zip(spans[0], elements, targets, strict=True):
+        (scale,) = {matrix.update_scale for matrix in MATRICES if matrix.name == span.name}
+        torch.testing.assert_close(target, 2 * scale * values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import time
 
 import pytest
 
@@ -51,6 +52,9 @@ def test_a_terminal_shows_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "9/40" in shown(terminal) and "loss 3.2500" in shown(terminal)
     console.rewind(8)
     assert "8/40" in shown(terminal)
+    time.sleep(0.11)  # tqdm draws the bar at most every 0.1 s
+    console.count_step(9)
+    assert "9/40" in shown(terminal), "the bar moves again right after the step to which the run went back"
     console.end({})
     assert shown(terminal).strip() == "", "the bar does not stay on the terminal"
 
