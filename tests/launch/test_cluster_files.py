@@ -82,6 +82,7 @@ def test_all_pods_share_the_run_folder_and_the_data(documents: dict[str, Any]) -
     mounts = {each["mountPath"]: claims[each["name"]] for each in container["volumeMounts"]}
     claim = documents["PersistentVolumeClaim"]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert config.run.device == "cuda", "with auto, a driver that is too old would let eight ranks train on the CPU"
     for path in (config.run.out_dir, config.data.path):
         assert path and path.startswith("/work/")
     assert mounts["/work"] == claim["metadata"]["name"] and mounts["/dev/shm"] is None
@@ -104,6 +105,6 @@ def test_skypilot_resumes_from_the_bucket() -> None:
     launcher, config = parse_command(shlex.split(command))
     assert launcher.standalone and launcher.nproc_per_node == "8"
     assert config.checkpoint.remote and split_url(config.checkpoint.remote) == ("s3://my-bucket/gpt2", None)
-    assert config.checkpoint.resume == "auto"
+    assert config.checkpoint.resume == "auto" and config.run.device == "cuda"
     assert config.data.path in task["file_mounts"]
     assert "[remote]" in task["setup"]
