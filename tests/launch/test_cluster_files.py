@@ -36,6 +36,15 @@ def parse_command(command: list[str]) -> tuple[Any, Config]:
     return launcher, load_config(train.config, train.set)
 
 
+def parse_container(container: dict[str, Any], index: int) -> tuple[Any, Config]:
+    """Return what ``parse_command`` returns, for the pod with this index.
+
+    Kubernetes replaces $(JOB_COMPLETION_INDEX), because each container of an Indexed Job has this variable.
+    """
+    words = [word.replace("$(JOB_COMPLETION_INDEX)", str(index)) for word in container["command"] + container["args"]]
+    return parse_command(words)
+
+
 @pytest.fixture(scope="module")
 def documents() -> dict[str, Any]:
     """Return the objects in the file for Kubernetes, by kind. A Job stands for the template of the JobSet."""
@@ -60,24 +69,25 @@ def test_the_jobset_has_one_pod_per_node_with_a_name_that_the_launcher_knows(doc
     job = nodes["template"]["spec"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
-    launcher, _ = parse_command(container["command"] + container["args"])
+    launcher, _ = parse_container(container, index=1)
 
     assert nodes["replicas"] == 1 and job["backoffLimit"] == 0 and job["completionMode"] == "Indexed"
     assert launcher.nnodes == str(job["parallelism"]) == str(job["completions"])
     assert launcher.nproc_per_node == str(container["resources"]["limits"]["nvidia.com/gpu"])
     network = jobset["spec"]["network"]
-    host, port = launcher.rdzv_endpoint.split(":")
-    assert host == f"{jobset['metadata']['name']}-{nodes['name']}-0-0.{network['subdomain']}"
+    # The pods know who keeps the store, and wait ten minutes for each other. With c10d, they wait only one minute.
+    assert launcher.rdzv_backend == "static" and not launcher.rdzv_endpoint and not launcher.rdzv_conf
+    assert launcher.node_rank == 1 and parse_container(container, index=0)[0].node_rank == 0
+    assert launcher.master_addr == f"{jobset['metadata']['name']}-{nodes['name']}-0-0.{network['subdomain']}"
     assert network["enableDNSHostnames"] and network["publishNotReadyAddresses"]
-    assert [int(port)] == [each["containerPort"] for each in container["ports"]]
-    assert launcher.rdzv_backend == "c10d"
+    assert [launcher.master_port] == [each["containerPort"] for each in container["ports"]]
     assert launcher.shutdown_timeout < pod["terminationGracePeriodSeconds"]
 
 
 def test_all_pods_share_the_run_folder_and_the_data(documents: dict[str, Any]) -> None:
     pod = documents["Job"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    _, config = parse_command(container["command"] + container["args"])
+    _, config = parse_container(container, index=0)
     claims = {each["name"]: each.get("persistentVolumeClaim", {}).get("claimName") for each in pod["volumes"]}
     mounts = {each["mountPath"]: claims[each["name"]] for each in container["volumeMounts"]}
     claim = documents["PersistentVolumeClaim"]
