@@ -38,7 +38,7 @@ def hold_before_the_next_step() -> None:
 
 def hold_in_the_save() -> None:
     """Wait in the thread that saves, when the rank has written its own files."""
-    plain_write = saving._write_tensor_files
+    plain_write = saving.write_tensor_files
 
     def write(aside: Path, snapshot: Snapshot, rank: int) -> Files:
         files = plain_write(aside, snapshot, rank)
@@ -46,7 +46,7 @@ def hold_in_the_save() -> None:
             time.sleep(POLL_S)
         return files
 
-    saving._write_tensor_files = write
+    saving.write_tensor_files = write
 
 
 if __name__ == "__main__":

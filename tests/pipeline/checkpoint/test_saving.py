@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from pipeline.checkpoint.layout import read_manifest
 from pipeline.checkpoint.verification import find_damage, newest_good_checkpoint
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import build_model
-from tests.pipeline.checkpoint.conftest import FILES, WEIGHTS, Save, unchanged
+from tests.pipeline.checkpoint.conftest import FILES, MOMENTS, WEIGHTS, Save, unchanged
 from tests.pipeline.conftest import largest_file, tiny_model_config
 
 
@@ -82,6 +84,28 @@ def test_weights_that_are_not_finite_are_saved_and_not_loaded(save: Save, backen
     problem = find_damage(save(1))
     assert problem is not None
     assert problem.endswith("_weights.safetensors: wpe.weight: 1 of 252 numbers are NaN or infinite")
+
+
+def test_a_save_can_be_held_for_a_rehearsal(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the case ``cut-in-save`` of ``make rehearse``, the ranks wait after they have written their own files."""
+    hold_file = tmp_path / "hold"
+    hold_file.touch()
+    monkeypatch.setenv("HOLD_AFTER", "2")
+    monkeypatch.setenv("HOLD_FILE", str(hold_file))
+    held_train = importlib.import_module("tests.support.held_train")
+    held: list[set[str]] = []
+
+    def release(_: float) -> None:
+        held.append({path.name for path in (tmp_path / "checkpoints" / ".step_00000002.partial").iterdir()})
+        hold_file.unlink()
+
+    monkeypatch.setattr(held_train, "time", SimpleNamespace(sleep=release))
+    monkeypatch.setattr(saving, "write_tensor_files", saving.write_tensor_files)  # restored after the test
+    held_train.hold_in_the_save()
+    save(1)
+    assert not held
+    assert save(2).name == "step_00000002"
+    assert held == [{WEIGHTS, MOMENTS}]
 
 
 class TestFiles:
