@@ -97,11 +97,10 @@ def _launcher(world_size: int, per_node: int) -> list[str]:
     """Return the command that starts ``world_size`` processes, except the script and its options."""
     if world_size == 1:
         return ["python"]
-    nodes, rest = divmod(world_size, per_node)
-    if nodes <= 1 or rest:
+    if world_size <= per_node:
         return ["torchrun", "--standalone", f"--nproc_per_node={world_size}"]
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-id=run1", "--rdzv-endpoint=node0:29500"]
-    return ["torchrun", f"--nnodes={nodes}", f"--nproc_per_node={per_node}", *rendezvous]
+    return ["torchrun", f"--nnodes={world_size // per_node}", f"--nproc_per_node={per_node}", *rendezvous]
 
 
 def _train_options(

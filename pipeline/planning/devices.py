@@ -101,14 +101,15 @@ def find_device(
         device = replace(device, name=f"{device.name} with {memory_gib:g} GiB", memory_gib=memory_gib)
     if tflops is not None:
         device = replace(device, name=f"{device.name} with {tflops:g} TFLOP/s", bf16_tflops=tflops, fp32_tflops=tflops)
-    if per_node is not None:
-        if world_size > per_node and world_size % per_node:
-            fitting = [world_size - world_size % per_node, world_size + per_node - world_size % per_node]
-            raise ConfigError(
-                f"--gpus: {world_size} is not a multiple of --gpus-per-host ({per_node}); "
-                f"numbers that would fit: {', '.join(map(str, fitting))}"
-            )
-        device = replace(device, per_node=per_node)
+    default = " by default" if per_node is None else ""
+    per_node = per_node or device.per_node
+    if world_size > per_node and world_size % per_node:
+        fitting = [world_size - world_size % per_node, world_size + per_node - world_size % per_node]
+        raise ConfigError(
+            f"--gpus: {world_size} is not a multiple of --gpus-per-host ({per_node}{default}); "
+            f"numbers that would fit: {', '.join(map(str, fitting))}; or set another --gpus-per-host"
+        )
+    device = replace(device, per_node=per_node)
     if network_gbit_per_s is not None:
         device = replace(device, network_gb_per_s=network_gbit_per_s / 8 / device.per_node)
     return device

@@ -257,6 +257,10 @@ def test_shard_groups_of_whole_nodes_are_planned_and_started(
             ["--world-size", "12", "--gpus-per-host", "8"],
             "--gpus: 12 is not a multiple of --gpus-per-host .8.; .*: 8, 16",
         ),
+        (
+            ["--world-size", "12", "--device", "l4"],
+            "--gpus: 12 is not a multiple of --gpus-per-host .8 by default.; .*: 8, 16; or set another --gpus-per-host",
+        ),
         (["--network", "400gbt"], "--network: must be a bandwidth such as 400gbit, .*, it is '400gbt'"),
         (["--network", "0gbit"], "--network: must be a bandwidth"),
         (
