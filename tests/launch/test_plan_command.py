@@ -184,6 +184,7 @@ def test_many_hosts_are_answered_with_speed_limit_cost_and_a_chart(
     assert "--nnodes=16 --nproc_per_node=4" in lines[-1] and "batch.micro_batch_size=4" in lines[-1]
     plan(monkeypatch, *options, "--json")
     printed = json.loads(capsys.readouterr().out)
+    assert printed.keys() == {"verdict", "plans", "scaling"}
     best = min(printed["plans"], key=lambda each: each["days"])
     assert printed["verdict"]["cost"] == pytest.approx(2 * 24 * 64 * best["days"], rel=0.01)
     assert [each["batch"]["world_size"] for each in printed["scaling"]] == [1 << power for power in range(13)]
@@ -197,7 +198,10 @@ def test_json_has_the_verdict_of_the_text(
     plan(monkeypatch, *options)
     first, *_, last = capsys.readouterr().out.splitlines()
     plan(monkeypatch, *options, "--json")
-    verdict = json.loads(capsys.readouterr().out)["verdict"]
+    printed = json.loads(capsys.readouterr().out)
+    verdict = printed["verdict"]
+    assert printed.keys() == {"verdict", "plans"}, "docs/planning.md lists the keys"
+    assert verdict.keys() == {"fits", "text", "command", "cost"} and verdict["cost"] is None, "without a price"
     assert first == f"verdict  {verdict['text']}"
     assert last == (f"{verdict['text']}: {verdict['command']}" if verdict["fits"] else verdict["text"])
     assert verdict["fits"] == (memory == "2.5") == ("launch/train.py --config " in str(verdict["command"]))
