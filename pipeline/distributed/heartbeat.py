@@ -30,8 +30,12 @@ Result = TypeVar("Result")
 INTERVAL_S = 1.0
 #: The longest time that a failed rank waits for answers of the store, whose process or host may be dead.
 _STORE_TIMEOUT_S = 10.0
+#: The longest time that a rank waits for the result of another rank's search, which takes about three seconds. A rank
+#: may wait twice, which must take less than ``_STORE_TIMEOUT_S``.
+_SEARCH_TIMEOUT_S = 4.5
 _VERDICT = "verdict"
-_SEARCHES, _FOUND = "searches", "found"  # how many ranks have asked for the lost ranks, and the answer for all
+#: How many ranks have asked for the lost ranks, how many have asked again, and the answer for all ranks.
+_ASKED, _ASKED_AGAIN, _FOUND = "searches", "searches_again", "found"
 _OVERDUE = "overdue"
 _LOST_STORE = "lost rank 0, or the launcher on its node"
 _CURE = "; run the same command again (training continues from the last checkpoint)"
@@ -274,7 +278,8 @@ def find_lost(world: World) -> str | None:
 
     A rank is lost if it has failed, or if it sends no heartbeat during this call, which takes a few seconds. If several
     ranks make this call, only the first one reads the heartbeats, and the others wait for its result. Otherwise, every
-    rank would read the heartbeats of every other rank when a launcher stops all ranks.
+    rank would read the heartbeats of every other rank when a launcher stops all ranks. The first rank may be lost, too.
+    If there is no result after ``_SEARCH_TIMEOUT_S``, one of the waiting ranks reads the heartbeats.
     """
     otherwise: str | None = _LOST_STORE
     return _within_store_timeout(lambda: _find_lost(world), otherwise)
@@ -282,12 +287,16 @@ def find_lost(world: World) -> str | None:
 
 def _find_lost(world: World) -> str | None:
     store = _connect(world)
-    if store.add(_SEARCHES, 1) == 1:
-        lost = _search_for_lost(store, world)
-        store.set(_FOUND, f"lost {_describe(store, lost)}" if lost else "")
-    else:
-        with suppress(DistStoreError):  # the first rank may be lost, too
-            store.wait([_FOUND], timedelta(seconds=8 * INTERVAL_S))
+    for counter in (_ASKED, _ASKED_AGAIN):
+        if store.add(counter, 1) == 1:
+            lost = _search_for_lost(store, world)
+            if not store.check([_FOUND]):
+                store.set(_FOUND, f"lost {_describe(store, lost)}" if lost else "")
+        else:
+            with suppress(DistStoreError):
+                store.wait([_FOUND], timedelta(seconds=_SEARCH_TIMEOUT_S))
+        if store.check([_FOUND]):
+            break
     if verdict := _read_verdict(store):
         return verdict.reason
     return store.get(_FOUND).decode() or None if store.check([_FOUND]) else None

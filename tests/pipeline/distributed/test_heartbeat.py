@@ -36,6 +36,14 @@ def ranks(worlds: list[World]) -> list[Heartbeat]:
     return [Heartbeat(world, timeout_s=60.0) for world in worlds]
 
 
+def record_searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list to which each rank that reads the heartbeats adds its number."""
+    readers: list[int] = []
+    search = heartbeat._search_for_lost
+    monkeypatch.setattr(heartbeat, "_search_for_lost", lambda *args: readers.append(args[1].rank) or search(*args))
+    return readers
+
+
 def test_no_rank_is_lost_while_all_send_heartbeats(worlds: list[World], ranks: list[Heartbeat]) -> None:
     for rank in ranks:
         rank.start()
@@ -57,13 +65,29 @@ def test_only_one_rank_reads_the_heartbeats_of_all_ranks(
     worlds: list[World], ranks: list[Heartbeat], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A launcher that stops a run sends SIGTERM to all ranks at once."""
-    readers: list[int] = []
-    search = heartbeat._search_for_lost
-    monkeypatch.setattr(heartbeat, "_search_for_lost", lambda *args: readers.append(args[1].rank) or search(*args))
+    readers = record_searches(monkeypatch)
     with ThreadPoolExecutor(3) as threads:
         found = set(threads.map(find_lost, worlds))
     (lost,) = found
     assert lost is not None and lost.count("rank ") == 2
+    assert len(readers) == 1
+
+
+def test_if_the_rank_that_searches_is_lost_one_other_rank_searches(
+    worlds: list[World], ranks: list[Heartbeat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 2 has begun to search, and was killed before it wrote the result."""
+    monkeypatch.setattr(heartbeat, "_SEARCH_TIMEOUT_S", 2.0)
+    readers = record_searches(monkeypatch)
+    heartbeat._connect(worlds[2]).add(heartbeat._ASKED, 1)
+    for rank in ranks[:2]:
+        rank.start()
+    with ThreadPoolExecutor(2) as threads:
+        found = set(threads.map(find_lost, worlds[:2]))
+    for rank in ranks[:2]:
+        rank.stop()
+    (lost,) = found
+    assert lost is not None and lost.startswith("lost rank 2 (") and lost.count("rank ") == 1
     assert len(readers) == 1
 
 
