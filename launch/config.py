@@ -26,7 +26,6 @@ FIRST_KEYS = (
     "schedule.name",
     "schedule.warmup_steps",
     "schedule.max_steps",
-    "backend.name",
     "checkpoint.every_steps",
     "evaluation.every_steps",
     "evaluation.tasks",
@@ -50,7 +49,8 @@ def build_parser() -> ArgumentParser:
 
 def _add_init(commands: Any) -> None:
     description = (
-        "Write a new run config with the keys that most runs set, at their defaults. docs/config.md explains every key."
+        "Write a new run config with the keys that most runs set, at their defaults. docs/config.md explains all keys. "
+        "The file sets no backend, so that you can choose one, as in --config fsdp FILE."
     )
     example = "python launch/config.py init my_run.json"
     parser = commands.add_parser("init", help="write a first config", description=description, example=example)

@@ -312,11 +312,13 @@ def _find_origin(path: str, origins: dict[str, str]) -> str:
 def _suggest_file(path: Path) -> str:
     if path.stem in shipped_configs():
         return f"; for the config that comes with the program, give its name: {path.stem}"
-    candidates = {p.stem: p for p in sorted(path.parent.glob("*.json"))} if path.parent.is_dir() else {}
+    candidates = {p.stem: str(p) for p in sorted(path.parent.glob("*.json"))} if path.parent.is_dir() else {}
+    if str(path) == path.stem:  # a name without folder and suffix, as shipped configs have
+        candidates = {name: name for name in shipped_configs()} | candidates
     nearest = difflib.get_close_matches(path.stem, candidates, n=1)
     if nearest:
         return f"; did you mean {candidates[nearest[0]]}?"
-    return f"; there are: {', '.join(map(str, candidates.values()))}" if candidates else ""
+    return f"; there are: {', '.join(candidates.values())}" if candidates else ""
 
 
 def _suggest_key(section: str, name: str) -> str:

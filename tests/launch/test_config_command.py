@@ -25,6 +25,8 @@ def test_a_first_config_has_the_defaults(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert load_config([path]) == Config()
     content = json.loads(path.read_text())
     assert content["schedule"]["max_steps"] == Config().schedule.max_steps
+    for name, backend in (("zero1", "deepspeed"), ("fsdp", "fsdp")):
+        assert load_config([name, path]).backend.name == backend, "the README combines the file with a backend"
     with pytest.raises(UserError, match=r"my\.json: exists already"):
         config(monkeypatch, "init", str(path))
     with pytest.raises(UserError, match="cannot be written"):

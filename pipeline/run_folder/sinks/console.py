@@ -34,6 +34,7 @@ class Console(Sink):
             initial=resumed_step,
             unit="step",
             dynamic_ncols=True,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
             leave=False,
             disable=None,  # shows the bar only on a terminal
         )
@@ -45,7 +46,8 @@ class Console(Sink):
                 columns.append(f"{format_duration(left_s)} left")
             log.info(" | ".join(columns))
             if row.get(MEAN_LOSS_KEY) is not None:
-                self._bar.set_postfix_str(f"loss {row[MEAN_LOSS_KEY]:.4f}")
+                loss = f"loss {row[MEAN_LOSS_KEY]:.4f}"
+                self._bar.set_postfix_str(f"{loss}, {format_duration(left_s)} left" if left_s else loss)
 
     def count_step(self, step: int) -> None:
         self._bar.update(step - self._bar.n)

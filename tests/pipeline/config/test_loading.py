@@ -246,6 +246,8 @@ class TestMistakes:
         assert f"did you mean {tmp_path / 'zero1.json'}?" in mistake([tmp_path / "zero11.json"])
         assert f"there are: {tmp_path / 'zero1.json'}" in mistake([tmp_path / "other.json"])
         assert "no such config file" in mistake([tmp_path / "nowhere" / "a.json"])
+        assert "did you mean ddp?" in mistake(["dpp"])
+        assert "there are: ddp, fsdp" in mistake(["xyz"])
 
     @pytest.mark.parametrize("override", ["schedule.max_steps", "=3", "run..seed=3", ".seed=3", ""])
     def test_an_override_without_key_or_value(self, override: str) -> None:
