@@ -1,6 +1,7 @@
 """Connect the ranks of a run with each other. This also works after the launcher has restarted the ranks."""
 
 import errno
+import json
 import os
 import socket
 import sys
@@ -15,6 +16,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed import DistNetworkError
 
 from pipeline.distributed.environment import launcher_holds_store, master_address, unset_command
+from pipeline.distributed.failure import prints_for_node
 from pipeline.errors import ConfigError
 
 _ANNOUNCE_AFTER_S = 8.0
@@ -23,6 +25,7 @@ _SHORTEST_POLL_S = 0.02
 _REQUESTS_PER_S = 4000
 #: The time between two looks at which ranks are missing. A look can take several requests per missing rank.
 _LOOK_S = 2.0
+_MISSING = "missing"  # the key under which rank 0 writes which ranks are missing
 
 
 def open_store(rank: int, size: int, timeout: timedelta) -> Store:
@@ -48,7 +51,7 @@ def open_store(rank: int, size: int, timeout: timedelta) -> Store:
         if rank == 0:
             start_id = _publish_start_id(store, missing, poll_s, deadline)
         else:
-            start_id = _request_start_id(store, rank, poll_s, deadline)
+            start_id = _request_start_id(store, rank, missing, poll_s, deadline)
     return PrefixStore(start_id, store)
 
 
@@ -77,8 +80,16 @@ def free_port() -> int:
 
 @contextmanager
 def _announced(describe: Callable[[], str]) -> Iterator[None]:
-    """Print once what the block waits for, if the block takes longer than ``_ANNOUNCE_AFTER_S``."""
-    timer = threading.Timer(_ANNOUNCE_AFTER_S, lambda: print(describe(), file=sys.stderr, flush=True))
+    """Print once what the block waits for, if the block takes longer than ``_ANNOUNCE_AFTER_S``.
+
+    If there are many ranks, only some ranks of each node print.
+    """
+
+    def announce() -> None:
+        if prints_for_node():
+            print(describe(), file=sys.stderr, flush=True)
+
+    timer = threading.Timer(_ANNOUNCE_AFTER_S, announce)
     timer.daemon = True
     timer.start()
     try:
@@ -126,18 +137,44 @@ def _publish_start_id(store: Store, missing: list[int], poll_s: float, deadline:
         if time.monotonic() > min(look_at, deadline):
             unset = _find_unset(store, confirmations if have_asked else requests)
             missing[:] = [int(key.rpartition("_")[2]) for key in unset]
+            store.set(_MISSING, json.dumps([time.monotonic(), missing]))
             look_at = time.monotonic() + _LOOK_S
         _sleep_or_time_out(poll_s, deadline, missing)
 
 
-def _request_start_id(store: Store, rank: int, poll_s: float, deadline: float) -> str:
+def _request_start_id(store: Store, rank: int, missing: list[int], poll_s: float, deadline: float) -> str:
+    """Ask rank 0 for the id of this start, confirm it, and return it.
+
+    Args:
+        missing: the ranks for which this rank waits, at first only rank 0. Later, this function writes into the list
+            which ranks are missing according to rank 0.
+    """
     request = uuid.uuid4().hex
     store.set(f"request_{rank}", request)
+    look_at, seen = time.monotonic() + _LOOK_S, None
     while not store.check([f"answer_{request}"]):  # a request that blocks would delay Ctrl-C
-        _sleep_or_time_out(poll_s, deadline, [0])
+        if time.monotonic() > look_at:
+            seen = _read_missing(store, missing, seen)
+            look_at = time.monotonic() + _LOOK_S
+        _sleep_or_time_out(poll_s, deadline, missing)
     start_id: str = store.get(f"answer_{request}").decode()
     store.set(f"confirmed_{start_id}_{rank}", "")
     return start_id
+
+
+def _read_missing(store: Store, missing: list[int], seen: str | None) -> str | None:
+    """Read which ranks are missing according to rank 0, and write them into ``missing``. Return what was read.
+
+    An earlier start may have left this key in the store. Therefore, ``missing`` changes only if rank 0 has written the
+    key again since it was read as ``seen``.
+    """
+    if not store.check([_MISSING]):
+        return None
+    found: str = store.get(_MISSING).decode()
+    ranks = json.loads(found)[1]
+    if seen is not None and found != seen and ranks:
+        missing[:] = ranks
+    return found
 
 
 def _find_unset(store: Store, keys: list[str]) -> list[str]:

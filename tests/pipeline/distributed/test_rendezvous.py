@@ -54,6 +54,17 @@ def test_a_missing_rank_is_named(shared: Store) -> None:
     assert time.monotonic() - started < 10
 
 
+def test_waiting_ranks_name_the_rank_that_is_missing(shared: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_LOOK_S", 0.1)
+    with ThreadPoolExecutor(3) as threads:
+        opened = [threads.submit(open_store, rank, 4, timedelta(seconds=2)) for rank in (0, 1, 3)]
+        for waiting in opened:
+            with pytest.raises(TimeoutError, match="waiting for rank 2$"):
+                waiting.result()
+    with pytest.raises(TimeoutError, match="waiting for rank 0$"):  # what an earlier start has left is not believed
+        open_store(1, 4, timedelta(seconds=1))
+
+
 def test_missing_ranks_are_announced(
     shared: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
