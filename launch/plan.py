@@ -21,6 +21,7 @@ from launch.cli import (
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
 from pipeline.config.shipped import shipped_configs
+from pipeline.data.batch_plan import largest_divisor
 from pipeline.errors import ConfigError
 from pipeline.planning.shard_groups import GROUP_MARK, with_shard_groups
 
@@ -39,6 +40,7 @@ def main() -> None:
         return
     divided = divide_equally(config, arguments.world_size)
     configs = {name: with_backend(divided, name) for name in arguments.backends}
+    undivided = {name: with_backend(config, name) for name in arguments.backends}  # for other numbers of ranks
     from pipeline.planning.devices import find_device
     from pipeline.planning.planner import plan_run
     from pipeline.planning.presentation import draw_world_sizes, fastest_plan, format_plans, format_verdict
@@ -61,7 +63,7 @@ def main() -> None:
         for name, of_backend in (configs | hybrids).items()
     ]
     if arguments.plot:
-        draw_world_sizes(arguments.plot, configs, device, mfu=mfu, tokens=tokens)
+        draw_world_sizes(arguments.plot, undivided, device, mfu=mfu, tokens=tokens)
     verdict, command = format_verdict(plans), None
     if best := fastest_plan(plans):
         launcher = _launcher(arguments.world_size, device.per_node)
@@ -69,7 +71,7 @@ def main() -> None:
         options = _train_options(arguments, config, best.backend, chosen, best.micro_batch_size)
         command = shlex.join([*launcher, "launch/train.py", *options])
     price = arguments.price_per_gpu_hour
-    scaling = plan_scaling(configs, device, mfu=mfu, tokens=tokens) if arguments.scaling else []
+    scaling = plan_scaling(undivided, device, mfu=mfu, tokens=tokens) if arguments.scaling else []
     if arguments.json:
         of_verdict = {
             "fits": best is not None,
@@ -78,11 +80,11 @@ def main() -> None:
             "cost": price * best.gpu_hours if price and best else None,
         }
         of_plans = {"plans": [plan.to_json() for plan in plans]}
-        if scaling:
+        if arguments.scaling:
             of_plans["scaling"] = [plan.to_json() for plan in scaling]
         print(json.dumps({"verdict": of_verdict, **of_plans}, indent=2))
     else:
-        tables = format_scaling(scaling) if scaling else None
+        tables = format_scaling(scaling) if arguments.scaling else None
         print(format_plans(divided, device, plans, mfu=mfu, tokens=tokens, price=price, tables=tables), end="\n\n")
         if divided is not config:
             sequences = config.batch.tokens_per_step // config.seq_len // arguments.world_size
@@ -212,7 +214,7 @@ def divide_equally(config: Config, world_size: int) -> Config:
     size = config.batch.micro_batch_size
     if rest or not sequences or sequences % size == 0:
         return config
-    fitting = max(divisor for divisor in range(1, min(size, sequences) + 1) if sequences % divisor == 0)
+    fitting = largest_divisor(sequences, size)
     return config.model_copy(update={"batch": config.batch.model_copy(update={"micro_batch_size": fitting})})
 
 

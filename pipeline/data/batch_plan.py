@@ -62,6 +62,11 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
     return BatchPlan(batch.micro_batch_size, seq_len, accumulation, world_size)
 
 
+def largest_divisor(sequences: int, limit: int) -> int:
+    """Return the largest micro-batch size up to ``limit`` that divides the sequences of a rank per step."""
+    return max(size for size in range(1, min(limit, sequences) + 1) if sequences % size == 0)
+
+
 def _check_groups(backend: BackendConfig, world_size: int) -> None:
     """Raise ConfigError if the ranks cannot be divided into groups of the size in the config."""
     if backend.name == "fsdp":

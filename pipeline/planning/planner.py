@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.schema import Config
-from pipeline.data.batch_plan import BatchPlan, plan_batch
+from pipeline.data.batch_plan import BatchPlan, largest_divisor, plan_batch
 from pipeline.planning.activations import Peak, Request, trace_activations
 from pipeline.planning.devices import Device
 from pipeline.planning.layouts import checkpoint_bytes, layout_of, sizes_of
@@ -77,22 +77,23 @@ def plan_run(
         name: the name for the plan in tables, such as the name of the backend.
         mfu: the fraction of the device's FLOP/s that the computation reaches.
         tokens: the number of tokens that the whole run trains on.
-        grow_batch: if True, a batch that is too small for the number of ranks is enlarged to one micro-batch per rank.
-            If False, the function also searches for the largest micro-batch that fits into the memory.
+        grow_batch: if True, a batch that the ranks cannot divide equally is enlarged until they can. The plan then
+            starts from the largest micro-batch up to the config's that divides the batch. If this micro-batch fits,
+            the function does not search for a larger one.
 
     Raises:
         ConfigError: ``grow_batch`` is False, and the batch cannot be divided equally among the ranks.
     """
     if grow_batch:
-        size, seq_len = config.batch.micro_batch_size, config.seq_len
-        accumulation = max(1, config.batch.tokens_per_step // (size * seq_len * world_size))
-        batch = BatchPlan(size, seq_len, accumulation, world_size)
+        sequences = -(-config.batch.tokens_per_step // (config.seq_len * world_size))  # per rank, rounded up
+        size = largest_divisor(sequences, config.batch.micro_batch_size)
+        batch = BatchPlan(size, config.seq_len, sequences // size, world_size)
     else:
         batch = plan_batch(config, world_size)
     memory = peak_memory(config, batch)
     fits = memory.total <= device.usable_bytes
-    largest = 0 if grow_batch else largest_micro_batch(config, batch, device)
-    least = memory if fits or grow_batch else peak_memory(config, _divide(batch, 1))
+    largest = batch.micro_batch_size if grow_batch and fits else largest_micro_batch(config, batch, device)
+    least = memory if fits else peak_memory(config, _divide(batch, 1))
     used = batch if fits or not largest else _divide(batch, largest)
     speed = estimate_speed(config, used, device, mfu)
     return Plan(

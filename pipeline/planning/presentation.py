@@ -154,9 +154,9 @@ def draw_world_sizes(path: Path, configs: dict[str, Config], device: Device, *, 
         world_sizes = [n for n in WORLD_SIZES if n % config.backend.ranks_per_copy(n) == 0]
         plans = [plan_run(name, config, n, device, mfu=mfu, tokens=tokens, grow_batch=True) for n in world_sizes]
         memory.plot(world_sizes, [plan.memory.total / GIB for plan in plans], marker=".", label=name)
-        tokens_per_s = [plan.speed.tokens_per_s if plan.fits else math.nan for plan in plans]
+        tokens_per_s = [plan.speed.tokens_per_s if plan.days is not None else math.nan for plan in plans]
         speed.plot(world_sizes, tokens_per_s, marker=".", label=name)
-        computing = [plan.speed.efficiency if plan.fits else math.nan for plan in plans]
+        computing = [plan.speed.efficiency if plan.days is not None else math.nan for plan in plans]
         efficiency.plot(world_sizes, computing, marker=".", label=name)
     memory.axhline(device.usable_bytes / GIB, color="black", linestyle="--", label=f"{device.name}, usable")
     memory.set(yscale="log", xlabel="ranks", ylabel="GiB per rank at the peak")
@@ -166,6 +166,6 @@ def draw_world_sizes(path: Path, configs: dict[str, Config], device: Device, *, 
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    size = f"micro-batch {config.batch.micro_batch_size}"
+    size = f"micro-batch up to {config.batch.micro_batch_size}"
     figure.suptitle(f"{config.model}, {config.run.precision}, {size}, {device.name}")
     figure.savefig(path, dpi=120)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from pipeline.config.schema import Config
+from pipeline.distributed.device import GIB
 from pipeline.planning.devices import Device
 from pipeline.planning.planner import Plan, plan_run
 from pipeline.planning.presentation import WORLD_SIZES, fastest_plan, format_days
@@ -12,9 +13,10 @@ BAR_WIDTH = 30
 
 
 def plan_scaling(configs: Mapping[str, Config], device: Device, *, mfu: float, tokens: int) -> list[Plan]:
-    """Return the fastest plan for each number of ranks.
+    """Return the fastest plan for each number of ranks. If no plan fits, return the one that needs the least memory.
 
-    If a step of the config has too few tokens for one micro-batch per rank, a larger step is planned.
+    If the ranks cannot divide a step of the config equally, a larger step is planned. If the micro-batch of the config
+    does not fit or does not divide the step, a smaller one is planned.
 
     Args:
         configs: maps the names of backends to configs, which differ only in the backend.
@@ -24,27 +26,31 @@ def plan_scaling(configs: Mapping[str, Config], device: Device, *, mfu: float, t
     plans = []
     for world_size in WORLD_SIZES:
         candidates = {**configs, **with_shard_groups(configs.get("fsdp"), world_size, device.per_node)}
-        fastest = fastest_plan(
-            [
-                plan_run(name, config, world_size, device, mfu=mfu, tokens=tokens, grow_batch=True)
-                for name, config in candidates.items()
-                if world_size % config.backend.ranks_per_copy(world_size) == 0
-                and world_size % config.backend.hpz_group_size == 0
-            ]
-        )
-        if fastest:
-            plans.append(fastest)
+        planned = [
+            plan_run(name, config, world_size, device, mfu=mfu, tokens=tokens, grow_batch=True)
+            for name, config in candidates.items()
+            if world_size % config.backend.ranks_per_copy(world_size) == 0
+            and world_size % config.backend.hpz_group_size == 0
+        ]
+        if planned:
+            plans.append(fastest_plan(planned) or min(planned, key=lambda plan: plan.least_bytes))
     return plans
 
 
 def format_scaling(plans: Sequence[Plan]) -> Iterator[str]:
     """Yield the lines of a chart with one row per number of ranks."""
-    yield "predicted for other numbers of ranks (a step grows if it has too few tokens for one micro-batch per rank):"
-    yield f"{'ranks':>5}  {'fastest':11}{'tokens per step':>16}{'tokens/s':>16}{'time':>13}  efficiency"
+    yield "predicted for other numbers of ranks (a step grows if the ranks cannot divide its sequences equally):"
+    heading = f"{'ranks':>5}  {'fastest':14}{'micro-batch':>11}{'tokens per step':>17}{'tokens/s':>16}"
+    yield f"{heading}{'time':>13}  efficiency"
     for plan in plans:
+        if plan.days is None:
+            least = f"{plan.backend} needs the least, {plan.least_bytes / GIB:.2f} GiB for one sequence"
+            yield f"{plan.batch.world_size:5}  does not fit: {least}"
+            continue
         speed = plan.speed
         bar = "#" * round(BAR_WIDTH * speed.efficiency)
         yield (
-            f"{plan.batch.world_size:5}  {plan.backend:11}{plan.batch.tokens_per_step:16,}{speed.tokens_per_s:16,.0f}"
-            f"{format_days(plan.days or 0.0):>13}  {speed.efficiency:4.0%} {bar}"
+            f"{plan.batch.world_size:5}  {plan.backend:14}{plan.micro_batch_size:11}{plan.batch.tokens_per_step:17,}"
+            f"{speed.tokens_per_s:16,.0f}"
+            f"{format_days(plan.days):>13}  {speed.efficiency:4.0%} {bar}"
         )

@@ -190,6 +190,24 @@ def test_many_hosts_are_answered_with_speed_limit_cost_and_a_chart(
     assert [each["batch"]["world_size"] for each in printed["scaling"]] == [1 << power for power in range(13)]
 
 
+def test_the_chart_agrees_with_the_verdict_if_the_micro_batch_of_the_config_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a card with 24 GB, 8 sequences of the config do not fit under fsdp on 8 ranks, and nothing fits on one."""
+    options = ["plan.py", "--config", str(CONFIGS / "gpt2_1558m.json"), "--gpus", "8", "--device", "rtx4090"]
+    options += ["--backends", "ddp", "fsdp", "--scaling"]
+    monkeypatch.setattr("sys.argv", options)
+    launch.plan.main()
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in lines if line}
+    assert lines[0].startswith("verdict  fits: fsdp, micro-batch 4, ")
+    speed = re.search(r"[\d,]+ tokens/s", rows["speed"])
+    assert speed and rows["8"].split()[1:5] == ["fsdp", "4", "1,048,576", speed[0].split()[0]]
+    assert [rank for rank in map(str, (1 << power for power in range(13))) if rank not in rows] == []
+    assert re.fullmatch(r" +1  does not fit: ddp needs the least, [\d.]+ GiB for one sequence", rows["1"])
+    assert rows["4096"].split()[3] == f"{4096 * 1024:,}", "one sequence per rank is more than the step of the config"
+
+
 @pytest.mark.parametrize("memory", ["2.5", "1.05"])  # a smaller micro-batch fits, nothing fits
 def test_json_has_the_verdict_of_the_text(
     memory: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
