@@ -49,8 +49,8 @@ _KINDS: dict[str, tuple[tuple[bytes, ...], str]] = {
 def describe_content(path: Path | str, *expected: str | None) -> str | None:
     """Return the end of an error message about a local file, for example ``is a PDF; extract its text into a file``.
 
-    The text says what kind of file it is, and what the user can do. If the kind is expected or not recognized, or if
-    the file cannot be read, the result is None.
+    The text says what kind of file it is, and what the user can do. The result is None
+    if there is nothing to explain: the kind is expected, the kind is not recognized, or the file cannot be read.
 
     Args:
         expected: the expected kinds of file, as keys of ``_KINDS``.

@@ -134,7 +134,7 @@ class OptimizerState(ABC):
 
 
 class ParameterState(OptimizerState):
-    """The state of a backend whose masters are the parameters of the model.
+    """The state of a backend without separate master weights: the optimizer updates the parameters of the model.
 
     Each master is a whole tensor, or a DTensor. The shard of a DTensor on this rank consists of whole rows.
     """

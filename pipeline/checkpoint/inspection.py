@@ -80,7 +80,7 @@ class RunReport:
 
 
 def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[str]:
-    """Return the keys of ``backend.deepspeed`` with which the results of a run can differ from those of other backends.
+    """Return the keys of ``backend.deepspeed`` that can make the results of a run differ from other backends' results.
 
     The keys come from ``config``, and from the metrics of all steps up to ``step``. The metrics are needed because the
     run may have had another config before it was resumed.

@@ -49,7 +49,7 @@ _ROUND, _PLAN, _END, _RESULT = "round", "plan_{round}", "end", "result_{round}_{
 
 @dataclass(frozen=True)
 class UploadOutcome:
-    """The result of uploading one checkpoint, or the failure of another request to the server."""
+    """The result of uploading one checkpoint, or the failure of any other request to the server of the URL."""
 
     step: int
     seconds: float

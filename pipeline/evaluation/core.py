@@ -29,7 +29,10 @@ _ITEMS_AT_ONCE = 256  # the requests of more examples would need gigabytes: some
 
 @dataclass(frozen=True)
 class PreparedCore:
-    """The tasks of nanochat's bundle, read and checked. To save memory, they are encoded only when measured."""
+    """The tasks of nanochat's bundle, read and checked.
+
+    To save memory, the texts of a task are encoded only when the task is scored.
+    """
 
     name: str
     facts: Figures
