@@ -70,7 +70,7 @@ def any_continuation(row: Row) -> Example:
 
 
 def any_contexts(row: Row) -> Example:
-    """Read ``contexts``, ``continuation``, ``gold``: several contexts, the continuation, the index of the right context.
+    """Read ``contexts``, ``continuation``, ``gold``: contexts, a continuation, and the index of the right context.
 
     For each context, the example has one pair: this context and the continuation. If there is no white space between
     them, a space is added at the beginning of the continuation.
