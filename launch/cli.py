@@ -242,6 +242,11 @@ def start_logging() -> None:
         logger.setLevel(logging.ERROR if rank else logging.INFO)
 
 
+def is_installed_command() -> bool:
+    """Return whether the user has started ``gpt2-pipeline``, and not a script in ``launch/`` of a checkout."""
+    return Path(sys.argv[0]).name.startswith("gpt2-pipeline")
+
+
 @contextmanager
 def quick_imports() -> Iterator[None]:
     """Return a context manager for imports of slow packages. Without garbage collection, these take less time.

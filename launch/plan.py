@@ -12,6 +12,7 @@ from launch.cli import (
     ArgumentParser,
     add_config_options,
     bandwidth,
+    is_installed_command,
     positive_int,
     positive_number,
     probability,
@@ -69,7 +70,8 @@ def main() -> None:
         launcher = _launcher(arguments.world_size, device.per_node)
         chosen = (configs | hybrids)[best.backend]
         options = _train_options(arguments, config, best.backend, chosen, best.micro_batch_size)
-        command = shlex.join([*launcher, "launch/train.py", *options])
+        program = ["-m", "launch.train"] if is_installed_command() else ["launch/train.py"]
+        command = shlex.join([*launcher, *program, *options])
     price = arguments.price_per_gpu_hour
     scaling = plan_scaling(undivided, device, mfu=mfu, tokens=tokens) if arguments.scaling else []
     if arguments.json:
@@ -116,7 +118,7 @@ def _train_options(
     if micro_batch_size != config.batch.micro_batch_size:
         overrides.append(f"batch.micro_batch_size={micro_batch_size}")
     own = list(map(str, arguments.config))
-    backend = os.path.relpath(shipped_configs()[name])
+    backend = name if is_installed_command() else os.path.relpath(shipped_configs()[name])
     candidates = [(own, arguments.deepspeed), ([backend, *own], None)]
     candidates.append(([backend if Path(file).stem in BACKENDS else file for file in own], None))
     for files, deepspeed in candidates:

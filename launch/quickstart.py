@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_tools.shards.manifest import load_manifest
-from launch.cli import ArgumentParser, positive_number, run_command, start_logging
+from launch.cli import ArgumentParser, is_installed_command, positive_number, run_command, start_logging
 from launch.run import evaluate, run_stage, sample, tokenize, train
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
@@ -257,8 +257,7 @@ def command(name: str, *arguments: str) -> str:
         arguments: its arguments.
     """
     script = {"tokenize": "tokenize_corpus"}.get(name, name)
-    is_installed = Path(sys.argv[0]).name.startswith("gpt2-pipeline")
-    program = ["gpt2-pipeline", name] if is_installed else ["python", f"launch/{script}.py"]
+    program = ["gpt2-pipeline", name] if is_installed_command() else ["python", f"launch/{script}.py"]
     return shlex.join([*program, *arguments])
 
 

@@ -48,6 +48,15 @@ def test_the_schedule_is_shown_without_a_plan(
     assert rows[1000] == ["65,536,000", "0.00e+00"]
 
 
+def test_an_installed_command_prints_a_command_that_needs_no_checkout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["gpt2-pipeline plan", "--config", "zero1", *TINY, "--backends", "fsdp"])
+    launch.plan.main()
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert "torchrun --standalone --nproc_per_node=4 -m launch.train --config fsdp --set" in command
+
+
 def test_a_table_of_every_backend(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plan(monkeypatch, "--tokens", "1000000", "--mfu", "0.3")
     printed = capsys.readouterr().out
