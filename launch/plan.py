@@ -67,11 +67,9 @@ def main() -> None:
         draw_world_sizes(arguments.plot, undivided, device, mfu=mfu, tokens=tokens)
     verdict, command = format_verdict(plans), None
     if best := fastest_plan(plans):
-        launcher = _launcher(arguments.world_size, device.per_node)
         chosen = (configs | hybrids)[best.backend]
         options = _train_options(arguments, config, best.backend, chosen, best.micro_batch_size)
-        program = ["-m", "launch.train"] if is_installed_command() else ["launch/train.py"]
-        command = shlex.join([*launcher, *program, *options])
+        command = shlex.join([*_launcher(arguments.world_size, device.per_node), *_train_program(), *options])
     price = arguments.price_per_gpu_hour
     scaling = plan_scaling(undivided, device, mfu=mfu, tokens=tokens) if arguments.scaling else []
     if arguments.json:
@@ -105,6 +103,11 @@ def _launcher(world_size: int, per_node: int) -> list[str]:
         return ["torchrun", "--standalone", f"--nproc_per_node={world_size}"]
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-id=run1", "--rdzv-endpoint=node0:29500"]
     return ["torchrun", f"--nnodes={world_size // per_node}", f"--nproc_per_node={per_node}", *rendezvous]
+
+
+def _train_program() -> list[str]:
+    """Return the module or script of the train command, after the launcher."""
+    return ["-m", "launch.train"] if is_installed_command() else ["launch/train.py"]
 
 
 def _train_options(
