@@ -1,4 +1,4 @@
-"""Define the errors in training and evaluation that a user can correct. See ``data_tools.errors.UserError``."""
+"""Define the errors in training and evaluation that a user can correct."""
 
 import signal
 
@@ -14,7 +14,7 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """A run cannot continue, for example because there is too little data or the gradients are not finite."""
+    """A run cannot continue, for example because the gradients are not finite."""
 
 
 class ReportError(UserError):

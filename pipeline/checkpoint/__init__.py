@@ -1,20 +1,17 @@
-"""Save and load checkpoints. Every backend at every world size can load every checkpoint.
+"""Save and load checkpoints. Every backend can load every checkpoint, at every world size.
 
 A checkpoint is a folder, for example ``checkpoints/step_00000100``, with these files:
 
 ``rank_00000_weights.safetensors``    pieces of the fp32 master weights, under their canonical names
-``rank_00000_moments.safetensors``    the corresponding pieces of the optimizer state, such as AdamW's two moments
+``rank_00000_moments.safetensors``    the same pieces of the optimizer state, such as AdamW's two moments
 ``state.json``                        step, samples, loss scale, seed, resolved config, versions
-``manifest.json``                     format version, parameter shapes, names of the optimizer tensors, size and SHA-256
-                                      of the files above, and a SHA-256 of the manifest's own entries
+``manifest.json``                     format version, parameter shapes, names of the optimizer tensors,
+                                      size and SHA-256 of each file above, SHA-256 of the manifest itself
 
-When a checkpoint is saved, each rank writes the pieces that it holds. When a checkpoint is loaded, each rank copies
-only the elements that it needs. Therefore, the state is never gathered on one rank. No file contains pickled objects.
+Each rank saves the pieces that it holds, and loads only the elements that it needs. No rank gathers the whole state. No
+file contains pickled objects.
 
-Three modules save a checkpoint: ``background`` copies the state to host memory and starts a thread. In this thread,
-``saving`` writes the files, and ``retention`` deletes older checkpoints.
-
-If a run has a URL, ``mirror`` uploads its checkpoints to the URL. ``remote_run`` defines how they are stored there.
-``download`` downloads a checkpoint to continue a run, and ``weights_copy`` copies only the weights. ``pairing`` records
-which URLs belong to a run.
+Saving:          ``background`` (copies the state, starts a thread), ``saving``, ``retention`` (deletes old checkpoints)
+URL of the run:  ``mirror`` (uploads), ``remote_run`` (layout at the URL), ``pairing`` (which URLs belong to a run)
+Downloading:     ``download`` (to continue a run), ``weights_copy`` (only the weights)
 """

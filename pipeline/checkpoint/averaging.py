@@ -32,26 +32,22 @@ log = logging.getLogger(__name__)
 def average_checkpoints(
     run: Path, run_folder: Path, *, last: int | None = None, steps: Sequence[int] | None = None
 ) -> SavedCheckpoint:
-    """Write a new run whose weights are the mean of the weights of several checkpoints (Izmailov et al. 2018).
+    """Write a new run whose weights are the mean of several checkpoints' weights (Izmailov et al. 2018).
 
-    A run can also keep a moving average of its weights (``averaging.ema``). The new run contains the mean of the moving
-    averages of the checkpoints. If one of the checkpoints has no moving average, the new run has none either, and a
-    message is logged.
-
-    The optimizer state, the training state and the config are copied from the newest of the averaged checkpoints. Only
-    one parameter is in memory at a time.
+    Moving averages of the weights (``averaging.ema``) are averaged too, if all checkpoints have one. All other values
+    come from the newest of the averaged checkpoints. Only one parameter is in memory at a time.
 
     Args:
         run: the run folder that has the checkpoints.
         run_folder: the folder of the new run.
-        last: average this number of the newest checkpoints, at least 2. Give either ``last`` or ``steps``, not both.
+        last: average this number of the newest checkpoints, at least 2. Give either ``last`` or ``steps``.
         steps: the steps of the checkpoints to average.
 
     Raises:
-        CheckpointError: the run does not have these checkpoints, one of them is damaged, their parameters have
-            different shapes, or the new run cannot be written.
-        ConfigError: the config of the newest checkpoint is not valid for this program, or another process is using the
-            new run folder.
+        CheckpointError: the run lacks these checkpoints, one is damaged, their parameters have different shapes, or the
+            new run cannot be written.
+        ConfigError: the newest checkpoint's config is not valid for this program, or another process uses
+            ``run_folder``.
     """
     require_new_run_folder(run_folder)
     folders = _choose_checkpoints(run, last, steps)
@@ -100,7 +96,7 @@ def _choose_checkpoints(run: Path, last: int | None, steps: Sequence[int] | None
 
 
 def _require_same_parameters(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
-    """Raise CheckpointError if a checkpoint's parameters have other names or shapes than those of the newest."""
+    """Raise CheckpointError if a checkpoint has other parameter names or shapes than the newest."""
     newest = manifests[-1]["parameters"]
     for folder, manifest in zip(folders, manifests, strict=True):
         for name in {**newest, **manifest["parameters"]}:
@@ -113,7 +109,7 @@ def _require_same_parameters(folders: Sequence[Path], manifests: Sequence[dict[s
 
 
 def _choose_state_names(manifests: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Return the names in the newest checkpoint, without the moving average if another checkpoint has none."""
+    """Return the newest checkpoint's names, without the moving average if any checkpoint has none."""
     names: dict[str, list[str]] = manifests[-1]["optimizer_state"]
     have_average = [all(EMA in kinds for kinds in manifest["optimizer_state"].values()) for manifest in manifests]
     if any(have_average) and not all(have_average):
@@ -125,7 +121,7 @@ def _choose_state_names(manifests: Sequence[dict[str, Any]]) -> dict[str, list[s
 def _read_mean(shapes: dict[str, list[int]], indices: Sequence[PieceIndex], kind: str, name: str) -> Tensor:
     """Return the mean of a weight or of its moving average over all checkpoints, summed in fp64.
 
-    For another kind, which belongs to the optimizer, return the tensor of the newest checkpoint.
+    For a tensor of the optimizer, return the newest checkpoint's tensor.
     """
     if kind not in (WEIGHT, EMA):
         return read_parameter(shapes[name], indices[-1][kind][name])

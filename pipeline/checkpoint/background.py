@@ -26,19 +26,18 @@ class SaveOutcome:
     """The result of saving one checkpoint. Only ``pause_s`` differs between ranks."""
 
     step: int
-    pause_s: float  # the time that training on this rank waited for the previous save and for the copy
+    pause_s: float  # how long training on this rank waited for the previous save and for the copy
     saved: SavedCheckpoint | None
     problem: str | None  # the reason in one line if the save failed
 
 
 class BackgroundSaver:
-    """Saves checkpoints one at a time, each in a new thread. The threads do not use the process group of the training.
+    """Saves checkpoints one at a time, in a thread that does not use the process group of the training.
 
     Args:
-        config: the resolved config, which is stored in each checkpoint.
-        keep_last: the number of checkpoints to keep.
+        config: the resolved config, which each checkpoint contains.
         asynchronous: if False, ``start`` returns only after the checkpoint is complete.
-        mirror: uploads each checkpoint after it was saved. If None, checkpoints are only saved to the disk.
+        mirror: uploads each saved checkpoint. If None, nothing is uploaded.
     """
 
     def __init__(
@@ -69,8 +68,8 @@ class BackgroundSaver:
         This call is collective: every rank must make it.
 
         Returns:
-            A list with the outcome of the previous save. If there was no previous save, or if ``poll`` or ``wait`` has
-            already returned its outcome, the list is empty.
+            The outcome of the previous save, or an empty list if there is none that ``poll`` or ``wait`` has not
+            returned.
         """
         started = time.perf_counter()
         outcomes = self.wait()
@@ -83,7 +82,7 @@ class BackgroundSaver:
         return outcomes
 
     def _write(self, snapshot: Snapshot) -> SavedCheckpoint:
-        """Write the checkpoint, then wake the mirror. Runs in the thread of the saver."""
+        """Write the checkpoint, then wake the mirror. Runs in the saver's thread."""
         arguments = (self.run_folder, snapshot, self.config, self.cpu_world, self.keep_last)
         if self.mirror is None:
             return write_checkpoint(*arguments)
@@ -92,18 +91,14 @@ class BackgroundSaver:
         return saved
 
     def poll(self) -> list[SaveOutcome]:
-        """Return a list with the outcome of the last save, or an empty list if the save is not finished. Do not wait.
+        """Return the outcome of the last save, or an empty list while the save is running. Does not wait.
 
-        Each outcome is returned only once. The ranks do not finish a save at the same time. Therefore, a call of this
-        method can return the outcome on some ranks and an empty list on others.
+        Each outcome is returned once. Ranks can finish a save at different times, so some ranks may get an empty list.
         """
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 
     def wait(self) -> list[SaveOutcome]:
-        """Wait until the last save is finished, and return a list with its outcome.
-
-        If there was no save, or if ``poll`` or ``wait`` has already returned the outcome, the list is empty.
-        """
+        """Wait for the last save and return its outcome, or an empty list if the outcome was already returned."""
         if self._in_flight is None:
             return []
         step, pause_s, future = self._in_flight
@@ -115,10 +110,10 @@ class BackgroundSaver:
 
 
 class SnapshotTaker:
-    """Takes snapshots. A snapshot is a copy, in host memory, of the weights and optimizer state that this rank saves.
+    """Copies the weights and optimizer state that this rank saves to host memory.
 
-    Every snapshot uses the same buffers, so a snapshot is only valid until the next one is taken. With AdamW, the
-    buffers need 12 bytes per weight that this rank saves. If the state is on a GPU, the buffers are in pinned memory.
+    A snapshot is valid until the next one, because all snapshots share their buffers. With AdamW, the buffers need 12
+    bytes per weight that this rank saves. For a state on a GPU, the buffers are pinned.
     """
 
     def __init__(self, backend: Backend, world: World) -> None:
@@ -150,8 +145,8 @@ class SnapshotTaker:
 def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:
     """Return the fragments that this rank must write into a checkpoint.
 
-    A fragment is a range of a parameter with its optimizer state. If only one rank holds an element, that rank writes
-    it. If several ranks hold the same elements, each of them writes an equal share.
+    A fragment is a range of a parameter with its optimizer state. If several ranks hold the same elements, each of them
+    writes an equal share.
     """
     fragments = backend.fragments()
     copy, copies = world.rank // backend.ranks_per_copy, world.size // backend.ranks_per_copy
@@ -170,9 +165,6 @@ def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:
 
 
 def slice_fragment(fragment: Fragment, low: int, high: int) -> Fragment:
-    """Return a new fragment with elements ``low`` to ``high - 1`` of ``fragment``.
-
-    Elements are counted from the beginning of ``fragment``, and not from the beginning of its parameter.
-    """
+    """Return elements ``low`` to ``high - 1`` of a fragment, counted from the beginning of the fragment."""
     state = {name: tensor[low:high] for name, tensor in fragment.state.items()}
     return replace(fragment, start=fragment.start + low, weight=fragment.weight[low:high], state=state)

@@ -30,19 +30,17 @@ _SINGLE_RANK = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
-    """Copy a checkpoint into a new run folder. The copy has the files that a single rank would have written.
+    """Copy a checkpoint into a new run folder, with the files that a single rank would have written.
 
-    The new checkpoint contains the training state and the config of the source. In the ``config.json`` of the new run
-    folder, ``run.out_dir`` is the new run folder.
+    The training state and the stored config do not change. In the new ``config.json``, ``run.out_dir`` is the new
+    folder.
 
     Args:
-        source: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used.
-        run_folder: the folder of the new run.
+        source: a checkpoint folder, or a run folder, whose newest good checkpoint is used.
 
     Raises:
-        CheckpointError: the source cannot be used, ``run_folder`` already has checkpoints, or the new checkpoint cannot
-            be written.
-        ConfigError: the config of the source is not valid for this program, or another process is using ``run_folder``.
+        CheckpointError: the source cannot be used, ``run_folder`` already has checkpoints, or writing failed.
+        ConfigError: the source's config is not valid for this program, or another process uses ``run_folder``.
     """
     require_new_run_folder(run_folder)
     folder = locate_checkpoint(source)
@@ -63,7 +61,6 @@ def config_of_new_run(folder: Path, stored_config: dict[str, Any], run_folder: P
     Args:
         folder: the checkpoint folder, for error messages.
         stored_config: the config in the checkpoint, as JSON values.
-        run_folder: the folder of the new run.
 
     Raises:
         ConfigError: the stored config is not valid for this program.
@@ -86,21 +83,16 @@ def write_new_run(
 
     Args:
         config: the config for ``config.json``.
-        state: the training state to store in the checkpoint.
-        shapes: maps the canonical names of all parameters to their shapes.
-        read: a function that returns a tensor to write. Its arguments are a kind and the canonical name of a parameter.
-            The kind is ``weight`` or the name of an optimizer tensor, such as ``exp_avg``. The function is called for
-            each tensor just before the tensor is written.
+        shapes: maps canonical names to the shapes of all parameters.
+        read: called with (kind, canonical name) just before a tensor is written, and returns this tensor. The kind is
+            ``weight`` or the name of an optimizer tensor, such as ``exp_avg``.
         stored_config: the config to store in the checkpoint. If None, ``config`` is stored.
-        state_names: maps each parameter to the names of its optimizer tensors. If None, ``config.optimizer`` determines
-            these names.
-        averaged_steps: if the weights are the mean of several checkpoints, the steps of these checkpoints. They are
-            stored in ``state.json``.
+        state_names: maps each parameter to the names of its optimizer tensors. If None, ``config.optimizer`` decides.
+        averaged_steps: if the weights are a mean of checkpoints, their steps.
 
     Raises:
-        CheckpointError: the folder already has checkpoints, or the checkpoint cannot be written. If writing fails, the
-            incomplete checkpoint is removed.
-        ConfigError: another process is using the run folder.
+        CheckpointError: the folder already has checkpoints, or the checkpoint cannot be written.
+        ConfigError: another process uses the run folder.
     """
     state_names = state_names or state_names_of(shapes, config)
     groups: TensorGroups = {group: {} for group in GROUPS}

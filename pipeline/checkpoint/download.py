@@ -1,4 +1,4 @@
-"""Download a checkpoint from a URL into a run folder. The ranks share the work: each byte is read by only one rank."""
+"""Download a checkpoint from a URL into a run folder. Only one rank downloads each byte."""
 
 import logging
 import os
@@ -23,18 +23,18 @@ from pipeline.run_folder.layout import METRICS_FILE
 
 log = logging.getLogger(__name__)
 
-#: The size of one request. Ranks on two hosts never write into the same page of a file.
+#: The size of one request. It is a multiple of the page size, so two hosts never write into the same page of a file.
 BLOCK_BYTES = 32 << 20
 REQUESTS = 4  # at the same time per rank
 
 
 class DamagedAtUrlError(CheckpointError):
-    """A checkpoint at a URL has a manifest, but its files differ from the manifest."""
+    """The files of a checkpoint at a URL differ from its manifest."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A range of a file of a checkpoint: bytes ``start`` to ``stop - 1``. One rank downloads it."""
+    """Bytes ``start`` to ``stop - 1`` of a file of a checkpoint. One rank downloads a block."""
 
     file: str
     start: int
@@ -44,9 +44,8 @@ class Block:
 def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: World) -> Path:
     """Download a checkpoint into a run folder that all ranks share, verify it, and return its folder there.
 
-    Each rank downloads an equal share of the bytes of all files. If the run folder contains a damaged checkpoint of the
-    same step, the downloaded checkpoint replaces it. If the run folder has no metrics yet, they are downloaded too. The
-    run folder records that the URL belongs to the run.
+    A damaged checkpoint of the same step in the run folder is replaced. If the run folder has no metrics, they are
+    downloaded too. The run folder records that the URL belongs to the run.
 
     This call is collective: every rank must make it.
 
@@ -78,21 +77,16 @@ def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: W
 
 
 def share_of_blocks(checkpoint: RemoteCheckpoint, rank: int, size: int) -> list[Block]:
-    """Return the blocks that a rank downloads. A block is a range of bytes of one file.
-
-    Args:
-        rank: the rank.
-        size: the number of ranks.
-    """
+    """Return the blocks that a rank downloads. ``size`` is the number of ranks."""
     blocks = [*blocks_of(checkpoint.manifest["files"])]
     return blocks[len(blocks) * rank // size : len(blocks) * (rank + 1) // size]
 
 
 def blocks_of(files: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
-    """Divide files into blocks for the download, and yield the blocks.
+    """Divide files into blocks for the download.
 
     Args:
-        files: maps the names of files to their entries in the checkpoint's manifest.
+        files: maps file names to their entries in the checkpoint's manifest.
     """
     for name, entry in files.items():
         for start in range(0, entry["bytes"], BLOCK_BYTES):
@@ -100,12 +94,13 @@ def blocks_of(files: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
 
 
 def allocate(files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Create the files of a checkpoint with their final sizes, in an empty folder.
-
-    Call this function before the download. If the disk is too small, the call raises ``OSError``.
+    """Create the files of a checkpoint with their final sizes, before the download. Empties ``folder`` first.
 
     Args:
-        files: maps the names of the files to their entries in the checkpoint's manifest.
+        files: maps file names to their entries in the checkpoint's manifest.
+
+    Raises:
+        OSError: the disk is too small.
     """
     make_empty_folder(folder)
     for name, entry in files.items():
@@ -115,7 +110,6 @@ def allocate(files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
 
 
 def _download(checkpoint: RemoteCheckpoint, aside: Path, world: World) -> int:
-    """Download this rank's share. Returns the number of bytes."""
     blocks = share_of_blocks(checkpoint, world.rank, world.size)
     with ThreadPoolExecutor(REQUESTS) as threads:
         sizes = []
@@ -126,10 +120,7 @@ def _download(checkpoint: RemoteCheckpoint, aside: Path, world: World) -> int:
 
 
 def download_block(checkpoint: RemoteCheckpoint, folder: Path, block: Block) -> int:
-    """Download a block into its file in ``folder``, and fsync the file. Return the number of downloaded bytes.
-
-    The file must already exist (see ``allocate``).
-    """
+    """Download a block into its file, which must exist. Fsync the file, and return the number of bytes."""
     content = checkpoint.run.read_range(checkpoint.step, block.file, block.start, block.stop)
     with (folder / block.file).open("r+b") as file:
         file.seek(block.start)

@@ -1,4 +1,4 @@
-"""Describe a checkpoint, or all checkpoints of a run, without computing hashes. No file is changed."""
+"""Describe a checkpoint, or all checkpoints of a run, without computing hashes."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ _MAX_RANKS_SHOWN = 8
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """A description of one checkpoint: its size, its contents, and its first problem if there is one."""
+    """The size, the contents and the first problem of a checkpoint."""
 
     path: Path | str  # a URL is a str
     bytes: int
@@ -50,7 +50,7 @@ class CheckpointReport:
 
 @dataclass(frozen=True)
 class SizedFolder:
-    """A folder and the total size of the files in it."""
+    """A folder and the total size of its files."""
 
     path: Path | str
     bytes: int
@@ -61,12 +61,12 @@ class SizedFolder:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A description of all folders in the folder ``checkpoints`` of a run: the checkpoints, and other folders."""
+    """A description of all folders in a run's folder ``checkpoints``."""
 
     path: Path | str
     checkpoints: list[CheckpointReport]  # oldest first
-    leftovers: list[SizedFolder]  # incomplete folders of interrupted saves, uploads and deletions
-    abandoned: list[SizedFolder]  # checkpoints that were renamed when the run continued from an earlier checkpoint
+    leftovers: list[SizedFolder]  # incomplete, after interrupted saves, uploads and deletions
+    abandoned: list[SizedFolder]  # renamed when the run continued from an earlier checkpoint
 
     def __str__(self) -> str:
         total = sum(report.bytes for report in self.checkpoints)
@@ -80,10 +80,9 @@ class RunReport:
 
 
 def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[str]:
-    """Return the keys of ``backend.deepspeed`` that can make the results of a run differ from other backends' results.
+    """Return the keys of ``backend.deepspeed`` that can change the results compared with other backends.
 
-    The keys come from ``config``, and from the metrics of all steps up to ``step``. The metrics are needed because the
-    run may have had another config before it was resumed.
+    Also reads the metrics up to ``step``, because the run may have started with another config.
     """
     rows = (row.get(DIFFERENT_NUMBERS_KEY) for row in read_metrics(run_folder) if row["step"] <= step)
     earlier = [key for keys in rows if isinstance(keys, list) for key in keys]
@@ -91,11 +90,10 @@ def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[
 
 
 def inspect(path: Path | str) -> CheckpointReport | RunReport:
-    """Return a description of a checkpoint folder, or of all checkpoints in a run folder. The folder may be at a URL.
+    """Return a description of a checkpoint, or of all checkpoints of a run, in a folder or at a URL.
 
     Raises:
-        CheckpointError: ``path`` is neither a checkpoint folder nor a run folder with checkpoints, or it is a
-            checkpoint folder in which a JSON file cannot be read.
+        CheckpointError: ``path`` has no checkpoints, or is a checkpoint whose JSON files cannot be read.
     """
     if is_remote(str(path)):
         return _inspect_url(str(path))
@@ -118,7 +116,7 @@ def _require_content(run: RunReport) -> RunReport:
 
 
 def _inspect_url(url: str) -> CheckpointReport | RunReport:
-    """Describe a checkpoint or a run at a URL. Only JSON files are read: two requests per checkpoint, and a listing."""
+    """Describe a checkpoint or a run at a URL. Needs a listing, and two requests per checkpoint."""
     run, step = parse_url(url)
     found = run.list()
     if step is not None:
@@ -193,10 +191,7 @@ def _backend_name(backend: dict[str, Any]) -> str:
 
 
 def _count_parameters(shapes: dict[str, list[int]], vocab_size: Any) -> int:
-    """Return the number of parameters, like ``pipeline.model.gpt2.parameter_count``.
-
-    The tied weight is counted once. The padding rows of the embedding are not counted.
-    """
+    """Return the number of parameters, with the tied weight once and without the embedding's padding rows."""
     counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     if isinstance(vocab_size, int) and "wte.weight" in shapes:
         counts["wte.weight"] = vocab_size * shapes["wte.weight"][-1]
@@ -255,5 +250,5 @@ def _table_row(report: CheckpointReport) -> str:
 
 
 def _describe_mean(contents: dict[str, Any]) -> str:
-    """Return of which steps the weights are the mean, or an empty text if the checkpoint is not an average."""
+    """Return which steps the weights are the mean of, or an empty text."""
     return f"mean of steps {', '.join(map(str, steps))}" if (steps := contents["averaged_steps"]) else ""

@@ -28,7 +28,7 @@ _STATE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
-    """Return the complete checkpoint folders of a run, oldest first. The files in them are not verified."""
+    """Return the complete checkpoint folders of a run, oldest first. Does not verify their files."""
     parent = run_folder / CHECKPOINTS_FOLDER
     if not parent.is_dir():
         return []
@@ -36,12 +36,12 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
-    """Return the path of the folder for the checkpoint of ``step``. The checkpoint need not exist."""
+    """Return the path of the checkpoint folder of ``step``, which need not exist."""
     return run_folder / CHECKPOINTS_FOLDER / f"step_{step:08d}"
 
 
 def checkpoint_url(run_url: str, step: int) -> str:
-    """Return the URL of the checkpoint of ``step`` in the run folder at ``run_url``. The checkpoint need not exist."""
+    """Return the URL of the checkpoint of ``step``, which need not exist."""
     return f"{run_url.rstrip('/')}/{CHECKPOINTS_FOLDER}/step_{step:08d}"
 
 
@@ -55,7 +55,7 @@ def checkpoint_of_step(run_folder: Path, step: int) -> Path:
     """Return the checkpoint folder of a step.
 
     Raises:
-        CheckpointError: the run has no checkpoint of this step. The message lists the steps that have checkpoints.
+        CheckpointError: the run has no checkpoint of this step.
     """
     folder = checkpoint_folder(run_folder, step)
     if folder.is_dir():
@@ -74,19 +74,15 @@ def checkpoint_of_step(run_folder: Path, step: int) -> Path:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a path is a checkpoint folder, and not a run folder. The checkpoint may be damaged.
+    """Return whether a path is a checkpoint folder. The checkpoint may be damaged.
 
-    A folder of token shards is not a checkpoint, although its manifest has the same name.
+    A run folder is not a checkpoint folder. Neither is a folder of token shards, although it has a ``manifest.json``.
     """
     return (path / STATE_FILE).is_file() or ((path / MANIFEST_FILE).is_file() and not _holds_shards(path))
 
 
 def no_checkpoint_error(path: Path | str) -> CheckpointError:
-    """Return the error for a path that is neither a checkpoint folder nor a run folder with checkpoints.
-
-    Users often give, for example, a folder of token shards. In such cases, the message says what the path is and what
-    to do.
-    """
+    """Return the error for a path at which no checkpoint was found. The message says what the path is instead."""
     expected = f"expected a run folder with {CHECKPOINTS_FOLDER}/, or a checkpoint folder with {MANIFEST_FILE}"
     if isinstance(path, str):  # a URL
         return CheckpointError(f"{path}: no checkpoint here; {expected}")
@@ -120,40 +116,33 @@ def _holds_hugging_face_model(folder: Path) -> bool:
 
 
 def step_of(folder: Path) -> int:
-    """Return the step number in the name of a checkpoint folder."""
     step = parse_step(folder.name)
     assert step is not None, folder
     return step
 
 
 def tensor_file(rank: int, group: str) -> str:
-    """Return the name of the file in which a rank stores its tensors of a group, ``weights`` or ``moments``."""
+    """Return the name of a rank's tensor file. ``group`` is ``weights`` or ``moments``."""
     return f"rank_{rank:05d}_{group}.safetensors"
 
 
 def parse_step(name: str) -> int | None:
-    """Return the step in the name of a checkpoint folder. If the name is not that of a checkpoint, return None."""
+    """Return the step in the name of a checkpoint folder, or None for any other name."""
     match = _STEP_FOLDER.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def parse_tensor_file(name: str) -> tuple[int, str] | None:
-    """Return the rank and the group (``weights`` or ``moments``) in the name of a tensor file.
-
-    If the name is not that of a tensor file, the result is None.
-    """
+    """Return (rank, group) for the name of a tensor file, or None for any other name."""
     match = _TENSOR_FILE.fullmatch(name)
     return (int(match[1]), match[2]) if match else None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read ``manifest.json``. Check its format version, its hash, and the names and shapes in it.
-
-    The result always has the keys of the newest format version, even if the file has an older version.
+    """Read and check ``manifest.json``. The result has the keys of the newest format version.
 
     Raises:
-        CheckpointError: the manifest is missing or damaged, has a format version that this program does not read, or
-            contains the name of a file that does not belong to a checkpoint.
+        CheckpointError: the manifest is missing, is damaged, or has an unknown format version.
     """
     path = folder / MANIFEST_FILE
     if path.is_symlink():
@@ -162,14 +151,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_manifest(manifest: dict[str, Any], path: Path | str) -> dict[str, Any]:
-    """Check the content of a ``manifest.json``, and return it with the keys of the newest format version.
+    """Check the content of a ``manifest.json``. The result has the keys of the newest format version.
 
     Args:
         path: the place of the file, for error messages.
 
     Raises:
-        CheckpointError: the manifest is damaged, has a format version that this program does not read, or contains the
-            name of a file that does not belong to a checkpoint.
+        CheckpointError: the manifest is damaged or has an unknown format version.
     """
     if "shards" in manifest:
         raise CheckpointError(f"{path}: is the manifest of token shards, not of a checkpoint")
@@ -209,15 +197,14 @@ def _check_state_names(state_names: dict[str, list[str]], parameters: dict[str, 
 
 
 def describe_readable_versions() -> str:
-    """Return the format versions that this program can read, as text for messages."""
     return " and ".join(map(str, READABLE_VERSIONS))
 
 
 def bytes_of_tensors(folder: Path) -> int:
-    """Return the total size in bytes of all ranks' tensor files, from the sizes in the manifest.
+    """Return the total size in bytes of all ranks' tensor files, according to the manifest.
 
     Raises:
-        CheckpointError: ``read_manifest`` cannot read the manifest.
+        CheckpointError: the manifest cannot be read.
     """
     files = read_manifest(folder)["files"]
     return sum(entry["bytes"] for name, entry in files.items() if parse_tensor_file(name))
@@ -237,7 +224,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json_object(text: str | bytes, path: Path | str) -> dict[str, Any]:
-    """Return the JSON object in a text. ``path`` says where the text is, for error messages.
+    """Parse the text of a JSON object. ``path`` is the place of the text, for error messages.
 
     Raises:
         CheckpointError: the text is not a JSON object.
@@ -261,7 +248,7 @@ def size_of_file(path: Path) -> int:
 def size_of_folder(folder: Path) -> int:
     """Return the total size in bytes of all files in a folder and its subfolders.
 
-    A file that another process deletes during the call counts as 0.
+    A file that another process deletes during the call counts as 0 bytes.
     """
     return sum(size_of_file(Path(parent, name)) for parent, _, files in os.walk(folder) for name in files)
 

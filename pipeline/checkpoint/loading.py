@@ -27,27 +27,22 @@ _POSITIONS = "wpe.weight"
 
 
 def load_training_state(folder: Path, backend: Backend, rank: int | None = None) -> TrainingState:
-    """Load a checkpoint into the backend, and return the training state in the checkpoint.
+    """Load a checkpoint into the backend, and return its training state.
 
-    Each rank reads only the weights and the optimizer state that it needs. The optimizer's step count and the loss
-    scale are also restored.
+    This rank's weights, its optimizer state, the optimizer's step count and the loss scale are restored.
 
-    If the backend's optimizer differs from the optimizer that wrote the checkpoint, only the weights are loaded. The
-    backend's optimizer then starts with zero state and with step count 0. In the result, ``optimizer_start`` is then
-    the number of updates that the run had made when it saved the checkpoint.
+    If another optimizer wrote the checkpoint, only the weights are loaded. The optimizer then starts with zero state at
+    step count 0, and ``optimizer_start`` in the result is the run's number of updates.
 
-    If the backend keeps an average of the weights and the checkpoint has none, the average starts as a copy of the
-    weights.
+    If the backend averages the weights but the checkpoint has no average, the average starts as a copy of the weights.
 
     Args:
-        rank: if this rank's files in the checkpoint contain all elements that the rank needs, only these two files are
-            read. This is so if the run continues with the same number of ranks and the same sharding. Otherwise, every
-            rank reads the headers of the files of all ranks. If None, the headers of all files are read and checked.
+        rank: if the two files of this rank contain all that the rank needs, only these files are read. If ``rank`` is
+            None, the headers of all ranks' files are read and checked.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read or is malformed, or its parameters have other names or shapes
-            than those of the model. If a file cannot be read, the backend may already contain some of the checkpoint's
-            values. In all other cases, the backend has not changed.
+        CheckpointError: the checkpoint is damaged or belongs to another model. If a file could not be read, the backend
+            may already contain some of the checkpoint's values. Otherwise, the backend has not changed.
     """
     state, _ = read_state(folder)
     fragments = list(backend.fragments())
@@ -73,7 +68,7 @@ def load_training_state(folder: Path, backend: Backend, rank: int | None = None)
 
 
 def _index_for_fragments(folder: Path, backend: Backend, fragments: list[Fragment], rank: int | None) -> PieceIndex:
-    """Return an index with the pieces of all fragments of this rank. Raises the same errors as ``index_for_model``."""
+    """Return an index that contains at least the pieces of all fragments of this rank."""
     manifest = read_manifest_of_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
     own = [] if rank is None else [tensor_file(rank, group) for group in GROUPS]
     if own and manifest["files"].keys() >= set(own):
@@ -87,19 +82,19 @@ def _index_for_fragments(folder: Path, backend: Backend, fragments: list[Fragmen
 
 
 def _has_all(pieces: list[Piece], fragment: Fragment) -> bool:
-    """Return whether pieces that do not overlap contain all elements of a fragment."""
+    """Return whether the pieces contain all elements of the fragment. The pieces must not overlap."""
     start, stop = fragment.start, fragment.start + fragment.weight.numel()
     return sum(max(min(piece.stop, stop) - max(piece.start, start), 0) for piece in pieces) == stop - start
 
 
 def _kinds_by_parameter(index: PieceIndex) -> dict[str, set[str]]:
-    """Return the names of the tensors that a checkpoint has for every parameter in addition to the weight."""
+    """Return, for each parameter, the names of its stored tensors without the weight."""
     kinds = index.keys() - {WEIGHT}
     return {name: {kind for kind in kinds if name in index[kind]} for name in index[WEIGHT]}
 
 
 def _log_average(folder: Path, *, is_stored: bool, is_kept: bool) -> None:
-    """Log if a run starts to average its weights at a checkpoint, or stops."""
+    """Log if the average of the weights starts or stops at this checkpoint."""
     if is_kept and not is_stored:
         log.info("%s: has no average of the weights; the average starts as a copy of the weights", folder)
     if is_stored and not is_kept:
@@ -111,10 +106,10 @@ def load_weights(folder: Path, parameters: dict[str, Tensor], weights: str = "tr
 
     Args:
         parameters: maps canonical names to whole parameters.
-        weights: ``training`` for the weights that are trained, or ``ema`` for their moving average.
+        weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
-        CheckpointError: the checkpoint does not fit the parameters, has no moving average, or cannot be read.
+        CheckpointError: the checkpoint belongs to another model, has no moving average, or cannot be read.
     """
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
     pieces = pieces_of_weights(folder, shapes, weights)
@@ -124,17 +119,16 @@ def load_weights(folder: Path, parameters: dict[str, Tensor], weights: str = "tr
 
 
 def pieces_of_weights(folder: Path, shapes: dict[str, list[int]], weights: str) -> dict[str, list[Piece]]:
-    """Return a dict that maps each canonical name to the pieces of this parameter in a checkpoint.
+    """Return the stored pieces of each parameter, by canonical name.
 
     A piece is a whole parameter, or a range of its flattened elements that one rank has stored.
 
     Args:
-        shapes: the shapes of all parameters of the model, by canonical name.
-        weights: a key of ``KINDS_OF_WEIGHTS``: ``training`` for the weights that are trained, or ``ema`` for their
-            moving average.
+        shapes: maps canonical names to the shapes of the model's parameters.
+        weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
-        CheckpointError: the checkpoint has no moving average, does not fit the model, or is damaged.
+        CheckpointError: the checkpoint has no moving average, belongs to another model, or is damaged.
     """
     index = index_for_model(folder, shapes)
     kind = KINDS_OF_WEIGHTS[weights]
@@ -154,15 +148,15 @@ def read_parameter(shape: list[int], pieces: list[Piece]) -> Tensor:
 
 
 def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
-    """Check that a checkpoint fits a model, and return an index of the pieces in the checkpoint.
+    """Check that a checkpoint fits a model, and return the index of its pieces.
 
     A piece is a whole parameter, or a range of its flattened elements that one rank has stored.
 
     Args:
-        shapes: maps the canonical names of the model's parameters to their shapes.
+        shapes: maps canonical names to the shapes of the model's parameters.
 
     Raises:
-        CheckpointError: the names or shapes in the checkpoint differ from ``shapes``, or a file is damaged.
+        CheckpointError: the checkpoint has other names or shapes than ``shapes``, or a file is damaged.
     """
     return index_pieces(folder, read_manifest_of_model(folder, shapes))
 
@@ -182,12 +176,12 @@ def read_manifest_of_model(folder: Path, shapes: dict[str, list[int]]) -> dict[s
 
 
 def copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
-    """Copy a range of a flattened parameter from its stored pieces into ``target``. Read only what the range needs.
+    """Copy a range of a flattened parameter from its stored pieces into ``target``.
 
     Args:
         target: the tensor to fill, shape (n,), on any device.
         start: the index of the range's first element in the flattened parameter.
-        pieces: all stored pieces of the parameter.
+        pieces: all stored pieces of the parameter. Only the rows that the range needs are read.
     """
     for piece in pieces:
         low, high = max(piece.start, start), min(piece.stop, start + target.numel())
@@ -197,7 +191,7 @@ def copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
 
 
 def _read_elements(file: Any, piece: Piece, low: int, high: int) -> Tensor:
-    """Return elements ``low`` to ``high - 1`` of a flattened parameter. Reads only the rows that contain them."""
+    """Return elements ``low`` to ``high - 1`` of a flattened parameter. Read only the rows that contain them."""
     stored = file.get_slice(piece.key)
     row = torch.Size(stored.get_shape()[1:]).numel()
     low, high = low - piece.start, high - piece.start
@@ -219,21 +213,20 @@ class LoadedModel:
     def run_folder(self) -> Path:
         """Return the folder for results, such as those of an evaluation.
 
-        If the checkpoint is in a run folder, the result is this run folder. Otherwise, it is the checkpoint folder.
+        This is the run folder of the checkpoint. A checkpoint outside a run folder uses its own folder.
         """
         return run_folder_of(self.checkpoint)
 
 
 def load_model(path: Path | str, device: torch.device, weights: str = "training") -> LoadedModel:
-    """Load the model in fp32 from a checkpoint folder, or from the newest undamaged checkpoint of a run folder.
+    """Load a model in fp32 from a checkpoint folder, or from the newest undamaged checkpoint of a run folder.
 
     Args:
         path: the folder, or its URL.
-        weights: ``training`` for the weights that are trained, or ``ema`` for their moving average.
+        weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
-        CheckpointError: the path contains no checkpoint, all its checkpoints are damaged, or the checkpoint has no
-            moving average.
+        CheckpointError: the path has no undamaged checkpoint, or the checkpoint has no moving average.
         ConfigError: the config in the checkpoint is not valid for this program.
     """
     folder = locate_weights_of(path)
@@ -246,10 +239,10 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
 
 
 def load_text_model(path: Path | str, device: torch.device, weights: str = "training") -> LoadedModel:
-    """Load a model that can read text: call ``load_model``, and check that the model has GPT-2's vocabulary.
+    """Load a model with ``load_model``, and check that it has GPT-2's vocabulary.
 
     Raises:
-        CheckpointError: the vocabulary of the model is not GPT-2's, or ``load_model`` raises CheckpointError.
+        CheckpointError: the model has another vocabulary, or ``load_model`` raises this error.
         ConfigError: the config in the checkpoint is not valid for this program.
     """
     loaded = load_model(path, device, weights)

@@ -1,11 +1,10 @@
 """Upload the checkpoints of a run to a URL while training continues.
 
-Each rank has one thread that uploads. If the threads used collectives, a rank with a slow network would block all other
-ranks for hours. Therefore, they exchange short messages through the key-value store of the run. The upload of one
-checkpoint is called a *round*:
+Each rank has a thread that uploads. The threads use no collectives, because one slow network would then block all
+ranks. They exchange messages through the run's key-value store. One *round* uploads one checkpoint:
 
 1. Rank 0 writes the names of the checkpoint's files into the store.
-2. Every rank uploads its share of the files to the URL, and writes into the store whether this succeeded.
+2. Every rank uploads its share of the files, and writes its result into the store.
 3. When all ranks have succeeded, rank 0 writes the manifest at the URL.
 """
 
@@ -49,26 +48,23 @@ _ROUND, _PLAN, _END, _RESULT = "round", "plan_{round}", "end", "result_{round}_{
 
 @dataclass(frozen=True)
 class UploadOutcome:
-    """The result of uploading one checkpoint, or the failure of any other request to the server of the URL."""
+    """The result of uploading one checkpoint, or a failed request to the server of the URL."""
 
     step: int
     seconds: float
-    bytes: int  # of all ranks together; 0 if the upload failed
+    bytes: int  # of all ranks; 0 if the upload failed
     problem: str | None  # the reason in one line if the upload failed
 
 
 class Mirror:
-    """Uploads the checkpoints of a run to a URL, and deletes old checkpoints there by the same rules as on the disk.
+    """Uploads a run's checkpoints to a URL, and deletes old checkpoints there by the same rules as on the disk.
 
-    After every save, ``request`` wakes the thread of rank 0. This thread compares the checkpoints on the disk with
-    those at the URL. The ranks then upload the missing checkpoints, the newest first. If the upload of a checkpoint
-    fails, the checkpoint is still missing after the next save, and is then uploaded again. A checkpoint that was
-    deleted from the disk in the meantime is not uploaded. If uploads take longer than the time between two saves, some
-    checkpoints are deleted from the disk before they are uploaded.
+    Call ``request`` after each save. The ranks then upload the checkpoints that the URL lacks, the newest first. A
+    failed upload is tried again after the next save. A checkpoint that was deleted from the disk is not uploaded any
+    more.
 
     Args:
-        timeout_s: an upload that takes longer than this time counts as failed. When the run ends, it waits at most this
-            time for the last upload.
+        timeout_s: the longest time for one upload, and for the wait at the end of the run.
     """
 
     def __init__(self, url: str, run_folder: Path, world: World, *, keep_last: int, timeout_s: float) -> None:
@@ -91,18 +87,15 @@ class Mirror:
         self._thread = threading.Thread(target=run, name="mirror", daemon=True)
 
     def start(self) -> None:
-        """Start the thread of this rank, which uploads its share of the files."""
+        """Start this rank's thread."""
         self._thread.start()
 
     def request(self) -> None:
-        """Wake the thread, which uploads the checkpoints that are missing at the URL. Do not wait for the upload."""
+        """Upload the checkpoints that the URL lacks. Do not wait for the upload."""
         self._due.set()
 
     def poll(self) -> list[UploadOutcome]:
-        """Return the outcomes of the uploads that ended after the last call of this method.
-
-        On all ranks except rank 0, the list is always empty.
-        """
+        """Return the outcomes of the uploads that ended after the last call. Ranks other than 0 get an empty list."""
         outcomes = []
         while self._outcomes:
             outcomes.append(self._outcomes.popleft())
@@ -110,19 +103,18 @@ class Mirror:
 
     @contextmanager
     def pinned(self) -> Iterator[Set[int]]:
-        """Return a context manager that protects uploads. Delete checkpoints from the disk only in its ``with`` block.
+        """Return a context manager. Delete checkpoints from the disk only in its ``with`` block.
 
         The ``with`` block gets the steps of the checkpoints that are being uploaded. Do not delete these checkpoints.
-        No further upload begins until the ``with`` block ends.
+        No further upload begins during the block.
         """
         with self._lock:
             yield frozenset(self._uploading)
 
     def finish(self, wait: Callable[[], None]) -> list[UploadOutcome]:
-        """Wait until the newest checkpoint is uploaded, but at most ``timeout_s`` seconds.
+        """Wait at most ``timeout_s`` seconds until the newest checkpoint is uploaded.
 
-        Call this method at the end of a run. Every rank must call it, because each rank uploads some of the files. The
-        result contains the outcomes that ``poll`` has not returned yet.
+        Every rank must call this method at the end of a run. It returns the outcomes that ``poll`` has not returned.
 
         Args:
             wait: a function that is called about twice per second during the wait.
@@ -180,7 +172,7 @@ class Mirror:
                 self._uploading.clear()
 
     def _try_upload(self, step: int, found: dict[int, dict[str, int]]) -> dict[int, dict[str, int]] | None:
-        """Upload a checkpoint, and report the outcome. Returns the new list of files at the URL, None if it failed."""
+        """Upload a checkpoint and report the outcome. Returns the files at the URL, or None after a failure."""
         started = time.monotonic()
         try:
             size, listed = self._upload(step, found)
@@ -191,10 +183,10 @@ class Mirror:
         return listed
 
     def _pair(self, found: Mapping[int, Mapping[str, int]]) -> None:
-        """Record in the run folder that the URL belongs to this run, unless another run has checkpoints there.
+        """Record in the run folder that the URL belongs to this run.
 
         Raises:
-            CheckpointError: the URL has checkpoints, and this run was never connected with the URL.
+            CheckpointError: the URL already has checkpoints of another run.
         """
         if self._is_paired:
             return
@@ -218,7 +210,7 @@ class Mirror:
         forget_abandoned(self.run_folder, run.url)
 
     def _choose(self, found: dict[int, dict[str, int]]) -> list[int]:
-        """Return the steps whose checkpoints the URL does not have, the newest first. Nobody deletes them from now."""
+        """Return the steps that the URL lacks, newest first, and protect their checkpoints from deletion."""
         with self._lock:
             steps = [step_of(folder) for folder in list_checkpoints(self.run_folder)]
             missing = [step for step in reversed(steps) if not self._has(step, found.get(step, {}))]
@@ -226,7 +218,7 @@ class Mirror:
         return missing
 
     def _has(self, step: int, sizes: Mapping[str, int]) -> bool:
-        """Return whether the URL has the same checkpoint as the disk. Its files are not read again."""
+        """Return whether the URL has the same checkpoint as the disk. Compares manifests and file sizes."""
         if MANIFEST_FILE not in sizes:
             return False
         with suppress(CheckpointError, OSError):
@@ -240,7 +232,7 @@ class Mirror:
         return step in self._known
 
     def _upload(self, step: int, found: dict[int, dict[str, int]]) -> tuple[int, dict[int, dict[str, int]]]:
-        """Run one round. Returns the number of uploaded bytes of all ranks, and the new list of files at the URL."""
+        """Run one round. Returns the number of bytes that all ranks uploaded, and the new list of files at the URL."""
         folder = checkpoint_folder(self.run_folder, step)
         manifest_bytes = (folder / MANIFEST_FILE).read_bytes()
         files = read_manifest(folder)["files"]
@@ -261,7 +253,7 @@ class Mirror:
         return sum(entry["bytes"] for entry in files.values()) + len(manifest_bytes), listed
 
     def _results_of_others(self, number: int, deadline: float) -> list[str]:
-        """Wait for the results of the other ranks. Returns their problems, "" for a rank without a problem."""
+        """Wait for the other ranks. Returns one problem per rank, or "" for a rank that succeeded."""
         waiting = {rank: _RESULT.format(round=number, rank=rank) for rank in range(1, self._size)}
         results = []
         while waiting:
@@ -276,8 +268,7 @@ class Mirror:
     def _delete_older(self, found: Mapping[int, Mapping[str, int]]) -> None:
         """Delete checkpoints at the URL by the rules of ``delete_older``, and the files of interrupted uploads.
 
-        The newest checkpoint that is on the disk and at the URL decides, because the run may save faster than it can
-        upload.
+        The rules start from the newest checkpoint that is both on the disk and at the URL.
         """
         remote = self._open()
         complete = {step for step, files in found.items() if MANIFEST_FILE in files}
@@ -322,10 +313,10 @@ class Mirror:
                     time.sleep(_POLL_S)
 
     def _upload_share(self, step: int, files: Mapping[str, Mapping[str, Any]]) -> str:
-        """Upload the tensor files that this rank has written. Returns the problem in one line, or "".
+        """Upload this rank's tensor files. Returns the problem in one line, or "".
 
-        If another world size has written the checkpoint, this rank uploads the files of rank r if r modulo the world
-        size is its own rank.
+        The rank uploads the files of every rank r with r modulo the world size equal to its own rank. The world size
+        may have changed after the save.
         """
         folder = checkpoint_folder(self.run_folder, step)
         try:
@@ -342,14 +333,13 @@ class Mirror:
 
 
 def _wait_for_file(path: Path) -> None:
-    """Wait until this host sees a file, at most ``_VISIBLE_S``. Another host may have renamed its folder."""
+    """Wait at most ``_VISIBLE_S`` seconds until this host sees a file that another host has renamed."""
     deadline = time.monotonic() + _VISIBLE_S
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(_POLL_S / 5)
 
 
 def _reason(error: Exception) -> str:
-    """Return the reason of an error in one line."""
     return " ".join(str(error if isinstance(error, UserError | OSError) else repr(error)).split())
 
 

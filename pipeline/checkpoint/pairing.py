@@ -1,6 +1,6 @@
-"""Record which URLs contain checkpoints of a run. The record is the file ``remote.json`` in the run folder.
+"""Record in ``remote.json`` which URLs contain checkpoints of a run.
 
-Checkpoints at a URL are called abandoned if the run does not continue from them any more.
+If a run continues from an earlier step, its later checkpoints at the URLs are *abandoned*.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from pipeline.run_folder.layout import REMOTE_FILE
 
 
 def is_paired(run_folder: Path, url: str) -> bool:
-    """Return whether the checkpoints at a URL belong to the run in ``run_folder`` (see ``pair``)."""
+    """Return whether the checkpoints at a URL belong to the run."""
     return url.rstrip("/") in _read(run_folder)["urls"]
 
 
@@ -26,9 +26,8 @@ def pair(run_folder: Path, url: str) -> None:
 def abandon(run_folder: Path, step: int) -> None:
     """Record that the checkpoints from ``step`` on are abandoned, at all URLs of the run.
 
-    Call this function if the run continues from an earlier step. A later start of the run must not use the abandoned
-    checkpoints. They cannot be set aside at once (see ``RemoteRun.set_aside``) if the server of a URL does not answer.
-    After all abandoned checkpoints at a URL are set aside, call ``forget_abandoned``.
+    Call this function if the run continues from an earlier step. The record is needed because a server may not answer
+    now. Later starts of the run use the record to avoid these checkpoints.
     """
     record = _read(run_folder)
     if record["urls"]:
@@ -38,13 +37,13 @@ def abandon(run_folder: Path, step: int) -> None:
 
 
 def is_abandoned(run_folder: Path, url: str, step: int) -> bool:
-    """Return whether the checkpoint of a step at a URL is abandoned (see ``abandon``)."""
+    """Return whether the run no longer continues from the checkpoint of a step at a URL."""
     first = _read(run_folder)["abandoned_from"].get(url)
     return first is not None and step >= first
 
 
 def forget_abandoned(run_folder: Path, url: str) -> None:
-    """Record that the URL has no abandoned checkpoints any more (see ``abandon``)."""
+    """Record that all abandoned checkpoints at the URL were set aside with ``RemoteRun.set_aside``."""
     record = _read(run_folder)
     if record["abandoned_from"].pop(url, None) is not None:
         _write(run_folder, record)

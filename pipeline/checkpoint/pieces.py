@@ -1,9 +1,12 @@
-"""Define how parameters are stored in pieces in safetensors files, and find the pieces.
+"""Define how safetensors files store parameters in pieces, and find the pieces.
 
-A piece is a whole parameter or a range of its flattened elements. A whole parameter is stored in its original shape.
-Its key in the file is its canonical name, which is its name in ``GPT2.named_parameters()``. A range is stored as a
-one-dimensional tensor under the key ``name[start:stop]``. The keys of optimizer tensors begin with a prefix, such as
-``exp_avg/`` or ``momentum/``.
+A piece is a whole parameter, or a range of its flattened elements:
+
+    whole parameter   key ``name``               original shape
+    range             key ``name[start:stop]``   shape (stop - start,)
+
+``name`` is the canonical name, as in ``GPT2.named_parameters()``. Keys of optimizer tensors begin with a prefix, such
+as ``exp_avg/`` or ``momentum/``.
 """
 
 import re
@@ -21,7 +24,7 @@ from pipeline.checkpoint.layout import parse_tensor_file
 from pipeline.errors import CheckpointError
 from pipeline.model.parameter_state import WEIGHT
 
-#: Each rank writes one file per group: the weights, and the optimizer's state.
+#: Each rank writes one file per group. ``moments`` contains the optimizer's state.
 WEIGHTS, MOMENTS = GROUPS = ("weights", "moments")
 
 _RANGE_KEY = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
@@ -30,7 +33,7 @@ _DTYPE = "F32"  # the name in safetensors
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a parameter in a tensor file: elements ``start`` to ``stop - 1`` of the flattened parameter."""
+    """Elements ``start`` to ``stop - 1`` of a flattened parameter, stored in a tensor file."""
 
     file: Path
     key: str
@@ -38,13 +41,13 @@ class Piece:
     stop: int
 
 
-#: kind -> parameter -> pieces, sorted by their first element. The pieces contain every element exactly once. A kind is
-#: ``weight`` or a name of the optimizer's state, which may exist only for some of the parameters.
+#: kind -> parameter -> pieces, sorted by their first element. A kind is ``weight`` or the name of an optimizer tensor,
+#: which need not exist for every parameter.
 PieceIndex = dict[str, dict[str, list[Piece]]]
 
 
 def group_of(kind: str) -> str:
-    """Return the group of a kind of tensors: ``weights`` or ``moments``. Each rank writes one file per group.
+    """Return the group whose file stores tensors of a kind: ``weights`` or ``moments``.
 
     Args:
         kind: ``weight``, or the name of an optimizer tensor, such as ``exp_avg``.
@@ -53,12 +56,11 @@ def group_of(kind: str) -> str:
 
 
 def piece_key(kind: str, name: str, elements: tuple[int, int] | None = None) -> str:
-    """Return the key under which a piece is stored in a safetensors file.
+    """Return the key under which a safetensors file stores a piece.
 
     Args:
         kind: ``weight``, or the name of an optimizer tensor, such as ``exp_avg``.
-        name: the canonical name of the parameter.
-        elements: the range (start, stop) of the flattened parameter. If None, the piece is the whole parameter.
+        elements: the range (start, stop) of the flattened parameter, or None for the whole parameter.
     """
     label = name if elements is None else f"{name}[{elements[0]}:{elements[1]}]"
     return label if kind == WEIGHT else f"{kind}/{label}"
@@ -66,7 +68,7 @@ def piece_key(kind: str, name: str, elements: tuple[int, int] | None = None) -> 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """Return a context manager that opens a safetensors file. The file is memory-mapped.
+    """Return a context manager that opens a safetensors file, memory-mapped.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -79,15 +81,15 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def index_pieces(folder: Path, manifest: dict[str, Any], files: Collection[str] | None = None) -> PieceIndex:
-    """Return an index of the pieces in a checkpoint. Only the headers of the tensor files are read and checked.
+    """Return the index of the pieces in a checkpoint. Reads only the headers of the tensor files.
 
     Args:
-        files: the names of the tensor files to read. If None, all files are read, and the pieces must contain every
-            element exactly once. Otherwise, elements may be missing in the index.
+        files: the names of the tensor files to read. If None, all files are read, and every element must be stored
+            exactly once.
 
     Raises:
-        CheckpointError: a file is not in the safetensors format, a name or a shape differs from the manifest, a
-            tensor is not fp32, or elements of a parameter are missing or stored twice.
+        CheckpointError: a header differs from the manifest or is damaged, a tensor is not fp32, or elements are missing
+            or stored twice.
     """
     shapes = {name: torch.Size(shape) for name, shape in manifest["parameters"].items()}
     index: PieceIndex = {WEIGHT: {name: [] for name in shapes}}
@@ -109,11 +111,7 @@ def index_pieces(folder: Path, manifest: dict[str, Any], files: Collection[str] 
 def _read_pieces(
     path: Path, group: str, shapes: dict[str, torch.Size], index: PieceIndex
 ) -> Iterator[tuple[str, str, Piece]]:
-    """Yield (kind, parameter name, piece) for each tensor of a file. Raises the same errors as ``index_pieces``.
-
-    Args:
-        index: the kinds and parameters that the manifest names.
-    """
+    """Yield (kind, parameter name, piece) for each tensor of a file. ``index`` has the kinds in the manifest."""
     with open_tensors(path) as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
             stored = file.get_slice(key)

@@ -1,7 +1,7 @@
 """Read and write the checkpoints of a run at a URL, such as ``s3://bucket/run``.
 
-The folder at the URL has the same layout as a local run folder, and its checkpoints contain the same bytes. A
-checkpoint at a URL is complete if it has a ``manifest.json``, because this file is written last and deleted first.
+The URL has the layout of a local run folder, and the checkpoints have the same bytes. The manifest of a checkpoint is
+written last and deleted first, so a checkpoint with a ``manifest.json`` is complete.
 """
 
 from collections.abc import Mapping
@@ -23,19 +23,19 @@ from pipeline.checkpoint.state import StateFile, check_state_file
 from pipeline.errors import CheckpointError
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, METRICS_FILE
 
-#: The name of the manifest of a checkpoint of a later step than that from which the run has continued.
+#: If a run continues from an earlier step, the manifests of its later checkpoints get this name.
 ABANDONED_MANIFEST = f"{MANIFEST_FILE}.abandoned"
 
 
 @dataclass(frozen=True)
 class RemoteCheckpoint:
-    """A checkpoint at a URL. Its manifest was read and checked. Its other files were not read."""
+    """A checkpoint at a URL. Only its manifest was read and checked."""
 
     run: "RemoteRun"
     step: int
     manifest_bytes: bytes
     manifest: dict[str, Any]
-    sizes: Mapping[str, int]  # the sizes in bytes of its files at the URL
+    sizes: Mapping[str, int]  # file name -> size in bytes at the URL
 
     def __str__(self) -> str:
         return self.run.checkpoint_url(self.step)
@@ -46,7 +46,7 @@ class RemoteCheckpoint:
         return sum(entry["bytes"] for entry in self.manifest["files"].values())
 
     def find_size_damage(self) -> str | None:
-        """Return a message about the first file that is missing or has the wrong size. Otherwise, return None."""
+        """Return a message about the first file that is missing or has the wrong size, or None."""
         for name, entry in self.manifest["files"].items():
             size = self.sizes.get(name)
             if size is None:
@@ -67,14 +67,13 @@ class RemoteRun:
         self.url = self.folder.url
 
     def checkpoint_url(self, step: int) -> str:
-        """Return the URL of the checkpoint of a step. The checkpoint need not exist."""
+        """Return the URL of the checkpoint of a step, which need not exist."""
         return checkpoint_url(self.url, step)
 
     def list(self) -> dict[int, dict[str, int]]:
-        """Return the sizes of all files of all checkpoints, including incomplete checkpoints.
+        """Return step -> file name -> size in bytes for all checkpoints, including incomplete ones.
 
-        The result maps each step to a dict, which maps file names to sizes in bytes. One request lists up to 1000
-        files.
+        One request lists up to 1000 files.
         """
         found: dict[int, dict[str, int]] = {}
         for path, size in self.folder.sizes().items():
@@ -86,10 +85,10 @@ class RemoteRun:
         return found
 
     def open(self, step: int, sizes: Mapping[str, int]) -> RemoteCheckpoint:
-        """Read the manifest of a checkpoint.
+        """Read and check the manifest of a checkpoint.
 
         Args:
-            sizes: maps the names of the checkpoint's files to their sizes, as ``list`` returns them.
+            sizes: maps file names to sizes in bytes, as in the result of ``list``.
         """
         content = self._read(step, MANIFEST_FILE)
         place = f"{self.checkpoint_url(step)}/{MANIFEST_FILE}"
@@ -101,7 +100,7 @@ class RemoteRun:
         return check_state_file(parse_json_object(self._read(step, STATE_FILE), place), place)
 
     def read_range(self, step: int, name: str, start: int, stop: int) -> bytes:
-        """Return bytes ``start`` to ``stop - 1`` of the file ``name`` of a checkpoint."""
+        """Return bytes ``start`` to ``stop - 1`` of a file of a checkpoint."""
         try:
             content = self.folder.read_range(_prefix(step) + name, start, stop)
         except FileNotFoundError:
@@ -114,7 +113,6 @@ class RemoteRun:
         """Upload a file of a checkpoint. Read it back, and compare its size and hash with ``entry``.
 
         Args:
-            path: the local file.
             entry: the entry of the file in the checkpoint's manifest.
         """
         name = _prefix(step) + path.name
@@ -125,10 +123,9 @@ class RemoteRun:
     def publish(
         self, step: int, manifest_bytes: bytes, files: Mapping[str, Mapping[str, Any]]
     ) -> dict[int, dict[str, int]]:
-        """Check the sizes of all uploaded files, and write the manifest. The checkpoint is then complete.
+        """Complete a checkpoint: check the sizes of all uploaded files, and write the manifest.
 
         Args:
-            manifest_bytes: the content of ``manifest.json``.
             files: maps the names of all other files to their entries in the manifest.
 
         Returns:
@@ -145,27 +142,26 @@ class RemoteRun:
         return found
 
     def set_aside(self, step: int) -> None:
-        """Rename the manifest of a checkpoint, so that no run resumes from it. Its other files do not change."""
+        """Rename the manifest of a checkpoint, so that no run resumes from this checkpoint."""
         name = _prefix(step) + MANIFEST_FILE
         self.folder.write(_prefix(step) + ABANDONED_MANIFEST, self.folder.read(name))
         self.folder.remove_existing({name})
 
     def delete(self, step: int, sizes: Mapping[str, int]) -> None:
-        """Delete a checkpoint, its manifest first. If the deletion is interrupted, the checkpoint is incomplete.
+        """Delete a checkpoint, its manifest first. After an interruption, the checkpoint counts as incomplete.
 
         Args:
-            sizes: maps the names of the checkpoint's files to their sizes, as ``list`` returns them.
+            sizes: maps file names to sizes in bytes, as in the result of ``list``.
         """
         if MANIFEST_FILE in sizes:
             self.folder.remove_existing({_prefix(step) + MANIFEST_FILE})
         self.folder.remove_existing({_prefix(step) + name for name in sizes if name != MANIFEST_FILE})
 
     def write_metrics(self, content: bytes) -> None:
-        """Write ``metrics.jsonl``."""
         self.folder.write(METRICS_FILE, content)
 
     def read_metrics(self) -> bytes | None:
-        """Return the content of ``metrics.jsonl``. If the file does not exist, return None."""
+        """Return the content of ``metrics.jsonl``, or None if the file does not exist."""
         try:
             return self.folder.read(METRICS_FILE)
         except FileNotFoundError:
@@ -183,6 +179,6 @@ def _prefix(step: int) -> str:
 
 
 def parse_url(url: str) -> tuple[RemoteRun, int | None]:
-    """Return an object for the run at a URL, and the step in the URL. If the URL is that of a run, the step is None."""
+    """Return the run at a URL, and the step in the URL. For the URL of a run, the step is None."""
     run_url, step = split_url(url)
     return RemoteRun(run_url), step

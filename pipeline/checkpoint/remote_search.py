@@ -11,10 +11,10 @@ log = logging.getLogger(__name__)
 
 
 def find_checkpoints(url: str) -> list[RemoteCheckpoint]:
-    """Return the undamaged checkpoints at a URL, newest first.
+    """Return the undamaged checkpoints at a URL, newest first. Compares file sizes, but no hashes.
 
-    If ``url`` is a run folder, these are checkpoints of the run. If ``url`` is a checkpoint, only this checkpoint is
-    returned. The sizes of all files are compared with the manifest, but no hashes are computed.
+    Args:
+        url: the URL of a run, or of one checkpoint.
 
     Raises:
         CheckpointError: the URL has no undamaged checkpoint.
@@ -38,12 +38,11 @@ def open_undamaged(
 ) -> list[RemoteCheckpoint]:
     """Open the checkpoints of the given steps, and return the undamaged ones.
 
-    A checkpoint is undamaged if its manifest can be read and its files have the right sizes. For each damaged
-    checkpoint, a warning is logged.
+    In an undamaged checkpoint, the manifest can be read and all files have the right sizes. A warning is logged for
+    each damaged checkpoint.
 
     Args:
         found: the result of ``RemoteRun.list``.
-        steps: the steps of the checkpoints to open.
     """
     checkpoints = []
     for step in steps:

@@ -1,4 +1,7 @@
-"""Delete old checkpoints. If a run continues from an older checkpoint, rename the checkpoints of later steps."""
+"""Delete old checkpoints. If a run continues from an earlier step, rename the checkpoints of later steps.
+
+A *milestone* is a checkpoint that is never deleted as old. Its step is a multiple of ``checkpoint.keep_every_steps``.
+"""
 
 import itertools
 import json
@@ -30,19 +33,19 @@ log = logging.getLogger(__name__)
 
 
 def list_leftovers(run_folder: Path) -> list[Path]:
-    """Return the incomplete folders that interrupted saves and deletions of checkpoints have left."""
+    """Return the incomplete folders that interrupted saves and deletions have left."""
     return sorted((run_folder / CHECKPOINTS_FOLDER).glob(".step_*.partial"))
 
 
 def list_abandoned(run_folder: Path) -> list[Path]:
-    """Return the checkpoints that were renamed because the run continued from an earlier checkpoint."""
+    """Return the checkpoints that were renamed because the run continued from an earlier step."""
     return sorted((run_folder / CHECKPOINTS_FOLDER).glob("step_*.abandoned*"))
 
 
 def remove_leftovers(run_folder: Path) -> None:
-    """Delete the incomplete folders that interrupted saves and deletions of checkpoints have left.
+    """Delete the incomplete folders that interrupted saves and deletions have left.
 
-    Call this function only while no checkpoint is being saved.
+    Do not call this function while a checkpoint is being saved.
 
     Raises:
         OSError: a folder cannot be deleted.
@@ -52,12 +55,11 @@ def remove_leftovers(run_folder: Path) -> None:
 
 
 def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> None:
-    """Rename the checkpoints of all steps after ``step``, so that the next start does not resume from them.
+    """Rename the checkpoints of all steps after ``step``, so that no run resumes from them.
 
     Args:
-        origin: the checkpoint from which the run continues. If it is in another run folder, ``run_folder`` may contain
-            a different checkpoint of ``step``. That checkpoint is also renamed, because it does not belong to the
-            history of the run. If ``origin`` is None, the checkpoint of ``step`` in ``run_folder`` is kept.
+        origin: the checkpoint from which the run continues. If it is in another run folder, a checkpoint of ``step`` in
+            ``run_folder`` is renamed too. If None, the checkpoint of ``step`` is kept.
 
     Raises:
         OSError: a folder cannot be renamed.
@@ -77,15 +79,12 @@ def _unused_abandoned_path(folder: Path) -> Path:
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint.
-
-    The folder is first renamed to a temporary name. If the process dies during the deletion, the program will therefore
-    not mistake the remaining files for a checkpoint.
+    """Delete a checkpoint. After an interruption, the remaining files do not count as a checkpoint.
 
     Raises:
         OSError: the checkpoint cannot be deleted.
     """
-    # Do not use hidden_partial_path(folder) here: that folder may contain a new checkpoint of this step.
+    # Do not use hidden_partial_path(folder): it may contain a new checkpoint of this step.
     temporary = folder.with_name(f".{folder.name}.deleted.partial")
     if temporary.exists():
         _remove_folder(temporary)
@@ -102,16 +101,14 @@ def _remove_folder(folder: Path) -> None:
 
 
 def surplus_steps(steps: Iterable[int], newest: int, keep_last: int, best: int | None) -> list[int]:
-    """Return the steps whose checkpoints are not needed, in ascending order. The caller must still keep the milestones.
+    """Return the steps whose checkpoints are not needed, in ascending order. The caller must still keep milestones.
 
-    The function keeps the ``keep_last`` newest checkpoints up to ``newest``, and all checkpoints of later steps.
-    ``is_milestone`` says what a milestone is.
+    Checkpoints of steps after ``newest`` are never in the result.
 
     Args:
-        steps: the steps of all checkpoints.
         newest: the step of the newest verified checkpoint.
-        keep_last: the number of checkpoints to keep.
-        best: the step with the lowest validation loss, if its checkpoint must be kept (see ``best_step``).
+        keep_last: the number of checkpoints to keep, including ``newest``.
+        best: the step with the lowest validation loss, or None if its checkpoint need not be kept.
     """
     return [step for step in sorted(step for step in steps if step <= newest)[:-keep_last] if step != best]
 
@@ -121,10 +118,9 @@ def delete_older(run_folder: Path, verified: Path, keep_last: int, pinned: Set[i
 
     These checkpoints are kept:
 
-    - ``verified``, and the ``keep_last - 1`` checkpoints before it;
-    - the checkpoints of all steps after it;
-    - all milestones (see ``is_milestone``);
-    - the checkpoint with the lowest validation loss, if the config says so (see ``best_step``);
+    - ``verified``, the ``keep_last - 1`` checkpoints before it, and all later checkpoints;
+    - multiples of ``checkpoint.keep_every_steps``;
+    - with ``checkpoint.keep_best``, the checkpoint with the lowest validation loss;
     - the checkpoints of the steps in ``pinned``.
 
     Raises:
@@ -138,10 +134,9 @@ def delete_older(run_folder: Path, verified: Path, keep_last: int, pinned: Set[i
 
 
 def is_milestone(folder: Path) -> bool:
-    """Return whether a checkpoint is a milestone. Milestones are kept when old checkpoints are deleted.
+    """Return whether the step of a checkpoint is a multiple of its ``checkpoint.keep_every_steps``.
 
-    A checkpoint is a milestone if its step is a multiple of ``checkpoint.keep_every_steps`` in the config that it
-    contains. If ``state.json`` is damaged, the result is False.
+    Old milestones are not deleted. If ``state.json`` is damaged, the result is False.
     """
     with suppress(CheckpointError):
         return is_state_of_milestone(read_state_file(folder))
@@ -149,18 +144,16 @@ def is_milestone(folder: Path) -> bool:
 
 
 def is_state_of_milestone(state: StateFile) -> bool:
-    """Return whether the checkpoint with this ``state.json`` is a milestone (see ``is_milestone``)."""
+    """Return whether the step in ``state.json`` is a multiple of ``checkpoint.keep_every_steps``."""
     every_steps = config_section(state.config, "checkpoint").get("keep_every_steps")
     return isinstance(every_steps, int) and every_steps > 0 and state.step % every_steps == 0
 
 
 def best_step(newest: Path) -> int | None:
-    """Return the step at which a run had its lowest validation loss. Its checkpoint must be kept.
-
-    If ``checkpoint.keep_best`` is not true, the result is None.
+    """Return the step with the run's lowest validation loss, or None if ``checkpoint.keep_best`` is not true.
 
     Args:
-        newest: the newest checkpoint of the run. Its ``state.json`` contains the step with the lowest validation loss.
+        newest: the newest checkpoint of the run.
 
     Raises:
         CheckpointError: ``state.json`` cannot be read.
@@ -172,7 +165,7 @@ def best_step(newest: Path) -> int | None:
 
 @dataclass(frozen=True)
 class Pruning:
-    """The result of ``prune``: the checkpoints that are kept, and the folders that are deleted."""
+    """The result of ``prune``."""
 
     kept: list[Path]  # newest first
     deletions: list[tuple[Path, int, str]]  # (folder, bytes, reason), in the order of deletion
@@ -189,17 +182,16 @@ class Pruning:
 def prune(run_folder: Path, keep: int, *, dry_run: bool) -> Pruning:
     """Delete everything in a run's ``checkpoints`` except the newest ``keep`` checkpoints that pass verification.
 
-    If milestones (see ``is_milestone``) and the checkpoint with the lowest validation loss (see ``best_step``) pass
-    verification, they are kept, too.
+    Milestones (``checkpoint.keep_every_steps``) and the best checkpoint (``checkpoint.keep_best``) are kept too if they
+    pass verification.
 
     Args:
-        keep: the number of checkpoints to keep.
-        dry_run: if True, delete nothing and only report what would be deleted.
+        dry_run: if True, only report what would be deleted.
 
     Raises:
-        ConfigError: another process is using the run folder.
-        CheckpointError: the folder is not a run folder, or a folder cannot be deleted. If no checkpoint passes
-            verification, nothing is deleted, and this error is raised, too.
+        ConfigError: another process uses the run folder.
+        CheckpointError: the folder is not a run folder, a folder cannot be deleted, or no checkpoint passes
+            verification. In the last case, nothing is deleted.
     """
     if is_checkpoint(run_folder):
         raise CheckpointError(f"{run_folder}: is a checkpoint; give the run folder that holds it")
@@ -219,7 +211,7 @@ def prune(run_folder: Path, keep: int, *, dry_run: bool) -> Pruning:
 def _plan_pruning(run_folder: Path, keep: int) -> tuple[list[Path], list[tuple[Path, int, str]]]:
     """Return the checkpoints to keep, and (folder, bytes, reason) for each folder to delete.
 
-    The incomplete folders are deleted first, because the deletion of a checkpoint uses the same temporary names.
+    Incomplete folders come first, because deleting a checkpoint uses the same temporary names.
     """
     kept: list[Path] = []
     best = None

@@ -1,4 +1,4 @@
-"""Write a checkpoint. Every rank writes its pieces into a temporary folder. The main rank then renames this folder."""
+"""Write a checkpoint: each rank writes into a temporary folder, and the main rank renames the folder."""
 
 import logging
 import shutil
@@ -49,7 +49,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A complete checkpoint. Its files were read back and compared with the bytes that were written."""
+    """A complete checkpoint, whose files were read back and compared."""
 
     folder: Path
     bytes_of_rank: dict[int, int]
@@ -77,21 +77,18 @@ def write_checkpoint(
     keep_last: int,
     pinned: Callable[[], AbstractContextManager[Set[int]]] = lambda: nullcontext(frozenset()),
 ) -> SavedCheckpoint:
-    """Write a checkpoint into a temporary folder, fsync the files, read them back, and rename the folder.
+    """Write a checkpoint and verify the written bytes. Then delete old checkpoints with ``delete_older``.
 
-    Then delete old checkpoints with ``delete_older``. This call is collective: every rank must make it.
+    This call is collective: every rank must make it.
 
     Args:
-        snapshot: the copy of this rank's state.
         config: the resolved config to store in the checkpoint.
-        keep_last: the number of checkpoints to keep.
-        pinned: a function that returns a context manager. Old checkpoints are deleted in its ``with`` block. The block
-            gets the steps whose checkpoints must not be deleted.
+        pinned: returns a context manager that gives the steps whose checkpoints must not be deleted. Old checkpoints
+            are deleted inside its ``with`` block.
 
     Raises:
-        CheckpointError: a rank could not write a file (for example because the disk is full), or the bytes that a rank
-            read back differ from the bytes that it wrote. The incomplete folder is removed, and no old checkpoint is
-            deleted.
+        CheckpointError: a rank could not write a file, or read back different bytes. The incomplete folder is removed,
+            and no old checkpoint is deleted.
     """
     started = time.perf_counter()
     folder = checkpoint_folder(run_folder, snapshot.state.step)
@@ -126,21 +123,19 @@ def write_checkpoint(
 
 
 def on_main_rank(world: World, step: Callable[[], None]) -> None:
-    """Call the function ``step`` on the main rank. If it fails there, raise an error on all ranks.
-
-    This call is collective: every rank must make it.
+    """Call ``step`` on the main rank. This call is collective: every rank must make it.
 
     Raises:
-        CheckpointError: ``step`` failed. The message contains the reason.
+        CheckpointError: ``step`` failed. All ranks raise this error.
     """
     on_every_rank(world, step if world.is_main else lambda: None)
 
 
 def on_every_rank(world: World, step: Callable[[], Result]) -> Result:
-    """Call the function ``step`` on every rank, and return this rank's result. If one rank fails, raise on all ranks.
+    """Call ``step`` on every rank, and return this rank's result.
 
-    Otherwise, the other ranks would wait for the failed rank in their next collective call. This call is collective:
-    every rank must make it.
+    If ``step`` fails on one rank, all ranks raise an error, so that no rank hangs in the next collective call. This
+    call is collective: every rank must make it.
 
     Raises:
         CheckpointError: ``step`` failed on a rank. The message names the failed ranks and the reasons.
@@ -160,13 +155,13 @@ def on_every_rank(world: World, step: Callable[[], Result]) -> Result:
 
 
 def write_tensor_files(aside: Path, snapshot: Snapshot, rank: int) -> Files:
-    """Write the tensor files of one rank into the temporary folder ``aside``, and return their manifest entries."""
+    """Write one rank's tensor files into the temporary folder ``aside``, and return their manifest entries."""
     names = {group: tensor_file(rank, group) for group in snapshot.groups}
     return {name: write_tensors(aside / name, snapshot.groups[group]) for group, name in names.items()}
 
 
 def complete_and_publish(aside: Path, folder: Path, state: StateFile, snapshot: Snapshot, tensor_files: Files) -> None:
-    """Write the JSON files, check the manifest and the headers of all tensor files, and rename the folder."""
+    """Write the JSON files, check the tensor files' headers, and rename the folder ``aside`` to ``folder``."""
     state_path = aside / STATE_FILE
     write_json_durably(state_path, asdict(state))
     state_entry = {"bytes": state_path.stat().st_size, "sha256": sha256_of_file(state_path)}
@@ -182,7 +177,7 @@ def complete_and_publish(aside: Path, folder: Path, state: StateFile, snapshot: 
 
 
 def publish_checkpoint(aside: Path, folder: Path) -> None:
-    """Rename the complete temporary folder ``aside`` to ``folder``. If ``folder`` exists, it is replaced.
+    """Rename the temporary folder ``aside`` to ``folder``. An existing ``folder`` is replaced.
 
     Raises:
         OSError: a folder cannot be deleted or renamed.
@@ -193,7 +188,7 @@ def publish_checkpoint(aside: Path, folder: Path) -> None:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of the main packages. DeepSpeed is included only if it is installed."""
+    """Return the versions of the main packages that are installed."""
     installed = {}
     for package in ("torch", "deepspeed", "safetensors", "numpy"):
         with suppress(PackageNotFoundError):

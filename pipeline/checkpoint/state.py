@@ -16,10 +16,7 @@ from pipeline.errors import CheckpointError
 
 @dataclass(frozen=True)
 class GuardState:
-    """The state of the step guard. Checkpoints store it.
-
-    The step guard decides what to do about bad steps, such as steps with a much higher loss than before.
-    """
+    """The state of the step guard, which reacts to bad steps such as loss spikes."""
 
     bad_in_a_row: NonNegativeInt = 0
     rollbacks: NonNegativeInt = 0
@@ -29,20 +26,14 @@ class GuardState:
 
 @dataclass(frozen=True)
 class ValidationHistory:
-    """The lowest validation loss of a run so far, its step, and the number of validations since then.
-
-    Early stopping and ``checkpoint.keep_best`` use these values.
-    """
+    """The best validation of a run so far, for early stopping and ``checkpoint.keep_best``."""
 
     best_loss: float | None = None  # None before the first validation
     best_step: NonNegativeInt | None = None
     evaluations_since_best: NonNegativeInt = 0
 
     def after(self, step: int, loss: float) -> ValidationHistory:
-        """Return the history after a further validation, which gave ``loss`` at step ``step``.
-
-        A NaN or infinite loss is never the best loss.
-        """
+        """Return the history after a further validation. A NaN or infinite loss is never the best."""
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             return ValidationHistory(loss, step)
         return replace(self, evaluations_since_best=self.evaluations_since_best + 1)
@@ -52,11 +43,11 @@ class ValidationHistory:
 class TrainingState:
     """The progress of a run.
 
-    A checkpoint needs no random generator state, because ``seed`` and ``samples`` determine the data order and dropout.
+    No random generator state is needed, because ``seed`` and ``samples`` determine the data order and dropout.
     """
 
     step: NonNegativeInt  # finished optimizer steps, including skipped steps
-    samples: NonNegativeInt  # samples that all ranks consumed: the position in the data order
+    samples: NonNegativeInt  # consumed by all ranks together: the position in the data order
     tokens: NonNegativeInt  # target tokens that the run has trained on
     updates: NonNegativeInt  # optimizer steps that changed the weights
     loss_scale: Annotated[PositiveFloat, AllowInfNan(False)] | None  # None if the precision uses no loss scale
@@ -70,10 +61,10 @@ class TrainingState:
 
 @dataclass(frozen=True, kw_only=True)
 class StateFile(TrainingState):
-    """The content of a checkpoint's ``state.json``: the progress, the config and the package versions of the run."""
+    """The content of ``state.json``: progress, config and package versions of the run that wrote the checkpoint."""
 
-    world_size: PositiveInt  # the world size of the run that wrote the checkpoint
-    launch_id: str | None = None  # the id of the launch that wrote the checkpoint
+    world_size: PositiveInt
+    launch_id: str | None = None
     averaged_steps: tuple[NonNegativeInt, ...] = ()  # the weights are the mean over the checkpoints of these steps
     versions: dict[str, str]
     config: dict[str, Any]  # the resolved config
@@ -93,11 +84,7 @@ def read_state_file(folder: Path) -> StateFile:
 
 
 def check_state_file(content: dict[str, Any], path: Path | str) -> StateFile:
-    """Check the content of a ``state.json``, and return it as a ``StateFile``.
-
-    Args:
-        content: the JSON object in the file.
-        path: the place of the file, for error messages.
+    """Check the content of a ``state.json``. ``path`` is the place of the file, for error messages.
 
     Raises:
         CheckpointError: the content is malformed.
@@ -112,10 +99,10 @@ def check_state_file(content: dict[str, Any], path: Path | str) -> StateFile:
 
 
 def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
-    """Read a checkpoint's training state and its resolved config from ``state.json``.
+    """Read a checkpoint's training state and its resolved config.
 
     Raises:
-        CheckpointError: the file is missing or malformed.
+        CheckpointError: ``state.json`` is missing or malformed.
     """
     content = read_state_file(folder)
     state = TrainingState(**{field.name: getattr(content, field.name) for field in fields(TrainingState)})
@@ -123,9 +110,9 @@ def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
 
 
 def config_section(content: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return the section ``key`` of a stored config. If the section is missing or is not a dict, return an empty dict.
+    """Return the section ``key`` of a stored config, or an empty dict if it is missing or not a dict.
 
-    The config may have been written by another version of this program. Therefore, it need not be valid.
+    Another version of this program may have written the config, so it need not be valid.
     """
     section = content.get(key)
     return section if isinstance(section, dict) else {}

@@ -1,6 +1,6 @@
 """Write a safetensors file while only one tensor is in memory at a time.
 
-The safetensors library can write tensors only if all of them are in memory.
+The safetensors library needs all tensors in memory.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # the names in sa
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor to write. ``read`` is a function that returns the tensor. It is called just before the writing."""
+    """A tensor to write. ``read`` returns the tensor, and is called just before the tensor is written."""
 
     shape: list[int]
     dtype: torch.dtype  # the dtype in the file
@@ -35,24 +35,23 @@ TensorGroups = dict[str, dict[str, StreamedTensor]]  # weights or moments -> key
 
 
 def in_memory(tensor: Tensor) -> StreamedTensor:
-    """Return a ``StreamedTensor`` for a tensor that is already in memory."""
     return StreamedTensor(list(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def write_tensors(
     path: Path, tensors: dict[str, StreamedTensor], metadata: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Write and fsync a safetensors file, and read the file back. Only one tensor is in memory at a time.
+    """Write and fsync a safetensors file, and read it back. Only one tensor is in memory at a time.
 
     The file contains the length of the header (8 bytes), the header (JSON), and the elements of all tensors, sorted by
-    key. If all tensors have one dtype, the file has exactly the bytes that the safetensors library would write.
+    key. If all tensors have one dtype, the safetensors library would write the same bytes.
 
     Returns:
         The size and the SHA-256 of the file, as in a checkpoint's manifest.
 
     Raises:
-        CheckpointError: the bytes in the file differ from the bytes that were written.
-        OSError: the file cannot be written, for example because the disk is full or the folder is read-only.
+        CheckpointError: the file contains other bytes than those that were written.
+        OSError: the file cannot be written.
     """
     digest = hashlib.sha256()
     with path.open("wb") as file:

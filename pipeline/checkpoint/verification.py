@@ -31,10 +31,10 @@ Item = TypeVar("Item")
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return one line that describes the first problem of a checkpoint. If the checkpoint is good, return None.
+    """Return a description of the first problem of a checkpoint, or None if the checkpoint is good.
 
-    This function checks, in this order: ``manifest.json``, the size and the hash of every file, ``state.json``, the
-    headers of all tensor files, and whether all weights and optimizer tensors are finite.
+    Checks, in this order: the manifest, the size and hash of every file, ``state.json``, the headers of the tensor
+    files, and whether all tensors are finite.
     """
     try:
         manifest = read_manifest(folder)
@@ -48,13 +48,13 @@ def find_damage(folder: Path) -> str | None:
 
 
 def _find_first(find: Callable[[Item], str | None], items: Iterable[Item]) -> str | None:
-    """Return the first problem that ``find`` returns for an item. Hashing and comparing release the GIL."""
+    """Return the first problem that ``find`` returns for an item, or None. Checks several items in parallel."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         return next(filter(None, list(threads.map(find, items))), None)
 
 
 def _find_not_finite(path: Path) -> str | None:
-    """Return a description of the first tensor with NaN or infinite elements, or None if there is no such tensor.
+    """Return a description of the first tensor with NaN or infinite elements, or None.
 
     Raises CheckpointError if the file cannot be read.
     """
@@ -92,10 +92,9 @@ def _find_file_damage(path: Path, entry: dict[str, Any]) -> str | None:
 
 
 def newest_good_checkpoint(run_folder: Path) -> Path | None:
-    """Return the newest good checkpoint of a run. If there is no good checkpoint, return None.
+    """Return the newest checkpoint in which ``find_damage`` finds no problem, or None.
 
-    A checkpoint is good if ``find_damage`` finds no problem. All newer checkpoints are damaged, and a warning
-    is logged for each of them.
+    A warning is logged for each damaged checkpoint that is newer.
     """
     for folder in reversed(list_checkpoints(run_folder)):
         problem = find_damage(folder)
@@ -125,8 +124,7 @@ def verify_checkpoints(path: Path, print_line: Callable[[str], None]) -> None:
     """Verify a checkpoint, or all checkpoints of a run, oldest first.
 
     Args:
-        print_line: a function that prints a line. It is called once per checkpoint. At the end, it is called with a
-            line that says how much data was read and how fast.
+        print_line: called with one line per checkpoint, and with a last line about the amount of data and the speed.
 
     Raises:
         CheckpointError: the path contains no checkpoint, or a checkpoint is damaged.

@@ -40,10 +40,9 @@ _LOCK_FILE = "copy.lock"
 def locate_weights_of(place: Path | str) -> Path:
     """Return a folder on this machine with an undamaged checkpoint, for commands that only read the weights.
 
-    If ``place`` is a path, the result is that of ``locate_checkpoint``. If ``place`` is a URL, the function copies the
-    weights to this machine. The copy is a checkpoint without the optimizer's state. All processes on this machine share
-    the copy. Later calls download nothing unless the checkpoint at the URL has changed. For each URL, only the newest
-    copy is kept.
+    For a path, this is ``locate_checkpoint(place)``. For a URL, the weights are copied without the optimizer's state.
+    All processes on this machine share the copy, and only the newest copy per URL is kept. The weights are downloaded
+    again only if the checkpoint at the URL has changed.
 
     Args:
         place: the path or URL of a checkpoint folder or a run folder.
@@ -67,7 +66,7 @@ def locate_weights_of(place: Path | str) -> Path:
 
 
 def _copy(checkpoint: RemoteCheckpoint, run_folder: Path) -> Path:
-    """Copy the weights unless the run folder has them already, and delete all other copies."""
+    """Copy the weights unless the run folder already has them, and delete all other copies."""
     folder = checkpoint_folder(run_folder, checkpoint.step)
     manifest = _without_optimizer(checkpoint.manifest)
     has_copy = (folder / MANIFEST_FILE).is_file() and read_json_object(folder / MANIFEST_FILE) == manifest
@@ -88,10 +87,10 @@ def _copy(checkpoint: RemoteCheckpoint, run_folder: Path) -> Path:
 
 
 def _without_optimizer(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest of a checkpoint without the optimizer's state.
+    """Return the manifest without the optimizer's state.
 
-    If the checkpoint has a moving average of the weights, the result has all files, because the average and the
-    optimizer's state are in the same files.
+    If the checkpoint has a moving average of the weights, the result has all files. The average is in the same files as
+    the optimizer's state.
     """
     has_average = any(EMA in kinds for kinds in manifest["optimizer_state"].values())
     content = {
