@@ -1,1 +1,1 @@
-"""Run stage 1: divide the source into chunks, encode the chunks in parallel, and write the shards and the manifest."""
+"""Run stage 1: tokenize a source into a folder of shards with a manifest."""

@@ -1,7 +1,6 @@
-"""Divide the source into chunks. Any process on any machine can encode any chunk, in any order.
+"""Divide the source into chunks: ranges that any process on any machine can encode, in any order.
 
-A chunk is a range of the source. Its tokens are written to its own shards. The same source and the same request always
-give the same chunks. The shards of a chunk always have the same bytes.
+Each chunk has its own shards. Equal requests give equal chunks and equal shards.
 """
 
 from __future__ import annotations
@@ -38,11 +37,9 @@ class Chunk:
     """A range of the source that one process encodes.
 
     Attributes:
-        index: the number of the chunk in the order of the source. The names of the chunk's shards contain this
-            number.
-        slices: the slices of the source that belong to the chunk.
-        limit_documents: if given, only this number of documents is encoded, from the beginning of the chunk. Empty
-            documents do not count.
+        index: the position of the chunk in the source. The names of its shards contain this number.
+        slices: the slices of the source in the chunk.
+        limit_documents: encode only this number of documents. Empty documents do not count.
     """
 
     index: int
@@ -51,29 +48,22 @@ class Chunk:
 
     @property
     def name(self) -> str:
-        """Return the index of the chunk as text, with at least five digits."""
+        """Return the index as text, with at least five digits."""
         return f"{self.index:05d}"
 
     @property
     def record_file(self) -> str:
-        """Return the name of the file with the chunk's results. It is written after the chunk's shards are complete."""
+        """Return the name of the file with the ``ChunkRecord``. It is written after the chunk's shards."""
         return f"{RECORDS_FOLDER}{self.name}.json"
 
     @property
     def fingerprints_file(self) -> str:
-        """Return the name of the file with the fingerprints of the chunk's documents.
-
-        A fingerprint is a hash of a document in 16 bytes. The file contains them as uint64 of shape (documents, 2).
-        """
+        """Return the name of a file with a 16-byte hash per document: uint64 of shape (documents, 2)."""
         return f"{RECORDS_FOLDER}{self.name}.fingerprints.npy"
 
     @property
     def repeated_file(self) -> str:
-        """Return the name of the file that lists the chunk's repeated documents.
-
-        A document is repeated if an equal document comes before it in the source. The file contains the position of
-        each repeated document in the chunk, as int64 of shape (repeated,).
-        """
+        """Return the name of a file with the positions of the repeated documents, int64 of shape (repeated,)."""
         return f"{RECORDS_FOLDER}{self.name}.repeated.npy"
 
     def __str__(self) -> str:
@@ -81,7 +71,7 @@ class Chunk:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Chunk:
-        """Return a chunk from its JSON value. ``dataclasses.asdict(chunk)`` creates this value."""
+        """Return a chunk from the JSON value of ``dataclasses.asdict(chunk)``."""
         return cls(value["index"], tuple(Slice(**item) for item in value["slices"]), value["limit_documents"])
 
 
@@ -90,15 +80,14 @@ class ChunkRecord:
     """The results of a finished chunk.
 
     Attributes:
-        index: the chunk's index.
-        shards: the records of the chunk's shards. The shards of one split follow each other.
-        lengths: a histogram. Entry k is the number of documents that have 2**k to 2**(k+1) - 1 tokens.
-        repeated: the number of documents that were left out because an equal document comes before them in the source.
-        checked: the number of documents whose tokens were compared with the tokens of tiktoken.
+        shards: the records of the chunk's shards, grouped by split.
+        lengths: entry k is the number of documents with 2**k to 2**(k+1) - 1 tokens.
+        repeated: the number of documents left out because an equal document comes before them in the source.
+        checked: the number of documents whose tokens were compared with tiktoken's.
         is_divided: whether the chunk's only document was divided between the splits.
-        bad_rows: the number of rows that were skipped because they cannot be read.
-        bad_places: for each of the first ``REPORTED_BAD_ROWS`` skipped rows, where it is and why it cannot be read.
-        empty: the number of documents that were left out because they are empty.
+        bad_rows: the number of skipped rows that cannot be read.
+        bad_places: the messages about the first ``REPORTED_BAD_ROWS`` of these rows.
+        empty: the number of empty documents, which are left out.
     """
 
     index: int
@@ -113,23 +102,19 @@ class ChunkRecord:
 
     @property
     def progress(self) -> Contents:
-        """Return how many documents, tokens and bytes of text all shards of the chunk contain."""
+        """Return the contents of all shards of the chunk."""
         return sum((Contents(shard.documents, shard.tokens, shard.utf8_bytes) for shard in self.shards), Contents())
 
     def to_bytes(self) -> bytes:
-        """Return this record as JSON text in bytes, for the file ``Chunk.record_file``."""
+        """Return this record as JSON text."""
         return json.dumps({**asdict(self), "shards": [shard.to_json() for shard in self.shards]}).encode("ascii")
 
     @classmethod
     def from_bytes(cls, content: bytes, place: str) -> ChunkRecord:
-        """Return a record from its JSON text, as ``to_bytes`` creates it.
-
-        Args:
-            content: the content of the file.
-            place: the name of the file, for error messages.
+        """Return a record from the JSON text of ``to_bytes``. ``place`` names the file, for error messages.
 
         Raises:
-            DataError: the content is not a valid record.
+            DataError: ``content`` is not a valid record.
         """
         try:
             return _RECORD.validate_json(content)
@@ -141,11 +126,7 @@ _RECORD = TypeAdapter(ChunkRecord)
 
 
 class SkippedRows:
-    """Counts skipped rows and empty documents.
-
-    A row is skipped if it cannot be read. For each of the first ``REPORTED_BAD_ROWS`` skipped rows, the object also
-    stores where the row is and why it cannot be read.
-    """
+    """Counts empty documents and rows that cannot be read. Keeps messages about the first bad rows."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -153,16 +134,13 @@ class SkippedRows:
         self.places: list[str] = []
 
     def add(self, error: BadRowError) -> None:
-        """Count a skipped row.
-
-        If fewer than ``REPORTED_BAD_ROWS`` rows were counted before, also store where the row is and what is wrong.
-        """
+        """Count a bad row. Keep the messages of the first ``REPORTED_BAD_ROWS`` errors."""
         self.count += 1
         if len(self.places) < REPORTED_BAD_ROWS:
             self.places.append(str(error).encode(errors="backslashreplace").decode())
 
     def keep(self, document: Document) -> bool:
-        """Return whether a document has text. If it has no text, count it as empty."""
+        """Return whether a document has text. Count it if it is empty."""
         self.empty += not document
         return bool(document)
 
@@ -170,8 +148,7 @@ class SkippedRows:
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
     """Divide a source into chunks.
 
-    Usually, the function does not read the documents. However, if the request limits the number of documents or
-    bytes, the function reads all documents up to the limit.
+    If the request has a limit, the documents up to the limit are read.
 
     Raises:
         DataError: the source cannot be read.
@@ -199,7 +176,7 @@ def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
 
 
 def _chunk_bytes(text_bytes: int | None, request: TokenizeRequest) -> int:
-    """Return the target bytes of text per chunk. ``text_bytes`` is the size of the source, None if it is not known."""
+    """Return the target bytes of text per chunk. ``text_bytes`` is the size of the source, or None if unknown."""
     largest = max(request.shard_tokens * _BYTES_PER_TOKEN, _SMALLEST_CHUNK_BYTES)
     wanted = largest if text_bytes is None else text_bytes // _WANTED_CHUNKS
     return min(max(wanted, _SMALLEST_CHUNK_BYTES), largest)
@@ -208,14 +185,13 @@ def _chunk_bytes(text_bytes: int | None, request: TokenizeRequest) -> int:
 def documents_of(
     chunk: Chunk, source: Source, request: TokenizeRequest, skipped: SkippedRows | None = None
 ) -> Iterator[Document]:
-    """Yield the documents of a chunk in the order of the source, without empty documents.
+    """Yield the non-empty documents of a chunk, in the order of the source.
 
     Args:
-        skipped: counts empty documents and rows that cannot be read. None if nobody needs the counts.
+        skipped: counts empty documents and bad rows.
 
     Raises:
-        DataError: a file cannot be read. If ``on_bad_rows`` of the request is not ``skip``, a row that cannot be read
-            is also an error.
+        DataError: a file cannot be read, or there is a bad row and ``on_bad_rows`` is ``stop``.
     """
     skipped = SkippedRows() if skipped is None else skipped
     on_bad_row = stop_at_bad_row if request.on_bad_rows == "stop" else skipped.add

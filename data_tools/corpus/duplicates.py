@@ -1,4 +1,4 @@
-"""Find documents that occur earlier in the corpus, by comparing fingerprints (hashes of the documents)."""
+"""Find repeated documents. A document is repeated if an equal document comes before it in the source."""
 
 import io
 from collections.abc import Sequence
@@ -15,10 +15,9 @@ _DOCUMENTS_AT_A_TIME = 4 << 20
 
 
 def write_repeated(folder: Folder, chunks: Sequence[Chunk]) -> None:
-    """Find all repeated documents. For each chunk, write the positions of its repeated documents to a file.
+    """Write the positions of the repeated documents of each chunk to ``chunk.repeated_file``.
 
-    A document is repeated if an equal document comes before it in the source. Call this function after
-    ``fingerprint_chunk`` has processed every chunk.
+    Every chunk must have a ``fingerprints_file``.
     """
     fingerprints = [np.load(io.BytesIO(folder.read(chunk.fingerprints_file)), allow_pickle=False) for chunk in chunks]
     repeated = _find_repeated(np.concatenate([np.empty((0, 2), np.uint64), *fingerprints]))
@@ -33,9 +32,9 @@ def write_repeated(folder: Folder, chunks: Sequence[Chunk]) -> None:
 
 
 def _find_repeated(fingerprints: npt.NDArray[np.uint64]) -> CountArray:
-    """Return the positions of the rows that are equal to an earlier row, in ascending order.
+    """Return the positions of rows that equal an earlier row, in ascending order.
 
-    To limit memory, the function sorts rows in groups. A row's group is its first number modulo the number of groups.
+    Rows are sorted in groups, which limits memory. Equal rows are always in the same group.
     """
     groups = 1 + len(fingerprints) // _DOCUMENTS_AT_A_TIME
     group_of = fingerprints[:, 0] % np.uint64(groups)

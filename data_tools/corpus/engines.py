@@ -1,4 +1,4 @@
-"""Process chunks in worker processes, on this machine or on a Ray cluster. In both cases, the shards are the same."""
+"""Process chunks in worker processes, on this machine or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -32,17 +32,16 @@ _REACHABLE_S = 10.0
 def run_chunks(
     work: ChunkWork[Result], job: Job, chunks: Sequence[Chunk], on_report: Report
 ) -> Generator[Result, None, None]:
-    """Process chunks in parallel. Yield the result of each chunk as soon as the chunk is finished.
+    """Process chunks in parallel. Yield the result of each chunk as soon as it is available.
 
-    If the caller closes the generator, the work on unfinished chunks stops.
+    Closing the generator stops the work.
 
     Args:
-        work: a function that processes one chunk and returns its result.
-        job: the values that are the same for all chunks.
-        on_report: a function that is called with the progress that ``work`` reports.
+        work: processes one chunk and returns its result.
+        on_report: receives the progress that ``work`` reports.
 
     Raises:
-        DataError: a chunk cannot be processed, or several worker processes died while they processed the same chunk.
+        DataError: a chunk cannot be processed, or several workers died at the same chunk.
     """
     if job.request.engine == "ray":
         yield from _run_on_ray(work, job, chunks, on_report)
@@ -52,20 +51,20 @@ def run_chunks(
 
 
 def prepare_workers(request: TokenizeRequest, chunks: Sequence[Chunk]) -> None:
-    """Start what ``run_chunks`` needs for its workers on this machine. This takes a moment, but does not block."""
+    """Begin to start the workers on this machine. Do not wait for them."""
     if request.engine == "local" and min(workers_of(request), len(chunks)) > 1:
         start_server(_PRELOAD)
 
 
 def workers_of(request: TokenizeRequest) -> int:
-    """Return how many worker processes on this machine a request uses."""
+    """Return the number of worker processes on this machine."""
     return request.workers or available_cores()
 
 
 def _run_on_ray(
     work: ChunkWork[Result], job: Job, chunks: Sequence[Chunk], on_report: Report
 ) -> Generator[Result, None, None]:
-    """Process each chunk as a Ray task on one core. Ray repeats the task if its worker process or machine dies."""
+    """Process each chunk as a Ray task on one core. Ray repeats a task if its worker or machine dies."""
     with _ray_cluster(job.request) as ray:
 
         def run_chunk(chunk: Chunk) -> tuple[Result | None, DataError | None]:
@@ -96,10 +95,7 @@ def _run_on_ray(
 
 @contextmanager
 def _ray_cluster(request: TokenizeRequest) -> Iterator[Any]:
-    """Yield ``ray``, connected to the cluster at the request's address or to a new cluster on this machine.
-
-    When the block ends, this process disconnects from the cluster.
-    """
+    """Yield the module ``ray``, connected to the request's cluster or to a new local cluster."""
     # Import Ray here, because Ray is optional and the import takes a second.
     try:
         import ray

@@ -1,4 +1,4 @@
-"""Estimate how many bytes a tokenize request will write, and compare the number with the free disk space."""
+"""Estimate the bytes that a tokenize request will write, and compare them with the free disk space."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +22,10 @@ class Estimate:
     """An estimate of the work for a tokenize request.
 
     Attributes:
-        text_bytes: the bytes of text in the source. None if the number is not known before the whole source is read.
-        bytes_per_token: the bytes of text per token, measured in the first documents.
-        free_bytes: the free disk space for the output folder. None if it is not known.
+        text_bytes: the bytes of text in the source, or None if unknown.
+        bytes_per_token: the bytes of text per token in the first documents.
+        free_bytes: the free disk space for the output folder, or None if unknown.
         chunks: the number of chunks, including finished chunks.
-        workers: the number of worker processes on this machine.
     """
 
     text_bytes: int | None
@@ -37,12 +36,12 @@ class Estimate:
 
     @property
     def tokens(self) -> int | None:
-        """Return the estimated number of tokens in the source. If ``text_bytes`` is None, return None."""
+        """Return the estimated number of tokens, or None if ``text_bytes`` is None."""
         return None if self.text_bytes is None else int(self.text_bytes / self.bytes_per_token)
 
     @property
     def shard_bytes(self) -> int | None:
-        """Return the estimated size of all shards together, in bytes. If ``text_bytes`` is None, return None."""
+        """Return the estimated size of all shards, or None if ``text_bytes`` is None."""
         return None if self.tokens is None else self.tokens * _TOKEN_BYTES
 
     def __str__(self) -> str:
@@ -59,7 +58,7 @@ class Estimate:
 
 
 def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chunk], free_bytes: int | None) -> Estimate:
-    """Estimate the work for a request, by encoding the first documents of the source.
+    """Estimate the work for a request. Encode the first documents to measure the bytes per token.
 
     Raises:
         DataError: the first documents cannot be read, or no document has text.
@@ -89,11 +88,10 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
 
 
 def check_free_space(estimate: Estimate, written_bytes: int, place: str) -> None:
-    """Raise DataError if the free disk space is too small for the shards that must still be written.
+    """Raise DataError if the free disk space is too small for the remaining shards.
 
     Args:
-        estimate: the estimate for all shards together.
-        written_bytes: the size of the shards that are already written.
+        written_bytes: the size of the shards that already exist.
         place: the output folder, for the error message.
     """
     if estimate.shard_bytes is None or estimate.free_bytes is None:

@@ -1,4 +1,4 @@
-"""Define the identity of a tokenize request: the values on which the bytes of its shards depend."""
+"""Define the identity of a tokenize request: all values on which the bytes of the shards depend."""
 
 from dataclasses import asdict
 from typing import Any
@@ -10,11 +10,7 @@ from data_tools.sources import Source
 
 
 def identity_of(request: TokenizeRequest, source: Source) -> dict[str, Any]:
-    """Return the identity of a request: a dict of JSON values. The manifest contains all keys and values of this dict.
-
-    Args:
-        source: the source that the request selects.
-    """
+    """Return the identity of a request as JSON values. The manifest contains all these keys and values."""
     limits: dict[str, Any] = {"limit_documents": request.limit_documents, "limit_bytes": request.limit_bytes}
     if request.on_bad_rows != "stop":  # absent by default, as in the manifests of earlier versions
         limits["on_bad_rows"] = request.on_bad_rows

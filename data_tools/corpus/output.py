@@ -1,11 +1,10 @@
-"""Create and complete the output folder of a tokenize request. An interrupted request can continue in its folder.
+"""Create and complete the output folder of a tokenize request.
 
-While the request runs, the folder contains a plan, ``plan.json``. The plan contains the chunks of the request, and the
-identity of the request: all values on which the bytes of the shards depend. Only a request with this identity can
-continue in the folder.
+1. At the start, ``plan.json`` is written: the chunks and the identity of the request (``identity_of``).
+2. After each chunk, its shards and its record ``tasks/<chunk>.json`` are written.
+3. At the end, the manifest is written. Then the plan and the records are removed.
 
-For each finished chunk, the folder also contains the chunk's shards and its record, ``tasks/<chunk>.json``. At the end,
-the manifest is written, and the plan and the records are removed.
+An interrupted request can continue. A request with another identity is refused.
 """
 
 import json
@@ -47,13 +46,10 @@ _SHARD_FILES = re.compile(rf"({TRAIN_SPLIT}|{VAL_SPLIT})_\d{{5,}}_\d{{3,}}(\.mas
 
 
 def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
-    """Return the manifest of an output folder. If the folder is not complete, return None.
-
-    Args:
-        identity: the identity of the request, from ``identity_of``.
+    """Return the manifest of an output folder, or None if the folder is not complete.
 
     Raises:
-        DataError: a request with another identity has written the folder, or a shard is missing or damaged.
+        DataError: a request with another identity wrote the folder, or a shard is missing or damaged.
     """
     folder = open_folder(out)
     if folder.size(MANIFEST_NAME) is None:
@@ -73,12 +69,11 @@ def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
 
 
 class OutputFolder:
-    """The output folder of a request that still has unfinished chunks. Use ``open_output`` to get an instance.
+    """The output folder of a request that is not complete. Use ``open_output`` to get an instance.
 
     Attributes:
-        folder: an object that reads and writes the files in the folder.
-        chunks: all chunks of the request. The list is empty before ``plan`` is called.
-        finished: the records of the finished chunks. The keys are the indices of the chunks.
+        chunks: all chunks of the request. Empty before ``plan`` is called.
+        finished: the records of the finished chunks, by chunk index.
     """
 
     def __init__(self, out: Path | str, identity: dict[str, Any], *, shared: bool, lock: FileLock | None) -> None:
@@ -93,17 +88,14 @@ class OutputFolder:
 
     @property
     def progress(self) -> Contents:
-        """Return how many documents, tokens and bytes of text all finished chunks contain."""
+        """Return the contents of all finished chunks."""
         return sum((record.progress for record in self.finished.values()), Contents())
 
     def plan(self, make_plan: Callable[[], list[Chunk]]) -> None:
-        """Set the attributes ``chunks`` and ``finished``. Call this method before any chunk is encoded.
+        """Set ``chunks`` and ``finished``. Call this method before any chunk is encoded.
 
-        If an interrupted request has left a plan in the folder, this plan and the records of the finished chunks are
-        loaded. Otherwise, ``make_plan`` is called, and its chunks are written to a new plan.
-
-        Args:
-            make_plan: a function that returns the chunks of the request.
+        If the folder has a plan, this plan is loaded. Otherwise, a new plan with the chunks of ``make_plan`` is
+        written.
 
         Raises:
             DataError: the folder belongs to another request, the plan is damaged, or the folder is not writable.
@@ -126,20 +118,16 @@ class OutputFolder:
         self._find_finished()
 
     def remove_leftovers(self) -> None:
-        """Remove the files of unfinished chunks. Call this method only while no other process writes to the folder."""
+        """Remove the files of unfinished chunks. No other process may be writing to the folder."""
         finished = {name for record in self.finished.values() for shard in record.shards for name in shard.files}
         self.folder.remove({name for name in self.folder.names() - finished if _SHARD_FILES.fullmatch(name)})
         self.folder.remove_scratch()
 
     def complete(self, *, encoder: str, engine: str) -> Manifest | None:
-        """Write the manifest and return it. Remove ``plan.json`` and the folder ``tasks/``.
+        """Write the manifest and return it. Remove the plan and the records.
 
-        If several processes share the folder, each of them calls this method after its work. Only the last of these
-        calls writes the manifest. The earlier calls return None.
-
-        Args:
-            encoder: the name of the encoder, for the manifest.
-            engine: the engine of the request, for the manifest.
+        If processes share the folder, each of them calls this method after its work. Only the last call writes the
+        manifest. The earlier calls return None.
 
         Raises:
             DataError: the source has no document with text, or the folder is not writable.
@@ -175,11 +163,10 @@ class OutputFolder:
         return manifest
 
     def abandon(self) -> None:
-        """Clean up the folder after an error, so that the same request can continue later.
+        """Remove the files of unfinished chunks, so that the same request can continue later.
 
-        The method removes the files of unfinished chunks. It keeps the files of finished chunks and the plan. If no
-        chunk is finished, it also removes the plan. If other processes are writing to the folder, or if the method
-        ``plan`` has failed, nothing is removed.
+        If no chunk is finished, the plan is removed, too. If other processes use the folder or ``plan`` failed, nothing
+        is removed.
         """
         if not self._is_planned:  # the folder may belong to another request
             return
@@ -191,7 +178,7 @@ class OutputFolder:
             self.folder.remove({PLAN_NAME})
 
     def _find_finished(self) -> None:
-        """Load the records whose shards exist. A chunk without such a record will be encoded again."""
+        """Load the records whose shards exist. All other chunks will be encoded again."""
         names = self.folder.names()
         for chunk in self.chunks:
             if chunk.record_file not in names:
@@ -207,19 +194,16 @@ class OutputFolder:
 
 @contextmanager
 def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> Iterator[OutputFolder]:
-    """Return a context manager that creates an output folder, or opens the folder that an interrupted request has left.
+    """Return a context manager that creates an output folder, or opens the folder of an interrupted request.
 
-    The ``with`` block gets the folder as an ``OutputFolder``. If the block raises an error, the context manager calls
-    ``OutputFolder.abandon``.
+    The ``with`` block gets an ``OutputFolder``. If the block raises an error, ``abandon`` is called.
 
     Args:
-        out: the path or URL of the folder.
         identity: the identity of the request, from ``identity_of``.
         shared: whether other processes write to the folder at the same time.
 
     Raises:
-        DataError: the folder contains files that this command did not write, another process is using the folder, or
-            the folder is not writable.
+        DataError: the folder contains files of other programs, is in use, or is not writable.
     """
     folder = open_folder(out)
     path = folder.path if isinstance(folder, LocalFolder) else None
@@ -236,7 +220,7 @@ def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> I
 
 @contextmanager
 def _created(path: Path) -> Iterator[None]:
-    """Create a folder and its missing parents. If the block fails, remove the created folders that are empty."""
+    """Create a folder and its parents. If the block fails, remove the created folders that are empty."""
     if path.exists() and not path.is_dir():
         raise DataError(f"--out {path} is a file; name a folder")
     with one_line_write_errors(path):
@@ -258,7 +242,7 @@ def _check_origin(folder: Folder, out: Path | str) -> None:
 
 
 def _check_shard(folder: Folder, shard: ShardRecord, place: str) -> None:
-    """Raise DataError if a local shard has the wrong size or format, or if a remote shard does not exist."""
+    """Raise DataError if a local shard is damaged, or if a remote shard is missing."""
     if isinstance(folder, LocalFolder):
         map_shard(folder.path, shard)
         if shard.mask_file is not None:
@@ -287,7 +271,7 @@ def _remove_work_files(folder: Folder) -> None:
 
 
 def _report(records: list[ChunkRecord], skips_bad_rows: bool) -> dict[str, Any]:
-    """Return the report on all documents for the manifest. Equal requests give equal reports."""
+    """Return the report for the manifest. Equal requests give equal reports."""
     lengths = np.sum([record.lengths for record in records], axis=0).tolist()
     while lengths and lengths[-1] == 0:
         lengths.pop()

@@ -1,4 +1,7 @@
-"""Call a function for many items in worker processes. Workers that die are replaced."""
+"""Call a function for many items in worker processes. Workers that die are replaced.
+
+A worker writes each result in a thread. Meanwhile, it processes the next item.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Unfinished(Generic[Result]):
-    """An item whose result must still be written to the disk. ``finish`` writes the result and returns it."""
+    """A result that is not written yet. ``finish`` writes and returns it."""
 
     finish: Callable[[], Result]
 
@@ -50,19 +53,15 @@ def unordered_map(
 ) -> Generator[Result, None, None]:
     """Call ``work(item, report)`` for each item in worker processes. Yield each result as soon as it is available.
 
-    If ``workers`` is 1, this process does the work. Otherwise, ``work``, the items and the results must be picklable,
-    and the script that calls this function needs ``if __name__ == "__main__"``. If the caller closes the generator, the
-    workers are killed.
+    With one worker, this process does the work. Otherwise, ``work``, the items and the results must be picklable, and
+    the calling script needs ``if __name__ == "__main__"``. Closing the generator kills the workers.
 
     Args:
-        workers: the number of worker processes.
-        on_report: a function for progress reports. It is called in this process whenever ``work`` calls ``report`` in a
-            worker, with the arguments of that call.
-        preload: the names of modules that the workers use. With the start method ``forkserver``, a server process
-            imports them once, and all workers are forked from this server.
+        on_report: receives the arguments of each call of ``report``, in this process.
+        preload: modules to import once for all workers, if the platform has ``forkserver``.
 
     Raises:
-        DataError: several worker processes died while they processed the same item, or a worker cannot be started.
+        DataError: several workers died at the same item, or a worker cannot be started.
     """
     if workers == 1:
         yield from _map_in_this_process(work, items, on_report)
@@ -121,15 +120,12 @@ def _map_in_this_process(
 
 
 def finished(outcome: Result | Unfinished[Result]) -> Result:
-    """Return a result. If it is unfinished, finish it first."""
+    """Return a result. If it is ``Unfinished``, finish it first."""
     return outcome.finish() if isinstance(outcome, Unfinished) else outcome
 
 
 def start_server(preload: tuple[str, ...]) -> None:
-    """Start the process from which ``unordered_map`` forks its workers, without waiting for it.
-
-    The process imports the modules in ``preload``, which takes a moment. Meanwhile, the caller can prepare the items.
-    """
+    """Begin to start the process from which ``unordered_map`` forks its workers. Do not wait for it."""
     if "forkserver" in multiprocessing.get_all_start_methods():
         _context(preload)
         with suppress(OSError):  # the start of the first worker raises the same error, with an explanation
@@ -146,9 +142,9 @@ def _context(preload: tuple[str, ...]) -> BaseContext:
 
 
 class _Worker(Generic[Item, Result]):
-    """A worker process, the pipe to the process, and the items in the process, oldest first.
+    """A worker process, its pipe, and its items.
 
-    The process works on the last item. If there is an item before it, the process finishes that item.
+    There are at most two items: the process works on the last one and writes the result of the first one.
     """
 
     def __init__(self, work: Work[Item, Result], context: Any) -> None:
@@ -163,7 +159,7 @@ class _Worker(Generic[Item, Result]):
             self.connection.send(item)
 
     def restart(self) -> list[Item]:
-        """Start a new process, and give it the oldest item of the dead process. Return the other items."""
+        """Start a new process with the oldest item of the dead process. Return the other items."""
         oldest, *others = self.items
         self.items.clear()
         self.process.join()
@@ -187,7 +183,7 @@ class _Worker(Generic[Item, Result]):
 
 
 def _serve(work: Work[Item, Result], connection: Connection) -> None:
-    """Read items from the pipe and work on each item, until the pipe is closed."""
+    """Process items from the pipe until the pipe is closed."""
     # Ctrl-C sends SIGINT to the whole process group. The parent handles the signal and then kills its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -219,7 +215,7 @@ def _serve(work: Work[Item, Result], connection: Connection) -> None:
 
 @contextmanager
 def _errors_to_parent(send: Callable[[str, Any], None]) -> Iterator[None]:
-    """Send an error of the ``with`` block to the parent process, which raises it."""
+    """Send errors of the ``with`` block to the parent process, which raises them."""
     try:
         yield
     except (DataError, OSError) as error:
@@ -230,7 +226,7 @@ def _errors_to_parent(send: Callable[[str, Any], None]) -> Iterator[None]:
 
 
 def _exit_with_parent() -> None:
-    """End this process if its parent dies. A busy worker reads from its pipe too late to notice this."""
+    """End this process if its parent dies. A busy worker would notice the closed pipe too late."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

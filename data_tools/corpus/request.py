@@ -18,24 +18,23 @@ _CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeRequest(SourceRequest):
-    """A request to stage 1: the source (see ``SourceRequest``), the output folder, and options for tokenizing.
+    """A request to stage 1: the source (see ``SourceRequest``), the output folder, and the options.
 
     Attributes:
-        out: the path or URL of the folder for the shards and their manifest.
+        out: the path or URL of the output folder.
         format: the file format of the shards.
-        val_fraction: the fraction of the documents that is used for validation, in [0, 1).
-        shard_tokens: the largest number of tokens per shard. A document with more tokens gets its own shard.
-        seed: determines which documents belong to the split ``train``, and which to ``val``.
+        val_fraction: the fraction of the documents for validation, in [0, 1).
+        shard_tokens: the largest number of tokens per shard. A longer document gets its own shard.
+        seed: determines which documents belong to which split.
         limit_documents: the largest number of documents to tokenize. None means no limit.
-        limit_bytes: stop after the document with which the text reaches this number of bytes in UTF-8. None means no
+        limit_bytes: stop after the document with which the text reaches this number of UTF-8 bytes. None means no
             limit.
-        deduplicate: if ``exact``, a document is left out if an equal document comes before it in the source.
-        on_bad_rows: if ``skip``, rows that cannot be read are left out and reported. If ``stop``, the first row that
-            cannot be read ends the request with an error.
+        deduplicate: if ``exact``, leave out documents that equal an earlier document of the source.
+        on_bad_rows: if ``skip``, leave out and report rows that cannot be read. If ``stop``, raise an error.
         workers: the number of worker processes on this machine. None means one per core.
         encoder: the encoder to use (see ``choose_encoder``).
         engine: ``local`` (processes on this machine) or ``ray`` (a Ray cluster).
-        ray_address: the address of the Ray cluster. If None, a cluster is started on this machine.
+        ray_address: the address of the Ray cluster. None means a new cluster on this machine.
 
     The options ``workers``, ``encoder``, ``engine`` and ``ray_address`` do not change the shards.
 

@@ -1,6 +1,6 @@
-"""Execute a tokenize request: divide the source into chunks, encode the chunks in parallel, and write the manifest.
+"""Execute a tokenize request.
 
-The bytes of the shards do not depend on where the workers run, on how many there are, or on interruptions.
+The bytes of the shards do not depend on the number of workers, on the machines, or on interruptions.
 """
 
 from collections.abc import Sequence
@@ -24,26 +24,20 @@ __all__ = ["Observer", "TokenizeRequest", "find_complete", "tokenize_corpus", "t
 
 
 class Observer:
-    """Receives messages, the estimate and the progress while a request runs. This base class does nothing with them."""
+    """Receives messages, the estimate and the progress of a request. This base class ignores them."""
 
     def noticed(self, line: str) -> None:
-        """Receive a message for the user about the input. This method is never called after ``planned``."""
+        """Receive a message for the user about the input. All messages come before ``planned``."""
 
     def planned(self, estimate: Estimate) -> None:
-        """Receive the estimate before the first chunk is processed.
-
-        ``tokenize_share`` does not call this method.
-        """
+        """Receive the estimate before the first chunk is processed. ``tokenize_share`` does not call this method."""
 
     def progressed(self, progress: Contents) -> None:
-        """Receive the progress of the whole request so far.
-
-        If an earlier command for this request was interrupted, the chunks that it finished also count.
-        """
+        """Receive the progress of the whole request, including chunks from before an interruption."""
 
 
 def find_complete(request: TokenizeRequest) -> Manifest | None:
-    """Return the manifest in the output folder of a request. If the folder is not complete, return None.
+    """Return the manifest in the output folder of a request, or None if the folder is not complete.
 
     Raises:
         DataError: the source cannot be opened, or the folder is damaged or belongs to another request.
@@ -52,14 +46,14 @@ def find_complete(request: TokenizeRequest) -> Manifest | None:
 
 
 def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) -> Manifest:
-    """Tokenize a source into a folder of shards, and return the manifest. An interrupted request is continued.
+    """Tokenize a source into a folder of shards, and return the manifest. Continue an interrupted request.
 
     If the folder is already complete, it is only checked.
 
     Args:
-        request: the source, the output folder and the options. If the request has more than one worker, the script that
-            calls this function needs ``if __name__ == "__main__"``.
-        observer: an object that receives messages, the estimate and the progress.
+        request: the source, the output folder and the options. With more than one worker, the calling script needs ``if
+            __name__ == "__main__"``.
+        observer: receives messages, the estimate and the progress.
 
     Raises:
         DataError: the source or a document cannot be read, the folder cannot be used, or the disk is full.
@@ -74,13 +68,11 @@ def tokenize_share(
 ) -> Manifest | None:
     """Encode one share of a request's chunks: the chunks whose index modulo ``shares`` is ``share``.
 
-    Use this function to divide a request among ``shares`` processes that share the output folder. Each of them calls
-    this function with its own value of ``share``, from 0 to ``shares - 1``. The call that finishes last writes the
-    manifest and returns it. All earlier calls return None.
+    Several processes can share an output folder. Each process calls this function with its own ``share``, from 0 to
+    ``shares - 1``. The last call writes the manifest and returns it. The earlier calls return None.
 
-    If ``deduplicate`` of the request is ``exact``, call this function twice for every share. The first call only writes
-    the fingerprints (hashes) of the documents. The second call encodes the documents. Start the second calls only after
-    all first calls have returned.
+    If ``deduplicate`` is ``exact``, each share needs two calls. The first call hashes the documents. After all first
+    calls have returned, the second call encodes the documents.
 
     Raises:
         DataError: see ``tokenize_corpus``.
@@ -117,9 +109,9 @@ def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer:
 
 
 def _find_repeated(job: Job, chunks: Sequence[Chunk], output: OutputFolder) -> bool:
-    """Write the fingerprints of ``chunks``, then find the repeated documents of all chunks and return True.
+    """Hash the documents of ``chunks``. Then find the repeated documents of all chunks.
 
-    Returns False without searching if the fingerprints of other shares are missing.
+    Returns False without searching if hashes of other shares are missing.
     """
     folder = output.folder
     names = folder.names()
@@ -136,7 +128,6 @@ def _find_repeated(job: Job, chunks: Sequence[Chunk], output: OutputFolder) -> b
 
 
 def _encode(job: Job, chunks: Sequence[Chunk], output: OutputFolder, observer: Observer) -> None:
-    """Encode the chunks that are not finished."""
     progress = output.progress
     observer.progressed(progress)
 

@@ -1,7 +1,4 @@
-"""Assign documents to the training split or the validation split.
-
-With the same seed, a document always gets the same split.
-"""
+"""Assign documents to the training split or the validation split."""
 
 import hashlib
 import struct
@@ -20,8 +17,7 @@ _OTHER_SPLIT = {TRAIN_SPLIT: VAL_SPLIT, VAL_SPLIT: TRAIN_SPLIT}
 class AssignedDocument:
     """A document with its text in UTF-8, its fingerprint (a hash) and its split.
 
-    A corpus of only one document can be divided between the splits (see ``divide_text``). For each of the two pieces,
-    ``is_part`` is True.
+    ``is_part`` is True for the pieces of a text that was divided between the splits.
     """
 
     document: Document
@@ -32,12 +28,11 @@ class AssignedDocument:
 
 
 def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
-    """Choose a split for a document. Equal documents get the same split, because their fingerprints are equal.
+    """Choose a split for a document. Equal documents get the same split.
 
     Args:
-        fingerprint: the hash of the document, as ``fingerprint_of`` returns it.
+        fingerprint: the hash from ``fingerprint_of``.
         val_fraction: the probability of the validation split.
-        seed: another seed gives another random choice.
     """
     digest = hashlib.blake2b(fingerprint, digest_size=8, key=struct.pack("<Q", seed)).digest()
     return VAL_SPLIT if int.from_bytes(digest, "little") < val_fraction * 2**64 else TRAIN_SPLIT
@@ -46,14 +41,12 @@ def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
 def assign_splits(
     documents: Iterable[Document], *, val_fraction: float, seed: int, fill_both: bool
 ) -> Iterator[AssignedDocument]:
-    """Choose a split for each document with ``draw_split``. Yield each document with its split, in the given order.
+    """Choose a split for each document with ``draw_split``. Yield the documents in the given order.
 
     No document may be empty.
 
     Args:
-        val_fraction: the probability of the validation split.
-        fill_both: whether to call ``fill_both_splits``, so that both splits contain documents if possible. True is
-            allowed only if ``documents`` is the whole corpus.
+        fill_both: whether to call ``fill_both_splits``. True requires that ``documents`` is the whole corpus.
     """
 
     def assign(document: Document) -> AssignedDocument:
@@ -67,15 +60,11 @@ def assign_splits(
 
 
 def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) -> Iterator[AssignedDocument]:
-    """Yield the documents of a corpus. If one of the two splits is empty, move documents to it if possible.
+    """Yield the documents of a corpus. If one split is empty, move documents to it.
 
-    If a split is empty, there are three cases:
-
-    1. At least two documents differ. Among the first occurrences of all different documents, the function chooses the
-       last one. It moves this document, and all documents that are equal to it, to the empty split.
-    2. The corpus is a single text. The function divides it with ``divide_text``.
-    3. The corpus is a single ``Dialogue``, or all its documents are equal. Such a corpus cannot be divided. All its
-       documents are used for training, and the validation split is empty.
+    1. If documents differ, take the document whose first occurrence comes last. Move it and its copies.
+    2. If the corpus is a single text, divide the text with ``divide_text``.
+    3. If the corpus is a single ``Dialogue`` or repeats one document, put everything into the training split.
     """
     held: list[AssignedDocument] = []  # the last document that repeats no earlier document, and all later documents
     seen: set[bytes] = set()
@@ -101,9 +90,9 @@ def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) 
 def divide_text(text: str, val_fraction: float) -> Iterator[AssignedDocument]:
     """Divide a text into two pieces. Yield the first piece for training and the second piece for validation.
 
-    The second piece has at least the fraction ``val_fraction`` of the characters, and at most about twice this
-    fraction. Within these limits, the text is divided at the end of a paragraph if possible, otherwise at the end of a
-    line, otherwise at the end of a word. If the limits contain no end of a word, the whole text is used for training.
+    The second piece has at least the fraction ``val_fraction`` of the characters, and at most about twice as many. The
+    cut is at the end of a paragraph if possible, otherwise of a line, otherwise of a word. Without such a place, the
+    whole text is for training.
     """
     ideal = int(len(text) * (1 - val_fraction))
     earliest = max(1, 2 * ideal - len(text))  # A cut here gives validation twice the fraction.

@@ -1,4 +1,4 @@
-"""Process one chunk: read its documents, choose their splits, and encode, check and write each document."""
+"""Process one chunk: read its documents, choose their splits, and encode, check and write them."""
 
 import functools
 import io
@@ -40,11 +40,9 @@ class Job:
     """The values that are the same for all chunks of a request.
 
     Attributes:
-        request: the tokenize request.
-        encoder: the encoder's name, ``gigatoken`` or ``tiktoken``.
-        is_one_chunk: whether the whole corpus is only one chunk.
-        identity_sha256: the hash of the request's identity (see ``identity_of``). Each worker computes the
-            hash again. A different hash shows that the source's files have changed.
+        encoder: ``gigatoken`` or ``tiktoken``.
+        is_one_chunk: whether the whole corpus is one chunk.
+        identity_sha256: the hash of ``identity_of``. If a worker computes another hash, the source has changed.
     """
 
     request: TokenizeRequest
@@ -54,14 +52,14 @@ class Job:
 
 
 def encode_chunk(job: Job, chunk: Chunk, report: Report) -> Unfinished[ChunkRecord]:
-    """Encode a chunk, and write its shards into a scratch folder.
+    """Encode a chunk, and write its shards into a temporary folder.
 
-    The function ``finish`` of the result moves the shards into the output folder. It then writes the record of the
-    chunk, and returns this record. Files that an interrupted attempt has left for this chunk are replaced.
+    ``finish`` of the result moves the shards into the output folder, then writes and returns the chunk's record. Files
+    of an interrupted attempt are replaced.
 
     Raises:
         DataError: a document cannot be read, or the folder is not writable. ``finish`` also raises this error if the
-            encoder and tiktoken return different tokens for a document.
+            encoder and tiktoken return different tokens.
     """
     request = job.request
     folder = open_folder(request.out)
@@ -121,7 +119,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> Unfinished[ChunkReco
 
 
 def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
-    """Write the fingerprints (hashes) of a chunk's documents to a file, so that ``write_repeated`` can compare them.
+    """Write the hashes of a chunk's documents to ``chunk.fingerprints_file``.
 
     Raises:
         DataError: a document cannot be read, or the folder is not writable.
@@ -135,7 +133,7 @@ def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _open_source(job: Job) -> Source:
-    """Return the source of a job. Each process opens the source only once, because listing the files takes time."""
+    """Return the source of a job. Cached, because listing the files takes time."""
     source = open_source(job.request)
     if sha256_of_json(identity_of(job.request, source)) != job.identity_sha256:
         raise DataError(f"--source {job.request.source}: its files changed since the run began; start again")
@@ -143,7 +141,7 @@ def _open_source(job: Job) -> Source:
 
 
 def _load_repeated(request: TokenizeRequest, chunk: Chunk) -> set[int]:
-    """Return the numbers of the chunk's documents that repeat an earlier document."""
+    """Return the positions of the chunk's repeated documents."""
     if request.deduplicate != "exact":
         return set()
     content = open_folder(request.out).read(chunk.repeated_file)
@@ -151,11 +149,7 @@ def _load_repeated(request: TokenizeRequest, chunk: Chunk) -> set[int]:
 
 
 class _ReferenceCheck:
-    """Compares an encoder with tiktoken on the first document of a chunk and on a random sample of the rest.
-
-    Attributes:
-        drawn: the documents to compare, each with its number and its tokens.
-    """
+    """Compares an encoder with tiktoken on the first document of a chunk and on a random sample."""
 
     def __init__(self, encoder: str, chunk: Chunk) -> None:
         self.drawn: list[tuple[int, AssignedDocument, EncodedDocument]] = []
@@ -164,13 +158,13 @@ class _ReferenceCheck:
         self._chunk = chunk
 
     def draw(self, number: int, assigned: AssignedDocument, encoded: EncodedDocument) -> None:
-        """Decide whether ``compare`` compares a document."""
+        """Decide whether ``compare`` will compare this document."""
         is_drawn = int.from_bytes(assigned.fingerprint[-8:], "little") % _CHECK_ONE_IN == 0
         if self._reference is not None and (is_drawn or not self.drawn):
             self.drawn.append((number, assigned, encoded))
 
     def compare(self) -> None:
-        """Encode the drawn documents with tiktoken. Raises DataError if the tokens of a document differ."""
+        """Raise DataError if tiktoken returns other tokens for a drawn document."""
         for number, assigned, encoded in self.drawn:
             assert self._reference is not None
             expected = encode_document(self._reference, assigned.document).tokens
@@ -182,7 +176,7 @@ class _ReferenceCheck:
 
 
 class _SplitWriter:
-    """Writes the documents of a chunk that belong to one split, and starts a new shard when a shard is full."""
+    """Writes a chunk's documents of one split. Starts a new shard when a shard is full."""
 
     def __init__(self, scratch: Path, split: str, chunk: Chunk, request: TokenizeRequest) -> None:
         self._scratch = scratch
@@ -201,7 +195,7 @@ class _SplitWriter:
         self._shard.append(document.tokens, documents=1, utf8_bytes=utf8_bytes, scored=document.scored)
 
     def close(self) -> list[ShardRecord]:
-        """Finish the open shard and return the records of all shards of this chunk and split."""
+        """Finish the open shard. Return the records of all shards."""
         if self._shard is not None:
             self._finished.append(self._shard.close())
             self._shard = None
