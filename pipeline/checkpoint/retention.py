@@ -58,8 +58,8 @@ def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> 
     """Rename the checkpoints of all steps after ``step``, so that no run resumes from them.
 
     Args:
-        origin: the checkpoint from which the run continues. If it is in another run folder, a checkpoint of ``step`` in
-            ``run_folder`` is renamed too. If None, the checkpoint of ``step`` is kept.
+        origin: the checkpoint from which the run continues. If ``origin`` is in another run folder, a checkpoint of
+            ``step`` in ``run_folder`` belongs to another history, and is renamed too.
 
     Raises:
         OSError: a folder cannot be renamed.

@@ -1,4 +1,4 @@
-"""Compare two resolved configs, for example the config in a checkpoint with the config of this command."""
+"""Compare two resolved configs, for example those of a checkpoint and of this command."""
 
 import json
 from typing import Any
@@ -9,15 +9,10 @@ _UNSET = object()
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Return the differences of two configs. The result maps a dotted key to a text such as ``0.001 -> 0.0001``.
+    """Return the differences of two resolved configs: dotted key -> text such as ``0.001 -> 0.0001``, sorted.
 
-    The keys are sorted. Usually, a key that only one of the configs contains is ignored, because the configs may be
-    from different versions of this program. In the section ``backend.deepspeed``, such keys count, too, because
-    DeepSpeed's config has no fixed keys.
-
-    Args:
-        before: a resolved config as JSON values.
-        now: a later resolved config as JSON values.
+    A key in only one config is ignored, because the configs may be from different versions of this program. Only keys
+    of ``backend.deepspeed`` always count.
     """
     old, new = dict(dotted_keys(before)), dict(dotted_keys(now))
     changes = {}

@@ -1,4 +1,4 @@
-"""Check DeepSpeed's own JSON config, which is the section ``backend.deepspeed``. DeepSpeed is not imported."""
+"""Check DeepSpeed's own JSON config, which is the section ``backend.deepspeed``. Does not import DeepSpeed."""
 
 import difflib
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config.schema import HPZ, BackendConfig, Config
 
-#: DeepSpeed key -> config key, for DeepSpeed keys whose values come from other keys of the run config.
+#: DeepSpeed key -> key of the run config that determines its value.
 OWNED_BY_RUN = {
     "train_batch_size": "batch.tokens_per_step",
     "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
@@ -33,8 +33,7 @@ OWNED_BY_RUN = {
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 #: The other top-level keys that DeepSpeed 0.19 reads and that have an effect in this project, with their types.
-#: DeepSpeed ignores unknown keys silently. The keys of DeepSpeed's model parallelism and of DeepCompile are not in this
-#: table, because this project does not use these features.
+#: DeepSpeed silently ignores unknown keys. Model parallelism and DeepCompile are not used here.
 PASSED_THROUGH: dict[str, type] = {
     "zero_optimization": dict,
     "zero_allow_untested_optimizer": bool,
@@ -53,8 +52,8 @@ PASSED_THROUGH: dict[str, type] = {
     "timers": dict,
 }
 
-#: The keys of ``zero_optimization`` that change how, when or where data moves, but not the results. We add a key only
-#: after an examination. ZenFlow is missing because it replaces the optimizer.
+#: The keys of ``zero_optimization`` that do not change the results. Examine a key before you add it. ZenFlow is missing
+#: because it replaces the optimizer.
 SAME_NUMBERS = (
     "stage",
     "contiguous_gradients",
@@ -86,7 +85,7 @@ SAME_NUMBERS = (
     "leaf_module",
 )
 
-#: The keys that can change the results, with the values that do not change the results.
+#: The keys that can change the results -> the value that does not change them.
 OTHER_NUMBERS: dict[str, Any] = {
     "prescale_gradients": False,
     "gradient_predivide_factor": 1.0,
@@ -98,9 +97,9 @@ OTHER_NUMBERS: dict[str, Any] = {
     "zero_optimization.offload_optimizer.super_offload": False,
 }
 
-#: What to do instead of DeepSpeed's own Muon, which exists only in some of its stages and gives other numbers.
+#: The replacement for DeepSpeed's own Muon, which some ZeRO stages lack and which gives other numbers.
 _MUON_HERE = "set optimizer.name to muon and optimizer.muon.* instead, which give the same numbers under every backend"
-#: What to use instead of MiCS (``mics_shard_size``), which DeepSpeed no longer contains.
+#: The replacement for MiCS (``mics_shard_size``), which DeepSpeed no longer contains.
 _HYBRID_HERE = "set backend.name to fsdp and backend.fsdp.shard_group_size, which shards within groups of ranks"
 _STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,), HPZ: (3,)}
 _TYPES = {"offload_optimizer": dict, "offload_param": dict, HPZ: int}
@@ -114,7 +113,7 @@ _TYPE_NAMES = {dict: "an object", bool: "true or false", int: "a whole number", 
 
 
 def find_mistakes(backend: BackendConfig) -> Iterator[tuple[str, str]]:
-    """Yield one pair per mistake in ``backend.deepspeed``: the config key, and one line that explains the mistake."""
+    """Yield (config key, one line of explanation) for each mistake in ``backend.deepspeed``."""
     native = backend.deepspeed
     for key, mistake in (*_check_keys(native), *_check_zero(native.get("zero_optimization", {}))):
         yield f"backend.deepspeed.{key}", mistake
@@ -144,7 +143,7 @@ def changes_of_numbers(backend: BackendConfig) -> list[str]:
 
 
 def keys_of_deepspeed(content: dict[str, Any]) -> list[str]:
-    """Return the keys in a config file that belong to DeepSpeed's own JSON config and not to a run config.
+    """Return the keys in a config file that belong to DeepSpeed's own JSON config.
 
     If the file is a run config, the list is empty.
     """

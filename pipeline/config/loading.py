@@ -1,8 +1,7 @@
 """Load a :class:`~pipeline.config.schema.Config` from JSON files and ``--set`` overrides, and validate it.
 
-Later files override earlier files, and ``--set`` overrides all files. If the config has mistakes, one
-:class:`ConfigError` reports all of them in one line. For each mistake, the line contains the dotted key, the file that
-sets the key, and what is expected. For an unknown key, it also suggests the most similar valid key.
+Later files override earlier files, and ``--set`` overrides all files. One ConfigError reports all mistakes in one line.
+For each mistake, it contains the dotted key, the file that sets the key, and what is expected.
 """
 
 import difflib
@@ -41,13 +40,12 @@ _LONGEST_VALUE = 80  # the most characters of a wrong value that a message shows
 def load_config(
     files: Sequence[str | Path], overrides: Sequence[str] = (), deepspeed: str | Path | None = None
 ) -> Config:
-    """Read config files, merge them into one run config, and validate it.
+    """Merge config files and overrides into one run config, and validate it.
 
     Args:
         files: JSON files, or names of shipped configs such as ``zero1``. Later files override earlier files.
         overrides: texts of the form ``section.key=value``. A value that is not valid JSON is used as a string.
-        deepspeed: a file with DeepSpeed's own JSON config. Its keys override the keys of ``backend.deepspeed`` in
-            ``files``.
+        deepspeed: a file with DeepSpeed's own JSON config, which overrides ``backend.deepspeed`` in ``files``.
 
     Raises:
         ConfigError: a file or an override cannot be read, or the merged config is not valid.
@@ -62,8 +60,8 @@ def load_config_with_origins(
     """Load a config as ``load_config`` does, and also return where each key was set.
 
     Returns:
-        The config, and a dict that maps each dotted key to its origin. The origin is the last file that sets the key,
-        or ``--set``. A key that is not set anywhere is not in the dict.
+        The config, and a dict from dotted keys to origins. An origin is a file or ``--set``. Keys with default values
+        are not in the dict.
     """
     paths = [find_config(file) for file in files]
     sources = [(partial(_read_run_config, path), str(path)) for path in paths]
@@ -91,11 +89,10 @@ def keys_of_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def config_from_json(content: dict[str, Any], origin: str) -> Config:
-    """Build a config from JSON values, for example from the config in a checkpoint.
+    """Build a config from the JSON values of a resolved config, for example from a checkpoint.
 
     Args:
-        content: a resolved config, which contains all keys.
-        origin: the path of the file that contains the config, for error messages.
+        origin: the file that contains the config, for error messages.
 
     Raises:
         ConfigError: the config is not valid.
@@ -105,17 +102,16 @@ def config_from_json(content: dict[str, Any], origin: str) -> Config:
 
 
 def dump_config(config: Config) -> dict[str, Any]:
-    """Return a config as JSON values, with all defaults filled in. ``load_config`` accepts a file with these values."""
+    """Return a config as JSON values, with all defaults. ``load_config`` accepts a file with these values."""
     return config.model_dump(mode="json")
 
 
 def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Yield all dotted keys that a section of the schema allows.
+    """Yield all dotted keys that a section of the schema allows, including the names of nested sections.
 
-    The names of nested sections, such as ``run``, are also yielded. In a key, ``*`` stands for any index of a list.
+    In a key, ``*`` represents any index of a list.
 
     Args:
-        section: the section. By default, it is the whole config.
         prefix: a text that is put before every key, such as ``run.``.
     """
     for name, field in section.model_fields.items():
@@ -144,7 +140,7 @@ def _resolve(layers: Sequence[tuple[dict[str, Any], str]]) -> tuple[Config, dict
 
 
 def _refuse(mistakes: list[str]) -> None:
-    """Raise ConfigError with all mistakes in one line, if there are any. Say the same hint only once."""
+    """Raise ConfigError with all mistakes in one line, if there are any. Each hint appears only once."""
     if len(mistakes) == 1:
         raise ConfigError(mistakes[0])
     if mistakes:
@@ -183,7 +179,7 @@ def _find_mistakes(merged: dict[str, Any], origins: dict[str, str]) -> Iterator[
 
 
 def _remove(content: Any, location: tuple[int | str, ...]) -> None:
-    """Remove an unknown key. pydantic checks combinations of keys only if there is no unknown key beside them."""
+    """Remove an unknown key, because next to it pydantic does not check combinations of keys."""
     *sections, name = location
     for section in sections:
         content = content[section]
@@ -268,7 +264,7 @@ def _decode(text: str, origin: str) -> Any:
 
 
 def _explain(mistake: ErrorDetails, origins: dict[str, str]) -> str:
-    """Describe a mistake that pydantic has found in one line."""
+    """Describe a mistake that pydantic has found, in one line."""
     # pydantic appends "[key]" if the key of a mapping is wrong.
     *section, name = [str(key) for key in mistake["loc"] if key != "[key]"] or [""]
     path = ".".join([*section, name])
@@ -284,7 +280,7 @@ def _explain(mistake: ErrorDetails, origins: dict[str, str]) -> str:
 
 
 def _advise(given: Any, location: Sequence[int | str]) -> str:
-    """Return what to write instead of a Python word or null. Returns an empty text for other values."""
+    """Return what to write instead of a Python word or null, or "" for other values."""
     if isinstance(given, str) and given in _JSON_WORDS:
         return f"; JSON writes {_JSON_WORDS[given]}, not {given}"
     if given is not None:

@@ -8,7 +8,7 @@ from pipeline.config.schema import Config, RunConfig
 
 
 def with_working_dir(config: Config) -> Config:
-    """Return a copy of a config. If ``run.working_dir`` is null, it is set to the current folder in the copy."""
+    """Return a copy of a config in which a null ``run.working_dir`` is replaced by the current folder."""
     run = config.run.model_copy(update={"working_dir": config.run.working_dir or str(Path.cwd())})
     return config.model_copy(update={"run": run})
 
@@ -16,16 +16,14 @@ def with_working_dir(config: Config) -> Config:
 def find_path(path: str, run: RunConfig) -> str:
     """Return the path of a file or folder that a config names. A URL is returned unchanged.
 
-    A relative path is first searched in the current folder, and then in the folder in which the run was started.
-    Therefore, a run can be evaluated and resumed from any folder. If the run was started in the current folder, the
-    path is returned unchanged, even if it does not exist.
+    A relative path is searched in the current folder, then in the folder in which the run was started. This allows you
+    to evaluate and resume a run from any folder. If both folders are the same, the path need not exist.
 
     Args:
-        path: the path in the config. It may be relative.
-        run: the section ``run`` of the config, which contains the folder in which the run was started.
+        run: the section ``run`` of the config, with the folder in which the run was started.
 
     Raises:
-        DataError: the two folders differ, and the path exists in neither of them.
+        DataError: the two folders differ, and neither contains the path.
     """
     if run.working_dir is None or is_remote(path) or Path(path).exists():
         return path

@@ -49,7 +49,7 @@ def _rows(prefix: str, section: type[BaseModel], defaults: dict[str, Any]) -> It
 
 
 def _choices(annotation: Any) -> str:
-    """Return the choices of a literal, which may be inside a list or a union, as text. Returns "" without a literal."""
+    """Return the choices of a literal as text, also if it is inside a list or a union. Returns "" without a literal."""
     if get_origin(annotation) is Literal:
         return f"One of {', '.join(f'`{json.dumps(choice)}`' for choice in get_args(annotation))}."
     return next(filter(None, map(_choices, get_args(annotation))), "")

@@ -1,7 +1,6 @@
 """Define the schema of the run config. The default values are the recipe for GPT-2 124M.
 
-The default and the meaning of every setting are defined only here. ``pipeline.config.loading`` builds a :class:`Config`
-from JSON files and ``--set`` overrides. ``pipeline.config.reference`` generates ``docs/config.md`` from the schema.
+This module is the only place that defines defaults and meanings of settings.
 """
 
 from __future__ import annotations
@@ -79,11 +78,10 @@ MODEL_SIZES = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
 
 
 def describe_model(model: Mapping[str, Any]) -> str:
-    """Return a text with the preset of a model, and with the sizes that differ from the preset.
+    """Return a model's preset and the sizes that differ from it.
 
     Args:
-        model: the section ``model`` of a resolved config. If another version of this program wrote the config, keys may
-            be missing.
+        model: the section ``model`` of a resolved config. Keys may be missing if another version wrote the config.
     """
     preset = str(model.get("preset", "unknown"))
     sizes = next((sizes for name, sizes in MODEL_PRESETS.items() if name == preset), {})
@@ -146,10 +144,7 @@ class RunConfig(Section):
 
     @property
     def compiles(self) -> bool:
-        """Return whether torch.compile compiles the model.
-
-        If ``compile`` is ``auto`` (not decided yet), the result is False.
-        """
+        """Return whether torch.compile compiles the model. If ``compile`` is still ``auto``, the result is False."""
         return self.compile is True
 
 
@@ -302,7 +297,7 @@ class DataConfig(Section):
 
     @property
     def components(self) -> list[MixtureComponent]:
-        """Return the datasets of the mixture. If there is no mixture, return the one dataset at ``path``."""
+        """Return the datasets of the mixture. Without a mixture, this is the one dataset at ``path``."""
         if self.mixture is not None:
             return self.mixture
         assert self.path is not None
@@ -417,7 +412,7 @@ class ScheduleConfig(Section):
 
     @property
     def decay_start(self) -> int:
-        """Return the step at which the learning rate begins to fall. If it never falls, return ``max_steps``."""
+        """Return the step at which the learning rate begins to fall, or ``max_steps`` if it never falls."""
         if self.name == "constant":
             return self.max_steps
         if self.name == "wsd":
@@ -425,7 +420,6 @@ class ScheduleConfig(Section):
         return self.warmup_steps
 
     def __str__(self) -> str:
-        """Return the schedule in words."""
         if self.name == "constant":
             return f"warm-up {self.warmup_steps:,} steps, then constant to step {self.max_steps:,}"
         decay = f"{self.name} to {self.min_lr_ratio:g} of the peak at step {self.max_steps:,}"
@@ -475,22 +469,20 @@ class BackendConfig(Section):
 
     @property
     def zero_stage(self) -> int:
-        """Return the ZeRO stage, 0 to 3."""
         return int(self.zero.get("stage", 0))
 
     @property
     def hpz_group_size(self) -> int:
-        """Return the number of consecutive ranks that share one secondary copy of all weights under ZeRO++ hpZ.
+        """Return the number of consecutive ranks that share a secondary copy of the weights (ZeRO++ hpZ).
 
-        If the config does not use hpZ, the result is 1.
+        Without hpZ, the result is 1.
         """
         return int(self.zero.get(HPZ, 1)) or 1
 
     def ranks_per_copy(self, world_size: int) -> int:
         """Return the number of consecutive ranks that together hold one copy of the optimizer state.
 
-        Under DDP and ZeRO-0, the result is 1, because every rank holds the whole state. If all ranks share one copy,
-        the result is ``world_size``.
+        Under DDP and ZeRO-0, each rank holds the whole state, so the result is 1.
         """
         if self.name == "ddp" or (self.name == "deepspeed" and self.zero_stage == 0):
             return 1
@@ -499,11 +491,7 @@ class BackendConfig(Section):
         return world_size
 
     def offloads(self, what: Literal["optimizer", "param"]) -> bool:
-        """Return whether DeepSpeed offloads the optimizer state or the parameters to host memory or to a disk.
-
-        Args:
-            what: ``optimizer`` or ``param``.
-        """
+        """Return whether DeepSpeed offloads ``what``, which is the optimizer state or the parameters."""
         return bool(self.zero.get(f"offload_{what}", {}).get("device", "none") != "none")
 
 
@@ -656,7 +644,7 @@ class LoggingConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _read_older_key(cls, section: Any) -> Any:
-        """Accept ``tensorboard``, which older configs have: false removes this sink from ``sinks``, true adds it."""
+        """Accept ``tensorboard`` from older configs: false removes this sink from ``sinks``, true adds it."""
         if not isinstance(section, dict) or not isinstance(section.get("tensorboard"), bool):
             return section
         keys = {key: value for key, value in section.items() if key != "tensorboard"}

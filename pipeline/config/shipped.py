@@ -7,7 +7,7 @@ _IN_WHEEL = Path(__file__).resolve().parent / "shipped"  # setup.py copies the c
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return a dict from the names of the configs in ``ds_configs`` to their paths, in alphabetical order."""
+    """Return name -> path for the configs in ``ds_configs``, in alphabetical order."""
     folder = _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_CHECKOUT
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
 
@@ -16,8 +16,8 @@ def find_config(name: str | Path) -> Path:
     """Return the path of a config file.
 
     Args:
-        name: the path of a file, or the name of a config in ``ds_configs``. If there are both, the file is used. If
-            there is neither, ``name`` is returned as a path.
+        name: the path of a file, or the name of a config in ``ds_configs``. A file comes first. If neither exists,
+            ``name`` is returned as a path.
     """
     path = Path(name)
     return path if path.is_file() else shipped_configs().get(str(name), path)

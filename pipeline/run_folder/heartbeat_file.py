@@ -1,4 +1,4 @@
-"""Write ``heartbeat.json``. Other programs can read it to see whether the run makes progress."""
+"""Write ``heartbeat.json``, from which other programs see whether the run makes progress."""
 
 import json
 import logging
@@ -16,20 +16,20 @@ from pipeline.run_folder.layout import HEARTBEAT_FILE
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 5.0
-#: A run that has not written its heartbeat for this time is stale. Compilation can take minutes without a heartbeat.
+#: A run without a heartbeat for this time is stale. Compilation can take minutes.
 STALE_AFTER_S = 600.0
 
 
 class HeartbeatFile:
     """Writes the step, the state and the time to ``heartbeat.json`` in the run folder.
 
-    Only the main thread writes the file. Therefore, the time in the file becomes old if the main thread is stuck. When
-    the state changes, the file is written at once. Otherwise, it is written at most every ``INTERVAL_S`` seconds. It is
-    replaced atomically, but without fsync, because fsync can be slow.
+    Only the main thread writes, so the time becomes old if this thread is stuck. A new state is written at once.
+    Otherwise, a write follows at most every ``INTERVAL_S`` seconds. The file is replaced atomically, without fsync,
+    which can be slow.
 
     Args:
-        run_folder: the run folder on the main rank. If None, nothing is written.
-        now: a function that returns the time in seconds.
+        run_folder: None on all ranks except the main rank, which then write nothing.
+        now: returns the time in seconds.
     """
 
     def __init__(self, run_folder: Path | None, now: Callable[[], float] = time.monotonic) -> None:
@@ -42,10 +42,10 @@ class HeartbeatFile:
 
     @contextmanager
     def starting(self, step: int) -> Iterator[None]:
-        """Return a context manager for the whole run. At its beginning, it writes the state ``starting``.
+        """Return a context manager for the whole run, which first writes the state ``starting``.
 
-        If the ``with`` block fails while the state is still ``starting``, the file gets its earlier contents again. A
-        run that fails this early has changed no other file in the run folder.
+        If the ``with`` block fails in the state ``starting``, the earlier file is restored. A run that fails this early
+        has changed nothing else.
         """
         before = self._path.read_bytes() if self._path and self._path.exists() else None
         self.enter("starting", step)
@@ -108,7 +108,7 @@ class HeartbeatFile:
 
 
 def heartbeat_age_s(run_folder: Path) -> float | None:
-    """Return the seconds since a run last wrote ``heartbeat.json``. If the file does not exist, return None."""
+    """Return the seconds since the last write of ``heartbeat.json``, or None if there is no file."""
     try:
         return max(0.0, time.time() - (run_folder / HEARTBEAT_FILE).stat().st_mtime)
     except OSError:

@@ -13,10 +13,10 @@ REPORT_PAGE = f"{REPORT_FOLDER}/report.html"
 EVALUATION_FOLDER = "evaluation"  # one JSON file per task
 LOCK_FILE = "run.lock"
 HEARTBEAT_FILE = "heartbeat.json"  # for programs outside of the run
-FLIGHT_RECORDER_FOLDER = "flight_recorder"  # one file per rank, only after a collective did not finish in time
-REMOTE_FILE = "remote.json"  # the URLs that hold copies of the checkpoints of this run
+FLIGHT_RECORDER_FOLDER = "flight_recorder"  # one file per rank, after a collective has timed out
+REMOTE_FILE = "remote.json"  # the URLs with copies of this run's checkpoints
 
 
 def run_folder_of(checkpoint: Path) -> Path:
-    """Return the run folder of a checkpoint. If the checkpoint is not in a run folder, return the checkpoint folder."""
+    """Return the run folder of a checkpoint. Outside a run folder, return the checkpoint folder."""
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS_FOLDER else checkpoint

@@ -1,4 +1,4 @@
-"""Lock a run folder, so that only one process or run writes to it at a time."""
+"""Lock a run folder, so that only one process writes to it at a time."""
 
 import json
 import os
@@ -16,9 +16,7 @@ from pipeline.run_folder.layout import LOCK_FILE
 
 @contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Return a context manager that locks a run folder during its ``with`` block.
-
-    If the process dies, the kernel releases the lock.
+    """Return a context manager that locks a run folder. The kernel releases the lock of a dead process.
 
     Raises:
         ConfigError: another process holds the lock. The message names the host and the process.
@@ -38,9 +36,9 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Return whether a process holds the lock of a run folder. This function does not take the lock.
+    """Return whether a process holds the lock of a run folder.
 
-    If the lock file names another host, the result is True, because the processes of that host are not visible here.
+    If the lock file names another host, the result is True, because the processes there are not visible.
     """
     try:
         holder = json.loads((folder / LOCK_FILE).read_text(encoding="utf-8"))

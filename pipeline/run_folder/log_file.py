@@ -14,10 +14,9 @@ LOGGED_PACKAGES = ("pipeline", "data_tools", "launch")
 
 
 class RunLog(logging.Handler):
-    """Appends log lines to the file ``train.log`` of a run. Until ``open`` is called, the lines wait in memory.
+    """Appends log lines to ``train.log``. Until ``open`` is called, the lines wait in memory.
 
-    If a line cannot be written, for example because the disk is full, it is missing in the file. The terminal still
-    shows it.
+    A line that cannot be written, for example on a full disk, is missing in the file.
     """
 
     def __init__(self, rank: int) -> None:
@@ -28,7 +27,7 @@ class RunLog(logging.Handler):
         self._path: Path | None = None
 
     def open(self, run_folder: Path) -> None:
-        """Write the lines that wait in memory into ``train.log`` in the run folder. Write each later line at once."""
+        """Write the waiting lines into ``train.log``. Write each later line at once."""
         self._path = run_folder / LOG_FILE
         for line in self._waiting:
             self._append(line)
@@ -49,10 +48,10 @@ class RunLog(logging.Handler):
 
 @contextmanager
 def run_log(rank: int) -> Iterator[RunLog]:
-    """Return a context manager. Its ``with`` block gets a ``RunLog``, which receives all log lines of the block.
+    """Return a context manager that gives a ``RunLog`` and sends all log lines of its block to it.
 
-    If the block raises an error, the error is also written to the log: one line for a ``UserError``, and a traceback
-    for any other error.
+    If the block raises an error, the error is logged too: a ``UserError`` as one line, any other error with its
+    traceback.
     """
     handler = RunLog(rank)
     loggers = [logging.getLogger(name) for name in LOGGED_PACKAGES]

@@ -10,26 +10,25 @@ from pipeline.run_folder.layout import METRICS_FILE
 
 log = logging.getLogger(__name__)
 
-#: The prefix of the keys for validation losses on single datasets of a mixture. The dataset's name follows.
+#: Prefix + dataset name: the validation loss on one dataset of a mixture.
 DATASET_LOSS_PREFIX = "val_loss_"
 
-#: The prefix of the keys for figures of tasks during training. The names of the task and of the figure follow.
+#: Prefix + task + figure: a figure of an evaluation task during training.
 TASK_PREFIX = "task_"
 
-#: The prefix of the keys for norms of layer groups. The name of the norm, a slash, and the group follow.
+#: Prefix + norm + "/" + layer group: a norm of a layer group.
 LAYER_PREFIX = "layer_"
 
-#: The key of the completion that the model has generated.
+#: The completion that the model has generated.
 SAMPLE_KEY = "sample"
 
-#: The key that lists the config keys that make a row's numbers differ from those of other backends.
+#: The config keys that make a row's numbers differ from those of other backends.
 DIFFERENT_NUMBERS_KEY = "different_numbers"
 
-#: The key of the mean loss of the steps since the previous training row.
+#: The mean loss of the steps since the previous training row.
 MEAN_LOSS_KEY = "mean_loss"
 
-#: Row key -> format on the console. Fixed widths align the columns of training rows. Other keys are in metrics.jsonl
-#: only.
+#: Row key -> format on the console, which shows no other keys. Fixed widths align the columns of training rows.
 _CONSOLE_FORMATS = {
     MEAN_LOSS_KEY: "loss {:7.4f}",
     "val_loss": "validation loss {:.4f}",
@@ -49,7 +48,7 @@ LOSSES = {MEAN_LOSS_KEY: "loss", "val_loss": "validation loss"}
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """Return the rows in ``metrics.jsonl``. Lines that are incomplete or damaged are left out and logged."""
+    """Return the rows in ``metrics.jsonl``. Incomplete and damaged lines are left out and logged."""
     path = run_folder / METRICS_FILE
     if not path.exists():
         return []
@@ -94,5 +93,5 @@ def format_duration(seconds: float) -> str:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss). A loss above 700 counts as 700, so that the result is finite. JSON cannot contain infinity."""
+    """Return exp(loss), which JSON needs to be finite. A loss above 700 counts as 700."""
     return math.exp(min(loss, 700.0))

@@ -1,7 +1,4 @@
-"""Create the log sinks of a run. A log sink receives the rows of metrics, and writes or sends them.
-
-All sinks of a run receive the same rows. Each kind of sink is defined in its own file.
-"""
+"""Create the log sinks of a run. Each sink writes or sends the run's rows of metrics."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -20,8 +17,7 @@ __all__ = ["SERVICES", "ServiceSink", "Sink", "check_sinks", "create_sinks"]
 
 log = logging.getLogger(__name__)
 
-#: The sinks that are services, with a function that raises ConfigError if the service cannot be used here. The argument
-#: of this function is ``logging.project``.
+#: Service -> function of ``logging.project`` that raises ConfigError if the service cannot be used here.
 SERVICES = {"wandb": check_wandb, "mlflow": check_mlflow}
 
 
@@ -39,15 +35,15 @@ def check_sinks(names: Sequence[str], project: str) -> None:
 def create_sinks(names: Sequence[str], run_folder: Path, project: str, *, waits_for_checkpoint: bool) -> list[Sink]:
     """Create the sinks with the given names (see ``logging.sinks``).
 
-    The sink of ``metrics.jsonl`` is the first in the result, because other sinks read this file. If the user has
-    disabled W&B, its sink is left out, and a message is logged.
+    The sink of ``metrics.jsonl`` is first, because other sinks read this file. If the user has disabled W&B, the result
+    has no W&B sink.
 
     Args:
         project: the value of ``logging.project``.
         waits_for_checkpoint: the value of ``logging.wait_for_checkpoint``.
 
     Raises:
-        KeyError: a name is not the name of a sink.
+        KeyError: there is no sink with this name.
     """
     create: dict[str, Callable[[], Sink]] = {
         "jsonl": lambda: MetricsFile(run_folder),

@@ -13,12 +13,9 @@ log = logging.getLogger(__name__)
 
 
 class Console(Sink):
-    """Logs the rows that have a loss, with the time of day. Training rows after the first one show the time left.
+    """Logs the rows that have a loss, with the time of day and the estimated time left.
 
-    Rows without a loss are not logged here. For most of these rows, the code that writes the row also logs a message.
-    The remaining rows are too long for the log.
-
-    If standard error is a terminal, its last line is a progress bar with the steps, the time left and the latest loss.
+    On a terminal, the last line of standard error is a progress bar.
     """
 
     def __init__(self) -> None:
@@ -61,9 +58,9 @@ class Console(Sink):
         self._bar.close()
 
     def _estimate_left_s(self, row: Row) -> float | None:
-        """Return the estimated seconds until the last step. Returns None if the row does not tell.
+        """Return the estimated seconds until the last step, or None if the row does not tell.
 
-        The first step of a start is not used, because it may compile the model.
+        The first training row is not used, because its steps may include compilation.
         """
         if MEAN_LOSS_KEY not in row or "elapsed_s" not in row:
             return None

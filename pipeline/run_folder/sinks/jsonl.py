@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricsFile(Sink):
-    """Appends rows to ``metrics.jsonl``. While the disk is full or read-only, the rows are kept in memory."""
+    """Appends rows to ``metrics.jsonl``. While the disk is full or read-only, the rows wait in memory."""
 
     def __init__(self, run_folder: Path) -> None:
         self._run_folder = run_folder
@@ -43,7 +43,6 @@ class MetricsFile(Sink):
         self._rewind_to = step if self._rewind_to is None else min(step, self._rewind_to)
 
     def end(self, summary: Row) -> None:
-        """Log how many rows could not be written, if there are any."""
         if self._waiting:
             log.warning("%d rows of metrics could not be written", len(self._waiting))
 

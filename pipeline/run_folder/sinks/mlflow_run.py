@@ -1,4 +1,4 @@
-"""Send the rows to MLflow. The environment variable ``MLFLOW_TRACKING_URI`` contains the address of MLflow's server."""
+"""Send the rows to MLflow. ``MLFLOW_TRACKING_URI`` contains the address of the server."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ LONGEST_EXPERIMENT = 500  # characters of the name of an experiment
 _ADDRESS_ADVICE = "set MLFLOW_TRACKING_URI to the URL of an MLflow server, such as http://localhost:5000"
 _FILE_STORE_VARIABLE = "MLFLOW_ALLOW_FILE_STORE"  # without it, MLflow refuses a folder as the tracking URI
 
-#: The key that every row has. MLflow gets it with training rows only.
+#: Every row has this key. MLflow gets it only with training rows.
 _TIME_KEY = "elapsed_s"
 
 _STATUSES = {"finished": "FINISHED", "interrupted": "KILLED", "superseded": "KILLED"}
@@ -28,8 +28,7 @@ _STATUSES = {"finished": "FINISHED", "interrupted": "KILLED", "superseded": "KIL
 def check_mlflow(experiment: str) -> None:
     """Raise ConfigError if a run cannot be sent to MLflow.
 
-    There are three possible reasons: the package is missing, the tracking URI is missing or invalid, or the name of the
-    experiment is too long.
+    The package or the tracking URI is missing, the URI is invalid, or the experiment's name is too long.
     """
     try:
         import mlflow
@@ -54,9 +53,9 @@ def check_mlflow(experiment: str) -> None:
 
 
 class MlflowRun(Service):
-    """A connection to a run in MLflow. Numbers are sent as metrics, completions as text files, other values as tags.
+    """A run in MLflow. Numbers are sent as metrics, completions as text files, other values as tags.
 
-    Values that are null are left out, because MLflow has no null.
+    Null values are left out, because MLflow has no null.
     """
 
     name = "mlflow"
@@ -110,7 +109,7 @@ class MlflowRun(Service):
         self._last_steps.update({metric.key: metric.step for metric in metrics})
 
     def _numbers(self, rows: Sequence[Row]) -> Iterator[tuple[str, float, int]]:
-        """Yield each number with its key and step, once per key and step."""
+        """Yield (key, number, step) for each number of the rows, once per key and step."""
         last = dict(self._last_steps)
         for row in rows:
             numbers = {key: value for key, value in row.items() if type(value) in (int, float) and key != "step"}

@@ -1,4 +1,4 @@
-"""Send the rows to a service such as W&B or MLflow. A thread does this, so that a slow server does not stop a run."""
+"""Send the rows to a service such as W&B or MLflow, in a thread, so that a slow server does not stop a run."""
 
 import json
 import logging
@@ -21,18 +21,18 @@ LONGEST_END_S = 30.0  # how long the end of a run waits for rows that are not se
 
 
 def one_line(error: Exception) -> str:
-    """Return the message of an error of a library as one line of at most 300 characters."""
+    """Return the message of an error as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class Service(ABC):
-    """A connection to a service that cannot delete rows. Every method may raise any error of the service's library."""
+    """A connection to a service that cannot delete rows. Every method may raise any error."""
 
     name: str
 
     @abstractmethod
     def connect(self, config: dict[str, Any], run_id: str | None) -> str:
-        """Continue the run ``run_id`` of the service, or create a run if ``run_id`` is None. Return the id of the run.
+        """Continue the service's run ``run_id``, or create a run if None. Return the id of the run.
 
         Args:
             config: the resolved run config.
@@ -44,7 +44,7 @@ class Service(ABC):
 
     @abstractmethod
     def attach(self, files: Sequence[Path]) -> None:
-        """Upload files. If a file with the same name was uploaded earlier, it is replaced."""
+        """Upload files. A file with the same name is replaced."""
 
     @abstractmethod
     def end(self, summary: Row) -> None:
@@ -52,16 +52,14 @@ class Service(ABC):
 
 
 class ServiceSink(Sink):
-    """Sends each row of ``metrics.jsonl`` exactly once, even if the run resumes or rolls back, or the server is down.
+    """Sends each row of ``metrics.jsonl`` to a service exactly once, also if the run resumes or the server is down.
 
-    When a run resumes from a checkpoint, it writes the rows of later steps again. A service cannot delete the old rows.
-    Therefore, a row is sent only after a checkpoint of its step or of a later step was saved. If ``waits`` is False,
-    each row is sent at once. If rows of ``metrics.jsonl`` are deleted although they were already sent, all remaining
-    rows are sent to a new run of the service.
+    A resumed run writes the rows after its checkpoint again, but a service cannot delete rows. With ``waits``, a row is
+    therefore sent only after a checkpoint of its step or of a later step. Otherwise, each row is sent at once. If rows
+    that were already sent are deleted, all remaining rows go to a new run of the service.
 
-    The file ``NAME_run.json`` in the run folder stores the id of the service's run, the number of sent rows, and
-    whether the service has the summary. If some rows of ``metrics.jsonl`` were not sent, the next start of the run
-    sends them, even if the run is complete.
+    ``NAME_run.json`` in the run folder stores the id of the service's run and the number of sent rows. The next start
+    of the run sends the missing rows, even if the run is complete.
     """
 
     def __init__(self, service: Service, run_folder: Path, *, waits: bool) -> None:
@@ -84,7 +82,6 @@ class ServiceSink(Sink):
 
     @property
     def name(self) -> str:
-        """Return the name of the service."""
         return self._service.name
 
     @property
@@ -106,10 +103,7 @@ class ServiceSink(Sink):
 
     @property
     def is_complete(self) -> bool:
-        """Return whether the service has all rows and the summary of the run.
-
-        Read this property before you call ``start``.
-        """
+        """Return whether the service has all rows and the summary of the run. Read this property before ``start``."""
         state = self._read_state()
         return state["ended"] and state["rows"] == len(read_metrics(self._run_folder))
 
@@ -130,7 +124,7 @@ class ServiceSink(Sink):
         self._queue(next(later, len(self._held)))
 
     def _queue(self, count: int) -> None:
-        """Queue the first rows that are held. Rows are sent in the order of ``metrics.jsonl``."""
+        """Queue the first ``count`` rows that are held."""
         rows, self._held = self._held[:count], self._held[count:]
         if rows:
             self._queued += len(rows)

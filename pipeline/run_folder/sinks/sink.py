@@ -6,12 +6,9 @@ Row = dict[str, Any]
 
 
 class Sink:
-    """Receives the rows of metrics of a run.
+    """Receives a run's rows of metrics. After ``start``, no method may raise, because an error stops the training.
 
-    After ``start``, a sink must raise no errors, because an error would stop the training.
-
-    Rows have different keys. A value is a number, a text of several lines (for example under the key ``sample``), an
-    object (under ``started``), a list (under ``skipped_samples``) or null.
+    The values of a row are numbers, texts (``sample``), objects (``started``), lists (``skipped_samples``) or null.
     """
 
     def start(self, config: dict[str, Any], resumed_step: int) -> None:
@@ -19,27 +16,24 @@ class Sink:
 
         Args:
             config: the resolved run config.
-            resumed_step: the step of the checkpoint from which the run resumes. Rows of later steps are deleted. If the
-                run starts from scratch, ``resumed_step`` is 0, and all rows are deleted.
+            resumed_step: the step of the checkpoint from which the run resumes. Delete the rows of later steps. If 0,
+                the run starts from scratch: delete all rows.
         """
 
     def write(self, row: Row) -> None:
         """Receive one row. The row has the key ``step``."""
 
     def count_step(self, step: int) -> None:
-        """Receive the number of started steps, for example to show it to the user.
-
-        This method is called at every step. In contrast, ``write`` is called only when there is a row.
-        """
+        """Receive the number of started steps. Called at every step, and not only when there is a row."""
 
     def rewind(self, step: int) -> None:
         """Delete the rows of all steps after ``step``. The run has gone back to its checkpoint of ``step``."""
 
     def settle(self, step: int) -> None:
-        """Receive the step of a checkpoint when the checkpoint is saved.
+        """Receive the step of a checkpoint that was saved.
 
-        If the run later resumes from this checkpoint, only the rows of later steps are deleted. Therefore, a sink for
-        an online service can send the rows up to ``step`` now.
+        If the run resumes from this checkpoint, only rows of later steps are deleted. A service can send all other rows
+        now.
         """
 
     def end(self, summary: Row) -> None:

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Row key -> TensorBoard tag. Other keys are in metrics.jsonl only. TensorBoard sorts groups of tags by name, so the
-#: names of all other groups come after ``loss``.
+#: Row key -> TensorBoard tag. TensorBoard shows no other keys. It sorts groups by name, so ``loss`` must come first.
 TENSORBOARD_TAGS = {
     "loss": "loss/training",
     "val_loss": "loss/validation",
@@ -56,7 +55,7 @@ TENSORBOARD_TAGS = {
 #: The sections of a config that affect the result or the speed.
 HYPERPARAMETER_SECTIONS = ("run", "model", "data", "batch", "optimizer", "schedule", "backend")
 
-#: The most important settings. TensorBoard sorts the settings by name, so a number before the name puts them first.
+#: The most important settings. A number before the name puts them first, because TensorBoard sorts by name.
 FIRST_HYPERPARAMETERS = (
     "backends",
     "optimizer.learning_rate",
@@ -95,7 +94,7 @@ TENSORBOARD_LAYOUT = {
 class TensorBoardLog(Sink):
     """Writes rows of metrics as TensorBoard events. If the disk is full or read-only, it logs a warning.
 
-    If rows are deleted, their events stay in the files, but TensorBoard hides them.
+    TensorBoard hides the events of deleted rows, although they stay in the files.
     """
 
     def __init__(self, run_folder: Path) -> None:
@@ -134,7 +133,7 @@ class TensorBoardLog(Sink):
         self._writer, self._purge_step = None, step + 1
 
     def end(self, summary: Row) -> None:
-        """Write the settings and the last results for TensorBoard's page HPARAMS, and close the event file."""
+        """Write the settings and the last results for the page HPARAMS, and close the event file."""
         settings = hyperparameters(self._config, read_metrics(self._run_folder))
         results = {f"results/{key}": summary[key] for key in RESULTS if summary.get(key) is not None}
         if self._writer:
@@ -149,9 +148,9 @@ class TensorBoardLog(Sink):
 
 
 def hyperparameters(config: dict[str, Any], rows: Sequence[Row]) -> dict[str, bool | int | float | str]:
-    """Return the names and values that the HPARAMS page shows for a run.
+    """Return the names and values that TensorBoard's page HPARAMS shows for a run.
 
-    The value ``backends`` names all backends that the run has used. A run can be resumed with another backend.
+    ``backends`` names all backends of the run, because a run can be resumed with another backend.
 
     Args:
         config: the resolved run config.
@@ -172,7 +171,7 @@ def hyperparameters(config: dict[str, Any], rows: Sequence[Row]) -> dict[str, bo
 
 
 def tensorboard_tag(key: str) -> str | None:
-    """Return the TensorBoard tag for a key of the metrics. If TensorBoard does not show the key, return None."""
+    """Return the TensorBoard tag for a key of the metrics, or None if TensorBoard does not show the key."""
     if key.startswith(DATASET_LOSS_PREFIX):
         return f"loss/validation/{key.removeprefix(DATASET_LOSS_PREFIX)}"
     if key.startswith(TASK_PREFIX):

@@ -1,4 +1,4 @@
-"""Send the rows to Weights & Biases. If ``WANDB_MODE`` is ``offline``, the rows are written into the run folder."""
+"""Send the rows to Weights & Biases. With ``WANDB_MODE=offline``, the rows are written into the run folder."""
 
 import secrets
 import shutil
@@ -20,8 +20,8 @@ _MODES_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 def check_wandb(project: str) -> None:
     """Raise ConfigError if W&B cannot be used here.
 
-    There are three possible reasons: the package is missing, a setting of W&B or the name of the project is invalid, or
-    the user is not logged in although W&B is not in offline mode.
+    The package is missing, a setting or the project's name is invalid, or the user is not logged in. Offline mode needs
+    no login.
     """
     try:
         import wandb
@@ -59,10 +59,7 @@ def wandb_is_disabled() -> bool:
 
 
 class WandbRun(Service):
-    """A run in W&B. Each row of metrics becomes one row of the W&B run's history.
-
-    All charts use ``step`` as the x-axis.
-    """
+    """A run in W&B. Each row of metrics becomes one row of its history, with ``step`` as the x-axis."""
 
     name = "wandb"
 
