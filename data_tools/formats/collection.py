@@ -1,4 +1,4 @@
-"""Represent token files of any format as a collection of splits. A split is a stream of tokens with random access."""
+"""Represent token files of any format as splits. Each split is a stream of tokens with random access."""
 
 import errno
 import re
@@ -21,7 +21,7 @@ FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Tokens(Protocol):
-    """The interface of a stream of tokens with a known length. ``TokenStream`` is one of the implementations."""
+    """The interface of a stream of tokens with a known length."""
 
     @property
     def tokens(self) -> int:
@@ -29,9 +29,7 @@ class Tokens(Protocol):
         ...
 
     def read(self, start: int, length: int) -> TokenArray:
-        """Return ``length`` tokens from index ``start`` on, uint16 of shape (length,).
-
-        The stream must not end before ``start + length``.
+        """Return ``length`` tokens from index ``start`` on, uint16 of shape (length,). The range must exist.
 
         Raises:
             DataError: a token is outside the vocabulary.
@@ -41,10 +39,7 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """The tokens of one split. ``tokens_of_file`` maps each file to its number of tokens.
-
-    A ``.bin`` and an ``.idx`` file of Megatron form a pair. A pair counts as one file.
-    """
+    """The tokens of one split, and the number of tokens per file. A pair of Megatron's files counts as one file."""
 
     stream: Tokens
     tokens_of_file: dict[Path, int]
@@ -57,9 +52,8 @@ class TokenCollection:
     Attributes:
         path: the path that the user gave.
         format: one of ``INPUT_FORMATS``.
-        tokenizer: the tokenizer that created the tokens. Files of other programs are assumed to use GPT-2's tokenizer.
-        source: the origin of the tokens, for the manifest of a conversion.
-        splits: the splits. The keys are the names of the splits.
+        tokenizer: GPT-2's tokenizer if there is no manifest.
+        source: the origin of the tokens, for a new manifest.
         manifest: the manifest of the folder. None if another program wrote the files.
     """
 
@@ -72,7 +66,7 @@ class TokenCollection:
 
     @property
     def shards(self) -> tuple[ShardRecord, ...]:
-        """Return the manifest's records of all shards. If there is no manifest, return an empty tuple."""
+        """Return the manifest's records of all shards. Without a manifest, return an empty tuple."""
         return self.manifest.shards if self.manifest else ()
 
 
@@ -97,7 +91,7 @@ class Concatenated:
 
 
 def map_file(path: Path) -> pa.Buffer:
-    """Memory-map a file and return its bytes. If the file is empty, the result is empty.
+    """Memory-map a file and return its bytes. The file may be empty.
 
     Raises:
         DataError: the file is missing or cannot be read.
@@ -109,23 +103,17 @@ def map_file(path: Path) -> pa.Buffer:
 
 
 def require_tokens(path: Path, tokens: int) -> None:
-    """Raise DataError if a file of another program has no tokens. The usual reason is an interrupted download.
-
-    Args:
-        path: the file, for the message.
-        tokens: the number of tokens in the file.
-    """
+    """Raise DataError if a file has no tokens. The usual reason is an interrupted download."""
     if not tokens:
         size = path.stat().st_size
         raise DataError(f"{path} has no tokens ({size} bytes); copy it or make it again, or remove it")
 
 
 def require_split_name(name: str, place: str) -> None:
-    """Raise DataError if the name of a split contains a character that is not allowed in file names.
+    """Raise DataError if the name of a split is not allowed as part of a file name.
 
     Args:
-        name: the name of the split.
-        place: the file or folder with this split. The error message begins with it.
+        place: the file or folder with this split, for the error message.
     """
     if not FILE_NAME.fullmatch(name):
         raise DataError(f"{place}: {name!r} is not a name for a split; use letters, digits and . _ -")

@@ -1,4 +1,4 @@
-"""Convert token files. This module also writes a manifest for existing shards of llm.c or build-nanogpt."""
+"""Convert token files, or write a manifest for existing shards of llm.c or build-nanogpt."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ from data_tools.threads import Advance, map_threads, no_progress
 
 @dataclass(frozen=True)
 class Conversion:
-    """The result of a conversion: the format that was read, and a record of each file that was written."""
+    """The format that a conversion read, and a record of each file that it wrote."""
 
     source_format: str
     files: tuple[ShardRecord, ...]
@@ -36,17 +36,17 @@ class Conversion:
 def convert(request: ConvertRequest, written: Advance = no_progress, verified: Advance = no_progress) -> Conversion:
     """Convert tokens into a new folder. If the conversion fails, the folder is not created.
 
-    The tokens and their order do not change. The only exception is ``END_OF_TEXT`` in Megatron's files (see
-    ``open_megatron_pair``). If the source is a folder of shards with a manifest, the shards are first verified. If the
-    new format is not nanoGPT's, a manifest is written into the new folder.
+    The tokens and their order do not change, except for ``END_OF_TEXT`` in Megatron's files (see
+    ``open_megatron_pair``). Shards with a manifest are verified first. The new folder gets a manifest unless the new
+    format is nanoGPT's.
 
     Args:
-        written: a function that is called with the number of bytes written since its last call.
-        verified: a function that is called with the number of bytes verified since its last call.
+        written: receives the number of bytes written since its last call.
+        verified: receives the number of bytes verified since its last call.
 
     Raises:
-        DataError: the source is damaged, the new format cannot store all information of the source, or the new folder
-            is not writable.
+        DataError: the source is damaged, the new format cannot store all its information, or the new folder is not
+            writable.
     """
     _require_new(request.out)
     collection = open_collection(request.source, request.source_format, request.split_of)
@@ -76,21 +76,19 @@ def adopt_in_place(
     workers: int | None = None,
     advance: Advance = no_progress,
 ) -> Manifest:
-    """Write a manifest into a folder with shards of llm.c or build-nanogpt, so that training can read the folder.
+    """Write a manifest into a folder with shards of llm.c or build-nanogpt, so that training can read it.
 
-    The shards do not change. If the folder already has a manifest that names exactly its shards, this manifest is
-    returned.
+    If the folder has a manifest that names exactly its shards, this manifest is returned.
 
     Args:
-        source_format: the format of the shards. If ``auto``, the format is recognized.
-        split_of: maps file names to splits. It is required if a file name does not contain the name of the split.
+        source_format: the format of the shards, or ``auto``.
+        split_of: maps file names to splits. Required if a file name does not contain its split.
         workers: the number of threads. None means one per core.
-        advance: a function that is called with the number of bytes read since its last call.
+        advance: receives the number of bytes read since its last call.
 
     Raises:
-        DataError: the folder contains no shards of llm.c or build-nanogpt, contains a damaged shard, or is not
-            writable. If the folder already has a manifest, there are three more causes: ``split_of`` is given, the
-            manifest is not valid, or it does not name exactly the shards in the folder.
+        DataError: the folder has no such shards, has a damaged shard, or is not writable. For a folder with a manifest:
+            ``split_of`` is given, or the manifest does not name exactly the shards.
     """
     if (folder / MANIFEST_NAME).exists():
         return _load_adopted(folder, split_of or {})
@@ -117,7 +115,7 @@ def adopt_in_place(
 
 
 def _load_adopted(folder: Path, split_of: Mapping[str, str]) -> Manifest:
-    """Return the manifest of a folder. Raises DataError if it does not name the folder's files, or splits are given."""
+    """Return a manifest. Raise DataError if it does not name exactly the folder's files, or ``split_of`` is given."""
     manifest = load_manifest(folder)
     named = {name for shard in manifest.shards for name in (shard.file, shard.mask_file) if name}
     suffixes = {Path(name).suffix for name in named}
@@ -153,7 +151,7 @@ def _write_file(
     planned: PlannedFile,
     advance: Advance,
 ) -> ShardRecord:
-    """Write one file in constant memory. Raises DataError if the vocabulary does not contain a token."""
+    """Write one file in constant memory. Raise DataError if a token is outside the vocabulary."""
     stream = collection.splits[planned.split].stream
     writer = ShardWriter(folder, planned.name, planned.split, open_format)
     try:

@@ -1,7 +1,4 @@
-"""Open token files of nanoGPT, llm.c and build-nanogpt.
-
-Such a file contains consecutive tokens. Files of llm.c and build-nanogpt begin with a header.
-"""
+"""Open token files of nanoGPT, llm.c and build-nanogpt: consecutive tokens, possibly after a header."""
 
 from pathlib import Path
 
@@ -50,14 +47,13 @@ def open_llmc_file(path: Path, vocab_size: int) -> Tokens:
 
 
 def open_nanogpt_file(path: Path, vocab_size: int) -> Tokens:
-    """Open a ``train.bin`` or ``val.bin`` that nanoGPT's ``prepare.py`` wrote.
+    """Open a ``train.bin`` or ``val.bin`` of nanoGPT: little-endian uint16 tokens without a header.
 
-    The file consists of little-endian uint16 tokens without a header. nanoGPT writes ``<|endoftext|>`` after each
-    document, but shards of this project have it before each document. This function does not change the order of the
-    tokens.
+    nanoGPT writes ``<|endoftext|>`` after each document. Shards of this project have it before each document. The
+    tokens are not reordered.
 
     Raises:
-        DataError: the file is damaged, cannot be read, or has a token outside the vocabulary.
+        DataError: the file is damaged, cannot be read, or has another vocabulary.
     """
     own_vocabulary = path.parent / _OWN_VOCABULARY
     if own_vocabulary.exists():
@@ -88,7 +84,7 @@ def open_npy_file(path: Path, vocab_size: int) -> Tokens:
     """Open a shard of build-nanogpt: a one-dimensional uint16 array in a ``.npy`` file.
 
     Raises:
-        DataError: the file is damaged, cannot be read, or contains an array of another dtype or shape.
+        DataError: the file is damaged, cannot be read, or contains another kind of array.
     """
     return _MappedTokens(path, map_npy_file(path), vocab_size)
 
@@ -97,7 +93,7 @@ def map_npy_file(path: Path) -> TokenArray:
     """Return the tokens of a shard of build-nanogpt as a memory map.
 
     Raises:
-        DataError: the file is damaged, cannot be read, or contains an array of another dtype or shape.
+        DataError: the file is damaged, cannot be read, or contains another kind of array.
     """
     try:
         return npy_tokens(map_file(path))
@@ -108,11 +104,7 @@ def map_npy_file(path: Path) -> TokenArray:
 
 
 def is_npy(path: Path) -> bool:
-    """Return whether the first bytes of a file are those of a ``.npy`` file of numpy.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Return whether a file begins like a ``.npy`` file. Raise OSError if it cannot be read."""
     magic = np.lib.format.MAGIC_PREFIX
     with open(path, "rb") as file:
         return file.read(len(magic)) == magic

@@ -30,7 +30,7 @@ _SHOWN_APART = ("format_version", "dtype", "tokenizer", "source", "settings", "s
 
 @dataclass(frozen=True)
 class SplitReport:
-    """The sizes of a split. If the split's tokens have no manifest, ``documents`` and ``utf8_bytes`` are None."""
+    """The sizes of a split. Without a manifest, ``documents`` and ``utf8_bytes`` are None."""
 
     shards: int
     tokens: int
@@ -41,10 +41,7 @@ class SplitReport:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Return the number of bytes of text per token. ``END_OF_TEXT`` counts as a token, too.
-
-        If the number of bytes of text is not known, or if the split has no tokens, the result is None.
-        """
+        """Return the bytes of text per token, or None if unknown. ``END_OF_TEXT`` counts as a token."""
         return None if self.utf8_bytes is None or not self.tokens else self.utf8_bytes / self.tokens
 
 
@@ -53,12 +50,10 @@ class FolderReport:
     """A summary of the tokens in a folder or file. ``str(report)`` returns a table.
 
     Attributes:
-        path: the path that the user gave.
         format: one of ``INPUT_FORMATS``.
-        problem: a message about the first file that is missing or has the wrong size. None if there is no such file.
-        about: the manifest as JSON values, except the format version, the dtype, the records of the shards and the
-            hash. If there is no manifest, ``about`` contains the assumed tokenizer and a description of the source.
-        splits: the reports on the splits. The keys are the names of the splits.
+        problem: a message about the first file that is missing or has the wrong size, or None.
+        about: values of the manifest. Without a manifest, the assumed tokenizer and a description of the source.
+        splits: the report on each split, by name.
     """
 
     path: Path
@@ -80,19 +75,18 @@ class FolderReport:
 
 
 def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> FolderReport:
-    """Return a report on token files of any format.
+    """Return a report on token files of any format, without reading the tokens.
 
-    No tokens are read. If the path is a folder of shards with a manifest, damaged shards do not cause an error.
+    Damaged shards with a manifest cause no error. The report's ``problem`` describes them.
 
     Args:
         path: a folder, a file, or the path of a pair of Megatron's files without ``.bin`` and ``.idx``.
-        format: one of ``INPUT_FORMATS``. If ``auto``, the format is recognized.
-        split_of: maps file names to splits, for files that another program wrote. It is required if a file name does
-            not contain the name of the split.
+        format: one of ``INPUT_FORMATS``, or ``auto``.
+        split_of: maps files of other programs to splits. Required if a file name does not contain its split.
 
     Raises:
-        DataError: ``path`` does not exist, the format cannot be recognized, or the manifest or a file of another
-            program is damaged.
+        DataError: ``path`` is missing, the format is not recognized, or the manifest or a file of another program is
+            damaged.
     """
     format = recognize(path) if format == AUTO else format
     if format == NATIVE and not split_of:
@@ -152,7 +146,7 @@ def _row(name: str, split: SplitReport) -> tuple[str, ...]:
 
 
 def format_table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return the lines of a table with aligned columns. The first column is aligned to the left."""
+    """Return the lines of a table. The first column is aligned to the left, and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  "
@@ -176,7 +170,7 @@ def first_documents(
     """Yield the text of the first documents of a split. ``END_OF_TEXT`` may be before or after each document.
 
     Args:
-        documents: the largest number of documents to yield.
+        documents: the largest number of documents.
         characters: the largest number of characters per document. A longer text is cut.
 
     Raises:

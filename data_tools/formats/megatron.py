@@ -1,15 +1,14 @@
 """Read datasets of Megatron-LM and gpt-neox.
 
-A dataset consists of two files. ``X.bin`` contains the tokens. ``X.idx`` is the index, which says where sequences and
-documents begin. The class ``MMapIndexedDataset`` of these programs writes the index. All values in the index are
-little-endian:
+``X.bin`` contains the tokens. The index ``X.idx`` says where sequences and documents begin. ``MMapIndexedDataset`` of
+these programs writes these values into the index, in little-endian order:
 
 1. the magic number, the version (uint64) and the type of the tokens (uint8);
 2. the number of sequences and the number of document boundaries (uint64 each);
 3. the length of each sequence in tokens (int32);
 4. the offset of each sequence in ``X.bin`` in bytes (int64);
-5. the document boundaries (int64). Each boundary is stored as the number of sequences before it. The first boundary is
-   0, and the last boundary is the number of all sequences.
+5. the document boundaries (int64). A boundary is the number of sequences before it. The first boundary is 0, and the
+   last boundary is the number of all sequences.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _REFUSED_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 5: "int64", 6: "floating p
 
 
 def is_index(path: Path) -> bool:
-    """Return whether the first bytes of a file are those of an index of Megatron-LM, in its current or older format.
+    """Return whether a file begins like an index of Megatron-LM, in its current or older format.
 
     Raises:
         OSError: the file cannot be read.
@@ -51,13 +50,13 @@ def is_index(path: Path) -> bool:
 
 
 def open_megatron_pair(index_path: Path, vocab_size: int) -> Tokens:
-    """Open an index and its token file as one stream of tokens. The stream has ``END_OF_TEXT`` before each document.
+    """Open a pair of files as one stream of tokens. The stream has ``END_OF_TEXT`` before each document.
 
-    If the files were written with ``--append-eod``, each document in them ends with ``END_OF_TEXT``. The stream leaves
-    out these tokens at the end of documents. Opening reads the whole index and the last token of each document.
+    If a document in the file ends with ``END_OF_TEXT``, the stream leaves out this token. Opening reads the index and
+    the last token of each document.
 
     Args:
-        index_path: the path of the index, which ends with ``.idx``.
+        index_path: the path of the ``.idx`` file.
         vocab_size: all tokens must be below this number.
 
     Raises:
@@ -78,7 +77,7 @@ def open_megatron_pair(index_path: Path, vocab_size: int) -> Tokens:
 
 
 class _DocumentBlock:
-    """The stream of ``BLOCK_DOCUMENTS`` documents from ``first`` on. Each read uses the index to find the documents."""
+    """The stream of ``BLOCK_DOCUMENTS`` documents from ``first`` on."""
 
     def __init__(
         self, path: Path, text: npt.NDArray[np.integer[Any]], index: _Index, first: int, vocab_size: int
@@ -109,7 +108,7 @@ class _DocumentBlock:
         return tokens
 
     def _text_of(self, starts: CountArray, stops: CountArray) -> npt.NDArray[np.integer[Any]]:
-        """Return the tokens between consecutive starts and stops, without the ``END_OF_TEXT`` tokens in between."""
+        """Return the tokens of documents with these starts and stops, without ``END_OF_TEXT`` between them."""
         begin, end = int(starts[0]), int(stops[-1])
         text = self._text[begin:end]
         require_in_vocabulary(text, self._vocab_size, self._path)
@@ -139,7 +138,7 @@ class _Index:
     def text_starts(self, first: int, stop: int) -> CountArray:
         """Return the first token of each document from ``first`` to ``stop - 1``, int64.
 
-        For the number of documents itself, the result is the number of tokens.
+        After the last document, the result contains the number of tokens.
         """
         sequences = self.boundaries[first:stop]
         starts = np.full(sequences.size, self.tokens, dtype=np.int64)
@@ -184,7 +183,7 @@ def _check_header(path: Path, magic: bytes, version: int, code: int) -> None:
 
 
 def _count_tokens(path: Path, sizes: npt.NDArray[np.int32], pointers: CountArray, token_bytes: int) -> int:
-    """Return the number of tokens. Raises DataError if a sequence does not begin where the previous sequence ends."""
+    """Return the number of tokens. Raise DataError if sequences overlap or have gaps between them."""
     total_bytes = 0
     for first in range(0, sizes.size, _BLOCK_ENTRIES):
         block = sizes[first : first + _BLOCK_ENTRIES].astype(np.int64)
@@ -215,10 +214,10 @@ def _check_boundaries(path: Path, boundaries: CountArray, sequences: int) -> Non
 
 
 def tokens_file_of(index: Path) -> Path:
-    """Return the path of the token file (``.bin``) that belongs to an index (``.idx``)."""
+    """Return the path of the token file (``.bin``) of an index (``.idx``)."""
     return index.with_suffix(".bin")
 
 
 def _lengths(text_starts: CountArray, text_stops: CountArray) -> CountArray:
-    """Return the number of tokens of each document, including the ``END_OF_TEXT`` before the document."""
+    """Return the number of tokens of each document, including one ``END_OF_TEXT``."""
     return text_stops - text_starts + 1

@@ -1,4 +1,4 @@
-"""Open token files of any format: recognize the format of the files, and group the files by split."""
+"""Open token files of any format: recognize their format, and group them by split."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -50,13 +50,12 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
 
     Args:
         path: the folder or the file. For a pair of files, the path without ``.bin`` and ``.idx``.
-        format: one of ``INPUT_FORMATS``. If ``auto``, the format is recognized (see ``recognize``).
-        split_of: maps file names to splits, for files that another program wrote. It is required if a file name does
-            not contain the name of the split.
+        format: one of ``INPUT_FORMATS``, or ``auto`` (see ``recognize``).
+        split_of: maps files of other programs to splits. Required if a file name does not contain its split.
 
     Raises:
-        DataError: ``path`` does not exist, the format cannot be recognized, a file is damaged, or the split of a file
-            is unknown.
+        DataError: ``path`` is missing, the format is not recognized, a file is damaged, or the split of a file is
+            unknown.
     """
     format = recognize(path) if format == AUTO else format
     if format == NATIVE:
@@ -82,11 +81,11 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
 def recognize(path: Path) -> str:
     """Return the format of a file or folder.
 
-    If a folder contains a manifest, the format is that of this project. Files of Megatron, llm.c and build-nanogpt are
-    recognized by their first bytes. Files of nanoGPT are recognized by their names ``train.bin`` and ``val.bin``.
+    A folder with a manifest has this project's format. Files of nanoGPT are recognized by their names ``train.bin`` and
+    ``val.bin``, and all others by their first bytes.
 
     Raises:
-        DataError: the format cannot be recognized, or a file cannot be read.
+        DataError: the format is not recognized, or a file cannot be read.
     """
     with one_line_read_errors(path):
         if path.is_dir() and (path / MANIFEST_NAME).exists():
@@ -137,14 +136,14 @@ def _open_files(path: Path, format: str, files: Sequence[Path], split_of: Mappin
 
 
 def _group_by_split(paths: Sequence[Path], split_of: Mapping[str, str]) -> dict[str, list[Path]]:
-    """Group the files by split, without changing their order. The training split comes first.
+    """Group the files by split, in their order. The training split comes first.
 
-    ``split_of`` gives the split for the name of a file with or without its suffix. If ``split_of`` does not contain the
-    name, the last of the words train, val, valid, validation and test in the name decides. A single file whose name
-    contains none of these words is for training.
+    1. ``split_of`` gives the split for the name of a file, with or without its suffix.
+    2. Otherwise, the last word in the name that names a split decides, such as ``train`` or ``valid``.
+    3. Otherwise, a single file is for training.
 
     Raises:
-        DataError: the split of a file is unknown, or ``split_of`` names a file that does not exist.
+        DataError: the split of a file is unknown, or ``split_of`` names a missing file.
     """
     for name, split in split_of.items():
         require_split_name(split, f"--split-of {name}={split}")

@@ -25,24 +25,21 @@ CHUNK_TOKENS = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertRequest:
-    """A request to convert tokens in a folder or file into a new folder.
+    """A request to convert tokens into a new folder.
 
     Attributes:
         source: a folder, a file, or the path of a pair of Megatron's files without ``.bin`` and ``.idx``.
         out: a new or empty folder.
         to: one of ``OUTPUT_FORMATS``.
         source_format: one of ``INPUT_FORMATS``, or ``auto``.
-        split_of: maps file names to splits, for files that another program wrote. It is required if a file name does
-            not contain the name of the split.
-        shard_tokens: the number of tokens per shard. None usually means 100 million. However, if the source is a folder
-            of shards with a manifest, and the new format is npy or arrow, None means that each shard becomes one new
-            shard.
-        name: the prefix of the new file names. It is used only if the new format is llm.c's. None means the name of
-            ``out``.
-        workers: the number of threads. None means one per core. The new files do not depend on this number.
+        split_of: maps files of other programs to splits. Required if a file name does not contain its split.
+        shard_tokens: the number of tokens per shard. None keeps the shards if the source has a manifest and ``to`` is
+            npy or arrow. Otherwise, None means 100 million.
+        name: for llm.c's format, the prefix of the new file names. None means the name of ``out``.
+        workers: the number of threads. None means one per core.
 
     Raises:
-        DataError: an option has an invalid value. The message says which values are valid.
+        DataError: an option has an invalid value.
     """
 
     source: Path
@@ -72,7 +69,7 @@ class ConvertRequest:
 
     @property
     def file_prefix(self) -> str:
-        """Return the prefix of the new file names. It is used only if the new format is llm.c's."""
+        """Return the prefix of the new file names, for llm.c's format."""
         return self.name or Path(os.path.abspath(self.out)).name
 
 
@@ -80,8 +77,7 @@ class ConvertRequest:
 class PlannedFile:
     """A file that a conversion will write. It will contain the tokens ``start`` to ``stop - 1`` of a split.
 
-    If a shard of the source contains exactly these tokens, ``record`` is the entry of that shard in the source's
-    manifest.
+    ``record`` describes the shard of the source that contains exactly these tokens, if there is one.
     """
 
     name: str
@@ -95,9 +91,7 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
     """Return the files that a conversion must write.
 
     Args:
-        collection: the tokens to convert.
-        knows_bytes: whether the number of bytes of text can be computed from the tokens. This is possible only if they
-            were created with GPT-2's tokenizer.
+        knows_bytes: whether the bytes of text can be computed from the tokens (only for GPT-2's tokenizer).
 
     Raises:
         DataError: the new format cannot store all information in the collection, or a split has no tokens.
@@ -118,19 +112,12 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
 
 
 def keeps_shards(request: ConvertRequest, collection: TokenCollection) -> bool:
-    """Return whether the conversion writes exactly one new shard for each shard of the source.
-
-    The result can be True only if the source is a folder of shards with a manifest.
-    """
+    """Return whether the conversion writes one new shard for each shard of the source."""
     return collection.manifest is not None and request.to in SHARD_FORMATS and request.shard_tokens is None
 
 
 def chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Divide a range of tokens into pieces that are small enough to read at once. Yield (start, length) for each piece.
-
-    Args:
-        start, stop: the range consists of the tokens ``start`` to ``stop - 1``.
-    """
+    """Divide the tokens ``start`` to ``stop - 1`` into ranges to read at once. Yield (start, length) for each range."""
     return ((at, min(CHUNK_TOKENS, stop - at)) for at in range(start, stop, CHUNK_TOKENS))
 
 
@@ -178,7 +165,7 @@ def _llmc_shards(collection: TokenCollection, name: str, shard_tokens: int) -> I
 
 
 def _document_ranges(stream: Tokens, shard_tokens: int, end_of_text: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of whole documents with at most ``shard_tokens``. A larger document gets a range of its own."""
+    """Yield ranges of whole documents with at most ``shard_tokens``. A larger document gets its own range."""
     start = 0
     while stream.tokens - start > shard_tokens:
         limit = start + shard_tokens
@@ -200,7 +187,7 @@ def _last_document_start(stream: Tokens, start: int, stop: int, end_of_text: int
 
 
 def _first_document_start(stream: Tokens, start: int, end_of_text: int) -> int:
-    """Return the position of the first document that begins at or after ``start``, or the end of the stream."""
+    """Return the position of the first document at or after ``start``, or the end of the stream."""
     for at, length in chunks(start, stream.tokens):
         found = np.flatnonzero(stream.read(at, length) == end_of_text)
         if found.size:
