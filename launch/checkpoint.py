@@ -10,14 +10,12 @@ from launch.cli import ArgumentParser, path_or_url, positive_int, run_command, s
 
 
 def main() -> None:
-    """Parse the arguments and run the sub-command."""
     arguments = build_parser().parse_args()
     start_logging()
     arguments.run(arguments)
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line."""
     parser = ArgumentParser(description=__doc__, example="python launch/checkpoint.py inspect runs/ddp")
     commands = parser.add_subparsers(required=True, metavar="inspect|verify|prune|convert|average")
     for add_command in (_add_inspect, _add_verify, _add_prune, _add_convert, _add_average):

@@ -28,10 +28,7 @@ _T = TypeVar("_T")
 
 
 class _StoreEveryValue(argparse.Action):
-    """Stores the value of an option, without dropping values if the option is given more than once.
-
-    An option that takes several values collects the values of all occurrences. Any other option can be given only once.
-    """
+    """Collects the values of a repeated option that takes several values. Other options can be given only once."""
 
     was_given = False  # whether the current command line has contained this option
 
@@ -52,10 +49,7 @@ class _StoreEveryValue(argparse.Action):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser whose ``--help`` shows an example, and whose error messages have one line.
-
-    The parsers of sub-commands also use this class.
-    """
+    """An argument parser whose ``--help`` shows an example, and whose error messages have one line."""
 
     def __init__(self, *, description: str, example: str, **options: Any) -> None:
         super().__init__(
@@ -68,7 +62,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.register("action", None, _StoreEveryValue)
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
-        """Parse a command line. Options that an earlier command line contained do not count as given.
+        """Parse a command line. Options of an earlier command line do not count as given.
 
         ``argparse`` calls this method from ``parse_args``, and for each sub-command.
         """
@@ -82,7 +76,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options ``--config``, ``--set`` and ``--deepspeed``. All commands that need a run config have them."""
+    """Add the options ``--config``, ``--set`` and ``--deepspeed`` of all commands that need a run config."""
     parser.add_argument(
         "--config",
         nargs="+",
@@ -105,7 +99,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of all commands that read a trained model: ``--checkpoint``, ``--weights`` and ``--device``."""
+    """Add ``--checkpoint``, ``--weights`` and ``--device``, the options of commands that read a trained model."""
     from pipeline.config.schema import Device
 
     parser.add_argument(
@@ -120,7 +114,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_weights_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option ``--weights``, which selects either the trained weights or their moving average."""
+    """Add ``--weights``, which selects either the trained weights or their moving average."""
     parser.add_argument(
         "--weights",
         default="training",
@@ -130,7 +124,7 @@ def add_weights_option(parser: argparse.ArgumentParser) -> None:
 
 
 def path_or_url(text: str) -> Path | str:
-    """Convert the value of an option. A URL is returned unchanged, and any other text as a path."""
+    """Return a URL unchanged, and any other text as a path."""
     return text if is_remote(text) else Path(text)
 
 
@@ -183,10 +177,7 @@ non_empty_text = _option_type(_valid_text, bool, "at least one character of vali
 
 
 class _PipeHandler(logging.StreamHandler[TextIO]):
-    """Writes log lines above the progress bars, until the reader of a pipe has ended.
-
-    Training then continues without log lines.
-    """
+    """Writes log lines above the progress bars. After the reader of a pipe has ended, drops them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Remove the progress bars from the terminal, write a log line, and draw the bars again."""
@@ -194,7 +185,7 @@ class _PipeHandler(logging.StreamHandler[TextIO]):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore the error that the reader of the pipe has ended, and print any other error."""
+        """Print an error, unless the reader of the pipe has ended."""
         if not isinstance(sys.exc_info()[1], BrokenPipeError):
             super().handleError(record)
 
@@ -213,24 +204,18 @@ def highlighted(text: str) -> str:
 
 
 def print_warning(text: str) -> None:
-    """Print a warning to standard error. On a terminal, the warning is highlighted."""
+    """Print a warning to standard error, highlighted on a terminal."""
     line = f"warning: {text}"
     print(highlighted(line) if shows_colours(sys.stderr) else line, file=sys.stderr)
 
 
 def shows_colours(stream: TextIO) -> bool:
-    """Return whether to print colours to a stream.
-
-    This is the case if the stream is a terminal that shows colours, and the user has not switched colours off.
-    """
+    """Return whether a stream is a terminal with colours, and the user has not switched colours off."""
     return stream.isatty() and wants_colours()
 
 
 def start_logging() -> None:
-    """Write log messages to standard output, as plain lines. Rank 0 logs all messages, the other ranks only errors.
-
-    If standard output is a terminal, warnings and errors are highlighted.
-    """
+    """Write log messages to standard output. Rank 0 logs all messages, the other ranks only errors."""
     rank = launched_rank()
     prefix = f"[rank {rank}] " if rank else ""
     handler = _PipeHandler(sys.stdout)
@@ -249,10 +234,9 @@ def is_installed_command() -> bool:
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Return a context manager for imports of slow packages. Without garbage collection, these take less time.
+    """Return a context manager for imports of slow packages, which disables garbage collection to save time.
 
-    An import creates many objects, and most of them exist until the process ends. The garbage collector would visit all
-    of them again and again. After the block, it does not visit them any more.
+    After the block, the collector ignores the imported objects, which mostly exist until the process ends.
     """
     gc.disable()
     try:
@@ -263,25 +247,22 @@ def quick_imports() -> Iterator[None]:
 
 
 def run_command(command: Callable[[], object]) -> NoReturn:
-    """Run a command and exit with status 0 if it succeeds, otherwise with the ``exit_status`` of its error.
-
-    The exit statuses have these meanings:
+    """Run a command. Exit with status 0 if it succeeds, otherwise with the ``exit_status`` of its error.
 
     - 1: an unexpected error;
     - 2: a mistake of the user, or a run that cannot continue;
     - 3: a rank is lost or stuck;
     - 128 + n: the signal n stopped the command.
 
-    The output may go to another program, such as ``head``. If that program has ended, the command exits without a
-    message and with the status of SIGPIPE.
+    If the output goes to a program that has ended, such as ``head``, the status is that of SIGPIPE, without a message.
     """
     status = 0
     lock_bars_among_threads()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # tests may replace the stream with an object of another type
             stream.reconfigure(errors="backslashreplace")
-    # Freeing DDP's reducer waits for gloo's threads, and one of these threads may wait for the GIL. Therefore, keep the
-    # objects that the command returns, or that an error's traceback refers to, until the process ends.
+    # Keep the command's result and the error's traceback until the process ends. They may refer to DDP's reducer.
+    # Freeing the reducer waits for gloo's threads, and one of these threads may wait for the GIL.
     kept: list[object] = []
     try:
         kept.append(command())
@@ -309,8 +290,8 @@ def _flush_stdout(status: int) -> int:
 def _exit(status: int) -> NoReturn:
     """End the process after all files are closed.
 
-    If there are several ranks, skip the shutdown of the interpreter. Otherwise, a gloo thread that frees a tensor could
-    request the GIL during the shutdown, which aborts the process (pytorch/pytorch#179291, #190489).
+    With several ranks, skip the shutdown of the interpreter. A gloo thread that requests the GIL during the shutdown
+    would abort the process (pytorch/pytorch#179291, #190489).
     """
     if launched_world_size() == 1:
         sys.exit(status)

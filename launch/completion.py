@@ -29,21 +29,19 @@ complete -o bashdefault -F _gpt2_pipeline gpt2-pipeline"""
 
 
 def main() -> None:
-    """Parse the arguments, and print the completion script of the given shell."""
     print(completion_script(build_parser().parse_args().shell))
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line."""
     parser = ArgumentParser(description=__doc__, example="python launch/completion.py bash > completion.bash")
     parser.add_argument("shell", choices=SHELLS, help="the shell that runs the script")
     return parser
 
 
 def completion_script(shell: str) -> str:
-    """Return a completion script in the language of the given shell.
+    """Return a completion script for the given shell.
 
-    The script contains all commands, options and keys. Therefore, the shell need not start Python to complete a word.
+    It contains all commands, options and keys, so that the shell need not start Python to complete a word.
     """
     root = build_root_parser()
     for action in _actions(root):
@@ -53,10 +51,7 @@ def completion_script(shell: str) -> str:
 
 
 def build_root_parser() -> ArgumentParser:
-    """Return a parser that has the parser of each command as a sub-command.
-
-    This function imports the modules of all commands.
-    """
+    """Return a parser that has the parser of each command as a sub-command. Imports the modules of all commands."""
     root = ArgumentParser(prog=DISTRIBUTION, description="", example="")
     root.add_argument("--version", action="version", help="show the version")
     commands = root.add_subparsers(metavar="COMMAND")

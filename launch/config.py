@@ -33,13 +33,11 @@ FIRST_KEYS = (
 
 
 def main() -> None:
-    """Parse the arguments and run the sub-command."""
     arguments = build_parser().parse_args()
     arguments.run(arguments)
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line."""
     parser = ArgumentParser(description=__doc__, example="python launch/config.py show --config zero1 quickstart")
     commands = parser.add_subparsers(required=True, metavar="init|show")
     for add_command in (_add_init, _add_show):
@@ -72,7 +70,7 @@ def _add_show(commands: Any) -> None:
 
 
 def write_first_config(path: Path) -> None:
-    """Write a config file with the keys of ``FIRST_KEYS`` and their default values, and print its path.
+    """Write a config file with the keys of ``FIRST_KEYS`` and their default values.
 
     Raises:
         UserError: the file exists already, or cannot be written.
@@ -93,10 +91,7 @@ def write_first_config(path: Path) -> None:
 
 
 def format_config(config: Config, origins: dict[str, str]) -> str:
-    """Return a text with one line per key: the key, its value as JSON, and where it was set.
-
-    If a key was not set, its line contains only the key and the default value.
-    """
+    """Return one line per key: the key, its value as JSON, and the file or option that set it."""
     values = [(key, json.dumps(value)) for key, value in dotted_keys(dump_config(config))]
     key_width = max(len(key) for key, _ in values)
     value_width = min(max(len(value) for _, value in values), 40)

@@ -15,7 +15,6 @@ except ImportError as broken:  # a missing package is one of the problems that t
 
 
 def main() -> None:
-    """Parse the arguments, run the checks, print the results, and exit."""
     arguments = build_parser().parse_args()
     findings = check_packages()
     if not has_problem(findings):
@@ -27,7 +26,6 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line."""
     parser = ArgumentParser(description=__doc__, example="python launch/doctor.py --folder runs")
     parser.add_argument(
         "--folder", type=Path, default=Path(), metavar="DIR", help="folder for runs (default: the current folder)"

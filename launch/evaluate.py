@@ -14,7 +14,6 @@ EVERY_TASK = ""  # the name that a limit without a task has
 
 
 def main() -> None:
-    """Score the checkpoint. Print the results and the paths of the files that contain them."""
     arguments = parse_arguments()
     with quick_imports():
         from pipeline.distributed.heartbeat import heartbeat
@@ -45,7 +44,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the options of the command line. The options ``data`` and ``limit`` are dicts whose keys are tasks."""
+    """Return the parsed options. ``data`` and ``limit`` are dicts whose keys are tasks."""
     parser = build_parser()
     arguments = parser.parse_args()
     arguments.data = _by_task(parser, "--data", arguments.data)
@@ -54,7 +53,6 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line."""
     parser = ArgumentParser(
         description=__doc__, example="python launch/evaluate.py --checkpoint runs/ddp --tasks validation"
     )

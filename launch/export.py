@@ -9,7 +9,6 @@ from pipeline.interop.export import FORMATS, GGUF, HUGGING_FACE, ExportFunction
 
 
 def main() -> None:
-    """Parse the arguments, and export or import a model."""
     parser = build_parser()
     arguments = parser.parse_args()
     start_logging()
@@ -32,7 +31,6 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line."""
     parser = ArgumentParser(
         description=__doc__, example="python launch/export.py --checkpoint runs/ddp --out exported/ddp"
     )

@@ -41,7 +41,6 @@ SAMPLING_OPTIONS = {
 
 
 def main() -> None:
-    """Load the model, and complete the prompts from the command line or from the terminal."""
     arguments = parse_arguments()
     with quick_imports():
         from pipeline.distributed.world import join_world
@@ -72,7 +71,6 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the options of the command line."""
     parser = build_parser()
     arguments = parser.parse_args()
     if arguments.interactive and arguments.prompt:
@@ -83,7 +81,6 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line."""
     parser = ArgumentParser(
         description=__doc__, example='python launch/generate.py --checkpoint runs/ddp --prompt "The meaning of life is"'
     )

@@ -14,7 +14,6 @@ from pipeline.config.schema import Precision
 
 
 def main() -> None:
-    """Convert the options of this command to options of ``lm_eval run``, and run lm-evaluation-harness."""
     arguments, others = build_parser().parse_known_args()
     start_logging()
     try:
@@ -32,7 +31,7 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of this command's own options. It does not know the options of lm-evaluation-harness."""
+    """Return the parser of this command's own options, without those of lm-evaluation-harness."""
     parser = ArgumentParser(
         description=f"{__doc__} Examples are --num_fewshot, --limit, --batch_size, --device, --include_path, "
         "--output_path and --log_samples. `lm_eval ls tasks` lists the tasks.",
@@ -57,10 +56,7 @@ def build_parser() -> ArgumentParser:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Return a context manager that converts two kinds of errors of the harness to a UserError.
-
-    The first kind are wrong options and unknown tasks. The second kind are data that cannot be downloaded.
-    """
+    """Return a context manager that converts the harness's errors about options, tasks and downloads to a UserError."""
     try:
         yield
     except (ValueError, ConnectionError) as error:

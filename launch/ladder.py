@@ -2,8 +2,7 @@
 
 A milestone is a step of the long run. A branch starts at a milestone, and its learning rate decays.
 
-Each training run is a separate process of launch/train.py. If the command is interrupted, repeat it: finished runs are
-skipped, and an interrupted run continues.
+If the command is interrupted, repeat it: finished runs are skipped, and an interrupted run continues.
 """
 
 import argparse
@@ -34,7 +33,6 @@ OWN_KEYS = {
 
 
 def main() -> None:
-    """Train the long run and all branches. Then write and print the table that compares the branches."""
     arguments = build_parser().parse_args()
     start_logging()
     milestones = sorted(set(arguments.milestones))
@@ -59,7 +57,6 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line."""
     parser = ArgumentParser(
         description=__doc__,
         example="python launch/ladder.py --config ds_configs/ddp.json ds_configs/quickstart.json --milestones 60 120 "
@@ -105,7 +102,6 @@ def _check_settings(arguments: argparse.Namespace, stable: Path, milestones: Seq
 
 
 def _plan_branch(arguments: argparse.Namespace, milestone: int) -> Branch:
-    """Return the branch from a milestone, with its run folder."""
     stop = milestone + (arguments.decay_steps or math.ceil(milestone / 4))
     config = _load(arguments, _decay(milestone, stop))
     return Branch(milestone, stop, choose_branch_folder(arguments.out, milestone, config))

@@ -31,7 +31,6 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def main() -> None:
-    """Parse the arguments, plan the run with every backend, and print the plans."""
     arguments = build_parser().parse_args()
     config = load_config(arguments.config, arguments.set, arguments.deepspeed)
     if arguments.schedule:
@@ -96,7 +95,7 @@ def main() -> None:
 
 
 def _launcher(world_size: int, per_node: int) -> list[str]:
-    """Return the command that starts ``world_size`` processes, except the script and its options."""
+    """Return the command that starts ``world_size`` processes, without the script and its options."""
     if world_size == 1:
         return ["python"]
     if world_size <= per_node:
@@ -134,7 +133,6 @@ def _train_options(
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line."""
     parser = ArgumentParser(
         description=__doc__,
         example="python launch/plan.py --config ds_configs/gpt2_774m.json --world-size 8 --device h100-80gb",
@@ -210,10 +208,10 @@ def _picture_path(text: str) -> Path:
 
 
 def divide_equally(config: Config, world_size: int) -> Config:
-    """Return a copy of the config whose micro-batch size divides the sequences that a rank processes per step.
+    """Return the config with a micro-batch size that divides the sequences of a rank per step.
 
-    The config is returned unchanged if its micro-batch size does so, or if there is no such size. Otherwise, the copy
-    has the largest size that does so and is not larger than the one in the config.
+    If the size in the config does not divide them, the result has the largest smaller size that does. If there is none,
+    the config is returned unchanged.
     """
     sequences, rest = divmod(config.batch.tokens_per_step, config.seq_len * world_size)
     size = config.batch.micro_batch_size
@@ -224,14 +222,10 @@ def divide_equally(config: Config, world_size: int) -> Config:
 
 
 def with_backend(config: Config, name: str) -> Config:
-    """Return a config with the backend that a shipped config file selects.
+    """Return the config with the backend of the shipped config ``name``, such as ``zero2_offload``.
 
-    If ``config`` already uses this backend, it is returned unchanged. Two DeepSpeed configs count as the same backend
-    only if they have the same ZeRO stage and the same offload. If ``config`` uses another backend, the result is a copy
-    with the name of the new backend and with DeepSpeed's settings from the config file.
-
-    Args:
-        name: the name of the config file in ``ds_configs``.
+    A config that already uses this backend is returned unchanged. For DeepSpeed, the ZeRO stage and the offload must
+    also be the same.
     """
     backend = load_config([shipped_configs()[name]]).backend
     if config.backend.name == "deepspeed" and backend.name == "deepspeed":

@@ -1,8 +1,8 @@
 """Tokenize Python's standard library, train a small GPT-2 on it, evaluate it and generate text, in a few minutes.
 
-The command first trains a few steps to measure how long a step takes on this machine. It then chooses the number of
-steps so that all stages together take about --minutes. If the command is interrupted, repeat it. Finished stages are
-then skipped, and an interrupted run continues.
+The command measures how long a step takes on this machine. It then chooses the number of steps so that all stages
+together take about --minutes. If the command is interrupted, repeat it. Finished stages are skipped, and an interrupted
+run continues.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pipeline.run_folder.metrics import read_metrics
 
 CONFIGS = ("ddp", "quickstart")
 
-#: The steps that are trained to measure the time of a step. The first ones are slower and do not count.
+#: The steps that measure the time of a step. The first ones are slower and do not count.
 PROBE_STEPS, PROBE_WARM_UP_STEPS = 8, 3
 
 FEWEST_STEPS = 20
@@ -35,7 +35,7 @@ FEWEST_STEPS = 20
 #: A run on a CPU computes in bf16 if this makes matrix products at least this much faster.
 WORTHWHILE_SPEEDUP = 1.5
 
-#: The stages after the training, and the start of the training itself: each starts Python and loads a model.
+#: How often Python starts and loads a model: for the training, and for each stage after it.
 STARTS_AFTER_PROBE = 5
 
 EVALUATIONS = 4
@@ -44,7 +44,6 @@ BOX_WIDTH = 80
 
 
 def main() -> None:
-    """Run all stages, then print a generated text, the loss, and commands to try next."""
     started = time.perf_counter()
     arguments = build_parser().parse_args()
     start_logging()
@@ -60,7 +59,6 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line."""
     parser = ArgumentParser(description=__doc__, example="python launch/quickstart.py --minutes 1")
     parser.add_argument(
         "--minutes",
@@ -81,10 +79,9 @@ def build_parser() -> ArgumentParser:
 
 
 def choose_settings(given: Sequence[str], config: Config, deadline: float) -> list[str]:
-    """Choose the precision and the number of steps, unless the user has set them. Return all values for ``--set``.
+    """Choose the precision and the number of steps unless the user has set them. Return all values for ``--set``.
 
-    If the run folder already contains a run, its precision and its number of steps are chosen, so that the run can
-    continue.
+    If the run folder already contains a run, its precision and number of steps are kept.
 
     Args:
         given: the user's values of ``--set``. The result begins with them.
@@ -113,13 +110,13 @@ def choose_settings(given: Sequence[str], config: Config, deadline: float) -> li
 
 
 def _with_defaults(given: Sequence[str], defaults: Mapping[str, object]) -> list[str]:
-    """Return the values of ``--set`` and the defaults of the keys that are not among them."""
+    """Return the values of ``--set``, and the defaults of the keys that they do not set."""
     keys = {value.partition("=")[0] for value in given}
     return [*given, *(f"{key}={value}" for key, value in defaults.items() if key not in keys)]
 
 
 def choose_precision(device: str) -> str:
-    """Return the precision in which this machine trains fastest. Only precisions without loss scaling are compared."""
+    """Return the precision in which this machine trains fastest, among those without loss scaling."""
     import torch
 
     from pipeline.distributed.device import measure_matmul_ceiling
@@ -140,8 +137,7 @@ def measure_step(settings: Sequence[str]) -> tuple[float, float]:
         settings: the values for ``--set``.
 
     Returns:
-        Two numbers: the seconds per step, and the seconds that the train command needs for everything else, such as
-        its start.
+        The seconds per step, and the seconds of the train command for everything else.
     """
     with tempfile.TemporaryDirectory() as folder:
         short = {"run.out_dir": folder, "schedule.max_steps": PROBE_STEPS, "evaluation.sample": "false"}
@@ -159,11 +155,11 @@ def measure_step(settings: Sequence[str]) -> tuple[float, float]:
 
 
 def fit_steps(config: Config, step_s: float, left_s: float) -> int:
-    """Return how many steps fit into the remaining time, but at most the steps of one pass over the data.
+    """Return how many steps fit into the remaining time, but at most one pass over the data.
 
     Args:
         step_s: the seconds per step.
-        left_s: the remaining time for training, in seconds.
+        left_s: the seconds that remain for training.
     """
     assert config.data.path is not None
     one_pass = load_manifest(config.data.path).tokens_of("train") // config.batch.tokens_per_step
@@ -171,7 +167,7 @@ def fit_steps(config: Config, step_s: float, left_s: float) -> int:
 
 
 def parsed_options(settings: Sequence[str]) -> argparse.Namespace:
-    """Return the parsed options of the command ``run`` for training the quickstart's model in one process.
+    """Return parsed options of the command ``run`` that train the quickstart's model in one process.
 
     Args:
         settings: the values for ``--set``.
@@ -180,10 +176,7 @@ def parsed_options(settings: Sequence[str]) -> argparse.Namespace:
 
 
 def write_report(config: Config) -> str:
-    """Write the HTML report of the run, and return its path.
-
-    If matplotlib is not installed, no report is written. The result is then a text that says how to get the report.
-    """
+    """Write the HTML report of the run and return its path. Without matplotlib, return how to get the report."""
     if importlib.util.find_spec("matplotlib") is None:
         return "install matplotlib, then: " + command("report", config.run.out_dir)
     run_stage("report", [sys.executable], "report.py", [config.run.out_dir])
@@ -191,12 +184,12 @@ def write_report(config: Config) -> str:
 
 
 def summarize(config: Config, text: str, seconds: float, report: str) -> str:
-    """Return the last lines that the command prints: the generated text in a box, the loss, and commands to try next.
+    """Return the last lines that the command prints: the generated text, the loss, and commands to try next.
 
     Args:
         text: the generated text.
         seconds: the time that all stages took.
-        report: the path of the report, or how to get it (see ``write_report``).
+        report: the path of the report, or how to get it.
     """
     run_folder = config.run.out_dir
     losses = [row["val_loss"] for row in read_metrics(Path(run_folder)) if row.get("val_loss") is not None]
@@ -247,14 +240,10 @@ def _prints_lines() -> bool:
 
 
 def command(name: str, *arguments: str) -> str:
-    """Return a command line that the user can type.
-
-    If the user has started this program as a script in ``launch/``, the command line also uses a script. Otherwise, it
-    uses ``gpt2-pipeline``.
+    """Return a command line that the user can type: with ``gpt2-pipeline``, or with a script in a checkout.
 
     Args:
         name: the name of the command, such as ``train``.
-        arguments: its arguments.
     """
     script = {"tokenize": "tokenize_corpus"}.get(name, name)
     program = ["gpt2-pipeline", name] if is_installed_command() else ["python", f"launch/{script}.py"]

@@ -8,7 +8,6 @@ from pipeline.run_folder.layout import REPORT_FOLDER
 
 
 def main() -> None:
-    """Parse the arguments, write the report, and print the paths of the written files."""
     arguments = build_parser().parse_args()
     start_logging()
     page, *pictures = write_report(arguments.runs, arguments.out or arguments.runs[0] / REPORT_FOLDER)
@@ -16,7 +15,6 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line."""
     parser = ArgumentParser(description=__doc__, example="python launch/report.py runs/ddp runs/zero1 --out report")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, finished or in progress")
     parser.add_argument(

@@ -1,7 +1,4 @@
-"""Run all stages of one config: tokenize, train, evaluate, generate a completion. Finished stages are skipped.
-
-Each stage is a command that runs in a separate process.
-"""
+"""Run all stages of one config: tokenize, train, evaluate, generate a completion. Finished stages are skipped."""
 
 import argparse
 import signal
@@ -19,7 +16,6 @@ from pipeline.evaluation.results import find_results, format_table
 
 
 def main() -> None:
-    """Parse the arguments, load the config, and run the stages."""
     arguments = build_parser().parse_args()
     config = load_config(arguments.config, arguments.set, arguments.deepspeed)
     tokenize(config)
@@ -29,7 +25,6 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line."""
     parser = ArgumentParser(
         description=__doc__, example="python launch/run.py --config ds_configs/ddp.json ds_configs/quickstart.json"
     )
@@ -50,7 +45,7 @@ def add_processes_option(parser: argparse.ArgumentParser) -> None:
 
 
 def tokenize(config: Config) -> None:
-    """Tokenize the corpus into ``data.path``. If the corpus is already complete, nothing is done."""
+    """Tokenize the corpus into ``data.path``, unless it is already complete."""
     if config.data.path is None:
         print("\n== tokenize: nothing to do, data.mixture names finished datasets", flush=True)
         return
@@ -81,7 +76,7 @@ def train(
 
 
 def evaluate(config: Config) -> None:
-    """Run the tasks in ``evaluation.tasks`` on the last checkpoint. If the results already exist, nothing is done."""
+    """Run the tasks in ``evaluation.tasks`` on the last checkpoint, unless the results exist."""
     run_folder = Path(config.run.out_dir)
     results = find_results(run_folder, config.evaluation.tasks, step_of(list_checkpoints(run_folder)[-1]))
     if results is not None:
@@ -104,15 +99,13 @@ def _options(settings: dict[str, object]) -> list[str]:
 
 
 def run_stage(stage: str, launcher: list[str], script: str, options: list[str], *, returns_output: bool = False) -> str:
-    """Run the command of a stage. If the command fails, exit with its status. The command itself prints the reason.
+    """Run the command of a stage. If the command fails, exit with its status.
 
     Args:
         stage: the heading to print.
         launcher: the beginning of the command line, before the script.
-        script: the script of the command.
-        options: the options of the command.
-        returns_output: if True, the command's standard output is returned and not printed. If False, it is printed, and
-            the result is "".
+        returns_output: if True, the command's standard output is returned instead of printed. Otherwise, the result is
+            "".
     """
     print(f"\n== {stage}", flush=True)
     command = [*launcher, str(Path(__file__).resolve().parent / script), *options]

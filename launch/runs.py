@@ -8,7 +8,6 @@ from pipeline.report.overview import format_table, summarize_runs
 
 
 def main() -> None:
-    """Parse the arguments and print the table."""
     arguments = build_parser().parse_args()
     start_logging()
     runs = summarize_runs(arguments.folder)
@@ -16,7 +15,6 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line."""
     parser = ArgumentParser(description=__doc__, example="python launch/runs.py runs")
     parser.add_argument(
         "folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER", help="default: %(default)s"

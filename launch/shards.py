@@ -22,13 +22,11 @@ _LINE_EVERY_S = 10.0
 
 
 def main() -> None:
-    """Parse the arguments and run the sub-command."""
     arguments = build_parser().parse_args()
     arguments.run(arguments)
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line."""
     parser = ArgumentParser(description=__doc__, example="python launch/shards.py inspect data/corpus")
     commands = parser.add_subparsers(required=True, metavar="inspect|verify|head|convert")
     for add_command in (_add_inspect, _add_verify, _add_head, _add_convert):
@@ -202,7 +200,7 @@ def _print_splits(files: tuple[ShardRecord, ...]) -> None:
 
 
 class ProgressLines:
-    """Prints the progress of a long command to standard error. It prints one line every ten seconds."""
+    """Prints the progress of a long command to standard error, one line every ten seconds."""
 
     def __init__(self, done: str) -> None:
         """Create a counter whose lines begin with ``done``. Time runs from the first call of ``advance``."""
@@ -212,7 +210,7 @@ class ProgressLines:
         self._next_line_s = 0.0
 
     def advance(self, done_bytes: int) -> None:
-        """Add ``done_bytes`` to the finished bytes. Print a line if ten seconds have passed since the last line."""
+        """Add ``done_bytes`` to the finished bytes."""
         if self._started_s is None:
             self._started_s = time.monotonic()
             self._next_line_s = self._started_s + _LINE_EVERY_S

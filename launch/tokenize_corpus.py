@@ -14,7 +14,6 @@ _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
 
 def main() -> None:
-    """Parse the command line, tokenize the corpus, and print a summary of the shards."""
     start_logging()
     options = vars(build_parser().parse_args())
     task, tasks = options.pop("task"), options.pop("tasks")
@@ -43,7 +42,6 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line. Its default values are those of ``TokenizeRequest``."""
     defaults = {field.name: field.default for field in fields(TokenizeRequest)}
     parser = ArgumentParser(
         description="Tokenize documents with GPT-2's vocabulary into shards for training.",
@@ -107,17 +105,14 @@ def build_parser() -> ArgumentParser:
 
 
 def share_of(share: int | None, shares: int | None, request: TokenizeRequest) -> tuple[int, int] | None:
-    """Check the options ``--task`` and ``--tasks``, and return their values.
-
-    With these options, each process encodes only one share of the chunks. If neither option is given, return None. This
-    process then encodes all chunks.
+    """Return the values of ``--task`` and ``--tasks``, or None if this process encodes all chunks.
 
     Args:
-        share: the value of ``--task``: which share this process encodes.
+        share: the value of ``--task``: which share of the chunks this process encodes.
         shares: the value of ``--tasks``: the number of shares.
 
     Raises:
-        DataError: only one of the two options is given, ``--task`` is out of range, or the engine is ``ray``.
+        DataError: only one of the options is given, ``--task`` is out of range, or the engine is ``ray``.
     """
     if share is None and shares is None:
         return None
@@ -131,10 +126,7 @@ def share_of(share: int | None, shares: int | None, request: TokenizeRequest) ->
 
 
 def unescape(text: str) -> str:
-    r"""Replace each escape sequence \n, \t, \r and \\ by its character.
-
-    The user types the escape sequences, because the characters are hard to type in a shell.
-    """
+    r"""Replace each escape sequence \n, \t, \r and \\ by its character."""
     return re.sub(r"\\[nrt\\]", lambda match: _ESCAPES[match.group()], text)
 
 

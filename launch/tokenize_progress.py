@@ -21,10 +21,7 @@ _WINDOW_TOKENS = 1024  # GPT-2's context
 
 
 class ProgressDisplay(Observer):
-    """Shows the estimate and the progress of tokenizing on standard error.
-
-    On a terminal, it shows a progress bar. Otherwise, it prints a line every 30 seconds.
-    """
+    """Shows the progress on standard error: a progress bar on a terminal, otherwise a line every 30 seconds."""
 
     def __init__(self) -> None:
         self._started_s = time.monotonic()
@@ -46,8 +43,7 @@ class ProgressDisplay(Observer):
     def progressed(self, progress: Contents) -> None:
         """Show the progress.
 
-        The first call comes before any work. At that time, ``progress`` contains only chunks that an earlier,
-        interrupted command has finished.
+        At the first call, ``progress`` contains only chunks that an earlier, interrupted command has finished.
         """
         self._now = progress
         if self._at_start is None:
@@ -60,7 +56,7 @@ class ProgressDisplay(Observer):
             print(self._line(), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """End the progress bar. It stays visible on the terminal."""
+        """End the progress bar, which stays visible."""
         self._bar.close()
 
     def encoded_megabytes(self) -> float:
@@ -68,7 +64,6 @@ class ProgressDisplay(Observer):
         return (self._now.utf8_bytes - (self._at_start or Contents()).utf8_bytes) / 1e6
 
     def elapsed_s(self) -> float:
-        """Return the number of seconds since this object was created."""
         return time.monotonic() - self._started_s
 
     def speed(self) -> str:

@@ -13,10 +13,7 @@ from pipeline.errors import ConfigError
 
 
 def main() -> object:
-    """Parse the arguments, load the config, and train.
-
-    Returns the trainer, so that ``run_command`` keeps it alive until the process ends.
-    """
+    """Train, and return the trainer, so that ``run_command`` keeps it alive until the process ends."""
     arguments = build_parser().parse_args()
     overrides = [*arguments.set, *_start_overrides(arguments)]
     if arguments.profile is not None:
@@ -32,7 +29,6 @@ def main() -> object:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the command line."""
     parser = ArgumentParser(
         description=__doc__,
         example="torchrun --nproc_per_node=2 launch/train.py --config ds_configs/fsdp.json --set run.out_dir=runs/a",

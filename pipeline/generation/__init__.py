@@ -1,1 +1,1 @@
-"""Generate text with a trained model. The text is shown while it is generated."""
+"""Generate text with a trained model, and show it while it is generated."""

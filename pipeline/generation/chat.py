@@ -1,7 +1,4 @@
-"""Answer messages with a model that was trained on instructions or chats.
-
-The messages are formatted in the same way as in the training data.
-"""
+"""Answer messages with a model that was trained on instructions or chats."""
 
 import logging
 from collections.abc import Generator
@@ -24,21 +21,18 @@ log = logging.getLogger(__name__)
 
 
 class Chat:
-    """A conversation with a model.
+    """A conversation with a model, in the format of the training data.
 
-    In the training data, each message begins with a heading line such as ``### User:`` or ``### Response:``. An answer
-    ends at ``<|endoftext|>``, or where the model generates a heading line. This heading line is not returned.
+    There, each message begins with a heading line such as ``### User:``. An answer ends at ``<|endoftext|>`` or before
+    the next heading line.
 
-    With the template "messages", each message in the training data is followed by an empty line. If the model generates
-    this empty line, the answer also ends. An empty line between two paragraphs does not end the answer. The two kinds
-    of empty line have different tokens. After a message, the two line feeds are one token. Between two paragraphs, the
-    two line feeds are two tokens.
+    With the template "messages", an answer also ends at the empty line after a message. Its two line feeds are one
+    token. An empty line between two paragraphs is two tokens, and does not end the answer.
 
     Args:
-        template: the kind of data that the model was trained on. With "instruction", the model sees only the user's
-            last message, because each training document contains only one question.
-        system: the text of a message with the role "system" at the beginning of the conversation. It is allowed only
-            with "messages".
+        template: the kind of data that the model was trained on. With "instruction", the model sees only the last
+            message, because each training document has only one question.
+        system: the text of a first message with the role "system", only for "messages".
     """
 
     def __init__(self, writer: Writer, sample: SampleConfig, template: Template, system: str | None = None) -> None:
@@ -53,7 +47,7 @@ class Chat:
         self._history: list[list[int]] = []  # the tokens of each finished exchange, oldest first
 
     def answer(self, message: str, seed: int) -> Generator[str]:
-        """Yield the model's answer to a message in pieces of text. Each piece is yielded as soon as it is generated."""
+        """Yield the model's answer to a message in pieces of text, each as soon as it is generated."""
         question = self._encode_question(message)
         prompt = [END_OF_TEXT, *self._recall(question), *question]
         answer = ""
@@ -66,7 +60,7 @@ class Chat:
                 self._history.append(question + self._encode(answer.strip() + END_OF_TURN))
 
     def _recall(self, question: list[int]) -> list[int]:
-        """Return the tokens before a question. If the context is too short, remove the oldest exchanges first."""
+        """Return the tokens before a question. If the context is too short, remove the oldest exchanges."""
         context = self.writer.model.config.context_length
         room = context - min(self.sample.max_new_tokens, context // 2) - 1 - len(self._system) - len(question)
         forgotten = 0

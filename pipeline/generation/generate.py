@@ -18,15 +18,13 @@ PADDING = 0  # any id: no token attends to it
 def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> int:
     """Draw the next token at random from its logits, and return the token's id.
 
-    First, all tokens except the ``top_k`` most likely tokens are removed. Then, the most likely of the remaining tokens
-    are kept, until their total probability is at least ``top_p`` (nucleus sampling, Holtzman et al. 2020). All others
-    are removed.
+    ``top_k`` keeps the most likely tokens. Of these tokens, ``top_p`` keeps the most likely ones until their total
+    probability reaches ``top_p`` (nucleus sampling, Holtzman et al. 2020). With temperature 0, the most likely token is
+    returned.
 
     Args:
         logits: fp32 of shape (V,), on the CPU.
-        sample: the options for sampling.
-        generator: a random generator on the CPU. If the temperature is 0, the most likely token is returned, and the
-            generator is not used.
+        generator: a random generator on the CPU.
     """
     if sample.temperature == 0:
         return int(logits.argmax())
@@ -54,21 +52,19 @@ def generate_batch(
 ) -> Iterator[dict[int, int]]:
     """Continue several prompts at the same time. Yield at most ``sample.max_new_tokens`` times.
 
-    Each prompt is one row of the batch. Each row has its own random generator. Therefore, the tokens of a row do not
-    depend on the other rows, except for rounding.
+    Each prompt is a row of the batch with its own random generator. The tokens of a row do not depend on other rows,
+    except for rounding.
 
     Args:
         model: the model, in evaluation mode.
-        prompts: the token ids of each prompt, at least one id per prompt. If a prompt with its new tokens is longer
-            than the context, the model sees only the last tokens (see ``window_start``).
+        prompts: the token ids of each prompt, at least one id per prompt. If a text is longer than the context, the
+            model sees only its last tokens.
         sample: the options for sampling. ``prompt`` and ``stop`` are not used.
         ends: token ids that end a row. They are not yielded.
-        stopped: a set with the indices of rows for which no further tokens are generated. The caller may add an index
-            to this set between two yields.
+        stopped: rows that get no further tokens. The caller may add rows between two yields.
 
     Yields:
-        A dict with one entry for each row that has not ended. The key is the index of the row. The value is the id of
-        the row's new token.
+        Row -> new token id, for each row that has not ended.
     """
     assert prompts and all(prompts), "a prompt is empty"
     generators = [torch.Generator().manual_seed(derive_seed(seed, "generate", str(row))) for row in range(len(prompts))]
@@ -93,7 +89,7 @@ class Decoder:
 
     Args:
         rows: the number of texts.
-        longest: the largest number of tokens that a text will have, including generated tokens.
+        longest: the largest number of tokens in a text, including generated tokens.
     """
 
     def __init__(self, model: GPT2, rows: int, longest: int) -> None:
@@ -108,8 +104,8 @@ class Decoder:
         """Return the logits for the next token of each text, fp32 of shape (B, V), on the CPU.
 
         Args:
-            texts: the token ids of each whole text, including its prompt. From the second call on, each text must be
-                the text of the previous call with one more token at its end.
+            texts: the token ids of each whole text. From the second call on, each text must have one more token than
+                before.
         """
         starts = [window_start(len(text), self.model.config.context_length) for text in texts]
         if starts == self._starts:
@@ -126,11 +122,7 @@ class Decoder:
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
-        """Keep only some of the texts, and forget the others.
-
-        Args:
-            rows: the indices of the texts to keep, in their new order.
-        """
+        """Keep only the texts with the indices ``rows``, in this order."""
         self.cache.keep(rows)
         self._starts = [self._starts[row] for row in rows]
 
@@ -138,8 +130,8 @@ class Decoder:
 def window_start(length: int, context_length: int) -> int:
     """Return the index of the first token that the model sees when it predicts the next token of a text.
 
-    If the text fits into the context, the index is 0. For a longer text, the index is a multiple of half the context
-    length. It therefore changes rarely. This saves time, because each change requires a new key-value cache.
+    A text longer than the context begins at a multiple of half the context length. The index therefore changes rarely,
+    which saves time because each change requires a new key-value cache.
 
     Args:
         length: the number of tokens in the text.

@@ -31,16 +31,13 @@ def load_writer(
     """Load the model of a checkpoint into a ``Writer``.
 
     Args:
-        checkpoint: a checkpoint folder or a run folder, or its URL. For a run folder, the newest good checkpoint is
-            used.
-        dtype: the dtype of weights and matrix products, a key of ``DTYPES``.
-        weights: ``training`` for the weights that are trained, or ``ema`` for their moving average.
-        prompts: the number of prompts that are usually completed at the same time. Generation is fastest with this
-            number.
+        checkpoint: a checkpoint folder, or a run folder, whose newest good checkpoint is used. Also a URL.
+        dtype: the dtype of weights and matrix products, ``fp32`` or ``bf16``.
+        weights: ``training`` for the trained weights, or ``ema`` for their moving average.
+        prompts: the usual number of prompts per call, for which generation is fastest.
 
     Raises:
-        CheckpointError: there is no good checkpoint, it does not have these weights, or the vocabulary of the model is
-            not GPT-2's.
+        CheckpointError: there is no good checkpoint, it lacks these weights, or its vocabulary is not GPT-2's.
     """
     loaded = load_text_model(checkpoint, device, weights)
     model = loaded.model.to(DTYPES[dtype])
@@ -52,11 +49,10 @@ def load_writer(
 class Writer:
     """Completes prompts with a model and GPT-2's tokenizer.
 
-    The methods get the prompts and the options for sampling as arguments. They ignore the option ``prompt``.
+    The methods ignore ``prompt`` in their argument ``sample``.
 
     Args:
-        sample: the section ``sample`` in the config of the run that trained the model. The methods do not use it.
-            Callers can take default values from it.
+        sample: default options for callers, from the config of the run. The methods do not use them.
     """
 
     def __init__(self, model: GPT2, sample: SampleConfig) -> None:
@@ -65,35 +61,28 @@ class Writer:
         self.tokenizer = load_tokenizer()
 
     def stream(self, prompt: str, sample: SampleConfig, seed: int) -> Iterator[str]:
-        """Yield the completion of a prompt in pieces of text. Each piece is yielded as soon as it is generated."""
+        """Yield the completion of a prompt in pieces of text, each as soon as it is generated."""
         return self.stream_tokens(self.tokenizer.encode(prompt).tolist(), sample, seed)
 
     def stream_tokens(
         self, prompt: list[int], sample: SampleConfig, seed: int, ends: AbstractSet[int] = ENDS
     ) -> Iterator[str]:
-        """Yield the completion of a prompt in pieces of text. The prompt is given as token ids.
+        """Yield the completion of a prompt, which is given as token ids, in pieces of text.
 
         Args:
-            prompt: the token ids of the prompt.
             ends: token ids that end the completion. Their text is not yielded.
         """
         for _, piece in self._generate([prompt], sample, seed, ends):
             yield piece
 
     def complete(self, prompts: Sequence[str], sample: SampleConfig, seed: int) -> list[str]:
-        """Return the completions of several prompts, in the order of the prompts.
-
-        All prompts are completed in one batch.
-        """
+        """Return the completions of several prompts, in the same order. All prompts are in one batch."""
         return self.complete_tokens([self.tokenizer.encode(prompt).tolist() for prompt in prompts], sample, seed)
 
     def complete_tokens(self, prompts: list[list[int]], sample: SampleConfig, seed: int) -> list[str]:
-        """Return the completions of several prompts, in the order of the prompts.
+        """Return the completions of several prompts, which are given as token ids, in the same order.
 
-        All prompts are completed in one batch.
-
-        Args:
-            prompts: the token ids of each prompt.
+        All prompts are in one batch.
         """
         completions = [""] * len(prompts)
         for row, piece in self._generate(prompts, sample, seed, ENDS):
@@ -126,8 +115,8 @@ class TextStream:
     """Converts generated tokens to text, one token at a time.
 
     Args:
-        token_bytes: the bytes of each token. The index is the token id.
-        stops: texts that end the stream. The stream ends before the first of them. No text may be empty.
+        token_bytes: the bytes of each token, by token id.
+        stops: texts before which the stream ends. No text may be empty.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str] = ()) -> None:
@@ -139,15 +128,14 @@ class TextStream:
         self._held = ""  # may be the beginning of a stop text
 
     def feed(self, token: int) -> str:
-        """Add a token, and return the text that can be shown now. It can be empty.
+        """Add a token, and return the text that can be shown now, which may be empty.
 
-        An incomplete character is not returned before the rest of its bytes is added. A possible beginning of a stop
-        text is not returned before the next tokens show that the stop text does not follow.
+        Incomplete characters and possible beginnings of a stop text are held until later tokens decide.
         """
         return self._release(self._decoder.decode(self._token_bytes[token]))
 
     def finish(self) -> str:
-        """Return the end of the text, which ``feed`` has not returned yet. An incomplete character becomes U+FFFD."""
+        """Return the rest of the text. An incomplete character becomes U+FFFD."""
         return self._release(self._decoder.decode(b"", final=True), is_last=True)
 
     def _release(self, new: str, *, is_last: bool = False) -> str:
@@ -174,13 +162,13 @@ def prompt_loop(
 ) -> None:
     """Ask for prompts and show their completions, until ``ask`` raises EOFError.
 
-    Ctrl-C ends the current completion. If no completion is in progress, Ctrl-C ends the loop.
+    Ctrl-C ends the current completion. Between completions, Ctrl-C ends the loop.
 
     Args:
-        complete: a function that takes a prompt and a seed, and yields pieces of text to show.
+        complete: takes a prompt and a seed, and yields pieces of text to show.
         seed: the seed for the first prompt. The seed increases by 1 per prompt.
-        ask: a function that returns the next prompt.
-        show: a function that shows a piece of text.
+        ask: returns the next prompt.
+        show: shows a piece of text.
     """
     while True:
         try:
@@ -202,11 +190,8 @@ def prompt_loop(
 def complete_while_training(backend: Backend, config: Config, world: World) -> str:
     """Return the prompt in the config section ``sample``, followed by its completion.
 
-    The completion ends before ``<|endoftext|>`` or before the first occurrence of a text in ``sample.stop``.
-
-    This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``. While a
-    backend wraps the model, there is no key-value cache. Therefore, each new token needs a forward pass over the whole
-    text. All ranks run ``max_new_tokens`` forward passes, even if the completion ends earlier.
+    This call is collective: every rank must make it, within ``backend.evaluation_mode()``. It is slow, because there is
+    no key-value cache while a backend wraps the model. All ranks run ``max_new_tokens`` forward passes.
     """
     sample, tokenizer = config.sample, load_tokenizer()
     generator = torch.Generator().manual_seed(derive_seed(config.run.seed, "sample"))

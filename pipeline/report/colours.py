@@ -7,8 +7,7 @@ from dataclasses import dataclass
 class Colour:
     """A color with a light and a dark variant.
 
-    Charts are drawn with the light variants. In the SVG, each light variant is then replaced by the CSS variable of its
-    color, which has both variants. For this reason, two colors must not have the same light variant.
+    No two colors may have the same light variant, because the SVG's light variants are replaced by CSS variables.
     """
 
     name: str
@@ -17,7 +16,7 @@ class Colour:
 
     @property
     def css(self) -> str:
-        """Return the CSS variable that has this color's light or dark variant."""
+        """Return the CSS variable with this color's variant for the page's color scheme."""
         return f"var(--{self.name})"
 
 
@@ -26,7 +25,7 @@ MUTED = Colour("muted", "#6e7781", "#8b949e")
 PAPER = Colour("paper", "#fefefe", "#0f1419")
 RULE = Colour("rule", "#d0d7de", "#30363d")
 
-#: The colors of the runs, in turn. People with red-green blindness can distinguish these colors.
+#: The colors of the runs, which people with red-green blindness can distinguish.
 RUNS = (
     Colour("run-1", "#0b62c4", "#58a6ff"),
     Colour("run-2", "#d1570a", "#ff9d4d"),

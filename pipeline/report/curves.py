@@ -1,4 +1,4 @@
-"""Define the charts of a report and compute their curves. This module does not draw."""
+"""Define the charts of a report and compute their curves, without drawing them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ MOST_POINTS = 2000  # points per curve, more than a screen can show
 
 @dataclass(frozen=True)
 class Axis:
-    """The horizontal axis of a chart: a key of the metrics, a label, and the number by which the values are divided."""
+    """The horizontal axis of a chart. ``key`` is a key of the metrics."""
 
     key: str
     label: str
@@ -26,8 +26,6 @@ LONGEST_IN_MINUTES_S = 2 * 3600.0
 
 @dataclass(frozen=True)
 class Curve:
-    """The points of one curve."""
-
     run: int  # index of the run in the report
     label: str
     x: list[float]
@@ -50,7 +48,7 @@ class Chart:
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
-    """Return all charts of a report. A chart is left out if no run has values for it."""
+    """Return all charts of a report. A chart without values is left out."""
     longest_s = max((value for run in runs for value in run.values(HOURS.key)), default=0.0)
     charts = [
         loss_chart(runs, "loss_by_steps", STEPS),
@@ -69,7 +67,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 def loss_chart(runs: Sequence[Run], name: str, axis: Axis) -> Chart:
     """Return a chart of the training and validation losses of all runs.
 
-    If a run has a moving average of its weights (EMA), the chart also shows the validation losses of the average.
+    If a run has a moving average of its weights (EMA), its validation losses are shown too.
     """
     curves = []
     for i, run in enumerate(runs):
@@ -112,10 +110,9 @@ def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, **lo
 
 
 def thin_out(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most ``MOST_POINTS`` of the points of a curve, so that the curve looks nearly the same.
+    """Return at most ``MOST_POINTS`` points of a curve, so that the curve looks nearly the same.
 
-    If there are more points, the function divides them into ranges. It keeps the lowest and the highest point of each
-    range.
+    The points are divided into ranges. The lowest and the highest point of each range are kept.
     """
     if len(points) <= MOST_POINTS:
         return points

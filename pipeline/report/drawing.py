@@ -29,7 +29,7 @@ TICK_MULTIPLES = (
 )
 FEWEST_TICKS, MOST_TICKS = 3, 9
 LONGEST_LABEL = 34  # characters of an entry in the legend
-# The curves of equal runs cover each other. The gaps of dashed curves show the curves below.
+# The curves of equal runs cover each other. Gaps in dashed curves show the curves below.
 DASHES = ((0, ()), (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 STYLE: dict[Any, Any] = {
@@ -62,7 +62,7 @@ class Picture:
 
 
 def draw(chart: Chart) -> Picture:
-    """Draw a chart in the light variants of its colors. In the SVG, CSS variables then replace these light colors."""
+    """Draw a chart in light colors. In the SVG, CSS variables replace these light colors."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": chart.name}):
         figure = Figure(SIZE_INCHES, layout="constrained")
         FigureCanvasAgg(figure)
@@ -115,9 +115,9 @@ def _shape_axes(axes: Axes, chart: Chart) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return ticks for a logarithmic axis from ``low`` to ``high``, spread over the axis.
+    """Return at most ``MOST_TICKS`` ticks for a logarithmic axis from ``low`` to ``high``.
 
-    There are at most ``MOST_TICKS`` ticks. On a short axis, there can be fewer than ``FEWEST_TICKS``.
+    On a short axis, there can be fewer than ``FEWEST_TICKS``.
     """
     exponents = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
     ticks: list[float] = []

@@ -1,7 +1,7 @@
 """Compare the branches of a long run, in a table and a chart.
 
-A branch is a run that continues the long run from one of its steps, and lets the learning rate decay. The comparison
-shows the validation loss before and after the decay.
+A branch continues the long run from one of its steps, and lets the learning rate decay. The comparison shows the
+validation loss before and after the decay.
 """
 
 import json
@@ -31,10 +31,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Rung:
-    """The result of one branch: a run that continues the long run from one of its steps, with another schedule.
-
-    A loss is None if it was not measured.
-    """
+    """The result of one branch, which continues a long run from a step. A loss is None if it was not measured."""
 
     milestone: int
     steps: int
@@ -45,15 +42,14 @@ class Rung:
 
 
 def write_ladder(out: Path, stable: Path, branches: Sequence[Branch]) -> tuple[str, list[Path]]:
-    """Write a table of the branches as Markdown and as JSON, and a chart of their validation losses against tokens.
+    """Write a table of the branches as Markdown and JSON, and a chart of validation loss against tokens.
 
     Args:
-        out: the folder into which the files are written.
+        out: the folder for the files.
         stable: the run folder of the long run.
-        branches: the branches to compare.
 
     Returns:
-        The table as Markdown, and the paths of the written files. If matplotlib is not installed, no chart is written.
+        The table as Markdown, and the paths of the written files. Without matplotlib, there is no chart.
     """
     before = _validation_losses(stable)
     rungs = []
@@ -75,7 +71,7 @@ def write_ladder(out: Path, stable: Path, branches: Sequence[Branch]) -> tuple[s
 
 
 def _validation_losses(run_folder: Path) -> dict[int, tuple[int, float]]:
-    """Return (tokens, validation loss) by step."""
+    """Return step -> (tokens, validation loss)."""
     rows = [row for row in read_metrics(run_folder) if row.get("val_loss") is not None]
     return {row["step"]: (row["tokens"], row["val_loss"]) for row in rows}
 
@@ -96,7 +92,7 @@ def _format_table(rungs: Sequence[Rung]) -> str:
 
 
 def _draw_chart(stable: list[tuple[int, float]], rungs: Sequence[Rung]) -> bytes | None:
-    """Return a PNG of the validation loss against tokens. Returns None if there is no loss or no matplotlib."""
+    """Return a PNG of the validation loss against tokens, or None if there is no loss or no matplotlib."""
     try:
         from pipeline.report.drawing import draw  # imports matplotlib, which is optional
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Describe each run in a folder by one line, which shows its state, progress, speed, age, size and last checkpoint."""
+"""Describe each run in a folder in one line: its state, progress, speed, age, size and last checkpoint."""
 
 import json
 import os
@@ -17,10 +17,10 @@ from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_
 from pipeline.run_folder.lock import is_locked
 from pipeline.run_folder.metrics import read_metrics
 
-#: The states of a run that has trained. A run is stale if it has not ended, but writes no heartbeat. A run has failed
-#: if an error or a kill has ended it before its last step.
+#: The states of a run that has trained. A stale run has not ended, but writes no heartbeat. A failed run was ended by
+#: an error or a kill before its last step.
 STATES = ("running", "stale", "finished", "interrupted", "failed")
-#: The states of a run with checkpoints that another command than launch/train.py has written.
+#: The states of a run whose checkpoints launch/train.py has not written.
 AVERAGED, NOT_STARTED = "averaged", "not started"
 
 _COLUMNS = ("run", "state", "step", "loss", "val. loss", "tokens/s", "age", "size", "last checkpoint")
@@ -38,21 +38,19 @@ class RunSummary:
     loss: float | None
     val_loss: float | None
     tokens_per_s: float | None
-    age_s: float  # seconds since the run last wrote a row, or since the folder was written if there are no rows
+    age_s: float  # seconds since the last row, or since the last change of the folder without rows
     size_bytes: int
     last_checkpoint: str | None
     last_checkpoint_step: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the facts as a JSON object."""
         return asdict(self)
 
 
 def summarize_runs(folder: Path) -> list[RunSummary]:
-    """Return the runs in a folder and in its sub-folders.
+    """Return the runs in a folder and in its sub-folders, the most recently active first.
 
-    Runs without metrics are also returned, such as imported models and averages of checkpoints. The runs are sorted by
-    the time of their last row of metrics, newest first.
+    Runs without metrics are included, such as imported models and averages of checkpoints.
 
     Raises:
         ReportError: there is no run.
@@ -66,7 +64,6 @@ def summarize_runs(folder: Path) -> list[RunSummary]:
 
 
 def summarize_run(folder: Path) -> RunSummary:
-    """Return the facts about a run folder."""
     rows = read_metrics(folder)
     checkpoints = list_checkpoints(folder)
     steps = [row["step"] for row in rows] + [step_of(checkpoint) for checkpoint in checkpoints]
@@ -87,7 +84,7 @@ def summarize_run(folder: Path) -> RunSummary:
 
 
 def _last_written(folder: Path) -> float:
-    """Return when a run last wrote a row, or when its folder was last changed if it has no rows. In Unix time."""
+    """Return the Unix time of the run's last row, or of the folder's last change if there are no rows."""
     metrics = folder / METRICS_FILE
     return (metrics if metrics.is_file() else folder).stat().st_mtime
 

@@ -1,7 +1,4 @@
-"""Write the HTML page of a report.
-
-The page is one file. It contains no scripts and needs no network. It has a light and a dark color scheme.
-"""
+"""Write the HTML page of a report: one file without scripts, which needs no network."""
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -62,13 +59,11 @@ td { white-space: pre-line; }
 def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
     """Write the HTML page and the PNG files of a report on one or several runs.
 
-    If there are several runs, each chart shows the curves of all runs.
-
     Returns:
-        The paths of the written files. The first one is the HTML page.
+        The paths of the written files, the HTML page first.
 
     Raises:
-        ReportError: matplotlib is not installed, or a run folder cannot be used (see ``read_runs``).
+        ReportError: matplotlib is not installed, or a run folder cannot be used.
         DataError: ``out`` is not writable.
     """
     try:

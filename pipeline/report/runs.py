@@ -29,7 +29,7 @@ class Run:
         return [row[key] for row in self.rows if row.get(key) is not None]
 
     def last(self, key: str) -> Any:
-        """Return the last value of a key in the metrics. If no row has a value for the key, return None."""
+        """Return the last value of a key in the metrics, or None."""
         return next(reversed(self.values(key)), None)
 
 
@@ -73,7 +73,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield each value in nested objects: its dotted key, and the value as JSON text."""
+    """Yield (dotted key, JSON text) for each value in nested objects."""
     for key, value in section.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{key}.")

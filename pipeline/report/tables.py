@@ -30,7 +30,7 @@ class Table:
 
 
 def summary_table(runs: Sequence[Run]) -> Table:
-    """Return a table with the main settings, the progress, the last losses and the best loss of each run."""
+    """Return a table with the main settings, the progress and the losses of each run."""
     facts = [_facts(run) for run in runs]
     names = dict.fromkeys(name for column in facts for name in column)
     return Table([run.label for run in runs], {name: [column.get(name, "") for column in facts] for name in names})
@@ -98,10 +98,7 @@ def evaluation_table(runs: Sequence[Run]) -> Table:
 
 
 def _format(value: Any) -> str:
-    """Format a number, an interval of two numbers, a text, or a list of texts as a cell.
-
-    Any other value gives an empty cell.
-    """
+    """Format a number, an interval of two numbers, a text or texts as a cell. Other values give an empty cell."""
     if isinstance(value, float):
         text = f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.4g}"
         return text.replace("-", "\N{MINUS SIGN}")
@@ -117,10 +114,7 @@ def _format(value: Any) -> str:
 
 
 def settings_table(runs: Sequence[Run]) -> Table:
-    """Return a table of the settings in which the runs differ.
-
-    If there is only one run, the table contains its settings that differ from the defaults.
-    """
+    """Return a table of the settings in which the runs differ. A single run is compared with the defaults."""
     columns = {run.label: run.settings for run in runs}
     if len(runs) == 1:
         columns = {"default": dict(flatten(dump_config(Config()))), **columns}
