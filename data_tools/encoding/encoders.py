@@ -43,7 +43,7 @@ class Encoder(Protocol):
     def encode(self, text: str) -> TokenArray:
         """Return the tokens of a text, uint16 of shape (tokens,).
 
-        The string ``<|endoftext|>`` is encoded like any other text. Lone surrogates are replaced by U+FFFD.
+        The string ``<|endoftext|>`` is ordinary text. Lone surrogates become U+FFFD.
         """
         ...
 
@@ -51,8 +51,8 @@ class Encoder(Protocol):
 class GigatokenEncoder:
     """An encoder that uses gigatoken with tiktoken's vocabulary.
 
-    gigatoken and tiktoken are built with different versions of Unicode. If a text contains a character that only one of
-    the two versions defines, this encoder encodes the text with tiktoken.
+    The two packages use different versions of Unicode. Texts with characters that only one version defines are encoded
+    with tiktoken.
     """
 
     def __init__(self) -> None:
@@ -96,14 +96,14 @@ def _kinds_of_characters() -> npt.NDArray[np.uint8]:
 
 
 def _find_kinds(points: Iterable[int]) -> None:
-    """Set the kinds of code points. To do this for all characters at the start would take a tenth of a second."""
+    """Set the kinds of code points. Setting the kinds of all characters would take a tenth of a second."""
     kinds = _kinds_of_characters()
     for point in points:
         kinds[point] = _NEW if unicodedata.category(chr(point)) == "Cn" else _OLD
 
 
 def choose_encoder(name: str) -> str:
-    """Return the name of the encoder to use. For ``auto``, this is gigatoken if it is installed, otherwise tiktoken.
+    """Return the name of the encoder to use. ``auto`` means gigatoken if it is installed, otherwise tiktoken.
 
     Raises:
         DataError: ``name`` is ``gigatoken``, which is not installed.
@@ -120,16 +120,10 @@ def choose_encoder(name: str) -> str:
 
 @functools.cache
 def load_encoder(name: str) -> Encoder:
-    """Return an encoder.
-
-    Each encoder is loaded only once per process, because loading takes a second.
-
-    Args:
-        name: ``gigatoken`` or ``tiktoken``.
-    """
+    """Return the encoder ``gigatoken`` or ``tiktoken``. It is loaded only once per process."""
     return GigatokenEncoder() if name == "gigatoken" else load_tokenizer()
 
 
 def encoder_version(name: str) -> str:
-    """Return the name and the version of an encoder as one text."""
+    """Return the name and the version of an encoder."""
     return f"{name} {importlib.metadata.version(name)}"

@@ -1,11 +1,12 @@
 """Write files and folders atomically and durably. A file or folder with its final name is always complete.
 
-The functions write to a temporary name, which is called the *aside* path. Then they call fsync, and rename the file or
-folder to its final name. If the program crashes before the rename, an older file with the final name has not changed.
-The file or folder at the aside path remains, and the next write replaces it.
+1. Everything is written under a temporary name, the *aside* path.
+2. The file or folder is fsynced.
+3. It is renamed to its final name.
 
-If several processes write into one folder, one of them must call ``make_empty_folder`` before the others begin. After
-all have finished, it must call ``publish_folder``.
+After a crash, the next write replaces what is left at the aside path.
+
+If several processes write into one folder, one of them calls ``make_empty_folder`` first and ``publish_folder`` last.
 """
 
 import json
@@ -22,23 +23,23 @@ PARTIAL_SUFFIX = ".partial"
 
 
 def partial_path(path: Path) -> Path:
-    """Return a temporary path in the folder of ``path``, for example ``x.json.partial`` for ``x.json``."""
+    """Return a temporary path in the same folder, for example ``x.json.partial`` for ``x.json``."""
     return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
 def hidden_partial_path(path: Path) -> Path:
-    """Return a hidden temporary path in the folder of ``path``: ``.step_00000001.partial`` for ``step_00000001``."""
+    """Return a hidden temporary path in the same folder: ``.step_00000001.partial`` for ``step_00000001``."""
     return path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
 
 
 def fsync_file(path: Path) -> None:
-    """Fsync a file that another library or process has written. Its contents then survive a power failure."""
+    """Fsync a file that another library or process has written."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def fsync_folder(path: Path) -> None:
-    """Fsync a folder. Changes to the names of its files (create, rename, remove) then survive a power failure."""
+    """Fsync a folder. New, renamed and removed files in it then survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,10 +48,9 @@ def fsync_folder(path: Path) -> None:
 
 
 def publish(aside: Path, target: Path) -> None:
-    """Rename ``aside`` to ``target`` atomically, and fsync the parent folder. ``aside`` must be complete and fsynced.
+    """Rename ``aside`` to ``target`` atomically, and fsync the parent folder. ``aside`` must be fsynced.
 
-    If ``aside`` is a file, it may replace an existing file. If ``aside`` is a folder, it may replace only an empty
-    folder.
+    A file may replace a file. A folder may replace only an empty folder.
 
     Raises:
         OSError: ``aside`` does not exist, or ``target`` cannot be replaced.
@@ -67,11 +67,11 @@ def atomic_file(path: Path, aside: Path | None = None, *, durable: bool = True) 
 
     Args:
         path: the final name. Its folder must exist.
-        aside: the temporary name of the file, on the same file system. None means ``partial_path(path)``.
-        durable: whether the new file and its name are fsynced. If False, the caller must fsync them later.
+        aside: the temporary name, on the same file system. None means ``partial_path(path)``.
+        durable: whether to fsync the file and its folder. If False, the caller must do this.
 
     Raises:
-        OSError: the file cannot be written, for example because the disk is full or the folder is read-only.
+        OSError: the file cannot be written.
     """
     aside = aside or partial_path(path)
     file = open(aside, "wb")  # noqa: SIM115 (closed before the rename, which can fail)
@@ -95,13 +95,13 @@ def atomic_file(path: Path, aside: Path | None = None, *, durable: bool = True) 
 
 
 def write_bytes_durably(path: Path, content: bytes) -> None:
-    """Write a whole file atomically. If the call raises ``OSError``, a file that existed before has not changed."""
+    """Write a whole file atomically. If ``OSError`` is raised, an existing file has not changed."""
     with atomic_file(path) as file:
         file.write(content)
 
 
 def write_json_durably(path: Path, value: Any) -> None:
-    """Write a value to a file atomically, as indented ASCII JSON with a final newline. Keys keep their order."""
+    """Write a value to a file atomically, as indented ASCII JSON. Keys keep their order."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_bytes_durably(path, text.encode("ascii"))
 
@@ -111,16 +111,16 @@ def atomic_folder(target: Path, aside: Path | None = None) -> Iterator[Path]:
     """Return a context manager for writing a folder. Its ``with`` block gets an empty folder with a temporary name.
 
     At the end of the block, the folder is renamed to ``target``. If the block raises an error, the folder is deleted.
-    Inside the block, the folder is locked. If a killed process has left a folder with the temporary name, its contents
-    are deleted first.
+    During the block, the folder is locked.
 
     Args:
-        target: the final name. It must not exist yet, or it must be an empty folder.
-        aside: the temporary name of the folder, on the same file system. None means ``hidden_partial_path(target)``.
+        target: the final name. It must be an empty folder or not exist.
+        aside: the temporary name, on the same file system. None means ``hidden_partial_path(target)``. Old contents of
+            this folder are deleted.
 
     Raises:
         DataError: another process is writing to the folder.
-        OSError: the folder cannot be written, for example because the disk is full or ``target`` is not empty.
+        OSError: the folder cannot be written, or ``target`` is not empty.
     """
     target = Path(os.path.abspath(target))
     aside = aside or hidden_partial_path(target)
@@ -146,12 +146,12 @@ def make_empty_folder(folder: Path) -> None:
 
 
 def publish_folder(aside: Path, target: Path) -> None:
-    """Fsync everything in the temporary folder ``aside``, rename ``aside`` to ``target``, and fsync the parent folder.
+    """Fsync everything in the folder ``aside``, rename it to ``target``, and fsync the parent folder.
 
-    Processes on other machines must fsync the files that they have written into ``aside`` before this call.
+    Processes on other machines must fsync their files in ``aside`` before this call.
 
     Raises:
-        OSError: ``target`` is a file, ``target`` is a folder that is not empty, or the disk reports an error.
+        OSError: ``target`` is a file or a non-empty folder, or the disk reports an error.
     """
     for folder, _, names in os.walk(aside):
         for name in names:

@@ -1,4 +1,4 @@
-"""Recognize the kind of a file by its first bytes, for error messages about files that cannot be read."""
+"""Recognize the kind of a file by its first bytes, to explain why the file cannot be read."""
 
 import os
 from pathlib import Path
@@ -47,10 +47,9 @@ _KINDS: dict[str, tuple[tuple[bytes, ...], str]] = {
 
 
 def describe_content(path: Path | str, *expected: str | None) -> str | None:
-    """Return the end of an error message about a local file, for example ``is a PDF; extract its text into a file``.
+    """Return the end of an error message about a local file, such as ``is a PDF; extract its text into a file``.
 
-    The text says what kind of file it is, and what the user can do. The result is None
-    if there is nothing to explain: the kind is expected, the kind is not recognized, or the file cannot be read.
+    Returns None if the kind is expected or not recognized, or if the file cannot be read.
 
     Args:
         expected: the expected kinds of file, as keys of ``_KINDS``.
@@ -61,9 +60,9 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
 
 
 def describe_decoded(content: bytes) -> str | None:
-    """Return the end of an error message about a file that can be decoded as UTF-8 but is not a text file.
+    """Return the end of an error message about a file that is valid UTF-8 but not text.
 
-    Such a file is a tar archive, consists of zeros, or contains ASCII text in UTF-16. For all other files, return None.
+    Such a file is a tar archive, consists of zeros, or is ASCII text in UTF-16. For all other files, return None.
 
     Args:
         content: the first bytes of the file.
@@ -73,7 +72,7 @@ def describe_decoded(content: bytes) -> str | None:
 
 
 def _recognize(head: bytes) -> str | None:
-    """Return the kind of a file with these first bytes, a key of ``_KINDS``, or None if they do not show the kind."""
+    """Return the kind of a file with these first bytes, a key of ``_KINDS``, or None."""
     if not head:
         return "empty"
     if not head.strip(b"\0") and len(head) > 1:
@@ -95,7 +94,7 @@ def _begins(head: bytes, kind: str) -> bool:
 
 
 def _is_utf16_without_mark(head: bytes) -> bool:
-    """Return whether bytes look like ASCII text in UTF-16: every second byte is zero, and the others are not."""
+    """Return whether bytes look like ASCII text in UTF-16: in each pair, exactly one byte is zero."""
     if len(head) < _SHORTEST_UTF16:
         return False
     halves = head[::2], head[1::2]
@@ -103,9 +102,7 @@ def _is_utf16_without_mark(head: bytes) -> bool:
 
 
 def begins_as(path: Path | str, kind: str) -> bool:
-    """Return whether the first bytes of a file are those of the given kind of file.
-
-    For a URL and for a file that cannot be read, the result is True. The caller then opens the file and reports errors.
+    """Return whether a file begins like a file of this kind. For a URL or an unreadable file, return True.
 
     Args:
         kind: a key of ``_KINDS``.
@@ -115,7 +112,7 @@ def begins_as(path: Path | str, kind: str) -> bool:
 
 
 def _read_head(path: Path | str) -> bytes | None:
-    """Return the first bytes of a local file. Returns None for a URL, or if the file cannot be read."""
+    """Return the first bytes of a local file. Return None for a URL or an unreadable file."""
     if is_remote(str(path)):
         return None
     try:
@@ -126,7 +123,7 @@ def _read_head(path: Path | str) -> bytes | None:
 
 
 def require_fetched(path: Path | str) -> None:
-    """Raise an error if a local file is missing, or is only a git-lfs pointer to the real file.
+    """Raise an error if a local file is only a git-lfs pointer.
 
     Raises:
         DataError: the file is a git-lfs pointer.
@@ -138,6 +135,6 @@ def require_fetched(path: Path | str) -> None:
 
 
 def require_no_pointer(head: bytes, path: Path | str) -> None:
-    """Raise DataError if a file is only a git-lfs pointer to the real file. ``head`` is the beginning of the file."""
+    """Raise DataError if the first bytes of a file are those of a git-lfs pointer."""
     if head.startswith(_POINTER_BEGINNING):
         raise DataError(f"{path} {_POINTER}")

@@ -18,7 +18,7 @@ def is_remote(path: str) -> bool:
 
 
 def is_writable(path: Path) -> bool:
-    """Return whether a file or a folder can be created at a path. Parent folders may be missing. Nothing is created."""
+    """Return whether a file or a folder can be created at a path. Its parents may be missing. Create nothing."""
     existing = path.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -29,8 +29,7 @@ def require_writable(path: Path, option: str) -> None:
     """Raise DataError if no folder can be created or written at a path. Call this function before long work.
 
     Args:
-        path: the path of the folder.
-        option: the command-line option with which the user gave ``path``, for the message.
+        option: the command-line option with ``path``, for the message.
     """
     if path.is_file():
         raise DataError(f"{option}: {path} is a file; name a folder")
@@ -42,8 +41,7 @@ def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_byte
     """Return the SHA-256 of a file as 64 hexadecimal digits. The file is read in constant memory.
 
     Args:
-        path: the file.
-        advance: a function that is called every few megabytes with the number of bytes read since its last call.
+        advance: receives the number of bytes read since its last call, every few megabytes.
     """
     digest = hashlib.sha256()
     chunk = memoryview(bytearray(_HASH_CHUNK_BYTES))
@@ -55,15 +53,12 @@ def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_byte
 
 
 def sha256_of_json(value: dict[str, Any]) -> str:
-    """Return the SHA-256 of a JSON object as 64 hexadecimal digits. The hash depends on the order of the keys."""
+    """Return the SHA-256 of a JSON object as 64 hexadecimal digits. The order of the keys matters."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def dotted_keys(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (key, value) for all values in nested JSON objects.
-
-    The key consists of the keys on the path to the value, joined by dots. An example is ``optimizer.eps``.
-    """
+    """Yield (key, value) for all values in nested JSON objects. A key is like ``optimizer.eps``."""
     for key, value in content.items():
         if isinstance(value, dict):
             yield from dotted_keys(value, f"{prefix}{key}.")

@@ -1,4 +1,7 @@
-"""Read and write files in a folder that is local or at a URL. A file with its final name is always complete."""
+"""Read and write files in a folder that is local or at a URL. A file with its final name is always complete.
+
+New files are first written into a scratch folder: a temporary local folder.
+"""
 
 import hashlib
 import os
@@ -30,7 +33,7 @@ class LocalFolder:
         self.path = path
 
     def names(self) -> set[str]:
-        """Return the names of all files in the folder. If the folder does not exist, return an empty set."""
+        """Return the names of all files, including those in subfolders. The folder may be missing."""
         return {
             Path(parent, name).relative_to(self.path).as_posix()
             for parent, _, names in os.walk(self.path)
@@ -62,10 +65,9 @@ class LocalFolder:
             path.parent.mkdir(exist_ok=True)
 
     def take(self, scratch: Path, names: Sequence[str]) -> None:
-        """Move complete local files into the folder, each of them atomically and durably.
+        """Move complete files from a scratch folder into the folder, each of them atomically and durably.
 
         Args:
-            scratch: the local folder that contains the files. It should be a folder that ``scratch`` returned.
             names: the names of the files. They do not change.
         """
         for name in names:
@@ -88,22 +90,18 @@ class LocalFolder:
                         folder.rmdir()
 
     def scratch(self) -> Path:
-        """Create a scratch folder, which is a temporary local folder, and return its path.
-
-        Write files into the scratch folder, and then call ``take``, which moves them to ``self.path``. The caller must
-        remove the scratch folder.
-        """
+        """Create a scratch folder and return its path. The caller must remove it."""
         path = self.path / f"{_SCRATCH_PREFIX}{uuid.uuid4().hex}"
         with one_line_write_errors(path):
             path.mkdir(parents=True)
         return path
 
     def remove_scratch(self) -> None:
-        """Remove the scratch folders (see ``scratch``) that killed processes have left."""
+        """Remove the scratch folders that killed processes have left."""
         _remove_folders(self.path, _SCRATCH_PREFIX)
 
     def free_bytes(self) -> int | None:
-        """Return the free disk space in bytes. If it is not known, return None."""
+        """Return the free disk space in bytes, or None if it is not known."""
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         return shutil.disk_usage(existing).free
 
@@ -133,10 +131,7 @@ class RemoteFolder:
         return set(self.sizes())
 
     def sizes(self) -> dict[str, int]:
-        """Return a dict with the size of every file in bytes. The keys are the names of the files.
-
-        If the folder does not exist, the dict is empty.
-        """
+        """Return the size of each file in bytes, by name. The folder may be missing."""
         with self._one_line_errors():
             self._files.invalidate_cache()
             try:
@@ -158,7 +153,7 @@ class RemoteFolder:
         return content
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
-        """Return bytes ``start`` to ``stop - 1`` of a file. The result is shorter if the file ends before ``stop``.
+        """Return bytes ``start`` to ``stop - 1`` of a file. If the file ends before ``stop``, the result is shorter.
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -168,7 +163,7 @@ class RemoteFolder:
         return content
 
     def sha256(self, name: str, size: int) -> str:
-        """Read the first ``size`` bytes of a file, and return their SHA-256 as 64 hexadecimal digits.
+        """Return the SHA-256 of the first ``size`` bytes of a file as 64 hexadecimal digits.
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -183,12 +178,7 @@ class RemoteFolder:
             self._files.pipe_file(name, content)
 
     def upload(self, path: Path, name: str) -> None:
-        """Copy a local file into the folder. This method does not check that all bytes have arrived.
-
-        Args:
-            path: the local file.
-            name: the name of the new file in the folder.
-        """
+        """Copy a local file into the folder, without a check that all bytes have arrived."""
         with self._one_line_errors(writes=name):
             self._files.put_file(str(path), name)
 
@@ -211,7 +201,7 @@ class RemoteFolder:
                     self._files.rm_file(name)
 
     def remove_existing(self, names: set[str]) -> None:
-        """Remove the given files, which must exist. An object store can remove up to 1000 files in one request."""
+        """Remove the given files, which must exist. An object store removes up to 1000 files per request."""
         if names:
             with self._one_line_errors():
                 self._files.rm(sorted(names))
@@ -227,7 +217,7 @@ class RemoteFolder:
 
     @property
     def _scratch_prefix(self) -> str:
-        """Return the prefix of the names of scratch folders for this URL. Each URL has a different prefix."""
+        """Return the prefix of the names of scratch folders. It is different for each URL."""
         return f"shards-{hashlib.sha256(self._url.encode()).hexdigest()[:16]}-"
 
     @contextmanager
@@ -251,18 +241,18 @@ Folder = LocalFolder | RemoteFolder
 
 
 def open_folder(place: str | Path) -> Folder:
-    """Return an object for the folder at a path or URL. The folder itself need not exist."""
+    """Return an object for the folder at a path or URL. The folder need not exist."""
     return RemoteFolder(str(place)) if is_remote(str(place)) else LocalFolder(Path(place))
 
 
 def is_scratch(name: str) -> bool:
-    """Return whether a name is that of a scratch folder (see ``LocalFolder.scratch``)."""
+    """Return whether a name is that of a scratch folder."""
     return name.startswith(_SCRATCH_PREFIX)
 
 
 @contextmanager
 def scratch_of(folder: Folder) -> Iterator[Path]:
-    """Return a context manager that creates a scratch folder (see ``LocalFolder.scratch``) and later removes it."""
+    """Return a context manager that creates a scratch folder and later removes it."""
     path = folder.scratch()
     try:
         yield path

@@ -1,4 +1,7 @@
-"""Lock folders with ``flock``. When a process dies, the kernel releases its locks."""
+"""Lock folders with ``flock``. When a process dies, the kernel releases its locks.
+
+Several processes can hold a shared lock at the same time. Only one process can hold an exclusive lock.
+"""
 
 import fcntl
 import os
@@ -17,7 +20,7 @@ _LONGEST_CONTENT = 4096
 
 
 class LockHeldError(Exception):
-    """Another process holds the lock. ``content`` is the text that this other process wrote into the lock file."""
+    """Another process holds the lock. ``content`` is the content of the lock file."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__("another process holds the lock")
@@ -25,14 +28,14 @@ class LockHeldError(Exception):
 
 
 class FileLock:
-    """A lock file on which this process has an exclusive or a shared lock. Use ``acquire_lock`` to get an instance."""
+    """A lock file on which this process holds a lock. Use ``acquire_lock`` to get an instance."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def acquire(self, content: bytes | None) -> bool:
-        """Lock the file, as ``acquire_lock`` describes. If another process has removed the file, return False."""
+        """Lock the file like ``acquire_lock``. If another process has removed the file, return False."""
         operation = fcntl.LOCK_SH if content is None else fcntl.LOCK_EX
         while not _try_flock(self._descriptor, operation):
             held_by = os.pread(self._descriptor, _LONGEST_CONTENT, 0)
@@ -47,17 +50,17 @@ class FileLock:
         return True
 
     def make_exclusive(self) -> bool:
-        """Change this process's shared lock to an exclusive lock. Return whether the change was possible.
+        """Change a shared lock to an exclusive lock. Return whether this was possible.
 
-        If other processes also hold the lock, this call only releases the lock of this process, and returns False. If
-        every process calls this method after its work, only the last call returns True.
+        If other processes also hold the lock, this call releases the lock of this process and returns False. If every
+        process calls this method after its work, only the last call returns True.
         """
         # Unlock first. If two processes kept their shared locks, neither of them could get the exclusive lock.
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         return _try_flock(self._descriptor, fcntl.LOCK_EX) and self._is_in_place()
 
     def release(self) -> None:
-        """Release the lock. If no other process holds the lock, also remove the lock file."""
+        """Release the lock. If no other process holds the lock, remove the lock file."""
         try:
             # If the folder was deleted or is read-only, the file cannot be removed. Closing it still releases the lock.
             with suppress(OSError):
@@ -67,7 +70,7 @@ class FileLock:
             self.close()
 
     def close(self) -> None:
-        """Close the lock file. The file stays in the folder."""
+        """Release the lock, but keep the lock file."""
         os.close(self._descriptor)
 
     def _is_in_place(self) -> bool:
@@ -80,17 +83,14 @@ class FileLock:
 def acquire_lock(path: Path, content: bytes | None) -> FileLock:
     """Acquire a lock on a lock file. The caller must release the lock.
 
-    Several processes can hold a shared lock at the same time. Only one process can hold an exclusive lock. A lock
-    from ``make_exclusive`` is held only for a short time. Therefore, a call for a shared lock waits until such a lock
-    is released.
+    Locks of ``make_exclusive`` are short. A call for a shared lock waits for their release.
 
     Args:
-        path: the lock file. If it does not exist, it is created.
-        content: for an exclusive lock, the text to write into the file. For a shared lock, None.
+        path: the lock file. If it is missing, it is created.
+        content: for an exclusive lock, the text to write into the file. None means a shared lock.
 
     Raises:
-        LockHeldError: another process holds an exclusive lock on the file. If an exclusive lock is requested, this
-            error is also raised if another process holds a shared lock.
+        LockHeldError: the lock of another process does not allow this lock.
         OSError: the file cannot be created or written.
     """
     while True:
@@ -109,11 +109,7 @@ def acquire_lock(path: Path, content: bytes | None) -> FileLock:
 
 @contextmanager
 def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
-    """Return a context manager that holds a lock on a folder during its ``with`` block.
-
-    Args:
-        shared: whether the lock is shared or exclusive. Several processes can hold shared locks on the folder at the
-            same time. If a process holds an exclusive lock, no other process can hold any lock on the folder.
+    """Return a context manager that holds a shared or an exclusive lock on a folder during its ``with`` block.
 
     Raises:
         DataError: the lock of another process does not allow this lock, or the lock file is not writable.
@@ -134,7 +130,7 @@ def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
 def waiting_for_lock(path: Path) -> Iterator[None]:
     """Return a context manager that holds an exclusive lock on a file during its ``with`` block.
 
-    If another process holds a lock on the file, the context manager waits until that process releases it.
+    It waits until no other process holds a lock on the file.
     """
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

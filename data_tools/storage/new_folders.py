@@ -1,4 +1,4 @@
-"""Create output folders. If a command fails before it has written any file, remove the folders that it has created."""
+"""Create output folders. Remove them again if a command fails before it has written a file."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -8,7 +8,7 @@ from data_tools.storage.atomic import fsync_folder
 
 
 def create_folder(path: Path) -> list[Path]:
-    """Create a folder and its missing parents durably. Return the created folders, the innermost folder first.
+    """Create a folder and its missing parents durably. Return the created folders, the innermost first.
 
     Raises:
         OSError: the folder cannot be created.
